@@ -1,0 +1,143 @@
+"""From what the user brought along to rows, an objective and loaders."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+
+from . import data
+from .data import Collation, Loader, PaddingCollator, Ranges, Rows
+from .errors import DataError, SettingsError
+from .objective import Counting, Forward, Objective, accepted_arguments
+from .parts import Parts
+from .planning import hold_out
+from .settings import Recipe
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a run trains on: `train` and `val` load the micro-batches of `train_rows` and `val_rows`."""
+
+    train_rows: Rows
+    val_rows: Rows | None
+    objective: Objective
+    train: Loader
+    val: Loader | None
+    synthetic: bool
+
+    def notes(self) -> list[str]:
+        """What a user should know of the data and the loss before training starts."""
+        objective = self.objective
+        widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
+        notes = [f"Loss: mean over {objective.counted_by}{widths}"]
+        if self.val_rows is not None:
+            notes.insert(0, f"Validation samples: {len(self.val_rows)}")
+        if self.synthetic:
+            notes.insert(0, "Data: SYNTHETIC random tokens, because `train_data` is None; losses mean nothing")
+        return notes
+
+
+def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly:
+    """Makes rows of the data, checks a sample of them, and measures how the loss is counted.
+
+    Args:
+        parts: with the model on its device, and not wrapped yet.
+
+    Raises:
+        DataError: for data that cannot be trained on.
+    """
+    rows, val_rows = _split(parts, recipe, accelerator)
+    collation = _collation(parts)
+    collation.find_draws(rows, [0])
+    forward, ranges = _forward(parts, rows, collation, accelerator.device)
+    if val_rows is not None:
+        data.check_sample(val_rows, collation, ranges)
+    labelled = data.labelled(rows, collation, parts.ignore_index)
+    objective = _objective(parts, forward, data.sample_of(rows, collation, labelled))
+    train = Loader(rows, collation, objective, ranges, labelled)
+    val = None if val_rows is None else Loader(val_rows, collation, objective, ranges)
+    return Assembly(rows, val_rows, objective, train, val, parts.train_data is None)
+
+
+def _split(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> tuple[Rows, Rows | None]:
+    """Training and validation rows, tokenised."""
+    if parts.train_data is None:
+        rows = _synthetic(parts.configuration, recipe.random_seed)
+    else:
+        rows = _tokenised(data.as_rows(parts.train_data, "train_data"), parts, accelerator)
+    if parts.val_data is not None:
+        return rows, _tokenised(data.as_rows(parts.val_data, "val_data"), parts, accelerator)
+    kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
+    return rows.subset(kept), rows.subset(held) if held else None
+
+
+def _synthetic(config: Any, seed: int) -> Rows:
+    vocab_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocab_size, int):
+        raise DataError(
+            "`train_data` is None, and `config` has no `vocab_size` to draw synthetic token ids from. "
+            "Give training data, or a config with a vocab_size."
+        )
+    return data.synthetic_rows(vocab_size, seed)
+
+
+def _tokenised(rows: Rows, parts: Parts, accelerator: Accelerator) -> Rows:
+    # A collator of the user's own may be what tokenises.
+    if not data.is_raw_text(rows) or (parts.tokenizer is None and parts.data_collator is not None):
+        return rows
+    config = parts.configuration
+    generates = getattr(parts.model, "can_generate", lambda: False)()
+    with accelerator.main_process_first():  # the others find the table that it has cached
+        return data.tokenized(
+            rows,
+            parts.tokenizer,
+            config,
+            next_token=generates and not getattr(config, "is_encoder_decoder", False),
+        )
+
+
+def _collation(parts: Parts) -> Collation:
+    if parts.data_collator is not None:
+        return Collation(parts.data_collator)
+    return Collation(
+        PaddingCollator(
+            accepted_arguments(parts.model),
+            pad_token_id=parts.pad_token_id,
+            padding_side=getattr(parts.tokenizer, "padding_side", "right"),
+            ignore_index=parts.ignore_index,
+            keep_all=parts.loss_fn is not None or parts.count_items is not None,
+        )
+    )
+
+
+def _forward(parts: Parts, rows: Rows, collation: Collation, device: torch.device) -> tuple[Forward, Ranges]:
+    """How the loss is computed, and what the numbers in a batch may be, tried on a sample of the rows."""
+    ranges = Ranges.of_tokens(parts.model)
+    sample = data.check_sample(rows, collation, ranges)
+    forward = Forward(parts.model, sample, parts.loss_fn)
+    if parts.loss_fn is None or hasattr(parts.loss_fn, "ignore_index"):
+        first = send_to_device(collation.seeded(rows, [0], 0), device)
+        ranges = ranges.with_classes(forward.n_classes(parts.model, first), parts.ignore_index)
+        data.check_sample(rows, collation, ranges)
+    return forward, ranges
+
+
+def _objective(parts: Parts, forward: Forward, sample: data.Sample) -> Objective:
+    try:
+        return Objective.measured(
+            parts.model,
+            forward,
+            sample,
+            counting=Counting(parts.ignore_index),
+            count_items=parts.count_items,
+            sums=parts.reduction == "sum",
+        )
+    except (DataError, SettingsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"The loss of the first rows of `train_data` cannot be computed: {error!r}. "
+            "Check that their columns and labels are those that this model was made for."
+        ) from error

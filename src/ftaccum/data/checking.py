@@ -1,0 +1,139 @@
+"""What can be wrong with rows, found before the model sees them: in a sample first, later in each batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import DataError
+from ..objective import Batch, Counting, Sample, targets_of
+from .collating import Collation, can_be_taken_apart, take
+from .rows import Rows, length_of
+
+_SAMPLE, _PROBE_ROWS = 32, 4
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What the numbers in a batch may be.
+
+    Attributes:
+        vocabulary: token ids are below this; None where unknown.
+        n_classes: labels are below this, or the ignored one; None where labels are no class numbers.
+        ignore_index: the label that is left out of the loss.
+    """
+
+    vocabulary: int | None = None
+    n_classes: int | None = None
+    ignore_index: int = -100
+
+    @classmethod
+    def of_tokens(cls, model: Any) -> "Ranges":
+        """The range of token ids alone, from the model's input embeddings."""
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        return cls(vocabulary=getattr(embeddings, "num_embeddings", None))
+
+    def with_classes(self, n_classes: int | None, ignore_index: int) -> "Ranges":
+        return Ranges(self.vocabulary, n_classes, ignore_index)
+
+    def check(self, batch: Batch, rows: Rows, positions: Sequence[int]) -> None:
+        """Raises DataError naming the first row with a number out of range. (On a GPU the model's own complaint
+        would name nothing, and leave the device unusable.)"""
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if self.vocabulary is not None and isinstance(ids, Tensor):
+            self._refuse(
+                (ids < 0) | (ids >= self.vocabulary), ids, rows, positions,
+                f"token id {{}}, but the model's vocabulary is 0 to {self.vocabulary - 1}. "
+                "Tokenise with the model's own tokenizer, or resize its embeddings.",
+            )  # fmt: skip
+        labels = targets_of(batch)
+        if self.n_classes is not None and labels is not None:
+            outside = ((labels < 0) | (labels >= self.n_classes)) & (labels != self.ignore_index)
+            self._refuse(
+                outside, labels, rows, positions,
+                f"label {{}}, but the model tells {self.n_classes} classes apart, 0 to {self.n_classes - 1}. "
+                f"Load the model with `num_labels` to fit, or mend the label ({self.ignore_index} is ignored).",
+            )  # fmt: skip
+
+    @staticmethod
+    def _refuse(outside: Tensor, values: Tensor, rows: Rows, positions: Sequence[int], words: str) -> None:
+        if outside.any():
+            row = int(outside.nonzero()[0, 0])
+            value = int(values[row][outside[row]].flatten()[0])
+            name = rows.name_of(positions[row])
+            raise DataError(f"Of `{rows.argument}`, {name} has the {words.format(value)}")
+
+
+def sample_positions(rows: Rows) -> list[int]:
+    """Up to 32 positions, evenly over all rows."""
+    n = min(_SAMPLE, len(rows))
+    return [i * len(rows) // n for i in range(n)]
+
+
+def check_sample(rows: Rows, collation: Collation, ranges: Ranges) -> Batch:
+    """Collates a sample of rows, looks at their numbers, and returns the batch.
+
+    Raises:
+        DataError: naming the first row at fault.
+    """
+    positions = sample_positions(rows)
+    batch = collation.seeded(rows, positions, 0)
+    ranges.check(batch, rows, positions)
+    return batch
+
+
+def labelled(rows: Rows, collation: Collation, ignore_index: int) -> list[int]:
+    """Positions of the sample's rows with at least one label that counts; where it has none, the first such row.
+
+    Raises:
+        DataError: where no row has one.
+    """
+    counting = Counting(ignore_index)
+    found = [p for p in sample_positions(rows) if _has_items(collation.seeded(rows, [p], 0), counting)]
+    if found:
+        return found
+    for position in range(len(rows)):
+        if _has_items(collation.seeded(rows, [position], 0), counting):
+            return [position]
+    raise DataError(
+        f"`{rows.argument}` has no label that counts: all are {ignore_index}, which the loss leaves out. "
+        "Check how the labels were made, and that truncation leaves some."
+    )
+
+
+def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sample:
+    """A few labelled rows, together and apart, for the objective to measure its loss on.
+
+    Raises:
+        DataError: where the collator draws at random and its batches cannot be taken apart: then what a row
+            contributes depends on the batch it is in.
+    """
+    positions = _of_unlike_lengths(rows, candidates)
+    groups = [[n for n in group if n < len(positions)] for group in ([0], [1], [2, 3])]
+    groups = [group for group in groups if group]
+    together = collation.seeded(rows, positions, 0)
+    in_rows = can_be_taken_apart(together, len(positions))
+    if collation.draws and not in_rows:
+        raise DataError(
+            "`data_collator` draws at random, and gives batches whose tensors do not have the rows along their first "
+            "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
+        )
+    return Sample(
+        together,
+        (lambda batch: [take(batch, group) for group in groups]) if in_rows else None,
+        [] if collation.draws else [collation(rows, [positions[n] for n in group]) for group in groups],
+    )
+
+
+def _of_unlike_lengths(rows: Rows, candidates: Sequence[int]) -> list[int]:
+    # The shortest, the longest, and some between: the more the groups differ, the more the measurement tells.
+    lengths = dict(zip(candidates, map(length_of, rows.fetch(candidates)), strict=True))
+    by_length = sorted(candidates, key=lambda position: lengths[position])
+    n = min(_PROBE_ROWS, len(by_length))
+    return [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
+
+
+def _has_items(batch: Batch, counting: Counting) -> bool:
+    count = counting.applicable(batch).get("labels")
+    return count is None or bool(count(batch))

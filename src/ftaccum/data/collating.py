@@ -1,0 +1,175 @@
+"""Rows to batches, and batches cut into smaller ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..objective import IGNORE_INDEX, Batch, is_label
+from ..randomness import preserved_rng, seed_all
+from .rows import Row, Rows
+
+Collator = Callable[[list[Row]], Batch]
+
+
+class PaddingCollator:
+    """Pads every column to its longest row in the batch, in as many dimensions as it has.
+
+    Token ids are padded with `pad_token_id`, labels with `ignore_index`, all else with 0, on the tokenizer's side.
+    Where ids came without an attention mask, one is made.
+    """
+
+    def __init__(
+        self,
+        accepted: set[str] | None,
+        *,
+        pad_token_id: int = 0,
+        padding_side: str = "right",
+        ignore_index: int = IGNORE_INDEX,
+        keep_all: bool = False,
+    ) -> None:
+        """Args:
+        accepted: the columns that the model takes; None where it takes any.
+        ignore_index: what labels are padded with.
+        keep_all: whether to keep other columns of numbers, for a `loss_fn` to find.
+        """
+        self._needed = {*(accepted or ()), "labels"}
+        self._keep_all = keep_all or accepted is None
+        self._pad_token_id, self._ignore_index = pad_token_id, ignore_index
+        self._left = padding_side == "left"
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        if isinstance(rows[0], tuple):
+            return tuple(_stacked(column) for column in zip(*rows, strict=True))
+        keys = {_column(key): key for key in rows[0]}
+        keys = {n: k for n, k in keys.items() if n in self._needed or (self._keep_all and _is_numeric(rows[0][k]))}
+        batch = {name: self._padded(name, [_numbers(row, key) for row in rows]) for name, key in keys.items()}
+        if "input_ids" in batch and "attention_mask" not in batch:
+            ones = [torch.ones_like(_tensor(row["input_ids"]), dtype=torch.long) for row in rows]
+            batch["attention_mask"] = self._padded("attention_mask", ones)
+        return batch
+
+    def _padded(self, name: str, values: Sequence[Any]) -> Tensor:
+        tensors = [_tensor(value) for value in values]
+        shapes = {t.shape for t in tensors}
+        if len(shapes) == 1:
+            return torch.stack(tensors)
+        if len({len(shape) for shape in shapes}) > 1:
+            raise ValueError(f"column {name!r} has rows of {sorted({len(s) for s in shapes})} dimensions")
+        fill = self._pad_token_id if name == "input_ids" else self._ignore_index if is_label(name) else 0
+        size = tuple(map(max, zip(*shapes, strict=True)))
+        padded = torch.full((len(tensors), *size), fill, dtype=tensors[0].dtype)
+        for row, tensor in zip(padded, tensors, strict=True):
+            row[tuple(slice(m - n, m) if self._left else slice(n) for n, m in zip(tensor.shape, size, strict=True))] = (
+                tensor
+            )
+        return padded
+
+
+class Collation:
+    """The one way from rows to a batch: the user's collator or the padding one, with the faulty row named.
+
+    Attributes:
+        draws: whether the collator draws at random (masked LM), so that rows must be collated a window at a time
+            for the draws not to depend on how the window is cut.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+        self.draws = False
+
+    def __call__(self, rows: Rows, positions: Sequence[int]) -> Batch:
+        """Collates the rows at these positions.
+
+        Raises:
+            DataError: naming the first row that cannot be collated with the others.
+        """
+        fetched = rows.fetch(positions)
+        try:
+            return self._collator(fetched)
+        except Exception as error:
+            raise DataError(self._explained(rows, positions, fetched, error)) from error
+
+    def seeded(self, rows: Rows, positions: Sequence[int], *seed: int) -> Batch:
+        """The same, with every draw settled by the seed, and no generator moved."""
+        with preserved_rng():
+            seed_all(*seed)
+            return self(rows, positions)
+
+    def find_draws(self, rows: Rows, positions: Sequence[int]) -> None:
+        """Sees whether collating the same rows from two seeds gives two batches."""
+        one, other = (self.seeded(rows, positions, seed) for seed in (1, 2))
+        self.draws = not _equal(one, other)
+
+    def _explained(self, rows: Rows, positions: Sequence[int], fetched: list[Row], error: Exception) -> str:
+        for n, position in enumerate(positions):
+            try:
+                self._collator([fetched[0], fetched[n]] if n else [fetched[0]])
+            except Exception as alone:
+                return (
+                    f"Of `{rows.argument}`, {rows.name_of(position)} cannot be made part of a batch: {alone}. Columns "
+                    "must be numbers or lists of them, shaped as in other rows but for their lengths. Mend or drop the "
+                    "row, or give a `data_collator`."
+                )
+        return f"The rows {list(positions)} of `{rows.argument}` cannot be collated: {error}. Give a `data_collator`."
+
+
+def take(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some rows of a collated batch, at its width."""
+    if isinstance(batch, Mapping):
+        return {key: take(value, rows) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(take(value, rows) for value in batch)
+    return batch[torch.tensor(rows)]
+
+
+def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
+    """Whether every tensor of the batch has its rows along the first dimension."""
+    if isinstance(batch, Mapping):
+        return all(can_be_taken_apart(value, n_rows) for value in batch.values())
+    if isinstance(batch, list | tuple):
+        return all(can_be_taken_apart(value, n_rows) for value in batch)
+    return isinstance(batch, Tensor) and batch.ndim > 0 and batch.shape[0] == n_rows
+
+
+def _column(key: str) -> str:
+    return {"label": "labels", "label_ids": "labels"}.get(key, key)
+
+
+def _is_numeric(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, Tensor | np.ndarray | np.generic | int | float) or value == []
+
+
+def _numbers(row: Mapping[str, Any], key: str) -> Any:
+    if key not in row:
+        raise ValueError(f"it has no column {key!r}")
+    if not _is_numeric(row[key]):
+        raise ValueError(f"its column {key!r} holds {row[key]!r}")
+    return row[key]
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, float | list | tuple):
+        return torch.tensor(value)  # Python's floats take torch's default dtype
+    return torch.as_tensor(value)
+
+
+def _stacked(column: Sequence[Any]) -> Any:
+    if isinstance(column[0], Mapping):
+        return {key: _stacked([item[key] for item in column]) for key in column[0]}
+    return torch.stack([_tensor(item) for item in column])
+
+
+def _equal(one: Batch, other: Batch) -> bool:
+    if isinstance(one, Mapping):
+        return all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return all(map(_equal, one, other))
+    return torch.equal(one, other) if isinstance(one, Tensor) else True

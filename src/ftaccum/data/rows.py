@@ -1,0 +1,128 @@
+"""Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from datasets import IterableDataset as StreamingDataset
+from torch import Tensor
+
+from ..errors import DataError
+
+Row = Any  # a mapping of columns, or a tuple (inputs, targets)
+
+_FORMS = (
+    "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
+    "or a torch Dataset of dicts or (inputs, targets) tuples"
+)
+_LENGTH_SAMPLE = 1000
+_SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 33)
+
+
+class Rows:
+    """Rows by position. Fetching one that cannot be had names it."""
+
+    def __init__(self, argument: str, source: Any, positions: Sequence[int] | None = None) -> None:
+        """Args:
+        argument: what the user calls them, for messages.
+        source: anything with `__len__` and `__getitem__`.
+        positions: the rows of `source` that these are; all, where None.
+        """
+        self.argument = argument
+        self.source = source
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self.source) if self._positions is None else len(self._positions)
+
+    def name_of(self, position: int) -> str:
+        """What to call a row in a message: its index in what the user handed over."""
+        return f"row {self._at(position)}"
+
+    def fetch(self, positions: Sequence[int]) -> list[Row]:
+        """The rows at these positions, in that order.
+
+        Raises:
+            DataError: where the source raises, with the row.
+        """
+        indices = [self._at(position) for position in positions]
+        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
+            with suppress(Exception):  # read one by one below, the faulty row gets its name
+                return [_as_row(row) for row in self.source.__getitems__(indices)]
+        return [self._one(index) for index in indices]
+
+    def subset(self, positions: Sequence[int]) -> "Rows":
+        return Rows(self.argument, self.source, [self._at(position) for position in positions])
+
+    def _at(self, position: int) -> int:
+        return position if self._positions is None else self._positions[position]
+
+    def _one(self, index: int) -> Row:
+        try:
+            return _as_row(self.source[index])
+        except Exception as error:
+            raise DataError(f"Row {index} of `{self.argument}` cannot be read: {error!r}.") from error
+
+
+def as_rows(data: Any, argument: str) -> Rows:
+    """Takes data in any of the forms of `test_fine_tuning`.
+
+    Raises:
+        DataError: where the form is none of them, or there are no rows, with the remedy.
+    """
+    if isinstance(data, Mapping):
+        splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
+        kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
+        raise DataError(f"`{argument}` must be {_FORMS}, but is {kind} instead.{splits}")
+    if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is a stream instead. "
+            "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."
+        )
+    if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead. "
+            "Load files with `datasets.load_dataset` first."
+        )
+    if not len(data):
+        raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
+    rows = Rows(argument, data)
+    first = rows.fetch([0])[0]
+    if not _is_row(first):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but its first row is a {type(first).__name__} instead. "
+            "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
+        )
+    return rows
+
+
+def synthetic_rows(vocab_size: int, seed: int) -> Rows:
+    """Seeded random token ids of ragged lengths, for a run without data."""
+    draw = np.random.RandomState(seed)
+    lengths = draw.randint(*_SYNTHETIC_LENGTHS, size=_SYNTHETIC_ROWS)
+    return Rows("train_data", [torch.from_numpy(draw.randint(0, vocab_size, size=n)) for n in lengths])
+
+
+def length_of(row: Row) -> int:
+    """A row's length in tokens, or in whatever its first column has along its first dimension; 1 for a number."""
+    column = row[0] if isinstance(row, tuple) else row.get("input_ids", next(iter(row.values()), 0))
+    return len(column) if hasattr(column, "__len__") and not (isinstance(column, Tensor) and not column.ndim) else 1
+
+
+def mean_length(rows: Rows) -> float:
+    """Mean length in tokens, of up to 1,000 rows spread evenly over all."""
+    n = min(_LENGTH_SAMPLE, len(rows))
+    return sum(map(length_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n
+
+
+def _as_row(item: Any) -> Row:
+    if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
+        return {"input_ids": item, "labels": item}  # token ids: each token is the one before's target
+    return item
+
+
+def _is_row(item: Any) -> bool:
+    return isinstance(item, Mapping) or (isinstance(item, tuple) and len(item) == 2)

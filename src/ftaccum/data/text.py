@@ -1,0 +1,91 @@
+"""Raw text to token ids."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from ..errors import DataError
+from .rows import Rows
+
+_LABELS = ("labels", "label")
+_LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit give a very large number as their limit
+
+
+def is_raw_text(rows: Rows) -> bool:
+    """Whether rows carry text where the model wants token ids."""
+    first = rows.fetch([0])[0]
+    return (
+        isinstance(first, Mapping)
+        and "input_ids" not in first
+        and any(isinstance(value, str) for key, value in first.items() if key not in _LABELS)
+    )
+
+
+def tokenized(rows: Rows, tokenizer: Any, config: Any, *, next_token: bool) -> Rows:
+    """Tokenises raw text: the column `text`, else the one or two columns that hold strings (a pair).
+
+    Longer texts are cut at the shorter of the tokenizer's and the model's limit. Labels given as strings become
+    numbers by the model's `config.label2id`.
+
+    Args:
+        next_token: whether rows without labels are to predict their own tokens, as a causal LM does.
+
+    Raises:
+        DataError: without a tokenizer, and where the text or the labels cannot be made out.
+    """
+    if tokenizer is None:
+        raise DataError(
+            f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise first."
+        )
+    if isinstance(rows.source, Dataset):
+        table = rows.source
+    else:
+        table = Dataset.from_list([dict(row) for row in rows.fetch(range(len(rows)))])
+    texts = _text_columns(table, rows.argument)
+    label = next((name for name in _LABELS if name in table.column_names), None)
+    limit = _longest(tokenizer, config)
+
+    def encode(columns: Mapping[str, list]) -> dict[str, list]:
+        encoded = dict(tokenizer(*(columns[name] for name in texts), truncation=limit is not None, max_length=limit))
+        if label is not None:
+            encoded["labels"] = [_label_id(value, config, rows.argument) for value in columns[label]]
+        elif next_token:
+            encoded["labels"] = encoded["input_ids"]
+        return encoded
+
+    table = table.map(encode, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}")
+    return Rows(rows.argument, table)
+
+
+def _text_columns(table: Dataset, argument: str) -> list[str]:
+    strings = [
+        name
+        for name, feature in table.features.items()
+        if getattr(feature, "dtype", "") in ("string", "large_string") and name not in _LABELS
+    ]
+    if "text" in strings:
+        return ["text"]
+    if len(strings) in (1, 2):
+        return strings
+    raise DataError(
+        f"`{argument}` has the text columns {strings}; which to read is not clear. Name one `text`, keep one (or two, "
+        "for pairs), or tokenise first."
+    )
+
+
+def _longest(tokenizer: Any, config: Any) -> int | None:
+    limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+    return min((n for n in limits if n and n < _LONGEST_UNBOUNDED), default=None)
+
+
+def _label_id(value: Any, config: Any, argument: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    known = getattr(config, "label2id", None) or {}
+    if value not in known:
+        raise DataError(
+            f"`{argument}` has the label {value!r}, but the model's config.label2id knows {sorted(known)}. "
+            "Set label2id and id2label when loading the model, or give the labels as numbers."
+        )
+    return known[value]

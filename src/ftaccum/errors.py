@@ -1,0 +1,19 @@
+"""What ftaccum raises at its users: one sentence each, with the argument, what came and the remedy."""
+
+from collections.abc import Sequence
+
+
+class SettingsError(ValueError):
+    """One or more arguments cannot be used. `faults` holds a sentence for each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message names the argument and, where there is one, the row."""
+
+
+class InexactLossWarning(UserWarning):
+    """The loss is not a mean over countable items, so accumulating it only approximates the large batch."""

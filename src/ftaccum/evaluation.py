@@ -1,0 +1,153 @@
+"""Validation: the loss over every row once, and metrics on the model's predictions."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from evaluate import CombinedEvaluations, EvaluationModule
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from .data import Loader, MicroBatch
+from .errors import SettingsError
+from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
+from .planning import deal
+from .randomness import in_mode
+
+ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
+
+_MODULES = (EvaluationModule, CombinedEvaluations)
+# Rows that are padded, or drawn by a collator, together: fixed, so that what is measured does not depend on how a run
+# is batched.
+_ROWS_TOGETHER = 64
+
+
+def fault_of_metrics(compute_metrics: Any) -> str | None:
+    """The sentence that says why these metrics cannot be computed, or None."""
+    if compute_metrics is None or callable(compute_metrics) or isinstance(compute_metrics, _MODULES):
+        return None
+    return (
+        "`compute_metrics` must be a function of an EvalPrediction or an `evaluate` module, but is "
+        f"{compute_metrics!r} instead. For example `compute_metrics=ftaccum.Accuracy()`."
+    )
+
+
+class NoEvaluation:
+    """Stands where there are no validation rows."""
+
+    def __call__(self, model: nn.Module) -> tuple[None, dict[str, float]]:  # noqa: ARG002
+        return None, {}
+
+
+class Evaluation:
+    """Evaluates a model on validation rows, each exactly once, over all processes."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        loader: Loader,
+        n_rows: int,
+        batch_size: int,
+        compute_metrics: ComputeMetrics | None,
+    ) -> None:
+        self._accelerator, self._objective, self._loader = accelerator, objective, loader
+        self._n_rows, self._batch_size = n_rows, batch_size
+        self._metrics = _Metrics(compute_metrics) if compute_metrics is not None else None
+
+    def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
+        """Returns the loss, a mean over all loss items, and the metrics.
+
+        Args:
+            model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
+                may communicate in a forward pass.
+        """
+        accelerator = self._accelerator
+        losses = ItemMeans(self._objective.terms, accelerator.device)
+        predicted: list[tuple[int, Any]] = []  # (first row, what the metrics keep of the batch)
+        with torch.no_grad(), in_mode(model, training=False):
+            for rows, micro in self._batches():
+                batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
+                means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
+                losses.add(means, micro.counts)
+                if self._metrics is not None and not micro.is_ghost:
+                    predicted.append((rows[0], self._metrics.keep(outputs, batch)))
+        (losses,) = gathered([losses], accelerator)
+        return total(losses.read()), self._computed(predicted)
+
+    def _batches(self) -> Iterator[tuple[tuple[int, ...], MicroBatch]]:
+        for start in range(0, self._n_rows, _ROWS_TOGETHER):
+            together = tuple(range(start, min(start + _ROWS_TOGETHER, self._n_rows)))
+            cut = [together[i : i + self._batch_size] for i in range(0, len(together), self._batch_size)]
+            share = deal(cut, self._accelerator.process_index, self._accelerator.num_processes)
+            share = [rows for rows in share if rows]  # no ghosts: nothing here waits for another process
+            yield from zip(share, self._loader.load(together, share, start), strict=True)
+
+    def _computed(self, predicted: list[tuple[int, Any]]) -> dict[str, float]:
+        if self._metrics is None:
+            return {}
+        everyone = gather_object(predicted) if self._accelerator.num_processes > 1 else predicted
+        answer: list[Any] = [None]
+        if self._accelerator.is_main_process:
+            ordered = [kept for _, kept in sorted(everyone, key=lambda item: item[0])]
+            try:
+                answer = [self._metrics.compute(ordered)]
+            except Exception as error:  # raised below on every process, so that none waits for the main one
+                answer = [error]
+        (computed,) = broadcast_object_list(answer)
+        if isinstance(computed, Exception):
+            raise computed
+        return computed
+
+
+class _Metrics:
+    """The user's `compute_metrics`, fed batch by batch."""
+
+    def __init__(self, compute: ComputeMetrics) -> None:
+        self._compute = compute
+
+    def keep(self, outputs: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What the metrics need of a batch, on the host: (logits, labels), or for an `evaluate` module (predicted
+        classes, labels) of the labels that count."""
+        logits, labels = logits_of(outputs), targets_of(batch)
+        if labels is None:
+            raise SettingsError(["`compute_metrics` needs labels, but `val_data` has none named `labels`."])
+        if not isinstance(self._compute, _MODULES):
+            return _on_host(logits), _on_host(labels)
+        classes = logits.argmax(-1) if logits.ndim > labels.ndim else logits.squeeze(-1)
+        counted = labels != IGNORE_INDEX
+        return _on_host(classes[counted]), _on_host(labels[counted])
+
+    def compute(self, kept: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+        predictions, labels = zip(*kept, strict=True)
+        if isinstance(self._compute, _MODULES):
+            found = self._compute.compute(predictions=np.concatenate(predictions), references=np.concatenate(labels))
+        else:
+            found = self._compute(EvalPrediction(_joined(predictions), _joined(labels)))
+        if not isinstance(found, Mapping):
+            raise SettingsError(
+                [f"`compute_metrics` must return a dict of numbers by name, but returned {found!r} instead."]
+            )
+        return {name: float(value) for name, value in found.items()}
+
+
+def _on_host(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _joined(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Along the rows; where batches differ in width, padded with -100, as Transformers' `Trainer` does."""
+    shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))[1:]
+    widened = [
+        np.pad(
+            a,
+            [(0, 0), *((0, m - n) for n, m in zip(a.shape[1:], shape, strict=True))],
+            constant_values=IGNORE_INDEX,
+        )
+        for a in arrays
+    ]
+    return np.concatenate(widened)

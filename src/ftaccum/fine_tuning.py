@@ -1,0 +1,279 @@
+"""`test_fine_tuning`: the one place where the parts meet."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_model
+from torch import nn
+from torch.optim import Optimizer
+
+from .assembly import Assembly, assemble
+from .data import Collator, Loader, MicroBatch, mean_length
+from .errors import SettingsError
+from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
+from .history import Ledger, Result, Work
+from .loop import TrainingLoop
+from .objective import CountItems, LossFn
+from .optim import OptimizerFactory, make_optimizer, make_schedule
+from .parts import Parts, check_parts
+from .planning import Plan, batching_of, deal
+from .randomness import in_mode
+from .recording import Recorder, tracking
+from .screen import Screen
+from .selection import BestEpoch
+from .session import session, unwrapped_afterwards
+from .settings import Recipe, Runtime, checked
+
+
+def test_fine_tuning(
+    model: nn.Module,
+    config: Any = None,
+    train_data: Any = None,
+    val_data: Any = None,
+    *,
+    validation_split: float = 0.1,
+    n_epochs: int = 3,
+    batch_size: int = 4,
+    gradient_accumulation_steps: int = 1,
+    effective_batch_size: int | None = None,
+    tokens_per_update: int | None = None,
+    learning_rate: float = 5e-5,
+    weight_decay: float = 0.01,
+    optimizer: OptimizerFactory | Optimizer | None = None,
+    lr_scheduler: str = "linear",
+    warmup_steps: int = 0,
+    warmup_ratio: float = 0.0,
+    gradient_clip_norm: float | None = 1.0,
+    use_amp: bool = False,
+    mixed_precision: str | None = None,
+    gradient_checkpointing: bool = False,
+    tokenizer: Any = None,
+    data_collator: Collator | None = None,
+    loss_fn: LossFn | None = None,
+    reduction: str = "mean",
+    count_items: CountItems | None = None,
+    compute_metrics: ComputeMetrics | None = None,
+    early_stopping_patience: int | None = None,
+    restore_best_weights: bool = False,
+    random_seed: int = 42,
+    deterministic: bool = False,
+    output_dir: str | None = None,
+    log_with: Any = None,
+    use_wandb: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Fine-tunes a model with gradient accumulation that is exactly a large batch.
+
+    For every update the gradient, before clipping, is that of the mean loss over all loss items (tokens, rows, …) of
+    the effective batch, on all processes, however it is cut into micro-batches. The model is trained in place.
+
+    Args:
+        model: a `PreTrainedModel`, a PEFT model, or any module.
+        config: the model's configuration, or any object with `vocab_size` and `pad_token_id`; `model.config` where
+            None.
+        train_data: a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), a list of dicts, a list of 1-D
+            tensors of token ids (next-token loss), or a torch `Dataset` of dicts or, with `loss_fn`, of
+            `(inputs, targets)` tuples. None: synthetic token ids below `config.vocab_size`.
+        val_data: the same for validation.
+        validation_split: share of the training rows held out where `val_data` is None; 0 for none.
+        n_epochs: passes over the training rows.
+        batch_size: rows of a micro-batch on one process.
+        gradient_accumulation_steps: k, micro-batches per update on each process. 1 leaves the size of an update to
+            the next two, where one is given.
+        effective_batch_size: rows per update over all processes; k = ⌈it / (batch_size × processes)⌉, and a last
+            micro-batch may be short.
+        tokens_per_update: tokens per update over all processes; divided by the mean row length it gives the rows.
+        learning_rate: the peak rate.
+        weight_decay: decoupled; biases and norms get none.
+        optimizer: a function of the parameter groups (each with `lr` and `weight_decay`), or an instance, which
+            keeps its own. None: AdamW.
+        lr_scheduler: a name that Transformers' `get_scheduler` knows; it steps once a successful update.
+        warmup_steps: updates of warm-up.
+        warmup_ratio: the same as a share of all updates.
+        gradient_clip_norm: largest total norm of an update's gradient; None for no clipping (norms are recorded).
+        use_amp: autocast to bf16 where the device supports it, else to fp16 with a gradient scaler.
+        mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, else "no".
+        gradient_checkpointing: recompute activations in the backward pass (Transformers' models).
+        tokenizer: tokenises raw text, and says how to pad. Saved with the model.
+        data_collator: a list of rows → a batch of tensors, rows first. None: columns are padded.
+        loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on dicts; gives a mean, or a dict of
+            named means, each logged, their sum trained on. None: the model's own.
+        reduction: "sum" where `loss_fn` gives Σ ℓ, which ftaccum divides by the number of items; else "mean".
+        count_items: the number of loss items in a batch, or a dict of them by term. None: measured, or for a sum the
+            labels that are not ignored (elements, where targets are not integers).
+        compute_metrics: as `Trainer`'s, `EvalPrediction` → dict; or an `evaluate` module, such as
+            `ftaccum.Accuracy()`, which gets the arg-max of the logits and the labels that are not ignored.
+        early_stopping_patience: epochs without a better validation loss after which to stop.
+        restore_best_weights: end with the weights of the epoch of best validation loss.
+        random_seed: of hold-out, order of rows and dropout. The process's own generators are left as they were.
+        deterministic: deterministic algorithms only.
+        output_dir: folder for `ledger.jsonl`, `result.json` and `model/`.
+        log_with: an Accelerate tracker, or its name.
+        use_wandb: short for `log_with="wandb"`.
+        progress: show a progress bar.
+
+    Returns:
+        The losses, norms, rates and metrics of the run; see `Result`.
+
+    Raises:
+        SettingsError: arguments that cannot be used, all in one message, before anything is loaded.
+        DataError: data that cannot be trained on, with the row where there is one.
+
+    Warns:
+        InexactLossWarning: where the loss is not a mean over countable items.
+
+    Example:
+        >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
+        >>> result["final_loss"], result.grad_norm_history[:3]
+    """
+    given = dict(locals())
+    recipe, runtime = checked(given)
+    parts = Parts(**{f.name: given[f.name] for f in fields(Parts)})
+    check_parts(parts, recipe)
+    with session(runtime, recipe.random_seed) as accelerator:
+        return _run(parts, recipe, runtime, accelerator)
+
+
+# pytest collects whatever is named `test_*` where a user imports it.
+test_fine_tuning.__test__ = False  # type: ignore[attr-defined]
+
+
+def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> Result:
+    """One run. The model is left trained, in the mode and without the wrappers that it came with."""
+    folder = _made(runtime.output_dir)
+    model, n_processes = parts.model, accelerator.num_processes
+    screen = Screen(accelerator.is_main_process, runtime.progress)
+    optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
+    if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
+        model.to(accelerator.device)
+    with ExitStack() as stack:
+        stack.enter_context(unwrapped_afterwards(model))
+        stack.enter_context(in_mode(model, training=True))
+        stack.enter_context(_checkpointed(model, runtime.gradient_checkpointing))
+        assembly = assemble(parts, recipe, accelerator)
+        length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
+        batching = batching_of(recipe, runtime, n_processes, length)
+        plan = Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed)
+        warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
+        schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
+        screen.banner(plan, assembly.notes(), accelerator.mixed_precision, accelerator.device.type)
+
+        evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, runtime.batch_size)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+        clip = math.inf if recipe.gradient_clip_norm is None else recipe.gradient_clip_norm
+        loop = TrainingLoop(accelerator, wrapped, assembly.objective, prepared, schedule, clip)
+        ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
+        stack.enter_context(tracking(accelerator, asdict(recipe) | asdict(runtime), batching))
+        recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), batching)
+        best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
+
+        started, work = time.perf_counter(), Work()
+        ledger.initial_val_loss, _ = evaluate(model)
+        for epoch in range(plan.n_epochs):
+            with work.timed():
+                loop.train(_shares(plan, epoch, assembly.train, accelerator, work), recorder.window)
+            val_loss, metrics = evaluate(model)
+            screen.epoch(recorder.epoch(val_loss, metrics), plan.n_epochs)
+            if best.ends_after(val_loss, model):
+                screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
+                break
+        best.restore(model)
+        scaler = accelerator.scaler
+        result = Result.of(
+            ledger,
+            batching,
+            work=_over_processes(work, accelerator),
+            training_time=time.perf_counter() - started,
+            amp_enabled=accelerator.mixed_precision != "no",
+            final_loss_scale=None if scaler is None else scaler.get_scale(),
+            output_dir=runtime.output_dir,
+        )
+    if folder and accelerator.is_main_process:
+        _save(result, model, parts.tokenizer, folder)
+    accelerator.wait_for_everyone()
+    screen.result(result)
+    return result
+
+
+def _evaluation(
+    assembly: Assembly, compute_metrics: ComputeMetrics | None, accelerator: Accelerator, batch_size: int
+) -> Evaluation | NoEvaluation:
+    if assembly.val is None or assembly.val_rows is None:
+        return NoEvaluation()
+    n_rows = len(assembly.val_rows)
+    return Evaluation(accelerator, assembly.objective, assembly.val, n_rows, batch_size, compute_metrics)
+
+
+def _shares(plan: Plan, epoch: int, loader: Loader, accelerator: Accelerator, work: Work) -> Iterator[list[MicroBatch]]:
+    """This process's share of each window of an epoch."""
+    for window in plan.windows(epoch):
+        micro_batches = window.cut(plan.batching.batch_size)
+        share = deal(micro_batches, accelerator.process_index, accelerator.num_processes)
+        loaded = loader.load(window.rows, share, plan.seed, window.index)
+        for micro in loaded:
+            work.add(micro.n_rows, micro.tokens, micro.positions)
+        yield loaded
+
+
+def _over_processes(work: Work, accelerator: Accelerator) -> Work:
+    counts = torch.tensor([work.rows, work.tokens, work.positions], device=accelerator.device)
+    rows, tokens, positions = accelerator.reduce(counts, "sum").tolist()
+    return Work(rows, tokens, positions, work.seconds)
+
+
+@contextmanager
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing, where wanted, for the time of a run."""
+    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise SettingsError(
+            [
+                f"`gradient_checkpointing` is True, but {type(model).__name__} does not support it. Leave it out, or "
+                "use torch.utils.checkpoint inside the module."
+            ]
+        )
+    config = model.config
+    caches = getattr(config, "use_cache", None)
+    # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if caches is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        if caches is not None:
+            config.use_cache = caches
+
+
+def _made(output_dir: str | None) -> Path | None:
+    if output_dir is None:
+        return None
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
+        ) from error
+    return Path(output_dir)
+
+
+def _save(result: Result, model: Any, tokenizer: Any, folder: Path) -> None:
+    """`result.json`, and in `model/` the model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
+    result.save(folder / "result.json")
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder / "model")
+    else:
+        (folder / "model").mkdir(exist_ok=True)
+        save_model(model, str(folder / "model" / "model.safetensors"))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "model")

@@ -1,0 +1,238 @@
+"""The ledger of a run, one entry a window and one an epoch, and the Result as a view of it."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .planning import Batching
+
+
+@dataclass(frozen=True)
+class WindowEntry:
+    """What one window came to.
+
+    Attributes:
+        window: index over the whole run, from 0.
+        epoch: from 0.
+        loss: mean over the window's loss items, over all processes; NaN where it has none.
+        terms: the same for each named mean of the loss, where it has several.
+        grad_norm: total norm of the gradient before clipping.
+        learning_rate: the rate of the first parameter group for this update.
+        skipped: True where no optimizer step was taken (a non-finite gradient, or no loss items).
+    """
+
+    window: int
+    epoch: int
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class EpochEntry:
+    """What one epoch came to: losses are means over its loss items; `val_loss` is None without validation data."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float | None
+    metrics: dict[str, float]
+
+
+@dataclass
+class Ledger:
+    """Everything that a run records, in order. Given a path, every entry is also a JSON line in that file."""
+
+    path: Path | None = None
+    initial_val_loss: float | None = None
+    windows: list[WindowEntry] = field(default_factory=list)
+    epochs: list[EpochEntry] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            self.path.write_text("")
+
+    def record(self, entry: WindowEntry | EpochEntry) -> None:
+        kind: list[Any] = self.windows if isinstance(entry, WindowEntry) else self.epochs
+        kind.append(entry)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(_null_non_finite(asdict(entry)), allow_nan=False) + "\n")
+
+    @property
+    def val_losses(self) -> list[float]:
+        return [e.val_loss for e in self.epochs if e.val_loss is not None]
+
+
+@dataclass
+class Work:
+    """What was worked through in how long: rows, and their token positions without and with padding."""
+
+    rows: int = 0
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+
+    def add(self, rows: int, tokens: int, positions: int) -> None:
+        self.rows += rows
+        self.tokens += tokens
+        self.positions += positions
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the time inside."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Result(Mapping[str, Any]):
+    """What `test_fine_tuning` returns: attributes that also read as a mapping, `result["final_loss"]`.
+
+    Losses are means over loss items (tokens, rows, …) whatever the accumulation. Attributes:
+        final_loss: validation loss after the last epoch; without validation data, training loss of that epoch.
+        initial_loss: validation loss before the first update; without validation data, loss of the first window.
+        best_val_loss: the lowest validation loss of any epoch, or None.
+        loss_history, grad_norm_history, lr_history: one entry a window, skipped ones included; norms are before
+            clipping, the rate is the one used.
+        train_loss_history, val_loss_history, metrics: one entry an epoch.
+        optimizer_steps, skipped_steps: together the number of windows.
+        effective_batch_size: rows of a full window, over all processes.
+        training_time: seconds in training and evaluation, loading left out.
+        samples_per_second, tokens_per_second: training rows and real tokens per second of training alone.
+        padding_fraction: share of the positions in training batches that were padding.
+        amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
+        output_dir: where ledger, result and model lie, if anywhere.
+    """
+
+    final_loss: float
+    initial_loss: float
+    best_val_loss: float | None
+    loss_history: list[float]
+    grad_norm_history: list[float]
+    lr_history: list[float]
+    train_loss_history: list[float]
+    val_loss_history: list[float]
+    metrics: list[dict[str, float]]
+    optimizer_steps: int
+    skipped_steps: int
+    effective_batch_size: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    training_time: float
+    samples_per_second: float
+    tokens_per_second: float | None
+    padding_fraction: float | None
+    amp_enabled: bool
+    final_loss_scale: float | None
+    output_dir: str | None
+
+    @classmethod
+    def of(
+        cls,
+        ledger: Ledger,
+        batching: Batching,
+        *,
+        work: Work,
+        training_time: float,
+        amp_enabled: bool,
+        final_loss_scale: float | None,
+        output_dir: str | None,
+    ) -> "Result":
+        """Reads the result off a finished run's ledger."""
+        windows, epochs, val_losses = ledger.windows, ledger.epochs, ledger.val_losses
+        skipped = sum(w.skipped for w in windows)
+        initial = ledger.initial_val_loss
+        return cls(
+            final_loss=val_losses[-1] if val_losses else epochs[-1].train_loss,
+            initial_loss=windows[0].loss if initial is None else initial,
+            best_val_loss=min(val_losses, default=None),
+            loss_history=[w.loss for w in windows],
+            grad_norm_history=[w.grad_norm for w in windows],
+            lr_history=[w.learning_rate for w in windows],
+            train_loss_history=[e.train_loss for e in epochs],
+            val_loss_history=val_losses,
+            metrics=[e.metrics for e in epochs],
+            optimizer_steps=len(windows) - skipped,
+            skipped_steps=skipped,
+            effective_batch_size=batching.effective_batch_size,
+            batch_size=batching.batch_size,
+            gradient_accumulation_steps=batching.gradient_accumulation_steps,
+            num_processes=batching.num_processes,
+            training_time=training_time,
+            samples_per_second=work.rows / work.seconds,
+            tokens_per_second=work.tokens / work.seconds if work.positions else None,
+            padding_fraction=1 - work.tokens / work.positions if work.positions else None,
+            amp_enabled=amp_enabled,
+            final_loss_scale=final_loss_scale,
+            output_dir=output_dir,
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _RESULT_NAMES:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_RESULT_NAMES)
+
+    def __len__(self) -> int:
+        return len(_RESULT_NAMES)
+
+    def __str__(self) -> str:
+        rows = [
+            ("final loss", f"{self.final_loss:.4f} (before training {self.initial_loss:.4f})"),
+            (
+                "updates",
+                f"{self.optimizer_steps} of {self.effective_batch_size} rows, {self.skipped_steps} skipped",
+            ),
+            ("time", f"{self.training_time:.1f} s, {self.samples_per_second:.1f} rows/s in training"),
+        ]
+        if self.best_val_loss is not None:
+            rows.insert(1, ("best validation loss", f"{self.best_val_loss:.4f}"))
+        if self.metrics and self.metrics[-1]:
+            rows.insert(1, ("metrics", ", ".join(f"{k} {v:.4f}" for k, v in self.metrics[-1].items())))
+        if self.padding_fraction is not None:
+            rows.append(("padding", f"{self.padding_fraction:.1%} of positions"))
+        if self.output_dir:
+            rows.append(("outputs", self.output_dir))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the result as JSON; non-finite numbers become null."""
+        Path(path).write_text(json.dumps(_null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        """Reads what `save` wrote. A null in a history of numbers reads as NaN: infinities are not told apart."""
+        read = json.loads(Path(path).read_text())
+        for name in ("final_loss", "initial_loss"):
+            read[name] = math.nan if read[name] is None else read[name]
+        for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
+            read[name] = [math.nan if value is None else value for value in read[name]]
+        return cls(**read)
+
+
+_RESULT_NAMES = tuple(f.name for f in fields(Result))
+
+
+def _null_non_finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _null_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_non_finite(item) for item in value]
+    return value

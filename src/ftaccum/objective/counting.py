@@ -1,0 +1,130 @@
+"""What a loss can be a mean over, and how many of it a micro-batch holds.
+
+A head does not say what its mean runs over, so each way to count is a candidate here, and `probing` measures which
+one explains the head's loss.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingsError
+
+IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and with it all of Transformers, leaves out
+
+Batch = Any  # a mapping of tensors, or a tuple (inputs, targets)
+CountItems = Callable[[Batch], Any]
+
+
+def rows_of(batch: Batch) -> int:
+    """Rows of a collated batch: the first dimension of its first tensor."""
+    return next(t.shape[0] for t in tensors_of(batch) if t.ndim)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """Every tensor of a batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in tensors_of(value)]
+    if isinstance(batch, list | tuple):
+        return [t for value in batch for t in tensors_of(value)]
+    return []
+
+
+def targets_of(batch: Batch) -> Tensor | None:
+    """The tensor that the loss compares with: `labels` of a mapping, the second of a tuple, None where absent."""
+    found = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    return found if isinstance(found, Tensor) else None
+
+
+class Counting:
+    """The ways to count a batch's loss items, by name, in the order in which ties are settled."""
+
+    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
+        self.ignore_index = ignore_index
+        self.ways: dict[str, CountItems] = {
+            "labels": self._labels,
+            "labels after the shift": self._shifted_labels,
+            "rows": rows_of,
+            "elements": self._elements,
+        }
+
+    def applicable(self, batch: Batch) -> dict[str, CountItems]:
+        """The ways that mean something for this batch."""
+        targets = targets_of(batch)
+        names = ["rows"]
+        if targets is not None:
+            integers = not targets.is_floating_point()
+            names = [*(["labels"] if integers else []), "rows", "elements"]
+            if integers and targets.ndim == 2 and targets.shape[1] > 1:
+                names.insert(1, "labels after the shift")
+        return {name: self.ways[name] for name in names}
+
+    def convention(self, batch: Batch) -> tuple[str, CountItems]:
+        """For a loss handed over as a sum, of which no mean can be measured: labels where they are integers, else
+        elements, as PyTorch's own mean reductions count; rows where there are no targets."""
+        targets = targets_of(batch)
+        name = "rows" if targets is None else "elements" if targets.is_floating_point() else "labels"
+        return name, self.ways[name]
+
+    def _labels(self, batch: Batch) -> int:
+        return int((_targets(batch) != self.ignore_index).sum())
+
+    def _shifted_labels(self, batch: Batch) -> int:
+        return int((_targets(batch)[:, 1:] != self.ignore_index).sum())
+
+    def _elements(self, batch: Batch) -> int:
+        return _targets(batch).numel()
+
+
+def _targets(batch: Batch) -> Tensor:
+    targets = targets_of(batch)
+    assert targets is not None, "only ways from `applicable` are asked"
+    return targets
+
+
+def counts_from_user(counted: Any, terms: tuple[str, ...]) -> dict[str, float]:
+    """What `count_items` gave, by term.
+
+    Raises:
+        SettingsError: where it is not a number, or a dict with one for each term.
+    """
+    by_term = dict(counted) if isinstance(counted, Mapping) else dict.fromkeys(terms, counted)
+    if set(by_term) != set(terms):
+        raise SettingsError(
+            [
+                f"`count_items` must count every term of the loss, {sorted(terms)}, but counts {sorted(by_term)} "
+                "instead. Return a dict with those keys, or one number for all."
+            ]
+        )
+    return {term: _as_count(by_term[term]) for term in terms}
+
+
+def _as_count(value: Any) -> float:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise SettingsError(
+            [f"`count_items` must give a finite number of 0 or more for a batch, but gave {value!r} instead."]
+        )
+    return number
+
+
+def with_some_ignored(batch: Batch, ignore_index: int) -> Batch | None:
+    """A copy with some labels ignored: the first of every second row and a growing number at the rows' ends.
+
+    It tells ways apart that agree on the batch as it is. None where the labels cannot be ignored in part.
+    """
+    targets = targets_of(batch)
+    if targets is None or targets.is_floating_point() or targets.ndim != 2 or not isinstance(batch, Mapping):
+        return None
+    thinned_BL = targets.clone()
+    width = thinned_BL.shape[1]
+    for row, labels_L in enumerate(thinned_BL):
+        labels_L[torch.arange(width) > width - 1 - row % (width // 2 + 1)] = ignore_index
+        if row % 2:
+            labels_L[0] = ignore_index
+    return {**batch, "labels": thinned_BL}

@@ -1,0 +1,160 @@
+"""From a model and a batch to the named means of the loss."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DataError, SettingsError
+from .counting import IGNORE_INDEX, Batch, targets_of
+
+LossFn = Callable[[Any, Any], Any]
+
+LOSS = "loss"  # the name of the one term of a loss that has no names
+
+
+class Forward:
+    """Runs a model on a batch and reads its loss: the model's own, the user's `loss_fn`, or the next-token loss.
+
+    Which of them is settled once, from what `forward` takes and the batch carries.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> None:
+        """Args:
+            model: before it is wrapped for several processes.
+            batch: a collated batch, to see what it carries.
+            loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on mappings, or None.
+
+        Raises:
+            DataError: where no loss can come of model and batch, with what is missing.
+        """
+        self.accepted = accepted_arguments(model)
+        self._read_loss = self._settle(model, batch, loss_fn)
+        encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
+        self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        """Returns the means by term, scalars, and the model's outputs."""
+        outputs = self._outputs(model, batch)
+        loss = self._read_loss(outputs, batch)
+        means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
+        return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
+
+    def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
+        """How many classes the targets choose from, read off the logits that the model gives without labels; None
+        where the targets are no class numbers, or the model needs them to run."""
+        targets = targets_of(batch)
+        if targets is None or targets.is_floating_point():
+            return None
+        try:
+            logits = logits_of(self._outputs(model, _without_labels(batch)))
+        except Exception:  # an encoder-decoder, for one: whatever it raises says that it needs the labels
+            return None
+        return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1] > 1 else None
+
+    def _outputs(self, model: nn.Module, batch: Batch) -> Any:
+        if not isinstance(batch, Mapping):
+            inputs = batch[0]
+            if isinstance(inputs, Mapping):
+                return model(**inputs)
+            return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+        given = {name: value for name, value in batch.items() if name not in self._withheld}
+        if self.accepted is not None:
+            given = {name: value for name, value in given.items() if name in self.accepted}
+        if "input_ids" in given or "input_ids" not in batch:
+            return model(**given)
+        return model(batch["input_ids"])  # a plain module may name its token ids as it likes
+
+    def _settle(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Callable[[Any, Batch], Any]:
+        name = type(model).__name__
+        if loss_fn is not None:
+            return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                "`train_data` gives (inputs, targets) tuples, but `loss_fn` is None. "
+                "Give the loss that compares them, such as `loss_fn=torch.nn.CrossEntropyLoss()`."
+            )
+        labels = [key for key in batch if is_label(key)]
+        if any(self.accepted is None or key in self.accepted for key in labels):
+            return _own_loss
+        if "labels" in batch and "input_ids" in batch:
+            return _next_token_loss
+        raise DataError(
+            f"`train_data` carries {sorted(map(str, batch))}, from which {name} computes no loss: it has "
+            f"{'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
+            "Name the labels as `forward` does, or give a `loss_fn`."
+        )
+
+
+def accepted_arguments(model: nn.Module) -> set[str] | None:
+    """The names that `forward` takes; None where it takes any. A PEFT model takes what its base model takes."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    parameters = inspect.signature(base.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    # Transformers' heads name what they use and pass the rest on to their attention, which has no use for columns.
+    return None if takes_any and not named else named
+
+
+def is_label(column: str) -> bool:
+    """Whether Transformers' heads would name a target so (`labels`, `start_positions`, …)."""
+    return "label" in column or column in ("start_positions", "end_positions")
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in a model's outputs: the tensor itself, `.logits`, or the first tensor that is no number."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        named = outputs.get("logits")
+        if named is not None:
+            return named
+        outputs = [value for key, value in outputs.items() if key != LOSS]
+    found = [value for value in outputs if isinstance(value, Tensor) and value.ndim]
+    if not found:
+        raise DataError("The model's outputs hold no logits. Give a `loss_fn` that reads what they hold.")
+    return found[0]
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {k: v for k, v in batch.items() if not is_label(k)} if isinstance(batch, Mapping) else batch
+
+
+def _own_loss(outputs: Any, _: Batch) -> Any:
+    loss = outputs.get(LOSS) if isinstance(outputs, Mapping) else getattr(outputs, LOSS, None)
+    if loss is None and isinstance(outputs, list | tuple):  # (loss, logits) or (logits, loss)
+        loss = next((value for value in outputs if isinstance(value, Tensor) and value.numel() == 1), None)
+    if loss is None:
+        raise DataError(
+            "The model was given labels and returned no loss. Give a `loss_fn(outputs, batch)` that computes it."
+        )
+    return loss
+
+
+def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:
+    """Mean cross entropy of token t+1 under the logits at t, ignored labels left out."""
+    logits_BLV, labels_BL = logits_of(outputs), batch["labels"]
+    if logits_BLV.ndim != 3 or logits_BLV.shape[:2] != labels_BL.shape:
+        raise DataError(
+            f"For the next-token loss the model must give logits of shape (rows, length, vocabulary), but gives "
+            f"{tuple(logits_BLV.shape)} for token ids of shape {tuple(labels_BL.shape)}. Give a `loss_fn`."
+        )
+    logits_NV = logits_BLV[:, :-1].flatten(0, 1)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(logits_NV, labels_BL[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+
+
+def _scalar(term: str, mean: Any) -> Tensor:
+    if not isinstance(mean, Tensor) or mean.numel() != 1:
+        shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
+        raise SettingsError(
+            [
+                f"`loss_fn` must give one number, or a dict of them, but {term!r} is {shape} instead. "
+                "Reduce it to a mean, or to a sum with `reduction='sum'`."
+            ]
+        )
+    return mean.reshape(())

@@ -1,0 +1,103 @@
+"""Parameter groups, optimizer, schedule."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from .errors import SettingsError
+
+ParamGroups = list[dict[str, Any]]
+OptimizerFactory = Callable[[ParamGroups], Optimizer]
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> ParamGroups:
+    """The trainable parameters in two groups: those with weight decay, and biases and norms, without.
+
+    Parameters of fewer than two dimensions are biases, norms' scales and the like; decaying them only shrinks what
+    they scale (the usual practice since GPT-2 and BERT).
+
+    Raises:
+        SettingsError: where every parameter is frozen.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise SettingsError(["`model` has no trainable parameter: all have requires_grad=False. Unfreeze some."])
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "lr": learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    model: nn.Module,
+    optimizer: OptimizerFactory | Optimizer | None,
+    learning_rate: float,
+    weight_decay: float,
+) -> Optimizer:
+    """The user's optimizer, what their function makes of the parameter groups, or AdamW.
+
+    Raises:
+        SettingsError: where it is neither, or holds none of the model's trainable parameters.
+    """
+    made = optimizer
+    if not isinstance(made, Optimizer):
+        factory = torch.optim.AdamW if optimizer is None else optimizer
+        made = factory(parameter_groups(model, learning_rate, weight_decay)) if callable(factory) else None
+    if not isinstance(made, Optimizer):
+        raise SettingsError(
+            [
+                "`optimizer` must be a torch Optimizer or a function of the parameter groups that returns one, but is "
+                f"or returned {optimizer!r} instead. For example `optimizer=lambda groups: torch.optim.SGD(groups)`."
+            ]
+        )
+    if not _held(made) & _ids(p for p in model.parameters() if p.requires_grad):
+        raise SettingsError(
+            [
+                "`optimizer` holds none of the model's trainable parameters, so no update would change it. "
+                "Build it from this model's parameters, or give a function of the parameter groups."
+            ]
+        )
+    return made
+
+
+def make_schedule(name: str, optimizer: Optimizer, warmup_updates: int, n_updates: int) -> LRScheduler:
+    """A schedule by its name in Transformers, in updates.
+
+    Raises:
+        SettingsError: for a name that it does not know, or one that needs more than the numbers of updates.
+    """
+    usable = _usable_schedules()
+    if name not in usable:
+        raise SettingsError([f"`lr_scheduler` must be one of {', '.join(map(repr, usable))}, but is {name!r} instead."])
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_updates, num_training_steps=n_updates)
+
+
+def _usable_schedules() -> list[str]:
+    # Tried rather than listed: some of Transformers' schedules need arguments of their own, and a schedule on the
+    # validation loss takes it at each step.
+    usable = []
+    for kind in SchedulerType:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            schedule = get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=4)
+        except (TypeError, ValueError):
+            continue
+        if all(p.default is not p.empty for p in inspect.signature(schedule.step).parameters.values()):
+            usable.append(kind.value)
+    return usable
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return _ids(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:
+    return {id(p) for p in parameters}

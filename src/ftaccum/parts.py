@@ -1,0 +1,88 @@
+"""What the user brings along besides settings: model, data, functions."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .data import Collator
+from .errors import SettingsError
+from .evaluation import ComputeMetrics, fault_of_metrics
+from .objective import IGNORE_INDEX, CountItems, LossFn
+from .optim import OptimizerFactory
+from .settings import Recipe
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The arguments of `test_fine_tuning` that are no settings; it says what each may be."""
+
+    model: Any
+    config: Any
+    train_data: Any
+    val_data: Any
+    tokenizer: Any
+    data_collator: Collator | None
+    loss_fn: LossFn | None
+    reduction: str
+    count_items: CountItems | None
+    optimizer: OptimizerFactory | Optimizer | None
+    compute_metrics: ComputeMetrics | None
+
+    @property
+    def configuration(self) -> Any:
+        """The given config, else the model's, else an empty one."""
+        return self.config or getattr(self.model, "config", None) or SimpleNamespace()
+
+    @property
+    def ignore_index(self) -> int:
+        """The label that the loss leaves out."""
+        sources = ((self.loss_fn, "ignore_index"), (self.configuration, "semantic_loss_ignore_index"))
+        named = (getattr(source, name, None) for source, name in sources)
+        return next((index for index in named if isinstance(index, int)), IGNORE_INDEX)
+
+    @property
+    def pad_token_id(self) -> int:
+        named = (getattr(source, "pad_token_id", None) for source in (self.tokenizer, self.configuration))
+        return next((pad for pad in named if isinstance(pad, int)), 0)
+
+
+def check_parts(parts: Parts, recipe: Recipe) -> None:
+    """Raises SettingsError with every fault that shows before anything is loaded."""
+    faults = []
+    if not isinstance(parts.model, nn.Module):
+        faults.append(
+            f"`model` must be a torch.nn.Module, but is {type(parts.model).__name__} instead. "
+            "Load it first, for example with `AutoModelForSequenceClassification.from_pretrained`."
+        )
+    for name in ("data_collator", "loss_fn", "count_items"):
+        part = getattr(parts, name)
+        if part is not None and not callable(part):
+            faults.append(f"`{name}` must be callable or None, but is {part!r} instead. Give a function.")
+    if parts.reduction not in ("mean", "sum"):
+        faults.append(
+            f"`reduction` must be 'mean' or 'sum', but is {parts.reduction!r} instead. "
+            "Have `loss_fn` give the mean over its items, or their sum."
+        )
+    elif parts.reduction == "sum" and parts.loss_fn is None:
+        faults.append(
+            "`reduction` is 'sum', but `loss_fn` is None. The model's own loss is a mean; "
+            "give the `loss_fn` whose sum is meant, or leave `reduction` out."
+        )
+    if fault := fault_of_metrics(parts.compute_metrics):
+        faults.append(fault)
+    if parts.val_data is None and not recipe.validation_split:
+        needs = {
+            "early_stopping_patience": recipe.early_stopping_patience is not None,
+            "restore_best_weights": recipe.restore_best_weights,
+            "compute_metrics": parts.compute_metrics is not None,
+        }
+        faults += [
+            f"`{name}` needs validation rows, but `val_data` is None and `validation_split` is 0. Give one of them."
+            for name, needed in needs.items()
+            if needed
+        ]
+    if faults:
+        raise SettingsError(faults)

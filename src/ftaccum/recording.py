@@ -1,0 +1,103 @@
+"""From what happened to what is kept: the ledger, the trackers, the progress bar."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .history import EpochEntry, Ledger, WindowEntry
+from .loop import Outcome
+from .objective import ItemMeans, gathered, total
+from .planning import Batching
+
+# Losses stay on the device until so many windows are read at once.
+_DRAIN_EVERY = 10
+
+
+class Recorder:
+    """Takes a run's outcomes in order. All processes call it alike; the ledger's file, the trackers and the bar are
+    the main process's."""
+
+    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching) -> None:
+        self._accelerator, self._ledger, self._bar = accelerator, ledger, bar
+        self._config = {f"config/{name}": size for name, size in _sizes(batching).items()}
+        self._pending: list[Outcome] = []
+        self._epoch = 0
+        self._epoch_losses: ItemMeans | None = None
+
+    def window(self, outcome: Outcome) -> None:
+        """Keeps a window's outcome, and every so often reads the losses kept so far."""
+        self._pending.append(outcome)
+        self._bar.update()
+        if len(self._pending) == _DRAIN_EVERY:
+            self._drain()
+
+    def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
+        """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
+        self._drain()
+        train_loss = total(self._epoch_losses.read()) if self._epoch_losses is not None else float("nan")
+        entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
+        self._ledger.record(entry)
+        values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
+        values |= {} if val_loss is None else {"val/loss": val_loss}
+        values |= {f"val/{name}": value for name, value in metrics.items()} | self._config
+        self._accelerator.log(values, step=len(self._ledger.windows))
+        self._epoch, self._epoch_losses = self._epoch + 1, None
+        return entry
+
+    def _drain(self) -> None:
+        outcomes, self._pending = self._pending, []
+        for outcome, losses in zip(outcomes, gathered([o.losses for o in outcomes], self._accelerator), strict=True):
+            terms = losses.read()
+            entry = WindowEntry(
+                window=len(self._ledger.windows),
+                epoch=self._epoch,
+                loss=total(terms),
+                terms=terms if len(terms) > 1 else {},
+                grad_norm=outcome.grad_norm,
+                learning_rate=outcome.learning_rate,
+                skipped=outcome.skipped,
+            )
+            self._ledger.record(entry)
+            self._log(entry)
+            if not outcome.skipped:
+                self._add_to_epoch(losses)
+        if outcomes:
+            self._bar.set_postfix(loss=f"{entry.loss:.4f}", norm=f"{entry.grad_norm:.3f}", refresh=False)
+
+    def _log(self, entry: WindowEntry) -> None:
+        values = {
+            "train/loss": entry.loss,
+            "train/grad_norm": entry.grad_norm,
+            "train/learning_rate": entry.learning_rate,
+            "train/skipped": int(entry.skipped),
+        } | {f"train/{term}": value for term, value in entry.terms.items()}
+        self._accelerator.log(values, step=entry.window + 1)
+
+    def _add_to_epoch(self, losses: ItemMeans) -> None:
+        if self._epoch_losses is None:
+            self._epoch_losses = losses
+        else:
+            self._epoch_losses.merge(losses)
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Batching) -> Iterator[None]:
+    """Starts the trackers with a run's settings, and finishes them whatever happens."""
+    plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+    accelerator.init_trackers("ftaccum", config=plain | _sizes(batching))
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def _sizes(batching: Batching) -> dict[str, int]:
+    return {
+        "effective_batch_size": batching.effective_batch_size,
+        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
+        "physical_batch_size": batching.batch_size,
+    }

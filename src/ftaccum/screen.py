@@ -1,0 +1,62 @@
+"""What a run shows: banner, progress bar, a line an epoch, the result. Only the main process shows anything."""
+
+import math
+import sys
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from .history import EpochEntry, Result
+from .planning import Plan
+
+_RULE = "=" * 64
+_PRECISIONS = {"no": "full", "bf16": "bf16 autocast", "fp16": "fp16 autocast, scaled gradients"}
+
+
+@dataclass
+class Screen:
+    """Prints to standard output, around the progress bar on standard error."""
+
+    is_main: bool
+    progress: bool
+    _columns: tuple[str, ...] = ()
+
+    def banner(self, plan: Plan, notes: list[str], precision: str, device: str) -> None:
+        self._print(
+            _RULE,
+            "FINE-TUNING TEST",
+            _RULE,
+            str(plan),
+            *notes,
+            f"Precision: {_PRECISIONS[precision]}, on {device}",
+            _RULE,
+        )
+
+    def bar(self, n_windows: int) -> tqdm:
+        return tqdm(total=n_windows, desc="updates", disable=not (self.is_main and self.progress), leave=False)
+
+    def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
+        """A row of the table of epochs; the first one brings the heading."""
+        cells = {"epoch": f"{entry.epoch + 1}/{n_epochs}", "train loss": _number(entry.train_loss)}
+        if entry.val_loss is not None:
+            cells["val loss"] = _number(entry.val_loss)
+        cells |= {name: _number(value) for name, value in entry.metrics.items()}
+        widths = [max(10, len(name)) for name in cells]
+        if not self._columns:
+            self._columns = tuple(cells)
+            self._print("  ".join(f"{name:>{w}}" for name, w in zip(cells, widths, strict=True)))
+        self._print("  ".join(f"{text:>{w}}" for text, w in zip(cells.values(), widths, strict=True)))
+
+    def note(self, sentence: str) -> None:
+        self._print(sentence)
+
+    def result(self, result: Result) -> None:
+        self._print(_RULE, str(result), _RULE)
+
+    def _print(self, *lines: str) -> None:
+        if self.is_main:
+            tqdm.write("\n".join(lines), file=sys.stdout)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"

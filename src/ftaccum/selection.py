@@ -1,0 +1,39 @@
+"""When to stop, and which epoch's weights to end with."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class BestEpoch:
+    """Follows the validation loss from epoch to epoch."""
+
+    def __init__(self, patience: int | None, keep_weights: bool) -> None:
+        """Args:
+        patience: epochs without a better loss after which to stop; None for never.
+        keep_weights: whether to keep a copy of the best epoch's weights, in host memory.
+        """
+        self._patience = math.inf if patience is None else patience
+        self._keeps = keep_weights
+        self._best = math.inf
+        self._epochs_since = 0
+        self._weights: dict[str, Tensor] | None = None
+
+    def ends_after(self, val_loss: float | None, model: nn.Module) -> bool:
+        """Takes an epoch's validation loss, and says whether training should stop. A NaN is never better."""
+        if val_loss is None:
+            return False
+        if val_loss < self._best:
+            self._best, self._epochs_since = val_loss, 0
+            if self._keeps:
+                self._weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
+        else:
+            self._epochs_since += 1
+        return self._epochs_since >= self._patience
+
+    def restore(self, model: nn.Module) -> None:
+        """Puts the best epoch's weights back, where they were kept."""
+        if self._weights is not None:
+            with torch.no_grad():
+                model.load_state_dict(self._weights)

@@ -1,0 +1,127 @@
+"""One run's Accelerator, and a process left as it was found."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from torch import nn
+
+from .errors import SettingsError
+from .randomness import preserved_rng, seed_all
+from .settings import Runtime
+
+_SHOWN_EXACT = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+}
+
+
+@contextmanager
+def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
+    """An Accelerator of the wanted precision. Afterwards Accelerate's shared state, the random-number generators and
+    torch's determinism are as before, so that a process can have many sessions, of any precision; a process group
+    that the launcher asked for stays up for the next.
+
+    Raises:
+        SettingsError: where the processes asked for are not there, or are joined in a way not shown to be exact.
+    """
+    shared = {state: dict(state._shared_state) for state in (AcceleratorState, GradientState)}
+    determinism = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    for state in shared:
+        state._shared_state.clear()
+    try:
+        with preserved_rng():
+            accelerator = _accelerator(runtime)
+            if runtime.deterministic:
+                torch.use_deterministic_algorithms(True)
+            seed_all(seed, accelerator.process_index)  # dropout must differ between processes
+            try:
+                yield accelerator
+            finally:
+                accelerator.free_memory()
+    finally:
+        torch.use_deterministic_algorithms(determinism[0], warn_only=determinism[1])
+        for state, before in shared.items():
+            state._shared_state.clear()
+            state._shared_state.update(before)
+
+
+def _accelerator(runtime: Runtime) -> Accelerator:
+    # `loop` tells Accelerate each window's own length, so the number of steps here is never used; and a window that
+    # was read ahead must not be taken for the last because the data has ended.
+    plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
+    # A parameter may be left out of one micro-batch's loss and be part of the next one's.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        mixed_precision=_precision(runtime),
+        gradient_accumulation_plugin=plugin,
+        kwargs_handlers=[unused],
+        project_dir=runtime.output_dir,
+    )
+    accelerator.log_with = _trackers("wandb" if runtime.use_wandb else runtime.log_with, runtime.output_dir)
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise SettingsError(
+            [
+                f"{asked} processes were asked for (WORLD_SIZE), but this run would have {accelerator.num_processes}. "
+                "On CPUs use `torchrun --nproc_per_node`, or an Accelerate config file with "
+                "`distributed_type: MULTI_GPU` and `use_cpu: true`."
+            ]
+        )
+    if accelerator.distributed_type not in _SHOWN_EXACT:
+        raise SettingsError(
+            [
+                f"Accelerate was set up for {accelerator.distributed_type.value}, for which ftaccum has not been shown "
+                "to be exact. Launch with one process or with data parallelism (`distributed_type: MULTI_GPU`)."
+            ]
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate accepts fp16 on a CPU and then neither casts nor scales.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def _precision(runtime: Runtime) -> str | None:
+    if not runtime.use_amp or runtime.mixed_precision is not None:
+        return runtime.mixed_precision
+    bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp16"
+
+
+def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:
+    if log_with is None:
+        return []
+    asked = list(log_with) if isinstance(log_with, list | tuple) else [log_with]
+    try:
+        found = filter_trackers(asked, output_dir)
+    except ValueError as error:
+        remedy = "" if output_dir else " Trackers that write files need `output_dir`."
+        raise SettingsError([f"`log_with` is {log_with!r}: {error}{remedy}"]) from error
+    if "all" not in asked and len(found) < len(asked):
+        raise SettingsError([f"`log_with` asks for {asked}, but only {found} is installed. Install it with pip."])
+    return found
+
+
+@contextmanager
+def unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
+    """Takes off what `Accelerator.prepare` leaves on a model: its autocasting `forward` and its mark."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    try:
+        yield
+    finally:
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)

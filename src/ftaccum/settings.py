@@ -1,0 +1,168 @@
+"""Recipe and Runtime: every setting of a run with its unit, and all faults of a call reported at once.
+
+A run is decided by its Recipe. The Runtime may change time and memory, never the result.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from .errors import SettingsError
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting may be: a test, and the words for it in "must be …"."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+    def fault(self, name: str, value: Any, remedy: str) -> str | None:
+        """The sentence that says how `value` breaks this rule, or None where it does not."""
+        if self.accepts(value):
+            return None
+        return f"`{name}` must be {self.words}, but is {value!r} instead. {remedy}"
+
+    def or_none(self) -> "Rule":
+        return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+PositiveInt = Annotated[int, Rule(lambda v: _is_int(v) and v > 0, "a positive integer")]
+Count = Annotated[int, Rule(lambda v: _is_int(v) and v >= 0, "a non-negative integer")]
+# torch seeds with 64 bits and NumPy with 32; the smaller bound serves both.
+Seed = Annotated[int, Rule(lambda v: _is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
+Positive = Annotated[float, Rule(lambda v: _is_number(v) and v > 0, "a positive number")]
+NonNegative = Annotated[float, Rule(lambda v: _is_number(v) and v >= 0, "a non-negative number")]
+Fraction = Annotated[float, Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
+Flag = Annotated[bool, Rule(lambda v: isinstance(v, bool), "True or False")]
+Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v), "a non-empty string")]
+Tracker = Annotated[
+    str,
+    Rule(
+        lambda v: bool(v) and (isinstance(v, str | list | tuple) or hasattr(v, "store_init_configuration")),
+        "the name of a tracker, an Accelerate GeneralTracker, or a list of them",
+    ),
+]
+Precision = Annotated[str, Rule(lambda v: v in PRECISIONS, "'no', 'bf16' or 'fp16'")]
+
+
+def setting(default: Any, help: str) -> Any:
+    # The metadata is what `HfArgumentParser` hands to argparse, so that a field is a flag with its help.
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is learned. Two runs with the same Recipe reach the same weights, up to rounding.
+
+    How large an update is comes in three ways (k, rows, tokens); with the physical batch and the number of
+    processes they are resolved to one effective batch size, once, at the start.
+    """
+
+    n_epochs: PositiveInt = setting(3, "passes over the training rows")
+    gradient_accumulation_steps: PositiveInt = setting(
+        1, "micro-batches per update on each process (k); 1 leaves it to the two below, where one is given"
+    )
+    effective_batch_size: PositiveInt | None = setting(None, "rows per update over all processes; sets k")
+    tokens_per_update: PositiveInt | None = setting(None, "tokens per update over all processes; sets k")
+    learning_rate: Positive = setting(5e-5, "peak learning rate")
+    weight_decay: NonNegative = setting(0.01, "decoupled weight decay; biases and norms get none")
+    lr_scheduler: Text = setting("linear", "name of a schedule that transformers' get_scheduler knows")
+    warmup_steps: Count = setting(0, "updates of warm-up")
+    warmup_ratio: Fraction = setting(0.0, "share of all updates that is warm-up, instead of a number of them")
+    gradient_clip_norm: Positive | None = setting(1.0, "largest total gradient norm; None clips nothing")
+    validation_split: Fraction = setting(
+        0.1, "share of the training rows held out where no validation data is given; 0 holds out none"
+    )
+    early_stopping_patience: PositiveInt | None = setting(
+        None, "epochs without a better validation loss after which training stops; None never stops"
+    )
+    restore_best_weights: Flag = setting(False, "end with the weights of the epoch of best validation loss")
+    random_seed: Seed = setting(42, "seed of the hold-out, the order of the rows and dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """How it is run: time and memory, not the result."""
+
+    batch_size: PositiveInt = setting(4, "rows of a micro-batch on one process (the physical batch)")
+    use_amp: Flag = setting(False, "autocast: bf16 where the device supports it, else fp16 with a scaler")
+    mixed_precision: Precision | None = setting(
+        None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no"
+    )
+    gradient_checkpointing: Flag = setting(False, "recompute activations instead of keeping them")
+    deterministic: Flag = setting(False, "use deterministic algorithms only, which are slower")
+    output_dir: Text | None = setting(None, "folder for the ledger, the result and the trained model")
+    log_with: Tracker | None = setting(None, "tracker that Accelerate knows, such as tensorboard, or all")
+    use_wandb: Flag = setting(False, "short for log_with=wandb")
+    progress: Flag = setting(True, "show a progress bar")
+
+
+def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
+    """Sorts keyword arguments into a Recipe and a Runtime.
+
+    Args:
+        given: settings by name; one left out takes its default, and names of neither are passed over.
+
+    Raises:
+        SettingsError: with a sentence for each fault, all of them at once.
+    """
+    recipe = Recipe(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
+    runtime = Runtime(**{f.name: given[f.name] for f in fields(Runtime) if f.name in given})
+    faults = single_faults(recipe) + single_faults(runtime)
+    if not faults:  # the joint rules compare values, which must be sound for that
+        faults = _joint_faults(recipe, runtime)
+    if faults:
+        raise SettingsError(faults)
+    return recipe, runtime
+
+
+def single_faults(settings: Any) -> list[str]:
+    """A sentence for each field of a settings dataclass that breaks the rule in its annotation."""
+    rules = {name: _rule(hint) for name, hint in get_type_hints(type(settings), include_extras=True).items()}
+    found = (
+        rules[f.name].fault(f.name, getattr(settings, f.name), _remedy(f)) for f in fields(settings) if f.name in rules
+    )
+    return [fault for fault in found if fault]
+
+
+def _rule(hint: Any) -> Rule:
+    if get_origin(hint) is Annotated:
+        return next(note for note in get_args(hint) if isinstance(note, Rule))
+    annotated, _none = get_args(hint)
+    return _rule(annotated).or_none()
+
+
+def _remedy(f: Field) -> str:
+    return f"It means: {f.metadata['help']}; the default is {f.default!r}."
+
+
+def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
+    found = []
+    if runtime.use_amp and runtime.mixed_precision == "no":
+        found.append(
+            "`use_amp` is True, but `mixed_precision` is 'no'. "
+            "Leave `mixed_precision` out to have bf16 or fp16 chosen, or drop `use_amp`."
+        )
+    if runtime.use_wandb and runtime.log_with not in (None, "wandb"):
+        found.append(
+            f"`use_wandb` is True, but `log_with` is {runtime.log_with!r}. "
+            "Give one of the two; `log_with='all'` uses every tracker that is installed."
+        )
+    if recipe.warmup_steps and recipe.warmup_ratio:
+        found.append(
+            f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
+            "Give the warm-up once, as a number of updates or as a share of them."
+        )
+    return found
