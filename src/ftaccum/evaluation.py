@@ -14,9 +14,10 @@ from transformers import EvalPrediction
 from .data import Loader, MicroBatch
 from .errors import SettingsError
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
-from .planning import deal
+from .planning import Window, deal
 from .randomness import in_mode
 
+_Predicted: TypeAlias = tuple[tuple[int, ...], np.ndarray, np.ndarray]  # rows, predictions, labels
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
 
 _MODULES = (EvaluationModule, CombinedEvaluations)
@@ -59,7 +60,7 @@ class Evaluation:
         self._metrics = _Metrics(compute_metrics) if compute_metrics is not None else None
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
-        """Returns the loss, a mean over all loss items, and the metrics.
+        """Returns the loss, a mean over all loss items, and the metrics (of a batch without loss items, nothing).
 
         Args:
             model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
@@ -67,34 +68,33 @@ class Evaluation:
         """
         accelerator = self._accelerator
         losses = ItemMeans(self._objective.terms, accelerator.device)
-        predicted: list[tuple[int, Any]] = []  # (first row, what the metrics keep of the batch)
+        predicted: list[_Predicted] = []
         with torch.no_grad(), in_mode(model, training=False):
             for rows, micro in self._batches():
                 batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
                 means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
                 losses.add(means, micro.counts)
                 if self._metrics is not None and not micro.is_ghost:
-                    predicted.append((rows[0], self._metrics.keep(outputs, batch)))
+                    predicted.append(self._metrics.keep(rows, outputs, batch))
         (losses,) = gathered([losses], accelerator)
         return total(losses.read()), self._computed(predicted)
 
     def _batches(self) -> Iterator[tuple[tuple[int, ...], MicroBatch]]:
         for start in range(0, self._n_rows, _ROWS_TOGETHER):
-            together = tuple(range(start, min(start + _ROWS_TOGETHER, self._n_rows)))
-            cut = [together[i : i + self._batch_size] for i in range(0, len(together), self._batch_size)]
+            together = Window(start, 0, tuple(range(start, min(start + _ROWS_TOGETHER, self._n_rows))))
+            cut = together.cut(self._batch_size, self._loader.lengths)
             share = deal(cut, self._accelerator.process_index, self._accelerator.num_processes)
             share = [rows for rows in share if rows]  # no ghosts: nothing here waits for another process
-            yield from zip(share, self._loader.load(together, share, start), strict=True)
+            yield from zip(share, self._loader.load(together.rows, share, start), strict=True)
 
-    def _computed(self, predicted: list[tuple[int, Any]]) -> dict[str, float]:
+    def _computed(self, predicted: list[_Predicted]) -> dict[str, float]:
         if self._metrics is None:
             return {}
         everyone = gather_object(predicted) if self._accelerator.num_processes > 1 else predicted
         answer: list[Any] = [None]
         if self._accelerator.is_main_process:
-            ordered = [kept for _, kept in sorted(everyone, key=lambda item: item[0])]
             try:
-                answer = [self._metrics.compute(ordered)]
+                answer = [self._metrics.compute(everyone)]
             except Exception as error:  # raised below on every process, so that none waits for the main one
                 answer = [error]
         (computed,) = broadcast_object_list(answer)
@@ -109,24 +109,26 @@ class _Metrics:
     def __init__(self, compute: ComputeMetrics) -> None:
         self._compute = compute
 
-    def keep(self, outputs: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """What the metrics need of a batch, on the host: (logits, labels), or for an `evaluate` module (predicted
-        classes, labels) of the labels that count."""
+    def keep(self, rows: tuple[int, ...], outputs: Any, batch: Any) -> _Predicted:
+        """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
+        predicted classes and the labels, of those labels that count."""
         logits, labels = logits_of(outputs), targets_of(batch)
         if labels is None:
             raise SettingsError(["`compute_metrics` needs labels, but `val_data` has none named `labels`."])
         if not isinstance(self._compute, _MODULES):
-            return _on_host(logits), _on_host(labels)
+            return rows, _on_host(logits), _on_host(labels)
         classes = logits.argmax(-1) if logits.ndim > labels.ndim else logits.squeeze(-1)
         counted = labels != IGNORE_INDEX
-        return _on_host(classes[counted]), _on_host(labels[counted])
+        return rows, _on_host(classes[counted]), _on_host(labels[counted])
 
-    def compute(self, kept: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-        predictions, labels = zip(*kept, strict=True)
+    def compute(self, predicted: list[_Predicted]) -> dict[str, float]:
+        """The metrics over all batches, by name. A function of the user's gets the rows in their order."""
+        rows, predictions, labels = zip(*predicted, strict=True)
         if isinstance(self._compute, _MODULES):
             found = self._compute.compute(predictions=np.concatenate(predictions), references=np.concatenate(labels))
         else:
-            found = self._compute(EvalPrediction(_joined(predictions), _joined(labels)))
+            order = np.argsort(np.concatenate(rows))
+            found = self._compute(EvalPrediction(_joined(predictions)[order], _joined(labels)[order]))
         if not isinstance(found, Mapping):
             raise SettingsError(
                 [f"`compute_metrics` must return a dict of numbers by name, but returned {found!r} instead."]

@@ -214,7 +214,7 @@ def _evaluation(
 def _shares(plan: Plan, epoch: int, loader: Loader, accelerator: Accelerator, work: Work) -> Iterator[list[MicroBatch]]:
     """This process's share of each window of an epoch."""
     for window in plan.windows(epoch):
-        micro_batches = window.cut(plan.batching.batch_size)
+        micro_batches = window.cut(plan.batching.batch_size, loader.lengths)
         share = deal(micro_batches, accelerator.process_index, accelerator.num_processes)
         loaded = loader.load(window.rows, share, plan.seed, window.index)
         for micro in loaded:

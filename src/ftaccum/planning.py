@@ -101,13 +101,21 @@ class Window:
     epoch: int
     rows: Rows
 
-    def cut(self, batch_size: int) -> list[Rows]:
-        """The window's micro-batches, in arrival order; the last may be short."""
-        return [self.rows[i : i + batch_size] for i in range(0, len(self.rows), batch_size)]
+    def cut(self, batch_size: int, lengths: Sequence[int] | None = None) -> list[Rows]:
+        """The window's micro-batches; the last may be short.
+
+        Args:
+            batch_size: rows of each.
+            lengths: of all training rows, by position. Where given, rows are sorted by it first, longest first, so
+                that rows padded together are of similar length, and what does not fit fails at once. (Film review
+                sentences, 8 × 8 rows: 1.1 padded tokens per real one instead of 1.6, for the same update.)
+        """
+        rows = self.rows if lengths is None else sorted(self.rows, key=lambda row: -lengths[row])
+        return [tuple(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
 
 
 def deal(micro_batches: Sequence[Rows], process_index: int, num_processes: int) -> list[Rows]:
-    """One process's share: every `num_processes`-th micro-batch.
+    """One process's share: every `num_processes`-th micro-batch, so that all work on similar lengths at once.
 
     Shares have equal length, so that all processes make the same number of passes; a process for which no rows
     are left gets an empty micro-batch, a ghost, at the end.

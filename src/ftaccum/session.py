@@ -1,10 +1,12 @@
 """One run's Accelerator, and a process left as it was found."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -65,18 +67,20 @@ def _accelerator(runtime: Runtime) -> Accelerator:
     # A parameter may be left out of one micro-batch's loss and be part of the next one's.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(
+        # Without this, Accelerate makes torchrun's processes on a machine of CPUs strangers to each other.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=_precision(runtime),
         gradient_accumulation_plugin=plugin,
         kwargs_handlers=[unused],
         project_dir=runtime.output_dir,
     )
     accelerator.log_with = _trackers("wandb" if runtime.use_wandb else runtime.log_with, runtime.output_dir)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = _processes_asked_for()
     if accelerator.num_processes != asked:
         raise SettingsError(
             [
-                f"{asked} processes were asked for (WORLD_SIZE), but this run would have {accelerator.num_processes}. "
-                "On CPUs use `torchrun --nproc_per_node`, or an Accelerate config file with "
+                f"{asked} processes were asked for, but this run would have {accelerator.num_processes}. On CPUs use "
+                "`torchrun --nproc_per_node`, or `accelerate launch` with a config file that says "
                 "`distributed_type: MULTI_GPU` and `use_cpu: true`."
             ]
         )
@@ -98,6 +102,17 @@ def _precision(runtime: Runtime) -> str | None:
         return runtime.mixed_precision
     bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if bf16 else "fp16"
+
+
+def _processes_asked_for() -> int:
+    """As told by the launcher's environment, or else by its command line: `accelerate launch --cpu --num_processes 2`
+    silently starts one process."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    parent = psutil.Process().parent()
+    words = " ".join(parent.cmdline()) if parent is not None else ""
+    asked = re.search(r"accelerate.* launch .*--num[_-]processes[ =](\d+)", words)
+    return int(asked[1]) if asked else 1
 
 
 def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:

@@ -39,7 +39,11 @@ class MicroBatch:
 
 
 class Loader:
-    """Turns positions into micro-batches."""
+    """Turns positions into micro-batches.
+
+    Attributes:
+        lengths: of the rows, to cut windows by; None where they are unknown, or would save no padding.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Loader:
         # Drawn or padded once for the whole window, rows do not depend on how the window is cut.
         self._by_window = collation.draws or objective.padding_sensitive
         self._ghost = self._find_ghost(ghost_candidates)
+        self.lengths = None if self._by_window else rows.lengths()
 
     def load(self, window: Sequence[int], share: Sequence[Sequence[int]], *seed: int) -> list[MicroBatch]:
         """Collates the micro-batches of `share`, which are parts of `window`.

@@ -5,8 +5,9 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from datasets import IterableDataset as StreamingDataset
 from torch import Tensor
 
@@ -53,6 +54,16 @@ class Rows:
             with suppress(Exception):  # read one by one below, the faulty row gets its name
                 return [_as_row(row) for row in self.source.__getitems__(indices)]
         return [self._one(index) for index in indices]
+
+    def lengths(self) -> list[int] | None:
+        """The length of every row in tokens, where it can be told without computing the rows; else None."""
+        if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:
+            table = self.source.select_columns(["input_ids"]).with_format("arrow")[:]
+            lengths = pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
+            return lengths if self._positions is None else [lengths[n] for n in self._positions]
+        if isinstance(self.source, list):
+            return [length_of(row) for row in self.fetch(range(len(self)))]
+        return None
 
     def subset(self, positions: Sequence[int]) -> "Rows":
         return Rows(self.argument, self.source, [self._at(position) for position in positions])

@@ -115,7 +115,7 @@ class Objective:
                 return cls(forward, terms, by_user, counted_by="count_items", sums=sums)
             if sums:
                 name, way = counting.convention(sample.together)
-                alike = lambda batch: dict.fromkeys(terms, way(batch))
+                alike = lambda batch: {term: way(batch) for term in terms}
                 return cls(forward, terms, alike, counted_by=f"{name} (the loss is a sum)", sums=True)
             half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
             found = probe(

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import SettingsError
@@ -113,18 +112,20 @@ def _as_count(value: Any) -> float:
     return number
 
 
-def with_some_ignored(batch: Batch, ignore_index: int) -> Batch | None:
-    """A copy with some labels ignored: the first of every second row and a growing number at the rows' ends.
+def relabelled(batch: Batch, ignore_index: int) -> Batch | None:
+    """A copy with other labels, on which ways to count differ that agree on the batch as it is: a growing number is
+    ignored at the rows' ends, and the first label of a row counts in the even ones and is ignored in the odd.
 
-    It tells ways apart that agree on the batch as it is. None where the labels cannot be ignored in part.
+    None where the labels cannot be ignored in part.
     """
     targets = targets_of(batch)
     if targets is None or targets.is_floating_point() or targets.ndim != 2 or not isinstance(batch, Mapping):
         return None
-    thinned_BL = targets.clone()
-    width = thinned_BL.shape[1]
-    for row, labels_L in enumerate(thinned_BL):
-        labels_L[torch.arange(width) > width - 1 - row % (width // 2 + 1)] = ignore_index
-        if row % 2:
-            labels_L[0] = ignore_index
-    return {**batch, "labels": thinned_BL}
+    labels_BL = targets.clone()
+    for row, labels_L in enumerate(labels_BL):
+        counted = (labels_L != ignore_index).nonzero().flatten()
+        if len(counted):
+            labels_L[0] = labels_L[counted[0]] if row % 2 == 0 else ignore_index
+            ignored = counted[max(1, len(counted) - row) :]
+            labels_L[ignored] = ignore_index
+    return {**batch, "labels": labels_BL}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .counting import Batch, Counting, with_some_ignored
+from .counting import Batch, Counting, relabelled
 
 # Relative difference up to which the joint loss counts as explained. Heads compute parts of a float64 model's loss in
 # float32; in half precision the rounding of each loss is as large as 2**-8.
@@ -114,10 +114,10 @@ def _untied(
     counting: Counting,
     tolerance: float,
 ) -> dict[str, list[str]]:
-    """Asks again with some labels ignored. Where a head does not ignore them, its ties stay as they were."""
-    thinned = with_some_ignored(together, counting.ignore_index)
-    if thinned is None:
+    """Asks again with other labels. Where a head does not leave the ignored ones out, its ties stay."""
+    asking = relabelled(together, counting.ignore_index)
+    if asking is None:
         return ways
-    differences = _compare(losses, losses(thinned), cut(thinned), counting)
+    differences = _compare(losses, losses(asking), cut(asking), counting)
     asked = {term: {way: differences[term][way] for way in tied} for term, tied in ways.items()}
     return {term: _tied(by_way) if min(by_way.values()) <= tolerance else ways[term] for term, by_way in asked.items()}

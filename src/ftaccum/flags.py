@@ -1,0 +1,66 @@
+"""Command-line flags and YAML files to settings, through Transformers' `HfArgumentParser`."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from .errors import SettingsError
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside every option; the description as it was written."""
+
+
+def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None = None, description: str = "") -> Any:
+    """Parses flags into one instance of each dataclass in `kinds`.
+
+    `--config FILE` reads a YAML mapping of the same names first; flags override it. A flag that may be None takes the
+    word none.
+
+    Raises:
+        SettingsError: for a file that cannot be read, or that has unknown keys, with the nearest known one.
+        SystemExit: for flags that cannot be parsed, as argparse does.
+    """
+    parser = HfArgumentParser(kinds, prog=prog, description=description, formatter_class=_Help)
+    parser.add_argument("--config", help="YAML file of these options; flags override what it says")
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    for action in parser._actions:
+        if action.type is not None and type(None) in get_args(hints.get(action.dest)):
+            action.type = _or_none(action.type)
+    before = argparse.ArgumentParser(add_help=False)
+    before.add_argument("--config")
+    file = before.parse_known_args(arguments)[0].config
+    if file is not None:
+        parser.set_defaults(**_read(Path(file), [f.name for kind in kinds for f in fields(kind)]))
+    return parser.parse_args_into_dataclasses(list(arguments))[: len(kinds)]
+
+
+def _or_none(convert: Any) -> Callable[[str], Any]:
+    def converted(word: str) -> Any:
+        return None if word.lower() == "none" else convert(word)
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # argparse names it in its messages
+    return converted
+
+
+def _read(file: Path, known: list[str]) -> dict[str, Any]:
+    try:
+        read = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError([f"`--config` {str(file)!r} cannot be read: {error}"]) from error
+    if not isinstance(read, dict):
+        raise SettingsError([f"`--config` {str(file)!r} must hold `name: value` lines, but holds {read!r} instead."])
+    faults = []
+    for key in read.keys() - set(known):
+        near = difflib.get_close_matches(str(key), known, n=1)
+        remedy = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+        faults.append(f"`--config` {str(file)!r} has the unknown key {key!r}. {remedy}")
+    if faults:
+        raise SettingsError(faults)
+    return read

@@ -1,0 +1,100 @@
+"""What a command line can name: rows by file or hub name, and a model for a task by folder or hub name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from .errors import DataError, SettingsError
+
+TASKS = {
+    "text-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
+
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:
+    """Reads a CSV, TSV, JSON, JSON-lines, Parquet or text file, a folder that `save_to_disk` wrote, or a hub data set.
+
+    Args:
+        source: a path, or a hub name, with `:config` behind it where there are several.
+        split: of a hub data set or a saved DatasetDict.
+        columns: new names for columns, {old: new}.
+
+    Raises:
+        DataError: where it cannot be read, with what was tried.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir() and (path / "dataset_info.json").exists() | (path / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(source)
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        elif path.suffix in _READERS and path.exists():
+            options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+            rows = datasets.load_dataset(_READERS[path.suffix], data_files=source, split="train", **options)
+        elif path.suffix in _READERS:
+            raise FileNotFoundError("there is no such file")
+        else:
+            name, _, config = source.partition(":")
+            rows = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:
+        raise DataError(
+            f"Rows {source!r} cannot be read: {error}. Name a {', '.join(_READERS)} file, a folder that `save_to_disk` "
+            "wrote, or a data set of the hub."
+        ) from error
+    missing = [old for old in columns or {} if old not in rows.column_names]
+    if missing:
+        raise DataError(f"Rows {source!r} have no column {missing[0]!r}, only {rows.column_names}. Name one of those.")
+    return rows.rename_columns({old: new for old, new in (columns or {}).items() if old != new})
+
+
+def class_names(rows: Dataset, label: str = "label") -> list[str]:
+    """The classes of a label column, in the order of their numbers.
+
+    Raises:
+        DataError: where the column is missing, or its labels are neither names nor numbers from 0 on.
+    """
+    if label not in rows.column_names:
+        raise DataError(f"The rows have no label column {label!r}, only {rows.column_names}. Name the one to use.")
+    feature = rows.features[label]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    found = sorted(rows.unique(label))
+    if all(isinstance(value, str) for value in found):
+        return found
+    if all(isinstance(value, int) and value >= 0 for value in found):
+        return [str(number) for number in range(found[-1] + 1)]
+    raise DataError(f"The labels in {label!r} are {found[:5]}; they must be names, or whole numbers from 0 on.")
+
+
+def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, Any]:
+    """A model with the head for a task, and its tokenizer, by folder or hub name.
+
+    Args:
+        classes: for classification, the names of the classes in the order of their numbers.
+
+    Raises:
+        SettingsError: for an unknown task, or a model that cannot be loaded.
+    """
+    if task not in TASKS:
+        raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {task!r} instead."])
+    heads: dict[str, Any] = {}
+    if classes:
+        heads = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = TASKS[task].from_pretrained(name, **heads)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            [f"`model` {name!r} cannot be loaded: {error} Name a folder that `save_pretrained` wrote, or a hub model."]
+        ) from error
+    if tokenizer.pad_token_id is None:  # models made for generation often have none; padding is masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer

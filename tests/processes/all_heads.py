@@ -1,0 +1,25 @@
+"""Every head on two processes: prints a JSON line {head: largest relative gradient error on any process}."""
+
+import json
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from exactness import window_errors
+from heads import HEADS, all_in_float64
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2, "torchrun was to start two"
+torch.set_num_threads(1)
+
+found = {}
+with all_in_float64():
+    for name, head in HEADS.items():
+        # Windows of 6 rows and of 3: in the second, one process has 2 rows and the other 1 and a ghost.
+        errors = window_errors(head.model(), head.rows(), num_processes=2, batch_size=1, gradient_accumulation_steps=3)
+        assert len(errors) == 2
+        found[name] = max(gather_object(errors))
+if state.is_main_process:
+    print("ERRORS", json.dumps(found))
+state.destroy_process_group()
