@@ -260,28 +260,32 @@ def all_in_float64() -> Iterator[None]:
         torch.Tensor.float = to_float32
 
 
-def one_batch(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Rows padded on the right to the longest, the plain way."""
+def one_batch(rows: Sequence[Row], left: bool = False) -> dict[str, Tensor]:
+    """Rows padded to the longest, on the right or the left, the plain way."""
     batch: dict[str, Tensor] = {}
     for key in rows[0]:
         values = [torch.as_tensor(row[key]) for row in rows]
         fill = IGNORED if key == "labels" else PAD
         width = max(v.shape[-1] for v in values) if values[0].ndim else 0
         if values[0].ndim and key != "pixel_values":
-            values = [nn.functional.pad(v, (0, width - v.shape[-1]), value=fill) for v in values]
+            values = [
+                nn.functional.pad(v, (width - v.shape[-1], 0) if left else (0, width - v.shape[-1]), value=fill)
+                for v in values
+            ]
         batch[key] = torch.stack(values)
         if key == "input_ids":
             lengths = torch.tensor([torch.as_tensor(row[key]).shape[-1] for row in rows])
-            mask = torch.arange(width) < lengths.view(-1, *[1] * (batch[key].ndim - 1))
+            column = torch.arange(width).flip(0) if left else torch.arange(width)
+            mask = column < lengths.view(-1, *[1] * (batch[key].ndim - 1))
             batch["attention_mask"] = mask.expand(batch[key].shape).long()
     return batch
 
 
-def one_batch_gradient(model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+def one_batch_gradient(model: nn.Module, rows: Sequence[Row], left: bool = False) -> dict[str, Tensor]:
     """∇ of the model's own mean loss over all the rows at once."""
     model.train()
     model.zero_grad()
-    model(**one_batch(rows)).loss.backward()
+    model(**one_batch(rows, left)).loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found

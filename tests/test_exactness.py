@@ -1,12 +1,17 @@
 """The contract: every window's gradient is that of one batch of its rows."""
 
 import json
+import math
+import warnings
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import nn
 
 from exactness import window_errors
-from heads import HEADS, all_in_float64
+from ftaccum import InexactLossWarning, plan, test_fine_tuning
+from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -33,3 +38,220 @@ def test_gradient_on_two_processes_is_that_of_one_batch(two_processes: Callable[
     errors = json.loads(next(line for line in printed.splitlines() if line.startswith("ERRORS "))[7:])
     assert errors.keys() == HEADS.keys()
     assert max(errors.values()) < 1e-10, errors
+
+
+def test_the_control_fails_dividing_by_k_is_far_off() -> None:
+    """The harness can tell: the usual `loss / k` over the same micro-batches is off by a third."""
+    head = HEADS["causal LM, Llama"]
+    model, rows = head.model(), head.rows(7)
+    wanted = one_batch_gradient(model, rows)
+    for start in range(0, 7, 2):
+        (model(**one_batch(rows[start : start + 2])).loss / 4).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(found, wanted) > 0.1
+
+
+@pytest.mark.parametrize("name", ["causal LM, Llama", "token classification, BERT"])
+def test_micro_batches_without_loss_items_contribute_nothing(name: str) -> None:
+    head = HEADS[name]
+    rows = [{**row, "labels": [-100] * len(row["labels"])} if n % 3 else row for n, row in enumerate(head.rows(12))]
+    with all_in_float64():
+        assert max(window_errors(head.model(), rows, batch_size=1, gradient_accumulation_steps=6)) < 1e-10
+
+
+def test_a_window_without_loss_items_is_a_skipped_update() -> None:
+    head = HEADS["token classification, BERT"]
+    rows = [{**row, "labels": [-100] * len(row["labels"])} if n else row for n, row in enumerate(head.rows(3))]
+    model = head.model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result = test_fine_tuning(
+        model, train_data=rows, batch_size=1, n_epochs=1, validation_split=0.0, progress=False, lr_scheduler="constant"
+    )
+    assert (result.optimizer_steps, result.skipped_steps) == (1, 2)
+    assert sorted(map(math.isnan, result.loss_history)) == [False, True, True]
+    assert sorted(result.grad_norm_history)[:2] == [0.0, 0.0]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert any((p != before[name]).any() for name, p in model.named_parameters())
+
+
+def test_a_ghost_leaves_no_trace_in_buffers_and_generators() -> None:
+    """Batch norm's statistics and dropout's draws are those of the rows with loss items alone."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Embedding(61, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            hidden_BLD = self.norm(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+            return self.head(nn.functional.dropout(hidden_BLD, training=self.training))
+
+    def loss(logits_BLV: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(logits_BLV.flatten(0, 1), batch["labels"].flatten())
+
+    def trained(rows: list[Row]) -> nn.Module:
+        torch.manual_seed(0)
+        model = Tagger()
+        # Equal lengths, so that nothing is sorted; one window, so that the ghosts stand between the others.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InexactLossWarning)
+            test_fine_tuning(
+                model, train_data=rows, loss_fn=loss, batch_size=1, gradient_accumulation_steps=len(rows),
+                n_epochs=1, validation_split=0.0, progress=False,
+            )  # fmt: skip
+        return model
+
+    ids = torch.randint(0, 61, (6, 5), generator=torch.Generator().manual_seed(1)).tolist()
+    every = [{"input_ids": i, "labels": [n % 3] * 5 if n < 3 else [-100] * 5} for n, i in enumerate(ids)]
+    order = next(plan(6, batch_size=1, gradient_accumulation_steps=6, validation_split=0.0).windows(0)).rows
+    labelled_first = [n for n in order if n < 3]
+    alone = [every[n] for n in labelled_first]
+    alone_order = next(plan(3, batch_size=1, gradient_accumulation_steps=3, validation_split=0.0).windows(0)).rows
+    alone = [alone[alone_order.index(n)] for n in range(3)]  # so that they are drawn in the same order
+    with_ghosts, without = trained(every).state_dict(), trained(alone).state_dict()
+    for name, value in without.items():
+        assert torch.equal(with_ghosts[name], value), name
+
+
+def test_losses_handed_over_as_sums_and_named_terms_are_exact() -> None:
+    draw = torch.Generator().manual_seed(3)
+    rows = [(torch.randn(4, generator=draw).double(), torch.randn(3, generator=draw).double()) for _ in range(7)]
+    wanted_model = _linear()
+    inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+    (nn.functional.mse_loss(wanted_model(inputs), targets) + wanted_model(inputs).abs().mean()).backward()
+
+    def mean_terms(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"fit": nn.functional.mse_loss(outputs, targets), "size": outputs.abs().mean()}
+
+    def sum_terms(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"fit": ((outputs - targets) ** 2).sum(), "size": outputs.abs().sum()}
+
+    for arguments in (
+        {"loss_fn": mean_terms},
+        {"loss_fn": sum_terms, "reduction": "sum"},
+        {"loss_fn": sum_terms, "reduction": "sum", "count_items": lambda batch: batch[1].numel()},
+        {"loss_fn": mean_terms, "count_items": lambda batch: {"fit": len(batch[0]), "size": len(batch[0])}},
+    ):
+        model = _linear()
+        optimizer = RecordingOptimizer(model)
+        result = test_fine_tuning(
+            model, train_data=rows, optimizer=optimizer, batch_size=2, effective_batch_size=7, n_epochs=1,
+            validation_split=0.0, gradient_clip_norm=None, progress=False, **arguments,
+        )  # fmt: skip
+        wanted = {name: p.grad for name, p in wanted_model.named_parameters() if p.grad is not None}
+        assert relative_error(optimizer.gradients[0], wanted) < 1e-12, arguments
+        whole = sum(value.item() for value in mean_terms(wanted_model(inputs), targets).values())
+        assert result.loss_history == pytest.approx([whole], rel=1e-12)
+
+
+def _linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+
+def test_terms_with_items_of_their_own_each_have_their_own_denominator() -> None:
+    """A term that only some rows have (marked by a positive first feature) is a mean over those rows."""
+    draw = torch.Generator().manual_seed(3)
+    rows = [
+        {"x": torch.randn(4, generator=draw).double(), "y": torch.randn(3, generator=draw).double()} for _ in "1234567"
+    ]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = _linear()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    def terms(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        marked = batch["x"][:, 0] > 0
+        return {"all": ((outputs - batch["y"]) ** 2).mean(), "marked": outputs[marked].abs().sum(1).mean()}
+
+    def count(batch: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"all": len(batch["x"]), "marked": int((batch["x"][:, 0] > 0).sum())}
+
+    assert 0 < count({"x": torch.stack([row["x"] for row in rows])})["marked"] < 7
+    wanted_model = Net()
+    sum(terms(*_together(wanted_model, rows)).values()).backward()
+    model = Net()
+    optimizer = RecordingOptimizer(model)
+    test_fine_tuning(
+        model, train_data=rows, loss_fn=terms, count_items=count, optimizer=optimizer, batch_size=1,
+        effective_batch_size=7, n_epochs=1, validation_split=0.0, gradient_clip_norm=None, progress=False,
+    )  # fmt: skip
+    wanted = {name: p.grad for name, p in wanted_model.named_parameters() if p.grad is not None}
+    assert relative_error(optimizer.gradients[0], wanted) < 1e-12
+
+
+def _together(model: nn.Module, rows: list[Row]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return model(x=batch["x"]), batch
+
+
+def test_a_collator_that_draws_at_random_draws_the_same_for_every_split() -> None:
+    class HidesSome:
+        """Masked-LM labels, drawn anew in each call."""
+
+        def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+            batch = one_batch([{"input_ids": row["input_ids"]} for row in rows])
+            hidden = (torch.rand(batch["input_ids"].shape) < 0.3) & batch["attention_mask"].bool()
+            hidden[:, 0] = True
+            return {**batch, "labels": batch["input_ids"].masked_fill(~hidden, -100)}
+
+    head = HEADS["masked LM, BERT"]
+    rows = [{"input_ids": row["input_ids"]} for row in head.rows()]
+    found = []
+    for sizes in (
+        {"batch_size": 8},
+        {"batch_size": 3, "effective_batch_size": 8},
+        {"batch_size": 1, "effective_batch_size": 8},
+    ):
+        model = head.model()
+        optimizer = RecordingOptimizer(model)
+        test_fine_tuning(
+            model, train_data=rows, data_collator=HidesSome(), optimizer=optimizer, n_epochs=2,
+            validation_split=0.0, gradient_clip_norm=None, progress=False, **sizes,
+        )  # fmt: skip
+        found.append(optimizer.gradients)
+    for other in found[1:]:
+        assert len(other) == 4
+        assert max(relative_error(o, w) for o, w in zip(other, found[0], strict=True)) < 1e-10
+    assert relative_error(found[0][2], found[0][0]) > 1e-3, "the second epoch draws anew"
+
+
+def test_adapters_are_exact_and_the_rest_stays_frozen() -> None:
+    peft = pytest.importorskip("peft")
+    head = HEADS["causal LM, Llama"]
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(head.model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p)  # zero at first, which would leave lora_A without a gradient
+        return adapted.double()
+
+    with all_in_float64():
+        assert max(window_errors(model(), head.rows(), batch_size=2, effective_batch_size=7)) < 1e-10
+
+
+def test_left_padding_and_checkpointing_are_exact() -> None:
+    head = HEADS["causal LM, Llama"]
+
+    class Tokenizer:
+        pad_token_id, padding_side = 0, "left"
+
+        def save_pretrained(self, folder: str) -> None: ...
+
+    with all_in_float64():
+        model = head.model()
+        optimizer = RecordingOptimizer(model)
+        rows = head.rows(6)
+        wanted = one_batch_gradient(model, rows, left=True)
+        test_fine_tuning(
+            model, train_data=rows, tokenizer=Tokenizer(), optimizer=optimizer, batch_size=2, effective_batch_size=6,
+            n_epochs=1, validation_split=0.0, gradient_clip_norm=None, gradient_checkpointing=True, progress=False,
+        )  # fmt: skip
+    assert relative_error(optimizer.gradients[0], wanted) < 1e-10
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from .errors import DataError, SettingsError
-from .planning import plan
+from .planning import PlanArguments, plan
 from .settings import Recipe, Runtime
 
 _USAGE = """usage: ftaccum COMMAND [options]
@@ -34,25 +34,6 @@ class TrainArguments:
     task: str = field(default="text-classification", metadata={"help": "text-classification or causal-lm"})
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     label_column: str = field(default="label", metadata={"help": "column of the classes"})
-
-
-@dataclass
-class PlanArguments:
-    """The sizes that decide a plan; the same names and defaults as `ftaccum.plan`."""
-
-    n_rows: int = field(default=0, metadata={"help": "rows of the data, before the hold-out (needed)"})
-    batch_size: int = field(default=4, metadata={"help": "rows of a micro-batch on one process"})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "k; 1 leaves it to one of the next two, where it is given"}
-    )
-    effective_batch_size: int | None = field(default=None, metadata={"help": "rows per update; sets k"})
-    tokens_per_update: int | None = field(default=None, metadata={"help": "tokens per update; sets k"})
-    tokens_per_row: float | None = field(
-        default=None, metadata={"help": "mean length of the rows, for tokens_per_update"}
-    )
-    num_processes: int = field(default=1, metadata={"help": "as `accelerate launch` would start"})
-    n_epochs: int = field(default=3, metadata={"help": "passes over the training rows"})
-    validation_split: float = field(default=0.1, metadata={"help": "share of the rows that is held out"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -231,7 +231,7 @@ def _over_processes(work: Work, accelerator: Accelerator) -> Work:
 @contextmanager
 def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing, where wanted, for the time of a run."""
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+    if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
@@ -244,15 +244,20 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     config = model.config
     caches = getattr(config, "use_cache", None)
     # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     if caches is not None:
         config.use_cache = False
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         if caches is not None:
             config.use_cache = caches
+
+
+def _either(model: Any, new_name: str, old_name: str) -> Callable[..., None]:
+    # Transformers renamed the pair in the course of its version 5.
+    return getattr(model, new_name, None) or getattr(model, old_name)
 
 
 def _made(output_dir: str | None) -> Path | None:

@@ -5,14 +5,16 @@ makes one update; the last window of an epoch may be short. Only then is the win
 dealt to the processes, so that which rows make up an update does not depend on how it is computed.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .errors import SettingsError
-from .settings import Recipe, Runtime, checked
+from .settings import Fraction, Positive, PositiveInt, Recipe, Runtime, Seed, setting, single_faults
 
 # One number for each use of the seed, so that no two uses draw the same permutation.
 _HOLD_OUT, _EPOCH = 0, 1
@@ -213,6 +215,27 @@ def _permutation(n: int, *seed: int) -> np.ndarray:
     return np.random.RandomState(seed).permutation(n)
 
 
+def _as_in(settings: type[Recipe] | type[Runtime], name: str) -> Any:
+    same = settings.__dataclass_fields__[name]
+    return setting(same.default, same.metadata["help"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """The arguments of `plan`, as settings: with rules, and flags for the command line."""
+
+    n_rows: PositiveInt = setting(1000, "rows of the data, before the hold-out")
+    batch_size: PositiveInt = _as_in(Runtime, "batch_size")
+    gradient_accumulation_steps: PositiveInt = _as_in(Recipe, "gradient_accumulation_steps")
+    effective_batch_size: PositiveInt | None = _as_in(Recipe, "effective_batch_size")
+    tokens_per_update: PositiveInt | None = _as_in(Recipe, "tokens_per_update")
+    tokens_per_row: Positive | None = setting(None, "mean length of the rows, needed with tokens_per_update")
+    num_processes: PositiveInt = setting(1, "processes that `accelerate launch` would start")
+    n_epochs: PositiveInt = _as_in(Recipe, "n_epochs")
+    validation_split: Fraction = _as_in(Recipe, "validation_split")
+    random_seed: Seed = _as_in(Recipe, "random_seed")
+
+
 def plan(
     n_rows: int,
     *,
@@ -242,6 +265,11 @@ def plan(
         SettingsError: one sentence for each argument that cannot be used.
     """
     given = dict(locals())
-    recipe, runtime = checked(given)
+    faults = single_faults(PlanArguments(**given))
+    if tokens_per_update is not None and tokens_per_row is None:
+        faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
+    if faults:
+        raise SettingsError(faults)
     n_train = len(hold_out(n_rows, validation_split, random_seed)[0])
-    return Plan(n_train, n_epochs, batching_of(recipe, runtime, num_processes, tokens_per_row), random_seed)
+    sizes = {name: given[name] for name in inspect.signature(resolve_batching).parameters}
+    return Plan(n_train, n_epochs, resolve_batching(**sizes), random_seed)

@@ -1,0 +1,119 @@
+"""The plan's laws, over every small case."""
+
+import math
+
+import pytest
+
+from ftaccum import SettingsError, plan
+from ftaccum.planning import Batching, Plan, Window, deal, hold_out, resolve_batching
+
+SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3) for p in (1, 2, 3)]
+
+
+def planned(n: int, b: int, k: int, p: int) -> Plan:
+    return Plan(n, 2, Batching(b, k, p, b * k * p))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_row_is_seen_once_an_epoch(epoch: int) -> None:
+    for sizes in SIZES:
+        a_plan = planned(*sizes)
+        rows = [row for window in a_plan.windows(epoch) for row in window.rows]
+        assert sorted(rows) == list(range(sizes[0]))
+
+
+def test_shares_partition_a_window_and_have_equal_numbers_of_passes() -> None:
+    for n, b, k, p in SIZES:
+        for window in planned(n, b, k, p).windows(0):
+            shares = [deal(window.cut(b), process, p) for process in range(p)]
+            assert len({len(share) for share in shares}) == 1
+            assert len(shares[0]) <= k
+            dealt = [row for share in shares for micro_batch in share for row in micro_batch]
+            assert sorted(dealt) == sorted(window.rows)
+            assert all(len(micro_batch) <= b for share in shares for micro_batch in share)
+            # Process 0 is dealt to first, so that a pass never consists of ghosts alone.
+            assert all(shares[0])
+
+
+def test_windows_depend_on_the_effective_batch_size_alone() -> None:
+    cuts = [Batching(12, 1, 1, 12), Batching(4, 3, 1, 12), Batching(2, 3, 2, 12), Batching(5, 3, 1, 12)]
+    windows = [list(Plan(31, 1, batching).windows(0)) for batching in cuts]
+    assert all(other == windows[0] for other in windows[1:])
+
+
+def test_windows_are_numbered_through_the_run_and_every_epoch_is_shuffled_anew() -> None:
+    a_plan = planned(14, 2, 2, 1)
+    both = [*a_plan.windows(0), *a_plan.windows(1)]
+    assert [w.index for w in both] == list(range(a_plan.n_windows))
+    assert [w.rows for w in a_plan.windows(0)] != [w.rows for w in a_plan.windows(1)]
+
+
+def test_order_follows_the_seed_and_stays_what_it_was() -> None:
+    first = next(Plan(10, 1, Batching(5, 1, 1, 5), seed=42).windows(0)).rows
+    assert first != next(Plan(10, 1, Batching(5, 1, 1, 5), seed=43).windows(0)).rows
+    # Written down, because a resumed run must find its rows again: a change here breaks every run in progress.
+    assert first == (8, 7, 3, 9, 6)
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "k", "updates"), [(100, 4, 25), (10, 3, 4), (3, 8, 1), (8, 8, 1), (9, 8, 2), (1, 1, 1)]
+)
+def test_updates_per_epoch_are_the_windows(micro_batches: int, k: int, updates: int) -> None:
+    a_plan = plan(micro_batches * 4, gradient_accumulation_steps=k, n_epochs=1, validation_split=0.0)
+    assert a_plan.windows_per_epoch == updates == len(list(a_plan.windows(0)))
+
+
+def test_sorting_by_length_changes_the_cut_and_not_the_window() -> None:
+    window = Window(0, 0, (3, 1, 4, 0, 2))
+    assert window.cut(2) == [(3, 1), (4, 0), (2,)]
+    assert window.cut(2, lengths=[5, 9, 1, 9, 7]) == [(3, 1), (4, 0), (2,)]
+    assert window.cut(2, lengths=[1, 2, 3, 4, 5]) == [(4, 3), (2, 1), (0,)]
+
+
+def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:
+    assert resolve_batching(batch_size=4, effective_batch_size=256) == Batching(4, 64, 1, 256)
+    assert resolve_batching(batch_size=4, effective_batch_size=30, num_processes=2) == Batching(4, 4, 2, 30)
+    assert resolve_batching(batch_size=4, effective_batch_size=3) == Batching(4, 1, 1, 3)
+    # 4 × 2048 tokens a micro-batch, 524,288 wanted: the arithmetic of a pre-training run
+    by_tokens = resolve_batching(batch_size=4, tokens_per_update=524_288, tokens_per_row=2048)
+    assert by_tokens == Batching(4, 64, 1, 256)
+    # k beside rows that need as many passes
+    assert (
+        resolve_batching(batch_size=4, gradient_accumulation_steps=8, effective_batch_size=30).effective_batch_size
+        == 30
+    )
+
+
+def test_sizes_that_disagree_are_an_error_with_the_arithmetic() -> None:
+    with pytest.raises(SettingsError, match=r"asks for 64 rows; .*4 rows × 3 steps × 2 processes = 24 rows"):
+        resolve_batching(batch_size=4, gradient_accumulation_steps=3, effective_batch_size=64, num_processes=2)
+    with pytest.raises(SettingsError, match=r"asks for 8 rows; .*100 tokens / 10 per row = 10 rows"):
+        resolve_batching(batch_size=4, effective_batch_size=8, tokens_per_update=100, tokens_per_row=10)
+
+
+def test_hold_out_takes_its_share_by_the_seed_and_leaves_the_rest() -> None:
+    for n in range(2, 40):
+        kept, held = hold_out(n, 0.1, seed=1)
+        assert sorted(kept + held) == list(range(n))
+        assert len(held) == max(1, round(n / 10))
+    assert hold_out(50, 0.2, seed=1)[1] == hold_out(50, 0.2, seed=1)[1] != hold_out(50, 0.2, seed=2)[1]
+    assert hold_out(5, 0.0, seed=1) == ((0, 1, 2, 3, 4), ())
+
+
+def test_hold_out_that_leaves_nothing_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="`validation_split` 0.1 of 1 rows leaves none to train on"):
+        hold_out(1, 0.1, seed=1)
+
+
+def test_warm_up_is_in_updates() -> None:
+    a_plan = plan(100, batch_size=10, n_epochs=3, validation_split=0.0)
+    assert a_plan.n_windows == 30
+    assert a_plan.warmup_updates(0, 0.1) == math.ceil(3.0)
+    assert a_plan.warmup_updates(7, 0.0) == 7
+
+
+def test_a_plan_describes_itself() -> None:
+    text = str(plan(1110, batch_size=4, gradient_accumulation_steps=8))
+    assert "Training samples: 999\nBatch size: 4\nGradient accumulation steps: 8\n" in text
+    assert "Effective batch size: 32\n" in text
+    assert "Updates per epoch: 32 (31 full windows; the remainder of 7 rows (micro-batches: 2)" in text

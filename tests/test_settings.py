@@ -1,0 +1,75 @@
+"""Bad settings: every fault at once, each with the argument, what came and what is allowed."""
+
+from typing import Any
+
+import pytest
+
+from ftaccum import SettingsError, plan
+from ftaccum.settings import Recipe, Runtime, checked
+
+
+@pytest.mark.parametrize("name", ["batch_size", "gradient_accumulation_steps", "n_epochs"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "4", None])
+def test_counts_must_be_positive_integers(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"`{name}` must be a positive integer, but is {value!r} instead. It means"):
+        checked({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("effective_batch_size", 0, "a positive integer or None"),
+        ("tokens_per_update", -5, "a positive integer or None"),
+        ("learning_rate", 0, "a positive number"),
+        ("learning_rate", float("nan"), "a positive number"),
+        ("learning_rate", "1e-4", "a positive number"),
+        ("weight_decay", -0.1, "a non-negative number"),
+        ("warmup_ratio", 1.0, "a number from 0 to below 1"),
+        ("validation_split", 1, "a number from 0 to below 1"),
+        ("gradient_clip_norm", 0, "a positive number or None"),
+        ("random_seed", -1, "an integer from 0"),
+        ("use_amp", "yes", "True or False"),
+        ("mixed_precision", "fp8", "'no', 'bf16' or 'fp16' or None"),
+        ("early_stopping_patience", 0, "a positive integer or None"),
+        ("output_dir", "", "a non-empty string or None"),
+        ("log_with", 3, "the name of a tracker"),
+    ],
+)
+def test_other_settings_say_what_they_may_be(name: str, value: Any, words: str) -> None:
+    with pytest.raises(SettingsError, match=f"`{name}` must be {words}"):
+        checked({name: value})
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        checked({"batch_size": 0, "learning_rate": -1, "use_amp": 1})
+    assert len(caught.value.faults) == 3
+    assert all(f"`{name}`" in str(caught.value) for name in ("batch_size", "learning_rate", "use_amp"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"use_amp": True, "mixed_precision": "no"}, "`use_amp` is True, but `mixed_precision` is 'no'"),
+        ({"use_wandb": True, "log_with": "tensorboard"}, "`use_wandb` is True, but `log_with` is 'tensorboard'"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "Give the warm-up once"),
+    ],
+)
+def test_settings_that_contradict_each_other(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        checked(given)
+
+
+def test_what_is_left_out_takes_its_default() -> None:
+    assert checked({"batch_size": 8}) == (Recipe(), Runtime(batch_size=8))
+
+
+def test_plan_checks_its_arguments_too() -> None:
+    with pytest.raises(SettingsError, match="`gradient_accumulation_steps` must be a positive integer"):
+        plan(10, gradient_accumulation_steps=0)
+    with pytest.raises(SettingsError, match="`n_rows` must be a positive integer"):
+        plan(0)
+    with pytest.raises(SettingsError, match="`num_processes` must be a positive integer"):
+        plan(10, num_processes=0)
+    with pytest.raises(SettingsError, match="`tokens_per_update` needs `tokens_per_row`"):
+        plan(10, tokens_per_update=100)
