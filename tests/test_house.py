@@ -20,7 +20,7 @@ FLOORS = [
     ["history"],
     ["flags"],
     # from here on with torch
-    ["randomness", "metrics"],
+    ["side_effects", "metrics"],
     ["objective"],
     ["data"],
     ["optim"],

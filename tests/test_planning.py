@@ -101,7 +101,7 @@ def test_hold_out_takes_its_share_by_the_seed_and_leaves_the_rest() -> None:
 
 
 def test_hold_out_that_leaves_nothing_is_an_error() -> None:
-    with pytest.raises(SettingsError, match="`validation_split` 0.1 of 1 rows leaves none to train on"):
+    with pytest.raises(SettingsError, match=r"`validation_split` 0\.1 of 1 rows leaves none to train on"):
         hold_out(1, 0.1, seed=1)
 
 

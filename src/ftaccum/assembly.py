@@ -14,6 +14,7 @@ from .objective import Counting, Forward, Objective, accepted_arguments
 from .parts import Parts
 from .planning import hold_out
 from .settings import Recipe
+from .side_effects import only_looking
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def _forward(parts: Parts, rows: Rows, collation: Collation, device: torch.devic
     forward = Forward(parts.model, sample, parts.loss_fn)
     if parts.loss_fn is None or hasattr(parts.loss_fn, "ignore_index"):
         first = send_to_device(collation.seeded(rows, [0], 0), device)
-        ranges = ranges.with_classes(forward.n_classes(parts.model, first), parts.ignore_index)
+        with only_looking(parts.model):
+            n_classes = forward.n_classes(parts.model, first)
+        ranges = ranges.with_classes(n_classes, parts.ignore_index)
         data.check_sample(rows, collation, ranges)
     return forward, ranges
 

@@ -15,7 +15,7 @@ from .data import Loader, MicroBatch
 from .errors import SettingsError
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
 from .planning import Window, deal
-from .randomness import in_mode
+from .side_effects import in_mode
 
 _Predicted: TypeAlias = tuple[tuple[int, ...], np.ndarray, np.ndarray]  # rows, predictions, labels
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations

@@ -24,12 +24,12 @@ from .objective import CountItems, LossFn
 from .optim import OptimizerFactory, make_optimizer, make_schedule
 from .parts import Parts, check_parts
 from .planning import Plan, batching_of, deal
-from .randomness import in_mode
 from .recording import Recorder, tracking
 from .screen import Screen
 from .selection import BestEpoch
 from .session import session, unwrapped_afterwards
 from .settings import Recipe, Runtime, checked
+from .side_effects import in_mode
 
 
 def test_fine_tuning(
@@ -242,7 +242,7 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
             ]
         )
     config = model.config
-    caches = getattr(config, "use_cache", None)
+    caches, had_hooks = getattr(config, "use_cache", None), getattr(model, "_require_grads_hooks", None)
     # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
     _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     if caches is not None:
@@ -251,6 +251,8 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        if not had_hooks:  # Transformers makes the embeddings' outputs require gradients, and leaves it at that
+            model.disable_input_require_grads()
         if caches is not None:
             config.use_cache = caches
 

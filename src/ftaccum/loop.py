@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .data import MicroBatch
 from .objective import Denominator, ItemMeans, Objective
-from .randomness import preserved_buffers, preserved_rng
+from .side_effects import preserved_buffers, preserved_rng
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from torch import nn
 
 from .errors import SettingsError
-from .randomness import preserved_rng, seed_all
 from .settings import Runtime
+from .side_effects import preserved_rng, seed_all
 
 _SHOWN_EXACT = {
     DistributedType.NO,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..objective import IGNORE_INDEX, Batch, is_label
-from ..randomness import preserved_rng, seed_all
+from ..side_effects import preserved_rng, seed_all
 from .rows import Row, Rows
 
 Collator = Callable[[list[Row]], Batch]
@@ -36,7 +36,7 @@ class PaddingCollator:
         ignore_index: what labels are padded with.
         keep_all: whether to keep other columns of numbers, for a `loss_fn` to find.
         """
-        self._needed = {*(accepted or ()), "labels"}
+        self._needed = {*(accepted or ()), "input_ids", "labels"}  # a plain module may name its ids as it likes
         self._keep_all = keep_all or accepted is None
         self._pad_token_id, self._ignore_index = pad_token_id, ignore_index
         self._left = padding_side == "left"

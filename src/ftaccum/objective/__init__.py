@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 
 from ..errors import InexactLossWarning
-from ..randomness import in_mode, preserved_buffers, preserved_rng
+from ..side_effects import only_looking
 from .counting import IGNORE_INDEX, Batch, Counting, CountItems, counts_from_user, targets_of
 from .denominator import Counts, Denominator, ItemMeans, Means, gathered, means_of_sums, total
 from .forward import LOSS, Forward, LossFn, accepted_arguments, is_label, logits_of
@@ -104,11 +103,7 @@ class Objective:
             means, _ = forward(model, send_to_device(batch, device))
             return {term: float(mean) for term, mean in means.items()}
 
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(preserved_rng())
-            stack.enter_context(preserved_buffers(model))
-            stack.enter_context(in_mode(model, training=False))
+        with only_looking(model):
             terms = tuple(losses(sample.together))
             if count_items is not None:
                 by_user = lambda batch: counts_from_user(count_items(batch), terms)

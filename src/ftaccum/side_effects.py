@@ -1,4 +1,4 @@
-"""Random-number state: set it, put it back."""
+"""What a forward pass moves besides its outputs (generators, buffers, modes): set it, put it back."""
 
 import random
 from collections.abc import Iterator
@@ -54,3 +54,10 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def only_looking(model: nn.Module) -> Iterator[None]:
+    """For trying a model out: eval mode, no gradients, and generators, buffers and modes as they were afterwards."""
+    with torch.no_grad(), preserved_rng(), preserved_buffers(model), in_mode(model, training=False):
+        yield

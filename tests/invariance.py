@@ -1,0 +1,46 @@
+"""One Recipe, run in many ways: the weights, losses and norms that it must always lead to."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftaccum import Result, test_fine_tuning
+from heads import HEADS, all_in_float64, relative_error
+
+# One causal and one bidirectional model: padding mistakes cannot be seen in a causal one that is padded on the right.
+NAMES = ("causal LM, Llama", "sequence classification, BERT", "token classification, BERT")
+
+# Physical batch → k on one process, for windows of 12 rows; 31 rows leave a remainder.
+CUTS = {1: 12, 3: 4, 4: 3, 5: 3, 12: 1}
+
+
+def trained(name: str, batch_size: int, **arguments: Any) -> tuple[dict[str, Tensor], Result]:
+    """Weights and result of two epochs in windows of 12 rows, in float64."""
+    head = HEADS[name]
+    model: nn.Module = head.model()
+    with all_in_float64():
+        result = test_fine_tuning(
+            model,
+            train_data=head.rows(34),
+            validation_split=0.1,
+            n_epochs=2,
+            batch_size=batch_size,
+            effective_batch_size=12,
+            learning_rate=1e-3,
+            gradient_clip_norm=0.5,
+            lr_scheduler="cosine",
+            warmup_steps=2,
+            progress=False,
+            **arguments,
+        )
+    return model.state_dict(), result
+
+
+def difference(one: tuple[dict[str, Tensor], Result], other: tuple[dict[str, Tensor], Result]) -> float:
+    """The relative difference of the weights, or of any number in the histories, where that is larger."""
+    found = [relative_error(other[0], one[0])]
+    for name in ("loss_history", "grad_norm_history", "lr_history", "train_loss_history", "val_loss_history"):
+        wanted, got = (torch.tensor(run[1][name], dtype=torch.float64) for run in (one, other))
+        found.append(float(((got - wanted).abs() / wanted.abs().clamp(min=1e-9)).max()))
+    return max(found)

@@ -1,0 +1,265 @@
+"""Every form of data that `test_fine_tuning` takes, and every fault in it that it tells."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, TensorDataset
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from ftaccum import DataError, Result, SettingsError, test_fine_tuning
+from heads import CLASSES, HEADS, Row
+
+CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
+
+
+def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
+    defaults = {"n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5, "progress": False}
+    return test_fine_tuning(model, train_data=data, **(defaults | arguments))
+
+
+class PlainLM(nn.Module):
+    """`forward(tokens)` gives logits; it knows of neither labels nor masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(61, 8), nn.Linear(8, 61)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens))
+
+
+def token_rows(n: int = 7) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(1, 61, (int(length),), generator=draw) for length in torch.randint(3, 9, (n,), generator=draw)
+    ]
+
+
+def test_lists_of_dicts_and_datasets_are_the_same_rows() -> None:
+    rows = CLASSIFIER.rows()
+    as_list = run(CLASSIFIER.model(), rows)
+    as_dataset = run(CLASSIFIER.model(), Dataset.from_list(rows))
+    called_label = run(
+        CLASSIFIER.model(), [{"input_ids": r["input_ids"], "label": r["labels"], "id": "x"} for r in rows]
+    )
+    assert as_list.loss_history == as_dataset.loss_history == called_label.loss_history
+    assert as_list.padding_fraction == as_dataset.padding_fraction
+
+
+def test_torch_datasets_of_dicts() -> None:
+    class Wrapped(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, index: int) -> Row:
+            return CLASSIFIER.rows()[index]
+
+    assert run(CLASSIFIER.model(), Wrapped()).loss_history == pytest.approx(
+        run(CLASSIFIER.model(), CLASSIFIER.rows()).loss_history, rel=1e-9
+    )
+
+
+def test_token_ids_train_a_causal_lm_and_a_plain_module_on_the_next_token() -> None:
+    rows = token_rows()
+    assert run(CAUSAL.model(), rows).loss_history == pytest.approx(
+        run(CAUSAL.model(), [{"input_ids": ids, "labels": ids} for ids in rows]).loss_history
+    )
+    model = PlainLM()
+    one_by_one = [nn.functional.cross_entropy(model(ids[None])[0, :-1], ids[1:], reduction="sum") for ids in rows]
+    wanted = sum(loss.item() for loss in one_by_one) / sum(len(ids) - 1 for ids in rows)
+    result = run(model, rows, config=SimpleNamespace(vocab_size=61, pad_token_id=0), effective_batch_size=7)
+    assert result.loss_history == pytest.approx([wanted], rel=1e-5)
+
+
+def test_pairs_of_inputs_and_targets_with_a_loss_function() -> None:
+    draw = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(9, 4, generator=draw), torch.randint(3, (9,), generator=draw)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    wanted = nn.functional.cross_entropy(model(images), labels).item()
+    result = run(model, TensorDataset(images, labels), loss_fn=nn.CrossEntropyLoss(), effective_batch_size=9)
+    assert result.loss_history == pytest.approx([wanted], rel=1e-6)
+
+
+def test_small_regression_learns_as_from_full_batches() -> None:
+    """10 → 5 → 2 by MSE on 32 rows: 4 × 8 accumulated and the full batch give the same losses epoch by epoch."""
+    draw = torch.Generator().manual_seed(0)
+    rows = TensorDataset(torch.randn(32, 10, generator=draw), torch.randn(32, 2, generator=draw))
+
+    def losses(**sizes: int) -> list[float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 2))
+        return test_fine_tuning(
+            model, train_data=rows, loss_fn=nn.MSELoss(), n_epochs=20, validation_split=0.0, learning_rate=1e-2,
+            progress=False, **sizes,
+        ).train_loss_history  # fmt: skip
+
+    accumulated, full = losses(batch_size=8, gradient_accumulation_steps=4), losses(batch_size=32)
+    assert accumulated == pytest.approx(full, rel=1e-4)
+    assert full[-1] < full[0]
+
+
+def test_without_data_it_trains_on_synthetic_tokens_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(PlainLM(), None, config=SimpleNamespace(vocab_size=61, pad_token_id=0), effective_batch_size=500)
+    assert result.optimizer_steps == 2
+    shown = capsys.readouterr().out
+    assert "SYNTHETIC" in shown
+    assert "Training samples: 1000" in shown
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizerFast:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=8)
+
+
+def text_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    small = CLASSIFIER.config.to_dict() | {
+        "num_labels": 2,
+        "id2label": {0: "neg", 1: "pos"},
+        "label2id": {"neg": 0, "pos": 1},
+    }
+    return BertForSequenceClassification(BertConfig(**small))
+
+
+def test_raw_text_is_tokenised_and_cut_at_the_limit(tokenizer: BertTokenizerFast) -> None:
+    texts = ["a good film", "the bad film", "good", "bad bad bad bad bad bad bad bad bad bad"]
+    named = Dataset.from_dict({"text": texts, "label": ["pos", "neg", "pos", "neg"]})
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    numbered = Dataset.from_dict({"text": texts, "label": [1, 0, 1, 0]}, features=features)
+    by_name, by_number = (run(text_classifier(), rows, tokenizer=tokenizer) for rows in (named, numbered))
+    as_list = run(
+        text_classifier(),
+        [{"sentence": t, "label": n} for t, n in zip(texts, [1, 0, 1, 0], strict=True)],
+        tokenizer=tokenizer,
+    )
+    assert by_name.loss_history == by_number.loss_history == as_list.loss_history
+    # [CLS] and [SEP] around 3, 3, 1 and, cut at 8, 6 words, in micro-batches of (8, 5) and (5, 3)
+    assert by_name.padding_fraction == pytest.approx(1 - (8 + 5 + 5 + 3) / (2 * 8 + 2 * 5))
+
+
+def test_raw_text_without_labels_trains_a_causal_lm(tokenizer: BertTokenizerFast) -> None:
+    rows = Dataset.from_dict({"text": ["a good film", "the bad film", "good film"]})
+    assert run(CAUSAL.model(), rows, tokenizer=tokenizer).optimizer_steps == 1
+    with pytest.raises(DataError, match="has no label column"):
+        run(text_classifier(), rows, tokenizer=tokenizer)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        yield {}
+
+
+ROWS = CLASSIFIER.rows()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "`train_data` has no rows"),
+        (Dataset.from_list([]), "`train_data` has no rows"),
+        ("imdb", "`train_data` must be a datasets.Dataset, .* but is str instead"),
+        (7, "`train_data` must be .* but is int instead"),
+        (Stream(), "is a stream instead"),
+        (DatasetDict({"train": Dataset.from_list(ROWS)}), r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`"),
+        ({"input_ids": [[1, 2]]}, "is a dict instead"),
+        ([1, 2, 3], "its first row is a int instead"),
+        ([{"text": "a film", "label": 1}], "is raw text, but `tokenizer` is None"),
+        ([{"input_ids": [1, 2, 3]}] * 4, "has no label column"),
+        ([(torch.ones(3), torch.ones(()))] * 4, r"\(inputs, targets\) tuples, but `loss_fn` is None"),
+        ([*ROWS[:3], {**ROWS[3], "labels": CLASSES}], f"Of `train_data`, row 3 has the label {CLASSES}, but the model tells 3 classes apart"),
+        ([*ROWS[:3], {**ROWS[3], "labels": -1}], "row 3 has the label -1"),
+        ([*ROWS[:3], {**ROWS[3], "input_ids": [5, 61]}], "row 3 has the token id 61, but the model's vocabulary is 0 to 60"),
+        ([*ROWS[:3], {"input_ids": [5, 6]}], "row 3 cannot be made part of a batch: it has no column 'labels'"),
+        ([*ROWS[:3], {**ROWS[3], "labels": None}], "row 3 cannot be made part of a batch: its column 'labels' holds None"),
+        ([*ROWS[:3], {**ROWS[3], "input_ids": [[5], [6]]}], "row 3 cannot be made part of a batch: .*dimensions"),
+        ([*ROWS[:3], {**ROWS[3], "input_ids": "film"}], "row 3 cannot be made part of a batch: .*'film'"),
+        ([{**row, "labels": -100} for row in ROWS], "has no label that counts"),
+        ([{**row, "labels": 0.5} for row in ROWS], "The loss of the first rows of `train_data` cannot be computed"),
+    ],
+)  # fmt: skip
+def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = CLASSIFIER.model()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(DataError, match=words):
+        run(model, data)
+    assert "FINE-TUNING TEST" not in capsys.readouterr().out
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_faults_in_validation_data_name_it() -> None:
+    with pytest.raises(DataError, match="`val_data` has no rows"):
+        run(CLASSIFIER.model(), ROWS, val_data=[])
+    with pytest.raises(DataError, match="Of `val_data`, row 1 has the label 9"):
+        run(CLASSIFIER.model(), ROWS, val_data=[ROWS[0], {**ROWS[1], "labels": 9}])
+
+
+def test_a_fault_outside_the_sample_names_its_row() -> None:
+    rows = CLASSIFIER.rows(100)
+    rows[51] = {**rows[51], "labels": 7}  # 32 rows are looked at before training: every third
+    with pytest.raises(DataError, match="row 51 has the label 7"):
+        run(CLASSIFIER.model(), rows)
+
+
+def test_a_data_set_that_raises_names_the_row() -> None:
+    class Broken(list):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 2:
+                raise OSError("disk on fire")
+            return super().__getitem__(index)
+
+    with pytest.raises(DataError, match=r"Row 2 of `train_data` cannot be read: OSError\('disk on fire'\)"):
+        run(CLASSIFIER.model(), Broken(ROWS))
+
+
+def test_rows_of_the_hold_out_keep_their_names() -> None:
+    rows = [*ROWS[:8], {**ROWS[8], "labels": 7}]
+    with pytest.raises(DataError, match="row 8 has the label 7"):
+        run(CLASSIFIER.model(), rows, validation_split=0.3)
+
+
+def test_no_data_and_no_vocabulary() -> None:
+    with pytest.raises(DataError, match="`config` has no `vocab_size`"):
+        run(nn.Linear(2, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": "bert-base-uncased"}, "`model` must be a torch.nn.Module, but is str instead"),
+        ({"loss_fn": 3}, "`loss_fn` must be callable or None, but is 3 instead"),
+        ({"data_collator": "pad"}, "`data_collator` must be callable"),
+        ({"reduction": "none"}, "`reduction` must be 'mean' or 'sum', but is 'none' instead"),
+        ({"reduction": "sum"}, "`reduction` is 'sum', but `loss_fn` is None"),
+        ({"compute_metrics": "accuracy"}, "`compute_metrics` must be a function"),
+        ({"early_stopping_patience": 1}, "`early_stopping_patience` needs validation rows"),
+        ({"restore_best_weights": True}, "`restore_best_weights` needs validation rows"),
+        ({"lr_scheduler": "linaer"}, "`lr_scheduler` must be one of 'linear', .* but is 'linaer' instead"),
+        ({"lr_scheduler": "reduce_lr_on_plateau"}, "`lr_scheduler` must be one of"),
+        ({"optimizer": "adamw"}, "`optimizer` must be a torch Optimizer or a function"),
+        ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)}, "`optimizer` holds none of the model's"),
+        ({"gradient_accumulation_steps": 2, "effective_batch_size": 7}, "Sizes of an update disagree"),
+        ({"log_with": "nothing"}, "`log_with` is 'nothing'"),
+        ({"use_wandb": True}, "`log_with` asks for .*wandb.* Install it with pip"),
+        ({"output_dir": "/dev/null/x"}, "`output_dir` '/dev/null/x' cannot be made"),
+    ],
+)
+def test_faults_in_other_arguments(arguments: dict[str, Any], words: str) -> None:
+    model = arguments.pop("model", None) or CLASSIFIER.model()
+    with pytest.raises(SettingsError, match=words):
+        run(model, ROWS, **arguments)
+
+
+def test_a_frozen_model_and_one_without_checkpointing_are_told() -> None:
+    with pytest.raises(SettingsError, match="`model` has no trainable parameter"):
+        run(CLASSIFIER.model().requires_grad_(False), ROWS)
+    with pytest.raises(SettingsError, match="`gradient_checkpointing` is True, but PlainLM does not support it"):
+        run(PlainLM(), token_rows(), gradient_checkpointing=True)

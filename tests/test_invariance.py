@@ -1,0 +1,45 @@
+"""A run is decided by its Recipe: the Runtime may change time and memory, never the result."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from heads import HEADS
+from invariance import CUTS, NAMES, difference, trained
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_physical_batch_changes_nothing(name: str) -> None:
+    runs = {batch_size: trained(name, batch_size) for batch_size in CUTS}
+    assert {size: run[1].gradient_accumulation_steps for size, run in runs.items()} == CUTS
+    assert len(runs[12][1].loss_history) == 6
+    for batch_size, run in runs.items():
+        assert difference(runs[12], run) < 1e-9, batch_size
+
+
+def test_sorting_rows_by_length_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "token classification, BERT"
+    in_order_of_length = trained(name, 3)
+    monkeypatch.setattr("ftaccum.data.rows.Rows.lengths", lambda _: None)
+    in_order_of_arrival = trained(name, 3)
+    assert in_order_of_length[1].padding_fraction < in_order_of_arrival[1].padding_fraction
+    assert difference(in_order_of_arrival, in_order_of_length) < 1e-9
+
+
+def test_the_recipe_does_change_it() -> None:
+    """The comparison can tell runs apart."""
+    one, other = (trained(NAMES[1], 4, random_seed=seed) for seed in (1, 2))
+    assert difference(one, other) > 1e-3
+
+
+@pytest.mark.processes
+def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
+    torch.save({name: trained(name, 12) for name in NAMES}, tmp_path / "alone.pt")
+    printed = two_processes("invariance_of_two.py", str(tmp_path / "alone.pt"))
+    differences = json.loads(next(line for line in printed.splitlines() if line.startswith("DIFFERENCES "))[12:])
+    assert len(differences) == 9
+    assert max(differences.values()) < 1e-9, differences
+    assert HEADS.keys() >= set(NAMES)

@@ -1,0 +1,298 @@
+"""A run from outside: counts, histories, screen, files, precisions, and a process left as it was found."""
+
+import gc
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import accelerate.state
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from ftaccum import Result, test_fine_tuning
+from heads import HEADS, one_batch
+
+CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
+
+
+def run(model: nn.Module | None = None, n_rows: int = 24, **arguments: Any) -> Result:
+    defaults = {"n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 8, "progress": False}
+    model = model if model is not None else CLASSIFIER.model().float()
+    return test_fine_tuning(model, train_data=CLASSIFIER.rows(n_rows), **(defaults | arguments))
+
+
+@pytest.mark.parametrize(("micro_batches", "k", "updates"), [(100, 4, 25), (10, 3, 4), (5, 8, 1)])
+def test_one_norm_an_update(micro_batches: int, k: int, updates: int) -> None:
+    result = run(n_rows=micro_batches * 2, gradient_accumulation_steps=k, effective_batch_size=None)
+    assert len(result.grad_norm_history) == len(result.loss_history) == len(result.lr_history) == updates
+    assert result.optimizer_steps == updates
+    assert result.skipped_steps == 0
+    assert result.gradient_accumulation_steps == k
+
+
+def test_reported_loss_does_not_depend_on_k() -> None:
+    whole = run(n_rows=70, batch_size=32, effective_batch_size=None)
+    accumulated = run(n_rows=70, batch_size=4, gradient_accumulation_steps=8, effective_batch_size=None)
+    assert accumulated.loss_history == pytest.approx(whole.loss_history, rel=1e-6)
+    assert accumulated.grad_norm_history == pytest.approx(whole.grad_norm_history, rel=1e-5)
+
+
+def test_schedule_is_in_updates_and_ends_at_its_last() -> None:
+    result = run(n_rows=40, n_epochs=2, learning_rate=1.0e-3, warmup_ratio=0.2)
+    assert result.lr_history == pytest.approx([0, 0.5e-3, *(1e-3 * n / 8 for n in range(8, 0, -1))])
+
+
+def test_clipping_can_be_turned_off_and_norms_are_those_before_it() -> None:
+    clipped, free = run(gradient_clip_norm=1e-3), run(gradient_clip_norm=None)
+    assert clipped.grad_norm_history[0] == free.grad_norm_history[0] > 1e-3
+
+
+def test_result_reads_as_a_mapping_prints_and_survives_json(tmp_path: Path) -> None:
+    result = run(validation_split=0.25)
+    assert result["final_loss"] == result.final_loss == result.val_loss_history[-1]
+    assert set(result) >= {"initial_loss", "best_val_loss", "metrics", "tokens_per_second", "final_loss_scale"}
+    assert "noise_scale" not in result
+    with pytest.raises(KeyError):
+        result["nothing"]
+    assert "final loss" in str(result)
+    result.save(tmp_path / "r.json")
+    assert dict(Result.load(tmp_path / "r.json")) == dict(result)
+
+
+def test_without_validation_rows_the_losses_are_those_of_training() -> None:
+    result = run(n_epochs=2)
+    assert result.final_loss == result.train_loss_history[-1]
+    assert result.initial_loss == result.loss_history[0]
+    assert result.best_val_loss is None
+    assert result.val_loss_history == []
+
+
+def test_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    run(n_rows=1000, batch_size=4, gradient_accumulation_steps=8, effective_batch_size=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "FINE-TUNING TEST"
+    for line in (
+        "Training samples: 1000",
+        "Batch size: 4",
+        "Gradient accumulation steps: 8",
+        "Effective batch size: 32",
+        "Processes: 1",
+        "Precision: full, on cpu",
+    ):
+        assert line in lines
+    assert any(line.startswith("Updates per epoch: 32") for line in lines)
+
+
+def test_outputs_are_saved_and_load_again(tmp_path: Path) -> None:
+    model = CLASSIFIER.model().float()
+    result = run(model, output_dir=str(tmp_path), n_epochs=2)
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [e["loss"] for e in entries if "grad_norm" in e] == result.loss_history
+    assert [e["train_loss"] for e in entries if "grad_norm" not in e] == result.train_loss_history
+    assert Result.load(tmp_path / "result.json") == result
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    batch = one_batch(CLASSIFIER.rows(3))
+    assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_plain_module_with_tied_weights_is_saved(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(61, 8), nn.Linear(8, 61, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(input_ids))
+
+    model, again = Tied(), Tied()
+    rows = [torch.arange(1, 9)] * 4
+    test_fine_tuning(model, train_data=rows, validation_split=0.0, n_epochs=1, output_dir=str(tmp_path), progress=False)
+    load_model(again, str(tmp_path / "model" / "model.safetensors"))
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_precisions_follow_each_other_in_one_process() -> None:
+    runs = [run(mixed_precision=precision) for precision in ("no", "bf16", "no", "fp16", None)]
+    assert [r.amp_enabled for r in runs] == [False, True, False, True, False]
+    assert runs[0].loss_history == runs[2].loss_history == runs[4].loss_history
+    assert runs[1].loss_history != runs[0].loss_history
+    assert runs[1].loss_history == pytest.approx(runs[0].loss_history, rel=2e-2)
+    assert runs[3].final_loss_scale == 2.0**16
+    assert runs[0].final_loss_scale is None
+    assert run(use_amp=True).amp_enabled
+
+
+def test_an_overflow_in_fp16_is_a_skipped_update_that_moves_neither_weights_nor_schedule(tmp_path: Path) -> None:
+    def overflowing_once(outputs: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = nn.functional.cross_entropy(outputs.logits, batch["labels"])
+        # Forward passes 1 to n try the loss out; of the updates, the first overflows.
+        return loss * 1e38 * 10 if len(calls) == overflow_at else loss
+
+    calls: list[int] = []
+    overflow_at = 0
+    model = CLASSIFIER.model().float()
+    run(model, loss_fn=overflowing_once, n_rows=8, effective_batch_size=4, mixed_precision="fp16")
+    overflow_at, calls = len(calls) - 3, []  # four passes in two windows: the first of the first window
+    model = CLASSIFIER.model().float()
+    result = run(
+        model, loss_fn=overflowing_once, n_rows=8, effective_batch_size=4, mixed_precision="fp16", learning_rate=1e-3
+    )
+    assert (result.optimizer_steps, result.skipped_steps) == (1, 1)
+    assert not math.isfinite(result.grad_norm_history[0])
+    assert result.lr_history == [1e-3, 1e-3]
+    assert result.final_loss_scale == 2.0**15
+    assert all(p.isfinite().all() for p in model.parameters())
+    result.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["grad_norm_history"][0] is None
+
+
+def test_fp16_with_a_scaler_has_the_gradient_of_full_precision_at_the_first_finite_update() -> None:
+    full, scaled = run(n_rows=8), run(n_rows=8, mixed_precision="fp16")
+    assert scaled.grad_norm_history == pytest.approx(full.grad_norm_history, rel=1e-2)
+
+
+def test_early_stopping_and_the_best_weights() -> None:
+    model = CLASSIFIER.model().float()
+    result = run(
+        model, validation_split=0.3, n_epochs=12, learning_rate=0.05, early_stopping_patience=2, restore_best_weights=True
+    )  # fmt: skip
+    best = result.val_loss_history.index(min(result.val_loss_history))
+    assert len(result.val_loss_history) == best + 3 < 12
+    assert result.best_val_loss == result.val_loss_history[best] < result.final_loss
+    again = run(model, val_data=None, validation_split=0.3, learning_rate=1e-12)
+    assert again.initial_loss == pytest.approx(result.best_val_loss, rel=1e-6)
+
+
+def test_nothing_leaks() -> None:
+    model = CAUSAL.model().float().eval()
+    model.model.layers[0].train()
+    model.config.use_cache = True
+    attributes = set(model.__dict__)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    test_fine_tuning(
+        model, train_data=CAUSAL.rows(), n_epochs=1, use_amp=True, gradient_checkpointing=True, deterministic=True,
+        progress=False,
+    )  # fmt: skip
+    assert set(model.__dict__) - attributes <= {"_require_grads_hooks"}  # an empty list of Transformers' own
+    assert not model.get_input_embeddings()._forward_hooks
+    assert model.forward.__func__ is type(model).forward
+    assert [m.training for m in (model, model.model.layers[0], model.model.layers[1])] == [False, True, False]
+    assert model.config.use_cache is True
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert accelerate.state.AcceleratorState._shared_state == {}
+
+
+def test_a_failed_run_leaves_nothing_behind_either() -> None:
+    model = CLASSIFIER.model().float().eval()
+
+    def fails(outputs: Any, batch: Any) -> torch.Tensor:
+        if model.training:
+            raise RuntimeError("in the middle")
+        return nn.functional.cross_entropy(outputs.logits, batch["labels"])
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(model, loss_fn=fails, use_amp=True)
+    assert not model.training
+    assert "forward" not in model.__dict__
+    assert accelerate.state.AcceleratorState._shared_state == {}
+
+
+def test_an_accelerator_of_the_users_own_survives() -> None:
+    mine = accelerate.Accelerator(cpu=True)
+    run(mixed_precision="bf16")
+    assert mine.mixed_precision == "no"
+    assert mine.state.device.type == "cpu"
+    accelerate.state.AcceleratorState._reset_state()
+
+
+def test_runs_with_one_seed_are_the_same_and_dropout_is_on() -> None:
+    def one(seed: int, dropout: float) -> list[float]:
+        model = CLASSIFIER.model().float()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        return run(model, random_seed=seed).loss_history
+
+    assert one(1, 0.3) == one(1, 0.3) != one(2, 0.3)
+    assert one(1, 0.3) != one(1, 0.0)
+
+
+def test_twenty_runs_do_not_grow_in_memory() -> None:
+    model = CLASSIFIER.model().float()
+    sizes, objects = [], []
+    for number in range(20):
+        run(model, n_rows=8, mixed_precision=("no", "bf16")[number % 2])
+        gc.collect()
+        objects.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+        sizes.append(psutil.Process().memory_info().rss)
+    assert objects[-1] == objects[3]
+    assert sizes[-1] - sizes[3] < 20 * 2**20
+
+
+def test_optimizers_of_the_users_own() -> None:
+    model = CLASSIFIER.model().float()
+    kept = torch.optim.SGD(model.parameters(), lr=0.25)
+    assert run(model, optimizer=kept, lr_scheduler="constant").lr_history == [0.25] * 3
+    made = run(
+        optimizer=lambda groups: torch.optim.SGD(groups, momentum=0.9), learning_rate=0.1, lr_scheduler="constant"
+    )
+    assert made.lr_history == [0.1] * 3
+
+
+class Tracker(accelerate.tracking.GeneralTracker):
+    name, requires_logging_directory = "kept", False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {}
+        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.finished = 0
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.config = values
+
+    def log(self, values: dict[str, Any], step: int, **_: Any) -> None:
+        self.logged.append((values, step))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackers_get_every_update_and_every_epoch_with_the_sizes() -> None:
+    tracker = Tracker()
+    result = run(validation_split=0.25, n_epochs=2, log_with=tracker)
+    assert tracker.config["learning_rate"] == 5e-5
+    updates = [(values["train/loss"], step) for values, step in tracker.logged if "train/loss" in values]
+    assert updates == list(zip(result.loss_history, range(1, 7), strict=True))
+    epochs = [values for values, _ in tracker.logged if "epoch" in values]
+    assert [values["val/loss"] for values in epochs] == result.val_loss_history
+    assert {k: v for k, v in epochs[0].items() if k.startswith("config/")} == {
+        "config/effective_batch_size": 8,
+        "config/gradient_accumulation_steps": 4,
+        "config/physical_batch_size": 2,
+    }
+    assert tracker.finished == 1
+
+
+def test_tokens_per_update_gives_rows_by_the_mean_length() -> None:
+    rows = [torch.arange(1, 9)] * 20
+    result = test_fine_tuning(
+        CAUSAL.model(), train_data=rows, validation_split=0.0, n_epochs=1, tokens_per_update=64, progress=False
+    )
+    assert (result.effective_batch_size, result.gradient_accumulation_steps, result.optimizer_steps) == (8, 2, 3)
