@@ -169,23 +169,35 @@ ROWS = CLASSIFIER.rows()
         ("imdb", "`train_data` must be a datasets.Dataset, .* but is str instead"),
         (7, "`train_data` must be .* but is int instead"),
         (Stream(), "is a stream instead"),
-        (DatasetDict({"train": Dataset.from_list(ROWS)}), r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`"),
+        (
+            DatasetDict({"train": Dataset.from_list(ROWS)}),
+            r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`",
+        ),
         ({"input_ids": [[1, 2]]}, "is a dict instead"),
         ([1, 2, 3], "its first row is a int instead"),
         ([{"text": "a film", "label": 1}], "is raw text, but `tokenizer` is None"),
         ([{"input_ids": [1, 2, 3]}] * 4, "has no label column"),
         ([(torch.ones(3), torch.ones(()))] * 4, r"\(inputs, targets\) tuples, but `loss_fn` is None"),
-        ([*ROWS[:3], {**ROWS[3], "labels": CLASSES}], f"Of `train_data`, row 3 has the label {CLASSES}, but the model tells 3 classes apart"),
+        (
+            [*ROWS[:3], {**ROWS[3], "labels": CLASSES}],
+            f"Of `train_data`, row 3 has the label {CLASSES}, but the model tells 3 classes apart",
+        ),
         ([*ROWS[:3], {**ROWS[3], "labels": -1}], "row 3 has the label -1"),
-        ([*ROWS[:3], {**ROWS[3], "input_ids": [5, 61]}], "row 3 has the token id 61, but the model's vocabulary is 0 to 60"),
+        (
+            [*ROWS[:3], {**ROWS[3], "input_ids": [5, 61]}],
+            "row 3 has the token id 61, but the model's vocabulary is 0 to 60",
+        ),
         ([*ROWS[:3], {"input_ids": [5, 6]}], "row 3 cannot be made part of a batch: it has no column 'labels'"),
-        ([*ROWS[:3], {**ROWS[3], "labels": None}], "row 3 cannot be made part of a batch: its column 'labels' holds None"),
+        (
+            [*ROWS[:3], {**ROWS[3], "labels": None}],
+            "row 3 cannot be made part of a batch: its column 'labels' holds None",
+        ),
         ([*ROWS[:3], {**ROWS[3], "input_ids": [[5], [6]]}], "row 3 cannot be made part of a batch: .*dimensions"),
         ([*ROWS[:3], {**ROWS[3], "input_ids": "film"}], "row 3 cannot be made part of a batch: .*'film'"),
         ([{**row, "labels": -100} for row in ROWS], "has no label that counts"),
         ([{**row, "labels": 0.5} for row in ROWS], "The loss of the first rows of `train_data` cannot be computed"),
     ],
-)  # fmt: skip
+)
 def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = CLASSIFIER.model()
     before = [p.clone() for p in model.parameters()]

@@ -163,7 +163,8 @@ def test_fp16_with_a_scaler_has_the_gradient_of_full_precision_at_the_first_fini
 def test_early_stopping_and_the_best_weights() -> None:
     model = CLASSIFIER.model().float()
     result = run(
-        model, validation_split=0.3, n_epochs=12, learning_rate=0.05, early_stopping_patience=2, restore_best_weights=True
+        model, validation_split=0.3, n_epochs=12, learning_rate=0.05, early_stopping_patience=2,
+        restore_best_weights=True,
     )  # fmt: skip
     best = result.val_loss_history.index(min(result.val_loss_history))
     assert len(result.val_loss_history) == best + 3 < 12

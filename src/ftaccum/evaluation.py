@@ -42,6 +42,9 @@ class NoEvaluation:
     def __call__(self, model: nn.Module) -> tuple[None, dict[str, float]]:  # noqa: ARG002
         return None, {}
 
+    def loss(self, model: nn.Module) -> None:
+        """None, too."""
+
 
 class Evaluation:
     """Evaluates a model on validation rows, each exactly once, over all processes."""
@@ -66,6 +69,13 @@ class Evaluation:
             model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
                 may communicate in a forward pass.
         """
+        return self._evaluate(model, self._metrics)
+
+    def loss(self, model: nn.Module) -> float:
+        """The loss alone."""
+        return self._evaluate(model, None)[0]
+
+    def _evaluate(self, model: nn.Module, metrics: "_Metrics | None") -> tuple[float, dict[str, float]]:
         accelerator = self._accelerator
         losses = ItemMeans(self._objective.terms, accelerator.device)
         predicted: list[_Predicted] = []
@@ -74,10 +84,10 @@ class Evaluation:
                 batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
                 means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
                 losses.add(means, micro.counts)
-                if self._metrics is not None and not micro.is_ghost:
-                    predicted.append(self._metrics.keep(rows, outputs, batch))
+                if metrics is not None and not micro.is_ghost:
+                    predicted.append(metrics.keep(rows, outputs, batch))
         (losses,) = gathered([losses], accelerator)
-        return total(losses.read()), self._computed(predicted)
+        return total(losses.read()), {} if metrics is None else self._computed(metrics, predicted)
 
     def _batches(self) -> Iterator[tuple[tuple[int, ...], MicroBatch]]:
         for start in range(0, self._n_rows, _ROWS_TOGETHER):
@@ -87,14 +97,12 @@ class Evaluation:
             share = [rows for rows in share if rows]  # no ghosts: nothing here waits for another process
             yield from zip(share, self._loader.load(together.rows, share, start), strict=True)
 
-    def _computed(self, predicted: list[_Predicted]) -> dict[str, float]:
-        if self._metrics is None:
-            return {}
+    def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
         everyone = gather_object(predicted) if self._accelerator.num_processes > 1 else predicted
         answer: list[Any] = [None]
         if self._accelerator.is_main_process:
             try:
-                answer = [self._metrics.compute(everyone)]
+                answer = [metrics.compute(everyone)]
             except Exception as error:  # raised below on every process, so that none waits for the main one
                 answer = [error]
         (computed,) = broadcast_object_list(answer)
@@ -117,7 +125,9 @@ class _Metrics:
             raise SettingsError(["`compute_metrics` needs labels, but `val_data` has none named `labels`."])
         if not isinstance(self._compute, _MODULES):
             return rows, _on_host(logits), _on_host(labels)
-        classes = logits.argmax(-1) if logits.ndim > labels.ndim else logits.squeeze(-1)
+        classes = (
+            logits.squeeze(-1) if labels.is_floating_point() or logits.shape == labels.shape else logits.argmax(-1)
+        )
         counted = labels != IGNORE_INDEX
         return rows, _on_host(classes[counted]), _on_host(labels[counted])
 

@@ -175,7 +175,7 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
         best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
 
         started, work = time.perf_counter(), Work()
-        ledger.initial_val_loss, _ = evaluate(model)
+        ledger.initial_val_loss = evaluate.loss(model)
         for epoch in range(plan.n_epochs):
             with work.timed():
                 loop.train(_shares(plan, epoch, assembly.train, accelerator, work), recorder.window)

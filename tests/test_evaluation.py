@@ -1,0 +1,107 @@
+"""Validation: every row once, whatever the batching, and metrics without a hub."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction
+
+from evaluated import ROWS, VAL_ROWS, evaluated, reference
+from ftaccum import F1, Accuracy, ClassificationMetrics, MeanSquaredError, SettingsError
+from heads import HEADS
+
+
+@pytest.mark.parametrize("name", ["causal LM, Llama", "token classification, BERT", "question answering, BERT"])
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+def test_validation_loss_is_the_mean_over_all_items(name: str, batch_size: int) -> None:
+    found = evaluated(name, batch_size=batch_size, effective_batch_size=64)
+    assert found.initial_loss == pytest.approx(reference(name), rel=1e-9)
+
+
+def test_rows_without_labels_count_for_nothing() -> None:
+    name = "token classification, BERT"
+    silent = [{**row, "labels": [-100] * len(row["labels"])} for row in HEADS[name].rows(4, seed=3)]
+    found = evaluated(name, batch_size=1, val_data=[*silent[:2], *VAL_ROWS[name], *silent[2:]])
+    assert found.initial_loss == pytest.approx(reference(name), rel=1e-9)
+
+
+def test_accuracy_leaves_ignored_labels_out() -> None:
+    name = "token classification, BERT"
+    head = HEADS[name]
+    found = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
+    right = total = 0
+    for row in VAL_ROWS[name]:
+        logits = head.model().eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        labels = torch.tensor(row["labels"])
+        right += int((logits.argmax(-1) == labels)[labels != -100].sum())
+        total += int((labels != -100).sum())
+    assert found.metrics == [{"accuracy": right / total}]
+
+
+def test_a_function_gets_all_predictions_in_the_order_of_the_rows() -> None:
+    name = "token classification, BERT"
+    got: list[EvalPrediction] = []
+
+    def keep(prediction: EvalPrediction) -> dict[str, float]:
+        got.append(prediction)
+        return {"rows": len(prediction.predictions)}
+
+    found = evaluated(name, batch_size=4, compute_metrics=keep)
+    assert found.metrics == [{"rows": len(VAL_ROWS[name])}]
+    widest = max(len(row["labels"]) for row in VAL_ROWS[name])
+    for row, labels in zip(VAL_ROWS[name], got[0].label_ids, strict=True):
+        assert labels.tolist() == row["labels"] + [-100] * (widest - len(row["labels"]))
+    assert got[0].predictions.shape == (len(VAL_ROWS[name]), widest, 3)
+
+
+def test_metrics_that_cannot_be_used_are_told() -> None:
+    with pytest.raises(SettingsError, match="`compute_metrics` must return a dict of numbers by name, but returned 3"):
+        evaluated("token classification, BERT", batch_size=4, compute_metrics=lambda _: 3)
+
+
+def test_metrics_are_those_of_scikit_learn_and_combine() -> None:
+    guesses, truths = [0, 1, 1, 2], [0, 1, 2, 2]
+    assert Accuracy().compute(predictions=guesses, references=truths) == {"accuracy": 0.75}
+    scores = F1(average="macro").compute(predictions=guesses, references=truths)
+    assert scores == pytest.approx(
+        {"f1": (1 + 2 / 3 + 2 / 3) / 3, "precision": (1 + 0.5 + 1) / 3, "recall": (1 + 1 + 0.5) / 3}
+    )
+    assert ClassificationMetrics().compute(predictions=guesses, references=truths) == {"accuracy": 0.75, **scores}
+    assert MeanSquaredError().compute(predictions=[1.0, 2.0], references=[1.0, 4.0]) == {"mse": 2.0}
+    together = evaluate.combine([Accuracy(), F1()])
+    assert together.compute(predictions=guesses, references=truths) == {"accuracy": 0.75, **scores}
+    assert evaluated("token classification, BERT", batch_size=4, compute_metrics=together).metrics[0].keys() == {
+        "accuracy", *scores
+    }  # fmt: skip
+
+
+def test_regression_is_measured_on_the_outputs_themselves() -> None:
+    found = evaluated("regression, BERT", batch_size=4, compute_metrics=MeanSquaredError(), learning_rate=1e-12)
+    assert found.metrics[0]["mse"] == pytest.approx(found.final_loss, rel=1e-6)
+
+
+def test_bf16_outputs_reach_the_metrics() -> None:
+    def finite(prediction: EvalPrediction) -> dict[str, Any]:
+        return {"finite": np.isfinite(prediction.predictions).mean()}
+
+    name = "sequence classification, BERT"
+    found = evaluated(name, batch_size=4, model=HEADS[name].model().bfloat16(), compute_metrics=finite)
+    assert found.metrics == [{"finite": 1.0}]
+
+
+@pytest.mark.processes
+def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str]) -> None:
+    printed = two_processes("evaluation_of_two.py")
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    for name in found["losses"]:
+        assert found["losses"][name] == pytest.approx([reference(name)] * 2, rel=1e-9)
+    name = "token classification, BERT"
+    alone = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
+    assert found["accuracy"] == [alone.metrics] * 2
+    assert found["order"] == [[row["labels"][0] for row in VAL_ROWS[name]]]
+    assert found["error"] == ["ZeroDivisionError"] * 2
+    assert len(ROWS[name]) == 9

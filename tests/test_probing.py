@@ -1,0 +1,146 @@
+"""How a loss is counted is measured: on losses whose right count is known."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftaccum import InexactLossWarning, SettingsError, test_fine_tuning
+from ftaccum.objective import Counting
+from ftaccum.objective.probing import probe
+
+WIDTHS = (3, 5, 2, 7)
+
+
+def batch(widths: tuple[int, ...] = WIDTHS) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    labels_BL = torch.full((len(widths), max(widths)), -100)
+    for row, width in enumerate(widths):
+        labels_BL[row, :width] = torch.randint(5, (width,), generator=draw)
+    logits_BLV = torch.randn(len(widths), max(widths), 5, generator=draw).double()
+    return {"labels": labels_BL, "logits": logits_BLV}
+
+
+def groups(whole: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{key: value[rows] for key, value in whole.items()} for rows in ([0], [1], [2, 3])]
+
+
+def labels_mean(b: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(b["logits"].flatten(0, 1), b["labels"].flatten())
+
+
+def shifted_mean(b: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(b["logits"][:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten())
+
+
+def rows_mean(b: dict[str, Tensor]) -> Tensor:
+    each = [labels_mean({key: value[n : n + 1] for key, value in b.items()}) for n in range(len(b["labels"]))]
+    return torch.stack(each).mean()
+
+
+def elements_mean(b: dict[str, Tensor]) -> Tensor:
+    return b["logits"].pow(2).mean()
+
+
+def measured(loss: Any, whole: dict[str, Tensor], apart: Any = None) -> Any:
+    losses = lambda b: {"loss": float(loss(b))}
+    return probe(losses, whole, groups, groups(whole) if apart is None else apart, counting=Counting())
+
+
+@pytest.mark.parametrize(
+    ("loss", "way"),
+    [(labels_mean, "labels"), (shifted_mean, "labels after the shift"), (rows_mean, "rows")],
+)
+def test_the_right_way_to_count_is_found(loss: Any, way: str) -> None:
+    found = measured(loss, batch())
+    assert found.ways == {"loss": way}
+    assert found.differences["loss"] < 1e-12
+    assert found.unexplained == []
+    assert not found.padding_sensitive
+
+
+@pytest.mark.parametrize(("loss", "way"), [(labels_mean, "labels"), (shifted_mean, "labels after the shift")])
+@pytest.mark.parametrize("first_ignored", [True, False])
+def test_ways_that_agree_on_the_rows_are_told_apart_by_other_labels(loss: Any, way: str, first_ignored: bool) -> None:
+    whole = batch((5, 5, 5, 5))  # every way gives the same weights
+    if first_ignored:
+        whole["labels"][:, 0] = -100
+    assert measured(loss, whole).ways == {"loss": way}
+
+
+def test_a_loss_that_mixes_rows_is_not_explained() -> None:
+    def contrastive(b: dict[str, Tensor]) -> Tensor:
+        pooled_BV = b["logits"].mean(1)
+        return F.cross_entropy(pooled_BV @ pooled_BV.T, torch.arange(len(pooled_BV)))
+
+    found = measured(contrastive, batch())
+    assert found.differences["loss"] > 0.01
+    assert len(found.unexplained) == 1
+    assert "off that of them together" in found.unexplained[0]
+
+
+def test_a_loss_that_depends_on_the_width_wants_one_width() -> None:
+    def over_padding(b: dict[str, Tensor]) -> Tensor:
+        return b["logits"].logsumexp((1, 2)).mean()
+
+    whole = batch()
+    narrow = [{k: v[:, : (3, 5, 7)[n]] for k, v in part.items()} for n, part in enumerate(groups(whole))]
+    found = measured(over_padding, whole, narrow)
+    assert found.padding_sensitive
+    assert found.ways == {"loss": "rows"}
+    assert found.unexplained == []
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+ROWS = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(n)), "y": n % 3} for n in range(8)]
+
+
+def in_batch(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(outputs @ outputs.T, torch.arange(len(batch["y"])))
+
+
+def test_the_user_is_warned_with_the_figure_and_can_count_instead() -> None:
+    arguments = {"train_data": ROWS, "n_epochs": 1, "validation_split": 0.0, "progress": False}
+    with pytest.warns(InexactLossWarning, match=r"'loss' of rows apart, weighted by rows, is \d+\.\d+% off"):
+        test_fine_tuning(Pooled(), loss_fn=in_batch, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        test_fine_tuning(Pooled(), loss_fn=in_batch, count_items=lambda b: len(b["y"]), **arguments)
+
+
+@pytest.mark.parametrize("counted", [-1, "3", None, float("nan"), {"other": 3}])
+def test_a_count_that_is_none_is_told(counted: Any) -> None:
+    with pytest.raises(SettingsError, match="`count_items` must"):
+        test_fine_tuning(
+            Pooled(), train_data=ROWS, loss_fn=in_batch, count_items=lambda _: counted, n_epochs=1, progress=False
+        )
+
+
+def test_a_loss_that_is_no_number_is_told() -> None:
+    with pytest.raises(
+        SettingsError, match=r"`loss_fn` must give one number, or a dict of them, but 'loss' is \(8, 3\)|\(\d, 3\)"
+    ):
+        test_fine_tuning(Pooled(), train_data=ROWS, loss_fn=lambda outputs, _: outputs, n_epochs=1, progress=False)
+
+
+def test_class_weights_are_exact_with_their_own_count() -> None:
+    weight = torch.tensor([1.0, 5.0, 0.5])
+    loss = lambda outputs, b: F.cross_entropy(outputs, b["y"], weight=weight)
+    whole = {key: torch.stack([torch.as_tensor(row[key]) for row in ROWS]) for key in ("x", "y")}
+    result = test_fine_tuning(
+        Pooled(), train_data=ROWS, loss_fn=loss, count_items=lambda b: weight[b["y"]].sum(), batch_size=3,
+        effective_batch_size=8, n_epochs=1, validation_split=0.0, progress=False,
+    )  # fmt: skip
+    assert result.loss_history == pytest.approx([loss(Pooled()(whole["x"]), whole).item()], rel=1e-6)
