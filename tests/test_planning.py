@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ftaccum import SettingsError, plan
-from ftaccum.planning import Batching, Plan, Window, deal, hold_out, resolve_batching
+from ftaccum.planning import Batching, Plan, cut, deal, hold_out, resolve_batching
 
 SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3) for p in (1, 2, 3)]
 
@@ -25,7 +25,7 @@ def test_every_row_is_seen_once_an_epoch(epoch: int) -> None:
 def test_shares_partition_a_window_and_have_equal_numbers_of_passes() -> None:
     for n, b, k, p in SIZES:
         for window in planned(n, b, k, p).windows(0):
-            shares = [deal(window.cut(b), process, p) for process in range(p)]
+            shares = [deal(cut(window.rows, b), process, p) for process in range(p)]
             assert len({len(share) for share in shares}) == 1
             assert len(shares[0]) <= k
             dealt = [row for share in shares for micro_batch in share for row in micro_batch]
@@ -64,10 +64,10 @@ def test_updates_per_epoch_are_the_windows(micro_batches: int, k: int, updates: 
 
 
 def test_sorting_by_length_changes_the_cut_and_not_the_window() -> None:
-    window = Window(0, 0, (3, 1, 4, 0, 2))
-    assert window.cut(2) == [(3, 1), (4, 0), (2,)]
-    assert window.cut(2, lengths=[5, 9, 1, 9, 7]) == [(3, 1), (4, 0), (2,)]
-    assert window.cut(2, lengths=[1, 2, 3, 4, 5]) == [(4, 3), (2, 1), (0,)]
+    rows = (3, 1, 4, 0, 2)
+    assert cut(rows, 2) == [(3, 1), (4, 0), (2,)]
+    assert cut(rows, 2, lengths=[5, 9, 1, 9, 7]) == [(3, 1), (4, 0), (2,)]
+    assert cut(rows, 2, lengths=[1, 2, 3, 4, 5]) == [(4, 3), (2, 1), (0,)]
 
 
 def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:

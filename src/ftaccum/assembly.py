@@ -1,5 +1,6 @@
 """From what the user brought along to rows, an objective and loaders."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate.utils import send_to_device
 from . import data
 from .data import Collation, Loader, PaddingCollator, Ranges, Rows
 from .errors import DataError, SettingsError
-from .objective import Counting, Forward, Objective, accepted_arguments
+from .objective import Counting, Forward, Objective, accepted_arguments, targets_of
 from .parts import Parts
 from .planning import hold_out
 from .settings import Recipe
@@ -26,6 +27,7 @@ class Assembly:
     objective: Objective
     train: Loader
     val: Loader | None
+    ignore_index: int
     synthetic: bool
 
     def notes(self) -> list[str]:
@@ -51,15 +53,19 @@ def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly
     """
     rows, val_rows = _split(parts, recipe, accelerator)
     collation = _collation(parts)
-    collation.find_draws(rows, [0])
-    forward, ranges = _forward(parts, rows, collation, accelerator.device)
+    collation.find_draws(rows)
+    sample = data.check_sample(rows, collation, Ranges.of_tokens(parts.model))
+    ignore_index = _ignore_index(parts, sample)
+    forward = Forward(parts.model, sample, parts.loss_fn, token_ids=rows.are_token_ids)
+    ranges = _ranges(parts, forward, rows, collation, ignore_index, accelerator.device)
+    data.check_sample(rows, collation, ranges)
     if val_rows is not None:
-        data.check_sample(val_rows, collation, ranges)
-    labelled = data.labelled(rows, collation, parts.ignore_index)
-    objective = _objective(parts, forward, data.sample_of(rows, collation, labelled))
+        _check_alike(sample, data.check_sample(val_rows, collation, ranges))
+    labelled = data.labelled(rows, collation, ignore_index)
+    objective = _objective(parts, forward, data.sample_of(rows, collation, labelled), ignore_index)
     train = Loader(rows, collation, objective, ranges, labelled)
     val = None if val_rows is None else Loader(val_rows, collation, objective, ranges)
-    return Assembly(rows, val_rows, objective, train, val, parts.train_data is None)
+    return Assembly(rows, val_rows, objective, train, val, ignore_index, parts.train_data is None)
 
 
 def _split(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> tuple[Rows, Rows | None]:
@@ -86,7 +92,9 @@ def _synthetic(config: Any, seed: int) -> Rows:
 
 def _tokenised(rows: Rows, parts: Parts, accelerator: Accelerator) -> Rows:
     # A collator of the user's own may be what tokenises.
-    if not data.is_raw_text(rows) or (parts.tokenizer is None and parts.data_collator is not None):
+    if not data.is_raw_text(rows, accepted_arguments(parts.model)) or (
+        parts.tokenizer is None and parts.data_collator is not None
+    ):
         return rows
     config = parts.configuration
     generates = getattr(parts.model, "can_generate", lambda: False)()
@@ -100,11 +108,12 @@ def _tokenised(rows: Rows, parts: Parts, accelerator: Accelerator) -> Rows:
 
 
 def _collation(parts: Parts) -> Collation:
+    accepted = accepted_arguments(parts.model)
     if parts.data_collator is not None:
-        return Collation(parts.data_collator)
+        return Collation(parts.data_collator, accepted)
     return Collation(
         PaddingCollator(
-            accepted_arguments(parts.model),
+            accepted,
             pad_token_id=parts.pad_token_id,
             padding_side=getattr(parts.tokenizer, "padding_side", "right"),
             ignore_index=parts.ignore_index,
@@ -113,27 +122,41 @@ def _collation(parts: Parts) -> Collation:
     )
 
 
-def _forward(parts: Parts, rows: Rows, collation: Collation, device: torch.device) -> tuple[Forward, Ranges]:
-    """How the loss is computed, and what the numbers in a batch may be, tried on a sample of the rows."""
+def _ignore_index(parts: Parts, sample: Any) -> int:
+    """The label that the loss leaves out. Heads that label pixels have one of their own."""
+    labels = targets_of(sample)
+    if labels is not None and labels.ndim > 2 and parts.loss_fn is None:
+        return getattr(parts.configuration, "semantic_loss_ignore_index", parts.ignore_index)
+    return parts.ignore_index
+
+
+def _ranges(
+    parts: Parts, forward: Forward, rows: Rows, collation: Collation, ignore_index: int, device: torch.device
+) -> Ranges:
+    """What the numbers in a batch may be. A `loss_fn` that does not say what it ignores may take any label."""
     ranges = Ranges.of_tokens(parts.model)
-    sample = data.check_sample(rows, collation, ranges)
-    forward = Forward(parts.model, sample, parts.loss_fn)
-    if parts.loss_fn is None or hasattr(parts.loss_fn, "ignore_index"):
-        first = send_to_device(collation.seeded(rows, [0], 0), device)
-        with only_looking(parts.model):
-            n_classes = forward.n_classes(parts.model, first)
-        ranges = ranges.with_classes(n_classes, parts.ignore_index)
-        data.check_sample(rows, collation, ranges)
-    return forward, ranges
+    if parts.loss_fn is not None and not hasattr(parts.loss_fn, "ignore_index"):
+        return ranges
+    first = send_to_device(collation.seeded(rows, [0], 0), device)
+    with only_looking(parts.model):
+        return ranges.with_classes(forward.n_classes(parts.model, first), ignore_index)
 
 
-def _objective(parts: Parts, forward: Forward, sample: data.Sample) -> Objective:
+def _check_alike(train: Any, val: Any) -> None:
+    if isinstance(train, Mapping) and isinstance(val, Mapping) and train.keys() - val.keys():
+        raise DataError(
+            f"`val_data` lacks the columns {sorted(train.keys() - val.keys())} that `train_data` has. "
+            "Give it the same columns."
+        )
+
+
+def _objective(parts: Parts, forward: Forward, sample: data.Sample, ignore_index: int) -> Objective:
     try:
         return Objective.measured(
             parts.model,
             forward,
             sample,
-            counting=Counting(parts.ignore_index),
+            counting=Counting(ignore_index),
             count_items=parts.count_items,
             sums=parts.reduction == "sum",
         )

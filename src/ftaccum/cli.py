@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 
 from .errors import DataError, SettingsError
+from .flags import TrainArguments, parse
 from .planning import PlanArguments, plan
-from .settings import Recipe, Runtime
+from .settings import Recipe, Runtime, checked
 
 _USAGE = """usage: ftaccum COMMAND [options]
 
@@ -20,20 +20,6 @@ commands:
 """
 
 _BAD_INPUT = 2
-
-
-@dataclass
-class TrainArguments:
-    """What to train on what."""
-
-    model: str = field(default="", metadata={"help": "folder or hub name of the model (needed)"})
-    train_data: str = field(
-        default="", metadata={"help": "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)"}
-    )
-    val_data: str | None = field(default=None, metadata={"help": "the same for validation; none: some are held out"})
-    task: str = field(default="text-classification", metadata={"help": "text-classification or causal-lm"})
-    text_column: str = field(default="text", metadata={"help": "column of the texts"})
-    label_column: str = field(default="label", metadata={"help": "column of the classes"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,35 +41,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(words: Sequence[str]) -> None:
-    from .flags import parse
-
     (given,) = parse([PlanArguments], words, prog="ftaccum plan", description="The arithmetic of a run. Loads nothing.")
-    print(plan(**asdict(given)))
+    print(plan(**vars(given)))
 
 
 def _train(words: Sequence[str]) -> None:
-    from .flags import parse
-
     description = "Fine-tunes a model. Bad input is told before anything is loaded, with exit status 2."
-    given, recipe, runtime = parse(
+    named, recipe, runtime = parse(
         [TrainArguments, Recipe, Runtime], words, prog="ftaccum train", description=description
     )
-    needed = [name for name in ("model", "train_data") if not getattr(given, name)]
+    needed = [name for name in ("model", "train_data") if not getattr(named, name)]
     if needed:
         raise SettingsError([f"`--{name}` is needed. `ftaccum train --help` says what it may be." for name in needed])
 
     # Only now what takes seconds to import.
+    from accelerate import PartialState
+
     from .fine_tuning import test_fine_tuning
     from .metrics import ClassificationMetrics
-    from .settings import checked
-    from .sources import class_names, load_model, read_rows
+    from .sources import load
 
-    settings = asdict(recipe) | asdict(runtime)
+    settings = vars(recipe) | vars(runtime)
     checked(settings)
-    classifies = given.task == "text-classification"
-    columns = {given.text_column: "text"} | ({given.label_column: "label"} if classifies else {})
-    train = read_rows(given.train_data, columns=columns)
-    val = None if given.val_data is None else read_rows(given.val_data, split="validation", columns=columns)
-    model, tokenizer = load_model(given.task, given.model, class_names(train) if classifies else ())
-    metrics = ClassificationMetrics() if classifies and (val is not None or recipe.validation_split) else None
-    test_fine_tuning(model, train_data=train, val_data=val, tokenizer=tokenizer, compute_metrics=metrics, **settings)
+    loaded = load(named, recipe.random_seed)
+    measures = named.task == "text-classification" and (loaded.val is not None or recipe.validation_split > 0)
+    test_fine_tuning(
+        loaded.model,
+        train_data=loaded.train,
+        val_data=loaded.val,
+        tokenizer=loaded.tokenizer,
+        compute_metrics=ClassificationMetrics() if measures else None,
+        **settings,
+    )
+    PartialState().destroy_process_group()

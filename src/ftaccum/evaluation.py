@@ -1,5 +1,6 @@
 """Validation: the loss over every row once, and metrics on the model's predictions."""
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -14,15 +15,15 @@ from transformers import EvalPrediction
 from .data import Loader, MicroBatch
 from .errors import SettingsError
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
-from .planning import Window, deal
+from .planning import cut, deal
 from .side_effects import in_mode
 
 _Predicted: TypeAlias = tuple[tuple[int, ...], np.ndarray, np.ndarray]  # rows, predictions, labels
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
 
 _MODULES = (EvaluationModule, CombinedEvaluations)
-# Rows that are padded, or drawn by a collator, together: fixed, so that what is measured does not depend on how a run
-# is batched.
+# Rows that are padded together, where padding matters, or drawn together by a collator: fixed, so that what is measured
+# does not depend on how a run is batched.
 _ROWS_TOGETHER = 64
 
 
@@ -57,13 +58,15 @@ class Evaluation:
         n_rows: int,
         batch_size: int,
         compute_metrics: ComputeMetrics | None,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
         self._n_rows, self._batch_size = n_rows, batch_size
-        self._metrics = _Metrics(compute_metrics) if compute_metrics is not None else None
+        shifts = objective.counted_by.startswith("labels after the shift")
+        self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, shifts)
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
-        """Returns the loss, a mean over all loss items, and the metrics (of a batch without loss items, nothing).
+        """Returns the loss, a mean over all loss items, and the metrics.
 
         Args:
             model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
@@ -84,18 +87,19 @@ class Evaluation:
                 batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
                 means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
                 losses.add(means, micro.counts)
-                if metrics is not None and not micro.is_ghost:
+                if metrics is not None:
                     predicted.append(metrics.keep(rows, outputs, batch))
         (losses,) = gathered([losses], accelerator)
         return total(losses.read()), {} if metrics is None else self._computed(metrics, predicted)
 
     def _batches(self) -> Iterator[tuple[tuple[int, ...], MicroBatch]]:
-        for start in range(0, self._n_rows, _ROWS_TOGETHER):
-            together = Window(start, 0, tuple(range(start, min(start + _ROWS_TOGETHER, self._n_rows))))
-            cut = together.cut(self._batch_size, self._loader.lengths)
-            share = deal(cut, self._accelerator.process_index, self._accelerator.num_processes)
-            share = [rows for rows in share if rows]  # no ghosts: nothing here waits for another process
-            yield from zip(share, self._loader.load(together.rows, share, start), strict=True)
+        together = _ROWS_TOGETHER if self._loader.by_window else self._n_rows
+        for start in range(0, self._n_rows, together):
+            window = tuple(range(start, min(start + together, self._n_rows)))
+            micro_batches = cut(window, self._batch_size, self._loader.lengths)
+            share = deal(micro_batches, self._accelerator.process_index, self._accelerator.num_processes)
+            share = [rows for rows in share if rows]  # nothing here waits for another process
+            yield from zip(share, self._loader.stream(window, share, start), strict=True)
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
         everyone = gather_object(predicted) if self._accelerator.num_processes > 1 else predicted
@@ -114,8 +118,11 @@ class Evaluation:
 class _Metrics:
     """The user's `compute_metrics`, fed batch by batch."""
 
-    def __init__(self, compute: ComputeMetrics) -> None:
-        self._compute = compute
+    def __init__(self, compute: ComputeMetrics, ignore_index: int, shifts: bool) -> None:
+        """Args:
+        shifts: whether the logits at one position predict the label at the next.
+        """
+        self._compute, self._ignore_index, self._shifts = compute, ignore_index, shifts
 
     def keep(self, rows: tuple[int, ...], outputs: Any, batch: Any) -> _Predicted:
         """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
@@ -128,7 +135,9 @@ class _Metrics:
         classes = (
             logits.squeeze(-1) if labels.is_floating_point() or logits.shape == labels.shape else logits.argmax(-1)
         )
-        counted = labels != IGNORE_INDEX
+        if self._shifts:
+            classes, labels = classes[:, :-1], labels[:, 1:]
+        counted = labels != self._ignore_index
         return rows, _on_host(classes[counted]), _on_host(labels[counted])
 
     def compute(self, predicted: list[_Predicted]) -> dict[str, float]:
@@ -143,6 +152,9 @@ class _Metrics:
             raise SettingsError(
                 [f"`compute_metrics` must return a dict of numbers by name, but returned {found!r} instead."]
             )
+        strays = {name: value for name, value in found.items() if not isinstance(value, numbers.Real)}
+        if strays:
+            raise SettingsError([f"`compute_metrics` must return numbers, but returned {strays} instead."])
         return {name: float(value) for name, value in found.items()}
 
 

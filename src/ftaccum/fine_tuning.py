@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .loop import TrainingLoop
 from .objective import CountItems, LossFn
 from .optim import OptimizerFactory, make_optimizer, make_schedule
 from .parts import Parts, check_parts
-from .planning import Plan, batching_of, deal
+from .planning import Plan, batching_of, cut, deal
 from .recording import Recorder, tracking
 from .screen import Screen
 from .selection import BestEpoch
@@ -151,26 +151,38 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
     model, n_processes = parts.model, accelerator.num_processes
     screen = Screen(accelerator.is_main_process, runtime.progress)
     optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
+    if accelerator.mixed_precision == "fp16" and any(p.dtype == torch.float16 for p in model.parameters()):
+        raise SettingsError(
+            [
+                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
+                "into. Load the model in float32 (`dtype=torch.float32`)."
+            ]
+        )
     if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
         model.to(accelerator.device)
     with ExitStack() as stack:
         stack.enter_context(unwrapped_afterwards(model))
         stack.enter_context(in_mode(model, training=True))
         stack.enter_context(_checkpointed(model, runtime.gradient_checkpointing))
+        if not recipe.tokens_per_update:  # else the sizes wait for the rows' lengths
+            batching_of(recipe, runtime, n_processes)
         assembly = assemble(parts, recipe, accelerator)
         length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
         batching = batching_of(recipe, runtime, n_processes, length)
         plan = Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
         schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
-        screen.banner(plan, assembly.notes(), accelerator.mixed_precision, accelerator.device.type)
+        notes = assembly.notes()
+        if warmup > plan.n_windows:
+            notes.append(f"Note: the warm-up of {warmup} updates is longer than the run")
+        screen.banner(plan, notes, accelerator.mixed_precision, accelerator.device.type)
 
         evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, runtime.batch_size)
         wrapped, prepared = accelerator.prepare(model, optimizer)
         clip = math.inf if recipe.gradient_clip_norm is None else recipe.gradient_clip_norm
         loop = TrainingLoop(accelerator, wrapped, assembly.objective, prepared, schedule, clip)
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
-        stack.enter_context(tracking(accelerator, asdict(recipe) | asdict(runtime), batching))
+        stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), batching))
         recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), batching)
         best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
 
@@ -207,14 +219,21 @@ def _evaluation(
 ) -> Evaluation | NoEvaluation:
     if assembly.val is None or assembly.val_rows is None:
         return NoEvaluation()
-    n_rows = len(assembly.val_rows)
-    return Evaluation(accelerator, assembly.objective, assembly.val, n_rows, batch_size, compute_metrics)
+    return Evaluation(
+        accelerator,
+        assembly.objective,
+        assembly.val,
+        len(assembly.val_rows),
+        batch_size,
+        compute_metrics,
+        assembly.ignore_index,
+    )
 
 
 def _shares(plan: Plan, epoch: int, loader: Loader, accelerator: Accelerator, work: Work) -> Iterator[list[MicroBatch]]:
     """This process's share of each window of an epoch."""
     for window in plan.windows(epoch):
-        micro_batches = window.cut(plan.batching.batch_size, loader.lengths)
+        micro_batches = cut(window.rows, plan.batching.batch_size, loader.lengths)
         share = deal(micro_batches, accelerator.process_index, accelerator.num_processes)
         loaded = loader.load(window.rows, share, plan.seed, window.index)
         for micro in loaded:

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,6 +15,21 @@ from .errors import SettingsError
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults beside every option; the description as it was written."""
+
+
+@dataclass
+class TrainArguments:
+    """What to train on what."""
+
+    model: str = field(default="", metadata={"help": "folder or hub name of the model (needed)"})
+    train_data: str = field(
+        default="", metadata={"help": "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)"}
+    )
+    val_data: str | None = field(default=None, metadata={"help": "the same for validation; none: some are held out"})
+    task: str = field(default="text-classification", metadata={"help": "text-classification or causal-lm"})
+    text_column: str = field(default="text", metadata={"help": "column of the texts"})
+    label_column: str = field(default="label", metadata={"help": "column of the classes, as names or numbers"})
+    max_train_rows: int | None = field(default=None, metadata={"help": "train on the first so many rows; none: all"})
 
 
 def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None = None, description: str = "") -> Any:

@@ -156,7 +156,7 @@ class Result(Mapping[str, Any]):
         return cls(
             final_loss=val_losses[-1] if val_losses else epochs[-1].train_loss,
             initial_loss=windows[0].loss if initial is None else initial,
-            best_val_loss=min(val_losses, default=None),
+            best_val_loss=min(filter(math.isfinite, val_losses), default=None),
             loss_history=[w.loss for w in windows],
             grad_norm_history=[w.grad_norm for w in windows],
             lr_history=[w.learning_rate for w in windows],
@@ -218,13 +218,18 @@ class Result(Mapping[str, Any]):
         """Reads what `save` wrote. A null in a history of numbers reads as NaN: infinities are not told apart."""
         read = json.loads(Path(path).read_text())
         for name in ("final_loss", "initial_loss"):
-            read[name] = math.nan if read[name] is None else read[name]
+            read[name] = _nan_null(read[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
-            read[name] = [math.nan if value is None else value for value in read[name]]
+            read[name] = [_nan_null(value) for value in read[name]]
+        read["metrics"] = [{name: _nan_null(value) for name, value in epoch.items()} for epoch in read["metrics"]]
         return cls(**read)
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))
+
+
+def _nan_null(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _null_non_finite(value: Any) -> Any:

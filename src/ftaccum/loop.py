@@ -47,13 +47,17 @@ class TrainingLoop:
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     max_grad_norm: float
-    parameters: list[nn.Parameter] = field(init=False)
+    _held: list[nn.Parameter] = field(init=False)
+    _not_held: list[nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = {id(p) for p in self._held}
+        self._not_held = [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
 
     def train(self, windows: Iterable[list[MicroBatch]], on_window: Callable[[Outcome], None]) -> None:
         """One update for each window; each window is this process's share of it."""
+        self.model.zero_grad(set_to_none=True)  # whatever came with the model is none of the first window's
         for share in windows:
             losses, items = self.accumulate(share)
             on_window(self.update(losses, items))
@@ -80,7 +84,7 @@ class TrainingLoop:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
         rate = self.optimizer.param_groups[0]["lr"]
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self._held, self.max_grad_norm)
         # The one wait for the device in an update: both numbers decide, on every process alike.
         grad_norm, n_items = torch.stack([norm, items.sum().to(norm.device)]).tolist()
         skipped = not (n_items > 0 and grad_norm < float("inf"))
@@ -90,6 +94,8 @@ class TrainingLoop:
             self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for p in self._not_held:
+            p.grad = None
         return Outcome(losses, grad_norm, rate, skipped)
 
     def _without_trace(self, micro: MicroBatch) -> ExitStack:

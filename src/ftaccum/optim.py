@@ -68,15 +68,16 @@ def make_optimizer(
     return made
 
 
-def make_schedule(name: str, optimizer: Optimizer, warmup_updates: int, n_updates: int) -> LRScheduler:
-    """A schedule by its name in Transformers, in updates.
-
-    Raises:
-        SettingsError: for a name that it does not know, or one that needs more than the numbers of updates.
-    """
+def fault_of_schedule(name: str) -> str | None:
+    """The sentence that says why `lr_scheduler` cannot be this name, or None."""
     usable = _usable_schedules()
-    if name not in usable:
-        raise SettingsError([f"`lr_scheduler` must be one of {', '.join(map(repr, usable))}, but is {name!r} instead."])
+    if name in usable:
+        return None
+    return f"`lr_scheduler` must be one of {', '.join(map(repr, usable))}, but is {name!r} instead."
+
+
+def make_schedule(name: str, optimizer: Optimizer, warmup_updates: int, n_updates: int) -> LRScheduler:
+    """A schedule by its name in Transformers, which `fault_of_schedule` has found usable, in updates."""
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_updates, num_training_steps=n_updates)
 
 

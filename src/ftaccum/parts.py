@@ -11,7 +11,7 @@ from .data import Collator
 from .errors import SettingsError
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .objective import IGNORE_INDEX, CountItems, LossFn
-from .optim import OptimizerFactory
+from .optim import OptimizerFactory, fault_of_schedule
 from .settings import Recipe
 
 
@@ -38,10 +38,9 @@ class Parts:
 
     @property
     def ignore_index(self) -> int:
-        """The label that the loss leaves out."""
-        sources = ((self.loss_fn, "ignore_index"), (self.configuration, "semantic_loss_ignore_index"))
-        named = (getattr(source, name, None) for source, name in sources)
-        return next((index for index in named if isinstance(index, int)), IGNORE_INDEX)
+        """The label that the loss leaves out, and that labels are padded with."""
+        named = getattr(self.loss_fn, "ignore_index", None)
+        return named if isinstance(named, int) else IGNORE_INDEX
 
     @property
     def pad_token_id(self) -> int:
@@ -71,8 +70,8 @@ def check_parts(parts: Parts, recipe: Recipe) -> None:
             "`reduction` is 'sum', but `loss_fn` is None. The model's own loss is a mean; "
             "give the `loss_fn` whose sum is meant, or leave `reduction` out."
         )
-    if fault := fault_of_metrics(parts.compute_metrics):
-        faults.append(fault)
+    told = (fault_of_metrics(parts.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
+    faults += [fault for fault in told if fault]
     if parts.val_data is None and not recipe.validation_split:
         needs = {
             "early_stopping_patience": recipe.early_stopping_patience is not None,

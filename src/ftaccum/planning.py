@@ -103,17 +103,18 @@ class Window:
     epoch: int
     rows: Rows
 
-    def cut(self, batch_size: int, lengths: Sequence[int] | None = None) -> list[Rows]:
-        """The window's micro-batches; the last may be short.
 
-        Args:
-            batch_size: rows of each.
-            lengths: of all training rows, by position. Where given, rows are sorted by it first, longest first, so
-                that rows padded together are of similar length, and what does not fit fails at once. (Film review
-                sentences, 8 × 8 rows: 1.1 padded tokens per real one instead of 1.6, for the same update.)
-        """
-        rows = self.rows if lengths is None else sorted(self.rows, key=lambda row: -lengths[row])
-        return [tuple(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+def cut(rows: Rows, batch_size: int, lengths: Sequence[int] | None = None) -> list[Rows]:
+    """The micro-batches of a window's rows; the last may be short.
+
+    Args:
+        batch_size: rows of each.
+        lengths: of all rows, by position. Where given, the window is sorted by them first, longest first, so that
+            rows padded together are of similar length, and what does not fit in memory fails at once. (Film review
+            sentences, 8 × 8 rows: 1.1 padded tokens per real one instead of 1.6, for the same update.)
+    """
+    ordered = rows if lengths is None else sorted(rows, key=lambda row: -lengths[row])
+    return [tuple(ordered[i : i + batch_size]) for i in range(0, len(ordered), batch_size)]
 
 
 def deal(micro_batches: Sequence[Rows], process_index: int, num_processes: int) -> list[Rows]:

@@ -73,7 +73,7 @@ class Recorder:
             "train/grad_norm": entry.grad_norm,
             "train/learning_rate": entry.learning_rate,
             "train/skipped": int(entry.skipped),
-        } | {f"train/{term}": value for term, value in entry.terms.items()}
+        } | {f"train/terms/{term}": value for term, value in entry.terms.items()}
         self._accelerator.log(values, step=entry.window + 1)
 
     def _add_to_epoch(self, losses: ItemMeans) -> None:

@@ -19,7 +19,7 @@ class Screen:
 
     is_main: bool
     progress: bool
-    _columns: tuple[str, ...] = ()
+    _headed: bool = False
 
     def banner(self, plan: Plan, notes: list[str], precision: str, device: str) -> None:
         self._print(
@@ -42,8 +42,8 @@ class Screen:
             cells["val loss"] = _number(entry.val_loss)
         cells |= {name: _number(value) for name, value in entry.metrics.items()}
         widths = [max(10, len(name)) for name in cells]
-        if not self._columns:
-            self._columns = tuple(cells)
+        if not self._headed:
+            self._headed = True
             self._print("  ".join(f"{name:>{w}}" for name, w in zip(cells, widths, strict=True)))
         self._print("  ".join(f"{text:>{w}}" for text, w in zip(cells.values(), widths, strict=True)))
 

@@ -37,27 +37,39 @@ def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
         SettingsError: where the processes asked for are not there, or are joined in a way not shown to be exact.
     """
     shared = {state: dict(state._shared_state) for state in (AcceleratorState, GradientState)}
-    determinism = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
     for state in shared:
         state._shared_state.clear()
     try:
-        with preserved_rng():
-            accelerator = _accelerator(runtime)
-            if runtime.deterministic:
-                torch.use_deterministic_algorithms(True)
+        accelerator = _accelerator(runtime)
+        with preserved_rng(), _determinism(runtime.deterministic):
             seed_all(seed, accelerator.process_index)  # dropout must differ between processes
             try:
                 yield accelerator
             finally:
                 accelerator.free_memory()
     finally:
-        torch.use_deterministic_algorithms(determinism[0], warn_only=determinism[1])
         for state, before in shared.items():
             state._shared_state.clear()
             state._shared_state.update(before)
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms, where wanted, for the time of a session."""
+    if not wanted:
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # without it cuBLAS refuses to be deterministic
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def _accelerator(runtime: Runtime) -> Accelerator:
@@ -109,9 +121,12 @@ def _processes_asked_for() -> int:
     silently starts one process."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    parent = psutil.Process().parent()
-    words = " ".join(parent.cmdline()) if parent is not None else ""
-    asked = re.search(r"accelerate.* launch .*--num[_-]processes[ =](\d+)", words)
+    try:
+        parent = psutil.Process().parent()
+        words = " ".join(parent.cmdline()) if parent is not None else ""
+    except psutil.Error:  # another user's process, or one that has just ended
+        words = ""
+    asked = re.search(r"accelerate(?:\.commands\.|\S* )launch\b.*--num[_-]processes[ =](\d+)", words)
     return int(asked[1]) if asked else 1
 
 
@@ -125,7 +140,8 @@ def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:
         remedy = "" if output_dir else " Trackers that write files need `output_dir`."
         raise SettingsError([f"`log_with` is {log_with!r}: {error}{remedy}"]) from error
     if "all" not in asked and len(found) < len(asked):
-        raise SettingsError([f"`log_with` asks for {asked}, but only {found} is installed. Install it with pip."])
+        absent = [name for name in asked if name not in found]
+        raise SettingsError([f"The trackers {absent} were asked for, but are not installed. Install them with pip."])
     return found
 
 

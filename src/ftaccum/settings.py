@@ -4,6 +4,8 @@ A run is decided by its Recipe. The Runtime may change time and memory, never th
 """
 
 import math
+import numbers
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -118,14 +120,25 @@ def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     Raises:
         SettingsError: with a sentence for each fault, all of them at once.
     """
-    recipe = Recipe(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
-    runtime = Runtime(**{f.name: given[f.name] for f in fields(Runtime) if f.name in given})
+    recipe = Recipe(**{f.name: _plain(given[f.name]) for f in fields(Recipe) if f.name in given})
+    runtime = Runtime(**{f.name: _plain(given[f.name]) for f in fields(Runtime) if f.name in given})
     faults = single_faults(recipe) + single_faults(runtime)
     if not faults:  # the joint rules compare values, which must be sound for that
         faults = _joint_faults(recipe, runtime)
     if faults:
         raise SettingsError(faults)
     return recipe, runtime
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, paths as strings."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def single_faults(settings: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +12,18 @@ from torch import nn
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leaves the generators of Python, NumPy, torch and the current accelerator as they were found."""
+    """Leaves the generators of Python, NumPy, torch and this process's accelerator as they were found."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    device: Any = torch.get_device_module() if torch.accelerator.is_available() else None
+    on_device = device.get_rng_state() if device is not None else None
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+        if device is not None:
+            device.set_rng_state(on_device)
 
 
 def seed_all(*seed: int) -> None:
@@ -35,13 +37,15 @@ def seed_all(*seed: int) -> None:
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Leaves the model's buffers (batch-norm statistics, for one) as they were found."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer  # a forward pass may have put another in its place
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextmanager

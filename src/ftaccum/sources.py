@@ -1,14 +1,16 @@
 """What a command line can name: rows by file or hub name, and a model for a task by folder or hub name."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from .errors import DataError, SettingsError
+from .flags import TrainArguments
 
 TASKS = {
     "text-classification": AutoModelForSequenceClassification,
@@ -16,6 +18,36 @@ TASKS = {
 }
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a command line named, loaded."""
+
+    model: Any
+    tokenizer: Any
+    train: Dataset
+    val: Dataset | None
+
+
+def load(named: TrainArguments, seed: int) -> Loaded:
+    """Loads rows and model. A new head gets its weights from the seed, so that a run can be repeated.
+
+    Raises:
+        DataError: for rows that cannot be read.
+        SettingsError: for a task or model that is unknown.
+    """
+    if named.task not in TASKS:
+        raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
+    classifies = named.task == "text-classification"
+    columns = {named.text_column: "text"} | ({named.label_column: "label"} if classifies else {})
+    train = read_rows(named.train_data, columns=columns)
+    if named.max_train_rows is not None:
+        train = train.select(range(min(named.max_train_rows, len(train))))
+    val = read_rows(named.val_data, split="validation", columns=columns) if named.val_data else None
+    set_seed(seed)
+    model, tokenizer = load_model(named.task, named.model, class_names(train) if classifies else ())
+    return Loaded(model, tokenizer, train, val)
 
 
 def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:
@@ -64,7 +96,10 @@ def class_names(rows: Dataset, label: str = "label") -> list[str]:
     feature = rows.features[label]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    found = sorted(rows.unique(label))
+    found = rows.unique(label)
+    if None in found:
+        raise DataError(f"Some rows have no {label!r}. Drop them, or give them one.")
+    found.sort()
     if all(isinstance(value, str) for value in found):
         return found
     if all(isinstance(value, int) and value >= 0 for value in found):
@@ -79,17 +114,16 @@ def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, 
         classes: for classification, the names of the classes in the order of their numbers.
 
     Raises:
-        SettingsError: for an unknown task, or a model that cannot be loaded.
+        SettingsError: where it cannot be loaded.
     """
-    if task not in TASKS:
-        raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {task!r} instead."])
     heads: dict[str, Any] = {}
     if classes:
         heads = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
+        heads["ignore_mismatched_sizes"] = True  # a classifier of other classes gets a new head, and is told so
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = TASKS[task].from_pretrained(name, **heads)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise SettingsError(
             [f"`model` {name!r} cannot be loaded: {error} Name a folder that `save_pretrained` wrote, or a hub model."]
         ) from error

@@ -31,7 +31,10 @@ class Ranges:
     @classmethod
     def of_tokens(cls, model: Any) -> "Ranges":
         """The range of token ids alone, from the model's input embeddings."""
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        try:
+            embeddings = model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # a plain module; a model of images
+            embeddings = None
         return cls(vocabulary=getattr(embeddings, "num_embeddings", None))
 
     def with_classes(self, n_classes: int | None, ignore_index: int) -> "Ranges":
@@ -131,7 +134,8 @@ def _of_unlike_lengths(rows: Rows, candidates: Sequence[int]) -> list[int]:
     lengths = dict(zip(candidates, map(length_of, rows.fetch(candidates)), strict=True))
     by_length = sorted(candidates, key=lambda position: lengths[position])
     n = min(_PROBE_ROWS, len(by_length))
-    return [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
+    spread = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
+    return (spread * _PROBE_ROWS)[:_PROBE_ROWS]  # with other labels, a row and its copies can still tell something
 
 
 def _has_items(batch: Batch, counting: Counting) -> bool:

@@ -1,7 +1,7 @@
 """A process's share of a window, as collated and counted micro-batches."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -42,6 +42,8 @@ class Loader:
     """Turns positions into micro-batches.
 
     Attributes:
+        by_window: whether the rows of a window are collated together and then cut, because the collator draws at
+            random or padding matters.
         lengths: of the rows, to cut windows by; None where they are unknown, or would save no padding.
     """
 
@@ -57,38 +59,47 @@ class Loader:
         ghost_candidates: where to look first for a row with loss items; all others come after.
         """
         self._rows, self._collation, self._objective, self._ranges = rows, collation, objective, ranges
-        # Drawn or padded once for the whole window, rows do not depend on how the window is cut.
-        self._by_window = collation.draws or objective.padding_sensitive
+        self.by_window = collation.draws or objective.padding_sensitive
         self._ghost = self._find_ghost(ghost_candidates)
-        self.lengths = None if self._by_window else rows.lengths()
+        self.lengths = None if self.by_window else rows.lengths()
 
     def load(self, window: Sequence[int], share: Sequence[Sequence[int]], *seed: int) -> list[MicroBatch]:
         """Collates the micro-batches of `share`, which are parts of `window`.
 
         Args:
             window: positions of all rows of the window, on all processes.
-            share: positions of each micro-batch of this process; an empty one becomes a ghost.
+            share: positions of each micro-batch of this process; an empty one becomes a ghost, and so does one
+                without loss items.
             seed: settles the collator's draws.
 
         Raises:
             DataError: naming a row that cannot be read, padded or used.
         """
-        if not self._by_window:
-            return [self._micro_batch(self._collation(self._rows, rows) if rows else None, rows) for rows in share]
-        whole = self._collation.seeded(self._rows, window, *seed)
-        place = {position: n for n, position in enumerate(window)}
-        return [self._micro_batch(take(whole, [place[p] for p in rows]) if rows else None, rows) for rows in share]
+        return [self._or_ghost(micro) for micro in self.stream(window, share, *seed)]
 
-    def _micro_batch(self, batch: Batch | None, rows: Sequence[int]) -> MicroBatch:
-        counts: Counts = dict.fromkeys(self._objective.terms, 0)
-        n_tokens = 0, 0
-        if batch is not None:
-            self._ranges.check(batch, self._rows, rows)
-            counts, n_tokens = self._objective.count(batch), _sizes(batch)
-        terms = _counted(counts)
-        if batch is None or not terms:
-            batch, terms = self._ghost
-        return MicroBatch(batch, counts, terms, len(rows), *n_tokens)
+    def stream(self, window: Sequence[int], share: Sequence[Sequence[int]], *seed: int) -> Iterator[MicroBatch]:
+        """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
+        if self.by_window:
+            whole = self._collation.seeded(self._rows, window, *seed)
+            place = {position: n for n, position in enumerate(window)}
+        for rows in share:
+            if not rows:
+                yield MicroBatch(None, dict.fromkeys(self._objective.terms, 0), (), 0, 0, 0)
+            elif self.by_window:
+                yield self._micro_batch(take(whole, [place[position] for position in rows]), rows)
+            else:
+                yield self._micro_batch(self._collation(self._rows, rows), rows)
+
+    def _micro_batch(self, batch: Batch, rows: Sequence[int]) -> MicroBatch:
+        self._ranges.check(batch, self._rows, rows)
+        counts = self._objective.count(batch)
+        return MicroBatch(batch, counts, _counted(counts), len(rows), *_sizes(batch))
+
+    def _or_ghost(self, micro: MicroBatch) -> MicroBatch:
+        if micro.terms:
+            return micro
+        batch, terms = self._ghost
+        return replace(micro, batch=batch, terms=terms)
 
     def _find_ghost(self, candidates: Sequence[int]) -> tuple[Batch, tuple[str, ...]]:
         # It needs items: a mean over none is NaN, and 0 × NaN is NaN in the gradient.

@@ -55,6 +55,11 @@ class Rows:
                 return [_as_row(row) for row in self.source.__getitems__(indices)]
         return [self._one(index) for index in indices]
 
+    @property
+    def are_token_ids(self) -> bool:
+        """Whether each row is a tensor of token ids and nothing else."""
+        return isinstance(self.source[0], Tensor)
+
     def lengths(self) -> list[int] | None:
         """The length of every row in tokens, where it can be told without computing the rows; else None."""
         if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:
@@ -92,6 +97,11 @@ def as_rows(data: Any, argument: str) -> Rows:
         raise DataError(
             f"`{argument}` must be {_FORMS}, but is a stream instead. "
             "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."
+        )
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
+            "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
         )
     if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(

@@ -12,14 +12,19 @@ _LABELS = ("labels", "label")
 _LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit give a very large number as their limit
 
 
-def is_raw_text(rows: Rows) -> bool:
-    """Whether rows carry text where the model wants token ids."""
+def is_raw_text(rows: Rows, accepted: set[str] | None) -> bool:
+    """Whether rows carry text, and nothing that the model takes.
+
+    Args:
+        accepted: the columns that the model takes; None where it takes any.
+    """
     first = rows.fetch([0])[0]
-    return (
-        isinstance(first, Mapping)
-        and "input_ids" not in first
-        and any(isinstance(value, str) for key, value in first.items() if key not in _LABELS)
-    )
+    if not isinstance(first, Mapping):
+        return False
+    inputs = {key: value for key, value in first.items() if key not in _LABELS}
+    texts = {key for key, value in inputs.items() if isinstance(value, str)}
+    usable = {"input_ids", *(accepted or ())} if accepted is not None else inputs.keys() - texts
+    return bool(texts) and not usable & (inputs.keys() - texts)
 
 
 def tokenized(rows: Rows, tokenizer: Any, config: Any, *, next_token: bool) -> Rows:
@@ -29,7 +34,8 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, *, next_token: bool) -> R
     numbers by the model's `config.label2id`.
 
     Args:
-        next_token: whether rows without labels are to predict their own tokens, as a causal LM does.
+        next_token: whether rows are to predict their own tokens, as for a causal LM; labels of whole rows are then
+            left aside.
 
     Raises:
         DataError: without a tokenizer, and where the text or the labels cannot be made out.
@@ -48,10 +54,10 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, *, next_token: bool) -> R
 
     def encode(columns: Mapping[str, list]) -> dict[str, list]:
         encoded = dict(tokenizer(*(columns[name] for name in texts), truncation=limit is not None, max_length=limit))
-        if label is not None:
-            encoded["labels"] = [_label_id(value, config, rows.argument) for value in columns[label]]
-        elif next_token:
+        if next_token:
             encoded["labels"] = encoded["input_ids"]
+        elif label is not None:
+            encoded["labels"] = [_label_id(value, config, rows.argument) for value in columns[label]]
         return encoded
 
     table = table.map(encode, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}")

@@ -1,7 +1,7 @@
 """The objective: from a model and a micro-batch to mean losses and loss items. It alone owns the denominator."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..side_effects import only_looking
 from .counting import IGNORE_INDEX, Batch, Counting, CountItems, counts_from_user, targets_of
 from .denominator import Counts, Denominator, ItemMeans, Means, gathered, means_of_sums, total
 from .forward import LOSS, Forward, LossFn, accepted_arguments, is_label, logits_of
-from .probing import Probe, probe
+from .probing import FULL, HALF, Probe, probe, shaken
 
 __all__ = [
     "IGNORE_INDEX",
@@ -85,10 +85,12 @@ class Objective:
         count_items: CountItems | None = None,
         sums: bool = False,
     ) -> "Objective":
-        """Settles how the loss is counted: by the user's `count_items`, else by measurement.
+        """Settles how the loss is counted: by the user's `count_items`, by what is known of the loss, else by
+        measurement; and measures in any case whether that explains the loss, and whether padding matters to it.
 
-        A few forward passes in eval mode, without gradients; random-number states and buffers are put back. All
-        processes take the main process's findings.
+        A few forward passes in eval mode, without gradients; weights, random-number states and buffers are put
+        back. Batch norm, which mixes the rows of a batch in train mode alone, is not seen. All processes take the
+        main process's findings.
 
         Args:
             model: on its device, before it is wrapped.
@@ -98,35 +100,38 @@ class Objective:
             InexactLossWarning: where no way to count explains the loss.
         """
         device = next(model.parameters()).device
+        with only_looking(model), shaken(model):
+            terms = tuple(forward(model, send_to_device(sample.together, device))[0])
+            ways = _ways(terms, sample.together, forward, counting, count_items, sums)
 
-        def losses(batch: Batch) -> dict[str, float]:
-            means, _ = forward(model, send_to_device(batch, device))
-            return {term: float(mean) for term, mean in means.items()}
+            def losses(batch: Batch) -> dict[str, float]:
+                found = dict(forward(model, send_to_device(batch, device))[0])
+                if sums:
+                    only = {term: next(iter(by_way.values())) for term, by_way in ways.items()}
+                    found = dict(means_of_sums(found, {term: count(batch) for term, count in only.items()}))
+                return {term: float(mean) for term, mean in found.items()}
 
-        with only_looking(model):
-            terms = tuple(losses(sample.together))
-            if count_items is not None:
-                by_user = lambda batch: counts_from_user(count_items(batch), terms)
-                return cls(forward, terms, by_user, counted_by="count_items", sums=sums)
-            if sums:
-                name, way = counting.convention(sample.together)
-                alike = lambda batch: {term: way(batch) for term in terms}
-                return cls(forward, terms, alike, counted_by=f"{name} (the loss is a sum)", sums=True)
             half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
             found = probe(
                 losses,
                 sample.together,
                 sample.cut,
                 sample.padded_apart,
-                counting=counting,
-                half_precision=half,
+                ways=ways,
+                ignore_index=counting.ignore_index,
+                precision=HALF if half else FULL,
             )
         (found,) = broadcast_object_list([found])
-        _warn_of_unexplained(found)
-        ways = {term: counting.ways[way] for term, way in found.ways.items()}
-        count = lambda batch: {term: way(batch) for term, way in ways.items()}
-        by = ", ".join(found.ways.values() if len(ways) == 1 else (f"{t}: {w}" for t, w in found.ways.items()))
-        return cls(forward, terms, count, counted_by=f"{by} (measured)", padding_sensitive=found.padding_sensitive)
+        _warn_of_unexplained(found, sums)
+        chosen = {term: ways[term][way] for term, way in found.ways.items()}
+        return cls(
+            forward,
+            terms,
+            lambda batch: {term: count(batch) for term, count in chosen.items()},
+            counted_by=_in_words(found.ways, measured=len(ways[terms[0]]) > 1),
+            padding_sensitive=found.padding_sensitive,
+            sums=sums,
+        )
 
     def means(self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str]) -> tuple[Means, Any]:
         """The means of these terms over the batch's own items, and the model's outputs.
@@ -140,12 +145,43 @@ class Objective:
         return {term: means[term] for term in terms}, outputs
 
 
-def _warn_of_unexplained(found: Probe) -> None:
-    if found.unexplained:
-        warnings.warn(
-            f"The loss is not a mean over countable items: {'; '.join(found.unexplained)}. Accumulating it only "
-            "approximates one large batch. Losses that compare the rows of a batch with each other do this; where "
-            "yours is a mean over items of your own, give `count_items`.",
-            InexactLossWarning,
-            stacklevel=3,
-        )
+def _ways(
+    terms: Sequence[str],
+    sample: Batch,
+    forward: Forward,
+    counting: Counting,
+    count_items: CountItems | None,
+    sums: bool,
+) -> dict[str, dict[str, CountItems]]:
+    """The ways to count that come into question for each term."""
+    if count_items is not None:
+        return {term: {"count_items": _of_term(count_items, term, terms)} for term in terms}
+    if sums:
+        name = counting.convention(sample)
+    elif forward.counted_by is not None:
+        name = forward.counted_by
+    else:
+        return {term: counting.applicable(sample) for term in terms}
+    return {term: {name: counting.ways[name]} for term in terms}
+
+
+def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountItems:
+    return lambda batch: counts_from_user(count_items(batch), terms)[term]
+
+
+def _in_words(ways: Mapping[str, str], measured: bool) -> str:
+    words = ", ".join(ways.values() if len(ways) == 1 else (f"{way} for {term!r}" for term, way in ways.items()))
+    return f"{words} (measured)" if measured else words
+
+
+def _warn_of_unexplained(found: Probe, sums: bool) -> None:
+    if not found.unexplained:
+        return
+    cure = (
+        "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
+        if found.adds_up and not sums
+        else "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
+        "other do this; where yours is a mean over items of your own, give `count_items`."
+    )
+    clauses = "; ".join(found.unexplained)
+    warnings.warn(f"The loss is not a mean over countable items: {clauses}. {cure}", InexactLossWarning, stacklevel=3)

@@ -5,12 +5,12 @@ one explains the head's loss.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import SettingsError
+from ..errors import DataError, SettingsError
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and with it all of Transformers, leaves out
 
@@ -63,12 +63,11 @@ class Counting:
                 names.insert(1, "labels after the shift")
         return {name: self.ways[name] for name in names}
 
-    def convention(self, batch: Batch) -> tuple[str, CountItems]:
+    def convention(self, batch: Batch) -> str:
         """For a loss handed over as a sum, of which no mean can be measured: labels where they are integers, else
         elements, as PyTorch's own mean reductions count; rows where there are no targets."""
         targets = targets_of(batch)
-        name = "rows" if targets is None else "elements" if targets.is_floating_point() else "labels"
-        return name, self.ways[name]
+        return "rows" if targets is None else "elements" if targets.is_floating_point() else "labels"
 
     def _labels(self, batch: Batch) -> int:
         return int((_targets(batch) != self.ignore_index).sum())
@@ -82,11 +81,12 @@ class Counting:
 
 def _targets(batch: Batch) -> Tensor:
     targets = targets_of(batch)
-    assert targets is not None, "only ways from `applicable` are asked"
+    if targets is None:
+        raise DataError("Rows without `labels` came among rows with them. Give every row its labels (-100 to ignore).")
     return targets
 
 
-def counts_from_user(counted: Any, terms: tuple[str, ...]) -> dict[str, float]:
+def counts_from_user(counted: Any, terms: Sequence[str]) -> dict[str, float]:
     """What `count_items` gave, by term.
 
     Raises:

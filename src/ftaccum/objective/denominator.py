@@ -64,7 +64,7 @@ class ItemMeans:
         """Adds a micro-batch of this process, without waiting for the device."""
         for t, term in enumerate(self.terms):
             if counts[term]:
-                self.sums_T[t] += means[term].detach() * counts[term]
+                self.sums_T[t] += widened(means[term].detach()) * counts[term]
                 self.items_T[t] += counts[term]
 
     def merge(self, other: "ItemMeans") -> None:

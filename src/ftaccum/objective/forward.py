@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
 from .counting import IGNORE_INDEX, Batch, targets_of
@@ -22,17 +23,18 @@ class Forward:
     Which of them is settled once, from what `forward` takes and the batch carries.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, *, token_ids: bool = False) -> None:
         """Args:
             model: before it is wrapped for several processes.
             batch: a collated batch, to see what it carries.
             loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on mappings, or None.
+            token_ids: whether the rows were token ids and nothing else, each the target of the one before.
 
         Raises:
             DataError: where no loss can come of model and batch, with what is missing.
         """
         self.accepted = accepted_arguments(model)
-        self._read_loss = self._settle(model, batch, loss_fn)
+        self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
         self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
@@ -43,6 +45,11 @@ class Forward:
         loss = self._read_loss(outputs, batch)
         means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
+
+    @property
+    def counted_by(self) -> str | None:
+        """The way to count, where the loss is computed here and needs no measuring."""
+        return "labels after the shift" if self._read_loss is _next_token_loss else None
 
     def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
         """How many classes the targets choose from, read off the logits that the model gives without labels; None
@@ -67,9 +74,11 @@ class Forward:
             given = {name: value for name, value in given.items() if name in self.accepted}
         if "input_ids" in given or "input_ids" not in batch:
             return model(**given)
-        return model(batch["input_ids"])  # a plain module may name its token ids as it likes
+        return model(batch["input_ids"], **given)  # a plain module may name its token ids as it likes
 
-    def _settle(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None) -> Callable[[Any, Batch], Any]:
+    def _settle(
+        self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, token_ids: bool
+    ) -> Callable[[Any, Batch], Any]:
         name = type(model).__name__
         if loss_fn is not None:
             return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
@@ -81,7 +90,7 @@ class Forward:
         labels = [key for key in batch if is_label(key)]
         if any(self.accepted is None or key in self.accepted for key in labels):
             return _own_loss
-        if "labels" in batch and "input_ids" in batch:
+        if token_ids:
             return _next_token_loss
         raise DataError(
             f"`train_data` carries {sorted(map(str, batch))}, from which {name} computes no loss: it has "
@@ -91,13 +100,15 @@ class Forward:
 
 
 def accepted_arguments(model: nn.Module) -> set[str] | None:
-    """The names that `forward` takes; None where it takes any. A PEFT model takes what its base model takes."""
+    """The names that `forward` takes; None where it takes any. A PEFT model takes what its base model takes.
+
+    A model of Transformers names what it uses; what its `**kwargs` take goes on to its attention.
+    """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     parameters = inspect.signature(base.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    # Transformers' heads name what they use and pass the rest on to their attention, which has no use for columns.
-    return None if takes_any and not named else named
+    return None if takes_any and not isinstance(base, PreTrainedModel) else named
 
 
 def is_label(column: str) -> bool:

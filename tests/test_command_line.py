@@ -1,0 +1,136 @@
+"""The command, the recipe and YAML files, from the outside."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertTokenizerFast, pipeline
+
+from ftaccum import Result
+from ftaccum.cli import main
+from heads import HEADS
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder and its tokenizer, and labelled text as CSV."""
+    folder = tmp_path_factory.mktemp("tiny")
+    HEADS["sequence classification, BERT"].model().float().save_pretrained(folder / "model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "model")
+    rows = [(f"{'a ' * (n % 5)}{('good', 'bad')[n % 2]} film", ("positive", "negative")[n % 2]) for n in range(40)]
+    for name, header in (("rows.csv", ("text", "label")), ("other.csv", ("sentence", "feeling"))):
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    return folder
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--n_rows", "1000", "--batch-size", "4", "--effective_batch_size", "30"]) == 0
+    assert "Gradient accumulation steps: 8\n" in capsys.readouterr().out
+    assert main(["plan", "--n_rows", "1000", "--tokens_per_update", "524288", "--tokens_per_row", "2048"]) == 0
+    assert "Gradient accumulation steps: 64\n" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("learnig_rate: 1.0e-3\n")
+    model, rows = str(tiny / "model"), str(tiny / "rows.csv")
+    for words, sentence in (
+        (["plan", "--batch_size", "0"], "ftaccum plan: `batch_size` must be a positive integer, but is 0 instead."),
+        (["train", "--model", model], "`--train_data` is needed"),
+        (["train", "--model", model, "--train_data", rows, "--n_epochs", "0"], "`n_epochs` must be a positive integer"),
+        (
+            ["train", "--model", model, "--train_data", "absent.csv"],
+            "Rows 'absent.csv' cannot be read: there is no such",
+        ),
+        (["train", "--model", "/absent", "--train_data", rows], "`model` '/absent' cannot be loaded"),
+        (["train", "--model", model, "--train_data", rows, "--label_column", "x"], "have no column 'x', only"),
+        (["train", "--model", model, "--train_data", rows, "--task", "x"], "`task` must be one of"),
+        (["train", "--config", str(yaml)], "has the unknown key 'learnig_rate'. Did you mean 'learning_rate'?"),
+        (["train", "--config", str(tmp_path / "absent.yaml")], "cannot be read"),
+        (["fly"], "there is no command 'fly'"),
+    ):
+        assert main(words) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "plan" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for name in ("--gradient-accumulation-steps", "--effective-batch-size", "--use-amp", "--output-dir", "--config"):
+        assert name in shown
+
+
+def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("n_epochs: 1\nbatch_size: 2\nlearning_rate: 1.0e-3\ngradient_clip_norm: 0.5\n")
+    words = ["train", "--config", str(yaml), "--model", str(tiny / "model"), "--train_data", str(tiny / "other.csv")]
+    words += ["--text_column", "sentence", "--label_column", "feeling", "--batch_size", "4"]
+    assert (
+        main([*words, "--gradient_clip_norm", "none", "--output_dir", str(tmp_path / "out"), "--progress", "no"]) == 0
+    )
+    result = Result.load(tmp_path / "out" / "result.json")
+    assert (result.batch_size, result.optimizer_steps) == (4, 9)
+    assert result.lr_history[0] == 1e-3
+    assert result.metrics[0].keys() == {"accuracy", "f1", "precision", "recall"}
+    assert "FINE-TUNING TEST" in capsys.readouterr().out
+
+
+def recipe(*words: str, launcher: tuple[str, ...] = ()) -> str:
+    command = [sys.executable, *launcher, str(RECIPES / "text_classification.py"), *words, "--progress", "no"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(words[-1]) / "datasets")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_recipe_gives_the_same_model_on_one_process_and_on_two(tiny: Path, tmp_path: Path) -> None:
+    words = ["--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--n_epochs", "2"]
+    words += ["--batch_size", "4", "--effective_batch_size", "8", "--learning_rate", "1e-3"]
+    alone = recipe(*words, "--output_dir", str(tmp_path / "one"))
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "two_cpu_processes.yaml"))
+    together = recipe(*words, "--output_dir", str(tmp_path / "two"), launcher=launcher)
+    assert "Held-out accuracy: " in alone
+    assert together.count("FINE-TUNING TEST") == 1
+    assert "Processes: 2" in together
+    one, two = (Result.load(tmp_path / name / "result.json") for name in ("one", "two"))
+    assert (one.num_processes, two.num_processes) == (1, 2)
+    assert two.loss_history[:2] == pytest.approx(one.loss_history[:2], rel=1e-5)
+
+    classify = pipeline("text-classification", model=str(tmp_path / "two" / "model"), device="cpu")
+    assert classify("a good film")[0]["label"] in ("positive", "negative")
+
+
+@pytest.mark.slow
+def test_a_launch_that_silently_starts_one_process_of_two_is_told(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [str(RECIPES / "text_classification.py"), "--model", str(tiny / "model")]
+    command += ["--train_data", str(tiny / "rows.csv")]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode != 0
+    assert "2 processes were asked for, but this run would have 1" in done.stderr
+
+
+def test_the_recipes_settings_file_holds_known_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import text_classification
+    finally:
+        sys.path.remove(str(RECIPES))
+    with pytest.raises(SystemExit) as done:
+        text_classification.main(["--config", str(RECIPES / "text_classification.yaml"), "--help"])
+    assert done.value.code == 0
+    assert "--max-train-rows" in capsys.readouterr().out
