@@ -8,7 +8,14 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    DataCollatorWithPadding,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from ftaccum import DataError, Result, SettingsError, test_fine_tuning
 from heads import CLASSES, HEADS, Row
@@ -153,6 +160,76 @@ def test_raw_text_without_labels_trains_a_causal_lm(tokenizer: BertTokenizerFast
         run(text_classifier(), rows, tokenizer=tokenizer)
 
 
+def test_a_class_of_the_text_is_no_target_of_a_causal_lm(tokenizer: BertTokenizerFast) -> None:
+    texts = ["a good film", "the bad film", "good film"]
+    alone = run(CAUSAL.model(), Dataset.from_dict({"text": texts}), tokenizer=tokenizer)
+    labelled = run(CAUSAL.model(), Dataset.from_dict({"text": texts, "label": [1, 0, 1]}), tokenizer=tokenizer)
+    assert labelled.loss_history == alone.loss_history
+
+
+def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
+    class NoSpecial:
+        pad_token_id, padding_side, model_max_length = 0, "right", 8
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [tokenizer.convert_tokens_to_ids(text.split()) for text in texts]}
+
+    rows = [{"text": text} for text in ("", "a good film", "", "the bad film", "")]
+    assert run(CAUSAL.model(), rows, tokenizer=NoSpecial(), batch_size=2).loss_history[0] > 0
+
+
+def test_texts_beside_what_the_model_takes_are_left_out(tokenizer: BertTokenizerFast) -> None:
+    rows = [{**row, "sentence": "a film", "id": "x"} for row in CLASSIFIER.rows()]
+    for collator in (None, DataCollatorWithPadding(tokenizer)):
+        assert run(CLASSIFIER.model(), rows, data_collator=collator).optimizer_steps == 2
+    images = [{**row, "path": "a.png"} for row in HEADS["image classification, ViT"].rows()]
+    assert run(HEADS["image classification, ViT"].model(), images).optimizer_steps == 2
+
+
+def test_a_model_of_images_without_embeddings() -> None:
+    config = ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=CLASSES
+    )
+    rows = [{"pixel_values": torch.randn(1, 64, 64), "labels": n % CLASSES} for n in range(9)]
+    assert run(ResNetForImageClassification(config), rows).optimizer_steps == 2
+
+
+def test_several_inputs_before_a_target() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 1)
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.net(one * other)
+
+    rows = [((torch.full((4,), float(n)), torch.ones(4)), torch.tensor([float(n)])) for n in range(6)]
+    assert run(Two(), rows, loss_fn=nn.MSELoss()).optimizer_steps == 2
+
+
+def test_a_wrapper_that_takes_anything_gets_everything() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = CLASSIFIER.model()
+
+        def forward(self, input_ids: Tensor, **others: Tensor) -> Any:
+            assert others.keys() == {"attention_mask", "labels"}
+            return self.inner(input_ids=input_ids, **others)
+
+    assert run(Wrapper(), CLASSIFIER.rows()).loss_history == run(CLASSIFIER.model(), CLASSIFIER.rows()).loss_history
+
+
+def test_a_plain_module_with_labels_that_it_does_not_take_wants_a_loss_function() -> None:
+    with pytest.raises(DataError, match=r"label columns \['labels'\] that forward does not take"):
+        run(PlainLM(), [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in token_rows()])
+
+
+def test_a_model_in_float16_and_fp16_is_told() -> None:
+    with pytest.raises(SettingsError, match="the model's weights are float16"):
+        run(CLASSIFIER.model().half(), ROWS, mixed_precision="fp16")
+
+
 class Stream(IterableDataset):
     def __iter__(self):  # type: ignore[no-untyped-def]
         yield {}
@@ -167,6 +244,7 @@ ROWS = CLASSIFIER.rows()
         ([], "`train_data` has no rows"),
         (Dataset.from_list([]), "`train_data` has no rows"),
         ("imdb", "`train_data` must be a datasets.Dataset, .* but is str instead"),
+        (torch.utils.data.DataLoader([1]), "is a DataLoader instead. Give its `.dataset`"),
         (7, "`train_data` must be .* but is int instead"),
         (Stream(), "is a stream instead"),
         (
@@ -210,6 +288,8 @@ def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: 
 def test_faults_in_validation_data_name_it() -> None:
     with pytest.raises(DataError, match="`val_data` has no rows"):
         run(CLASSIFIER.model(), ROWS, val_data=[])
+    with pytest.raises(DataError, match=r"`val_data` lacks the columns \['labels'\] that `train_data` has"):
+        run(CLASSIFIER.model(), ROWS, val_data=[{"input_ids": [1, 2]}])
     with pytest.raises(DataError, match="Of `val_data`, row 1 has the label 9"):
         run(CLASSIFIER.model(), ROWS, val_data=[ROWS[0], {**ROWS[1], "labels": 9}])
 

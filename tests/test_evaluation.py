@@ -8,10 +8,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import EvalPrediction
 
 from evaluated import ROWS, VAL_ROWS, evaluated, reference
-from ftaccum import F1, Accuracy, ClassificationMetrics, MeanSquaredError, SettingsError
+from ftaccum import F1, Accuracy, ClassificationMetrics, MeanSquaredError, SettingsError, test_fine_tuning
 from heads import HEADS
 
 
@@ -40,6 +41,52 @@ def test_accuracy_leaves_ignored_labels_out() -> None:
         right += int((logits.argmax(-1) == labels)[labels != -100].sum())
         total += int((labels != -100).sum())
     assert found.metrics == [{"accuracy": right / total}]
+
+
+def test_accuracy_of_a_causal_lm_compares_the_next_token() -> None:
+    name = "causal LM, Llama"
+    head = HEADS[name]
+    found = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
+    right = total = 0
+    for row in VAL_ROWS[name]:
+        guesses = head.model().eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1)
+        labels = torch.tensor(row["labels"])[1:]
+        right += int((guesses == labels)[labels != -100].sum())
+        total += int((labels != -100).sum())
+    assert found.metrics == [{"accuracy": pytest.approx(right / total)}]
+
+
+def test_metrics_leave_out_what_the_loss_function_ignores() -> None:
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(5.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot(x, 4).float() * self.scale
+
+    rows = [(torch.tensor(n % 4), torch.tensor(n % 4 if n % 4 else 0)) for n in range(12)]
+    wrong = [(torch.tensor(1), torch.tensor(0))] * 3  # would be wrong, if the label 0 counted
+    loss = nn.CrossEntropyLoss(ignore_index=0)
+    found = test_fine_tuning(
+        Copies(), train_data=rows, val_data=rows + wrong, loss_fn=loss, compute_metrics=Accuracy(), n_epochs=1,
+        progress=False,
+    )  # fmt: skip
+    assert found.metrics == [{"accuracy": 1.0}]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_rows_without_labels_reach_the_metrics_too(batch_size: int) -> None:
+    name = "token classification, BERT"
+    silent = [{**row, "labels": [-100] * len(row["labels"])} for row in HEADS[name].rows(4, seed=3)]
+    count = lambda prediction: {"rows": len(prediction.predictions)}
+    found = evaluated(name, batch_size=batch_size, val_data=[*silent, *VAL_ROWS[name]], compute_metrics=count)
+    assert found.metrics == [{"rows": 17}]
+
+
+def test_metrics_that_are_no_numbers_are_told() -> None:
+    with pytest.raises(SettingsError, match="`compute_metrics` must return numbers, but returned"):
+        evaluated("token classification, BERT", batch_size=4, compute_metrics=lambda _: {"per class": [1, 2]})
 
 
 def test_a_function_gets_all_predictions_in_the_order_of_the_rows() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers import BeitConfig, BeitForImageClassification
 
 from exactness import window_errors
 from ftaccum import InexactLossWarning, plan, test_fine_tuning
@@ -234,6 +235,57 @@ def test_adapters_are_exact_and_the_rest_stays_frozen() -> None:
 
     with all_in_float64():
         assert max(window_errors(model(), head.rows(), batch_size=2, effective_batch_size=7)) < 1e-10
+
+
+def test_question_answering_keeps_one_width_under_a_count_of_the_users_own() -> None:
+    head = HEADS["question answering, BERT"]
+    count = lambda batch: len(batch["input_ids"])
+    errors = window_errors(head.model(), head.rows(), batch_size=2, effective_batch_size=7, count_items=count)
+    assert max(errors) < 1e-10
+
+
+def test_labels_of_255_are_classes_where_no_pixels_are_labelled() -> None:
+    torch.manual_seed(0)
+    config = BeitConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        num_channels=1, num_labels=300, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
+    assert config.semantic_loss_ignore_index == 255
+    rows = [{**row, "labels": 255 if n % 2 else n} for n, row in enumerate(HEADS["image classification, ViT"].rows())]
+    model = BeitForImageClassification(config).double()
+    assert max(window_errors(model, rows, batch_size=2, effective_batch_size=7)) < 1e-10
+
+
+def test_gradients_that_come_with_the_model_are_none_of_the_first_windows() -> None:
+    head = HEADS["sequence classification, BERT"]
+    model = head.model()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    optimizer = RecordingOptimizer(model)
+    rows = head.rows(4)
+    test_fine_tuning(
+        model, train_data=rows, optimizer=optimizer, batch_size=2, effective_batch_size=4, n_epochs=1,
+        validation_split=0.0, gradient_clip_norm=None, progress=False,
+    )  # fmt: skip
+    assert relative_error(optimizer.gradients[0], one_batch_gradient(head.model(), rows)) < 1e-10
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_neither_clipped_nor_kept() -> None:
+    head = HEADS["sequence classification, BERT"]
+    model, rows = head.model(), head.rows(8)
+    wanted = [
+        sum(float((g**2).sum()) for name, g in one_batch_gradient(model, part).items() if "classifier" in name) ** 0.5
+        for part in (
+            [rows[n] for n in window.rows]
+            for window in plan(8, effective_batch_size=4, n_epochs=1, validation_split=0.0).windows(0)
+        )
+    ]
+    result = test_fine_tuning(
+        model, train_data=rows, optimizer=torch.optim.SGD(model.classifier.parameters(), lr=0.0), batch_size=2,
+        effective_batch_size=4, n_epochs=1, validation_split=0.0, gradient_clip_norm=None, progress=False,
+    )  # fmt: skip
+    assert result.grad_norm_history == pytest.approx(wanted, rel=1e-9)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_left_padding_and_checkpointing_are_exact() -> None:

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from ftaccum import Result, test_fine_tuning
+from ftaccum.history import EpochEntry, Ledger, WindowEntry, Work
+from ftaccum.planning import Batching
 from heads import HEADS, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
@@ -289,6 +292,25 @@ def test_trackers_get_every_update_and_every_epoch_with_the_sizes() -> None:
         "config/physical_batch_size": 2,
     }
     assert tracker.finished == 1
+
+
+def test_a_tracker_that_cannot_be_copied_is_taken() -> None:
+    tracker = Tracker()
+    tracker.lock = threading.Lock()
+    assert run(log_with=tracker).optimizer_steps == 3
+
+
+def test_a_best_epoch_is_found_among_epochs_that_diverged() -> None:
+    losses = iter([math.nan, 0.5, math.inf])
+    ledger = Ledger(windows=[WindowEntry(0, 0, 1.0, {}, 1.0, 1.0, False)])
+    for epoch in range(3):
+        ledger.record(EpochEntry(epoch, 1.0, next(losses), {"accuracy": math.nan}))
+    result = Result.of(
+        ledger, Batching(1, 1, 1, 1), work=Work(1, 1, 1, 1.0), training_time=1.0, amp_enabled=False,
+        final_loss_scale=None, output_dir=None,
+    )  # fmt: skip
+    assert result.best_val_loss == 0.5
+    assert "accuracy nan" in str(result)
 
 
 def test_tokens_per_update_gives_rows_by_the_mean_length() -> None:

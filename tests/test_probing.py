@@ -1,5 +1,7 @@
 """How a loss is counted is measured: on losses whose right count is known."""
 
+import contextlib
+import io
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 from ftaccum import InexactLossWarning, SettingsError, test_fine_tuning
 from ftaccum.objective import Counting
-from ftaccum.objective.probing import probe
+from ftaccum.objective.probing import probe, shaken
+from heads import HEADS
 
 WIDTHS = (3, 5, 2, 7)
 
@@ -147,3 +150,72 @@ def test_class_weights_are_exact_with_their_own_count() -> None:
         effective_batch_size=8, n_epochs=1, validation_split=0.0, progress=False,
     )  # fmt: skip
     assert result.loss_history == pytest.approx([loss(Pooled()(whole["x"]), whole).item()], rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_to_16_bits_does_not_mislead(seed: int) -> None:
+    head = HEADS["token classification, BERT"]
+    torch.manual_seed(seed)
+    model = head.model_class(head.config).bfloat16()
+    assert counted_by(model, head.rows(8, seed)) == "labels (measured)"
+
+
+@pytest.mark.parametrize("name", ["causal LM, Llama", "token classification, RoBERTa", "seq2seq, BART"])
+def test_rows_that_all_have_the_same_loss_do_not_mislead(name: str) -> None:
+    head = HEADS[name]
+    model = head.model().float()
+    with torch.no_grad():  # a head of zeros: every class is as likely as any other
+        (model.get_output_embeddings() or model.classifier).weight.zero_()
+        if hasattr(model, "classifier"):
+            model.classifier.bias.zero_()
+    assert (
+        counted_by(model, head.rows()) == ("labels after the shift" if "causal" in name else "labels") + " (measured)"
+    )
+
+
+def test_shaking_the_last_weights_puts_them_back() -> None:
+    for head in HEADS.values():
+        model = head.model()
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with shaken(model):
+            assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_one_row_is_enough() -> None:
+    head = HEADS["causal LM, Llama"]
+    assert counted_by(head.model(), [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}]).startswith(
+        "labels after the"
+    )
+
+
+def test_a_plain_modules_next_token_loss_is_known() -> None:
+    class Zeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(61, 4), nn.Linear(4, 61)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embed(tokens))
+
+    assert counted_by(Zeros(), [torch.arange(n) for n in (4, 7, 5)]) == "labels after the shift"
+
+
+def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
+    with pytest.warns(
+        InexactLossWarning, match="The parts add up, so the loss is a sum: say so with `reduction='sum'`"
+    ):
+        test_fine_tuning(
+            Pooled(), train_data=ROWS, loss_fn=lambda o, b: F.cross_entropy(o, b["y"], reduction="sum"), n_epochs=1,
+            validation_split=0.0, progress=False,
+        )  # fmt: skip
+
+
+def counted_by(model: nn.Module, rows: Any) -> str:
+    """What the banner says that the loss is a mean over."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        test_fine_tuning(model, train_data=rows, n_epochs=1, validation_split=0.0, progress=False)
+    return next(line for line in shown.getvalue().splitlines() if line.startswith("Loss: ")).removeprefix(
+        "Loss: mean over "
+    )

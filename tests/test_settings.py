@@ -1,7 +1,9 @@
 """Bad settings: every fault at once, each with the argument, what came and what is allowed."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ftaccum import SettingsError, plan
@@ -62,6 +64,11 @@ def test_settings_that_contradict_each_other(given: dict[str, Any], words: str) 
 
 def test_what_is_left_out_takes_its_default() -> None:
     assert checked({"batch_size": 8}) == (Recipe(), Runtime(batch_size=8))
+
+
+def test_numbers_of_numpy_and_paths_are_taken() -> None:
+    recipe, runtime = checked({"learning_rate": np.float64(1e-3), "batch_size": np.int64(8), "output_dir": Path("out")})
+    assert (recipe.learning_rate, runtime.batch_size, runtime.output_dir) == (1e-3, 8, "out")
 
 
 def test_plan_checks_its_arguments_too() -> None:

@@ -172,6 +172,8 @@ def _numbers(row: Mapping[str, Any], key: str) -> Any:
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
+    if isinstance(value, list | tuple) and not value:
+        return torch.empty(0, dtype=torch.long)
     if isinstance(value, float | list | tuple):
         return torch.tensor(value)  # Python's floats take torch's default dtype
     return torch.as_tensor(value)
