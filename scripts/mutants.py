@@ -1,0 +1,94 @@
+"""Breaks loop, plan, objective and data one line at a time, and sees that the tests notice.
+
+A mutant that survives is a promise that no test keeps. Takes some minutes.
+
+    .venv/bin/python scripts/mutants.py            # all
+    .venv/bin/python scripts/mutants.py clip       # those whose name has this word
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One line of one file, written otherwise."""
+
+    name: str
+    file: str
+    line: str
+    broken: str
+
+
+MUTANTS = [
+    Mutant("weights by rows, not items", "objective/denominator.py", "counts[term] / items[term]", "1 / len(items)"),
+    Mutant("no cancelling of Accelerate's division", "objective/denominator.py", "(self._passes * self._processes)", "1"),
+    Mutant("cancels for one process", "objective/denominator.py", "(self._passes * self._processes)", "self._passes"),
+    Mutant("items of this process alone", "objective/denominator.py", "if self._processes > 1:", "if False:"),
+    Mutant("unweighted reported loss", "objective/denominator.py", ".detach()) * counts[term]", ".detach())"),
+    Mutant("a sum taken for a mean", "objective/denominator.py", "/ (counts[term] or 1)", "/ 1"),
+    Mutant("no shift", "objective/counting.py", "_targets(batch)[:, 1:] !=", "_targets(batch)[:, :] !="),
+    Mutant("ignored labels counted", "objective/counting.py", "int((_targets(batch) != self.ignore_index).sum())", "_targets(batch).numel()"),
+    Mutant("labels predict themselves", "objective/forward.py", 'batch["labels"]\n', 'batch["labels"].roll(1, 1)\n'),
+    Mutant("padding never matters", "objective/probing.py", "_explains(alike, precision) > _explains(apart, precision)", "False"),
+    Mutant("ties not asked again", "objective/probing.py", "if cut and any(", "if False and any("),
+    Mutant("looked at in train mode", "side_effects.py", "in_mode(model, training=False)", "in_mode(model, training=True)"),
+    Mutant("gradients never zeroed", "loop.py", "self.optimizer.zero_grad(set_to_none=True)", "pass"),
+    Mutant("clipped in every pass", "loop.py", "            losses.add(means, micro.counts)", "            losses.add(means, micro.counts)\n            accelerator.clip_grad_norm_(self._held, self.max_grad_norm)"),
+    Mutant("clipped twice as low", "loop.py", "self._held, self.max_grad_norm)", "self._held, self.max_grad_norm / 2)"),
+    Mutant("schedule steps when skipped", "loop.py", "            self.schedule.step()\n", "        self.schedule.step()\n"),
+    Mutant("non-finite update taken", "loop.py", 'grad_norm < float("inf")', "True"),
+    Mutant("empty window taken", "loop.py", "n_items > 0 and", "True and"),
+    Mutant("ghosts leave traces", "loop.py", "if micro.is_ghost:", "if False:"),
+    Mutant("sync in the wrong pass", "loop.py", "len(share), 0", "1, 0"),
+    Mutant("remainder dropped", "planning.py", "range(0, self.n_rows, size)", "range(0, self.n_rows - size + 1, size)"),
+    Mutant("shares of unequal length", "planning.py", "[()] * (passes - len(share))", "[]"),
+    Mutant("the same order in every epoch", "planning.py", "self.seed, _EPOCH, epoch", "self.seed, _EPOCH, 0"),
+    Mutant("held-out rows trained on", "planning.py", "np.sort(order[n_held:])", "np.sort(order)"),
+    Mutant("padding attended to", "data/collating.py", "self._padded(\"attention_mask\", ones)", "torch.ones_like(batch[\"input_ids\"])"),
+    Mutant("labels padded with 0", "data/collating.py", "self._ignore_index if is_label(name) else 0", "0"),
+    Mutant("draws depend on the cut", "data/loading.py", "collation.draws or objective.padding_sensitive", "False"),
+    Mutant("schedule counted in micro-batches", "fine_tuning.py", "warmup, plan.n_windows)", "warmup, plan.n_windows * 4)"),
+    Mutant("best weights not kept apart", "selection.py", 't.to("cpu", copy=True)', "t"),
+    Mutant("metrics of one process", "evaluation.py", "gather_object(predicted) if", "predicted if"),
+]  # fmt: skip
+
+# What runs first finds most.
+TESTS = ["parity", "exactness", "planning", "invariance", "evaluation", "probing", "lifecycle", "data_forms"]
+
+
+def survives(mutant: Mutant) -> bool:
+    """Runs the tests on a copy of the package with that line broken."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(PROJECT / "src", Path(folder) / "src")
+        file = Path(folder) / "src" / "ftaccum" / mutant.file
+        text = file.read_text()
+        assert mutant.line in text, f"{mutant.name}: {mutant.file} has no line {mutant.line!r} any more"
+        file.write_text(text.replace(mutant.line, mutant.broken))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/test_{name}.py" for name in TESTS]
+        environment = {**os.environ, "PYTHONPATH": str(Path(folder) / "src"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True).returncode == 0
+
+
+def main() -> None:
+    word = " ".join(sys.argv[1:])
+    chosen = [mutant for mutant in MUTANTS if word in mutant.name]
+    survivors = []
+    for mutant in chosen:
+        alive = survives(mutant)
+        survivors += [mutant.name] if alive else []
+        print(f"{'SURVIVES' if alive else 'caught':>8}  {mutant.name}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
