@@ -147,46 +147,31 @@ test_fine_tuning.__test__ = False  # type: ignore[attr-defined]
 
 def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> Result:
     """One run. The model is left trained, in the mode and without the wrappers that it came with."""
-    folder = _made(runtime.output_dir)
-    model, n_processes = parts.model, accelerator.num_processes
+    model, folder = parts.model, _made(runtime.output_dir)
     screen = Screen(accelerator.is_main_process, runtime.progress)
+    _check_precision(model, accelerator)
     optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
-    if accelerator.mixed_precision == "fp16" and any(p.dtype == torch.float16 for p in model.parameters()):
-        raise SettingsError(
-            [
-                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
-                "into. Load the model in float32 (`dtype=torch.float32`)."
-            ]
-        )
     if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
         model.to(accelerator.device)
     with ExitStack() as stack:
         stack.enter_context(unwrapped_afterwards(model))
         stack.enter_context(in_mode(model, training=True))
         stack.enter_context(_checkpointed(model, runtime.gradient_checkpointing))
-        if not recipe.tokens_per_update:  # else the sizes wait for the rows' lengths
-            batching_of(recipe, runtime, n_processes)
-        assembly = assemble(parts, recipe, accelerator)
-        length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
-        batching = batching_of(recipe, runtime, n_processes, length)
-        plan = Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed)
+        assembly, plan = _planned(parts, recipe, runtime, accelerator)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
-        schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
-        notes = assembly.notes()
-        if warmup > plan.n_windows:
-            notes.append(f"Note: the warm-up of {warmup} updates is longer than the run")
-        screen.banner(plan, notes, accelerator.mixed_precision, accelerator.device.type)
+        screen.banner(plan, assembly.notes(), warmup, accelerator.mixed_precision, accelerator.device.type)
 
-        evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, runtime.batch_size)
+        schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
         wrapped, prepared = accelerator.prepare(model, optimizer)
         clip = math.inf if recipe.gradient_clip_norm is None else recipe.gradient_clip_norm
         loop = TrainingLoop(accelerator, wrapped, assembly.objective, prepared, schedule, clip)
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
-        stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), batching))
-        recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), batching)
-        best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
+        stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
+        recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), plan.batching)
 
         started, work = time.perf_counter(), Work()
+        evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, runtime.batch_size)
+        best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
         ledger.initial_val_loss = evaluate.loss(model)
         for epoch in range(plan.n_epochs):
             with work.timed():
@@ -197,14 +182,13 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
                 screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
                 break
         best.restore(model)
-        scaler = accelerator.scaler
         result = Result.of(
             ledger,
-            batching,
+            plan.batching,
             work=_over_processes(work, accelerator),
             training_time=time.perf_counter() - started,
             amp_enabled=accelerator.mixed_precision != "no",
-            final_loss_scale=None if scaler is None else scaler.get_scale(),
+            final_loss_scale=None if accelerator.scaler is None else accelerator.scaler.get_scale(),
             output_dir=runtime.output_dir,
         )
     if folder and accelerator.is_main_process:
@@ -212,6 +196,26 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
     accelerator.wait_for_everyone()
     screen.result(result)
     return result
+
+
+def _planned(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> tuple[Assembly, Plan]:
+    n_processes = accelerator.num_processes
+    if not recipe.tokens_per_update:  # sizes that disagree are told before the data are looked at, where they can be
+        batching_of(recipe, runtime, n_processes)
+    assembly = assemble(parts, recipe, accelerator)
+    length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
+    batching = batching_of(recipe, runtime, n_processes, length)
+    return assembly, Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed)
+
+
+def _check_precision(model: nn.Module, accelerator: Accelerator) -> None:
+    if accelerator.mixed_precision == "fp16" and any(p.dtype == torch.float16 for p in model.parameters()):
+        raise SettingsError(
+            [
+                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
+                "into. Load the model in float32 (`dtype=torch.float32`)."
+            ]
+        )
 
 
 def _evaluation(

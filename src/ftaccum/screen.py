@@ -21,7 +21,9 @@ class Screen:
     progress: bool
     _headed: bool = False
 
-    def banner(self, plan: Plan, notes: list[str], precision: str, device: str) -> None:
+    def banner(self, plan: Plan, notes: list[str], warmup: int, precision: str, device: str) -> None:
+        if warmup > plan.n_windows:
+            notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
         self._print(
             _RULE,
             "FINE-TUNING TEST",

@@ -12,6 +12,7 @@ from .collating import Collation, can_be_taken_apart, take
 from .rows import Rows, length_of
 
 _SAMPLE, _PROBE_ROWS = 32, 4
+_UNEQUAL_GROUPS = [0], [1], [2, 3]
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,6 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
             contributes depends on the batch it is in.
     """
     positions = _of_unlike_lengths(rows, candidates)
-    groups = [[n for n in group if n < len(positions)] for group in ([0], [1], [2, 3])]
-    groups = [group for group in groups if group]
     together = collation.seeded(rows, positions, 0)
     in_rows = can_be_taken_apart(together, len(positions))
     if collation.draws and not in_rows:
@@ -124,8 +123,8 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
         )
     return Sample(
         together,
-        (lambda batch: [take(batch, group) for group in groups]) if in_rows else None,
-        [] if collation.draws else [collation(rows, [positions[n] for n in group]) for group in groups],
+        (lambda batch: [take(batch, group) for group in _UNEQUAL_GROUPS]) if in_rows else None,
+        [] if collation.draws else [collation(rows, [positions[n] for n in group]) for group in _UNEQUAL_GROUPS],
     )
 
 
