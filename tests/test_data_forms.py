@@ -1,8 +1,11 @@
 """Every form of data that `test_fine_tuning` takes, and every fault in it that it tells."""
 
+import copy
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -12,13 +15,18 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
+    DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     ResNetConfig,
     ResNetForImageClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
 )
 
-from ftaccum import DataError, Result, SettingsError, test_fine_tuning
-from heads import CLASSES, HEADS, Row
+from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
+from heads import CLASSES, HEADS, Row, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
 
@@ -179,7 +187,7 @@ def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
 
 
 def test_texts_beside_what_the_model_takes_are_left_out(tokenizer: BertTokenizerFast) -> None:
-    rows = [{**row, "sentence": "a film", "id": "x"} for row in CLASSIFIER.rows()]
+    rows = [{**row, "sentence": "a film", "id": "x", "tokens": ["a", "film"]} for row in CLASSIFIER.rows()]
     for collator in (None, DataCollatorWithPadding(tokenizer)):
         assert run(CLASSIFIER.model(), rows, data_collator=collator).optimizer_steps == 2
     images = [{**row, "path": "a.png"} for row in HEADS["image classification, ViT"].rows()]
@@ -223,6 +231,68 @@ def test_a_wrapper_that_takes_anything_gets_everything() -> None:
 def test_a_plain_module_with_labels_that_it_does_not_take_wants_a_loss_function() -> None:
     with pytest.raises(DataError, match=r"label columns \['labels'\] that forward does not take"):
         run(PlainLM(), [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in token_rows()])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 12])
+def test_whole_numbers_among_fractions_are_fractions(batch_size: int) -> None:
+    head = HEADS["regression, BERT"]
+    values = [5, 3.8, 2.5, 4, 1, 0.25]
+    rows = [{**row, "labels": value} for row, value in zip(head.rows(6), values, strict=True)]
+    wanted = head.model()(**one_batch([{**row, "labels": float(row["labels"])} for row in rows])).loss.item()
+    found = run(head.model(), rows, batch_size=batch_size, effective_batch_size=6).loss_history
+    assert found == pytest.approx([wanted], rel=1e-6)
+
+
+def test_narrow_integers_are_taken() -> None:
+    rows = [{"input_ids": np.array(r["input_ids"], dtype=np.int32), "labels": np.int32(r["labels"])} for r in ROWS]
+    assert run(CLASSIFIER.model(), rows).loss_history == run(CLASSIFIER.model(), ROWS).loss_history
+    as_tensors = [ids.int() for ids in token_rows()]
+    assert run(CAUSAL.model(), as_tensors).loss_history == run(CAUSAL.model(), token_rows()).loss_history
+
+
+def test_of_labels_and_label_the_exact_name_counts() -> None:
+    rows = [{**row, "label": 7} for row in CAUSAL.rows()]
+    assert run(CAUSAL.model(), rows).loss_history == run(CAUSAL.model(), CAUSAL.rows()).loss_history
+
+
+def test_multiple_choice_may_have_any_number_of_choices() -> None:
+    head = HEADS["multiple choice, BERT"]
+    rows = [{**row, "input_ids": row["input_ids"][:2], "labels": 1} for row in head.rows(4)] + head.rows(4, seed=2)
+    assert run(head.model(), rows).optimizer_steps == 2
+
+
+def test_masked_lm_on_short_rows_with_the_usual_collator(tokenizer: BertTokenizerFast) -> None:
+    head = HEADS["masked LM, BERT"]
+    rows = [{"input_ids": [5, 6, 7, 8, 9][: 3 + n % 3]} for n in range(40)]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
+    assert run(head.model(), rows, data_collator=collator, effective_batch_size=20).skipped_steps == 0
+
+
+def test_images_of_unequal_size_are_padded_with_what_the_head_ignores() -> None:
+    config = SegformerConfig(
+        num_channels=1, num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[8], patch_sizes=[3], strides=[2],
+        num_attention_heads=[1], mlp_ratios=[2], decoder_hidden_size=8, num_labels=CLASSES,
+    )  # fmt: skip
+    rows = [
+        {"pixel_values": torch.randn(1, 16, width), "labels": torch.randint(CLASSES, (16, width))}
+        for width in (16, 24, 16, 24, 16, 24)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InexactLossWarning)  # batch norm, and upsampling over the padding
+        assert run(SegformerForSemanticSegmentation(config), rows, effective_batch_size=6).optimizer_steps == 1
+
+
+def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: BertTokenizerFast) -> None:
+    torch.manual_seed(0)
+    small = HEADS["sequence classification, RoBERTa"].config.to_dict() | {
+        "max_position_embeddings": 12,
+        "pad_token_id": 1,
+    }
+    model = RobertaForSequenceClassification(RobertaConfig(**small))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 10**30
+    rows = [{"text": "a good film " * 9, "label": n % 2} for n in range(4)]
+    assert run(model, rows, tokenizer=tokenizer).optimizer_steps == 1
 
 
 def test_a_model_in_float16_and_fp16_is_told() -> None:
@@ -330,7 +400,6 @@ def test_no_data_and_no_vocabulary() -> None:
         ({"loss_fn": 3}, "`loss_fn` must be callable or None, but is 3 instead"),
         ({"data_collator": "pad"}, "`data_collator` must be callable"),
         ({"reduction": "none"}, "`reduction` must be 'mean' or 'sum', but is 'none' instead"),
-        ({"reduction": "sum"}, "`reduction` is 'sum', but `loss_fn` is None"),
         ({"compute_metrics": "accuracy"}, "`compute_metrics` must be a function"),
         ({"early_stopping_patience": 1}, "`early_stopping_patience` needs validation rows"),
         ({"restore_best_weights": True}, "`restore_best_weights` needs validation rows"),

@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 
 from evaluated import ROWS, VAL_ROWS, evaluated, reference
 from ftaccum import F1, Accuracy, ClassificationMetrics, MeanSquaredError, SettingsError, test_fine_tuning
-from heads import HEADS
+from heads import HEADS, all_in_float64, one_batch
 
 
 @pytest.mark.parametrize("name", ["causal LM, Llama", "token classification, BERT", "question answering, BERT"])
@@ -47,6 +47,11 @@ def test_accuracy_of_a_causal_lm_compares_the_next_token() -> None:
     name = "causal LM, Llama"
     head = HEADS[name]
     found = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
+    counted = evaluated(
+        name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12,
+        count_items=lambda batch: (batch["labels"][:, 1:] != -100).sum(),
+    )  # fmt: skip
+    assert counted.metrics == found.metrics
     right = total = 0
     for row in VAL_ROWS[name]:
         guesses = head.model().eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1)
@@ -82,6 +87,20 @@ def test_rows_without_labels_reach_the_metrics_too(batch_size: int) -> None:
     count = lambda prediction: {"rows": len(prediction.predictions)}
     found = evaluated(name, batch_size=batch_size, val_data=[*silent, *VAL_ROWS[name]], compute_metrics=count)
     assert found.metrics == [{"rows": 17}]
+
+
+def test_accuracy_of_several_labels_is_of_yes_or_no() -> None:
+    name = "multi-label, BERT"
+    found = evaluated(name, batch_size=4, compute_metrics=Accuracy(), learning_rate=1e-12)
+    with torch.no_grad(), all_in_float64():
+        batch = one_batch(VAL_ROWS[name])
+        logits = HEADS[name].model().eval()(**batch).logits
+    assert found.metrics == [{"accuracy": pytest.approx(((logits > 0) == batch["labels"]).double().mean().item())}]
+
+
+def test_metrics_without_labels_are_told_before_training() -> None:
+    with pytest.raises(SettingsError, match="`compute_metrics` compares with `labels`"):
+        evaluated("question answering, BERT", batch_size=4, compute_metrics=Accuracy())
 
 
 def test_metrics_that_are_no_numbers_are_told() -> None:
@@ -150,5 +169,5 @@ def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str])
     alone = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
     assert found["accuracy"] == [alone.metrics] * 2
     assert found["order"] == [[row["labels"][0] for row in VAL_ROWS[name]]]
-    assert found["error"] == ["ZeroDivisionError"] * 2
+    assert found["error"] == ["ZeroDivisionError", "RuntimeError"]
     assert len(ROWS[name]) == 9

@@ -244,6 +244,16 @@ def test_question_answering_keeps_one_width_under_a_count_of_the_users_own() -> 
     assert max(errors) < 1e-10
 
 
+def test_padding_is_seen_to_matter_where_few_rows_are_short() -> None:
+    head = HEADS["question answering, BERT"]
+    same = [row for row in head.rows(400) if len(row["input_ids"]) == 9]
+    short = next(row for row in head.rows(400) if len(row["input_ids"]) == 3)
+    rows = [same[n % len(same)] for n in range(64)]
+    for position in (7, 21, 41):  # not among the 32 that are looked at first
+        rows[position] = short
+    assert max(window_errors(head.model(), rows, batch_size=2, effective_batch_size=16)) < 1e-10
+
+
 def test_labels_of_255_are_classes_where_no_pixels_are_labelled() -> None:
     torch.manual_seed(0)
     config = BeitConfig(

@@ -248,6 +248,7 @@ def test_twenty_runs_do_not_grow_in_memory() -> None:
 def test_optimizers_of_the_users_own() -> None:
     model = CLASSIFIER.model().float()
     kept = torch.optim.SGD(model.parameters(), lr=0.25)
+    assert run(model, optimizer=kept).lr_history == pytest.approx([0.25, 0.25 * 2 / 3, 0.25 / 3])
     assert run(model, optimizer=kept, lr_scheduler="constant").lr_history == [0.25] * 3
     made = run(
         optimizer=lambda groups: torch.optim.SGD(groups, momentum=0.9), learning_rate=0.1, lr_scheduler="constant"

@@ -1,5 +1,6 @@
 """Bad settings: every fault at once, each with the argument, what came and what is allowed."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def test_all_faults_are_told_at_once() -> None:
 def test_settings_that_contradict_each_other(given: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         checked(given)
+
+
+def test_an_error_can_be_sent_to_another_process() -> None:
+    again = pickle.loads(pickle.dumps(SettingsError(["one", "two"])))
+    assert (again.faults, str(again)) == (("one", "two"), "one\ntwo")
 
 
 def test_what_is_left_out_takes_its_default() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -52,15 +53,15 @@ def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly
         DataError: for data that cannot be trained on.
     """
     rows, val_rows = _split(parts, recipe, accelerator)
-    collation = _collation(parts)
+    ignore_index = _ignore_index(parts, rows)
+    collation = _collation(parts, ignore_index)
     collation.find_draws(rows)
     sample = data.check_sample(rows, collation, Ranges.of_tokens(parts.model))
-    ignore_index = _ignore_index(parts, sample)
     forward = Forward(parts.model, sample, parts.loss_fn, token_ids=rows.are_token_ids)
     ranges = _ranges(parts, forward, rows, collation, ignore_index, accelerator.device)
     data.check_sample(rows, collation, ranges)
     if val_rows is not None:
-        _check_alike(sample, data.check_sample(val_rows, collation, ranges))
+        _check_validation(parts, sample, data.check_sample(val_rows, collation, ranges))
     labelled = data.labelled(rows, collation, ignore_index)
     objective = _objective(parts, forward, data.sample_of(rows, collation, labelled), ignore_index)
     train = Loader(rows, collation, objective, ranges, labelled)
@@ -103,11 +104,12 @@ def _tokenised(rows: Rows, parts: Parts, accelerator: Accelerator) -> Rows:
             rows,
             parts.tokenizer,
             config,
+            parts.model,
             next_token=generates and not getattr(config, "is_encoder_decoder", False),
         )
 
 
-def _collation(parts: Parts) -> Collation:
+def _collation(parts: Parts, ignore_index: int) -> Collation:
     accepted = accepted_arguments(parts.model)
     if parts.data_collator is not None:
         return Collation(parts.data_collator, accepted)
@@ -116,16 +118,17 @@ def _collation(parts: Parts) -> Collation:
             accepted,
             pad_token_id=parts.pad_token_id,
             padding_side=getattr(parts.tokenizer, "padding_side", "right"),
-            ignore_index=parts.ignore_index,
+            ignore_index=ignore_index,
             keep_all=parts.loss_fn is not None or parts.count_items is not None,
         )
     )
 
 
-def _ignore_index(parts: Parts, sample: Any) -> int:
+def _ignore_index(parts: Parts, rows: Rows) -> int:
     """The label that the loss leaves out. Heads that label pixels have one of their own."""
-    labels = targets_of(sample)
-    if labels is not None and labels.ndim > 2 and parts.loss_fn is None:
+    row = rows.fetch([0])[0]
+    labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
+    if parts.loss_fn is None and labels is not None and np.ndim(labels) > 1:
         return getattr(parts.configuration, "semantic_loss_ignore_index", parts.ignore_index)
     return parts.ignore_index
 
@@ -142,11 +145,15 @@ def _ranges(
         return ranges.with_classes(forward.n_classes(parts.model, first), ignore_index)
 
 
-def _check_alike(train: Any, val: Any) -> None:
+def _check_validation(parts: Parts, train: Any, val: Any) -> None:
     if isinstance(train, Mapping) and isinstance(val, Mapping) and train.keys() - val.keys():
         raise DataError(
             f"`val_data` lacks the columns {sorted(train.keys() - val.keys())} that `train_data` has. "
             "Give it the same columns."
+        )
+    if parts.compute_metrics is not None and targets_of(val) is None:
+        raise SettingsError(
+            ["`compute_metrics` compares with `labels`, of which the validation rows have none. Leave it out."]
         )
 
 
@@ -164,6 +171,6 @@ def _objective(parts: Parts, forward: Forward, sample: data.Sample, ignore_index
         raise
     except Exception as error:
         raise DataError(
-            f"The loss of the first rows of `train_data` cannot be computed: {error!r}. "
-            "Check that their columns and labels are those that this model was made for."
+            f"The loss of the first rows of `train_data` cannot be computed: {error!r}. Check that their columns and "
+            f"labels are those that {'`loss_fn`' if parts.loss_fn else 'this model'} was made for."
         ) from error

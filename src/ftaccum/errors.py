@@ -10,6 +10,9 @@ class SettingsError(ValueError):
         self.faults = tuple(faults)
         super().__init__("\n".join(self.faults))
 
+    def __reduce__(self) -> tuple[type["SettingsError"], tuple[tuple[str, ...]]]:
+        return SettingsError, (self.faults,)  # it may be sent to another process
+
 
 class DataError(ValueError):
     """The data cannot be trained on; the message names the argument and, where there is one, the row."""

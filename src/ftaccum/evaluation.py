@@ -62,8 +62,7 @@ class Evaluation:
     ) -> None:
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
         self._n_rows, self._batch_size = n_rows, batch_size
-        shifts = objective.counted_by.startswith("labels after the shift")
-        self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, shifts)
+        self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, objective.shifts)
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
         """Returns the loss, a mean over all loss items, and the metrics.
@@ -107,11 +106,12 @@ class Evaluation:
         if self._accelerator.is_main_process:
             try:
                 answer = [metrics.compute(everyone)]
-            except Exception as error:  # raised below on every process, so that none waits for the main one
-                answer = [error]
+            except Exception as error:  # told to every process, so that none waits for the main one
+                broadcast_object_list([repr(error)])
+                raise
         (computed,) = broadcast_object_list(answer)
-        if isinstance(computed, Exception):
-            raise computed
+        if isinstance(computed, str):
+            raise RuntimeError(f"`compute_metrics` failed on the main process: {computed}")
         return computed
 
 
@@ -123,18 +123,23 @@ class _Metrics:
         shifts: whether the logits at one position predict the label at the next.
         """
         self._compute, self._ignore_index, self._shifts = compute, ignore_index, shifts
+        modules = getattr(compute, "evaluation_modules", [compute])
+        features = [module.features for module in modules if isinstance(module, EvaluationModule)]
+        self._takes_classes = "int" in str(features[:1])
 
     def keep(self, rows: tuple[int, ...], outputs: Any, batch: Any) -> _Predicted:
         """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
         predicted classes and the labels, of those labels that count."""
         logits, labels = logits_of(outputs), targets_of(batch)
-        if labels is None:
-            raise SettingsError(["`compute_metrics` needs labels, but `val_data` has none named `labels`."])
+        assert labels is not None, "checked before training"
         if not isinstance(self._compute, _MODULES):
             return rows, _on_host(logits), _on_host(labels)
-        classes = (
-            logits.squeeze(-1) if labels.is_floating_point() or logits.shape == labels.shape else logits.argmax(-1)
-        )
+        if not labels.is_floating_point():
+            classes = logits if logits.shape == labels.shape else logits.argmax(-1)
+        elif self._takes_classes:  # one yes or no for each of several labels
+            classes, labels = (logits > 0).long().reshape(labels.shape), labels.long()
+        else:
+            classes = logits.reshape(labels.shape)
         if self._shifts:
             classes, labels = classes[:, :-1], labels[:, 1:]
         counted = labels != self._ignore_index

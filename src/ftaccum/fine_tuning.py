@@ -21,7 +21,7 @@ from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
 from .history import Ledger, Result, Work
 from .loop import TrainingLoop
 from .objective import CountItems, LossFn
-from .optim import OptimizerFactory, make_optimizer, make_schedule
+from .optim import OptimizerFactory, make_optimizer, make_schedule, rates_put_back
 from .parts import Parts, check_parts
 from .planning import Plan, batching_of, cut, deal
 from .recording import Recorder, tracking
@@ -104,8 +104,9 @@ def test_fine_tuning(
         tokenizer: tokenises raw text, and says how to pad. Saved with the model.
         data_collator: a list of rows → a batch of tensors, rows first. None: columns are padded.
         loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on dicts; gives a mean, or a dict of
-            named means, each logged, their sum trained on. None: the model's own.
-        reduction: "sum" where `loss_fn` gives Σ ℓ, which ftaccum divides by the number of items; else "mean".
+            named means, each logged, their sum trained on. The model is not given the labels then (but for an
+            encoder-decoder, which makes its decoder's inputs from them). None: the model's own loss.
+        reduction: "sum" where the loss is Σ ℓ, which ftaccum divides by the number of items; else "mean".
         count_items: the number of loss items in a batch, or a dict of them by term. None: measured, or for a sum the
             labels that are not ignored (elements, where targets are not integers).
         compute_metrics: as `Trainer`'s, `EvalPrediction` → dict; or an `evaluate` module, such as
@@ -156,6 +157,7 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
     with ExitStack() as stack:
         stack.enter_context(unwrapped_afterwards(model))
         stack.enter_context(in_mode(model, training=True))
+        stack.enter_context(rates_put_back(optimizer))
         stack.enter_context(_checkpointed(model, runtime.gradient_checkpointing))
         assembly, plan = _planned(parts, recipe, runtime, accelerator)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)

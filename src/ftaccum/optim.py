@@ -1,7 +1,8 @@
 """Parameter groups, optimizer, schedule."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ def make_optimizer(
             ]
         )
     return made
+
+
+@contextmanager
+def rates_put_back(optimizer: Optimizer) -> Iterator[None]:
+    """Leaves an optimizer with the learning rates that it came with, whatever a schedule does to them."""
+    before: list[dict[str, Any]] = [
+        {name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups
+    ]
+    try:
+        yield
+    finally:
+        for group, rates in zip(optimizer.param_groups, before, strict=True):
+            group.pop("initial_lr", None)
+            group.update(rates)
 
 
 def fault_of_schedule(name: str) -> str | None:

@@ -65,11 +65,6 @@ def check_parts(parts: Parts, recipe: Recipe) -> None:
             f"`reduction` must be 'mean' or 'sum', but is {parts.reduction!r} instead. "
             "Have `loss_fn` give the mean over its items, or their sum."
         )
-    elif parts.reduction == "sum" and parts.loss_fn is None:
-        faults.append(
-            "`reduction` is 'sum', but `loss_fn` is None. The model's own loss is a mean; "
-            "give the `loss_fn` whose sum is meant, or leave `reduction` out."
-        )
     told = (fault_of_metrics(parts.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
     faults += [fault for fault in told if fault]
     if parts.val_data is None and not recipe.validation_split:

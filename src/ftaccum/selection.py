@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 
@@ -35,5 +34,4 @@ class BestEpoch:
     def restore(self, model: nn.Module) -> None:
         """Puts the best epoch's weights back, where they were kept."""
         if self._weights is not None:
-            with torch.no_grad():
-                model.load_state_dict(self._weights)
+            model.load_state_dict(self._weights)

@@ -1,9 +1,10 @@
 """One run's Accelerator, and a process left as it was found."""
 
+import itertools
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -123,11 +124,18 @@ def _processes_asked_for() -> int:
         return int(os.environ["WORLD_SIZE"])
     try:
         parent = psutil.Process().parent()
-        words = " ".join(parent.cmdline()) if parent is not None else ""
+        words = parent.cmdline() if parent is not None else []
     except psutil.Error:  # another user's process, or one that has just ended
-        words = ""
-    asked = re.search(r"accelerate(?:\.commands\.|\S* )launch\b.*--num[_-]processes[ =](\d+)", words)
-    return int(asked[1]) if asked else 1
+        return 1
+    starts = [n for n in range(1, len(words)) if words[n] == "launch" and Path(words[n - 1]).name == "accelerate"]
+    starts += [n for n, word in enumerate(words) if word == "accelerate.commands.launch"]
+    for word, value in itertools.pairwise([*words[starts[0] :], ""] if starts else []):
+        if word.endswith(".py") or word in ("-m", "--module"):
+            break  # what follows are the script's own
+        name, _, joined = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            return int(joined or value)
+    return 1
 
 
 def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:

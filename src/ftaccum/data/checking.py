@@ -88,17 +88,23 @@ def check_sample(rows: Rows, collation: Collation, ranges: Ranges) -> Batch:
 
 
 def labelled(rows: Rows, collation: Collation, ignore_index: int) -> list[int]:
-    """Positions of the sample's rows with at least one label that counts; where it has none, the first such row.
+    """Positions of rows with at least one label that counts: those of the sample, the shortest and the longest row;
+    where none of these has one, the first such row. A collator that draws may give any row a label.
 
     Raises:
         DataError: where no row has one.
     """
+    lengths = rows.lengths() or []
+    extremes = {pick(range(len(lengths)), key=lengths.__getitem__) for pick in (min, max)} if lengths else set()
+    positions = sorted({*sample_positions(rows), *extremes})
+    if collation.draws:
+        return positions
     counting = Counting(ignore_index)
-    found = [p for p in sample_positions(rows) if _has_items(collation.seeded(rows, [p], 0), counting)]
+    found = [p for p in positions if _has_items(collation(rows, [p]), counting)]
     if found:
         return found
     for position in range(len(rows)):
-        if _has_items(collation.seeded(rows, [position], 0), counting):
+        if _has_items(collation(rows, [position]), counting):
             return [position]
     raise DataError(
         f"`{rows.argument}` has no label that counts: all are {ignore_index}, which the loss leaves out. "

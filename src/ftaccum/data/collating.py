@@ -1,5 +1,6 @@
 """Rows to batches, and batches cut into smaller ones."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,11 +43,12 @@ class PaddingCollator:
         self._keep_all = keep_all or accepted is None
         self._pad_token_id, self._ignore_index = pad_token_id, ignore_index
         self._left = padding_side == "left"
+        self._dtypes: dict[str, torch.dtype] = {}  # of each column, the widest met so far
 
     def __call__(self, rows: list[Row]) -> Batch:
         if isinstance(rows[0], tuple):
             return tuple(_stacked(column) for column in zip(*rows, strict=True))
-        keys = {_column(key): key for key in rows[0]}
+        keys = {_column(key): key for key in rows[0]} | {key: key for key in rows[0]}  # the exact name wins
         keys = {n: k for n, k in keys.items() if n in self._needed or (self._keep_all and _is_numeric(rows[0][k]))}
         batch = {name: self._padded(name, [_numbers(row, key) for row in rows]) for name, key in keys.items()}
         if "input_ids" in batch and "attention_mask" not in batch:
@@ -56,7 +58,12 @@ class PaddingCollator:
 
     def _padded(self, name: str, values: Sequence[Any]) -> Tensor:
         tensors = [_tensor(value) for value in values]
-        dtype = next((t.dtype for t in tensors if t.numel()), tensors[0].dtype)  # an empty list has none of its own
+        if is_label(name) or name.endswith("_ids"):
+            tensors = [_widened(t) for t in tensors]
+        # 5 and 3.8 make a column of floats, also in a batch that has the 5 alone; an empty list has no type of its own.
+        seen = [self._dtypes[name]] if name in self._dtypes else []
+        dtypes = [*seen, *(t.dtype for t in tensors if t.numel())] or [tensors[0].dtype]
+        dtype = self._dtypes[name] = functools.reduce(torch.promote_types, dtypes)
         tensors = [t.to(dtype) for t in tensors]
         shapes = {t.shape for t in tensors}
         if len(shapes) == 1:
@@ -84,8 +91,8 @@ class Collation:
     def __init__(self, collator: Collator, accepted: set[str] | None = None) -> None:
         """Args:
         collator: the user's, or the padding one.
-        accepted: the columns that the model takes. Beside any of them, texts that it does not take are left out,
-            of which a tensor cannot be made.
+        accepted: the columns that the model takes. Beside any of them, others that are no numbers are left out:
+            no tensor can be made of them.
         """
         self._collator = collator
         self._accepted = accepted or set()
@@ -118,7 +125,7 @@ class Collation:
     def _without_texts(self, row: Row) -> Row:
         if not isinstance(row, Mapping) or not self._accepted & row.keys():
             return row
-        return {key: value for key, value in row.items() if key in self._accepted or not isinstance(value, str)}
+        return {key: value for key, value in row.items() if key in self._accepted or _is_numeric(value)}
 
     def _explained(self, rows: Rows, positions: Sequence[int], fetched: list[Row], error: Exception) -> str:
         for n, position in enumerate(positions):
@@ -177,6 +184,12 @@ def _tensor(value: Any) -> Tensor:
     if isinstance(value, float | list | tuple):
         return torch.tensor(value)  # Python's floats take torch's default dtype
     return torch.as_tensor(value)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Class numbers and token ids as the losses and embeddings of PyTorch take them."""
+    narrow = (torch.int8, torch.int16, torch.int32, torch.uint8)
+    return tensor.long() if tensor.dtype in narrow else tensor
 
 
 def _stacked(column: Sequence[Any]) -> Any:

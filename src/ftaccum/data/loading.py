@@ -11,6 +11,8 @@ from .checking import Ranges
 from .collating import Collation, take
 from .rows import Rows
 
+_DRAWS = 3  # of a collator that draws its labels, before a data set is said to have none
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -103,10 +105,11 @@ class Loader:
 
     def _find_ghost(self, candidates: Sequence[int]) -> tuple[Batch, tuple[str, ...]]:
         # It needs items: a mean over none is NaN, and 0 × NaN is NaN in the gradient.
-        for position in [*candidates, *range(len(self._rows))]:
-            batch = self._collation.seeded(self._rows, [position], 0)
-            if terms := _counted(self._objective.count(batch)):
-                return batch, terms
+        for draw in range(_DRAWS if self._collation.draws else 1):
+            for position in [*candidates, *range(len(self._rows))]:
+                batch = self._collation.seeded(self._rows, [position], position, draw)
+                if terms := _counted(self._objective.count(batch)):
+                    return batch, terms
         raise DataError(f"No row of `{self._rows.argument}` has loss items. Check its labels, or `count_items`.")
 
 

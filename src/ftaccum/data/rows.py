@@ -64,7 +64,7 @@ class Rows:
         """The length of every row in tokens, where it can be told without computing the rows; else None."""
         if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:
             table = self.source.select_columns(["input_ids"]).with_format("arrow")[:]
-            lengths = pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
+            lengths = pyarrow.compute.list_value_length(table["input_ids"]).fill_null(0).to_pylist()
             return lengths if self._positions is None else [lengths[n] for n in self._positions]
         if isinstance(self.source, list):
             return [length_of(row) for row in self.fetch(range(len(self)))]

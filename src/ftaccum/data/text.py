@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
 from ..errors import DataError
 from .rows import Rows
@@ -27,7 +28,7 @@ def is_raw_text(rows: Rows, accepted: set[str] | None) -> bool:
     return bool(texts) and not usable & (inputs.keys() - texts)
 
 
-def tokenized(rows: Rows, tokenizer: Any, config: Any, *, next_token: bool) -> Rows:
+def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next_token: bool) -> Rows:
     """Tokenises raw text: the column `text`, else the one or two columns that hold strings (a pair).
 
     Longer texts are cut at the shorter of the tokenizer's and the model's limit. Labels given as strings become
@@ -50,7 +51,7 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, *, next_token: bool) -> R
         table = Dataset.from_list([dict(row) for row in rows.fetch(range(len(rows)))])
     texts = _text_columns(table, rows.argument)
     label = next((name for name in _LABELS if name in table.column_names), None)
-    limit = _longest(tokenizer, config)
+    limit = _longest(tokenizer, config, model)
 
     def encode(columns: Mapping[str, list]) -> dict[str, list]:
         encoded = dict(tokenizer(*(columns[name] for name in texts), truncation=limit is not None, max_length=limit))
@@ -80,8 +81,14 @@ def _text_columns(table: Dataset, argument: str) -> list[str]:
     )
 
 
-def _longest(tokenizer: Any, config: Any) -> int | None:
-    limits = (getattr(tokenizer, "model_max_length", None), getattr(config, "max_position_embeddings", None))
+def _longest(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
+    positions = getattr(config, "max_position_embeddings", None)
+    for module in model.modules():
+        # RoBERTa and its kin number positions from behind the padding's on.
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx is not None:
+            positions -= module.padding_idx + 1
+            break
+    limits = (getattr(tokenizer, "model_max_length", None), positions)
     return min((n for n in limits if n and n < _LONGEST_UNBOUNDED), default=None)
 
 

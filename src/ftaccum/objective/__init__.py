@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 
@@ -14,7 +15,7 @@ from ..side_effects import only_looking
 from .counting import IGNORE_INDEX, Batch, Counting, CountItems, counts_from_user, targets_of
 from .denominator import Counts, Denominator, ItemMeans, Means, gathered, means_of_sums, total
 from .forward import LOSS, Forward, LossFn, accepted_arguments, is_label, logits_of
-from .probing import FULL, HALF, Probe, probe, shaken
+from .probing import EXPLAINED, EXPLAINED_IN_HALF, Explanation, choose, explain, in_float32, shaken
 
 __all__ = [
     "IGNORE_INDEX",
@@ -40,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sample:
-    """A few labelled rows to measure a loss on; see `probing.probe` for the fields."""
+    """A few labelled rows to measure a loss on; see `probing.explain` for the fields."""
 
     together: Batch
     cut: Callable[[Batch], Sequence[Batch]] | None
@@ -54,6 +55,7 @@ class Objective:
         terms: the names of the means.
         count: a collated batch → its loss items, by term.
         counted_by: what the items are, in words.
+        shifts: whether the logits at one position predict the label at the next.
         padding_sensitive: whether a window's rows must be padded to one width.
     """
 
@@ -64,11 +66,13 @@ class Objective:
         count: Callable[[Batch], Counts],
         *,
         counted_by: str,
+        shifts: bool = False,
         padding_sensitive: bool = False,
         sums: bool = False,
     ) -> None:
         self._forward = forward
         self.counted_by = counted_by
+        self.shifts = shifts
         self._sums = sums
         self.terms = tuple(terms)
         self.count = count
@@ -100,36 +104,49 @@ class Objective:
             InexactLossWarning: where no way to count explains the loss.
         """
         device = next(model.parameters()).device
-        with only_looking(model), shaken(model):
+        with only_looking(model):
             terms = tuple(forward(model, send_to_device(sample.together, device))[0])
-            ways = _ways(terms, sample.together, forward, counting, count_items, sums)
+            measured = counting.applicable(sample.together)
+            ways = _ways(terms, measured, sample.together, forward, counting, count_items, sums)
 
             def losses(batch: Batch) -> dict[str, float]:
-                found = dict(forward(model, send_to_device(batch, device))[0])
+                found = forward(model, send_to_device(batch, device))[0]
                 if sums:
-                    only = {term: next(iter(by_way.values())) for term, by_way in ways.items()}
-                    found = dict(means_of_sums(found, {term: count(batch) for term, count in only.items()}))
+                    found = dict(means_of_sums(found, {t: next(iter(ways[t].values()))(batch) for t in terms}))
                 return {term: float(mean) for term, mean in found.items()}
 
-            half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-            found = probe(
-                losses,
-                sample.together,
-                sample.cut,
-                sample.padded_apart,
-                ways=ways,
-                ignore_index=counting.ignore_index,
-                precision=HALF if half else FULL,
-            )
-        (found,) = broadcast_object_list([found])
-        _warn_of_unexplained(found, sums)
-        chosen = {term: ways[term][way] for term, way in found.ways.items()}
+            def measure(tolerance: float) -> tuple[dict[str, str], bool, Explanation]:
+                parts = sample.cut or (lambda _: sample.padded_apart)
+                explained = lambda chosen: explain(
+                    losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance
+                )
+                with shaken(model):
+                    names = choose(losses, sample.together, parts, ways, counting.ignore_index)
+                    chosen = {term: ways[term][name] for term, name in names.items()}
+                    everything = dict.fromkeys(terms, measured)
+                    nearest = choose(losses, sample.together, parts, everything, counting.ignore_index)
+                    shifts = not sums and set(nearest.values()) == {"labels after the shift"}
+                    unlike = explained(chosen)
+                return names, shifts, unlike.worst(explained(chosen))
+
+            try:
+                tolerance = EXPLAINED
+                with in_float32(model):
+                    findings = measure(tolerance)
+            except torch.OutOfMemoryError:
+                tolerance = EXPLAINED_IN_HALF
+                findings = measure(tolerance)
+        ((names, shifts, explanation),) = broadcast_object_list([findings])
+        if PartialState().is_main_process:
+            _warn_of_unexplained(names, explanation, tolerance, sums)
+        chosen = {term: ways[term][name] for term, name in names.items()}
         return cls(
             forward,
             terms,
             lambda batch: {term: count(batch) for term, count in chosen.items()},
-            counted_by=_in_words(found.ways, measured=len(ways[terms[0]]) > 1),
-            padding_sensitive=found.padding_sensitive,
+            counted_by=_in_words(names, measured=len(ways[terms[0]]) > 1),
+            shifts=shifts,
+            padding_sensitive=explanation.padding_sensitive,
             sums=sums,
         )
 
@@ -147,12 +164,13 @@ class Objective:
 
 def _ways(
     terms: Sequence[str],
+    measured: Mapping[str, CountItems],
     sample: Batch,
     forward: Forward,
     counting: Counting,
     count_items: CountItems | None,
     sums: bool,
-) -> dict[str, dict[str, CountItems]]:
+) -> Mapping[str, Mapping[str, CountItems]]:
     """The ways to count that come into question for each term."""
     if count_items is not None:
         return {term: {"count_items": _of_term(count_items, term, terms)} for term in terms}
@@ -161,7 +179,7 @@ def _ways(
     elif forward.counted_by is not None:
         name = forward.counted_by
     else:
-        return {term: counting.applicable(sample) for term in terms}
+        return dict.fromkeys(terms, measured)
     return {term: {name: counting.ways[name]} for term in terms}
 
 
@@ -174,14 +192,18 @@ def _in_words(ways: Mapping[str, str], measured: bool) -> str:
     return f"{words} (measured)" if measured else words
 
 
-def _warn_of_unexplained(found: Probe, sums: bool) -> None:
-    if not found.unexplained:
+def _warn_of_unexplained(ways: Mapping[str, str], explanation: Explanation, tolerance: float, sums: bool) -> None:
+    unexplained = {term: off for term, off in explanation.differences.items() if off > tolerance}
+    if not unexplained:
         return
+    clauses = "; ".join(
+        f"{term!r} of rows apart, weighted by {ways[term]}, is up to {100 * off:.2g}% off that of them together"
+        for term, off in unexplained.items()
+    )
     cure = (
         "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
-        if found.adds_up and not sums
+        if explanation.adds_up and not sums
         else "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
         "other do this; where yours is a mean over items of your own, give `count_items`."
     )
-    clauses = "; ".join(found.unexplained)
     warnings.warn(f"The loss is not a mean over countable items: {clauses}. {cure}", InexactLossWarning, stacklevel=3)

@@ -113,10 +113,10 @@ def _as_count(value: Any) -> float:
 
 
 def relabelled(batch: Batch, ignore_index: int) -> Batch | None:
-    """A copy with other labels, on which ways to count differ that agree on the batch as it is: a growing number is
-    ignored at the rows' ends, and the first label of a row counts in the even ones and is ignored in the odd.
+    """A copy with other labels, on which ways to count differ widely that agree on the batch as it is.
 
-    None where the labels cannot be ignored in part.
+    In odd rows two labels count, the first of the row and one more: two labels, one of them after the shift. In even
+    rows all do that did, and the first. None where the labels cannot be ignored in part.
     """
     targets = targets_of(batch)
     if targets is None or targets.is_floating_point() or targets.ndim != 2 or not isinstance(batch, Mapping):
@@ -125,7 +125,7 @@ def relabelled(batch: Batch, ignore_index: int) -> Batch | None:
     for row, labels_L in enumerate(labels_BL):
         counted = (labels_L != ignore_index).nonzero().flatten()
         if len(counted):
-            labels_L[0] = labels_L[counted[0]] if row % 2 == 0 else ignore_index
-            ignored = counted[max(1, len(counted) - row) :]
-            labels_L[ignored] = ignore_index
+            labels_L[0] = labels_L[counted[0]]
+            if row % 2:
+                labels_L[counted[counted > 0][1:]] = ignore_index
     return {**batch, "labels": labels_BL}

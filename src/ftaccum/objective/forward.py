@@ -57,6 +57,9 @@ class Forward:
         targets = targets_of(batch)
         if targets is None or targets.is_floating_point():
             return None
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if isinstance(ids, Tensor) and ids.ndim == 3:  # multiple choice: each row has its own number of choices
+            return None
         try:
             logits = logits_of(self._outputs(model, _without_labels(batch)))
         except Exception:  # an encoder-decoder, for one: whatever it raises says that it needs the labels

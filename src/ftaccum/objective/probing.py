@@ -16,58 +16,44 @@ from torch import Tensor, nn
 
 from .counting import Batch, CountItems, relabelled
 
-
-@dataclass(frozen=True)
-class Precision:
-    """How closely losses can be compared: `explained` is the relative difference up to which a way to count explains
-    the joint loss, `tie` the one that rounding alone may make between two ways."""
-
-    explained: float
-    tie: float
-
-
-# Heads compute parts of a float64 model's loss in float32, so the two are taken alike.
-FULL, HALF = Precision(1e-5, 1e-6), Precision(2e-2, 5e-3)
+# Relative difference up to which a way to count explains a loss. Heads compute parts of a float64 model's loss in
+# float32, so the two are taken alike. 16 bits are tried only where memory does not allow more.
+EXPLAINED, EXPLAINED_IN_HALF = 1e-5, 2e-2
+# Ways that count in the same proportions differ by this much at most.
+_TIE = 1e-9
 
 Losses = Callable[[Batch], Mapping[str, float]]
 Ways = Mapping[str, Mapping[str, CountItems]]  # term → name of the way → count
-Differences = dict[str, dict[str, float]]  # term → name of the way → relative difference
+Cut = Callable[[Batch], Sequence[Batch]]
 
 
 @dataclass(frozen=True)
-class Probe:
-    """What was measured.
+class Explanation:
+    """How well the chosen ways to count explain the losses.
 
     Attributes:
-        ways: by term, the name of the way to count that explains the joint loss best.
-        differences: by term, the relative difference that this way leaves.
+        differences: by term, the relative difference between the loss of rows together and that of rows apart.
         padding_sensitive: whether rows must be padded to one width for the loss to be explained.
         adds_up: whether the losses of the parts, unweighted, add up to the joint one: a sum, not a mean.
-        tolerance: the difference up to which a term counts as explained.
     """
 
-    ways: dict[str, str]
     differences: dict[str, float]
     padding_sensitive: bool
     adds_up: bool
-    tolerance: float
 
-    @property
-    def unexplained(self) -> list[str]:
-        """A clause for each term that is not one mean over countable items."""
-        return [
-            f"{term!r} of rows apart, weighted by {self.ways[term]}, is {difference:.2%} off that of them together"
-            for term, difference in self.differences.items()
-            if difference > self.tolerance
-        ]
+    def worst(self, other: "Explanation") -> "Explanation":
+        """The larger differences of two measurements; padding matters where it did in either."""
+        differences = {term: max(found, other.differences[term]) for term, found in self.differences.items()}
+        sensitive = self.padding_sensitive or other.padding_sensitive
+        return Explanation(differences, sensitive, self.adds_up and other.adds_up)
 
 
 @contextmanager
 def shaken(model: nn.Module) -> Iterator[None]:
     """Gives the model's last weights noise, and takes it away again.
 
-    Which items a mean runs over does not depend on the weights; but rows must differ in loss for it to show, and
-    under a new head they hardly do, or, rounded to 16 bits, not at all.
+    Which way to count is right does not depend on the weights; but rows must differ in loss for it to show, and under
+    a new head they hardly do.
     """
     weight = _last_weight(model)
     if weight is None:
@@ -86,94 +72,106 @@ def shaken(model: nn.Module) -> Iterator[None]:
             weight.copy_(before)
 
 
-def probe(
-    losses: Losses,
-    together: Batch,
-    cut: Callable[[Batch], Sequence[Batch]] | None,
-    padded_apart: Sequence[Batch],
-    *,
-    ways: Ways,
-    ignore_index: int,
-    precision: Precision = FULL,
-) -> Probe:
-    """Finds the way to count that explains the loss of `together` from the losses of its parts.
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """A model of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
+
+    Rounded to 16 bits, the losses of two ways to count cannot be told apart.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    before = [t.data for t in tensors]
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def choose(losses: Losses, together: Batch, parts: Cut, ways: Ways, ignore_index: int) -> dict[str, str]:
+    """For each term, the way to count that explains the loss of `together` best from the losses of its parts.
+
+    Ways that agree on the rows as they are get asked again with other labels; of those that agree even then, the first
+    is taken.
 
     Args:
         losses: the means of a batch by term.
-        together: a few labelled rows of different lengths, collated as one batch.
-        cut: cuts such a batch into unequal groups of rows; None where that cannot be done.
+        together: a few labelled rows of different lengths.
+        parts: such a batch in unequal groups of rows.
+    """
+    tied = _closest(losses, together, parts, ways)
+    asking = relabelled(together, ignore_index)
+    if asking is not None and any(len(names) > 1 for names in tied.values()):
+        asked = {term: {way: ways[term][way] for way in names} for term, names in tied.items()}
+        tied = _closest(losses, asking, parts, asked)
+    return {term: names[0] for term, names in tied.items()}
+
+
+def _closest(losses: Losses, together: Batch, parts: Cut, ways: Ways) -> dict[str, list[str]]:
+    joint, apart = losses(together), parts(together)
+    means = [losses(part) for part in apart]
+    tied = {}
+    for term, by_way in ways.items():
+        found = {way: _difference(joint, means, apart, term, count) for way, count in by_way.items()}
+        tied[term] = [way for way, difference in found.items() if difference <= min(found.values()) + _TIE]
+    return tied
+
+
+def explain(
+    losses: Losses,
+    together: Batch,
+    cut: Cut | None,
+    padded_apart: Sequence[Batch],
+    chosen: Mapping[str, CountItems],
+    tolerance: float = EXPLAINED,
+) -> Explanation:
+    """Measures how well the chosen ways to count explain the loss, and whether padding matters to it.
+
+    Args:
+        cut: `together` in unequal groups of rows; None where that cannot be done.
         padded_apart: the same groups collated by themselves; empty where that would give other rows, because the
             collator draws at random.
-        ways: the ways to count, by term; of those that no difference tells apart, the first.
-        ignore_index: the label that heads leave out.
-        precision: of the losses.
+        chosen: the way to count, by term.
     """
-    assert cut or padded_apart, "rows are apart in one way at least"
     joint = losses(together)
-    alike = _compare(losses, joint, cut(together), ways) if cut else None
-    apart = _compare(losses, joint, padded_apart, ways) if padded_apart else None
+    groups = [group for group in (cut(together) if cut else [], padded_apart) if group]
+    assert groups, "rows are apart in one way at least"
+    found, adds_up = [], False
+    for apart in groups:
+        means = [losses(part) for part in apart]
+        found.append({term: _difference(joint, means, apart, term, count) for term, count in chosen.items()})
+        sums = {term: sum(mean[term] for mean in means) for term in joint}
+        adds_up = adds_up or all(_relative(sums[term], joint[term]) <= tolerance for term in joint)
+    alike, apart_ = found[0], found[-1]
     # Groups that explain the joint loss only where they are padded alike: a softmax over padding.
-    sensitive = alike is not None and apart is not None and _explains(alike, precision) > _explains(apart, precision)
-    found = alike if apart is None or sensitive else apart
-    assert found is not None
-    tied = {term: _closest(by_way, precision.tie) for term, by_way in found.items()}
-    if cut and any(len(names) > 1 for names in tied.values()):
-        tied = _untied(tied, losses, together, cut, ways, ignore_index, precision)
-    first = {term: names[0] for term, names in tied.items()}
-    left = {term: found[term][way] for term, way in first.items()}
-    parts = [losses(part) for part in (cut(together) if cut else padded_apart)]
-    adds_up = all(_relative(sum(part[term] for part in parts), joint[term]) <= precision.explained for term in joint)
-    return Probe(first, left, sensitive, adds_up and len(parts) > 1, precision.explained)
+    explained = [all(difference <= tolerance for difference in differences.values()) for differences in (alike, apart_)]
+    sensitive = explained[0] and not explained[1]
+    return Explanation(alike if sensitive else apart_, sensitive, adds_up)
 
 
-def _compare(losses: Losses, joint: Mapping[str, float], parts: Sequence[Batch], ways: Ways) -> Differences:
-    """For each term and way to count: |Σ n·mean / Σ n - joint mean| / |joint mean| over the parts."""
-    means = [losses(part) for part in parts]
-    found: Differences = {term: {} for term in joint}
-    for term, whole in joint.items():
-        for way, count in ways[term].items():
-            counts = [count(part) for part in parts]
-            weighted = sum(n * mean[term] for n, mean in zip(counts, means, strict=True) if n)
-            found[term][way] = _relative(weighted / sum(counts), whole) if sum(counts) else math.inf
-    return found
+def _difference(
+    joint: Mapping[str, float],
+    means: Sequence[Mapping[str, float]],
+    parts: Sequence[Batch],
+    term: str,
+    count: CountItems,
+) -> float:
+    """|Σ n·mean / Σ n - joint mean| / |joint mean| over the parts."""
+    counts = [count(part) for part in parts]
+    weighted = sum(n * mean[term] for n, mean in zip(counts, means, strict=True) if n)
+    return _relative(weighted / sum(counts), joint[term]) if sum(counts) else math.inf
 
 
 def _relative(found: float, wanted: float) -> float:
     difference = abs(found - wanted) / abs(wanted) if wanted else abs(found)
     return difference if math.isfinite(difference) else math.inf
-
-
-def _explains(differences: Differences, precision: Precision) -> bool:
-    return all(min(by_way.values()) <= precision.explained for by_way in differences.values())
-
-
-def _closest(by_way: Mapping[str, float], tie: float) -> list[str]:
-    best = min(by_way.values())
-    return [way for way, difference in by_way.items() if difference <= best + tie]
-
-
-def _untied(
-    tied: dict[str, list[str]],
-    losses: Losses,
-    together: Batch,
-    cut: Callable[[Batch], Sequence[Batch]],
-    ways: Ways,
-    ignore_index: int,
-    precision: Precision,
-) -> dict[str, list[str]]:
-    """Asks again with other labels. Where a head does not leave the ignored ones out, its ties stay."""
-    asking = relabelled(together, ignore_index)
-    if asking is None:
-        return tied
-    asked = {term: {way: ways[term][way] for way in names} for term, names in tied.items()}
-    differences = _compare(losses, losses(asking), cut(asking), asked)
-    return {
-        term: _closest(by_way, _EQUAL) if min(by_way.values()) <= precision.explained else tied[term]
-        for term, by_way in differences.items()
-    }
-
-
-_EQUAL = 1e-12  # ways that count in the same proportions differ by this much at most, in any precision
 
 
 def _last_weight(model: Any) -> Tensor | None:
