@@ -26,7 +26,7 @@ FLOORS = [
     ["optim"],
     ["loop"],
     ["evaluation"],
-    ["session", "recording", "screen", "selection"],
+    ["session", "borrowing", "recording", "screen", "selection"],
     ["parts"],
     ["assembly"],
     ["fine_tuning"],

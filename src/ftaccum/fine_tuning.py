@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .assembly import Assembly, assemble
+from .borrowing import borrowed
 from .data import Collator, Loader, MicroBatch, mean_length
 from .errors import SettingsError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
@@ -27,9 +28,8 @@ from .planning import Plan, batching_of, cut, deal
 from .recording import Recorder, tracking
 from .screen import Screen
 from .selection import BestEpoch
-from .session import session, unwrapped_afterwards
+from .session import session
 from .settings import Recipe, Runtime, checked
-from .side_effects import in_mode
 
 
 def test_fine_tuning(
@@ -155,10 +155,8 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
     if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
         model.to(accelerator.device)
     with ExitStack() as stack:
-        stack.enter_context(unwrapped_afterwards(model))
-        stack.enter_context(in_mode(model, training=True))
+        stack.enter_context(borrowed(model, gradient_checkpointing=runtime.gradient_checkpointing))
         stack.enter_context(rates_put_back(optimizer))
-        stack.enter_context(_checkpointed(model, runtime.gradient_checkpointing))
         assembly, plan = _planned(parts, recipe, runtime, accelerator)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
         screen.banner(plan, assembly.notes(), warmup, accelerator.mixed_precision, accelerator.device.type)
@@ -251,40 +249,6 @@ def _over_processes(work: Work, accelerator: Accelerator) -> Work:
     counts = torch.tensor([work.rows, work.tokens, work.positions], device=accelerator.device)
     rows, tokens, positions = accelerator.reduce(counts, "sum").tolist()
     return Work(rows, tokens, positions, work.seconds)
-
-
-@contextmanager
-def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing, where wanted, for the time of a run."""
-    if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        yield
-        return
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise SettingsError(
-            [
-                f"`gradient_checkpointing` is True, but {type(model).__name__} does not support it. Leave it out, or "
-                "use torch.utils.checkpoint inside the module."
-            ]
-        )
-    config = model.config
-    caches, had_hooks = getattr(config, "use_cache", None), getattr(model, "_require_grads_hooks", None)
-    # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
-    _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
-    if caches is not None:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-        if not had_hooks:  # Transformers makes the embeddings' outputs require gradients, and leaves it at that
-            model.disable_input_require_grads()
-        if caches is not None:
-            config.use_cache = caches
-
-
-def _either(model: Any, new_name: str, old_name: str) -> Callable[..., None]:
-    # Transformers renamed the pair in the course of its version 5.
-    return getattr(model, new_name, None) or getattr(model, old_name)
 
 
 def _made(output_dir: str | None) -> Path | None:

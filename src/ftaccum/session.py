@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
-from torch import nn
 
 from .errors import SettingsError
 from .settings import Runtime
@@ -151,16 +150,3 @@ def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:
         absent = [name for name in asked if name not in found]
         raise SettingsError([f"The trackers {absent} were asked for, but are not installed. Install them with pip."])
     return found
-
-
-@contextmanager
-def unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
-    """Takes off what `Accelerator.prepare` leaves on a model: its autocasting `forward` and its mark."""
-    names = ("forward", "_original_forward", "_is_accelerate_prepared")
-    before: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
-    try:
-        yield
-    finally:
-        for name in names:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(before)
