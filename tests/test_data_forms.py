@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
+from ftaccum.data import synthetic_rows
 from heads import CLASSES, HEADS, Row, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
@@ -125,6 +126,9 @@ def test_without_data_it_trains_on_synthetic_tokens_and_says_so(capsys: pytest.C
     shown = capsys.readouterr().out
     assert "SYNTHETIC" in shown
     assert "Training samples: 1000" in shown
+    small = SimpleNamespace(vocab_size=61, max_position_embeddings=6)
+    assert run(PlainLM(), None, config=small, effective_batch_size=500).tokens_per_second
+    assert max(map(len, synthetic_rows(61, 6, seed=0).source)) == 6
 
 
 @pytest.fixture(scope="module")

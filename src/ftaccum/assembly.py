@@ -88,7 +88,8 @@ def _synthetic(config: Any, seed: int) -> Rows:
             "`train_data` is None, and `config` has no `vocab_size` to draw synthetic token ids from. "
             "Give training data, or a config with a vocab_size."
         )
-    return data.synthetic_rows(vocab_size, seed)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "block_size"))
+    return data.synthetic_rows(vocab_size, next((n for n in limits if isinstance(n, int)), None), seed)
 
 
 def _tokenised(rows: Rows, parts: Parts, accelerator: Accelerator) -> Rows:

@@ -18,7 +18,8 @@ from .errors import SettingsError
 from .settings import Runtime
 from .side_effects import preserved_rng, seed_all
 
-_SHOWN_EXACT = {
+# Whole copies of the model, gradients averaged by DDP: one path, whatever the device.
+_REPLICATED = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
@@ -96,7 +97,7 @@ def _accelerator(runtime: Runtime) -> Accelerator:
                 "`distributed_type: MULTI_GPU` and `use_cpu: true`."
             ]
         )
-    if accelerator.distributed_type not in _SHOWN_EXACT:
+    if accelerator.distributed_type not in _REPLICATED:
         raise SettingsError(
             [
                 f"Accelerate was set up for {accelerator.distributed_type.value}, for which ftaccum has not been shown "

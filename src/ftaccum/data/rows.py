@@ -20,7 +20,7 @@ _FORMS = (
     "or a torch Dataset of dicts or (inputs, targets) tuples"
 )
 _LENGTH_SAMPLE = 1000
-_SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 33)
+_SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
 
 
 class Rows:
@@ -120,10 +120,15 @@ def as_rows(data: Any, argument: str) -> Rows:
     return rows
 
 
-def synthetic_rows(vocab_size: int, seed: int) -> Rows:
-    """Seeded random token ids of ragged lengths, for a run without data."""
+def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
+    """Seeded random token ids of ragged lengths, for a run without data.
+
+    Args:
+        longest: the most tokens that the model takes in a row, where that is known.
+    """
     draw = np.random.RandomState(seed)
-    lengths = draw.randint(*_SYNTHETIC_LENGTHS, size=_SYNTHETIC_ROWS)
+    shortest, most = (min(length, longest or length) for length in _SYNTHETIC_LENGTHS)
+    lengths = draw.randint(shortest, most + 1, size=_SYNTHETIC_ROWS)
     return Rows("train_data", [torch.from_numpy(draw.randint(0, vocab_size, size=n)) for n in lengths])
 
 
