@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from . import data
 from .data import Collation, Loader, PaddingCollator, Ranges, Rows
 from .errors import DataError, SettingsError
-from .objective import Counting, Forward, Objective, accepted_arguments, targets_of
+from .objective import Counting, Forward, Objective, accepted_arguments, measured_objective, targets_of
 from .parts import Parts
 from .planning import hold_out
 from .settings import Recipe
@@ -160,7 +160,7 @@ def _check_validation(parts: Parts, train: Any, val: Any) -> None:
 
 def _objective(parts: Parts, forward: Forward, sample: data.Sample, ignore_index: int) -> Objective:
     try:
-        return Objective.measured(
+        return measured_objective(
             parts.model,
             forward,
             sample,
