@@ -55,7 +55,10 @@ def main(arguments: list[str]) -> None:
 
     if PartialState().is_main_process:
         if result.metrics and result.metrics[-1]:
-            print(f"Held-out accuracy: {result.metrics[-1]['accuracy']:.1%}")
+            # Of the model that is saved: the best epoch's, or the last one's.
+            losses = result.val_loss_history
+            epoch = losses.index(min(losses)) if recipe.restore_best_weights else -1
+            print(f"Held-out accuracy: {result.metrics[epoch]['accuracy']:.1%}")
         if runtime.output_dir:
             print(f"Model, ledger and result: {Path(runtime.output_dir).resolve()}")
     PartialState().destroy_process_group()
@@ -65,4 +68,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (SettingsError, DataError) as error:
-        sys.exit(f"text_classification: {error}")
+        print(f"text_classification: {error}", file=sys.stderr)
+        sys.exit(2)

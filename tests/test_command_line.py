@@ -56,6 +56,7 @@ def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[st
         (["train", "--model", model, "--train_data", rows, "--task", "x"], "`task` must be one of"),
         (["train", "--config", str(yaml)], "has the unknown key 'learnig_rate'. Did you mean 'learning_rate'?"),
         (["train", "--config", str(tmp_path / "absent.yaml")], "cannot be read"),
+        (["train", "--batchsize", "3"], "There is no option '--batchsize'. Did you mean '--batch_size'?"),
         (["fly"], "there is no command 'fly'"),
     ):
         assert main(words) == 2

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
-from ftaccum.data import synthetic_rows
+from ftaccum.data import Rows, synthetic_rows
+from ftaccum.data.checking import sample_positions
 from heads import CLASSES, HEADS, Row, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
@@ -347,7 +348,7 @@ ROWS = CLASSIFIER.rows()
         ([*ROWS[:3], {**ROWS[3], "input_ids": [[5], [6]]}], "row 3 cannot be made part of a batch: .*dimensions"),
         ([*ROWS[:3], {**ROWS[3], "input_ids": "film"}], "row 3 cannot be made part of a batch: .*'film'"),
         ([{**row, "labels": -100} for row in ROWS], "has no label that counts"),
-        ([{**row, "labels": 0.5} for row in ROWS], "The loss of the first rows of `train_data` cannot be computed"),
+        ([{**row, "labels": 0.5} for row in ROWS], "The loss of row 0 of `train_data` cannot be computed"),
     ],
 )
 def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,8 +371,9 @@ def test_faults_in_validation_data_name_it() -> None:
 
 def test_a_fault_outside_the_sample_names_its_row() -> None:
     rows = CLASSIFIER.rows(100)
-    rows[51] = {**rows[51], "labels": 7}  # 32 rows are looked at before training: every third
-    with pytest.raises(DataError, match="row 51 has the label 7"):
+    unseen = next(n for n in range(100) if n not in sample_positions(Rows("train_data", rows)))
+    rows[unseen] = {**rows[unseen], "labels": 7}
+    with pytest.raises(DataError, match=f"row {unseen} has the label 7"):
         run(CLASSIFIER.model(), rows)
 
 
@@ -390,6 +392,18 @@ def test_rows_of_the_hold_out_keep_their_names() -> None:
     rows = [*ROWS[:8], {**ROWS[8], "labels": 7}]
     with pytest.raises(DataError, match="row 8 has the label 7"):
         run(CLASSIFIER.model(), rows, validation_split=0.3)
+
+
+def test_a_row_that_a_plain_module_cannot_take_is_named() -> None:
+    rows = token_rows()
+    rows[3] = torch.tensor([5, 99])
+    with pytest.raises(DataError, match="Of `train_data`, row 3 has the label 99"):
+        run(PlainLM(), rows)
+
+
+def test_synthetic_tokens_are_not_for_a_classifier() -> None:
+    with pytest.raises(DataError, match="BertForSequenceClassification cannot train on synthetic tokens"):
+        run(CLASSIFIER.model(), None)
 
 
 def test_no_data_and_no_vocabulary() -> None:

@@ -99,7 +99,7 @@ def test_outputs_are_saved_and_load_again(tmp_path: Path) -> None:
     entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [e["loss"] for e in entries if "grad_norm" in e] == result.loss_history
     assert [e["train_loss"] for e in entries if "grad_norm" not in e] == result.train_loss_history
-    assert Result.load(tmp_path / "result.json") == result
+    assert Result.load(tmp_path / "result.json") == Result.load(tmp_path) == result
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     batch = one_batch(CLASSIFIER.rows(3))
     assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
@@ -163,12 +163,15 @@ def test_fp16_with_a_scaler_has_the_gradient_of_full_precision_at_the_first_fini
     assert scaled.grad_norm_history == pytest.approx(full.grad_norm_history, rel=1e-2)
 
 
-def test_early_stopping_and_the_best_weights() -> None:
+def test_early_stopping_and_the_best_weights(capsys: pytest.CaptureFixture[str]) -> None:
     model = CLASSIFIER.model().float()
     result = run(
         model, validation_split=0.3, n_epochs=12, learning_rate=0.05, early_stopping_patience=2,
         restore_best_weights=True,
     )  # fmt: skip
+    assert (
+        f"Restored the weights of the epoch with validation loss {result.best_val_loss:.4f}" in capsys.readouterr().out
+    )
     best = result.val_loss_history.index(min(result.val_loss_history))
     assert len(result.val_loss_history) == best + 3 < 12
     assert result.best_val_loss == result.val_loss_history[best] < result.final_loss

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
-from ftaccum import InexactLossWarning, SettingsError, test_fine_tuning
+from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
 from ftaccum.objective import Counting
 from ftaccum.objective.probing import Explanation, choose, explain, in_float32, shaken
 from heads import HEADS
@@ -139,6 +139,42 @@ def test_a_loss_that_is_no_number_is_told() -> None:
         SettingsError, match=r"`loss_fn` must give one number, or a dict of them, but 'loss' is \(8, 3\)|\(\d, 3\)"
     ):
         test_fine_tuning(Pooled(), train_data=ROWS, loss_fn=lambda outputs, _: outputs, n_epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_class_weights_that_are_not_counted_are_warned_of(seed: int) -> None:
+    weight = torch.tensor([1.0, 9.0])
+    draw = torch.Generator().manual_seed(seed)
+    rows = [(torch.randn(4, generator=draw), torch.tensor(int(n % 10 == 9))) for n in range(40)]  # one class is rare
+    torch.manual_seed(seed)
+    loss = lambda outputs, targets: F.cross_entropy(outputs, targets, weight=weight)
+    with pytest.warns(InexactLossWarning):
+        test_fine_tuning(
+            nn.Linear(4, 2), train_data=rows, loss_fn=loss, n_epochs=1, validation_split=0.0, progress=False
+        )
+
+
+def test_class_weights_of_the_usual_loss_are_counted() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = [(torch.randn(4, generator=draw).double(), torch.tensor(n % 3)) for n in range(8)]
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0, 0.5]).double())
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+    wanted = loss(model(inputs), targets).item()
+    result = test_fine_tuning(
+        model, train_data=rows, loss_fn=loss, batch_size=3, effective_batch_size=8, n_epochs=1, validation_split=0.0,
+        progress=False,
+    )  # fmt: skip
+    assert result.loss_history == pytest.approx([wanted], rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_is_told_before_training() -> None:
+    model = Pooled()
+    with torch.no_grad():
+        model.net.bias[0] = float("nan")
+    with pytest.raises(DataError, match="The loss of the first rows of `train_data` is nan before any update"):
+        test_fine_tuning(model, train_data=ROWS, loss_fn=cross_entropy, n_epochs=1, progress=False)
 
 
 def test_class_weights_are_exact_with_their_own_count() -> None:

@@ -36,8 +36,6 @@ class Assembly:
         objective = self.objective
         widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
         notes = [f"Loss: mean over {objective.counted_by}{widths}"]
-        if self.val_rows is not None:
-            notes.insert(0, f"Validation samples: {len(self.val_rows)}")
         if self.synthetic:
             notes.insert(0, "Data: SYNTHETIC random tokens, because `train_data` is None; losses mean nothing")
         return notes
@@ -63,7 +61,7 @@ def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly
     if val_rows is not None:
         _check_validation(parts, sample, data.check_sample(val_rows, collation, ranges))
     labelled = data.labelled(rows, collation, ignore_index)
-    objective = _objective(parts, forward, data.sample_of(rows, collation, labelled), ignore_index)
+    objective = _objective(parts, forward, rows, collation, labelled, ignore_index)
     train = Loader(rows, collation, objective, ranges, labelled)
     val = None if val_rows is None else Loader(val_rows, collation, objective, ranges)
     return Assembly(rows, val_rows, objective, train, val, ignore_index, parts.train_data is None)
@@ -158,20 +156,41 @@ def _check_validation(parts: Parts, train: Any, val: Any) -> None:
         )
 
 
-def _objective(parts: Parts, forward: Forward, sample: data.Sample, ignore_index: int) -> Objective:
+def _objective(
+    parts: Parts, forward: Forward, rows: Rows, collation: Collation, labelled: list[int], ignore_index: int
+) -> Objective:
+    weights = getattr(parts.loss_fn, "weight", None)
     try:
         return measured_objective(
             parts.model,
             forward,
-            sample,
-            counting=Counting(ignore_index),
+            data.sample_of(rows, collation, labelled),
+            counting=Counting(ignore_index, weights if isinstance(weights, torch.Tensor) else None),
             count_items=parts.count_items,
             sums=parts.reduction == "sum",
         )
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if parts.train_data is None:
+            raise DataError(
+                f"`train_data` is None, and {type(parts.model).__name__} cannot train on synthetic tokens, each of "
+                f"which is the target of the one before: {error!r}. Give training data."
+            ) from error
+        used = ", ".join(f"`{name}`" for name in ("loss_fn", "count_items") if getattr(parts, name)) or "this model"
         raise DataError(
-            f"The loss of the first rows of `train_data` cannot be computed: {error!r}. Check that their columns and "
-            f"labels are those that {'`loss_fn`' if parts.loss_fn else 'this model'} was made for."
+            f"The loss of {_failing(parts, forward, rows, collation, labelled)} cannot be computed: {error!r}. Check "
+            f"that its columns, lengths and labels are those that {used} was made for."
         ) from error
+
+
+def _failing(parts: Parts, forward: Forward, rows: Rows, collation: Collation, candidates: list[int]) -> str:
+    """The first row that fails by itself, by its name."""
+    device = next(parts.model.parameters()).device
+    for position in candidates:
+        try:
+            with only_looking(parts.model):
+                forward(parts.model, send_to_device(collation.seeded(rows, [position], 0), device))
+        except Exception:
+            return f"{rows.name_of(position)} of `{rows.argument}`"
+    return f"the first rows of `{rows.argument}`"

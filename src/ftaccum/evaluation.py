@@ -43,9 +43,6 @@ class NoEvaluation:
     def __call__(self, model: nn.Module) -> tuple[None, dict[str, float]]:  # noqa: ARG002
         return None, {}
 
-    def loss(self, model: nn.Module) -> None:
-        """None, too."""
-
 
 class Evaluation:
     """Evaluates a model on validation rows, each exactly once, over all processes."""
@@ -71,14 +68,7 @@ class Evaluation:
             model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
                 may communicate in a forward pass.
         """
-        return self._evaluate(model, self._metrics)
-
-    def loss(self, model: nn.Module) -> float:
-        """The loss alone."""
-        return self._evaluate(model, None)[0]
-
-    def _evaluate(self, model: nn.Module, metrics: "_Metrics | None") -> tuple[float, dict[str, float]]:
-        accelerator = self._accelerator
+        accelerator, metrics = self._accelerator, self._metrics
         losses = ItemMeans(self._objective.terms, accelerator.device)
         predicted: list[_Predicted] = []
         with torch.no_grad(), in_mode(model, training=False):

@@ -19,7 +19,7 @@ from .borrowing import borrowed
 from .data import Collator, Loader, MicroBatch, mean_length
 from .errors import SettingsError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
-from .history import Ledger, Result, Work
+from .history import EpochEntry, Ledger, Result, Work
 from .loop import TrainingLoop
 from .objective import CountItems, LossFn
 from .optim import OptimizerFactory, make_optimizer, make_schedule, rates_put_back
@@ -167,12 +167,14 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
         loop = TrainingLoop(accelerator, wrapped, assembly.objective, prepared, schedule, clip)
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
         stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
-        recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), plan.batching)
 
         started, work = time.perf_counter(), Work()
         evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, runtime.batch_size)
         best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
-        ledger.initial_val_loss = evaluate.loss(model)
+        # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
+        ledger.initial_val_loss, metrics = evaluate(model)
+        screen.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), plan.n_epochs)
+        recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), plan.batching)
         for epoch in range(plan.n_epochs):
             with work.timed():
                 loop.train(_shares(plan, epoch, assembly.train, accelerator, work), recorder.window)
@@ -181,7 +183,8 @@ def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerato
             if best.ends_after(val_loss, model):
                 screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
                 break
-        best.restore(model)
+        if best.restore(model):
+            screen.note(f"Restored the weights of the epoch with validation loss {best.loss:.4f}.")
         result = Result.of(
             ledger,
             plan.batching,
@@ -205,7 +208,8 @@ def _planned(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accele
     assembly = assemble(parts, recipe, accelerator)
     length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
     batching = batching_of(recipe, runtime, n_processes, length)
-    return assembly, Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed)
+    n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
+    return assembly, Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed, n_validation)
 
 
 def _check_precision(model: nn.Module, accelerator: Accelerator) -> None:

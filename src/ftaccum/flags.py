@@ -39,21 +39,34 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None =
     word none.
 
     Raises:
-        SettingsError: for a file that cannot be read, or that has unknown keys, with the nearest known one.
-        SystemExit: for flags that cannot be parsed, as argparse does.
+        SettingsError: for a file that cannot be read, and for unknown keys or flags, with the nearest known one.
+        SystemExit: for values that cannot be parsed, as argparse does.
     """
     parser = HfArgumentParser(kinds, prog=prog, description=description, formatter_class=_Help)
     parser.add_argument("--config", help="YAML file of these options; flags override what it says")
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"turns --{action.dest} off"
         if action.type is not None and type(None) in get_args(hints.get(action.dest)):
             action.type = _or_none(action.type)
     before = argparse.ArgumentParser(add_help=False)
     before.add_argument("--config")
     file = before.parse_known_args(arguments)[0].config
+    known = [f.name for kind in kinds for f in fields(kind)]
     if file is not None:
-        parser.set_defaults(**_read(Path(file), [f.name for kind in kinds for f in fields(kind)]))
-    return parser.parse_args_into_dataclasses(list(arguments))[: len(kinds)]
+        parser.set_defaults(**_read(Path(file), known))
+    *parsed, others = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+    unknown = [word for word in others if word.startswith("--")] or others
+    if unknown:
+        flags = [f"--{name}" for name in known]
+        raise SettingsError([f"There is no option {word!r}. {_nearest(word, flags)}" for word in unknown])
+    return parsed[: len(kinds)]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
 
 
 def _or_none(convert: Any) -> Callable[[str], Any]:
@@ -73,9 +86,7 @@ def _read(file: Path, known: list[str]) -> dict[str, Any]:
         raise SettingsError([f"`--config` {str(file)!r} must hold `name: value` lines, but holds {read!r} instead."])
     faults = []
     for key in read.keys() - set(known):
-        near = difflib.get_close_matches(str(key), known, n=1)
-        remedy = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
-        faults.append(f"`--config` {str(file)!r} has the unknown key {key!r}. {remedy}")
+        faults.append(f"`--config` {str(file)!r} has the unknown key {key!r}. {_nearest(str(key), known)}")
     if faults:
         raise SettingsError(faults)
     return read

@@ -215,8 +215,10 @@ class Result(Mapping[str, Any]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """Reads what `save` wrote. A null in a history of numbers reads as NaN: infinities are not told apart."""
-        read = json.loads(Path(path).read_text())
+        """Reads what `save` wrote; of an output folder, its `result.json`. A null in a history of numbers reads as NaN:
+        infinities are not told apart."""
+        file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
+        read = json.loads(file.read_text())
         for name in ("final_loss", "initial_loss"):
             read[name] = _nan_null(read[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):

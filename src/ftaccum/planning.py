@@ -137,12 +137,14 @@ class Plan:
         n_epochs: passes over them.
         batching: the resolved sizes of an update.
         seed: of the order of the rows.
+        n_validation_rows: rows that are evaluated on.
     """
 
     n_rows: int
     n_epochs: int
     batching: Batching
     seed: int = 42
+    n_validation_rows: int = 0
 
     @property
     def windows_per_epoch(self) -> int:
@@ -188,6 +190,7 @@ class Plan:
                 f"Effective batch size: {b.effective_batch_size}",
                 f"Updates per epoch: {self.windows_per_epoch} ({whole} full windows{tail})",
                 f"Epochs: {self.n_epochs}, {self.n_windows} updates in all",
+                *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
             ]
         )
 
@@ -203,7 +206,7 @@ def hold_out(n_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
     n_held = max(1, round(share * n_rows)) if share else 0
     if n_rows <= n_held:
         raise SettingsError(
-            [f"`validation_split` {share} of {n_rows} rows leaves none to train on. Give more rows, or 0."]
+            [f"`validation_split` {share} of {n_rows} rows leaves none to train on. Give more rows, or a split of 0."]
         )
     order = _permutation(n_rows, seed, _HOLD_OUT)
     held, kept = np.sort(order[:n_held]), np.sort(order[n_held:])
@@ -271,6 +274,6 @@ def plan(
         faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
     if faults:
         raise SettingsError(faults)
-    n_train = len(hold_out(n_rows, validation_split, random_seed)[0])
+    kept, held = hold_out(n_rows, validation_split, random_seed)
     sizes = {name: given[name] for name in inspect.signature(resolve_batching).parameters}
-    return Plan(n_train, n_epochs, resolve_batching(**sizes), random_seed)
+    return Plan(len(kept), n_epochs, resolve_batching(**sizes), random_seed, len(held))

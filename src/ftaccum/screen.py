@@ -24,6 +24,9 @@ class Screen:
     def banner(self, plan: Plan, notes: list[str], warmup: int, precision: str, device: str) -> None:
         if warmup > plan.n_windows:
             notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
+        wanted = plan.batching.effective_batch_size
+        if wanted > plan.n_rows:
+            notes = [*notes, f"Note: an update wants {wanted} rows, and an epoch has {plan.n_rows}: one update each"]
         self._print(
             _RULE,
             "FINE-TUNING TEST",
@@ -38,7 +41,10 @@ class Screen:
         return tqdm(total=n_windows, desc="updates", disable=not (self.is_main and self.progress), leave=False)
 
     def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
-        """A row of the table of epochs; the first one brings the heading."""
+        """A row of the table of epochs; the first one brings the heading. What is known before the first update is
+        epoch 0 of it, where anything is."""
+        if entry.epoch < 0 and entry.val_loss is None:
+            return
         cells = {"epoch": f"{entry.epoch + 1}/{n_epochs}", "train loss": _number(entry.train_loss)}
         if entry.val_loss is not None:
             cells["val loss"] = _number(entry.val_loss)

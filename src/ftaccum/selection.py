@@ -12,10 +12,13 @@ class BestEpoch:
         """Args:
         patience: epochs without a better loss after which to stop; None for never.
         keep_weights: whether to keep a copy of the best epoch's weights, in host memory.
+
+        Attributes:
+            loss: the best so far, infinite before the first.
         """
         self._patience = math.inf if patience is None else patience
         self._keeps = keep_weights
-        self._best = math.inf
+        self.loss = math.inf
         self._epochs_since = 0
         self._weights: dict[str, Tensor] | None = None
 
@@ -23,15 +26,17 @@ class BestEpoch:
         """Takes an epoch's validation loss, and says whether training should stop. A NaN is never better."""
         if val_loss is None:
             return False
-        if val_loss < self._best:
-            self._best, self._epochs_since = val_loss, 0
+        if val_loss < self.loss:
+            self.loss, self._epochs_since = val_loss, 0
             if self._keeps:
                 self._weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
         else:
             self._epochs_since += 1
         return self._epochs_since >= self._patience
 
-    def restore(self, model: nn.Module) -> None:
-        """Puts the best epoch's weights back, where they were kept."""
-        if self._weights is not None:
-            model.load_state_dict(self._weights)
+    def restore(self, model: nn.Module) -> bool:
+        """Puts the best epoch's weights back, where they were kept, and says whether they were."""
+        if self._weights is None:
+            return False
+        model.load_state_dict(self._weights)
+        return True

@@ -19,7 +19,8 @@ for name in ("causal LM, Llama", TAGGING, "question answering, BERT"):
     found["losses"][name] = gather_object([evaluated(name, batch_size=2).initial_loss])
 accuracy = evaluated(TAGGING, batch_size=2, compute_metrics=Accuracy(), learning_rate=1e-12).metrics
 found["accuracy"] = gather_object([accuracy])
-# The function is called on the main process alone, with the rows of both in their order.
+# The function is called on the main process alone, before the first update and after the epoch, with the rows of both
+# in their order.
 evaluated(
     TAGGING,
     batch_size=2,

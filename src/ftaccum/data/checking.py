@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
 from ..objective import Batch, Counting, Sample, targets_of
 from .collating import Collation, can_be_taken_apart, take
-from .rows import Rows, length_of
+from .rows import Rows, class_of, length_of
 
 _SAMPLE, _PROBE_ROWS = 32, 4
 _UNEQUAL_GROUPS = [0], [1], [2, 3]
@@ -70,9 +71,8 @@ class Ranges:
 
 
 def sample_positions(rows: Rows) -> list[int]:
-    """Up to 32 positions, evenly over all rows."""
-    n = min(_SAMPLE, len(rows))
-    return [i * len(rows) // n for i in range(n)]
+    """Up to 32 positions, in ascending order: at random, since rows may repeat with a period, but always the same."""
+    return sorted(np.random.RandomState(0).permutation(len(rows))[:_SAMPLE].tolist())
 
 
 def check_sample(rows: Rows, collation: Collation, ranges: Ranges) -> Batch:
@@ -119,7 +119,7 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
         DataError: where the collator draws at random and its batches cannot be taken apart: then what a row
             contributes depends on the batch it is in.
     """
-    positions = _of_unlike_lengths(rows, candidates)
+    positions = _unlike(rows, candidates)
     together = collation.seeded(rows, positions, 0)
     in_rows = can_be_taken_apart(together, len(positions))
     if collation.draws and not in_rows:
@@ -134,13 +134,17 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
     )
 
 
-def _of_unlike_lengths(rows: Rows, candidates: Sequence[int]) -> list[int]:
-    # The shortest, the longest, and some between: the more the groups differ, the more the measurement tells.
-    lengths = dict(zip(candidates, map(length_of, rows.fetch(candidates)), strict=True))
-    by_length = sorted(candidates, key=lambda position: lengths[position])
+def _unlike(rows: Rows, candidates: Sequence[int]) -> list[int]:
+    # The shortest, the longest, and two between, of other classes: the more the groups differ, the more is told.
+    fetched = dict(zip(candidates, rows.fetch(candidates), strict=True))
+    by_length = sorted(candidates, key=lambda position: length_of(fetched[position]))
     n = min(_PROBE_ROWS, len(by_length))
-    spread = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
-    return (spread * _PROBE_ROWS)[:_PROBE_ROWS]  # with other labels, a row and its copies can still tell something
+    chosen = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
+    for place in range(1, n - 1):
+        others = (p for i, p in enumerate(chosen) if i != place)
+        taken = {class_of(fetched[p]) for p in others}
+        chosen[place] = next((p for p in by_length if class_of(fetched[p]) not in taken), chosen[place])
+    return (chosen * _PROBE_ROWS)[:_PROBE_ROWS]  # with other labels, a row and its copies can still tell something
 
 
 def _has_items(batch: Batch, counting: Counting) -> bool:

@@ -138,6 +138,13 @@ def length_of(row: Row) -> int:
     return len(column) if hasattr(column, "__len__") and not (isinstance(column, Tensor) and not column.ndim) else 1
 
 
+def class_of(row: Row) -> int | None:
+    """A row's one class number; None where its target is something else."""
+    target = row[1] if isinstance(row, tuple) else row.get("labels", row.get("label"))
+    number = target.item() if isinstance(target, Tensor | np.generic) and np.ndim(target) == 0 else target
+    return number if isinstance(number, int) else None
+
+
 def mean_length(rows: Rows) -> float:
     """Mean length in tokens, of up to 1,000 rows spread evenly over all."""
     n = min(_LENGTH_SAMPLE, len(rows))

@@ -43,9 +43,14 @@ def targets_of(batch: Batch) -> Tensor | None:
 class Counting:
     """The ways to count a batch's loss items, by name, in the order in which ties are settled."""
 
-    def __init__(self, ignore_index: int = IGNORE_INDEX) -> None:
+    def __init__(self, ignore_index: int = IGNORE_INDEX, class_weights: Tensor | None = None) -> None:
+        """Args:
+        class_weights: of a loss that says that it weights classes: its mean is over these.
+        """
         self.ignore_index = ignore_index
+        self._class_weights = None if class_weights is None else class_weights.detach().cpu()
         self.ways: dict[str, CountItems] = {
+            "class weights": self._weights,
             "labels": self._labels,
             "labels after the shift": self._shifted_labels,
             "rows": rows_of,
@@ -58,6 +63,8 @@ class Counting:
         names = ["rows"]
         if targets is not None:
             integers = not targets.is_floating_point()
+            if integers and self._class_weights is not None:
+                return {"class weights": self._weights}
             names = [*(["labels"] if integers else []), "rows", "elements"]
             if integers and targets.ndim == 2 and targets.shape[1] > 1:
                 names.insert(1, "labels after the shift")
@@ -68,6 +75,11 @@ class Counting:
         elements, as PyTorch's own mean reductions count; rows where there are no targets."""
         targets = targets_of(batch)
         return "rows" if targets is None else "elements" if targets.is_floating_point() else "labels"
+
+    def _weights(self, batch: Batch) -> float:
+        targets = _targets(batch)
+        assert self._class_weights is not None, "only where `applicable` names it"
+        return float(self._class_weights[targets[targets != self.ignore_index].cpu()].sum())
 
     def _labels(self, batch: Batch) -> int:
         return int((_targets(batch) != self.ignore_index).sum())

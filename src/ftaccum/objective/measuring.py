@@ -1,5 +1,6 @@
 """Settles how a model's loss is counted, before anything is trained."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 
-from ..errors import InexactLossWarning
+from ..errors import DataError, InexactLossWarning
 from ..side_effects import only_looking
 from .counting import Batch, Counting, CountItems, counts_from_user
 from .denominator import means_of_sums
@@ -36,6 +37,11 @@ class _Findings:
     shifts: bool
     explanation: Explanation
     tolerance: float
+
+    @property
+    def unexplained(self) -> dict[str, float]:
+        """The terms that are not one mean over countable items, with how far off they are."""
+        return {term: off for term, off in self.explanation.differences.items() if off > self.tolerance}
 
 
 def measured_objective(
@@ -85,7 +91,7 @@ def measured_objective(
         forward,
         terms,
         lambda batch: {term: count(batch) for term, count in chosen.items()},
-        counted_by=_in_words(findings.ways, measured=len(ways[terms[0]]) > 1),
+        counted_by=_in_words(findings, measured=len(ways[terms[0]]) > 1),
         shifts=findings.shifts and not sums,
         padding_sensitive=findings.explanation.padding_sensitive,
         sums=sums,
@@ -103,9 +109,19 @@ def _measure(
         nearest = choose(losses, sample.together, parts, every, counting.ignore_index)
         chosen = {term: ways[term][name] for term, name in names.items()}
         unlike = explain(losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
+    _check_finite(losses(sample.together), chosen, sample.together)
     as_it_is = explain(losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
     shifts = set(nearest.values()) == {"labels after the shift"}
     return _Findings(names, shifts, unlike.worst(as_it_is), tolerance)
+
+
+def _check_finite(losses: Mapping[str, float], chosen: Mapping[str, CountItems], batch: Batch) -> None:
+    for term, loss in losses.items():
+        if not math.isfinite(loss) and chosen[term](batch):
+            raise DataError(
+                f"The {term} of the first rows of `train_data` is {loss} before any update. Look for numbers that are "
+                "not finite in the model's weights and in the rows."
+            )
 
 
 def _ways(
@@ -132,23 +148,24 @@ def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountI
     return lambda batch: counts_from_user(count_items(batch), terms)[term]
 
 
-def _in_words(ways: Mapping[str, str], measured: bool) -> str:
+def _in_words(findings: _Findings, measured: bool) -> str:
+    ways = findings.ways
     words = ", ".join(ways.values() if len(ways) == 1 else (f"{way} for {term!r}" for term, way in ways.items()))
+    if findings.unexplained:
+        return f"{words}, the nearest, which it is NOT exactly (see the warning)"
     return f"{words} (measured)" if measured else words
 
 
 def _warn_of_unexplained(findings: _Findings, sums: bool) -> None:
-    ways, explanation, tolerance = findings.ways, findings.explanation, findings.tolerance
-    unexplained = {term: off for term, off in explanation.differences.items() if off > tolerance}
-    if not unexplained:
+    if not findings.unexplained:
         return
     clauses = "; ".join(
-        f"{term!r} of rows apart, weighted by {ways[term]}, is up to {100 * off:.2g}% off that of them together"
-        for term, off in unexplained.items()
+        f"{term!r} of rows apart, weighted by {findings.ways[term]}, is up to {100 * off:.2g}% off that of all together"
+        for term, off in findings.unexplained.items()
     )
     cure = (
         "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
-        if explanation.adds_up and not sums
+        if findings.explanation.adds_up and not sums
         else "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
         "other do this; where yours is a mean over items of your own, give `count_items`."
     )
