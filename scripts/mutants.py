@@ -43,6 +43,8 @@ MUTANTS = [
     Mutant("measured in 16 bits", "objective/probing.py", "tensor.data = tensor.data.float()", "pass"),
     Mutant("a sum not told", "objective/probing.py", "adds_up = adds_up or all(", "adds_up = False and all("),
     Mutant("types of a column by its first row", "data/collating.py", "functools.reduce(torch.promote_types, dtypes)", "dtypes[0]"),
+    Mutant("rows picked by length alone", "data/checking.py", "if class_of(fetched[p]) not in taken", "if False"),
+    Mutant("class weights not counted", "objective/counting.py", 'return {"class weights": self._weights}', "pass"),
     Mutant("extremes of length not looked at", "data/checking.py", "for pick in (min, max)} if lengths else set()", "for pick in ()} if lengths else set()"),
     Mutant("looked at in train mode", "side_effects.py", "in_mode(model, training=False)", "in_mode(model, training=True)"),
     Mutant("gradients never zeroed", "loop.py", "self.optimizer.zero_grad(set_to_none=True)", "pass"),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
+from ftaccum.data import Rows
+from ftaccum.data.checking import sample_positions
 from ftaccum.objective import Counting
 from ftaccum.objective.probing import Explanation, choose, explain, in_float32, shaken
 from heads import HEADS
@@ -145,7 +147,9 @@ def test_a_loss_that_is_no_number_is_told() -> None:
 def test_class_weights_that_are_not_counted_are_warned_of(seed: int) -> None:
     weight = torch.tensor([1.0, 9.0])
     draw = torch.Generator().manual_seed(seed)
-    rows = [(torch.randn(4, generator=draw), torch.tensor(int(n % 10 == 9))) for n in range(40)]  # one class is rare
+    rows = [(torch.randn(4, generator=draw), torch.tensor(0)) for _ in range(40)]
+    for rare in sample_positions(Rows("train_data", rows))[1:3]:  # not where rows are picked by their length alone
+        rows[rare] = (rows[rare][0], torch.tensor(1))
     torch.manual_seed(seed)
     loss = lambda outputs, targets: F.cross_entropy(outputs, targets, weight=weight)
     with pytest.warns(InexactLossWarning):
