@@ -1,5 +1,6 @@
 """One Recipe, run in many ways: the weights, losses and norms that it must always lead to."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ NAMES = ("causal LM, Llama", "sequence classification, BERT", "token classificat
 CUTS = {1: 12, 3: 4, 4: 3, 5: 3, 12: 1}
 
 
-def trained(name: str, batch_size: int, **arguments: Any) -> tuple[dict[str, Tensor], Result]:
-    """Weights and result of two epochs in windows of 12 rows, in float64."""
+def trained(
+    name: str, batch_size: int | str, prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any
+) -> tuple[dict[str, Tensor], Result]:
+    """Weights and result of two epochs in windows of 12 rows, in float64; the model may be prepared first."""
     head = HEADS[name]
     model: nn.Module = head.model()
+    prepare(model)
     with all_in_float64():
         result = test_fine_tuning(
             model,

@@ -1,6 +1,7 @@
 """The command, the recipe and YAML files, from the outside."""
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -135,13 +136,20 @@ def test_words_of_a_launch_elsewhere_are_not_taken_for_one() -> None:
     assert subprocess.run(["bash", "-c", words]).returncode == 0
 
 
-def test_the_recipes_settings_file_holds_known_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    sys.path.insert(0, str(RECIPES))
-    try:
-        import text_classification
-    finally:
-        sys.path.remove(str(RECIPES))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in RECIPES.glob("*.yaml") if file.with_suffix(".py").exists())
+)
+def test_a_recipes_settings_file_holds_known_settings(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+    program = importlib.import_module(name)
     with pytest.raises(SystemExit) as done:
-        text_classification.main(["--config", str(RECIPES / "text_classification.yaml"), "--help"])
+        program.main(["--config", str(RECIPES / f"{name}.yaml"), "--help"])
     assert done.value.code == 0
     assert "--max-train-rows" in capsys.readouterr().out
+
+
+def test_every_recipe_has_a_settings_file() -> None:
+    programs = {file.stem for file in RECIPES.glob("*.py") if "__main__" in file.read_text()} - {"packaged"}
+    assert programs == {file.stem for file in RECIPES.glob("*.yaml")} - {"two_cpu_processes"}

@@ -16,6 +16,7 @@ SOURCE = Path(ftaccum.__file__).parent
 FLOORS = [
     ["errors"],
     ["settings"],
+    ["cutting"],
     ["planning"],
     ["history"],
     ["flags"],
@@ -23,8 +24,8 @@ FLOORS = [
     ["side_effects", "metrics"],
     ["objective"],
     ["data"],
-    ["optim"],
-    ["loop"],
+    ["optim", "calibration", "memory"],
+    ["loop", "adapting", "physical_batch"],
     ["evaluation"],
     ["session", "borrowing", "recording", "screen", "selection"],
     ["parts"],
@@ -34,7 +35,7 @@ FLOORS = [
     ["cli"],
     ["__init__", "__main__"],
 ]
-WITHOUT_TORCH = ["errors", "settings", "planning", "history", "flags", "cli"]
+WITHOUT_TORCH = ["errors", "settings", "cutting", "planning", "history", "flags", "cli"]
 
 
 def rooms() -> dict[str, list[Path]]:
@@ -122,6 +123,10 @@ def test_signature_is_the_documented_one() -> None:
         "gradient_accumulation_steps": 1,
         "effective_batch_size": None,
         "tokens_per_update": None,
+        "max_tokens": None,
+        "planner": True,
+        "planner_costs": None,
+        "padding_free": False,
         "learning_rate": 5e-5,
         "weight_decay": 0.01,
         "optimizer": None,
@@ -132,6 +137,8 @@ def test_signature_is_the_documented_one() -> None:
         "use_amp": False,
         "mixed_precision": None,
         "gradient_checkpointing": False,
+        "compile": False,
+        "num_workers": 0,
         "tokenizer": None,
         "data_collator": None,
         "loss_fn": None,

@@ -306,12 +306,12 @@ def test_a_tracker_that_cannot_be_copied_is_taken() -> None:
 
 def test_a_best_epoch_is_found_among_epochs_that_diverged() -> None:
     losses = iter([math.nan, 0.5, math.inf])
-    ledger = Ledger(windows=[WindowEntry(0, 0, 1.0, {}, 1.0, 1.0, False)])
+    ledger = Ledger(windows=[WindowEntry(0, 0, 1.0, {}, 1.0, 1.0, False, passes=1)])
     for epoch in range(3):
         ledger.record(EpochEntry(epoch, 1.0, next(losses), {"accuracy": math.nan}))
     result = Result.of(
-        ledger, Batching(1, 1, 1, 1), work=Work(1, 1, 1, 1.0), training_time=1.0, amp_enabled=False,
-        final_loss_scale=None, output_dir=None,
+        ledger, Batching(1, 1, 1, 1), work=Work(1, 1, 1, 1, 1.0), training_time=1.0, planner_costs=None,
+        out_of_memory=0, amp_enabled=False, final_loss_scale=None, output_dir=None,
     )  # fmt: skip
     assert result.best_val_loss == 0.5
     assert "accuracy nan" in str(result)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ftaccum import SettingsError, plan
-from ftaccum.planning import Batching, Plan, cut, deal, hold_out, resolve_batching
+from ftaccum.planning import Batching, Plan, hold_out, resolve_batching
 
 SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3) for p in (1, 2, 3)]
 
@@ -20,19 +20,6 @@ def test_every_row_is_seen_once_an_epoch(epoch: int) -> None:
         a_plan = planned(*sizes)
         rows = [row for window in a_plan.windows(epoch) for row in window.rows]
         assert sorted(rows) == list(range(sizes[0]))
-
-
-def test_shares_partition_a_window_and_have_equal_numbers_of_passes() -> None:
-    for n, b, k, p in SIZES:
-        for window in planned(n, b, k, p).windows(0):
-            shares = [deal(cut(window.rows, b), process, p) for process in range(p)]
-            assert len({len(share) for share in shares}) == 1
-            assert len(shares[0]) <= k
-            dealt = [row for share in shares for micro_batch in share for row in micro_batch]
-            assert sorted(dealt) == sorted(window.rows)
-            assert all(len(micro_batch) <= b for share in shares for micro_batch in share)
-            # Process 0 is dealt to first, so that a pass never consists of ghosts alone.
-            assert all(shares[0])
 
 
 def test_windows_depend_on_the_effective_batch_size_alone() -> None:
@@ -61,13 +48,6 @@ def test_order_follows_the_seed_and_stays_what_it_was() -> None:
 def test_updates_per_epoch_are_the_windows(micro_batches: int, k: int, updates: int) -> None:
     a_plan = plan(micro_batches * 4, gradient_accumulation_steps=k, n_epochs=1, validation_split=0.0)
     assert a_plan.windows_per_epoch == updates == len(list(a_plan.windows(0)))
-
-
-def test_sorting_by_length_changes_the_cut_and_not_the_window() -> None:
-    rows = (3, 1, 4, 0, 2)
-    assert cut(rows, 2) == [(3, 1), (4, 0), (2,)]
-    assert cut(rows, 2, lengths=[5, 9, 1, 9, 7]) == [(3, 1), (4, 0), (2,)]
-    assert cut(rows, 2, lengths=[1, 2, 3, 4, 5]) == [(4, 3), (2, 1), (0,)]
 
 
 def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:

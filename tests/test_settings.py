@@ -11,7 +11,7 @@ from ftaccum import SettingsError, plan
 from ftaccum.settings import Recipe, Runtime, checked
 
 
-@pytest.mark.parametrize("name", ["batch_size", "gradient_accumulation_steps", "n_epochs"])
+@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "n_epochs"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "4", None])
 def test_counts_must_be_positive_integers(name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=f"`{name}` must be a positive integer, but is {value!r} instead. It means"):
@@ -21,6 +21,12 @@ def test_counts_must_be_positive_integers(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
+        ("batch_size", 0, "a positive integer or 'auto'"),
+        ("batch_size", "most", "a positive integer or 'auto'"),
+        ("max_tokens", 0, "a positive integer or None"),
+        ("planner_costs", [1, 2], "three numbers of 0 or more"),
+        ("planner_costs", [0, 0, 0], "three numbers of 0 or more"),
+        ("num_workers", -1, "a non-negative integer"),
         ("effective_batch_size", 0, "a positive integer or None"),
         ("tokens_per_update", -5, "a positive integer or None"),
         ("learning_rate", 0, "a positive number"),
@@ -56,6 +62,12 @@ def test_all_faults_are_told_at_once() -> None:
         ({"use_amp": True, "mixed_precision": "no"}, "`use_amp` is True, but `mixed_precision` is 'no'"),
         ({"use_wandb": True, "log_with": "tensorboard"}, "`use_wandb` is True, but `log_with` is 'tensorboard'"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "Give the warm-up once"),
+        ({"planner": False, "planner_costs": [1, 1, 0]}, "`planner_costs` is given, but `planner` is False"),
+        ({"batch_size": "auto"}, "Give the size of an update as `effective_batch_size` or `tokens_per_update`"),
+        (
+            {"batch_size": "auto", "effective_batch_size": 8, "max_tokens": 99},
+            "cuts micro-batches by tokens, not by rows",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(given: dict[str, Any], words: str) -> None:

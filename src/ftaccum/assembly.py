@@ -10,13 +10,24 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from . import data
-from .data import Collation, Loader, PaddingCollator, Ranges, Rows
+from .data import Collation, Loader, PackingCollator, PaddingCollator, Ranges, Rows
 from .errors import DataError, SettingsError
-from .objective import Counting, Forward, Objective, accepted_arguments, measured_objective, targets_of
+from .objective import (
+    EXPLAINED,
+    Counting,
+    Forward,
+    Objective,
+    accepted_arguments,
+    difference_of_packing,
+    measured_objective,
+    targets_of,
+)
 from .parts import Parts
 from .planning import hold_out
-from .settings import Recipe
+from .settings import Recipe, Runtime
 from .side_effects import only_looking
+
+_FEW = 4  # rows to see whether a model keeps packed rows apart
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Assembly:
         return notes
 
 
-def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly:
+def assemble(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> Assembly:
     """Makes rows of the data, checks a sample of them, and measures how the loss is counted.
 
     Args:
@@ -51,8 +62,12 @@ def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly
         DataError: for data that cannot be trained on.
     """
     rows, val_rows = _split(parts, recipe, accelerator)
+    for each in (rows, val_rows):
+        if each is not None and runtime.max_tokens is not None:
+            data.check_lengths(each, runtime.max_tokens)
     ignore_index = _ignore_index(parts, rows)
-    collation = _collation(parts, ignore_index)
+    lengths = rows.lengths() if runtime.compile else None
+    collation = _collation(parts, ignore_index, max(lengths) if lengths else None)
     collation.find_draws(rows)
     sample = data.check_sample(rows, collation, Ranges.of_tokens(parts.model))
     forward = Forward(parts.model, sample, parts.loss_fn, token_ids=rows.are_token_ids)
@@ -62,8 +77,11 @@ def assemble(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> Assembly
         _check_validation(parts, sample, data.check_sample(val_rows, collation, ranges))
     labelled = data.labelled(rows, collation, ignore_index)
     objective = _objective(parts, forward, rows, collation, labelled, ignore_index)
-    train = Loader(rows, collation, objective, ranges, labelled)
-    val = None if val_rows is None else Loader(val_rows, collation, objective, ranges)
+    ahead = {"num_workers": runtime.num_workers, "pin_memory": accelerator.device.type == "cuda"}
+    val = None if val_rows is None else Loader(val_rows, collation, objective, ranges, **ahead)
+    if runtime.padding_free:
+        collation = _packed(parts, forward, objective, rows, collation, labelled, ignore_index)
+    train = Loader(rows, collation, objective, ranges, labelled, **ahead)
     return Assembly(rows, val_rows, objective, train, val, ignore_index, parts.train_data is None)
 
 
@@ -108,7 +126,7 @@ def _tokenised(rows: Rows, parts: Parts, accelerator: Accelerator) -> Rows:
         )
 
 
-def _collation(parts: Parts, ignore_index: int) -> Collation:
+def _collation(parts: Parts, ignore_index: int, bucketed_up_to: int | None) -> Collation:
     accepted = accepted_arguments(parts.model)
     if parts.data_collator is not None:
         return Collation(parts.data_collator, accepted)
@@ -119,8 +137,44 @@ def _collation(parts: Parts, ignore_index: int) -> Collation:
             padding_side=getattr(parts.tokenizer, "padding_side", "right"),
             ignore_index=ignore_index,
             keep_all=parts.loss_fn is not None or parts.count_items is not None,
+            bucketed_up_to=bucketed_up_to,
         )
     )
+
+
+def _packed(
+    parts: Parts,
+    forward: Forward,
+    objective: Objective,
+    rows: Rows,
+    padded: Collation,
+    labelled: list[int],
+    ignore_index: int,
+) -> Collation:
+    """Rows one behind the other, where the model is seen to keep them apart.
+
+    Raises:
+        SettingsError: where it does not, or nobody can tell.
+    """
+    if parts.data_collator is not None or not objective.shifts or "position_ids" not in (forward.accepted or ()):
+        raise SettingsError(
+            [
+                "`padding_free` is for causal language models that take `position_ids`, with labels that are predicted "
+                "from the token before, and rows collated here. Leave it out; windows are sorted by length anyway."
+            ]
+        )
+    packed = Collation(PackingCollator(ignore_index), forward.accepted)
+    few = labelled[:_FEW]
+    off = difference_of_packing(parts.model, forward, objective, padded(rows, few), packed(rows, few))
+    if not off <= EXPLAINED:
+        raise SettingsError(
+            [
+                f"`padding_free` is True, but {type(parts.model).__name__} lets rows that lie one behind the other "
+                f"attend to each other: their loss is {100 * off:.2g}% off. Load it with "
+                "`attn_implementation='sdpa'` or 'flash_attention_2', or leave `padding_free` out."
+            ]
+        )
+    return packed
 
 
 def _ignore_index(parts: Parts, rows: Rows) -> int:

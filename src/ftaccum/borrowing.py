@@ -17,8 +17,23 @@ def borrowed(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None
     Raises:
         SettingsError: where gradient checkpointing is wanted of a model that has none.
     """
-    with _unwrapped_afterwards(model), in_mode(model, training=True), _checkpointed(model, gradient_checkpointing):
+    with (
+        _unwrapped_afterwards(model),
+        in_mode(model, training=True),
+        _without_cache(model),
+        _checkpointed(model, gradient_checkpointing),
+    ):
         yield
+
+
+@contextmanager
+def compiled(model: nn.Module) -> Iterator[None]:
+    """`torch.compile`, for the time of a run: one graph for all numbers of rows and all widths."""
+    model.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
 
 
 @contextmanager
@@ -35,6 +50,22 @@ def _unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Keys and values are for generating: kept in training, they take memory, and a model of Transformers that keeps
+    them does not look for rows that lie one behind the other."""
+    whole: Any = getattr(model, "config", None)
+    configs = {id(c): c for c in (whole, getattr(whole, "get_text_config", lambda: whole)())}.values()
+    caches = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", None) is not None]
+    for config, _ in caches:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, before in caches:
+            config.use_cache = before
+
+
+@contextmanager
 def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing, where wanted, for the time of a run."""
     if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -47,20 +78,15 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
                 "use torch.utils.checkpoint inside the module."
             ]
         )
-    config = model.config
-    caches, had_hooks = getattr(config, "use_cache", None), getattr(model, "_require_grads_hooks", None)
+    had_hooks = getattr(model, "_require_grads_hooks", None)
     # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
     _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
-    if caches is not None:
-        config.use_cache = False
     try:
         yield
     finally:
         _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         if not had_hooks:  # Transformers makes the embeddings' outputs require gradients, and leaves it at that
             model.disable_input_require_grads()
-        if caches is not None:
-            config.use_cache = caches
 
 
 def _either(model: Any, new_name: str, old_name: str) -> Callable[..., None]:

@@ -12,19 +12,19 @@ from evaluate import CombinedEvaluations, EvaluationModule
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from .data import Loader, MicroBatch
+from .cutting import Cutter, Rows
+from .data import Loader, Share
 from .errors import SettingsError
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
-from .planning import cut, deal
 from .side_effects import in_mode
 
-_Predicted: TypeAlias = tuple[tuple[int, ...], np.ndarray, np.ndarray]  # rows, predictions, labels
+_Predicted: TypeAlias = tuple[Rows, np.ndarray, np.ndarray]  # rows, predictions, labels
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
 
 _MODULES = (EvaluationModule, CombinedEvaluations)
 # Rows that are padded together, where padding matters, or drawn together by a collator: fixed, so that what is measured
-# does not depend on how a run is batched.
-_ROWS_TOGETHER = 64
+# does not depend on how a run is batched. Of others, rows that are sorted by length together.
+_ROWS_TOGETHER, _ROWS_SORTED = 64, 4096
 
 
 def fault_of_metrics(compute_metrics: Any) -> str | None:
@@ -53,12 +53,12 @@ class Evaluation:
         objective: Objective,
         loader: Loader,
         n_rows: int,
-        batch_size: int,
+        cutter: Cutter,
         compute_metrics: ComputeMetrics | None,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
-        self._n_rows, self._batch_size = n_rows, batch_size
+        self._n_rows, self._cutter = n_rows, cutter
         self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, objective.shifts)
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
@@ -72,23 +72,22 @@ class Evaluation:
         losses = ItemMeans(self._objective.terms, accelerator.device)
         predicted: list[_Predicted] = []
         with torch.no_grad(), in_mode(model, training=False):
-            for rows, micro in self._batches():
+            for micro in self._loader.stream(self._shares()):
                 batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
                 means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
                 losses.add(means, micro.counts)
                 if metrics is not None:
-                    predicted.append(metrics.keep(rows, outputs, batch))
+                    predicted.append(metrics.keep(micro.slice.rows, outputs, batch))
         (losses,) = gathered([losses], accelerator)
         return total(losses.read()), {} if metrics is None else self._computed(metrics, predicted)
 
-    def _batches(self) -> Iterator[tuple[tuple[int, ...], MicroBatch]]:
-        together = _ROWS_TOGETHER if self._loader.by_window else self._n_rows
+    def _shares(self) -> Iterator[Share]:
+        together = _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED
         for start in range(0, self._n_rows, together):
-            window = tuple(range(start, min(start + together, self._n_rows)))
-            micro_batches = cut(window, self._batch_size, self._loader.lengths)
-            share = deal(micro_batches, self._accelerator.process_index, self._accelerator.num_processes)
-            share = [rows for rows in share if rows]  # nothing here waits for another process
-            yield from zip(share, self._loader.stream(window, share, start), strict=True)
+            rows = tuple(range(start, min(start + together, self._n_rows)))
+            slices = self._loader.cut(rows, self._cutter)[self._accelerator.process_index]
+            # Nothing here waits for another process, so that none needs a ghost.
+            yield Share(rows, [piece for piece in slices if piece.rows], (start,))
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
         everyone = gather_object(predicted) if self._accelerator.num_processes > 1 else predicted
@@ -117,7 +116,7 @@ class _Metrics:
         features = [module.features for module in modules if isinstance(module, EvaluationModule)]
         self._takes_classes = "int" in str(features[:1])
 
-    def keep(self, rows: tuple[int, ...], outputs: Any, batch: Any) -> _Predicted:
+    def keep(self, rows: Rows, outputs: Any, batch: Any) -> _Predicted:
         """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
         predicted classes and the labels, of those labels that count."""
         logits, labels = logits_of(outputs), targets_of(batch)

@@ -24,6 +24,7 @@ class WindowEntry:
         grad_norm: total norm of the gradient before clipping.
         learning_rate: the rate of the first parameter group for this update.
         skipped: True where no optimizer step was taken (a non-finite gradient, or no loss items).
+        passes: forward passes that it took, on each process.
     """
 
     window: int
@@ -33,6 +34,7 @@ class WindowEntry:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,21 @@ class Ledger:
 
 @dataclass
 class Work:
-    """What was worked through in how long: rows, and their token positions without and with padding."""
+    """What was worked through in how long: rows, and their token positions without and with padding, in how many
+    forward passes."""
 
     rows: int = 0
     tokens: int = 0
     positions: int = 0
+    passes: int = 0
     seconds: float = 0.0
 
-    def add(self, rows: int, tokens: int, positions: int) -> None:
-        self.rows += rows
-        self.tokens += tokens
-        self.positions += positions
+    def merge(self, other: "Work") -> None:
+        """Adds what was worked through; the time is taken apart from it."""
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.positions += other.positions
+        self.passes += other.passes
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -110,6 +116,10 @@ class Result(Mapping[str, Any]):
         training_time: seconds in training and evaluation, loading left out.
         samples_per_second, tokens_per_second: training rows and real tokens per second of training alone.
         padding_fraction: share of the positions in training batches that were padding.
+        passes_per_update: forward passes on each process; fewer or more than k, as the planner cut the windows.
+        planner_costs: what windows were cut by in the end (per pass, per padded token, per row of squared width);
+            None without the planner.
+        out_of_memory: how often memory ran out, and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         output_dir: where ledger, result and model lie, if anywhere.
     """
@@ -133,6 +143,9 @@ class Result(Mapping[str, Any]):
     samples_per_second: float
     tokens_per_second: float | None
     padding_fraction: float | None
+    passes_per_update: float
+    planner_costs: list[float] | None
+    out_of_memory: int
     amp_enabled: bool
     final_loss_scale: float | None
     output_dir: str | None
@@ -145,6 +158,8 @@ class Result(Mapping[str, Any]):
         *,
         work: Work,
         training_time: float,
+        planner_costs: list[float] | None,
+        out_of_memory: int,
         amp_enabled: bool,
         final_loss_scale: float | None,
         output_dir: str | None,
@@ -173,6 +188,9 @@ class Result(Mapping[str, Any]):
             samples_per_second=work.rows / work.seconds,
             tokens_per_second=work.tokens / work.seconds if work.positions else None,
             padding_fraction=1 - work.tokens / work.positions if work.positions else None,
+            passes_per_update=sum(w.passes for w in windows) / len(windows),
+            planner_costs=planner_costs,
+            out_of_memory=out_of_memory,
             amp_enabled=amp_enabled,
             final_loss_scale=final_loss_scale,
             output_dir=output_dir,
@@ -202,8 +220,12 @@ class Result(Mapping[str, Any]):
             rows.insert(1, ("best validation loss", f"{self.best_val_loss:.4f}"))
         if self.metrics and self.metrics[-1]:
             rows.insert(1, ("metrics", ", ".join(f"{k} {v:.4f}" for k, v in self.metrics[-1].items())))
+        passes = f"{self.passes_per_update:.1f} an update on each process"
         if self.padding_fraction is not None:
-            rows.append(("padding", f"{self.padding_fraction:.1%} of positions"))
+            passes += f", {self.padding_fraction:.1%} of positions were padding"
+        if self.out_of_memory:
+            passes += f"; memory ran out {self.out_of_memory} times"
+        rows.append(("passes", passes))
         if self.output_dir:
             rows.append(("outputs", self.output_dir))
         width = max(len(name) for name, _ in rows)

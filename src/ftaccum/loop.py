@@ -1,6 +1,6 @@
 """The loop: what happens to one window after another, in order."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -9,11 +9,18 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from .data import MicroBatch
+from .calibration import NoCalibration
+from .data import MicroBatch, Portion, Portions
+from .history import Work
+from .memory import Agreement, RanOutError, give_back_memory, is_out_of_memory
 from .objective import Denominator, ItemMeans, Objective
-from .side_effects import preserved_buffers, preserved_rng
+from .side_effects import Buffers, Generators, preserved_buffers, preserved_rng
+
+# Hands over a window in smaller micro-batches, given which of this process's passes ran out of memory.
+Smaller = Callable[[Portion, int | None], Portion]
 
 
 @dataclass(frozen=True)
@@ -21,11 +28,13 @@ class Outcome:
     """What a window came to. `losses` are this process's part, and stay on the device.
 
     Attributes:
+        work: rows, positions and passes of this process.
         grad_norm: total norm before clipping, synced and unscaled.
         learning_rate: the one that the update used, or would have.
         skipped: whether no optimizer step was taken.
     """
 
+    work: Work
     losses: ItemMeans
     grad_norm: float
     learning_rate: float
@@ -39,6 +48,8 @@ class TrainingLoop:
 
     Attributes:
         max_grad_norm: infinity for no clipping.
+        agreement: between processes, on whether a window fitted in memory.
+        calibration: times passes.
     """
 
     accelerator: Accelerator
@@ -47,6 +58,8 @@ class TrainingLoop:
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
     max_grad_norm: float
+    agreement: Agreement
+    calibration: NoCalibration
     _held: list[nn.Parameter] = field(init=False)
     _not_held: list[nn.Parameter] = field(init=False)
 
@@ -55,32 +68,36 @@ class TrainingLoop:
         held = {id(p) for p in self._held}
         self._not_held = [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
 
-    def train(self, windows: Iterable[list[MicroBatch]], on_window: Callable[[Outcome], None]) -> None:
-        """One update for each window; each window is this process's share of it."""
+    def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
+        """One update for each window; of each, a portion is this process's."""
         self.model.zero_grad(set_to_none=True)  # whatever came with the model is none of the first window's
-        for share in windows:
-            losses, items = self.accumulate(share)
-            on_window(self.update(losses, items))
+        for window in portions:
+            work, losses, items = self._accumulate_in_memory(window, smaller)
+            portions.read_ahead()  # the next window is collated while the device computes this one
+            on_window(self.update(work, losses, items))
 
     def accumulate(self, share: list[MicroBatch]) -> tuple[ItemMeans, torch.Tensor]:
         """Leaves in `param.grad` the gradient of the mean over all loss items of the window, on all processes.
 
         Returns:
             The losses of this share, and the window's loss items by term.
+
+        Raises:
+            RanOutError: on all processes, where memory ran out on one of them before the gradients were synced.
         """
         accelerator, losses = self.accelerator, ItemMeans(self.objective.terms, self.accelerator.device)
         denominator = Denominator([micro.counts for micro in share], self.objective.terms, accelerator)
         # All processes make as many passes, and the last one is synced.
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
-        for micro in share:
-            with accelerator.accumulate(self.model), self._without_trace(micro):
-                batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
-                means, _ = self.objective.means(self.model, batch, micro.counts, micro.terms)
-                accelerator.backward(denominator.for_backward(denominator.contribution(means, micro.counts)))
-            losses.add(means, micro.counts)
+        apart = share if self.agreement.alone else share[:-1]  # passes in which no process needs another
+        failed = next((n for n, micro in enumerate(apart) if not self._fits(micro, denominator, losses)), None)
+        if self.agreement.any(failed is not None):
+            raise RanOutError(failed)
+        for micro in share[len(apart) :]:
+            self._synced_pass(micro, denominator, losses)
         return losses, denominator.items_T
 
-    def update(self, losses: ItemMeans, items: torch.Tensor) -> Outcome:
+    def update(self, work: Work, losses: ItemMeans, items: torch.Tensor) -> Outcome:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
         rate = self.optimizer.param_groups[0]["lr"]
@@ -93,10 +110,62 @@ class TrainingLoop:
         if not skipped:
             self.optimizer.step()
             self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for p in self._not_held:
+        self._zero_gradients()
+        return Outcome(work, losses, grad_norm, rate, skipped)
+
+    def _accumulate_in_memory(self, window: Portion, smaller: Smaller) -> tuple[Work, ItemMeans, torch.Tensor]:
+        """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had."""
+        generators, buffers = Generators.now(), Buffers.now(self.model)
+        while True:
+            try:
+                return window.work, *self.accumulate(window.micro_batches)
+            except RanOutError as error:
+                failed = error.failed
+            self._zero_gradients()
+            give_back_memory()
+            if isinstance(self.model, DistributedDataParallel):
+                # Says whether the next forward pass begins with a broadcast, and processes left the window in
+                # different passes.
+                self.model.require_forward_param_sync = True
+            generators.put_back()
+            buffers.put_back()
+            window = smaller(window, failed)
+
+    def _fits(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> bool:
+        """One pass. Returns False where memory ran out in it."""
+        try:
+            with self.calibration.timing(micro.slice):
+                self._pass(micro, denominator, losses)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _synced_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
+        try:
+            self._pass(micro, denominator, losses)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(
+                "Memory ran out in the pass in which gradients are synced, the smallest of its window: the other "
+                "processes are in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size "
+                f"of an update stays what it is), or use `gradient_checkpointing`. The device said: {error}"
+            ) from error
+
+    def _pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
+        """One forward and backward pass."""
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.model), self._without_trace(micro):
+            batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
+            means, _ = self.objective.means(self.model, batch, micro.counts, micro.terms)
+            accelerator.backward(denominator.for_backward(denominator.contribution(means, micro.counts)))
+        losses.add(means, micro.counts)
+
+    def _zero_gradients(self) -> None:
+        for p in (*self._held, *self._not_held):
             p.grad = None
-        return Outcome(losses, grad_norm, rate, skipped)
 
     def _without_trace(self, micro: MicroBatch) -> ExitStack:
         stack = ExitStack()

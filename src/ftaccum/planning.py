@@ -1,25 +1,24 @@
-"""The plan: rows → epochs → windows → each process's share → micro-batches. Pure integers.
+"""The plan: rows → epochs → windows. Pure integers.
 
 An epoch is a seeded permutation of the training rows. A window is the next `effective_batch_size` of them, and
 makes one update; the last window of an epoch may be short. Only then is the window cut into micro-batches and
-dealt to the processes, so that which rows make up an update does not depend on how it is computed.
+dealt to the processes (`cutting`), so that which rows make up an update does not depend on how it is computed.
 """
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .cutting import Rows
 from .errors import SettingsError
 from .settings import Fraction, Positive, PositiveInt, Recipe, Runtime, Seed, setting, single_faults
 
 # One number for each use of the seed, so that no two uses draw the same permutation.
 _HOLD_OUT, _EPOCH = 0, 1
-
-Rows = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def resolve_batching(
 
 
 def batching_of(recipe: Recipe, runtime: Runtime, num_processes: int, tokens_per_row: float | None = None) -> Batching:
-    """`resolve_batching` on the settings of a run."""
+    """`resolve_batching` on the settings of a run, whose physical batch is known."""
+    assert isinstance(runtime.batch_size, int), "'auto' is measured first"
     return resolve_batching(
         batch_size=runtime.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
@@ -102,30 +102,6 @@ class Window:
     index: int
     epoch: int
     rows: Rows
-
-
-def cut(rows: Rows, batch_size: int, lengths: Sequence[int] | None = None) -> list[Rows]:
-    """The micro-batches of a window's rows; the last may be short.
-
-    Args:
-        batch_size: rows of each.
-        lengths: of all rows, by position. Where given, the window is sorted by them first, longest first, so that
-            rows padded together are of similar length, and what does not fit in memory fails at once. (Film review
-            sentences, 8 × 8 rows: 1.1 padded tokens per real one instead of 1.6, for the same update.)
-    """
-    ordered = rows if lengths is None else sorted(rows, key=lambda row: -lengths[row])
-    return [tuple(ordered[i : i + batch_size]) for i in range(0, len(ordered), batch_size)]
-
-
-def deal(micro_batches: Sequence[Rows], process_index: int, num_processes: int) -> list[Rows]:
-    """One process's share: every `num_processes`-th micro-batch, so that all work on similar lengths at once.
-
-    Shares have equal length, so that all processes make the same number of passes; a process for which no rows
-    are left gets an empty micro-batch, a ghost, at the end.
-    """
-    share = list(micro_batches[process_index::num_processes])
-    passes = math.ceil(len(micro_batches) / num_processes)
-    return share + [()] * (passes - len(share))
 
 
 @dataclass(frozen=True)

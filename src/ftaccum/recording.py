@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .history import EpochEntry, Ledger, WindowEntry
+from .history import EpochEntry, Ledger, WindowEntry, Work
 from .loop import Outcome
 from .objective import ItemMeans, gathered, total
 from .planning import Batching
@@ -20,8 +20,8 @@ class Recorder:
     """Takes a run's outcomes in order. All processes call it alike; the ledger's file, the trackers and the bar are
     the main process's."""
 
-    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching) -> None:
-        self._accelerator, self._ledger, self._bar = accelerator, ledger, bar
+    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching, work: Work) -> None:
+        self._accelerator, self._ledger, self._bar, self._work = accelerator, ledger, bar, work
         self._config = {f"config/{name}": size for name, size in _sizes(batching).items()}
         self._pending: list[Outcome] = []
         self._epoch = 0
@@ -29,6 +29,7 @@ class Recorder:
 
     def window(self, outcome: Outcome) -> None:
         """Keeps a window's outcome, and every so often reads the losses kept so far."""
+        self._work.merge(outcome.work)
         self._pending.append(outcome)
         self._bar.update()
         if len(self._pending) == _DRAIN_EVERY:
@@ -59,6 +60,7 @@ class Recorder:
                 grad_norm=outcome.grad_norm,
                 learning_rate=outcome.learning_rate,
                 skipped=outcome.skipped,
+                passes=outcome.work.passes,
             )
             self._ledger.record(entry)
             self._log(entry)

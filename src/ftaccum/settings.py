@@ -57,6 +57,16 @@ Tracker = Annotated[
     ),
 ]
 Precision = Annotated[str, Rule(lambda v: v in PRECISIONS, "'no', 'bf16' or 'fp16'")]
+BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or (_is_int(v) and v > 0), "a positive integer or 'auto'")]
+Costs = Annotated[
+    list[float],
+    Rule(
+        lambda v: (
+            isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and c >= 0 for c in v) and sum(v) > 0
+        ),
+        "three numbers of 0 or more (per pass, per padded token, per row of squared width), not all 0",
+    ),
+]
 
 
 def setting(default: Any, help: str) -> Any:
@@ -98,7 +108,21 @@ class Recipe:
 class Runtime:
     """How it is run: time and memory, not the result."""
 
-    batch_size: PositiveInt = setting(4, "rows of a micro-batch on one process (the physical batch)")
+    batch_size: BatchSize = setting(
+        4, "rows of a micro-batch on one process (the physical batch); auto takes the most that fit in memory"
+    )
+    max_tokens: PositiveInt | None = setting(
+        None, "positions of a micro-batch, padding included: micro-batches are cut by these instead of by rows"
+    )
+    planner: Flag = setting(True, "cut windows where it costs least; without, into equal slices in order of arrival")
+    planner_costs: Costs | None = setting(
+        None, "what a pass costs to cut by: per pass, per padded token, per row of squared width; None measures it"
+    )
+    padding_free: Flag = setting(
+        False, "lay the rows of a micro-batch one behind the other instead of padding them (causal LMs)"
+    )
+    num_workers: Count = setting(0, "processes that collate ahead, for rows that take long to make; 0 for none")
+    compile: Flag = setting(False, "torch.compile the model; widths are padded to buckets, to bound their number")
     use_amp: Flag = setting(False, "autocast: bf16 where the device supports it, else fp16 with a scaler")
     mixed_precision: Precision | None = setting(
         None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no"
@@ -177,5 +201,23 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         found.append(
             f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
             "Give the warm-up once, as a number of updates or as a share of them."
+        )
+    if runtime.planner_costs is not None and not runtime.planner:
+        found.append("`planner_costs` is given, but `planner` is False. Drop one of them.")
+    if runtime.batch_size == "auto":
+        found += _faults_of_auto(recipe, runtime)
+    return found
+
+
+def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
+    found = []
+    if runtime.max_tokens is not None:
+        found.append(
+            "`batch_size` is 'auto', and `max_tokens` cuts micro-batches by tokens, not by rows. Give one of them."
+        )
+    if recipe.gradient_accumulation_steps != 1 or not (recipe.effective_batch_size or recipe.tokens_per_update):
+        found.append(
+            "`batch_size` is 'auto', so that `gradient_accumulation_steps` follows from it. Give the size of an update "
+            "as `effective_batch_size` or `tokens_per_update` instead: it must not depend on what fits in memory."
         )
     return found

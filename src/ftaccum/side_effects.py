@@ -3,27 +3,71 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Generators:
+    """The states of the generators of Python, NumPy, torch and this process's accelerator."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def now(cls) -> "Generators":
+        device = _device()
+        on_device = device.get_rng_state() if device is not None else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device)
+
+    def put_back(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.get_device_module().set_rng_state(self.device)
+
+
+def _device() -> Any:
+    # A process that collates has been forked, and may not touch the accelerator.
+    at_hand = torch.accelerator.is_available() and torch.utils.data.get_worker_info() is None
+    return torch.get_device_module() if at_hand else None
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """A copy of a model's buffers (batch-norm statistics, for one)."""
+
+    kept: list[tuple[nn.Module, str, Tensor, Tensor]]
+
+    @classmethod
+    def now(cls, model: nn.Module) -> "Buffers":
+        named = ((m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None)
+        return cls([(m, name, b, b.clone()) for m, name, b in named])
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for module, name, buffer, value in self.kept:
+                module._buffers[name] = buffer  # a forward pass may have put another in its place
+                # One number may stand for many (expanded), which cannot be written to; to compare waits for the device.
+                if buffer.is_contiguous() or not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Leaves the generators of Python, NumPy, torch and this process's accelerator as they were found."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    device: Any = torch.get_device_module() if torch.accelerator.is_available() else None
-    on_device = device.get_rng_state() if device is not None else None
+    """Leaves every generator as it was found."""
+    before = Generators.now()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if device is not None:
-            device.set_rng_state(on_device)
+        before.put_back()
 
 
 def seed_all(*seed: int) -> None:
@@ -36,16 +80,12 @@ def seed_all(*seed: int) -> None:
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Leaves the model's buffers (batch-norm statistics, for one) as they were found."""
-    kept = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    """Leaves the model's buffers as they were found."""
+    before = Buffers.now(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                module._buffers[name] = buffer  # a forward pass may have put another in its place
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        before.put_back()
 
 
 @contextmanager

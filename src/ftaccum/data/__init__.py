@@ -1,22 +1,30 @@
 """Whatever the user hands over → rows → collated, counted micro-batches."""
 
 from ..objective import Sample
-from .checking import Ranges, check_sample, labelled, sample_of
+from .checking import Ranges, check_lengths, check_sample, labelled, sample_of
 from .collating import Collation, Collator, PaddingCollator
-from .loading import Loader, MicroBatch
+from .feeding import Feed, Portion, Portions
+from .loading import Loader, MicroBatch, Share
+from .packing import PackingCollator
 from .rows import Rows, as_rows, length_of, mean_length, synthetic_rows
 from .text import is_raw_text, tokenized
 
 __all__ = [
     "Collation",
     "Collator",
+    "Feed",
     "Loader",
     "MicroBatch",
+    "PackingCollator",
     "PaddingCollator",
+    "Portion",
+    "Portions",
     "Ranges",
     "Rows",
     "Sample",
+    "Share",
     "as_rows",
+    "check_lengths",
     "check_sample",
     "is_raw_text",
     "labelled",

@@ -48,7 +48,7 @@ class Ranges:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if self.vocabulary is not None and isinstance(ids, Tensor):
             self._refuse(
-                (ids < 0) | (ids >= self.vocabulary), ids, rows, positions,
+                (ids < 0) | (ids >= self.vocabulary), ids, batch, rows, positions,
                 f"token id {{}}, but the model's vocabulary is 0 to {self.vocabulary - 1}. "
                 "Tokenise with the model's own tokenizer, or resize its embeddings.",
             )  # fmt: skip
@@ -56,18 +56,38 @@ class Ranges:
         if self.n_classes is not None and labels is not None:
             outside = ((labels < 0) | (labels >= self.n_classes)) & (labels != self.ignore_index)
             self._refuse(
-                outside, labels, rows, positions,
+                outside, labels, batch, rows, positions,
                 f"label {{}}, but the model tells {self.n_classes} classes apart, 0 to {self.n_classes - 1}. "
                 f"Load the model with `num_labels` to fit, or mend the label ({self.ignore_index} is ignored).",
             )  # fmt: skip
 
     @staticmethod
-    def _refuse(outside: Tensor, values: Tensor, rows: Rows, positions: Sequence[int], words: str) -> None:
+    def _refuse(
+        outside: Tensor, values: Tensor, batch: Batch, rows: Rows, positions: Sequence[int], words: str
+    ) -> None:
         if outside.any():
-            row = int(outside.nonzero()[0, 0])
-            value = int(values[row][outside[row]].flatten()[0])
+            first = outside.nonzero()[0]
+            row, value = int(first[0]), int(values[tuple(first)])
+            if len(outside) != len(positions):  # rows lie one behind the other, and each begins with position 0
+                row = int((batch["position_ids"][0, : first[1] + 1] == 0).sum()) - 1
             name = rows.name_of(positions[row])
             raise DataError(f"Of `{rows.argument}`, {name} has the {words.format(value)}")
+
+
+def check_lengths(rows: Rows, max_tokens: int) -> None:
+    """Raises DataError where rows cannot be kept under a cap on tokens, naming the longest."""
+    lengths = rows.lengths()
+    if lengths is None:
+        raise DataError(
+            f"`max_tokens` needs the lengths of the rows, and those of `{rows.argument}` are not known before they are "
+            "made. Give a `datasets.Dataset` with `input_ids`, or a list; or cut by rows (`batch_size`)."
+        )
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    if lengths[longest] > max_tokens:
+        raise DataError(
+            f"Of `{rows.argument}`, {rows.name_of(longest)} has {lengths[longest]} tokens, and `max_tokens` is "
+            f"{max_tokens}: no micro-batch could hold it. Give at least {lengths[longest]}, or truncate the rows."
+        )
 
 
 def sample_positions(rows: Rows) -> list[int]:

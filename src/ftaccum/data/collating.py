@@ -14,6 +14,8 @@ from ..side_effects import preserved_rng, seed_all
 from .rows import Row, Rows
 
 _FEW = 4
+# Columns of one number a token, beside labels; other columns may be of a fixed size.
+_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
 
 Collator = Callable[[list[Row]], Batch]
 
@@ -33,12 +35,16 @@ class PaddingCollator:
         padding_side: str = "right",
         ignore_index: int = IGNORE_INDEX,
         keep_all: bool = False,
+        bucketed_up_to: int | None = None,
     ) -> None:
         """Args:
         accepted: the columns that the model takes; None where it takes any.
         ignore_index: what labels are padded with.
         keep_all: whether to keep other columns of numbers, for a `loss_fn` to find.
+        bucketed_up_to: where given, the length of the longest row: token columns are padded on to one of a few
+            widths, of which this is the largest.
         """
+        self._bucketed_up_to = bucketed_up_to
         self._needed = {*(accepted or ()), "input_ids", "labels"}  # a plain module may name its ids as it likes
         self._keep_all = keep_all or accepted is None
         self._pad_token_id, self._ignore_index = pad_token_id, ignore_index
@@ -48,13 +54,17 @@ class PaddingCollator:
     def __call__(self, rows: list[Row]) -> Batch:
         if isinstance(rows[0], tuple):
             return tuple(_stacked(column) for column in zip(*rows, strict=True))
-        keys = {_column(key): key for key in rows[0]} | {key: key for key in rows[0]}  # the exact name wins
+        keys = {column_name(key): key for key in rows[0]} | {key: key for key in rows[0]}  # the exact name wins
         keys = {n: k for n, k in keys.items() if n in self._needed or (self._keep_all and _is_numeric(rows[0][k]))}
         batch = {name: self._padded(name, [_numbers(row, key) for row in rows]) for name, key in keys.items()}
         if "input_ids" in batch and "attention_mask" not in batch:
             ones = [torch.ones_like(_tensor(row[keys["input_ids"]]), dtype=torch.long) for row in rows]
             batch["attention_mask"] = self._padded("attention_mask", ones)
         return batch
+
+    def width(self, length: int) -> int:
+        """What rows of tokens, of which the longest has this length, are padded to."""
+        return length if self._bucketed_up_to is None else min(_bucket(length), max(length, self._bucketed_up_to))
 
     def _padded(self, name: str, values: Sequence[Any]) -> Tensor:
         tensors = [_tensor(value) for value in values]
@@ -66,12 +76,14 @@ class PaddingCollator:
         dtype = self._dtypes[name] = functools.reduce(torch.promote_types, dtypes)
         tensors = [t.to(dtype) for t in tensors]
         shapes = {t.shape for t in tensors}
-        if len(shapes) == 1:
-            return torch.stack(tensors)
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(f"column {name!r} has rows of {sorted({len(s) for s in shapes})} dimensions")
-        fill = self._pad_token_id if name == "input_ids" else self._ignore_index if is_label(name) else 0
         size = tuple(map(max, zip(*shapes, strict=True)))
+        if len(size) == 1 and (name in _OF_TOKENS or (name == "labels" and not dtype.is_floating_point)):
+            size = (self.width(size[0]),)
+        if shapes == {size}:
+            return torch.stack(tensors)
+        fill = self._pad_token_id if name == "input_ids" else self._ignore_index if is_label(name) else 0
         padded = torch.full((len(tensors), *size), fill, dtype=dtype)
         for row, tensor in zip(padded, tensors, strict=True):
             row[tuple(slice(m - n, m) if self._left else slice(n) for n, m in zip(tensor.shape, size, strict=True))] = (
@@ -86,6 +98,7 @@ class Collation:
     Attributes:
         draws: whether the collator draws at random (masked LM), so that rows must be collated a window at a time
             for the draws not to depend on how the window is cut.
+        width: of a batch, from the length of its longest row.
     """
 
     def __init__(self, collator: Collator, accepted: set[str] | None = None) -> None:
@@ -97,6 +110,7 @@ class Collation:
         self._collator = collator
         self._accepted = accepted or set()
         self.draws = False
+        self.width: Callable[[int], int] = getattr(collator, "width", lambda length: length)
 
     def __call__(self, rows: Rows, positions: Sequence[int]) -> Batch:
         """Collates the rows at these positions.
@@ -140,6 +154,12 @@ class Collation:
         return f"The rows {list(positions)} of `{rows.argument}` cannot be collated: {error}. Give a `data_collator`."
 
 
+def _bucket(length: int) -> int:
+    """The next of eight widths an octave (at most an eighth more), and a multiple of 8, as matrix units like it."""
+    step = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some rows of a collated batch, at its width."""
     if isinstance(batch, Mapping):
@@ -158,7 +178,8 @@ def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
     return isinstance(batch, Tensor) and batch.ndim > 0 and batch.shape[0] == n_rows
 
 
-def _column(key: str) -> str:
+def column_name(key: str) -> str:
+    """What Transformers' models call a column."""
     return {"label": "labels", "label_ids": "labels"}.get(key, key)
 
 

@@ -1,17 +1,41 @@
-"""A process's share of a window, as collated and counted micro-batches."""
+"""A process's shares of windows, as collated and counted micro-batches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..cutting import Cutter, Slice
+from ..cutting import Rows as Positions
 from ..errors import DataError
 from ..objective import Batch, Counts, Objective
 from .checking import Ranges
 from .collating import Collation, take
 from .rows import Rows
 
+# Forked workers find rows and collators in memory, lambdas and all; elsewhere these must be picklable.
+_FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
 _DRAWS = 3  # of a collator that draws its labels, before a data set is said to have none
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a window one process works on, by position.
+
+    Attributes:
+        window: all rows of the window, on all processes.
+        slices: the micro-batches of this process.
+        seed: settles the collator's draws.
+    """
+
+    window: Positions
+    slices: Sequence[Slice]
+    seed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -23,14 +47,14 @@ class MicroBatch:
         counts: its loss items by term.
         terms: the terms that `batch` has items of. A ghost stands in for a micro-batch without any: its `batch` is
             a real row, whose terms are counted 0 times.
-        n_rows, tokens, positions: rows, and token positions without and with padding (0 where there are no tokens),
-            of the rows that it stands for.
+        slice: the rows that it stands for.
+        tokens, positions: of these rows, token positions without and with padding; 0 where there are no tokens.
     """
 
     batch: Batch
     counts: Counts
     terms: tuple[str, ...]
-    n_rows: int
+    slice: Slice
     tokens: int
     positions: int
 
@@ -46,7 +70,7 @@ class Loader:
     Attributes:
         by_window: whether the rows of a window are collated together and then cut, because the collator draws at
             random or padding matters.
-        lengths: of the rows, to cut windows by; None where they are unknown, or would save no padding.
+        longest: the length of the longest row, in tokens; None where lengths are unknown.
     """
 
     def __init__(
@@ -56,46 +80,103 @@ class Loader:
         objective: Objective,
         ranges: Ranges,
         ghost_candidates: Sequence[int] = (),
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         """Args:
         ghost_candidates: where to look first for a row with loss items; all others come after.
+        num_workers: processes that collate ahead; 0 for none.
+        pin_memory: whether batches are put where a GPU copies them from without waiting.
         """
         self._rows, self._collation, self._objective, self._ranges = rows, collation, objective, ranges
+        self._num_workers, self._pin_memory = num_workers, pin_memory
         self.by_window = collation.draws or objective.padding_sensitive
         self._ghost = self._find_ghost(ghost_candidates)
-        self.lengths = None if self.by_window else rows.lengths()
+        lengths = rows.lengths()
+        self._lengths = None if lengths is None else [collation.width(length) for length in lengths]
+        self.longest = None if lengths is None else max(lengths)
 
-    def load(self, window: Sequence[int], share: Sequence[Sequence[int]], *seed: int) -> list[MicroBatch]:
-        """Collates the micro-batches of `share`, which are parts of `window`.
+    def cut(self, window: Positions, cutter: Cutter) -> list[list[Slice]]:
+        """A window's micro-batches, by process. Rows that are collated together are all as wide as the longest."""
+        if self._lengths is None:
+            return cutter.shares(window)
+        lengths = [self._lengths[position] for position in window]
+        return cutter.shares(window, [max(lengths)] * len(lengths) if self.by_window else lengths)
+
+    def load(self, shares: Iterable[Share], *, ahead: bool = True) -> Iterator[list[MicroBatch]]:
+        """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items.
 
         Args:
-            window: positions of all rows of the window, on all processes.
-            share: positions of each micro-batch of this process; an empty one becomes a ghost, and so does one
-                without loss items.
-            seed: settles the collator's draws.
+            ahead: whether workers, where there are any, may take shares before they are asked for.
 
         Raises:
             DataError: naming a row that cannot be read, padded or used.
         """
-        return [self._or_ghost(micro) for micro in self.stream(window, share, *seed)]
+        taken, given = itertools.tee(shares)
+        batches = self._collated(taken, self._num_workers if ahead else 0)
+        for share in given:
+            yield [self._or_ghost(micro) for micro in self._micro_batches(share, batches)]
 
-    def stream(self, window: Sequence[int], share: Sequence[Sequence[int]], *seed: int) -> Iterator[MicroBatch]:
+    def stream(self, shares: Iterable[Share]) -> Iterator[MicroBatch]:
         """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
-        if self.by_window:
-            whole = self._collation.seeded(self._rows, window, *seed)
-            place = {position: n for n, position in enumerate(window)}
-        for rows in share:
-            if not rows:
-                yield MicroBatch(None, dict.fromkeys(self._objective.terms, 0), (), 0, 0, 0)
-            elif self.by_window:
-                yield self._micro_batch(take(whole, [place[position] for position in rows]), rows)
-            else:
-                yield self._micro_batch(self._collation(self._rows, rows), rows)
+        taken, given = itertools.tee(shares)
+        batches = self._collated(taken, self._num_workers)
+        for share in given:
+            yield from self._micro_batches(share, batches)
 
-    def _micro_batch(self, batch: Batch, rows: Sequence[int]) -> MicroBatch:
-        self._ranges.check(batch, self._rows, rows)
+    def name_of(self, position: int) -> str:
+        """What to call a row in a message."""
+        return f"{self._rows.name_of(position)} of `{self._rows.argument}`"
+
+    def longest_rows(self, n_rows: int, *seed: int) -> MicroBatch:
+        """A micro-batch of as many of the longest rows, or of the first ones where lengths are unknown, again and
+        again where there are too few: the most that a micro-batch of as many rows can need."""
+        everyone = range(len(self._rows))
+        by_length = sorted(everyone, key=lambda p: -self._lengths[p] if self._lengths is not None else p)
+        rows = tuple(itertools.islice(itertools.cycle(by_length), n_rows))
+        batch = self._collation.seeded(self._rows, rows, *seed)
+        return self._or_ghost(self._micro_batch(batch, Slice(rows)))
+
+    def _collated(self, shares: Iterable[Share], num_workers: int) -> Iterator[Batch]:
+        """The batch of each micro-batch, or where rows are collated by the window, of each window."""
+        jobs = (job for share in shares for job in self._jobs(share))
+        batches = DataLoader(
+            _Collating(self._rows, self._collation),
+            batch_size=None,
+            sampler=jobs,
+            num_workers=num_workers,
+            pin_memory=self._pin_memory,
+            multiprocessing_context=_FORK if num_workers else None,
+            generator=torch.Generator(),  # otherwise it draws from the one that dropout uses
+        )
+        for batch in batches:
+            if isinstance(batch, _Fault):
+                raise DataError(batch.sentence)
+            yield batch
+
+    def _jobs(self, share: Share) -> Iterator["_Job"]:
+        if not self.by_window:
+            yield from ((piece.rows, ()) for piece in share.slices if piece.rows)
+        elif any(piece.rows for piece in share.slices):
+            yield share.window, share.seed
+
+    def _micro_batches(self, share: Share, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
+        if self.by_window and any(piece.rows for piece in share.slices):
+            whole = next(batches)
+            place = {position: n for n, position in enumerate(share.window)}
+        for piece in share.slices:
+            if not piece.rows:
+                yield MicroBatch(None, dict.fromkeys(self._objective.terms, 0), (), piece, 0, 0)
+            elif self.by_window:
+                yield self._micro_batch(take(whole, [place[position] for position in piece.rows]), piece)
+            else:
+                yield self._micro_batch(next(batches), piece)
+
+    def _micro_batch(self, batch: Batch, piece: Slice) -> MicroBatch:
+        self._ranges.check(batch, self._rows, piece.rows)
         counts = self._objective.count(batch)
-        return MicroBatch(batch, counts, _counted(counts), len(rows), *_sizes(batch))
+        return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch))
 
     def _or_ghost(self, micro: MicroBatch) -> MicroBatch:
         if micro.terms:
@@ -111,6 +192,34 @@ class Loader:
                 if terms := _counted(self._objective.count(batch)):
                     return batch, terms
         raise DataError(f"No row of `{self._rows.argument}` has loss items. Check its labels, or `count_items`.")
+
+
+_Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, and the seed of the draws, if any
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What a worker hands back instead of raising: the sentence, without the worker's traceback around it."""
+
+    sentence: str
+
+
+class _Collating(Dataset[Any]):
+    """Rows as DataLoader wants them: a job in, a batch out."""
+
+    def __init__(self, rows: Rows, collation: Collation) -> None:
+        self._rows, self._collation = rows, collation
+
+    def __getitem__(self, job: _Job) -> Batch | _Fault:
+        positions, seed = job
+        try:
+            if seed:
+                return self._collation.seeded(self._rows, positions, *seed)
+            return self._collation(self._rows, positions)
+        except DataError as error:
+            if get_worker_info() is None:
+                raise
+            return _Fault(str(error))
 
 
 def _counted(counts: Counts) -> tuple[str, ...]:

@@ -3,10 +3,12 @@
 from .counting import IGNORE_INDEX, Batch, Counting, CountItems, targets_of
 from .denominator import Counts, Denominator, ItemMeans, gathered, total
 from .forward import Forward, LossFn, accepted_arguments, is_label, logits_of
-from .measuring import Sample, measured_objective
+from .measuring import Sample, difference_of_packing, measured_objective
 from .objective import Objective
+from .probing import EXPLAINED
 
 __all__ = [
+    "EXPLAINED",
     "IGNORE_INDEX",
     "Batch",
     "CountItems",
@@ -19,6 +21,7 @@ __all__ = [
     "Objective",
     "Sample",
     "accepted_arguments",
+    "difference_of_packing",
     "gathered",
     "is_label",
     "logits_of",

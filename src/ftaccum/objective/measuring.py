@@ -98,6 +98,24 @@ def measured_objective(
     )
 
 
+def difference_of_packing(
+    model: nn.Module, forward: Forward, objective: Objective, padded: Batch, packed: Batch
+) -> float:
+    """How far the loss of rows that lie one behind the other is from that of the same rows side by side, relative to
+    the latter: more than rounding where the rows attend to each other. All processes take the main process's figure."""
+    device = next(model.parameters()).device
+
+    def loss(batch: Batch) -> float:
+        counts = objective.count(batch)
+        means, _ = forward(model, send_to_device(batch, device))
+        return sum(float(mean) * counts[term] for term, mean in means.items())
+
+    with only_looking(model), in_float32(model), shaken(model):
+        difference = abs(loss(packed) / loss(padded) - 1)
+    (difference,) = broadcast_object_list([difference])
+    return difference
+
+
 def _measure(
     model: nn.Module, losses: Losses, sample: Sample, ways: Ways, counting: Counting, tolerance: float
 ) -> _Findings:

@@ -1,0 +1,68 @@
+"""What a run learns of its machine, and how the cut of its windows follows: memory that ran out, the cost of a pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .calibration import NoCalibration
+from .cutting import Slice
+from .data import Feed, Portion
+from .memory import Agreement, Headroom
+
+
+@dataclass
+class Adaptation:
+    """Keeps a feed's cutter up to date. All processes come to the same cutter.
+
+    Attributes:
+        tell: shows a sentence to the user.
+    """
+
+    feed: Feed
+    agreement: Agreement
+    calibration: NoCalibration
+    tell: Callable[[str], None]
+    headroom: Headroom = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.headroom = Headroom(self.feed.cutter.caps)
+
+    def smaller(self, portion: Portion, failed: int | None) -> Portion:
+        """The same window in smaller micro-batches.
+
+        Args:
+            failed: which of this process's passes ran out of memory; None where it was another process's.
+
+        Raises:
+            torch.OutOfMemoryError: on all processes, where a single row was too much.
+        """
+        piece = Slice() if failed is None else portion.micro_batches[failed].slice
+        if self.agreement.any(failed is not None and len(piece.rows) < 2):
+            raise torch.OutOfMemoryError(
+                "Memory ran out in a micro-batch of a single row"
+                + (f" ({self.feed.loader.name_of(piece.rows[0])})" if piece.rows else "")
+                + ". Truncate the rows, use `gradient_checkpointing`, or a smaller model; every update before this one "
+                "was taken."
+            )
+        tokens = self.agreement.least(None if failed is None else piece.tokens)
+        assert tokens is not None, "memory ran out on one process at least"
+        self.headroom.ran_out(tokens)
+        self._cut_by_headroom()
+        smaller = self.feed.again(portion)
+        self.tell(
+            f"Out of memory: update {portion.window.index + 1} is run again in {len(smaller.micro_batches)} passes "
+            f"instead of {len(portion.micro_batches)}, with the same rows."
+        )
+        return smaller
+
+    def window_done(self) -> None:
+        """After each update."""
+        self.headroom.went_well()
+        self._cut_by_headroom()
+        costs = self.calibration.window()
+        if costs is not None:
+            self.feed.cutter = replace(self.feed.cutter, costs=costs)
+
+    def _cut_by_headroom(self) -> None:
+        self.feed.cutter = replace(self.feed.cutter, caps=self.headroom.caps)

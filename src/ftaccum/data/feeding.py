@@ -1,0 +1,95 @@
+"""One window after the other for one process, read ahead, and cut anew where it has to be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..cutting import Cutter
+from ..history import Work
+from ..planning import Plan, Window
+from .loading import Loader, MicroBatch, Share
+
+
+@dataclass(frozen=True)
+class Portion:
+    """This process's micro-batches of a window.
+
+    Attributes:
+        cutter: that the window was cut by.
+    """
+
+    window: Window
+    cutter: Cutter
+    micro_batches: list[MicroBatch]
+
+    @property
+    def work(self) -> Work:
+        """What there is to do in it."""
+        everything = Work(passes=len(self.micro_batches))
+        for micro in self.micro_batches:
+            everything.merge(Work(len(micro.slice.rows), micro.tokens, micro.positions))
+        return everything
+
+
+@dataclass
+class Feed:
+    """Where windows come from.
+
+    Attributes:
+        cutter: may be replaced between windows. One that was read ahead is cut anew only where its caps have changed.
+    """
+
+    plan: Plan
+    loader: Loader
+    cutter: Cutter
+    process_index: int = 0
+
+    def epoch(self, epoch: int) -> "Portions":
+        """The portions of an epoch (from 0)."""
+        return Portions(self, self._cut_as_it_comes(epoch))
+
+    def again(self, portion: Portion) -> Portion:
+        """The same window, cut by the cutter as it now is."""
+        share, cutter = self._share(portion.window), self.cutter
+        (micro_batches,) = self.loader.load([share], ahead=False)
+        return Portion(portion.window, cutter, micro_batches)
+
+    def _cut_as_it_comes(self, epoch: int) -> Iterator[Portion]:
+        # Workers take shares earlier than these are asked for, so what each was cut by goes with it.
+        cut: list[tuple[Window, Cutter]] = []
+
+        def shares() -> Iterator[Share]:
+            for window in self.plan.windows(epoch):
+                cut.append((window, self.cutter))
+                yield self._share(window)
+
+        for micro_batches in self.loader.load(shares()):
+            yield Portion(*cut.pop(0), micro_batches)
+
+    def _share(self, window: Window) -> Share:
+        slices = self.loader.cut(window.rows, self.cutter)[self.process_index]
+        return Share(window.rows, slices, (self.plan.seed, window.index))
+
+
+@dataclass
+class Portions(Iterator[Portion]):
+    """Portions in order; one can be read ahead while the device computes the one before."""
+
+    feed: Feed
+    _coming: Iterator[Portion]
+    _read: list[Portion | Exception] = field(default_factory=list)
+
+    def read_ahead(self) -> None:
+        """Collates the next portion now. What goes wrong is raised when it is asked for: not before the update that
+        is being computed is taken."""
+        try:
+            self._read.append(next(self._coming))
+        except Exception as error:  # the end of the epoch, too
+            self._read.append(error)
+
+    def __next__(self) -> Portion:
+        if not self._read:
+            self.read_ahead()
+        portion = self._read.pop()
+        if isinstance(portion, Exception):
+            raise portion
+        return portion if portion.cutter.caps == self.feed.cutter.caps else self.feed.again(portion)

@@ -1,0 +1,118 @@
+"""Running out of memory: telling it, agreeing on it, and what is learnt from it."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, distributed
+
+from .cutting import Caps
+
+# Windows without a failure after which larger micro-batches are tried again; doubled each time that this fails.
+_CALM = 50
+_NONE = 2**62  # more tokens than any micro-batch has
+
+
+class RanOutError(Exception):
+    """Memory ran out on some process, and all of them have left the window.
+
+    Attributes:
+        failed: which of this process's passes ran out; None where it was another process.
+    """
+
+    def __init__(self, failed: int | None) -> None:
+        super().__init__(failed)
+        self.failed = failed
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a smaller micro-batch may help."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def give_back_memory() -> None:
+    """Hands the allocator's unused memory back to the device, after what held it is gone."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+
+
+class Agreement:
+    """What the processes agree on, from host to host: no process waits for its device, nor for another's."""
+
+    def __init__(self, group: distributed.ProcessGroup | None, num_processes: int) -> None:
+        self.alone = num_processes == 1
+        self._group = group
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return flag if self.alone else bool(self._reduced(int(flag), distributed.ReduceOp.MAX))
+
+    def least(self, number: int | None) -> int | None:
+        """The least that any process has; None where none has one."""
+        if self.alone:
+            return number
+        least = self._reduced(_NONE if number is None else number, distributed.ReduceOp.MIN)
+        return None if least == _NONE else least
+
+    def _reduced(self, number: int, operation: distributed.ReduceOp.RedOpType) -> int:
+        holder: Tensor = torch.tensor(number)
+        distributed.all_reduce(holder, operation, group=self._group)
+        return int(holder)
+
+
+@contextmanager
+def agreed_by(accelerator: Accelerator) -> Iterator[Agreement]:
+    """For the time of a run. Where the devices talk over another backend, the hosts get a group of their own."""
+    if accelerator.num_processes == 1 or "gloo" in distributed.get_backend():
+        yield Agreement(None, accelerator.num_processes)
+        return
+    group = distributed.new_group(backend="gloo")
+    try:
+        yield Agreement(group, accelerator.num_processes)
+    finally:
+        distributed.destroy_process_group(group)
+
+
+@dataclass
+class Headroom:
+    """How large micro-batches may be, learnt from those that did not fit.
+
+    Attributes:
+        wanted: the caps that the run was asked for.
+        caps: those to cut by.
+        failures: windows that had to be run again.
+    """
+
+    wanted: Caps
+    caps: Caps = field(init=False)
+    failures: int = 0
+    _failed: int = 0  # tokens that did not fit, when everything wanted was tried
+    _patience: int = field(default_factory=lambda: _CALM)
+    _calm: int = 0
+    _grew: bool = False
+
+    def __post_init__(self) -> None:
+        self.caps = self.wanted
+
+    def ran_out(self, tokens: int) -> None:
+        """A micro-batch of as many tokens did not fit: half as many are the most from now on."""
+        self._failed = tokens if self.caps == self.wanted else self._failed
+        self._patience *= 2 if self._grew else 1
+        self._calm, self._grew = 0, False
+        self.caps = self.caps.of_tokens(tokens // 2)
+        self.failures += 1
+
+    def went_well(self) -> None:
+        """A window fitted. After enough of them, micro-batches may be twice as large again, up to what was wanted."""
+        if self.caps == self.wanted or self.caps.tokens is None:
+            return
+        self._calm += 1
+        if self._calm == self._patience:
+            twice = 2 * self.caps.tokens
+            self._calm, self._grew = 0, True
+            self.caps = self.wanted if twice >= self._failed else self.wanted.of_tokens(twice)

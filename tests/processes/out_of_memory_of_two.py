@@ -1,0 +1,48 @@
+"""Two processes, of which the second runs out of memory: prints a JSON line of what came of it.
+
+With the argument `synced`, it does so in the only pass of a window, in which gradients are synced.
+"""
+
+import json
+import sys
+
+import torch
+from accelerate import PartialState
+
+from invariance import difference, trained
+from running_out import limited
+
+NAME = "sequence classification, BERT"
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2, "torchrun was to start two"
+torch.set_num_threads(1)
+
+
+def on_the_second(most: int) -> dict[str, object]:
+    return {"prepare": lambda model: limited(model, most if state.process_index else 99)}
+
+
+if sys.argv[1] == "synced":
+    trained(NAME, 6, planner=False, **on_the_second(3))
+
+alone = torch.load(sys.argv[1], weights_only=False)
+scarce = trained(NAME, 3, planner=False, **on_the_second(2))
+auto = trained(NAME, "auto", **on_the_second(2))
+single = 0
+try:
+    trained(NAME, 3, **on_the_second(0))
+except torch.OutOfMemoryError as error:
+    single = int("a single row" in str(error))
+counted = torch.tensor(single)
+torch.distributed.all_reduce(counted)
+if state.is_main_process:
+    found = {
+        "out_of_memory": scarce[1].out_of_memory,
+        "difference": difference(alone, scarce),
+        "auto": auto[1].batch_size,
+        "auto_difference": difference(alone, auto),
+        "single row": int(counted),
+    }
+    print("FOUND", json.dumps(found))
+state.destroy_process_group()

@@ -1,0 +1,219 @@
+"""Running out of memory changes nothing; and the largest batch that fits is found."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ftaccum import SettingsError, test_fine_tuning
+from ftaccum.cutting import Caps
+from ftaccum.memory import Headroom
+from ftaccum.physical_batch import largest
+from heads import HEADS
+from invariance import difference, trained
+from running_out import limited
+
+NAME = "sequence classification, BERT"
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_running_out_of_memory_changes_no_update(most: int, where: str) -> None:
+    in_plenty = trained(NAME, 12)
+    scarce = trained(NAME, 12, prepare=lambda model: limited(model, most, where))
+    assert scarce[1].out_of_memory > 0 == in_plenty[1].out_of_memory
+    assert difference(in_plenty, scarce) < 1e-9
+    assert scarce[1].passes_per_update > in_plenty[1].passes_per_update
+
+
+def rows_of_equal_length(n: int) -> list[dict[str, Any]]:
+    draw = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(1, 61, (6,), generator=draw).tolist(), "labels": i % 3} for i in range(n)]
+
+
+class Dropping(nn.Module):
+    """Dropout and batch norm: a generator and buffers that a forward pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.head = nn.Embedding(61, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden_BD = self.norm(self.embed(input_ids).mean(1))
+        return self.head(nn.functional.dropout(hidden_BD, 0.3, self.training))
+
+
+@pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
+def test_the_window_is_run_again_from_the_generators_and_buffers_that_it_began_with() -> None:
+    """Halved from 4 rows, the window draws the dropout of a run in twos: the same weights to the last bit."""
+
+    def weights(batch_size: int, prepare: Callable[[nn.Module], object]) -> dict[str, Tensor]:
+        model = Dropping()
+        prepare(model)
+        test_fine_tuning(
+            model, train_data=rows_of_equal_length(24), batch_size=batch_size, effective_batch_size=8, n_epochs=2,
+            loss_fn=lambda logits, batch: nn.functional.cross_entropy(logits, batch["labels"]),
+            learning_rate=1e-2, validation_split=0.0, progress=False, deterministic=True,
+        )  # fmt: skip
+        return model.state_dict()
+
+    in_twos, halved = weights(2, lambda _: None), weights(4, lambda model: limited(model, 2, "backward"))
+    assert in_twos.keys() == halved.keys()
+    assert all(torch.equal(in_twos[name], halved[name]) for name in in_twos)
+
+
+def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pytest.CaptureFixture[str]) -> None:
+    head = HEADS[NAME]
+    model = head.model()
+    limited(model, 0)
+    with pytest.raises(torch.OutOfMemoryError, match=r"a single row \(row \d+ of `train_data`\)\. Truncate the rows"):
+        test_fine_tuning(model, train_data=head.rows(9), batch_size=4, progress=False)
+    assert "Out of memory: update 1 is run again in" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    head = HEADS[NAME]
+    model = head.model()
+    model.register_forward_pre_hook(lambda *_: 1 / 0 if model.training else None)
+    with pytest.raises(ZeroDivisionError):
+        test_fine_tuning(model, train_data=head.rows(9), progress=False)
+
+
+def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Somebody else had the memory for the first three windows."""
+    monkeypatch.setattr("ftaccum.memory._CALM", 2)
+    model = HEADS[NAME].model()
+    limit = limited(model, 2)
+    steps: list[int] = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            steps.append(1)
+            limit.most = 2 if len(steps) < 3 else 8
+            super().step(closure)
+
+    result = test_fine_tuning(
+        model, train_data=HEADS[NAME].rows(80), batch_size=8, effective_batch_size=8, n_epochs=1, planner=False,
+        validation_split=0.0, optimizer=lambda groups: Counting(groups), progress=False, output_dir=str(tmp_path),
+    )  # fmt: skip
+    windows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    passes = [window["passes"] for window in windows if "window" in window]
+    assert passes[0] > 1 == passes[-1]
+    assert result.out_of_memory >= 2
+
+
+def test_headroom_halves_and_grows_and_waits_longer_each_time_that_growing_fails() -> None:
+    headroom = Headroom(Caps(8))
+    headroom.ran_out(160)
+    assert headroom.caps == Caps(8, 80)
+    headroom.ran_out(80)
+    assert headroom.caps == Caps(8, 40)
+    waited = []
+    for _ in range(3):
+        calm = 0
+        while headroom.caps == Caps(8, 40):
+            headroom.went_well()
+            calm += 1
+        assert headroom.caps == Caps(8, 80)
+        headroom.ran_out(80)
+        waited.append(calm)
+    assert waited == [50, 100, 200]
+    for _ in range(800):
+        headroom.went_well()
+    assert headroom.caps == Caps(8)
+    assert headroom.failures == 5
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 7, 64, 100])
+def test_the_largest_number_that_fits_is_found_in_few_tries(at_most: int) -> None:
+    for most in range(at_most + 3):
+        tried: list[int] = []
+
+        def fits(n: int, most: int = most, tried: list[int] = tried) -> bool:
+            tried.append(n)
+            return n <= most
+
+        assert largest(fits, at_most) == min(most, at_most)
+        assert len(set(tried)) == len(tried) <= 2 * at_most.bit_length() + 1
+
+
+@pytest.mark.parametrize("most", [1, 5, 99])
+def test_auto_takes_the_most_rows_that_fit_and_keeps_the_update(most: int) -> None:
+    given = trained(NAME, 12)
+    found = trained(NAME, "auto", prepare=lambda model: limited(model, most))
+    assert found[1].batch_size == min(most, 12)
+    assert found[1].effective_batch_size == 12
+    assert found[1].out_of_memory == 0
+    assert difference(given, found) < 1e-9
+
+
+def test_auto_leaves_weights_gradients_buffers_and_generators_alone() -> None:
+    """Dropout on: what was drawn in trying would show in every loss."""
+    losses = []
+    for batch_size in (8, "auto"):
+        torch.manual_seed(0)
+        model = HEADS[NAME].model()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        result = test_fine_tuning(
+            model, train_data=HEADS[NAME].rows(30), batch_size=batch_size, effective_batch_size=8, n_epochs=1,
+            validation_split=0.0, learning_rate=1e-2, progress=False,
+        )  # fmt: skip
+        assert result.batch_size == 8
+        losses.append(result.loss_history)
+    assert losses[0] == losses[1]
+
+
+def test_auto_is_an_error_where_no_row_fits() -> None:
+    model = HEADS[NAME].model()
+    limited(model, 0)
+    with pytest.raises(SettingsError, match="`batch_size` is 'auto', but not even one row"):
+        test_fine_tuning(model, train_data=HEADS[NAME].rows(9), batch_size="auto", effective_batch_size=8)
+
+
+def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 MB a row, of 256 MB free: nothing raises there, the process would be killed."""
+
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.scale * x.repeat_interleave(2**19, 1)).square().mean(1)
+
+    monkeypatch.setattr("ftaccum.physical_batch._free", lambda: 512 * 2**20)
+    data = torch.utils.data.TensorDataset(torch.randn(40, 4), torch.randn(40))
+    result = test_fine_tuning(
+        Large(), train_data=data, loss_fn=nn.MSELoss(), batch_size="auto", effective_batch_size=32, n_epochs=1,
+        validation_split=0.0, progress=False,
+    )  # fmt: skip
+    # a row takes 8 MB as it is repeated, and about as much again for each of what is kept and its gradients
+    assert 6 <= result.batch_size <= 26
+
+
+@pytest.mark.processes
+def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str], tmp_path: Path) -> None:
+    torch.save(trained(NAME, 12), tmp_path / "alone.pt")
+    printed = two_processes("out_of_memory_of_two.py", str(tmp_path / "alone.pt"))
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert found["out_of_memory"] > 0
+    assert found["difference"] < 1e-9
+    assert found["auto"] == 2
+    assert found["auto_difference"] < 1e-9
+    assert found["single row"] == 2
+
+
+@pytest.mark.processes
+def test_running_out_in_the_synced_pass_ends_all_processes_soon(two_processes: Callable[..., str]) -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="Memory ran out in the pass in which gradients are synced"):
+        two_processes("out_of_memory_of_two.py", "synced")
+    assert time.monotonic() - started < 60
