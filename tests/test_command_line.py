@@ -13,6 +13,8 @@ from transformers import BertTokenizerFast, pipeline
 
 from ftaccum import Result
 from ftaccum.cli import main
+from ftaccum.flags import parse
+from ftaccum.settings import Recipe, Runtime, checked
 from heads import HEADS, relative_error
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -87,6 +89,14 @@ def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest
     assert result.lr_history[0] == 1e-3
     assert result.metrics[0].keys() == {"accuracy", "f1", "precision", "recall"}
     assert "FINE-TUNING TEST" in capsys.readouterr().out
+
+
+def test_batch_size_is_a_number_or_auto_and_costs_are_three_numbers() -> None:
+    words = ["--batch_size", "auto", "--effective_batch_size", "8", "--planner_costs", "64", "1", "0.001"]
+    recipe, runtime = checked({**vars(parse([Recipe], words[2:4])[0]), **vars(parse([Runtime], words[:2])[0])})
+    assert (recipe.effective_batch_size, runtime.batch_size) == (8, "auto")
+    (runtime,) = parse([Runtime], ["--batch_size", "16", *words[4:]])
+    assert (runtime.batch_size, runtime.planner_costs) == (16, [64.0, 1.0, 0.001])
 
 
 def recipe(*words: str, launcher: tuple[str, ...] = ()) -> str:

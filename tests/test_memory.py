@@ -99,7 +99,7 @@ def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             super().step(closure)
 
     result = test_fine_tuning(
-        model, train_data=HEADS[NAME].rows(80), batch_size=8, effective_batch_size=8, n_epochs=1, planner=False,
+        model, train_data=HEADS[NAME].rows(80), batch_size=8, effective_batch_size=8, n_epochs=3, planner=False,
         validation_split=0.0, optimizer=lambda groups: Counting(groups), progress=False, output_dir=str(tmp_path),
     )  # fmt: skip
     windows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]

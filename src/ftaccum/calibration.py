@@ -16,6 +16,7 @@ from .cutting import GUESSED_COSTS, PassCosts, Slice
 
 # Windows to time passes in, after the first, which warms up; and how unlike passes must be for a line through them.
 _WINDOWS, _PASSES, _SPREAD = 8, 12, 1.5
+_GUESS_COUNTS = 1.0
 _STALL = 2.0  # times what was to be expected: something else had the machine
 
 Seconds = Callable[[], float]
@@ -65,7 +66,7 @@ def fitted(timed: list[tuple[Slice, float]]) -> PassCosts | None:
     """Least squares through timed passes, no coefficient below 0; None where the passes are too few or too alike.
 
     In units of a token's time, and rounded to powers of two: the cheapest cut hardly changes within a factor of two,
-    and so two runs are nearly always cut alike.
+    so that noise seldom changes it. (For runs that must repeat to the bit, costs are given.)
     """
     sizes = [piece.tokens for piece, _ in timed]
     if len(timed) < _PASSES or max(sizes) < _SPREAD * min(sizes):
@@ -83,11 +84,11 @@ def fitted(timed: list[tuple[Slice, float]]) -> PassCosts | None:
 
 def _line(shapes_N3: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
     # Relative errors, so that a short pass tells as much as a long one. Where rows are of similar length, tokens and
-    # squares grow alike, and noise would settle which of them is to cost: what is guessed of their ratio counts as much
-    # as a few passes.
-    guess = np.array([0.0, -GUESSED_COSTS.per_square, GUESSED_COSTS.per_token]) * shapes_N3[:, 2].mean()
-    known_A3 = np.vstack([shapes_N3 / seconds_N[:, None], math.sqrt(_PASSES) * guess / seconds_N.mean()])
-    found_3, _ = nnls(known_A3, np.append(np.ones(len(seconds_N)), 0.0))
+    # squares grow alike, and noise would settle which of them is to cost: so the guess of their ratio counts as much as
+    # a few passes.
+    relative_N3 = shapes_N3 / seconds_N[:, None]
+    ratio_3 = np.array([0.0, -GUESSED_COSTS.per_square, GUESSED_COSTS.per_token]) * np.median(relative_N3[:, 2])
+    found_3, _ = nnls(np.vstack([relative_N3, _GUESS_COUNTS * ratio_3]), np.append(np.ones(len(seconds_N)), 0.0))
     return found_3
 
 
@@ -101,7 +102,8 @@ def _stopwatch(device: torch.device) -> Callable[[], Seconds]:
             return lambda: seconds
 
         return stop
-    start, end = torch.Event(device.type, enable_timing=True), torch.Event(device.type, enable_timing=True)
+    events = torch.get_device_module(device).Event
+    start, end = events(enable_timing=True), events(enable_timing=True)
     start.record()
 
     def stop_on_device() -> Seconds:

@@ -48,7 +48,10 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None =
     for action in parser._actions:
         if action.option_strings[0].startswith("--no_"):
             action.help = f"turns --{action.dest} off"
-        if action.type is not None and type(None) in get_args(hints.get(action.dest)):
+        kinds_of_value = get_args(hints.get(action.dest))
+        if action.type is not None and str in kinds_of_value and int in kinds_of_value:
+            action.type = _number_or_word
+        if action.type is not None and type(None) in kinds_of_value:
             action.type = _or_none(action.type)
     before = argparse.ArgumentParser(add_help=False)
     before.add_argument("--config")
@@ -75,6 +78,13 @@ def _or_none(convert: Any) -> Callable[[str], Any]:
 
     converted.__name__ = getattr(convert, "__name__", "value")  # argparse names it in its messages
     return converted
+
+
+def _number_or_word(word: str) -> int | str:
+    try:
+        return int(word)
+    except ValueError:
+        return word
 
 
 def _read(file: Path, known: list[str]) -> dict[str, Any]:

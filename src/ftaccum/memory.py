@@ -38,7 +38,7 @@ def give_back_memory() -> None:
     """Hands the allocator's unused memory back to the device, after what held it is gone."""
     gc.collect()
     if torch.accelerator.is_available():
-        torch.accelerator.memory.empty_cache()
+        torch.get_device_module().empty_cache()
 
 
 class Agreement:

@@ -70,7 +70,6 @@ class Loader:
     Attributes:
         by_window: whether the rows of a window are collated together and then cut, because the collator draws at
             random or padding matters.
-        longest: the length of the longest row, in tokens; None where lengths are unknown.
     """
 
     def __init__(
@@ -92,10 +91,12 @@ class Loader:
         self._rows, self._collation, self._objective, self._ranges = rows, collation, objective, ranges
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.by_window = collation.draws or objective.padding_sensitive
-        self._ghost = self._find_ghost(ghost_candidates)
         lengths = rows.lengths()
         self._lengths = None if lengths is None else [collation.width(length) for length in lengths]
-        self.longest = None if lengths is None else max(lengths)
+        # A ghost costs a pass, so it had better be short.
+        self._ghost = self._find_ghost(
+            sorted(ghost_candidates, key=lengths.__getitem__) if lengths else ghost_candidates
+        )
 
     def cut(self, window: Positions, cutter: Cutter) -> list[list[Slice]]:
         """A window's micro-batches, by process. Rows that are collated together are all as wide as the longest."""

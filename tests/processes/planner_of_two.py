@@ -1,0 +1,39 @@
+"""Two processes and every way to cut: prints a JSON line {head, way: largest difference from one process}."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.nn.parallel import DistributedDataParallel
+
+from invariance import difference, trained
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2, "torchrun was to start two"
+torch.set_num_threads(1)
+
+synced: list[bool] = []
+forward = DistributedDataParallel.forward
+
+
+def counting(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    synced.append(model.require_backward_grad_sync)
+    return forward(model, *args, **kwargs)
+
+
+DistributedDataParallel.forward = counting
+alone = torch.load(sys.argv[1], weights_only=False)
+found = {}
+for name, one in alone.items():
+    for way, arguments in json.loads(Path(sys.argv[2]).read_text()).items():
+        if way != "padding-free" or name.startswith("causal"):
+            synced.clear()
+            run = trained(name, 4, **arguments)
+            assert sum(synced) == len(run[1].loss_history) < len(synced), "gradients are reduced once an update"
+            found[f"{name}, {way}"] = difference(one, run)
+if state.is_main_process:
+    print("DIFFERENCES", json.dumps(found))
+state.destroy_process_group()

@@ -1,0 +1,275 @@
+"""How a window is cut, collated, laid out and compiled changes time and memory, never the update."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum.calibration import fitted
+from ftaccum.cutting import PassCosts, Slice
+from heads import HEADS, Row
+from invariance import NAMES, difference, trained
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from host_syncs import HostSyncs
+
+CAUSAL = "causal LM, Llama"
+WAYS: dict[str, dict[str, Any]] = {
+    "planner off": {"planner": False},
+    "long passes are cheap": {"planner_costs": (1000.0, 1.0, 0.0)},
+    "padding is dear": {"planner_costs": (0.0, 1.0, 0.1)},
+    "max_tokens": {"max_tokens": 40},
+    "max_tokens, planner off": {"max_tokens": 40, "planner": False},
+    "workers": {"num_workers": 2},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_way_to_cut_changes_the_update(name: str) -> None:
+    in_one = trained(name, 12, planner=False)
+    passes = set()
+    for way, arguments in WAYS.items():
+        run = trained(name, 4, **arguments)
+        assert difference(in_one, run) < 1e-9, way
+        passes.add(run[1].passes_per_update)
+    assert len(passes) >= 3  # they were cut differently
+
+
+def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cut, and for as many processes as may be, the rows that reach an update are the plan's."""
+    from ftaccum.data import Feed
+
+    def updates(**arguments: Any) -> list[list[int]]:
+        seen: list[list[int]] = []
+        share = Feed._share
+
+        def watched(feed: Feed, window: Any) -> Any:
+            found = share(feed, window)
+            dealt = feed.loader.cut(window.rows, feed.cutter)
+            seen.append(sorted(row for part in dealt for piece in part for row in piece.rows))
+            assert sorted(found.window) == seen[-1] == sorted(window.rows)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Feed, "_share", watched)
+            trained(NAMES[1], arguments.pop("batch_size", 4), **arguments)
+        return seen
+
+    planned, *others = updates(), *(updates(**way) for way in ({"planner": False}, {"max_tokens": 50}))
+    assert len(planned) == 6
+    assert all(other == planned for other in others)
+    assert updates(batch_size=3) == planned
+
+
+def test_padding_shrinks_with_the_planner() -> None:
+    with_it, without = (trained(NAMES[1], 3, planner=planner)[1] for planner in (True, False))
+    assert with_it.padding_fraction < 0.7 * without.padding_fraction
+
+
+def test_max_tokens_lifts_the_cap_on_rows_and_keeps_its_own() -> None:
+    few = trained(NAMES[1], 1, max_tokens=60)[1]
+    assert few.gradient_accumulation_steps == 12
+    assert few.passes_per_update < 6
+
+
+def test_max_tokens_below_a_row_is_an_error_with_the_row() -> None:
+    rows = HEADS[CAUSAL].rows(9)
+    longest = max(range(9), key=lambda n: len(rows[n]["input_ids"]))
+    with pytest.raises(DataError, match=rf"row {longest} has \d+ tokens, and `max_tokens` is 4"):
+        test_fine_tuning(HEADS[CAUSAL].model(), train_data=rows, max_tokens=4, validation_split=0.0)
+
+
+def test_max_tokens_needs_lengths() -> None:
+    class Unknown(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, n: int) -> Row:
+            return HEADS[CAUSAL].rows(9)[n]
+
+    with pytest.raises(DataError, match="`max_tokens` needs the lengths of the rows"):
+        test_fine_tuning(HEADS[CAUSAL].model(), train_data=Unknown(), max_tokens=400)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 12])
+def test_padding_free_batches_change_nothing(batch_size: int) -> None:
+    padded, packed = trained(CAUSAL, 4), trained(CAUSAL, batch_size, padding_free=True)
+    assert packed[1].padding_fraction == 0 < padded[1].padding_fraction
+    assert difference(padded, packed) < 1e-9
+
+
+def test_padding_free_is_refused_where_rows_would_see_each_other() -> None:
+    head = HEADS[CAUSAL]
+
+    class Blurring(type(head.model())):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, position_ids: Any = None, labels: Any = None, **rest: Any) -> Any:
+            del position_ids  # forgets where rows begin
+            return super().forward(input_ids, labels=labels, **rest)
+
+    with pytest.raises(SettingsError, match="lets rows that lie one behind the other attend to each other: their loss"):
+        test_fine_tuning(Blurring(head.model().config), train_data=head.rows(9), padding_free=True)
+
+
+def test_padding_free_is_refused_for_other_heads() -> None:
+    head = HEADS["sequence classification, BERT"]
+    with pytest.raises(SettingsError, match="`padding_free` is for causal language models"):
+        test_fine_tuning(head.model(), train_data=head.rows(9), padding_free=True)
+
+
+def test_a_faulty_row_is_named_in_a_padding_free_batch() -> None:
+    rows = HEADS[CAUSAL].rows(60)
+    rows[41] = {**rows[41], "input_ids": [*rows[41]["input_ids"][:-1], 1000]}
+    with pytest.raises(DataError, match="row 41 has the token id 1000"):
+        test_fine_tuning(HEADS[CAUSAL].model(), train_data=rows, padding_free=True, validation_split=0.0)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_takes_the_same_updates_in_few_graphs() -> None:
+    """Equal to float32's rounding, which this head's loss is computed in when compiled."""
+    from torch._dynamo.utils import counters
+
+    plain = trained(CAUSAL, 4)
+    counters.clear()
+    compiled = trained(CAUSAL, 4, compile=True)
+    assert difference(plain, compiled) < 1e-6
+    assert 0 < counters["stats"]["unique_graphs"] <= 6
+
+
+def test_a_model_is_given_back_uncompiled_and_with_its_cache() -> None:
+    model = HEADS[CAUSAL].model()
+    assert model.config.use_cache
+    during: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: during.append(model.config.use_cache))
+    test_fine_tuning(model, train_data=HEADS[CAUSAL].rows(9), n_epochs=1, progress=False)
+    assert not any(during)
+    assert model.config.use_cache
+    assert model._compiled_call_impl is None
+
+
+def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_way() -> None:
+    class Breaking(torch.utils.data.Dataset):
+        """Breaks down when the third window is asked for, after the checks before training."""
+
+        fetched = 0
+
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, n: int) -> Row:
+            Breaking.fetched += len(taken) > 0
+            if Breaking.fetched > 8:
+                raise ValueError("the disk is gone")
+            return HEADS[NAMES[1]].rows(40)[n]
+
+    taken: list[int] = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            taken.append(1)
+            super().step(closure)
+
+    with pytest.raises(DataError, match="the disk is gone"):
+        test_fine_tuning(
+            HEADS[NAMES[1]].model(), train_data=Breaking(), batch_size=4, effective_batch_size=8, n_epochs=1,
+            validation_split=0.0, optimizer=lambda groups: Counting(groups), progress=False,
+        )  # fmt: skip
+    # the second window was read ahead before the first update; the third was asked for, in vain, before the second
+    assert len(taken) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_row_that_cannot_be_collated_is_named_with_workers_as_without(num_workers: int) -> None:
+    rows = HEADS[NAMES[1]].rows(200)
+    rows[180] = {**rows[180], "labels": "spam"}
+    with pytest.raises(DataError, match=r"^Of `train_data`, row 180 cannot be made part of a batch"):
+        test_fine_tuning(
+            HEADS[NAMES[1]].model(), train_data=rows, validation_split=0.0, num_workers=num_workers, progress=False
+        )
+
+
+@pytest.mark.parametrize("k", [1, 2, 16])
+def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> None:
+    """Of ftaccum's own; what a model asks for in its forward pass is its own affair (this one asks for nothing)."""
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.EmbeddingBag(61, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.embed(input_ids))
+
+    from ftaccum.loop import TrainingLoop
+
+    syncs, windows = HostSyncs("cpu", except_under=("ftaccum/data/", "torch/optim/")), 0
+    accumulate, update = TrainingLoop.accumulate, TrainingLoop.update
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with syncs:
+                return function(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "accumulate", watched(accumulate))
+        patch.setattr(TrainingLoop, "update", watched(update))
+        result = test_fine_tuning(
+            Bag(), train_data=[{"input_ids": [n, n + 1], "labels": n % 3} for n in range(48)], batch_size=1,
+            gradient_accumulation_steps=k, n_epochs=1, validation_split=0.0, progress=False,
+            loss_fn=lambda logits, batch: nn.functional.cross_entropy(logits, batch["labels"]),
+        )  # fmt: skip
+        windows = len(result.loss_history)
+    assert syncs.total == windows, syncs.where
+
+
+def test_what_a_pass_costs_is_found_in_noise() -> None:
+    draw = torch.Generator().manual_seed(0)
+    true = PassCosts(0.004, 5e-5, 2e-7)
+    timed = []
+    for n in range(64):
+        rows, width = int(torch.randint(1, 9, (), generator=draw)), int(torch.randint(8, 600, (), generator=draw))
+        stall = 4.0 if n % 16 == 0 else 1.0
+        noise = stall * (1 + 0.05 * float(torch.randn((), generator=draw)))
+        timed.append((Slice(tuple(range(rows)), rows * width, width), noise * true.of(rows * width, width)))
+    found = fitted(timed)
+    assert found is not None
+    # 80 tokens a pass and 0.004 a square, to the nearest power of two
+    assert found == PassCosts(64.0, 1.0, 2.0**-8)
+
+
+def test_passes_that_are_alike_tell_nothing_of_their_costs() -> None:
+    assert fitted([(Slice((0,), 10, 10), 0.1)] * 99) is None
+    assert fitted([]) is None
+
+
+def test_costs_are_measured_in_the_first_updates_unless_given_or_runs_must_repeat() -> None:
+    def costs(**arguments: Any) -> Any:
+        head = HEADS[NAMES[1]]
+        result = test_fine_tuning(
+            head.model(), train_data=head.rows(120), batch_size=4, effective_batch_size=8, n_epochs=1, progress=False,
+            **arguments,
+        )  # fmt: skip
+        return result.planner_costs
+
+    assert costs() != [64.0, 1.0, 0.0005] != costs(planner_costs=(3, 2, 1))
+    assert costs(planner_costs=(3, 2, 1)) == [3, 2, 1]
+    assert costs(deterministic=True) == [64.0, 1.0, 0.0005]
+    assert costs(planner=False) is None
+
+
+@pytest.mark.processes
+def test_two_processes_cut_alike_and_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
+    ways = {"planner off": WAYS["planner off"], "max_tokens": WAYS["max_tokens"], "workers": WAYS["workers"]}
+    (tmp_path / "ways.json").write_text(json.dumps({**ways, "padding-free": {"padding_free": True}}))
+    torch.save({name: trained(name, 12, planner=False) for name in (CAUSAL, NAMES[1])}, tmp_path / "alone.pt")
+    printed = two_processes("planner_of_two.py", str(tmp_path / "alone.pt"), str(tmp_path / "ways.json"))
+    differences = json.loads(next(line for line in printed.splitlines() if line.startswith("DIFFERENCES "))[12:])
+    assert len(differences) == 7
+    assert max(differences.values()) < 1e-9, differences
