@@ -21,14 +21,31 @@ from running_out import limited
 NAME = "sequence classification, BERT"
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("most", [1, 2, 5])
-def test_running_out_of_memory_changes_no_update(most: int, where: str) -> None:
-    in_plenty = trained(NAME, 12)
-    scarce = trained(NAME, 12, prepare=lambda model: limited(model, most, where))
+@pytest.mark.parametrize(
+    ("name", "most", "where"),
+    [
+        (NAME, 1, "forward"),
+        (NAME, 2, "backward"),
+        (NAME, 5, "forward"),
+        ("causal LM, Llama", 5, "backward"),
+        ("question answering, BERT", 4, "forward"),  # padded to one width per window
+    ],
+)
+def test_running_out_of_memory_changes_no_update(name: str, most: int, where: str) -> None:
+    in_plenty = trained(name, 12)
+    scarce = trained(name, 12, prepare=lambda model: limited(model, most, where))
     assert scarce[1].out_of_memory > 0 == in_plenty[1].out_of_memory
     assert difference(in_plenty, scarce) < 1e-9
     assert scarce[1].passes_per_update > in_plenty[1].passes_per_update
+
+
+def test_windows_that_workers_took_ahead_follow_what_was_learnt() -> None:
+    """They were cut before memory ran out, and would run out of it again."""
+    alone, with_workers = (
+        trained(NAME, 12, planner=False, num_workers=n, prepare=lambda model: limited(model, 3)) for n in (0, 2)
+    )
+    assert with_workers[1].out_of_memory == alone[1].out_of_memory > 0
+    assert difference(alone, with_workers) < 1e-9
 
 
 def rows_of_equal_length(n: int) -> list[dict[str, Any]]:

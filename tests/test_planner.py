@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum import DataError, SettingsError, plan, test_fine_tuning
 from ftaccum.calibration import fitted
 from ftaccum.cutting import PassCosts, Slice
+from ftaccum.data import as_rows
+from ftaccum.data.checking import sample_positions
 from heads import HEADS, Row
 from invariance import NAMES, difference, trained
 
@@ -123,10 +125,16 @@ def test_padding_free_is_refused_for_other_heads() -> None:
 
 
 def test_a_faulty_row_is_named_in_a_padding_free_batch() -> None:
-    rows = HEADS[CAUSAL].rows(60)
-    rows[41] = {**rows[41], "input_ids": [*rows[41]["input_ids"][:-1], 1000]}
-    with pytest.raises(DataError, match="row 41 has the token id 1000"):
-        test_fine_tuning(HEADS[CAUSAL].model(), train_data=rows, padding_free=True, validation_split=0.0)
+    rows = HEADS[CAUSAL].rows(200)
+    windows = plan(200, batch_size=4, validation_split=0.0).windows(0)
+    looked_at = sample_positions(as_rows(rows, "train_data"))
+    faulty = next(window.rows[2] for window in windows if window.rows[2] not in looked_at)
+    rows[faulty] = {**rows[faulty], "input_ids": [*rows[faulty]["input_ids"][:-1], 1000]}
+    with pytest.raises(DataError, match=f"row {faulty} has the token id 1000"):
+        test_fine_tuning(
+            HEADS[CAUSAL].model(), train_data=rows, padding_free=True, planner=False, validation_split=0.0,
+            progress=False,
+        )  # fmt: skip
 
 
 @pytest.mark.slow

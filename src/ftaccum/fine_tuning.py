@@ -1,40 +1,21 @@
-"""`test_fine_tuning`: the one place where the parts meet."""
+"""`test_fine_tuning`: what users call."""
 
-import math
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import astuple, fields, replace
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from safetensors.torch import save_model
 from torch import nn
 from torch.optim import Optimizer
 
-from .adapting import Adaptation
-from .assembly import Assembly, assemble
-from .borrowing import borrowed, compiled
-from .calibration import Calibration, NoCalibration
-from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
-from .data import Collator, Feed, mean_length
-from .errors import SettingsError
-from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
-from .history import EpochEntry, Ledger, Result, Work
-from .loop import Outcome, TrainingLoop
-from .memory import Agreement, agreed_by
+from .data import Collator
+from .evaluation import ComputeMetrics
+from .history import Result
 from .objective import CountItems, LossFn
-from .optim import OptimizerFactory, make_optimizer, make_schedule, rates_put_back
+from .optim import OptimizerFactory
 from .parts import Parts, check_parts
-from .physical_batch import largest_batch
-from .planning import Batching, Plan, batching_of
-from .recording import Recorder, tracking
-from .screen import Screen
-from .selection import BestEpoch
+from .running import run
 from .session import session
-from .settings import Recipe, Runtime, checked
+from .settings import checked
 
 
 def test_fine_tuning(
@@ -166,163 +147,8 @@ def test_fine_tuning(
     parts = Parts(**{f.name: given[f.name] for f in fields(Parts)})
     check_parts(parts, recipe)
     with session(runtime, recipe.random_seed) as accelerator:
-        return _run(parts, recipe, runtime, accelerator)
+        return run(parts, recipe, runtime, accelerator)
 
 
 # pytest collects whatever is named `test_*` where a user imports it.
 test_fine_tuning.__test__ = False  # type: ignore[attr-defined]
-
-
-def _run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> Result:
-    """One run. The model is left trained, in the mode and without the wrappers that it came with."""
-    model, folder = parts.model, _made(runtime.output_dir)
-    screen = Screen(accelerator.is_main_process, runtime.progress)
-    _check_precision(model, accelerator)
-    optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
-    if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
-        model.to(accelerator.device)
-    with ExitStack() as stack:
-        stack.enter_context(borrowed(model, gradient_checkpointing=runtime.gradient_checkpointing))
-        stack.enter_context(rates_put_back(optimizer))
-        agreement = stack.enter_context(agreed_by(accelerator))
-        assembly, plan = _planned(parts, recipe, runtime, accelerator, agreement)
-        warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
-        screen.banner(plan, assembly.notes(), warmup, accelerator.mixed_precision, accelerator.device.type)
-
-        schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
-        if runtime.compile:
-            stack.enter_context(compiled(model))
-        wrapped, prepared = accelerator.prepare(model, optimizer)
-        clip = math.inf if recipe.gradient_clip_norm is None else recipe.gradient_clip_norm
-        calibration = _calibration(runtime, accelerator)
-        feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
-        adaptation = Adaptation(feed, agreement, calibration, screen.note)
-        loop = TrainingLoop(accelerator, wrapped, assembly.objective, prepared, schedule, clip, agreement, calibration)
-        ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
-        stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
-
-        started, work = time.perf_counter(), Work()
-        evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, replace(feed.cutter, packed=False))
-        best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
-        # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
-        ledger.initial_val_loss, metrics = evaluate(model)
-        screen.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), plan.n_epochs)
-        recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), plan.batching, work)
-
-        def on_window(outcome: Outcome) -> None:
-            recorder.window(outcome)
-            adaptation.window_done()
-
-        for epoch in range(plan.n_epochs):
-            with work.timed():
-                loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
-            val_loss, metrics = evaluate(model)
-            screen.epoch(recorder.epoch(val_loss, metrics), plan.n_epochs)
-            if best.ends_after(val_loss, model):
-                screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
-                break
-        if best.restore(model):
-            screen.note(f"Restored the weights of the epoch with validation loss {best.loss:.4f}.")
-        result = Result.of(
-            ledger,
-            plan.batching,
-            work=_over_processes(work, accelerator),
-            training_time=time.perf_counter() - started,
-            planner_costs=None if feed.cutter.costs is None else list(astuple(feed.cutter.costs)),
-            out_of_memory=adaptation.headroom.failures,
-            amp_enabled=accelerator.mixed_precision != "no",
-            final_loss_scale=None if accelerator.scaler is None else accelerator.scaler.get_scale(),
-            output_dir=runtime.output_dir,
-        )
-    if folder and accelerator.is_main_process:
-        _save(result, model, parts.tokenizer, folder)
-    accelerator.wait_for_everyone()
-    screen.result(result)
-    return result
-
-
-def _planned(
-    parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, agreement: Agreement
-) -> tuple[Assembly, Plan]:
-    n_processes = accelerator.num_processes
-    if not recipe.tokens_per_update and runtime.batch_size != "auto":
-        batching_of(recipe, runtime, n_processes)  # sizes that disagree are told before the data are looked at
-    assembly = assemble(parts, recipe, runtime, accelerator)
-    length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
-    if runtime.batch_size == "auto":
-        rows = batching_of(recipe, replace(runtime, batch_size=1), n_processes, length).effective_batch_size
-        at_most = math.ceil(rows / n_processes)
-        size = largest_batch(parts.model, assembly.objective, assembly.train, accelerator, agreement, at_most)
-        runtime = replace(runtime, batch_size=size)
-    batching = batching_of(recipe, runtime, n_processes, length)
-    n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
-    return assembly, Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed, n_validation)
-
-
-def _cutter(runtime: Runtime, batching: Batching) -> Cutter:
-    rows = batching.batch_size if runtime.max_tokens is None else None
-    given = GUESSED_COSTS if runtime.planner_costs is None else PassCosts(*runtime.planner_costs)
-    return Cutter(
-        Caps(rows, runtime.max_tokens), given if runtime.planner else None, batching.num_processes, runtime.padding_free
-    )
-
-
-def _calibration(runtime: Runtime, accelerator: Accelerator) -> NoCalibration:
-    measures = runtime.planner and runtime.planner_costs is None and not runtime.deterministic
-    return Calibration(accelerator) if measures and accelerator.device.type in ("cpu", "cuda") else NoCalibration()
-
-
-def _check_precision(model: nn.Module, accelerator: Accelerator) -> None:
-    if accelerator.mixed_precision == "fp16" and any(p.dtype == torch.float16 for p in model.parameters()):
-        raise SettingsError(
-            [
-                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
-                "into. Load the model in float32 (`dtype=torch.float32`)."
-            ]
-        )
-
-
-def _evaluation(
-    assembly: Assembly, compute_metrics: ComputeMetrics | None, accelerator: Accelerator, cutter: Cutter
-) -> Evaluation | NoEvaluation:
-    if assembly.val is None or assembly.val_rows is None:
-        return NoEvaluation()
-    return Evaluation(
-        accelerator,
-        assembly.objective,
-        assembly.val,
-        len(assembly.val_rows),
-        cutter,
-        compute_metrics,
-        assembly.ignore_index,
-    )
-
-
-def _over_processes(work: Work, accelerator: Accelerator) -> Work:
-    counts = torch.tensor([work.rows, work.tokens, work.positions, work.passes], device=accelerator.device)
-    rows, tokens, positions, passes = accelerator.reduce(counts, "sum").tolist()
-    return Work(rows, tokens, positions, passes, work.seconds)
-
-
-def _made(output_dir: str | None) -> Path | None:
-    if output_dir is None:
-        return None
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(
-            [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
-        ) from error
-    return Path(output_dir)
-
-
-def _save(result: Result, model: Any, tokenizer: Any, folder: Path) -> None:
-    """`result.json`, and in `model/` the model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
-    result.save(folder / "result.json")
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder / "model")
-    else:
-        (folder / "model").mkdir(exist_ok=True)
-        save_model(model, str(folder / "model" / "model.safetensors"))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder / "model")

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .calibration import NoCalibration
 from .data import MicroBatch, Portion, Portions
+from .embedding_gradients import EmbeddingGradients
 from .history import Work
 from .memory import Agreement, RanOutError, give_back_memory, is_out_of_memory
 from .objective import Denominator, ItemMeans, Objective
@@ -62,11 +63,13 @@ class TrainingLoop:
     calibration: NoCalibration
     _held: list[nn.Parameter] = field(init=False)
     _not_held: list[nn.Parameter] = field(init=False)
+    _tables: EmbeddingGradients = field(init=False)
 
     def __post_init__(self) -> None:
         self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
         held = {id(p) for p in self._held}
         self._not_held = [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
+        self._tables = EmbeddingGradients(self.model)
 
     def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
         """One update for each window; of each, a portion is this process's."""
@@ -90,9 +93,11 @@ class TrainingLoop:
         # All processes make as many passes, and the last one is synced.
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
         apart = share if self.agreement.alone else share[:-1]  # passes in which no process needs another
-        failed = next((n for n, micro in enumerate(apart) if not self._fits(micro, denominator, losses)), None)
+        with self._tables.sparse():
+            failed = next((n for n, micro in enumerate(apart) if not self._fits(micro, denominator, losses)), None)
         if self.agreement.any(failed is not None):
             raise RanOutError(failed)
+        self._tables.hand_over()
         for micro in share[len(apart) :]:
             self._synced_pass(micro, denominator, losses)
         return losses, denominator.items_T
@@ -136,6 +141,7 @@ class TrainingLoop:
         try:
             with self.calibration.timing(micro.slice):
                 self._pass(micro, denominator, losses)
+                self._tables.collect()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -159,11 +165,13 @@ class TrainingLoop:
         accelerator = self.accelerator
         with accelerator.accumulate(self.model), self._without_trace(micro):
             batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
-            means, _ = self.objective.means(self.model, batch, micro.counts, micro.terms)
+            # Not the outputs beside them: a name would keep the logits through the backward pass.
+            means = self.objective.means(self.model, batch, micro.counts, micro.terms)[0]
             accelerator.backward(denominator.for_backward(denominator.contribution(means, micro.counts)))
         losses.add(means, micro.counts)
 
     def _zero_gradients(self) -> None:
+        self._tables.drop()
         for p in (*self._held, *self._not_held):
             p.grad = None
 

@@ -90,7 +90,7 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
 def _pass(model: nn.Module, objective: Objective, micro: MicroBatch, accelerator: Accelerator) -> None:
     with accelerator.autocast():
         batch = send_to_device(micro.batch, accelerator.device)
-        means, _ = objective.means(model, batch, micro.counts, micro.terms)
+        means = objective.means(model, batch, micro.counts, micro.terms)[0]
     torch.stack(list(means.values())).sum().backward()
 
 

@@ -13,6 +13,7 @@ from .collating import Collation, can_be_taken_apart, take
 from .rows import Rows, class_of, length_of
 
 _SAMPLE, _PROBE_ROWS = 32, 4
+_LONG_ENOUGH = 256  # tokens, for rows to be unlike in length
 _UNEQUAL_GROUPS = [0], [1], [2, 3]
 
 
@@ -139,7 +140,7 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
         DataError: where the collator draws at random and its batches cannot be taken apart: then what a row
             contributes depends on the batch it is in.
     """
-    positions = _unlike(rows, candidates)
+    positions, longest = _unlike(rows, candidates)
     together = collation.seeded(rows, positions, 0)
     in_rows = can_be_taken_apart(together, len(positions))
     if collation.draws and not in_rows:
@@ -148,23 +149,32 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
             "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
         )
     return Sample(
+        collation.seeded(rows, [longest], 0),
         together,
         (lambda batch: [take(batch, group) for group in _UNEQUAL_GROUPS]) if in_rows else None,
         [] if collation.draws else [collation(rows, [positions[n] for n in group]) for group in _UNEQUAL_GROUPS],
     )
 
 
-def _unlike(rows: Rows, candidates: Sequence[int]) -> list[int]:
-    # The shortest, the longest, and two between, of other classes: the more the groups differ, the more is told.
+def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
+    """The rows to measure a loss on, and the longest of all.
+
+    The shortest, the longest that takes no time, and two between, of other classes: the more the groups differ, the
+    more is told.
+    """
     fetched = dict(zip(candidates, rows.fetch(candidates), strict=True))
     by_length = sorted(candidates, key=lambda position: length_of(fetched[position]))
+    longest = by_length[-1]
+    n_quick = sum(length_of(fetched[p]) <= _LONG_ENOUGH for p in by_length)
+    by_length = by_length[: max(n_quick, _PROBE_ROWS)]
     n = min(_PROBE_ROWS, len(by_length))
     chosen = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
     for place in range(1, n - 1):
         others = (p for i, p in enumerate(chosen) if i != place)
         taken = {class_of(fetched[p]) for p in others}
         chosen[place] = next((p for p in by_length if class_of(fetched[p]) not in taken), chosen[place])
-    return (chosen * _PROBE_ROWS)[:_PROBE_ROWS]  # with other labels, a row and its copies can still tell something
+    # With other labels, a row and its copies can still tell something.
+    return (chosen * _PROBE_ROWS)[:_PROBE_ROWS], longest
 
 
 def _has_items(batch: Batch, counting: Counting) -> bool:

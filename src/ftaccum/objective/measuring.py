@@ -16,13 +16,27 @@ from .counting import Batch, Counting, CountItems, counts_from_user
 from .denominator import means_of_sums
 from .forward import Forward
 from .objective import Objective
-from .probing import EXPLAINED, EXPLAINED_IN_HALF, Cut, Explanation, Losses, Ways, choose, explain, in_float32, shaken
+from .probing import (
+    EXPLAINED,
+    EXPLAINED_IN_HALF,
+    Cut,
+    Explanation,
+    Losses,
+    Ways,
+    choose,
+    explain,
+    in_float32,
+    remembered,
+    shaken,
+)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A few labelled rows to measure a loss on; see `probing.explain` for the fields."""
+    """A few labelled rows to measure a loss on; see `probing.explain` for the fields. `longest` is the longest row of
+    the data, for what it takes to fail now and not in the middle of training."""
 
+    longest: Batch
     together: Batch
     cut: Cut | None
     padded_apart: Sequence[Batch]
@@ -69,7 +83,7 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with only_looking(model):
-        terms = tuple(forward(model, send_to_device(sample.together, device))[0])
+        terms = tuple(forward(model, send_to_device(sample.longest, device))[0])
         ways = _ways(terms, sample.together, forward, counting, count_items, sums)
 
         def losses(batch: Batch) -> dict[str, float]:
@@ -121,12 +135,14 @@ def _measure(
 ) -> _Findings:
     parts = sample.cut or (lambda _: sample.padded_apart)
     with shaken(model):
-        names = choose(losses, sample.together, parts, ways, counting.ignore_index)
+        shaken_losses = remembered(losses)
+        names = choose(shaken_losses, sample.together, parts, ways, counting.ignore_index)
         # Of a count of the user's own it does not show whether labels are shifted; of the loss it does.
         every = dict.fromkeys(ways, counting.applicable(sample.together))
-        nearest = choose(losses, sample.together, parts, every, counting.ignore_index)
+        nearest = choose(shaken_losses, sample.together, parts, every, counting.ignore_index)
         chosen = {term: ways[term][name] for term, name in names.items()}
-        unlike = explain(losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
+        unlike = explain(shaken_losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
+    losses = remembered(losses)
     _check_finite(losses(sample.together), chosen, sample.together)
     as_it_is = explain(losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
     shifts = set(nearest.values()) == {"labels after the shift"}

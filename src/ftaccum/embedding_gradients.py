@@ -1,0 +1,66 @@
+"""Gradients of embedding tables, as the few rows that a pass touches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import has_compiled_regions
+from torch import Tensor, nn
+
+
+class EmbeddingGradients:
+    """Adds up the gradients of embedding tables over the passes of a window, without writing whole tables each time.
+
+    A pass looks up some hundred rows of a table of tens of thousands. Dense, the gradient is nearly all zeros, written
+    and added anew in every pass; sparse, it is those rows. On a CPU that saves 25 ms of every pass of an encoder of 23M
+    parameters, of which the table is half: an eighth of a pass of 8 × 27 tokens. The sum is dense again before anybody
+    else sees it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Tables on accelerators are left alone: nothing is known of a gain, and adding rows up in no certain order
+        would cost them their reproducibility. So are those of a compiled model, which knows no sparse gradients."""
+        modules = [] if _is_compiled(model) else list(model.modules())
+        self._tables = [m for m in modules if isinstance(m, nn.Embedding) and _can_be_sparse(m)]
+        self._sums: dict[Tensor, Tensor] = {}
+
+    @contextmanager
+    def sparse(self) -> Iterator[None]:
+        """Around passes after each of which `collect` is called."""
+        before = [table.sparse for table in self._tables]
+        for table in self._tables:
+            table.sparse = True
+        try:
+            yield
+        finally:
+            for table, was in zip(self._tables, before, strict=True):
+                table.sparse = was
+
+    def collect(self) -> None:
+        """Takes what a pass left in `weight.grad`, where that is rows. A tied table's gradient is dense, and stays."""
+        for weight in (table.weight for table in self._tables):
+            if weight.grad is not None and weight.grad.is_sparse:
+                if weight not in self._sums:
+                    self._sums[weight] = torch.zeros_like(weight)
+                self._sums[weight].index_add_(0, weight.grad._indices()[0], weight.grad._values())
+                weight.grad = None
+
+    def hand_over(self) -> None:
+        """Puts the sums where gradients belong."""
+        for weight, rows in self._sums.items():
+            weight.grad = rows if weight.grad is None else rows.add_(weight.grad)
+        self.drop()
+
+    def drop(self) -> None:
+        self._sums = {}
+
+
+def _can_be_sparse(table: nn.Embedding) -> bool:
+    weight = table.weight
+    trained = isinstance(weight, nn.Parameter) and weight.requires_grad
+    watched = bool(weight._backward_hooks)  # by somebody who expects it to be dense
+    return trained and weight.device.type == "cpu" and not (watched or table.scale_grad_by_freq)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return has_compiled_regions(model) or any(module._compiled_call_impl is not None for module in model.modules())
