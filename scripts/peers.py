@@ -1,0 +1,177 @@
+"""The contenders of scripts/bench_trainer.py: the same rows, model, optimizer, schedule and clipping in each."""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
+
+from ftaccum import plan, test_fine_tuning
+from measuring import DEVICE
+from workloads import Row, Workload
+
+RATE, DECAY, CLIP = 2e-5, 0.01, 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One epoch over `rows`: as many updates, of batch_size × k rows each, for whoever does it.
+
+    Attributes:
+        precision: "no" for float32, or "bf16".
+    """
+
+    workload: Workload
+    rows: Dataset
+    batch_size: int
+    k: int
+    seed: int
+    precision: str
+
+    @property
+    def updates(self) -> int:
+        return -(-len(self.rows) // (self.batch_size * self.k))
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.rows["input_ids"]))
+
+
+Contender = Callable[[Any, Job], None]
+
+
+def trainer(strategy: str) -> Contender:
+    """Transformers' Trainer with one of its `train_sampling_strategy`s."""
+
+    def run(model: Any, job: Job) -> None:
+        with TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder, num_train_epochs=1, per_device_train_batch_size=job.batch_size,
+                gradient_accumulation_steps=job.k, train_sampling_strategy=strategy, learning_rate=RATE,
+                weight_decay=DECAY, max_grad_norm=CLIP, optim="adamw_torch_fused", bf16=job.precision == "bf16",
+                seed=job.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=DEVICE.type == "cpu",
+            )  # fmt: skip
+            Trainer(model, arguments, train_dataset=job.rows, data_collator=job.workload.collate).train()
+
+    return run
+
+
+def accelerate_loop(model: Any, job: Job) -> None:
+    """The loop of Accelerate's guide to gradient accumulation, with clipping. It divides by k, not by items."""
+    accelerator = Accelerator(
+        cpu=DEVICE.type == "cpu", mixed_precision=job.precision, gradient_accumulation_steps=job.k
+    )
+    optimizer, schedule = _optimizer(model, job.updates)
+    loader = DataLoader(job.rows, job.batch_size, shuffle=True, collate_fn=job.workload.collate)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    model.train()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def bare_loop(model: Any, job: Job) -> None:
+    """What an expert writes by hand, with nothing around it: rows in memory, ftaccum's windows in the order of arrival,
+    equal slices, each mean weighted by its loss items."""
+    rows = job.rows.to_list()
+    windows = list(plan(len(rows), validation_split=0.0, n_epochs=1, random_seed=job.seed, **sizes(job)).windows(0))
+    model.to(DEVICE).train()
+    optimizer, schedule = _optimizer(model, len(windows))
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16) if job.precision == "bf16" else nullcontext()
+    losses = []
+    for window in windows:
+        chosen = [rows[n] for n in window.rows]
+        n_items, loss_of_window = job.workload.n_items(chosen), torch.zeros((), device=DEVICE)
+        for start in range(0, len(chosen), job.batch_size):
+            part = chosen[start : start + job.batch_size]
+            batch = {name: values.to(DEVICE, non_blocking=True) for name, values in _padded(part).items()}
+            with autocast:
+                loss = model(**batch).loss * (job.workload.n_items(part) / n_items)
+            loss.backward()
+            loss_of_window += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss_of_window)
+    torch.stack(losses).tolist()
+
+
+def ours(options: Callable[[Job], dict[str, Any]]) -> Contender:
+    """`test_fine_tuning` with options that depend on the job."""
+
+    def run(model: Any, job: Job) -> None:
+        fine_tune(model, job, **options(job))
+
+    return run
+
+
+def fine_tune(model: Any, job: Job, **options: Any) -> Any:
+    given = {"validation_split": 0.0, "train_data": job.rows, **sizes(job), **options}
+
+    return test_fine_tuning(
+        model, n_epochs=1, learning_rate=RATE, weight_decay=DECAY, gradient_clip_norm=CLIP, random_seed=job.seed,
+        mixed_precision=job.precision, progress=False, **given,
+    )  # fmt: skip
+
+
+CONTENDERS: dict[str, Contender] = {
+    "trainer": trainer("random"),
+    "trainer-group": trainer("group_by_length"),
+    "trainer-rebalance": trainer("batch_rebalance"),
+    "accelerate": accelerate_loop,
+    "bare": bare_loop,
+    "ours-arrival": ours(lambda _: {"planner": False}),
+    "ours": ours(lambda _: {}),
+    "ours-tokens": ours(lambda job: {"max_tokens": job.batch_size * job.longest}),
+}
+NAMES = {
+    "trainer": "`Trainer`",
+    "trainer-group": "`Trainer`, `group_by_length`",
+    "trainer-rebalance": "`Trainer`, `batch_rebalance`",
+    "accelerate": "Accelerate's documented loop",
+    "bare": "bare PyTorch, arrival order",
+    "ours-arrival": "ftaccum, `planner=False`",
+    "ours": "**ftaccum**",
+    "ours-tokens": "ftaccum, `max_tokens` = batch × longest row",
+}
+
+
+def sizes(job: Job) -> dict[str, int]:
+    return {"batch_size": job.batch_size, "gradient_accumulation_steps": job.k}
+
+
+def _optimizer(model: Any, updates: int) -> tuple[Any, Any]:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)  # as Trainer and ftaccum do
+    return optimizer, get_linear_schedule_with_warmup(optimizer, 0, updates)
+
+
+def _padded(rows: list[Row]) -> dict[str, Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    batch = {}
+    for name, first in rows[0].items():
+        fill = -100 if name == "labels" else 0
+        values = [
+            row[name] + [fill] * (width - len(row[name])) if isinstance(first, list) else row[name] for row in rows
+        ]
+        batch[name] = torch.tensor(values)
+    return batch

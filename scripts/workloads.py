@@ -1,0 +1,124 @@
+"""What the benchmarks train on: a model and real rows that come inside Python packages (recipes/packaged.py)."""
+
+import copy
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
+
+import packaged
+
+Row = dict[str, Any]
+
+_CONVERSATIONS = packaged.CACHE / "chitchat_texts.jsonl"
+_VOCABULARY, _LONGEST = 4096, 1024
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    Attributes:
+        model: with its initial weights; never trained itself.
+        rows: tokenised, in an order of the seed.
+        collate: pads rows to a batch, as Transformers' documentation does it for this task.
+        n_items: what the loss of these rows is a mean over.
+        updates: of a timed run, where nobody says how many.
+    """
+
+    name: str
+    model: Any
+    rows: Dataset
+    collate: Callable[[list[Row]], dict[str, Any]]
+    n_items: Callable[[Sequence[Row]], int]
+    updates: int
+
+    def new_model(self) -> Any:
+        return copy.deepcopy(self.model)
+
+
+def movies(seed: int) -> Workload:
+    """Film reviews, short and of similar lengths: MiniLM (22.7M parameters) with a new head for two classes."""
+    packaged.prepare()
+    tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
+    rows = Dataset.from_csv(str(packaged.MOVIES_TRAIN)).rename_column("label", "labels")
+    rows = rows.map(lambda row: tokenizer(row["text"], truncation=True), remove_columns=["text"])
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(packaged.MINILM, num_labels=2)
+    return Workload("movies", model, rows.shuffle(seed), DataCollatorWithPadding(tokenizer), len, updates=6)
+
+
+def long_tailed(seed: int) -> Workload:
+    """Conversations of 3 to 1,024 tokens, half of them shorter than 61: a Llama of 2 × 128 with random weights."""
+    tokenizer = AutoTokenizer.from_pretrained(_minilm())
+    rows = conversations(tokenizer)
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY, hidden_size=128, intermediate_size=344, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=_LONGEST, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    return Workload("long-tailed", LlamaForCausalLM(config), rows.shuffle(seed), collate, n_targets, updates=3)
+
+
+def equal_lengths(seed: int, length: int) -> Workload:
+    """The same model on conversations that are all cut to one length."""
+    workload = long_tailed(seed)
+    rows = workload.rows.filter(lambda row: len(row["input_ids"]) >= length)
+    rows = rows.map(lambda row: {name: values[:length] for name, values in row.items()})
+    return Workload("equal lengths", workload.model, rows, workload.collate, n_targets, updates=0)
+
+
+WORKLOADS: dict[str, Callable[[int], Workload]] = {"movies": movies, "long-tailed": long_tailed}
+
+
+def conversations(tokenizer: Any) -> Dataset:
+    """Every conversation as one row of token ids, which are the labels as well.
+
+    The tokenizer's 30,522 ids are folded to 4,096: with random weights they mean nothing, and the output layer of a
+    small model would otherwise be most of its work. 0 stays the padding's.
+    """
+    texts = [json.loads(line) for line in _texts().read_text(encoding="utf-8").splitlines()]
+    encoded = tokenizer(texts, truncation=True, max_length=_LONGEST)["input_ids"]
+    ids = [[1 + n % (_VOCABULARY - 1) for n in row] for row in encoded]
+    masks = [[1] * len(row) for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": ids})
+
+
+def n_targets(rows: Sequence[Row]) -> int:
+    """The tokens that a causal LM is asked for: all but each row's first."""
+    return sum(len(row["labels"]) - 1 for row in rows)
+
+
+def _minilm() -> Path:
+    if not packaged.MINILM.exists():
+        packaged.prepare_minilm()
+    return packaged.MINILM
+
+
+def _texts() -> Path:
+    """A file with the text of each conversation, a JSON string a line; the short ones, too, that make the tail long."""
+    if not _CONVERSATIONS.exists():
+        with packaged.unpacked(packaged.CHATS_PACKAGE) as folder:
+            raw = json.loads((folder / packaged.CHATS_FILE).read_text(encoding="utf-8"))
+        texts = ["\n".join(line["text"] for line in itertools.chain(*chat["messages"])) for chat in raw.values()]
+        half_done = packaged.beside(_CONVERSATIONS)
+        half_done.write_text("".join(json.dumps(text) + "\n" for text in texts if text.strip()), encoding="utf-8")
+        half_done.rename(_CONVERSATIONS)
+    return _CONVERSATIONS
