@@ -58,7 +58,7 @@ MUTANTS = [
     Mutant("remainder dropped", "planning.py", "range(0, self.n_rows, size)", "range(0, self.n_rows - size + 1, size)"),
     Mutant("ghosts not counted in the cost", "cutting.py", "least[n_rows] + ghosts * costs.per_pass", "least[n_rows]"),
     Mutant("not the cheapest cut", "cutting.py", "better = reached < least[ends]", "better = np.isinf(least[ends])"),
-    Mutant("caps on tokens not kept", "cutting.py", "if self.caps.tokens is None:", "if True:"),
+    Mutant("caps on tokens not kept", "cutting.py", "        if self.caps.tokens is None:\n            return", "        if True:\n            return"),
     Mutant("rows of one length in another order", "cutting.py", 'np.argsort(-known, kind="stable")', "np.argsort(known)[::-1]"),
     Mutant("smallest micro-batches first", "cutting.py", "-max(piece.tokens for piece in slices)", "max(piece.tokens for piece in slices)"),
     Mutant("unequal loads", "cutting.py", "by_load = sorted(shares, key=lambda share: sum(piece.tokens for piece in share))", "by_load = shares"),

@@ -19,16 +19,17 @@ CUTS = {1: 12, 3: 4, 4: 3, 5: 3, 12: 1}
 def trained(
     name: str, batch_size: int | str, prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any
 ) -> tuple[dict[str, Tensor], Result]:
-    """Weights and result of two epochs in windows of 12 rows, in float64; the model may be prepared first."""
+    """Weights and result of two epochs (unless told otherwise) in windows of 12 rows, in float64; the model may be
+    prepared first."""
     head = HEADS[name]
     model: nn.Module = head.model()
     prepare(model)
+    arguments = {"n_epochs": 2} | arguments
     with all_in_float64():
         result = test_fine_tuning(
             model,
             train_data=head.rows(34),
             validation_split=0.1,
-            n_epochs=2,
             batch_size=batch_size,
             effective_batch_size=12,
             learning_rate=1e-3,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ftaccum import SettingsError, test_fine_tuning
+from ftaccum import Accuracy, SettingsError, test_fine_tuning
 from ftaccum.cutting import Caps
-from ftaccum.memory import Headroom
+from ftaccum.memory import Headroom, is_out_of_memory
 from ftaccum.physical_batch import largest
 from heads import HEADS
 from invariance import difference, trained
@@ -89,7 +89,10 @@ def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pyte
     head = HEADS[NAME]
     model = head.model()
     limited(model, 0)
-    with pytest.raises(torch.OutOfMemoryError, match=r"a single row \(row \d+ of `train_data`\)\. Truncate the rows"):
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"a single row \(row \d+ of `train_data`\)\. Truncate the rows.*The device said: CUDA out of memory",
+    ):
         test_fine_tuning(model, train_data=head.rows(9), batch_size=4, progress=False)
     assert "Out of memory: update 1 is run again in" in capsys.readouterr().out
 
@@ -188,6 +191,64 @@ def test_auto_leaves_weights_gradients_buffers_and_generators_alone() -> None:
     assert losses[0] == losses[1]
 
 
+def test_auto_tries_rows_without_labels_at_their_full_length() -> None:
+    """The longest rows have no label that counts, so that a ghost would stand in for them in training."""
+    head = HEADS["causal LM, Llama"]
+    rows = [{"input_ids": [5] * 40, "labels": [-100] * 40}] * 12 + head.rows(28)
+    model = head.model()
+    widths: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda m, _, given: widths.append(tuple(given["input_ids"].shape)) if m.training else None, with_kwargs=True
+    )
+    test_fine_tuning(
+        model, train_data=rows, batch_size="auto", effective_batch_size=8, n_epochs=1, validation_split=0.0,
+        progress=False,
+    )  # fmt: skip
+    assert widths[:4] == [(1, 40), (2, 40), (4, 40), (8, 40)]
+
+
+def test_auto_finds_the_gradients_of_the_try_before_and_leaves_none() -> None:
+    model = HEADS[NAME].model()
+    found: list[bool] = []
+    model.register_forward_pre_hook(
+        lambda m, _: found.append(any(p.grad is not None for p in m.parameters())) if m.training else None
+    )
+    limited(model, 4)
+    test_fine_tuning(
+        model, train_data=HEADS[NAME].rows(12), batch_size="auto", effective_batch_size=4, n_epochs=1,
+        validation_split=0.0, progress=False,
+    )  # fmt: skip
+    # tries of 1, 2 and 4 rows; then three updates of one pass
+    assert found == [False, True, True, False, False, False]
+
+
+def test_evaluation_goes_on_in_halves() -> None:
+    plain = trained(NAME, 12)
+    refused: list[int] = []
+
+    def refuse(model: nn.Module, _: Any, given: dict[str, Any]) -> None:
+        if (
+            not model.training and len(given["input_ids"]) == 3
+        ):  # all validation rows; losses are measured on 4, 1 and 2
+            refused.append(3)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    halved = trained(
+        NAME, 12, prepare=lambda model: model.register_forward_pre_hook(refuse, with_kwargs=True),
+        compute_metrics=Accuracy(),
+    )  # fmt: skip
+    assert refused == [3, 3, 3]
+    assert difference(plain, halved) < 1e-9
+    assert len(halved[1].metrics) == 2
+
+
+def test_what_the_device_said_is_told() -> None:
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
 def test_auto_is_an_error_where_no_row_fits() -> None:
     model = HEADS[NAME].model()
     limited(model, 0)
@@ -196,24 +257,19 @@ def test_auto_is_an_error_where_no_row_fits() -> None:
 
 
 def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """32 MB a row, of 256 MB free: nothing raises there, the process would be killed."""
-
-    class Large(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.scale * x.repeat_interleave(2**19, 1)).square().mean(1)
-
-    monkeypatch.setattr("ftaccum.physical_batch._free", lambda: 512 * 2**20)
-    data = torch.utils.data.TensorDataset(torch.randn(40, 4), torch.randn(40))
+    """A row takes 20 MB, of 250 MB free, of which a fifth is left alone: nothing raises there, one would be killed."""
+    taken = [0]
+    model = HEADS[NAME].model()
+    model.register_forward_pre_hook(
+        lambda _, __, given: taken.append(given["input_ids"].shape[0] * 20_000_000), with_kwargs=True
+    )
+    monkeypatch.setattr("ftaccum.physical_batch._free", lambda: 250_000_000)
+    monkeypatch.setattr("ftaccum.physical_batch._peak", lambda: 7_000_000 + taken[-1])
+    monkeypatch.setattr("ftaccum.physical_batch._forget_peak", lambda: taken.append(0))
     result = test_fine_tuning(
-        Large(), train_data=data, loss_fn=nn.MSELoss(), batch_size="auto", effective_batch_size=32, n_epochs=1,
-        validation_split=0.0, progress=False,
-    )  # fmt: skip
-    # a row takes 8 MB as it is repeated, and about as much again for each of what is kept and its gradients
-    assert 6 <= result.batch_size <= 26
+        model, train_data=HEADS[NAME].rows(40), batch_size="auto", effective_batch_size=32, n_epochs=1, progress=False
+    )
+    assert result.batch_size == 9  # 10 rows would take all of it, and an optimizer needs some, too
 
 
 @pytest.mark.processes
@@ -223,6 +279,7 @@ def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str]
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
     assert found["out_of_memory"] > 0
     assert found["difference"] < 1e-9
+    assert found["before the pass"] < 1e-9
     assert found["auto"] == 2
     assert found["auto_difference"] < 1e-9
     assert found["single row"] == 2

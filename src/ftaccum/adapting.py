@@ -8,7 +8,7 @@ import torch
 from .calibration import NoCalibration
 from .cutting import Slice
 from .data import Feed, Portion
-from .memory import Agreement, Headroom
+from .memory import Agreement, Failure, Headroom
 
 
 @dataclass
@@ -28,22 +28,22 @@ class Adaptation:
     def __post_init__(self) -> None:
         self.headroom = Headroom(self.feed.cutter.caps)
 
-    def smaller(self, portion: Portion, failed: int | None) -> Portion:
+    def smaller(self, portion: Portion, failed: Failure | None) -> Portion:
         """The same window in smaller micro-batches.
 
         Args:
-            failed: which of this process's passes ran out of memory; None where it was another process's.
+            failed: this process's pass that ran out of memory; None where it was another process's.
 
         Raises:
             torch.OutOfMemoryError: on all processes, where a single row was too much.
         """
-        piece = Slice() if failed is None else portion.micro_batches[failed].slice
+        piece = Slice() if failed is None else portion.micro_batches[failed.index].slice
         if self.agreement.any(failed is not None and len(piece.rows) < 2):
             raise torch.OutOfMemoryError(
                 "Memory ran out in a micro-batch of a single row"
                 + (f" ({self.feed.loader.name_of(piece.rows[0])})" if piece.rows else "")
                 + ". Truncate the rows, use `gradient_checkpointing`, or a smaller model; every update before this one "
-                "was taken."
+                "was taken." + (f" The device said: {failed.said}" if failed is not None else "")
             )
         tokens = self.agreement.least(None if failed is None else piece.tokens)
         assert tokens is not None, "memory ran out on one process at least"

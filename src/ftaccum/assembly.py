@@ -1,6 +1,6 @@
 """From what the user brought along to rows, an objective and loaders."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .objective import (
     difference_of_packing,
     measured_objective,
     targets_of,
+    tensors_of,
 )
 from .parts import Parts
 from .planning import hold_out
@@ -62,12 +63,12 @@ def assemble(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accele
         DataError: for data that cannot be trained on.
     """
     rows, val_rows = _split(parts, recipe, accelerator)
-    for each in (rows, val_rows):
-        if each is not None and runtime.max_tokens is not None:
-            data.check_lengths(each, runtime.max_tokens)
     ignore_index = _ignore_index(parts, rows)
     lengths = rows.lengths() if runtime.compile else None
     collation = _collation(parts, ignore_index, max(lengths) if lengths else None)
+    for each in (rows, val_rows):
+        if each is not None and runtime.max_tokens is not None:
+            data.check_lengths(each, runtime.max_tokens, collation)
     collation.find_draws(rows)
     sample = data.check_sample(rows, collation, Ranges.of_tokens(parts.model))
     forward = Forward(parts.model, sample, parts.loss_fn, token_ids=rows.are_token_ids)
@@ -77,11 +78,18 @@ def assemble(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accele
         _check_validation(parts, sample, data.check_sample(val_rows, collation, ranges))
     labelled = data.labelled(rows, collation, ignore_index)
     objective = _objective(parts, forward, rows, collation, labelled, ignore_index)
-    ahead = {"num_workers": runtime.num_workers, "pin_memory": accelerator.device.type == "cuda"}
-    val = None if val_rows is None else Loader(val_rows, collation, objective, ranges, **ahead)
+    on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
+    pin_memory = accelerator.device.type == "cuda" and on_host
+
+    def loader(rows: Rows, collation: Collation, labelled: Sequence[int] = ()) -> Loader:
+        return Loader(
+            rows, collation, objective, ranges, labelled, num_workers=runtime.num_workers, pin_memory=pin_memory
+        )
+
+    val = None if val_rows is None else loader(val_rows, collation)
     if runtime.padding_free:
         collation = _packed(parts, forward, objective, rows, collation, labelled, ignore_index)
-    train = Loader(rows, collation, objective, ranges, labelled, **ahead)
+    train = loader(rows, collation, labelled)
     return Assembly(rows, val_rows, objective, train, val, ignore_index, parts.train_data is None)
 
 
@@ -156,15 +164,21 @@ def _packed(
     Raises:
         SettingsError: where it does not, or nobody can tell.
     """
-    if parts.data_collator is not None or not objective.shifts or "position_ids" not in (forward.accepted or ()):
-        raise SettingsError(
-            [
-                "`padding_free` is for causal language models that take `position_ids`, with labels that are predicted "
-                "from the token before, and rows collated here. Leave it out; windows are sorted by length anyway."
-            ]
-        )
+    unfit = {
+        "`data_collator` is given, and collates otherwise": parts.data_collator is not None,
+        "its loss is not one of labels that are predicted from the token before": not objective.shifts,
+        "its `forward` takes no `position_ids`": "position_ids" not in (forward.accepted or ()),
+    }
+    for reason, holds in unfit.items():
+        if holds:
+            raise SettingsError(
+                [
+                    f"`padding_free` is True, which is for causal language models, but of {type(parts.model).__name__} "
+                    f"{reason}. Leave `padding_free` out; windows are sorted by length anyway."
+                ]
+            )
     packed = Collation(PackingCollator(ignore_index), forward.accepted)
-    few = labelled[:_FEW]
+    few = (labelled * _FEW)[:_FEW]  # one row has nobody to attend to
     off = difference_of_packing(parts.model, forward, objective, padded(rows, few), packed(rows, few))
     if not off <= EXPLAINED:
         raise SettingsError(

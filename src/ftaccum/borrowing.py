@@ -28,12 +28,13 @@ def borrowed(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None
 
 @contextmanager
 def compiled(model: nn.Module) -> Iterator[None]:
-    """`torch.compile`, for the time of a run: one graph for all numbers of rows and all widths."""
+    """`torch.compile`, for the time of a run: graphs that hold for many rows and many widths."""
+    before = model._compiled_call_impl
     model.compile(dynamic=True)
     try:
         yield
     finally:
-        model._compiled_call_impl = None
+        model._compiled_call_impl = before
 
 
 @contextmanager

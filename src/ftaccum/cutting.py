@@ -117,9 +117,11 @@ class Cutter:
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
         """The same for those micro-batches that keep the caps."""
-        tokens = self._tokens(lengths[: self.caps.rows])
         if self.caps.tokens is None:
-            return tokens
+            return self._tokens(lengths[: self.caps.rows])
+        # No more rows than there would be if all were as short as they can be: of a large window, few are looked at.
+        rows = max(1, self.caps.tokens // int(lengths.min() if self.packed else lengths[0]))
+        tokens = self._tokens(lengths[: rows if self.caps.rows is None else min(rows, self.caps.rows)])
         return tokens[: max(1, int(np.searchsorted(tokens, self.caps.tokens, side="right")))]
 
     def _fullest(self, lengths: np.ndarray) -> list[int]:

@@ -58,7 +58,8 @@ class EmbeddingGradients:
 def _can_be_sparse(table: nn.Embedding) -> bool:
     weight = table.weight
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    watched = bool(weight._backward_hooks)  # by somebody who expects it to be dense
+    # By somebody who expects it to be dense.
+    watched = bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
     return trained and weight.device.type == "cpu" and not (watched or table.scale_grad_by_freq)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from .cutting import Cutter, Rows
-from .data import Loader, Share
+from .data import Loader, MicroBatch, Share
 from .errors import SettingsError
+from .memory import give_back_memory, is_out_of_memory
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
 from .side_effects import in_mode
 
@@ -73,13 +74,26 @@ class Evaluation:
         predicted: list[_Predicted] = []
         with torch.no_grad(), in_mode(model, training=False):
             for micro in self._loader.stream(self._shares()):
-                batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
-                means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
-                losses.add(means, micro.counts)
-                if metrics is not None:
-                    predicted.append(metrics.keep(micro.slice.rows, outputs, batch))
+                self._evaluate(model, micro, losses, predicted)
         (losses,) = gathered([losses], accelerator)
         return total(losses.read()), {} if metrics is None else self._computed(metrics, predicted)
+
+    def _evaluate(self, model: nn.Module, micro: MicroBatch, losses: ItemMeans, predicted: list[_Predicted]) -> None:
+        """One batch, or where memory runs out, its halves."""
+        try:
+            batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
+            means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
+            kept = [] if self._metrics is None else [self._metrics.keep(micro.slice.rows, outputs, batch)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(micro.slice.rows) < 2:
+                raise
+        else:
+            losses.add(means, micro.counts)
+            predicted += kept
+            return
+        give_back_memory()
+        for half in self._loader.halves(micro):
+            self._evaluate(model, half, losses, predicted)
 
     def _shares(self) -> Iterator[Share]:
         together = _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from .calibration import NoCalibration
+from .cutting import Slice
 from .data import MicroBatch, Portion, Portions
 from .embedding_gradients import EmbeddingGradients
 from .history import Work
-from .memory import Agreement, RanOutError, give_back_memory, is_out_of_memory
+from .memory import Agreement, Failure, RanOutError, give_back_memory, is_out_of_memory
 from .objective import Denominator, ItemMeans, Objective
-from .side_effects import Buffers, Generators, preserved_buffers, preserved_rng
+from .side_effects import Buffers, Generators, buffers_of, preserved_buffers, preserved_rng
 
-# Hands over a window in smaller micro-batches, given which of this process's passes ran out of memory.
-Smaller = Callable[[Portion, int | None], Portion]
+# Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
+Smaller = Callable[[Portion, Failure | None], Portion]
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,19 @@ class TrainingLoop:
     _held: list[nn.Parameter] = field(init=False)
     _not_held: list[nn.Parameter] = field(init=False)
     _tables: EmbeddingGradients = field(init=False)
+    _moving: list[tuple[nn.Module, str]] = field(init=False)  # buffers that passes move: all, until seen not to
+    _first: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self._held = [p for group in self.optimizer.param_groups for p in group["params"]]
         held = {id(p) for p in self._held}
         self._not_held = [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
         self._tables = EmbeddingGradients(self.model)
+        self._moving = buffers_of(self.model)
 
     def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
         """One update for each window; of each, a portion is this process's."""
-        self.model.zero_grad(set_to_none=True)  # whatever came with the model is none of the first window's
+        self._zero_gradients()  # whatever came with the model is none of the first window's
         for window in portions:
             work, losses, items = self._accumulate_in_memory(window, smaller)
             portions.read_ahead()  # the next window is collated while the device computes this one
@@ -94,8 +97,9 @@ class TrainingLoop:
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
         apart = share if self.agreement.alone else share[:-1]  # passes in which no process needs another
         with self._tables.sparse():
-            failed = next((n for n, micro in enumerate(apart) if not self._fits(micro, denominator, losses)), None)
-        if self.agreement.any(failed is not None):
+            said = ((n, self._tried_pass(micro, denominator, losses)) for n, micro in enumerate(apart))
+            failed = next((Failure(n, words) for n, words in said if words is not None), None)
+        if apart and self.agreement.any(failed is not None):
             raise RanOutError(failed)
         self._tables.hand_over()
         for micro in share[len(apart) :]:
@@ -120,33 +124,38 @@ class TrainingLoop:
 
     def _accumulate_in_memory(self, window: Portion, smaller: Smaller) -> tuple[Work, ItemMeans, torch.Tensor]:
         """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had."""
-        generators, buffers = Generators.now(), Buffers.now(self.model)
+        if not self.agreement.alone:
+            # DDP would do it in the first forward pass, which a process may leave before the others enter it.
+            moving = (module._buffers[name] for module, name in self._moving)
+            broadcast([buffer for buffer in moving if buffer is not None and buffer.is_contiguous()])
+        generators, buffers = Generators.now(), Buffers.now(self._moving)
         while True:
             try:
-                return window.work, *self.accumulate(window.micro_batches)
+                losses, items = self.accumulate(window.micro_batches)
             except RanOutError as error:
                 failed = error.failed
+            else:
+                if self._first:
+                    self._moving = [place for place in self._moving if self.agreement.any(buffers.moved(*place))]
+                    self._first = False
+                return window.work, losses, items
             self._zero_gradients()
             give_back_memory()
-            if isinstance(self.model, DistributedDataParallel):
-                # Says whether the next forward pass begins with a broadcast, and processes left the window in
-                # different passes.
-                self.model.require_forward_param_sync = True
             generators.put_back()
             buffers.put_back()
             window = smaller(window, failed)
 
-    def _fits(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> bool:
-        """One pass. Returns False where memory ran out in it."""
+    def _tried_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> str | None:
+        """One pass. Returns what the device said where memory ran out in it."""
         try:
-            with self.calibration.timing(micro.slice):
+            with self.calibration.timing(Slice() if micro.is_ghost else micro.slice):
                 self._pass(micro, denominator, losses)
                 self._tables.collect()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        return True
+            return str(error)
+        return None
 
     def _synced_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
         try:

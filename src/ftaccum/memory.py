@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, distributed
 
 from .cutting import Caps
@@ -15,23 +14,34 @@ from .cutting import Caps
 # Windows without a failure after which larger micro-batches are tried again; doubled each time that this fails.
 _CALM = 50
 _NONE = 2**62  # more tokens than any micro-batch has
+# What devices and hosts say beside `torch.OutOfMemoryError`; cuBLAS and cuDNN allocate for themselves.
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class RanOutError(Exception):
     """Memory ran out on some process, and all of them have left the window.
 
     Attributes:
-        failed: which of this process's passes ran out; None where it was another process.
+        failed: which of this process's passes ran out, and what the device said; None where it was another process.
     """
 
-    def __init__(self, failed: int | None) -> None:
+    def __init__(self, failed: "Failure | None") -> None:
         super().__init__(failed)
         self.failed = failed
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A pass of a window, by its place in the share, that memory ran out in."""
+
+    index: int
+    said: str
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a smaller micro-batch may help."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or told
 
 
 def give_back_memory() -> None:
@@ -109,10 +119,11 @@ class Headroom:
 
     def went_well(self) -> None:
         """A window fitted. After enough of them, micro-batches may be twice as large again, up to what was wanted."""
-        if self.caps == self.wanted or self.caps.tokens is None:
-            return
         self._calm += 1
-        if self._calm == self._patience:
+        if self._calm < self._patience:
+            return
+        self._calm, self._grew = 0, False
+        if self.caps != self.wanted and self.caps.tokens is not None:
             twice = 2 * self.caps.tokens
-            self._calm, self._grew = 0, True
+            self._grew = True
             self.caps = self.wanted if twice >= self._failed else self.wanted.of_tokens(twice)

@@ -1,6 +1,6 @@
 """The largest physical batch that fits, by trying."""
 
-import resource
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,7 +33,8 @@ def largest_batch(
     """The most rows, all as long as the longest, whose forward and backward pass fits on every process.
 
     What an update needs besides (two moments of an optimizer for each weight, and where there are several processes a
-    bucket of gradients to sync) is set aside meanwhile. Weights, gradients, generators and buffers stay as they are.
+    bucket of gradients to sync) is set aside meanwhile. Gradients are dropped; weights, generators and buffers stay as
+    they are.
 
     Args:
         model: on its device, before it is wrapped.
@@ -58,13 +59,13 @@ def largest_batch(
                 if not is_out_of_memory(error):
                     raise
                 return False
-            finally:
-                model.zero_grad(set_to_none=True)
         if host is not None:
             host.took(n_rows)
         return True
 
+    # The gradients of one try are in the next one's way, as those of one micro-batch are in the way of the next.
     most = largest(fits, at_most)
+    model.zero_grad(set_to_none=True)
     del aside
     give_back_memory()
     agreed = agreement.least(most) or 0
@@ -90,7 +91,8 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
 def _pass(model: nn.Module, objective: Objective, micro: MicroBatch, accelerator: Accelerator) -> None:
     with accelerator.autocast():
         batch = send_to_device(micro.batch, accelerator.device)
-        means = objective.means(model, batch, micro.counts, micro.terms)[0]
+        # Where no label counts, the mean is NaN, and takes the same memory.
+        means = objective.means(model, batch, micro.counts, objective.terms)[0]
     torch.stack(list(means.values())).sum().backward()
 
 
@@ -99,10 +101,11 @@ class _Host:
     smaller one took, in proportion, is free."""
 
     def __init__(self, set_aside: int) -> None:
-        self._free = _SHARE_OF_HOST * _free() - set_aside
-        self._started = _resident()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
+        self._free = _SHARE_OF_HOST * _free() / here - set_aside
         self._per_row = 0.0
         _forget_peak()
+        self._started = _peak()
 
     def has_room_for(self, n_rows: int) -> bool:
         return self._per_row * n_rows <= self._free
@@ -121,10 +124,6 @@ def _free() -> int:
     return free
 
 
-def _resident() -> int:
-    return psutil.Process().memory_info().rss
-
-
 def _forget_peak() -> None:
     with suppress(OSError):  # where the system has no such file, the peak is that of the process's whole life
         Path("/proc/self/clear_refs").write_text("5")
@@ -134,5 +133,7 @@ def _peak() -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

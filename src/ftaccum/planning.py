@@ -205,7 +205,7 @@ class PlanArguments:
     """The arguments of `plan`, as settings: with rules, and flags for the command line."""
 
     n_rows: PositiveInt = setting(1000, "rows of the data, before the hold-out")
-    batch_size: PositiveInt = _as_in(Runtime, "batch_size")
+    batch_size: PositiveInt = setting(4, "rows of a micro-batch on one process (the physical batch)")
     gradient_accumulation_steps: PositiveInt = _as_in(Recipe, "gradient_accumulation_steps")
     effective_batch_size: PositiveInt | None = _as_in(Recipe, "effective_batch_size")
     tokens_per_update: PositiveInt | None = _as_in(Recipe, "tokens_per_update")

@@ -47,7 +47,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         agreement = stack.enter_context(agreed_by(accelerator))
         assembly, plan = _planned(parts, recipe, runtime, accelerator, agreement)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
-        notes = [*assembly.notes(), _how_cut(runtime, plan.batching)]
+        notes = [*assembly.notes(), _how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
         screen.banner(plan, notes, warmup, accelerator.mixed_precision, accelerator.device.type)
 
         schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
@@ -128,11 +128,12 @@ def _cutter(runtime: Runtime, batching: Batching) -> Cutter:
     )
 
 
-def _how_cut(runtime: Runtime, batching: Batching) -> str:
+def _how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
     """The line of the banner that says what a micro-batch may hold, and what is done with that freedom."""
     most = f"{batching.batch_size} rows" if runtime.max_tokens is None else f"{runtime.max_tokens} tokens"
     found = ", the most that fit" if runtime.batch_size == "auto" else ""
-    cut = "where it costs least" if runtime.planner else "in the order of arrival"
+    # Where all rows are as wide as the longest, or nobody knows, full micro-batches cost least.
+    cut = "where it costs least" if runtime.planner and knows_lengths else "in the order of arrival"
     return f"Micro-batches: at most {most}{found}; windows cut {cut}"
 
 

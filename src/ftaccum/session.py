@@ -78,7 +78,8 @@ def _accelerator(runtime: Runtime) -> Accelerator:
     # was read ahead must not be taken for the last because the data has ended.
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
     # A parameter may be left out of one micro-batch's loss and be part of the next one's.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Buffers are synced once a window by `loop`, outside of the passes.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(
         # Without this, Accelerate makes torchrun's processes on a machine of CPUs strangers to each other.
         cpu=not torch.accelerator.is_available(),

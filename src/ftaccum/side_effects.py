@@ -1,7 +1,7 @@
 """What a forward pass moves besides its outputs (generators, buffers, modes): set it, put it back."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,20 +40,30 @@ def _device() -> Any:
     return torch.get_device_module() if at_hand else None
 
 
+def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every buffer, by the module that has it and its name there."""
+    return [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is not None]
+
+
 @dataclass(frozen=True)
 class Buffers:
     """A copy of a model's buffers (batch-norm statistics, for one)."""
 
-    kept: list[tuple[nn.Module, str, Tensor, Tensor]]
+    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]
 
     @classmethod
-    def now(cls, model: nn.Module) -> "Buffers":
-        named = ((m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None)
-        return cls([(m, name, b, b.clone()) for m, name, b in named])
+    def now(cls, buffers: Sequence[tuple[nn.Module, str]]) -> "Buffers":
+        found = ((place, place[0]._buffers[place[1]]) for place in buffers)
+        return cls({place: (buffer, buffer.clone()) for place, buffer in found if buffer is not None})
+
+    def moved(self, module: nn.Module, name: str) -> bool:
+        """Whether a buffer is another one by now, or has other numbers."""
+        buffer, value = self.kept[module, name]
+        return module._buffers[name] is not buffer or not torch.equal(buffer, value)
 
     def put_back(self) -> None:
         with torch.no_grad():
-            for module, name, buffer, value in self.kept:
+            for (module, name), (buffer, value) in self.kept.items():
                 module._buffers[name] = buffer  # a forward pass may have put another in its place
                 # One number may stand for many (expanded), which cannot be written to; to compare waits for the device.
                 if buffer.is_contiguous() or not torch.equal(buffer, value):
@@ -81,7 +91,7 @@ def seed_all(*seed: int) -> None:
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
     """Leaves the model's buffers as they were found."""
-    before = Buffers.now(model)
+    before = Buffers.now(buffers_of(model))
     try:
         yield
     finally:

@@ -5,9 +5,12 @@ With the argument `synced`, it does so in the only pass of a window, in which gr
 
 import json
 import sys
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 
 from invariance import difference, trained
 from running_out import limited
@@ -29,6 +32,19 @@ if sys.argv[1] == "synced":
 alone = torch.load(sys.argv[1], weights_only=False)
 scarce = trained(NAME, 3, planner=False, **on_the_second(2))
 auto = trained(NAME, "auto", **on_the_second(2))
+sends: list[int] = []
+
+
+def send(*args: Any, **kwargs: Any) -> Any:
+    """Fails before the forward pass that DDP would have synced buffers in."""
+    sends.append(1)
+    if state.process_index and len(sends) == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return send_to_device(*args, **kwargs)
+
+
+with patch("ftaccum.loop.send_to_device", send):
+    before = trained(NAME, 3, planner=False)
 single = 0
 try:
     trained(NAME, 3, **on_the_second(0))
@@ -40,6 +56,7 @@ if state.is_main_process:
     found = {
         "out_of_memory": scarce[1].out_of_memory,
         "difference": difference(alone, scarce),
+        "before the pass": difference(alone, before),
         "auto": auto[1].batch_size,
         "auto_difference": difference(alone, auto),
         "single row": int(counted),

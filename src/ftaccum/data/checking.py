@@ -69,16 +69,17 @@ class Ranges:
         if outside.any():
             first = outside.nonzero()[0]
             row, value = int(first[0]), int(values[tuple(first)])
-            if len(outside) != len(positions):  # rows lie one behind the other, and each begins with position 0
+            if len(outside) == 1 < len(positions) and isinstance(batch, Mapping) and "position_ids" in batch:
+                # Rows lie one behind the other, and each begins with position 0.
                 row = int((batch["position_ids"][0, : first[1] + 1] == 0).sum()) - 1
-            name = rows.name_of(positions[row])
+            name = rows.name_of(positions[row]) if row < len(positions) else f"one of the rows {list(positions)}"
             raise DataError(f"Of `{rows.argument}`, {name} has the {words.format(value)}")
 
 
-def check_lengths(rows: Rows, max_tokens: int) -> None:
+def check_lengths(rows: Rows, max_tokens: int, collation: Collation) -> None:
     """Raises DataError where rows cannot be kept under a cap on tokens, naming the longest."""
     lengths = rows.lengths()
-    if lengths is None:
+    if lengths is None or not rows.have_tokens:
         raise DataError(
             f"`max_tokens` needs the lengths of the rows, and those of `{rows.argument}` are not known before they are "
             "made. Give a `datasets.Dataset` with `input_ids`, or a list; or cut by rows (`batch_size`)."
@@ -88,6 +89,15 @@ def check_lengths(rows: Rows, max_tokens: int) -> None:
         raise DataError(
             f"Of `{rows.argument}`, {rows.name_of(longest)} has {lengths[longest]} tokens, and `max_tokens` is "
             f"{max_tokens}: no micro-batch could hold it. Give at least {lengths[longest]}, or truncate the rows."
+        )
+    shortest = min(range(len(rows)), key=lengths.__getitem__)
+    batch = collation.seeded(rows, [shortest], 0)
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor) and ids.numel() > collation.width(lengths[shortest]):
+        raise DataError(
+            "`max_tokens` counts on rows that are padded to the longest of their micro-batch, but `data_collator` "
+            f"makes {ids.numel()} tokens of {rows.name_of(shortest)} of `{rows.argument}`, which has "
+            f"{lengths[shortest]}. Have it pad to the longest, or cut by rows (`batch_size`)."
         )
 
 

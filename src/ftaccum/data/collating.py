@@ -169,6 +169,26 @@ def take(batch: Batch, rows: Sequence[int]) -> Batch:
     return batch[torch.tensor(rows)]
 
 
+def trimmed(batch: Batch) -> Batch:
+    """Without the columns that are padding in every row, as far as an attention mask tells."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
+        return batch
+    (used,) = mask.any(0).nonzero(as_tuple=True)
+    if not len(used):
+        return batch
+    first, last = int(used[0]), int(used[-1])
+
+    def of_tokens(name: str, value: Any) -> bool:
+        named = name in _OF_TOKENS or (name == "labels" and isinstance(value, Tensor) and not value.is_floating_point())
+        return named and isinstance(value, Tensor) and value.shape == mask.shape
+
+    return {
+        name: value[:, first : last + 1].contiguous() if of_tokens(name, value) else value
+        for name, value in batch.items()
+    }
+
+
 def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
     """Whether every tensor of the batch has its rows along the first dimension."""
     if isinstance(batch, Mapping):

@@ -35,7 +35,7 @@ class Feed:
     """Where windows come from.
 
     Attributes:
-        cutter: may be replaced between windows. One that was read ahead is cut anew only where its caps have changed.
+        cutter: may be replaced between windows; those that were read ahead are cut anew.
     """
 
     plan: Plan
@@ -50,7 +50,7 @@ class Feed:
     def again(self, portion: Portion) -> Portion:
         """The same window, cut by the cutter as it now is."""
         share, cutter = self._share(portion.window), self.cutter
-        (micro_batches,) = self.loader.load([share], ahead=False)
+        (micro_batches,) = self.loader.load([share])
         return Portion(portion.window, cutter, micro_batches)
 
     def _cut_as_it_comes(self, epoch: int) -> Iterator[Portion]:
@@ -62,7 +62,7 @@ class Feed:
                 cut.append((window, self.cutter))
                 yield self._share(window)
 
-        for micro_batches in self.loader.load(shares()):
+        for micro_batches in self.loader.load(shares(), seed=(self.plan.seed, epoch, self.process_index)):
             yield Portion(*cut.pop(0), micro_batches)
 
     def _share(self, window: Window) -> Share:
@@ -92,4 +92,5 @@ class Portions(Iterator[Portion]):
         portion = self._read.pop()
         if isinstance(portion, Exception):
             raise portion
-        return portion if portion.cutter.caps == self.feed.cutter.caps else self.feed.again(portion)
+        # Processes read ahead unequally far: of what was learnt meanwhile, some cut by it and others did not.
+        return portion if portion.cutter == self.feed.cutter else self.feed.again(portion)

@@ -1,12 +1,14 @@
 """A process's shares of windows, as collated and counted micro-batches."""
 
 import itertools
-import multiprocessing
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -15,11 +17,12 @@ from ..cutting import Rows as Positions
 from ..errors import DataError
 from ..objective import Batch, Counts, Objective
 from .checking import Ranges
-from .collating import Collation, take
+from .collating import Collation, take, trimmed
 from .rows import Rows
 
 # Forked workers find rows and collators in memory, lambdas and all; elsewhere these must be picklable.
-_FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+_FORK = "fork" if sys.platform == "linux" else None
+_AHEAD = 16  # batches that each worker may have made before they are asked for
 _DRAWS = 3  # of a collator that draws its labels, before a data set is said to have none
 
 
@@ -98,31 +101,36 @@ class Loader:
             sorted(ghost_candidates, key=lengths.__getitem__) if lengths else ghost_candidates
         )
 
+    @property
+    def knows_lengths(self) -> bool:
+        """Whether micro-batches can be cut by the lengths of their rows."""
+        return self._lengths is not None and not self._objective.padding_sensitive
+
     def cut(self, window: Positions, cutter: Cutter) -> list[list[Slice]]:
-        """A window's micro-batches, by process. Rows that are collated together are all as wide as the longest."""
+        """A window's micro-batches, by process. Where padding matters, all rows are as wide as the longest."""
         if self._lengths is None:
             return cutter.shares(window)
         lengths = [self._lengths[position] for position in window]
-        return cutter.shares(window, [max(lengths)] * len(lengths) if self.by_window else lengths)
+        return cutter.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
-    def load(self, shares: Iterable[Share], *, ahead: bool = True) -> Iterator[list[MicroBatch]]:
+    def load(self, shares: Iterable[Share], seed: Sequence[int] | None = None) -> Iterator[list[MicroBatch]]:
         """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items.
 
         Args:
-            ahead: whether workers, where there are any, may take shares before they are asked for.
+            seed: for workers, which take shares before they are asked for, where there are any; None for none.
 
         Raises:
             DataError: naming a row that cannot be read, padded or used.
         """
         taken, given = itertools.tee(shares)
-        batches = self._collated(taken, self._num_workers if ahead else 0)
+        batches = self._collated(taken, seed)
         for share in given:
             yield [self._or_ghost(micro) for micro in self._micro_batches(share, batches)]
 
     def stream(self, shares: Iterable[Share]) -> Iterator[MicroBatch]:
         """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
         taken, given = itertools.tee(shares)
-        batches = self._collated(taken, self._num_workers)
+        batches = self._collated(taken, (0,))
         for share in given:
             yield from self._micro_batches(share, batches)
 
@@ -137,10 +145,11 @@ class Loader:
         by_length = sorted(everyone, key=lambda p: -self._lengths[p] if self._lengths is not None else p)
         rows = tuple(itertools.islice(itertools.cycle(by_length), n_rows))
         batch = self._collation.seeded(self._rows, rows, *seed)
-        return self._or_ghost(self._micro_batch(batch, Slice(rows)))
+        return self._micro_batch(batch, Slice(rows))
 
-    def _collated(self, shares: Iterable[Share], num_workers: int) -> Iterator[Batch]:
+    def _collated(self, shares: Iterable[Share], seed: Sequence[int] | None) -> Iterator[Batch]:
         """The batch of each micro-batch, or where rows are collated by the window, of each window."""
+        num_workers = 0 if seed is None else self._num_workers
         jobs = (job for share in shares for job in self._jobs(share))
         batches = DataLoader(
             _Collating(self._rows, self._collation),
@@ -149,12 +158,14 @@ class Loader:
             num_workers=num_workers,
             pin_memory=self._pin_memory,
             multiprocessing_context=_FORK if num_workers else None,
-            generator=torch.Generator(),  # otherwise it draws from the one that dropout uses
+            prefetch_factor=_AHEAD if num_workers else None,
+            generator=_generator(seed or ()),  # otherwise it draws from the one that dropout uses
         )
         for batch in batches:
             if isinstance(batch, _Fault):
                 raise DataError(batch.sentence)
-            yield batch
+            # What a worker made lies in shared memory, an open file a tensor, of which a process has a thousand.
+            yield recursively_apply(torch.clone, batch) if num_workers and not self._pin_memory else batch
 
     def _jobs(self, share: Share) -> Iterator["_Job"]:
         if not self.by_window:
@@ -170,7 +181,8 @@ class Loader:
             if not piece.rows:
                 yield MicroBatch(None, dict.fromkeys(self._objective.terms, 0), (), piece, 0, 0)
             elif self.by_window:
-                yield self._micro_batch(take(whole, [place[position] for position in piece.rows]), piece)
+                part = take(whole, [place[position] for position in piece.rows])
+                yield self._micro_batch(part if self._objective.padding_sensitive else trimmed(part), piece)
             else:
                 yield self._micro_batch(next(batches), piece)
 
@@ -178,6 +190,13 @@ class Loader:
         self._ranges.check(batch, self._rows, piece.rows)
         counts = self._objective.count(batch)
         return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch))
+
+    def halves(self, micro: MicroBatch) -> list[MicroBatch]:
+        """A micro-batch in two, at its width."""
+        middle = len(micro.slice.rows) // 2
+        parts = [range(middle), range(middle, len(micro.slice.rows))]
+        rows = [Slice(tuple(micro.slice.rows[n] for n in part)) for part in parts]
+        return [self._micro_batch(take(micro.batch, part), piece) for part, piece in zip(parts, rows, strict=True)]
 
     def _or_ghost(self, micro: MicroBatch) -> MicroBatch:
         if micro.terms:
@@ -221,6 +240,10 @@ class _Collating(Dataset[Any]):
             if get_worker_info() is None:
                 raise
             return _Fault(str(error))
+
+
+def _generator(seed: Sequence[int]) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
 def _counted(counts: Counts) -> tuple[str, ...]:

@@ -60,6 +60,12 @@ class Rows:
         """Whether each row is a tensor of token ids and nothing else."""
         return isinstance(self.source[0], Tensor)
 
+    @property
+    def have_tokens(self) -> bool:
+        """Whether the length of a row counts tokens, or whatever its first column has, and not letters."""
+        row = self.fetch([0])[0]
+        return not (isinstance(row, Mapping) and isinstance(row.get("input_ids", next(iter(row.values()), None)), str))
+
     def lengths(self) -> list[int] | None:
         """The length of every row in tokens, where it can be told without computing the rows; else None."""
         if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:

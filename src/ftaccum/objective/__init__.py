@@ -1,6 +1,6 @@
 """The objective: from a model and a micro-batch to mean losses and loss items. It alone owns the denominator."""
 
-from .counting import IGNORE_INDEX, Batch, Counting, CountItems, targets_of
+from .counting import IGNORE_INDEX, Batch, Counting, CountItems, targets_of, tensors_of
 from .denominator import Counts, Denominator, ItemMeans, gathered, total
 from .forward import Forward, LossFn, accepted_arguments, is_label, logits_of
 from .measuring import Sample, difference_of_packing, measured_objective
@@ -27,5 +27,6 @@ __all__ = [
     "logits_of",
     "measured_objective",
     "targets_of",
+    "tensors_of",
     "total",
 ]
