@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -131,12 +132,19 @@ def fine_tune(model: Any, job: Job, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def ours_dense(model: Any, job: Job) -> None:
+    """The loop alone: nothing that a bare loop does not do, the gradients of embedding tables dense as there."""
+    with patch("ftaccum.embedding_gradients._can_be_sparse", return_value=False):
+        fine_tune(model, job, planner=False)
+
+
 CONTENDERS: dict[str, Contender] = {
     "trainer": trainer("random"),
     "trainer-group": trainer("group_by_length"),
     "trainer-rebalance": trainer("batch_rebalance"),
     "accelerate": accelerate_loop,
     "bare": bare_loop,
+    "ours-dense": ours_dense,
     "ours-arrival": ours(lambda _: {"planner": False}),
     "ours": ours(lambda _: {}),
     "ours-tokens": ours(lambda job: {"max_tokens": job.batch_size * job.longest}),
@@ -147,6 +155,7 @@ NAMES = {
     "trainer-rebalance": "`Trainer`, `batch_rebalance`",
     "accelerate": "Accelerate's documented loop",
     "bare": "bare PyTorch, arrival order",
+    "ours-dense": "ftaccum, `planner=False`, dense embedding gradients",
     "ours-arrival": "ftaccum, `planner=False`",
     "ours": "**ftaccum**",
     "ours-tokens": "ftaccum, `max_tokens` = batch × longest row",

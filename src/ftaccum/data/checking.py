@@ -13,7 +13,7 @@ from .collating import Collation, can_be_taken_apart, take
 from .rows import Rows, class_of, length_of
 
 _SAMPLE, _PROBE_ROWS = 32, 4
-_LONG_ENOUGH = 256  # tokens, for rows to be unlike in length
+_LONG_ENOUGH = 64  # tokens, for rows to be unlike in length
 _UNEQUAL_GROUPS = [0], [1], [2, 3]
 
 
