@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ftaccum import DataError, SettingsError, plan, test_fine_tuning
 from ftaccum.borrowing import compiled
 from ftaccum.calibration import fitted
-from ftaccum.cutting import PassCosts, Slice
-from ftaccum.data import MicroBatch, as_rows
+from ftaccum.cutting import Caps, Cutter, PassCosts, Slice
+from ftaccum.data import Feed, Loader, MicroBatch, Share, as_rows
 from ftaccum.data.checking import sample_positions
 from ftaccum.loop import TrainingLoop
+from ftaccum.planning import Batching, Plan
 from heads import HEADS, Row, all_in_float64, one_batch
 from invariance import NAMES, difference, trained
 
@@ -48,7 +49,6 @@ def test_no_way_to_cut_changes_the_update(name: str) -> None:
 
 def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the cut, the rows that reach an update are the plan's."""
-    from ftaccum.data import Feed
 
     def updates(**arguments: Any) -> list[list[int]]:
         seen: list[list[int]] = []
@@ -308,6 +308,29 @@ def test_costs_that_change_in_mid_run_change_no_update() -> None:
     guessed, measured = (trained(NAMES[1], 4, n_epochs=6, deterministic=fixed) for fixed in (True, False))
     assert guessed[1].planner_costs != measured[1].planner_costs
     assert difference(guessed, measured) < 1e-9
+
+
+def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
+    """Processes read ahead unequally far: were one window cut in two ways, rows would be lost and others met twice."""
+
+    class Loaded:
+        def cut(self, rows: tuple[int, ...], cutter: Cutter) -> list[list[Slice]]:
+            return cutter.shares(rows, [row + 1 for row in rows])
+
+        def load(self, shares: Iterable[Share], seed: Any = None) -> Iterator[list[MicroBatch]]:
+            taken = list(shares) if seed else shares  # workers take all there are
+            for share in taken:
+                yield [MicroBatch(None, {}, (), piece, 0, 0) for piece in share.slices]
+
+    dear, cheap = Cutter(Caps(4), PassCosts(1000, 1, 0)), Cutter(Caps(4), PassCosts(0, 1, 0))
+    feed = Feed(Plan(24, 1, Batching(4, 2, 1, 8)), cast(Loader, Loaded()), dear)
+    portions = feed.epoch(0)
+    assert len(next(portions).micro_batches) == 2
+    portions.read_ahead()
+    feed.cutter = cheap
+    for portion in portions:
+        assert len(portion.micro_batches) == 8
+        assert sorted(row for micro in portion.micro_batches for row in micro.slice.rows) == sorted(portion.window.rows)
 
 
 def test_a_masked_lm_is_cut_by_length_and_keeps_its_draws() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .calibration import NoCalibration
+from .calibration import PassTimer
 from .cutting import Slice
 from .data import Feed, Portion
 from .memory import Agreement, Failure, Headroom
@@ -21,7 +21,7 @@ class Adaptation:
 
     feed: Feed
     agreement: Agreement
-    calibration: NoCalibration
+    calibration: PassTimer
     tell: Callable[[str], None]
     headroom: Headroom = field(init=False)
 

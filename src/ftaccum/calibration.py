@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import astuple
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +23,17 @@ _STALL = 2.0  # times what was to be expected: something else had the machine
 Seconds = Callable[[], float]
 
 
+class PassTimer(Protocol):
+    """What the loop and the adaptation see of it."""
+
+    def timing(self, piece: Slice) -> AbstractContextManager[None]:
+        """Around the passes of a micro-batch, but for the one in which processes wait for each other."""
+
+    def window(self) -> PassCosts | None:
+        """Ends a window, whose update has waited for the device. Returns what passes cost, once it is known, on all
+        processes alike; None before and after, and where the passes do not tell."""
+
+
 class NoCalibration:
     """Stands where costs are given, or need not be known."""
 
@@ -33,7 +45,7 @@ class NoCalibration:
         return None
 
 
-class Calibration(NoCalibration):
+class Calibration:
     """Times the passes of the first windows, without waiting for the device."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -43,7 +55,6 @@ class Calibration(NoCalibration):
 
     @contextmanager
     def timing(self, piece: Slice) -> Iterator[None]:
-        """Around the passes of a micro-batch, but for the one in which processes wait for each other."""
         if not 0 < self._windows <= _WINDOWS or not piece.rows:
             yield
             return
@@ -52,8 +63,6 @@ class Calibration(NoCalibration):
         self._timed.append((piece, stop()))
 
     def window(self) -> PassCosts | None:
-        """Ends a window, whose update has waited for the device. Returns what passes cost, once it is known, on all
-        processes alike; None before and after, and where the passes do not tell."""
         self._windows += 1
         if self._windows != _WINDOWS + 1:
             return None

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .calibration import NoCalibration
+from .calibration import PassTimer
 from .cutting import Slice
 from .data import MicroBatch, Portion, Portions
 from .embedding_gradients import EmbeddingGradients
@@ -60,7 +60,7 @@ class TrainingLoop:
     schedule: LRScheduler
     max_grad_norm: float
     agreement: Agreement
-    calibration: NoCalibration
+    calibration: PassTimer
     _held: list[nn.Parameter] = field(init=False)
     _not_held: list[nn.Parameter] = field(init=False)
     _tables: EmbeddingGradients = field(init=False)

@@ -15,7 +15,7 @@ from torch import nn
 from .adapting import Adaptation
 from .assembly import Assembly, assemble
 from .borrowing import borrowed, compiled
-from .calibration import Calibration, NoCalibration
+from .calibration import Calibration, NoCalibration, PassTimer
 from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
 from .data import Feed, mean_length
 from .errors import SettingsError
@@ -58,7 +58,10 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         calibration = _calibration(runtime, accelerator)
         feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
-        loop = TrainingLoop(accelerator, wrapped, assembly.objective, prepared, schedule, clip, agreement, calibration)
+        loop = TrainingLoop(
+            accelerator, wrapped, assembly.objective, prepared, schedule,
+            max_grad_norm=clip, agreement=agreement, calibration=calibration,
+        )  # fmt: skip
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
         stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
 
@@ -137,7 +140,7 @@ def _how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
     return f"Micro-batches: at most {most}{found}; windows cut {cut}"
 
 
-def _calibration(runtime: Runtime, accelerator: Accelerator) -> NoCalibration:
+def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:
     measures = runtime.planner and runtime.planner_costs is None and not runtime.deterministic
     return Calibration(accelerator) if measures and accelerator.device.type in ("cpu", "cuda") else NoCalibration()
 
@@ -161,10 +164,10 @@ def _evaluation(
         accelerator,
         assembly.objective,
         assembly.val,
-        len(assembly.val_rows),
-        cutter,
-        compute_metrics,
-        assembly.ignore_index,
+        n_rows=len(assembly.val_rows),
+        cutter=cutter,
+        compute_metrics=compute_metrics,
+        ignore_index=assembly.ignore_index,
     )
 
 
