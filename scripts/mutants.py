@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("types of a column by its first row", "data/collating.py", "functools.reduce(torch.promote_types, dtypes)", "dtypes[0]"),
     Mutant("rows picked by length alone", "data/checking.py", "if class_of(fetched[p]) not in taken", "if False"),
     Mutant("class weights not counted", "objective/counting.py", 'return {"class weights": self._weights}', "pass"),
-    Mutant("extremes of length not looked at", "data/checking.py", "for pick in (min, max)} if lengths else set()", "for pick in ()} if lengths else set()"),
+    Mutant("extremes of length not looked at", "data/checking.py", "    return [*shortest, max(everyone, key=lengths.__getitem__)]", "    return []"),
     Mutant("looked at in train mode", "side_effects.py", "in_mode(model, training=False)", "in_mode(model, training=True)"),
     Mutant("gradients never zeroed", "loop.py", "            p.grad = None", "            pass"),
     Mutant("clipped in every pass", "loop.py", "        losses.add(means, micro.counts)", "        losses.add(means, micro.counts)\n        accelerator.clip_grad_norm_(self._held, self.max_grad_norm)"),

@@ -1,5 +1,6 @@
 """What can be wrong with rows, found before the model sees them: in a sample first, later in each batch."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from .collating import Collation, can_be_taken_apart, take
 from .rows import Rows, class_of, length_of
 
 _SAMPLE, _PROBE_ROWS = 32, 4
-_LONG_ENOUGH = 64  # tokens, for rows to be unlike in length
+_LONG_ENOUGH = 64  # tokens, for rows to be unlike in length, or twice the shortest
+_SHORTEST = 8  # rows to look at, so that some are short enough
 _UNEQUAL_GROUPS = [0], [1], [2, 3]
 
 
@@ -119,15 +121,13 @@ def check_sample(rows: Rows, collation: Collation, ranges: Ranges) -> Batch:
 
 
 def labelled(rows: Rows, collation: Collation, ignore_index: int) -> list[int]:
-    """Positions of rows with at least one label that counts: those of the sample, the shortest and the longest row;
+    """Positions of rows with at least one label that counts: those of the sample, a few shortest and the longest row;
     where none of these has one, the first such row. A collator that draws may give any row a label.
 
     Raises:
         DataError: where no row has one.
     """
-    lengths = rows.lengths() or []
-    extremes = {pick(range(len(lengths)), key=lengths.__getitem__) for pick in (min, max)} if lengths else set()
-    positions = sorted({*sample_positions(rows), *extremes})
+    positions = sorted({*sample_positions(rows), *_extremes(rows)})
     if collation.draws:
         return positions
     counting = Counting(ignore_index)
@@ -141,6 +141,15 @@ def labelled(rows: Rows, collation: Collation, ignore_index: int) -> list[int]:
         f"`{rows.argument}` has no label that counts: all are {ignore_index}, which the loss leaves out. "
         "Check how the labels were made, and that truncation leaves some."
     )
+
+
+def _extremes(rows: Rows) -> list[int]:
+    lengths = rows.lengths()
+    if lengths is None:
+        return []
+    everyone = range(len(rows))
+    shortest = heapq.nsmallest(_SHORTEST, everyone, key=lengths.__getitem__)
+    return [*shortest, max(everyone, key=lengths.__getitem__)]
 
 
 def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sample:
@@ -175,7 +184,8 @@ def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
     fetched = dict(zip(candidates, rows.fetch(candidates), strict=True))
     by_length = sorted(candidates, key=lambda position: length_of(fetched[position]))
     longest = by_length[-1]
-    n_quick = sum(length_of(fetched[p]) <= _LONG_ENOUGH for p in by_length)
+    quick = max(_LONG_ENOUGH, 2 * length_of(fetched[by_length[0]]))
+    n_quick = sum(length_of(fetched[p]) <= quick for p in by_length)
     by_length = by_length[: max(n_quick, _PROBE_ROWS)]
     n = min(_PROBE_ROWS, len(by_length))
     chosen = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
