@@ -54,13 +54,12 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         if runtime.compile:
             stack.enter_context(compiled(model))
         wrapped, prepared = accelerator.prepare(model, optimizer)
-        clip = math.inf if recipe.gradient_clip_norm is None else recipe.gradient_clip_norm
         calibration = _calibration(runtime, accelerator)
         feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
         loop = TrainingLoop(
             accelerator, wrapped, assembly.objective, prepared, schedule,
-            max_grad_norm=clip, agreement=agreement, calibration=calibration,
+            max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=agreement, calibration=calibration,
         )  # fmt: skip
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
         stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
@@ -87,22 +86,37 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
                 break
         if best.restore(model):
             screen.note(f"Restored the weights of the epoch with validation loss {best.loss:.4f}.")
-        result = Result.of(
-            ledger,
-            plan.batching,
-            work=_over_processes(work, accelerator),
-            training_time=time.perf_counter() - started,
-            planner_costs=None if feed.cutter.costs is None else list(astuple(feed.cutter.costs)),
-            out_of_memory=adaptation.headroom.failures,
-            amp_enabled=accelerator.mixed_precision != "no",
-            final_loss_scale=None if accelerator.scaler is None else accelerator.scaler.get_scale(),
-            output_dir=runtime.output_dir,
+        training_time = time.perf_counter() - started
+        result = _result(
+            ledger, plan.batching, _over_processes(work, accelerator), training_time, adaptation, accelerator
         )
     if folder and accelerator.is_main_process:
         _save(result, model, parts.tokenizer, folder)
     accelerator.wait_for_everyone()
     screen.result(result)
     return result
+
+
+def _result(
+    ledger: Ledger,
+    batching: Batching,
+    work: Work,
+    training_time: float,
+    adaptation: Adaptation,
+    accelerator: Accelerator,
+) -> Result:
+    costs, scaler = adaptation.feed.cutter.costs, accelerator.scaler
+    return Result.of(
+        ledger,
+        batching,
+        work=work,
+        training_time=training_time,
+        planner_costs=None if costs is None else list(astuple(costs)),
+        out_of_memory=adaptation.headroom.failures,
+        amp_enabled=accelerator.mixed_precision != "no",
+        final_loss_scale=None if scaler is None else scaler.get_scale(),
+        output_dir=accelerator.project_dir,
+    )
 
 
 def _planned(
