@@ -143,7 +143,7 @@ def test_padding_free_is_refused_where_rows_would_see_each_other() -> None:
 def test_padding_free_is_refused_for_other_heads() -> None:
     head = HEADS["sequence classification, BERT"]
     with pytest.raises(
-        SettingsError, match="for causal language models, but of BertForSequenceClassification its loss is not one of"
+        SettingsError, match="BertForSequenceClassification cannot do without padding: it is no causal language"
     ):
         test_fine_tuning(head.model(), train_data=head.rows(9), padding_free=True)
 

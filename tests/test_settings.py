@@ -63,7 +63,7 @@ def test_all_faults_are_told_at_once() -> None:
         ({"use_wandb": True, "log_with": "tensorboard"}, "`use_wandb` is True, but `log_with` is 'tensorboard'"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "Give the warm-up once"),
         ({"planner": False, "planner_costs": [1, 1, 0]}, "`planner_costs` is given, but `planner` is False"),
-        ({"batch_size": "auto"}, "Give the size of an update as `effective_batch_size` or `tokens_per_update`"),
+        ({"batch_size": "auto"}, "which needs the size of an update"),
         (
             {"batch_size": "auto", "effective_batch_size": 8, "max_tokens": 99},
             "cuts micro-batches by tokens, not by rows",

@@ -165,16 +165,16 @@ def _packed(
         SettingsError: where it does not, or nobody can tell.
     """
     unfit = {
-        "`data_collator` is given, and collates otherwise": parts.data_collator is not None,
-        "its loss is not one of labels that are predicted from the token before": not objective.shifts,
+        "a `data_collator` is given, which pads": parts.data_collator is not None,
+        "it is no causal language model (labels are not predicted from the token before)": not objective.shifts,
         "its `forward` takes no `position_ids`": "position_ids" not in (forward.accepted or ()),
     }
     for reason, holds in unfit.items():
         if holds:
             raise SettingsError(
                 [
-                    f"`padding_free` is True, which is for causal language models, but of {type(parts.model).__name__} "
-                    f"{reason}. Leave `padding_free` out; windows are sorted by length anyway."
+                    f"`padding_free` is True, but {type(parts.model).__name__} cannot do without padding: {reason}. "
+                    "Leave `padding_free` out: rows are padded to the longest of their micro-batch then."
                 ]
             )
     packed = Collation(PackingCollator(ignore_index), forward.accepted)
@@ -184,8 +184,8 @@ def _packed(
         raise SettingsError(
             [
                 f"`padding_free` is True, but {type(parts.model).__name__} lets rows that lie one behind the other "
-                f"attend to each other: their loss is {100 * off:.2g}% off. Load it with "
-                "`attn_implementation='sdpa'` or 'flash_attention_2', or leave `padding_free` out."
+                f"attend to each other: their loss is {100 * off:.2g}% off. Leave `padding_free` out, or load the "
+                "model with another `attn_implementation` ('sdpa', 'flash_attention_2')."
             ]
         )
     return packed

@@ -148,10 +148,15 @@ def _cutter(runtime: Runtime, batching: Batching) -> Cutter:
 def _how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
     """The line of the banner that says what a micro-batch may hold, and what is done with that freedom."""
     most = f"{batching.batch_size} rows" if runtime.max_tokens is None else f"{runtime.max_tokens} tokens"
-    found = ", the most that fit" if runtime.batch_size == "auto" else ""
+    found = ", as many as fit or an update has" if runtime.batch_size == "auto" else ""
+    layout = "; rows one behind the other, without padding" if runtime.padding_free else ""
     # Where all rows are as wide as the longest, or nobody knows, full micro-batches cost least.
     cut = "where it costs least" if runtime.planner and knows_lengths else "in the order of arrival"
-    return f"Micro-batches: at most {most}{found}; windows cut {cut}"
+    line = f"Micro-batches: at most {most}{found}; windows cut {cut}{layout}"
+    if runtime.max_tokens is not None and batching.gradient_accumulation_steps == 1:
+        rows = batching.effective_batch_size
+        line += f"\nNote: an update has {rows} rows, by `batch_size`; `effective_batch_size` makes it larger"
+    return line
 
 
 def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:

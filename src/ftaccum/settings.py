@@ -64,7 +64,7 @@ Costs = Annotated[
         lambda v: (
             isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and c >= 0 for c in v) and sum(v) > 0
         ),
-        "three numbers of 0 or more (per pass, per padded token, per row of squared width), not all 0",
+        "three numbers of 0 or more, one at least above 0, such as [64, 1, 0.0005]",
     ),
 ]
 
@@ -116,7 +116,7 @@ class Runtime:
     )
     planner: Flag = setting(True, "cut windows where it costs least; without, into equal slices in order of arrival")
     planner_costs: Costs | None = setting(
-        None, "what a pass costs to cut by: per pass, per padded token, per row of squared width; None measures it"
+        None, "the cost of a pass: what it costs in any case, a padded token, a row's squared width; None measures it"
     )
     padding_free: Flag = setting(
         False, "lay the rows of a micro-batch one behind the other instead of padding them (causal LMs)"
@@ -162,6 +162,8 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
+    if hasattr(value, "tolist"):  # an array of NumPy's
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -215,9 +217,15 @@ def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
         found.append(
             "`batch_size` is 'auto', and `max_tokens` cuts micro-batches by tokens, not by rows. Give one of them."
         )
-    if recipe.gradient_accumulation_steps != 1 or not (recipe.effective_batch_size or recipe.tokens_per_update):
+    if recipe.gradient_accumulation_steps != 1:
         found.append(
-            "`batch_size` is 'auto', so that `gradient_accumulation_steps` follows from it. Give the size of an update "
-            "as `effective_batch_size` or `tokens_per_update` instead: it must not depend on what fits in memory."
+            f"`batch_size` is 'auto', so that `gradient_accumulation_steps` follows from it, but is given as "
+            f"{recipe.gradient_accumulation_steps}. Give the size of an update as `effective_batch_size` or "
+            "`tokens_per_update` instead: it must not depend on what fits in memory."
+        )
+    elif not (recipe.effective_batch_size or recipe.tokens_per_update):
+        found.append(
+            "`batch_size` is 'auto', which needs the size of an update: it must not depend on what fits in memory. Add "
+            "`effective_batch_size=32`, say, or `tokens_per_update`."
         )
     return found

@@ -85,6 +85,11 @@ class Forward:
         name = type(model).__name__
         if loss_fn is not None:
             return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
+        if isinstance(batch, list) and batch and isinstance(batch[0], Mapping):
+            raise DataError(
+                f"`data_collator` must give a dict of tensors, or (inputs, targets), but gives a list of {len(batch)} "
+                "dicts instead. Have it stack them, as `transformers.DataCollatorWithPadding` does."
+            )
         if not isinstance(batch, Mapping):
             raise DataError(
                 "`train_data` gives (inputs, targets) tuples, but `loss_fn` is None. "
