@@ -5,6 +5,7 @@ import json
 import math
 import random
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,27 @@ def test_twenty_runs_do_not_grow_in_memory() -> None:
         sizes.append(psutil.Process().memory_info().rss)
     assert objects[-1] == objects[3]
     assert sizes[-1] - sizes[3] < 20 * 2**20
+
+
+def test_a_run_leaves_nothing_for_the_garbage_collector() -> None:
+    left: list[weakref.ref[Any]] = []
+
+    def adam(groups: Any) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(groups)
+        left.append(weakref.ref(optimizer))
+        return optimizer
+
+    def call() -> None:
+        model = CLASSIFIER.model().float()
+        left.append(weakref.ref(model))
+        run(model, optimizer=adam)
+
+    gc.disable()
+    try:
+        call()
+        assert [ref() for ref in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_optimizers_of_the_users_own() -> None:
