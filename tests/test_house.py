@@ -28,7 +28,7 @@ FLOORS = [
     ["loop", "adapting", "physical_batch"],
     ["evaluation"],
     ["session", "borrowing", "recording", "screen", "selection"],
-    ["parts"],
+    ["parts", "watching"],
     ["assembly"],
     ["running"],
     ["fine_tuning"],

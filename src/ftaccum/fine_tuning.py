@@ -1,6 +1,6 @@
 """`test_fine_tuning`: what users call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from .parts import Parts, check_parts
 from .running import run
 from .session import session
 from .settings import checked
+from .watching import Watcher
 
 
 def test_fine_tuning(
@@ -142,12 +143,16 @@ def test_fine_tuning(
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]
     """
-    given = dict(locals())
-    recipe, runtime = checked(given)
-    parts = Parts(**{f.name: given[f.name] for f in fields(Parts)})
+    return fine_tuned(locals(), Watcher())
+
+
+def fine_tuned(arguments: Mapping[str, Any], watcher: Watcher) -> Result:
+    """What `test_fine_tuning` does, given all of its arguments, before somebody's eyes."""
+    recipe, runtime = checked(arguments)
+    parts = Parts(**{f.name: arguments[f.name] for f in fields(Parts)})
     check_parts(parts, recipe)
     with session(runtime, recipe.random_seed) as accelerator:
-        return run(parts, recipe, runtime, accelerator)
+        return run(parts, recipe, runtime, accelerator, watcher)
 
 
 # pytest collects whatever is named `test_*` where a user imports it.

@@ -135,6 +135,11 @@ class Plan:
         """Rows of each epoch's last window where it is short, else 0."""
         return self.n_rows % self.batching.effective_batch_size
 
+    def rows_after(self, n_windows: int) -> int:
+        """Rows that the first `n_windows` windows of the run hold, counted anew in every epoch."""
+        epochs, windows = divmod(n_windows, self.windows_per_epoch)
+        return epochs * self.n_rows + windows * self.batching.effective_batch_size
+
     def windows(self, epoch: int) -> Iterator[Window]:
         """The windows of one epoch (from 0)."""
         order = _permutation(self.n_rows, self.seed, _EPOCH, epoch)

@@ -33,11 +33,11 @@ class Recorder:
         self._pending.append(outcome)
         self._bar.update()
         if len(self._pending) == _DRAIN_EVERY:
-            self._drain()
+            self.drain()
 
     def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
         """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
-        self._drain()
+        self.drain()
         train_loss = total(self._epoch_losses.read()) if self._epoch_losses is not None else float("nan")
         entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
         self._ledger.record(entry)
@@ -48,7 +48,8 @@ class Recorder:
         self._epoch, self._epoch_losses = self._epoch + 1, None
         return entry
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Reads the losses kept so far, and writes their entries. All processes take part."""
         outcomes, self._pending = self._pending, []
         for outcome, losses in zip(outcomes, gathered([o.losses for o in outcomes], self._accelerator), strict=True):
             terms = losses.read()

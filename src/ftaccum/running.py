@@ -28,15 +28,15 @@ from .parts import Parts
 from .physical_batch import largest_batch
 from .planning import Batching, Plan, batching_of
 from .recording import Recorder, tracking
-from .screen import Screen
 from .selection import BestEpoch
 from .settings import Recipe, Runtime
+from .watching import Milestones, Watcher
 
 
-def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> Result:
+def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, watcher: Watcher) -> Result:
     """One run. The model is left trained, in the mode and without the wrappers that it came with."""
     model, folder = parts.model, _made(runtime.output_dir)
-    screen = Screen(accelerator.is_main_process, runtime.progress)
+    screen = watcher.screen(accelerator.is_main_process, runtime.progress)
     _check_precision(model, accelerator)
     optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
     if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
@@ -72,16 +72,24 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         screen.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), plan.n_epochs)
         recorder = Recorder(accelerator, ledger, stack.enter_context(screen.bar(plan.n_windows)), plan.batching, work)
 
+        def validate() -> float | None:
+            recorder.drain()  # the run may end here, and then all of its updates are in the ledger
+            return evaluate(model)[0]
+
+        milestones = Milestones(watcher, plan, validate, work)
+
         def on_window(outcome: Outcome) -> None:
             recorder.window(outcome)
             adaptation.window_done()
+            milestones.window_done()
 
         for epoch in range(plan.n_epochs):
             with work.timed():
                 loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
-            val_loss, metrics = evaluate(model)
-            screen.epoch(recorder.epoch(val_loss, metrics), plan.n_epochs)
-            if best.ends_after(val_loss, model):
+            entry = recorder.epoch(*evaluate(model))
+            screen.epoch(entry, plan.n_epochs)
+            milestones.epoch_done(entry)
+            if best.ends_after(entry.val_loss, model):
                 screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
                 break
         if best.restore(model):
@@ -91,7 +99,9 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             ledger, plan.batching, _over_processes(work, accelerator), training_time, adaptation, accelerator
         )
     if folder and accelerator.is_main_process:
-        _save(result, model, parts.tokenizer, folder)
+        result.save(folder / "result.json")
+        if watcher.saves_model:
+            _save(model, parts.tokenizer, folder / "model")
     accelerator.wait_for_everyone()
     screen.result(result)
     return result
@@ -208,13 +218,12 @@ def _made(output_dir: str | None) -> Path | None:
     return Path(output_dir)
 
 
-def _save(result: Result, model: Any, tokenizer: Any, folder: Path) -> None:
-    """`result.json`, and in `model/` the model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
-    result.save(folder / "result.json")
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder)
     else:
-        (folder / "model").mkdir(exist_ok=True)
-        save_model(model, str(folder / "model" / "model.safetensors"))
+        folder.mkdir(exist_ok=True)
+        save_model(model, str(folder / "model.safetensors"))
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,84 @@
+"""Looking on while a run goes on."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from ftaccum import test_fine_tuning
+from ftaccum.fine_tuning import fine_tuned
+from ftaccum.planning import Plan
+from ftaccum.watching import Watcher
+from heads import HEADS
+
+HEAD = HEADS["sequence classification, BERT"]
+
+
+class Recorder(Watcher):
+    def __init__(self, *milestones: int) -> None:
+        self._milestones, self.reached_at = milestones, list[tuple[int, int, float]]()
+
+    def milestones(self, plan: Plan) -> Iterable[int]:
+        assert (plan.n_rows, plan.n_epochs) == (30, 2)
+        return self._milestones
+
+    def reached(self, milestone: int, rows: int, val_loss: float) -> None:
+        self.reached_at.append((milestone, rows, val_loss))
+
+
+def run(watcher: Watcher, **arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Two epochs of 30 rows in windows of 8, with dropout, so that every draw counts."""
+    torch.manual_seed(0)
+    model = HEAD.model().float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    defaults = {n: p.default for n, p in inspect.signature(test_fine_tuning).parameters.items()}
+    given = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8, "progress": False, "deterministic": True}
+    data = {"train_data": HEAD.rows(36), "validation_split": 1 / 6}
+    result = fine_tuned({**defaults, **given, **data, **arguments, "model": model}, watcher)
+    return model.state_dict(), result
+
+
+def test_milestones_are_told_at_the_first_update_that_reaches_them() -> None:
+    watcher = Recorder(5, 8, 20, 30, 41, 60)
+    _, result = run(watcher)
+    # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same one, and told as the later.
+    assert [(m, rows) for m, rows, _ in watcher.reached_at] == [(8, 8), (20, 24), (30, 30), (41, 46), (60, 60)]
+    assert [watcher.reached_at[n][2] for n in (2, 4)] == result.val_loss_history
+
+
+def test_looking_on_changes_nothing() -> None:
+    alone, alone_result = run(Watcher())
+    watched, watched_result = run(Recorder(8, 16, 30, 38))
+    assert all(torch.equal(alone[name], watched[name]) for name in alone)
+    assert watched_result.loss_history == alone_result.loss_history
+    assert watched_result.val_loss_history == alone_result.val_loss_history
+
+
+def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> None:
+    class Stopper(Recorder):
+        def reached(self, milestone: int, rows: int, val_loss: float) -> None:
+            raise KeyError(milestone, rows, val_loss)
+
+    with pytest.raises(KeyError, match="16"):
+        run(Stopper(16))
+    run(Watcher())
+
+
+def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    from ftaccum.evaluation import Evaluation
+
+    def slow(self: Evaluation, model: torch.nn.Module) -> Any:
+        time.sleep(0.4)
+        return evaluate(self, model)
+
+    evaluate = Evaluation.__call__
+    monkeypatch.setattr(Evaluation, "__call__", slow)
+    _, result = run(Recorder(8, 16, 24, 38, 46, 54))
+    assert result.training_time > 9 * 0.4
+    assert result.samples_per_second > 60 / (6 * 0.4)
