@@ -163,3 +163,39 @@ def test_a_recipes_settings_file_holds_known_settings(
 def test_every_recipe_has_a_settings_file() -> None:
     programs = {file.stem for file in RECIPES.glob("*.py") if "__main__" in file.read_text()} - {"packaged"}
     assert programs == {file.stem for file in RECIPES.glob("*.yaml")} - {"two_cpu_processes"}
+
+
+def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    command = [
+        "search", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--n_epochs", "1",
+        "--accumulation_steps", "1", "2", "--learning_rate", "1e-4", "1e-2", "--no_progress",
+        "--space", "weight_decay=1e-3:0.1:log", "lr_scheduler=linear,constant", "warmup_steps=0:2",
+        "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert main([*command, "--n_trials", "3"]) == 0
+    assert main([*command, "--n_trials", "4", "--refit"]) == 0  # goes on
+    with (tmp_path / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
+    assert {row["lr_scheduler"] for row in rows} <= {"linear", "constant"}
+    assert all(1e-3 <= float(row["weight_decay"]) <= 0.1 for row in rows)
+    classifier = pipeline("text-classification", model=str(tmp_path / "best" / "model"))
+    assert classifier("a good film")[0]["label"] in ("positive", "negative")
+    capsys.readouterr()
+    assert main([*command, "--n_trials", "4", "--batch_size", "8"]) == 2
+    assert "was begun with `batch_size` 4, and is now to go on with 8" in capsys.readouterr().err
+
+
+def test_a_search_says_what_is_wrong_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["search", "--model", "absent", "--train_data", "absent.csv"]
+    for words, sentence in (
+        ([*named, "--workers", "0"], "`n_workers` must be a positive integer, but is 0 instead."),
+        ([*named, "--pruner", "halving"], "`pruner` must be 'successive_halving', 'hyperband', 'median', 'none'"),
+        ([*named, "--space", "weight_decay"], "`space` has 'weight_decay'. Say name=lowest:highest"),
+        ([*named, "--space", "weight_decay=a:b"], "`space` has 'weight_decay=a:b'. Say name=lowest:highest"),
+        ([*named, "--n_epochs", "0"], "`n_epochs` must be a positive integer"),
+        ([*named, "--effective_batch_size", "8"], "There is no option '--effective_batch_size'."),
+        (["search"], "`--model` is needed"),
+    ):
+        assert main(words) == 2
+        assert sentence in capsys.readouterr().err

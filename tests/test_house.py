@@ -32,11 +32,13 @@ FLOORS = [
     ["assembly"],
     ["running"],
     ["fine_tuning"],
+    ["search_settings"],
+    ["tuning"],
     ["sources"],
     ["cli"],
     ["__init__", "__main__"],
 ]
-WITHOUT_TORCH = ["errors", "settings", "cutting", "planning", "history", "flags", "cli"]
+WITHOUT_TORCH = ["errors", "settings", "cutting", "planning", "history", "flags", "search_settings", "cli"]
 
 
 def rooms() -> dict[str, list[Path]]:
@@ -103,6 +105,7 @@ def test_public_names() -> None:
         "Result",
         "SettingsError",
         "plan",
+        "search",
         "test_fine_tuning",
     ]
     for name in ftaccum.__all__:

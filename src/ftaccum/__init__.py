@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .history import Result
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
     from .planning import Plan, plan
+    from .tuning import search
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Result",
     "SettingsError",
     "plan",
+    "search",
     "test_fine_tuning",
 ]
 
@@ -38,6 +40,7 @@ _HOMES = {
     "history": ("Result",),
     "metrics": ("F1", "Accuracy", "ClassificationMetrics", "MeanSquaredError"),
     "planning": ("Plan", "plan"),
+    "tuning": ("search",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

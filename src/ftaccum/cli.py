@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from .errors import DataError, SettingsError
 from .flags import TrainArguments, parse
 from .planning import PlanArguments, plan
-from .settings import Recipe, Runtime, checked
+from .search_settings import SearchSettings, SpaceArguments, TrialRecipe
+from .settings import Recipe, Runtime, checked, single_faults
 
 _USAGE = """usage: ftaccum COMMAND [options]
 
@@ -14,18 +15,20 @@ Fine-tuning where gradient accumulation is exactly a large batch.
 
 commands:
   train   fine-tune a model on files or hub data
+  search  find accumulation steps and learning rate at a fixed physical batch
   plan    the arithmetic of a run: k, updates, remainder
 
 `ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
 """
 
-_BAD_INPUT = 2
+_NOTHING_FOUND, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0, or 2 for bad input."""
+    """Runs a command. Returns the exit status: 0; 1 where a search finished no trial; 2 for bad input; 130 where it was
+    interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "plan": _plan}
+    commands = {"train": _train, "search": _search, "plan": _plan}
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if words else _BAD_INPUT
@@ -33,26 +36,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ftaccum: there is no command {words[0]!r}.\n\n{_USAGE}", end="", file=sys.stderr)
         return _BAD_INPUT
     try:
-        commands[words[0]](words[1:])
+        return commands[words[0]](words[1:])
     except (SettingsError, DataError) as error:
         print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
         return _BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"ftaccum {words[0]}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _plan(words: Sequence[str]) -> int:
+    (given,) = parse([PlanArguments], words, prog="ftaccum plan", description="The arithmetic of a run. Loads nothing.")
+    print(plan(**vars(given)))
     return 0
 
 
-def _plan(words: Sequence[str]) -> None:
-    (given,) = parse([PlanArguments], words, prog="ftaccum plan", description="The arithmetic of a run. Loads nothing.")
-    print(plan(**vars(given)))
-
-
-def _train(words: Sequence[str]) -> None:
+def _train(words: Sequence[str]) -> int:
     description = "Fine-tunes a model. Bad input is told before anything is loaded, with exit status 2."
     named, recipe, runtime = parse(
         [TrainArguments, Recipe, Runtime], words, prog="ftaccum train", description=description
     )
-    needed = [name for name in ("model", "train_data") if not getattr(named, name)]
-    if needed:
-        raise SettingsError([f"`--{name}` is needed. `ftaccum train --help` says what it may be." for name in needed])
+    _check_named(named, "train")
 
     # Only now what takes seconds to import.
     from accelerate import PartialState
@@ -64,7 +68,7 @@ def _train(words: Sequence[str]) -> None:
     settings = vars(recipe) | vars(runtime)
     checked(settings)
     loaded = load(named, recipe.random_seed)
-    measures = named.task == "text-classification" and (loaded.val is not None or recipe.validation_split > 0)
+    measures = _measures(named, recipe.validation_split)
     test_fine_tuning(
         loaded.model,
         train_data=loaded.train,
@@ -74,3 +78,56 @@ def _train(words: Sequence[str]) -> None:
         **settings,
     )
     PartialState().destroy_process_group()
+    return 0
+
+
+def _search(words: Sequence[str]) -> int:
+    description = (
+        "Searches for the number of accumulation steps and the learning rate at a fixed physical batch. The same "
+        "command again goes on where it was; with `--storage`, on any number of machines at once."
+    )
+    kinds = [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime]
+    named, varied, settings, recipe, runtime = parse(kinds, words, prog="ftaccum search", description=description)
+    _check_named(named, "search")
+    shared = vars(recipe) | vars(runtime) | {"output_dir": runtime.output_dir or "outputs/search"}
+
+    from accelerate import PartialState
+
+    from .metrics import ClassificationMetrics
+    from .sources import load_factory
+    from .tuning import best_trial, read_dimensions, search
+
+    space = read_dimensions(varied.space)
+    checked(shared)
+    faults = single_faults(settings)
+    if faults:
+        raise SettingsError(faults)
+    model_factory, loaded = load_factory(named)
+    study = search(
+        model_factory,
+        None,
+        loaded.train,
+        loaded.val,
+        accumulation_steps=varied.accumulation_steps,
+        learning_rate=varied.learning_rate if len(varied.learning_rate) > 1 else varied.learning_rate[0],
+        space=space,
+        tokenizer=loaded.tokenizer,
+        compute_metrics=ClassificationMetrics() if _measures(named, recipe.validation_split) else None,
+        **vars(settings),
+        **shared,
+    )
+    PartialState().destroy_process_group()
+    return 0 if best_trial(study) is not None else _NOTHING_FOUND
+
+
+def _check_named(named: TrainArguments, command: str) -> None:
+    needed = [name for name in ("model", "train_data") if not getattr(named, name)]
+    if needed:
+        raise SettingsError(
+            [f"`--{name}` is needed. `ftaccum {command} --help` says what it may be." for name in needed]
+        )
+
+
+def _measures(named: TrainArguments, validation_split: float) -> bool:
+    """Whether there is something to measure accuracy on."""
+    return named.task == "text-classification" and (named.val_data is not None or validation_split > 0)

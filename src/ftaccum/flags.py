@@ -63,11 +63,12 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None =
     unknown = [word for word in others if word.startswith("--")] or others
     if unknown:
         flags = [f"--{name}" for name in known]
-        raise SettingsError([f"There is no option {word!r}. {_nearest(word, flags)}" for word in unknown])
+        raise SettingsError([f"There is no option {word!r}. {nearest(word, flags)}" for word in unknown])
     return parsed[: len(kinds)]
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """What to say of a name that is unknown: the one that was probably meant, or all there are."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
 
@@ -96,7 +97,7 @@ def _read(file: Path, known: list[str]) -> dict[str, Any]:
         raise SettingsError([f"`--config` {str(file)!r} must hold `name: value` lines, but holds {read!r} instead."])
     faults = []
     for key in read.keys() - set(known):
-        faults.append(f"`--config` {str(file)!r} has the unknown key {key!r}. {_nearest(str(key), known)}")
+        faults.append(f"`--config` {str(file)!r} has the unknown key {key!r}. {nearest(str(key), known)}")
     if faults:
         raise SettingsError(faults)
     return read

@@ -77,6 +77,43 @@ def _adamw(groups: ParamGroups) -> Optimizer:
         return torch.optim.AdamW(groups)
 
 
+class CoupledBeta2:
+    """Makes optimizers whose second moment forgets as fast in rows as it would at another batch size.
+
+    At batch sizes B' and B, β2' = β2^(B'/B) keeps the half-life B · ln(1/2) / ln β2 (Marek et al. 2025,
+    arXiv:2507.07101).
+
+    Attributes:
+        beta2: of the optimizer made last.
+    """
+
+    def __init__(self, factory: OptimizerFactory | None, ratio: float) -> None:
+        """Args:
+        factory: makes the optimizer; None for AdamW.
+        ratio: B'/B, the batch size of the run in that for which the optimizer's own β2 is meant.
+        """
+        self._factory, self._ratio = factory or _adamw, ratio
+        self.beta2: float | None = None
+
+    def __call__(self, groups: ParamGroups) -> Optimizer:
+        """Raises:
+        SettingsError: where the optimizer has no β2.
+        """
+        optimizer = self._factory(groups)
+        for group in optimizer.param_groups:
+            if "betas" not in group:
+                raise SettingsError(
+                    [
+                        f"`couple_beta2` is True, but {type(optimizer).__name__} has no `betas`. Leave it out, or use "
+                        "an optimizer of Adam's kind."
+                    ]
+                )
+            beta1, beta2 = group["betas"]
+            self.beta2 = beta2**self._ratio
+            group["betas"] = (beta1, self.beta2)
+        return optimizer
+
+
 @contextmanager
 def rates_put_back(optimizer: Optimizer) -> Iterator[None]:
     """Leaves an optimizer with the learning rates that it came with, whatever a schedule does to them."""

@@ -69,9 +69,9 @@ Costs = Annotated[
 ]
 
 
-def setting(default: Any, help: str) -> Any:
+def setting(default: Any, help: str, *aliases: str) -> Any:
     # The metadata is what `HfArgumentParser` hands to argparse, so that a field is a flag with its help.
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 @dataclass(frozen=True, kw_only=True)

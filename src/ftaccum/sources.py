@@ -1,13 +1,16 @@
 """What a command line can name: rows by file or hub name, and a model for a task by folder or hub name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.utils import logging
 
 from .errors import DataError, SettingsError
 from .flags import TrainArguments
@@ -39,15 +42,55 @@ def load(named: TrainArguments, seed: int) -> Loaded:
     """
     if named.task not in TASKS:
         raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
-    classifies = named.task == "text-classification"
-    columns = {named.text_column: "text"} | ({named.label_column: "label"} if classifies else {})
+    train, val = load_rows(named)
+    set_seed(seed)
+    model, tokenizer = load_model(named.task, named.model, _classes(named, train))
+    return Loaded(model, tokenizer, train, val)
+
+
+def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
+    """The same, with a function that makes the model again and again; it can be sent to other processes.
+
+    Raises:
+        DataError, SettingsError: as `load`.
+    """
+    loaded = load(named, seed=0)
+    return partial(_new_model, named.task, named.model, _classes(named, loaded.train)), loaded
+
+
+def _new_model(*named: Any) -> Any:
+    with _without_reports():
+        return load_model(*named)[0]
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without what Transformers prints each time that it loads weights: it was said the first time."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_rows(named: TrainArguments) -> tuple[Dataset, Dataset | None]:
+    """Training and validation rows."""
+    columns = {named.text_column: "text"}
+    if named.task == "text-classification":
+        columns[named.label_column] = "label"
     train = read_rows(named.train_data, columns=columns)
     if named.max_train_rows is not None:
         train = train.select(range(min(named.max_train_rows, len(train))))
     val = read_rows(named.val_data, split="validation", columns=columns) if named.val_data else None
-    set_seed(seed)
-    model, tokenizer = load_model(named.task, named.model, class_names(train) if classifies else ())
-    return Loaded(model, tokenizer, train, val)
+    return train, val
+
+
+def _classes(named: TrainArguments, train: Dataset) -> list[str]:
+    return class_names(train) if named.task == "text-classification" else []
 
 
 def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:

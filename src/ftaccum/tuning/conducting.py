@@ -1,0 +1,88 @@
+"""A search from its beginning to its end."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.storages import BaseStorage
+from optuna.trial import FixedTrial
+
+from ..errors import SettingsError
+from ..fine_tuning import fine_tuned
+from ..watching import Watcher
+from .board import Board
+from .opening import open_study
+from .reports import write_reports
+from .tables import best_trial
+from .team import Team
+from .trials import seeded_model
+from .worker import Leader, Search, arguments_of, follow
+from .workers import run_workers
+
+
+def conduct(search: Search) -> Study:
+    """Runs trials until there are enough, and says what came of them. All processes of a team call it alike."""
+    team, copy = Team(), None
+    if search.settings.n_workers > 1 and team.size > 1:
+        raise SettingsError(
+            [
+                f"`n_workers` is {search.settings.n_workers}, but {team.size} processes were launched to run each "
+                "trial together. Give one of the two, or launch several times with one `storage`."
+            ]
+        )
+    if team.is_main:
+        try:
+            study = _led(search, team)
+            copy = (study.study_name, study.directions, study.get_trials())
+        finally:
+            team.told(("end", copy))  # however it ends: the others are waiting
+    else:
+        study = _copied(*follow(search, team))
+    if search.settings.refit:
+        _refit(search, team, study)
+    return study
+
+
+def _led(search: Search, team: Team) -> Study:
+    with _silent_optuna():
+        return _shown(search, team, *open_study(search, team))
+
+
+def _shown(search: Search, team: Team, study: Study, storage: BaseStorage) -> Study:
+    with Board(study, search, storage, team.size) as board:
+        if search.settings.n_workers > 1:
+            run_workers(search, study, board.update)
+        else:
+            Leader(search, team, study, storage).work(board.update)
+    write_reports(study, search.folder)
+    return study
+
+
+@contextmanager
+def _silent_optuna() -> Iterator[None]:
+    """Without Optuna's own lines: the board has its own."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _copied(name: str, directions: list[Any], trials: list[Any]) -> Study:
+    study = optuna.create_study(study_name=name, directions=directions)
+    study.add_trials(trials)
+    return study
+
+
+def _refit(search: Search, team: Team, study: Study) -> None:
+    """The best trial once more, as an ordinary run, whose model is kept."""
+    best = best_trial(study)
+    if best is None or search.folder is None:
+        return
+    arguments = arguments_of(search, FixedTrial(best.params, best.number), team)
+    arguments |= {"output_dir": str(search.folder / "best"), "progress": search.progress}
+    model = seeded_model(search.model_factory, arguments["random_seed"])
+    fine_tuned({**arguments, "model": model}, Watcher())

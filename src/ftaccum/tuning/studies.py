@@ -1,0 +1,244 @@
+"""The study: where it is kept, what proposes and prunes, which of its trials count, and which have to run again."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna import Study, Trial
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ..errors import DataError, SettingsError
+from ..search_settings import SearchSettings
+from .liveness import is_gone
+
+# Seconds between two signs of life of a running trial, and without one until it is taken for dead. A worker that
+# loads a model for a minute must not be.
+_HEARTBEAT, _GRACE = 20, 120
+_AGAIN_AT_MOST = 3  # runs of a trial whose workers died; it may be what kills them
+_TRIES, _PAUSE = 5, 0.5  # of making the tables, where several workers begin at once
+
+AGAIN, REASON, WORKER, SETUP = "runs_again", "reason", "worker", "ftaccum"
+
+
+def storage_of(storage: Any, folder: Path | None) -> BaseStorage:
+    """What `storage` names, or SQLite in the folder, or memory.
+
+    Raises:
+        SettingsError: where it cannot be opened.
+    """
+    if storage is None:
+        if folder is None:
+            return InMemoryStorage()
+        folder.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{(folder / 'study.db').resolve()}"
+    if not isinstance(storage, str):
+        return storage
+    kind, separator, rest = storage.partition("://")
+    try:
+        if not separator:
+            return JournalStorage(JournalFileBackend(storage))
+        if kind == "grpc":
+            host, _, port = rest.rpartition(":")
+            proxy = _quietly(GrpcStorageProxy, host=host, port=int(port))
+            proxy.wait_server_ready(timeout=30)
+            return proxy
+        return _relational(storage)
+    except Exception as error:
+        raise SettingsError(
+            [
+                f"`storage` {_without_password(storage)!r} cannot be opened: {error} Give a URL that Optuna knows "
+                "(sqlite:///study.db, postgresql://user@host/name), grpc://host:port, or the path of a journal file."
+            ]
+        ) from error
+
+
+def _relational(url: str) -> RDBStorage:
+    # SQLite's writers wait for each other; by default not long enough for many workers.
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return _quietly(
+                RDBStorage,
+                url,
+                engine_kwargs=engine,
+                heartbeat_interval=_HEARTBEAT,
+                grace_period=_GRACE,
+                heartbeat_stale_trial_callback=run_again,
+            )
+        except optuna.exceptions.StorageInternalError:
+            raise
+        except Exception as error:
+            # Two workers that make the tables at once: the later one is told that they exist.
+            if not tries_left or ("exist" not in str(error).lower() and "unique" not in str(error).lower()):
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    scheme, slashes, user = head.partition("://")
+    return f"{scheme}{slashes}{user.partition(':')[0]}{at}{tail}"
+
+
+def _quietly(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return make(*arguments, **named)
+
+
+def tells_deaths(storage: BaseStorage) -> bool:
+    """Whether dead workers of other machines are noticed: by heartbeat, which relational storages alone have."""
+    return isinstance(storage, RDBStorage) and storage.get_heartbeat_interval() is not None
+
+
+def opened(storage: BaseStorage, name: str, settings: SearchSettings, setup: dict[str, Any], first: dict) -> Study:
+    """The study of this name, made where there is none.
+
+    Args:
+        setup: what decides a trial's result besides its parameters; kept with the study.
+        first: parameters of the first trial of a new study.
+
+    Raises:
+        SettingsError: where there is a study that was begun otherwise, with what differs.
+    """
+    directions = [StudyDirection.MINIMIZE] * (2 if settings.trade_time else 1)
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+    except DuplicatedStudyError:
+        study = optuna.load_study(storage=storage, study_name=name)
+    else:
+        study.set_user_attr(SETUP, setup)
+        study.enqueue_trial(first)
+    _check_setup(study, setup)
+    study.sampler = _sampler(settings, study)
+    study.pruner = NopPruner()  # until the rows of a trial are known
+    return study
+
+
+def _check_setup(study: Study, setup: dict[str, Any]) -> None:
+    begun = study.user_attrs.get(SETUP, {})
+    faults = [
+        f"The study {study.study_name!r} was begun with `{name}` {begun[name]!r}, and is now to go on with {value!r}. "
+        "Trials could not be compared: give the same, or another `study_name`."
+        for name, value in setup.items()
+        if name in begun and begun[name] != value
+    ]
+    if faults:
+        raise SettingsError(faults)
+
+
+def check_budget(study: Study, rows: int) -> None:
+    """Raises DataError where trials before had another budget: other data, in the same study."""
+    budget = study.user_attrs.get("budget_rows")
+    if budget is None:
+        study.set_user_attr("budget_rows", rows)
+    elif budget != rows:
+        raise DataError(
+            f"The trials of the study {study.study_name!r} were given {budget} rows each, and `train_data` now comes "
+            f"to {rows}. Trials could not be compared: give the same data, or another `study_name`."
+        )
+
+
+def pruner_of(pruner: str | BasePruner, first: int, budget: int) -> BasePruner:
+    """A pruner by its name, for trials that report at `first` rows, at multiples of it, and at last at `budget`."""
+    if not isinstance(pruner, str):
+        return pruner
+    return {
+        "successive_halving": lambda: SuccessiveHalvingPruner(min_resource=first, reduction_factor=2),
+        "hyperband": lambda: HyperbandPruner(min_resource=first, max_resource=budget, reduction_factor=2),
+        "median": lambda: MedianPruner(n_startup_trials=4),
+        "none": NopPruner,
+    }[pruner]()
+
+
+def _sampler(settings: SearchSettings, study: Study) -> BaseSampler:
+    kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": TPESampler, "random": RandomSampler}
+    if settings.sampler not in kinds:
+        given: Any = settings.sampler
+        return given
+    return SeededByTrial(kinds[settings.sampler], settings.seed, study)
+
+
+class SeededByTrial(BaseSampler):
+    """Draws from a seed and a trial's place in the study: what is proposed depends on the trials so far alone, not on
+    how often the search was started again, and two workers do not draw alike."""
+
+    def __init__(self, kind: Callable[..., BaseSampler], seed: int, study: Study) -> None:
+        self._kind, self._seed, self._study = kind, seed, study
+        self._number, self._sampler = -1, kind(seed=seed)
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        if trial.number != self._number:
+            # Not in the study that Optuna hands over, which is a part of it where Hyperband prunes.
+            mixed = np.random.SeedSequence((self._seed, place_of(self._study, trial))).generate_state(1)[0]
+            self._number, self._sampler = trial.number, self._kind(seed=int(mixed))
+        return self._sampler
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: Any) -> Any:
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._of(trial).before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+        self._of(trial).after_trial(study, trial, state, values)
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial is one of `n_trials`: it came to an end by itself. What was interrupted runs again as another."""
+    ended = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return ended or (trial.state == TrialState.FAIL and REASON in trial.user_attrs)
+
+
+def place_of(study: Study, trial: FrozenTrial | Trial) -> int:
+    """How many trials come before this one, interrupted ones left out: they run again under another number."""
+    before = (t for t in study.get_trials(deepcopy=False) if t.number < trial.number)
+    return sum(counts(t) or not t.state.is_finished() for t in before)
+
+
+def run_again(study: Study, trial: FrozenTrial) -> None:
+    """Queues an interrupted trial's parameters up, for whoever is free next."""
+    runs = trial.user_attrs.get(AGAIN, 0) + 1
+    if runs > _AGAIN_AT_MOST:
+        return
+    # Not its other attributes: they speak of the run that was interrupted, of its worker for one.
+    study.add_trial(
+        create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={AGAIN: runs, "first_run": trial.user_attrs.get("first_run", trial.number)},
+            system_attrs={name: value for name, value in trial.system_attrs.items() if name == "fixed_params"},
+        )
+    )
+
+
+def find_dead(study: Study) -> None:
+    """Has the trials of dead workers run again: those of this machine at once, others by their heartbeat."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if is_gone(trial.user_attrs.get(WORKER)):
+            # Another worker may have seen it, too; the one that is first has it run again.
+            with contextlib.suppress(ValueError, UpdateFinishedTrialError):
+                study.tell(trial.number, state=TrialState.FAIL)
+                run_again(study, trial)

@@ -1,0 +1,157 @@
+"""One trial: a run of `test_fine_tuning` that reports at its milestones, and what became of it."""
+
+import math
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import DataError, SettingsError
+from ..fine_tuning import fine_tuned
+from ..history import EpochEntry, Result
+from ..memory import give_back_memory
+from ..planning import Plan
+from ..screen import Screen
+from ..side_effects import preserved_rng, seed_all
+from ..watching import Watcher
+from .book import Book
+from .milestones import milestones
+from .team import LostError, Team
+
+
+class PrunedError(Exception):
+    """Ends a run whose trial is not worth going on with."""
+
+
+class DivergedError(Exception):
+    """Ends a run whose validation loss is no number any more."""
+
+
+class TakenError(Exception):
+    """Ends a run whose trial is somebody else's by now."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial, on this process.
+
+    Attributes:
+        kind: "finished", "pruned", "diverged", "left" or "failed".
+        reason: of all but the first, in a sentence.
+        result: of the first.
+        error: of a failure, where it is the user's to mend and would befall every trial.
+    """
+
+    kind: str
+    reason: str = ""
+    result: Result | None = None
+    error: SettingsError | DataError | None = None
+
+
+def run_trial(
+    model_factory: Callable[[], Any],
+    arguments: Mapping[str, Any],
+    watcher: Watcher,
+) -> Outcome:
+    """Runs one trial, and frees what it held. All processes of the team call it alike.
+
+    Args:
+        arguments: all of `test_fine_tuning`'s but the model. Its `random_seed` also seeds the factory, so that every
+            trial starts from the same weights.
+    """
+    model = kept = None
+    try:
+        model = seeded_model(model_factory, arguments["random_seed"])
+        kept = weakref.ref(model)
+        return Outcome("finished", result=fine_tuned({**arguments, "model": model}, watcher))
+    except PrunedError as end:
+        return Outcome("pruned", str(end))
+    except DivergedError as end:
+        return Outcome("diverged", str(end))
+    except TakenError:
+        return Outcome("left")
+    except LostError:
+        raise
+    except (SettingsError, DataError) as error:
+        traceback.clear_frames(error.__traceback__)
+        return Outcome("failed", str(error), error=error.with_traceback(None))
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+        return Outcome("failed", f"ran out of memory: {error}")
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        return Outcome("failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})")
+    finally:
+        model = None
+        if kept is not None and kept() is not None:  # in a circle with something; to look for it takes its time
+            give_back_memory()
+
+
+def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
+    """A model whose fresh weights are the same each time."""
+    with preserved_rng():
+        seed_all(seed)
+        return model_factory()
+
+
+class TrialWatcher(Watcher):
+    """Reports a run's milestones to the book, and ends it where the book says so: on all processes at once."""
+
+    saves_model = False
+
+    def __init__(self, team: Team, book: Book, *, batch_sizes: Sequence[int], n_reports: int, title: str) -> None:
+        """Args:
+        batch_sizes: effective batches of all candidates, to meet where each of them ends an update.
+        n_reports: evaluations over the trial.
+        title: of the progress bar.
+        """
+        self._team, self._book, self._batch_sizes = team, book, batch_sizes
+        self._n_reports, self._title = n_reports, title
+        self._steps: dict[int, int] = {}
+
+    def screen(self, is_main: bool, progress: bool) -> Screen:
+        return _TrialScreen(is_main, progress, title=self._title)
+
+    def milestones(self, plan: Plan) -> Iterable[int]:
+        self._steps = milestones(plan.n_rows, plan.n_epochs, self._batch_sizes, self._n_reports)
+        self._team.decided(lambda: self._book.begin(self._steps))
+        return self._steps
+
+    def reached(self, milestone: int, rows: int, val_loss: float) -> None:
+        step, budget = self._steps[milestone], max(self._steps)
+        order = self._team.decided(lambda: self._book.report(step, rows, val_loss))
+        if order == "leave":
+            raise TakenError
+        if not math.isfinite(val_loss):
+            raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
+        if order == "prune" and milestone < budget:  # at the end there is nothing left to save
+            raise PrunedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss:.4f}")
+
+
+@dataclass
+class _TrialScreen(Screen):
+    """One bar for the running trial, and nothing else: what it comes to is a line of the search's own."""
+
+    title: str = ""
+
+    def bar(self, n_windows: int) -> tqdm:
+        hidden = not (self.is_main and self.progress)
+        return tqdm(total=n_windows, desc=self.title, disable=hidden, leave=False, position=1)
+
+    def banner(self, plan: Plan, notes: list[str], warmup: int, precision: str, device: str) -> None:
+        pass
+
+    def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
+        pass
+
+    def note(self, sentence: str) -> None:
+        pass
+
+    def result(self, result: Result) -> None:
+        pass

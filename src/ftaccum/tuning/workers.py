@@ -1,0 +1,128 @@
+"""Several workers on one machine: processes of their own, each with its share of the processors, or a GPU."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import dill
+import optuna
+import torch
+from optuna import Study
+
+from ..errors import DataError, SettingsError
+from .opening import open_study
+from .studies import counts
+from .team import Team
+from .worker import Leader, Search
+
+_POLL = 0.5  # seconds between two looks at the study
+_PATIENCE = 60  # seconds that workers have to end when they are told to
+_LAST_WORDS = 20  # lines of a worker's log that are shown where it failed
+
+
+def run_workers(search: Search, study: Study, on_trial: Callable[[], None]) -> None:
+    """Has `n_workers` processes run trials until there are enough.
+
+    Raises:
+        SettingsError, DataError: as a worker met them.
+        RuntimeError: where all workers ended before there were enough trials.
+    """
+    n_workers = search.settings.n_workers
+    alone = replace(search, settings=replace(search.settings, n_workers=1, refit=False), progress=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = [(search.folder or Path(scratch)) / f"worker-{number + 1}.log" for number in range(n_workers)]
+        with _started(alone, Path(scratch), logs) as workers:
+            while any(worker.poll() is None for worker in workers):
+                on_trial()
+                time.sleep(_POLL)
+            on_trial()
+        for error in Path(scratch).glob("error-*"):
+            raise dill.loads(error.read_bytes())
+        ended = sum(map(counts, study.get_trials(deepcopy=False)))
+        if ended < search.settings.n_trials and any(worker.returncode for worker in workers):
+            failed = next(n for n, worker in enumerate(workers) if worker.returncode)
+            words = "\n".join(logs[failed].read_text(errors="replace").splitlines()[-_LAST_WORDS:])
+            raise RuntimeError(
+                f"All workers have ended, after {ended} of {search.settings.n_trials} trials. Starting again goes on "
+                f"there. Worker {failed + 1} ended with status {workers[failed].returncode}, saying:\n{words}"
+            )
+
+
+@contextmanager
+def _started(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Workers that are running. However it is left, none of them is running any more afterwards."""
+    try:
+        # By value, so that functions of a script or a notebook get there, too.
+        (scratch / "search").write_bytes(dill.dumps((sys.path, dill.dumps(search, recurse=True))))
+    except Exception as error:
+        raise SettingsError(
+            [
+                f"`n_workers` needs to send the search to other processes, and {error!r}. Define `model_factory` "
+                "and the other functions so that they can be pickled, or start the program several times with one "
+                "`storage`."
+            ]
+        ) from error
+    workers = []
+    try:
+        for number, log in enumerate(logs):
+            with log.open("wb") as file:
+                command = [sys.executable, "-m", "ftaccum.tuning", str(scratch), str(number)]
+                environment = {**os.environ, **_share(number, len(logs))}
+                workers.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+        yield workers
+    finally:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                worker.send_signal(signal.SIGINT)  # they hand back what they were running
+        for worker in workers:
+            try:
+                worker.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+
+
+def _share(number: int, n_workers: int) -> dict[str, str]:
+    """A worker's part of the machine, in environment variables: threads, and where there are GPUs, one of them."""
+    share = {"TOKENIZERS_PARALLELISM": "false"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_workers))
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(
+            ","
+        )
+        share["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
+    return share
+
+
+def be_worker(scratch: Path, number: int) -> None:
+    """What such a process does."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sys.path[:], pickled = dill.loads((scratch / "search").read_bytes())
+    search: Search = dill.loads(pickled)
+    team = Team()
+    study, storage = open_study(search, team)
+    try:
+        Leader(search, team, study, storage).work(lambda: None)
+    except (SettingsError, DataError) as error:
+        (scratch / f"error-{number}").write_bytes(dill.dumps(error))
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _end_with(parent: int) -> None:
+    """Interrupts this process when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,560 @@
+"""The search: fair trials, pruned at equal rows; failures that cost a trial and no more; a study that goes on."""
+
+import csv
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner, PercentilePruner, ThresholdPruner
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+from torch import nn
+
+import ftaccum.tuning.worker
+from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum.tuning.studies import counts
+from searching import N_ROWS, Layer, points, quick
+
+TRAINED = N_ROWS - 8
+BUDGET = 2 * TRAINED
+FINISHED, PRUNED, FAILED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+
+
+def ended(study: optuna.Study) -> list[FrozenTrial]:
+    return [trial for trial in study.trials if counts(trial)]
+
+
+def proposals(study: optuna.Study) -> list[dict[str, Any]]:
+    return [trial.params for trial in ended(study)]
+
+
+class Kept:
+    """A factory and a loss that keep what each trial started from, and was trained on."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.models: list[weakref.ref[nn.Module]] = []
+        self.points: list[list[float]] = []
+
+    def model(self) -> nn.Module:
+        assert not [ref for ref in self.models if ref() is not None], "a trial before was not released"
+        model = Layer()
+        model.register_forward_pre_hook(self._see)
+        self.weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        self.models.append(weakref.ref(model))
+        self.points.append([])
+        return model
+
+    def _see(self, model: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if model.training and torch.is_grad_enabled():
+            self.points[-1] += inputs[0][:, 0].tolist()
+
+
+# --- what a study holds
+
+
+def test_twelve_trials_bear_the_arguments_names_and_say_what_they_were(tmp_path: Path) -> None:
+    study = quick(n_trials=12, output_dir=str(tmp_path))
+    assert len(study.trials) == len(ended(study)) == 12
+    assert {trial.state for trial in study.trials} == {FINISHED, PRUNED}
+    assert study.trials[0].params["gradient_accumulation_steps"] == 1  # no accumulation is tried first
+    for trial in study.trials:
+        assert trial.distributions == {
+            "gradient_accumulation_steps": CategoricalDistribution([1, 2, 4, 8]),
+            "learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
+        }
+        assert trial.user_attrs["effective_batch_size"] == 2 * trial.params["gradient_accumulation_steps"]
+        assert trial.user_attrs["learning_rate"] == trial.params["learning_rate"]
+        folder = Path(trial.user_attrs["output_dir"])
+        assert folder.parent.parent == tmp_path
+        assert (folder / "ledger.jsonl").stat().st_size
+        assert not (folder / "model").exists()
+        assert (trial.user_attrs["rows"] == BUDGET) == (trial.state == FINISHED)
+
+
+def test_a_trials_value_is_the_final_loss_of_that_run_by_itself() -> None:
+    kept = Kept()
+    study = quick(model_factory=kept.model, n_trials=3, pruner="none")
+    for trial, weights in zip(study.trials, kept.weights, strict=True):
+        model = Layer()
+        model.load_state_dict(weights)
+        result = test_fine_tuning(
+            model, train_data=points(), loss_fn=nn.CrossEntropyLoss(), validation_split=1 / 9, n_epochs=2, batch_size=2,
+            progress=False, **trial.params,
+        )  # fmt: skip
+        assert result.final_loss == pytest.approx(trial.value, rel=1e-6)
+
+
+def test_one_seed_proposes_alike_and_another_otherwise() -> None:
+    assert proposals(quick()) == proposals(quick())
+    assert proposals(quick()) != proposals(quick(seed=7))
+
+
+# --- fair
+
+
+def test_every_trial_sees_the_same_rows_in_the_same_order_from_the_same_weights() -> None:
+    kept = Kept()
+    torch.manual_seed(int(time.time()))  # not what a trial starts from
+    study = quick(model_factory=kept.model, n_trials=6, pruner="none", planner=False)
+    assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 2
+    assert all(torch.equal(weights["layer.weight"], kept.weights[0]["layer.weight"]) for weights in kept.weights)
+    assert all(len(seen) == BUDGET for seen in kept.points)
+    assert all(seen == kept.points[0] for seen in kept.points)
+
+
+def test_trials_report_at_the_same_rows_whatever_their_batch(tmp_path: Path) -> None:
+    study = quick(n_trials=6, pruner="none", n_reports=4, output_dir=str(tmp_path))
+    assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 2
+    for trial in study.trials:
+        assert list(trial.intermediate_values) == [BUDGET // 4 * n for n in (1, 2, 3, 4)]
+        assert trial.value == trial.intermediate_values[BUDGET]
+
+
+def test_a_pruned_trial_ends_at_a_milestone_and_says_where() -> None:
+    never = ThresholdPruner(upper=1e-9, n_warmup_steps=40)  # prunes everything once it has passed 40 rows
+    study = quick(pruner=never, n_reports=4)
+    for trial in study.trials:
+        assert trial.state == PRUNED
+        assert trial.user_attrs["rows"] == 64
+        assert re.fullmatch(r"pruned at 64 of 128 rows, with a validation loss of \d\.\d+", trial.user_attrs["reason"])
+        assert list(trial.intermediate_values) == [32, 64]
+
+
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median", PercentilePruner(25, 2)])
+def test_bad_trials_are_pruned(pruner: str | BasePruner) -> None:
+    def rates(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        # Good ones first, and then ones that learn nothing.
+        return {"warmup_steps": 0 if trial.number < 6 else 10_000}
+
+    study = quick(n_trials=12, learning_rate=0.05, pruner=pruner, space=rates)
+    states = [trial.state for trial in study.trials]
+    assert FINISHED in states[:6]
+    assert states[6:].count(PRUNED) >= 4
+    rows = sum(trial.user_attrs["rows"] for trial in study.trials)
+    assert rows < 12 * BUDGET
+
+
+def test_nothing_is_pruned_where_nobody_prunes() -> None:
+    assert {trial.state for trial in quick(pruner="none", n_trials=8).trials} == {FINISHED}
+
+
+# --- the space
+
+
+def test_one_is_always_among_the_candidates() -> None:
+    study = quick(accumulation_steps=(4, 2), n_trials=1)
+    assert study.trials[0].distributions["gradient_accumulation_steps"] == CategoricalDistribution([1, 2, 4])
+
+
+def test_k_can_be_an_integer_and_other_arguments_dimensions() -> None:
+    study = quick(
+        accumulation_steps=IntDistribution(1, 6),
+        space={
+            "weight_decay": FloatDistribution(1e-3, 0.1, log=True),
+            "lr_scheduler": CategoricalDistribution(["linear", "cosine"]),
+            "warmup_steps": IntDistribution(0, 3),
+        },
+        n_trials=5,
+    )
+    for trial in study.trials:
+        assert set(trial.params) == {
+            "gradient_accumulation_steps", "learning_rate", "weight_decay", "lr_scheduler", "warmup_steps",
+        }  # fmt: skip
+        assert isinstance(trial.params["gradient_accumulation_steps"], int)
+
+
+def test_a_function_of_the_trial_can_give_any_argument() -> None:
+    def optimizer(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        momentum = trial.suggest_float("momentum", 0.1, 0.9)
+        return {"optimizer": lambda groups: torch.optim.SGD(groups, momentum=momentum)}
+
+    study = quick(space=optimizer)
+    assert all("momentum" in trial.params for trial in study.trials)
+    assert len(ended(study)) == 4
+
+
+@pytest.mark.parametrize(("coupling", "power"), [("none", 0), ("sqrt", 0.5), ("linear", 1)])
+def test_a_coupled_rate_is_scaled_with_the_effective_batch(tmp_path: Path, coupling: str, power: float) -> None:
+    study = quick(couple_learning_rate=coupling, reference_batch_size=8, output_dir=str(tmp_path), pruner="none")
+    assert len({trial.user_attrs["effective_batch_size"] for trial in study.trials}) > 1
+    for trial in study.trials:
+        factor = (trial.user_attrs["effective_batch_size"] / 8) ** power
+        used = trial.params["learning_rate"] * factor
+        assert trial.user_attrs["learning_rate"] == pytest.approx(used)
+        first = (Path(trial.user_attrs["output_dir"]) / "ledger.jsonl").read_text().splitlines()[0]
+        assert f'"learning_rate": {trial.user_attrs["learning_rate"]}' in first
+
+
+def test_a_coupled_beta2_keeps_its_half_life_in_rows() -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def adam(groups: Any) -> torch.optim.Optimizer:
+        made.append(torch.optim.Adam(groups, betas=(0.8, 0.99)))
+        return made[-1]
+
+    study = quick(couple_beta2=True, optimizer=adam, pruner="none")
+    assert len({trial.user_attrs["effective_batch_size"] for trial in study.trials}) > 1
+    for trial, optimizer in zip(study.trials, made, strict=True):
+        k = trial.params["gradient_accumulation_steps"]
+        beta1, beta2 = optimizer.param_groups[0]["betas"]
+        assert beta1 == 0.8
+        assert beta2 == trial.user_attrs["beta2"] == pytest.approx(0.99**k)
+        # B · ln(1/2) / ln β2 is the same number of rows in all.
+        assert 2 * k * math.log(0.5) / math.log(beta2) == pytest.approx(2 * math.log(0.5) / math.log(0.99))
+
+
+def test_a_sampler_of_optunas_can_be_given() -> None:
+    study = quick(sampler=RandomSampler(seed=1), n_trials=2)
+    assert len(ended(study)) == 2
+
+
+# --- what goes wrong
+
+
+def test_failures_cost_a_trial_each_with_their_reason_and_leave_nothing_behind() -> None:
+    kept, n_calls = Kept(), 0
+
+    def factory() -> nn.Module:
+        nonlocal n_calls
+        n_calls += 1
+        model = kept.model()
+        if n_calls == 2:
+            raise ValueError("no such checkpoint")
+        if n_calls == 3:
+            model.register_forward_hook(_run_out)
+        if n_calls == 4:
+            model.register_forward_hook(_diverged_once_trained)
+        return model
+
+    study = quick(model_factory=factory, n_trials=6)
+    states = [trial.state for trial in study.trials]
+    assert states[:4] == [FINISHED, FAILED, FAILED, PRUNED]
+    reasons = [trial.user_attrs.get("reason", "") for trial in study.trials]
+    assert re.fullmatch(r"ValueError: no such checkpoint \(test_search\.py, line \d+\)", reasons[1])
+    assert reasons[2].startswith("ran out of memory: ")
+    assert reasons[3] == "diverged at 16 of 128 rows, with a validation loss of nan"
+    assert len(study.trials) == 6
+
+
+def _run_out(model: nn.Module, *_: Any) -> None:
+    if model.training:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def _diverged_once_trained(model: nn.Module, _: Any, outputs: torch.Tensor) -> torch.Tensor | None:
+    if model.training:
+        model.trained = True
+    return outputs * math.nan if hasattr(model, "trained") and not model.training else None
+
+
+def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    bad = points()
+    bad[3] = (bad[3][0], torch.tensor(5))
+    with pytest.raises(DataError, match="row 3 has the label 5"):
+        quick(train_data=bad, output_dir=folder)
+    study = quick(output_dir=folder)
+    assert len(ended(study)) == 4
+    assert proposals(study)[0]["gradient_accumulation_steps"] == 1  # what was to be tried first was not lost
+
+
+def test_a_loop_written_by_hand_needs_nothing_cleaned_up() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        result = test_fine_tuning(
+            Layer(),
+            train_data=points(),
+            loss_fn=nn.CrossEntropyLoss(),
+            gradient_accumulation_steps=trial.suggest_categorical("gradient_accumulation_steps", [1, 2, 4, 8]),
+            learning_rate=trial.suggest_float("learning_rate", 1e-5, 1e-3, log=True),
+            mixed_precision=trial.suggest_categorical("mixed_precision", ["no", "bf16"]),
+            progress=False,
+            n_epochs=1,
+        )
+        return result["final_loss"]
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    study.optimize(objective, n_trials=6)
+    assert len({trial.params["mixed_precision"] for trial in study.trials}) == 2
+    assert all(trial.state == FINISHED for trial in study.trials)
+
+
+# --- going on
+
+
+def interrupted(after: int) -> Callable[[], nn.Module]:
+    """A factory that is interrupted in the trial after so many."""
+    made = 0
+
+    def factory() -> nn.Module:
+        nonlocal made
+        made += 1
+        if made > after:
+            raise KeyboardInterrupt
+        return Layer()
+
+    return factory
+
+
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = quick(n_trials=8)
+    for after in (0, 3, 2):
+        with pytest.raises(KeyboardInterrupt):
+            quick(n_trials=8, output_dir=str(tmp_path), model_factory=interrupted(after))
+    study = quick(n_trials=8, output_dir=str(tmp_path))
+    assert len(ended(study)) == 8
+    assert len([t for t in study.trials if t.state == FAILED]) == 3
+    assert proposals(study) == proposals(whole)
+    assert len(ended(quick(n_trials=8, output_dir=str(tmp_path)))) == 8  # nothing is left to do
+    assert len(ended(quick(n_trials=10, output_dir=str(tmp_path)))) == 10
+
+
+@pytest.mark.processes
+def test_a_search_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from searching import Layer, quick\n"
+        "def factory():\n"
+        "    print('trial', flush=True); time.sleep(0.5); return Layer()\n"
+        f"quick(model_factory=factory, n_trials=5, output_dir={str(tmp_path)!r})\n"
+    )
+    for _ in range(2):
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as worker:
+            assert worker.stdout is not None
+            for _ in range(2):
+                assert worker.stdout.readline() == "trial\n"
+            worker.send_signal(signal.SIGKILL)
+    study = quick(n_trials=5, output_dir=str(tmp_path))
+    assert len(ended(study)) == 5
+    lost = [trial for trial in study.trials if trial.state == FAILED]
+    assert len(lost) == 2
+    again = [trial for trial in study.trials if "runs_again" in trial.user_attrs]
+    assert [trial.params for trial in again] == [trial.params for trial in lost]
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            quick(n_trials=2, output_dir=str(tmp_path), model_factory=interrupted(0))
+    trials = quick(n_trials=2, output_dir=str(tmp_path)).trials
+    assert [trial.user_attrs.get("runs_again", 0) for trial in trials[:5]] == [0, 1, 2, 3, 0]
+
+
+def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    quick(output_dir=folder, n_trials=2)
+    with pytest.raises(SettingsError) as caught:
+        quick(output_dir=folder, batch_size=4, n_epochs=3)
+    assert len(caught.value.faults) == 2
+    assert "was begun with `n_epochs` 2, and is now to go on with 3" in str(caught.value)
+    with pytest.raises(DataError, match="were given 128 rows each, and `train_data` now comes to 66"):
+        quick(output_dir=folder, train_data=points(37), n_trials=3)
+    assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
+
+
+def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path)
+    study = quick(output_dir=folder, n_trials=3)
+    monkeypatch.setattr(ftaccum.tuning.worker.Leader, "_next", _go_once(ftaccum.tuning.worker.Leader._next))
+    assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
+    study = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path}/study.db")
+    assert [trial.state for trial in study.trials[3:]] == [FAILED]
+
+
+def _go_once(look: Callable[[Any], str]) -> Callable[[Any], str]:
+    """The first look is one at trials of a moment ago, when another worker had not taken the last one."""
+    looks = iter(["go"])
+    return lambda leader: next(looks, None) or look(leader)
+
+
+def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) -> None:
+    given_up = 0
+
+    def factory() -> nn.Module:
+        nonlocal given_up
+        if not given_up:
+            given_up += 1
+            other = optuna.load_study(study_name=tmp_path.name, storage=f"sqlite:///{tmp_path}/study.db")
+            other.tell(0, state=FAILED)
+        return Layer()
+
+    study = quick(model_factory=factory, output_dir=str(tmp_path), n_trials=2)
+    assert study.trials[0].state == FAILED
+    assert len(ended(study)) == 2
+
+
+# --- workers and storages
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_workers_share_a_study_of_n_trials_in_all(tmp_path: Path) -> None:
+    rate = 0.5
+
+    def factory() -> nn.Module:  # of this function alone: sent by value
+        model = Layer()
+        model.layer.bias.data.fill_(rate)
+        time.sleep(0.3)
+        return model
+
+    study = quick(model_factory=factory, n_trials=7, n_workers=2, output_dir=str(tmp_path))
+    assert len(ended(study)) == len(study.trials) == 7
+    assert len({trial.user_attrs["worker"]["process"] for trial in study.trials}) == 2
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_what_a_worker_raises_is_raised_by_the_search(tmp_path: Path) -> None:
+    bad = points()
+    bad[3] = (bad[3][0], torch.tensor(5))
+    with pytest.raises(DataError, match="row 3 has the label 5"):
+        quick(train_data=bad, n_workers=2, output_dir=str(tmp_path))
+
+
+@pytest.mark.processes
+def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_processes: Callable[..., str]) -> None:
+    printed = two_processes("search_of_two.py", str(tmp_path))
+    seen = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert sorted(process["process"] for process in seen) == [0, 1]
+    for process in seen:
+        trials = process["trials"]
+        assert [state for state, _, _ in trials] == ["COMPLETE", "PRUNED", "FAIL", "PRUNED", "COMPLETE"]
+        assert [rows for _, _, rows in trials] == [128, 96, 0, 96, 128]
+        assert trials[0][1] == 4  # k = 1 on both
+        assert process["made"] == 6  # five trials and the refit
+    assert seen[0]["value"] == seen[1]["value"]
+
+
+@pytest.mark.processes
+def test_a_process_that_fails_by_itself_ends_the_others_soon(tmp_path: Path, two_processes: Callable[..., str]) -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        two_processes("search_of_two.py", str(tmp_path), "alone")
+    assert time.monotonic() - started < 60
+    assert "This process ended a trial" in str(caught.value)
+    assert "of this process alone" in str(caught.value)
+    # Nothing is lost: the trial is queued up again, or will be when its worker is seen to be gone.
+    trials = optuna.load_study(study_name=tmp_path.name, storage=f"sqlite:///{tmp_path}/study.db").trials
+    states = [trial.state for trial in trials]
+    assert states in ([FINISHED, FAILED, TrialState.WAITING], [FINISHED, TrialState.RUNNING])
+    assert trials[-1].params == trials[1].params
+
+
+def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
+    storage = str(tmp_path / "study.journal")
+    quick(storage=storage, study_name="mine", n_trials=2)
+    study = quick(storage=storage, study_name="mine", n_trials=3)
+    assert len(study.trials) == 3
+    assert study.study_name == "mine"
+
+
+# --- what comes of it
+
+
+def test_time_can_be_a_second_objective() -> None:
+    study = quick(trade_time=True, n_trials=5)
+    assert len(study.directions) == 2
+    assert all(trial.state == FINISHED and trial.values[1] > 0 for trial in study.trials)
+    assert min(trial.values[0] for trial in study.trials) in [trial.values[0] for trial in study.best_trials]
+
+
+def test_the_best_trial_is_run_again_and_its_model_kept(tmp_path: Path) -> None:
+    from ftaccum import Result
+
+    study = quick(output_dir=str(tmp_path), refit=True, n_trials=5)
+    assert Result.load(tmp_path / "best").final_loss == pytest.approx(study.best_value, rel=1e-6)
+    assert (tmp_path / "best" / "model" / "model.safetensors").exists()
+
+
+def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = quick(output_dir=str(tmp_path), n_trials=10, pruner="none", progress=True)
+    for name in ("history", "curves", "contour", "importance"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert page.count("<tr>") == 11
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # it needs nothing besides
+    with (tmp_path / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == [str(n) for n in range(10)]
+    assert {row["effective batch"] for row in rows} <= {"2", "4", "8", "16"}
+    shown = capsys.readouterr().out
+    assert "Gradient accumulation steps (effective batch size): 1 (2), 2 (4), 4 (8), 8 (16)" in shown
+    assert f"best loss             {study.best_value:.4f} (trial {study.best_trial.number})" in shown
+    assert "effective batch size" in shown
+    assert shown.count("  effective batch ") == 11  # a line a trial, and the table's heading
+
+
+def test_a_search_in_which_nothing_finished_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> nn.Module:
+        raise RuntimeError("<no weights>")
+
+    study = quick(model_factory=broken, n_trials=2, output_dir=str(tmp_path), refit=True, progress=True)
+    assert [trial.state for trial in study.trials] == [FAILED] * 2
+    assert "No trial finished" in capsys.readouterr().out
+    assert "&lt;no weights&gt;" in (tmp_path / "report.html").read_text()
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick(n_trials=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n_trials": 0}, "`n_trials` must be a positive integer, but is 0 instead"),
+        (
+            {"pruner": "halving"},
+            "`pruner` must be 'successive_halving', 'hyperband', 'median', 'none' or one of Optuna",
+        ),
+        ({"couple_learning_rate": "log"}, "`couple_learning_rate` must be 'none', 'sqrt', 'linear'"),
+        ({"accumulation_steps": (1, 0)}, r"`accumulation_steps` must be positive integers.*but is \(1, 0\) instead"),
+        ({"accumulation_steps": IntDistribution(2, 8)}, "an IntDistribution from 1 on"),
+        ({"learning_rate": (1e-3, 1e-5)}, r"`learning_rate` must be \(lowest, highest\).*Give two positive rates"),
+        ({"learning_rate": -0.1}, "`learning_rate` must be a positive number, but is -0.1"),
+        (
+            {"space": {"n_epochs": IntDistribution(1, 3)}},
+            "`space` cannot vary 'n_epochs': every trial has the same rows",
+        ),
+        ({"space": {"weight_decy": FloatDistribution(0, 1)}}, "'weight_decy', which is no argument"),
+        ({"space": {"weight_decay": (0, 1)}}, r"\(0, 1\) for 'weight_decay', which is no distribution"),
+        ({"space": {"weight_decay": FloatDistribution(-1, 1)}}, "`weight_decay` must be a non-negative number"),
+        ({"space": 3}, "`space` must be a dict of Optuna distributions"),
+        ({"batch_size": "auto"}, "`batch_size` must be a number in a search"),
+        ({"model_factory": Layer()}, "`model_factory` must be a function that makes a model, but is Layer instead"),
+        ({"model": Layer()}, "Give `model_factory`"),
+        ({"gradient_accumulation_steps": 4}, "Give the candidates as `accumulation_steps`"),
+        ({"effective_batch_size": 64}, "`effective_batch_size` follows from `accumulation_steps`"),
+        ({"weight_decya": 0.1}, "There is no argument `weight_decya`. Did you mean 'weight_decay'?"),
+        ({"validation_split": 0.0}, "A search compares validation losses"),
+        ({"optimizer": torch.optim.SGD(Layer().parameters(), lr=1)}, "`optimizer` is an instance"),
+        ({"refit": True}, "`refit` saves a model, but `output_dir` is None"),
+        ({"n_workers": 2}, "`n_workers` is 2, but the study would be in the memory of one"),
+        ({"storage": "nosuchdb://here/x"}, "`storage` 'nosuchdb://here/x' cannot be opened"),
+    ],
+)
+def test_bad_input_is_told_before_any_trial(given: dict[str, Any], message: str) -> None:
+    def never() -> nn.Module:
+        raise AssertionError("a model was made")
+
+    with pytest.raises(SettingsError, match=re.compile(message, re.DOTALL)):
+        quick(**{"model_factory": never, **given})
