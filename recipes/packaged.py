@@ -54,7 +54,9 @@ def prepare() -> None:
 
 
 def prepare_named(*names: str | None) -> None:
-    """Prepares what is missing for chat, as far as it is among these paths; other names are passed over."""
+    """Prepares what is missing, as far as it is among these paths; other names are passed over."""
+    if {str(MINILM), str(MOVIES_TRAIN)} & set(names):
+        prepare()
     if str(SMOLLM) in names and not SMOLLM.exists():
         prepare_smollm()
     if {str(CHATS_TRAIN), str(CHATS_VAL)} & set(names) and not (CHATS_TRAIN.exists() and CHATS_VAL.exists()):

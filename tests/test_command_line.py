@@ -186,6 +186,18 @@ def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     assert "was begun with `batch_size` 4, and is now to go on with 8" in capsys.readouterr().err
 
 
+def test_the_search_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
+    importlib.import_module("search").main(
+        ["--config", str(RECIPES / "search.yaml"), "--model", str(tiny / "model"), "--no_progress", "--n_trials", "2",
+         "--train_data", str(tiny / "rows.csv"), "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    assert "Held-out accuracy of the best: " in capsys.readouterr().out
+    assert (tmp_path / "best" / "model" / "model.safetensors").exists()
+
+
 def test_a_search_says_what_is_wrong_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     named = ["search", "--model", "absent", "--train_data", "absent.csv"]
     for words, sentence in (

@@ -322,6 +322,31 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
     assert len(ended(quick(n_trials=10, output_dir=str(tmp_path)))) == 10
 
 
+def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
+    def factory() -> nn.Module:
+        signal.raise_signal(signal.SIGTERM)  # as in the middle of a word with the storage
+        return Layer()
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quick(model_factory=factory, output_dir=str(tmp_path), deterministic=True)
+    trials = quick(output_dir=str(tmp_path), n_trials=1).trials
+    assert [trial.state for trial in trials] == [FAILED, FAILED, FINISHED]
+    assert [len((tmp_path / "trials" / f"{n:04d}" / "ledger.jsonl").read_text()) for n in (0, 1)] == [0, 0]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_interrupt_is_not_kept(tmp_path: Path) -> None:
+    def factory() -> nn.Module:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("unreachable")
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(model_factory=factory, output_dir=str(tmp_path))
+    assert [trial.state for trial in quick(output_dir=str(tmp_path), n_trials=1).trials] == [FAILED, FINISHED]
+
+
 @pytest.mark.processes
 def test_a_search_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
     code = (

@@ -109,7 +109,7 @@ def _search(words: Sequence[str]) -> int:
         loaded.train,
         loaded.val,
         accumulation_steps=varied.accumulation_steps,
-        learning_rate=varied.learning_rate if len(varied.learning_rate) > 1 else varied.learning_rate[0],
+        learning_rate=varied.learning_rate,
         space=space,
         tokenizer=loaded.tokenizer,
         compute_metrics=ClassificationMetrics() if _measures(named, recipe.validation_split) else None,

@@ -20,6 +20,9 @@ class Watcher:
         """The numbers of rows trained on after which the validation loss is wanted, in ascending order."""
         return ()
 
+    def updated(self) -> None:
+        """After each update. What it raises ends the run."""
+
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         """Takes the validation loss at a milestone, on all processes alike. What it raises ends the run.
 
@@ -45,6 +48,7 @@ class Milestones:
     def window_done(self) -> None:
         """After each update. An epoch's end is evaluated anyway, and told by `epoch_done`."""
         self._windows += 1
+        self._watcher.updated()
         rows = self._plan.rows_after(self._windows)
         if rows % self._plan.n_rows and self._ahead and self._ahead[0] <= rows:
             with self._work.untimed():

@@ -5,4 +5,4 @@ from pathlib import Path
 
 from .workers import be_worker
 
-be_worker(Path(sys.argv[1]), int(sys.argv[2]))
+be_worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -41,7 +41,7 @@ class StudyBook(Book):
 
     def begin(self, steps: Mapping[int, int]) -> None:
         check_budget(self._study, max(steps))
-        self._study.pruner = pruner_of(self._settings.pruner, min(steps.values()), max(steps.values()))
+        self._study.pruner = pruner_of(self._settings.pruner, steps.values())
 
     def report(self, step: int, rows: int, val_loss: float) -> str:
         try:

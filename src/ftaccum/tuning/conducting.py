@@ -6,13 +6,13 @@ from typing import Any
 
 import optuna
 from optuna import Study
-from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial
 
 from ..errors import SettingsError
 from ..fine_tuning import fine_tuned
 from ..watching import Watcher
 from .board import Board
+from .interrupts import Interrupts
 from .opening import open_study
 from .reports import write_reports
 from .tables import best_trial
@@ -32,30 +32,28 @@ def conduct(search: Search) -> Study:
                 "trial together. Give one of the two, or launch several times with one `storage`."
             ]
         )
-    if team.is_main:
-        try:
-            study = _led(search, team)
-            copy = (study.study_name, study.directions, study.get_trials())
-        finally:
-            team.told(("end", copy))  # however it ends: the others are waiting
-    else:
-        study = _copied(*follow(search, team))
+    interrupts = Interrupts()
+    with interrupts.kept(), _silent_optuna():
+        if team.is_main:
+            try:
+                study = _led(search, team, interrupts)
+                copy = (study.study_name, study.directions, study.get_trials())
+            finally:
+                team.told(("end", copy))  # however it ends: the others are waiting
+        else:
+            study = _copied(*follow(search, team, interrupts))
     if search.settings.refit:
         _refit(search, team, study)
     return study
 
 
-def _led(search: Search, team: Team) -> Study:
-    with _silent_optuna():
-        return _shown(search, team, *open_study(search, team))
-
-
-def _shown(search: Search, team: Team, study: Study, storage: BaseStorage) -> Study:
+def _led(search: Search, team: Team, interrupts: Interrupts) -> Study:
+    study, storage = open_study(search, team)
     with Board(study, search, storage, team.size) as board:
         if search.settings.n_workers > 1:
-            run_workers(search, study, board.update)
+            run_workers(search, interrupts, study, board.update)
         else:
-            Leader(search, team, study, storage).work(board.update)
+            Leader(search, team, interrupts, study, storage).work(board.update)
     write_reports(study, search.folder)
     return study
 

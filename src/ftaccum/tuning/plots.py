@@ -59,24 +59,33 @@ def curves(study: Study) -> Figure | None:
 
 
 def contour(study: Study) -> Figure | None:
-    """The loss over k and learning rate: a point a trial, and what lies between three or more of them."""
-    trials = [trial for trial in _ended(study) if STEPS in trial.params]
-    points = [(facts_of(trial)["learning rate"], trial.params[STEPS], trial.values[0]) for trial in trials]
-    points = [point for point in points if point[0]]
-    if not points:
+    """The loss over k and learning rate: a point a finished trial, and what lies between three or more of them. Pruned
+    ones are crosses without a colour: their losses are of fewer rows."""
+    finished = [trial for trial in _ended(study) if trial.state == TrialState.COMPLETE]
+    pruned = [trial for trial in _ended(study) if trial.state == TrialState.PRUNED]
+    if not finished:
         return None
-    rates, steps, losses = map(np.array, zip(*points, strict=True))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    x, y = np.log10(rates), np.log2(steps)
+    x, y = _places(finished)
+    losses = np.array([trial.values[0] for trial in finished])
     if _spans_a_plane(x, y):
         axes.tricontourf(x, y, losses, levels=12, cmap="viridis_r", alpha=0.6)
-    drawn = axes.scatter(x, y, c=losses, cmap="viridis_r", edgecolors="black")
+    axes.scatter(*_places(pruned), c=_PRUNED, marker="x", label="pruned")
+    drawn = axes.scatter(x, y, c=losses, cmap="viridis_r", edgecolors="black", label="finished")
     figure.colorbar(drawn, label="validation loss")
-    every_k = sorted(set(steps.tolist()))
+    every_k = sorted({trial.params[STEPS] for trial in finished + pruned})
     axes.set_yticks(np.log2(every_k), [str(k) for k in every_k])
+    axes.margins(0.05)
     axes.set(title="Loss by k and learning rate", xlabel="log10 of the learning rate", ylabel="accumulation steps k")
+    axes.legend()
     return figure
+
+
+def _places(trials: list[FrozenTrial]) -> tuple[np.ndarray, np.ndarray]:
+    """Where trials lie: the logarithms of learning rate and k."""
+    rates = np.array([facts_of(trial)["learning rate"] for trial in trials], dtype=float)
+    return np.log10(rates), np.log2(np.array([trial.params[STEPS] for trial in trials], dtype=float))
 
 
 def _spans_a_plane(x: np.ndarray, y: np.ndarray) -> bool:

@@ -156,6 +156,8 @@ def _steps(given: Any) -> tuple[CategoricalDistribution | IntDistribution | None
 def _rate(given: Any) -> tuple[FloatDistribution | float | None, list[str]]:
     if isinstance(given, FloatDistribution):
         return given, []
+    if isinstance(given, Sequence) and len(given) == 1:  # a command line cannot say a number otherwise
+        given = given[0]
     if isinstance(given, int | float) and not isinstance(given, bool):
         return float(given), []
     try:

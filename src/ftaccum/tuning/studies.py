@@ -3,7 +3,8 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,20 +152,28 @@ def check_budget(study: Study, rows: int) -> None:
         )
 
 
-def pruner_of(pruner: str | BasePruner, first: int, budget: int) -> BasePruner:
-    """A pruner by its name, for trials that report at `first` rows, at multiples of it, and at last at `budget`."""
+def pruner_of(pruner: str | BasePruner, steps: Collection[int]) -> BasePruner:
+    """A pruner by its name, for trials that report at these steps.
+
+    None of them prunes before a quarter of the budget. Until the warm-up is over losses say little: on the film
+    reviews, pruning from an eighth on found a good trial less often than not pruning at all.
+    """
     if not isinstance(pruner, str):
         return pruner
+    budget = max(steps)
+    first = min(step for step in steps if step >= budget / 4)
     return {
         "successive_halving": lambda: SuccessiveHalvingPruner(min_resource=first, reduction_factor=2),
         "hyperband": lambda: HyperbandPruner(min_resource=first, max_resource=budget, reduction_factor=2),
-        "median": lambda: MedianPruner(n_startup_trials=4),
+        "median": lambda: MedianPruner(n_startup_trials=4, n_warmup_steps=first),
         "none": NopPruner,
     }[pruner]()
 
 
 def _sampler(settings: SearchSettings, study: Study) -> BaseSampler:
-    kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": TPESampler, "random": RandomSampler}
+    # Optuna's ten draws at random, before what was seen is made use of, would be half of a small search.
+    tpe = partial(TPESampler, n_startup_trials=max(4, settings.n_trials // 4))
+    kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": tpe, "random": RandomSampler}
     if settings.sampler not in kinds:
         given: Any = settings.sampler
         return given

@@ -20,6 +20,7 @@ from ..screen import Screen
 from ..side_effects import preserved_rng, seed_all
 from ..watching import Watcher
 from .book import Book
+from .interrupts import Interrupts
 from .milestones import milestones
 from .team import LostError, Team
 
@@ -105,14 +106,23 @@ class TrialWatcher(Watcher):
 
     saves_model = False
 
-    def __init__(self, team: Team, book: Book, *, batch_sizes: Sequence[int], n_reports: int, title: str) -> None:
+    def __init__(
+        self,
+        team: Team,
+        book: Book,
+        interrupts: Interrupts,
+        *,
+        batch_sizes: Sequence[int],
+        n_reports: int,
+        title: str,
+    ) -> None:
         """Args:
         batch_sizes: effective batches of all candidates, to meet where each of them ends an update.
         n_reports: evaluations over the trial.
         title: of the progress bar.
         """
-        self._team, self._book, self._batch_sizes = team, book, batch_sizes
-        self._n_reports, self._title = n_reports, title
+        self._team, self._book, self._interrupts = team, book, interrupts
+        self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
         self._steps: dict[int, int] = {}
 
     def screen(self, is_main: bool, progress: bool) -> Screen:
@@ -123,15 +133,25 @@ class TrialWatcher(Watcher):
         self._team.decided(lambda: self._book.begin(self._steps))
         return self._steps
 
+    def updated(self) -> None:
+        if self._team.size == 1:  # several processes hear of it at unlike updates
+            self._interrupts.check()
+
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         step, budget = self._steps[milestone], max(self._steps)
-        order = self._team.decided(lambda: self._book.report(step, rows, val_loss))
+        order = self._team.decided(lambda: self._ordered(step, rows, val_loss))
+        if order == "interrupt":
+            raise KeyboardInterrupt
         if order == "leave":
             raise TakenError
         if not math.isfinite(val_loss):
             raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
         if order == "prune" and milestone < budget:  # at the end there is nothing left to save
             raise PrunedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss:.4f}")
+
+    def _ordered(self, step: int, rows: int, val_loss: float) -> str:
+        order = self._book.report(step, rows, val_loss)
+        return "interrupt" if self._interrupts.asked else order
 
 
 @dataclass

@@ -15,6 +15,7 @@ from optuna.trial import BaseTrial, FixedTrial, TrialState
 from ..errors import DataError, SettingsError
 from ..search_settings import SearchSettings
 from .book import Book, StudyBook
+from .interrupts import Interrupts
 from .liveness import is_gone
 from .space import RATE, STEPS, Space
 from .studies import REASON, WORKER, counts, find_dead, place_of, run_again, tells_deaths
@@ -53,8 +54,9 @@ class _EndedError(Exception):
 class Leader:
     """The first process of a team: asks the study for trials, and tells it what became of them."""
 
-    def __init__(self, search: Search, team: Team, study: Study, storage: BaseStorage) -> None:
-        self._search, self._team, self._study, self._storage = search, team, study, storage
+    def __init__(self, search: Search, team: Team, interrupts: Interrupts, study: Study, storage: BaseStorage) -> None:
+        self._search, self._team, self._interrupts = search, team, interrupts
+        self._study, self._storage = study, storage
         self._left = False
 
     def work(self, on_trial: Callable[[], None]) -> None:
@@ -64,6 +66,7 @@ class Leader:
             on_trial: called whenever trials may have come to an end.
         """
         while (order := self._next()) != "stop":
+            self._interrupts.check()
             if order == "wait":
                 time.sleep(_POLL)
             else:
@@ -111,7 +114,8 @@ class Leader:
         except Exception as error:  # a function of the user's
             return Outcome("failed", f"{type(error).__name__}: {error}")
         self._team.told(("run", (trial.number, trial.params)))
-        return run(self._search, self._team, trial.number, arguments, StudyBook(self._study, trial, self._settings))
+        book = StudyBook(self._study, trial, self._settings)
+        return run(self._search, self._team, self._interrupts, trial.number, arguments, book)
 
     def _told(self, trial: Trial, outcome: Outcome) -> float | tuple[float, float]:
         """What Optuna wants of a trial: its value, or an exception that says how it ended."""
@@ -150,7 +154,7 @@ class Leader:
         return place_of(self._study, trial) >= self._settings.n_trials
 
 
-def follow(search: Search, team: Team) -> Any:
+def follow(search: Search, team: Team, interrupts: Interrupts) -> Any:
     """What the other processes of a team do: the trials that the first one tells. Returns what it says at the end.
 
     Raises:
@@ -164,7 +168,7 @@ def follow(search: Search, team: Team) -> Any:
             break
         number, parameters = told
         arguments = arguments_of(search, FixedTrial(parameters, number), team)
-        last_error = run(search, team, number, arguments, Book()).error
+        last_error = run(search, team, interrupts, number, arguments, Book()).error
     if told is None:
         raise last_error or LostError("The first process ended the search; what it raised says why.")
     return told
@@ -175,7 +179,9 @@ def arguments_of(search: Search, trial: BaseTrial, team: Team) -> dict[str, Any]
     return search.space.suggest(trial, search.fixed, search.batch_size(team.size))
 
 
-def run(search: Search, team: Team, number: int, arguments: dict[str, Any], book: Book) -> Outcome:
+def run(
+    search: Search, team: Team, interrupts: Interrupts, number: int, arguments: dict[str, Any], book: Book
+) -> Outcome:
     """A trial on all processes, and what became of it on all of them."""
     folder = None if search.folder is None else str(search.folder / "trials" / f"{number:04d}")
     batch_size, settings = search.batch_size(team.size), search.settings
@@ -189,6 +195,7 @@ def run(search: Search, team: Team, number: int, arguments: dict[str, Any], book
     watcher = TrialWatcher(
         team,
         book,
+        interrupts,
         batch_sizes=[k * batch_size for k in search.space.candidates()],
         n_reports=1 if settings.trade_time else settings.n_reports,  # nobody could be told
         title=f"trial {number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",

@@ -19,6 +19,7 @@ import torch
 from optuna import Study
 
 from ..errors import DataError, SettingsError
+from .interrupts import Interrupts
 from .opening import open_study
 from .studies import counts
 from .team import Team
@@ -26,10 +27,11 @@ from .worker import Leader, Search
 
 _POLL = 0.5  # seconds between two looks at the study
 _PATIENCE = 60  # seconds that workers have to end when they are told to
+_INTERRUPTED = 130
 _LAST_WORDS = 20  # lines of a worker's log that are shown where it failed
 
 
-def run_workers(search: Search, study: Study, on_trial: Callable[[], None]) -> None:
+def run_workers(search: Search, interrupts: Interrupts, study: Study, on_trial: Callable[[], None]) -> None:
     """Has `n_workers` processes run trials until there are enough.
 
     Raises:
@@ -42,6 +44,7 @@ def run_workers(search: Search, study: Study, on_trial: Callable[[], None]) -> N
         logs = [(search.folder or Path(scratch)) / f"worker-{number + 1}.log" for number in range(n_workers)]
         with _started(alone, Path(scratch), logs) as workers:
             while any(worker.poll() is None for worker in workers):
+                interrupts.check()
                 on_trial()
                 time.sleep(_POLL)
             on_trial()
@@ -75,18 +78,19 @@ def _started(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["
     try:
         for number, log in enumerate(logs):
             with log.open("wb") as file:
-                command = [sys.executable, "-m", "ftaccum.tuning", str(scratch), str(number)]
+                command = [sys.executable, "-m", "ftaccum.tuning", str(scratch), str(number), str(os.getpid())]
                 environment = {**os.environ, **_share(number, len(logs))}
                 workers.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
         yield workers
     finally:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
-                worker.send_signal(signal.SIGINT)  # they hand back what they were running
-        for worker in workers:
-            try:
+                worker.terminate()  # they hand back what they were running
+        try:
+            for worker in workers:
                 worker.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
+        finally:
+            for worker in workers:
                 worker.kill()
                 worker.wait()
 
@@ -104,25 +108,28 @@ def _share(number: int, n_workers: int) -> dict[str, str]:
     return share
 
 
-def be_worker(scratch: Path, number: int) -> None:
-    """What such a process does."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def be_worker(scratch: Path, number: int, parent: int) -> None:
+    """What such a process does, for as long as the one that started it is there."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sys.path[:], pickled = dill.loads((scratch / "search").read_bytes())
     search: Search = dill.loads(pickled)
     team = Team()
     study, storage = open_study(search, team)
-    try:
-        Leader(search, team, study, storage).work(lambda: None)
-    except (SettingsError, DataError) as error:
-        (scratch / f"error-{number}").write_bytes(dill.dumps(error))
-        raise
-    except KeyboardInterrupt:
-        sys.exit(130)
+    interrupts = Interrupts()
+    with interrupts.kept():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
+        try:
+            Leader(search, team, interrupts, study, storage).work(lambda: None)
+        except (SettingsError, DataError) as error:
+            (scratch / f"error-{number}").write_bytes(dill.dumps(error))
+            raise
+        except KeyboardInterrupt:
+            sys.exit(_INTERRUPTED)
 
 
 def _end_with(parent: int) -> None:
-    """Interrupts this process when the one that started it is gone."""
+    """Ends this process when the one that started it is gone: at once, as if it had been killed as well."""
     while os.getppid() == parent:
         time.sleep(1)
-    signal.raise_signal(signal.SIGINT)
+    os._exit(_INTERRUPTED)

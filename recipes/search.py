@@ -1,0 +1,70 @@
+"""Searches for accumulation steps and learning rate at a fixed physical batch, and trains with the best.
+
+    python recipes/search.py --config recipes/search.yaml            # packaged encoder, 1,024 film reviews
+    python recipes/search.py --config recipes/search.yaml --n_trials 40                # goes on where it was
+    python recipes/search.py --config recipes/search.yaml --workers 2                  # two processes, a trial each
+    python recipes/search.py --model bert-base-uncased --train_data reviews.csv --batch_size 16 \\
+        --storage postgresql://me@host/searches --study_name reviews                      # the same on many machines
+    accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/search.py ...  # two processes a trial
+
+Options are those of `ftaccum search`. What it finds lies in OUTPUT_DIR: `report.html` with curves and tables,
+`study.db` for `optuna-dashboard`, and with `--refit` in `best/model` the best trial's model, trained again.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from accelerate import PartialState
+
+import packaged
+from ftaccum import ClassificationMetrics, DataError, SettingsError, search
+from ftaccum.flags import TrainArguments, parse
+from ftaccum.search_settings import SearchSettings, SpaceArguments, TrialRecipe
+from ftaccum.settings import Runtime
+from ftaccum.sources import load_factory
+from ftaccum.tuning import best_trial, read_dimensions
+
+
+@dataclass
+class Sources(TrainArguments):
+    """What to train on what: `ftaccum search`'s arguments, with the packaged model and rows as defaults."""
+
+    model: str = field(default=str(packaged.MINILM), metadata={"help": "folder or hub name of the model"})
+    train_data: str = field(
+        default=str(packaged.MOVIES_TRAIN), metadata={"help": "CSV, JSON or Parquet file, or hub name[:config]"}
+    )
+
+
+def main(arguments: list[str]) -> None:
+    kinds = [Sources, SpaceArguments, SearchSettings, TrialRecipe, Runtime]
+    sources, varied, settings, recipe, runtime = parse(kinds, arguments, description=__doc__ or "")
+    packaged.prepare_named(sources.model, sources.train_data)
+    model_factory, loaded = load_factory(sources)
+
+    study = search(
+        model_factory,
+        None,
+        loaded.train,
+        loaded.val,
+        accumulation_steps=varied.accumulation_steps,
+        learning_rate=varied.learning_rate,
+        space=read_dimensions(varied.space),
+        tokenizer=loaded.tokenizer,
+        compute_metrics=ClassificationMetrics(),
+        **vars(settings),
+        **vars(recipe),
+        **vars(runtime),
+    )
+
+    best = best_trial(study)
+    if PartialState().is_main_process and best is not None:
+        print(f"Held-out accuracy of the best: {best.user_attrs['metrics']['accuracy']:.1%}")
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (SettingsError, DataError) as error:
+        print(f"search: {error}", file=sys.stderr)
+        sys.exit(2)
