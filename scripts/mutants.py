@@ -94,11 +94,36 @@ MUTANTS = [
     Mutant("schedule counted in micro-batches", "running.py", "warmup, plan.n_windows)", "warmup, plan.n_windows * 4)"),
     Mutant("best weights not kept apart", "selection.py", 't.to("cpu", copy=True)', "t"),
     Mutant("metrics of one process", "evaluation.py", "gather_object(predicted) if", "predicted if"),
+    Mutant("a milestone told an update late", "watching.py", "self._ahead[0] <= rows", "self._ahead[0] < rows"),
+    Mutant("rows counted over epochs' ends", "planning.py", "return epochs * self.n_rows + windows", "return windows + epochs * self.windows_per_epoch"),
+    Mutant("windows lost where a run is ended", "running.py", "            recorder.drain()  #", "            #"),
+    Mutant("evaluating counts as training", "history.py", "self.seconds -= time.perf_counter()", "self.seconds -= 0 * time.perf_counter()"),
+    Mutant("milestones by the first batch alone", "tuning/milestones.py", "math.lcm(*batch_sizes)", "batch_sizes[0]"),
+    Mutant("steps that halving misses", "tuning/milestones.py", "number * (budget // n_reports)", "rows"),
+    Mutant("trials from weights of their own", "tuning/trials.py", "        seed_all(seed)\n", ""),
+    Mutant("models of failed trials kept", "tuning/trials.py", "traceback.clear_frames(error.__traceback__)  # they", "# they"),
+    Mutant("one is not always tried", "tuning/space.py", "sorted({1, *choices})", "sorted(choices)"),
+    Mutant("the coupled rate not scaled", "tuning/space.py", "RATE: rate * scale", "RATE: rate"),
+    Mutant("beta2 coupled the other way round", "optim.py", "beta2**self._ratio", "beta2 ** (1 / self._ratio)"),
+    Mutant("draws begin anew with each start", "tuning/studies.py", "(self._seed, place_of(self._study, trial))", "(self._seed, trial.number)"),
+    Mutant("interrupted trials count", "tuning/studies.py", "trial.state == TrialState.FAIL and REASON in trial.user_attrs", "trial.state == TrialState.FAIL"),
+    Mutant("interrupted trials are dropped", "tuning/studies.py", "    if runs > _AGAIN_AT_MOST:", "    if runs:"),
+    Mutant("what kills workers runs for ever", "tuning/studies.py", "    if runs > _AGAIN_AT_MOST:", "    if False:"),
+    Mutant("the dead are not found", "tuning/studies.py", "        if is_gone(trial", "        if False and is_gone(trial"),
+    Mutant("other settings go on", "tuning/studies.py", "if name in begun and begun[name] != value", "if False"),
+    Mutant("other data go on", "tuning/studies.py", "elif budget != rows:", "elif False:"),
+    Mutant("one trial too many", "tuning/worker.py", ">= self._settings.n_trials\n", "> self._settings.n_trials\n"),
+    Mutant("pruned at the end, too", "tuning/trials.py", 'order == "prune" and milestone < budget', 'order == "prune"'),
+    Mutant("each process decides", "tuning/team.py", "        if not self.is_main:\n", "        if False:\n"),
+    Mutant("bad data cost trials", "tuning/worker.py", "return error is not None", "return False"),
 ]  # fmt: skip
 
 # What runs first finds most; of some files, the mutants are found elsewhere.
 FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "memory", "calibration.py": "planner"}
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
+FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "watching", "optim.py": "search"}
+FIRST |= {"tuning/milestones.py": "milestones", "planning.py": "milestones"}
+FIRST |= {f"tuning/{room}.py": "search" for room in ("trials", "space", "studies", "worker", "team")}
 TESTS = [
     "parity",
     "exactness",
@@ -111,6 +136,9 @@ TESTS = [
     "probing",
     "lifecycle",
     "data_forms",
+    "watching",
+    "milestones",
+    "search",
 ]
 
 

@@ -7,8 +7,7 @@ from optuna import Study, Trial
 from optuna.exceptions import UpdateFinishedTrialError
 
 from ..search_settings import SearchSettings
-from .liveness import here
-from .studies import WORKER, check_budget, pruner_of
+from .studies import check_budget, pruner_of
 
 
 class Book:
@@ -36,7 +35,7 @@ class StudyBook(Book):
         self._study, self._trial, self._settings = study, trial, settings
 
     def open(self, facts: Mapping[str, Any]) -> None:
-        for name, value in {**facts, WORKER: here(), "rows": 0}.items():
+        for name, value in {**facts, "rows": 0}.items():
             self._trial.set_user_attr(name, value)
 
     def begin(self, steps: Mapping[int, int]) -> None:

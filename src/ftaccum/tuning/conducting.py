@@ -24,7 +24,7 @@ from .workers import run_workers
 
 def conduct(search: Search) -> Study:
     """Runs trials until there are enough, and says what came of them. All processes of a team call it alike."""
-    team, copy = Team(), None
+    team = Team()
     if search.settings.n_workers > 1 and team.size > 1:
         raise SettingsError(
             [
@@ -34,16 +34,20 @@ def conduct(search: Search) -> Study:
         )
     interrupts = Interrupts()
     with interrupts.kept(), _silent_optuna():
-        if team.is_main:
-            try:
-                study = _led(search, team, interrupts)
-                copy = (study.study_name, study.directions, study.get_trials())
-            finally:
-                team.told(("end", copy))  # however it ends: the others are waiting
-        else:
-            study = _copied(*follow(search, team, interrupts))
+        study = _main(search, team, interrupts) if team.is_main else _copied(*follow(search, team, interrupts))
     if search.settings.refit:
         _refit(search, team, study)
+    team.close()
+    return study
+
+
+def _main(search: Search, team: Team, interrupts: Interrupts) -> Study:
+    copy = None
+    try:
+        study = _led(search, team, interrupts)
+        copy = (study.study_name, study.directions, study.get_trials())
+    finally:
+        team.told(("end", copy))  # however it ends: the others are waiting
     return study
 
 

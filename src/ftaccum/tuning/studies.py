@@ -1,9 +1,11 @@
 """The study: where it is kept, what proposes and prunes, which of its trials count, and which have to run again."""
 
 import contextlib
+import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, Jour
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import NullPool, make_url
+from sqlalchemy.exc import ArgumentError
 
 from ..errors import DataError, SettingsError
 from ..search_settings import SearchSettings
@@ -27,7 +31,8 @@ from .liveness import is_gone
 # loads a model for a minute must not be.
 _HEARTBEAT, _GRACE = 20, 120
 _AGAIN_AT_MOST = 3  # runs of a trial whose workers died; it may be what kills them
-_TRIES, _PAUSE = 5, 0.5  # of making the tables, where several workers begin at once
+_TRIES, _PAUSE = 6, 0.5  # where several workers begin at once
+_THERE_ALREADY = ("already exists", "unique", "duplicate")  # as databases say it of tables and rows
 
 AGAIN, REASON, WORKER, SETUP = "runs_again", "reason", "worker", "ftaccum"
 
@@ -65,8 +70,11 @@ def storage_of(storage: Any, folder: Path | None) -> BaseStorage:
 
 
 def _relational(url: str) -> RDBStorage:
-    # SQLite's writers wait for each other; by default not long enough for many workers.
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    if url.startswith("postgresql://"):  # which driver that means depends on the version of SQLAlchemy
+        url = url.replace("://", "+psycopg://" if importlib.util.find_spec("psycopg") else "+psycopg2://", 1)
+    # A connection is closed when it has been used: none is left open, and many workers take few of a server's. SQLite's
+    # writers wait for each other, by default not long enough for many of them.
+    engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}}
     for tries_left in reversed(range(_TRIES)):
         try:
             return _quietly(
@@ -80,17 +88,18 @@ def _relational(url: str) -> RDBStorage:
         except optuna.exceptions.StorageInternalError:
             raise
         except Exception as error:
-            # Two workers that make the tables at once: the later one is told that they exist.
-            if not tries_left or ("exist" not in str(error).lower() and "unique" not in str(error).lower()):
+            # Two workers that make the tables at once: the later one is told that they are there.
+            if not tries_left or not any(words in str(error).lower() for words in _THERE_ALREADY):
                 raise
             time.sleep(_PAUSE)
     raise AssertionError
 
 
 def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    scheme, slashes, user = head.partition("://")
-    return f"{scheme}{slashes}{user.partition(':')[0]}{at}{tail}"
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except ArgumentError:  # a path, or no URL at all
+        return url.partition("@")[0].partition("?")[0]
 
 
 def _quietly(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -119,17 +128,27 @@ def opened(storage: BaseStorage, name: str, settings: SearchSettings, setup: dic
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
     except DuplicatedStudyError:
         study = optuna.load_study(storage=storage, study_name=name)
+        _wait_for_setup(study)
     else:
-        study.set_user_attr(SETUP, setup)
         study.enqueue_trial(first)
+    if SETUP not in study.user_attrs:  # last, when the study is as it should be for others
+        study.set_user_attr(SETUP, setup)
     _check_setup(study, setup)
     study.sampler = _sampler(settings, study)
     study.pruner = NopPruner()  # until the rows of a trial are known
     return study
 
 
+def _wait_for_setup(study: Study) -> None:
+    """Until whoever made the study has done so; not for ever: it may be one that was made without us."""
+    for _ in range(_TRIES):
+        if SETUP in study.user_attrs:
+            return
+        time.sleep(_PAUSE)
+
+
 def _check_setup(study: Study, setup: dict[str, Any]) -> None:
-    begun = study.user_attrs.get(SETUP, {})
+    begun = study.user_attrs[SETUP]
     faults = [
         f"The study {study.study_name!r} was begun with `{name}` {begun[name]!r}, and is now to go on with {value!r}. "
         "Trials could not be compared: give the same, or another `study_name`."
@@ -246,8 +265,15 @@ def find_dead(study: Study) -> None:
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_gone(trial.user_attrs.get(WORKER)):
+        if is_gone(trial.user_attrs.get(WORKER)) or _never_began(trial):
             # Another worker may have seen it, too; the one that is first has it run again.
             with contextlib.suppress(ValueError, UpdateFinishedTrialError):
                 study.tell(trial.number, state=TrialState.FAIL)
                 run_again(study, trial)
+
+
+def _never_began(trial: FrozenTrial) -> bool:
+    """Whether a worker died as soon as it had got the trial, before its first sign of life."""
+    if WORKER in trial.user_attrs or trial.datetime_start is None:
+        return False
+    return datetime.now() - trial.datetime_start > timedelta(seconds=_GRACE)

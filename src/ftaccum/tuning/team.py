@@ -32,11 +32,16 @@ class Team:
     def __init__(self) -> None:
         state = PartialState(cpu=not torch.accelerator.is_available())
         self.size, self.is_main = state.num_processes, state.is_main_process
-        groups = (self._group(within) for within in (_ORDERS_WITHIN, _OUTCOMES_WITHIN))
-        self._orders, self._outcomes = groups
+        self._orders, self._outcomes = (self._group(within) for within in (_ORDERS_WITHIN, _OUTCOMES_WITHIN))
 
     def _group(self, within: timedelta) -> distributed.ProcessGroup | None:
         return None if self.size == 1 else distributed.new_group(backend="gloo", timeout=within)
+
+    def close(self) -> None:
+        """Gives up the groups. All processes call it alike."""
+        for group in (self._orders, self._outcomes):
+            if group is not None:
+                distributed.destroy_process_group(group)
 
     def told(self, word: Any = None) -> Any:
         """What the first process says, on every process."""

@@ -16,7 +16,7 @@ from ..errors import DataError, SettingsError
 from ..search_settings import SearchSettings
 from .book import Book, StudyBook
 from .interrupts import Interrupts
-from .liveness import is_gone
+from .liveness import here, is_gone
 from .space import RATE, STEPS, Space
 from .studies import REASON, WORKER, counts, find_dead, place_of, run_again, tells_deaths
 from .team import LostError, Team
@@ -99,6 +99,7 @@ class Leader:
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if self._is_one_too_many(trial):
             raise _EndedError
+        trial.set_user_attr(WORKER, here())
         try:
             return self._told(trial, self._tried(trial))
         except UpdateFinishedTrialError:
