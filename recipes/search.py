@@ -50,14 +50,14 @@ def main(arguments: list[str]) -> None:
         learning_rate=varied.learning_rate,
         space=read_dimensions(varied.space),
         tokenizer=loaded.tokenizer,
-        compute_metrics=ClassificationMetrics(),
+        compute_metrics=ClassificationMetrics() if sources.task == "text-classification" else None,
         **vars(settings),
         **vars(recipe),
         **vars(runtime),
     )
 
     best = best_trial(study)
-    if PartialState().is_main_process and best is not None:
+    if PartialState().is_main_process and best is not None and best.user_attrs["metrics"]:
         print(f"Held-out accuracy of the best: {best.user_attrs['metrics']['accuracy']:.1%}")
     PartialState().destroy_process_group()
 

@@ -57,7 +57,7 @@ def ours(options: argparse.Namespace, seed: int, task: "Task", name: str, **how:
 def trainers(options: argparse.Namespace, seed: int, task: "Task", name: str) -> Curve:
     storage = f"sqlite:///{(Path(options.output_dir) / f'{name}-{seed}.db').resolve()}"
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-    left = options.trials - len(study.get_trials(states=(TrialState.COMPLETE,)))
+    left = options.trials - sum(trial.state.is_finished() for trial in study.get_trials())
     if left > 0:
         arguments = TrainingArguments(
             str(Path(options.output_dir) / f"{name}-{seed}"), num_train_epochs=1, per_device_train_batch_size=BATCH,

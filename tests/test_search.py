@@ -7,9 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,13 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+import ftaccum.tuning.conducting
+import ftaccum.tuning.interrupts
 import ftaccum.tuning.worker
 from ftaccum import DataError, SettingsError, test_fine_tuning
-from ftaccum.tuning.studies import counts
+from ftaccum.tuning.liveness import here, is_gone
+from ftaccum.tuning.studies import counts, find_dead, pruner_of, storage_of
+from ftaccum.tuning.tables import as_text, table
 from searching import N_ROWS, Layer, points, quick
 
 TRAINED = N_ROWS - 8
@@ -260,6 +267,28 @@ def _diverged_once_trained(model: nn.Module, _: Any, outputs: torch.Tensor) -> t
     return outputs * math.nan if hasattr(model, "trained") and not model.training else None
 
 
+def test_a_final_loss_that_is_no_number_is_no_value() -> None:
+    def factory() -> nn.Module:
+        model = Layer()
+        model.register_forward_hook(_diverged_once_trained)
+        return model
+
+    study = quick(model_factory=factory, trade_time=True, n_trials=2)
+    assert [trial.state for trial in study.trials] == [FAILED] * 2
+    assert all(trial.user_attrs["reason"].startswith("diverged") for trial in study.trials)
+
+
+def test_a_factory_that_returns_a_trained_model_is_told() -> None:
+    model = Layer()
+    with pytest.raises(SettingsError, match="returned a model that an earlier trial has trained"):
+        quick(model_factory=lambda: model)
+
+
+def test_a_function_of_the_trial_that_gives_what_nobody_takes_ends_the_search() -> None:
+    with pytest.raises(SettingsError, match="'weight_decya', which is no argument"):
+        quick(space=lambda _: {"weight_decya": 0.1})
+
+
 def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
     folder = str(tmp_path)
     bad = points()
@@ -336,9 +365,13 @@ def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_second_interrupt_is_not_kept(tmp_path: Path) -> None:
+def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ftaccum.tuning.interrupts, "_TWICE", 0.05)
+
     def factory() -> nn.Module:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # the same one, as a launcher hands it on
+        time.sleep(0.1)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("unreachable")
 
@@ -366,16 +399,32 @@ def test_a_search_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
     assert len(ended(study)) == 5
     lost = [trial for trial in study.trials if trial.state == FAILED]
     assert len(lost) == 2
-    again = [trial for trial in study.trials if "runs_again" in trial.user_attrs]
+    again = [trial for trial in study.trials if "first_run" in trial.user_attrs]
     assert [trial.params for trial in again] == [trial.params for trial in lost]
 
 
-def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
-    for _ in range(5):
+def test_a_trial_whose_workers_die_is_given_up_and_counts(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    study = quick(n_trials=1, output_dir=folder)
+    for _ in range(4):
+        dead = asked(study)
+        dead.suggest_float("learning_rate", 1e-4, 1e-1, log=True)
+        dead.set_user_attr("worker", here() | {"started": 0.0})
+        find_dead(study, {})
+    assert [trial.user_attrs.get("deaths") for trial in study.trials] == [None, None, 1, 2, 3]
+    assert len({trial.params["learning_rate"] for trial in study.trials[1:]}) == 1
+    assert len(ended(study)) == 2
+    assert as_text(table(study)).count("the workers that ran it died") == 1
+    assert len(quick(n_trials=3, output_dir=folder).trials) == 6
+
+
+def test_interrupting_a_trial_often_does_not_give_it_up(tmp_path: Path) -> None:
+    for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
-            quick(n_trials=2, output_dir=str(tmp_path), model_factory=interrupted(0))
-    trials = quick(n_trials=2, output_dir=str(tmp_path)).trials
-    assert [trial.user_attrs.get("runs_again", 0) for trial in trials[:5]] == [0, 1, 2, 3, 0]
+            quick(n_trials=1, output_dir=str(tmp_path), model_factory=interrupted(0))
+    study = quick(n_trials=1, output_dir=str(tmp_path))
+    assert [trial.state for trial in study.trials] == [FAILED] * 6 + [FINISHED]
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 1
 
 
 def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
@@ -388,6 +437,45 @@ def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="were given 128 rows each, and `train_data` now comes to 66"):
         quick(output_dir=folder, train_data=points(37), n_trials=3)
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
+
+
+def test_an_interrupt_at_the_very_end_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ftaccum.tuning.conducting, "write_reports", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        quick(output_dir=str(tmp_path), refit=True, n_trials=1)
+    assert not (tmp_path / "best").exists()
+
+
+def test_dimensions_that_optuna_cannot_join_are_refused(tmp_path: Path) -> None:
+    folder, schedules = str(tmp_path), CategoricalDistribution(["linear"])
+    quick(output_dir=folder, n_trials=1, space={"lr_scheduler": schedules})
+    with pytest.raises(SettingsError, match=r"has trials with `lr_scheduler` from .* Only the ends of a range"):
+        quick(output_dir=folder, n_trials=2, space={"lr_scheduler": CategoricalDistribution(["linear", "cosine"])})
+    wider = quick(output_dir=folder, n_trials=2, space={"lr_scheduler": schedules}, learning_rate=(1e-5, 1e-1))
+    assert len(ended(wider)) == 2
+
+
+def test_two_workers_of_one_machine_do_not_take_one_queued_trial(tmp_path: Path) -> None:
+    study = quick(output_dir=str(tmp_path), n_trials=1)
+    for _ in range(30):
+        study.enqueue_trial({"gradient_accumulation_steps": 1})
+    together = threading.Barrier(2)
+
+    def taken() -> list[int]:
+        mine = optuna.load_study(study_name=study.study_name, storage=storage_of(None, tmp_path))
+        together.wait()
+        return [asked(mine).number for _ in range(15)]
+
+    with ThreadPoolExecutor(2) as workers:
+        found = [future.result() for future in [workers.submit(taken) for _ in range(2)]]
+    assert sorted(found[0] + found[1]) == list(range(1, 31))
+
+
+def asked(study: optuna.Study) -> optuna.Trial:
+    """A trial as a worker gets it that dies in the next moment: without a sign of life."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's, about just that
+        return study.ask()
 
 
 def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,10 +553,13 @@ def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_proces
 
 
 @pytest.mark.processes
-def test_a_process_that_fails_by_itself_ends_the_others_soon(tmp_path: Path, two_processes: Callable[..., str]) -> None:
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_process_that_fails_by_itself_ends_the_others_soon(
+    tmp_path: Path, two_processes: Callable[..., str], failing: str
+) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError) as caught:
-        two_processes("search_of_two.py", str(tmp_path), "alone")
+        two_processes("search_of_two.py", str(tmp_path), failing)
     assert time.monotonic() - started < 60
     assert "This process ended a trial" in str(caught.value)
     assert "of this process alone" in str(caught.value)
@@ -477,6 +568,36 @@ def test_a_process_that_fails_by_itself_ends_the_others_soon(tmp_path: Path, two
     states = [trial.state for trial in trials]
     assert states in ([FINISHED, FAILED, TrialState.WAITING], [FINISHED, TrialState.RUNNING])
     assert trials[-1].params == trials[1].params
+
+
+def test_a_storage_elsewhere_needs_no_folder_that_is_there(tmp_path: Path) -> None:
+    def broken() -> nn.Module:
+        raise RuntimeError("no weights")
+
+    study = quick(
+        model_factory=broken,
+        storage=f"sqlite:///{tmp_path}/s.db",
+        study_name="s",
+        output_dir=str(tmp_path / "new" / "er"),
+    )
+    assert [trial.state for trial in study.trials] == [FAILED] * 4
+    assert (tmp_path / "new" / "er" / "report.html").exists()
+
+
+def test_a_process_is_told_from_another_of_its_number() -> None:
+    assert is_gone(here()) is False
+    assert is_gone(here() | {"started": 0.0})
+    assert is_gone(here() | {"process": 2**22 + 1})
+    assert is_gone(here() | {"machine": "another"}) is None
+    assert is_gone(None) is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "n_reports", "first"), [(1024, 8, 256), (1025, 8, 256), (900, 7, 256), (128, 1, 128)]
+)
+def test_pruning_begins_at_a_quarter(budget: int, n_reports: int, first: int) -> None:
+    steps = [number * (budget // n_reports) for number in range(1, n_reports)] + [budget]
+    assert pruner_of("successive_halving", steps)._min_resource == first  # type: ignore[union-attr]
 
 
 def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
@@ -572,9 +693,11 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"weight_decya": 0.1}, "There is no argument `weight_decya`. Did you mean 'weight_decay'?"),
         ({"validation_split": 0.0}, "A search compares validation losses"),
         ({"optimizer": torch.optim.SGD(Layer().parameters(), lr=1)}, "`optimizer` is an instance"),
+        ({"early_stopping_patience": 2}, "`early_stopping_patience` is 2, which would give trials unlike budgets"),
+        ({"storage": "postgresql://me@here/db"}, "`storage` is one that others may use as well. Name your study"),
         ({"refit": True}, "`refit` saves a model, but `output_dir` is None"),
         ({"n_workers": 2}, "`n_workers` is 2, but the study would be in the memory of one"),
-        ({"storage": "nosuchdb://here/x"}, "`storage` 'nosuchdb://here/x' cannot be opened"),
+        ({"storage": "nosuchdb://here/x", "study_name": "x"}, "`storage` 'nosuchdb://here/x' cannot be opened"),
     ],
 )
 def test_bad_input_is_told_before_any_trial(given: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import NullPool
 
 from ftaccum import SettingsError
-from ftaccum.tuning.studies import AGAIN, WORKER, counts, storage_of, tells_deaths
+from ftaccum.tuning.studies import DEATHS, WORKER, counts, storage_of, tells_deaths
 from searching import quick
 from servers import ENVIRONMENT, Postgres, grpc_proxy, no_postgres_because, postgresql, script, wait_until
 
@@ -105,7 +105,7 @@ def test_of_three_workers_one_can_be_killed(where: str, postgres: Postgres, work
     assert trials[killed.number].state == TrialState.FAIL
     (again,) = (trial for trial in ended if trial.user_attrs.get("first_run") == killed.number)
     assert again.params == killed.params
-    assert again.user_attrs[AGAIN] >= 1
+    assert again.user_attrs[DEATHS] >= 1
 
 
 def study_at(url: str) -> optuna.Study:
@@ -158,7 +158,7 @@ def test_a_password_is_not_shown_where_the_server_cannot_be_reached() -> None:
     with pytest.raises(
         SettingsError, match=r"'postgresql://someone:\*\*\*@127\.0\.0\.1:1/studies' cannot be opened"
     ) as caught:
-        quick(storage=nobody_listens)
+        quick(storage=nobody_listens, study_name="mine")
     assert "hush" not in "".join(traceback.format_exception(caught.value))
 
 

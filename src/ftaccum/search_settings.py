@@ -101,6 +101,7 @@ _OWN = "it is an argument of the search itself"
 _RESERVED: dict[str, Any] = {
     **dict.fromkeys(("n_epochs", "random_seed", "validation_split", "train_data", "val_data", "tokenizer"), _SAME),
     **dict.fromkeys(("batch_size", "max_tokens"), "the physical batch of a search is fixed"),
+    "early_stopping_patience": "it would give trials unlike budgets; a pruner ends the bad ones",
     **dict.fromkeys(("effective_batch_size", "tokens_per_update"), "`accumulation_steps` says which batches are tried"),
     **dict.fromkeys(
         ("gradient_accumulation_steps", "learning_rate", "model", "config", "output_dir", "progress"), _OWN

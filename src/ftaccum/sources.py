@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,13 @@ def load(named: TrainArguments, seed: int) -> Loaded:
 
 
 def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
-    """The same, with a function that makes the model again and again; it can be sent to other processes.
+    """The same without the model, and a function that makes it again and again, which can be sent to other processes.
 
     Raises:
         DataError, SettingsError: as `load`.
     """
     loaded = load(named, seed=0)
-    return partial(_new_model, named.task, named.model, _classes(named, loaded.train)), loaded
+    return partial(_new_model, named.task, named.model, _classes(named, loaded.train)), replace(loaded, model=None)
 
 
 def _new_model(*named: Any) -> Any:

@@ -26,7 +26,7 @@ class Slow(Layer):
 
 def work(url: str, n_trials: str, where: str) -> None:
     if where == "elsewhere":
-        ftaccum.tuning.liveness._machine = lambda: None
+        ftaccum.tuning.liveness._machine = lambda: f"the machine of {os.getpid()}"
         # Of minutes, otherwise. One that is only slow must not be taken for dead.
         ftaccum.tuning.studies._HEARTBEAT, ftaccum.tuning.studies._GRACE = 1, 3
     # The median prunes nobody in the beginning, when one is to be killed.

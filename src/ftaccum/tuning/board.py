@@ -8,10 +8,10 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import BaseStorage
 from tqdm import tqdm
 
+from .definition import Search
 from .space import Space
 from .studies import counts, tells_deaths
 from .tables import as_text, line_of, summary, table
-from .worker import Search
 
 _RULE = "=" * 64
 

@@ -12,19 +12,27 @@ from ..errors import SettingsError
 from ..fine_tuning import fine_tuned
 from ..watching import Watcher
 from .board import Board
+from .definition import Search
 from .interrupts import Interrupts
 from .opening import open_study
 from .reports import write_reports
 from .tables import best_trial
-from .team import Team
+from .team import LostError, Team
 from .trials import seeded_model
-from .worker import Leader, Search, arguments_of, follow
+from .worker import Leader, arguments_of, follow
 from .workers import run_workers
 
 
 def conduct(search: Search) -> Study:
     """Runs trials until there are enough, and says what came of them. All processes of a team call it alike."""
     team = Team()
+    try:
+        return _conducted(search, team)
+    finally:
+        team.close()
+
+
+def _conducted(search: Search, team: Team) -> Study:
     if search.settings.n_workers > 1 and team.size > 1:
         raise SettingsError(
             [
@@ -37,17 +45,19 @@ def conduct(search: Search) -> Study:
         study = _main(search, team, interrupts) if team.is_main else _copied(*follow(search, team, interrupts))
     if search.settings.refit:
         _refit(search, team, study)
-    team.close()
     return study
 
 
 def _main(search: Search, team: Team, interrupts: Interrupts) -> Study:
-    copy = None
     try:
         study = _led(search, team, interrupts)
-        copy = (study.study_name, study.directions, study.get_trials())
-    finally:
-        team.told(("end", copy))  # however it ends: the others are waiting
+        interrupts.check()
+    except LostError:  # nobody would listen
+        raise
+    except BaseException:
+        team.told(("end", None))
+        raise
+    team.told(("end", (study.study_name, study.directions, study.get_trials())))
     return study
 
 
@@ -81,7 +91,7 @@ def _copied(name: str, directions: list[Any], trials: list[Any]) -> Study:
 
 def _refit(search: Search, team: Team, study: Study) -> None:
     """The best trial once more, as an ordinary run, whose model is kept."""
-    best = best_trial(study)
+    best = team.decided(lambda: best_trial(study))
     if best is None or search.folder is None:
         return
     arguments = arguments_of(search, FixedTrial(best.params, best.number), team)

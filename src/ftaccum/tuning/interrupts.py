@@ -2,11 +2,14 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+_TWICE = 1.0  # seconds: a launcher hands on the signal that the terminal has sent to all
 
 
 class Interrupts:
@@ -14,7 +17,7 @@ class Interrupts:
     locked, for all other workers, too. A second one is not kept."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._since = False, 0.0
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -36,8 +39,10 @@ class Interrupts:
 
     def _keep(self, *_: Any) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if time.monotonic() - self._since > _TWICE:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._since = True, time.monotonic()
         tqdm.write(
             "Interrupted: the running trial ends with its next update, and will run again. Once more stops at once."
         )

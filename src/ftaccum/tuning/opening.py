@@ -7,10 +7,10 @@ from optuna import Study
 from optuna.storages import BaseStorage
 
 from ..settings import Recipe
+from .definition import Search
 from .space import STEPS
 from .studies import opened, storage_of
 from .team import Team
-from .worker import Search
 
 
 def open_study(search: Search, team: Team) -> tuple[Study, BaseStorage]:
@@ -19,9 +19,13 @@ def open_study(search: Search, team: Team) -> tuple[Study, BaseStorage]:
     Raises:
         SettingsError: where the storage cannot be opened, or the study was begun with other settings.
     """
+    if search.folder is not None:
+        search.folder.mkdir(parents=True, exist_ok=True)
     storage = storage_of(search.settings.storage, search.folder)
     name = search.settings.study_name or (search.folder.resolve().name if search.folder else "search")
-    return opened(storage, name, search.settings, _setup(search, team.size), {STEPS: 1}), storage
+    return opened(
+        storage, name, search.settings, _setup(search, team.size), search.space.dimensions(), {STEPS: 1}
+    ), storage
 
 
 def _setup(search: Search, num_processes: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,15 @@ def _plots(study: Study, folder: Path) -> dict[str, bytes]:
         return {}
     images = {}
     for name, plot in PLOTS.items():
-        figure = plot(study)
-        if figure is not None:
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=120)
-            (folder / f"{name}.png").write_bytes(image.getvalue())
-            images[name] = image.getvalue()
+        try:
+            figure = plot(study)
+            if figure is not None:
+                image = io.BytesIO()
+                figure.savefig(image, format="png", dpi=120)
+                (folder / f"{name}.png").write_bytes(image.getvalue())
+                images[name] = image.getvalue()
+        except Exception as error:  # of a search that has taken hours
+            warnings.warn(f"The plot {name!r} could not be drawn: {error!r}", stacklevel=2)
     return images
 
 

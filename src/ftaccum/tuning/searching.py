@@ -20,8 +20,8 @@ from ..flags import nearest
 from ..search_settings import SearchSettings
 from ..settings import checked, single_faults
 from .conducting import conduct
+from .definition import Search
 from .space import STEPS, Others, space_of
-from .worker import Search
 
 _RUN = inspect.signature(test_fine_tuning).parameters
 _SEARCH = ("accumulation_steps", "n_trials", "space", *SearchSettings.__dataclass_fields__)
@@ -88,7 +88,7 @@ def search(
         seed: of what is proposed; and of the runs, where `random_seed` is not given.
         storage: where the study is kept: any URL that Optuna knows, `grpc://host:port`, the path of a journal file, or
             a storage of Optuna's. None: SQLite in `output_dir`, or memory without one.
-        study_name: in the storage. None: the name of the output folder, or "search".
+        study_name: in the storage; needed where that is a server's. None: the name of the output folder, or "search".
         n_workers: processes that each run trials, on this machine; with several GPUs each gets one. A trial itself can
             use several processes under `accelerate launch`.
         trade_time: minimise the training time, too: `study.best_trials` are the best trades. Not pruned.
@@ -141,6 +141,8 @@ def _fixed(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, 
         raise SettingsError(faults)
     defaults = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
     shared = {name: given[name] for name in ("config", "train_data", "val_data", "batch_size")}
+    if isinstance(given["learning_rate"], int | float):
+        shared["learning_rate"] = given["learning_rate"]
     return {**defaults, "random_seed": given["seed"], **arguments, **shared}
 
 
@@ -167,6 +169,13 @@ def _check(settings: SearchSettings, given: Mapping[str, Any], fixed: Mapping[st
         faults.append(
             "A search compares validation losses, but `val_data` is None and `validation_split` is 0. Give one of them."
         )
+    if fixed["early_stopping_patience"] is not None:
+        faults.append(
+            f"`early_stopping_patience` is {fixed['early_stopping_patience']}, which would give trials unlike budgets. "
+            "Leave it out: a `pruner` ends the bad ones."
+        )
+    if isinstance(settings.storage, str) and _shared(settings.storage) and settings.study_name is None:
+        faults.append("`storage` is one that others may use as well. Name your study in it: `study_name`.")
     if settings.refit and given["output_dir"] is None:
         faults.append("`refit` saves a model, but `output_dir` is None. Name a folder.")
     in_memory = isinstance(settings.storage, InMemoryStorage) or (not settings.storage and given["output_dir"] is None)
@@ -177,3 +186,7 @@ def _check(settings: SearchSettings, given: Mapping[str, Any], fixed: Mapping[st
         )
     if faults:
         raise SettingsError(faults)
+
+
+def _shared(storage: str) -> bool:
+    return "://" in storage and not storage.startswith("sqlite")

@@ -3,10 +3,10 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
@@ -86,7 +86,7 @@ def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
     for word in words:
         name, _, values = word.partition("=")
         try:
-            found[name] = _read_distribution(values)
+            found[name] = _read_distribution(name, values)
         except ValueError:
             faults.append(
                 f"`space` has {word!r}. Say name=lowest:highest, with :log behind it for a logarithmic scale, such as "
@@ -97,17 +97,28 @@ def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
     return found
 
 
-def _read_distribution(values: str) -> BaseDistribution:
+def _read_distribution(name: str, values: str) -> BaseDistribution:
     if ":" not in values:
         if not values:
             raise ValueError
-        return CategoricalDistribution([yaml.safe_load(value) for value in values.split(",")])
+        return CategoricalDistribution([_read_value(value) for value in values.split(",")])
     low, high, *log = values.split(":")
     if log not in ([], ["log"]):
         raise ValueError
-    if low.isdigit() and high.isdigit():
+    counted = not isinstance(getattr(_ARGUMENTS.get(name), "default", None), float)
+    if counted and low.isdigit() and high.isdigit():
         return IntDistribution(int(low), int(high), log=bool(log))
     return FloatDistribution(float(low), float(high), log=bool(log))
+
+
+def _read_value(word: str) -> int | float | str | bool | None:
+    named = {"true": True, "false": False, "none": None}
+    if word.lower() in named:
+        return named[word.lower()]
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(word)
+    return word
 
 
 def space_of(

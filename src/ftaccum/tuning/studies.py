@@ -2,10 +2,10 @@
 
 import contextlib
 import importlib.util
+import math
 import time
 import warnings
-from collections.abc import Callable, Collection
-from datetime import datetime, timedelta
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna import Study, Trial
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -20,7 +21,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, Jour
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import NullPool, make_url
+from sqlalchemy import NullPool, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ..errors import DataError, SettingsError
@@ -30,11 +31,13 @@ from .liveness import is_gone
 # Seconds between two signs of life of a running trial, and without one until it is taken for dead. A worker that
 # loads a model for a minute must not be.
 _HEARTBEAT, _GRACE = 20, 120
-_AGAIN_AT_MOST = 3  # runs of a trial whose workers died; it may be what kills them
+_RUNS_AT_MOST = 4  # of a trial whose workers die; it may be what kills them
 _TRIES, _PAUSE = 6, 0.5  # where several workers begin at once
 _THERE_ALREADY = ("already exists", "unique", "duplicate")  # as databases say it of tables and rows
 
-AGAIN, REASON, WORKER, SETUP = "runs_again", "reason", "worker", "ftaccum"
+# Names of attributes: of a trial, why it did not finish, who runs it, that it was interrupted by hand, which trial it
+# is another run of, and how many of its workers died; of a study, what it was begun with.
+REASON, WORKER, INTERRUPTED, FIRST, DEATHS, SETUP = "reason", "worker", "interrupted", "first_run", "deaths", "ftaccum"
 
 
 def storage_of(storage: Any, folder: Path | None) -> BaseStorage:
@@ -46,7 +49,6 @@ def storage_of(storage: Any, folder: Path | None) -> BaseStorage:
     if storage is None:
         if folder is None:
             return InMemoryStorage()
-        folder.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{(folder / 'study.db').resolve()}"
     if not isinstance(storage, str):
         return storage
@@ -77,7 +79,7 @@ def _relational(url: str) -> RDBStorage:
     engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}}
     for tries_left in reversed(range(_TRIES)):
         try:
-            return _quietly(
+            made = _quietly(
                 RDBStorage,
                 url,
                 engine_kwargs=engine,
@@ -85,6 +87,7 @@ def _relational(url: str) -> RDBStorage:
                 grace_period=_GRACE,
                 heartbeat_stale_trial_callback=run_again,
             )
+            return _one_writer_at_a_time(made) if url.startswith("sqlite") else made
         except optuna.exceptions.StorageInternalError:
             raise
         except Exception as error:
@@ -93,6 +96,19 @@ def _relational(url: str) -> RDBStorage:
                 raise
             time.sleep(_PAUSE)
     raise AssertionError
+
+
+def _one_writer_at_a_time(storage: RDBStorage) -> RDBStorage:
+    """Has SQLite lock when a transaction begins. It has no locks of rows, so that otherwise two workers that both read
+    that a trial is free would both take it."""
+
+    def begin_by_ourselves(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # or Python's module begins transactions, and later
+
+    event.listen(storage.engine, "connect", begin_by_ourselves)
+    event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    storage.engine.dispose()
+    return storage
 
 
 def _without_password(url: str) -> str:
@@ -113,10 +129,18 @@ def tells_deaths(storage: BaseStorage) -> bool:
     return isinstance(storage, RDBStorage) and storage.get_heartbeat_interval() is not None
 
 
-def opened(storage: BaseStorage, name: str, settings: SearchSettings, setup: dict[str, Any], first: dict) -> Study:
+def opened(
+    storage: BaseStorage,
+    name: str,
+    settings: SearchSettings,
+    setup: dict[str, Any],
+    dimensions: Mapping[str, BaseDistribution],
+    first: dict[str, Any],
+) -> Study:
     """The study of this name, made where there is none.
 
     Args:
+        dimensions: of the search, as far as they are known before a trial asks.
         setup: what decides a trial's result besides its parameters; kept with the study.
         first: parameters of the first trial of a new study.
 
@@ -134,6 +158,7 @@ def opened(storage: BaseStorage, name: str, settings: SearchSettings, setup: dic
     if SETUP not in study.user_attrs:  # last, when the study is as it should be for others
         study.set_user_attr(SETUP, setup)
     _check_setup(study, setup)
+    _check_dimensions(study, dimensions)
     study.sampler = _sampler(settings, study)
     study.pruner = NopPruner()  # until the rows of a trial are known
     return study
@@ -159,6 +184,23 @@ def _check_setup(study: Study, setup: dict[str, Any]) -> None:
         raise SettingsError(faults)
 
 
+def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) -> None:
+    """Raises SettingsError where Optuna could not take a dimension beside the one of this name that there was."""
+    faults = {}
+    for trial in study.get_trials(deepcopy=False):
+        for name in dimensions.keys() & trial.distributions.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], dimensions[name])
+            except ValueError:
+                faults[name] = (
+                    f"The study {study.study_name!r} has trials with `{name}` from {trial.distributions[name]}, and is "
+                    f"now to go on with {dimensions[name]}. Only the ends of a range may change: give another "
+                    "`study_name`."
+                )
+    if faults:
+        raise SettingsError(list(faults.values()))
+
+
 def check_budget(study: Study, rows: int) -> None:
     """Raises DataError where trials before had another budget: other data, in the same study."""
     budget = study.user_attrs.get("budget_rows")
@@ -179,8 +221,7 @@ def pruner_of(pruner: str | BasePruner, steps: Collection[int]) -> BasePruner:
     """
     if not isinstance(pruner, str):
         return pruner
-    budget = max(steps)
-    first = min(step for step in steps if step >= budget / 4)
+    first, budget = sorted(steps)[math.ceil(len(steps) / 4) - 1], max(steps)
     return {
         "successive_halving": lambda: SuccessiveHalvingPruner(min_resource=first, reduction_factor=2),
         "hyperband": lambda: HyperbandPruner(min_resource=first, max_resource=budget, reduction_factor=2),
@@ -195,6 +236,8 @@ def _sampler(settings: SearchSettings, study: Study) -> BaseSampler:
     kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": tpe, "random": RandomSampler}
     if settings.sampler not in kinds:
         given: Any = settings.sampler
+        if any(map(counts, study.get_trials(deepcopy=False))):
+            given.reseed_rng()  # or it would draw again what it drew then
         return given
     return SeededByTrial(kinds[settings.sampler], settings.seed, study)
 
@@ -232,8 +275,15 @@ class SeededByTrial(BaseSampler):
 
 def counts(trial: FrozenTrial) -> bool:
     """Whether a trial is one of `n_trials`: it came to an end by itself. What was interrupted runs again as another."""
-    ended = trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-    return ended or (trial.state == TrialState.FAIL and REASON in trial.user_attrs)
+    if trial.state == TrialState.FAIL:
+        return REASON in trial.user_attrs or is_given_up(trial)
+    return trial.state.is_finished()
+
+
+def is_given_up(trial: FrozenTrial) -> bool:
+    """Whether a trial's workers have died so often that it is not run again."""
+    died = trial.state == TrialState.FAIL and not {REASON, INTERRUPTED} & trial.user_attrs.keys()
+    return died and trial.user_attrs.get(DEATHS, 0) >= _RUNS_AT_MOST - 1
 
 
 def place_of(study: Study, trial: FrozenTrial | Trial) -> int:
@@ -243,37 +293,43 @@ def place_of(study: Study, trial: FrozenTrial | Trial) -> int:
 
 
 def run_again(study: Study, trial: FrozenTrial) -> None:
-    """Queues an interrupted trial's parameters up, for whoever is free next."""
-    runs = trial.user_attrs.get(AGAIN, 0) + 1
-    if runs > _AGAIN_AT_MOST:
+    """Queues an interrupted trial's parameters up, for whoever is free next. Not where they are already, or where it
+    came to an end and only its state does not say so yet."""
+    first = trial.user_attrs.get(FIRST, trial.number)
+    later = (t for t in study.get_trials(deepcopy=False) if t.number > trial.number)
+    if REASON in trial.user_attrs or is_given_up(trial) or any(t.user_attrs.get(FIRST) == first for t in later):
         return
+    deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
     # Not its other attributes: they speak of the run that was interrupted, of its worker for one.
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs={AGAIN: runs, "first_run": trial.user_attrs.get("first_run", trial.number)},
+            user_attrs={FIRST: first, DEATHS: deaths},
             system_attrs={name: value for name, value in trial.system_attrs.items() if name == "fixed_params"},
         )
     )
 
 
-def find_dead(study: Study) -> None:
-    """Has the trials of dead workers run again: those of this machine at once, others by their heartbeat."""
+def find_dead(study: Study, silent: dict[int, float]) -> None:
+    """Has the trials of dead workers run again: those of this machine at once, others by their heartbeat.
+
+    Args:
+        silent: trials of which nothing but that they run is known, and since when; kept from call to call.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if is_gone(trial.user_attrs.get(WORKER)) or _never_began(trial):
+        if is_gone(trial.user_attrs.get(WORKER)) or _never_began(trial, silent):
             # Another worker may have seen it, too; the one that is first has it run again.
             with contextlib.suppress(ValueError, UpdateFinishedTrialError):
-                study.tell(trial.number, state=TrialState.FAIL)
-                run_again(study, trial)
+                run_again(study, study.tell(trial.number, state=TrialState.FAIL))
 
 
-def _never_began(trial: FrozenTrial) -> bool:
+def _never_began(trial: FrozenTrial, silent: dict[int, float]) -> bool:
     """Whether a worker died as soon as it had got the trial, before its first sign of life."""
-    if WORKER in trial.user_attrs or trial.datetime_start is None:
+    if WORKER in trial.user_attrs:
         return False
-    return datetime.now() - trial.datetime_start > timedelta(seconds=_GRACE)
+    return time.monotonic() - silent.setdefault(trial.number, time.monotonic()) > _GRACE

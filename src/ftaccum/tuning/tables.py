@@ -8,7 +8,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .space import RATE, STEPS
-from .studies import REASON
+from .studies import REASON, is_given_up
 
 _STATES = {
     TrialState.COMPLETE: "finished",
@@ -38,6 +38,8 @@ def facts_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _state(trial: FrozenTrial) -> str:
+    if is_given_up(trial):
+        return "failed: the workers that ran it died, again and again"
     if trial.state == TrialState.FAIL:
         return f"failed: {trial.user_attrs[REASON]}" if REASON in trial.user_attrs else "interrupted"
     return trial.user_attrs.get(REASON, _STATES[trial.state])

@@ -24,6 +24,8 @@ from .interrupts import Interrupts
 from .milestones import milestones
 from .team import LostError, Team
 
+_trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials, as long as somebody else keeps them
+
 
 class PrunedError(Exception):
     """Ends a run whose trial is not worth going on with."""
@@ -80,6 +82,7 @@ def run_trial(
         raise
     except (SettingsError, DataError) as error:
         traceback.clear_frames(error.__traceback__)
+        error.__cause__ = error.__context__ = None  # these have frames of their own, which hold the model
         return Outcome("failed", str(error), error=error.with_traceback(None))
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)
@@ -90,15 +93,29 @@ def run_trial(
         return Outcome("failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})")
     finally:
         model = None
-        if kept is not None and kept() is not None:  # in a circle with something; to look for it takes its time
+        # Where the model is in a circle with something, to look for it takes its time. A GPU may be shared with others.
+        if torch.accelerator.is_available() or (kept is not None and kept() is not None):
             give_back_memory()
 
 
 def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
-    """A model whose fresh weights are the same each time."""
+    """A model whose fresh weights are the same each time.
+
+    Raises:
+        SettingsError: where it is one that was trained before.
+    """
     with preserved_rng():
         seed_all(seed)
-        return model_factory()
+        model = model_factory()
+    if model in _trained:
+        raise SettingsError(
+            [
+                "`model_factory` returned a model that an earlier trial has trained. Have it make a new one each time, "
+                "such as `lambda: copy.deepcopy(model)`."
+            ]
+        )
+    _trained.add(model)
+    return model
 
 
 class TrialWatcher(Watcher):

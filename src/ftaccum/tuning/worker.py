@@ -1,50 +1,28 @@
 """A worker: takes trials of a study, one after the other, until there are `n_trials` in all."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import optuna
 from optuna import Study, Trial
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, TrialState
 
 from ..errors import DataError, SettingsError
 from ..search_settings import SearchSettings
 from .book import Book, StudyBook
+from .definition import Search
 from .interrupts import Interrupts
 from .liveness import here, is_gone
-from .space import RATE, STEPS, Space
-from .studies import REASON, WORKER, counts, find_dead, place_of, run_again, tells_deaths
+from .space import RATE, STEPS
+from .studies import INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again, tells_deaths
 from .team import LostError, Team
 from .trials import Outcome, TrialWatcher, run_trial
 
 _POLL = 2.0  # seconds between two looks at what other workers do
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a search is, apart from its study.
-
-    Attributes:
-        fixed: the arguments that all trials share: those of `test_fine_tuning` but for the model.
-        folder: where trials and reports go, if anywhere.
-        progress: whether to show bars, and a line a trial.
-    """
-
-    model_factory: Callable[[], Any]
-    fixed: Mapping[str, Any]
-    space: Space
-    settings: SearchSettings
-    folder: Path | None
-    progress: bool
-
-    def batch_size(self, n_processes: int) -> int:
-        """Rows of an update at k = 1."""
-        return self.fixed["batch_size"] * n_processes
 
 
 class _EndedError(Exception):
@@ -58,6 +36,7 @@ class Leader:
         self._search, self._team, self._interrupts = search, team, interrupts
         self._study, self._storage = study, storage
         self._left = False
+        self._silent: dict[int, float] = {}
 
     def work(self, on_trial: Callable[[], None]) -> None:
         """Takes trials until none is left.
@@ -75,7 +54,7 @@ class Leader:
 
     def _next(self) -> str:
         """What there is to do: "go", "wait" or "stop"."""
-        find_dead(self._study)
+        find_dead(self._study, self._silent)
         trials = self._study.get_trials(deepcopy=False)
         ended = sum(map(counts, trials))
         running = [t for t in trials if t.state == TrialState.RUNNING]
@@ -92,15 +71,16 @@ class Leader:
         try:
             # One at a time; `optimize` gives the sign of life while it runs.
             self._study.optimize(self._objective, n_trials=1, catch=(_EndedError,))
-        except (UpdateFinishedTrialError, ValueError):
-            if not self._left:
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Others took this worker for dead, and the trial has ended without it.
+            if not self._left and not str(error).startswith("Cannot tell a"):
                 raise
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if self._is_one_too_many(trial):
             raise _EndedError
-        trial.set_user_attr(WORKER, here())
         try:
+            trial.set_user_attr(WORKER, here())
             return self._told(trial, self._tried(trial))
         except UpdateFinishedTrialError:
             self._left = True
@@ -112,6 +92,10 @@ class Leader:
     def _tried(self, trial: Trial) -> Outcome:
         try:
             arguments = arguments_of(self._search, trial, self._team)
+        except StorageInternalError:
+            raise
+        except SettingsError as error:
+            return Outcome("failed", str(error), error=error)
         except Exception as error:  # a function of the user's
             return Outcome("failed", f"{type(error).__name__}: {error}")
         self._team.told(("run", (trial.number, trial.params)))
@@ -122,6 +106,8 @@ class Leader:
         """What Optuna wants of a trial: its value, or an exception that says how it ended."""
         if outcome.result is not None:
             loss, seconds = outcome.result.final_loss, outcome.result.training_time
+            if not math.isfinite(loss):
+                return self._told(trial, Outcome("diverged", f"with a final loss of {loss}"))
             return (loss, seconds) if self._settings.trade_time else loss
         if outcome.kind == "left":
             self._left = True
@@ -141,12 +127,13 @@ class Leader:
         return self._search.settings
 
     def _run_again(self, trial: Trial) -> None:
+        trial.set_user_attr(INTERRUPTED, True)
         run_again(self._study, next(t for t in self._study.get_trials() if t.number == trial.number))
 
     def _befalls_all(self, error: SettingsError | DataError | None) -> bool:
-        """Whether an error is not the trial's own: the data are the same in all, and settings are where none went well
-        yet."""
-        if isinstance(error, SettingsError):
+        """Whether an error is not the trial's own. The data are the same in all, and so are the settings, but for what
+        a function of the trial gives: that is taken for wrong in all where none went well yet."""
+        if isinstance(error, SettingsError) and callable(self._search.space.others):
             return not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         return error is not None
 
@@ -162,14 +149,17 @@ def follow(search: Search, team: Team, interrupts: Interrupts) -> Any:
         SettingsError, DataError: that ended the search.
         LostError: where something else did, which the first process raises.
     """
-    last_error: Exception | None = None
+    last_error: BaseException | None = None
     while True:
         order, told = team.told()
         if order != "run":
             break
         number, parameters = told
         arguments = arguments_of(search, FixedTrial(parameters, number), team)
-        last_error = run(search, team, interrupts, number, arguments, Book()).error
+        try:
+            last_error = run(search, team, interrupts, number, arguments, Book()).error
+        except KeyboardInterrupt as error:  # as the first process was told, which now ends the search
+            last_error = error
     if told is None:
         raise last_error or LostError("The first process ended the search; what it raised says why.")
     return told

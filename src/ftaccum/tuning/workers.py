@@ -15,15 +15,17 @@ from pathlib import Path
 
 import dill
 import optuna
+import psutil
 import torch
 from optuna import Study
 
 from ..errors import DataError, SettingsError
+from .definition import Search
 from .interrupts import Interrupts
 from .opening import open_study
-from .studies import counts
+from .studies import SeededByTrial, counts
 from .team import Team
-from .worker import Leader, Search
+from .worker import Leader
 
 _POLL = 0.5  # seconds between two looks at the study
 _PATIENCE = 60  # seconds that workers have to end when they are told to
@@ -48,10 +50,12 @@ def run_workers(search: Search, interrupts: Interrupts, study: Study, on_trial: 
                 on_trial()
                 time.sleep(_POLL)
             on_trial()
+        ended = sum(map(counts, study.get_trials(deepcopy=False)))
+        if ended >= search.settings.n_trials:
+            return
         for error in Path(scratch).glob("error-*"):
             raise dill.loads(error.read_bytes())
-        ended = sum(map(counts, study.get_trials(deepcopy=False)))
-        if ended < search.settings.n_trials and any(worker.returncode for worker in workers):
+        if any(worker.returncode for worker in workers):
             failed = next(n for n, worker in enumerate(workers) if worker.returncode)
             words = "\n".join(logs[failed].read_text(errors="replace").splitlines()[-_LAST_WORDS:])
             raise RuntimeError(
@@ -88,7 +92,8 @@ def _started(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["
                 worker.terminate()  # they hand back what they were running
         try:
             for worker in workers:
-                worker.wait(_PATIENCE)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.wait(_PATIENCE)
         finally:
             for worker in workers:
                 worker.kill()
@@ -116,6 +121,8 @@ def be_worker(scratch: Path, number: int, parent: int) -> None:
     search: Search = dill.loads(pickled)
     team = Team()
     study, storage = open_study(search, team)
+    if number and not isinstance(study.sampler, SeededByTrial):
+        study.sampler.reseed_rng()  # all workers have been sent the same one
     interrupts = Interrupts()
     with interrupts.kept():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
@@ -130,6 +137,6 @@ def be_worker(scratch: Path, number: int, parent: int) -> None:
 
 def _end_with(parent: int) -> None:
     """Ends this process when the one that started it is gone: at once, as if it had been killed as well."""
-    while os.getppid() == parent:
+    while os.getppid() == parent and psutil.pid_exists(parent):  # the first says nothing on Windows
         time.sleep(1)
     os._exit(_INTERRUPTED)
