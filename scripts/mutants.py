@@ -105,17 +105,21 @@ MUTANTS = [
     Mutant("one is not always tried", "tuning/space.py", "sorted({1, *choices})", "sorted(choices)"),
     Mutant("the coupled rate not scaled", "tuning/space.py", "RATE: rate * scale", "RATE: rate"),
     Mutant("beta2 coupled the other way round", "optim.py", "beta2**self._ratio", "beta2 ** (1 / self._ratio)"),
-    Mutant("draws begin anew with each start", "tuning/studies.py", "(self._seed, place_of(self._study, trial))", "(self._seed, trial.number)"),
-    Mutant("interrupted trials count", "tuning/studies.py", "trial.state == TrialState.FAIL and REASON in trial.user_attrs", "trial.state == TrialState.FAIL"),
-    Mutant("interrupted trials are dropped", "tuning/studies.py", "    if runs > _AGAIN_AT_MOST:", "    if runs:"),
-    Mutant("what kills workers runs for ever", "tuning/studies.py", "    if runs > _AGAIN_AT_MOST:", "    if False:"),
-    Mutant("the dead are not found", "tuning/studies.py", "        if is_gone(trial", "        if False and is_gone(trial"),
+    Mutant("draws begin anew with each start", "tuning/proposing.py", "(self._seed, place_of(self._study, trial))", "(self._seed, trial.number)"),
+    Mutant("interrupted trials count", "tuning/endings.py", "        return REASON in trial.user_attrs or is_given_up(trial)", "        return True"),
+    Mutant("interrupted trials are dropped", "tuning/endings.py", "    if REASON in trial.user_attrs or is_given_up(trial) or any(", "    if True or any("),
+    Mutant("what kills workers runs for ever", "tuning/endings.py", ">= _RUNS_AT_MOST - 1", ">= 10**9"),
+    Mutant("the dead are not found", "tuning/endings.py", "        if is_gone(trial", "        if False and is_gone(trial"),
     Mutant("other settings go on", "tuning/studies.py", "if name in begun and begun[name] != value", "if False"),
     Mutant("other data go on", "tuning/studies.py", "elif budget != rows:", "elif False:"),
     Mutant("one trial too many", "tuning/worker.py", ">= self._settings.n_trials\n", "> self._settings.n_trials\n"),
     Mutant("pruned at the end, too", "tuning/trials.py", 'order == "prune" and milestone < budget', 'order == "prune"'),
     Mutant("each process decides", "tuning/team.py", "        if not self.is_main:\n", "        if False:\n"),
     Mutant("bad data cost trials", "tuning/worker.py", "return error is not None", "return False"),
+    Mutant("two workers take one trial", "tuning/storages.py", "return _one_writer_at_a_time(made) if url.startswith(\"sqlite\") else made", "return made"),
+    Mutant("pruned from an eighth on", "tuning/proposing.py", "math.ceil(len(steps) / 4) - 1", "0"),
+    Mutant("an interrupt is not kept", "tuning/interrupts.py", "        self.asked, self._since = True, time.monotonic()", "        raise KeyboardInterrupt"),
+    Mutant("a late interrupt is not heard", "tuning/conducting.py", "        interrupts.check()\n", ""),
 ]  # fmt: skip
 
 # What runs first finds most; of some files, the mutants are found elsewhere.
@@ -123,7 +127,19 @@ FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "m
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
 FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "watching", "optim.py": "search"}
 FIRST |= {"tuning/milestones.py": "milestones", "planning.py": "milestones"}
-FIRST |= {f"tuning/{room}.py": "search" for room in ("trials", "space", "studies", "worker", "team")}
+_SEARCHING = [
+    "trials",
+    "space",
+    "studies",
+    "worker",
+    "team",
+    "endings",
+    "proposing",
+    "storages",
+    "interrupts",
+    "conducting",
+]
+FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING}
 TESTS = [
     "parity",
     "exactness",

@@ -29,8 +29,10 @@ import ftaccum.tuning.conducting
 import ftaccum.tuning.interrupts
 import ftaccum.tuning.worker
 from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum.tuning.endings import counts, find_dead
 from ftaccum.tuning.liveness import here, is_gone
-from ftaccum.tuning.studies import counts, find_dead, pruner_of, storage_of
+from ftaccum.tuning.proposing import pruner_of
+from ftaccum.tuning.storages import storage_of
 from ftaccum.tuning.tables import as_text, table
 from searching import N_ROWS, Layer, points, quick
 

@@ -12,7 +12,7 @@ import time
 import torch
 
 import ftaccum.tuning.liveness
-import ftaccum.tuning.studies
+import ftaccum.tuning.storages
 from searching import Layer, quick
 
 
@@ -28,7 +28,7 @@ def work(url: str, n_trials: str, where: str) -> None:
     if where == "elsewhere":
         ftaccum.tuning.liveness._machine = lambda: f"the machine of {os.getpid()}"
         # Of minutes, otherwise. One that is only slow must not be taken for dead.
-        ftaccum.tuning.studies._HEARTBEAT, ftaccum.tuning.studies._GRACE = 1, 3
+        ftaccum.tuning.storages._HEARTBEAT, ftaccum.tuning.storages.GRACE = 1, 3
     # The median prunes nobody in the beginning, when one is to be killed.
     quick(model_factory=Slow, storage=url, study_name="shared", n_trials=int(n_trials), pruner="median")
 

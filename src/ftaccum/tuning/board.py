@@ -9,8 +9,9 @@ from optuna.storages import BaseStorage
 from tqdm import tqdm
 
 from .definition import Search
+from .endings import counts
 from .space import Space
-from .studies import counts, tells_deaths
+from .storages import tells_deaths
 from .tables import as_text, line_of, summary, table
 
 _RULE = "=" * 64

@@ -7,7 +7,8 @@ from optuna import Study, Trial
 from optuna.exceptions import UpdateFinishedTrialError
 
 from ..search_settings import SearchSettings
-from .studies import check_budget, pruner_of
+from .proposing import pruner_of
+from .studies import check_budget
 
 
 class Book:

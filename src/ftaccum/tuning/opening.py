@@ -9,7 +9,8 @@ from optuna.storages import BaseStorage
 from ..settings import Recipe
 from .definition import Search
 from .space import STEPS
-from .studies import opened, storage_of
+from .storages import storage_of
+from .studies import opened
 from .team import Team
 
 

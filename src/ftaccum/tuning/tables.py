@@ -7,8 +7,8 @@ import optuna
 from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from .endings import REASON, is_given_up
 from .space import RATE, STEPS
-from .studies import REASON, is_given_up
 
 _STATES = {
     TrialState.COMPLETE: "finished",

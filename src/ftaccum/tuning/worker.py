@@ -15,10 +15,11 @@ from ..errors import DataError, SettingsError
 from ..search_settings import SearchSettings
 from .book import Book, StudyBook
 from .definition import Search
+from .endings import INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
 from .interrupts import Interrupts
 from .liveness import here, is_gone
 from .space import RATE, STEPS
-from .studies import INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again, tells_deaths
+from .storages import tells_deaths
 from .team import LostError, Team
 from .trials import Outcome, TrialWatcher, run_trial
 

@@ -21,9 +21,10 @@ from optuna import Study
 
 from ..errors import DataError, SettingsError
 from .definition import Search
+from .endings import counts
 from .interrupts import Interrupts
 from .opening import open_study
-from .studies import SeededByTrial, counts
+from .proposing import SeededByTrial
 from .team import Team
 from .worker import Leader
 
