@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant("a milestone told an update late", "watching.py", "self._ahead[0] <= rows", "self._ahead[0] < rows"),
     Mutant("rows counted over epochs' ends", "planning.py", "return epochs * self.n_rows + windows", "return windows + epochs * self.windows_per_epoch"),
     Mutant("windows lost where a run is ended", "running.py", "            recorder.drain()  #", "            #"),
-    Mutant("evaluating counts as training", "history.py", "self.seconds -= time.perf_counter()", "self.seconds -= 0 * time.perf_counter()"),
+    Mutant("evaluating counts as training", "watching.py", "self._work.timed(-1)", "self._work.timed(0)"),
     Mutant("milestones by the first batch alone", "tuning/milestones.py", "math.lcm(*batch_sizes)", "batch_sizes[0]"),
     Mutant("steps that halving misses", "tuning/milestones.py", "number * (budget // n_reports)", "rows"),
     Mutant("trials from weights of their own", "tuning/trials.py", "        seed_all(seed)\n", ""),

@@ -91,22 +91,13 @@ class Work:
         self.passes += other.passes
 
     @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Takes the time inside off again, for what is done in the middle of it and is none of it."""
+    def timed(self, sign: int = 1) -> Iterator[None]:
+        """Adds the time inside; with -1 takes it off again, for what is done in the middle and is none of it."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds -= time.perf_counter() - started
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Adds the time inside."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += sign * (time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

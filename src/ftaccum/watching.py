@@ -51,7 +51,7 @@ class Milestones:
         self._watcher.updated()
         rows = self._plan.rows_after(self._windows)
         if rows % self._plan.n_rows and self._ahead and self._ahead[0] <= rows:
-            with self._work.untimed():
+            with self._work.timed(-1):
                 val_loss = self._evaluate()
             self._tell(rows, val_loss)
 
