@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
         return _BAD_INPUT
     except KeyboardInterrupt:
-        print(f"ftaccum {words[0]}: interrupted", file=sys.stderr)
+        goes_on = "; the same command goes on where it was" if words[0] == "search" else ""
+        print(f"ftaccum {words[0]}: interrupted{goes_on}", file=sys.stderr)
         return _INTERRUPTED
 
 

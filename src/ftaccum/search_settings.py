@@ -76,7 +76,14 @@ class SpaceArguments:
     )
 
 
-_SEARCHED = ("gradient_accumulation_steps", "learning_rate", "effective_batch_size", "tokens_per_update", "random_seed")
+_SEARCHED = (
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "effective_batch_size",
+    "tokens_per_update",
+    "random_seed",
+    "early_stopping_patience",
+)
 _HINTS = get_type_hints(Recipe, include_extras=True)
 # The Recipe of every trial, but for what a search settles; its seed is that of the runs, too.
 TrialRecipe = make_dataclass(

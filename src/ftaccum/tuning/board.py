@@ -59,10 +59,11 @@ class Board:
         ended = self._ended()
         lines = [
             f"Trials: {settings.n_trials}" + (f", {ended} of them done before" if ended else ""),
-            f"Batch size: {search.fixed['batch_size']} on {self._num_processes} processes",
+            f"Batch size: {search.fixed['batch_size']}",
+            f"Processes of a trial: {self._num_processes}",
             f"Gradient accumulation steps (effective batch size): {batches}",
             f"Learning rate: {_rate(search.space)}",
-            f"Budget: {search.fixed['n_epochs']} epochs of the same rows in the same order; "
+            f"Budget: n_epochs {search.fixed['n_epochs']}, the same rows in the same order; "
             f"{settings.n_reports} reports a trial",
             f"Pruning: {'none, with two objectives' if settings.trade_time else settings.pruner}; "
             f"proposals: {settings.sampler}",
@@ -73,8 +74,7 @@ class Board:
         return lines
 
     def _print(self, *lines: str) -> None:
-        if self._search.progress:
-            tqdm.write("\n".join(lines), file=sys.stdout)
+        tqdm.write("\n".join(lines), file=sys.stdout)
 
 
 def _rate(space: Space) -> str:

@@ -1,5 +1,6 @@
 """A search from its beginning to its end."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.trial import FixedTrial
+from tqdm import tqdm
 
 from ..errors import SettingsError
 from ..fine_tuning import fine_tuned
@@ -96,5 +98,7 @@ def _refit(search: Search, team: Team, study: Study) -> None:
         return
     arguments = arguments_of(search, FixedTrial(best.params, best.number), team)
     arguments |= {"output_dir": str(search.folder / "best"), "progress": search.progress}
+    if team.is_main:
+        tqdm.write(f"The best, trial {best.number}, once more:", file=sys.stdout)
     model = seeded_model(search.model_factory, arguments["random_seed"])
     fine_tuned({**arguments, "model": model}, Watcher())

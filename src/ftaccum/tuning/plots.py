@@ -71,14 +71,15 @@ def contour(study: Study) -> Figure | None:
     losses = np.array([trial.values[0] for trial in finished])
     if _spans_a_plane(x, y):
         axes.tricontourf(x, y, losses, levels=12, cmap="viridis_r", alpha=0.6)
-    axes.scatter(*_places(pruned), c=_PRUNED, marker="x", label="pruned")
-    drawn = axes.scatter(x, y, c=losses, cmap="viridis_r", edgecolors="black", label="finished")
+    if pruned:
+        axes.scatter(*_places(pruned), c=_PRUNED, marker="x", label="pruned", clip_on=False)
+        figure.legend(loc="outside upper right", ncols=2)
+    drawn = axes.scatter(x, y, c=losses, cmap="viridis_r", edgecolors="black", label="finished", clip_on=False)
     figure.colorbar(drawn, label="validation loss")
     every_k = sorted({trial.params[STEPS] for trial in finished + pruned})
     axes.set_yticks(np.log2(every_k), [str(k) for k in every_k])
     axes.margins(0.05)
     axes.set(title="Loss by k and learning rate", xlabel="log10 of the learning rate", ylabel="accumulation steps k")
-    axes.legend()
     return figure
 
 

@@ -53,8 +53,9 @@ def _plots(study: Study, folder: Path) -> dict[str, bytes]:
 def _page(study: Study, rows: list[dict[str, Any]], images: dict[str, bytes]) -> str:
     name = html.escape(study.study_name)
     parts = [f"<h1>Search {name}</h1>", f"<pre>{html.escape(summary(study))}</pre>"]
-    for image in images.values():
-        parts.append(f'<p><img src="data:image/png;base64,{base64.b64encode(image).decode()}" alt=""></p>')
+    for title, image in images.items():
+        data = base64.b64encode(image).decode()
+        parts.append(f'<h2>{title.capitalize()}</h2><p><img src="data:image/png;base64,{data}" alt="{title}"></p>')
     if not images:
         parts.append("<p>Plots need matplotlib: <code>pip install ftaccum[plots]</code>.</p>")
     parts.append("<h2>Trials</h2><table>" + _row("th", rows[0] if rows else {}))

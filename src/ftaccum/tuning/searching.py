@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from torch import nn
 from torch.optim import Optimizer
 
+from ..cutting import GUESSED_COSTS
 from ..errors import SettingsError
 from ..fine_tuning import test_fine_tuning
 from ..flags import nearest
@@ -141,6 +142,9 @@ def _fixed(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, 
         raise SettingsError(faults)
     defaults = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
     shared = {name: given[name] for name in ("config", "train_data", "val_data", "batch_size")}
+    if arguments.get("planner", True) and arguments.get("planner_costs") is None:
+        # Measured costs differ with the load of the machine, and with them how windows are cut and where dropout falls.
+        shared["planner_costs"] = list(astuple(GUESSED_COSTS))
     if isinstance(given["learning_rate"], int | float):
         shared["learning_rate"] = given["learning_rate"]
     return {**defaults, "random_seed": given["seed"], **arguments, **shared}

@@ -12,7 +12,8 @@ from optuna.trial import BaseTrial
 
 from ..errors import SettingsError
 from ..fine_tuning import test_fine_tuning
-from ..optim import CoupledBeta2
+from ..flags import nearest
+from ..optim import CoupledBeta2, fault_of_schedule
 from ..search_settings import SearchSettings, reserved
 from ..settings import checked
 
@@ -200,7 +201,9 @@ def _faults_of_others(others: Any) -> list[str]:
 
 def _faults_of_names(names: Mapping[str, Any]) -> list[str]:
     unknown = [
-        f"`space` has {name!r}, which is no argument of `test_fine_tuning`." for name in names if name not in _ARGUMENTS
+        f"`space` has {name!r}, which is no argument of a run. {nearest(name, list(_ARGUMENTS))}"
+        for name in names
+        if name not in _ARGUMENTS
     ]
     told = ((name, reserved(name)) for name in names)
     return unknown + [f"`space` cannot vary {name!r}: {why}. Leave it out." for name, why in told if why]
@@ -215,6 +218,8 @@ def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
         values[RATE] = [space.rate]
     for name, each in values.items():
         for value in each:
+            unusable = fault_of_schedule(value) if name == "lr_scheduler" and isinstance(value, str) else None
+            faults += [unusable] if unusable else []
             try:
                 checked({**fixed, name: value})
             except SettingsError as error:

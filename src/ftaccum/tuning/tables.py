@@ -32,7 +32,7 @@ def facts_of(trial: FrozenTrial) -> dict[str, Any]:
         **parameters,
         "loss": trial.values[0] if trial.values else None,
         "rows": attrs.get("rows"),
-        "seconds": attrs.get("training_time"),
+        "seconds": None if "training_time" not in attrs else round(attrs["training_time"], 1),
         "state": _state(trial),
     }
 
@@ -70,7 +70,9 @@ def shown(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+        if value == round(value, 1):
+            return f"{value:g}"
+        return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
     return str(value)
 
 
@@ -105,7 +107,7 @@ def summary(study: Study) -> str:
     if best is not None:
         parameters = ", ".join(f"{name} {shown(value)}" for name, value in best.params.items())
         lines = [
-            f"best loss             {best.values[0]:.4f} (trial {best.number})",
+            f"best loss             {shown(best.values[0])} (trial {best.number})",
             f"best parameters       {parameters}",
             f"effective batch size  {best.user_attrs.get('effective_batch_size')}",
         ]

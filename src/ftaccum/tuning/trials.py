@@ -89,6 +89,7 @@ def run_trial(
         return Outcome("failed", f"ran out of memory: {error}")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
+        _keep_traceback(error, arguments["output_dir"])
         traceback.clear_frames(error.__traceback__)  # they hold the model
         return Outcome("failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})")
     finally:
@@ -96,6 +97,12 @@ def run_trial(
         # Where the model is in a circle with something, to look for it takes its time. A GPU may be shared with others.
         if torch.accelerator.is_available() or (kept is not None and kept() is not None):
             give_back_memory()
+
+
+def _keep_traceback(error: Exception, folder: str | None) -> None:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "error.txt").write_text("".join(traceback.format_exception(error)))
 
 
 def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
@@ -164,7 +171,7 @@ class TrialWatcher(Watcher):
         if not math.isfinite(val_loss):
             raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
         if order == "prune" and milestone < budget:  # at the end there is nothing left to save
-            raise PrunedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss:.4f}")
+            raise PrunedError(f"at {rows} of {budget} rows")
 
     def _ordered(self, step: int, rows: int, val_loss: float) -> str:
         order = self._book.report(step, rows, val_loss)
