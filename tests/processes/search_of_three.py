@@ -37,6 +37,7 @@ for order in sys.stdin:
     workers = []
     for _ in range(3):
         if (process := os.fork()) == 0:
+            sys.stdout = sys.stderr  # what a search shows is not for who reads this one's
             work(*order.split())
             sys.exit()
         workers.append(process)
