@@ -116,12 +116,14 @@ def test_one_seed_proposes_alike_and_another_otherwise() -> None:
 
 def test_every_trial_sees_the_same_rows_in_the_same_order_from_the_same_weights() -> None:
     kept = Kept()
-    torch.manual_seed(int(time.time()))  # not what a trial starts from
+    torch.manual_seed(0)  # not what a trial starts from
     study = quick(model_factory=kept.model, n_trials=6, pruner="none", planner=False)
     assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 2
+    torch.manual_seed(1)
+    quick(model_factory=kept.model, n_trials=1)  # by another worker, say
     assert all(torch.equal(weights["layer.weight"], kept.weights[0]["layer.weight"]) for weights in kept.weights)
-    assert all(len(seen) == BUDGET for seen in kept.points)
-    assert all(seen == kept.points[0] for seen in kept.points)
+    assert all(len(seen) == BUDGET for seen in kept.points[:6])
+    assert all(seen == kept.points[0] for seen in kept.points[:6])
 
 
 def test_trials_report_at_the_same_rows_whatever_their_batch(tmp_path: Path) -> None:
