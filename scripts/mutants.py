@@ -101,7 +101,7 @@ MUTANTS = [
     Mutant("milestones by the first batch alone", "tuning/milestones.py", "math.lcm(*batch_sizes)", "batch_sizes[0]"),
     Mutant("steps that halving misses", "tuning/milestones.py", "number * (budget // n_reports)", "rows"),
     Mutant("trials from weights of their own", "tuning/trials.py", "        seed_all(seed)\n", ""),
-    Mutant("models of failed trials kept", "tuning/trials.py", "traceback.clear_frames(error.__traceback__)  # they", "# they"),
+    Mutant("models of bad data kept", "tuning/trials.py", "error=error.with_traceback(None)", "error=error"),
     Mutant("one is not always tried", "tuning/space.py", "sorted({1, *choices})", "sorted(choices)"),
     Mutant("the coupled rate not scaled", "tuning/space.py", "RATE: rate * scale", "RATE: rate"),
     Mutant("beta2 coupled the other way round", "optim.py", "beta2**self._ratio", "beta2 ** (1 / self._ratio)"),

@@ -1,6 +1,7 @@
 """The search: fair trials, pruned at equal rows; failures that cost a trial and no more; a study that goes on."""
 
 import csv
+import gc
 import json
 import math
 import re
@@ -32,7 +33,7 @@ from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.tuning.endings import counts, find_dead
 from ftaccum.tuning.liveness import here, is_gone
 from ftaccum.tuning.proposing import pruner_of
-from ftaccum.tuning.storages import storage_of
+from ftaccum.tuning.storages import storage_of, without_password
 from ftaccum.tuning.tables import as_text, table
 from searching import N_ROWS, Layer, points, quick
 
@@ -296,10 +297,16 @@ def test_a_function_of_the_trial_that_gives_what_nobody_takes_ends_the_search() 
 
 def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    bad = points()
+    kept, bad = Kept(), points()
     bad[3] = (bad[3][0], torch.tensor(5))
-    with pytest.raises(DataError, match="row 3 has the label 5"):
-        quick(train_data=bad, output_dir=folder)
+    gc.disable()
+    try:
+        with pytest.raises(DataError, match="row 3 has the label 5") as caught:
+            quick(model_factory=kept.model, train_data=bad, output_dir=folder)
+        assert caught.value.__traceback__ is not None
+        assert kept.models[0]() is None  # though the error is at hand
+    finally:
+        gc.enable()
     study = quick(output_dir=folder)
     assert len(ended(study)) == 4
     assert proposals(study)[0]["gradient_accumulation_steps"] == 1  # what was to be tried first was not lost
@@ -587,6 +594,11 @@ def test_a_storage_elsewhere_needs_no_folder_that_is_there(tmp_path: Path) -> No
     )
     assert [trial.state for trial in study.trials] == [FAILED] * 4
     assert (tmp_path / "new" / "er" / "report.html").exists()
+
+
+def test_a_storage_is_shown_without_its_password() -> None:
+    assert without_password("postgresql://me:hush@host/x?password=hush") == "postgresql://me:***@host/x"
+    assert without_password("sqlite:///study.db") == "sqlite:///study.db"
 
 
 def test_a_process_is_told_from_another_of_its_number() -> None:

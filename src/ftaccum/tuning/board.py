@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .definition import Search
 from .endings import counts
 from .space import Space
-from .storages import tells_deaths
+from .storages import tells_deaths, without_password
 from .tables import as_text, line_of, summary, table
 
 _RULE = "=" * 64
@@ -86,4 +86,4 @@ def _rate(space: Space) -> str:
 
 def _place(storage: BaseStorage) -> str:
     engine = getattr(storage, "engine", None)
-    return engine.url.render_as_string(hide_password=True) if engine is not None else type(storage).__name__
+    return without_password(str(engine.url)) if engine is not None else type(storage).__name__

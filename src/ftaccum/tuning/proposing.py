@@ -16,6 +16,7 @@ from .endings import counts, place_of
 
 
 def sampler_of(settings: SearchSettings, study: Study) -> BaseSampler:
+    """The sampler that settings name, for a study, or the one of Optuna's that they give."""
     # Optuna's ten draws at random, before what was seen is made use of, would be half of a small search.
     tpe = partial(TPESampler, n_startup_trials=max(4, settings.n_trials // 4))
     kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": tpe, "random": RandomSampler}

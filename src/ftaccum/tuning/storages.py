@@ -47,7 +47,7 @@ def storage_of(storage: Any, folder: Path | None) -> BaseStorage:
     except Exception as error:
         raise SettingsError(
             [
-                f"`storage` {_without_password(storage)!r} cannot be opened: {error} Give a URL that Optuna knows "
+                f"`storage` {without_password(storage)!r} cannot be opened: {error} Give a URL that Optuna knows "
                 "(sqlite:///study.db, postgresql://user@host/name), grpc://host:port, or the path of a journal file."
             ]
         ) from error
@@ -93,7 +93,8 @@ def _one_writer_at_a_time(storage: RDBStorage) -> RDBStorage:
     return storage
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
+    """A storage's URL as it may be shown: a password can be in the query as well."""
     try:
         return make_url(url).set(query={}).render_as_string(hide_password=True)
     except ArgumentError:  # a path, or no URL at all

@@ -81,16 +81,13 @@ def run_trial(
     except LostError:
         raise
     except (SettingsError, DataError) as error:
-        traceback.clear_frames(error.__traceback__)
-        error.__cause__ = error.__context__ = None  # these have frames of their own, which hold the model
+        error.__cause__ = error.__context__ = None  # their frames hold the model, as the error's own do
         return Outcome("failed", str(error), error=error.with_traceback(None))
     except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)
         return Outcome("failed", f"ran out of memory: {error}")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         _keep_traceback(error, arguments["output_dir"])
-        traceback.clear_frames(error.__traceback__)  # they hold the model
         return Outcome("failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})")
     finally:
         model = None
