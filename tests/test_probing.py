@@ -14,7 +14,8 @@ from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuni
 from ftaccum.data import Rows
 from ftaccum.data.checking import sample_positions
 from ftaccum.objective import Counting
-from ftaccum.objective.probing import Explanation, choose, explain, in_float32, shaken
+from ftaccum.objective.probing import Explanation, choose, explain
+from ftaccum.objective.steadying import in_float32, shaken
 from heads import HEADS
 
 WIDTHS = (3, 5, 2, 7)
@@ -236,7 +237,7 @@ def test_router_losses_are_warned_of() -> None:
         vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1,
     )  # fmt: skip
-    with pytest.warns(InexactLossWarning, match="'loss' of rows apart"):
+    with pytest.warns(InexactLossWarning, match="'aux_loss', 2.7% of the loss, looks at the rows of a batch together"):
         test_fine_tuning(
             MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1, validation_split=0.0,
             progress=False,

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import DataError, InexactLossWarning, SettingsError
+    from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, SettingsError
     from .fine_tuning import test_fine_tuning
     from .history import Result
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
@@ -23,8 +23,10 @@ __all__ = [
     "Accuracy",
     "ClassificationMetrics",
     "DataError",
+    "InexactLossError",
     "InexactLossWarning",
     "MeanSquaredError",
+    "PaddingWarning",
     "Plan",
     "Result",
     "SettingsError",
@@ -35,7 +37,7 @@ __all__ = [
 
 # Loaded when first asked for, so that the parts that need no torch start at once.
 _HOMES = {
-    "errors": ("DataError", "InexactLossWarning", "SettingsError"),
+    "errors": ("DataError", "InexactLossError", "InexactLossWarning", "PaddingWarning", "SettingsError"),
     "fine_tuning": ("test_fine_tuning",),
     "history": ("Result",),
     "metrics": ("F1", "Accuracy", "ClassificationMetrics", "MeanSquaredError"),

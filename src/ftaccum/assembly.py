@@ -1,5 +1,6 @@
 """From what the user brought along to rows, an objective and loaders."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from accelerate.utils import send_to_device
 
 from . import data
 from .data import Collation, Loader, PackingCollator, PaddingCollator, Ranges, Rows
-from .errors import DataError, SettingsError
+from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, SettingsError
 from .objective import (
     EXPLAINED,
     Counting,
+    Findings,
     Forward,
     Objective,
     accepted_arguments,
@@ -47,7 +49,7 @@ class Assembly:
         """What a user should know of the data and the loss before training starts."""
         objective = self.objective
         widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
-        notes = [f"Loss: mean over {objective.counted_by}{widths}"]
+        notes = [f"Loss: mean over {objective.findings.counted_by}{widths}"]
         if self.synthetic:
             notes.insert(0, "Data: SYNTHETIC random tokens, because `train_data` is None; losses mean nothing")
         return notes
@@ -78,6 +80,7 @@ def assemble(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accele
         _check_validation(parts, sample, data.check_sample(val_rows, collation, ranges))
     labelled = data.labelled(rows, collation, ignore_index)
     objective = _objective(parts, forward, rows, collation, labelled, ignore_index)
+    _tell(objective.findings, runtime.on_inexact, accelerator.is_main_process)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -250,6 +253,18 @@ def _objective(
             f"The loss of {_failing(parts, forward, rows, collation, labelled)} cannot be computed: {error!r}. Check "
             f"that its columns, lengths and labels are those that {used} was made for."
         ) from error
+
+
+def _tell(findings: Findings, on_inexact: str, is_main: bool) -> None:
+    """Raises or warns as the user wants it, where accumulating the loss is not exact."""
+    sentences = findings.inexact()
+    if sentences and on_inexact == "error":
+        raise InexactLossError(" ".join(sentences) + " (`on_inexact='warn'` trains all the same.)")
+    if is_main and on_inexact == "warn":
+        for sentence in sentences:
+            warnings.warn(sentence, InexactLossWarning, stacklevel=2)
+        if padding := findings.padding():
+            warnings.warn(padding, PaddingWarning, stacklevel=2)
 
 
 def _failing(parts: Parts, forward: Forward, rows: Rows, collation: Collation, candidates: list[int]) -> str:

@@ -18,5 +18,13 @@ class DataError(ValueError):
     """The data cannot be trained on; the message names the argument and, where there is one, the row."""
 
 
+class InexactLossError(ValueError):
+    """Accumulating this loss only approximates the large batch, and `on_inexact` is 'error'."""
+
+
 class InexactLossWarning(UserWarning):
-    """The loss is not a mean over countable items, so accumulating it only approximates the large batch."""
+    """Accumulating this loss only approximates the large batch."""
+
+
+class PaddingWarning(UserWarning):
+    """Padding counts in a loss of the user's own."""

@@ -56,6 +56,7 @@ def test_fine_tuning(
     early_stopping_patience: int | None = None,
     restore_best_weights: bool = False,
     random_seed: int = 42,
+    on_inexact: str = "warn",
     deterministic: bool = False,
     output_dir: str | None = None,
     log_with: Any = None,
@@ -121,6 +122,8 @@ def test_fine_tuning(
         early_stopping_patience: epochs without a better validation loss after which to stop.
         restore_best_weights: end with the weights of the epoch of best validation loss.
         random_seed: of hold-out, order of rows and dropout. The process's own generators are left as they were.
+        on_inexact: "error", "warn" or "ignore": what to do where accumulating the loss is seen before training to be
+            no more than near one large batch (rows compared with each other, batch norm, a router's balance).
         deterministic: deterministic algorithms only.
         output_dir: folder for `ledger.jsonl`, `result.json` and `model/`.
         log_with: an Accelerate tracker, or its name.
@@ -132,12 +135,15 @@ def test_fine_tuning(
 
     Raises:
         SettingsError: arguments that cannot be used, all in one message, before anything is loaded.
+        InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact.
         DataError: data that cannot be trained on, with the row where there is one.
         torch.OutOfMemoryError: where memory runs out for a single row. For more rows, the window is run again in
             smaller micro-batches, with the same update.
 
     Warns:
-        InexactLossWarning: where the loss is not a mean over countable items.
+        InexactLossWarning: where accumulating the loss only approximates one large batch, with the figure, the likely
+            cause and the remedy.
+        PaddingWarning: where padding counts in a loss of the user's own.
 
     Example:
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)

@@ -58,6 +58,7 @@ Tracker = Annotated[
 ]
 Precision = Annotated[str, Rule(lambda v: v in PRECISIONS, "'no', 'bf16' or 'fp16'")]
 BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or (_is_int(v) and v > 0), "a positive integer or 'auto'")]
+OnInexact = Annotated[str, Rule(lambda v: v in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")]
 Costs = Annotated[
     list[float],
     Rule(
@@ -128,6 +129,9 @@ class Runtime:
         None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no"
     )
     gradient_checkpointing: Flag = setting(False, "recompute activations instead of keeping them")
+    on_inexact: OnInexact = setting(
+        "warn", "what to do where accumulating the loss only approximates a large batch: error, warn or ignore"
+    )
     deterministic: Flag = setting(False, "use deterministic algorithms only, which are slower")
     output_dir: Text | None = setting(None, "folder for the ledger, the result and the trained model")
     log_with: Tracker | None = setting(None, "tracker that Accelerate knows, such as tensorboard, or all")

@@ -26,6 +26,13 @@ class Generators:
         on_device = device.get_rng_state() if device is not None else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device)
 
+    def unmoved(self) -> bool:
+        """Whether nothing has been drawn since."""
+        now = Generators.now()
+        same = all(map(np.array_equal, self.numpy, now.numpy)) and self.python == now.python
+        on_device = self.device is None or now.device is None or torch.equal(self.device, now.device)
+        return same and on_device and torch.equal(self.cpu, now.cpu)
+
     def put_back(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)

@@ -16,7 +16,6 @@ from .rows import Rows, class_of, length_of
 _SAMPLE, _PROBE_ROWS = 32, 4
 _LONG_ENOUGH = 64  # tokens, for rows to be unlike in length, or twice the shortest
 _SHORTEST = 8  # rows to look at, so that some are short enough
-_UNEQUAL_GROUPS = [0], [1], [2, 3]
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,8 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
     return Sample(
         collation.seeded(rows, [longest], 0),
         together,
-        (lambda batch: [take(batch, group) for group in _UNEQUAL_GROUPS]) if in_rows else None,
-        [] if collation.draws else [collation(rows, [positions[n] for n in group]) for group in _UNEQUAL_GROUPS],
+        (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
+        None if collation.draws else lambda groups: [collation(rows, [positions[n] for n in g]) for g in groups],
     )
 
 

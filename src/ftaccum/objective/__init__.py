@@ -2,6 +2,7 @@
 
 from .counting import IGNORE_INDEX, Batch, Counting, CountItems, targets_of, tensors_of
 from .denominator import Counts, Denominator, ItemMeans, gathered, total
+from .findings import Findings
 from .forward import Forward, LossFn, accepted_arguments, is_label, logits_of
 from .measuring import Sample, difference_of_packing, measured_objective
 from .objective import Objective
@@ -15,6 +16,7 @@ __all__ = [
     "Counting",
     "Counts",
     "Denominator",
+    "Findings",
     "Forward",
     "ItemMeans",
     "LossFn",

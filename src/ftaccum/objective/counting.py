@@ -55,20 +55,26 @@ class Counting:
             "labels after the shift": self._shifted_labels,
             "rows": rows_of,
             "elements": self._elements,
+            "tokens": _tokens,
         }
 
     def applicable(self, batch: Batch) -> dict[str, CountItems]:
         """The ways that mean something for this batch."""
         targets = targets_of(batch)
-        names = ["rows"]
-        if targets is not None:
-            integers = not targets.is_floating_point()
-            if integers and self._class_weights is not None:
-                return {"class weights": self._weights}
-            names = [*(["labels"] if integers else []), "rows", "elements"]
-            if integers and targets.ndim == 2 and targets.shape[1] > 1:
-                names.insert(1, "labels after the shift")
-        return {name: self.ways[name] for name in names}
+        if targets is None:
+            return self.of_inputs(batch)
+        integers = not targets.is_floating_point()
+        if integers and self._class_weights is not None:
+            return {"class weights": self._weights}
+        names = [*(["labels"] if integers else []), "rows", "elements"]
+        if integers and targets.ndim == 2 and targets.shape[1] > 1:
+            names.insert(1, "labels after the shift")
+        return {name: self.ways[name] for name in names} | self.of_inputs(batch)
+
+    def of_inputs(self, batch: Batch) -> dict[str, CountItems]:
+        """Those of them that ask nothing of the labels."""
+        has_tokens = isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor)
+        return {name: self.ways[name] for name in ("rows", *(("tokens",) if has_tokens else ()))}
 
     def convention(self, batch: Batch) -> str:
         """For a loss handed over as a sum, of which no mean can be measured: labels where they are integers, else
@@ -89,6 +95,11 @@ class Counting:
 
     def _elements(self, batch: Batch) -> int:
         return _targets(batch).numel()
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
 
 
 def _targets(batch: Batch) -> Tensor:

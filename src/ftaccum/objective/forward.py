@@ -1,7 +1,7 @@
 """From a model and a batch to the named means of the loss."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
 from .counting import IGNORE_INDEX, Batch, targets_of
+from .parts_of_loss import factors_of, has_parts
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -37,14 +38,42 @@ class Forward:
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
+        self._factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
         self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Returns the means by term, scalars, and the model's outputs."""
         outputs = self._outputs(model, batch)
         loss = self._read_loss(outputs, batch)
+        if self._factors:
+            parts = {name: factor * outputs[name] for name, factor in self._factors.items()}
+            loss = {LOSS: loss - sum(parts.values()), **parts}
         means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
+
+    def take_apart(self, model: nn.Module, outputs: Any, batches: Sequence[Batch]) -> None:
+        """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
+        balance over its experts is no mean over labels, whatever the rest is.
+
+        Args:
+            outputs: of the model, to see whether they hold numbers beside the loss.
+            batches: a few small ones, to run with gradients if so. Outputs with unlike factors in them are left in.
+        """
+        if not self.is_own or not has_parts(outputs, LOSS):
+            return
+        with torch.enable_grad():
+            found = [factors_of(outputs, LOSS) for outputs in (self._outputs(model, batch) for batch in batches)]
+        self._factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The terms that are outputs of the model's, which its loss has added."""
+        return frozenset(self._factors)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the loss is the model's own."""
+        return self._read_loss is _own_loss
 
     @property
     def counted_by(self) -> str | None:

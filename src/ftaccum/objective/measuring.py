@@ -1,61 +1,54 @@
-"""Settles how a model's loss is counted, before anything is trained."""
+"""Settles how a model's loss is counted, and sees whether accumulating it is exact, before anything is trained."""
 
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 
-from ..errors import DataError, InexactLossWarning
+from ..errors import DataError
+from ..rehearsing import rehearsed
 from ..side_effects import only_looking
 from .counting import Batch, Counting, CountItems, counts_from_user
 from .denominator import means_of_sums
+from .findings import Findings
 from .forward import Forward
 from .objective import Objective
-from .probing import (
-    EXPLAINED,
-    EXPLAINED_IN_HALF,
-    Cut,
-    Explanation,
-    Losses,
-    Ways,
-    choose,
-    explain,
-    in_float32,
-    remembered,
-    shaken,
-)
+from .probing import EXPLAINED, EXPLAINED_IN_HALF, Ways, choose, difference, explain, relative, remembered
+from .steadying import in_float32, shaken
+
+Groups = Sequence[Sequence[int]]
+
+# Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
+_SINGLE, _UNEQUAL, _PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
+_UNCHANGED = 1e-6  # between two passes alike
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A few labelled rows to measure a loss on; see `probing.explain` for the fields. `longest` is the longest row of
-    the data, for what it takes to fail now and not in the middle of training."""
+    """Four labelled rows to measure a loss on.
+
+    Attributes:
+        longest: the longest row of the data, for what it takes to fail now and not in the middle of training.
+        together: the four rows.
+        cut: such a batch in groups of rows, at its width; None where that cannot be done.
+        collated: the rows in groups that are padded by themselves; None where that would give other rows, because the
+            collator draws at random.
+    """
 
     longest: Batch
     together: Batch
-    cut: Cut | None
-    padded_apart: Sequence[Batch]
+    cut: Callable[[Batch, Groups], Sequence[Batch]] | None
+    collated: Callable[[Groups], Sequence[Batch]] | None
 
-
-@dataclass(frozen=True)
-class _Findings:
-    """What a measurement came to: by term the name of the way to count, whether logits predict the next label, and how
-    well the ways explain the loss."""
-
-    ways: dict[str, str]
-    shifts: bool
-    explanation: Explanation
-    tolerance: float
-
-    @property
-    def unexplained(self) -> dict[str, float]:
-        """The terms that are not one mean over countable items, with how far off they are."""
-        return {term: off for term, off in self.explanation.differences.items() if off > self.tolerance}
+    def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
+        """A batch of the four rows in groups, at its width if that can be done."""
+        if self.cut is not None:
+            return self.cut(batch, groups)
+        assert self.collated is not None, "rows are apart in one way at least"
+        return self.collated(groups)
 
 
 def measured_objective(
@@ -68,48 +61,32 @@ def measured_objective(
     sums: bool = False,
 ) -> Objective:
     """Settles how the loss is counted: by the user's `count_items`, by what is known of the loss, else by measurement;
-    and measures in any case whether that explains the loss, and whether padding matters to it.
+    and measures in any case whether that explains the loss, in eval mode and in train mode, and whether padding
+    matters to it.
 
-    A few forward passes in eval mode, without gradients; weights, random-number states and buffers are put back.
-    Batch norm, which mixes the rows of a batch in train mode alone, is not seen. All processes take the main
-    process's findings.
+    Some twenty forward passes of at most four rows; no parameter gets a gradient, and weights, modes, random-number
+    states and buffers are put back. All processes take the main process's findings.
 
     Args:
         model: on its device, before it is wrapped.
         sums: whether the loss is handed over as a sum instead of a mean.
-
-    Warns:
-        InexactLossWarning: where no way to count explains the loss.
     """
     device = next(model.parameters()).device
     with only_looking(model):
-        terms = tuple(forward(model, send_to_device(sample.longest, device))[0])
+        _, outputs = forward(model, send_to_device(sample.longest, device))
+        singles = [send_to_device(row, device) for row in sample.apart(sample.together, _SINGLE)]
+        forward.take_apart(model, outputs, singles)
+        terms = tuple(forward(model, singles[0])[0])
         ways = _ways(terms, sample.together, forward, counting, count_items, sums)
-
-        def losses(batch: Batch) -> dict[str, float]:
-            found = forward(model, send_to_device(batch, device))[0]
-            if sums:  # there is one way to count each term then
-                found = dict(means_of_sums(found, {t: next(iter(ways[t].values()))(batch) for t in terms}))
-            return {term: float(mean) for term, mean in found.items()}
-
+        measurement = _Measurement(model, forward, sample, counting, ways, sums)
         try:
             with in_float32(model):
-                findings = _measure(model, losses, sample, ways, counting, EXPLAINED)
+                findings = measurement.findings(EXPLAINED)
         except torch.OutOfMemoryError:
-            findings = _measure(model, losses, sample, ways, counting, EXPLAINED_IN_HALF)
+            findings = measurement.findings(EXPLAINED_IN_HALF)
     (findings,) = broadcast_object_list([findings])
-    if PartialState().is_main_process:
-        _warn_of_unexplained(findings, sums)
     chosen = {term: ways[term][name] for term, name in findings.ways.items()}
-    return Objective(
-        forward,
-        terms,
-        lambda batch: {term: count(batch) for term, count in chosen.items()},
-        counted_by=_in_words(findings, measured=len(ways[terms[0]]) > 1),
-        shifts=findings.shifts and not sums,
-        padding_sensitive=findings.explanation.padding_sensitive,
-        sums=sums,
-    )
+    return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, findings)
 
 
 def difference_of_packing(
@@ -125,28 +102,80 @@ def difference_of_packing(
         return sum(float(mean) * counts[term] for term, mean in means.items())
 
     with only_looking(model), in_float32(model), shaken(model):
-        difference = abs(loss(packed) / loss(padded) - 1)
-    (difference,) = broadcast_object_list([difference])
-    return difference
+        off = abs(loss(packed) / loss(padded) - 1)
+    (off,) = broadcast_object_list([off])
+    return off
 
 
-def _measure(
-    model: nn.Module, losses: Losses, sample: Sample, ways: Ways, counting: Counting, tolerance: float
-) -> _Findings:
-    parts = sample.cut or (lambda _: sample.padded_apart)
-    with shaken(model):
-        shaken_losses = remembered(losses)
-        names = choose(shaken_losses, sample.together, parts, ways, counting.ignore_index)
-        # Of a count of the user's own it does not show whether labels are shifted; of the loss it does.
-        every = dict.fromkeys(ways, counting.applicable(sample.together))
-        nearest = choose(shaken_losses, sample.together, parts, every, counting.ignore_index)
-        chosen = {term: ways[term][name] for term, name in names.items()}
-        unlike = explain(shaken_losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
-    losses = remembered(losses)
-    _check_finite(losses(sample.together), chosen, sample.together)
-    as_it_is = explain(losses, sample.together, sample.cut, sample.padded_apart, chosen, tolerance)
-    shifts = set(nearest.values()) == {"labels after the shift"}
-    return _Findings(names, shifts, unlike.worst(as_it_is), tolerance)
+@dataclass(frozen=True)
+class _Measurement:
+    """What is measured on what; for the fields see `measured_objective`. `ways` are those in question, by term."""
+
+    model: nn.Module
+    forward: Forward
+    sample: Sample
+    counting: Counting
+    ways: Ways
+    sums: bool
+
+    def findings(self, tolerance: float) -> Findings:
+        """Measures. Differences up to `tolerance` are taken for rounding."""
+        together, ignore_index = self.sample.together, self.counting.ignore_index
+        cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, _UNEQUAL))
+        collated = [] if self.sample.collated is None else self.sample.collated(_UNEQUAL)
+        parts = cut or (lambda _: collated)
+        with shaken(self.model):
+            losses = remembered(self._losses)
+            names = choose(losses, together, parts, self.ways, ignore_index)
+            # Of a count of the user's own it does not show whether labels are shifted; of the loss it does.
+            every = dict.fromkeys(self.ways, self.counting.applicable(together))
+            nearest = choose(losses, together, parts, every, ignore_index)
+            chosen = {term: self.ways[term][name] for term, name in names.items()}
+            unlike = explain(losses, together, cut, collated, chosen, tolerance)
+            joint, alone = losses(together), [losses(row) for row in parts(together)[:2]]
+            in_training, mixing = self._in_training(chosen, joint)
+        losses = remembered(self._losses)
+        _check_finite(losses(together), chosen, together)
+        as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
+        return Findings(
+            ways=names,
+            measured=len(next(iter(self.ways.values()))) > 1,
+            shifts="labels after the shift" in nearest.values() and not self.sums,
+            explanation=unlike.worst(as_it_is),
+            in_training=in_training,
+            mixing=mixing,
+            joint=joint,
+            alone={term: max(abs(row[term]) for row in alone) for term in names},
+            parts=self.forward.parts,
+            tolerance=tolerance,
+            sums=self.sums,
+            own_loss=self.forward.is_own,
+        )
+
+    def _losses(self, batch: Batch) -> dict[str, float]:
+        found = self.forward(self.model, send_to_device(batch, next(self.model.parameters()).device))[0]
+        if self.sums:  # there is one way to count each term then
+            found = dict(means_of_sums(found, {t: next(iter(self.ways[t].values()))(batch) for t in found}))
+        return {term: float(mean) for term, mean in found.items()}
+
+    def _in_training(
+        self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
+    ) -> tuple[dict[str, float], list[str]]:
+        """How far rows apart are from rows together in train mode, by term, and the modules that may be the reason.
+
+        Args:
+            in_eval: the loss of all together in eval mode. Where train mode changes nothing, it mixes no rows either.
+        """
+        together = self.sample.together
+        with rehearsed(self.model, lambda: self._losses(together)) as moving:
+            joint = self._losses(together)
+            if all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
+                return dict.fromkeys(chosen, 0.0), []
+            apart = self.sample.apart(together, _PAIRS)
+            means = [self._losses(part) for part in apart]
+        modules = dict(self.model.named_modules())
+        off = {term: difference(joint, means, apart, term, count) for term, count in chosen.items()}
+        return off, [f"{type(modules[name]).__name__} {name!r}" for name in moving]
 
 
 def _check_finite(losses: Mapping[str, float], chosen: Mapping[str, CountItems], batch: Batch) -> None:
@@ -167,40 +196,18 @@ def _ways(
     sums: bool,
 ) -> Ways:
     """The ways to count that come into question for each term."""
+    given = [term for term in terms if term not in forward.parts]
+    parts = {term: counting.of_inputs(sample) for term in forward.parts}
     if count_items is not None:
-        return {term: {"count_items": _of_term(count_items, term, terms)} for term in terms}
+        return {term: {"count_items": _of_term(count_items, term, given)} for term in given} | parts
     if sums:
         name = counting.convention(sample)
     elif forward.counted_by is not None:
         name = forward.counted_by
     else:
-        return dict.fromkeys(terms, counting.applicable(sample))
-    return {term: {name: counting.ways[name]} for term in terms}
+        return dict.fromkeys(given, counting.applicable(sample)) | parts
+    return {term: {name: counting.ways[name]} for term in given} | parts
 
 
 def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountItems:
     return lambda batch: counts_from_user(count_items(batch), terms)[term]
-
-
-def _in_words(findings: _Findings, measured: bool) -> str:
-    ways = findings.ways
-    words = ", ".join(ways.values() if len(ways) == 1 else (f"{way} for {term!r}" for term, way in ways.items()))
-    if findings.unexplained:
-        return f"{words}, the nearest, which it is NOT exactly (see the warning)"
-    return f"{words} (measured)" if measured else words
-
-
-def _warn_of_unexplained(findings: _Findings, sums: bool) -> None:
-    if not findings.unexplained:
-        return
-    clauses = "; ".join(
-        f"{term!r} of rows apart, weighted by {findings.ways[term]}, is up to {100 * off:.2g}% off that of all together"
-        for term, off in findings.unexplained.items()
-    )
-    cure = (
-        "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
-        if findings.explanation.adds_up and not sums
-        else "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
-        "other do this; where yours is a mean over items of your own, give `count_items`."
-    )
-    warnings.warn(f"The loss is not a mean over countable items: {clauses}. {cure}", InexactLossWarning, stacklevel=3)

@@ -7,6 +7,7 @@ from torch import nn
 
 from .counting import Batch
 from .denominator import Counts, Means, means_of_sums
+from .findings import Findings
 from .forward import Forward
 
 
@@ -16,29 +17,24 @@ class Objective:
     Attributes:
         terms: the names of the means.
         count: a collated batch → its loss items, by term.
-        counted_by: what the items are, in words.
-        shifts: whether the logits at one position predict the label at the next.
-        padding_sensitive: whether a window's rows must be padded to one width.
+        findings: how that was measured, and how exact it is.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        terms: Sequence[str],
-        count: Callable[[Batch], Counts],
-        *,
-        counted_by: str,
-        shifts: bool = False,
-        padding_sensitive: bool = False,
-        sums: bool = False,
-    ) -> None:
+    def __init__(self, forward: Forward, count: Callable[[Batch], Counts], findings: Findings) -> None:
         self._forward = forward
-        self.counted_by = counted_by
-        self.shifts = shifts
-        self._sums = sums
-        self.terms = tuple(terms)
+        self.terms = tuple(findings.ways)
         self.count = count
-        self.padding_sensitive = padding_sensitive
+        self.findings = findings
+
+    @property
+    def padding_sensitive(self) -> bool:
+        """Whether a window's rows must be padded to one width."""
+        return self.findings.explanation.padding_sensitive
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the logits at one position predict the label at the next."""
+        return self.findings.shifts
 
     def means(self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str]) -> tuple[Means, Any]:
         """The means of these terms over the batch's own items, and the model's outputs.
@@ -48,5 +44,5 @@ class Objective:
             terms: those that the batch has items of; the mean of any other would be NaN.
         """
         found, outputs = self._forward(model, batch)
-        means = means_of_sums(found, counts) if self._sums else found
+        means = means_of_sums(found, counts) if self.findings.sums else found
         return {term: means[term] for term in terms}, outputs

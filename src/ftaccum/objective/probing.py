@@ -6,13 +6,11 @@ under every way to count.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .counting import Batch, CountItems, relabelled, tensors_of
 
@@ -33,66 +31,23 @@ class Explanation:
 
     Attributes:
         differences: by term, the relative difference between the loss of rows together and that of rows apart.
-        padding_sensitive: whether rows must be padded to one width for the loss to be explained.
+        padding: the same for rows that are padded to their own width, where padding is all that makes a difference:
+            rows must be padded to one width then for the loss to be explained. 0 where it makes none.
         adds_up: whether the losses of the parts, unweighted, add up to the joint one: a sum, not a mean.
     """
 
     differences: dict[str, float]
-    padding_sensitive: bool
+    padding: float
     adds_up: bool
+
+    @property
+    def padding_sensitive(self) -> bool:
+        return self.padding > 0
 
     def worst(self, other: "Explanation") -> "Explanation":
         """The larger differences of two measurements; padding matters where it did in either."""
         differences = {term: max(found, other.differences[term]) for term, found in self.differences.items()}
-        sensitive = self.padding_sensitive or other.padding_sensitive
-        return Explanation(differences, sensitive, self.adds_up and other.adds_up)
-
-
-@contextmanager
-def shaken(model: nn.Module) -> Iterator[None]:
-    """Gives the model's last weights noise, and takes it away again.
-
-    Which way to count is right does not depend on the weights; but rows must differ in loss for it to show, and under
-    a new head they hardly do.
-    """
-    weight = _last_weight(model)
-    if weight is None:
-        yield
-        return
-    before = weight.detach().clone()
-    # Logits of a few units: the inputs of a last layer are about 1 each, or normalised to it.
-    scale = 3 / math.sqrt(weight.numel() / weight.shape[0])
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * scale
-    try:
-        with torch.no_grad():
-            weight.add_(noise.to(weight.device, weight.dtype))
-        yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """A model of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
-
-    Rounded to 16 bits, the losses of two ways to count cannot be told apart.
-    """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    before = [t.data for t in tensors]
-    products = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        return Explanation(differences, max(self.padding, other.padding), self.adds_up and other.adds_up)
 
 
 def remembered(losses: Losses) -> Losses:
@@ -132,8 +87,8 @@ def _closest(losses: Losses, together: Batch, parts: Cut, ways: Ways) -> dict[st
     means = [losses(part) for part in apart]
     tied = {}
     for term, by_way in ways.items():
-        found = {way: _difference(joint, means, apart, term, count) for way, count in by_way.items()}
-        tied[term] = [way for way, difference in found.items() if difference <= min(found.values()) + _TIE]
+        found = {way: difference(joint, means, apart, term, count) for way, count in by_way.items()}
+        tied[term] = [way for way, off in found.items() if off <= min(found.values()) + _TIE]
     return tied
 
 
@@ -159,17 +114,16 @@ def explain(
     found, adds_up = [], False
     for apart in groups:
         means = [losses(part) for part in apart]
-        found.append({term: _difference(joint, means, apart, term, count) for term, count in chosen.items()})
+        found.append({term: difference(joint, means, apart, term, count) for term, count in chosen.items()})
         sums = {term: sum(mean[term] for mean in means) for term in joint}
-        adds_up = adds_up or all(_relative(sums[term], joint[term]) <= tolerance for term in joint)
+        adds_up = adds_up or all(relative(sums[term], joint[term]) <= tolerance for term in joint)
     alike, apart_ = found[0], found[-1]
-    # Groups that explain the joint loss only where they are padded alike: a softmax over padding.
-    explained = [all(difference <= tolerance for difference in differences.values()) for differences in (alike, apart_)]
-    sensitive = explained[0] and not explained[1]
-    return Explanation(alike if sensitive else apart_, sensitive, adds_up)
+    # Terms that are explained only where all groups are padded alike: a softmax over padding.
+    sensitive = [apart_[term] for term in chosen if alike[term] <= tolerance < apart_[term]]
+    return Explanation(alike if sensitive else apart_, max(sensitive, default=0.0), adds_up)
 
 
-def _difference(
+def difference(
     joint: Mapping[str, float],
     means: Sequence[Mapping[str, float]],
     parts: Sequence[Batch],
@@ -179,21 +133,10 @@ def _difference(
     """|Σ n·mean / Σ n - joint mean| / |joint mean| over the parts."""
     counts = [count(part) for part in parts]
     weighted = sum(n * mean[term] for n, mean in zip(counts, means, strict=True) if n)
-    return _relative(weighted / sum(counts), joint[term]) if sum(counts) else math.inf
+    return relative(weighted / sum(counts), joint[term]) if sum(counts) else math.inf
 
 
-def _relative(found: float, wanted: float) -> float:
-    difference = abs(found - wanted) / abs(wanted) if wanted else abs(found)
-    return difference if math.isfinite(difference) else math.inf
-
-
-def _last_weight(model: Any) -> Tensor | None:
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        head = None
-    weight = getattr(head, "weight", None)
-    candidates = [p for p in model.parameters() if p.ndim >= 2 and p.is_floating_point() and p.numel()]
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight
-    return candidates[-1] if candidates else None
+def relative(found: float, wanted: float) -> float:
+    """|found - wanted| / |wanted|; infinite where that is no number."""
+    off = abs(found - wanted) / abs(wanted) if wanted else abs(found)
+    return off if math.isfinite(off) else math.inf

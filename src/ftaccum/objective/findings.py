@@ -1,0 +1,125 @@
+"""What a measurement of the loss came to, and what a user should be told of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .probing import Explanation
+
+_NAMED = 3  # modules to name in a sentence
+
+
+@dataclass(frozen=True)
+class Findings:
+    """By term: how a loss is counted, and how far accumulating it so is from one batch.
+
+    Attributes:
+        ways: the name of the way to count.
+        measured: whether there were several to choose from.
+        shifts: whether logits predict the next label.
+        explanation: how well the ways explain the loss, in eval mode.
+        in_training: the relative difference between the loss of rows together and that of rows apart, in train mode.
+        mixing: the modules whose buffers a pass in train mode moves.
+        joint: the loss of a few rows together.
+        alone: the largest loss of one of them by itself.
+        parts: the terms that are outputs of the model's, which its loss has added.
+        tolerance: the largest difference that is rounding.
+        sums: whether the loss is handed over as a sum.
+        own_loss: whether it is the model's own.
+    """
+
+    ways: Mapping[str, str]
+    measured: bool
+    shifts: bool
+    explanation: Explanation
+    in_training: Mapping[str, float]
+    mixing: Sequence[str]
+    joint: Mapping[str, float]
+    alone: Mapping[str, float]
+    parts: frozenset[str]
+    tolerance: float
+    sums: bool
+    own_loss: bool
+
+    @property
+    def counted_by(self) -> str:
+        """What the loss is a mean over, in words."""
+        ways, unexplained = self.ways, self._unexplained
+        named = {term: f"about {way}" if term in unexplained else way for term, way in ways.items()}
+        words = ", ".join(named.values() if len(ways) == 1 else (f"{way} for {term!r}" for term, way in named.items()))
+        if unexplained:
+            return f"{words} (NOT exactly: see the warning)"
+        return f"{words} (measured)" if self.measured else words
+
+    def inexact(self) -> list[str]:
+        """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
+        which the two differ and what can be done. Empty where it is exact."""
+        unexplained = self._unexplained
+        wholes = [term for term in unexplained if term not in self.parts]
+        found = [self._of_part(term) for term in unexplained if term in self.parts]
+        if wholes:
+            found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
+        mixed = {t: off for t, off in self.in_training.items() if off > self.tolerance and t not in unexplained}
+        return [*found, *([self._of_train_mode(mixed)] if mixed else [])]
+
+    def padding(self) -> str | None:
+        """What to know of a loss of the user's own that counts padding; None where it does not. (In heads of
+        Transformers' it is meant so: the softmax of question answering runs over all positions.)"""
+        if self.own_loss or not self.explanation.padding_sensitive:
+            return None
+        return (
+            f"Padding counts in the loss: rows padded to their own width instead of that of others differ by up to "
+            f"{_percent(self.explanation.padding)}. Every window is padded to one width, so that accumulating it is "
+            "exact; but what a row adds depends on the longest that it meets. Where that is not meant, leave positions "
+            "at which `attention_mask` is 0 out of the mean."
+        )
+
+    @property
+    def _unexplained(self) -> dict[str, float]:
+        return {term: off for term, off in self.explanation.differences.items() if off > self.tolerance}
+
+    def _clauses(self, terms: Sequence[str]) -> str:
+        return "; ".join(
+            f"{term!r} of rows apart, weighted by {self.ways[term]}, is up to {_percent(self._unexplained[term])} off "
+            "that of all together"
+            for term in terms
+        )
+
+    def _cure(self, terms: Sequence[str]) -> str:
+        if self.explanation.adds_up and not self.sums:
+            return "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
+        term = terms[0]
+        if abs(self.alone[term]) < 1e-3 * abs(self.joint[term]):
+            return (
+                f"A row by itself costs {self.alone[term]:.2g}, a few together {self.joint[term]:.2g}: rows are "
+                "compared with each other, as in-batch negatives are. No weighting makes up for the rows that a "
+                "micro-batch has not; make `batch_size` as large as the comparison has to be."
+            )
+        return (
+            "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
+            "other do this; where yours is a mean over items of your own, give `count_items`; where it is the sum of "
+            "several means, have `loss_fn` give them by name, in a dict."
+        )
+
+    def _of_part(self, term: str) -> str:
+        share = abs(self.joint[term]) / (sum(map(abs, self.joint.values())) or 1)
+        return (
+            f"{term!r}, {_percent(share)} of the loss, looks at the rows of a batch together, as a router's balance "
+            f"over its experts does: {self._clauses([term])}. It is trained on as that weighted mean, the nearest to "
+            "one large batch that micro-batches can have; a larger `batch_size` brings it nearer."
+        )
+
+    def _of_train_mode(self, mixed: Mapping[str, float]) -> str:
+        (term, off), *_ = sorted(mixed.items(), key=lambda item: -item[1])
+        named = ", ".join(self.mixing[:_NAMED]) + (", …" if len(self.mixing) > _NAMED else "")
+        culprit = f"{named} there normalises" if len(self.mixing) == 1 else f"{named} there normalise"
+        cause = f"{culprit} by the rows given at a time" if self.mixing else "something there mixes rows"
+        return (
+            f"In train mode, {term!r} of rows apart is up to {_percent(off)} off that of all together, and in eval "
+            f"mode it is not: {cause}, and accumulating only approximates one large batch. Use a norm over the "
+            "features of one row (GroupNorm, LayerNorm) or one with fixed statistics (FrozenBatchNorm2d), or a larger "
+            "`batch_size`."
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g}%"

@@ -1,0 +1,68 @@
+"""A model's weights, for the time of a measurement: such that rows differ in loss, and without rounding to 16 bits."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def shaken(model: nn.Module) -> Iterator[None]:
+    """Gives the model's last weights noise, and takes it away again.
+
+    Which way to count is right does not depend on the weights; but rows must differ in loss for it to show, and under
+    a new head they hardly do.
+    """
+    weight = _last_weight(model)
+    if weight is None:
+        yield
+        return
+    before = weight.detach().clone()
+    # Logits of a few units: the inputs of a last layer are about 1 each, or normalised to it.
+    scale = 3 / math.sqrt(weight.numel() / weight.shape[0])
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * scale
+    try:
+        with torch.no_grad():
+            weight.add_(noise.to(weight.device, weight.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """A model of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
+
+    Rounded to 16 bits, the losses of two ways to count cannot be told apart.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    before = [t.data for t in tensors]
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _last_weight(model: Any) -> Tensor | None:
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    weight = getattr(head, "weight", None)
+    candidates = [p for p in model.parameters() if p.ndim >= 2 and p.is_floating_point() and p.numel()]
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight
+    return candidates[-1] if candidates else None
