@@ -9,6 +9,21 @@ _NAMED = 3  # modules to name in a sentence
 
 
 @dataclass(frozen=True)
+class InTraining:
+    """What train mode does to a loss.
+
+    Attributes:
+        differences: by term, the relative difference between the loss of rows together and that of rows apart.
+        mixing: the modules whose buffers a pass moves.
+        complaint: the model's, of a single row; None where it takes one.
+    """
+
+    differences: Mapping[str, float]
+    mixing: Sequence[str] = ()
+    complaint: str | None = None
+
+
+@dataclass(frozen=True)
 class Findings:
     """By term: how a loss is counted, and how far accumulating it so is from one batch.
 
@@ -17,8 +32,7 @@ class Findings:
         measured: whether there were several to choose from.
         shifts: whether logits predict the next label.
         explanation: how well the ways explain the loss, in eval mode.
-        in_training: the relative difference between the loss of rows together and that of rows apart, in train mode.
-        mixing: the modules whose buffers a pass in train mode moves.
+        in_training: what train mode changes.
         joint: the loss of a few rows together.
         alone: the largest loss of one of them by itself.
         parts: the terms that are outputs of the model's, which its loss has added.
@@ -31,11 +45,10 @@ class Findings:
     measured: bool
     shifts: bool
     explanation: Explanation
-    in_training: Mapping[str, float]
-    mixing: Sequence[str]
+    in_training: InTraining
     joint: Mapping[str, float]
     alone: Mapping[str, float]
-    parts: frozenset[str]
+    parts: Sequence[str]
     tolerance: float
     sums: bool
     own_loss: bool
@@ -58,7 +71,9 @@ class Findings:
         found = [self._of_part(term) for term in unexplained if term in self.parts]
         if wholes:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
-        mixed = {t: off for t, off in self.in_training.items() if off > self.tolerance and t not in unexplained}
+        mixed = {
+            t: off for t, off in self.in_training.differences.items() if off > self.tolerance and t not in unexplained
+        }
         return [*found, *([self._of_train_mode(mixed)] if mixed else [])]
 
     def padding(self) -> str | None:
@@ -110,16 +125,18 @@ class Findings:
 
     def _of_train_mode(self, mixed: Mapping[str, float]) -> str:
         (term, off), *_ = sorted(mixed.items(), key=lambda item: -item[1])
-        named = ", ".join(self.mixing[:_NAMED]) + (", …" if len(self.mixing) > _NAMED else "")
-        culprit = f"{named} there normalises" if len(self.mixing) == 1 else f"{named} there normalise"
-        cause = f"{culprit} by the rows given at a time" if self.mixing else "something there mixes rows"
+        mixing, complaint = self.in_training.mixing, self.in_training.complaint
+        named = ", ".join(mixing[:_NAMED]) + (", …" if len(mixing) > _NAMED else "")
+        verb = "normalises" if len(mixing) == 1 else "normalise"
+        cause = f"{named} there {verb} by the rows given at a time" if mixing else "something there mixes rows"
+        alone = f" A micro-batch of a single row cannot be computed at all ({complaint})." if complaint else ""
         return (
             f"In train mode, {term!r} of rows apart is up to {_percent(off)} off that of all together, and in eval "
-            f"mode it is not: {cause}, and accumulating only approximates one large batch. Use a norm over the "
+            f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Use a norm over the "
             "features of one row (GroupNorm, LayerNorm) or one with fixed statistics (FrozenBatchNorm2d), or a larger "
             "`batch_size`."
         )
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%"
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"

@@ -66,9 +66,9 @@ class Forward:
         self._factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
 
     @property
-    def parts(self) -> frozenset[str]:
+    def parts(self) -> tuple[str, ...]:
         """The terms that are outputs of the model's, which its loss has added."""
-        return frozenset(self._factors)
+        return tuple(self._factors)
 
     @property
     def is_own(self) -> bool:

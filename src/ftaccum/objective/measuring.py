@@ -13,7 +13,7 @@ from ..rehearsing import rehearsed
 from ..side_effects import only_looking
 from .counting import Batch, Counting, CountItems, counts_from_user
 from .denominator import means_of_sums
-from .findings import Findings
+from .findings import Findings, InTraining
 from .forward import Forward
 from .objective import Objective
 from .probing import EXPLAINED, EXPLAINED_IN_HALF, Ways, choose, difference, explain, relative, remembered
@@ -73,10 +73,10 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with only_looking(model):
-        _, outputs = forward(model, send_to_device(sample.longest, device))
+        means, outputs = forward(model, send_to_device(sample.longest, device))
         singles = [send_to_device(row, device) for row in sample.apart(sample.together, _SINGLE)]
         forward.take_apart(model, outputs, singles)
-        terms = tuple(forward(model, singles[0])[0])
+        terms = (*means, *forward.parts)
         ways = _ways(terms, sample.together, forward, counting, count_items, sums)
         measurement = _Measurement(model, forward, sample, counting, ways, sums)
         try:
@@ -133,7 +133,7 @@ class _Measurement:
             chosen = {term: self.ways[term][name] for term, name in names.items()}
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
             joint, alone = losses(together), [losses(row) for row in parts(together)[:2]]
-            in_training, mixing = self._in_training(chosen, joint)
+            in_training = self._in_training(chosen, joint)
         losses = remembered(self._losses)
         _check_finite(losses(together), chosen, together)
         as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
@@ -143,7 +143,6 @@ class _Measurement:
             shifts="labels after the shift" in nearest.values() and not self.sums,
             explanation=unlike.worst(as_it_is),
             in_training=in_training,
-            mixing=mixing,
             joint=joint,
             alone={term: max(abs(row[term]) for row in alone) for term in names},
             parts=self.forward.parts,
@@ -158,10 +157,8 @@ class _Measurement:
             found = dict(means_of_sums(found, {t: next(iter(self.ways[t].values()))(batch) for t in found}))
         return {term: float(mean) for term, mean in found.items()}
 
-    def _in_training(
-        self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
-    ) -> tuple[dict[str, float], list[str]]:
-        """How far rows apart are from rows together in train mode, by term, and the modules that may be the reason.
+    def _in_training(self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]) -> InTraining:
+        """Measures rows apart and together in train mode.
 
         Args:
             in_eval: the loss of all together in eval mode. Where train mode changes nothing, it mixes no rows either.
@@ -170,12 +167,21 @@ class _Measurement:
         with rehearsed(self.model, lambda: self._losses(together)) as moving:
             joint = self._losses(together)
             if all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
-                return dict.fromkeys(chosen, 0.0), []
+                return InTraining(dict.fromkeys(chosen, 0.0))
             apart = self.sample.apart(together, _PAIRS)
             means = [self._losses(part) for part in apart]
+            complaint = self._complaint_of_one_row() if moving else None
         modules = dict(self.model.named_modules())
         off = {term: difference(joint, means, apart, term, count) for term, count in chosen.items()}
-        return off, [f"{type(modules[name]).__name__} {name!r}" for name in moving]
+        return InTraining(off, [f"{type(modules[name]).__name__} {name!r}" for name in moving], complaint)
+
+    def _complaint_of_one_row(self) -> str | None:
+        # Batch norm cannot do with a single value.
+        try:
+            self._losses(self.sample.apart(self.sample.together, _SINGLE)[0])
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def _check_finite(losses: Mapping[str, float], chosen: Mapping[str, CountItems], batch: Batch) -> None:
