@@ -55,7 +55,17 @@ MUTANTS = [
     Mutant("empty window taken", "loop.py", "n_items > 0 and", "True and"),
     Mutant("ghosts leave traces", "loop.py", "if micro.is_ghost:", "if False:"),
     Mutant("sync in the wrong pass", "loop.py", "len(share), 0", "1, 0"),
-    Mutant("remainder dropped", "planning.py", "range(0, self.n_rows, size)", "range(0, self.n_rows - size + 1, size)"),
+    Mutant("remainder dropped", "planning/windows.py", "and end < of_all:", "and end + sizes.effective_batch_size <= of_all:"),
+    Mutant("remainders never carried", "planning/windows.py", 'room = of_all if self.remainder == "carry" else', "room ="),
+    Mutant("k grows an update late", "planning/windows.py", "min(following, at_most)", "min(following + 1, at_most)"),
+    Mutant("max_updates not kept", "planning/windows.py", "at_most = self.max_updates or of_all", "at_most = of_all"),
+    Mutant("carried rows lost", "planning/windows.py", "start % self.n_rows, None)", "0, None)"),
+    Mutant("a row twice in a window drawn for once", "data/loading.py", "take(whole, piece.places)", "take(whole, [share.window.index(row) for row in piece.rows])"),
+    Mutant("scaled rates left behind", "optim.py", '            group["lr"] = rate\n', "            pass\n"),
+    Mutant("the rate follows taken updates", "loop.py", "factor = self.rate_factor(window.index)", "factor = self.rate_factor(self.schedule.last_epoch)"),
+    Mutant("the rate recorded is not the one used", "loop.py", '["lr"] * factor', '["lr"]'),
+    Mutant("epochs without an update cost patience", "selection.py", "elif updated:", "else:"),
+    Mutant("milestones at epochs' ends that no update has", "tuning/trials.py", 'if plan.remainder == "carry" else', "if False else"),
     Mutant("ghosts not counted in the cost", "cutting.py", "least[n_rows] + ghosts * costs.per_pass", "least[n_rows]"),
     Mutant("not the cheapest cut", "cutting.py", "better = reached < least[ends]", "better = np.isinf(least[ends])"),
     Mutant("caps on tokens not kept", "cutting.py", "        if self.caps.tokens is None:\n            return", "        if True:\n            return"),
@@ -86,8 +96,8 @@ MUTANTS = [
     Mutant("auto moves generators", "physical_batch.py", "with preserved_rng(), preserved_buffers(model):", "with preserved_buffers(model):"),
     Mutant("a wait in every pass", "loop.py", "        losses.add(means, micro.counts)", "        losses.add(means, micro.counts)\n        float(next(iter(means.values())))"),
     Mutant("noise settles what a pass costs", "calibration.py", "undisturbed = seconds_N <= _STALL", "undisturbed = seconds_N <= 1e9"),
-    Mutant("the same order in every epoch", "planning.py", "self.seed, _EPOCH, epoch", "self.seed, _EPOCH, 0"),
-    Mutant("held-out rows trained on", "planning.py", "np.sort(order[n_held:])", "np.sort(order)"),
+    Mutant("the same order in every epoch", "planning/drawing.py", "seed, _EPOCH, epoch", "seed, _EPOCH, 0"),
+    Mutant("held-out rows trained on", "planning/drawing.py", "np.sort(order[n_held:])", "np.sort(order)"),
     Mutant("padding attended to", "data/collating.py", "self._padded(\"attention_mask\", ones)", "torch.ones_like(batch[\"input_ids\"])"),
     Mutant("labels padded with 0", "data/collating.py", "self._ignore_index if is_label(name) else 0", "0"),
     Mutant("draws depend on the cut", "data/loading.py", "collation.draws or objective.padding_sensitive", "False"),
@@ -95,7 +105,7 @@ MUTANTS = [
     Mutant("best weights not kept apart", "selection.py", 't.to("cpu", copy=True)', "t"),
     Mutant("metrics of one process", "evaluation.py", "gather_object(predicted) if", "predicted if"),
     Mutant("a milestone told an update late", "watching.py", "self._ahead[0] <= rows", "self._ahead[0] < rows"),
-    Mutant("rows counted over epochs' ends", "planning.py", "return epochs * self.n_rows + windows", "return windows + epochs * self.windows_per_epoch"),
+    Mutant("rows counted over epochs' ends", "planning/windows.py", "return self._ends[n_windows - 1] if", "return n_windows * self.batching.effective_batch_size if"),
     Mutant("windows lost where a run is ended", "running.py", "            recorder.drain()  #", "            #"),
     Mutant("evaluating counts as training", "watching.py", "self._work.timed(-1)", "self._work.timed(0)"),
     Mutant("milestones by the first batch alone", "tuning/milestones.py", "math.lcm(*batch_sizes)", "batch_sizes[0]"),
@@ -126,7 +136,8 @@ MUTANTS = [
 FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "memory", "calibration.py": "planner"}
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
 FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "watching", "optim.py": "search"}
-FIRST |= {"tuning/milestones.py": "milestones", "planning.py": "milestones"}
+FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"}
+FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 _SEARCHING = [
     "trials",
     "space",
@@ -144,6 +155,8 @@ TESTS = [
     "parity",
     "exactness",
     "planning",
+    "windows",
+    "growing_windows",
     "cutting",
     "planner",
     "memory",

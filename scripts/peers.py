@@ -162,7 +162,7 @@ NAMES = {
 }
 
 
-def sizes(job: Job) -> dict[str, int]:
+def sizes(job: Job) -> dict[str, Any]:
     return {"batch_size": job.batch_size, "gradient_accumulation_steps": job.k}
 
 

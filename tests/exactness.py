@@ -1,5 +1,6 @@
 """Runs `test_fine_tuning` on fixed weights, and holds every window's gradient against one batch in plain PyTorch."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,26 +11,26 @@ from heads import RecordingOptimizer, Row, one_batch_gradient, relative_error
 
 
 def window_errors(model: nn.Module, rows: Sequence[Row], *, num_processes: int = 1, **arguments: Any) -> list[float]:
-    """The relative gradient error of each window of one epoch, on this process.
+    """The relative gradient error of each window of one epoch, or of `n_epochs`, on this process.
 
     Args:
         arguments: of `test_fine_tuning`: the sizes of an update, and whatever else.
     """
-    sizes = ("batch_size", "gradient_accumulation_steps", "effective_batch_size")
+    arguments = {"n_epochs": 1} | arguments
+    known = inspect.signature(plan).parameters
     planned = plan(
         len(rows),
-        n_epochs=1,
         validation_split=0.0,
         num_processes=num_processes,
-        **{name: arguments[name] for name in sizes if name in arguments},
+        **{name: value for name, value in arguments.items() if name in known},
     )
-    wanted = [one_batch_gradient(model, [rows[n] for n in window.rows]) for window in planned.windows(0)]
+    windows = [window for epoch in planned.epochs for window in planned.windows(epoch)]
+    wanted = [one_batch_gradient(model, [rows[n] for n in window.rows]) for window in windows]
     optimizer = RecordingOptimizer(model)
     test_fine_tuning(
         model,
         train_data=list(rows),
         optimizer=optimizer,
-        n_epochs=1,
         validation_split=0.0,
         gradient_clip_norm=None,
         progress=False,

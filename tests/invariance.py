@@ -24,14 +24,14 @@ def trained(
     head = HEADS[name]
     model: nn.Module = head.model()
     prepare(model)
-    arguments = {"n_epochs": 2} | arguments
+    size = {} if "gradient_accumulation_steps" in arguments else {"effective_batch_size": 12}
+    arguments = {"n_epochs": 2} | size | arguments
     with all_in_float64():
         result = test_fine_tuning(
             model,
             train_data=head.rows(34),
             validation_split=0.1,
             batch_size=batch_size,
-            effective_batch_size=12,
             learning_rate=1e-3,
             gradient_clip_norm=0.5,
             lr_scheduler="cosine",

@@ -42,11 +42,35 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Gradient accumulation steps: 64\n" in capsys.readouterr().out
 
 
+def test_plan_of_windows_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--gradient_accumulation_steps", "0:2,100:8", "--learning_rate_scaling", "linear", "--remainder", "carry"]
+    assert main(["plan", "--n_rows", "1000", "--max_updates", "110", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "Gradient accumulation steps: 2, after 100 updates 8\n" in shown
+    assert "Learning rate times: 1, after 100 updates 4\n" in shown
+    assert "Updates per epoch: 103, 7 (what is left of an epoch is carried into the next)\n" in shown
+    assert "110 updates in all (`max_updates`), the last of them in epoch 2\n" in shown
+    assert main(["plan", "--gradient_accumulation_steps", "0:2,x:8"]) == 2
+    assert "or pairs (from_update, k)" in capsys.readouterr().err
+
+
+def test_steps_are_read_alike_from_flags_and_from_a_file(tmp_path: Path) -> None:
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("gradient_accumulation_steps: [[0, 2], [100, 8]]\nremainder: carry\nmax_updates: 200\n")
+    (from_file,) = parse([Recipe], ["--config", str(yaml)])
+    flags = ["--gradient_accumulation_steps", "0:2,100:8", "--remainder", "carry", "--max_updates", "200"]
+    (from_flags,) = parse([Recipe], flags)
+    assert from_file == from_flags
+    assert checked(vars(from_file))[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
+    assert parse([Recipe], ["--gradient_accumulation_steps", "4"])[0].gradient_accumulation_steps == 4
+
+
 def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     yaml = tmp_path / "settings.yaml"
     yaml.write_text("learnig_rate: 1.0e-3\n")
     model, rows = str(tiny / "model"), str(tiny / "rows.csv")
     for words, sentence in (
+        (["search", "--max_updates", "9"], "There is no option '--max_updates'"),
         (["plan", "--batch_size", "0"], "ftaccum plan: `batch_size` must be a positive integer, but is 0 instead."),
         (["train", "--model", model], "`--train_data` is needed"),
         (["train", "--model", model, "--train_data", rows, "--n_epochs", "0"], "`n_epochs` must be a positive integer"),

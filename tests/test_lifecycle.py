@@ -328,7 +328,7 @@ def test_a_tracker_that_cannot_be_copied_is_taken() -> None:
 
 def test_a_best_epoch_is_found_among_epochs_that_diverged() -> None:
     losses = iter([math.nan, 0.5, math.inf])
-    ledger = Ledger(windows=[WindowEntry(0, 0, 1.0, {}, 1.0, 1.0, False, passes=1)])
+    ledger = Ledger(windows=[WindowEntry(0, 0, 1, 1.0, {}, 1.0, 1.0, False, passes=1)])
     for epoch in range(3):
         ledger.record(EpochEntry(epoch, 1.0, next(losses), {"accuracy": math.nan}))
     result = Result.of(

@@ -97,3 +97,19 @@ def test_a_plan_describes_itself() -> None:
     assert "Training samples: 999\nBatch size: 4\nGradient accumulation steps: 8\n" in text
     assert "Effective batch size: 32\n" in text
     assert "Updates per epoch: 32 (31 full windows; the remainder of 7 rows (micro-batches: 2)" in text
+
+
+def test_a_plan_whose_windows_differ_describes_itself() -> None:
+    text = str(
+        plan(
+            103, batch_size=4, gradient_accumulation_steps=[(0, 2), (4, 8)], learning_rate_scaling="sqrt",
+            remainder="carry", max_updates=7, validation_split=0.0,
+        )
+    )  # fmt: skip
+    assert "Gradient accumulation steps: 2, after 4 updates 8\n" in text
+    assert "Effective batch size: 8, after 4 updates 32\n" in text
+    assert "Learning rate times: 1, after 4 updates 2\n" in text
+    assert "Updates per epoch: 6, 1 (what is left of an epoch is carried into the next)\n" in text
+    assert "Epochs: 3, 7 updates in all (`max_updates`), the last of them in epoch 2" in text
+    whole = str(plan(10, batch_size=8, n_epochs=2, remainder="carry", validation_split=0.0))
+    assert "Updates per epoch: 1, 2 (what is left of an epoch is carried into the next; the last one has 4" in whole

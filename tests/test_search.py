@@ -115,6 +115,16 @@ def test_one_seed_proposes_alike_and_another_otherwise() -> None:
 # --- fair
 
 
+def test_trials_that_carry_what_is_left_of_an_epoch_meet_where_their_updates_end() -> None:
+    """64 rows an epoch, updates of 3, 6 and 12: none ends at the epoch's end, all do after 72 rows and 84."""
+    never = ThresholdPruner(upper=1e-9, n_warmup_steps=65)
+    study = quick(pruner=never, n_reports=8, batch_size=3, accumulation_steps=(1, 2, 4), remainder="carry", n_trials=6)
+    assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 1
+    for trial in study.trials:
+        assert trial.state == PRUNED
+        assert trial.user_attrs["rows"] == 84
+
+
 def test_every_trial_sees_the_same_rows_in_the_same_order_from_the_same_weights() -> None:
     kept = Kept()
     torch.manual_seed(0)  # not what a trial starts from
@@ -711,6 +721,9 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"model": Layer()}, "Give `model_factory`"),
         ({"gradient_accumulation_steps": 4}, "Give the candidates as `accumulation_steps`"),
         ({"effective_batch_size": 64}, "`effective_batch_size` follows from `accumulation_steps`"),
+        ({"max_updates": 100}, "`max_updates` would give trials of unlike k unlike rows"),
+        ({"learning_rate_scaling": "sqrt"}, "Leave it out; `couple_learning_rate` scales the rate of a trial"),
+        ({"space": {"remainder": CategoricalDistribution(["flush", "carry"])}}, "`space` cannot vary 'remainder'"),
         ({"weight_decya": 0.1}, "There is no argument `weight_decya`. Did you mean 'weight_decay'?"),
         ({"validation_split": 0.0}, "A search compares validation losses"),
         ({"optimizer": torch.optim.SGD(Layer().parameters(), lr=1)}, "`optimizer` is an instance"),

@@ -11,11 +11,46 @@ from ftaccum import SettingsError, plan
 from ftaccum.settings import Recipe, Runtime, checked
 
 
-@pytest.mark.parametrize("name", ["gradient_accumulation_steps", "n_epochs"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "4", None])
-def test_counts_must_be_positive_integers(name: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"`{name}` must be a positive integer, but is {value!r} instead. It means"):
-        checked({name: value})
+def test_counts_must_be_positive_integers(value: Any) -> None:
+    with pytest.raises(
+        SettingsError, match=f"`n_epochs` must be a positive integer, but is {value!r} instead. It mean"
+    ):
+        checked({"n_epochs": value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        True,
+        2.0,
+        "4",
+        None,
+        [],
+        [2, 4],
+        [(0, 2, 4)],
+        [(1, 2)],
+        [(0, 2), (5, 0)],
+        [(0, 2), (9, 4), (9, 8)],
+        [(0, 1.5)],
+    ],
+)
+def test_steps_are_a_positive_integer_or_pairs_that_ascend(value: Any) -> None:
+    with pytest.raises(SettingsError, match=r"`gradient_accumulation_steps` must be a positive integer, or pairs"):
+        checked({"gradient_accumulation_steps": value})
+
+
+def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
+    pairs = np.array([(0, 2), (100, 8)])
+    assert checked({"gradient_accumulation_steps": pairs})[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
+    for name in ("effective_batch_size", "tokens_per_update"):
+        with pytest.raises(SettingsError, match=rf"is \[\[0, 2\], \[100, 8\]\], which .* and so does `{name}`, 64"):
+            checked({"gradient_accumulation_steps": pairs, name: 64})
+    with pytest.raises(SettingsError, match=r"`batch_size` is 'auto', so that `gradient_accumulation_steps` follows"):
+        checked({"gradient_accumulation_steps": pairs, "batch_size": "auto"})
+    with pytest.raises(SettingsError, match=r"`learning_rate_scaling` is 'sqrt', but k is 4 from beginning to end"):
+        checked({"gradient_accumulation_steps": 4, "learning_rate_scaling": "sqrt"})
 
 
 @pytest.mark.parametrize(
@@ -26,6 +61,9 @@ def test_counts_must_be_positive_integers(name: str, value: Any) -> None:
         ("max_tokens", 0, "a positive integer or None"),
         ("planner_costs", [1, 2], "three numbers of 0 or more"),
         ("planner_costs", [0, 0, 0], "three numbers of 0 or more"),
+        ("max_updates", 0, "a positive integer or None"),
+        ("remainder", "drop", "'flush' or 'carry'"),
+        ("learning_rate_scaling", "cube", "'none', 'sqrt' or 'linear'"),
         ("num_workers", -1, "a non-negative integer"),
         ("effective_batch_size", 0, "a positive integer or None"),
         ("tokens_per_update", -5, "a positive integer or None"),

@@ -22,11 +22,13 @@ class Slice:
         rows: positions in the training rows.
         tokens: what they come to as a batch, padding included.
         width: of that batch; so attention costs tokens × width.
+        places: of the rows in their window, which may have a row twice.
     """
 
     rows: Rows = ()
     tokens: int = 0
     width: int = 0
+    places: Rows = ()
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,17 @@ class Cutter:
         known = known[order]
         ends = self._fullest(known) if self.costs is None else self._cheapest(known, self.costs)
         slices = [
-            self._slice(tuple(rows[n] for n in order[start:end]), known[start:end])
+            self._slice(rows, tuple(order[start:end].tolist()), known[start:end])
             for start, end in zip([0, *ends[:-1]], ends, strict=True)
         ]
         rounds = [slices[n : n + self.num_processes] for n in range(0, len(slices), self.num_processes)]
         rounds.sort(key=lambda slices: -max(piece.tokens for piece in slices))
         return self._dealt(rounds)
 
-    def _slice(self, rows: Rows, lengths: np.ndarray) -> Slice:
+    def _slice(self, window: Rows, places: Rows, lengths: np.ndarray) -> Slice:
         tokens = int(self._tokens(lengths)[-1])
-        return Slice(rows, tokens, tokens if self.packed else int(lengths.max()))
+        width = tokens if self.packed else int(lengths.max())
+        return Slice(tuple(window[place] for place in places), tokens, width, places)
 
     def _tokens(self, lengths: np.ndarray) -> np.ndarray:
         """The tokens of a micro-batch of the first row, the first two, …, padding included."""

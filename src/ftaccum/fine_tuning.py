@@ -15,7 +15,7 @@ from .optim import OptimizerFactory
 from .parts import Parts, check_parts
 from .running import run
 from .session import session
-from .settings import checked
+from .settings import Pairs, checked
 from .watching import Watcher
 
 
@@ -27,15 +27,18 @@ def test_fine_tuning(
     *,
     validation_split: float = 0.1,
     n_epochs: int = 3,
+    max_updates: int | None = None,
     batch_size: int | str = 4,
-    gradient_accumulation_steps: int = 1,
+    gradient_accumulation_steps: int | Pairs = 1,
     effective_batch_size: int | None = None,
     tokens_per_update: int | None = None,
+    remainder: str = "flush",
     max_tokens: int | None = None,
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
     learning_rate: float = 5e-5,
+    learning_rate_scaling: str = "none",
     weight_decay: float = 0.01,
     optimizer: OptimizerFactory | Optimizer | None = None,
     lr_scheduler: str = "linear",
@@ -78,14 +81,20 @@ def test_fine_tuning(
         val_data: the same for validation.
         validation_split: share of the training rows held out where `val_data` is None; 0 for none.
         n_epochs: passes over the training rows.
+        max_updates: updates (skipped ones included) after which training ends, if the epochs have not ended it before;
+            the schedule then counts on so many. The last epoch is evaluated where it ends.
         batch_size: rows of a micro-batch on one process; at most as many, where the planner finds fewer cheaper.
             "auto": the most of the longest rows that fit in memory, found by trying before the first update; give
             `effective_batch_size` or `tokens_per_update` with it.
-        gradient_accumulation_steps: k, micro-batches per update on each process. 1 leaves the size of an update to
-            the next two, where one is given.
+        gradient_accumulation_steps: k, micro-batches per update on each process; or pairs (from_update, k), such as
+            [(0, 2), (100, 8)] for updates that are four times as large from the 101st on. 1 leaves the size of an
+            update to the next two, where one is given.
         effective_batch_size: rows per update over all processes; k = ⌈it / (batch_size × processes)⌉, and a last
             micro-batch may be short.
         tokens_per_update: tokens per update over all processes; divided by the mean row length it gives the rows.
+        remainder: what happens to the rows that are left of an epoch, fewer than an update wants. "flush": they make an
+            update of their own. "carry": the first rows of the next epoch fill it up, and only at the end of training
+            an update may be short. It counts to the epoch of its last row, and an epoch may have none.
         max_tokens: the most positions of a micro-batch, padding included. Where given, micro-batches are cut by these
             and may have any number of rows; `batch_size` then only helps to say how large an update is.
         planner: whether each window, once its rows are drawn, is cut where it costs least. False: into equal slices
@@ -96,6 +105,9 @@ def test_fine_tuning(
         padding_free: lay the rows of a micro-batch one behind the other instead of padding them. For causal language
             models that keep such rows apart by `position_ids`, which is tried before training.
         learning_rate: the peak rate.
+        learning_rate_scaling: how the rate follows a k that changes: the schedule's is multiplied by 1 ("none"), by
+            k/k0 ("linear": Goyal et al. 2017, arXiv:1706.02677, for SGD) or by √(k/k0) ("sqrt", for adaptive
+            optimizers such as Adam: Malladi et al. 2022, arXiv:2205.10287), k0 being the first k.
         weight_decay: decoupled; biases and norms get none.
         optimizer: a function of the parameter groups (each with `lr` and `weight_decay`), or an instance, which
             keeps its own. None: AdamW.

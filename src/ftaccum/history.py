@@ -18,7 +18,8 @@ class WindowEntry:
 
     Attributes:
         window: index over the whole run, from 0.
-        epoch: from 0.
+        epoch: from 0; of the window's last row.
+        rows: that it had, on all processes.
         loss: mean over the window's loss items, over all processes; NaN where it has none.
         terms: the same for each named mean of the loss, where it has several.
         grad_norm: total norm of the gradient before clipping.
@@ -29,6 +30,7 @@ class WindowEntry:
 
     window: int
     epoch: int
+    rows: int
     loss: float
     terms: dict[str, float]
     grad_norm: float
@@ -39,7 +41,8 @@ class WindowEntry:
 
 @dataclass(frozen=True)
 class EpochEntry:
-    """What one epoch came to: losses are means over its loss items; `val_loss` is None without validation data."""
+    """What one epoch came to: losses are means over its loss items, NaN where it had no update; `val_loss` is None
+    without validation data."""
 
     epoch: int
     train_loss: float
@@ -112,7 +115,9 @@ class Result(Mapping[str, Any]):
             clipping, the rate is the one used.
         train_loss_history, val_loss_history, metrics: one entry an epoch.
         optimizer_steps, skipped_steps: together the number of windows.
-        effective_batch_size: rows of a full window, over all processes.
+        effective_batch_size, gradient_accumulation_steps: rows of a full window, over all processes, and k; where k
+            changed, those of the last update.
+        accumulation_schedule: where k was to change, the pairs [from_update, k]; else None.
         training_time: seconds in training and evaluation, loading left out.
         samples_per_second, tokens_per_second: training rows and real tokens per second of training alone.
         padding_fraction: share of the positions in training batches that were padding.
@@ -149,6 +154,7 @@ class Result(Mapping[str, Any]):
     amp_enabled: bool
     final_loss_scale: float | None
     output_dir: str | None
+    accumulation_schedule: list[list[int]] | None = None
 
     @classmethod
     def of(
@@ -167,7 +173,8 @@ class Result(Mapping[str, Any]):
         """Reads the result off a finished run's ledger."""
         windows, epochs, val_losses = ledger.windows, ledger.epochs, ledger.val_losses
         skipped = sum(w.skipped for w in windows)
-        initial = ledger.initial_val_loss
+        initial, last = ledger.initial_val_loss, batching.at(len(windows) - 1)
+        stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batching.stages()]
         return cls(
             final_loss=val_losses[-1] if val_losses else epochs[-1].train_loss,
             initial_loss=windows[0].loss if initial is None else initial,
@@ -180,9 +187,9 @@ class Result(Mapping[str, Any]):
             metrics=[e.metrics for e in epochs],
             optimizer_steps=len(windows) - skipped,
             skipped_steps=skipped,
-            effective_batch_size=batching.effective_batch_size,
+            effective_batch_size=last.effective_batch_size,
             batch_size=batching.batch_size,
-            gradient_accumulation_steps=batching.gradient_accumulation_steps,
+            gradient_accumulation_steps=last.gradient_accumulation_steps,
             num_processes=batching.num_processes,
             training_time=training_time,
             samples_per_second=work.rows / work.seconds,
@@ -194,6 +201,7 @@ class Result(Mapping[str, Any]):
             amp_enabled=amp_enabled,
             final_loss_scale=final_loss_scale,
             output_dir=output_dir,
+            accumulation_schedule=stages if batching.later else None,
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -212,7 +220,7 @@ class Result(Mapping[str, Any]):
             ("final loss", f"{self.final_loss:.4f} (before training {self.initial_loss:.4f})"),
             (
                 "updates",
-                f"{self.optimizer_steps} of {self.effective_batch_size} rows, {self.skipped_steps} skipped",
+                f"{self.optimizer_steps} of {self._rows_in_words()} rows, {self.skipped_steps} skipped",
             ),
             ("time", f"{self.training_time:.1f} s, {self.samples_per_second:.1f} rows/s in training"),
         ]
@@ -230,6 +238,12 @@ class Result(Mapping[str, Any]):
             rows.append(("outputs", self.output_dir))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _rows_in_words(self) -> str:
+        if not self.accumulation_schedule:
+            return str(self.effective_batch_size)
+        rows = [k * self.batch_size * self.num_processes for _, k in self.accumulation_schedule]
+        return f"{min(rows)} to {max(rows)}"
 
     def save(self, path: str | Path) -> None:
         """Writes the result as JSON; non-finite numbers become null."""

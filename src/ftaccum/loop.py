@@ -18,6 +18,8 @@ from .embedding_gradients import EmbeddingGradients
 from .history import Work
 from .memory import Agreement, Failure, RanOutError, give_back_memory, is_out_of_memory
 from .objective import Denominator, ItemMeans, Objective
+from .optim import scaled_rates
+from .planning import Window
 from .side_effects import Buffers, Generators, buffers_of, preserved_buffers, preserved_rng
 
 # Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
@@ -30,12 +32,14 @@ class Outcome:
 
     Attributes:
         work: rows, positions and passes of this process.
+        rows: of the window, on all processes.
         grad_norm: total norm before clipping, synced and unscaled.
         learning_rate: the one that the update used, or would have.
         skipped: whether no optimizer step was taken.
     """
 
     work: Work
+    rows: int
     losses: ItemMeans
     grad_norm: float
     learning_rate: float
@@ -48,6 +52,7 @@ class TrainingLoop:
     process.
 
     Attributes:
+        rate_factor: what the schedule's rate is multiplied by, by the index of the window.
         max_grad_norm: infinity for no clipping.
         agreement: between processes, on whether a window fitted in memory.
         calibration: times passes.
@@ -58,6 +63,7 @@ class TrainingLoop:
     objective: Objective
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
+    rate_factor: Callable[[int], float]
     max_grad_norm: float
     agreement: Agreement
     calibration: PassTimer
@@ -77,10 +83,10 @@ class TrainingLoop:
     def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
         """One update for each window; of each, a portion is this process's."""
         self._zero_gradients()  # whatever came with the model is none of the first window's
-        for window in portions:
-            work, losses, items = self._accumulate_in_memory(window, smaller)
+        for portion in portions:
+            work, losses, items = self._accumulate_in_memory(portion, smaller)
             portions.read_ahead()  # the next window is collated while the device computes this one
-            on_window(self.update(work, losses, items))
+            on_window(self.update(portion.window, work, losses, items))
 
     def accumulate(self, share: list[MicroBatch]) -> tuple[ItemMeans, torch.Tensor]:
         """Leaves in `param.grad` the gradient of the mean over all loss items of the window, on all processes.
@@ -106,10 +112,11 @@ class TrainingLoop:
             self._synced_pass(micro, denominator, losses)
         return losses, denominator.items_T
 
-    def update(self, work: Work, losses: ItemMeans, items: torch.Tensor) -> Outcome:
+    def update(self, window: Window, work: Work, losses: ItemMeans, items: torch.Tensor) -> Outcome:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
-        rate = self.optimizer.param_groups[0]["lr"]
+        factor = self.rate_factor(window.index)
+        rate = self.optimizer.param_groups[0]["lr"] * factor
         norm = self.accelerator.clip_grad_norm_(self._held, self.max_grad_norm)
         # The one wait for the device in an update: both numbers decide, on every process alike.
         grad_norm, n_items = torch.stack([norm, items.sum().to(norm.device)]).tolist()
@@ -117,10 +124,11 @@ class TrainingLoop:
         if skipped and self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # the overflow was recorded when the gradients were unscaled
         if not skipped:
-            self.optimizer.step()
+            with scaled_rates(self.optimizer, factor):
+                self.optimizer.step()
             self.schedule.step()
         self._zero_gradients()
-        return Outcome(work, losses, grad_norm, rate, skipped)
+        return Outcome(work, len(window.rows), losses, grad_norm, rate, skipped)
 
     def _accumulate_in_memory(self, window: Portion, smaller: Smaller) -> tuple[Work, ItemMeans, torch.Tensor]:
         """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had."""

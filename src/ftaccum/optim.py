@@ -128,6 +128,20 @@ def rates_put_back(optimizer: Optimizer) -> Iterator[None]:
             group.update(rates)
 
 
+@contextmanager
+def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Multiplies the learning rates for the time of one step. A schedule that goes on from the rate before finds it as
+    it left it."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, before, strict=True):
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
+
+
 def fault_of_schedule(name: str) -> str | None:
     """The sentence that says why `lr_scheduler` cannot be this name, or None."""
     usable = _usable_schedules()

@@ -22,7 +22,7 @@ class Recorder:
 
     def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching, work: Work) -> None:
         self._accelerator, self._ledger, self._bar, self._work = accelerator, ledger, bar, work
-        self._config = {f"config/{name}": size for name, size in _sizes(batching).items()}
+        self._batching = batching
         self._pending: list[Outcome] = []
         self._epoch = 0
         self._epoch_losses: ItemMeans | None = None
@@ -43,7 +43,9 @@ class Recorder:
         self._ledger.record(entry)
         values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
         values |= {} if val_loss is None else {"val/loss": val_loss}
-        values |= {f"val/{name}": value for name, value in metrics.items()} | self._config
+        values |= {f"val/{name}": value for name, value in metrics.items()}
+        sizes = self._batching.at(max(0, len(self._ledger.windows) - 1))  # of the last update
+        values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
         self._accelerator.log(values, step=len(self._ledger.windows))
         self._epoch, self._epoch_losses = self._epoch + 1, None
         return entry
@@ -56,6 +58,7 @@ class Recorder:
             entry = WindowEntry(
                 window=len(self._ledger.windows),
                 epoch=self._epoch,
+                rows=outcome.rows,
                 loss=total(terms),
                 terms=terms if len(terms) > 1 else {},
                 grad_norm=outcome.grad_norm,

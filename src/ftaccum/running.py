@@ -58,7 +58,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
         loop = TrainingLoop(
-            accelerator, wrapped, assembly.objective, prepared, schedule,
+            accelerator, wrapped, assembly.objective, prepared, schedule, plan.rate_factor,
             max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=agreement, calibration=calibration,
         )  # fmt: skip
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
@@ -83,13 +83,13 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             adaptation.window_done()
             milestones.window_done()
 
-        for epoch in range(plan.n_epochs):
+        for epoch in plan.epochs:
             with work.timed():
                 loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
             entry = recorder.epoch(*evaluate(model))
             screen.epoch(entry, plan.n_epochs)
             milestones.epoch_done(entry)
-            if best.ends_after(entry.val_loss, model):
+            if best.ends_after(entry.val_loss, model, updated=plan.n_windows_of(epoch) > 0):
                 screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
                 break
         if best.restore(model):
@@ -144,7 +144,11 @@ def _planned(
         runtime = replace(runtime, batch_size=size)
     batching = batching_of(recipe, runtime, n_processes, length)
     n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
-    return assembly, Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed, n_validation)
+    plan = Plan(
+        len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed, n_validation,
+        recipe.remainder, recipe.max_updates, recipe.learning_rate_scaling,
+    )  # fmt: skip
+    return assembly, plan
 
 
 def _cutter(runtime: Runtime, batching: Batching) -> Cutter:

@@ -24,8 +24,8 @@ class Screen:
     def banner(self, plan: Plan, notes: list[str], warmup: int, precision: str, device: str) -> None:
         if warmup > plan.n_windows:
             notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
-        wanted = plan.batching.effective_batch_size
-        if wanted > plan.n_rows:
+        wanted = max(sizes.effective_batch_size for _, sizes in plan.batching.stages())
+        if wanted > plan.n_rows and plan.remainder == "flush":
             notes = [*notes, f"Note: an update wants {wanted} rows, and an epoch has {plan.n_rows}: one update each"]
         self._print(
             _RULE,

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, get_type_hints
 
-from .settings import Flag, PositiveInt, Recipe, Rule, Seed, Text, setting
+from .settings import SCALINGS, Flag, PositiveInt, Recipe, Rule, Seed, Text, setting
 
-COUPLINGS = ("none", "sqrt", "linear")
 PRUNERS = ("successive_halving", "hyperband", "median", "none")
 SAMPLERS = ("tpe", "random")
 
@@ -18,7 +17,7 @@ def _named(names: tuple[str, ...], *methods: str) -> Rule:
     )
 
 
-Coupling = Annotated[str, _named(COUPLINGS)]
+Coupling = Annotated[str, _named(SCALINGS)]
 Pruner = Annotated[str, _named(PRUNERS, "prune")]
 Sampler = Annotated[str, _named(SAMPLERS, "sample_independent")]
 Storage = Annotated[
@@ -81,6 +80,8 @@ _SEARCHED = (
     "learning_rate",
     "effective_batch_size",
     "tokens_per_update",
+    "max_updates",
+    "learning_rate_scaling",
     "random_seed",
     "early_stopping_patience",
 )
@@ -106,10 +107,25 @@ def reserved(name: str) -> str | None:
 _SAME = "every trial has the same rows in the same order and the same budget of them"
 _OWN = "it is an argument of the search itself"
 _RESERVED: dict[str, Any] = {
-    **dict.fromkeys(("n_epochs", "random_seed", "validation_split", "train_data", "val_data", "tokenizer"), _SAME),
+    **dict.fromkeys(
+        (
+            "n_epochs",
+            "max_updates",
+            "remainder",
+            "random_seed",
+            "validation_split",
+            "train_data",
+            "val_data",
+            "tokenizer",
+        ),
+        _SAME,
+    ),
     **dict.fromkeys(("batch_size", "max_tokens"), "the physical batch of a search is fixed"),
     "early_stopping_patience": "it would give trials unlike budgets; a pruner ends the bad ones",
-    **dict.fromkeys(("effective_batch_size", "tokens_per_update"), "`accumulation_steps` says which batches are tried"),
+    **dict.fromkeys(
+        ("effective_batch_size", "tokens_per_update", "learning_rate_scaling"),
+        "`accumulation_steps` says which batches are tried",
+    ),
     **dict.fromkeys(
         ("gradient_accumulation_steps", "learning_rate", "model", "config", "output_dir", "progress"), _OWN
     ),

@@ -22,15 +22,19 @@ class BestEpoch:
         self._epochs_since = 0
         self._weights: dict[str, Tensor] | None = None
 
-    def ends_after(self, val_loss: float | None, model: nn.Module) -> bool:
-        """Takes an epoch's validation loss, and says whether training should stop. A NaN is never better."""
+    def ends_after(self, val_loss: float | None, model: nn.Module, *, updated: bool) -> bool:
+        """Takes an epoch's validation loss, and says whether training should stop. A NaN is never better.
+
+        Args:
+            updated: whether the epoch had an update. One without says nothing for training to stop by.
+        """
         if val_loss is None:
             return False
         if val_loss < self.loss:
             self.loss, self._epochs_since = val_loss, 0
             if self._keeps:
                 self._weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
-        else:
+        elif updated:
             self._epochs_since += 1
         return self._epochs_since >= self._patience
 

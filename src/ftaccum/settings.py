@@ -3,10 +3,11 @@
 A run is decided by its Recipe. The Runtime may change time and memory, never the result.
 """
 
+import itertools
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -57,8 +58,31 @@ Tracker = Annotated[
     ),
 ]
 Precision = Annotated[str, Rule(lambda v: v in PRECISIONS, "'no', 'bf16' or 'fp16'")]
+Pairs = Sequence[Sequence[int]]
+Remainder = Annotated[str, Rule(lambda v: v in ("flush", "carry"), "'flush' or 'carry'")]
+SCALINGS = ("none", "sqrt", "linear")
+Scaling = Annotated[str, Rule(lambda v: v in SCALINGS, "'none', 'sqrt' or 'linear'")]
 BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or (_is_int(v) and v > 0), "a positive integer or 'auto'")]
 OnInexact = Annotated[str, Rule(lambda v: v in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")]
+
+
+def _is_schedule(value: Any) -> bool:
+    pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+    if not (value and pairs and all(_is_int(u) and _is_int(k) and k > 0 for u, k in value)):
+        return False
+    updates = [u for u, _ in value]
+    return updates[0] == 0 and all(one < next_ for one, next_ in itertools.pairwise(updates))
+
+
+# The text is what a command line says, which becomes pairs where it can.
+Steps = Annotated[
+    int | str | Pairs,
+    Rule(
+        lambda v: (_is_int(v) and v > 0) or _is_schedule(v),
+        "a positive integer, or pairs (from_update, k) with the first from update 0, ascending, and every k positive, "
+        "such as [(0, 2), (100, 8)]",
+    ),
+]
 Costs = Annotated[
     list[float],
     Rule(
@@ -84,12 +108,23 @@ class Recipe:
     """
 
     n_epochs: PositiveInt = setting(3, "passes over the training rows")
-    gradient_accumulation_steps: PositiveInt = setting(
-        1, "micro-batches per update on each process (k); 1 leaves it to the two below, where one is given"
+    max_updates: PositiveInt | None = setting(
+        None, "updates after which training ends, if the epochs have not ended it before; None: the epochs alone"
+    )
+    gradient_accumulation_steps: Steps = setting(
+        1,
+        "micro-batches per update on each process (k); 0:2,100:8 for 2 at first and 8 from update 100 on; 1 leaves it "
+        "to the two below, where one is given",
     )
     effective_batch_size: PositiveInt | None = setting(None, "rows per update over all processes; sets k")
     tokens_per_update: PositiveInt | None = setting(None, "tokens per update over all processes; sets k")
+    remainder: Remainder = setting(
+        "flush", "what is left of an epoch: flush makes an update of it, carry has the next epoch fill it up"
+    )
     learning_rate: Positive = setting(5e-5, "peak learning rate")
+    learning_rate_scaling: Scaling = setting(
+        "none", "how the rate follows a k that changes: none, sqrt (adaptive optimizers) or linear (SGD)"
+    )
     weight_decay: NonNegative = setting(0.01, "decoupled weight decay; biases and norms get none")
     lr_scheduler: Text = setting("linear", "name of a schedule that transformers' get_scheduler knows")
     warmup_steps: Count = setting(0, "updates of warm-up")
@@ -148,8 +183,8 @@ def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     Raises:
         SettingsError: with a sentence for each fault, all of them at once.
     """
-    recipe = Recipe(**{f.name: _plain(given[f.name]) for f in fields(Recipe) if f.name in given})
-    runtime = Runtime(**{f.name: _plain(given[f.name]) for f in fields(Runtime) if f.name in given})
+    recipe = Recipe(**{f.name: plain(given[f.name]) for f in fields(Recipe) if f.name in given})
+    runtime = Runtime(**{f.name: plain(given[f.name]) for f in fields(Runtime) if f.name in given})
     faults = single_faults(recipe) + single_faults(runtime)
     if not faults:  # the joint rules compare values, which must be sound for that
         faults = _joint_faults(recipe, runtime)
@@ -158,10 +193,12 @@ def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     return recipe, runtime
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NumPy's numbers as Python's, paths as strings."""
     if isinstance(value, bool):
         return value
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -212,7 +249,29 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         found.append("`planner_costs` is given, but `planner` is False. Drop one of them.")
     if runtime.batch_size == "auto":
         found += _faults_of_auto(recipe, runtime)
-    return found
+    return found + faults_of_schedule(recipe)
+
+
+def faults_of_schedule(settings: Any) -> list[str]:
+    """A sentence for each setting that does not go with how k changes over training, or with its not changing.
+
+    Args:
+        settings: a Recipe, or whatever has those fields of it.
+    """
+    k, scaling = settings.gradient_accumulation_steps, settings.learning_rate_scaling
+    if isinstance(k, int):
+        if scaling == "none":
+            return []
+        return [
+            f"`learning_rate_scaling` is {scaling!r}, but k is {k} from beginning to end, so that there is nothing to "
+            "follow. Give `gradient_accumulation_steps` as pairs, such as [(0, 2), (100, 8)], or leave it out."
+        ]
+    return [
+        f"`gradient_accumulation_steps` is {k}, which says how large every update is, and so does `{name}`, "
+        f"{getattr(settings, name)}. Give one of the two."
+        for name in ("effective_batch_size", "tokens_per_update")
+        if getattr(settings, name) is not None
+    ]
 
 
 def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:

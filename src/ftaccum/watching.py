@@ -50,7 +50,7 @@ class Milestones:
         self._windows += 1
         self._watcher.updated()
         rows = self._plan.rows_after(self._windows)
-        if rows % self._plan.n_rows and self._ahead and self._ahead[0] <= rows:
+        if self._ahead and self._ahead[0] <= rows and not self._plan.ends_epoch(self._windows):
             with self._work.timed(-1):
                 val_loss = self._evaluate()
             self._tell(rows, val_loss)

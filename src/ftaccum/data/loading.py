@@ -176,12 +176,11 @@ class Loader:
     def _micro_batches(self, share: Share, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
         if self.by_window and any(piece.rows for piece in share.slices):
             whole = next(batches)
-            place = {position: n for n, position in enumerate(share.window)}
         for piece in share.slices:
             if not piece.rows:
                 yield MicroBatch(None, dict.fromkeys(self._objective.terms, 0), (), piece, 0, 0)
             elif self.by_window:
-                part = take(whole, [place[position] for position in piece.rows])
+                part = take(whole, piece.places)
                 yield self._micro_batch(part if self._objective.padding_sensitive else trimmed(part), piece)
             else:
                 yield self._micro_batch(next(batches), piece)

@@ -30,6 +30,9 @@ _NOT_GIVEN = {
     "model": "`model` is one model, and every trial needs its own. Give `model_factory`, a function that makes it.",
     STEPS: f"`{STEPS}` is what is searched. Give the candidates as `accumulation_steps`; (1,) for none.",
     "effective_batch_size": "`effective_batch_size` follows from `accumulation_steps` in each trial. Leave it out.",
+    "max_updates": "`max_updates` would give trials of unlike k unlike rows. Leave it out: `n_epochs` is their budget.",
+    "learning_rate_scaling": "`learning_rate_scaling` follows a k that changes within a run, and that of a trial does "
+    "not. Leave it out; `couple_learning_rate` scales the rate of a trial with its k.",
     "tokens_per_update": "`tokens_per_update` would settle what is searched, `accumulation_steps`. Leave it out.",
 }
 

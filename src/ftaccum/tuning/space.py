@@ -14,6 +14,7 @@ from ..errors import SettingsError
 from ..fine_tuning import test_fine_tuning
 from ..flags import nearest
 from ..optim import CoupledBeta2, fault_of_schedule
+from ..planning import rate_factor
 from ..search_settings import SearchSettings, reserved
 from ..settings import checked
 
@@ -65,7 +66,7 @@ class Space:
         else:
             others = {name: _suggest(trial, name, distribution) for name, distribution in self.others.items()}
         ratio = k * batch_size / (self.reference or batch_size)
-        scale = {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[self.couple_learning_rate]
+        scale = rate_factor(self.couple_learning_rate, ratio)
         arguments = {**fixed, **others, STEPS: k, RATE: rate * scale}
         if self.couple_beta2:
             arguments["optimizer"] = CoupledBeta2(arguments["optimizer"], ratio)

@@ -150,7 +150,9 @@ class TrialWatcher(Watcher):
         return _TrialScreen(is_main, progress, title=self._title)
 
     def milestones(self, plan: Plan) -> Iterable[int]:
-        self._steps = milestones(plan.n_rows, plan.n_epochs, self._batch_sizes, self._n_reports)
+        # Where what is left of an epoch is carried, its end is none of an update's: all epochs are as one.
+        epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
+        self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
         self._team.decided(lambda: self._book.begin(self._steps))
         return self._steps
 

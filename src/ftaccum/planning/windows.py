@@ -1,0 +1,176 @@
+"""Every window of a run on rows that can be counted."""
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..cutting import Rows
+from .batching import Batching, rate_factor
+from .drawing import order_of
+
+_FEW = 6  # epochs, for their windows to be listed one by one
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of one update.
+
+    `index` counts windows over the whole run, from 0; `rows` are positions in the training rows. A window that goes on
+    in the next epoch can have a row twice, and belongs to the epoch that its last row is of.
+    """
+
+    index: int
+    epoch: int
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every window of a run, before anything is loaded.
+
+    The epochs, each in its own order, lie one behind the other, and are cut into windows of the sizes that the updates
+    want: each epoch by itself, so that its last window may be short ("flush"), or all of them as one ("carry"), so that
+    only the last window of the run may be.
+
+    Attributes:
+        n_rows: training rows, after the hold-out.
+        n_epochs: passes over them.
+        batching: the resolved sizes of an update.
+        seed: of the order of the rows.
+        n_validation_rows: rows that are evaluated on.
+        remainder: "flush" or "carry".
+        max_updates: windows after which the run ends, if the epochs have not ended it before.
+        rate_scaling: how the learning rate follows k; see `rate_factor`.
+    """
+
+    n_rows: int
+    n_epochs: int
+    batching: Batching
+    seed: int = 42
+    n_validation_rows: int = 0
+    remainder: str = "flush"
+    max_updates: int | None = None
+    rate_scaling: str = "none"
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Where each window ends, in rows from the beginning of the first epoch."""
+        ends: list[int] = []
+        end, of_all = 0, self.n_epochs * self.n_rows
+        at_most = self.max_updates or of_all
+        stages = self.batching.stages()
+        for (_, sizes), (following, _) in itertools.pairwise([*stages, (at_most, self.batching)]):
+            while len(ends) < min(following, at_most) and end < of_all:
+                room = of_all if self.remainder == "carry" else end + self.n_rows - end % self.n_rows
+                end = min(end + sizes.effective_batch_size, room)
+                ends.append(end)
+        return ends
+
+    @property
+    def n_windows(self) -> int:
+        return len(self._ends)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows of the first epoch. Others may have others where rows are carried or k changes: `n_windows_of`."""
+        return self.n_windows_of(0)
+
+    def n_windows_of(self, epoch: int) -> int:
+        """Windows of one epoch; 0 where it has fewer rows than the next update still wants, or is not begun."""
+        return len(self._indices(epoch))
+
+    @property
+    def epochs(self) -> range:
+        """Those that are begun: `max_updates` may end the run before the others."""
+        return range(math.ceil(self._ends[-1] / self.n_rows))
+
+    def rows_after(self, n_windows: int) -> int:
+        """Rows that the first `n_windows` windows of the run hold, counted anew in every epoch."""
+        return self._ends[n_windows - 1] if n_windows else 0
+
+    def ends_epoch(self, n_windows: int) -> bool:
+        """Whether the first `n_windows` windows end with the last one of an epoch."""
+        return n_windows == self._indices(self._epoch_of(n_windows - 1)).stop
+
+    def windows(self, epoch: int) -> Iterator[Window]:
+        """The windows of one epoch (from 0)."""
+        indices = self._indices(epoch)
+        start = self.rows_after(indices.start)
+        orders = (order_of(e, self.n_rows, self.seed) for e in itertools.count(start // self.n_rows))
+        rows = itertools.islice(itertools.chain.from_iterable(orders), start % self.n_rows, None)
+        for index in indices:
+            size = self.rows_after(index + 1) - self.rows_after(index)
+            yield Window(index, epoch, tuple(itertools.islice(rows, size)))
+
+    def rate_factor(self, update: int) -> float:
+        """What the scheduled learning rate of an update is multiplied by."""
+        k, first = self.batching.at(update).gradient_accumulation_steps, self.batching.gradient_accumulation_steps
+        return rate_factor(self.rate_scaling, k / first)
+
+    def warmup_updates(self, warmup_steps: int, warmup_ratio: float) -> int:
+        """Warm-up in updates: `warmup_steps`, or that share of all updates, rounded up."""
+        return warmup_steps or math.ceil(warmup_ratio * self.n_windows)
+
+    def _indices(self, epoch: int) -> range:
+        """Of the windows of an epoch: those whose last row is one of its own."""
+        return range(bisect_right(self._ends, epoch * self.n_rows), bisect_right(self._ends, (epoch + 1) * self.n_rows))
+
+    def _epoch_of(self, window: int) -> int:
+        return (self._ends[window] - 1) // self.n_rows
+
+    def __str__(self) -> str:
+        """The arithmetic of the run, as a paragraph."""
+        return "\n".join(
+            [
+                f"Training samples: {self.n_rows}",
+                *sizes_in_words(self.batching, self.rate_scaling),
+                f"Updates per epoch: {self._updates_in_words()}",
+                f"Epochs: {self.n_epochs}, {self.n_windows} updates in all{self._end_in_words()}",
+                *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
+            ]
+        )
+
+    def _updates_in_words(self) -> str:
+        b = self.batching
+        if self.remainder == "carry" or b.later or self.max_updates is not None:
+            counts = [self.n_windows_of(epoch) for epoch in self.epochs]
+            listed = ", ".join(map(str, counts)) if len(counts) <= _FEW else f"{min(counts)} to {max(counts)}"
+            return (str(counts[0]) if len(set(counts)) == 1 else listed) + f" ({self._remainder_in_words()})"
+        left = self.n_rows % b.effective_batch_size
+        micro_batches = math.ceil(left / b.batch_size)
+        tail = f"; the remainder of {left} rows (micro-batches: {micro_batches}) is flushed as 1 more" if left else ""
+        return f"{self.windows_per_epoch} ({self.n_rows // b.effective_batch_size} full windows{tail})"
+
+    def _remainder_in_words(self) -> str:
+        if self.remainder == "flush":
+            return "a remainder is flushed at the end of each epoch"
+        last = self._ends[-1] - self.rows_after(self.n_windows - 1)
+        wanted = self.batching.at(self.n_windows - 1).effective_batch_size
+        short = f"; the last one has {last} rows" if last < wanted else ""
+        return f"what is left of an epoch is carried into the next{short}"
+
+    def _end_in_words(self) -> str:
+        if self.n_windows != self.max_updates:
+            return ""
+        return f" (`max_updates`), the last of them in epoch {len(self.epochs)}"
+
+
+def sizes_in_words(batching: Batching, rate_scaling: str) -> list[str]:
+    """The lines that say how large updates are, and how their rate follows where that changes."""
+    stages = batching.stages()
+
+    def over_training(values: Iterable[object]) -> str:
+        return ", ".join(f"after {u} updates {v}" if u else str(v) for (u, _), v in zip(stages, values, strict=True))
+
+    first = batching.gradient_accumulation_steps
+    factors = [rate_factor(rate_scaling, sizes.gradient_accumulation_steps / first) for _, sizes in stages]
+    return [
+        f"Batch size: {batching.batch_size}",
+        f"Gradient accumulation steps: {over_training(sizes.gradient_accumulation_steps for _, sizes in stages)}",
+        f"Processes: {batching.num_processes}",
+        f"Effective batch size: {over_training(sizes.effective_batch_size for _, sizes in stages)}",
+        *([f"Learning rate times: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
+    ]
