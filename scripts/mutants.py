@@ -37,10 +37,20 @@ MUTANTS = [
     Mutant("no shift", "objective/counting.py", "_targets(batch)[:, 1:] !=", "_targets(batch)[:, :] !="),
     Mutant("ignored labels counted", "objective/counting.py", "int((_targets(batch) != self.ignore_index).sum())", "_targets(batch).numel()"),
     Mutant("labels predict themselves", "objective/forward.py", 'batch["labels"]\n', 'batch["labels"].roll(1, 1)\n'),
-    Mutant("padding never matters", "objective/probing.py", "sensitive = explained[0] and not explained[1]", "sensitive = False"),
+    Mutant("padding never matters", "objective/probing.py", "if alike[term] <= tolerance < apart_[term]", "if False"),
     Mutant("ties not asked again", "objective/probing.py", "if asking is not None and any(", "if False and any("),
-    Mutant("last weights not shaken", "objective/probing.py", "weight.add_(noise", "weight.sub_(0 * noise"),
-    Mutant("measured in 16 bits", "objective/probing.py", "tensor.data = tensor.data.float()", "pass"),
+    Mutant("last weights not shaken", "objective/steadying.py", "weight.add_(noise", "weight.sub_(0 * noise"),
+    Mutant("measured in 16 bits", "objective/steadying.py", "tensor.data = tensor.data.float()", "pass"),
+    Mutant("train mode not looked at", "objective/measuring.py", "<= _UNCHANGED for term in chosen", "< 9e9 for term in chosen"),
+    Mutant("dropout left on in the check", "rehearsing.py", "if function in _DROPOUTS:", "if False:"),
+    Mutant("other draws taken for mixed rows", "rehearsing.py", "if not generators.unmoved():", "if False:"),
+    Mutant("norms left out where others draw", "rehearsing.py", "module.training = True", "module.training = False"),
+    Mutant("parts of a loss left in it", "objective/forward.py", "if not self.is_own or not has_parts", "if True or not has_parts"),
+    Mutant("parts of a loss at factor 1", "objective/forward.py", "name: factor * outputs[name]", "name: outputs[name]"),
+    Mutant("rows and tokens alike", "objective/counting.py", "return int(mask.sum()) if", "return len(mask) if"),
+    Mutant("a row by itself not looked at", "objective/findings.py", "< 1e-3 * abs(self.joint[term])", "< 0"),
+    Mutant("padding of a loss_fn not told", "objective/findings.py", "if self.own_loss or not", "if True or not"),
+    Mutant("inexact all the same", "assembly.py", 'if sentences and on_inexact == "error":', "if False:"),
     Mutant("a sum not told", "objective/probing.py", "adds_up = adds_up or all(", "adds_up = False and all("),
     Mutant("types of a column by its first row", "data/collating.py", "functools.reduce(torch.promote_types, dtypes)", "dtypes[0]"),
     Mutant("rows picked by length alone", "data/checking.py", "if class_of(fetched[p]) not in taken", "if False"),
@@ -138,6 +148,8 @@ FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.
 FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "watching", "optim.py": "search"}
 FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"}
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
+FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring", "parts_of_loss")}
+FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", "objective/steadying.py": "probing"}
 _SEARCHING = [
     "trials",
     "space",
@@ -162,6 +174,8 @@ TESTS = [
     "memory",
     "invariance",
     "evaluation",
+    "self_check",
+    "losses",
     "probing",
     "lifecycle",
     "data_forms",

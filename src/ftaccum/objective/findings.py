@@ -120,7 +120,7 @@ class Findings:
         return (
             f"{term!r}, {_percent(share)} of the loss, looks at the rows of a batch together, as a router's balance "
             f"over its experts does: {self._clauses([term])}. It is trained on as that weighted mean, the nearest to "
-            "one large batch that micro-batches can have; a larger `batch_size` brings it nearer."
+            "one large batch that micro-batches can have; the more tokens a micro-batch has, the nearer it comes."
         )
 
     def _of_train_mode(self, mixed: Mapping[str, float]) -> str:
