@@ -75,6 +75,19 @@ MUTANTS = [
     Mutant("the rate follows taken updates", "loop.py", "factor = self.rate_factor(window.index)", "factor = self.rate_factor(self.schedule.last_epoch)"),
     Mutant("the rate recorded is not the one used", "loop.py", '["lr"] * factor', '["lr"]'),
     Mutant("epochs without an update cost patience", "selection.py", "elif updated:", "else:"),
+    Mutant("rows that were looked at are lost", "data/streaming.py", "missing = n - (self._came - self._taken)", "missing = n"),
+    Mutant("rows of a stream are never let go", "data/streaming.py", "if position < needed_from]", "if position < 0]"),
+    Mutant("rows are let go while in work", "planning/streaming.py", "self.read(epoch, n, self._starts[0])", "self.read(epoch, n, self._starts[1])"),
+    Mutant("every process reads the stream", "memory.py", "        if self.alone:\n            return make()\n", "        return make()\n"),
+    Mutant("a stream sees the other processes", "reading.py", "        distributed.group.WORLD = group\n", ""),
+    Mutant("a stream sees the others' ranks", "reading.py", "_overlaid(os.environ, _ALONE)", "_overlaid(os.environ, {})"),
+    Mutant("a stream's draws follow the cut", "data/streaming.py", "        self._generators.put_back()\n", ""),
+    Mutant("a pass begins where the last one did", "data/streaming.py", "if epoch != self._epoch:", "if self._rows is None:"),
+    Mutant("updates lost where a stream fails", "recording.py", "        except error:\n            self.drain()\n", "        except error:\n"),
+    Mutant("rows that are to come are not tokenised", "data/streaming.py", "        self._stream.steps.append(step)\n", ""),
+    Mutant("a stream's remainder is dropped", "planning/streaming.py", 'if self._n_open and (self._ended or self.remainder == "flush"):', 'if self._n_open and self.remainder == "flush":'),
+    Mutant("empty passes are trained on", "planning/streaming.py", "self._ended = not self._more(epoch, 1)", "self._more(epoch, 1)"),
+    Mutant("buckets wider than the model", "assembly.py", "return data.most_tokens(parts.tokenizer, parts.configuration, parts.model) or sys.maxsize", "return sys.maxsize"),
     Mutant("milestones at epochs' ends that no update has", "tuning/trials.py", 'if plan.remainder == "carry" else', "if False else"),
     Mutant("ghosts not counted in the cost", "cutting.py", "least[n_rows] + ghosts * costs.per_pass", "least[n_rows]"),
     Mutant("not the cheapest cut", "cutting.py", "better = reached < least[ends]", "better = np.isinf(least[ends])"),
@@ -150,6 +163,7 @@ FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring", "parts_of_loss")}
 FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", "objective/steadying.py": "probing"}
+FIRST |= dict.fromkeys(("data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming")
 _SEARCHING = [
     "trials",
     "space",
@@ -169,6 +183,7 @@ TESTS = [
     "planning",
     "windows",
     "growing_windows",
+    "streaming",
     "cutting",
     "planner",
     "memory",

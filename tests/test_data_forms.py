@@ -321,7 +321,7 @@ ROWS = CLASSIFIER.rows()
         ("imdb", "`train_data` must be a datasets.Dataset, .* but is str instead"),
         (torch.utils.data.DataLoader([1]), "is a DataLoader instead. Give its `.dataset`"),
         (7, "`train_data` must be .* but is int instead"),
-        (Stream(), "is a stream instead"),
+        (Stream(), "is a stream, whose rows nobody can count, and `max_updates` is None"),
         (
             DatasetDict({"train": Dataset.from_list(ROWS)}),
             r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`",

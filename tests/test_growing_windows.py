@@ -177,7 +177,7 @@ def test_epochs_without_an_update_are_evaluated_and_recorded(
     """4 rows an epoch and 10 an update: the third, the fifth and the last epoch have one."""
     result = test_fine_tuning(
         BERT.model(), train_data=BERT.rows(4), val_data=BERT.rows(3), n_epochs=6, batch_size=2,
-        effective_batch_size=10, remainder="carry", early_stopping_patience=2, restore_best_weights=True,
+        effective_batch_size=10, remainder="carry", early_stopping_patience=1, restore_best_weights=True,
         learning_rate=1e-2, output_dir=str(tmp_path), progress=False,
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]

@@ -28,7 +28,7 @@ FLOORS = [
     ["optim", "calibration", "embedding_gradients", "memory"],
     ["loop", "adapting", "physical_batch"],
     ["evaluation"],
-    ["session", "borrowing", "recording", "screen", "selection"],
+    ["session", "borrowing", "reading", "recording", "screen", "selection"],
     ["parts", "watching"],
     ["assembly"],
     ["running"],

@@ -1,5 +1,6 @@
 """From what the user brought along to rows, an objective and loaders."""
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from . import data
-from .data import Collation, Loader, PackingCollator, PaddingCollator, Ranges, Rows
+from .data import Collation, Loader, PackingCollator, PaddingCollator, Ranges, Rows, Stream, StreamRows
 from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, SettingsError
 from .objective import (
     EXPLAINED,
@@ -55,19 +56,21 @@ class Assembly:
         return notes
 
 
-def assemble(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator) -> Assembly:
+def assemble(
+    parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, stream: Stream | None
+) -> Assembly:
     """Makes rows of the data, checks a sample of them, and measures how the loss is counted.
 
     Args:
         parts: with the model on its device, and not wrapped yet.
+        stream: of the training data, where they are one.
 
     Raises:
         DataError: for data that cannot be trained on.
     """
-    rows, val_rows = _split(parts, recipe, accelerator)
+    rows, val_rows = _split(parts, recipe, accelerator, stream)
     ignore_index = _ignore_index(parts, rows)
-    lengths = rows.lengths() if runtime.compile else None
-    collation = _collation(parts, ignore_index, max(lengths) if lengths else None)
+    collation = _collation(parts, ignore_index, _longest(parts, rows) if runtime.compile else None)
     for each in (rows, val_rows):
         if each is not None and runtime.max_tokens is not None:
             data.check_lengths(each, runtime.max_tokens, collation)
@@ -96,16 +99,27 @@ def assemble(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accele
     return Assembly(rows, val_rows, objective, train, val, ignore_index, parts.train_data is None)
 
 
-def _split(parts: Parts, recipe: Recipe, accelerator: Accelerator) -> tuple[Rows, Rows | None]:
+def _split(parts: Parts, recipe: Recipe, accelerator: Accelerator, stream: Stream | None) -> tuple[Rows, Rows | None]:
     """Training and validation rows, tokenised."""
-    if parts.train_data is None:
+    given = None if parts.val_data is None else data.as_rows(parts.val_data, "val_data")
+    if stream is not None:
+        rows = _tokenised(StreamRows(stream), parts, accelerator)
+    elif parts.train_data is None:
         rows = _synthetic(parts.configuration, recipe.random_seed)
     else:
         rows = _tokenised(data.as_rows(parts.train_data, "train_data"), parts, accelerator)
-    if parts.val_data is not None:
-        return rows, _tokenised(data.as_rows(parts.val_data, "val_data"), parts, accelerator)
+    if stream is not None or given is not None:
+        return rows, None if given is None else _tokenised(given, parts, accelerator)
     kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
     return rows.subset(kept), rows.subset(held) if held else None
+
+
+def _longest(parts: Parts, rows: Rows) -> int | None:
+    """The length of the longest row, where it can be told; of a stream, of the longest that could come."""
+    if isinstance(rows, StreamRows):
+        return data.most_tokens(parts.tokenizer, parts.configuration, parts.model) or sys.maxsize
+    lengths = rows.lengths()
+    return max(lengths) if lengths else None
 
 
 def _synthetic(config: Any, seed: int) -> Rows:

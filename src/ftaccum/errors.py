@@ -22,6 +22,10 @@ class InexactLossError(ValueError):
     """Accumulating this loss only approximates the large batch, and `on_inexact` is 'error'."""
 
 
+class StreamError(DataError):
+    """A stream cannot be read on; raised on all processes alike, after the last update that its rows were there for."""
+
+
 class InexactLossWarning(UserWarning):
     """Accumulating this loss only approximates the large batch."""
 

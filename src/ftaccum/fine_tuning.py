@@ -77,10 +77,13 @@ def test_fine_tuning(
             None.
         train_data: a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), a list of dicts, a list of 1-D
             tensors of token ids (next-token loss), or a torch `Dataset` of dicts or, with `loss_fn`, of
-            `(inputs, targets)` tuples. None: synthetic token ids below `config.vocab_size`.
-        val_data: the same for validation.
-        validation_split: share of the training rows held out where `val_data` is None; 0 for none.
-        n_epochs: passes over the training rows.
+            `(inputs, targets)` tuples. A stream of such rows (`IterableDataset` of `datasets` or torch), with
+            `max_updates`: windows form in its order, the main process reads it for all. None: synthetic token ids
+            below `config.vocab_size`.
+        val_data: the same for validation, but no stream.
+        validation_split: share of the training rows held out where `val_data` is None; 0 for none. From a stream none
+            can be: give `val_data`, or 0.
+        n_epochs: passes over the training rows; of a stream, at most so many.
         max_updates: updates (skipped ones included) after which training ends, if the epochs have not ended it before;
             the schedule then counts on so many. The last epoch is evaluated where it ends.
         batch_size: rows of a micro-batch on one process; at most as many, where the planner finds fewer cheaper.
@@ -92,6 +95,7 @@ def test_fine_tuning(
         effective_batch_size: rows per update over all processes; k = ⌈it / (batch_size × processes)⌉, and a last
             micro-batch may be short.
         tokens_per_update: tokens per update over all processes; divided by the mean row length it gives the rows.
+            (Of a stream, that of the first 256 rows.)
         remainder: what happens to the rows that are left of an epoch, fewer than an update wants. "flush": they make an
             update of their own. "carry": the first rows of the next epoch fill it up, and only at the end of training
             an update may be short. It counts to the epoch of its last row, and an epoch may have none.
@@ -120,7 +124,7 @@ def test_fine_tuning(
         gradient_checkpointing: recompute activations in the backward pass (Transformers' models).
         compile: `torch.compile` the model. Widths are padded to one of eight an octave, so that few are met.
         num_workers: processes that collate ahead, for rows that take long to make (images to decode). Without, the
-            next window is collated while the device computes.
+            next window is collated while the device computes. None with a stream.
         tokenizer: tokenises raw text, and says how to pad. Saved with the model.
         data_collator: a list of rows → a batch of tensors, rows first. None: columns are padded.
         loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on dicts; gives a mean, or a dict of
@@ -168,7 +172,7 @@ def fine_tuned(arguments: Mapping[str, Any], watcher: Watcher) -> Result:
     """What `test_fine_tuning` does, given all of its arguments, before somebody's eyes."""
     recipe, runtime = checked(arguments)
     parts = Parts(**{f.name: arguments[f.name] for f in fields(Parts)})
-    check_parts(parts, recipe)
+    check_parts(parts, recipe, runtime)
     with session(runtime, recipe.random_seed) as accelerator:
         return run(parts, recipe, runtime, accelerator, watcher)
 

@@ -1,15 +1,19 @@
 """Running out of memory: telling it, agreeing on it, and what is learnt from it."""
 
 import gc
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed
 
 from .cutting import Caps
+
+T = TypeVar("T")
 
 # Windows without a failure after which larger micro-batches are tried again; doubled each time that this fails.
 _CALM = 50
@@ -69,10 +73,28 @@ class Agreement:
         least = self._reduced(_NONE if number is None else number, distributed.ReduceOp.MIN)
         return None if least == _NONE else least
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What the main process makes, on all processes; what it raises, too."""
+        if self.alone:
+            return make()
+        told: list[Any] = [_pickled(make) if distributed.get_rank() == 0 else None]
+        distributed.broadcast_object_list(told, src=0, group=self._group)
+        made, error = pickle.loads(told[0])
+        if error is not None:
+            raise error
+        return made
+
     def _reduced(self, number: int, operation: distributed.ReduceOp.RedOpType) -> int:
         holder: Tensor = torch.tensor(number)
         distributed.all_reduce(holder, operation, group=self._group)
         return int(holder)
+
+
+def _pickled(make: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps((make(), None))
+    except Exception as error:  # what cannot be pickled, too: the others wait
+        return pickle.dumps((None, error))
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .data import Collator
+from .data import Collator, is_split, is_stream
 from .errors import SettingsError
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .objective import IGNORE_INDEX, CountItems, LossFn
 from .optim import OptimizerFactory, fault_of_schedule
-from .settings import Recipe
+from .settings import Recipe, Runtime
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Parts:
         return next((pad for pad in named if isinstance(pad, int)), 0)
 
 
-def check_parts(parts: Parts, recipe: Recipe) -> None:
+def check_parts(parts: Parts, recipe: Recipe, runtime: Runtime) -> None:
     """Raises SettingsError with every fault that shows before anything is loaded."""
-    faults = []
+    faults = _faults_of_stream(parts, recipe, runtime) if is_stream(parts.train_data) else []
     if not isinstance(parts.model, nn.Module):
         faults.append(
             f"`model` must be a torch.nn.Module, but is {type(parts.model).__name__} instead. "
@@ -80,3 +80,21 @@ def check_parts(parts: Parts, recipe: Recipe) -> None:
         ]
     if faults:
         raise SettingsError(faults)
+
+
+def _faults_of_stream(parts: Parts, recipe: Recipe, runtime: Runtime) -> list[str]:
+    faults = {
+        "`train_data` is a stream, whose rows nobody can count, and `max_updates` is None. Give the number of updates: "
+        "the learning rate's schedule needs it.": recipe.max_updates is None,
+        f"`train_data` is a stream, from which no rows can be held out, but `validation_split` is "
+        f"{recipe.validation_split} and `val_data` is None. Give `val_data`, or `validation_split=0` for none.": (
+            parts.val_data is None and recipe.validation_split > 0
+        ),
+        f"`train_data` is a stream, which the main process reads and collates, but `num_workers` is "
+        f"{runtime.num_workers}. Leave it out; the next window is read and collated while the device computes.": (
+            runtime.num_workers > 0
+        ),
+        "`train_data` is a stream of which each process has a part (`split_dataset_by_node`), but the main process "
+        "reads it for all. Give it undivided.": is_split(parts.train_data),
+    }
+    return [sentence for sentence, holds in faults.items() if holds]

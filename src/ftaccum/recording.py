@@ -50,6 +50,15 @@ class Recorder:
         self._epoch, self._epoch_losses = self._epoch + 1, None
         return entry
 
+    @contextmanager
+    def kept_on(self, error: type[Exception]) -> Iterator[None]:
+        """Sees to it that an error that all processes raise alike costs no update that was taken."""
+        try:
+            yield
+        except error:
+            self.drain()
+            raise
+
     def drain(self) -> None:
         """Reads the losses kept so far, and writes their entries. All processes take part."""
         outcomes, self._pending = self._pending, []

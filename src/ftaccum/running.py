@@ -17,8 +17,8 @@ from .assembly import Assembly, assemble
 from .borrowing import borrowed, compiled
 from .calibration import Calibration, NoCalibration, PassTimer
 from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
-from .data import Feed, mean_length
-from .errors import SettingsError
+from .data import Feed, Stream, StreamRows, mean_length
+from .errors import SettingsError, StreamError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
 from .history import EpochEntry, Ledger, Result, Work
 from .loop import Outcome, TrainingLoop
@@ -26,7 +26,8 @@ from .memory import Agreement, agreed_by
 from .optim import make_optimizer, make_schedule, rates_put_back
 from .parts import Parts
 from .physical_batch import largest_batch
-from .planning import Batching, Plan, batching_of
+from .planning import Batching, Course, Plan, StreamPlan, batching_of
+from .reading import opened
 from .recording import Recorder, tracking
 from .selection import BestEpoch
 from .settings import Recipe, Runtime
@@ -45,7 +46,8 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         stack.enter_context(borrowed(model, gradient_checkpointing=runtime.gradient_checkpointing))
         stack.enter_context(rates_put_back(optimizer))
         agreement = stack.enter_context(agreed_by(accelerator))
-        assembly, plan = _planned(parts, recipe, runtime, accelerator, agreement)
+        stream = stack.enter_context(opened(parts.train_data, recipe.random_seed, accelerator, agreement))
+        assembly, plan = _planned(parts, recipe, runtime, accelerator, agreement, stream)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
         notes = [*assembly.notes(), _how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
         screen.banner(plan, notes, warmup, accelerator.mixed_precision, accelerator.device.type)
@@ -84,7 +86,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             milestones.window_done()
 
         for epoch in plan.epochs:
-            with work.timed():
+            with work.timed(), recorder.kept_on(StreamError):
                 loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
             entry = recorder.epoch(*evaluate(model))
             screen.epoch(entry, plan.n_epochs)
@@ -92,6 +94,9 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             if best.ends_after(entry.val_loss, model, updated=plan.n_windows_of(epoch) > 0):
                 screen.note(f"Stopped early: no better validation loss in {recipe.early_stopping_patience} epochs.")
                 break
+        else:
+            if shortfall := plan.shortfall():
+                screen.note(shortfall)
         if best.restore(model):
             screen.note(f"Restored the weights of the epoch with validation loss {best.loss:.4f}.")
         training_time = time.perf_counter() - started
@@ -130,25 +135,36 @@ def _result(
 
 
 def _planned(
-    parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, agreement: Agreement
-) -> tuple[Assembly, Plan]:
+    parts: Parts,
+    recipe: Recipe,
+    runtime: Runtime,
+    accelerator: Accelerator,
+    agreement: Agreement,
+    stream: Stream | None,
+) -> tuple[Assembly, Course]:
     n_processes = accelerator.num_processes
     if not recipe.tokens_per_update and runtime.batch_size != "auto":
         batching_of(recipe, runtime, n_processes)  # sizes that disagree are told before the data are looked at
-    assembly = assemble(parts, recipe, runtime, accelerator)
+    assembly = assemble(parts, recipe, runtime, accelerator, stream)
     length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
     if runtime.batch_size == "auto":
-        rows = batching_of(recipe, replace(runtime, batch_size=1), n_processes, length).effective_batch_size
-        at_most = math.ceil(rows / n_processes)
+        wanted = batching_of(recipe, replace(runtime, batch_size=1), n_processes, length).effective_batch_size
+        at_most = math.ceil(wanted / n_processes)
         size = largest_batch(parts.model, assembly.objective, assembly.train, accelerator, agreement, at_most)
         runtime = replace(runtime, batch_size=size)
     batching = batching_of(recipe, runtime, n_processes, length)
     n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
-    plan = Plan(
-        len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed, n_validation,
+    rows = assembly.train_rows
+    if isinstance(rows, StreamRows):
+        assert recipe.max_updates is not None, "checked with the parts"
+        return assembly, StreamPlan(
+            recipe.n_epochs, batching, recipe.max_updates, rows.take, recipe.random_seed, n_validation,
+            recipe.remainder, recipe.learning_rate_scaling,
+        )  # fmt: skip
+    return assembly, Plan(
+        len(rows), recipe.n_epochs, batching, recipe.random_seed, n_validation,
         recipe.remainder, recipe.max_updates, recipe.learning_rate_scaling,
     )  # fmt: skip
-    return assembly, plan
 
 
 def _cutter(runtime: Runtime, batching: Batching) -> Cutter:

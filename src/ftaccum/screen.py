@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from .history import EpochEntry, Result
-from .planning import Plan
+from .planning import Course
 
 _RULE = "=" * 64
 _PRECISIONS = {"no": "full", "bf16": "bf16 autocast", "fp16": "fp16 autocast, scaled gradients"}
@@ -21,18 +21,16 @@ class Screen:
     progress: bool
     _headed: bool = False
 
-    def banner(self, plan: Plan, notes: list[str], warmup: int, precision: str, device: str) -> None:
+    def banner(self, plan: Course, notes: list[str], warmup: int, precision: str, device: str) -> None:
         if warmup > plan.n_windows:
             notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
-        wanted = max(sizes.effective_batch_size for _, sizes in plan.batching.stages())
-        if wanted > plan.n_rows and plan.remainder == "flush":
-            notes = [*notes, f"Note: an update wants {wanted} rows, and an epoch has {plan.n_rows}: one update each"]
         self._print(
             _RULE,
             "FINE-TUNING TEST",
             _RULE,
             str(plan),
             *notes,
+            *plan.notes(),
             f"Precision: {_PRECISIONS[precision]}, on {device}",
             _RULE,
         )

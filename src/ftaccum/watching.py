@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from .history import EpochEntry, Work
-from .planning import Plan
+from .planning import Course, Plan
 from .screen import Screen
 
 
@@ -37,18 +37,21 @@ class Milestones:
     Evaluating draws nothing and moves nothing, so that a run is the same with and without.
     """
 
-    def __init__(self, watcher: Watcher, plan: Plan, evaluate: Callable[[], float | None], work: Work) -> None:
+    def __init__(self, watcher: Watcher, plan: Course, evaluate: Callable[[], float | None], work: Work) -> None:
         """Args:
         work: is being timed meanwhile, and evaluating is none of it.
         """
-        self._watcher, self._plan, self._evaluate, self._work = watcher, plan, evaluate, work
-        self._ahead = list(watcher.milestones(plan))
+        self._watcher, self._evaluate, self._work = watcher, evaluate, work
+        self._plan = plan if isinstance(plan, Plan) else None  # of a stream, nobody knows where its epochs end
+        self._ahead = [] if self._plan is None else list(watcher.milestones(self._plan))
         self._windows = 0
 
     def window_done(self) -> None:
         """After each update. An epoch's end is evaluated anyway, and told by `epoch_done`."""
         self._windows += 1
         self._watcher.updated()
+        if self._plan is None:
+            return
         rows = self._plan.rows_after(self._windows)
         if self._ahead and self._ahead[0] <= rows and not self._plan.ends_epoch(self._windows):
             with self._work.timed(-1):
@@ -56,7 +59,8 @@ class Milestones:
             self._tell(rows, val_loss)
 
     def epoch_done(self, entry: EpochEntry) -> None:
-        self._tell(self._plan.rows_after(self._windows), entry.val_loss)
+        if self._plan is not None:
+            self._tell(self._plan.rows_after(self._windows), entry.val_loss)
 
     def _tell(self, rows: int, val_loss: float | None) -> None:
         due = [milestone for milestone in self._ahead if milestone <= rows]

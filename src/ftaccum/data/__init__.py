@@ -7,7 +7,8 @@ from .feeding import Feed, Portion, Portions
 from .loading import Loader, MicroBatch, Share
 from .packing import PackingCollator
 from .rows import Rows, as_rows, length_of, mean_length, synthetic_rows
-from .text import is_raw_text, tokenized
+from .streaming import Stream, StreamRows, is_split, is_stream
+from .text import is_raw_text, most_tokens, tokenized
 
 __all__ = [
     "Collation",
@@ -23,13 +24,18 @@ __all__ = [
     "Rows",
     "Sample",
     "Share",
+    "Stream",
+    "StreamRows",
     "as_rows",
     "check_lengths",
     "check_sample",
     "is_raw_text",
+    "is_split",
+    "is_stream",
     "labelled",
     "length_of",
     "mean_length",
+    "most_tokens",
     "sample_of",
     "synthetic_rows",
     "tokenized",

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import DataError
 from ..objective import Batch, Counting, Sample, targets_of
 from .collating import Collation, can_be_taken_apart, take
-from .rows import Rows, class_of, length_of
+from .rows import Row, Rows, class_of, length_of
+from .streaming import StreamRows
 
 _SAMPLE, _PROBE_ROWS = 32, 4
 _LONG_ENOUGH = 64  # tokens, for rows to be unlike in length, or twice the shortest
@@ -78,7 +79,8 @@ class Ranges:
 
 
 def check_lengths(rows: Rows, max_tokens: int, collation: Collation) -> None:
-    """Raises DataError where rows cannot be kept under a cap on tokens, naming the longest."""
+    """Raises DataError where rows cannot be kept under a cap on tokens, naming the longest; of a stream, when it
+    comes."""
     lengths = rows.lengths()
     if lengths is None or not rows.have_tokens:
         raise DataError(
@@ -86,11 +88,15 @@ def check_lengths(rows: Rows, max_tokens: int, collation: Collation) -> None:
             "made. Give a `datasets.Dataset` with `input_ids`, or a list; or cut by rows (`batch_size`)."
         )
     longest = max(range(len(rows)), key=lengths.__getitem__)
-    if lengths[longest] > max_tokens:
-        raise DataError(
-            f"Of `{rows.argument}`, {rows.name_of(longest)} has {lengths[longest]} tokens, and `max_tokens` is "
-            f"{max_tokens}: no micro-batch could hold it. Give at least {lengths[longest]}, or truncate the rows."
-        )
+    _refuse_longer(rows, longest, lengths[longest], max_tokens)
+    if isinstance(rows, StreamRows):
+
+        def refuse_longer(more: list[Row], first: int) -> list[Row]:
+            for position, row in enumerate(more, first):
+                _refuse_longer(rows, position, length_of(row), max_tokens)
+            return more
+
+        rows.then(refuse_longer)
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     batch = collation.seeded(rows, [shortest], 0)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
@@ -99,6 +105,14 @@ def check_lengths(rows: Rows, max_tokens: int, collation: Collation) -> None:
             "`max_tokens` counts on rows that are padded to the longest of their micro-batch, but `data_collator` "
             f"makes {ids.numel()} tokens of {rows.name_of(shortest)} of `{rows.argument}`, which has "
             f"{lengths[shortest]}. Have it pad to the longest, or cut by rows (`batch_size`)."
+        )
+
+
+def _refuse_longer(rows: Rows, position: int, length: int, max_tokens: int) -> None:
+    if length > max_tokens:
+        raise DataError(
+            f"Of `{rows.argument}`, {rows.name_of(position)} has {length} tokens, and `max_tokens` is {max_tokens}: "
+            f"no micro-batch could hold it. Give at least {length}, or truncate the rows."
         )
 
 

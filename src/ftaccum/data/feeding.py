@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ..cutting import Cutter
 from ..history import Work
-from ..planning import Plan, Window
+from ..planning import Course, Window
 from .loading import Loader, MicroBatch, Share
 
 
@@ -38,7 +38,7 @@ class Feed:
         cutter: may be replaced between windows; those that were read ahead are cut anew.
     """
 
-    plan: Plan
+    plan: Course
     loader: Loader
     cutter: Cutter
     process_index: int = 0

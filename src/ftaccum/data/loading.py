@@ -95,7 +95,7 @@ class Loader:
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self.by_window = collation.draws or objective.padding_sensitive
         lengths = rows.lengths()
-        self._lengths = None if lengths is None else [collation.width(length) for length in lengths]
+        self._has_lengths = lengths is not None
         # A ghost costs a pass, so it had better be short.
         self._ghost = self._find_ghost(
             sorted(ghost_candidates, key=lengths.__getitem__) if lengths else ghost_candidates
@@ -104,13 +104,14 @@ class Loader:
     @property
     def knows_lengths(self) -> bool:
         """Whether micro-batches can be cut by the lengths of their rows."""
-        return self._lengths is not None and not self._objective.padding_sensitive
+        return self._has_lengths and not self._objective.padding_sensitive
 
     def cut(self, window: Positions, cutter: Cutter) -> list[list[Slice]]:
         """A window's micro-batches, by process. Where padding matters, all rows are as wide as the longest."""
-        if self._lengths is None:
+        known = self._rows.lengths(window) if self._has_lengths else None
+        if known is None:
             return cutter.shares(window)
-        lengths = [self._lengths[position] for position in window]
+        lengths = [self._collation.width(length) for length in known]
         return cutter.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
     def load(self, shares: Iterable[Share], seed: Sequence[int] | None = None) -> Iterator[list[MicroBatch]]:
@@ -141,8 +142,8 @@ class Loader:
     def longest_rows(self, n_rows: int, *seed: int) -> MicroBatch:
         """A micro-batch of as many of the longest rows, or of the first ones where lengths are unknown, again and
         again where there are too few: the most that a micro-batch of as many rows can need."""
-        everyone = range(len(self._rows))
-        by_length = sorted(everyone, key=lambda p: -self._lengths[p] if self._lengths is not None else p)
+        everyone, lengths = range(len(self._rows)), self._rows.lengths()
+        by_length = everyone if lengths is None else sorted(everyone, key=lambda position: -lengths[position])
         rows = tuple(itertools.islice(itertools.cycle(by_length), n_rows))
         batch = self._collation.seeded(self._rows, rows, *seed)
         return self._micro_batch(batch, Slice(rows))

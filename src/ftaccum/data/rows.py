@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Rows:
         indices = [self._at(position) for position in positions]
         if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
             with suppress(Exception):  # read one by one below, the faulty row gets its name
-                return [_as_row(row) for row in self.source.__getitems__(indices)]
+                return [as_row(row) for row in self.source.__getitems__(indices)]
         return [self._one(index) for index in indices]
 
     @property
@@ -66,8 +67,14 @@ class Rows:
         row = self.fetch([0])[0]
         return not (isinstance(row, Mapping) and isinstance(row.get("input_ids", next(iter(row.values()), None)), str))
 
-    def lengths(self) -> list[int] | None:
-        """The length of every row in tokens, where it can be told without computing the rows; else None."""
+    def lengths(self, positions: Sequence[int] | None = None) -> list[int] | None:
+        """The lengths of those rows in tokens (None: of every row), where they can be told without computing the rows;
+        else None."""
+        every = self._lengths
+        return every if every is None or positions is None else [every[position] for position in positions]
+
+    @cached_property
+    def _lengths(self) -> list[int] | None:
         if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:
             table = self.source.select_columns(["input_ids"]).with_format("arrow")[:]
             lengths = pyarrow.compute.list_value_length(table["input_ids"]).fill_null(0).to_pylist()
@@ -84,7 +91,7 @@ class Rows:
 
     def _one(self, index: int) -> Row:
         try:
-            return _as_row(self.source[index])
+            return as_row(self.source[index])
         except Exception as error:
             raise DataError(f"Row {index} of `{self.argument}` cannot be read: {error!r}.") from error
 
@@ -117,13 +124,17 @@ def as_rows(data: Any, argument: str) -> Rows:
     if not len(data):
         raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
     rows = Rows(argument, data)
-    first = rows.fetch([0])[0]
-    if not _is_row(first):
+    check_row(rows.fetch([0])[0], argument)
+    return rows
+
+
+def check_row(first: Any, argument: str) -> None:
+    """Raises DataError where the first row is none."""
+    if not (isinstance(first, Mapping) or (isinstance(first, tuple) and len(first) == 2)):
         raise DataError(
             f"`{argument}` must be {_FORMS}, but its first row is a {type(first).__name__} instead. "
             "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
         )
-    return rows
 
 
 def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
@@ -157,11 +168,8 @@ def mean_length(rows: Rows) -> float:
     return sum(map(length_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n
 
 
-def _as_row(item: Any) -> Row:
+def as_row(item: Any) -> Row:
+    """A row in whatever form the user has it; a tensor of token ids is one."""
     if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
         return {"input_ids": item, "labels": item}  # token ids: each token is the one before's target
     return item
-
-
-def _is_row(item: Any) -> bool:
-    return isinstance(item, Mapping) or (isinstance(item, tuple) and len(item) == 2)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import DataError
 from .rows import Rows
+from .streaming import StreamRows, as_columns, from_columns
 
 _LABELS = ("labels", "label")
 _LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit give a very large number as their limit
@@ -47,11 +48,11 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
         )
     if isinstance(rows.source, Dataset):
         table = rows.source
-    else:
+    else:  # of a stream, the rows that are looked at
         table = Dataset.from_list([dict(row) for row in rows.fetch(range(len(rows)))])
     texts = _text_columns(table, rows.argument)
     label = next((name for name in _LABELS if name in table.column_names), None)
-    limit = _longest(tokenizer, config, model)
+    limit = most_tokens(tokenizer, config, model)
 
     def encode(columns: Mapping[str, list]) -> dict[str, list]:
         encoded = dict(tokenizer(*(columns[name] for name in texts), truncation=limit is not None, max_length=limit))
@@ -61,6 +62,10 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
             encoded["labels"] = [_label_id(value, config, rows.argument) for value in columns[label]]
         return encoded
 
+    if isinstance(rows, StreamRows):
+        names = [*texts, *([label] if label is not None else [])]
+        rows.then(lambda more, _: from_columns(encode(as_columns(more, names)), len(more)) if more else [])
+        return rows
     table = table.map(encode, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}")
     return Rows(rows.argument, table)
 
@@ -81,7 +86,8 @@ def _text_columns(table: Dataset, argument: str) -> list[str]:
     )
 
 
-def _longest(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
+def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
+    """The most tokens of a row that tokenizer and model take; None where neither has a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     for module in model.modules():
         # RoBERTa and its kin number positions from behind the padding's on.

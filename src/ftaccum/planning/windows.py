@@ -3,32 +3,19 @@
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..cutting import Rows
-from .batching import Batching, rate_factor
+from .batching import Batching
+from .course import Course, Window, sizes_in_words
 from .drawing import order_of
 
 _FEW = 6  # epochs, for their windows to be listed one by one
 
 
 @dataclass(frozen=True)
-class Window:
-    """The rows of one update.
-
-    `index` counts windows over the whole run, from 0; `rows` are positions in the training rows. A window that goes on
-    in the next epoch can have a row twice, and belongs to the epoch that its last row is of.
-    """
-
-    index: int
-    epoch: int
-    rows: Rows
-
-
-@dataclass(frozen=True)
-class Plan:
+class Plan(Course):
     """Every window of a run, before anything is loaded.
 
     The epochs, each in its own order, lie one behind the other, and are cut into windows of the sizes that the updates
@@ -105,21 +92,18 @@ class Plan:
             size = self.rows_after(index + 1) - self.rows_after(index)
             yield Window(index, epoch, tuple(itertools.islice(rows, size)))
 
-    def rate_factor(self, update: int) -> float:
-        """What the scheduled learning rate of an update is multiplied by."""
-        k, first = self.batching.at(update).gradient_accumulation_steps, self.batching.gradient_accumulation_steps
-        return rate_factor(self.rate_scaling, k / first)
-
-    def warmup_updates(self, warmup_steps: int, warmup_ratio: float) -> int:
-        """Warm-up in updates: `warmup_steps`, or that share of all updates, rounded up."""
-        return warmup_steps or math.ceil(warmup_ratio * self.n_windows)
-
     def _indices(self, epoch: int) -> range:
         """Of the windows of an epoch: those whose last row is one of its own."""
         return range(bisect_right(self._ends, epoch * self.n_rows), bisect_right(self._ends, (epoch + 1) * self.n_rows))
 
     def _epoch_of(self, window: int) -> int:
         return (self._ends[window] - 1) // self.n_rows
+
+    def notes(self) -> list[str]:
+        wanted = max(sizes.effective_batch_size for _, sizes in self.batching.stages())
+        if wanted <= self.n_rows or self.remainder == "carry":
+            return []
+        return [f"Note: an update wants {wanted} rows, and an epoch has {self.n_rows}: one update each"]
 
     def __str__(self) -> str:
         """The arithmetic of the run, as a paragraph."""
@@ -156,21 +140,3 @@ class Plan:
         if self.n_windows != self.max_updates:
             return ""
         return f" (`max_updates`), the last of them in epoch {len(self.epochs)}"
-
-
-def sizes_in_words(batching: Batching, rate_scaling: str) -> list[str]:
-    """The lines that say how large updates are, and how their rate follows where that changes."""
-    stages = batching.stages()
-
-    def over_training(values: Iterable[object]) -> str:
-        return ", ".join(f"after {u} updates {v}" if u else str(v) for (u, _), v in zip(stages, values, strict=True))
-
-    first = batching.gradient_accumulation_steps
-    factors = [rate_factor(rate_scaling, sizes.gradient_accumulation_steps / first) for _, sizes in stages]
-    return [
-        f"Batch size: {batching.batch_size}",
-        f"Gradient accumulation steps: {over_training(sizes.gradient_accumulation_steps for _, sizes in stages)}",
-        f"Processes: {batching.num_processes}",
-        f"Effective batch size: {over_training(sizes.effective_batch_size for _, sizes in stages)}",
-        *([f"Learning rate times: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
-    ]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..cutting import GUESSED_COSTS
+from ..data import is_stream
 from ..errors import SettingsError
 from ..fine_tuning import test_fine_tuning
 from ..flags import nearest
@@ -175,6 +176,11 @@ def _check(settings: SearchSettings, given: Mapping[str, Any], fixed: Mapping[st
     if fixed["val_data"] is None and not fixed["validation_split"]:
         faults.append(
             "A search compares validation losses, but `val_data` is None and `validation_split` is 0. Give one of them."
+        )
+    if is_stream(fixed["train_data"]):
+        faults.append(
+            "`train_data` is a stream, but trials are compared after the same rows, which must be known. Take them "
+            "first, such as `list(itertools.islice(stream, 10_000))`."
         )
     if fixed["early_stopping_patience"] is not None:
         faults.append(

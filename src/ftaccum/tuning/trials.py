@@ -15,7 +15,7 @@ from ..errors import DataError, SettingsError
 from ..fine_tuning import fine_tuned
 from ..history import EpochEntry, Result
 from ..memory import give_back_memory
-from ..planning import Plan
+from ..planning import Course, Plan
 from ..screen import Screen
 from ..side_effects import preserved_rng, seed_all
 from ..watching import Watcher
@@ -187,7 +187,7 @@ class _TrialScreen(Screen):
         hidden = not (self.is_main and self.progress)
         return tqdm(total=n_windows, desc=self.title, disable=hidden, leave=False, position=1)
 
-    def banner(self, plan: Plan, notes: list[str], warmup: int, precision: str, device: str) -> None:
+    def banner(self, plan: Course, notes: list[str], warmup: int, precision: str, device: str) -> None:
         pass
 
     def epoch(self, entry: EpochEntry, n_epochs: int) -> None:

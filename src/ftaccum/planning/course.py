@@ -1,0 +1,91 @@
+"""What a run follows, whether its rows can be counted beforehand or not."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ..cutting import Rows
+from .batching import Batching, rate_factor
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows of one update.
+
+    `index` counts windows over the whole run, from 0; `rows` are positions in the training rows. A window that goes on
+    in the next epoch can have a row twice, and belongs to the epoch that its last row is of.
+    """
+
+    index: int
+    epoch: int
+    rows: Rows
+
+
+class Course(ABC):
+    """Windows, epoch by epoch.
+
+    Attributes:
+        n_epochs: passes over the rows, at most.
+        batching: the resolved sizes of an update.
+        seed: of what is drawn.
+        rate_scaling: how the learning rate follows k; see `rate_factor`.
+    """
+
+    n_epochs: int
+    batching: Batching
+    seed: int
+    rate_scaling: str
+
+    @property
+    @abstractmethod
+    def n_windows(self) -> int:
+        """Windows of the run, which the schedule counts on."""
+
+    @property
+    @abstractmethod
+    def epochs(self) -> Iterable[int]:
+        """Those that are begun."""
+
+    @abstractmethod
+    def n_windows_of(self, epoch: int) -> int:
+        """Windows of one epoch."""
+
+    @abstractmethod
+    def windows(self, epoch: int) -> Iterator[Window]:
+        """The windows of one epoch (from 0)."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of it before training starts."""
+        return []
+
+    def shortfall(self) -> str | None:
+        """After the last epoch, the sentence that says that there were fewer windows than the schedule counted on."""
+        return None
+
+    def rate_factor(self, update: int) -> float:
+        """What the scheduled learning rate of an update is multiplied by."""
+        k, first = self.batching.at(update).gradient_accumulation_steps, self.batching.gradient_accumulation_steps
+        return rate_factor(self.rate_scaling, k / first)
+
+    def warmup_updates(self, warmup_steps: int, warmup_ratio: float) -> int:
+        """Warm-up in updates: `warmup_steps`, or that share of all updates, rounded up."""
+        return warmup_steps or math.ceil(warmup_ratio * self.n_windows)
+
+
+def sizes_in_words(batching: Batching, rate_scaling: str) -> list[str]:
+    """The lines that say how large updates are, and how their rate follows where that changes."""
+    stages = batching.stages()
+
+    def over_training(values: Iterable[object]) -> str:
+        return ", ".join(f"after {u} updates {v}" if u else str(v) for (u, _), v in zip(stages, values, strict=True))
+
+    first = batching.gradient_accumulation_steps
+    factors = [rate_factor(rate_scaling, sizes.gradient_accumulation_steps / first) for _, sizes in stages]
+    return [
+        f"Batch size: {batching.batch_size}",
+        f"Gradient accumulation steps: {over_training(sizes.gradient_accumulation_steps for _, sizes in stages)}",
+        f"Processes: {batching.num_processes}",
+        f"Effective batch size: {over_training(sizes.effective_batch_size for _, sizes in stages)}",
+        *([f"Learning rate times: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
+    ]

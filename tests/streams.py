@@ -1,0 +1,88 @@
+"""Streams that behave badly, and what is seen of the rows that a run trains on."""
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ftaccum.loop import TrainingLoop
+
+
+class Stream(IterableDataset[Any]):
+    """Rows in their order, pass after pass, and how many were asked for."""
+
+    def __init__(self, rows: Sequence[Any], *, fails_after: int | None = None, passes: int | None = None) -> None:
+        self.rows, self.fails_after, self.passes = rows, fails_after, passes
+        self.n_read, self.epochs = 0, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.passes is not None:
+            self.passes -= 1
+        for row in self.rows if self.passes is None or self.passes >= 0 else ():
+            if self.n_read == self.fails_after:
+                raise OSError("the line is dead")
+            self.n_read += 1
+            yield row
+
+
+class Contrary(IterableDataset[Any]):
+    """Numbered points in another order on each process and in each pass, dealt to processes and workers by rank."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = list(range(self.n))
+        random.Random(os.urandom(8)).shuffle(order)
+        rank, size = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        assert (rank, size) == (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        worker = get_worker_info()
+        assert worker is None
+        for number in order[rank::size]:
+            yield point(number)
+
+
+def point(number: int) -> tuple[Tensor, Tensor]:
+    """A row of three numbers, the first being its own, and the class to tell it to be of."""
+    return torch.tensor([float(number), (number * 7 % 11) / 11, (number * 5 % 13) / 13]), torch.tensor(number % 2)
+
+
+class Plane(nn.Module):
+    """Tells points apart, and does not look at their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 2).double()
+
+    def forward(self, points_BD: Tensor) -> Tensor:
+        return self.layer(points_BD[:, 1:].double())
+
+
+class Seen:
+    """The numbers of the points that this process trains on, window by window, ghosts left out."""
+
+    def __init__(self) -> None:
+        self.windows: list[list[int]] = []
+        self._kept = TrainingLoop.accumulate
+
+    def __enter__(self) -> "Seen":
+        kept, windows = self._kept, self.windows
+
+        def accumulate(loop: TrainingLoop, share: Any) -> Any:
+            real = [micro.batch[0][:, 0] for micro in share if not micro.is_ghost]
+            windows.append([int(number) for numbers in real for number in numbers])
+            return kept(loop, share)
+
+        TrainingLoop.accumulate = accumulate  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        TrainingLoop.accumulate = self._kept  # type: ignore[method-assign]

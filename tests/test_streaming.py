@@ -1,0 +1,359 @@
+"""Streams: rows in the order in which they come, each once, and every window exactly one batch."""
+
+import itertools
+import json
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import BertTokenizerFast
+
+from ftaccum import DataError, SettingsError, search, test_fine_tuning
+from ftaccum.data import streaming
+from ftaccum.planning import Batching, Plan, StreamPlan
+from heads import (
+    CLASSES,
+    HEADS,
+    RecordingOptimizer,
+    Row,
+    all_in_float64,
+    one_batch,
+    one_batch_gradient,
+    relative_error,
+)
+from running_out import limited
+from streams import Plane, Seen, Stream, point
+
+BERT, LLAMA = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
+HEADS_TRIED = ["causal LM, Llama", "sequence classification, BERT", "question answering, BERT", "seq2seq, T5"]
+FOR_TWO: dict[str, Any] = {"n_epochs": 2, "remainder": "carry", "effective_batch_size": 12, "learning_rate": 1e-3}
+
+
+def run(model: nn.Module, stream: Any, **arguments: Any) -> Any:
+    defaults = {"n_epochs": 1, "max_updates": 99, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5}
+    return test_fine_tuning(model, train_data=stream, progress=False, **(defaults | arguments))
+
+
+def gradient_errors(name: str, windows: list[list[int]], rows: list[Row], **arguments: Any) -> list[float]:
+    model = HEADS[name].model()
+    wanted = [one_batch_gradient(model, [rows[n] for n in window]) for window in windows]
+    optimizer = RecordingOptimizer(model)
+    run(model, Stream(rows), optimizer=optimizer, gradient_clip_norm=None, **arguments)
+    return [relative_error(f, w) for f, w in zip(optimizer.gradients, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("name", HEADS_TRIED)
+def test_gradient_of_every_window_is_that_of_one_batch_in_the_order_of_the_stream(name: str) -> None:
+    rows, order = HEADS[name].rows(9), [*range(9), *range(9), *range(9)]
+    ends = {
+        "flush": [0, 4, 8, 9, 13, 17, 18, 22, 26, 27],
+        "carry": [0, 4, 8, 12, 16, 20, 24, 27],
+        "grows": [0, 4, 8, 18, 27],  # one of 10, which has a row of 9 twice, and the rest
+    }
+    windows = {kind: [order[a:b] for a, b in itertools.pairwise(e)] for kind, e in ends.items()}
+    with all_in_float64():
+        errors = gradient_errors(name, windows["flush"], rows, n_epochs=3, effective_batch_size=4)
+        errors += gradient_errors(name, windows["carry"], rows, n_epochs=3, effective_batch_size=4, remainder="carry")
+        errors += gradient_errors(
+            name, windows["grows"], rows, n_epochs=3, effective_batch_size=None,
+            gradient_accumulation_steps=[(0, 2), (2, 5)], remainder="carry",
+        )  # fmt: skip
+        errors += gradient_errors(name, windows["carry"][:4], rows, n_epochs=3, effective_batch_size=4,
+                                  remainder="carry", max_updates=4)  # fmt: skip
+    assert len(errors) == 9 + 7 + 4 + 4
+    assert max(errors) < 1e-10
+
+
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(remainder: str) -> None:
+    for n in (1, 2, 5, 8):
+        for epochs in (1, 2, 4):
+            for later in ((), ((1, 3), (4, 1))):
+                for most in (1, 2, 99):
+                    counted = Plan(n, epochs, Batching(2, 1, 1, 2, later), remainder=remainder, max_updates=most)
+                    wanted = [(w.index, w.epoch, len(w.rows)) for e in counted.epochs for w in counted.windows(e)]
+                    left = dict.fromkeys(range(epochs), n)
+
+                    def read(epoch: int, more: int, _: int, left: dict[int, int] = left) -> int:
+                        came = min(more, left[epoch])
+                        left[epoch] -= came
+                        return came
+
+                    plan = StreamPlan(epochs, Batching(2, 1, 1, 2, later), most, read, remainder=remainder)
+                    windows = [w for e in plan.epochs for w in plan.windows(e)]
+                    assert [(w.index, w.epoch, len(w.rows)) for w in windows] == wanted
+                    seen = [row for w in windows for row in w.rows]
+                    assert seen == list(range(len(seen)))
+                    assert (plan.shortfall() is None) == (len(windows) == most)
+
+
+def test_the_physical_batch_the_cut_and_memory_change_nothing() -> None:
+    def trained(prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any) -> Any:
+        model = BERT.model()
+        prepare(model)
+        settings = {"n_epochs": 2, "effective_batch_size": 12, "remainder": "carry", "learning_rate": 1e-3}
+        result = run(model, Stream(BERT.rows(31)), val_data=BERT.rows(5), **(settings | arguments))
+        return model.state_dict(), result
+
+    whole, result = trained(batch_size=12)
+    ways: list[dict[str, Any]] = [
+        {"batch_size": 1}, {"batch_size": 5}, {"batch_size": "auto"}, {"max_tokens": 40}, {"planner": False},
+        {"batch_size": 6, "prepare": lambda model: limited(model, 3)},
+    ]  # fmt: skip
+    for way in ways:
+        weights, other = trained(**way)
+        assert relative_error(weights, whole) < 1e-9, way
+        assert other.loss_history == pytest.approx(result.loss_history, rel=1e-9)
+        assert other.val_loss_history == pytest.approx(result.val_loss_history, rel=1e-9)
+    assert other.out_of_memory > 0
+
+
+def test_rows_that_are_looked_at_first_are_trained_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 10)
+    stream = Stream([point(n) for n in range(23)])
+    with Seen() as seen:
+        run(Plane(), stream, loss_fn=nn.CrossEntropyLoss(), n_epochs=2)
+    assert [sorted(window) for window in seen.windows[:5]] == [
+        [0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20, 21, 22],
+    ]  # fmt: skip
+    assert seen.windows[:5] == seen.windows[5:]
+    assert (stream.n_read, stream.epochs) == (46, [0, 1])
+
+
+def test_no_more_of_a_stream_is_read_than_is_trained_on_and_read_ahead() -> None:
+    stream = Stream([point(n) for n in range(1000)])
+    result = run(Plane(), stream, loss_fn=nn.CrossEntropyLoss(), max_updates=60)
+    assert (result.optimizer_steps, stream.n_read) == (60, 300)
+    stream = Stream([point(n) for n in range(1000)])
+    run(Plane(), stream, loss_fn=nn.CrossEntropyLoss(), max_updates=2)
+    assert stream.n_read == streaming.LOOKED_AT
+
+
+def test_only_windows_in_flight_and_the_first_rows_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 8)
+    held: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    class Fresh(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal most
+            for n in range(200):
+                most = max(most, len(held))
+                row = point(n)
+                held.add(row[0])
+                yield row
+                del row
+
+    run(Plane(), Fresh(), loss_fn=nn.CrossEntropyLoss(), max_updates=40, batch_size=5)
+    # The first eight, or the window in work and the one that is read, and the row on its way.
+    assert 8 <= most <= 11
+
+
+def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4)
+    assert result.optimizer_steps == 6
+    assert "The stream ended after 6 updates, before `max_updates`, 99, which the learning" in capsys.readouterr().out
+    run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4, max_updates=6)
+    shown = capsys.readouterr().out
+    assert "Training samples: a stream\n" in shown
+    assert "Updates: 6 (`max_updates`), or as many as 2 passes over the stream give\n" in shown
+    assert "The stream ended" not in shown
+
+
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+def test_a_stream_that_cannot_be_gone_through_again_ends_the_run(remainder: str) -> None:
+    result = run(BERT.model(), Stream(BERT.rows(9), passes=1), n_epochs=5, effective_batch_size=4, remainder=remainder)
+    assert result.optimizer_steps == 3
+    assert not any(map(math.isnan, result.loss_history))
+    assert result.final_loss == result.train_loss_history[-1]
+    assert not math.isnan(result.final_loss)
+
+
+def test_a_stream_that_fails_costs_no_update_that_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 8)
+    model = BERT.model()
+    with pytest.raises(
+        DataError, match=r"`train_data` cannot be read on, after 23 rows: OSError\('the line is dead'\)"
+    ):
+        run(model, Stream(BERT.rows(40), fails_after=23), learning_rate=1e-2, output_dir=str(tmp_path))
+    windows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [window["rows"] for window in windows] == [5, 5, 5, 5]
+    other = BERT.model()
+    run(other, Stream(BERT.rows(20)), learning_rate=1e-2, max_updates=99)
+    assert relative_error(model.state_dict(), other.state_dict()) == 0
+
+
+def test_what_a_stream_draws_follows_the_seed_and_not_the_cut() -> None:
+    class Drawn(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(40):
+                yield point(int(torch.randint(1000, ())))
+
+    class Dropping(Plane):
+        def forward(self, points_BD: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(points_BD), 0.5, self.training)
+
+    def seen(**arguments: Any) -> list[list[int]]:
+        with Seen() as seen:
+            run(Dropping(), Drawn(), loss_fn=nn.CrossEntropyLoss(), **arguments)
+        return [sorted(window) for window in seen.windows]
+
+    assert seen(batch_size=1) == seen(batch_size=5)
+    assert seen() != seen(random_seed=1)
+
+
+def test_a_collator_that_draws_gets_each_window_whole() -> None:
+    head = HEADS["masked LM, BERT"]
+
+    def mask(rows: list[Row]) -> dict[str, Tensor]:
+        batch = one_batch([{"input_ids": row["input_ids"]} for row in rows])
+        masked = (torch.rand(batch["input_ids"].shape) < 0.5) & batch["attention_mask"].bool()
+        return {**batch, "labels": torch.where(masked, batch["input_ids"], -100)}
+
+    def losses(batch_size: int) -> list[float]:
+        rows = [{"input_ids": row["input_ids"]} for row in head.rows(17)]
+        return run(head.model(), Stream(rows), data_collator=mask, batch_size=batch_size).loss_history
+
+    assert losses(1) == pytest.approx(losses(5), rel=1e-9)
+
+
+def test_tokens_per_update_takes_the_mean_length_of_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 10)
+    rows = [torch.arange(1, 9)] * 10 + [torch.arange(1, 17)] * 10
+    result = run(LLAMA.model(), Stream(rows), effective_batch_size=None, tokens_per_update=40)
+    assert (result.effective_batch_size, result.optimizer_steps) == (5, 4)
+
+
+def test_a_compiled_model_gets_widths_from_buckets_that_it_has_positions_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest row is not among the first ones, and has as many tokens as the model has positions."""
+    monkeypatch.setattr(streaming, "LOOKED_AT", 4)
+    monkeypatch.setattr("ftaccum.running.compiled", lambda _: nullcontext())
+    rows = [{"input_ids": list(range(1, n + 1)), "labels": n % CLASSES} for n in (5, 6, 7, 9, 17, 31, 50, 60)]
+    widths: set[int] = set()
+    model = BERT.model()
+
+    def note(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        widths.add(given["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.config.max_position_embeddings = 60
+    run(model, Stream(rows), compile=True, batch_size=1)
+    assert widths <= {8, 16, 24, 32, 56, 60}
+    assert 60 in widths
+
+
+def tokenizer_of(folder: Path) -> BertTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "very"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizerFast(str(folder / "vocab.txt"))
+
+
+TEXTS = [{"text": "a very good film" if n % 2 else "bad film", "label": n % CLASSES} for n in range(13)]
+
+
+def test_streams_of_datasets_are_trained_on_as_their_rows_would_be(tmp_path: Path) -> None:
+    rows = [{**row, "input_ids": [int(n) for n in row["input_ids"]]} for row in BERT.rows(13)]
+    losses = run(BERT.model(), Stream(rows)).loss_history
+    of_table = Dataset.from_list(rows).to_iterable_dataset()
+    assert run(BERT.model(), of_table).loss_history == losses
+    assert run(BERT.model(), of_table.with_format("torch")).loss_history == losses
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps(row, default=int) + "\n" for row in rows)
+    streamed = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), streaming=True, split="train")
+    assert run(BERT.model(), streamed).loss_history == losses
+    shuffled = streamed.shuffle(seed=1, buffer_size=5)
+    result = run(BERT.model(), shuffled, n_epochs=2)
+    assert result.loss_history[:3] != losses
+    assert result.loss_history[:3] != result.loss_history[3:]
+
+
+def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 6)
+    tokenizer = tokenizer_of(tmp_path)
+    encoded = [{**tokenizer(row["text"]), "labels": row["label"]} for row in TEXTS]
+    losses = run(BERT.model(), Stream(encoded)).loss_history
+    Dataset.from_list(TEXTS).to_csv(str(tmp_path / "texts.csv"))
+    from_file = load_dataset("csv", data_files=str(tmp_path / "texts.csv"), streaming=True, split="train")
+    for stream in (Stream(TEXTS), Dataset.from_list(TEXTS).to_iterable_dataset(), from_file):
+        assert run(BERT.model(), stream, tokenizer=tokenizer).loss_history == losses
+    result = run(BERT.model(), Stream(TEXTS), tokenizer=tokenizer, val_data=TEXTS[:4], early_stopping_patience=1)
+    assert len(result.val_loss_history) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_updates": None}, "`train_data` is a stream, .* and `max_updates` is None"),
+        ({"validation_split": 0.1}, "no rows can be held out, but `validation_split` is 0.1 and `val_data` is None"),
+        ({"num_workers": 2}, "`num_workers` is 2. Leave it out"),
+        (
+            {"train_data": split_dataset_by_node(Dataset.from_list(TEXTS).to_iterable_dataset(), 0, 2)},
+            "of which each process has a part",
+        ),
+        ({"val_data": Stream(TEXTS)}, "`val_data` must be .*, but is a stream instead. Take the rows you want first"),
+        ({"train_data": Stream([])}, "`train_data` has no rows"),
+        ({"train_data": Stream([1, 2])}, "its first row is a int instead"),
+        ({"train_data": Stream(TEXTS)}, "`train_data` is raw text, but `tokenizer` is None"),
+        ({"train_data": Stream(BERT.rows(), fails_after=2)}, "cannot be read on, after 2 rows"),
+        (
+            {"train_data": Stream([*BERT.rows(3), {**BERT.rows(1)[0], "labels": CLASSES}])},
+            f"Of `train_data`, row 3 has the label {CLASSES}",
+        ),
+        ({"max_tokens": 2}, r"has \d+ tokens, and `max_tokens` is 2"),
+    ],
+)
+def test_what_cannot_be_used_is_told_before_training(given: dict[str, Any], words: str) -> None:
+    arguments = {"train_data": Stream(BERT.rows()), "max_updates": 9, "validation_split": 0.0, "progress": False}
+    with pytest.raises((DataError, SettingsError), match=words):
+        test_fine_tuning(BERT.model(), **(arguments | given))
+
+
+def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 4)
+    good = BERT.rows(12)
+    long = {**good[0], "input_ids": list(range(1, 60))}
+    with pytest.raises(DataError, match=r"Of `train_data`, row 12 has 59 tokens, and `max_tokens` is 50"):
+        run(BERT.model(), Stream([*good, long]), max_tokens=50)
+    with pytest.raises(DataError, match=r"Of `train_data`, row 12 has the label 7"):
+        run(BERT.model(), Stream([*good, {**good[0], "labels": 7}]))
+    with pytest.raises(DataError, match=r"`train_data` cannot be read on, after 13 rows: KeyError\('text'\)"):
+        run(BERT.model(), Stream([*TEXTS[:12], {"label": 1}]), tokenizer=tokenizer_of(tmp_path))
+
+
+def test_a_search_takes_no_stream() -> None:
+    with pytest.raises(SettingsError, match="`train_data` is a stream, but trials are compared after the same rows"):
+        search(BERT.model, train_data=Stream(BERT.rows()), val_data=BERT.rows(3))
+
+
+@pytest.mark.processes
+def test_two_processes_see_every_row_once_between_them(two_processes: Callable[..., str], tmp_path: Path) -> None:
+    alone = {}
+    for name in HEADS_TRIED[:3]:
+        model = HEADS[name].model()
+        with all_in_float64():
+            result = run(model, Stream(HEADS[name].rows(31)), **FOR_TWO, val_data=HEADS[name].rows(5))
+        alone[name] = (model.state_dict(), result)
+    torch.save(alone, tmp_path / "alone.pt")
+    printed = two_processes("streams_of_two.py", str(tmp_path / "alone.pt"))
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert max(found["differences"].values()) < 1e-9, found
+    for kind, both in found["seen"].items():
+        windows = [sorted(one + other) for one, other in zip(*both, strict=True)]
+        assert [len(window) for window in windows] == [9, 9, 9, 9, 4] * 2, kind
+        for one_pass in (windows[:5], windows[5:]):
+            assert sorted(number for window in one_pass for number in window) == list(range(40)), kind
+        assert all(map(any, zip(*both, strict=True))), "one process did all the work"
+    assert found["errors"][0] == found["errors"][1]
+    assert "cannot be read on, after 23 rows: OSError" in found["errors"][0][0]
+    assert "cannot be sent to other processes" in found["errors"][0][1]
+    assert found["ledger"] == [5, 5, 5, 5]
+    assert found["alone again"] == [0, 2]
