@@ -73,6 +73,22 @@ def test_gradient_of_every_window_is_that_of_one_batch_in_the_order_of_the_strea
     assert max(errors) < 1e-10
 
 
+def test_micro_batches_without_loss_items_and_rows_without_padding_change_nothing() -> None:
+    rows = LLAMA.rows(14)
+    for row in rows[1::3]:
+        row["labels"] = [-100] * len(row["input_ids"])
+    order = list(range(14))
+    windows = [order[:5], order[5:10], order[10:]]
+    with all_in_float64():
+        model = LLAMA.model()
+        wanted = [one_batch_gradient(model, [rows[n] for n in window]) for window in windows]
+        for way in ({"batch_size": 1}, {"batch_size": 3, "padding_free": True}):
+            optimizer = RecordingOptimizer(model)
+            run(model, Stream(rows), optimizer=optimizer, gradient_clip_norm=None, **way)
+            errors = [relative_error(f, w) for f, w in zip(optimizer.gradients, wanted, strict=True)]
+            assert max(errors) < 1e-10, way
+
+
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
 def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(remainder: str) -> None:
     for n in (1, 2, 5, 8):

@@ -67,7 +67,10 @@ class Stream:
         except StreamError:
             raise
         except Exception as error:
-            raise StreamError(f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}.") from error
+            raise StreamError(
+                f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Give tensors, arrays, numbers "
+                "and text."
+            ) from error
 
     def _rows_on_main(self, epoch: int, n: int) -> list[Row]:
         outside, rows, first = Generators.now(), list[Row](), self._n_read

@@ -92,13 +92,6 @@ class Plan(Course):
             size = self.rows_after(index + 1) - self.rows_after(index)
             yield Window(index, epoch, tuple(itertools.islice(rows, size)))
 
-    def _indices(self, epoch: int) -> range:
-        """Of the windows of an epoch: those whose last row is one of its own."""
-        return range(bisect_right(self._ends, epoch * self.n_rows), bisect_right(self._ends, (epoch + 1) * self.n_rows))
-
-    def _epoch_of(self, window: int) -> int:
-        return (self._ends[window] - 1) // self.n_rows
-
     def notes(self) -> list[str]:
         wanted = max(sizes.effective_batch_size for _, sizes in self.batching.stages())
         if wanted <= self.n_rows or self.remainder == "carry":
@@ -116,6 +109,13 @@ class Plan(Course):
                 *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
             ]
         )
+
+    def _indices(self, epoch: int) -> range:
+        """Of the windows of an epoch: those whose last row is one of its own."""
+        return range(bisect_right(self._ends, epoch * self.n_rows), bisect_right(self._ends, (epoch + 1) * self.n_rows))
+
+    def _epoch_of(self, window: int) -> int:
+        return (self._ends[window] - 1) // self.n_rows
 
     def _updates_in_words(self) -> str:
         b = self.batching
