@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import TensorDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -305,11 +305,6 @@ def test_a_model_in_float16_and_fp16_is_told() -> None:
         run(CLASSIFIER.model().half(), ROWS, mixed_precision="fp16")
 
 
-class Stream(IterableDataset):
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        yield {}
-
-
 ROWS = CLASSIFIER.rows()
 
 
@@ -321,7 +316,6 @@ ROWS = CLASSIFIER.rows()
         ("imdb", "`train_data` must be a datasets.Dataset, .* but is str instead"),
         (torch.utils.data.DataLoader([1]), "is a DataLoader instead. Give its `.dataset`"),
         (7, "`train_data` must be .* but is int instead"),
-        (Stream(), "is a stream, whose rows nobody can count, and `max_updates` is None"),
         (
             DatasetDict({"train": Dataset.from_list(ROWS)}),
             r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`",
