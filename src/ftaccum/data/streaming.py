@@ -68,8 +68,8 @@ class Stream:
             raise
         except Exception as error:
             raise StreamError(
-                f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Give tensors, arrays, numbers "
-                "and text."
+                f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Give tensors, arrays, "
+                "numbers and text."
             ) from error
 
     def _rows_on_main(self, epoch: int, n: int) -> list[Row]:
