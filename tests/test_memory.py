@@ -280,6 +280,8 @@ def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str]
     assert found["out_of_memory"] > 0
     assert found["difference"] < 1e-9
     assert found["before the pass"] < 1e-9
+    assert found["apart"] > 0
+    assert found["apart_difference"] < 1e-9
     assert found["auto"] == 2
     assert found["auto_difference"] < 1e-9
     assert found["single row"] == 2

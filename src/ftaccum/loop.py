@@ -19,6 +19,7 @@ from .history import Work
 from .memory import Agreement, Failure, RanOutError, give_back_memory, is_out_of_memory
 from .objective import Denominator, ItemMeans, Objective
 from .side_effects import Buffers, Generators, buffers_of, preserved_buffers, preserved_rng
+from .wide_gradients import WindowGradients
 
 # Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
 Smaller = Callable[[Portion, Failure | None], Portion]
@@ -48,6 +49,7 @@ class TrainingLoop:
     process.
 
     Attributes:
+        gradients: where a window's gradients are summed up.
         max_grad_norm: infinity for no clipping.
         agreement: between processes, on whether a window fitted in memory.
         calibration: times passes.
@@ -58,6 +60,7 @@ class TrainingLoop:
     objective: Objective
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
+    gradients: WindowGradients
     max_grad_norm: float
     agreement: Agreement
     calibration: PassTimer
@@ -77,13 +80,15 @@ class TrainingLoop:
     def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
         """One update for each window; of each, a portion is this process's."""
         self._zero_gradients()  # whatever came with the model is none of the first window's
-        for window in portions:
-            work, losses, items = self._accumulate_in_memory(window, smaller)
-            portions.read_ahead()  # the next window is collated while the device computes this one
-            on_window(self.update(work, losses, items))
+        with self.gradients.summing():
+            for window in portions:
+                work, losses, items = self._accumulate_in_memory(window, smaller)
+                portions.read_ahead()  # the next window is collated while the device computes this one
+                on_window(self.update(work, losses, items))
 
     def accumulate(self, share: list[MicroBatch]) -> tuple[ItemMeans, torch.Tensor]:
-        """Leaves in `param.grad` the gradient of the mean over all loss items of the window, on all processes.
+        """Leaves in `grad` of what the optimizer holds the gradient of the mean over all loss items of the window, on
+        all processes.
 
         Returns:
             The losses of this share, and the window's loss items by term.
@@ -95,7 +100,8 @@ class TrainingLoop:
         denominator = Denominator([micro.counts for micro in share], self.objective.terms, accelerator)
         # All processes make as many passes, and the last one is synced.
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
-        apart = share if self.agreement.alone else share[:-1]  # passes in which no process needs another
+        # Passes in which no process needs another.
+        apart = share if self.agreement.alone or self.gradients.reduced_apart else share[:-1]
         with self._tables.sparse():
             said = ((n, self._tried_pass(micro, denominator, losses)) for n, micro in enumerate(apart))
             failed = next((Failure(n, words) for n, words in said if words is not None), None)
@@ -104,12 +110,13 @@ class TrainingLoop:
         self._tables.hand_over()
         for micro in share[len(apart) :]:
             self._synced_pass(micro, denominator, losses)
+        self.gradients.reduce(self.agreement)
         return losses, denominator.items_T
 
     def update(self, work: Work, losses: ItemMeans, items: torch.Tensor) -> Outcome:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.schedule.optimizer.param_groups[0]["lr"]
         norm = self.accelerator.clip_grad_norm_(self._held, self.max_grad_norm)
         # The one wait for the device in an update: both numbers decide, on every process alike.
         grad_norm, n_items = torch.stack([norm, items.sum().to(norm.device)]).tolist()

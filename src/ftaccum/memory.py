@@ -1,7 +1,7 @@
 """Running out of memory: telling it, agreeing on it, and what is learnt from it."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -60,19 +60,23 @@ class Agreement:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
-        return flag if self.alone else bool(self._reduced(int(flag), distributed.ReduceOp.MAX))
+        return flag if self.alone else self.each([flag])[0]
+
+    def each(self, flags: Iterable[bool]) -> list[bool]:
+        """Of equally many flags on every process, whether each is set on any."""
+        return [bool(n) for n in self._reduced([int(flag) for flag in flags], distributed.ReduceOp.MAX)]
 
     def least(self, number: int | None) -> int | None:
         """The least that any process has; None where none has one."""
         if self.alone:
             return number
-        least = self._reduced(_NONE if number is None else number, distributed.ReduceOp.MIN)
+        (least,) = self._reduced([_NONE if number is None else number], distributed.ReduceOp.MIN)
         return None if least == _NONE else least
 
-    def _reduced(self, number: int, operation: distributed.ReduceOp.RedOpType) -> int:
-        holder: Tensor = torch.tensor(number)
+    def _reduced(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
+        holder: Tensor = torch.tensor(numbers)
         distributed.all_reduce(holder, operation, group=self._group)
-        return int(holder)
+        return holder.tolist()
 
 
 @contextmanager

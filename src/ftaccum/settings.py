@@ -127,6 +127,7 @@ class Runtime:
     mixed_precision: Precision | None = setting(
         None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no"
     )
+    accumulate_in_fp32: Flag = setting(False, "sum up the gradients of 16-bit weights in float32, and round them once")
     gradient_checkpointing: Flag = setting(False, "recompute activations instead of keeping them")
     deterministic: Flag = setting(False, "use deterministic algorithms only, which are slower")
     output_dir: Text | None = setting(None, "folder for the ledger, the result and the trained model")
