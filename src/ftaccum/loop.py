@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast, send_to_device
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .calibration import PassTimer
@@ -100,8 +102,7 @@ class TrainingLoop:
         denominator = Denominator([micro.counts for micro in share], self.objective.terms, accelerator)
         # All processes make as many passes, and the last one is synced.
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
-        # Passes in which no process needs another.
-        apart = share if self.agreement.alone or self.gradients.reduced_apart else share[:-1]
+        apart = self._apart(share)
         with self._tables.sparse():
             said = ((n, self._tried_pass(micro, denominator, losses)) for n, micro in enumerate(apart))
             failed = next((Failure(n, words) for n, words in said if words is not None), None)
@@ -117,7 +118,8 @@ class TrainingLoop:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
         rate = self.schedule.optimizer.param_groups[0]["lr"]
-        norm = self.accelerator.clip_grad_norm_(self._held, self.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        norm = _whole(nn.utils.clip_grad_norm_(self._held, self.max_grad_norm))
         # The one wait for the device in an update: both numbers decide, on every process alike.
         grad_norm, n_items = torch.stack([norm, items.sum().to(norm.device)]).tolist()
         skipped = not (n_items > 0 and grad_norm < float("inf"))
@@ -152,6 +154,12 @@ class TrainingLoop:
             buffers.put_back()
             window = smaller(window, failed)
 
+    def _apart(self, share: list[MicroBatch]) -> list[MicroBatch]:
+        """The passes that a process can leave by itself: in the others it gathers weights or syncs gradients."""
+        if self.agreement.alone or self.gradients.reduced_apart:
+            return share
+        return [] if isinstance(self.model, FSDPModule) else share[:-1]
+
     def _tried_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> str | None:
         """One pass. Returns what the device said where memory ran out in it."""
         try:
@@ -171,9 +179,9 @@ class TrainingLoop:
             if not is_out_of_memory(error):
                 raise
             raise torch.OutOfMemoryError(
-                "Memory ran out in the pass in which gradients are synced, the smallest of its window: the other "
-                "processes are in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size "
-                f"of an update stays what it is), or use `gradient_checkpointing`. The device said: {error}"
+                "Memory ran out in a pass in which gradients are synced, or weights gathered: the other processes are "
+                "in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size of an update "
+                f"stays what it is), or use `gradient_checkpointing`. The device said: {error}"
             ) from error
 
     def _pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
@@ -197,3 +205,8 @@ class TrainingLoop:
             stack.enter_context(preserved_rng())
             stack.enter_context(preserved_buffers(self.model))
         return stack
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, as every process is to see it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,17 +1,22 @@
 """Every structure on two processes: prints a JSON line {structure, how gradients are summed: largest relative error}.
 
-One process alone has the row that takes the other branch.
+One process alone has the row that takes the other branch. And two models with their weights sharded over both, which
+Accelerate does on GPUs alone: it is made to believe that it was asked for on these CPUs.
 """
 
 import json
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from torch import nn
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from exactness import window_errors
-from heads import all_in_float64
+from ftaccum import test_fine_tuning
+from heads import HEADS, all_in_float64, relative_error, unsharded
 from structures import STRUCTURES, with_a_narrow_weight
 
 state = PartialState(cpu=True)
@@ -43,6 +48,37 @@ with all_in_float64():
     found["weights of the first process"] = max(gather_object([errors])[0])
     parameters = nn.utils.parameters_to_vector(p.double() for p in model.parameters())
     found["weights alike"] = float((parameters - torch.stack(gather_object([parameters])).mean(0)).abs().max())
+
+
+def trained(name: str) -> dict[str, Tensor]:
+    """Weights and norms after a run, which shows clipping, the optimizer and the schedule."""
+    model = HEADS[name].model()
+    result = test_fine_tuning(
+        model, train_data=HEADS[name].rows(), batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-3,
+        gradient_clip_norm=0.5, validation_split=0.0, progress=False,
+    )  # fmt: skip
+    weights = {name: unsharded(value) for name, value in model.state_dict().items()}
+    return {**weights, "norms": torch.tensor(result.grad_norm_history)}
+
+
+def sharding(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Any:
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="transformer_based_wrap"
+    )
+    prepared = prepare(accelerator, model, optimizer)
+    assert sum(isinstance(module, FSDPModule) for module in prepared[0].modules()) > 2
+    return prepared
+
+
+prepare = Accelerator.prepare
+for name in ("causal LM, Llama", "causal LM, GPT-2"):  # the second with tied weights
+    with all_in_float64():
+        replicated = trained(name)
+        with patch.object(Accelerator, "prepare", sharding):
+            errors = window_errors(HEADS[name].model(), HEADS[name].rows(), **SIZES)
+            found[f"{name}, sharded"] = max(gather_object(errors))
+            found[f"{name}, weights and norms"] = relative_error(trained(name), replicated)
 if state.is_main_process:
     print("ERRORS", json.dumps(found))
 state.destroy_process_group()
