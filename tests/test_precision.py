@@ -133,19 +133,27 @@ def test_sums_in_float32_do_not_grow_worse_with_k(name: str) -> None:
     assert error(1, False) > 1.7 * whole
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_a_scaler_works_on_sums_in_float32(dtype: torch.dtype) -> None:
-    """Of float16 weights, too, whose own gradients it would refuse to unscale."""
+def test_sums_in_float32_go_with_autocast_and_with_a_scaler(dtype: torch.dtype, precision: str) -> None:
+    """With float16 weights, too, whose own gradients a scaler would refuse to unscale."""
     rows, model = CLASSIFIER.rows(8), Branching().to(dtype)
     wanted = one_batch_gradient(copy.deepcopy(model).double(), rows)
-    arguments = {"accumulate_in_fp32": True, "mixed_precision": "fp16", "n_epochs": 3}
-    gradient, result = update(model, rows, 2, **arguments)
-    assert (result.skipped_steps, result.final_loss_scale) == (0, 2.0**16)
-    assert relative_error(in_float64(gradient), wanted) < 2 * torch.finfo(dtype).eps
+    gradient, result = update(model, rows, 2, accumulate_in_fp32=True, mixed_precision=precision, n_epochs=3)
+    assert (result.skipped_steps, result.final_loss_scale) == (0, {"bf16": None, "fp16": 2.0**16}[precision])
+    assert relative_error(in_float64(gradient), wanted) < 2 * torch.finfo(torch.bfloat16).eps
     assert result.grad_norm_history == pytest.approx([norm(wanted)] * 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_sums_in_float32_that_overflow_are_skipped_updates(dtype: torch.dtype) -> None:
     huge = lambda outputs, batch: 1e5 * nn.functional.cross_entropy(outputs.logits.float(), batch["labels"])
+    model = Branching().to(dtype)
     before = copy.deepcopy(model.state_dict())
-    gradient, result = update(model, rows, 2, loss_fn=huge, optimizer=torch.optim.SGD(model.parameters()), **arguments)
+    _, result = update(
+        model, CLASSIFIER.rows(8), 2, accumulate_in_fp32=True, mixed_precision="fp16", n_epochs=3, loss_fn=huge,
+        optimizer=torch.optim.SGD(model.parameters()),
+    )  # fmt: skip
     assert (result.skipped_steps, result.final_loss_scale) == (3, 2.0**13)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
