@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
+from ftaccum.session import session
+from ftaccum.settings import Runtime
 from ftaccum.wide_gradients import WideGradients
 from heads import HEADS, RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 from running_out import limited
@@ -211,6 +213,20 @@ def test_a_window_that_ran_out_of_memory_leaves_nothing_in_the_sums() -> None:
         weights.append(model.state_dict())
     assert result.out_of_memory == 1, "and all passes after it were of 2 rows"
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_state_that_is_moved_and_kept_is_that_of_the_optimizer_behind_the_sums() -> None:
+    model = CLASSIFIER.model().bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    update(model, CLASSIFIER.rows(4), 2, accumulate_in_fp32=True, optimizer=optimizer)
+    with session(Runtime(), 0) as accelerator:
+        _, prepared = WideGradients(optimizer).prepare(accelerator, model)
+        kept = prepared.state_dict()
+        stand_ins = [s for group in prepared.param_groups for s in group["params"]]
+    assert all(s.untyped_storage().nbytes() == 4 for s in stand_ins), "stand-ins take no memory"
+    moments = [p for p in model.parameters() if p in optimizer.state]
+    assert len(kept["state"]) == len(moments) > 0
+    assert all(group["betas"] == (0.9, 0.999) for group in kept["param_groups"])
 
 
 def test_a_model_is_given_back_without_its_sums() -> None:

@@ -138,6 +138,13 @@ class _Rounding(Optimizer):
         for p in self.sums:
             p.grad = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Of the optimizer behind: stand-ins have no state. Accelerate moves it to the device by this and the next."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]

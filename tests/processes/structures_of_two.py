@@ -4,6 +4,7 @@ One process alone has the row that takes the other branch. And two models with t
 Accelerate does on GPUs alone: it is made to believe that it was asked for on these CPUs.
 """
 
+import itertools
 import json
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,13 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 SIZES = {"num_processes": 2, "batch_size": 1, "gradient_accumulation_steps": 3}
+
+
+def unlike(model: nn.Module) -> float:
+    """The largest difference between the processes in any weight."""
+    weights = nn.utils.parameters_to_vector(p.double() for p in model.parameters())
+    return float((weights - torch.stack(gather_object([weights])).mean(0)).abs().max())
+
 
 found = {}
 with all_in_float64():
@@ -46,8 +54,23 @@ with all_in_float64():
             p.mul_(1 + state.process_index)
     errors = window_errors(model, structure.rows(), accumulate_in_fp32=True, **SIZES)
     found["weights of the first process"] = max(gather_object([errors])[0])
-    parameters = nn.utils.parameters_to_vector(p.double() for p in model.parameters())
-    found["weights alike"] = float((parameters - torch.stack(gather_object([parameters])).mean(0)).abs().max())
+    found["weights alike"] = unlike(model)
+
+    # An update that overflows on one process is skipped on both.
+    model = with_a_narrow_weight(structure.model())
+    factors = itertools.chain([float("inf")], itertools.repeat(1.0))
+
+    def overflow(_: nn.Module, __: Any, outputs: Any) -> None:
+        if torch.is_grad_enabled() and state.process_index:
+            outputs.loss = outputs.loss * next(factors)
+
+    model.register_forward_hook(overflow)
+    result = test_fine_tuning(
+        model, train_data=structure.rows(), batch_size=1, gradient_accumulation_steps=3, accumulate_in_fp32=True,
+        n_epochs=1, validation_split=0.0, progress=False,
+    )  # fmt: skip
+    assert gather_object([result.skipped_steps, result.optimizer_steps]) == [1, 1, 1, 1]
+    found["alike where one process overflows"] = unlike(model)
 
 
 def trained(name: str) -> dict[str, Tensor]:
