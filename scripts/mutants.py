@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant("gradients clipped scaled", "loop.py", "        self.accelerator.unscale_gradients()\n", ""),
     Mutant("sharded processes leave a window alone", "loop.py", "return [] if isinstance(", "return share[:-1] if isinstance("),
     Mutant("gradients of passes left beside their sum", "wide_gradients.py", "        p.grad = None\n        if found", "        if found"),
-    Mutant("sums rounded to infinity", "wide_gradients.py", "total.clamp_(-limit, limit).to(dtype)", "total.to(dtype)"),
+    Mutant("sums rounded to infinity", "wide_gradients.py", ".copy_(total.clamp_(-limit, limit))", ".copy_(total)"),
     Mutant("rows of an embedding taken for all", "wide_gradients.py", "rows = _zeros(total) if total.grad is None else total.grad", "rows = _zeros(total)"),
     Mutant("sums of one process", "wide_gradients.py", "        if agreement.alone:", "        if True:"),
     Mutant("sums over processes instead of means", "wide_gradients.py", "gradient /= distributed.get_world_size()", "pass"),

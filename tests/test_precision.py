@@ -229,6 +229,39 @@ def test_the_state_that_is_moved_and_kept_is_that_of_the_optimizer_behind_the_su
     assert all(group["betas"] == (0.9, 0.999) for group in kept["param_groups"])
 
 
+def test_weights_outside_of_the_model_are_summed_up_anew_in_every_window() -> None:
+    taken: list[float] = []
+    scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            taken.append(scale.grad.item())
+            super().step(closure)
+
+    model = CLASSIFIER.model().bfloat16()
+    update(
+        model, CLASSIFIER.rows(8), 2, accumulate_in_fp32=True, n_epochs=3,
+        optimizer=Watching([*model.parameters(), scale], lr=0.0),
+        loss_fn=lambda outputs, batch: nn.functional.cross_entropy(outputs.logits * scale, batch["labels"]),
+    )  # fmt: skip
+    assert taken[1:] == pytest.approx(taken[:1] * 2, rel=0.1) != [0, 0]
+
+
+def test_rounded_sums_lie_in_memory_as_the_weights_do() -> None:
+    """Kernels that step all weights at once take it for granted."""
+
+    class Net(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.to(self[0].weight.dtype))
+
+    model = Net(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(16, 2)).to(
+        torch.bfloat16, memory_format=torch.channels_last
+    )
+    images = [(torch.randn(3, 3, 3), n % 2) for n in range(4)]
+    gradient, _ = update(model, images, 1, accumulate_in_fp32=True, loss_fn=nn.CrossEntropyLoss())
+    assert gradient["0.weight"].stride() == model[0].weight.stride() != gradient["0.weight"].contiguous().stride()
+
+
 def test_a_model_is_given_back_without_its_sums() -> None:
     left: list[weakref.ref[Any]] = []
 

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
@@ -75,7 +74,10 @@ class WideGradients:
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Without DDP, which would also have made the weights of all processes those of the first."""
         if accelerator.num_processes > 1:
-            broadcast([p.data for p in model.parameters()])
+            for p in model.parameters():
+                values = p.data.contiguous()
+                distributed.broadcast(values, src=0)
+                p.data.copy_(values)
         # "Evaluation" is Accelerate's word for a model without DDP.
         return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(self._optimizer)
 
@@ -132,7 +134,7 @@ class _Rounding(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p, total in self.sums.items():
-            p.grad = None if total.grad is None else _rounded(total.grad, p.dtype)
+            p.grad = None if total.grad is None else _rounded(total.grad, p)
             total.grad = None  # one after another, so that both are never in memory whole
         self._optimizer.step(closure)
         for p in self.sums:
@@ -162,9 +164,8 @@ def _zeros(stand_in: Tensor) -> Tensor:
     return torch.zeros_like(stand_in, memory_format=torch.contiguous_format)
 
 
-def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """To the largest number that there is, and not to infinity: whether the gradient is finite has been decided."""
-    if total.dtype == dtype:
-        return total
-    limit = torch.finfo(dtype).max
-    return total.clamp_(-limit, limit).to(dtype)
+def _rounded(total: Tensor, p: Tensor) -> Tensor:
+    """Of the type and the strides of `p`; to its largest number and not to infinity, because whether the gradient is
+    finite has been decided."""
+    limit = torch.finfo(p.dtype).max
+    return torch.empty_like(p).copy_(total.clamp_(-limit, limit))
