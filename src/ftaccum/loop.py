@@ -118,6 +118,7 @@ class TrainingLoop:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
         rate = self.schedule.optimizer.param_groups[0]["lr"]
+        # Accelerate's `clip_grad_norm_` stumbles over sharded weights in another order than the model's.
         self.accelerator.unscale_gradients()
         norm = _whole(nn.utils.clip_grad_norm_(self._held, self.max_grad_norm))
         # The one wait for the device in an update: both numbers decide, on every process alike.
