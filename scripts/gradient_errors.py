@@ -4,15 +4,22 @@ Tiny models in float64, 9 ragged rows in windows of 6 and 3 (micro-batches of 1 
 a part in float32 whatever the model's precision; "all float64": it may not. `loss / k` is the usual way, on one window
 of 7 rows in micro-batches of 2, 2, 2, 1.
 
+With `--precisions`: two heads in every precision, a window of 64 rows in k micro-batches, against one batch in float64
+with the same weights; the mean of 8 windows.
+
     .venv/bin/python scripts/gradient_errors.py
     .venv/bin/torchrun --nproc_per_node 2 scripts/gradient_errors.py
+    .venv/bin/python scripts/gradient_errors.py --precisions
 """
 
 import contextlib
+import copy
 import io
 import os
 import sys
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -22,7 +29,20 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from exactness import window_errors
-from heads import HEADS, Head, all_in_float64, one_batch, one_batch_gradient, relative_error
+from ftaccum import test_fine_tuning
+from heads import HEADS, Head, RecordingOptimizer, all_in_float64, one_batch, one_batch_gradient, relative_error
+
+# The type of the weights, and what to call `test_fine_tuning` with.
+PRECISIONS = {
+    "float32": (torch.float32, {}),
+    "bf16 autocast": (torch.float32, {"mixed_precision": "bf16"}),
+    "fp16 autocast, scaled": (torch.float32, {"mixed_precision": "fp16"}),
+    "bf16 weights": (torch.bfloat16, {}),
+    "bf16 weights, `accumulate_in_fp32`": (torch.bfloat16, {"accumulate_in_fp32": True}),
+    "fp16 weights": (torch.float16, {}),
+    "fp16 weights, `accumulate_in_fp32`": (torch.float16, {"accumulate_in_fp32": True}),
+}
+STEPS = (1, 4, 16, 64)
 
 
 def ours(head: Head, state: PartialState) -> float:
@@ -40,7 +60,31 @@ def divided_by_k(head: Head) -> float:
     return relative_error({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, wanted)
 
 
+def of_precision(head: Head, dtype: torch.dtype, k: int, seed: int, arguments: dict[str, Any]) -> float:
+    model, rows = head.model().to(dtype), head.rows(64, seed)
+    wanted = one_batch_gradient(copy.deepcopy(model).double(), rows)
+    optimizer = RecordingOptimizer(model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        test_fine_tuning(
+            model, train_data=rows, optimizer=optimizer, batch_size=64 // k, effective_batch_size=64, n_epochs=1,
+            validation_split=0.0, gradient_clip_norm=None, progress=False, **arguments,
+        )  # fmt: skip
+    return relative_error({name: g.double() for name, g in optimizer.gradients[0].items()}, wanted)
+
+
+def precisions() -> None:
+    for name in ("causal LM, Llama", "sequence classification, BERT"):
+        print(f"| {name} | " + " | ".join(f"k = {k}" for k in STEPS) + " |\n" + "| --- " * (1 + len(STEPS)) + "|")
+        for precision, (dtype, arguments) in PRECISIONS.items():
+            means = [mean(of_precision(HEADS[name], dtype, k, seed, arguments) for seed in range(8)) for k in STEPS]
+            print(f"| {precision} | {' | '.join(f'{error:.1e}' for error in means)} |", flush=True)
+        print()
+
+
 def main() -> None:
+    if "--precisions" in sys.argv:
+        precisions()
+        return
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.is_main_process:
         print(f"{state.num_processes} process(es)\n")

@@ -58,6 +58,18 @@ MUTANTS = [
     Mutant("extremes of length not looked at", "data/checking.py", "    return [*shortest, max(everyone, key=lengths.__getitem__)]", "    return []"),
     Mutant("looked at in train mode", "side_effects.py", "in_mode(model, training=False)", "in_mode(model, training=True)"),
     Mutant("gradients never zeroed", "loop.py", "            p.grad = None", "            pass"),
+    Mutant("gradients clipped scaled", "loop.py", "        self.accelerator.unscale_gradients()\n", ""),
+    Mutant("sharded processes leave a window alone", "loop.py", "return [] if isinstance(", "return share[:-1] if isinstance("),
+    Mutant("gradients of passes left beside their sum", "wide_gradients.py", "        p.grad = None\n        if found", "        if found"),
+    Mutant("sums rounded to infinity", "wide_gradients.py", ".copy_(total.clamp_(-limit, limit))", ".copy_(total)"),
+    Mutant("rows of an embedding taken for all", "wide_gradients.py", "rows = _zeros(total) if total.grad is None else total.grad", "rows = _zeros(total)"),
+    Mutant("sums of one process", "wide_gradients.py", "        if agreement.alone:", "        if True:"),
+    Mutant("sums over processes instead of means", "wide_gradients.py", "gradient /= distributed.get_world_size()", "pass"),
+    Mutant("weights without a gradient get zeros", "wide_gradients.py", "if used and total.grad is None", "if total.grad is None"),
+    Mutant("each process trains weights of its own", "wide_gradients.py", "if accelerator.num_processes > 1:", "if False:"),
+    Mutant("sums need the last pass", "wide_gradients.py", "reduced_apart = True", "reduced_apart = False"),
+    Mutant("hooks left on the weights", "wide_gradients.py", "                hook.remove()", "                pass"),
+    Mutant("16-bit gradients left behind", "wide_gradients.py", "        for p in self.sums:\n            p.grad = None\n", ""),
     Mutant("clipped in every pass", "loop.py", "        losses.add(means, micro.counts)", "        losses.add(means, micro.counts)\n        accelerator.clip_grad_norm_(self._held, self.max_grad_norm)"),
     Mutant("clipped twice as low", "loop.py", "self._held, self.max_grad_norm)", "self._held, self.max_grad_norm / 2)"),
     Mutant("schedule steps when skipped", "loop.py", "            self.schedule.step()\n", "        self.schedule.step()\n"),
@@ -164,6 +176,7 @@ FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring", "parts_of_loss")}
 FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", "objective/steadying.py": "probing"}
 FIRST |= dict.fromkeys(("data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming")
+FIRST |= {"wide_gradients.py": "precision"}
 _SEARCHING = [
     "trials",
     "space",
@@ -180,6 +193,7 @@ FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING}
 TESTS = [
     "parity",
     "exactness",
+    "precision",
     "planning",
     "windows",
     "growing_windows",

@@ -36,4 +36,6 @@ def window_errors(model: nn.Module, rows: Sequence[Row], *, num_processes: int =
         progress=False,
         **arguments,
     )
+    for found, one in zip(optimizer.gradients, wanted, strict=True):
+        assert found.keys() == one.keys(), "a weight that no row of the window uses has no gradient, not one of zeros"
     return [relative_error(f, w) for f, w in zip(optimizer.gradients, wanted, strict=True)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -303,10 +304,15 @@ class RecordingOptimizer(torch.optim.Optimizer):
     """Keeps every update's gradient, and leaves the weights where they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.model = model
         self.gradients: list[dict[str, Tensor]] = []
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 1.0})
 
     def step(self, closure: Any = None) -> None:  # noqa: ARG002
-        parameters = self.param_groups[0]["params"]
-        self.gradients.append({self.names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None})
+        held = {id(p) for p in self.param_groups[0]["params"]}  # sharding puts others in their place
+        parameters = {name: p for name, p in self.model.named_parameters() if id(p) in held and p.grad is not None}
+        self.gradients.append({name: unsharded(p.grad).clone() for name, p in parameters.items()})
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

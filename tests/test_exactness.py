@@ -15,6 +15,7 @@ from ftaccum import InexactLossWarning, plan, test_fine_tuning
 from ftaccum.data import Rows
 from ftaccum.data.checking import sample_positions
 from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
+from structures import STRUCTURES, with_a_narrow_weight
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -44,6 +45,25 @@ def test_two_processes_have_the_gradient_of_one_batch_or_are_both_told(two_proce
     one, other = json.loads(printed["TOLD"])
     assert one == other
     assert "BatchNorm1d '1' there normalises" in one
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["by autograd", "apart"])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_weights_that_some_passes_leave_out_are_exact_however_gradients_are_summed(name: str, wide: bool) -> None:
+    structure = STRUCTURES[name]
+    model = with_a_narrow_weight(structure.model()) if wide else structure.model()
+    sizes = {"batch_size": 2, "effective_batch_size": 7}
+    with all_in_float64():
+        errors = window_errors(model, structure.rows(), accumulate_in_fp32=wide, **sizes, **structure.arguments)
+    assert max(errors) < 1e-10
+
+
+@pytest.mark.processes
+def test_weights_that_a_process_leaves_out_are_exact_on_two(two_processes: Callable[..., str]) -> None:
+    printed = two_processes("structures_of_two.py")
+    errors = json.loads(next(line for line in printed.splitlines() if line.startswith("ERRORS "))[7:])
+    assert len(errors) == 2 * len(STRUCTURES) + 3 + 4
+    assert max(errors.values()) < 1e-10, errors
 
 
 def test_the_control_fails_dividing_by_k_is_far_off() -> None:
@@ -224,22 +244,6 @@ def test_a_collator_that_draws_at_random_draws_the_same_for_every_split() -> Non
         assert len(other) == 4
         assert max(relative_error(o, w) for o, w in zip(other, found[0], strict=True)) < 1e-10
     assert relative_error(found[0][2], found[0][0]) > 1e-3, "the second epoch draws anew"
-
-
-def test_adapters_are_exact_and_the_rest_stays_frozen() -> None:
-    peft = pytest.importorskip("peft")
-    head = HEADS["causal LM, Llama"]
-
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        adapted = peft.get_peft_model(head.model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        for name, p in adapted.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(p)  # zero at first, which would leave lora_A without a gradient
-        return adapted.double()
-
-    with all_in_float64():
-        assert max(window_errors(model(), head.rows(), batch_size=2, effective_batch_size=7)) < 1e-10
 
 
 def test_question_answering_keeps_one_width_under_a_count_of_the_users_own() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from ftaccum import Result, test_fine_tuning
+from ftaccum import Result, SettingsError, test_fine_tuning
 from ftaccum.history import EpochEntry, Ledger, WindowEntry, Work
 from ftaccum.planning import Batching
 from heads import HEADS, one_batch
@@ -223,6 +223,13 @@ def test_an_accelerator_of_the_users_own_survives() -> None:
     assert mine.mixed_precision == "no"
     assert mine.state.device.type == "cpu"
     accelerate.state.AcceleratorState._reset_state()
+
+
+def test_processes_that_are_joined_in_a_way_not_seen_to_be_exact_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
+    with pytest.raises(SettingsError, match="Accelerate was set up for FSDP, for which ftaccum has not been shown"):
+        run()
+    assert accelerate.state.AcceleratorState._shared_state == {}
 
 
 def test_runs_with_one_seed_are_the_same_and_dropout_is_on() -> None:

@@ -280,6 +280,8 @@ def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str]
     assert found["out_of_memory"] > 0
     assert found["difference"] < 1e-9
     assert found["before the pass"] < 1e-9
+    assert found["apart"] > 0
+    assert found["apart_difference"] < 1e-9
     assert found["auto"] == 2
     assert found["auto_difference"] < 1e-9
     assert found["single row"] == 2
@@ -288,6 +290,6 @@ def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str]
 @pytest.mark.processes
 def test_running_out_in_the_synced_pass_ends_all_processes_soon(two_processes: Callable[..., str]) -> None:
     started = time.monotonic()
-    with pytest.raises(AssertionError, match="Memory ran out in the pass in which gradients are synced"):
+    with pytest.raises(AssertionError, match="Memory ran out in a pass in which gradients are synced"):
         two_processes("out_of_memory_of_two.py", "synced")
     assert time.monotonic() - started < 60

@@ -47,6 +47,7 @@ def test_fine_tuning(
     gradient_clip_norm: float | None = 1.0,
     use_amp: bool = False,
     mixed_precision: str | None = None,
+    accumulate_in_fp32: bool = False,
     gradient_checkpointing: bool = False,
     compile: bool = False,
     num_workers: int = 0,
@@ -121,6 +122,9 @@ def test_fine_tuning(
         gradient_clip_norm: largest total norm of an update's gradient; None for no clipping (norms are recorded).
         use_amp: autocast to bf16 where the device supports it, else to fp16 with a gradient scaler.
         mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, else "no".
+        accumulate_in_fp32: for weights in bf16 or fp16, whose gradients would be summed up in 16 bits: sum them up over
+            passes and processes, measure and clip them in float32, and round them once, for the optimizer. Takes 2
+            bytes more a trainable weight on one process, none on several. With wider weights it changes nothing.
         gradient_checkpointing: recompute activations in the backward pass (Transformers' models).
         compile: `torch.compile` the model. Widths are padded to one of eight an octave, so that few are met.
         num_workers: processes that collate ahead, for rows that take long to make (images to decode). Without, the

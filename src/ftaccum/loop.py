@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast, send_to_device
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .calibration import PassTimer
@@ -21,6 +23,7 @@ from .objective import Denominator, ItemMeans, Objective
 from .optim import scaled_rates
 from .planning import Window
 from .side_effects import Buffers, Generators, buffers_of, preserved_buffers, preserved_rng
+from .wide_gradients import WindowGradients
 
 # Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
 Smaller = Callable[[Portion, Failure | None], Portion]
@@ -52,6 +55,7 @@ class TrainingLoop:
     process.
 
     Attributes:
+        gradients: where a window's gradients are summed up.
         rate_factor: what the schedule's rate is multiplied by, by the index of the window.
         max_grad_norm: infinity for no clipping.
         agreement: between processes, on whether a window fitted in memory.
@@ -63,6 +67,7 @@ class TrainingLoop:
     objective: Objective
     optimizer: AcceleratedOptimizer
     schedule: LRScheduler
+    gradients: WindowGradients
     rate_factor: Callable[[int], float]
     max_grad_norm: float
     agreement: Agreement
@@ -83,13 +88,15 @@ class TrainingLoop:
     def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
         """One update for each window; of each, a portion is this process's."""
         self._zero_gradients()  # whatever came with the model is none of the first window's
-        for portion in portions:
-            work, losses, items = self._accumulate_in_memory(portion, smaller)
-            portions.read_ahead()  # the next window is collated while the device computes this one
-            on_window(self.update(portion.window, work, losses, items))
+        with self.gradients.summing():
+            for portion in portions:
+                work, losses, items = self._accumulate_in_memory(portion, smaller)
+                portions.read_ahead()  # the next window is collated while the device computes this one
+                on_window(self.update(portion.window, work, losses, items))
 
     def accumulate(self, share: list[MicroBatch]) -> tuple[ItemMeans, torch.Tensor]:
-        """Leaves in `param.grad` the gradient of the mean over all loss items of the window, on all processes.
+        """Leaves in `grad` of what the optimizer holds the gradient of the mean over all loss items of the window, on
+        all processes.
 
         Returns:
             The losses of this share, and the window's loss items by term.
@@ -101,7 +108,7 @@ class TrainingLoop:
         denominator = Denominator([micro.counts for micro in share], self.objective.terms, accelerator)
         # All processes make as many passes, and the last one is synced.
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
-        apart = share if self.agreement.alone else share[:-1]  # passes in which no process needs another
+        apart = self._apart(share)
         with self._tables.sparse():
             said = ((n, self._tried_pass(micro, denominator, losses)) for n, micro in enumerate(apart))
             failed = next((Failure(n, words) for n, words in said if words is not None), None)
@@ -110,21 +117,24 @@ class TrainingLoop:
         self._tables.hand_over()
         for micro in share[len(apart) :]:
             self._synced_pass(micro, denominator, losses)
+        self.gradients.reduce(self.agreement)
         return losses, denominator.items_T
 
     def update(self, window: Window, work: Work, losses: ItemMeans, items: torch.Tensor) -> Outcome:
         """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
         not finite or there was nothing to learn from."""
         factor = self.rate_factor(window.index)
-        rate = self.optimizer.param_groups[0]["lr"] * factor
-        norm = self.accelerator.clip_grad_norm_(self._held, self.max_grad_norm)
+        rate = self.schedule.optimizer.param_groups[0]["lr"] * factor
+        # Accelerate's `clip_grad_norm_` stumbles over sharded weights in another order than the model's.
+        self.accelerator.unscale_gradients()
+        norm = _whole(nn.utils.clip_grad_norm_(self._held, self.max_grad_norm))
         # The one wait for the device in an update: both numbers decide, on every process alike.
         grad_norm, n_items = torch.stack([norm, items.sum().to(norm.device)]).tolist()
         skipped = not (n_items > 0 and grad_norm < float("inf"))
         if skipped and self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # the overflow was recorded when the gradients were unscaled
         if not skipped:
-            with scaled_rates(self.optimizer, factor):
+            with scaled_rates(self.schedule.optimizer, factor):
                 self.optimizer.step()
             self.schedule.step()
         self._zero_gradients()
@@ -153,6 +163,12 @@ class TrainingLoop:
             buffers.put_back()
             window = smaller(window, failed)
 
+    def _apart(self, share: list[MicroBatch]) -> list[MicroBatch]:
+        """The passes that a process can leave by itself: in the others it gathers weights or syncs gradients."""
+        if self.agreement.alone or self.gradients.reduced_apart:
+            return share
+        return [] if isinstance(self.model, FSDPModule) else share[:-1]
+
     def _tried_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> str | None:
         """One pass. Returns what the device said where memory ran out in it."""
         try:
@@ -172,9 +188,9 @@ class TrainingLoop:
             if not is_out_of_memory(error):
                 raise
             raise torch.OutOfMemoryError(
-                "Memory ran out in the pass in which gradients are synced, the smallest of its window: the other "
-                "processes are in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size "
-                f"of an update stays what it is), or use `gradient_checkpointing`. The device said: {error}"
+                "Memory ran out in a pass in which gradients are synced, or weights gathered: the other processes are "
+                "in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size of an update "
+                f"stays what it is), or use `gradient_checkpointing`. The device said: {error}"
             ) from error
 
     def _pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
@@ -198,3 +214,8 @@ class TrainingLoop:
             stack.enter_context(preserved_rng())
             stack.enter_context(preserved_buffers(self.model))
         return stack
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, as every process is to see it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

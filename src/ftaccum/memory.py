@@ -2,7 +2,7 @@
 
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -64,13 +64,17 @@ class Agreement:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
-        return flag if self.alone else bool(self._reduced(int(flag), distributed.ReduceOp.MAX))
+        return flag if self.alone else self.each([flag])[0]
+
+    def each(self, flags: Iterable[bool]) -> list[bool]:
+        """Of equally many flags on every process, whether each is set on any."""
+        return [bool(n) for n in self._reduced([int(flag) for flag in flags], distributed.ReduceOp.MAX)]
 
     def least(self, number: int | None) -> int | None:
         """The least that any process has; None where none has one."""
         if self.alone:
             return number
-        least = self._reduced(_NONE if number is None else number, distributed.ReduceOp.MIN)
+        (least,) = self._reduced([_NONE if number is None else number], distributed.ReduceOp.MIN)
         return None if least == _NONE else least
 
     def from_main(self, make: Callable[[], T]) -> T:
@@ -84,10 +88,10 @@ class Agreement:
             raise error
         return made
 
-    def _reduced(self, number: int, operation: distributed.ReduceOp.RedOpType) -> int:
-        holder: Tensor = torch.tensor(number)
+    def _reduced(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
+        holder: Tensor = torch.tensor(numbers)
         distributed.all_reduce(holder, operation, group=self._group)
-        return int(holder)
+        return holder.tolist()
 
 
 def _pickled(make: Callable[[], Any]) -> bytes:

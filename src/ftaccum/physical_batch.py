@@ -29,22 +29,24 @@ def largest_batch(
     accelerator: Accelerator,
     agreement: Agreement,
     at_most: int,
+    wide: bool,
 ) -> int:
     """The most rows, all as long as the longest, whose forward and backward pass fits on every process.
 
     What an update needs besides (two moments of an optimizer for each weight, and where there are several processes a
-    bucket of gradients to sync) is set aside meanwhile. Gradients are dropped; weights, generators and buffers stay as
-    they are.
+    bucket of gradients to sync, or instead the second half of float32 sums) is set aside meanwhile. Gradients are
+    dropped; weights, generators and buffers stay as they are.
 
     Args:
         model: on its device, before it is wrapped.
         at_most: rows of an update on one process.
+        wide: whether gradients of 16 bits will be summed up in float32.
 
     Raises:
         SettingsError: where not even one row fits.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    copies = 2 + (not agreement.alone)
+    copies = 2 + (wide or not agreement.alone)
     on_host = accelerator.device.type == "cpu"
     aside = [] if on_host else [torch.empty_like(p) for p in trainable for _ in range(copies)]
     host = _Host(copies * sum(p.numel() * p.element_size() for p in trainable)) if on_host else None

@@ -32,13 +32,14 @@ from .recording import Recorder, tracking
 from .selection import BestEpoch
 from .settings import Recipe, Runtime
 from .watching import Milestones, Watcher
+from .wide_gradients import window_gradients
 
 
 def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, watcher: Watcher) -> Result:
     """One run. The model is left trained, in the mode and without the wrappers that it came with."""
     model, folder = parts.model, _made(runtime.output_dir)
     screen = watcher.screen(accelerator.is_main_process, runtime.progress)
-    _check_precision(model, accelerator)
+    _check_precision(model, runtime, accelerator)
     optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
     if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
         model.to(accelerator.device)
@@ -55,12 +56,13 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
         if runtime.compile:
             stack.enter_context(compiled(model))
-        wrapped, prepared = accelerator.prepare(model, optimizer)
+        gradients = window_gradients(optimizer, in_float32=runtime.accumulate_in_fp32)
+        wrapped, prepared = gradients.prepare(accelerator, model)
         calibration = _calibration(runtime, accelerator)
         feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
         loop = TrainingLoop(
-            accelerator, wrapped, assembly.objective, prepared, schedule, plan.rate_factor,
+            accelerator, wrapped, assembly.objective, prepared, schedule, gradients, plan.rate_factor,
             max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=agreement, calibration=calibration,
         )  # fmt: skip
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
@@ -150,7 +152,10 @@ def _planned(
     if runtime.batch_size == "auto":
         wanted = batching_of(recipe, replace(runtime, batch_size=1), n_processes, length).effective_batch_size
         at_most = math.ceil(wanted / n_processes)
-        size = largest_batch(parts.model, assembly.objective, assembly.train, accelerator, agreement, at_most)
+        size = largest_batch(
+            parts.model, assembly.objective, assembly.train, accelerator, agreement, at_most,
+            wide=runtime.accumulate_in_fp32,
+        )  # fmt: skip
         runtime = replace(runtime, batch_size=size)
     batching = batching_of(recipe, runtime, n_processes, length)
     n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
@@ -194,12 +199,14 @@ def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:
     return Calibration(accelerator) if measures and accelerator.device.type in ("cpu", "cuda") else NoCalibration()
 
 
-def _check_precision(model: nn.Module, accelerator: Accelerator) -> None:
-    if accelerator.mixed_precision == "fp16" and any(p.dtype == torch.float16 for p in model.parameters()):
+def _check_precision(model: nn.Module, runtime: Runtime, accelerator: Accelerator) -> None:
+    if runtime.accumulate_in_fp32 or accelerator.mixed_precision != "fp16":
+        return
+    if any(p.dtype == torch.float16 for p in model.parameters()):
         raise SettingsError(
             [
                 "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
-                "into. Load the model in float32 (`dtype=torch.float32`)."
+                "into. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
             ]
         )
 

@@ -163,6 +163,7 @@ class Runtime:
     mixed_precision: Precision | None = setting(
         None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no"
     )
+    accumulate_in_fp32: Flag = setting(False, "sum up the gradients of 16-bit weights in float32, and round them once")
     gradient_checkpointing: Flag = setting(False, "recompute activations instead of keeping them")
     on_inexact: OnInexact = setting(
         "warn", "what to do where accumulating the loss only approximates a large batch: error, warn or ignore"

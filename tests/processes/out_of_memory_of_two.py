@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 
 from invariance import difference, trained
 from running_out import limited
+from structures import with_a_narrow_weight
 
 NAME = "sequence classification, BERT"
 
@@ -45,6 +46,12 @@ def send(*args: Any, **kwargs: Any) -> Any:
 
 with patch("ftaccum.loop.send_to_device", send):
     before = trained(NAME, 3, planner=False)
+# In the only pass of a window, in which nothing is synced where gradients are summed up apart.
+most = 3 if state.process_index else 99
+apart = trained(
+    NAME, 6, planner=False, accumulate_in_fp32=True, prepare=lambda m: limited(with_a_narrow_weight(m), most)
+)
+del apart[0]["narrow"]
 single = 0
 try:
     trained(NAME, 3, **on_the_second(0))
@@ -57,6 +64,8 @@ if state.is_main_process:
         "out_of_memory": scarce[1].out_of_memory,
         "difference": difference(alone, scarce),
         "before the pass": difference(alone, before),
+        "apart": apart[1].out_of_memory,
+        "apart_difference": difference(alone, apart),
         "auto": auto[1].batch_size,
         "auto_difference": difference(alone, auto),
         "single row": int(counted),

@@ -1,0 +1,107 @@
+"""Every structure on two processes: prints a JSON line {structure, how gradients are summed: largest relative error}.
+
+One process alone has the row that takes the other branch. And two models with their weights sharded over both, which
+Accelerate does on GPUs alone: it is made to believe that it was asked for on these CPUs.
+"""
+
+import itertools
+import json
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from exactness import window_errors
+from ftaccum import test_fine_tuning
+from heads import HEADS, all_in_float64, relative_error, unsharded
+from structures import STRUCTURES, with_a_narrow_weight
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2, "torchrun was to start two"
+torch.set_num_threads(1)
+SIZES = {"num_processes": 2, "batch_size": 1, "gradient_accumulation_steps": 3}
+
+
+def unlike(model: nn.Module) -> float:
+    """The largest difference between the processes in any weight."""
+    weights = nn.utils.parameters_to_vector(p.double() for p in model.parameters())
+    return float((weights - torch.stack(gather_object([weights])).mean(0)).abs().max())
+
+
+found = {}
+with all_in_float64():
+    for name, structure in STRUCTURES.items():
+        for wide in (False, True):
+            model = with_a_narrow_weight(structure.model()) if wide else structure.model()
+            rare: list[int] = []
+            if name == "conditional branches":
+                model.rare.register_full_backward_hook(lambda *_, rare=rare: rare.append(1))
+            errors = window_errors(model, structure.rows(), accumulate_in_fp32=wide, **SIZES, **structure.arguments)
+            found[f"{name}, {'apart' if wide else 'by DDP'}"] = max(gather_object(errors))
+            if name == "conditional branches":
+                # Once to have the gradient to compare with, and once in training, on one of the two.
+                assert sorted(gather_object([len(rare)])) == [1, 2]
+
+    # Weights that differ are made those of the first process.
+    structure = STRUCTURES["frozen weights"]
+    model = with_a_narrow_weight(structure.model())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + state.process_index)
+    errors = window_errors(model, structure.rows(), accumulate_in_fp32=True, **SIZES)
+    found["weights of the first process"] = max(gather_object([errors])[0])
+    found["weights alike"] = unlike(model)
+
+    # An update that overflows on one process is skipped on both.
+    model = with_a_narrow_weight(structure.model())
+    factors = itertools.chain([float("inf")], itertools.repeat(1.0))
+
+    def overflow(_: nn.Module, __: Any, outputs: Any) -> None:
+        if torch.is_grad_enabled() and state.process_index:
+            outputs.loss = outputs.loss * next(factors)
+
+    model.register_forward_hook(overflow)
+    result = test_fine_tuning(
+        model, train_data=structure.rows(), batch_size=1, gradient_accumulation_steps=3, accumulate_in_fp32=True,
+        n_epochs=1, validation_split=0.0, progress=False,
+    )  # fmt: skip
+    assert gather_object([result.skipped_steps, result.optimizer_steps]) == [1, 1, 1, 1]
+    found["alike where one process overflows"] = unlike(model)
+
+
+def trained(name: str) -> dict[str, Tensor]:
+    """Weights and norms after a run, which shows clipping, the optimizer and the schedule."""
+    model = HEADS[name].model()
+    result = test_fine_tuning(
+        model, train_data=HEADS[name].rows(), batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-3,
+        gradient_clip_norm=0.5, validation_split=0.0, progress=False,
+    )  # fmt: skip
+    weights = {name: unsharded(value) for name, value in model.state_dict().items()}
+    return {**weights, "norms": torch.tensor(result.grad_norm_history)}
+
+
+def sharding(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Any:
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="transformer_based_wrap"
+    )
+    prepared = prepare(accelerator, model, optimizer)
+    assert sum(isinstance(module, FSDPModule) for module in prepared[0].modules()) > 2
+    return prepared
+
+
+prepare = Accelerator.prepare
+for name in ("causal LM, Llama", "causal LM, GPT-2"):  # the second with tied weights
+    with all_in_float64():
+        replicated = trained(name)
+        with patch.object(Accelerator, "prepare", sharding):
+            errors = window_errors(HEADS[name].model(), HEADS[name].rows(), **SIZES)
+            found[f"{name}, sharded"] = max(gather_object(errors))
+            found[f"{name}, weights and norms"] = relative_error(trained(name), replicated)
+if state.is_main_process:
+    print("ERRORS", json.dumps(found))
+state.destroy_process_group()
