@@ -229,6 +229,23 @@ def test_the_state_that_is_moved_and_kept_is_that_of_the_optimizer_behind_the_su
     assert all(group["betas"] == (0.9, 0.999) for group in kept["param_groups"])
 
 
+def test_rates_that_follow_the_batch_reach_the_optimizer_behind_the_sums() -> None:
+    """Updates of 2 and of 8 rows: the second has 4 times the rate."""
+    rows = [(torch.ones(3).bfloat16(), torch.ones(1).bfloat16()) for _ in range(10)]
+    model, moved = nn.Linear(3, 1).bfloat16(), []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # noqa: ARG002
+            moved.append(self.param_groups[0]["lr"])
+
+    test_fine_tuning(
+        model, train_data=rows, loss_fn=nn.MSELoss(), batch_size=2, gradient_accumulation_steps=[(0, 1), (1, 4)],
+        learning_rate_scaling="linear", learning_rate=0.5, lr_scheduler="constant", optimizer=Recording, n_epochs=1,
+        validation_split=0.0, accumulate_in_fp32=True, progress=False,
+    )  # fmt: skip
+    assert moved == [0.5, 2.0]
+
+
 def test_weights_outside_of_the_model_are_summed_up_anew_in_every_window() -> None:
     taken: list[float] = []
     scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
