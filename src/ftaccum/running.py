@@ -55,7 +55,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             stack.enter_context(compiled(model))
         wrapped, prepared = accelerator.prepare(model, optimizer)
         calibration = _calibration(runtime, accelerator)
-        feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
+        feed = Feed(plan, assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
         loop = TrainingLoop(
             accelerator, wrapped, assembly.objective, prepared, schedule,
@@ -147,7 +147,7 @@ def _planned(
     return assembly, Plan(len(assembly.train_rows), recipe.n_epochs, batching, recipe.random_seed, n_validation)
 
 
-def _cutter(runtime: Runtime, batching: Batching) -> Cutter:
+def cutter_of(runtime: Runtime, batching: Batching) -> Cutter:
     rows = batching.batch_size if runtime.max_tokens is None else None
     given = GUESSED_COSTS if runtime.planner_costs is None else PassCosts(*runtime.planner_costs)
     return Cutter(

@@ -45,10 +45,7 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
         raise DataError(
             f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise first."
         )
-    if isinstance(rows.source, Dataset):
-        table = rows.source
-    else:
-        table = Dataset.from_list([dict(row) for row in rows.fetch(range(len(rows)))])
+    table = rows.as_table()
     texts = _text_columns(table, rows.argument)
     label = next((name for name in _LABELS if name in table.column_names), None)
     limit = _longest(tokenizer, config, model)
@@ -62,7 +59,7 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
         return encoded
 
     table = table.map(encode, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}")
-    return Rows(rows.argument, table)
+    return rows.replaced(table)
 
 
 def _text_columns(table: Dataset, argument: str) -> list[str]:
