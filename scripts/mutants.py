@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant("padding never matters", "objective/probing.py", "if alike[term] <= tolerance < apart_[term]", "if False"),
     Mutant("ties not asked again", "objective/probing.py", "if asking is not None and any(", "if False and any("),
     Mutant("last weights not shaken", "objective/steadying.py", "weight.add_(noise", "weight.sub_(0 * noise"),
-    Mutant("measured in 16 bits", "objective/steadying.py", "tensor.data = tensor.data.float()", "pass"),
+    Mutant("measured in 16 bits", "objective/steadying.py", "converted(tensors, torch.float32)", "converted([])"),
     Mutant("train mode not looked at", "objective/measuring.py", "<= _UNCHANGED for term in chosen", "< 9e9 for term in chosen"),
     Mutant("dropout left on in the check", "rehearsing.py", "if function in _DROPOUTS:", "if False:"),
     Mutant("other draws taken for mixed rows", "rehearsing.py", "if not generators.unmoved():", "if False:"),
@@ -165,6 +165,19 @@ MUTANTS = [
     Mutant("pruned from an eighth on", "tuning/proposing.py", "math.ceil(len(steps) / 4) - 1", "0"),
     Mutant("an interrupt is not kept", "tuning/interrupts.py", "        self.asked, self._since = True, time.monotonic()", "        raise KeyboardInterrupt"),
     Mutant("a late interrupt is not heard", "tuning/conducting.py", "        interrupts.check()\n", ""),
+    Mutant("verified against half the window", "verification/bench.py", "self._loaded(self.padded, rows, [Slice(order or rows)])", "self._loaded(self.padded, rows, [Slice((order or rows)[: 1 + len(rows) // 2])])"),
+    Mutant("verified with dropout", "rehearsing.py", "        if function in _DROPOUTS:", "        if False:"),
+    Mutant("dropout in what is run again", "rehearsing.py", "        _also_in_what_is_run_again(model),\n", ""),
+    Mutant("a wrong loss passes", "verification/comparing.py", "<= tolerance for error in errors)", "<= tolerance for error in errors[:1])"),
+    Mutant("what is no number passes", "verification/comparing.py", "all(error is not None and", "all(error is None or"),
+    Mutant("the floor does not see float32", "verification/comparing.py", "(whole) for order in", "(whole) * 0 for order in"),
+    Mutant("fp16 gradients left scaled", "verification/gradients.py", "p.grad.div_(scale) if scale != 1 else p.grad", "p.grad"),
+    Mutant("each process tells its own error", "verification/comparing.py", "gather_object([(found.gradient_error(wanted), found.loss_error(wanted))])", "[(found.gradient_error(wanted), found.loss_error(wanted))]"),
+    Mutant("gradients of the user lost", "side_effects.py", "            p.grad = gradient\n", "            pass\n"),
+    Mutant("weights stay converted", "side_effects.py", "            t.data = data\n", "            pass\n"),
+    Mutant("Trainer in train mode throughout", "verification/peers.py", "    model.train = lambda mode=True: model  # noqa: ARG005\n", "    model.train = model.train\n"),
+    Mutant("more rows tokenised than needed", "verification/verifying.py", "order[:needed]", "order"),
+    Mutant("rows renamed by tokenising", "data/rows.py", "return self._at(position) if self._names is None else self._names[self._at(position)]", "return self._at(position)"),
 ]  # fmt: skip
 
 # What runs first finds most; of some files, the mutants are found elsewhere.
@@ -189,6 +202,9 @@ _SEARCHING = [
     "interrupts",
     "conducting",
 ]
+_VERIFYING = ["bench", "comparing", "gradients", "peers", "splits", "verifying"]
+FIRST |= {f"verification/{room}.py": "verify" for room in _VERIFYING}
+FIRST |= {"rehearsing.py": "verify", "data/rows.py": "verify"}
 FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING}
 TESTS = [
     "parity",
@@ -211,6 +227,7 @@ TESTS = [
     "watching",
     "milestones",
     "search",
+    "verify",
 ]
 
 

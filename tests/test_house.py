@@ -34,13 +34,23 @@ FLOORS = [
     ["assembly"],
     ["running"],
     ["fine_tuning"],
-    ["search_settings"],
-    ["tuning"],
+    ["search_settings", "verify_settings"],
+    ["tuning", "verification"],
     ["sources"],
     ["cli"],
     ["__init__", "__main__"],
 ]
-WITHOUT_TORCH = ["errors", "settings", "cutting", "planning", "history", "flags", "search_settings", "cli"]
+WITHOUT_TORCH = [
+    "errors",
+    "settings",
+    "cutting",
+    "planning",
+    "history",
+    "flags",
+    "search_settings",
+    "verify_settings",
+    "cli",
+]
 
 
 def rooms() -> dict[str, list[Path]]:
@@ -108,9 +118,11 @@ def test_public_names() -> None:
         "Plan",
         "Result",
         "SettingsError",
+        "Verification",
         "plan",
         "search",
         "test_fine_tuning",
+        "verify",
     ]
     for name in ftaccum.__all__:
         found = getattr(ftaccum, name)

@@ -263,7 +263,7 @@ def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest
     model.register_forward_pre_hook(
         lambda _, __, given: taken.append(given["input_ids"].shape[0] * 20_000_000), with_kwargs=True
     )
-    monkeypatch.setattr("ftaccum.physical_batch._free", lambda: 250_000_000)
+    monkeypatch.setattr("ftaccum.physical_batch.free_on_host", lambda: 250_000_000)
     monkeypatch.setattr("ftaccum.physical_batch._peak", lambda: 7_000_000 + taken[-1])
     monkeypatch.setattr("ftaccum.physical_batch._forget_peak", lambda: taken.append(0))
     result = test_fine_tuning(

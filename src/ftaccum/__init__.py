@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
     from .planning import Plan, plan
     from .tuning import search
+    from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -30,9 +31,11 @@ __all__ = [
     "Plan",
     "Result",
     "SettingsError",
+    "Verification",
     "plan",
     "search",
     "test_fine_tuning",
+    "verify",
 ]
 
 # Loaded when first asked for, so that the parts that need no torch start at once.
@@ -43,6 +46,7 @@ _HOMES = {
     "metrics": ("F1", "Accuracy", "ClassificationMetrics", "MeanSquaredError"),
     "planning": ("Plan", "plan"),
     "tuning": ("search",),
+    "verification": ("Verification", "verify"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -18,7 +18,7 @@ def borrowed(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None
         SettingsError: where gradient checkpointing is wanted of a model that has none.
     """
     with (
-        _unwrapped_afterwards(model),
+        unwrapped_afterwards(model),
         in_mode(model, training=True),
         _without_cache(model),
         _checkpointed(model, gradient_checkpointing),
@@ -38,7 +38,7 @@ def compiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
+def unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
     """Takes off what `Accelerator.prepare` leaves on a model: its autocasting `forward` and its mark."""
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     before: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}

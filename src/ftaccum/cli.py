@@ -1,13 +1,16 @@
 """The command `ftaccum`: a thin front to the Python functions, with options named as their arguments."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .errors import DataError, SettingsError
-from .flags import TrainArguments, parse
+from .flags import NamedArguments, TrainArguments, parse
 from .planning import PlanArguments, plan
 from .search_settings import SearchSettings, SpaceArguments, TrialRecipe
 from .settings import Recipe, Runtime, checked, single_faults
+from .verify_settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
 
 _USAGE = """usage: ftaccum COMMAND [options]
 
@@ -16,19 +19,21 @@ Fine-tuning where gradient accumulation is exactly a large batch.
 commands:
   train   fine-tune a model on files or hub data
   search  find accumulation steps and learning rate at a fixed physical batch
+  verify  whether accumulating is one large batch, on your model and rows
   plan    the arithmetic of a run: k, updates, remainder
 
 `ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
 """
 
-_NOTHING_FOUND, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_NOTHING_FOUND = _NOT_EXACT = 1
+_BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0; 1 where a search finished no trial; 2 for bad input; 130 where it was
-    interrupted."""
+    """Runs a command. Returns the exit status: 0; 1 where a search finished no trial, or accumulating is not exact; 2
+    for bad input; 130 where it was interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "search": _search, "plan": _plan}
+    commands = {"train": _train, "search": _search, "verify": _verify, "plan": _plan}
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if words else _BAD_INPUT
@@ -121,7 +126,39 @@ def _search(words: Sequence[str]) -> int:
     return 0 if best_trial(study) is not None else _NOTHING_FOUND
 
 
-def _check_named(named: TrainArguments, command: str) -> None:
+def _verify(words: Sequence[str]) -> int:
+    description = (
+        "Holds the gradients of an update that is accumulated in many ways against that of the same rows in one\n"
+        "batch: cut as in training, row by row, in random orders and sizes, and short as an epoch's last update is;\n"
+        "beside them what `loss / k` and Transformers' Trainer make of it. In train mode, without dropout, in float64\n"
+        "where the model can. Nothing is trained. The rows of an update must fit in memory together.\n\n"
+        "Exit status: 0 where accumulating is exact to rounding, 1 where it is not, 2 for bad input."
+    )
+    kinds = [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime]
+    named, output, settings, recipe, runtime = parse(kinds, words, prog="ftaccum verify", description=description)
+    _check_named(named, "verify")
+    if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
+        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
+
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for what was found
+        from accelerate import PartialState
+
+        from .sources import load
+        from .verification import verify
+
+        loaded = load(TrainArguments(**vars(named)), recipe.random_seed)
+        arguments = vars(settings) | vars(recipe) | vars(runtime)
+        found = verify(loaded.model, loaded.train, tokenizer=loaded.tokenizer, **arguments)
+        state = PartialState()
+    if state.is_main_process:
+        if output.json not in (None, "-"):
+            found.save(output.json)
+        print(found.to_json() if output.json == "-" else found)
+    state.destroy_process_group()
+    return 0 if found.exact else _NOT_EXACT
+
+
+def _check_named(named: NamedArguments, command: str) -> None:
     needed = [name for name in ("model", "train_data") if not getattr(named, name)]
     if needed:
         raise SettingsError(

@@ -19,18 +19,24 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 @dataclass
-class TrainArguments:
-    """What to train on what."""
+class NamedArguments:
+    """A model and rows, by name."""
 
     model: str = field(default="", metadata={"help": "folder or hub name of the model (needed)"})
     train_data: str = field(
         default="", metadata={"help": "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)"}
     )
-    val_data: str | None = field(default=None, metadata={"help": "the same for validation; none: some are held out"})
     task: str = field(default="text-classification", metadata={"help": "text-classification or causal-lm"})
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     label_column: str = field(default="label", metadata={"help": "column of the classes, as names or numbers"})
-    max_train_rows: int | None = field(default=None, metadata={"help": "train on the first so many rows; none: all"})
+    max_train_rows: int | None = field(default=None, metadata={"help": "only the first so many rows; none: all"})
+
+
+@dataclass
+class TrainArguments(NamedArguments):
+    """What to train on what."""
+
+    val_data: str | None = field(default=None, metadata={"help": "the same for validation; none: some are held out"})
 
 
 def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None = None, description: str = "") -> Any:

@@ -104,7 +104,7 @@ class _Host:
 
     def __init__(self, set_aside: int) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
-        self._free = _SHARE_OF_HOST * _free() / here - set_aside
+        self._free = _SHARE_OF_HOST * free_on_host() / here - set_aside
         self._per_row = 0.0
         _forget_peak()
         self._started = _peak()
@@ -116,7 +116,7 @@ class _Host:
         self._per_row = max(0, _peak() - self._started) / n_rows
 
 
-def _free() -> int:
+def free_on_host() -> int:
     """Bytes that the machine, and the container around the process, if any, have left."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")

@@ -1,7 +1,8 @@
 """Passes as in training, but for what they draw at random."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,22 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 @contextmanager
+def _also_in_what_is_run_again(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing runs parts of the forward pass again in the backward pass, inside of which no mode is on:
+    it is told to put this one on."""
+    name = "_gradient_checkpointing_func"  # Transformers', a partial of torch's
+    found = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+    for module, run_again in found:
+        again = partial(run_again, use_reentrant=False, context_fn=lambda: (nullcontext(), _WithoutDropout()))
+        setattr(module, name, again)
+    try:
+        yield
+    finally:
+        for module, run_again in found:
+            setattr(module, name, run_again)
+
+
+@contextmanager
 def rehearsed(model: nn.Module, run: Callable[[], object]) -> Iterator[list[str]]:
     """Around passes whose outputs are those of training, and the same each time: train mode, without dropout.
 
@@ -46,7 +63,13 @@ def rehearsed(model: nn.Module, run: Callable[[], object]) -> Iterator[list[str]
     Yields:
         The names of the modules that move buffers.
     """
-    with preserved_rng(), preserved_buffers(model), in_mode(model, training=True), _WithoutDropout():
+    with (
+        preserved_rng(),
+        preserved_buffers(model),
+        in_mode(model, training=True),
+        _also_in_what_is_run_again(model),
+        _WithoutDropout(),
+    ):
         generators, buffers = Generators.now(), Buffers.now(buffers_of(model))
         run()
         moving = {module for module, name in buffers.kept if buffers.moved(module, name)}

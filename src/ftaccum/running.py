@@ -59,7 +59,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         gradients = window_gradients(optimizer, in_float32=runtime.accumulate_in_fp32)
         wrapped, prepared = gradients.prepare(accelerator, model)
         calibration = _calibration(runtime, accelerator)
-        feed = Feed(plan, assembly.train, _cutter(runtime, plan.batching), accelerator.process_index)
+        feed = Feed(plan, assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
         loop = TrainingLoop(
             accelerator, wrapped, assembly.objective, prepared, schedule, gradients, plan.rate_factor,
@@ -172,7 +172,7 @@ def _planned(
     )  # fmt: skip
 
 
-def _cutter(runtime: Runtime, batching: Batching) -> Cutter:
+def cutter_of(runtime: Runtime, batching: Batching) -> Cutter:
     rows = batching.batch_size if runtime.max_tokens is None else None
     given = GUESSED_COSTS if runtime.planner_costs is None else PassCosts(*runtime.planner_costs)
     return Cutter(

@@ -37,10 +37,7 @@ def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
     Raises:
         SettingsError: where the processes asked for are not there, or are joined in a way not shown to be exact.
     """
-    shared = {state: dict(state._shared_state) for state in (AcceleratorState, GradientState)}
-    for state in shared:
-        state._shared_state.clear()
-    try:
+    with accelerate_anew():
         accelerator = _accelerator(runtime)
         with preserved_rng(), _determinism(runtime.deterministic):
             seed_all(seed, accelerator.process_index)  # dropout must differ between processes
@@ -50,6 +47,16 @@ def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
                 # Not `free_memory`: it walks all objects there are, for a fifth of a second, to find that none is lost.
                 for held in (accelerator._models, accelerator._optimizers, accelerator._schedulers):
                     held.clear()
+
+
+@contextmanager
+def accelerate_anew() -> Iterator[None]:
+    """Empties the state that all Accelerators of a process share, and puts it back."""
+    shared = {state: dict(state._shared_state) for state in (AcceleratorState, GradientState)}
+    for state in shared:
+        state._shared_state.clear()
+    try:
+        yield
     finally:
         for state, before in shared.items():
             state._shared_state.clear()

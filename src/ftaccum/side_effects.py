@@ -118,6 +118,34 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def preserved_gradients(model: nn.Module) -> Iterator[None]:
+    """Puts the gradients that a model has aside, and gives them back."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
+
+
+@contextmanager
+def converted(
+    tensors: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Iterator[None]:
+    """Has weights or buffers hold copies in another type or on another device, and then again what they held."""
+    before = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.to(device=device, dtype=dtype)
+        yield
+    finally:
+        for t, data in zip(tensors, before, strict=True):
+            t.data = data
+
+
+@contextmanager
 def only_looking(model: nn.Module) -> Iterator[None]:
     """For trying a model out: eval mode, no gradients, and generators, buffers and modes as they were afterwards."""
     with torch.no_grad(), preserved_rng(), preserved_buffers(model), in_mode(model, training=False):

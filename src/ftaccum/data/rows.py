@@ -27,22 +27,26 @@ _SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
 class Rows:
     """Rows by position. Fetching one that cannot be had names it."""
 
-    def __init__(self, argument: str, source: Any, positions: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, argument: str, source: Any, positions: Sequence[int] | None = None, names: Sequence[int] | None = None
+    ) -> None:
         """Args:
         argument: what the user calls them, for messages.
         source: anything with `__len__` and `__getitem__`.
         positions: the rows of `source` that these are; all, where None.
+        names: by position in `source`, the index in what the user handed over; the position itself, where None.
         """
         self.argument = argument
         self.source = source
         self._positions = positions
+        self._names = names
 
     def __len__(self) -> int:
         return len(self.source) if self._positions is None else len(self._positions)
 
     def name_of(self, position: int) -> str:
         """What to call a row in a message: its index in what the user handed over."""
-        return f"row {self._at(position)}"
+        return f"row {self._name(position)}"
 
     def fetch(self, positions: Sequence[int]) -> list[Row]:
         """The rows at these positions, in that order.
@@ -84,7 +88,20 @@ class Rows:
         return None
 
     def subset(self, positions: Sequence[int]) -> "Rows":
-        return Rows(self.argument, self.source, [self._at(position) for position in positions])
+        return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names)
+
+    def as_table(self) -> Dataset:
+        """The rows, and no others of their source, as a table."""
+        if not isinstance(self.source, Dataset):
+            return Dataset.from_list([dict(row) for row in self.fetch(range(len(self)))])
+        return self.source if self._positions is None else self.source.select(self._positions)
+
+    def replaced(self, source: Any) -> "Rows":
+        """Something else made of each of these rows, under their names."""
+        return Rows(self.argument, source, names=[self._name(position) for position in range(len(self))])
+
+    def _name(self, position: int) -> int:
+        return self._at(position) if self._names is None else self._names[self._at(position)]
 
     def _at(self, position: int) -> int:
         return position if self._positions is None else self._positions[position]
@@ -97,11 +114,13 @@ class Rows:
 
 
 def as_rows(data: Any, argument: str) -> Rows:
-    """Takes data in any of the forms of `test_fine_tuning`.
+    """Takes data in any of the forms of `test_fine_tuning`; rows stay what they are.
 
     Raises:
         DataError: where the form is none of them, or there are no rows, with the remedy.
     """
+    if isinstance(data, Rows):
+        return data
     if isinstance(data, Mapping):
         splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
         kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"

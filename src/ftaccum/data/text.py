@@ -46,10 +46,7 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
         raise DataError(
             f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise first."
         )
-    if isinstance(rows.source, Dataset):
-        table = rows.source
-    else:  # of a stream, the rows that are looked at
-        table = Dataset.from_list([dict(row) for row in rows.fetch(range(len(rows)))])
+    table = rows.as_table()  # of a stream, the rows that are looked at
     texts = _text_columns(table, rows.argument)
     label = next((name for name in _LABELS if name in table.column_names), None)
     limit = most_tokens(tokenizer, config, model)
@@ -67,7 +64,7 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
         rows.then(lambda more, _: from_columns(encode(as_columns(more, names)), len(more)) if more else [])
         return rows
     table = table.map(encode, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}")
-    return Rows(rows.argument, table)
+    return rows.replaced(table)
 
 
 def _text_columns(table: Dataset, argument: str) -> list[str]:

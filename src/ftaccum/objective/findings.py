@@ -60,7 +60,7 @@ class Findings:
         named = {term: f"about {way}" if term in unexplained else way for term, way in ways.items()}
         words = ", ".join(named.values() if len(ways) == 1 else (f"{way} for {term!r}" for term, way in named.items()))
         if unexplained:
-            return f"{words} (NOT exactly: see the warning)"
+            return f"{words} (NOT exactly)"
         return f"{words} (measured)" if self.measured else words
 
     def inexact(self) -> list[str]:

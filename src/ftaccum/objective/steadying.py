@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..side_effects import converted
+
 
 @contextmanager
 def shaken(model: nn.Module) -> Iterator[None]:
@@ -40,18 +42,14 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     Rounded to 16 bits, the losses of two ways to count cannot be told apart.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
-    before = [t.data for t in tensors]
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield
+        with converted(tensors, torch.float32):
+            yield
     finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
 

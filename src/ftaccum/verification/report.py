@@ -1,0 +1,163 @@
+"""What a verification found: a table, its verdict, JSON."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_RULE = "=" * 88
+_WIDTH = 88
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A window that was accumulated in one way, held against the same rows in one batch.
+
+    Attributes:
+        split: how it was cut.
+        rows: of the window, on all processes.
+        passes: on each process.
+        gradient_error: ‖gradient - that of one batch‖ / ‖that of one batch‖, the largest of any process; None where
+            none came of it.
+        loss_error: the relative difference of the loss.
+        exact: whether both are rounding; None for what is shown to be compared with.
+        note: why there are no figures, or what to know of them.
+    """
+
+    split: str
+    rows: int
+    passes: int
+    gradient_error: float | None = None
+    loss_error: float | None = None
+    exact: bool | None = None
+    note: str = ""
+
+    def cells(self) -> list[str]:
+        verdict = {True: "exact", False: "NOT exact", None: ""}[self.exact]
+        figures = [_figure(self.gradient_error), _figure(self.loss_error)]
+        return [self.split, str(self.rows), str(self.passes), *figures, " ".join(filter(None, [verdict, self.note]))]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether accumulating is one large batch, on somebody's own model and rows.
+
+    It is true where it is, prints as a table, and saves and loads as JSON.
+
+    Attributes:
+        splits: windows as ftaccum accumulates them.
+        others: the same rows accumulated in the ways of others, for comparison.
+        floor: what rounding alone does: the relative error of one batch against itself, its rows in another order and
+            its loss times a third.
+        tolerance: up to which an error counts as rounding.
+        dtype: of the weights while they were measured; `autocast` is what passes were cast to, or "no".
+        counted_by: what the loss is a mean over, and how that was found.
+        reasons: what the check before training says of this loss, where accumulating it is not exact.
+        notes: what else is good to know of the measurement.
+        seconds: that it took.
+    """
+
+    model: str
+    n_parameters: int
+    splits: list[Measured]
+    others: list[Measured]
+    floor: float
+    tolerance: float
+    dtype: str
+    autocast: str
+    device: str
+    counted_by: str
+    reasons: list[str]
+    notes: list[str]
+    batch_size: int
+    gradient_accumulation_steps: int
+    effective_batch_size: int
+    num_processes: int
+    random_seed: int
+    versions: dict[str, str]
+    seconds: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether every split has the gradient and the loss of one batch, but for rounding."""
+        return all(measured.exact for measured in self.splits)
+
+    def __bool__(self) -> bool:
+        return self.exact
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch_size} × {self.gradient_accumulation_steps}"
+        sizes += f" × {self.num_processes} processes" if self.num_processes > 1 else ""
+        precision = self.dtype if self.autocast == "no" else f"{self.dtype} under {self.autocast} autocast"
+        heading = ["", "rows", "passes", "gradient off by", "loss off by", ""]
+        widths = [max(map(len, column)) for column in zip(heading, *map(Measured.cells, self._rows), strict=True)]
+        return "\n".join(
+            [
+                _RULE,
+                "ACCUMULATION AGAINST ONE BATCH",
+                _RULE,
+                f"Model: {self.model}, {self.n_parameters:,} parameters, in {precision}, on {self.device}",
+                f"Rows of an update: {self.effective_batch_size} ({sizes})",
+                f"Loss: mean over {self.counted_by}",
+                *(line for note in self.notes for line in _wrapped(note)),
+                "",
+                _line(heading, widths),
+                *(_line(measured.cells(), widths) for measured in self.splits),
+                *(["for comparison"] if self.others else []),
+                *(_line(measured.cells(), widths) for measured in self.others),
+                "",
+                f"Rounding alone makes {_figure(self.floor)}; up to {_figure(self.tolerance)} counts as rounding.",
+                *(line for sentence in [self.verdict, *self.reasons] for line in _wrapped(sentence)),
+                _RULE,
+            ]
+        )
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence."""
+        if self.exact:
+            return "EXACT: every split has the gradient and the loss of one batch."
+        failed = [measured for measured in self.splits if not measured.exact]
+        worst = max(failed, key=lambda measured: measured.gradient_error or 0.0)
+        told = "" if self.reasons else " The check before training saw no reason; see whether `count_items` is right."
+        return (
+            f"NOT EXACT: {len(failed)} of {len(self.splits)} splits differ from one batch; the gradient of "
+            f"'{worst.split}' is off by {_figure(worst.gradient_error)}.{told}"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"exact": self.exact, "verdict": self.verdict, **asdict(self)}, indent=2, allow_nan=False)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the verification as JSON."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Verification":
+        """Reads what `save` wrote."""
+        read: Mapping[str, Any] = json.loads(Path(path).read_text())
+        known = {f.name: read[f.name] for f in fields(cls)}
+        for name in ("splits", "others"):
+            known[name] = [Measured(**measured) for measured in known[name]]
+        return cls(**known)
+
+    @property
+    def _rows(self) -> list[Measured]:
+        return [*self.splits, *self.others]
+
+
+def _figure(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}" if 0 < error < 0.01 else f"{error:.2g}"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    name, *numbers, last = cells
+    width, *others = widths[:-1]
+    numbers = [f"{number:>{w}}" for number, w in zip(numbers, others, strict=True)]
+    return "  ".join([f"{name:<{width}}", *numbers, last]).rstrip()
+
+
+def _wrapped(sentence: str) -> list[str]:
+    return textwrap.wrap(sentence, _WIDTH, subsequent_indent="  ", break_long_words=False)
