@@ -30,6 +30,11 @@ class Slice:
     width: int = 0
     places: Rows = ()
 
+    @classmethod
+    def of(cls, window: Rows, places: Rows, tokens: int = 0, width: int = 0) -> "Slice":
+        """Those rows of a window that stand at these places in it."""
+        return cls(tuple(window[place] for place in places), tokens, width, places)
+
 
 @dataclass(frozen=True)
 class Caps:
@@ -110,7 +115,7 @@ class Cutter:
     def _slice(self, window: Rows, places: Rows, lengths: np.ndarray) -> Slice:
         tokens = int(self._tokens(lengths)[-1])
         width = tokens if self.packed else int(lengths.max())
-        return Slice(tuple(window[place] for place in places), tokens, width, places)
+        return Slice.of(window, places, tokens, width)
 
     def _tokens(self, lengths: np.ndarray) -> np.ndarray:
         """The tokens of a micro-batch of the first row, the first two, …, padding included."""

@@ -107,7 +107,8 @@ class Bench:
 
     def whole(self, rows: Rows, order: Rows | None = None) -> MicroBatch:
         """Rows in one micro-batch."""
-        return self._loaded(self.padded, rows, [Slice(order or rows)])[0]
+        places = tuple(rows.index(position) for position in order or rows)
+        return self._loaded(self.padded, rows, [Slice.of(rows, places)])[0]
 
     def micro_batches(self, split: Split) -> list[MicroBatch]:
         """Those of all processes, as anybody would have them: padded, and without ghosts."""

@@ -63,11 +63,11 @@ def splits_of(window: Rows, cut: Cut, cutter: Cutter, unit: int, n_random: int, 
 
 def _random(window: Rows, num_processes: int, draw: np.random.RandomState) -> Shares:
     """Any order, any sizes up to half the window, dealt to the processes as it comes."""
-    order = [window[n] for n in draw.permutation(len(window))]
+    order = draw.permutation(len(window)).tolist()
     slices = []
     while order:
         size = int(draw.randint(1, max(1, len(window) // 2) + 1))
-        slices.append(Slice(tuple(order[:size])))
+        slices.append(Slice.of(window, tuple(order[:size])))
         order = order[size:]
     shares: list[list[Slice]] = [[] for _ in range(num_processes)]
     for piece in slices:
