@@ -198,7 +198,8 @@ def test_auto_tries_rows_without_labels_at_their_full_length() -> None:
     model = head.model()
     widths: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(
-        lambda m, _, given: widths.append(tuple(given["input_ids"].shape)) if m.training else None, with_kwargs=True
+        lambda _, __, given: widths.append(tuple(given["input_ids"].shape)) if torch.is_grad_enabled() else None,
+        with_kwargs=True,
     )
     test_fine_tuning(
         model, train_data=rows, batch_size="auto", effective_batch_size=8, n_epochs=1, validation_split=0.0,
@@ -211,7 +212,7 @@ def test_auto_finds_the_gradients_of_the_try_before_and_leaves_none() -> None:
     model = HEADS[NAME].model()
     found: list[bool] = []
     model.register_forward_pre_hook(
-        lambda m, _: found.append(any(p.grad is not None for p in m.parameters())) if m.training else None
+        lambda m, _: found.append(any(p.grad is not None for p in m.parameters())) if torch.is_grad_enabled() else None
     )
     limited(model, 4)
     test_fine_tuning(
