@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ftaccum import InexactLossWarning, plan, test_fine_tuning
 from ftaccum.data import Rows
 from ftaccum.data.checking import sample_positions
 from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
-from structures import STRUCTURES, with_a_narrow_weight
+from structures import RARE, STRUCTURES, Branching, with_a_narrow_weight
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -83,6 +84,28 @@ def test_micro_batches_without_loss_items_contribute_nothing(name: str) -> None:
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n % 3 else row for n, row in enumerate(head.rows(12))]
     with all_in_float64():
         assert max(window_errors(head.model(), rows, batch_size=1, gradient_accumulation_steps=6)) < 1e-10
+
+
+def test_a_ghost_moves_no_weights_that_its_window_does_not_use() -> None:
+    """The shortest row, the ghost, takes another branch than the one labelled row of the first window."""
+    rows: list[Row] = [{"input_ids": [5, 6, 7, 8 + n], "labels": -100} for n in range(4)]
+    order = next(plan(5, n_epochs=1, validation_split=0.0, effective_batch_size=4).windows(0)).rows
+    every = {order[0]: {"input_ids": [5, 9, 9, 9], "labels": 1}, **dict(zip(order[1:], rows, strict=False))}
+    (rest,) = set(range(5)) - set(order)
+    every[rest] = {"input_ids": [RARE, 3], "labels": 2}
+    model = Branching()
+    seen: list[bool] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            seen.append(model.rare.weight.grad is None)
+            super().step(closure)
+
+    test_fine_tuning(
+        model, train_data=[every[n] for n in range(5)], batch_size=1, effective_batch_size=4, n_epochs=1,
+        validation_split=0.0, optimizer=Watched, planner=False, progress=False,
+    )  # fmt: skip
+    assert seen == [True, False]
 
 
 def test_a_window_without_loss_items_is_a_skipped_update() -> None:

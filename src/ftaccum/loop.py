@@ -194,9 +194,12 @@ class TrainingLoop:
             ) from error
 
     def _pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
-        """One forward and backward pass."""
+        """One forward and backward pass. A ghost's is left out, unless other processes wait for it: weights that no row
+        of the window uses would get a gradient of zeros, and optimizers move weights that have one."""
         accelerator = self.accelerator
         with accelerator.accumulate(self.model), self._without_trace(micro):
+            if micro.is_ghost and not (accelerator.sync_gradients or isinstance(self.model, FSDPModule)):
+                return
             batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
             # Not the outputs beside them: a name would keep the logits through the backward pass.
             means = self.objective.means(self.model, batch, micro.counts, micro.terms)[0]

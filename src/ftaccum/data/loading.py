@@ -115,7 +115,8 @@ class Loader:
         return cutter.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
     def load(self, shares: Iterable[Share], seed: Sequence[int] | None = None) -> Iterator[list[MicroBatch]]:
-        """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items.
+        """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items;
+        ghosts come first, so that the last pass is one of the process's own rows, if it has any.
 
         Args:
             seed: for workers, which take shares before they are asked for, where there are any; None for none.
@@ -126,7 +127,8 @@ class Loader:
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, seed)
         for share in given:
-            yield [self._or_ghost(micro) for micro in self._micro_batches(share, batches)]
+            loaded = [self._or_ghost(micro) for micro in self._micro_batches(share, batches)]
+            yield sorted(loaded, key=lambda micro: not micro.is_ghost)
 
     def stream(self, shares: Iterable[Share]) -> Iterator[MicroBatch]:
         """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
