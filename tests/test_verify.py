@@ -66,8 +66,8 @@ def test_what_is_held_against_is_one_batch_in_plain_pytorch(monkeypatch: pytest.
     seen: list[tuple[Bench, tuple[int, ...], Found]] = []
     together = Bench.together
 
-    def recorded(bench: Bench, rows: tuple[int, ...], *others: Any) -> Found:
-        found = together(bench, rows, *others)
+    def recorded(bench: Bench, rows: tuple[int, ...], **others: Any) -> Found:
+        found = together(bench, rows, **others)
         seen.append((bench, rows, found))
         return found
 
@@ -101,11 +101,20 @@ def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch
     assert errors["loss / k"] == pytest.approx(errors["equal slices, in order of arrival"], rel=1e-6)
 
 
-def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftaccum.verification.bench.total", lambda means: 1.001 * sum(means.values()))
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    monkeypatch.setattr("ftaccum.verification.bench.total", lambda means: factor * sum(means.values()))
     found = of_head(BERT)
-    assert not found.exact
+    assert not any(measured.exact for measured in found.splits)
     assert max(measured.gradient_error or 0.0 for measured in found.splits) < 1e-10
+    assert json.loads(found.to_json())["splits"][0]["loss_error"] == (None if factor != factor else pytest.approx(1e-3))
+
+
+def test_parts_that_a_head_computes_in_float32_count_as_rounding() -> None:
+    found = verify(HEADS[CAUSAL].model(), HEADS[CAUSAL].rows(30), **SIZES)
+    assert found.exact
+    assert max(measured.gradient_error or 0.0 for measured in found.splits) > 1e-9
+    assert 1e-9 < found.floor < 1e-6
 
 
 def test_what_others_make_of_it_stands_beside() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import transformers
 from accelerate.utils import gather_object
@@ -56,29 +55,36 @@ class Comparison:
     n_random: int
     tolerance: Callable[[float], float]
 
-    def splits(self) -> list[Split]:
-        """What is tried."""
-        bench = self.bench
-        every = splits_of(bench.window, bench.train.cut, self.cutter, self.unit, self.n_random, bench.seed[0])
-        return [split for split in every if not split.at_one_width or bench.is_wider(split)]
+    def windows(self) -> dict[Rows, list[Split]]:
+        """What is tried: the ways to cut a window, by its rows."""
+        bench, found = self.bench, dict[Rows, list[Split]]()
+        for split in splits_of(bench.window, bench.train.cut, self.cutter, self.unit, self.n_random, bench.seed[0]):
+            if not split.at_one_width or bench.is_wider(split):
+                found.setdefault(split.rows, []).append(split)
+        return found
 
-    def results(self, on_split: Callable[[], object]) -> Compared:
+    def results(self, on_window: Callable[[], object]) -> Compared:
         """Measures. The model is left without wrappers.
 
         Args:
-            on_split: called after each of them.
+            on_window: called after each of them.
         """
-        bench, splits, measured = self.bench, self.splits(), []
+        bench, windows = self.bench, self.windows()
+        measured, floor = list[Measured](), 0.0
         with self._loops() as new_loop:
             bench.settle_scale()
+            for rows, splits in windows.items():
+                of_window, floor_of_window = self._of_window(rows, splits, new_loop)
+                measured += of_window
+                floor = max(floor, floor_of_window)
+                on_window()
             whole = bench.together(bench.window)
-            floor = self._floor(whole)
-            tolerance = self.tolerance(floor)
-            for split in splits:
-                measured.append(self._accumulated(split, whole, tolerance, new_loop()))
-                on_split()
-            others = list(self._divided_by_k(whole, splits))
-        return Compared(measured, [*others, self._trainer(whole)], floor, tolerance)
+            others = list(
+                self._divided_by_k(whole, max((r for r in windows if r != bench.window), key=len, default=()))
+            )
+        tolerance = self.tolerance(floor)
+        judged = [_judged(each, tolerance) for each in measured]
+        return Compared(judged, [*others, self._trainer(whole)], floor, tolerance)
 
     @contextmanager
     def _loops(self) -> Iterator[Callable[[], TrainingLoop]]:
@@ -94,33 +100,37 @@ class Comparison:
                 max_grad_norm=math.inf, agreement=self.agreement, calibration=NoCalibration(),
             )  # fmt: skip
 
-    def _floor(self, whole: Found) -> float:
-        """What rounding alone does: the rows in other orders, the loss times a third."""
-        window = self.bench.window
-        shuffled = tuple(window[n] for n in np.random.RandomState(self.bench.seed).permutation(len(window)))
-        again = [self.bench.together(window, order, 1 / 3).error(whole) for order in (window[::-1], shuffled)]
-        return max(gather_object(again))
+    def _of_window(
+        self, rows: Rows, splits: Sequence[Split], new_loop: Callable[[], TrainingLoop]
+    ) -> tuple[list[Measured], float]:
+        """The splits of one window, not judged yet, and what rounding alone does to it."""
+        bench = self.bench
+        if bench.whole(rows).is_ghost:
+            return [Measured(*split.facts, exact=True, note="(no loss items: no update)") for split in splits], 0.0
+        if not any(map(bench.takes, splits)):
+            return [Measured(*split.facts, exact=False, note=_TOO_SMALL) for split in splits], 0.0
+        wanted = bench.together(rows)
+        again = bench.together(rows, order=rows[::-1], factor=1 / 3)
+        return [self._accumulated(split, wanted, new_loop) for split in splits], max(
+            gather_object([again.error(wanted)])
+        )
 
-    def _accumulated(self, split: Split, whole: Found, tolerance: float, loop: TrainingLoop) -> Measured:
+    def _accumulated(self, split: Split, wanted: Found, new_loop: Callable[[], TrainingLoop]) -> Measured:
         if not self.bench.takes(split):
             return Measured(*split.facts, exact=False, note=_TOO_SMALL)
-        if self.bench.whole(split.rows).is_ghost:
-            return Measured(*split.facts, exact=True, note="(no loss items: no update)")
-        errors = _errors(self.bench.accumulated(loop, split), self._wanted(split, whole))
-        return Measured(*split.facts, *errors, exact=all(error is not None and error <= tolerance for error in errors))
+        return Measured(*split.facts, *_errors(self.bench.accumulated(new_loop(), split), wanted))
 
-    def _divided_by_k(self, whole: Found, splits: Sequence[Split]) -> Iterator[Measured]:
-        """Of the full window, and of the longest that is short: k is still that of the full one there."""
+    def _divided_by_k(self, whole: Found, short: Rows) -> Iterator[Measured]:
+        """Of the full window, and of one that is short, where there is one: k is still that of the full one there."""
         full = self._in_order("loss / k", self.bench.window)
-        short = max((split.rows for split in splits if len(split.rows) < len(full.rows)), key=len, default=None)
-        remainder = [] if short is None else [self._in_order(f"loss / k, remainder of {len(short)}", short)]
+        remainder = [self._in_order(f"loss / k, remainder of {len(short)}", short)] if short else []
         k = len(full.slices)
         for split in [full, *remainder]:
             if not self.bench.takes(split):
                 yield Measured(*split.facts, note=_TOO_SMALL)
-            else:
-                errors = _errors(divided_by_k(self.bench, split, k), self._wanted(split, whole))
-                yield Measured(*split.facts, *errors)
+            elif not self.bench.whole(split.rows).is_ghost:
+                wanted = whole if split is full else self.bench.together(split.rows)
+                yield Measured(*split.facts, *_errors(divided_by_k(self.bench, split, k), wanted))
 
     def _trainer(self, whole: Found) -> Measured:
         split = self._in_order(_TRAINER, self.bench.window)
@@ -135,12 +145,16 @@ class Comparison:
             return Measured(*split.facts, note=f"({said(error)})")
         return Measured(*split.facts, *_errors(found, whole))
 
-    def _wanted(self, split: Split, whole: Found) -> Found:
-        return whole if split.rows == self.bench.window else self.bench.together(split.rows)
-
     def _in_order(self, name: str, rows: Rows) -> Split:
         """Equal slices in the order of arrival."""
         return Split(name, rows, self.bench.train.cut(rows, replace(self.cutter, costs=None)))
+
+
+def _judged(measured: Measured, tolerance: float) -> Measured:
+    if measured.exact is not None:
+        return measured
+    errors = (measured.gradient_error, measured.loss_error)
+    return replace(measured, exact=all(error is not None and error <= tolerance for error in errors))
 
 
 def _errors(found: Found, wanted: Found) -> tuple[float | None, float | None]:

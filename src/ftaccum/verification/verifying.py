@@ -160,7 +160,7 @@ def _verified(
             tolerance=lambda floor: settings.tolerance or tolerance_for(floor, *precision),
         )
         shown = accelerator.is_main_process and runtime.progress
-        with tqdm(total=len(comparison.splits()), desc="splits", disable=not shown, leave=False) as bar:
+        with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             compared = comparison.results(bar.update)
     findings = assembly.objective.findings
     return Verification(
