@@ -4,28 +4,40 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ftaccum import plan, test_fine_tuning
 from heads import RecordingOptimizer, Row, one_batch_gradient, relative_error
 
 
 def window_errors(model: nn.Module, rows: Sequence[Row], *, num_processes: int = 1, **arguments: Any) -> list[float]:
-    """The relative gradient error of each window of one epoch, or of `n_epochs`, on this process.
+    """The relative gradient error of each window, on this process. A weight that no row of a window uses must have no
+    gradient, not one of zeros.
 
     Args:
         arguments: of `test_fine_tuning`: the sizes of an update, and whatever else.
     """
-    arguments = {"n_epochs": 1} | arguments
+    wanted = [one_batch_gradient(model, window) for window in windows_of(rows, num_processes, **arguments)]
+    found = accumulated_gradients(model, rows, **arguments)
+    assert [f.keys() for f in found] == [w.keys() for w in wanted]
+    return [relative_error(f, w) for f, w in zip(found, wanted, strict=True)]
+
+
+def windows_of(rows: Sequence[Row], num_processes: int = 1, **arguments: Any) -> list[list[Row]]:
+    """The rows of each window of the run."""
     known = inspect.signature(plan).parameters
     planned = plan(
         len(rows),
         validation_split=0.0,
         num_processes=num_processes,
-        **{name: value for name, value in arguments.items() if name in known},
+        **{"n_epochs": 1} | {name: value for name, value in arguments.items() if name in known},
     )
     windows = [window for epoch in planned.epochs for window in planned.windows(epoch)]
-    wanted = [one_batch_gradient(model, [rows[n] for n in window.rows]) for window in windows]
+    return [[rows[n] for n in window.rows] for window in windows]
+
+
+def accumulated_gradients(model: nn.Module, rows: Sequence[Row], **arguments: Any) -> list[dict[str, Tensor]]:
+    """The gradient of each window of the run, as the optimizer is given it."""
     optimizer = RecordingOptimizer(model)
     test_fine_tuning(
         model,
@@ -34,8 +46,6 @@ def window_errors(model: nn.Module, rows: Sequence[Row], *, num_processes: int =
         validation_split=0.0,
         gradient_clip_norm=None,
         progress=False,
-        **arguments,
+        **{"n_epochs": 1} | arguments,
     )
-    for found, one in zip(optimizer.gradients, wanted, strict=True):
-        assert found.keys() == one.keys(), "a weight that no row of the window uses has no gradient, not one of zeros"
-    return [relative_error(f, w) for f, w in zip(optimizer.gradients, wanted, strict=True)]
+    return optimizer.gradients

@@ -262,24 +262,23 @@ def all_in_float64() -> Iterator[None]:
 
 
 def one_batch(rows: Sequence[Row], left: bool = False) -> dict[str, Tensor]:
-    """Rows padded to the longest, on the right or the left, the plain way."""
+    """Rows padded to the longest in every dimension, on the right or the left, the plain way."""
     batch: dict[str, Tensor] = {}
     for key in rows[0]:
         values = [torch.as_tensor(row[key]) for row in rows]
-        fill = IGNORED if key == "labels" else PAD
-        width = max(v.shape[-1] for v in values) if values[0].ndim else 0
-        if values[0].ndim and key != "pixel_values":
-            values = [
-                nn.functional.pad(v, (width - v.shape[-1], 0) if left else (0, width - v.shape[-1]), value=fill)
-                for v in values
-            ]
-        batch[key] = torch.stack(values)
+        batch[key] = _padded(values, IGNORED if key == "labels" else PAD, left)
         if key == "input_ids":
-            lengths = torch.tensor([torch.as_tensor(row[key]).shape[-1] for row in rows])
-            column = torch.arange(width).flip(0) if left else torch.arange(width)
-            mask = column < lengths.view(-1, *[1] * (batch[key].ndim - 1))
-            batch["attention_mask"] = mask.expand(batch[key].shape).long()
+            batch["attention_mask"] = _padded([torch.ones_like(value) for value in values], 0, left)
     return batch
+
+
+def _padded(values: Sequence[Tensor], fill: int, left: bool) -> Tensor:
+    size = [max(lengths) for lengths in zip(*(value.shape for value in values), strict=True)]
+    padded = torch.full((len(values), *size), fill, dtype=values[0].dtype)
+    for row, value in zip(padded, values, strict=True):
+        lengths = zip(value.shape, size, strict=True)
+        row[tuple(slice(m - n, m) if left else slice(n) for n, m in lengths)] = value
+    return padded
 
 
 def one_batch_gradient(model: nn.Module, rows: Sequence[Row], left: bool = False) -> dict[str, Tensor]:

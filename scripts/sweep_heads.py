@@ -1,0 +1,102 @@
+"""Every head of Transformers' auto classes, built tiny: is its accumulated gradient that of one batch?
+
+Walks the mappings of the auto classes, by task. Each class is built from a tiny configuration in float64 with dropout
+off, and trained on 9 ragged rows in windows of 6 and 3 (micro-batches of 1 or 2), weights fixed. What the windows leave
+in the gradients is held against plain PyTorch on one batch. Exits with 1 where one is silently wrong, or crashed.
+
+    .venv/bin/python scripts/sweep_heads.py
+    .venv/bin/python scripts/sweep_heads.py --task CAUSAL_LM --only Mixtral
+    .venv/bin/python scripts/sweep_heads.py --jobs 4 --json heads.json
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import transformers
+
+from every_head import KINDS, TASKS, Case, Verdict, cases, check
+
+FAILED = ("crashed", "SILENTLY WRONG")
+
+
+def main() -> int:
+    options = _options()
+    found = [case for task in options.task or TASKS for case in cases(task, options.only)]
+    started, verdicts = time.perf_counter(), []
+    for n, verdict in enumerate(_checked(found, options.jobs), start=1):
+        verdicts.append(verdict)
+        seconds = time.perf_counter() - started
+        print(f"{n}/{len(found)} {seconds:.0f} s {_name(verdict)}: {verdict.kind}", file=sys.stderr, flush=True)
+    print(table(verdicts))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
+    return int(any(verdict.kind in FAILED for verdict in verdicts))
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """A line for each task, and then one for each class that is not plainly exact."""
+    lines = [_line("task", "classes", "runs", *KINDS), _line(*["---"] * (3 + len(KINDS)))]
+    for task in [*dict.fromkeys(verdict.task for verdict in verdicts), ""]:
+        of_task = [verdict for verdict in verdicts if task in ("", verdict.task)]
+        kinds = Counter(verdict.kind for verdict in of_task)
+        name = task.lower().replace("_", " ") or "together"
+        lines.append(_line(name, len({v.name for v in of_task}), len(of_task), *(kinds[kind] for kind in KINDS)))
+    measured = {verdict.name for verdict in verdicts if verdict.kind != "not buildable"}
+    lines += ["", f"{len(measured)} classes were built and trained."]
+    for kind in reversed(KINDS[1:]):
+        those = [verdict for verdict in verdicts if verdict.kind == kind]
+        lines += ["", f"{kind}: {len(those)}"] if those else []
+        lines += [f"  {_name(verdict)}: {_shortened(verdict)}" for verdict in those]
+    return "\n".join(lines)
+
+
+def _checked(found: Sequence[Case], jobs: int) -> Iterator[Verdict]:
+    if jobs == 1:
+        _quiet()
+        yield from map(check, found)
+        return
+    with ProcessPoolExecutor(jobs, initializer=_quiet) as workers:
+        yield from workers.map(check, found)
+
+
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _name(verdict: Verdict) -> str:
+    return f"{verdict.task.lower()}, {verdict.name}{f' ({verdict.variant})' if verdict.variant else ''}"
+
+
+def _shortened(verdict: Verdict, most: int = 240) -> str:
+    off = "" if verdict.error is None else f" [gradient {verdict.error:.0e} off]"
+    return (verdict.why if len(verdict.why) <= most else verdict.why[:most] + " …") + off
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="again for another one; default: all")
+    parser.add_argument("--only", default="", metavar="NAME", help="classes with this in their names")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every verdict")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

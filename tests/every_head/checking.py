@@ -1,0 +1,234 @@
+"""A verdict on one class: the gradient of accumulated windows against that of one batch in plain PyTorch."""
+
+import contextlib
+import gc
+import io
+import math
+import signal
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from exactness import accumulated_gradients, windows_of
+from ftaccum import DataError, InexactLossWarning, SettingsError
+from heads import IGNORED, Row, one_batch, relative_error
+
+from .rows import accepted
+from .tasks import Case
+from .tiny import TINY_SIZES, tiny_config, tiny_model
+
+WINDOWS = {"batch_size": 2, "gradient_accumulation_steps": 3}  # of 9 rows: 6 and 3, and the last micro-batch is short
+TOLERANCE = 1e-9
+
+Kind = Literal["exact", "exact with a remedy", "caught", "not buildable", "crashed", "SILENTLY WRONG"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Gradient = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a case.
+
+    Attributes:
+        why: the remedy, the sentence that said so, what kept the model from being built, or what went wrong.
+        error: the largest relative error of any window's gradient; None where there is no gradient.
+    """
+
+    task: str
+    name: str
+    variant: str
+    kind: Kind
+    why: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A tiny model, rows for it, their windows, and what plain PyTorch makes of each."""
+
+    model: nn.Module
+    rows: list[Row]
+    windows: list[list[Row]]
+    wanted: list[Gradient]
+
+
+class _NotBuildableError(Exception): ...
+
+
+class _TimeOutError(BaseException):
+    """Not an Exception, which models and ftaccum may catch on the way."""
+
+
+def check(case: Case, limit: int = 60) -> Verdict:
+    """Builds the class of a case, trains it on fixed weights, and holds what it finds against one batch.
+
+    Args:
+        limit: seconds after which it is given up.
+    """
+    try:
+        with _time_limit(limit), _in_float64(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kind, why, error = _verdict(case)
+    except _NotBuildableError as reason:
+        kind, why, error = "not buildable", str(reason), None
+    except _TimeOutError:
+        kind, why, error = "not buildable", f"took longer than {limit} s", None
+    finally:
+        gc.collect()
+    return Verdict(case.task, case.model_class.__name__, case.variant, kind, " ".join(why.split()), error)
+
+
+def _verdict(case: Case) -> tuple[Kind, str, float | None]:
+    built = _built(case)
+    kind, why, error = _trained(built)
+    if kind == "caught" and "`reduction='sum'`" in why:
+        of_means = [
+            {n: g / _labels(w) for n, g in sums.items()} for sums, w in zip(built.wanted, built.windows, strict=True)
+        ]
+        as_sum = _trained(_Built(built.model, built.rows, built.windows, of_means), reduction="sum")
+        if as_sum[0] in ("exact", "exact with a remedy"):
+            return "exact with a remedy", f"reduction='sum', as the warning says; {as_sum[1]}".rstrip("; "), as_sum[2]
+    return kind, why, error
+
+
+def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
+    """What a user would see of a run with these arguments, and how far off its gradients are."""
+    screen, error = io.StringIO(), None
+    with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(screen):
+        warnings.simplefilter("always")
+        try:
+            found = accumulated_gradients(built.model, built.rows, **WINDOWS, **arguments)
+            error = _largest_error(found, built.wanted)
+        except (DataError, SettingsError) as refusal:
+            return "caught", f"{type(refusal).__name__}: {refusal}", None
+        except Exception as other:
+            crash = _in_words(other)
+        else:
+            crash = ""
+    warned = [str(w.message) for w in told if issubclass(w.category, InexactLossWarning)]
+    if warned:
+        false_alarm = "(though it is exact) " if error is not None and error <= TOLERANCE else ""
+        return "caught", false_alarm + warned[0], error
+    if crash or error is None:
+        return "crashed", crash, None
+    if not error <= TOLERANCE:
+        counted = next((line for line in screen.getvalue().splitlines() if line.startswith("Loss:")), "")
+        return "SILENTLY WRONG", f"the gradient is {error:.1e} off. {counted}", error
+    if "one width per window" in screen.getvalue():
+        return "exact with a remedy", "one padded width per window, by itself", error
+    return "exact", "", error
+
+
+def _largest_error(found: Sequence[Gradient], wanted: Sequence[Gradient]) -> float:
+    """Over the windows; infinite where one was skipped, or a gradient is not finite."""
+    if len(found) != len(wanted):
+        return math.inf
+    errors = [relative_error(f, w) for f, w in zip(found, wanted, strict=True)]
+    return max(e if math.isfinite(e) else math.inf for e in errors)
+
+
+def _built(case: Case) -> _Built:
+    """The smallest model that runs, on the first kind of rows that it takes.
+
+    Raises:
+        _NotBuildableError: where there is none, with the last error, or where no gradient could be compared.
+    """
+    error: Exception = ValueError("there is no way to draw a row")
+    for size in TINY_SIZES:
+        try:
+            config = tiny_config(case.config_class, size, case.how.settings, case.how.switches)
+            model = tiny_model(case.model_class, config)
+        except Exception as unfit:
+            error = unfit
+            continue
+        for rows in case.how.rows_for(model):
+            try:
+                windows = windows_of(rows, **WINDOWS)
+                wanted = [one_batch_gradient(model, window) for window in windows]
+                again = one_batch_gradient(model, windows[0], seed=1)
+            except Exception as unfit:
+                error = unfit
+                continue
+            norms = [sum(float((g**2).sum()) for g in gradient.values()) for gradient in wanted]
+            if not all(0 < norm < math.inf for norm in norms):
+                raise _NotBuildableError(f"the squared norms of its gradients in plain PyTorch are {norms}")
+            if relative_error(again, wanted[0]) > TOLERANCE:
+                raise _NotBuildableError("its forward pass draws at random, though dropout is off")
+            return _Built(model, rows, windows, wanted)
+    raise _NotBuildableError(_in_words(error))
+
+
+def one_batch_gradient(model: nn.Module, rows: Sequence[Row], seed: int = 0) -> Gradient:
+    """∇ of the model's own loss over all the rows at once, in train mode; buffers and generators stay as they were."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch = {name: value for name, value in one_batch(rows).items() if name in accepted(model)}
+    model.train()
+    model.zero_grad()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            loss = getattr(model(**batch), "loss", None)
+            if loss is None:
+                raise ValueError("it is given labels, and computes no loss")
+            loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    finally:
+        model.zero_grad()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
+
+
+def _labels(window: Sequence[Row]) -> int:
+    return sum(int((torch.as_tensor(row["labels"]) != IGNORED).sum()) for row in window)
+
+
+def _in_words(error: Exception) -> str:
+    """An error with the line that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/transformers/" in f.filename]
+    where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+class _NoFloat32(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is Tensor.float:
+            return args[0].double()
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def _in_float64() -> Iterator[None]:
+    """Whatever asks for float32, softmaxes, norms and positions too, gets float64: what is left is the accumulation's
+    own error. (`heads.all_in_float64` leaves out what names its type; this cannot be used with checkpointing.)"""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _NoFloat32():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise _TimeOutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
