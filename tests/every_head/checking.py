@@ -8,7 +8,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -57,6 +57,14 @@ class _Built:
     windows: list[list[Row]]
     wanted: list[Gradient]
 
+    def as_sum(self) -> "_Built":
+        """The same, where the loss is a sum: the gradient wanted is that of its mean over the labels."""
+        items = [
+            sum(int((torch.as_tensor(row["labels"]) != IGNORED).sum()) for row in window) for window in self.windows
+        ]
+        means = [{name: g / n for name, g in sums.items()} for sums, n in zip(self.wanted, items, strict=True)]
+        return replace(self, wanted=means)
+
 
 class _NotBuildableError(Exception): ...
 
@@ -71,35 +79,38 @@ def check(case: Case, limit: int = 60) -> Verdict:
     Args:
         limit: seconds after which it is given up.
     """
+    built = None
     try:
         with _time_limit(limit), _in_float64(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            kind, why, error = _verdict(case)
+            built = _built(case)
+            kind, why, error = _judged(built)
     except _NotBuildableError as reason:
         kind, why, error = "not buildable", str(reason), None
     except _TimeOutError:
-        kind, why, error = "not buildable", f"took longer than {limit} s", None
+        kind, why, error = "crashed" if built else "not buildable", f"took longer than {limit} s", None
     finally:
         gc.collect()
     return Verdict(case.task, case.model_class.__name__, case.variant, kind, " ".join(why.split()), error)
 
 
-def _verdict(case: Case) -> tuple[Kind, str, float | None]:
-    built = _built(case)
+def _judged(built: _Built) -> tuple[Kind, str, float | None]:
+    """The verdict; where a warning advises another argument, that with it."""
     kind, why, error = _trained(built)
     if kind == "caught" and "`reduction='sum'`" in why:
-        of_means = [
-            {n: g / _labels(w) for n, g in sums.items()} for sums, w in zip(built.wanted, built.windows, strict=True)
-        ]
-        as_sum = _trained(_Built(built.model, built.rows, built.windows, of_means), reduction="sum")
-        if as_sum[0] in ("exact", "exact with a remedy"):
-            return "exact with a remedy", f"reduction='sum', as the warning says; {as_sum[1]}".rstrip("; "), as_sum[2]
+        remedied, more, error_then = _trained(built.as_sum(), reduction="sum")
+        if remedied in ("exact", "exact with a remedy"):
+            return (
+                "exact with a remedy",
+                "; ".join(filter(None, ["reduction='sum', as the warning says", more])),
+                error_then,
+            )
     return kind, why, error
 
 
 def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
     """What a user would see of a run with these arguments, and how far off its gradients are."""
-    screen, error = io.StringIO(), None
+    screen, error, crash = io.StringIO(), None, ""
     with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(screen):
         warnings.simplefilter("always")
         try:
@@ -109,13 +120,11 @@ def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
             return "caught", f"{type(refusal).__name__}: {refusal}", None
         except Exception as other:
             crash = _in_words(other)
-        else:
-            crash = ""
     warned = [str(w.message) for w in told if issubclass(w.category, InexactLossWarning)]
     if warned:
         false_alarm = "(though it is exact) " if error is not None and error <= TOLERANCE else ""
         return "caught", false_alarm + warned[0], error
-    if crash or error is None:
+    if error is None:
         return "crashed", crash, None
     if not error <= TOLERANCE:
         counted = next((line for line in screen.getvalue().splitlines() if line.startswith("Loss:")), "")
@@ -184,10 +193,6 @@ def one_batch_gradient(model: nn.Module, rows: Sequence[Row], seed: int = 0) -> 
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
-
-
-def _labels(window: Sequence[Row]) -> int:
-    return sum(int((torch.as_tensor(row["labels"]) != IGNORED).sum()) for row in window)
 
 
 def _in_words(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """A tiny configuration of any configuration class, and the model of it.
 
-Sizes are found by the names that Transformers gives them, nowhere by the class. Where one set of sizes breaks a
-constraint of a model, the next set may keep it; what neither can is helped by `HELP`.
+Sizes are found by the names that Transformers gives them. Where one set of sizes breaks a constraint of a model, the
+next set may keep it; where none does, `HELP` knows better.
 """
 
 import re
@@ -112,7 +112,11 @@ def tiny_config(
 
 
 def _shrunk(config: PreTrainedConfig, size: Size, ids: dict[str, int]) -> dict[str, Any]:
-    """The arguments that make a configuration tiny."""
+    """The arguments that make a configuration tiny.
+
+    Args:
+        ids: special tokens by name, as numbered so far; inner configurations name some of them again.
+    """
     found: dict[str, Any] = {}
     n_layers = getattr(config, "num_hidden_layers", None)
     for name, value in vars(config).items():
@@ -126,13 +130,8 @@ def _shrunk(config: PreTrainedConfig, size: Size, ids: dict[str, int]) -> dict[s
                 found[name] = _tiny(name, 1 << 30, size)
         elif name == "vocab_size":
             found[name] = VOCABULARY
-        elif _TOKEN_ID.fullmatch(name):
-            if isinstance(value, bool) or re.search("ignore|layer|feature|task", name):
-                continue
-            if name in _SPECIAL_IDS:
-                found[name] = _SPECIAL_IDS[name]
-            elif isinstance(value, int) and value > 2:
-                found[name] = ids.setdefault(name, 3 + len(ids))
+        elif _is_token_id(name, value):
+            found[name] = _SPECIAL_IDS[name] if name in _SPECIAL_IDS else ids.setdefault(name, 3 + len(ids))
         elif name in ("rope_parameters", "rope_scaling"):
             found[name] = _rope(value, size)
         elif _one_a_layer(name, value, n_layers):
@@ -165,6 +164,13 @@ def _one_a_layer(name: str, value: Any, n_layers: int | None) -> bool:
 def _two_unlike(layers: Sequence[Any]) -> list[Any]:
     """Of what is said of each layer, two, of different kinds where there are."""
     return [layers[0], next((layer for layer in layers if layer != layers[0]), layers[0])]
+
+
+def _is_token_id(name: str, value: Any) -> bool:
+    """Whether it is the id of a special token that must be moved into the small vocabulary."""
+    if not _TOKEN_ID.fullmatch(name) or re.search("ignore|layer|feature|task", name) or isinstance(value, bool):
+        return False
+    return name in _SPECIAL_IDS or (isinstance(value, int) and value > EOS)
 
 
 def _is_sizes(value: Any) -> bool:
