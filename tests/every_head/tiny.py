@@ -195,6 +195,8 @@ def _settle(config: PreTrainedConfig, switches: Mapping[str, Any]) -> None:
         setattr(config, name, number)
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
+            if name == "decoder":  # or it would look ahead, and not at the encoder
+                value.is_decoder = value.add_cross_attention = True
             _settle(value, switches)
         elif name in switches:
             setattr(config, name, switches[name])
