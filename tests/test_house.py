@@ -32,6 +32,7 @@ FLOORS = [
     ["session", "borrowing", "reading", "recording", "screen", "selection"],
     ["parts", "watching"],
     ["assembly"],
+    ["arranging"],
     ["running"],
     ["fine_tuning"],
     ["search_settings", "verify_settings"],

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from exactness import window_errors
-from ftaccum import InexactLossError, InexactLossWarning, PaddingWarning, test_fine_tuning
+from ftaccum import DataError, InexactLossError, InexactLossWarning, PaddingWarning, test_fine_tuning
 from heads import HEADS, PAD, RecordingOptimizer, all_in_float64, one_batch, relative_error
 
 ROWS = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(n)).double(), "y": n % 3} for n in range(10)]
@@ -80,7 +81,7 @@ def test_the_check_leaves_generators_buffers_and_weights_alone() -> None:
     model = Net(nn.BatchNorm1d(6))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    with pytest.raises(InexactLossError, match=r"BatchNorm1d 'norm'.*on_inexact='warn'"):
+    with pytest.raises(InexactLossError, match=r"BatchNorm1d 'norm'[^\n]*\n`on_inexact='warn'"):
         train(model, on_inexact="error")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -253,3 +254,39 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
     assert passes
     assert len(passes) <= 24
     assert max(passes) <= 4
+
+
+def test_a_micro_batch_of_one_row_that_the_model_cannot_take_is_told_before_training() -> None:
+    """Of 9 rows, 4 + 4 + 1."""
+    with pytest.raises(DataError, match=r"takes no micro-batch of a single row .* an update of 1 rows is cut into 1"):
+        test_fine_tuning(
+            Net(nn.BatchNorm1d(6)), train_data=ROWS[:9], loss_fn=cross_entropy, on_inexact="ignore", **ONCE
+        )
+
+
+class FourByFour(Tagger):
+    """Takes tokens four by four: what is left over shares its place with padding."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        wide = F.pad(self.embed(input_ids), (0, 0, 0, -input_ids.shape[1] % 4))
+        begun = attention_mask[:, ::4, None].bool()
+        pooled = wide.unflatten(1, (-1, 4)).mean(2).tanh().masked_fill(~begun, -1.0).amax(1)
+        return SequenceClassifierOutput((self.head(pooled)[:, 0] - labels).square().mean(), pooled)
+
+
+def test_padding_that_matters_to_some_lengths_alone_is_seen() -> None:
+    draw = torch.Generator().manual_seed(3)
+    rows = [
+        {"input_ids": torch.randint(1, 61, (n,), generator=draw), "labels": float(n)}
+        for n in (4, 4, 4, 4, 5, 7, 8, 8, 8, 12)
+    ]
+    model = FourByFour()
+    with all_in_float64():
+        errors = window_errors(model, rows, batch_size=2, effective_batch_size=len(rows))
+    assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_of_sixteen_bits_are_measured_in_float32_with_the_weights(dtype: torch.dtype) -> None:
+    rows = [(row["x"].to(dtype), torch.tensor(row["y"])) for row in ROWS]
+    test_fine_tuning(nn.Linear(4, 3).to(dtype), train_data=rows, loss_fn=nn.CrossEntropyLoss(), **ONCE)

@@ -273,7 +273,7 @@ def _tell(findings: Findings, on_inexact: str, is_main: bool) -> None:
     """Raises or warns as the user wants it, where accumulating the loss is not exact."""
     sentences = findings.inexact()
     if sentences and on_inexact == "error":
-        raise InexactLossError(" ".join(sentences) + " (`on_inexact='warn'` trains all the same.)")
+        raise InexactLossError([*sentences, "`on_inexact='warn'` trains all the same."])
     if is_main and on_inexact == "warn":
         for sentence in sentences:
             warnings.warn(sentence, InexactLossWarning, stacklevel=2)

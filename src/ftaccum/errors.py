@@ -11,15 +11,15 @@ class SettingsError(ValueError):
         super().__init__("\n".join(self.faults))
 
     def __reduce__(self) -> tuple[type["SettingsError"], tuple[tuple[str, ...]]]:
-        return SettingsError, (self.faults,)  # it may be sent to another process
+        return type(self), (self.faults,)  # it may be sent to another process
+
+
+class InexactLossError(SettingsError):
+    """Accumulating this loss only approximates the large batch, and `on_inexact` is 'error'."""
 
 
 class DataError(ValueError):
     """The data cannot be trained on; the message names the argument and, where there is one, the row."""
-
-
-class InexactLossError(ValueError):
-    """Accumulating this loss only approximates the large batch, and `on_inexact` is 'error'."""
 
 
 class StreamError(DataError):

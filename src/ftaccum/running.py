@@ -13,20 +13,20 @@ from safetensors.torch import save_model
 from torch import nn
 
 from .adapting import Adaptation
-from .assembly import Assembly, assemble
+from .arranging import cutter_of, how_cut, planned
+from .assembly import Assembly
 from .borrowing import borrowed, compiled
 from .calibration import Calibration, NoCalibration, PassTimer
-from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
-from .data import Feed, Stream, StreamRows, mean_length
+from .cutting import Cutter
+from .data import Feed
 from .errors import SettingsError, StreamError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
 from .history import EpochEntry, Ledger, Result, Work
 from .loop import Outcome, TrainingLoop
-from .memory import Agreement, agreed_by
+from .memory import agreed_by
 from .optim import make_optimizer, make_schedule, rates_put_back
 from .parts import Parts
-from .physical_batch import largest_batch
-from .planning import Batching, Course, Plan, StreamPlan, batching_of
+from .planning import Batching
 from .reading import opened
 from .recording import Recorder, tracking
 from .selection import BestEpoch
@@ -48,9 +48,9 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         stack.enter_context(rates_put_back(optimizer))
         agreement = stack.enter_context(agreed_by(accelerator))
         stream = stack.enter_context(opened(parts.train_data, recipe.random_seed, accelerator, agreement))
-        assembly, plan = _planned(parts, recipe, runtime, accelerator, agreement, stream)
+        assembly, plan = planned(parts, recipe, runtime, accelerator, agreement, stream)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
-        notes = [*assembly.notes(), _how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
+        notes = [*assembly.notes(), how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
         screen.banner(plan, notes, warmup, accelerator.mixed_precision, accelerator.device.type)
 
         schedule = make_schedule(recipe.lr_scheduler, optimizer, warmup, plan.n_windows)
@@ -134,64 +134,6 @@ def _result(
         final_loss_scale=None if scaler is None else scaler.get_scale(),
         output_dir=accelerator.project_dir,
     )
-
-
-def _planned(
-    parts: Parts,
-    recipe: Recipe,
-    runtime: Runtime,
-    accelerator: Accelerator,
-    agreement: Agreement,
-    stream: Stream | None,
-) -> tuple[Assembly, Course]:
-    n_processes = accelerator.num_processes
-    if not recipe.tokens_per_update and runtime.batch_size != "auto":
-        batching_of(recipe, runtime, n_processes)  # sizes that disagree are told before the data are looked at
-    assembly = assemble(parts, recipe, runtime, accelerator, stream)
-    length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
-    if runtime.batch_size == "auto":
-        wanted = batching_of(recipe, replace(runtime, batch_size=1), n_processes, length).effective_batch_size
-        at_most = math.ceil(wanted / n_processes)
-        size = largest_batch(
-            parts.model, assembly.objective, assembly.train, accelerator, agreement, at_most,
-            wide=runtime.accumulate_in_fp32,
-        )  # fmt: skip
-        runtime = replace(runtime, batch_size=size)
-    batching = batching_of(recipe, runtime, n_processes, length)
-    n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
-    rows = assembly.train_rows
-    if isinstance(rows, StreamRows):
-        assert recipe.max_updates is not None, "checked with the parts"
-        return assembly, StreamPlan(
-            recipe.n_epochs, batching, recipe.max_updates, rows.take, recipe.random_seed, n_validation,
-            recipe.remainder, recipe.learning_rate_scaling,
-        )  # fmt: skip
-    return assembly, Plan(
-        len(rows), recipe.n_epochs, batching, recipe.random_seed, n_validation,
-        recipe.remainder, recipe.max_updates, recipe.learning_rate_scaling,
-    )  # fmt: skip
-
-
-def cutter_of(runtime: Runtime, batching: Batching) -> Cutter:
-    rows = batching.batch_size if runtime.max_tokens is None else None
-    given = GUESSED_COSTS if runtime.planner_costs is None else PassCosts(*runtime.planner_costs)
-    return Cutter(
-        Caps(rows, runtime.max_tokens), given if runtime.planner else None, batching.num_processes, runtime.padding_free
-    )
-
-
-def _how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
-    """The line of the banner that says what a micro-batch may hold, and what is done with that freedom."""
-    most = f"{batching.batch_size} rows" if runtime.max_tokens is None else f"{runtime.max_tokens} tokens"
-    found = ", as many as fit or an update has" if runtime.batch_size == "auto" else ""
-    layout = "; rows one behind the other, without padding" if runtime.padding_free else ""
-    # Where all rows are as wide as the longest, or nobody knows, full micro-batches cost least.
-    cut = "where it costs least" if runtime.planner and knows_lengths else "in the order of arrival"
-    line = f"Micro-batches: at most {most}{found}; windows cut {cut}{layout}"
-    if runtime.max_tokens is not None and batching.gradient_accumulation_steps == 1:
-        rows = batching.effective_batch_size
-        line += f"\nNote: an update has {rows} rows, by `batch_size`; `effective_batch_size` makes it larger"
-    return line
 
 
 def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:

@@ -16,6 +16,7 @@ from .streaming import StreamRows
 
 _SAMPLE, _PROBE_ROWS = 32, 4
 _LONG_ENOUGH = 64  # tokens, for rows to be unlike in length, or twice the shortest
+_STRIDE = 4
 _SHORTEST = 8  # rows to look at, so that some are short enough
 
 
@@ -191,8 +192,9 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
 def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
     """The rows to measure a loss on, and the longest of all.
 
-    The shortest, the longest that takes no time, and two between, of other classes: the more the groups differ, the
-    more is told.
+    The shortest, the longest that takes no time, and two between, of other classes, and of lengths that leave another
+    rest when divided by 4: the more the groups differ, the more is told. (A model that takes tokens four by four may
+    mind padding only where four are not whole.)
     """
     fetched = dict(zip(candidates, rows.fetch(candidates), strict=True))
     by_length = sorted(candidates, key=lambda position: length_of(fetched[position]))
@@ -202,10 +204,11 @@ def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
     by_length = by_length[: max(n_quick, _PROBE_ROWS)]
     n = min(_PROBE_ROWS, len(by_length))
     chosen = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
+    kinds = {p: (class_of(fetched[p]), length_of(fetched[p]) % _STRIDE) for p in by_length}
     for place in range(1, n - 1):
-        others = (p for i, p in enumerate(chosen) if i != place)
-        taken = {class_of(fetched[p]) for p in others}
-        chosen[place] = next((p for p in by_length if class_of(fetched[p]) not in taken), chosen[place])
+        others = [kinds[p] for i, p in enumerate(chosen) if i != place]
+        classes, rests = {kind for kind, _ in others}, {rest for _, rest in others}
+        chosen[place] = min(by_length, key=lambda p: (kinds[p][0] in classes, kinds[p][1] in rests, p != chosen[place]))
     # With other labels, a row and its copies can still tell something.
     return (chosen * _PROBE_ROWS)[:_PROBE_ROWS], longest
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
@@ -80,8 +80,8 @@ def measured_objective(
         ways = _ways(terms, sample.together, forward, counting, count_items, sums)
         measurement = _Measurement(model, forward, sample, counting, ways, sums)
         try:
-            with in_float32(model):
-                findings = measurement.findings(EXPLAINED)
+            with in_float32(model) as widened:
+                findings = replace(measurement, prepared=widened).findings(EXPLAINED)
         except torch.OutOfMemoryError:
             findings = measurement.findings(EXPLAINED_IN_HALF)
     (findings,) = broadcast_object_list([findings])
@@ -109,7 +109,12 @@ def difference_of_packing(
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What is measured on what; for the fields see `measured_objective`. `ways` are those in question, by term."""
+    """What is measured on what; for the fields see `measured_objective`.
+
+    Attributes:
+        ways: those to count that are in question, by term.
+        prepared: a batch → what the model takes.
+    """
 
     model: nn.Module
     forward: Forward
@@ -117,6 +122,7 @@ class _Measurement:
     counting: Counting
     ways: Ways
     sums: bool
+    prepared: Callable[[Batch], Batch] = lambda batch: batch
 
     def findings(self, tolerance: float) -> Findings:
         """Measures. Differences up to `tolerance` are taken for rounding."""
@@ -152,7 +158,8 @@ class _Measurement:
         )
 
     def _losses(self, batch: Batch) -> dict[str, float]:
-        found = self.forward(self.model, send_to_device(batch, next(self.model.parameters()).device))[0]
+        batch = self.prepared(send_to_device(batch, next(self.model.parameters()).device))
+        found = self.forward(self.model, batch)[0]
         if self.sums:  # there is one way to count each term then
             found = dict(means_of_sums(found, {t: next(iter(self.ways[t].values()))(batch) for t in found}))
         return {term: float(mean) for term, mean in found.items()}

@@ -1,14 +1,16 @@
 """A model's weights, for the time of a measurement: such that rows differ in loss, and without rounding to 16 bits."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from ..side_effects import converted
+from .counting import Batch
 
 
 @contextmanager
@@ -36,22 +38,33 @@ def shaken(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
+def in_float32(model: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
     """A model of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
 
     Rounded to 16 bits, the losses of two ways to count cannot be told apart.
+
+    Yields:
+        What puts the 16-bit numbers of a batch in float32 as well, where it does so with the weights.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if _is_narrow(t)]
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
         with converted(tensors, torch.float32):
-            yield
+            yield _widened if tensors else lambda batch: batch
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _widened(batch: Batch) -> Batch:
+    return recursively_apply(lambda t: t.float(), batch, test_type=_is_narrow)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 def _last_weight(model: Any) -> Tensor | None:

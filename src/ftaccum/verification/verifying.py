@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..arranging import cutter_of
 from ..assembly import Assembly, assemble
 from ..borrowing import borrowed
 from ..data import Collator, Rows, as_rows, mean_length
@@ -23,7 +24,6 @@ from ..objective import CountItems, LossFn
 from ..parts import Parts, check_parts
 from ..planning import Batching, Plan, batching_of
 from ..rehearsing import rehearsed
-from ..running import cutter_of
 from ..session import session
 from ..settings import Recipe, Runtime, checked, single_faults
 from ..side_effects import converted, preserved_gradients

@@ -1,0 +1,101 @@
+"""A run's windows, and how they will be cut, from its settings and its data."""
+
+import math
+from dataclasses import replace
+
+from accelerate import Accelerator
+
+from .assembly import Assembly, assemble
+from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
+from .data import Stream, StreamRows, mean_length
+from .errors import DataError
+from .memory import Agreement
+from .parts import Parts
+from .physical_batch import largest_batch
+from .planning import Batching, Course, Plan, StreamPlan, batching_of
+from .settings import Recipe, Runtime
+
+
+def planned(
+    parts: Parts,
+    recipe: Recipe,
+    runtime: Runtime,
+    accelerator: Accelerator,
+    agreement: Agreement,
+    stream: Stream | None,
+) -> tuple[Assembly, Course]:
+    """What a run trains on, and its windows.
+
+    Args:
+        stream: of the training data, where they are one.
+
+    Raises:
+        DataError, SettingsError: whatever shows before the first update.
+    """
+    n_processes = accelerator.num_processes
+    if not recipe.tokens_per_update and runtime.batch_size != "auto":
+        batching_of(recipe, runtime, n_processes)  # sizes that disagree are told before the data are looked at
+    assembly = assemble(parts, recipe, runtime, accelerator, stream)
+    length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
+    if runtime.batch_size == "auto":
+        wanted = batching_of(recipe, replace(runtime, batch_size=1), n_processes, length).effective_batch_size
+        at_most = math.ceil(wanted / n_processes)
+        size = largest_batch(
+            parts.model, assembly.objective, assembly.train, accelerator, agreement, at_most,
+            wide=runtime.accumulate_in_fp32,
+        )  # fmt: skip
+        runtime = replace(runtime, batch_size=size)
+    batching = batching_of(recipe, runtime, n_processes, length)
+    n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
+    rows = assembly.train_rows
+    if isinstance(rows, StreamRows):
+        assert recipe.max_updates is not None, "checked with the parts"
+        return assembly, StreamPlan(
+            recipe.n_epochs, batching, recipe.max_updates, rows.take, recipe.random_seed, n_validation,
+            recipe.remainder, recipe.learning_rate_scaling,
+        )  # fmt: skip
+    plan = Plan(
+        len(rows), recipe.n_epochs, batching, recipe.random_seed, n_validation,
+        recipe.remainder, recipe.max_updates, recipe.learning_rate_scaling,
+    )  # fmt: skip
+    _refuse_single_rows(assembly, plan, cutter_of(runtime, batching))
+    return assembly, plan
+
+
+def cutter_of(runtime: Runtime, batching: Batching) -> Cutter:
+    rows = batching.batch_size if runtime.max_tokens is None else None
+    given = GUESSED_COSTS if runtime.planner_costs is None else PassCosts(*runtime.planner_costs)
+    return Cutter(
+        Caps(rows, runtime.max_tokens), given if runtime.planner else None, batching.num_processes, runtime.padding_free
+    )
+
+
+def how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
+    """The line of the banner that says what a micro-batch may hold, and what is done with that freedom."""
+    most = f"{batching.batch_size} rows" if runtime.max_tokens is None else f"{runtime.max_tokens} tokens"
+    found = ", as many as fit or an update has" if runtime.batch_size == "auto" else ""
+    layout = "; rows one behind the other, without padding" if runtime.padding_free else ""
+    # Where all rows are as wide as the longest, or nobody knows, full micro-batches cost least.
+    cut = "where it costs least" if runtime.planner and knows_lengths else "in the order of arrival"
+    line = f"Micro-batches: at most {most}{found}; windows cut {cut}{layout}"
+    if runtime.max_tokens is not None and batching.gradient_accumulation_steps == 1:
+        rows = batching.effective_batch_size
+        line += f"\nNote: an update has {rows} rows, by `batch_size`; `effective_batch_size` makes it larger"
+    return line
+
+
+def _refuse_single_rows(assembly: Assembly, plan: Plan, cutter: Cutter) -> None:
+    """Raises DataError where a model that takes no single row in train mode is going to get one, in the first or the
+    last window of an epoch."""
+    complaint = assembly.objective.findings.in_training.complaint
+    if complaint is None:
+        return
+    first, *others = (window.rows for window in plan.windows(0))
+    for rows in (first, *others[-1:]):
+        sizes = [len(piece.rows) for share in assembly.train.cut(rows, cutter) for piece in share]
+        if 1 in sizes:
+            raise DataError(
+                f"In train mode the model takes no micro-batch of a single row ({complaint}), and an update of "
+                f"{len(rows)} rows is cut into {', '.join(map(str, sizes))}. Choose `batch_size` and the size of an "
+                "update so that none is left over, drop a row, or give `remainder='carry'`."
+            )
