@@ -76,7 +76,6 @@ def test_a_router_loss_is_caught() -> None:
     assert check(case).kind == "caught"
 
 
-@pytest.mark.xfail(strict=True, reason="the measured rows are of lengths at which padding does not matter")
 def test_padding_that_matters_at_some_lengths_alone_is_seen() -> None:
     (case,) = [c for c in cases("SEQUENCE_CLASSIFICATION", "CanineFor") if c.variant == "regression"]
     assert check(case).kind in ("exact with a remedy", "caught")
