@@ -115,6 +115,10 @@ def test_parts_that_a_head_computes_in_float32_count_as_rounding() -> None:
     assert found.exact
     assert max(measured.gradient_error or 0.0 for measured in found.splits) > 1e-9
     assert 1e-9 < found.floor < 1e-6
+    # One row has no other order; that parts are in float32 shows all the same.
+    alone = verify(HEADS[CAUSAL].model(), HEADS[CAUSAL].rows(30), batch_size=1, progress=False)
+    assert (len(alone.splits), alone.exact) == (6, True)
+    assert 1e-9 < alone.floor < 1e-6
 
 
 def test_what_others_make_of_it_stands_beside() -> None:
@@ -190,6 +194,18 @@ def test_dropout_does_not_show_in_what_checkpointing_runs_again_either() -> None
     assert found.others[-1].gradient_error == pytest.approx(3.18, abs=0.1), "of four micro-batches of up to 3 rows"
 
 
+def test_layers_that_train_mode_leaves_out_do_not_show_in_any_row() -> None:
+    head = HEADS["seq2seq, BART"]
+    columns = []
+    for share in (0.0, 0.5):
+        model = head.model()
+        model.model.encoder.layerdrop = model.model.decoder.layerdrop = share
+        found = verify(model, head.rows(30), **SIZES)
+        assert found.exact
+        columns.append(found.others[-1].gradient_error)
+    assert columns[1] == pytest.approx(columns[0], rel=1e-9), "Trainer puts models in train mode before each pass"
+
+
 def test_dropout_does_not_show_and_an_adapted_norm_is_exact() -> None:
     model = Normed()
     model.norm = nn.GroupNorm(2, 8)  # type: ignore[assignment]
@@ -260,13 +276,17 @@ def test_a_model_that_cannot_be_run_in_float64_is_measured_as_it_is() -> None:
 
 
 def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = of_head(BERT, mixed_precision="bf16")
-    assert found.exact
-    assert found.autocast == "bf16"
-    assert 1e-3 <= found.tolerance <= 0.1
-    assert of_head(BERT, mixed_precision="fp16").exact
+    head = HEADS[BERT]
+    bf16, fp16 = (verify(head.model().float(), head.rows(30), mixed_precision=p, **SIZES) for p in ("bf16", "fp16"))
+    for found in (bf16, fp16):
+        assert found.exact
+        assert (found.dtype, found.autocast) in (("float32", "bf16"), ("float32", "fp16"))
+        assert 1e-3 <= found.tolerance <= 0.1
+    assert 1e-4 < fp16.floor < bf16.floor
+    alone = verify(head.model(), head.rows(30), mixed_precision="bf16", **SIZES)
+    assert (alone.dtype, alone.tolerance) == ("float64", 1e-10), "which autocast leaves alone"
     monkeypatch.setattr(Denominator, "for_backward", lambda _, contribution: contribution)
-    assert not of_head(BERT, mixed_precision="bf16").exact
+    assert not verify(head.model().float(), head.rows(30), mixed_precision="bf16", **SIZES).exact
 
 
 def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,5 +411,5 @@ def test_on_two_processes(two_processes: Callable[..., str]) -> None:
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
     assert found["exact"] == dict.fromkeys([CAUSAL, BERT, QUESTIONS, "token classification, BERT"], True)
     assert max(found["errors"]) < 1e-10
-    assert found["broken"] == found["normed"] == [False, False]
+    assert found["broken"] == found["normed"] == found["one_is_off"] == [False, False]
     assert found["trainer"] == "(shown on one process only)"

@@ -1,6 +1,8 @@
 """`verify` on two processes: prints a JSON line of what it finds of heads, a broken accumulation and batch norm."""
 
 import json
+import math
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
@@ -8,6 +10,7 @@ from accelerate.utils import gather_object
 
 from ftaccum import Verification, verify
 from ftaccum.objective import Denominator
+from ftaccum.verification.bench import Bench
 from heads import HEADS, all_in_float64
 from test_verify import BERT, CAUSAL, FEATURES, QUESTIONS, Normed, cross_entropy
 
@@ -31,6 +34,11 @@ for each in found.values():
     assert everywhere[0] == everywhere[1], "all processes are told the same"
 
 normed = verify(Normed(), FEATURES, loss_fn=cross_entropy, batch_size=2, effective_batch_size=8, progress=False)
+accumulated = Bench.accumulated
+if not state.is_main_process:
+    Bench.accumulated = lambda *given: replace(accumulated(*given), loss=math.pi)  # type: ignore[method-assign]
+one_is_off = of_head(BERT)
+Bench.accumulated = accumulated  # type: ignore[method-assign]
 # Forgets that DDP averages over processes.
 Denominator.for_backward = lambda self, contribution: contribution * self._passes  # type: ignore[method-assign]
 broken = of_head(BERT)
@@ -38,6 +46,7 @@ told = {
     "exact": {name: each.exact for name, each in found.items()},
     "errors": [measured.gradient_error for each in found.values() for measured in each.splits],
     "broken": gather_object([broken.exact]),
+    "one_is_off": gather_object([one_is_off.exact]),
     "normed": gather_object([normed.exact]),
     "trainer": found[BERT].others[-1].note,
 }

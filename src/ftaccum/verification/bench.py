@@ -15,7 +15,7 @@ from ..data.collating import can_be_taken_apart, take
 from ..errors import DataError
 from ..loop import TrainingLoop
 from ..memory import RanOutError
-from ..objective import Objective, gathered, tensors_of, total
+from ..objective import Batch, Objective, gathered, tensors_of, total
 from ..side_effects import preserved_buffers, preserved_rng
 from .gradients import Found, taken
 from .precision import cast
@@ -118,10 +118,8 @@ class Bench:
     def is_wider(self, split: Split) -> bool:
         """Whether its micro-batches would be padded further at the width of the window."""
         whole = self.whole(split.rows).batch
-        widths = [
-            [t.shape[1:] for t in tensors_of(batch)] for batch in (whole, *(m.batch for m in self.micro_batches(split)))
-        ]
-        return can_be_taken_apart(whole, len(split.rows)) and any(width != widths[0] for width in widths)
+        widths, *others = [_widths(batch) for batch in (whole, *(m.batch for m in self.micro_batches(split)))]
+        return can_be_taken_apart(whole, len(split.rows)) and any(other != widths for other in others)
 
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
@@ -149,3 +147,7 @@ class Bench:
         """Of fp16 gradients, by which `taken` divides."""
         scaler = self.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
+
+
+def _widths(batch: Batch) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in tensors_of(batch)]

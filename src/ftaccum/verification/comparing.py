@@ -79,9 +79,8 @@ class Comparison:
                 floor = max(floor, floor_of_window)
                 on_window()
             whole = bench.together(bench.window)
-            others = list(
-                self._divided_by_k(whole, max((r for r in windows if r != bench.window), key=len, default=()))
-            )
+            short = max((rows for rows in windows if rows != bench.window), key=len, default=())
+            others = list(self._divided_by_k(whole, short))
         tolerance = self.tolerance(floor)
         judged = [_judged(each, tolerance) for each in measured]
         return Compared(judged, [*others, self._trainer(whole)], floor, tolerance)
@@ -110,10 +109,8 @@ class Comparison:
         if not any(map(bench.takes, splits)):
             return [Measured(*split.facts, exact=False, note=_TOO_SMALL) for split in splits], 0.0
         wanted = bench.together(rows)
-        again = bench.together(rows, order=rows[::-1], factor=1 / 3)
-        return [self._accumulated(split, wanted, new_loop) for split in splits], max(
-            gather_object([again.error(wanted)])
-        )
+        again = bench.together(rows, order=rows[::-1], factor=1 / 3).error(wanted)
+        return [self._accumulated(split, wanted, new_loop) for split in splits], max(gather_object([again]))
 
     def _accumulated(self, split: Split, wanted: Found, new_loop: Callable[[], TrainingLoop]) -> Measured:
         if not self.bench.takes(split):

@@ -76,7 +76,7 @@ def verify(
         n_splits: cuts into random orders and sizes.
         dtype: "float64", "float32" or "model", as it is. None: float64, in which rounding hides nothing; where the
             model or memory does not allow it, float32; under autocast, as it is.
-        tolerance: relative error up to which a gradient is exact. None: 8 times what rounding alone makes of one
+        tolerance: relative error up to which a gradient is exact. None: 4 times what rounding alone makes of one
             batch, its rows in another order and its loss times a third; within bounds that the precision sets.
         progress: show a progress bar.
 
