@@ -51,7 +51,7 @@ def in_batch(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def train(model: nn.Module, loss_fn: Any = cross_entropy, **arguments: Any) -> None:
-    test_fine_tuning(model, train_data=ROWS, loss_fn=loss_fn, **ONCE, **arguments)
+    test_fine_tuning(model, loss_fn=loss_fn, **{"train_data": ROWS} | ONCE | arguments)
 
 
 @pytest.mark.parametrize("kind", [Net, LeavesLayersOut])
@@ -256,12 +256,19 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
     assert max(passes) <= 4
 
 
-def test_a_micro_batch_of_one_row_that_the_model_cannot_take_is_told_before_training() -> None:
-    """Of 9 rows, 4 + 4 + 1."""
-    with pytest.raises(DataError, match=r"takes no micro-batch of a single row .* an update of 1 rows is cut into 1"):
-        test_fine_tuning(
-            Net(nn.BatchNorm1d(6)), train_data=ROWS[:9], loss_fn=cross_entropy, on_inexact="ignore", **ONCE
-        )
+@pytest.mark.parametrize(
+    ("n_rows", "arguments", "words"),
+    [
+        (9, {"batch_size": 4}, "update 3, of 1 rows, is cut into 1.*or give `remainder='carry'`"),
+        (5, {"batch_size": 4, "remainder": "carry", "n_epochs": 5}, r"update 7, of 1 rows, is cut into 1\.[^']*$"),
+        (4, {"batch_size": 3, "effective_batch_size": 10, "remainder": "carry", "n_epochs": 3}, "into 3, 3, 3, 1"),
+    ],
+)
+def test_a_micro_batch_of_one_row_that_the_model_cannot_take_is_told_before_training(
+    n_rows: int, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        train(Net(nn.BatchNorm1d(6)), on_inexact="ignore", train_data=ROWS[:n_rows], **arguments)
 
 
 class FourByFour(Tagger):

@@ -85,17 +85,21 @@ def how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
 
 
 def _refuse_single_rows(assembly: Assembly, plan: Plan, cutter: Cutter) -> None:
-    """Raises DataError where a model that takes no single row in train mode is going to get one, in the first or the
-    last window of an epoch."""
+    """Raises DataError where a model that takes no single row in train mode is going to get one: in the first or the
+    last window of the first epoch, or in the last one of the run."""
     complaint = assembly.objective.findings.in_training.complaint
     if complaint is None:
         return
-    first, *others = (window.rows for window in plan.windows(0))
-    for rows in (first, *others[-1:]):
-        sizes = [len(piece.rows) for share in assembly.train.cut(rows, cutter) for piece in share]
+    epochs = [epoch for epoch in plan.epochs if plan.n_windows_of(epoch)]
+    first, *others = plan.windows(epochs[0])
+    *_, last = plan.windows(epochs[-1])
+    for window in (first, *others[-1:], last):
+        shares = assembly.train.cut(window.rows, cutter)
+        sizes = [len(piece.rows) for share in shares for piece in share]
         if 1 in sizes:
+            carry = "" if plan.remainder == "carry" else ", or give `remainder='carry'`"
             raise DataError(
-                f"In train mode the model takes no micro-batch of a single row ({complaint}), and an update of "
-                f"{len(rows)} rows is cut into {', '.join(map(str, sizes))}. Choose `batch_size` and the size of an "
-                "update so that none is left over, drop a row, or give `remainder='carry'`."
+                f"In train mode the model takes no micro-batch of a single row ({complaint}), and update "
+                f"{window.index + 1}, of {len(window.rows)} rows, is cut into {', '.join(map(str, sizes))}. Choose "
+                f"`batch_size` and the size of an update so that none is left over, drop a row{carry}."
             )
