@@ -250,7 +250,9 @@ def _objective(
             parts.model,
             forward,
             data.sample_of(rows, collation, labelled),
-            counting=Counting(ignore_index, weights if isinstance(weights, torch.Tensor) else None),
+            counting=Counting(
+                ignore_index, weights if isinstance(weights, torch.Tensor) and weights.ndim == 1 else None
+            ),
             count_items=parts.count_items,
             sums=parts.reduction == "sum",
         )

@@ -22,7 +22,7 @@ from .memory import Agreement, Failure, RanOutError, give_back_memory, is_out_of
 from .objective import Denominator, ItemMeans, Objective
 from .optim import scaled_rates
 from .planning import Window
-from .side_effects import Buffers, Generators, buffers_of, preserved_buffers, preserved_rng
+from .side_effects import Buffers, Generators, buffers_of, in_mode, preserved_buffers, preserved_rng
 from .wide_gradients import WindowGradients
 
 # Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
@@ -216,6 +216,8 @@ class TrainingLoop:
         if micro.is_ghost:
             stack.enter_context(preserved_rng())
             stack.enter_context(preserved_buffers(self.model))
+            if self.objective.findings.in_training.complaint is not None:  # of a single row, as a ghost is
+                stack.enter_context(in_mode(self.model, training=False))
         return stack
 
 

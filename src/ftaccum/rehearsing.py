@@ -1,10 +1,12 @@
 """Passes as in training, but for what they draw at random."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -50,31 +52,71 @@ def _also_in_what_is_run_again(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def rehearsed(model: nn.Module, run: Callable[[], object]) -> Iterator[list[str]]:
-    """Around passes whose outputs are those of training, and the same each time: train mode, without dropout.
+def _without_rates(model: nn.Module) -> Iterator[None]:
+    """Modules of dropout at a rate of 0: their passes are also run again where somebody else checkpoints them."""
+    found = [(module, module.p) for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    for module, _ in found:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in found:
+            module.p = rate
 
-    Where train mode draws at random in other ways (layers left out, spectrograms masked), it is eval mode, but for
-    the modules that move a buffer of their own in train mode: those take in the rows of a batch together, as batch norm
-    does. Generators, buffers and modes are afterwards as they were.
 
-    Args:
-        run: one pass of the model, to see what it moves.
+@dataclass(frozen=True)
+class Rehearsal:
+    """How to run a model as in training, and with the same outputs each time: in train mode, without dropout.
 
-    Yields:
-        The names of the modules that move buffers.
+    Where train mode draws at random in other ways (layers left out, spectrograms masked), it is eval mode, but for the
+    modules that move a buffer of their own in train mode: those take in the rows of a batch together, as batch norm
+    does. A module that both moves a buffer and draws stays in eval mode.
+
+    Attributes:
+        whole: whether all modules are in train mode.
+        moving: by name, those that move buffers.
     """
-    with (
-        preserved_rng(),
-        preserved_buffers(model),
-        in_mode(model, training=True),
-        _also_in_what_is_run_again(model),
-        _WithoutDropout(),
-    ):
-        generators, buffers = Generators.now(), Buffers.now(buffers_of(model))
-        run()
-        moving = {module for module, name in buffers.kept if buffers.moved(module, name)}
-        if not generators.unmoved():
-            model.eval()
-            for module in moving:
+
+    model: nn.Module
+    whole: bool
+    moving: Mapping[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module, run: Callable[[], Sequence[float]]) -> "Rehearsal":
+        """Finds out, in two passes, or four where train mode draws.
+
+        Args:
+            run: one pass of the model, to its losses.
+        """
+        everything = dict(model.named_modules())
+        repeats, moved = cls(model, True, {})._tried(run)
+        moving = {name: module for name, module in everything.items() if module in moved}
+        if repeats:
+            return cls(model, True, moving)
+        partly = cls(model, False, moving)
+        return partly if partly._tried(run)[0] else cls(model, False, {})
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around such passes. Generators, buffers and modes are afterwards as they were."""
+        with (
+            preserved_rng(),
+            preserved_buffers(self.model),
+            in_mode(self.model, training=self.whole),
+            _also_in_what_is_run_again(self.model),
+            _without_rates(self.model),
+            _WithoutDropout(),
+        ):
+            for module in () if self.whole else self.moving.values():
                 module.training = True
-        yield [name for name, module in model.named_modules() if module in moving]
+            yield
+
+    def _tried(self, run: Callable[[], Sequence[float]]) -> tuple[bool, set[nn.Module]]:
+        """Whether a pass can be repeated, and the modules whose buffers it moves."""
+        with self.passes():
+            generators, buffers = Generators.now(), Buffers.now(buffers_of(self.model))
+            first = run()
+            moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
+            buffers.put_back()
+            repeats = generators.unmoved() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
+        return repeats, moved

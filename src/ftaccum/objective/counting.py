@@ -64,15 +64,15 @@ class Counting:
         if targets is None:
             return self.of_inputs(batch)
         integers = not targets.is_floating_point()
-        if integers and self._class_weights is not None:
-            return {"class weights": self._weights}
         names = [*(["labels"] if integers else []), "rows", "elements"]
         if integers and targets.ndim == 2 and targets.shape[1] > 1:
             names.insert(1, "labels after the shift")
+        if integers and self._class_weights is not None:
+            names.insert(0, "class weights")
         return {name: self.ways[name] for name in names} | self.of_inputs(batch)
 
     def of_inputs(self, batch: Batch) -> dict[str, CountItems]:
-        """Those of them that ask nothing of the labels."""
+        """Those of them that ask nothing of the labels, the finest last."""
         has_tokens = isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor)
         return {name: self.ways[name] for name in ("rows", *(("tokens",) if has_tokens else ()))}
 

@@ -14,11 +14,13 @@ class InTraining:
 
     Attributes:
         differences: by term, the relative difference between the loss of rows together and that of rows apart.
+        drift: the same between two passes of the same rows, one after the other.
         mixing: the modules whose buffers a pass moves.
         complaint: the model's, of a single row; None where it takes one.
     """
 
     differences: Mapping[str, float]
+    drift: float = 0.0
     mixing: Sequence[str] = ()
     complaint: str | None = None
 
@@ -74,7 +76,8 @@ class Findings:
         mixed = {
             t: off for t, off in self.in_training.differences.items() if off > self.tolerance and t not in unexplained
         }
-        return [*found, *([self._of_train_mode(mixed)] if mixed else [])]
+        found += [self._of_train_mode(mixed)] if mixed else []
+        return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
     def padding(self) -> str | None:
         """What to know of a loss of the user's own that counts padding; None where it does not. (In heads of
@@ -90,7 +93,9 @@ class Findings:
 
     @property
     def _unexplained(self) -> dict[str, float]:
-        return {term: off for term, off in self.explanation.differences.items() if off > self.tolerance}
+        off = dict(self.explanation.differences)
+        off |= {part: max(off[part], self.in_training.differences[part]) for part in self.parts}
+        return {term: difference for term, difference in off.items() if difference > self.tolerance}
 
     def _clauses(self, terms: Sequence[str]) -> str:
         return "; ".join(
@@ -117,8 +122,9 @@ class Findings:
 
     def _of_part(self, term: str) -> str:
         share = abs(self.joint[term]) / (sum(map(abs, self.joint.values())) or 1)
+        of_loss = f", {_percent(share)} of the loss," if share else ""
         return (
-            f"{term!r}, {_percent(share)} of the loss, looks at the rows of a batch together, as a router's balance "
+            f"{term!r}{of_loss} looks at the rows of a batch together, as a router's balance "
             f"over its experts does: {self._clauses([term])}. It is trained on as that weighted mean, the nearest to "
             "one large batch that micro-batches can have; the more tokens a micro-batch has, the nearer it comes."
         )
@@ -127,14 +133,22 @@ class Findings:
         (term, off), *_ = sorted(mixed.items(), key=lambda item: -item[1])
         mixing, complaint = self.in_training.mixing, self.in_training.complaint
         named = ", ".join(mixing[:_NAMED]) + (", …" if len(mixing) > _NAMED else "")
-        verb = "normalises" if len(mixing) == 1 else "normalise"
-        cause = f"{named} there {verb} by the rows given at a time" if mixing else "something there mixes rows"
+        verb = "takes" if len(mixing) == 1 else "take"
+        cause = f"{named} there {verb} in the rows given at a time" if mixing else "something there mixes rows"
         alone = f" A micro-batch of a single row cannot be computed at all ({complaint})." if complaint else ""
         return (
             f"In train mode, {term!r} of rows apart is up to {_percent(off)} off that of all together, and in eval "
-            f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Use a norm over the "
-            "features of one row (GroupNorm, LayerNorm) or one with fixed statistics (FrozenBatchNorm2d), or a larger "
-            "`batch_size`."
+            f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Where that is a "
+            "batch norm, use a norm over the features of one row (GroupNorm, LayerNorm) or one with fixed statistics "
+            "(FrozenBatchNorm2d), or a larger `batch_size`."
+        )
+
+    def _of_drift(self) -> str:
+        named = ", ".join(self.in_training.mixing[:_NAMED])
+        return (
+            f"In train mode, a pass moves buffers that the next one depends on ({named}): the same rows, passed again, "
+            f"differ by {_percent(self.in_training.drift)}. An update of k passes moves them k times, one large batch "
+            "once. Move them once an update instead, outside of `forward`."
         )
 
 

@@ -35,6 +35,7 @@ class Forward:
             DataError: where no loss can come of model and batch, with what is missing.
         """
         self.accepted = accepted_arguments(model)
+        self._modules = [loss_fn] if isinstance(loss_fn, nn.Module) else []
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
@@ -46,24 +47,33 @@ class Forward:
         outputs = self._outputs(model, batch)
         loss = self._read_loss(outputs, batch)
         if self._factors:
-            parts = {name: factor * outputs[name] for name, factor in self._factors.items()}
-            loss = {LOSS: loss - sum(parts.values()), **parts}
+            # In eval mode a model may leave some out.
+            given = {
+                name: factor * outputs[name] for name, factor in self._factors.items() if outputs.get(name) is not None
+            }
+            loss = {LOSS: loss - sum(given.values()), **{name: given.get(name, 0 * loss) for name in self._factors}}
         means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
 
-    def take_apart(self, model: nn.Module, outputs: Any, batches: Sequence[Batch]) -> None:
+    def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
         balance over its experts is no mean over labels, whatever the rest is.
 
         Args:
-            outputs: of the model, to see whether they hold numbers beside the loss.
-            batches: a few small ones, to run with gradients if so. Outputs with unlike factors in them are left in.
+            batches: a few small ones, to run with gradients. Outputs whose factor is not the same in all are left in.
         """
-        if not self.is_own or not has_parts(outputs, LOSS):
-            return
         with torch.enable_grad():
             found = [factors_of(outputs, LOSS) for outputs in (self._outputs(model, batch) for batch in batches)]
         self._factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
+
+    def may_have_parts(self, outputs: Any) -> bool:
+        """Whether the outputs hold numbers that the model's own loss may be the sum of."""
+        return self.is_own and has_parts(outputs, LOSS)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that compute the loss beside the model."""
+        return self._modules
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -3,21 +3,22 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DataError
-from ..rehearsing import rehearsed
-from ..side_effects import only_looking
+from ..rehearsing import Rehearsal
+from ..side_effects import only_looking, preserved_buffers
 from .counting import Batch, Counting, CountItems, counts_from_user
 from .denominator import means_of_sums
 from .findings import Findings, InTraining
 from .forward import Forward
 from .objective import Objective
 from .probing import EXPLAINED, EXPLAINED_IN_HALF, Ways, choose, difference, explain, relative, remembered
-from .steadying import in_float32, shaken
+from .steadying import has_narrow_weights, in_float32, nudged, shaken
 
 Groups = Sequence[Sequence[int]]
 
@@ -73,19 +74,17 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with only_looking(model):
-        means, outputs = forward(model, send_to_device(sample.longest, device))
-        singles = [send_to_device(row, device) for row in sample.apart(sample.together, _SINGLE)]
-        forward.take_apart(model, outputs, singles)
-        terms = (*means, *forward.parts)
-        ways = _ways(terms, sample.together, forward, counting, count_items, sums)
-        measurement = _Measurement(model, forward, sample, counting, ways, sums)
+        means, _ = forward(model, send_to_device(sample.longest, device))
+        measurement = _Measurement(model, forward, sample, counting, count_items, sums, tuple(means))
         try:
-            with in_float32(model) as widened:
+            with in_float32(model, *forward.modules) as widened:
                 findings = replace(measurement, prepared=widened).findings(EXPLAINED)
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # memory, or a model that insists on its type
+            if not has_narrow_weights(model):
+                raise
             findings = measurement.findings(EXPLAINED_IN_HALF)
     (findings,) = broadcast_object_list([findings])
-    chosen = {term: ways[term][name] for term, name in findings.ways.items()}
+    chosen = _chosen(measurement.ways(), findings.ways)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, findings)
 
 
@@ -112,7 +111,7 @@ class _Measurement:
     """What is measured on what; for the fields see `measured_objective`.
 
     Attributes:
-        ways: those to count that are in question, by term.
+        terms: of the loss, before it is taken apart.
         prepared: a batch → what the model takes.
     """
 
@@ -120,32 +119,40 @@ class _Measurement:
     forward: Forward
     sample: Sample
     counting: Counting
-    ways: Ways
+    count_items: CountItems | None
     sums: bool
+    terms: Sequence[str]
     prepared: Callable[[Batch], Batch] = lambda batch: batch
 
     def findings(self, tolerance: float) -> Findings:
         """Measures. Differences up to `tolerance` are taken for rounding."""
-        together, ignore_index = self.sample.together, self.counting.ignore_index
+        together, counting = self.sample.together, self.counting
         cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, _UNEQUAL))
         collated = [] if self.sample.collated is None else self.sample.collated(_UNEQUAL)
-        parts = cut or (lambda _: collated)
+        apart = cut or (lambda _: collated)
+        rehearsal = self._rehearsal()
+        ways = self.ways()
         with shaken(self.model):
             losses = remembered(self._losses)
-            names = choose(losses, together, parts, self.ways, ignore_index)
+            names = choose(losses, together, apart, ways, counting.ignore_index)
             # Of a count of the user's own it does not show whether labels are shifted; of the loss it does.
-            every = dict.fromkeys(self.ways, self.counting.applicable(together))
-            nearest = choose(losses, together, parts, every, ignore_index)
-            chosen = {term: self.ways[term][name] for term, name in names.items()}
+            every = dict.fromkeys(ways, counting.applicable(together))
+            nearest = choose(losses, together, apart, every, counting.ignore_index)
+            joint, alone = losses(together), [losses(row) for row in apart(together)[:2]]
+            unlike = explain(losses, together, cut, collated, _chosen(ways, names), tolerance)
+            # What no count explains looks at all tokens together, as far as one can say; so may what eval mode leaves
+            # out.
+            others = [part for part in self.forward.parts if unlike.differences[part] > tolerance or not joint[part]]
+            names |= {part: list(counting.of_inputs(together))[-1] for part in others}
+            chosen = _chosen(ways, names)
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
-            joint, alone = losses(together), [losses(row) for row in parts(together)[:2]]
-            in_training = self._in_training(chosen, joint)
+            in_training = self._in_training(rehearsal, chosen, joint)
         losses = remembered(self._losses)
         _check_finite(losses(together), chosen, together)
         as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
         return Findings(
             ways=names,
-            measured=len(next(iter(self.ways.values()))) > 1,
+            measured=len(ways[self.terms[0]]) > 1,
             shifts="labels after the shift" in nearest.values() and not self.sums,
             explanation=unlike.worst(as_it_is),
             in_training=in_training,
@@ -157,30 +164,86 @@ class _Measurement:
             own_loss=self.forward.is_own,
         )
 
-    def _losses(self, batch: Batch) -> dict[str, float]:
-        batch = self.prepared(send_to_device(batch, next(self.model.parameters()).device))
-        found = self.forward(self.model, batch)[0]
-        if self.sums:  # there is one way to count each term then
-            found = dict(means_of_sums(found, {t: next(iter(self.ways[t].values()))(batch) for t in found}))
-        return {term: float(mean) for term, mean in found.items()}
+    def ways(self) -> Ways:
+        """The ways to count that come into question for each term."""
+        parts = dict.fromkeys(self.forward.parts, self.counting.applicable(self.sample.together))
+        if self.count_items is not None:
+            return {term: {"count_items": _of_term(self.count_items, term, self.terms)} for term in self.terms}
+        if self.sums:
+            name = self.counting.convention(self.sample.together)
+        elif self.forward.counted_by is not None:
+            name = self.forward.counted_by
+        else:
+            return dict.fromkeys(self.terms, self.counting.applicable(self.sample.together)) | parts
+        return {term: {name: self.counting.ways[name]} for term in self.terms}
 
-    def _in_training(self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]) -> InTraining:
+    def _losses(self, batch: Batch) -> dict[str, float]:
+        found = self._outputs(batch)[0]
+        if self.sums:  # there is one way to count each term then
+            ways = self.ways()
+            found = dict(means_of_sums(found, {t: next(iter(ways[t].values()))(batch) for t in found}))
+        return {term: mean.item() for term, mean in found.items()}
+
+    def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        batch = self._on_device(batch)
+        try:
+            return self.forward(self.model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # some models differentiate in their forward pass
+            with torch.enable_grad():
+                return self.forward(self.model, batch)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
+
+    def _rehearsal(self) -> Rehearsal:
+        """How the model is run as in training; and on the way, in train mode, takes the loss apart."""
+        outputs: Any = None
+
+        def run() -> list[float]:
+            nonlocal outputs
+            means, outputs = self._outputs(self.sample.together)
+            return [mean.item() for mean in means.values()]
+
+        rehearsal = Rehearsal.of(self.model, run)
+        # A count of the user's own is of the whole loss, and so is the one that a sum is divided by.
+        if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
+            few = self.sample.apart(self.sample.together, _PAIRS if rehearsal.moving else _SINGLE)
+            with rehearsal.passes():
+                self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
+        return rehearsal
+
+    def _in_training(
+        self, rehearsal: Rehearsal, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
+    ) -> InTraining:
         """Measures rows apart and together in train mode.
 
         Args:
-            in_eval: the loss of all together in eval mode. Where train mode changes nothing, it mixes no rows either.
+            in_eval: the loss of all together in eval mode. Where train mode changes nothing and moves nothing, it mixes
+                no rows either.
         """
-        together = self.sample.together
-        with rehearsed(self.model, lambda: self._losses(together)) as moving:
-            joint = self._losses(together)
-            if all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
+        together, moving = self.sample.together, rehearsal.moving
+
+        def from_the_start(batch: Batch) -> dict[str, float]:
+            with preserved_buffers(self.model):
+                return self._losses(batch)
+
+        with rehearsal.passes(), nudged(moving.values()):
+            joint = from_the_start(together)
+            if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
                 return InTraining(dict.fromkeys(chosen, 0.0))
             apart = self.sample.apart(together, _PAIRS)
-            means = [self._losses(part) for part in apart]
+            means = [from_the_start(part) for part in apart]
             complaint = self._complaint_of_one_row() if moving else None
-        modules = dict(self.model.named_modules())
-        off = {term: difference(joint, means, apart, term, count) for term, count in chosen.items()}
-        return InTraining(off, [f"{type(modules[name]).__name__} {name!r}" for name in moving], complaint)
+            once = self._losses(together)
+            again = self._losses(together) if moving else once
+        return InTraining(
+            {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
+            max(relative(again[term], once[term]) for term in chosen),
+            [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
+            complaint,
+        )
 
     def _complaint_of_one_row(self) -> str | None:
         # Batch norm cannot do with a single value.
@@ -191,6 +254,10 @@ class _Measurement:
         return None
 
 
+def _chosen(ways: Ways, names: Mapping[str, str]) -> dict[str, CountItems]:
+    return {term: ways[term][name] for term, name in names.items()}
+
+
 def _check_finite(losses: Mapping[str, float], chosen: Mapping[str, CountItems], batch: Batch) -> None:
     for term, loss in losses.items():
         if not math.isfinite(loss) and chosen[term](batch):
@@ -198,28 +265,6 @@ def _check_finite(losses: Mapping[str, float], chosen: Mapping[str, CountItems],
                 f"The {term} of the first rows of `train_data` is {loss} before any update. Look for numbers that are "
                 "not finite in the model's weights and in the rows."
             )
-
-
-def _ways(
-    terms: Sequence[str],
-    sample: Batch,
-    forward: Forward,
-    counting: Counting,
-    count_items: CountItems | None,
-    sums: bool,
-) -> Ways:
-    """The ways to count that come into question for each term."""
-    given = [term for term in terms if term not in forward.parts]
-    parts = {term: counting.of_inputs(sample) for term in forward.parts}
-    if count_items is not None:
-        return {term: {"count_items": _of_term(count_items, term, given)} for term in given} | parts
-    if sums:
-        name = counting.convention(sample)
-    elif forward.counted_by is not None:
-        name = forward.counted_by
-    else:
-        return dict.fromkeys(given, counting.applicable(sample)) | parts
-    return {term: {name: counting.ways[name]} for term in given} | parts
 
 
 def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountItems:

@@ -1,5 +1,6 @@
 """What a loss is the sum of, read off the graph that it was computed by."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ def has_parts(outputs: Any, loss: str) -> bool:
 def factors_of(outputs: Any, loss: str) -> dict[str, float]:
     """The scalar outputs that a model's loss has added to it, with their factors: ∂ loss / ∂ output.
 
-    Where one such output was computed from another, the other stands for both. No parameter gets a gradient.
+    A factor that is no constant (one that is learnt, or depends on the batch) is NaN. Where one such output was
+    computed from another, the other stands for both. No parameter gets a gradient.
 
     Args:
         outputs: as the model gave them, computed with gradients.
@@ -32,9 +34,10 @@ def factors_of(outputs: Any, loss: str) -> dict[str, float]:
 
 
 def _slopes(of: Tensor, by: list[Tensor]) -> list[float]:
-    found = torch.autograd.grad(of, by, retain_graph=True, allow_unused=True) if by else ()
-    return [0.0 if slope is None else float(slope) for slope in found]
+    # The slope's own graph tells whether it is a constant.
+    found = torch.autograd.grad(of, by, create_graph=True, allow_unused=True) if by else ()
+    return [0.0 if slope is None else math.nan if slope.requires_grad else slope.item() for slope in found]
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+    return isinstance(value, Tensor) and value.ndim == 0 and value.is_floating_point()

@@ -1,7 +1,7 @@
 """A model's weights, for the time of a measurement: such that rows differ in loss, and without rounding to 16 bits."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,15 +38,15 @@ def shaken(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
-    """A model of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
+def in_float32(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
+    """Models of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
 
     Rounded to 16 bits, the losses of two ways to count cannot be told apart.
 
     Yields:
         What puts the 16-bit numbers of a batch in float32 as well, where it does so with the weights.
     """
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if _is_narrow(t)]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if _is_narrow(t)]
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -57,6 +57,31 @@ def in_float32(model: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def has_narrow_weights(model: nn.Module) -> bool:
+    """Whether `in_float32` has something to do."""
+    return any(map(_is_narrow, model.parameters()))
+
+
+@contextmanager
+def nudged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gives the scales and shifts of these modules noise, and takes it away again: a norm whose scale is 0, as the last
+    of a new residual branch is, has a gradient but no say in the loss."""
+    weights = [
+        p for module in modules for p in module.parameters(recurse=False) if p.ndim == 1 and p.is_floating_point()
+    ]
+    before = [p.detach().clone() for p in weights]
+    draw = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in weights:
+                p.add_(torch.randn(p.shape, generator=draw).to(p.device, p.dtype))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, values in zip(weights, before, strict=True):
+                p.copy_(values)
 
 
 def _widened(batch: Batch) -> Batch:

@@ -23,7 +23,7 @@ from ..memory import Agreement, agreed_by, give_back_memory
 from ..objective import CountItems, LossFn
 from ..parts import Parts, check_parts
 from ..planning import Batching, Plan, batching_of
-from ..rehearsing import rehearsed
+from ..rehearsing import Rehearsal
 from ..session import session
 from ..settings import Recipe, Runtime, checked, single_faults
 from ..side_effects import converted, preserved_gradients
@@ -149,7 +149,7 @@ def _verified(
         dtype, notes = _settled(bench, parts.loss_fn, settings.dtype, agreement)
         bench = replace(bench, dtype=dtype)
         stack.enter_context(measured_in(model, parts.loss_fn, dtype))
-        stack.enter_context(rehearsed(model, lambda: bench.loss_of(bench.whole(window))))
+        stack.enter_context(Rehearsal.of(model, lambda: [bench.loss_of(bench.whole(window)).item()]).passes())
         precision = dtype or dtype_of(model), accelerator.mixed_precision
         comparison = Comparison(
             bench,
