@@ -1,6 +1,7 @@
 """A run's windows, and how they will be cut, from its settings and its data."""
 
 import math
+import warnings
 from dataclasses import replace
 
 from accelerate import Accelerator
@@ -8,8 +9,9 @@ from accelerate import Accelerator
 from .assembly import Assembly, assemble
 from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
 from .data import Stream, StreamRows, mean_length
-from .errors import DataError
+from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning
 from .memory import Agreement
+from .objective import Findings
 from .parts import Parts
 from .physical_batch import largest_batch
 from .planning import Batching, Course, Plan, StreamPlan, batching_of
@@ -23,14 +25,17 @@ def planned(
     accelerator: Accelerator,
     agreement: Agreement,
     stream: Stream | None,
-) -> tuple[Assembly, Course]:
-    """What a run trains on, and its windows.
+) -> tuple[Assembly, Course, Runtime]:
+    """What a run trains on, its windows, and the settings that its physical batch and its loss leave.
 
     Args:
         stream: of the training data, where they are one.
 
     Raises:
         DataError, SettingsError: whatever shows before the first update.
+
+    Warns:
+        InexactLossWarning, PaddingWarning: see `on_inexact`.
     """
     n_processes = accelerator.num_processes
     if not recipe.tokens_per_update and runtime.batch_size != "auto":
@@ -46,20 +51,25 @@ def planned(
         )  # fmt: skip
         runtime = replace(runtime, batch_size=size)
     batching = batching_of(recipe, runtime, n_processes, length)
+    findings = assembly.objective.findings
+    runtime = fit_to_loss(runtime, batching, findings)
+    if accumulates(runtime, batching):
+        _tell(findings, runtime.on_inexact, accelerator.is_main_process)
     n_validation = 0 if assembly.val_rows is None else len(assembly.val_rows)
     rows = assembly.train_rows
     if isinstance(rows, StreamRows):
         assert recipe.max_updates is not None, "checked with the parts"
-        return assembly, StreamPlan(
+        stream_plan = StreamPlan(
             recipe.n_epochs, batching, recipe.max_updates, rows.take, recipe.random_seed, n_validation,
             recipe.remainder, recipe.learning_rate_scaling,
         )  # fmt: skip
+        return assembly, stream_plan, runtime
     plan = Plan(
         len(rows), recipe.n_epochs, batching, recipe.random_seed, n_validation,
         recipe.remainder, recipe.max_updates, recipe.learning_rate_scaling,
     )  # fmt: skip
     _refuse_single_rows(assembly, plan, cutter_of(runtime, batching))
-    return assembly, plan
+    return assembly, plan, runtime
 
 
 def cutter_of(runtime: Runtime, batching: Batching) -> Cutter:
@@ -82,6 +92,32 @@ def how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
         rows = batching.effective_batch_size
         line += f"\nNote: an update has {rows} rows, by `batch_size`; `effective_batch_size` makes it larger"
     return line
+
+
+def fit_to_loss(runtime: Runtime, batching: Batching, findings: Findings) -> Runtime:
+    """Without the planner where it would make a difference: the rows of a micro-batch, as the user sized it, stay
+    together where a loss mixes them, or where one micro-batch is the whole update of an inexact one."""
+    whole = bool(findings.inexact()) and not accumulates(replace(runtime, planner=False), batching)
+    return replace(runtime, planner=False) if findings.mixes_rows or whole else runtime
+
+
+def accumulates(runtime: Runtime, batching: Batching) -> bool:
+    """Whether an update can take more than one micro-batch."""
+    largest = max(sizes.effective_batch_size for _, sizes in batching.stages())
+    return runtime.planner or runtime.max_tokens is not None or largest > batching.batch_size
+
+
+def _tell(findings: Findings, on_inexact: str, is_main: bool) -> None:
+    """Raises or warns as the user wants it, where accumulating the loss is not exact."""
+    sentences = findings.inexact()
+    if sentences and on_inexact == "error":
+        raise InexactLossError([*sentences, "`on_inexact='warn'` trains all the same."])
+    if not is_main or on_inexact == "ignore":
+        return
+    for sentence in sentences:
+        warnings.warn(sentence, InexactLossWarning, stacklevel=2)
+    if padding := findings.padding():
+        warnings.warn(padding, PaddingWarning, stacklevel=2)
 
 
 def _refuse_single_rows(assembly: Assembly, plan: Plan, cutter: Cutter) -> None:

@@ -1,7 +1,6 @@
 """From what the user brought along to rows, an objective and loaders."""
 
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,10 @@ from accelerate.utils import send_to_device
 
 from . import data
 from .data import Collation, Loader, PackingCollator, PaddingCollator, Ranges, Rows, Stream, StreamRows
-from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, SettingsError
+from .errors import DataError, SettingsError
 from .objective import (
     EXPLAINED,
     Counting,
-    Findings,
     Forward,
     Objective,
     accepted_arguments,
@@ -83,7 +81,6 @@ def assemble(
         _check_validation(parts, sample, data.check_sample(val_rows, collation, ranges))
     labelled = data.labelled(rows, collation, ignore_index)
     objective = _objective(parts, forward, rows, collation, labelled, ignore_index)
-    _tell(objective.findings, runtime.on_inexact, accelerator.is_main_process)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -269,18 +266,6 @@ def _objective(
             f"The loss of {_failing(parts, forward, rows, collation, labelled)} cannot be computed: {error!r}. Check "
             f"that its columns, lengths and labels are those that {used} was made for."
         ) from error
-
-
-def _tell(findings: Findings, on_inexact: str, is_main: bool) -> None:
-    """Raises or warns as the user wants it, where accumulating the loss is not exact."""
-    sentences = findings.inexact()
-    if sentences and on_inexact == "error":
-        raise InexactLossError([*sentences, "`on_inexact='warn'` trains all the same."])
-    if is_main and on_inexact == "warn":
-        for sentence in sentences:
-            warnings.warn(sentence, InexactLossWarning, stacklevel=2)
-        if padding := findings.padding():
-            warnings.warn(padding, PaddingWarning, stacklevel=2)
 
 
 def _failing(parts: Parts, forward: Forward, rows: Rows, collation: Collation, candidates: list[int]) -> str:

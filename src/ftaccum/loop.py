@@ -153,7 +153,7 @@ class TrainingLoop:
             except RanOutError as error:
                 failed = error.failed
             else:
-                if self._first:
+                if self._first and self.agreement.any(not all(micro.is_ghost for micro in window.micro_batches)):
                     self._moving = [place for place in self._moving if self.agreement.any(buffers.moved(*place))]
                     self._first = False
                 return window.work, losses, items

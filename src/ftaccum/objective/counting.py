@@ -19,7 +19,11 @@ CountItems = Callable[[Batch], Any]
 
 
 def rows_of(batch: Batch) -> int:
-    """Rows of a collated batch: the first dimension of its first tensor."""
+    """Rows of a collated batch: the first dimension of its first tensor, or, where rows lie one behind the other, as
+    often as positions begin."""
+    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
+    if isinstance(positions, Tensor) and len(positions) == 1 and "attention_mask" not in batch:
+        return max(1, int((positions == 0).sum()))
     return next(t.shape[0] for t in tensors_of(batch) if t.ndim)
 
 

@@ -65,6 +65,11 @@ class Findings:
             return f"{words} (NOT exactly)"
         return f"{words} (measured)" if self.measured else words
 
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the main loss of a row depends on what it is batched with."""
+        return any(term not in self.parts for term in self._unexplained) or bool(self._mixed)
+
     def inexact(self) -> list[str]:
         """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
         which the two differ and what can be done. Empty where it is exact."""
@@ -73,10 +78,7 @@ class Findings:
         found = [self._of_part(term) for term in unexplained if term in self.parts]
         if wholes:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
-        mixed = {
-            t: off for t, off in self.in_training.differences.items() if off > self.tolerance and t not in unexplained
-        }
-        found += [self._of_train_mode(mixed)] if mixed else []
+        found += [self._of_train_mode(self._mixed)] if self._mixed else []
         return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
     def padding(self) -> str | None:
@@ -88,8 +90,14 @@ class Findings:
             f"Padding counts in the loss: rows padded to their own width instead of that of others differ by up to "
             f"{_percent(self.explanation.padding)}. Every window is padded to one width, so that accumulating it is "
             "exact; but what a row adds depends on the longest that it meets. Where that is not meant, leave positions "
-            "at which `attention_mask` is 0 out of the mean."
+            "at which `attention_mask` is 0 out of account, in the loss or in the model."
         )
+
+    @property
+    def _mixed(self) -> dict[str, float]:
+        """What train mode alone mixes."""
+        off = self.in_training.differences
+        return {term: off[term] for term in off if off[term] > self.tolerance and term not in self._unexplained}
 
     @property
     def _unexplained(self) -> dict[str, float]:

@@ -36,22 +36,22 @@ class Forward:
         """
         self.accepted = accepted_arguments(model)
         self._modules = [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
-        self._factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
         self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Returns the means by term, scalars, and the model's outputs."""
         outputs = self._outputs(model, batch)
         loss = self._read_loss(outputs, batch)
-        if self._factors:
+        if self.factors:
             # In eval mode a model may leave some out.
             given = {
-                name: factor * outputs[name] for name, factor in self._factors.items() if outputs.get(name) is not None
+                name: factor * outputs[name] for name, factor in self.factors.items() if outputs.get(name) is not None
             }
-            loss = {LOSS: loss - sum(given.values()), **{name: given.get(name, 0 * loss) for name in self._factors}}
+            loss = {LOSS: loss - sum(given.values()), **{name: given.get(name, 0 * loss) for name in self.factors}}
         means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
 
@@ -64,7 +64,7 @@ class Forward:
         """
         with torch.enable_grad():
             found = [factors_of(outputs, LOSS) for outputs in (self._outputs(model, batch) for batch in batches)]
-        self._factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
+        self.factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
 
     def may_have_parts(self, outputs: Any) -> bool:
         """Whether the outputs hold numbers that the model's own loss may be the sum of."""
@@ -78,7 +78,7 @@ class Forward:
     @property
     def parts(self) -> tuple[str, ...]:
         """The terms that are outputs of the model's, which its loss has added."""
-        return tuple(self._factors)
+        return tuple(self.factors)
 
     @property
     def is_own(self) -> bool:

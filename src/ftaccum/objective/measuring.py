@@ -83,7 +83,7 @@ def measured_objective(
             if not has_narrow_weights(model):
                 raise
             findings = measurement.findings(EXPLAINED_IN_HALF)
-    (findings,) = broadcast_object_list([findings])
+    findings, forward.factors = broadcast_object_list([findings, forward.factors])
     chosen = _chosen(measurement.ways(), findings.ways)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, findings)
 

@@ -26,7 +26,7 @@ def factors_of(outputs: Any, loss: str) -> dict[str, float]:
     if not outputs[loss].requires_grad:
         return {}
     scalars = {name: value for name, value in outputs.items() if _is_scalar(value) and value.requires_grad}
-    names = [name for name, value in scalars.items() if value is not outputs[loss]]
+    names = list({id(value): name for name, value in scalars.items() if value is not outputs[loss]}.values())
     parts = [outputs[name] for name in names]
     leaves = [n for n, part in enumerate(parts) if not any(_slopes(part, [p for p in parts if p is not part]))]
     slopes = _slopes(outputs[loss], [parts[n] for n in leaves])

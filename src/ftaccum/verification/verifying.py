@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..arranging import cutter_of
+from ..arranging import cutter_of, fit_to_loss
 from ..assembly import Assembly, assemble
 from ..borrowing import borrowed
 from ..data import Collator, Rows, as_rows, mean_length
@@ -151,10 +151,11 @@ def _verified(
         stack.enter_context(measured_in(model, parts.loss_fn, dtype))
         stack.enter_context(Rehearsal.of(model, lambda: [bench.loss_of(bench.whole(window)).item()]).passes())
         precision = dtype or dtype_of(model), accelerator.mixed_precision
+        findings = assembly.objective.findings
         comparison = Comparison(
             bench,
             agreement,
-            cutter_of(runtime, batching),
+            cutter_of(fit_to_loss(runtime, batching, findings), batching),
             unit=batching.batch_size * processes,
             n_random=settings.n_splits,
             tolerance=lambda floor: settings.tolerance or tolerance_for(floor, *precision),
@@ -162,7 +163,6 @@ def _verified(
         shown = accelerator.is_main_process and runtime.progress
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             compared = comparison.results(bar.update)
-    findings = assembly.objective.findings
     return Verification(
         model=type(model).__name__,
         n_parameters=sum(p.numel() for p in model.parameters()),
