@@ -90,8 +90,9 @@ def faults() -> None:
         with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("always")
             ftaccum.test_fine_tuning(
-                model, train_data=rows, loss_fn=loss_fn, n_epochs=1, validation_split=0.0, progress=False
-            )
+                model, train_data=rows, loss_fn=loss_fn, n_epochs=1, validation_split=0.0,
+                gradient_accumulation_steps=2, progress=False,
+            )  # fmt: skip
         print(f"\n{name}:")
         for each in told:
             print(f"  {each.category.__name__}: {each.message}")
