@@ -182,6 +182,19 @@ def test_losses_that_no_weighting_makes_exact_are_told(loss_fn: Callable[..., Te
         assert (alone.gradient_error, alone.exact, alone.note) == (None, False, "(the model takes no row by itself)")
 
 
+def test_a_model_that_draws_by_itself_is_said_to_be_beyond_telling() -> None:
+    own = torch.Generator().manual_seed(0)
+
+    class Drawing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (torch.rand(x.shape, generator=own) > 0.5))
+
+    loss = lambda outputs, batch: F.cross_entropy(outputs, batch["y"])
+    found = verify(Drawing(4, 3), FEATURES, loss_fn=loss, batch_size=2, effective_batch_size=8, progress=False)
+    assert not found.exact
+    assert "the table cannot tell" in str(found)
+
+
 def with_dropout() -> BertForSequenceClassification:
     config = {**HEADS[BERT].config.to_dict(), "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     return BertForSequenceClassification(BertConfig(**config))

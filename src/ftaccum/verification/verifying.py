@@ -163,6 +163,12 @@ def _verified(
         shown = accelerator.is_main_process and runtime.progress
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             compared = comparison.results(bar.update)
+    if compared.floor > compared.tolerance:
+        notes.append(
+            f"One batch against itself, its rows in another order, differs by {compared.floor:.1e}, which is more than "
+            "counts as rounding: the table cannot tell. Does the model draw by itself (a generator of its own, "
+            "checkpointing of its own around dropout)?"
+        )
     return Verification(
         model=type(model).__name__,
         n_parameters=sum(p.numel() for p in model.parameters()),
