@@ -43,18 +43,30 @@ MUTANTS = [
     Mutant("measured in 16 bits", "objective/steadying.py", "converted(tensors, torch.float32)", "converted([])"),
     Mutant("train mode not looked at", "objective/measuring.py", "<= _UNCHANGED for term in chosen", "< 9e9 for term in chosen"),
     Mutant("dropout left on in the check", "rehearsing.py", "if function in _DROPOUTS:", "if False:"),
-    Mutant("other draws taken for mixed rows", "rehearsing.py", "if not generators.unmoved():", "if False:"),
+    Mutant("other draws taken for mixed rows", "rehearsing.py", "generators.unmoved() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)", "True"),
     Mutant("norms left out where others draw", "rehearsing.py", "module.training = True", "module.training = False"),
-    Mutant("parts of a loss left in it", "objective/forward.py", "if not self.is_own or not has_parts", "if True or not has_parts"),
+    Mutant("parts of a loss left in it", "objective/forward.py", "return self.is_own and has_parts(outputs, LOSS)", "return False"),
     Mutant("parts of a loss at factor 1", "objective/forward.py", "name: factor * outputs[name]", "name: outputs[name]"),
     Mutant("rows and tokens alike", "objective/counting.py", "return int(mask.sum()) if", "return len(mask) if"),
     Mutant("a row by itself not looked at", "objective/findings.py", "< 1e-3 * abs(self.joint[term])", "< 0"),
     Mutant("padding of a loss_fn not told", "objective/findings.py", "if self.own_loss or not", "if True or not"),
-    Mutant("inexact all the same", "assembly.py", 'if sentences and on_inexact == "error":', "if False:"),
+    Mutant("inexact all the same", "arranging.py", 'if sentences and on_inexact == "error":', "if False:"),
+    Mutant("one pass is enough to rehearse", "rehearsing.py", "and np.allclose(run(), first, rtol=1e-6, equal_nan=True)", ""),
+    Mutant("learnt factors frozen", "objective/parts_of_loss.py", "math.nan if slope.requires_grad else slope.item()", "slope.item()"),
+    Mutant("parts counted by rows", "objective/measuring.py", "dict.fromkeys(self.forward.parts, self.counting.applicable(", "dict.fromkeys(self.forward.parts, self.counting.of_inputs("),
+    Mutant("one part under two names", "objective/parts_of_loss.py", "names = list({id(value): name", "names = list({name: name"),
+    Mutant("norms that have no say not seen", "objective/measuring.py", "nudged(moving.values())", "nudged([])"),
+    Mutant("drift not told", "objective/findings.py", "if self.in_training.drift > self.tolerance", "if False"),
+    Mutant("told where nothing is accumulated", "arranging.py", "if accumulates(runtime, batching):", "if True:"),
+    Mutant("rows that a loss mixes cut by length", "arranging.py", "if findings.mixes_rows or whole else runtime", "if whole else runtime"),
+    Mutant("ghosts in train mode", "loop.py", "if self.objective.findings.in_training.complaint is not None:", "if False:"),
+    Mutant("ghosts where nobody waits", "loop.py", "if micro.is_ghost and not (accelerator.sync_gradients", "if False and not (accelerator.sync_gradients"),
+    Mutant("single rows found out in training", "arranging.py", "        if 1 in sizes:", "        if False:"),
     Mutant("a sum not told", "objective/probing.py", "adds_up = adds_up or all(", "adds_up = False and all("),
     Mutant("types of a column by its first row", "data/collating.py", "functools.reduce(torch.promote_types, dtypes)", "dtypes[0]"),
-    Mutant("rows picked by length alone", "data/checking.py", "if class_of(fetched[p]) not in taken", "if False"),
-    Mutant("class weights not counted", "objective/counting.py", 'return {"class weights": self._weights}', "pass"),
+    Mutant("rows picked by length alone", "data/checking.py", "(kinds[p][0] in classes, kinds[p][1] in rests", "(False, kinds[p][1] in rests"),
+    Mutant("rows picked whatever is left by four", "data/checking.py", "kinds[p][1] in rests", "False"),
+    Mutant("class weights not counted", "objective/counting.py", 'names.insert(0, "class weights")', "pass"),
     Mutant("extremes of length not looked at", "data/checking.py", "    return [*shortest, max(everyone, key=lengths.__getitem__)]", "    return []"),
     Mutant("looked at in train mode", "side_effects.py", "in_mode(model, training=False)", "in_mode(model, training=True)"),
     Mutant("gradients never zeroed", "loop.py", "            p.grad = None", "            pass"),
@@ -165,8 +177,8 @@ MUTANTS = [
     Mutant("pruned from an eighth on", "tuning/proposing.py", "math.ceil(len(steps) / 4) - 1", "0"),
     Mutant("an interrupt is not kept", "tuning/interrupts.py", "        self.asked, self._since = True, time.monotonic()", "        raise KeyboardInterrupt"),
     Mutant("a late interrupt is not heard", "tuning/conducting.py", "        interrupts.check()\n", ""),
-    Mutant("verified against half the window", "verification/bench.py", "self._loaded(self.padded, rows, [Slice(order or rows)])", "self._loaded(self.padded, rows, [Slice((order or rows)[: 1 + len(rows) // 2])])"),
-    Mutant("dropout in what is run again", "rehearsing.py", "        _also_in_what_is_run_again(model),\n", ""),
+    Mutant("verified against half the window", "verification/bench.py", "for position in order or rows)", "for position in (order or rows)[: 1 + len(rows) // 2])"),
+    Mutant("dropout in what is run again", "rehearsing.py", "            _also_in_what_is_run_again(self.model),\n", ""),
     Mutant("a wrong loss passes", "verification/comparing.py", "<= tolerance for error in errors)", "<= tolerance for error in errors[:1])"),
     Mutant("what is no number passes", "verification/comparing.py", "all(error is not None and", "all(error is None or"),
     Mutant("the floor does not see float32", "verification/comparing.py", "factor=1 / 3", "factor=1.0"),
@@ -185,7 +197,8 @@ FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.
 FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "watching", "optim.py": "search"}
 FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"}
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
-FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring", "parts_of_loss")}
+FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring")}
+FIRST |= {"objective/parts_of_loss.py": "parts_of_loss", "arranging.py": "self_check"}
 FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", "objective/steadying.py": "probing"}
 FIRST |= dict.fromkeys(("data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming")
 FIRST |= {"wide_gradients.py": "precision"}
@@ -203,7 +216,7 @@ _SEARCHING = [
 ]
 _VERIFYING = ["bench", "comparing", "gradients", "peers", "splits", "verifying"]
 FIRST |= {f"verification/{room}.py": "verify" for room in _VERIFYING}
-FIRST |= {"rehearsing.py": "verify", "data/rows.py": "verify"}
+FIRST |= {"data/rows.py": "verify"}
 FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING}
 TESTS = [
     "parity",
@@ -219,6 +232,7 @@ TESTS = [
     "invariance",
     "evaluation",
     "self_check",
+    "parts_of_loss",
     "losses",
     "probing",
     "lifecycle",
