@@ -123,6 +123,7 @@ def in_batch(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 def test_the_user_is_warned_with_the_figure_also_of_a_count_of_their_own() -> None:
     arguments = {"train_data": ROWS, "n_epochs": 1, "validation_split": 0.0, "progress": False}
+    arguments |= {"gradient_accumulation_steps": 2}
     with pytest.warns(InexactLossWarning, match=r"'loss' of rows apart, weighted by rows, is up to \d+% off"):
         test_fine_tuning(Pooled(), loss_fn=in_batch, **arguments)
     with pytest.warns(InexactLossWarning, match="weighted by count_items"):
@@ -155,7 +156,13 @@ def test_class_weights_that_are_not_counted_are_warned_of(seed: int) -> None:
     loss = lambda outputs, targets: F.cross_entropy(outputs, targets, weight=weight)
     with pytest.warns(InexactLossWarning):
         test_fine_tuning(
-            nn.Linear(4, 2), train_data=rows, loss_fn=loss, n_epochs=1, validation_split=0.0, progress=False
+            nn.Linear(4, 2),
+            train_data=rows,
+            loss_fn=loss,
+            n_epochs=1,
+            gradient_accumulation_steps=2,
+            validation_split=0.0,
+            progress=False,
         )
 
 
@@ -228,7 +235,9 @@ def test_terms_of_unlike_means_are_not_taken_for_one() -> None:
     model = BertForPreTraining(HEADS["masked LM, BERT"].config)
     rows = [{**row, "next_sentence_label": n % 2} for n, row in enumerate(HEADS["masked LM, BERT"].rows())]
     with pytest.warns(InexactLossWarning, match="'loss' of rows apart"):
-        test_fine_tuning(model, train_data=rows, n_epochs=1, validation_split=0.0, progress=False)
+        test_fine_tuning(
+            model, train_data=rows, n_epochs=1, gradient_accumulation_steps=2, validation_split=0.0, progress=False
+        )
 
 
 def test_router_losses_are_warned_of() -> None:
@@ -239,7 +248,7 @@ def test_router_losses_are_warned_of() -> None:
     )  # fmt: skip
     with pytest.warns(InexactLossWarning, match="'aux_loss', 2.7% of the loss, looks at the rows of a batch together"):
         test_fine_tuning(
-            MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1, validation_split=0.0,
+            MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1, gradient_accumulation_steps=2, validation_split=0.0,
             progress=False,
         )  # fmt: skip
 

@@ -1,7 +1,6 @@
 """A run's windows, and how they will be cut, from its settings and its data."""
 
 import math
-import warnings
 from dataclasses import replace
 
 from accelerate import Accelerator
@@ -9,7 +8,7 @@ from accelerate import Accelerator
 from .assembly import Assembly, assemble
 from .cutting import GUESSED_COSTS, Caps, Cutter, PassCosts
 from .data import Stream, StreamRows, mean_length
-from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning
+from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, warn_user
 from .memory import Agreement
 from .objective import Findings
 from .parts import Parts
@@ -115,9 +114,9 @@ def _tell(findings: Findings, on_inexact: str, is_main: bool) -> None:
     if not is_main or on_inexact == "ignore":
         return
     for sentence in sentences:
-        warnings.warn(sentence, InexactLossWarning, stacklevel=2)
+        warn_user(sentence, InexactLossWarning)
     if padding := findings.padding():
-        warnings.warn(padding, PaddingWarning, stacklevel=2)
+        warn_user(padding, PaddingWarning)
 
 
 def _refuse_single_rows(assembly: Assembly, plan: Plan, cutter: Cutter) -> None:

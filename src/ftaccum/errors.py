@@ -1,6 +1,9 @@
 """What ftaccum raises at its users: one sentence each, with the argument, what came and the remedy."""
 
+import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class SettingsError(ValueError):
@@ -32,3 +35,11 @@ class InexactLossWarning(UserWarning):
 
 class PaddingWarning(UserWarning):
     """Padding counts in a loss of the user's own."""
+
+
+def warn_user(sentence: str, category: type[UserWarning]) -> None:
+    """Warns at the line that called ftaccum, not at one of ftaccum's own."""
+    frame, depth = sys._getframe(), 1
+    while frame.f_back is not None and Path(__file__).parent in Path(frame.f_code.co_filename).parents:
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(sentence, category, stacklevel=depth)

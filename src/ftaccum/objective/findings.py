@@ -58,12 +58,11 @@ class Findings:
     @property
     def counted_by(self) -> str:
         """What the loss is a mean over, in words."""
-        ways, unexplained = self.ways, self._unexplained
-        named = {term: f"about {way}" if term in unexplained else way for term, way in ways.items()}
-        words = ", ".join(named.values() if len(ways) == 1 else (f"{way} for {term!r}" for term, way in named.items()))
-        if unexplained:
-            return f"{words} (NOT exactly)"
-        return f"{words} (measured)" if self.measured else words
+        not_exactly = dict.fromkeys(self._unexplained, ", NOT exactly")
+        not_exactly |= dict.fromkeys(self._mixed, ", NOT exactly in train mode")
+        named = {term: f"{way} for {term!r}" if len(self.ways) > 1 else way for term, way in self.ways.items()}
+        words = "; ".join(words + not_exactly.get(term, "") for term, words in named.items())
+        return f"{words} (measured)" if self.measured and not not_exactly else words
 
     @property
     def mixes_rows(self) -> bool:
