@@ -96,6 +96,8 @@ MUTANTS = [
     Mutant("a stream's draws follow the cut", "data/streaming.py", "        self._generators.put_back()\n", ""),
     Mutant("a pass begins where the last one did", "data/streaming.py", "if epoch != self._epoch:", "if self._rows is None:"),
     Mutant("updates lost where a stream fails", "recording.py", "        except error:\n            self.drain()\n", "        except error:\n"),
+    Mutant("a pair made of what is no text", "data/text.py", "if not isinstance(value, str):", "if False and not isinstance(value, str):"),
+    Mutant("rows that come later may be anything", "data/streaming.py", "            check_row(row, self.argument, self.name_of", "            position or check_row(row, self.argument, self.name_of"),
     Mutant("rows that are to come are not tokenised", "data/streaming.py", "        self._stream.steps.append(step)\n", ""),
     Mutant("a stream's remainder is dropped", "planning/streaming.py", 'if self._n_open and (self._ended or self.remainder == "flush"):', 'if self._n_open and self.remainder == "flush":'),
     Mutant("empty passes are trained on", "planning/streaming.py", "self._ended = not self._more(epoch, 1)", "self._more(epoch, 1)"),
@@ -187,7 +189,9 @@ FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring", "parts_of_loss")}
 FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", "objective/steadying.py": "probing"}
-FIRST |= dict.fromkeys(("data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming")
+FIRST |= dict.fromkeys(
+    ("data/text.py", "data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming"
+)
 FIRST |= {"wide_gradients.py": "precision"}
 _SEARCHING = [
     "trials",
