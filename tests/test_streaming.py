@@ -112,6 +112,23 @@ def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(r
                     assert (plan.shortfall() is None) == (len(windows) == most)
 
 
+@pytest.mark.parametrize("passes", [(5, 0), (4, 0, 4), (3, 5), (2, 1, 3, 0)])
+def test_a_window_of_a_stream_belongs_to_the_pass_that_its_last_row_came_in(passes: tuple[int, ...]) -> None:
+    """Passes may be of unlike lengths, and the first that has no row is none: nothing comes after it."""
+    left = [*passes, *[0] * 9]
+
+    def read(epoch: int, more: int, _: int) -> int:
+        came = min(more, left[epoch])
+        left[epoch] -= came
+        return came
+
+    plan = StreamPlan(9, Batching(4, 1, 1, 4), 99, read, remainder="carry")
+    windows = [(epoch, window) for epoch in plan.epochs for window in plan.windows(epoch)]
+    came_in = [epoch for epoch in range(passes.index(0) if 0 in passes else len(passes)) for _ in range(passes[epoch])]
+    assert [n for _, window in windows for n in window.rows] == list(range(len(came_in)))
+    assert all(epoch == window.epoch == came_in[window.rows[-1]] for epoch, window in windows)
+
+
 def test_the_physical_batch_the_cut_and_memory_change_nothing() -> None:
     def trained(prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any) -> Any:
         model = BERT.model()
@@ -189,6 +206,7 @@ def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) ->
 def test_a_stream_that_cannot_be_gone_through_again_ends_the_run(remainder: str) -> None:
     result = run(BERT.model(), Stream(BERT.rows(9), passes=1), n_epochs=5, effective_batch_size=4, remainder=remainder)
     assert result.optimizer_steps == 3
+    assert len(result.train_loss_history) == 1
     assert not any(map(math.isnan, result.loss_history))
     assert result.final_loss == result.train_loss_history[-1]
     assert not math.isnan(result.final_loss)
