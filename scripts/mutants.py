@@ -89,9 +89,9 @@ MUTANTS = [
     Mutant("empty window taken", "loop.py", "n_items > 0 and", "True and"),
     Mutant("ghosts leave traces", "loop.py", "if micro.is_ghost:", "if False:"),
     Mutant("sync in the wrong pass", "loop.py", "len(share), 0", "1, 0"),
-    Mutant("remainder dropped", "planning/windows.py", "and end < of_all:", "and end + sizes.effective_batch_size <= of_all:"),
+    Mutant("remainder dropped", "planning/windows.py", "and end < of_all:", "and end + size <= of_all:"),
     Mutant("remainders never carried", "planning/windows.py", 'room = of_all if self.remainder == "carry" else', "room ="),
-    Mutant("k grows an update late", "planning/windows.py", "min(following, at_most)", "min(following + 1, at_most)"),
+    Mutant("k grows an update late", "planning/windows.py", "(min(following, at_most) - n)", "(min(following, at_most) - n + 1)"),
     Mutant("max_updates not kept", "planning/windows.py", "at_most = self.max_updates or of_all", "at_most = of_all"),
     Mutant("carried rows lost", "planning/windows.py", "start % self.n_rows, None)", "0, None)"),
     Mutant("a row twice in a window drawn for once", "data/loading.py", "take(whole, piece.places)", "take(whole, [share.window.index(row) for row in piece.rows])"),
@@ -108,9 +108,11 @@ MUTANTS = [
     Mutant("a stream's draws follow the cut", "data/streaming.py", "        self._generators.put_back()\n", ""),
     Mutant("a pass begins where the last one did", "data/streaming.py", "if epoch != self._epoch:", "if self._rows is None:"),
     Mutant("updates lost where a stream fails", "recording.py", "        except error:\n            self.drain()\n", "        except error:\n"),
+    Mutant("a pair made of what is no text", "data/text.py", "if not isinstance(value, str):", "if False and not isinstance(value, str):"),
+    Mutant("rows that come later may be anything", "data/streaming.py", "            check_row(row, self.argument, self.name_of", "            position or check_row(row, self.argument, self.name_of"),
     Mutant("rows that are to come are not tokenised", "data/streaming.py", "        self._stream.steps.append(step)\n", ""),
-    Mutant("a stream's remainder is dropped", "planning/streaming.py", 'if self._n_open and (self._ended or self.remainder == "flush"):', 'if self._n_open and self.remainder == "flush":'),
-    Mutant("empty passes are trained on", "planning/streaming.py", "self._ended = not self._more(epoch, 1)", "self._more(epoch, 1)"),
+    Mutant("a stream's remainder is dropped", "planning/streaming.py", "if self._n_open and (is_last or not self._begins(epoch + 1)):", "if self._n_open and is_last:"),
+    Mutant("empty passes are trained on", "planning/streaming.py", "self._begun, self._ended = epoch, not self._more(epoch, 1)", "self._begun, self._ended = epoch, not (self._more(epoch, 1), True)"),
     Mutant("buckets wider than the model", "assembly.py", "return data.most_tokens(parts.tokenizer, parts.configuration, parts.model) or sys.maxsize", "return sys.maxsize"),
     Mutant("milestones at epochs' ends that no update has", "tuning/trials.py", 'if plan.remainder == "carry" else', "if False else"),
     Mutant("ghosts not counted in the cost", "cutting.py", "least[n_rows] + ghosts * costs.per_pass", "least[n_rows]"),
@@ -152,7 +154,7 @@ MUTANTS = [
     Mutant("best weights not kept apart", "selection.py", 't.to("cpu", copy=True)', "t"),
     Mutant("metrics of one process", "evaluation.py", "gather_object(predicted) if", "predicted if"),
     Mutant("a milestone told an update late", "watching.py", "self._ahead[0] <= rows", "self._ahead[0] < rows"),
-    Mutant("rows counted over epochs' ends", "planning/windows.py", "return self._ends[n_windows - 1] if", "return n_windows * self.batching.effective_batch_size if"),
+    Mutant("rows counted over epochs' ends", "planning/windows.py", "return int(self._ends[n_windows - 1]) if", "return n_windows * self.batching.effective_batch_size if"),
     Mutant("windows lost where a run is ended", "running.py", "            recorder.drain()  #", "            #"),
     Mutant("evaluating counts as training", "watching.py", "self._work.timed(-1)", "self._work.timed(0)"),
     Mutant("milestones by the first batch alone", "tuning/milestones.py", "math.lcm(*batch_sizes)", "batch_sizes[0]"),
@@ -200,7 +202,9 @@ FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring")}
 FIRST |= {"objective/parts_of_loss.py": "parts_of_loss", "arranging.py": "self_check"}
 FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", "objective/steadying.py": "probing"}
-FIRST |= dict.fromkeys(("data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming")
+FIRST |= dict.fromkeys(
+    ("data/text.py", "data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming"
+)
 FIRST |= {"wide_gradients.py": "precision"}
 _SEARCHING = [
     "trials",

@@ -56,12 +56,17 @@ def test_plan_of_windows_that_differ(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_steps_are_read_alike_from_flags_and_from_a_file(tmp_path: Path) -> None:
     yaml = tmp_path / "settings.yaml"
-    yaml.write_text("gradient_accumulation_steps: [[0, 2], [100, 8]]\nremainder: carry\nmax_updates: 200\n")
-    (from_file,) = parse([Recipe], ["--config", str(yaml)])
+    others = "remainder: carry\nmax_updates: 200\n"
+    yaml.write_text(f"gradient_accumulation_steps: [[0, 2], [100, 8]]\n{others}")
+    (from_lists,) = parse([Recipe], ["--config", str(yaml)])
+    yaml.write_text(f"gradient_accumulation_steps: 0:2,100:8\n{others}")
+    (from_text,) = parse([Recipe], ["--config", str(yaml)])
     flags = ["--gradient_accumulation_steps", "0:2,100:8", "--remainder", "carry", "--max_updates", "200"]
     (from_flags,) = parse([Recipe], flags)
-    assert from_file == from_flags
-    assert checked(vars(from_file))[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
+    from_python = {"gradient_accumulation_steps": "0:2,100:8", "remainder": "carry", "max_updates": 200}
+    wanted = Recipe(gradient_accumulation_steps=[[0, 2], [100, 8]], remainder="carry", max_updates=200)
+    for given in (from_python, vars(from_lists), vars(from_text), vars(from_flags)):
+        assert checked(given)[0] == wanted
     assert parse([Recipe], ["--gradient_accumulation_steps", "4"])[0].gradient_accumulation_steps == 4
 
 

@@ -26,6 +26,9 @@ def test_counts_must_be_positive_integers(value: Any) -> None:
         True,
         2.0,
         "4",
+        "0:2,x:8",
+        "1:2",
+        "0:2:4",
         None,
         [],
         [2, 4],
@@ -39,6 +42,16 @@ def test_counts_must_be_positive_integers(value: Any) -> None:
 def test_steps_are_a_positive_integer_or_pairs_that_ascend(value: Any) -> None:
     with pytest.raises(SettingsError, match=r"`gradient_accumulation_steps` must be a positive integer, or pairs"):
         checked({"gradient_accumulation_steps": value})
+
+
+def test_steps_that_are_recommended_are_taken() -> None:
+    with pytest.raises(SettingsError, match="such as '0:2,100:8', but is 0 instead"):
+        checked({"gradient_accumulation_steps": 0})
+    with pytest.raises(SettingsError, match="as pairs, such as '0:2,100:8', or leave"):
+        checked({"learning_rate_scaling": "sqrt"})
+    assert checked({"gradient_accumulation_steps": "0:2,100:8"})[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
+    shown = str(plan(1000, gradient_accumulation_steps="0:2,100:8"))
+    assert shown == str(plan(1000, gradient_accumulation_steps=[(0, 2), (100, 8)]))
 
 
 def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:

@@ -112,6 +112,23 @@ def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(r
                     assert (plan.shortfall() is None) == (len(windows) == most)
 
 
+@pytest.mark.parametrize("passes", [(5, 0), (4, 0, 4), (3, 5), (2, 1, 3, 0)])
+def test_a_window_of_a_stream_belongs_to_the_pass_that_its_last_row_came_in(passes: tuple[int, ...]) -> None:
+    """Passes may be of unlike lengths, and the first that has no row is none: nothing comes after it."""
+    left = [*passes, *[0] * 9]
+
+    def read(epoch: int, more: int, _: int) -> int:
+        came = min(more, left[epoch])
+        left[epoch] -= came
+        return came
+
+    plan = StreamPlan(9, Batching(4, 1, 1, 4), 99, read, remainder="carry")
+    windows = [(epoch, window) for epoch in plan.epochs for window in plan.windows(epoch)]
+    came_in = [epoch for epoch in range(passes.index(0) if 0 in passes else len(passes)) for _ in range(passes[epoch])]
+    assert [n for _, window in windows for n in window.rows] == list(range(len(came_in)))
+    assert all(epoch == window.epoch == came_in[window.rows[-1]] for epoch, window in windows)
+
+
 def test_the_physical_batch_the_cut_and_memory_change_nothing() -> None:
     def trained(prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any) -> Any:
         model = BERT.model()
@@ -189,6 +206,7 @@ def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) ->
 def test_a_stream_that_cannot_be_gone_through_again_ends_the_run(remainder: str) -> None:
     result = run(BERT.model(), Stream(BERT.rows(9), passes=1), n_epochs=5, effective_batch_size=4, remainder=remainder)
     assert result.optimizer_steps == 3
+    assert len(result.train_loss_history) == 1
     assert not any(map(math.isnan, result.loss_history))
     assert result.final_loss == result.train_loss_history[-1]
     assert not math.isnan(result.final_loss)
@@ -322,6 +340,11 @@ def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
         ({"val_data": Stream(TEXTS)}, "`val_data` must be .*, but is a stream instead. Take the rows you want first"),
         ({"train_data": Stream([])}, "`train_data` has no rows"),
         ({"train_data": Stream([1, 2])}, "its first row is a int instead"),
+        ({"train_data": Stream([*BERT.rows(3), 1])}, "but row 3 is a int instead"),
+        (
+            {"train_data": iter(BERT.rows())},
+            r"gone through only once\. .* `train_data=datasets\.IterableDataset\.from_gen",
+        ),
         ({"train_data": Stream(TEXTS)}, "`train_data` is raw text, but `tokenizer` is None"),
         ({"train_data": Stream(BERT.rows(), fails_after=2)}, "cannot be read on, after 2 rows"),
         (
@@ -337,7 +360,7 @@ def test_what_cannot_be_used_is_told_before_training(given: dict[str, Any], word
         test_fine_tuning(BERT.model(), **(arguments | given))
 
 
-def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
     good = BERT.rows(12)
     long = {**good[0], "input_ids": list(range(1, 60))}
@@ -345,8 +368,47 @@ def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatc
         run(BERT.model(), Stream([*good, long]), max_tokens=50)
     with pytest.raises(DataError, match=r"Of `train_data`, row 12 has the label 7"):
         run(BERT.model(), Stream([*good, {**good[0], "labels": 7}]))
-    with pytest.raises(DataError, match=r"`train_data` cannot be read on, after 13 rows: KeyError\('text'\)"):
-        run(BERT.model(), Stream([*TEXTS[:12], {"label": 1}]), tokenizer=tokenizer_of(tmp_path))
+    for odd in (3, torch.ones(4)):
+        with pytest.raises(DataError, match=rf"`train_data` must be .*, but row 12 is a {type(odd).__name__} instead"):
+            run(BERT.model(), Stream([*good, odd, *good]))
+
+
+NO_TEXT = r"row {} has no text in its column 'text', but {}\. Mend or drop the row"
+ODD_TEXTS: list[tuple[Any, str, str]] = [
+    # the row, what is said of it among those that are looked at, and later
+    ({"label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
+    ({"text": None, "label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
+    ({"text": ["a", "film"], "label": 1}, "row 3 makes no table with the rows", NO_TEXT.format(9, r"\['a', 'film'\]")),
+    ({"text": "\ud800", "label": 1}, "row 3 makes no table with the rows", "row 9 cannot be tokenised: TypeError"),
+    ({"text": "a", "label": "odd"}, "row 3 makes no table with the rows", "row 9 has the label 'odd', but the model's"),
+    ({"text": "a"}, "row 3 cannot be made part of a batch", "row 9 cannot be made part of a batch"),
+    (7, "row 3 is a int instead", "row 9 is a int instead"),
+]
+
+
+@pytest.mark.parametrize(("odd", "early", "late"), ODD_TEXTS)
+def test_a_row_whose_text_cannot_be_used_is_named_whenever_it_comes(
+    odd: Any, early: str, late: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 6)
+    for place, words in ((3, early), (9, late)):
+        with pytest.raises(DataError, match=words):
+            run(BERT.model(), Stream([*TEXTS[:place], odd, *TEXTS]), tokenizer=tokenizer_of(tmp_path))
+    with pytest.raises(DataError, match=early if isinstance(odd, dict) else "row 3 makes no table"):
+        run(BERT.model(), [*TEXTS[:3], odd, *TEXTS], tokenizer=tokenizer_of(tmp_path))
+
+
+def test_a_stream_is_said_to_have_been_looked_at_as_far_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LOOKED_AT", 4)
+    rows = LLAMA.rows(9)
+    for row in rows[:4]:
+        row["labels"] = [-100] * len(row["input_ids"])
+    with pytest.raises(DataError, match=r"as far as its first 4 rows tell, has no label that counts: .* shuffle the"):
+        run(LLAMA.model(), Stream(rows))
+    with pytest.raises(
+        DataError, match=r"as far as its first 4 rows tell, has no row with loss items\. .* shuffle the"
+    ):
+        run(LLAMA.model(), Stream(LLAMA.rows(9)), count_items=lambda _: 0, on_inexact="ignore")
 
 
 def test_a_search_takes_no_stream() -> None:

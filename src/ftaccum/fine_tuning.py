@@ -29,7 +29,7 @@ def test_fine_tuning(
     n_epochs: int = 3,
     max_updates: int | None = None,
     batch_size: int | str = 4,
-    gradient_accumulation_steps: int | Pairs = 1,
+    gradient_accumulation_steps: int | str | Pairs = 1,
     effective_batch_size: int | None = None,
     tokens_per_update: int | None = None,
     remainder: str = "flush",
@@ -91,8 +91,8 @@ def test_fine_tuning(
             "auto": the most of the longest rows that fit in memory, found by trying before the first update; give
             `effective_batch_size` or `tokens_per_update` with it.
         gradient_accumulation_steps: k, micro-batches per update on each process; or pairs (from_update, k), such as
-            [(0, 2), (100, 8)] for updates that are four times as large from the 101st on. 1 leaves the size of an
-            update to the next two, where one is given.
+            [(0, 2), (100, 8)] or the text "0:2,100:8", for updates that are four times as large from the 101st on.
+            1 leaves the size of an update to the next two, where one is given.
         effective_batch_size: rows per update over all processes; k = ⌈it / (batch_size × processes)⌉, and a last
             micro-batch may be short.
         tokens_per_update: tokens per update over all processes; divided by the mean row length it gives the rows.

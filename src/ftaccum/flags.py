@@ -11,7 +11,6 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from .errors import SettingsError
-from .settings import Pairs
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -56,9 +55,7 @@ def parse(kinds: Sequence[type], arguments: Sequence[str], *, prog: str | None =
         if action.option_strings[0].startswith("--no_"):
             action.help = f"turns --{action.dest} off"
         kinds_of_value = get_args(hints.get(action.dest))
-        if action.type is not None and Pairs in kinds_of_value:
-            action.type = _number_or_pairs
-        elif action.type is not None and str in kinds_of_value and int in kinds_of_value:
+        if action.type is not None and str in kinds_of_value and int in kinds_of_value:
             action.type = _number_or_word
         if action.type is not None and type(None) in kinds_of_value:
             action.type = _or_none(action.type)
@@ -93,15 +90,6 @@ def _or_none(convert: Any) -> Callable[[str], Any]:
 def _number_or_word(word: str) -> int | str:
     try:
         return int(word)
-    except ValueError:
-        return word
-
-
-def _number_or_pairs(word: str) -> int | str | list[list[int]]:
-    if ":" not in word:
-        return _number_or_word(word)
-    try:
-        return [[int(update), int(k)] for update, k in (pair.split(":") for pair in word.split(","))]
     except ValueError:
         return word
 

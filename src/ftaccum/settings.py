@@ -9,9 +9,11 @@ import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import SettingsError
+
+T = TypeVar("T")
 
 PRECISIONS = ("no", "bf16", "fp16")
 
@@ -22,6 +24,7 @@ class Rule:
 
     accepts: Callable[[Any], bool]
     words: str
+    read: Callable[[Any], Any] = lambda value: value  # from how it may be written to what is meant
 
     def fault(self, name: str, value: Any, remedy: str) -> str | None:
         """The sentence that says how `value` breaks this rule, or None where it does not."""
@@ -30,7 +33,7 @@ class Rule:
         return f"`{name}` must be {self.words}, but is {value!r} instead. {remedy}"
 
     def or_none(self) -> "Rule":
-        return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None")
+        return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None", self.read)
 
 
 def _is_int(value: Any) -> bool:
@@ -74,13 +77,23 @@ def _is_schedule(value: Any) -> bool:
     return updates[0] == 0 and all(one < next_ for one, next_ in itertools.pairwise(updates))
 
 
-# The text is what a command line says, which becomes pairs where it can.
+def _steps_read(value: Any) -> Any:
+    """Text such as '0:2,100:8' as pairs, where it can be; all else as it is."""
+    if not isinstance(value, str) or ":" not in value:
+        return value
+    try:
+        return [[int(update), int(k)] for update, k in (pair.split(":") for pair in value.split(","))]
+    except ValueError:
+        return value
+
+
 Steps = Annotated[
     int | str | Pairs,
     Rule(
         lambda v: (_is_int(v) and v > 0) or _is_schedule(v),
         "a positive integer, or pairs (from_update, k) with the first from update 0, ascending, and every k positive, "
-        "such as [(0, 2), (100, 8)]",
+        "such as '0:2,100:8'",
+        _steps_read,
     ),
 ]
 Costs = Annotated[
@@ -184,14 +197,20 @@ def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     Raises:
         SettingsError: with a sentence for each fault, all of them at once.
     """
-    recipe = Recipe(**{f.name: plain(given[f.name]) for f in fields(Recipe) if f.name in given})
-    runtime = Runtime(**{f.name: plain(given[f.name]) for f in fields(Runtime) if f.name in given})
+    recipe, runtime = read_as(Recipe, given), read_as(Runtime, given)
     faults = single_faults(recipe) + single_faults(runtime)
     if not faults:  # the joint rules compare values, which must be sound for that
         faults = _joint_faults(recipe, runtime)
     if faults:
         raise SettingsError(faults)
     return recipe, runtime
+
+
+def read_as(kind: type[T], given: Mapping[str, Any]) -> T:
+    """One of the dataclasses of settings from those of its fields that are given, each read as its rule says."""
+    rules = _rules(kind)
+    names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
+    return kind(**{n: rules[n].read(plain(given[n])) for n in names})
 
 
 def plain(value: Any) -> Any:
@@ -211,11 +230,15 @@ def plain(value: Any) -> Any:
 
 def single_faults(settings: Any) -> list[str]:
     """A sentence for each field of a settings dataclass that breaks the rule in its annotation."""
-    rules = {name: _rule(hint) for name, hint in get_type_hints(type(settings), include_extras=True).items()}
+    rules = _rules(type(settings))
     found = (
         rules[f.name].fault(f.name, getattr(settings, f.name), _remedy(f)) for f in fields(settings) if f.name in rules
     )
     return [fault for fault in found if fault]
+
+
+def _rules(kind: type) -> dict[str, Rule]:
+    return {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
 def _rule(hint: Any) -> Rule:
@@ -265,7 +288,7 @@ def faults_of_schedule(settings: Any) -> list[str]:
             return []
         return [
             f"`learning_rate_scaling` is {scaling!r}, but k is {k} from beginning to end, so that there is nothing to "
-            "follow. Give `gradient_accumulation_steps` as pairs, such as [(0, 2), (100, 8)], or leave it out."
+            "follow. Give `gradient_accumulation_steps` as pairs, such as '0:2,100:8', or leave it out."
         ]
     return [
         f"`gradient_accumulation_steps` is {k}, which says how large every update is, and so does `{name}`, "

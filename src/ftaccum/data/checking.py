@@ -152,8 +152,8 @@ def labelled(rows: Rows, collation: Collation, ignore_index: int) -> list[int]:
         if _has_items(collation(rows, [position]), counting):
             return [position]
     raise DataError(
-        f"`{rows.argument}` has no label that counts: all are {ignore_index}, which the loss leaves out. "
-        "Check how the labels were made, and that truncation leaves some."
+        f"{rows.all_in_words} has no label that counts: all are {ignore_index}, which the loss leaves out. Check how "
+        f"the labels were made, and that truncation leaves some.{rows.if_none_is_fit}"
     )
 
 

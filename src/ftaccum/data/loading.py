@@ -213,7 +213,10 @@ class Loader:
                 batch = self._collation.seeded(self._rows, [position], position, draw)
                 if terms := _counted(self._objective.count(batch)):
                     return batch, terms
-        raise DataError(f"No row of `{self._rows.argument}` has loss items. Check its labels, or `count_items`.")
+        raise DataError(
+            f"{self._rows.all_in_words} has no row with loss items. Check its labels, or `count_items`."
+            f"{self._rows.if_none_is_fit}"
+        )
 
 
 _Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, and the seed of the draws, if any

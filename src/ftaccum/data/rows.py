@@ -1,6 +1,7 @@
 """Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,11 @@ Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 _FORMS = (
     "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
     "or a torch Dataset of dicts or (inputs, targets) tuples"
+)
+_OF_ITERATORS = (
+    "Give a list of its rows. To train on them as a stream, give "
+    "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`; `make_rows` is the function "
+    "that yields the rows, from the first one on whenever it is called."
 )
 _LENGTH_SAMPLE = 1000
 _SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
@@ -47,6 +53,16 @@ class Rows:
     def name_of(self, position: int) -> str:
         """What to call a row in a message: its index in what the user handed over."""
         return f"row {self._name(position)}"
+
+    @property
+    def all_in_words(self) -> str:
+        """What to call all of them in a message, that is, those that were looked at."""
+        return f"`{self.argument}`"
+
+    @property
+    def if_none_is_fit(self) -> str:
+        """What else to do where none of those that were looked at will do: a sentence, or nothing."""
+        return ""
 
     def fetch(self, positions: Sequence[int]) -> list[Row]:
         """The rows at these positions, in that order.
@@ -91,10 +107,31 @@ class Rows:
         return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names)
 
     def as_table(self) -> Dataset:
-        """The rows, and no others of their source, as a table."""
+        """The rows, and no others of their source, as a table.
+
+        Raises:
+            DataError: naming the first row that has no place in it.
+        """
         if not isinstance(self.source, Dataset):
-            return Dataset.from_list([dict(row) for row in self.fetch(range(len(self)))])
+            return self._made_table(self.fetch(range(len(self))))
         return self.source if self._positions is None else self.source.select(self._positions)
+
+    def _made_table(self, rows: list[Row]) -> Dataset:
+        def fault(n: int) -> Exception | None:
+            try:
+                Dataset.from_list([dict(row) for row in rows[:n]])
+            except Exception as error:
+                return error
+            return None
+
+        try:
+            return Dataset.from_list([dict(row) for row in rows])
+        except Exception as error:
+            first = bisect.bisect_left(range(1, len(rows)), True, key=lambda n: fault(n) is not None)
+            raise DataError(
+                f"Of `{self.argument}`, {self.name_of(first)} makes no table with the rows before it: "
+                f"{fault(first + 1)}. Give all rows the same columns, and each column values of one type."
+            ) from error
 
     def replaced(self, source: Any) -> "Rows":
         """Something else made of each of these rows, under their names."""
@@ -135,6 +172,11 @@ def as_rows(data: Any, argument: str) -> Rows:
             f"`{argument}` must be {_FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
             "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
         )
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead, which can be gone through only "
+            f"once. {_OF_ITERATORS}"
+        )
     if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
             f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead. "
@@ -147,11 +189,11 @@ def as_rows(data: Any, argument: str) -> Rows:
     return rows
 
 
-def check_row(first: Any, argument: str) -> None:
-    """Raises DataError where the first row is none."""
-    if not (isinstance(first, Mapping) or (isinstance(first, tuple) and len(first) == 2)):
+def check_row(row: Any, argument: str, name: str = "its first row") -> None:
+    """Raises DataError where a row, the first of all or the one of that name, is none."""
+    if not (isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)):
         raise DataError(
-            f"`{argument}` must be {_FORMS}, but its first row is a {type(first).__name__} instead. "
+            f"`{argument}` must be {_FORMS}, but {name} is a {type(row).__name__} instead. "
             "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
         )
 

@@ -15,7 +15,7 @@ from .rows import Row, Rows, as_row, check_row, length_of
 LOOKED_AT = 256  # rows, before training
 _DRAWS = 0x57  # keeps what a stream draws apart from other uses of the seed
 
-# Rows as they came, and the position of the first one → rows. What it raises is told with the rows read so far.
+# Rows as they came, and the position of the first one → rows. What it raises is a DataError that names a row.
 Step = Callable[[list[Row], int], list[Row]]
 # Calls a function on the main process alone, and comes to what it came to there, on all processes.
 FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
@@ -73,25 +73,34 @@ class Stream:
             ) from error
 
     def _rows_on_main(self, epoch: int, n: int) -> list[Row]:
-        outside, rows, first = Generators.now(), list[Row](), self._n_read
+        outside, first = Generators.now(), self._n_read
         self._generators.put_back()
         try:
-            with self._alone():
-                for row in itertools.islice(self._rows_of(epoch), n):
-                    rows.append(row)
-                    self._n_read += 1
-            if len(rows) < n:
-                self._rows = None
+            rows = self._came(epoch, n)
             for step in self.steps:
                 rows = step(rows, first)
             return rows
         except DataError as error:
             raise StreamError(str(error)) from error
-        except Exception as error:
-            raise StreamError(f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}.") from error
         finally:
             self._generators = Generators.now()
             outside.put_back()
+
+    def _came(self, epoch: int, n: int) -> list[Row]:
+        rows: list[Row] = []
+        try:
+            with self._alone():
+                for row in itertools.islice(self._rows_of(epoch), n):
+                    rows.append(row)
+                    self._n_read += 1
+        except Exception as error:
+            raise StreamError(
+                f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}. Mend what it reads from, "
+                "or have it pass over what cannot be read."
+            ) from error
+        if len(rows) < n:
+            self._rows = None
+        return rows
 
     def _rows_of(self, epoch: int) -> Iterator[Row]:
         if epoch != self._epoch:
@@ -119,14 +128,24 @@ class StreamRows(Rows):
         if not rows:
             raise DataError(f"`{self.argument}` has no rows. Check the files or the filter that it came from.")
         self._are_token_ids = isinstance(rows[0], torch.Tensor)
-        check_row(as_row(rows[0]), self.argument)
         self._n_looked_at = self._came = len(rows)
         self._taken = 0
         self._held = dict(enumerate(rows))
-        self.then(lambda more, _: [as_row(row) for row in more])
+        self.then(self._as_rows)
 
     def __len__(self) -> int:
         return self._n_looked_at
+
+    @property
+    def all_in_words(self) -> str:
+        return f"`{self.argument}`, as far as its first {len(self)} rows tell,"
+
+    @property
+    def if_none_is_fit(self) -> str:
+        return (
+            f" Only these {len(self)} rows are looked at before training. Where later ones are fit, shuffle the stream "
+            "(`.shuffle(buffer_size=10_000)`), or have it begin with such a row."
+        )
 
     def name_of(self, position: int) -> str:
         return f"row {position}"
@@ -143,7 +162,11 @@ class StreamRows(Rows):
         return [length_of(row) for row in self.fetch(range(len(self)) if positions is None else positions)]
 
     def then(self, step: Step) -> None:
-        """Has a step done to the rows that are there, and to all that come."""
+        """Has a step done to the rows that are there, and to all that come.
+
+        Raises:
+            DataError: what the step raises; of a row that comes later, where rows are taken.
+        """
         self._held = dict(enumerate(step(list(self._held.values()), 0)))
         self._stream.steps.append(step)
 
@@ -165,9 +188,16 @@ class StreamRows(Rows):
         self._taken += n_taken
         return n_taken
 
+    def _as_rows(self, more: list[Row], first: int) -> list[Row]:
+        rows = [as_row(row) for row in more]
+        for position, row in enumerate(rows, first):
+            check_row(row, self.argument, self.name_of(position) if position else "its first row")
+        return rows
 
-def as_columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in names}
+
+def as_columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:
+    """None where a row has no such column, as in a table."""
+    return {name: [row.get(name) if isinstance(row, Mapping) else None for row in rows] for name in names}
 
 
 def from_columns(columns: Mapping[str, Sequence[Any]], n_rows: int) -> list[Row]:

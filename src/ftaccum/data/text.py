@@ -1,16 +1,17 @@
 """Raw text to token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
 
 from ..errors import DataError
-from .rows import Rows
+from .rows import Row, Rows
 from .streaming import StreamRows, as_columns, from_columns
 
 _LABELS = ("labels", "label")
+_MEND = "Mend or drop the row."
 _LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit give a very large number as their limit
 
 
@@ -51,20 +52,59 @@ def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next
     label = next((name for name in _LABELS if name in table.column_names), None)
     limit = most_tokens(tokenizer, config, model)
 
-    def encode(columns: Mapping[str, list]) -> dict[str, list]:
-        encoded = dict(tokenizer(*(columns[name] for name in texts), truncation=limit is not None, max_length=limit))
+    def tokens(*columns: list[str]) -> dict[str, list]:
+        return dict(tokenizer(*columns, truncation=limit is not None, max_length=limit))
+
+    def encode(columns: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
+        names = [f"Of `{rows.argument}`, {rows.name_of(position)}" for position in positions]
+        encoded = _encoded(tokens, {name: columns[name] for name in texts}, names)
         if next_token:
             encoded["labels"] = encoded["input_ids"]
         elif label is not None:
-            encoded["labels"] = [_label_id(value, config, rows.argument) for value in columns[label]]
+            encoded["labels"] = [
+                _label_id(value, config, name) for value, name in zip(columns[label], names, strict=True)
+            ]
         return encoded
 
     if isinstance(rows, StreamRows):
-        names = [*texts, *([label] if label is not None else [])]
-        rows.then(lambda more, _: from_columns(encode(as_columns(more, names)), len(more)) if more else [])
+        columns = [*texts, *([label] if label is not None else [])]
+
+        def encode_more(more: list[Row], first: int) -> list[Row]:
+            positions = range(first, first + len(more))
+            return from_columns(encode(as_columns(more, columns), positions), len(more)) if more else []
+
+        rows.then(encode_more)
         return rows
-    table = table.map(encode, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}")
+    table = table.map(
+        encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}"
+    )
     return rows.replaced(table)
+
+
+def _encoded(
+    tokens: Callable[..., dict[str, list]], texts: Mapping[str, list], names: Sequence[str]
+) -> dict[str, list]:
+    """What a tokenizer makes of columns of texts.
+
+    Args:
+        names: of the rows, as sentences on them begin.
+
+    Raises:
+        DataError: naming the first row that cannot be tokenised.
+    """
+    for column, values in texts.items():
+        for name, value in zip(names, values, strict=True):
+            if not isinstance(value, str):  # of a list a tokenizer would make a pair, or tokens of its own
+                raise DataError(f"{name} has no text in its column {column!r}, but {value!r}. {_MEND}")
+    try:
+        return tokens(*texts.values())
+    except Exception as error:
+        for name, *row in zip(names, *texts.values(), strict=True):
+            try:
+                tokens(*([text] for text in row))
+            except Exception as alone:
+                raise DataError(f"{name} cannot be tokenised: {alone!r}. {_MEND}") from alone
+        raise DataError(f"{names[0]} and those behind it cannot be tokenised: {error!r}. Tokenise first.") from error
 
 
 def _text_columns(table: Dataset, argument: str) -> list[str]:
@@ -95,13 +135,13 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
     return min((n for n in limits if n and n < _LONGEST_UNBOUNDED), default=None)
 
 
-def _label_id(value: Any, config: Any, argument: str) -> Any:
+def _label_id(value: Any, config: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     known = getattr(config, "label2id", None) or {}
     if value not in known:
         raise DataError(
-            f"`{argument}` has the label {value!r}, but the model's config.label2id knows {sorted(known)}. "
-            "Set label2id and id2label when loading the model, or give the labels as numbers."
+            f"{name} has the label {value!r}, but the model's config.label2id knows {sorted(known)}. Set label2id and "
+            "id2label when loading the model, or give the labels as numbers."
         )
     return known[value]

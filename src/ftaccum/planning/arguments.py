@@ -17,7 +17,7 @@ from ..settings import (
     Seed,
     Steps,
     faults_of_schedule,
-    plain,
+    read_as,
     setting,
     single_faults,
 )
@@ -54,7 +54,7 @@ def plan(
     n_rows: int,
     *,
     batch_size: int = 4,
-    gradient_accumulation_steps: int | Pairs = 1,
+    gradient_accumulation_steps: int | str | Pairs = 1,
     effective_batch_size: int | None = None,
     tokens_per_update: int | None = None,
     tokens_per_row: float | None = None,
@@ -81,15 +81,14 @@ def plan(
     Raises:
         SettingsError: one sentence for each argument that cannot be used.
     """
-    given = {name: plain(value) for name, value in locals().items()}
-    arguments = PlanArguments(**given)
+    arguments = read_as(PlanArguments, locals())
     faults = single_faults(arguments) or faults_of_schedule(arguments)
     if tokens_per_update is not None and tokens_per_row is None:
         faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
     if faults:
         raise SettingsError(faults)
     kept, held = hold_out(n_rows, validation_split, random_seed)
-    sizes = {name: given[name] for name in inspect.signature(resolve_batching).parameters}
+    sizes = {name: getattr(arguments, name) for name in inspect.signature(resolve_batching).parameters}
     return Plan(
         len(kept),
         n_epochs,

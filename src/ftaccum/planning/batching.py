@@ -101,7 +101,7 @@ def resolve_batching(
 def batching_of(recipe: Recipe, runtime: Runtime, num_processes: int, tokens_per_row: float | None = None) -> Batching:
     """`resolve_batching` on the settings of a run, whose physical batch is known."""
     assert isinstance(runtime.batch_size, int), "'auto' is measured first"
-    assert not isinstance(recipe.gradient_accumulation_steps, str), "words of a command line are pairs by now"
+    assert not isinstance(recipe.gradient_accumulation_steps, str), "text was read as pairs"
     return resolve_batching(
         batch_size=runtime.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,

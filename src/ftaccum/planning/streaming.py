@@ -37,7 +37,8 @@ class StreamPlan(Course):
     _counts: Counter[int] = field(init=False, default_factory=Counter)  # windows by epoch
     _came: int = field(init=False, default=0)
     _starts: tuple[int, int] = field(init=False, default=(0, 0))  # of the window in work, and of the next one
-    _ended: bool = field(init=False, default=False)
+    _begun: int = field(init=False, default=-1)  # the last epoch whose first row was asked for
+    _ended: bool = field(init=False, default=False)  # that epoch had none
 
     @property
     def n_windows(self) -> int:
@@ -47,14 +48,9 @@ class StreamPlan(Course):
     def epochs(self) -> Iterator[int]:
         """As long as there is something to train on: a stream that cannot be gone through again has one."""
         for epoch in range(self.n_epochs):
-            if self._index == self.max_updates:
-                return
-            self._ended = not self._more(epoch, 1)
-            if self._ended and not self._n_open:
+            if self._index == self.max_updates or not self._begins(epoch):
                 return
             yield epoch
-            if self._ended:
-                return
 
     def n_windows_of(self, epoch: int) -> int:
         return self._counts[epoch]
@@ -67,8 +63,8 @@ class StreamPlan(Course):
             yield self._window(epoch)
         else:
             return
-        self._ended = self._ended or epoch + 1 == self.n_epochs
-        if self._n_open and (self._ended or self.remainder == "flush"):
+        is_last = self.remainder == "flush" or epoch + 1 == self.n_epochs
+        if self._n_open and (is_last or not self._begins(epoch + 1)):
             yield self._window(epoch)
 
     def shortfall(self) -> str | None:
@@ -102,6 +98,12 @@ class StreamPlan(Course):
     def _n_open(self) -> int:
         """Rows that came and are in no window yet."""
         return self._came - self._starts[1]
+
+    def _begins(self, epoch: int) -> bool:
+        """Whether an epoch has a row, which nobody can tell before it is read."""
+        if self._begun < epoch:
+            self._begun, self._ended = epoch, not self._more(epoch, 1)
+        return not self._ended
 
     def _more(self, epoch: int, n: int) -> int:
         came = self.read(epoch, n, self._starts[0]) if n else 0

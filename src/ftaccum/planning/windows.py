@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from .batching import Batching
 from .course import Course, Window, sizes_in_words
 from .drawing import order_of
@@ -43,18 +45,20 @@ class Plan(Course):
     rate_scaling: str = "none"
 
     @cached_property
-    def _ends(self) -> list[int]:
+    def _ends(self) -> np.ndarray:
         """Where each window ends, in rows from the beginning of the first epoch."""
-        ends: list[int] = []
-        end, of_all = 0, self.n_epochs * self.n_rows
+        n, end, of_all = 0, 0, self.n_epochs * self.n_rows
         at_most = self.max_updates or of_all
-        stages = self.batching.stages()
-        for (_, sizes), (following, _) in itertools.pairwise([*stages, (at_most, self.batching)]):
-            while len(ends) < min(following, at_most) and end < of_all:
+        ends = []
+        for (_, sizes), (following, _) in itertools.pairwise([*self.batching.stages(), (at_most, self.batching)]):
+            size = min(sizes.effective_batch_size, of_all)
+            while n < min(following, at_most) and end < of_all:
+                # As many windows of a size as come one behind the other.
                 room = of_all if self.remainder == "carry" else end + self.n_rows - end % self.n_rows
-                end = min(end + sizes.effective_batch_size, room)
-                ends.append(end)
-        return ends
+                last = min(end + (min(following, at_most) - n) * size, room)
+                ends.append(np.append(np.arange(end + size, last, size), last))
+                n, end = n + len(ends[-1]), last
+        return np.concatenate(ends)
 
     @property
     def n_windows(self) -> int:
@@ -72,11 +76,11 @@ class Plan(Course):
     @property
     def epochs(self) -> range:
         """Those that are begun: `max_updates` may end the run before the others."""
-        return range(math.ceil(self._ends[-1] / self.n_rows))
+        return range(self._epoch_of(self.n_windows - 1) + 1)
 
     def rows_after(self, n_windows: int) -> int:
         """Rows that the first `n_windows` windows of the run hold, counted anew in every epoch."""
-        return self._ends[n_windows - 1] if n_windows else 0
+        return int(self._ends[n_windows - 1]) if n_windows else 0
 
     def ends_epoch(self, n_windows: int) -> bool:
         """Whether the first `n_windows` windows end with the last one of an epoch."""
@@ -115,7 +119,7 @@ class Plan(Course):
         return range(bisect_right(self._ends, epoch * self.n_rows), bisect_right(self._ends, (epoch + 1) * self.n_rows))
 
     def _epoch_of(self, window: int) -> int:
-        return (self._ends[window] - 1) // self.n_rows
+        return (self.rows_after(window + 1) - 1) // self.n_rows
 
     def _updates_in_words(self) -> str:
         b = self.batching
@@ -131,7 +135,7 @@ class Plan(Course):
     def _remainder_in_words(self) -> str:
         if self.remainder == "flush":
             return "a remainder is flushed at the end of each epoch"
-        last = self._ends[-1] - self.rows_after(self.n_windows - 1)
+        last = self.rows_after(self.n_windows) - self.rows_after(self.n_windows - 1)
         wanted = self.batching.at(self.n_windows - 1).effective_batch_size
         short = f"; the last one has {last} rows" if last < wanted else ""
         return f"what is left of an epoch is carried into the next{short}"
