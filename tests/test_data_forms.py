@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
+from ftaccum import DataError, InexactLossWarning, Result, SettingsError, plan, test_fine_tuning
 from ftaccum.data import Rows, synthetic_rows
 from ftaccum.data.checking import sample_positions
 from heads import CLASSES, HEADS, Row, one_batch
@@ -363,12 +364,19 @@ def test_faults_in_validation_data_name_it() -> None:
         run(CLASSIFIER.model(), ROWS, val_data=[ROWS[0], {**ROWS[1], "labels": 9}])
 
 
-def test_a_fault_outside_the_sample_names_its_row() -> None:
+def test_a_fault_outside_the_sample_names_its_row_and_costs_no_update(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(100)
-    unseen = next(n for n in range(100) if n not in sample_positions(Rows("train_data", rows)))
-    rows[unseen] = {**rows[unseen], "labels": 7}
-    with pytest.raises(DataError, match=f"row {unseen} has the label 7"):
-        run(CLASSIFIER.model(), rows)
+    seen = sample_positions(Rows("train_data", rows))
+    order = [
+        n
+        for window in plan(100, n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
+        for n in window.rows
+    ]
+    place = next(n for n in range(10, 100) if order[n] not in seen)  # two updates and more are taken before
+    rows[order[place]] = {**rows[order[place]], "labels": 7}
+    with pytest.raises(DataError, match=f"row {order[place]} has the label 7"):
+        run(CLASSIFIER.model(), rows, output_dir=str(tmp_path))
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == place // 5
 
 
 def test_a_data_set_that_raises_names_the_row() -> None:

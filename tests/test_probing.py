@@ -248,7 +248,8 @@ def test_router_losses_are_warned_of() -> None:
     )  # fmt: skip
     with pytest.warns(InexactLossWarning, match="'aux_loss', 2.7% of the loss, looks at the rows of a batch together"):
         test_fine_tuning(
-            MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1, gradient_accumulation_steps=2, validation_split=0.0,
+            MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1,
+            gradient_accumulation_steps=2, validation_split=0.0,
             progress=False,
         )  # fmt: skip
 
@@ -301,6 +302,7 @@ def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
     ):
         test_fine_tuning(
             Pooled(), train_data=ROWS, loss_fn=lambda o, b: F.cross_entropy(o, b["y"], reduction="sum"), n_epochs=1,
+            gradient_accumulation_steps=2,
             validation_split=0.0, progress=False,
         )  # fmt: skip
 

@@ -396,7 +396,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=16).save_pretrained(folder / "model")
     lines = [f"{'a ' * (n % 5)}{('good', 'bad')[n % 2]} film,{n % 3}" for n in range(3000)]
     (folder / "rows.csv").write_text("\n".join(["text,label", *lines]))
-    return ["verify", "--model", str(folder / "model"), "--train_data", str(folder / "rows.csv"), "--no_progress"]
+    return ["verify", "--model", str(folder / "model"), "--data", str(folder / "rows.csv"), "--no_progress"]
 
 
 def test_the_command(named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def how_cut(runtime: Runtime, batching: Batching, knows_lengths: bool) -> str:
     # Where all rows are as wide as the longest, or nobody knows, full micro-batches cost least.
     cut = "where it costs least" if runtime.planner and knows_lengths else "in the order of arrival"
     line = f"Micro-batches: at most {most}{found}; windows cut {cut}{layout}"
-    if runtime.max_tokens is not None and batching.gradient_accumulation_steps == 1:
+    if runtime.max_tokens is not None and batching.gradient_accumulation_steps == 1 and not batching.later:
         rows = batching.effective_batch_size
         line += f"\nNote: an update has {rows} rows, by `batch_size`; `effective_batch_size` makes it larger"
     return line
@@ -133,8 +133,9 @@ def _refuse_single_rows(assembly: Assembly, plan: Plan, cutter: Cutter) -> None:
         sizes = [len(piece.rows) for share in shares for piece in share]
         if 1 in sizes:
             carry = "" if plan.remainder == "carry" else ", or give `remainder='carry'`"
+            left_over = f"Choose `batch_size` and the size of an update so that none is left over, drop a row{carry}."
             raise DataError(
-                f"In train mode the model takes no micro-batch of a single row ({complaint}), and update "
-                f"{window.index + 1}, of {len(window.rows)} rows, is cut into {', '.join(map(str, sizes))}. Choose "
-                f"`batch_size` and the size of an update so that none is left over, drop a row{carry}."
+                f"In train mode the model takes no micro-batch of a single row ({complaint}), and those of update "
+                f"{window.index + 1} have {', '.join(map(str, sizes))}. "
+                + ("Give a `batch_size` of 2 at least." if cutter.caps.rows == 1 else left_over)
             )

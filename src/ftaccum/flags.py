@@ -23,7 +23,11 @@ class NamedArguments:
 
     model: str = field(default="", metadata={"help": "folder or hub name of the model (needed)"})
     train_data: str = field(
-        default="", metadata={"help": "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)"}
+        default="",
+        metadata={
+            "help": "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)",
+            "aliases": ["--data"],
+        },
     )
     task: str = field(default="text-classification", metadata={"help": "text-classification or causal-lm"})
     text_column: str = field(default="text", metadata={"help": "column of the texts"})

@@ -242,8 +242,9 @@ class Result(Mapping[str, Any]):
     def _rows_in_words(self) -> str:
         if not self.accumulation_schedule:
             return str(self.effective_batch_size)
-        rows = [k * self.batch_size * self.num_processes for _, k in self.accumulation_schedule]
-        return f"{min(rows)} to {max(rows)}"
+        reached = [k for update, k in self.accumulation_schedule if update < len(self.loss_history)]
+        least, most = (k * self.batch_size * self.num_processes for k in (min(reached), max(reached)))
+        return str(least) if least == most else f"{least} to {most}"
 
     def save(self, path: str | Path) -> None:
         """Writes the result as JSON; non-finite numbers become null."""

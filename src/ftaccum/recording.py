@@ -52,7 +52,7 @@ class Recorder:
 
     @contextmanager
     def kept_on(self, error: type[Exception]) -> Iterator[None]:
-        """Sees to it that an error that all processes raise alike costs no update that was taken."""
+        """Sees to it that an error that all processes raise alike costs no update of the ledger's."""
         try:
             yield
         except error:
@@ -102,7 +102,9 @@ class Recorder:
 def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Batching) -> Iterator[None]:
     """Starts the trackers with a run's settings, and finishes them whatever happens."""
     plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-    accelerator.init_trackers("ftaccum", config=plain | _sizes(batching))
+    schedule = ",".join(f"{update}:{k}" for update, k in ((0, batching.gradient_accumulation_steps), *batching.later))
+    grows = {"accumulation_schedule": schedule} if batching.later else {}
+    accelerator.init_trackers("ftaccum", config=plain | _sizes(batching) | grows)
     try:
         yield
     finally:

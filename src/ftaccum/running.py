@@ -19,7 +19,7 @@ from .borrowing import borrowed, compiled
 from .calibration import Calibration, NoCalibration, PassTimer
 from .cutting import Cutter
 from .data import Feed
-from .errors import SettingsError, StreamError
+from .errors import DataError, SettingsError, StreamError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
 from .history import EpochEntry, Ledger, Result, Work
 from .loop import Outcome, TrainingLoop
@@ -88,7 +88,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             milestones.window_done()
 
         for epoch in plan.epochs:
-            with work.timed(), recorder.kept_on(StreamError):
+            with work.timed(), recorder.kept_on(DataError if agreement.alone else StreamError):
                 loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
             entry = recorder.epoch(*evaluate(model))
             screen.epoch(entry, plan.n_epochs)

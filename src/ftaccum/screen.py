@@ -30,7 +30,6 @@ class Screen:
             _RULE,
             str(plan),
             *notes,
-            *plan.notes(),
             f"Precision: {_PRECISIONS[precision]}, on {device}",
             _RULE,
         )

@@ -72,7 +72,7 @@ class StreamPlan(Course):
             return None
         return (
             f"The stream ended after {self._index} updates, before `max_updates`, {self.max_updates}, which the "
-            "learning rate's schedule counted on."
+            "learning rate's schedule counted on. More passes (`n_epochs`) give more, if it can be gone through again."
         )
 
     def __str__(self) -> str:

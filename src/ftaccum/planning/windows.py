@@ -97,10 +97,19 @@ class Plan(Course):
             yield Window(index, epoch, tuple(itertools.islice(rows, size)))
 
     def notes(self) -> list[str]:
-        wanted = max(sizes.effective_batch_size for _, sizes in self.batching.stages())
-        if wanted <= self.n_rows or self.remainder == "carry":
-            return []
-        return [f"Note: an update wants {wanted} rows, and an epoch has {self.n_rows}: one update each"]
+        stages = self.batching.stages()
+        wanted = max(sizes.effective_batch_size for update, sizes in stages if update < self.n_windows)
+        late = [update for update, _ in stages if update >= self.n_windows]
+        found = {
+            f"an update wants {wanted} rows, and an epoch has {self.n_rows}: one update each": (
+                wanted > self.n_rows and self.remainder == "flush"
+            ),
+            f"the run ends before update {min(late, default=0)}, from which on k is to be another": bool(late),
+            f"the epochs end before `max_updates`, {self.max_updates}; more `n_epochs` make more updates": (
+                self.n_windows < (self.max_updates or 0)
+            ),
+        }
+        return [f"Note: {note}" for note, holds in found.items() if holds]
 
     def __str__(self) -> str:
         """The arithmetic of the run, as a paragraph."""
@@ -111,6 +120,7 @@ class Plan(Course):
                 f"Updates per epoch: {self._updates_in_words()}",
                 f"Epochs: {self.n_epochs}, {self.n_windows} updates in all{self._end_in_words()}",
                 *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
+                *self.notes(),
             ]
         )
 
@@ -123,14 +133,15 @@ class Plan(Course):
 
     def _updates_in_words(self) -> str:
         b = self.batching
-        if self.remainder == "carry" or b.later or self.max_updates is not None:
+        if self.remainder == "carry" or b.later:
             counts = [self.n_windows_of(epoch) for epoch in self.epochs]
             listed = ", ".join(map(str, counts)) if len(counts) <= _FEW else f"{min(counts)} to {max(counts)}"
             return (str(counts[0]) if len(set(counts)) == 1 else listed) + f" ({self._remainder_in_words()})"
         left = self.n_rows % b.effective_batch_size
         micro_batches = math.ceil(left / b.batch_size)
         tail = f"; the remainder of {left} rows (micro-batches: {micro_batches}) is flushed as 1 more" if left else ""
-        return f"{self.windows_per_epoch} ({self.n_rows // b.effective_batch_size} full windows{tail})"
+        full = self.n_rows // b.effective_batch_size
+        return f"{full + bool(left)} ({full} full windows{tail})"
 
     def _remainder_in_words(self) -> str:
         if self.remainder == "flush":

@@ -33,6 +33,7 @@ from .comparing import Comparison
 from .precision import candidates, dtype_of, has_room, measured_in, said, tolerance_for
 from .report import Verification
 
+_FLOAT64 = 1e-12  # what rounding in float64 stays below
 _ROWS = 1024  # to settle on how the loss is counted; of more, only those of the window are read and tokenised
 
 
@@ -141,7 +142,8 @@ def _verified(
         if runtime.padding_free:
             padded = assemble(parts, recipe, replace(runtime, padding_free=False), accelerator, stream=None).train
         length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
-        batching = batching_of(recipe, runtime, processes, length)
+        stages = batching_of(recipe, runtime, processes, length).stages()
+        batching = max((sizes for _, sizes in stages), key=lambda sizes: sizes.effective_batch_size)
         window = next(Plan(len(assembly.train_rows), 1, batching, recipe.random_seed).windows(0)).rows
         bench = Bench(
             accelerator, model, assembly.objective, assembly.train, padded, window, (recipe.random_seed, 0), None
@@ -163,6 +165,14 @@ def _verified(
         shown = accelerator.is_main_process and runtime.progress
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             compared = comparison.results(bar.update)
+    if len(stages) > 1:
+        notes.append(
+            f"Of the ks that training goes through, this is the largest: {batching.gradient_accumulation_steps}."
+        )
+    if precision[0] == torch.float64 and compared.floor > _FLOAT64:
+        notes.append(
+            "A part of the model computes in float32, whatever its weights are in: its rounding is what shows."
+        )
     if compared.floor > compared.tolerance:
         notes.append(
             f"One batch against itself, its rows in another order, differs by {compared.floor:.1e}, which is more than "
