@@ -71,7 +71,7 @@ def test_between_updates_the_weights_do_not_move() -> None:
     model = head.model()
     seen = []
     model.register_forward_pre_hook(
-        lambda *_: seen.append(model.classifier.weight.detach().clone()) if model.training else None
+        lambda *_: seen.append(model.classifier.weight.detach().clone()) if torch.is_grad_enabled() else None
     )
     test_fine_tuning(
         model, train_data=head.rows(12), n_epochs=1, validation_split=0.0, batch_size=2,

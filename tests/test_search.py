@@ -272,13 +272,13 @@ def test_failures_cost_a_trial_each_with_their_reason_and_leave_nothing_behind(t
     assert len(study.trials) == 6
 
 
-def _run_out(model: nn.Module, *_: Any) -> None:
-    if model.training:
+def _run_out(*_: Any) -> None:
+    if torch.is_grad_enabled():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def _diverged_once_trained(model: nn.Module, _: Any, outputs: torch.Tensor) -> torch.Tensor | None:
-    if model.training:
+    if torch.is_grad_enabled():
         model.trained = True
     return outputs * math.nan if hasattr(model, "trained") and not model.training else None
 
