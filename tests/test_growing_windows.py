@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +212,3 @@ def test_the_result_has_the_sizes_of_the_last_update_and_the_schedule(tmp_path: 
     assert Result.load(tmp_path) == result
     rows = [json.loads(line).get("rows") for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert rows == [2, 2, 8, 8, 4, None]
-
-
-@pytest.mark.processes
-def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
-    alone = {n: trained(NAMES[2], **cut_otherwise(arguments, 4)) for n, arguments in enumerate(CHANGING)}
-    torch.save(alone, tmp_path / "alone.pt")
-    printed = two_processes("growing_of_two.py", str(tmp_path / "alone.pt"))
-    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
-    assert len(found["differences"]) == 6
-    assert max(found["differences"].values()) < 1e-9, found
-    assert len(found["errors"]) == 5
-    assert max(found["errors"]) < 1e-10, found

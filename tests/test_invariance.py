@@ -9,6 +9,7 @@ import torch
 
 from heads import HEADS
 from invariance import CUTS, NAMES, difference, trained
+from test_growing_windows import CHANGING, cut_otherwise
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,9 +38,14 @@ def test_the_recipe_does_change_it() -> None:
 
 @pytest.mark.processes
 def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
-    torch.save({name: trained(name, 12) for name in NAMES}, tmp_path / "alone.pt")
+    """Nor where windows are carried over an epoch's end, or grow."""
+    alone = {name: trained(name, 12) for name in NAMES}
+    growing = [trained(NAMES[2], **cut_otherwise(arguments, 4)) for arguments in CHANGING]
+    torch.save((alone, growing), tmp_path / "alone.pt")
     printed = two_processes("invariance_of_two.py", str(tmp_path / "alone.pt"))
-    differences = json.loads(next(line for line in printed.splitlines() if line.startswith("DIFFERENCES "))[12:])
-    assert len(differences) == 9
-    assert max(differences.values()) < 1e-9, differences
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert len(found["differences"]) == 9 + 6
+    assert max(found["differences"].values()) < 1e-9, found
+    assert len(found["gradients"]) == 5
+    assert max(found["gradients"]) < 1e-10, found
     assert HEADS.keys() >= set(NAMES)

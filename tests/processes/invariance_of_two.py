@@ -1,4 +1,5 @@
-"""The recipes of `invariance` on two processes: prints a JSON line {head: largest difference from one process}.
+"""The recipes of `invariance`, and windows that are carried and that grow, on two processes: prints a JSON line of the
+largest differences from one process, and of gradient errors.
 
 The single-process runs come from the file that the test wrote: this process group has no way to be one process.
 """
@@ -9,19 +10,32 @@ import sys
 import torch
 from accelerate import PartialState
 
+from exactness import window_errors
+from heads import HEADS, all_in_float64
 from invariance import NAMES, difference, trained
+from test_growing_windows import CHANGING, cut_otherwise
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 
-alone = torch.load(sys.argv[1], weights_only=False)
+alone, growing = torch.load(sys.argv[1], weights_only=False)
 found = {}
 for name in NAMES:
     for batch_size in (1, 4, 6):
         run = trained(name, batch_size)
         assert run[1].num_processes == 2
         found[f"{name}, {batch_size}"] = difference(alone[name], run)
+for n, arguments in enumerate(CHANGING):
+    for batch_size in (1, 2):
+        run = trained(NAMES[2], **cut_otherwise(arguments, batch_size, num_processes=2))
+        found[f"growing {n}, {batch_size}"] = difference(growing[n], run)
+head = HEADS["causal LM, Llama"]
+with all_in_float64():
+    gradients = window_errors(
+        head.model(), head.rows(), num_processes=2, batch_size=1, gradient_accumulation_steps=[(0, 2), (1, 1), (3, 5)],
+        n_epochs=3, remainder="carry",
+    )  # fmt: skip
 if state.is_main_process:
-    print("DIFFERENCES", json.dumps(found))
+    print("FOUND", json.dumps({"differences": found, "gradients": gradients}))
 state.destroy_process_group()
