@@ -30,7 +30,8 @@ import chat
 import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.flags import parse
-from ftaccum.settings import PositiveInt, Recipe, Runtime, Text, checked, setting, single_faults
+from ftaccum.rules import PositiveInt, Text, setting, single_faults
+from ftaccum.settings import Recipe, Runtime, checked
 from ftaccum.sources import load_model, read_rows
 
 

@@ -15,6 +15,7 @@ SOURCE = Path(ftaccum.__file__).parent
 # A room may import only from rooms in the lines above its own.
 FLOORS = [
     ["errors"],
+    ["rules"],
     ["settings"],
     ["cutting"],
     ["planning"],
@@ -43,6 +44,7 @@ FLOORS = [
 ]
 WITHOUT_TORCH = [
     "errors",
+    "rules",
     "settings",
     "cutting",
     "planning",

@@ -8,8 +8,9 @@ from pathlib import Path
 from .errors import DataError, SettingsError
 from .flags import NamedArguments, TrainArguments, parse
 from .planning import PlanArguments, plan
+from .rules import single_faults
 from .search_settings import SearchSettings, SpaceArguments, TrialRecipe
-from .settings import Recipe, Runtime, checked, single_faults
+from .settings import Recipe, Runtime, checked
 from .verify_settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
 
 _USAGE = """usage: ftaccum COMMAND [options]

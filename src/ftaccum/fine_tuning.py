@@ -13,9 +13,10 @@ from .history import Result
 from .objective import CountItems, LossFn
 from .optim import OptimizerFactory
 from .parts import Parts, check_parts
+from .rules import Pairs
 from .running import run
 from .session import session
-from .settings import Pairs, checked
+from .settings import checked
 from .watching import Watcher
 
 

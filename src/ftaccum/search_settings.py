@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, get_type_hints
 
-from .settings import SCALINGS, Flag, PositiveInt, Recipe, Rule, Seed, Text, setting
+from .rules import SCALINGS, Flag, PositiveInt, Rule, Seed, Text, setting
+from .settings import Recipe
 
 PRUNERS = ("successive_halving", "hyperband", "median", "none")
 SAMPLERS = ("tpe", "random")

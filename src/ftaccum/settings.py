@@ -3,113 +3,32 @@
 A run is decided by its Recipe. The Runtime may change time and memory, never the result.
 """
 
-import itertools
-import math
-import numbers
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from .errors import SettingsError
-
-T = TypeVar("T")
-
-PRECISIONS = ("no", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting may be: a test, and the words for it in "must be …"."""
-
-    accepts: Callable[[Any], bool]
-    words: str
-    read: Callable[[Any], Any] = lambda value: value  # from how it may be written to what is meant
-
-    def fault(self, name: str, value: Any, remedy: str) -> str | None:
-        """The sentence that says how `value` breaks this rule, or None where it does not."""
-        if self.accepts(value):
-            return None
-        return f"`{name}` must be {self.words}, but is {value!r} instead. {remedy}"
-
-    def or_none(self) -> "Rule":
-        return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None", self.read)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-PositiveInt = Annotated[int, Rule(lambda v: _is_int(v) and v > 0, "a positive integer")]
-Count = Annotated[int, Rule(lambda v: _is_int(v) and v >= 0, "a non-negative integer")]
-# torch seeds with 64 bits and NumPy with 32; the smaller bound serves both.
-Seed = Annotated[int, Rule(lambda v: _is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
-Positive = Annotated[float, Rule(lambda v: _is_number(v) and v > 0, "a positive number")]
-NonNegative = Annotated[float, Rule(lambda v: _is_number(v) and v >= 0, "a non-negative number")]
-Fraction = Annotated[float, Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
-Flag = Annotated[bool, Rule(lambda v: isinstance(v, bool), "True or False")]
-Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v), "a non-empty string")]
-Tracker = Annotated[
-    str,
-    Rule(
-        lambda v: bool(v) and (isinstance(v, str | list | tuple) or hasattr(v, "store_init_configuration")),
-        "the name of a tracker, an Accelerate GeneralTracker, or a list of them",
-    ),
-]
-Precision = Annotated[str, Rule(lambda v: v in PRECISIONS, "'no', 'bf16' or 'fp16'")]
-Pairs = Sequence[Sequence[int]]
-Remainder = Annotated[str, Rule(lambda v: v in ("flush", "carry"), "'flush' or 'carry'")]
-SCALINGS = ("none", "sqrt", "linear")
-Scaling = Annotated[str, Rule(lambda v: v in SCALINGS, "'none', 'sqrt' or 'linear'")]
-BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or (_is_int(v) and v > 0), "a positive integer or 'auto'")]
-OnInexact = Annotated[str, Rule(lambda v: v in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")]
-
-
-def _is_schedule(value: Any) -> bool:
-    pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
-    if not (value and pairs and all(_is_int(u) and _is_int(k) and k > 0 for u, k in value)):
-        return False
-    updates = [u for u, _ in value]
-    return updates[0] == 0 and all(one < next_ for one, next_ in itertools.pairwise(updates))
-
-
-def _steps_read(value: Any) -> Any:
-    """Text such as '0:2,100:8' as pairs, where it can be; all else as it is."""
-    if not isinstance(value, str) or ":" not in value:
-        return value
-    try:
-        return [[int(update), int(k)] for update, k in (pair.split(":") for pair in value.split(","))]
-    except ValueError:
-        return value
-
-
-Steps = Annotated[
-    int | str | Pairs,
-    Rule(
-        lambda v: (_is_int(v) and v > 0) or _is_schedule(v),
-        "a positive integer, or pairs (from_update, k) with the first from update 0, ascending, and every k positive, "
-        "such as '0:2,100:8'",
-        _steps_read,
-    ),
-]
-Costs = Annotated[
-    list[float],
-    Rule(
-        lambda v: (
-            isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and c >= 0 for c in v) and sum(v) > 0
-        ),
-        "three numbers of 0 or more, one at least above 0, such as [64, 1, 0.0005]",
-    ),
-]
-
-
-def setting(default: Any, help: str, *aliases: str) -> Any:
-    # The metadata is what `HfArgumentParser` hands to argparse, so that a field is a flag with its help.
-    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
+from .rules import (
+    BatchSize,
+    Costs,
+    Count,
+    Flag,
+    Fraction,
+    NonNegative,
+    OnInexact,
+    Positive,
+    PositiveInt,
+    Precision,
+    Remainder,
+    Scaling,
+    Seed,
+    Steps,
+    Text,
+    Tracker,
+    read_as,
+    setting,
+    single_faults,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,52 +123,6 @@ def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     if faults:
         raise SettingsError(faults)
     return recipe, runtime
-
-
-def read_as(kind: type[T], given: Mapping[str, Any]) -> T:
-    """One of the dataclasses of settings from those of its fields that are given, each read as its rule says."""
-    rules = _rules(kind)
-    names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
-    return kind(**{n: rules[n].read(plain(given[n])) for n in names})
-
-
-def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, paths as strings."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if hasattr(value, "tolist"):  # an array of NumPy's
-        return value.tolist()
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def single_faults(settings: Any) -> list[str]:
-    """A sentence for each field of a settings dataclass that breaks the rule in its annotation."""
-    rules = _rules(type(settings))
-    found = (
-        rules[f.name].fault(f.name, getattr(settings, f.name), _remedy(f)) for f in fields(settings) if f.name in rules
-    )
-    return [fault for fault in found if fault]
-
-
-def _rules(kind: type) -> dict[str, Rule]:
-    return {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
-
-
-def _rule(hint: Any) -> Rule:
-    if get_origin(hint) is Annotated:
-        return next(note for note in get_args(hint) if isinstance(note, Rule))
-    annotated, _none = get_args(hint)
-    return _rule(annotated).or_none()
-
-
-def _remedy(f: Field) -> str:
-    return f"It means: {f.metadata['help']}; the default is {f.default!r}."
 
 
 def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:

@@ -4,7 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, get_type_hints
 
-from .settings import Count, Positive, Recipe, Rule, Runtime, setting
+from .rules import Count, Positive, Rule, setting
+from .settings import Recipe, Runtime
 
 DTYPES = ("float64", "float32", "model")
 

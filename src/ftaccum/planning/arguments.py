@@ -5,22 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingsError
-from ..settings import (
+from ..rules import (
     Fraction,
     Pairs,
     Positive,
     PositiveInt,
-    Recipe,
     Remainder,
-    Runtime,
     Scaling,
     Seed,
     Steps,
-    faults_of_schedule,
     read_as,
     setting,
     single_faults,
 )
+from ..settings import Recipe, Runtime, faults_of_schedule
 from .batching import resolve_batching
 from .drawing import hold_out
 from .windows import Plan

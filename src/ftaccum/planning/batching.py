@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass, replace
 
 from ..errors import SettingsError
-from ..settings import Pairs, Recipe, Runtime
+from ..rules import Pairs
+from ..settings import Recipe, Runtime
 
 
 @dataclass(frozen=True)

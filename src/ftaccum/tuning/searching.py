@@ -19,8 +19,9 @@ from ..data import is_stream
 from ..errors import SettingsError
 from ..fine_tuning import test_fine_tuning
 from ..flags import nearest
+from ..rules import single_faults
 from ..search_settings import SearchSettings
-from ..settings import checked, single_faults
+from ..settings import checked
 from .conducting import conduct
 from .definition import Search
 from .space import STEPS, Others, space_of

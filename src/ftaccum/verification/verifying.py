@@ -24,8 +24,9 @@ from ..objective import CountItems, LossFn
 from ..parts import Parts, check_parts
 from ..planning import Batching, Plan, batching_of
 from ..rehearsing import Rehearsal
+from ..rules import single_faults
 from ..session import session
-from ..settings import Recipe, Runtime, checked, single_faults
+from ..settings import Recipe, Runtime, checked
 from ..side_effects import converted, preserved_gradients
 from ..verify_settings import VerifySettings
 from .bench import Bench
