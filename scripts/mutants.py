@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant("bad data cost trials", "tuning/worker.py", "return error is not None", "return False"),
     Mutant("two workers take one trial", "tuning/storages.py", "return _one_writer_at_a_time(made) if url.startswith(\"sqlite\") else made", "return made"),
     Mutant("pruned from an eighth on", "tuning/proposing.py", "math.ceil(len(steps) / 4) - 1", "0"),
-    Mutant("an interrupt is not kept", "tuning/interrupts.py", "        self.asked, self._since = True, time.monotonic()", "        raise KeyboardInterrupt"),
+    Mutant("an interrupt is not kept", "interrupts.py", "            self.asked, self._since = number, time.monotonic()", "            raise KeyboardInterrupt"),
     Mutant("a late interrupt is not heard", "tuning/conducting.py", "        interrupts.check()\n", ""),
     Mutant("verified against half the window", "verification/bench.py", "for position in order or rows)", "for position in (order or rows)[: 1 + len(rows) // 2])"),
     Mutant("dropout in what is run again", "rehearsing.py", "            _also_in_what_is_run_again(self.model),\n", ""),
@@ -215,13 +215,12 @@ _SEARCHING = [
     "endings",
     "proposing",
     "storages",
-    "interrupts",
     "conducting",
 ]
 _VERIFYING = ["bench", "comparing", "gradients", "peers", "splits", "verifying"]
 FIRST |= {f"verification/{room}.py": "verify" for room in _VERIFYING}
 FIRST |= {"data/rows.py": "verify"}
-FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING}
+FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING} | {"interrupts.py": "search"}
 TESTS = [
     "parity",
     "exactness",

@@ -30,7 +30,7 @@ FLOORS = [
     ["wide_gradients"],
     ["loop", "adapting", "physical_batch"],
     ["evaluation"],
-    ["session", "borrowing", "reading", "recording", "screen", "selection"],
+    ["interrupts", "session", "borrowing", "reading", "recording", "screen", "selection"],
     ["parts", "watching"],
     ["assembly"],
     ["arranging"],

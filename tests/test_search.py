@@ -26,8 +26,8 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+import ftaccum.interrupts
 import ftaccum.tuning.conducting
-import ftaccum.tuning.interrupts
 import ftaccum.tuning.worker
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.tuning.endings import counts, find_dead
@@ -388,7 +388,7 @@ def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
 
 
 def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ftaccum.tuning.interrupts, "_TWICE", 0.05)
+    monkeypatch.setattr(ftaccum.interrupts, "_TWICE", 0.05)
 
     def factory() -> nn.Module:
         signal.raise_signal(signal.SIGINT)

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from ..errors import SettingsError
 from ..fine_tuning import fine_tuned
+from ..interrupts import Interrupts
 from ..watching import Watcher
 from .board import Board
 from .definition import Search
-from .interrupts import Interrupts
+from .endings import IF_INTERRUPTED
 from .opening import open_study
 from .reports import write_reports
 from .tables import best_trial
@@ -42,7 +43,7 @@ def _conducted(search: Search, team: Team) -> Study:
                 "trial together. Give one of the two, or launch several times with one `storage`."
             ]
         )
-    interrupts = Interrupts()
+    interrupts = Interrupts(IF_INTERRUPTED)
     with interrupts.kept(), _silent_optuna():
         study = _main(search, team, interrupts) if team.is_main else _copied(*follow(search, team, interrupts))
     if search.settings.refit:

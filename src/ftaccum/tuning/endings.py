@@ -14,6 +14,9 @@ from .liveness import is_gone
 # Names of attributes: why a trial did not finish, who runs it, that it was interrupted by hand, which trial it is
 # another run of, and how many of its workers died.
 REASON, WORKER, INTERRUPTED, FIRST, DEATHS = "reason", "worker", "interrupted", "first_run", "deaths"
+IF_INTERRUPTED = (
+    "Interrupted: the running trial ends with its next update, and will run again. Once more stops at once."
+)
 GRACE = 120  # seconds without a sign of life until a worker is taken for dead: loading a model takes its time
 _RUNS_AT_MOST = 4  # of a trial whose workers die; it may be what kills them
 

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from ..errors import DataError, SettingsError
 from ..fine_tuning import fine_tuned
 from ..history import EpochEntry, Result
+from ..interrupts import Interrupts
 from ..memory import give_back_memory
 from ..planning import Course, Plan
 from ..screen import Screen
 from ..side_effects import preserved_rng, seed_all
 from ..watching import Watcher
 from .book import Book
-from .interrupts import Interrupts
 from .milestones import milestones
 from .team import LostError, Team
 

@@ -12,11 +12,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, TrialState
 
 from ..errors import DataError, SettingsError
+from ..interrupts import Interrupts
 from ..search_settings import SearchSettings
 from .book import Book, StudyBook
 from .definition import Search
 from .endings import INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
-from .interrupts import Interrupts
 from .liveness import here, is_gone
 from .space import RATE, STEPS
 from .storages import tells_deaths

@@ -20,9 +20,9 @@ import torch
 from optuna import Study
 
 from ..errors import DataError, SettingsError
+from ..interrupts import Interrupts
 from .definition import Search
-from .endings import counts
-from .interrupts import Interrupts
+from .endings import IF_INTERRUPTED, counts
 from .opening import open_study
 from .proposing import SeededByTrial
 from .team import Team
@@ -124,7 +124,7 @@ def be_worker(scratch: Path, number: int, parent: int) -> None:
     study, storage = open_study(search, team)
     if number and not isinstance(study.sampler, SeededByTrial):
         study.sampler.reseed_rng()  # all workers have been sent the same one
-    interrupts = Interrupts()
+    interrupts = Interrupts(IF_INTERRUPTED)
     with interrupts.kept():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
         try:
