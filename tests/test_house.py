@@ -15,6 +15,7 @@ SOURCE = Path(ftaccum.__file__).parent
 # A room may import only from rooms in the lines above its own.
 FLOORS = [
     ["errors"],
+    ["files"],
     ["rules"],
     ["settings"],
     ["cutting"],
@@ -44,6 +45,7 @@ FLOORS = [
 ]
 WITHOUT_TORCH = [
     "errors",
+    "files",
     "rules",
     "settings",
     "cutting",

@@ -1,0 +1,167 @@
+"""Files and folders are written whole or not at all: an error, a kill or a full disk leaves the old ones."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftaccum import files
+from ftaccum.files import flushed, folder_beside, write_beside
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def write_folder(path: Path, text: str) -> None:
+    with folder_beside(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "a").write_text(text)
+        (folder / "deep" / "b").write_text(text)
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "there" / "r.json"
+    with write_beside(path) as beside:
+        beside.write_text("old")
+        assert not path.exists()
+    with write_beside(str(path)) as beside:
+        assert beside.parent == path.parent
+        assert not beside.exists()
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert tree(tmp_path) == {"not/there/r.json": "new"}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_with_all_that_lay_in_it(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    path = tmp_path / "model"
+    write_folder(path, "old")
+    (path / "shard").write_text("of the old one")
+    write_folder(path, "new")
+    assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no exchange")
+def test_folders_are_exchanged_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_two_steps(beside: Path, target: Path) -> None:
+        raise AssertionError(f"{beside} took the place of {target} in two steps")
+
+    write_folder(tmp_path / "model", "old")
+    monkeypatch.setattr(files, "_put_in_place", in_two_steps)
+    write_folder(tmp_path / "model", "new")
+    assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new"}
+
+
+def test_an_error_in_the_middle_leaves_the_old_ones_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("old")
+    write_folder(tmp_path / "model", "old")
+    before = tree(tmp_path)
+
+    def fail(path: Path) -> None:
+        path.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), write_beside(tmp_path / "r.json") as beside:
+        fail(beside)
+    with pytest.raises(KeyboardInterrupt), folder_beside(tmp_path / "model") as folder:
+        fail(folder / "a")
+    assert tree(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "r.json"]
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, target: Path) -> None:
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, "no")
+        os.rename(path, target)
+
+    write_folder(tmp_path / "model", "old")
+    monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="no"):
+        write_folder(tmp_path / "model", "new")
+    assert tree(tmp_path) == {"model/a": "old", "model/deep/b": "old"}
+
+
+def test_what_reaches_the_disk_too_late_does_not_take_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems tell only when they flush that there is no room."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "r.json").write_text("old")
+    write_folder(tmp_path / "model", "old")
+    before = tree(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), write_beside(tmp_path / "r.json") as beside:
+        beside.write_text("new")
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(tmp_path / "model", "new")
+    assert tree(tmp_path) == before
+
+
+def test_files_and_folders_are_flushed_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_folder(tmp_path / "model", "new")
+    beside = ".model.partial"
+    assert sorted(order[:-1]) == sorted(["a", "b", "deep", beside])
+    assert order.index("b") < order.index("deep") < order.index(beside)
+    assert order[-1] == tmp_path.name  # whose list of names the renaming changed
+
+
+def test_a_file_system_that_cannot_flush_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(_: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    flushed(tmp_path)
+    write_folder(tmp_path / "model", "new")
+    assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new"}
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "large disk")
+    write_folder(tmp_path / "model", "new")
+    assert (tmp_path / "model").is_symlink()
+    assert tree(tmp_path / "large disk") == {"a": "new", "deep/b": "new"}
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", "old")
+    killed_in_the_middle = (
+        "import os, signal; from ftaccum.files import folder_beside, write_beside\n"
+        f"with folder_beside({str(tmp_path / 'model')!r}) as folder, write_beside({str(tmp_path / 'r')!r}) as file:\n"
+        "    (folder / 'x').write_text('half'); file.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", killed_in_the_middle]).returncode == -signal.SIGKILL
+    assert tree(tmp_path / "model") == {"a": "old", "deep/b": "old"}
+    assert not (tmp_path / "r").exists()
+    write_folder(tmp_path / "model", "new")
+    with write_beside(tmp_path / "r") as beside:
+        beside.write_text("whole")
+    assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new", "r": "whole"}
