@@ -1,12 +1,13 @@
 """What a run learns of its machine, and how the cut of its windows follows: memory that ran out, the cost of a pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 
-from .calibration import PassTimer
-from .cutting import Slice
+from .calibration import MEASURED_WINDOWS, PassTimer
+from .cutting import PassCosts, Slice
 from .data import Feed, Portion
 from .memory import Agreement, Failure, Headroom
 
@@ -63,6 +64,22 @@ class Adaptation:
         costs = self.calibration.window()
         if costs is not None:
             self.feed.cutter = replace(self.feed.cutter, costs=costs)
+
+    def state_dict(self) -> dict[str, Any]:
+        costs = self.feed.cutter.costs
+        return {
+            "costs": None if costs is None else astuple(costs),
+            "headroom": self.headroom.state_dict(),
+            "measured": self.calibration.windows,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Costs that were measured hold on; where they were being measured, that begins anew."""
+        self.headroom.load_state_dict(state_dict["headroom"])
+        self._cut_by_headroom()
+        if self.calibration.windows is not None and (state_dict["measured"] or 0) > MEASURED_WINDOWS:
+            self.calibration.windows = state_dict["measured"]
+            self.feed.cutter = replace(self.feed.cutter, costs=PassCosts(*state_dict["costs"]))
 
     def _cut_by_headroom(self) -> None:
         self.feed.cutter = replace(self.feed.cutter, caps=self.headroom.caps)

@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 from .cutting import GUESSED_COSTS, PassCosts, Slice
 
 # Windows to time passes in, after the first, which warms up; and how unlike passes must be for a line through them.
-_WINDOWS, _PASSES, _SPREAD = 8, 12, 1.5
+MEASURED_WINDOWS, _PASSES, _SPREAD = 8, 12, 1.5
 _GUESS_COUNTS = 1.0
 _STALL = 2.0  # times what was to be expected: something else had the machine
 
@@ -24,7 +24,13 @@ Seconds = Callable[[], float]
 
 
 class PassTimer(Protocol):
-    """What the loop and the adaptation see of it."""
+    """What the loop and the adaptation see of it.
+
+    Attributes:
+        windows: that have ended; None where nothing is measured.
+    """
+
+    windows: int | None
 
     def timing(self, piece: Slice) -> AbstractContextManager[None]:
         """Around the passes of a micro-batch, but for the one in which processes wait for each other."""
@@ -36,6 +42,8 @@ class PassTimer(Protocol):
 
 class NoCalibration:
     """Stands where costs are given, or need not be known."""
+
+    windows: int | None = None
 
     @contextmanager
     def timing(self, piece: Slice) -> Iterator[None]:  # noqa: ARG002
@@ -51,11 +59,11 @@ class Calibration:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._timed: list[tuple[Slice, Seconds]] = []
-        self._windows = 0
+        self.windows: int | None = 0
 
     @contextmanager
     def timing(self, piece: Slice) -> Iterator[None]:
-        if not 0 < self._windows <= _WINDOWS or not piece.rows:
+        if not 0 < (self.windows or 0) <= MEASURED_WINDOWS or not piece.rows:
             yield
             return
         stop = _stopwatch(self._accelerator.device)
@@ -63,8 +71,8 @@ class Calibration:
         self._timed.append((piece, stop()))
 
     def window(self) -> PassCosts | None:
-        self._windows += 1
-        if self._windows != _WINDOWS + 1:
+        self.windows = (self.windows or 0) + 1
+        if self.windows != MEASURED_WINDOWS + 1:
             return None
         timed, self._timed = self._timed, []
         (costs,) = broadcast_object_list([fitted([(piece, seconds()) for piece, seconds in timed])])

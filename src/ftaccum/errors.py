@@ -21,6 +21,26 @@ class InexactLossError(SettingsError):
     """Accumulating this loss only approximates the large batch, and `on_inexact` is 'error'."""
 
 
+class CheckpointError(SettingsError):
+    """There is no checkpoint to go on from, or it is that of another run."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended, or does not answer."""
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, and did after an update; `code`, the process's exit status, is 75 (`EX_TEMPFAIL` of
+    sysexits.h: to be tried again)."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(75)
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
 class DataError(ValueError):
     """The data cannot be trained on; the message names the argument and, where there is one, the row."""
 

@@ -64,6 +64,10 @@ def test_fine_tuning(
     on_inexact: str = "warn",
     deterministic: bool = False,
     output_dir: str | None = None,
+    checkpoint_every: int | str | None = "15min",
+    keep_checkpoints: int = 2,
+    resume: str | None = None,
+    allow_changed: str | Sequence[str] = (),
     log_with: Any = None,
     use_wandb: bool = False,
     progress: bool = True,
@@ -146,7 +150,16 @@ def test_fine_tuning(
         on_inexact: "error", "warn" or "ignore": what to do where accumulating the loss is seen before training to be
             no more than near one large batch (rows compared with each other, batch norm, a router's balance).
         deterministic: deterministic algorithms only.
-        output_dir: folder for `ledger.jsonl`, `result.json` and `model/`.
+        output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`.
+        checkpoint_every: updates between two checkpoints, or the time, such as "90s", "15min" or "2h"; None for none
+            but those at the ends of epochs. They are written in the background.
+        keep_checkpoints: how many of the newest ones stay, beside that of the epoch of best validation loss.
+        resume: "auto" goes on from the newest sound checkpoint in `output_dir`, or starts where there is none; or the
+            folder of a checkpoint, or of a run; None (or "off") starts anew. With the same settings, the run ends as
+            if it had never stopped, to the last bit; on other processes or with another `batch_size` it goes on behind
+            the rows that are done.
+        allow_changed: names of settings (`learning_rate`, `n_epochs`, `effective_batch_size`, `train_data`, …) that may
+            differ from those of the run that is gone on with. Any other difference is refused.
         log_with: an Accelerate tracker, or its name.
         use_wandb: short for `log_with="wandb"`.
         progress: show a progress bar.
@@ -156,6 +169,9 @@ def test_fine_tuning(
 
     Raises:
         SettingsError: arguments that cannot be used, all in one message, before anything is loaded.
+        CheckpointError: where no checkpoint can be gone on from, or only one of a run with other settings.
+        Preempted: where SIGTERM or SIGUSR1 came, after the update that was under way has been taken and saved. A
+            `SystemExit` with status 75. (KeyboardInterrupt, where it was SIGINT.)
         InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact.
         DataError: data that cannot be trained on, with the row where there is one.
         torch.OutOfMemoryError: where memory runs out for a single row. For more rows, the window is run again in

@@ -3,9 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,19 @@ class Ledger:
         kind.append(entry)
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write(json.dumps(_null_non_finite(asdict(entry)), allow_nan=False) + "\n")
+                file.write(_line(entry))
+
+    def entries(self) -> list[WindowEntry | EpochEntry]:
+        """All of them in order: an epoch's after those of its windows."""
+        everything: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
+        return sorted(everything, key=lambda entry: (entry.epoch, isinstance(entry, EpochEntry)))
+
+    def go_on_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
+        """Begins with what an earlier part of the run has recorded."""
+        for entry in entries:
+            (self.windows if isinstance(entry, WindowEntry) else self.epochs).append(entry)  # type: ignore[arg-type]
+        if self.path is not None:
+            self.path.write_text("".join(map(_line, entries)))
 
     @property
     def val_losses(self) -> list[float]:
@@ -265,6 +277,10 @@ class Result(Mapping[str, Any]):
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))
+
+
+def _line(entry: WindowEntry | EpochEntry) -> str:
+    return json.dumps(_null_non_finite(vars(entry)), allow_nan=False) + "\n"
 
 
 def _nan_null(value: float | None) -> float:

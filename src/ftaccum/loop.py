@@ -140,18 +140,27 @@ class TrainingLoop:
         self._zero_gradients()
         return Outcome(work, len(window.rows), losses, grad_norm, rate, skipped)
 
-    def _accumulate_in_memory(self, window: Portion, smaller: Smaller) -> tuple[Work, ItemMeans, torch.Tensor]:
-        """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had."""
+    def sync_buffers(self) -> None:
+        """Has all processes' buffers be those of the main one. DDP would do it in the first forward pass, which a
+        process may leave before the others enter it."""
         if not self.agreement.alone:
-            # DDP would do it in the first forward pass, which a process may leave before the others enter it.
             moving = (module._buffers[name] for module, name in self._moving)
             broadcast([buffer for buffer in moving if buffer is not None and buffer.is_contiguous()])
+
+    def _accumulate_in_memory(self, window: Portion, smaller: Smaller) -> tuple[Work, ItemMeans, torch.Tensor]:
+        """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had."""
+        self.sync_buffers()
         generators, buffers = Generators.now(), Buffers.now(self._moving)
         while True:
             try:
                 losses, items = self.accumulate(window.micro_batches)
             except RanOutError as error:
                 failed = error.failed
+            except Exception:  # the run is as it was after the update before
+                self._zero_gradients()
+                generators.put_back()
+                buffers.put_back()
+                raise
             else:
                 if self._first and self.agreement.any(not all(micro.is_ghost for micro in window.micro_batches)):
                     self._moving = [place for place in self._moving if self.agreement.any(buffers.moved(*place))]

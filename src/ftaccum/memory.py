@@ -4,7 +4,7 @@ import gc
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -64,11 +64,12 @@ class Agreement:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
-        return flag if self.alone else self.each([flag])[0]
+        return self.each([flag])[0]
 
     def each(self, flags: Iterable[bool]) -> list[bool]:
         """Of equally many flags on every process, whether each is set on any."""
-        return [bool(n) for n in self._reduced([int(flag) for flag in flags], distributed.ReduceOp.MAX)]
+        own = [int(flag) for flag in flags]
+        return [bool(n) for n in (own if self.alone else self._reduced(own, distributed.ReduceOp.MAX))]
 
     def least(self, number: int | None) -> int | None:
         """The least that any process has; None where none has one."""
@@ -134,6 +135,16 @@ class Headroom:
 
     def __post_init__(self) -> None:
         self.caps = self.wanted
+
+    def state_dict(self) -> dict[str, Any]:
+        learnt = {name: value for name, value in vars(self).items() if name not in ("wanted", "caps")}
+        return learnt | {"wanted": astuple(self.wanted), "caps": astuple(self.caps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What was learnt, if it was learnt of the same caps; how often memory ran out in any case."""
+        if tuple(state_dict["wanted"]) == astuple(self.wanted):
+            vars(self).update(state_dict | {"wanted": self.wanted, "caps": Caps(*state_dict["caps"])})
+        self.failures = state_dict["failures"]
 
     def ran_out(self, tokens: int) -> None:
         """A micro-batch of as many tokens did not fit: half as many are the most from now on."""

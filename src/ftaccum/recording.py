@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -21,7 +22,8 @@ class Recorder:
     the main process's."""
 
     def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching, work: Work) -> None:
-        self._accelerator, self._ledger, self._bar, self._work = accelerator, ledger, bar, work
+        self.ledger = ledger
+        self._accelerator, self._bar, self._work = accelerator, bar, work
         self._batching = batching
         self._pending: list[Outcome] = []
         self._epoch = 0
@@ -40,24 +42,43 @@ class Recorder:
         self.drain()
         train_loss = total(self._epoch_losses.read()) if self._epoch_losses is not None else float("nan")
         entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
-        self._ledger.record(entry)
+        self.ledger.record(entry)
         values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
         values |= {} if val_loss is None else {"val/loss": val_loss}
         values |= {f"val/{name}": value for name, value in metrics.items()}
-        sizes = self._batching.at(max(0, len(self._ledger.windows) - 1))  # of the last update
+        sizes = self._batching.at(max(0, len(self.ledger.windows) - 1))  # of the last update
         values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
-        self._accelerator.log(values, step=len(self._ledger.windows))
+        self._accelerator.log(values, step=len(self.ledger.windows))
         self._epoch, self._epoch_losses = self._epoch + 1, None
         return entry
 
-    @contextmanager
-    def kept_on(self, error: type[Exception]) -> Iterator[None]:
-        """Sees to it that an error that all processes raise alike costs no update of the ledger's."""
-        try:
-            yield
-        except error:
-            self.drain()
-            raise
+    @property
+    def n_windows(self) -> int:
+        """Those that are done."""
+        return len(self.ledger.windows) + len(self._pending)
+
+    @property
+    def n_epochs(self) -> int:
+        """Those that have ended."""
+        return self._epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a recorder that has been drained."""
+        losses = self._epoch_losses
+        return {
+            "epoch": self._epoch,
+            "terms": None if losses is None else losses.terms,
+            "sums": None if losses is None else losses.sums_T.tolist(),
+            "items": None if losses is None else losses.items_T.tolist(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch = state_dict["epoch"]
+        if state_dict["terms"] is not None:
+            losses = self._epoch_losses = ItemMeans(state_dict["terms"], torch.device("cpu"))
+            losses.sums_T = torch.tensor(state_dict["sums"], dtype=losses.sums_T.dtype)
+            losses.items_T = torch.tensor(state_dict["items"], dtype=losses.items_T.dtype)
+        self._bar.update(len(self.ledger.windows))
 
     def drain(self) -> None:
         """Reads the losses kept so far, and writes their entries. All processes take part."""
@@ -65,7 +86,7 @@ class Recorder:
         for outcome, losses in zip(outcomes, gathered([o.losses for o in outcomes], self._accelerator), strict=True):
             terms = losses.read()
             entry = WindowEntry(
-                window=len(self._ledger.windows),
+                window=len(self.ledger.windows),
                 epoch=self._epoch,
                 rows=outcome.rows,
                 loss=total(terms),
@@ -75,7 +96,7 @@ class Recorder:
                 skipped=outcome.skipped,
                 passes=outcome.work.passes,
             )
-            self._ledger.record(entry)
+            self.ledger.record(entry)
             self._log(entry)
             if not outcome.skipped:
                 self._add_to_epoch(losses)

@@ -4,6 +4,7 @@ import itertools
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -89,6 +90,38 @@ Steps = Annotated[
         "a positive integer, or pairs (from_update, k) with the first from update 0, ascending, and every k positive, "
         "such as '0:2,100:8'",
         _steps_read,
+    ),
+]
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+def seconds_of(text: str) -> float | None:
+    """A time such as '90s', '15min' or '1.5h' in seconds; None where it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h)", text)
+    return float(found[1]) * _SECONDS[found[2]] or None if found else None
+
+
+Every = Annotated[
+    int | str,
+    Rule(
+        lambda v: (_is_int(v) and v > 0) or (isinstance(v, str) and seconds_of(v) is not None),
+        "a positive number of updates, or a time such as '90s', '15min' or '2h'",
+    ),
+]
+Names = Annotated[
+    str | Sequence[str],
+    Rule(
+        lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
+        "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
+        lambda v: [name.strip() for name in v.split(",") if name.strip()] if isinstance(v, str) else v,
+    ),
+]
+Resume = Annotated[
+    str,
+    Rule(
+        lambda v: isinstance(v, str) and bool(v),
+        "'auto', the folder of a checkpoint or of a run,",
+        lambda v: None if v is False or v == "off" else v,  # YAML 1.1 reads `off` as False
     ),
 ]
 Costs = Annotated[

@@ -1,6 +1,7 @@
 """When to stop, and which epoch's weights to end with."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,12 +16,13 @@ class BestEpoch:
 
         Attributes:
             loss: the best so far, infinite before the first.
+            weights: of that epoch, where they are kept.
         """
         self._patience = math.inf if patience is None else patience
         self._keeps = keep_weights
         self.loss = math.inf
         self._epochs_since = 0
-        self._weights: dict[str, Tensor] | None = None
+        self.weights: dict[str, Tensor] | None = None
 
     def ends_after(self, val_loss: float | None, model: nn.Module, *, updated: bool) -> bool:
         """Takes an epoch's validation loss, and says whether training should stop. A NaN is never better.
@@ -33,14 +35,30 @@ class BestEpoch:
         if val_loss < self.loss:
             self.loss, self._epochs_since = val_loss, 0
             if self._keeps:
-                self._weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
+                self.weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
         elif updated:
             self._epochs_since += 1
+        return self.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether training should have stopped by now."""
         return self._epochs_since >= self._patience
+
+    def in_words(self) -> str:
+        """Why it did."""
+        return f"Stopped early: no better validation loss in {self._patience} epochs."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the weights, which are large."""
+        return {"loss": self.loss, "epochs_since": self._epochs_since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss, self._epochs_since = state_dict["loss"], state_dict["epochs_since"]
 
     def restore(self, model: nn.Module) -> bool:
         """Puts the best epoch's weights back, where they were kept, and says whether they were."""
-        if self._weights is None:
+        if self.weights is None:
             return False
-        model.load_state_dict(self._weights)
+        model.load_state_dict(self.weights)
         return True

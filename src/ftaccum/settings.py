@@ -4,7 +4,7 @@ A run is decided by its Recipe. The Runtime may change time and memory, never th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import SettingsError
@@ -12,14 +12,17 @@ from .rules import (
     BatchSize,
     Costs,
     Count,
+    Every,
     Flag,
     Fraction,
+    Names,
     NonNegative,
     OnInexact,
     Positive,
     PositiveInt,
     Precision,
     Remainder,
+    Resume,
     Scaling,
     Seed,
     Steps,
@@ -101,10 +104,37 @@ class Runtime:
         "warn", "what to do where accumulating the loss only approximates a large batch: error, warn or ignore"
     )
     deterministic: Flag = setting(False, "use deterministic algorithms only, which are slower")
-    output_dir: Text | None = setting(None, "folder for the ledger, the result and the trained model")
+    output_dir: Text | None = setting(None, "folder for the ledger, the result, checkpoints and the trained model")
+    checkpoint_every: Every | None = setting(
+        "15min", "updates, or time (90s, 15min, 2h), between checkpoints; None: only at the ends of epochs"
+    )
+    keep_checkpoints: PositiveInt = setting(2, "newest checkpoints to keep, beside that of the best epoch")
+    resume: Resume | None = setting(
+        None,
+        "auto goes on from the newest sound checkpoint in output_dir, if any; or a folder; off starts anew",
+    )
+    allow_changed: Names = setting((), "settings that may differ from those of the run that is gone on with")
     log_with: Tracker | None = setting(None, "tracker that Accelerate knows, such as tensorboard, or all")
     use_wandb: Flag = setting(False, "short for log_with=wandb")
     progress: Flag = setting(True, "show a progress bar")
+
+
+# Three ways to say how large an update is, which counts as what they are resolved to.
+SIZES = ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update")
+# What a run that is gone on with is asked to have in common with itself.
+CHANGEABLE = (
+    *(f.name for f in fields(Recipe) if f.name not in SIZES),
+    *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator"),
+)
+
+
+# Three ways to say how large an update is, which counts as what they are resolved to.
+SIZES = ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update")
+# What a run that is gone on with is asked to have in common with itself.
+CHANGEABLE = (
+    *(f.name for f in fields(Recipe) if f.name not in SIZES),
+    *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator"),
+)
 
 
 def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
@@ -144,6 +174,15 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         )
     if runtime.planner_costs is not None and not runtime.planner:
         found.append("`planner_costs` is given, but `planner` is False. Drop one of them.")
+    if unknown := [name for name in runtime.allow_changed if name not in CHANGEABLE]:
+        found.append(f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.")
+    if unknown := [name for name in runtime.allow_changed if name not in CHANGEABLE]:
+        found.append(f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.")
+    if runtime.resume == "auto" and runtime.output_dir is None:
+        found.append(
+            "`resume` is 'auto', but `output_dir` is None, so that there is nowhere to look for checkpoints. Give "
+            "`output_dir`, or the folder of a checkpoint."
+        )
     if runtime.batch_size == "auto":
         found += _faults_of_auto(recipe, runtime)
     return found + faults_of_schedule(recipe)

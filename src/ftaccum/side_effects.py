@@ -26,6 +26,18 @@ class Generators:
         on_device = device.get_rng_state() if device is not None else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors, numbers and texts, which can be read again without running code."""
+        kind, keys, *others = self.numpy
+        numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), *others)
+        return {"python": self.python, "numpy": numpy_state, "cpu": self.cpu, "device": self.device}
+
+    @classmethod
+    def of_state(cls, state_dict: dict[str, Any]) -> "Generators":
+        kind, keys, *others = state_dict["numpy"]
+        numpy_state = (kind, keys.numpy().astype(np.uint32), *others)
+        return cls(state_dict["python"], numpy_state, state_dict["cpu"], state_dict["device"])
+
     def unmoved(self) -> bool:
         """Whether nothing has been drawn since."""
         now = Generators.now()

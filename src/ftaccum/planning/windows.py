@@ -3,8 +3,8 @@
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,7 @@ class Plan(Course):
         remainder: "flush" or "carry".
         max_updates: windows after which the run ends, if the epochs have not ended it before.
         rate_scaling: how the learning rate follows k; see `rate_factor`.
+        done: where the first windows ended, if others than these settings make them are behind a run that goes on.
     """
 
     n_rows: int
@@ -43,13 +44,14 @@ class Plan(Course):
     remainder: str = "flush"
     max_updates: int | None = None
     rate_scaling: str = "none"
+    done: tuple[int, ...] = ()
 
     @cached_property
     def _ends(self) -> np.ndarray:
         """Where each window ends, in rows from the beginning of the first epoch."""
-        n, end, of_all = 0, 0, self.n_epochs * self.n_rows
-        at_most = self.max_updates or of_all
-        ends = []
+        n, end, of_all = len(self.done), max(self.done, default=0), self.n_epochs * self.n_rows
+        at_most = self.max_updates or n + of_all
+        ends = [np.array(self.done, dtype=int)]
         for (_, sizes), (following, _) in itertools.pairwise([*self.batching.stages(), (at_most, self.batching)]):
             size = min(sizes.effective_batch_size, of_all)
             while n < min(following, at_most) and end < of_all:
@@ -63,6 +65,21 @@ class Plan(Course):
     @property
     def n_windows(self) -> int:
         return len(self._ends)
+
+    def going_on(self, rows: Sequence[int], n_rows: int) -> "Plan":
+        """The plan for a run whose first windows are done: this one where it has the same windows, else one that goes
+        on behind as much of the same epoch.
+
+        Args:
+            rows: of each window that is done.
+            n_rows: of an epoch at that time.
+        """
+        ends = np.cumsum(rows, dtype=int)
+        if not len(ends) or (self.n_rows == n_rows and np.array_equal(ends, self._ends[: len(ends)])):
+            return self
+        epoch, in_epoch = divmod(int(ends[-1]), n_rows)
+        end = epoch * self.n_rows + min(in_epoch, self.n_rows)
+        return replace(self, done=tuple((ends * end // ends[-1]).tolist()))
 
     @property
     def windows_per_epoch(self) -> int:

@@ -126,6 +126,7 @@ class TrialWatcher(Watcher):
     """Reports a run's milestones to the book, and ends it where the book says so: on all processes at once."""
 
     saves_model = False
+    endings = (PrunedError, DivergedError, TakenError)
 
     def __init__(
         self,
@@ -156,9 +157,8 @@ class TrialWatcher(Watcher):
         self._team.decided(lambda: self._book.begin(self._steps))
         return self._steps
 
-    def updated(self) -> None:
-        if self._team.size == 1:  # several processes hear of it at unlike updates
-            self._interrupts.check()
+    def interrupts(self, *, saves: bool) -> Interrupts:  # noqa: ARG002
+        return self._interrupts
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         step, budget = self._steps[milestone], max(self._steps)

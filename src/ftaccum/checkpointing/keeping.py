@@ -1,0 +1,129 @@
+"""When a run is saved, and when it stops because it was asked to: between two windows, on all processes alike."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+from ..errors import Preempted
+from ..interrupts import Interrupts
+from ..memory import Agreement
+from ..recording import Recorder
+from ..rules import seconds_of
+from .shelf import Shelf
+from .state import RunState
+from .writing import Writer
+
+_ROOM = 1.2  # times what a copy takes
+
+
+class Keeper:
+    """Saves a run every so often, at the end of each epoch, and where it is asked to stop."""
+
+    def __init__(
+        self,
+        state: RunState,
+        agreement: Agreement,
+        interrupts: Interrupts,
+        writer: Writer | None,
+        shelf: Shelf | None,
+        facts: dict[str, Any],
+        recorder: Recorder,
+        *,
+        every: int | str | None,
+        endings: tuple[type[Exception], ...],
+    ) -> None:
+        """Args:
+        writer: on the main process.
+        shelf: None where nothing is kept.
+        facts: what a checkpoint says of the run, beside its state.
+        recorder: knows how far the run is.
+        every: updates, or a time.
+        endings: errors that end a run for good, so that nobody will go on with it.
+        """
+        self._state, self._agreement, self._interrupts = state, agreement, interrupts
+        self._writer, self._shelf, self._facts, self._recorder = writer, shelf, facts, recorder
+        self._every, self._endings = every, endings
+        self._saved_at = time.monotonic()
+        self._saved: tuple[int, int | None] | None = None
+
+    def after_update(self) -> None:
+        """Saves where it is time to, and stops where any process was asked to.
+
+        Raises:
+            Preempted, KeyboardInterrupt: on all processes, once everything is saved.
+        """
+        stop, by_hand, due = self._agreement.each([*self._asked(), self._is_due()])
+        if stop or due:
+            self.save()
+        if stop:
+            raise self._ending(by_hand)
+
+    def after_epoch(self) -> None:
+        """Saves an epoch that has been evaluated, and stops where any process was asked to."""
+        self.save(self._recorder.n_epochs)
+        stop, by_hand = self._agreement.each(self._asked())
+        if stop:
+            raise self._ending(by_hand)
+
+    def save(self, n_epochs: int | None = None) -> None:
+        """Begins to write a checkpoint, where any are kept. All processes call it alike."""
+        position = (self._recorder.n_windows, n_epochs)
+        if self._shelf is None or self._saved == position:
+            return
+        self._recorder.drain()
+        fits = self._state.n_bytes * _ROOM < psutil.virtual_memory().available
+        snapshot = self._state.taken(self._facts, apart=fits)
+        self._saved, self._saved_at = position, time.monotonic()
+        if self._writer is not None and snapshot is not None:
+            self._writer.write(snapshot, self._shelf.place(*position), self._best_epoch())
+            if not fits:
+                self._writer.finish()
+
+    @contextmanager
+    def saved_on(self, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+        """Sees to it that an error that all processes raise alike costs no update."""
+        try:
+            yield
+        except self._endings:
+            raise
+        except errors:
+            self._recorder.drain()
+            self.save()
+            raise
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        if self._writer is not None:
+            self._writer.finish()
+
+    def in_words(self) -> str:
+        """What is kept of the run, for the last words of it."""
+        self.close()
+        if self._writer is None or self._writer.last is None:
+            return "No checkpoint was kept." if self._shelf is None else ""
+        return f"{self._writer.last} is the newest checkpoint: the same call with `resume='auto'` goes on from it."
+
+    def _asked(self) -> list[bool]:
+        """Whether this process was asked to stop, and whether by hand."""
+        return [self._interrupts.asked is not None, self._interrupts.asked == signal.SIGINT]
+
+    def _is_due(self) -> bool:
+        if self._shelf is None:
+            return False
+        if isinstance(self._every, int):
+            return self._recorder.n_windows % self._every == 0
+        # One clock decides: the main process's.
+        seconds = None if self._every is None or self._writer is None else seconds_of(self._every)
+        return seconds is not None and time.monotonic() - self._saved_at >= seconds
+
+    def _best_epoch(self) -> int | None:
+        losses = [(e.val_loss, e.epoch + 1) for e in self._state.ledger.epochs if e.val_loss is not None]
+        return min((loss, epoch) for loss, epoch in losses if loss == loss)[1] if losses else None
+
+    def _ending(self, by_hand: bool) -> BaseException:
+        sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.in_words()}"
+        return KeyboardInterrupt(sentence) if by_hand else Preempted(sentence)

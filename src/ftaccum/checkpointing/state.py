@@ -1,0 +1,277 @@
+"""What a checkpoint holds: taken from a run between two windows, and put back into one."""
+
+import functools
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..history import EpochEntry, Ledger, WindowEntry, Work
+from ..side_effects import Generators, seed_all
+
+_STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
+_OPTIMIZER, _PROCESSES, _BEST = "optimizer.pt", "processes.pt", "best.safetensors"
+
+
+class Stateful(Protocol):
+    """What has a state of numbers, texts and lists of them, as JSON takes them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class BestWeights(Stateful, Protocol):
+    """Keeps weights besides, in host memory."""
+
+    weights: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the rest of a run depends on, between two windows.
+
+    Attributes:
+        best: the weights to end with, where they are those of an earlier epoch.
+        work: of this process.
+        small: all else, by name.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    ledger: Ledger
+    best: BestWeights
+    work: Work
+    small: Mapping[str, Stateful]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of weights and the optimizer's moments."""
+        return sum(t.numel() * t.element_size() for t in _tensors_in([*_tensors_of(self.model), self.optimizer.state]))
+
+    def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
+        """It on the host. All processes call it alike; the main one gets it.
+
+        Args:
+            facts: what else the checkpoint is to say of the run.
+            apart: whether it is copied, for the run to go on. Else it must wait until the snapshot is written.
+        """
+        processes = gather_object([{"generators": Generators.now().state_dict(), "work": asdict(self.work)}])
+        if not self.accelerator.is_main_process:
+            return None
+        weights, buffers = _tensors_of(self.model)
+        on_host = functools.partial(_on_host, copy=apart)
+        scaler = self.accelerator.scaler
+        steps = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        config: Any = getattr(self.model, "config", None)
+        small = {name: part.state_dict() for name, part in self.small.items()} | {"best": self.best.state_dict()}
+        return Snapshot(
+            facts={
+                **facts,
+                "updates": len(self.ledger.windows),
+                "epochs": len(self.ledger.epochs),
+                "rows": sum(entry.rows for entry in self.ledger.windows),
+                "initial_val_loss": self.ledger.initial_val_loss,
+                "small": small,
+            },
+            entries=self.ledger.entries(),
+            weights=on_host(weights),
+            buffers=on_host(buffers),
+            best=self.best.weights,
+            steps=on_host(steps),
+            processes=processes,
+            config=config.to_json_string() if hasattr(config, "to_json_string") else None,
+        )
+
+    def put_back(self, checkpoint: "Checkpoint", changed: set[str]) -> None:
+        """Has a run go on where the checkpoint was taken, but for the generators. All processes call it alike.
+
+        Args:
+            changed: the settings in which it differs from that run. Then the optimizer's numbers and the schedule are
+                those of this run, and the schedule has come as far; of a changed model, what has the shapes that it
+                had is put back, and the optimizer begins anew.
+        """
+        folder = checkpoint.path
+        _fill(_tensors_of(self.model)[0], load_file(folder / _WEIGHTS), strict="model" not in changed)
+        _fill(_tensors_of(self.model)[1], load_file(folder / _BUFFERS), strict=False)
+        steps = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        if not {"model", "optimizer"} & changed:
+            saved = steps["optimizer"]
+            groups = self.optimizer.state_dict()["param_groups"] if changed else saved["param_groups"]
+            _load_optimizer(self.optimizer, saved["state"], groups)
+        if changed:
+            _forward(self.schedule, sum(not entry.skipped for entry in checkpoint.windows))
+        else:
+            self.schedule.load_state_dict(steps["schedule"])
+        if self.accelerator.scaler is not None and steps["scaler"]:
+            self.accelerator.scaler.load_state_dict(steps["scaler"])
+        self.ledger.initial_val_loss = checkpoint.facts["initial_val_loss"]
+        self.ledger.go_on_from(checkpoint.entries)
+        for name, part in {**self.small, "best": self.best}.items():
+            part.load_state_dict(checkpoint.facts["small"][name])
+        if (folder / _BEST).exists():
+            self.best.weights = load_file(folder / _BEST)
+        self._put_back_work([process["work"] for process in checkpoint.processes()])
+
+    def put_back_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
+        """The last thing before the next window: whatever came before may have drawn. With other processes than there
+        were, they are seeded anew."""
+        processes, index = checkpoint.processes(), self.accelerator.process_index
+        if len(processes) == self.accelerator.num_processes:
+            Generators.of_state(processes[index]["generators"]).put_back()
+        else:
+            seed_all(seed, index, len(checkpoint.windows))
+
+    def _put_back_work(self, by_process: list[dict[str, Any]]) -> None:
+        """With other processes than there were, all of it is the main one's; the time is everybody's."""
+        index, n = self.accelerator.process_index, self.accelerator.num_processes
+        own = by_process[index : index + 1] if len(by_process) == n else by_process if index == 0 else []
+        for work in own:
+            self.work.merge(Work(**work))
+        self.work.seconds = by_process[0]["seconds"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state on the host, which the run does not change any more."""
+
+    facts: dict[str, Any]
+    entries: list[WindowEntry | EpochEntry]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    best: dict[str, Tensor] | None
+    steps: dict[str, Any]
+    processes: list[dict[str, Any]]
+    config: str | None
+
+    @property
+    def n_bytes(self) -> int:
+        """About what it takes on the disk."""
+        tensors = _tensors_in([self.weights, self.buffers, self.best, self.steps])
+        return sum(t.numel() * t.element_size() for t in tensors) + 300 * len(self.entries)
+
+    def write(self, folder: Path) -> None:
+        """Into a folder that is there and empty.
+
+        Raises:
+            OSError: where there is no room, among others.
+            pickle.UnpicklingError: where the optimizer's state could not be read again without running code.
+        """
+        (folder / _WEIGHTS).parent.mkdir()
+        save_file(self.weights, folder / _WEIGHTS, metadata={"format": "pt"})  # as Transformers marks its own
+        if self.config is not None:
+            (folder / _WEIGHTS).with_name("config.json").write_text(self.config)
+        save_file(self.buffers, folder / _BUFFERS)
+        if self.best is not None:
+            save_file(self.best, folder / _BEST)
+        torch.save(self.steps, folder / _OPTIMIZER)
+        torch.save(self.processes, folder / _PROCESSES)
+        torch.load(folder / _OPTIMIZER, weights_only=True, mmap=True)
+        (folder / _STATE).write_text(json.dumps(self.facts, indent=2) + "\n")
+        with (folder / _LEDGER).open("w") as file:
+            file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been opened: what is known of the run, and what it has recorded."""
+
+    path: Path
+    facts: dict[str, Any]
+    entries: list[WindowEntry | EpochEntry]
+
+    @classmethod
+    def opened(cls, path: Path) -> "Checkpoint":
+        lines = [json.loads(line) for line in (path / _LEDGER).read_text().splitlines()]
+        entries = [WindowEntry(**line) if "window" in line else EpochEntry(**line) for line in lines]
+        return cls(path, json.loads((path / _STATE).read_text()), entries)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Generators and work of each process."""
+        return torch.load(self.path / _PROCESSES, weights_only=True)
+
+    @property
+    def windows(self) -> list[WindowEntry]:
+        return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs that have ended, and been evaluated."""
+        return len(self.entries) - len(self.windows)
+
+
+def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What makes the model's weights, and the buffers that are none of its `state_dict`. A weight that is tied is there
+    once. Of an adapted model (PEFT), the base weights that are not trained are left out: they come with the model."""
+    adapted = hasattr(model, "peft_config")
+    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
+    passing = {
+        f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set
+    }
+    buffers = dict(model.named_buffers())
+    weights |= {name: b for name, b in buffers.items() if name not in passing}
+    return weights, {name: b for name, b in buffers.items() if name in passing}
+
+
+def _fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool) -> None:
+    """Has tensors hold what was saved by their names; where not `strict`, of those that have a shape as saved."""
+    for name, tensor in own.items():
+        if not strict and (name not in saved or saved[name].shape != tensor.shape):
+            continue
+        # One number may stand for many (expanded), which cannot be written to, and need not be.
+        if tensor.is_contiguous() or not torch.equal(tensor.cpu(), saved[name]):
+            tensor.detach().copy_(saved[name])
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had."""
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state.items():
+        own = optimizer.state[held[index]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
+                own[name] = value.to(own[name].device)
+
+
+def _forward(schedule: LRScheduler, n_updates: int) -> None:
+    """As far as it would have come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer has taken those steps in another life
+        for _ in range(n_updates):
+            schedule.step()
+
+
+def _on_host(value: Any, copy: bool) -> Any:
+    """The same with its tensors on the host; with `copy`, nobody else's."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=copy).contiguous()
+    if isinstance(value, Mapping):
+        return {key: _on_host(item, copy) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_host(item, copy) for item in value)
+    return value
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in _tensors_in(item)] if isinstance(value, list | tuple) else []

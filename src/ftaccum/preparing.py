@@ -1,0 +1,144 @@
+"""From what is settled of a run to everything that takes part in its training, made and wrapped."""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from .adapting import Adaptation
+from .arranging import cutter_of
+from .assembly import Assembly
+from .borrowing import compiled
+from .calibration import Calibration, NoCalibration, PassTimer
+from .checkpointing import Keeper, Resumption, RunState, Shelf, Stateful, Writer
+from .cutting import Cutter
+from .data import Feed
+from .evaluation import Evaluation, NoEvaluation
+from .history import Ledger, Work
+from .loop import TrainingLoop
+from .memory import Agreement
+from .optim import make_schedule
+from .parts import Parts
+from .planning import Course
+from .recording import Recorder, tracking
+from .screen import Screen
+from .selection import BestEpoch
+from .settings import Recipe, Runtime
+from .training import Clock, Training
+from .watching import Milestones, Watcher
+from .wide_gradients import window_gradients
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A run before its first window.
+
+    Attributes:
+        folder: for its outputs, if anywhere.
+        facts: what its checkpoints say of it.
+    """
+
+    parts: Parts
+    recipe: Recipe
+    runtime: Runtime
+    accelerator: Accelerator
+    agreement: Agreement
+    optimizer: Optimizer
+    assembly: Assembly
+    plan: Course
+    warmup: int
+    resumption: Resumption
+    facts: dict[str, Any]
+    folder: Path | None
+    screen: Screen
+    watcher: Watcher
+
+
+def training_of(run: Settled, stack: ExitStack) -> Training:
+    """Training, ready for the next window: the first one, or the one behind a checkpoint.
+
+    Args:
+        stack: ends what ends with the run.
+    """
+    parts, recipe, runtime, plan, accelerator = run.parts, run.recipe, run.runtime, run.plan, run.accelerator
+    schedule = make_schedule(recipe.lr_scheduler, run.optimizer, run.warmup, plan.n_windows)
+    if runtime.compile:
+        stack.enter_context(compiled(parts.model))
+    gradients = window_gradients(run.optimizer, in_float32=runtime.accumulate_in_fp32)
+    wrapped, prepared = gradients.prepare(accelerator, parts.model)
+    calibration = _calibration(runtime, accelerator)
+    feed = Feed(plan, run.assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index)
+    adaptation = Adaptation(feed, run.agreement, calibration, run.screen.note)
+    loop = TrainingLoop(
+        accelerator, wrapped, run.assembly.objective, prepared, schedule, gradients, plan.rate_factor,
+        max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=run.agreement, calibration=calibration,
+    )  # fmt: skip
+    ledger = Ledger(run.folder / "ledger.jsonl" if run.folder and accelerator.is_main_process else None)
+    stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
+    evaluate = _evaluation(run, replace(feed.cutter, packed=False))
+    work, clock = Work(), Clock()
+    best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
+    recorder = Recorder(accelerator, ledger, stack.enter_context(run.screen.bar(plan.n_windows)), plan.batching, work)
+
+    def validate() -> float | None:
+        recorder.drain()  # the run may end here, and then all of its updates are in the ledger
+        return evaluate(parts.model)[0]
+
+    milestones = Milestones(run.watcher, plan, validate, work)
+    small: dict[str, Stateful] = {
+        "adaptation": adaptation,
+        "recorder": recorder,
+        "milestones": milestones,
+        "clock": clock,
+    }
+    state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small)
+    keeper = _keeper(run, state, recorder, stack)
+    training = Training(
+        parts.model, plan, feed, loop, adaptation, recorder, milestones, evaluate, best, keeper, run.screen, work, clock
+    )
+    run.resumption.put_back(state)
+    if run.resumption.path is None:
+        # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
+        ledger.initial_val_loss = training.look_before()
+    run.resumption.put_back_generators(state, recipe.random_seed)
+    return training
+
+
+def _keeper(run: Settled, state: RunState, recorder: Recorder, stack: ExitStack) -> Keeper:
+    shelf, writer = None if run.folder is None else Shelf(run.folder), None
+    if shelf is not None and run.accelerator.is_main_process:
+        if aside := shelf.set_aside(run.resumption.path):
+            run.screen.note(f"Checkpoints of an earlier run are put aside, in {aside}.")
+        writer = Writer(shelf, run.runtime.keep_checkpoints, run.screen.note, run.resumption.path)
+    interrupts = run.watcher.interrupts(saves=shelf is not None)
+    stack.enter_context(interrupts.kept())
+    keeper = Keeper(
+        state, run.agreement, interrupts, writer, shelf, run.facts, recorder,
+        every=run.runtime.checkpoint_every, endings=run.watcher.endings,
+    )  # fmt: skip
+    stack.callback(keeper.close)
+    return keeper
+
+
+def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:
+    measures = runtime.planner and runtime.planner_costs is None and not runtime.deterministic
+    return Calibration(accelerator) if measures and accelerator.device.type in ("cpu", "cuda") else NoCalibration()
+
+
+def _evaluation(run: Settled, cutter: Cutter) -> Evaluation | NoEvaluation:
+    assembly = run.assembly
+    if assembly.val is None or assembly.val_rows is None:
+        return NoEvaluation()
+    return Evaluation(
+        run.accelerator,
+        assembly.objective,
+        assembly.val,
+        n_rows=len(assembly.val_rows),
+        cutter=cutter,
+        compute_metrics=run.parts.compute_metrics,
+        ignore_index=assembly.ignore_index,
+    )

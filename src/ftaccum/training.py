@@ -1,0 +1,130 @@
+"""A run in progress: epoch by epoch, from where it stands to its end."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import DistError
+
+from .adapting import Adaptation
+from .checkpointing import Keeper
+from .data import Feed
+from .errors import DataError, LostProcessError
+from .evaluation import Evaluation, NoEvaluation
+from .history import EpochEntry, Work
+from .loop import Outcome, TrainingLoop
+from .planning import Course
+from .recording import Recorder
+from .screen import Screen
+from .selection import BestEpoch
+from .watching import Milestones
+
+
+class Clock:
+    """The time in training and evaluation, over all parts of a run that was interrupted."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._started = time.perf_counter() - state_dict["seconds"]
+
+
+@dataclass
+class Training:
+    """What takes part in training, ready for the next window."""
+
+    model: nn.Module
+    plan: Course
+    feed: Feed
+    loop: TrainingLoop
+    adaptation: Adaptation
+    recorder: Recorder
+    milestones: Milestones
+    evaluate: Evaluation | NoEvaluation
+    best: BestEpoch
+    keeper: Keeper
+    screen: Screen
+    work: Work
+    clock: Clock
+
+    def look_before(self) -> float | None:
+        """The validation loss before the first update."""
+        val_loss, metrics = self.evaluate(self.model)
+        self.screen.epoch(EpochEntry(-1, math.nan, val_loss, metrics), self.plan.n_epochs)
+        return val_loss
+
+    def to_the_end(self) -> None:
+        """Trains and evaluates what is left of the run.
+
+        Raises:
+            LostProcessError: where another process is gone.
+        """
+        with self._others_watched():
+            for epoch in self.plan.epochs:
+                if epoch < self.recorder.n_epochs:  # it had ended before the run was interrupted
+                    self._pass_over(epoch)
+                elif self.best.has_ended:
+                    return
+                else:
+                    self._train(epoch)
+                    self._end(epoch)
+        if shortfall := self.plan.shortfall():
+            self.screen.note(shortfall)
+
+    def _train(self, epoch: int) -> None:
+        agreed = (Exception,) if self.loop.agreement.alone else (DataError, torch.OutOfMemoryError)
+        portions = self.feed.epoch(epoch, self.recorder.n_windows)
+        with self.work.timed(), self.keeper.saved_on(agreed):
+            self.loop.train(portions, self.adaptation.smaller, self._on_window)
+
+    def _on_window(self, outcome: Outcome) -> None:
+        self.recorder.window(outcome)
+        self.adaptation.window_done()
+        self.milestones.window_done()
+        self.keeper.after_update()
+
+    def _end(self, epoch: int) -> None:
+        """Evaluates an epoch."""
+        self.loop.sync_buffers()
+        entry = self.recorder.epoch(*self.evaluate(self.model))
+        self.screen.epoch(entry, self.plan.n_epochs)
+        self.milestones.epoch_done(entry)
+        if self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0):
+            self.screen.note(self.best.in_words())
+        self.keeper.after_epoch()
+
+    def _pass_over(self, epoch: int) -> None:
+        """Goes through the windows of an epoch that has ended: a stream has to be read through."""
+        for _ in self.plan.windows(epoch, self.recorder.n_windows):
+            pass
+
+    @contextmanager
+    def _others_watched(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if self.loop.agreement.alone or not _is_of_others(error):
+                raise
+            raise LostProcessError(
+                f"After update {self.recorder.n_windows}, another process of this run has ended or does not answer, "
+                f"and without it no update can be made. {self.keeper.in_words()} What was heard of it: {error}"
+            ) from error
+
+
+def _is_of_others(error: RuntimeError) -> bool:
+    """Whether it was raised by a collective, and not by a process's own work."""
+    said = str(error)
+    return isinstance(error, DistError) or "gloo" in said or "NCCL" in said or "onnection closed by peer" in said
