@@ -9,7 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, SettingsError
+    from .errors import (
+        CheckpointError,
+        DataError,
+        InexactLossError,
+        InexactLossWarning,
+        LostProcessError,
+        PaddingWarning,
+        Preempted,
+        SettingsError,
+    )
     from .fine_tuning import test_fine_tuning
     from .history import Result
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
@@ -22,13 +31,16 @@ __version__ = "0.1.0"
 __all__ = [
     "F1",
     "Accuracy",
+    "CheckpointError",
     "ClassificationMetrics",
     "DataError",
     "InexactLossError",
     "InexactLossWarning",
+    "LostProcessError",
     "MeanSquaredError",
     "PaddingWarning",
     "Plan",
+    "Preempted",
     "Result",
     "SettingsError",
     "Verification",
@@ -40,7 +52,10 @@ __all__ = [
 
 # Loaded when first asked for, so that the parts that need no torch start at once.
 _HOMES = {
-    "errors": ("DataError", "InexactLossError", "InexactLossWarning", "PaddingWarning", "SettingsError"),
+    "errors": (
+        *("CheckpointError", "DataError", "InexactLossError", "InexactLossWarning", "LostProcessError"),
+        *("PaddingWarning", "Preempted", "SettingsError"),
+    ),
     "fine_tuning": ("test_fine_tuning",),
     "history": ("Result",),
     "metrics": ("F1", "Accuracy", "ClassificationMetrics", "MeanSquaredError"),

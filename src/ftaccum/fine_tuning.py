@@ -111,7 +111,8 @@ def test_fine_tuning(
             in the order of arrival. Either way the update is the same.
         planner_costs: what a forward and backward pass costs: a number per pass, per padded token, per row of squared
             width, in any unit. None: a guess, and from the tenth update on what passes were seen to cost
-            (`Result.planner_costs`; with `deterministic` the guess is kept, for runs to be cut alike).
+            (`Result.planner_costs`; with `deterministic`, and on a CPU with `output_dir`, the guess is kept, for runs
+            to be cut alike).
         padding_free: lay the rows of a micro-batch one behind the other instead of padding them. For causal language
             models that keep such rows apart by `position_ids`, which is tried before training.
         learning_rate: the peak rate.

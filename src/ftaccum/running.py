@@ -12,7 +12,7 @@ from torch import nn
 
 from .arranging import how_cut, planned
 from .borrowing import borrowed
-from .checkpointing import Resumption, Shelf, facts_of
+from .checkpointing import Resumption, facts_of
 from .errors import SettingsError
 from .history import Result, Work
 from .memory import agreed_by
@@ -65,8 +65,6 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         result.save(folder / "result.json")
         if watcher.saves_model:
             _save(model, parts.tokenizer, folder / "model")
-        else:
-            Shelf(folder).clear()
     accelerator.wait_for_everyone()
     screen.result(result)
     return result

@@ -13,7 +13,7 @@ from .screen import Screen
 class Watcher:
     """Looks on at one run. This one wants nothing; a search brings its own."""
 
-    saves_model = True  # and keeps checkpoints when all is done
+    saves_model = True  # and a checkpoint of every epoch
     endings: tuple[type[Exception], ...] = ()  # what it raises to end a run
 
     def screen(self, is_main: bool, progress: bool) -> Screen:

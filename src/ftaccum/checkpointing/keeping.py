@@ -34,6 +34,7 @@ class Keeper:
         recorder: Recorder,
         *,
         every: int | str | None,
+        at_epochs: bool,
         endings: tuple[type[Exception], ...],
     ) -> None:
         """Args:
@@ -42,11 +43,12 @@ class Keeper:
         facts: what a checkpoint says of the run, beside its state.
         recorder: knows how far the run is.
         every: updates, or a time.
+        at_epochs: whether also at the end of each epoch.
         endings: errors that end a run for good, so that nobody will go on with it.
         """
         self._state, self._agreement, self._interrupts = state, agreement, interrupts
         self._writer, self._shelf, self._facts, self._recorder = writer, shelf, facts, recorder
-        self._every, self._endings = every, endings
+        self._every, self._at_epochs, self._endings = every, at_epochs, endings
         self._saved_at = time.monotonic()
         self._saved: tuple[int, int | None] | None = None
 
@@ -64,8 +66,9 @@ class Keeper:
 
     def after_epoch(self) -> None:
         """Saves an epoch that has been evaluated, and stops where any process was asked to."""
-        self.save(self._recorder.n_epochs)
         stop, by_hand = self._agreement.each(self._asked())
+        if stop or self._at_epochs:
+            self.save(self._recorder.n_epochs)
         if stop:
             raise self._ending(by_hand)
 

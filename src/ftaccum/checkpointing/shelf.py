@@ -69,8 +69,9 @@ class Shelf:
         return aside
 
     def clear(self) -> None:
-        """Removes them all."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes them all, and those that were put aside."""
+        for folder in (self.folder, self.folder.with_name(_PREVIOUS)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []

@@ -167,6 +167,8 @@ def _check(settings: SearchSettings, given: Mapping[str, Any], fixed: Mapping[st
             f"`model_factory` must be a function that makes a model, but is {type(given['model_factory']).__name__} "
             "instead. Each trial starts from a fresh one: give `lambda: AutoModel….from_pretrained(name)`, say."
         )
+    if fixed["resume"] is not None or fixed["allow_changed"]:
+        faults.append("`resume` and `allow_changed` are of a single run. A search goes on when it is called again.")
     if fixed["batch_size"] == "auto":
         faults.append("`batch_size` must be a number in a search: the physical batch of all trials is the same.")
     if isinstance(fixed["optimizer"], Optimizer):

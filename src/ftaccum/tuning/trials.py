@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import DataError, SettingsError
+from ..errors import DataError, Preempted, SettingsError
 from ..fine_tuning import fine_tuned
 from ..history import EpochEntry, Result
 from ..interrupts import Interrupts
@@ -80,6 +80,8 @@ def run_trial(
         return Outcome("left")
     except LostError:
         raise
+    except Preempted as end:
+        raise KeyboardInterrupt(str(end)) from None
     except (SettingsError, DataError) as error:
         error.__cause__ = error.__context__ = None  # their frames hold the model, as the error's own do
         return Outcome("failed", str(error), error=error.with_traceback(None))
@@ -162,19 +164,13 @@ class TrialWatcher(Watcher):
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         step, budget = self._steps[milestone], max(self._steps)
-        order = self._team.decided(lambda: self._ordered(step, rows, val_loss))
-        if order == "interrupt":
-            raise KeyboardInterrupt
+        order = self._team.decided(lambda: self._book.report(step, rows, val_loss))
         if order == "leave":
             raise TakenError
         if not math.isfinite(val_loss):
             raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
         if order == "prune" and milestone < budget:  # at the end there is nothing left to save
             raise PrunedError(f"at {rows} of {budget} rows")
-
-    def _ordered(self, step: int, rows: int, val_loss: float) -> str:
-        order = self._book.report(step, rows, val_loss)
-        return "interrupt" if self._interrupts.asked else order
 
 
 @dataclass

@@ -11,12 +11,13 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, TrialState
 
+from ..checkpointing import Shelf
 from ..errors import DataError, SettingsError
 from ..interrupts import Interrupts
 from ..search_settings import SearchSettings
 from .book import Book, StudyBook
 from .definition import Search
-from .endings import INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
+from .endings import FIRST, INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
 from .liveness import here, is_gone
 from .space import RATE, STEPS
 from .storages import tells_deaths
@@ -99,9 +100,10 @@ class Leader:
             return Outcome("failed", str(error), error=error)
         except Exception as error:  # a function of the user's
             return Outcome("failed", f"{type(error).__name__}: {error}")
-        self._team.told(("run", (trial.number, trial.params)))
+        first = trial.user_attrs.get(FIRST)
+        self._team.told(("run", (trial.number, first, trial.params)))
         book = StudyBook(self._study, trial, self._settings)
-        return run(self._search, self._team, self._interrupts, trial.number, arguments, book)
+        return run(self._search, self._team, self._interrupts, trial.number, first, arguments, book)
 
     def _told(self, trial: Trial, outcome: Outcome) -> float | tuple[float, float]:
         """What Optuna wants of a trial: its value, or an exception that says how it ended."""
@@ -155,10 +157,10 @@ def follow(search: Search, team: Team, interrupts: Interrupts) -> Any:
         order, told = team.told()
         if order != "run":
             break
-        number, parameters = told
+        number, first, parameters = told
         arguments = arguments_of(search, FixedTrial(parameters, number), team)
         try:
-            last_error = run(search, team, interrupts, number, arguments, Book()).error
+            last_error = run(search, team, interrupts, number, first, arguments, Book()).error
         except KeyboardInterrupt as error:  # as the first process was told, which now ends the search
             last_error = error
     if told is None:
@@ -172,16 +174,27 @@ def arguments_of(search: Search, trial: BaseTrial, team: Team) -> dict[str, Any]
 
 
 def run(
-    search: Search, team: Team, interrupts: Interrupts, number: int, arguments: dict[str, Any], book: Book
+    search: Search,
+    team: Team,
+    interrupts: Interrupts,
+    number: int,
+    first: int | None,
+    arguments: dict[str, Any],
+    book: Book,
 ) -> Outcome:
-    """A trial on all processes, and what became of it on all of them."""
-    folder = None if search.folder is None else str(search.folder / "trials" / f"{number:04d}")
+    """A trial on all processes, and what became of it on all of them.
+
+    Args:
+        first: the number under which it was first begun, if it was interrupted then: it goes on from its checkpoint.
+    """
+    folder = None if search.folder is None else search.folder / "trials" / f"{number if first is None else first:04d}"
+    kept = {"output_dir": folder and str(folder), "resume": "auto" if folder and first is not None else None}
     batch_size, settings = search.batch_size(team.size), search.settings
     book.open(
         {
             "effective_batch_size": arguments[STEPS] * batch_size,
             "learning_rate": arguments[RATE],
-            "output_dir": folder,
+            "output_dir": kept["output_dir"],
         }
     )
     watcher = TrialWatcher(
@@ -192,7 +205,9 @@ def run(
         n_reports=1 if settings.trade_time else settings.n_reports,  # nobody could be told
         title=f"trial {number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
     )
-    outcome = run_trial(search.model_factory, arguments | {"output_dir": folder, "progress": search.progress}, watcher)
+    outcome = run_trial(search.model_factory, arguments | kept | {"progress": search.progress}, watcher)
+    if folder is not None and team.is_main:
+        Shelf(folder).clear()
     everyone = team.everyone((outcome.kind, outcome.reason))
     failed = next((reason for kind, reason in everyone if kind == "failed"), None)
     if failed is not None and outcome.kind != "failed":
