@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         InexactLossError,
         InexactLossWarning,
         LostProcessError,
+        OutputWarning,
         PaddingWarning,
         Preempted,
         SettingsError,
@@ -38,6 +39,7 @@ __all__ = [
     "InexactLossWarning",
     "LostProcessError",
     "MeanSquaredError",
+    "OutputWarning",
     "PaddingWarning",
     "Plan",
     "Preempted",
@@ -54,7 +56,7 @@ __all__ = [
 _HOMES = {
     "errors": (
         *("CheckpointError", "DataError", "InexactLossError", "InexactLossWarning", "LostProcessError"),
-        *("PaddingWarning", "Preempted", "SettingsError"),
+        *("OutputWarning", "PaddingWarning", "Preempted", "SettingsError"),
     ),
     "fine_tuning": ("test_fine_tuning",),
     "history": ("Result",),

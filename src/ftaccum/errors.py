@@ -57,9 +57,15 @@ class PaddingWarning(UserWarning):
     """Padding counts in a loss of the user's own."""
 
 
+class OutputWarning(UserWarning):
+    """Something that a run was to leave behind is not there: a file could not be written, or a tracker failed."""
+
+
 def warn_user(sentence: str, category: type[UserWarning]) -> None:
-    """Warns at the line that called ftaccum, not at one of ftaccum's own."""
-    frame, depth = sys._getframe(), 1
-    while frame.f_back is not None and Path(__file__).parent in Path(frame.f_code.co_filename).parents:
+    """Warns at the line that called ftaccum, not at one of ftaccum's own, nor of what lies between those."""
+    frame, depth, last = sys._getframe(), 1, 1
+    while frame.f_back is not None:
+        if Path(__file__).parent in Path(frame.f_code.co_filename).parents:
+            last = depth
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(sentence, category, stacklevel=depth)
+    warnings.warn(sentence, category, stacklevel=last + 1)

@@ -12,6 +12,7 @@ from .history import EpochEntry, Ledger, WindowEntry, Work
 from .loop import Outcome
 from .objective import ItemMeans, gathered, total
 from .planning import Batching
+from .trackers import kept_apart
 
 # Losses stay on the device until so many windows are read at once.
 _DRAIN_EVERY = 10
@@ -121,16 +122,12 @@ class Recorder:
 
 @contextmanager
 def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Batching) -> Iterator[None]:
-    """Starts the trackers with a run's settings, and finishes them whatever happens."""
+    """Has the trackers started with a run's settings, kept apart from it, and finished whatever happens."""
     plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
     schedule = ",".join(f"{update}:{k}" for update, k in ((0, batching.gradient_accumulation_steps), *batching.later))
     grows = {"accumulation_schedule": schedule} if batching.later else {}
-    accelerator.init_trackers("ftaccum", config=plain | _sizes(batching) | grows)
-    try:
+    with kept_apart(accelerator, plain | _sizes(batching) | grows):
         yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
 
 
 def _sizes(batching: Batching) -> dict[str, int]:

@@ -1,0 +1,207 @@
+"""Trackers that raise or hang: the run is the same as without them, and the user is told what they missed."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from accelerate.tracking import GeneralTracker
+
+from ftaccum import OutputWarning, Result, test_fine_tuning, trackers
+from heads import HEADS
+
+CLASSIFIER = HEADS["sequence classification, BERT"]
+
+
+class Told(GeneralTracker):
+    """Keeps what it is told, and in what thread; `trouble` may raise or hang in any of it."""
+
+    requires_logging_directory, tracker = False, None
+
+    def __init__(self, trouble: Callable[[str], object] = lambda _: None, name: str = "mine") -> None:
+        self.name, self.trouble = name, trouble
+        super().__init__()
+        self.done: list[str] = []
+        self.threads: dict[str, threading.Thread] = {}
+        self.config: dict[str, Any] = {}
+        self.losses: list[float] = []
+        self.steps: list[int | None] = []
+
+    def _do(self, name: str) -> None:
+        self.done.append(name)
+        self.threads[name] = threading.current_thread()
+        self.trouble(name)
+
+    def start(self) -> None:
+        self._do("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._do("config")
+        self.config = values
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self._do("log")
+        self.steps.append(step)
+        if "train/loss" in values:
+            self.losses.append(values["train/loss"])
+
+    def finish(self) -> None:
+        self._do("finish")
+
+
+def failing_in(name: str, until: float = float("inf")) -> Callable[[str], None]:
+    """Trouble in the first `until` calls of one kind."""
+    calls: list[str] = []
+
+    def trouble(done: str) -> None:
+        calls.append(done)
+        if done == name and calls.count(name) <= until:
+            raise ConnectionError(f"no line in {name}")
+
+    return trouble
+
+
+def run(log_with: Any = None) -> Result:
+    """12 updates in 2 epochs: 14 entries."""
+    return test_fine_tuning(
+        CLASSIFIER.model().double(), train_data=CLASSIFIER.rows(24), validation_split=0.0, n_epochs=2, batch_size=2,
+        gradient_accumulation_steps=2, log_with=log_with, progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone() -> Result:
+    return run()
+
+
+@pytest.fixture
+def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_SECONDS_AT_THE_END", 0.3)
+
+
+def test_a_tracker_is_told_everything_in_order_from_one_thread_of_its_own(alone: Result) -> None:
+    tracker = Told()
+    assert run(tracker).loss_history == alone.loss_history == tracker.losses
+    assert tracker.done == ["start", "config", *14 * ["log"], "finish"]
+    assert tracker.steps == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]  # an epoch's with its last update's
+    assert tracker.config["n_epochs"] == 2
+    assert tracker.threads["start"] is threading.main_thread()  # as wandb wants it
+    (thread,) = {tracker.threads[name] for name in ("config", "log", "finish")}
+    assert thread is not threading.main_thread()
+    assert not thread.is_alive()
+
+
+def test_one_that_cannot_be_started_is_done_without(alone: Result) -> None:
+    def exits(_: str) -> None:
+        raise SystemExit("not logged in")
+
+    other = Told(name="other")
+    with pytest.warns(OutputWarning) as told:
+        result = run([Told(failing_in("start")), Told(exits, name="exits"), other])
+    assert [str(w.message) for w in told] == [
+        "The tracker 'mine' could not be started, and the run does without it: ConnectionError: no line in start",
+        "The tracker 'exits' could not be started, and the run does without it: SystemExit: not logged in",
+    ]
+    assert {w.filename for w in told} == {__file__}
+    assert result.loss_history == alone.loss_history == other.losses
+
+
+def test_one_that_raises_is_told_of_once_and_tried_again(alone: Result) -> None:
+    tracker = Told(failing_in("log", until=4))
+    with pytest.warns(OutputWarning) as told:
+        result = run(tracker)
+    assert [str(w.message) for w in told] == ["The tracker 'mine' raised in `log`: ConnectionError: no line in log"]
+    assert {w.filename for w in told} == {__file__}
+    assert result.loss_history == alone.loss_history
+    assert tracker.done == ["start", "config", *14 * ["log"], "finish"]
+    assert tracker.steps[:2] == [5, 6]
+
+
+@pytest.mark.parametrize("name", ["config", "finish"])
+def test_one_that_raises_once_hears_the_rest(name: str, alone: Result) -> None:
+    tracker = Told(failing_in(name))
+    with pytest.warns(OutputWarning, match="The tracker 'mine' raised in `.*`: ConnectionError: no line in") as told:
+        run(tracker)
+    assert len(told) == 1
+    assert tracker.losses == alone.loss_history
+    assert tracker.done[-1] == "finish"
+
+
+def test_one_that_always_raises_is_dropped_and_finished(alone: Result) -> None:
+    tracker, other = Told(failing_in("log")), Told(name="other")
+    with pytest.warns(OutputWarning) as told:
+        result = run([tracker, other])
+    assert [str(w.message) for w in told] == [
+        "The tracker 'mine' raised in `log`: ConnectionError: no line in log",
+        "The tracker 'mine' raised 5 times in a row. The run goes on without it.",
+    ]
+    assert tracker.done == ["start", "config", *5 * ["log"], "finish"]
+    assert result.loss_history == alone.loss_history == other.losses
+
+
+@pytest.mark.parametrize(("name", "lost"), [("log", 14), ("finish", 0)])
+@pytest.mark.usefixtures("short_wait")
+def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost: int, alone: Result) -> None:
+    waits = threading.Event()
+    tracker, other = Told(lambda done: done == name and waits.wait()), Told(name="other")
+    with pytest.warns(OutputWarning) as told:
+        result = run([tracker, other])
+    assert [str(w.message) for w in told] == [
+        f"The tracker 'mine' was waited for until 0.3 s after the end of the run, and is still in `{name}`. "
+        f"It is left behind: {lost} entries are lost, and it is not finished."
+    ]
+    assert result.loss_history == alone.loss_history == other.losses
+    assert other.done[-1] == "finish"
+    waits.set()  # what wakes up after its run must not disturb the next one
+    tracker.threads[name].join(5)
+    assert tracker.done.count("log") == (1 if name == "log" else 14)
+    assert tracker.done.count("finish") == (name == "finish")
+
+
+def test_one_that_is_slow_is_waited_for(alone: Result) -> None:
+    tracker = Told(lambda _: time.sleep(0.05))
+    run(tracker)
+    assert tracker.losses == alone.loss_history
+    assert tracker.done[-1] == "finish"
+
+
+@pytest.mark.usefixtures("short_wait")
+def test_what_waits_is_bounded_and_the_oldest_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
+    waits = threading.Event()
+    tracker = Told(lambda done: done == "config" and waits.wait())
+    apart = trackers._Apart("mine", lambda: tracker)
+    apart.store_init_configuration({})
+    while "config" not in tracker.done:
+        time.sleep(0.01)
+    for step in range(3):
+        apart.log({}, step=step)
+    with pytest.warns(OutputWarning, match="'mine' is 3 entries behind. From now on it loses the oldest."):
+        apart.log({}, step=3)
+    for step in (4, 5):
+        apart.log({}, step=step)  # not told again: a warning would be an error here
+    waits.set()
+    apart.finish()
+    apart.join(time.monotonic() + 5)
+    assert tracker.steps == [3, 4, 5]
+
+
+def test_one_whose_run_is_that_of_a_thread_is_started_there() -> None:
+    """MLflow keeps its current run by thread: what another one logged would begin a second run."""
+    tracker = Told(name="mlflow")
+    run(tracker)
+    assert len(set(tracker.threads.values())) == 1
+    assert threading.main_thread() not in tracker.threads.values()
+    with pytest.warns(OutputWarning, match="'mlflow' could not be started, .*: ConnectionError: no line in start"):
+        run(Told(failing_in("start"), name="mlflow"))
+
+
+def test_trackers_are_finished_where_the_run_fails() -> None:
+    tracker, rows, metrics = Told(), CLASSIFIER.rows(8), [{"accuracy": 0.5}]
+    with pytest.raises(IndexError):  # there are metrics before the first update, and none after the epoch
+        test_fine_tuning(
+            CLASSIFIER.model(), train_data=rows, val_data=rows, compute_metrics=lambda _: metrics.pop(),
+            log_with=tracker, progress=False,
+        )  # fmt: skip
+    assert tracker.done == ["start", "config", "finish"]
