@@ -1,6 +1,7 @@
 """The command, the recipe and YAML files, from the outside."""
 
 import csv
+import errno
 import importlib
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import BertTokenizerFast, pipeline
 
-from ftaccum import Result
+from ftaccum import OutputWarning, Result
 from ftaccum.cli import main
 from ftaccum.flags import parse
 from ftaccum.settings import Recipe, Runtime, checked
@@ -118,6 +119,19 @@ def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest
     assert result.lr_history[0] == 1e-3
     assert result.metrics[0].keys() == {"accuracy", "f1", "precision", "recall"}
     assert "FINE-TUNING TEST" in capsys.readouterr().out
+
+
+def test_training_whose_model_cannot_be_saved_has_status_1(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ftaccum.outputs._save", full)
+    words = ["train", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--n_epochs", "1"]
+    with pytest.warns(OutputWarning, match=r"model' cannot be written: OSError: \[Errno 28\] No space left"):
+        assert main([*words, "--output_dir", str(tmp_path / "out"), "--progress", "no"]) == 1
+    assert "No space left" in Result.load(tmp_path / "out").unwritten[0]
 
 
 def test_batch_size_is_a_number_or_auto_and_costs_are_three_numbers() -> None:

@@ -36,7 +36,7 @@ FLOORS = [
     ["parts", "watching"],
     ["assembly"],
     ["arranging"],
-    ["checkpointing"],
+    ["checkpointing", "outputs"],
     ["training"],
     ["preparing"],
     ["running"],

@@ -38,14 +38,22 @@ def test_the_recipe_does_change_it() -> None:
 
 @pytest.mark.processes
 def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
-    """Nor where windows are carried over an epoch's end, or grow."""
+    """Nor where windows are carried over an epoch's end, or grow, nor where the tracker and the disk fail."""
     alone = {name: trained(name, 12) for name in NAMES}
     growing = [trained(NAMES[2], **cut_otherwise(arguments, 4)) for arguments in CHANGING]
     torch.save((alone, growing), tmp_path / "alone.pt")
-    printed = two_processes("invariance_of_two.py", str(tmp_path / "alone.pt"))
+    (tmp_path / "out" / "result.json").mkdir(parents=True)
+    printed = two_processes("invariance_of_two.py", str(tmp_path / "alone.pt"), str(tmp_path / "out"))
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
-    assert len(found["differences"]) == 9 + 6
+    assert len(found["differences"]) == 9 + 6 + 1
     assert max(found["differences"].values()) < 1e-9, found
     assert len(found["gradients"]) == 5
     assert max(found["gradients"]) < 1e-10, found
     assert HEADS.keys() >= set(NAMES)
+    (done, unwritten), (done_by_other, told_to_other) = found["told"]
+    assert done == ["start", "config", *5 * ["log"], "finish"]
+    assert done_by_other == []
+    assert told_to_other == unwritten
+    (sentence,) = unwritten
+    assert "result.json' cannot be written: IsADirectoryError" in sentence
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()

@@ -26,13 +26,13 @@ commands:
 `ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
 """
 
-_NOTHING_FOUND = _NOT_EXACT = 1
+_NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = 1
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0; 1 where a search finished no trial, or accumulating is not exact; 2
-    for bad input; 130 where it was interrupted."""
+    """Runs a command. Returns the exit status: 0; 1 where a search finished no trial, accumulating is not exact, or
+    something that was trained could not be written; 2 for bad input; 130 where it was interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "search": _search, "verify": _verify, "plan": _plan}
     if not words or words[0] in ("-h", "--help"):
@@ -59,7 +59,10 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    description = "Fine-tunes a model. Bad input is told before anything is loaded, with exit status 2."
+    description = (
+        "Fine-tunes a model. Exit status: 0 where all is done, 1 where training is, but ledger, result or model could "
+        "not be written, 2 for bad input, which is told before anything is loaded."
+    )
     named, recipe, runtime = parse(
         [TrainArguments, Recipe, Runtime], words, prog="ftaccum train", description=description
     )
@@ -76,7 +79,7 @@ def _train(words: Sequence[str]) -> int:
     checked(settings)
     loaded = load(named, recipe.random_seed)
     measures = _measures(named, recipe.validation_split)
-    test_fine_tuning(
+    result = test_fine_tuning(
         loaded.model,
         train_data=loaded.train,
         val_data=loaded.val,
@@ -85,7 +88,7 @@ def _train(words: Sequence[str]) -> int:
         **settings,
     )
     PartialState().destroy_process_group()
-    return 0
+    return _NOT_WRITTEN if result.unwritten else 0
 
 
 def _search(words: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,6 +57,46 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         if not (target.exists() and _exchanged(beside, target)):
             _put_in_place(beside, target)
         flushed(target.parent)
+
+
+class GrowingFile:
+    """A file of lines, brought up to date from time to time.
+
+    It is remembered how far it was written well. Where writing failed in a line, or the file was removed, the next time
+    makes up for all that is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Empties the file, or makes it.
+
+        Raises:
+            OSError: where that cannot be done.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        self.path, self.n_lines = path, 0
+        self._size = 0
+
+    def write(self, lines: Callable[[int], Iterable[str]]) -> None:
+        """Appends what is not there yet.
+
+        Args:
+            lines: gives the lines from the n-th on, counted from 0, without their ends.
+
+        Raises:
+            OSError: what writing raised. The lines will be asked for again.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if file.tell() < self._size:  # not the file that was written to
+                self.n_lines = self._size = 0
+            file.truncate(self._size)  # half a line, where writing has failed
+            for line in lines(self.n_lines):
+                encoded = f"{line}\n".encode()
+                file.write(encoded)
+                file.flush()
+                self.n_lines += 1
+                self._size += len(encoded)
 
 
 def flushed(path: str | Path) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .errors import OutputWarning, SettingsError, warn_user
+from .files import GrowingFile, write_beside
 from .planning import Batching
 
 
@@ -52,7 +54,17 @@ class EpochEntry:
 
 @dataclass
 class Ledger:
-    """Everything that a run records, in order. Given a path, every entry is also a JSON line in that file."""
+    """Everything that a run records, in order. Given a path, every entry is also a JSON line in that file.
+
+    A file that cannot be written, of a disk that is full, say, costs no entry and no update: lines that are missing are
+    written, in order, as soon as that works again. Entries that it is made with are written with the first new one.
+
+    Raises:
+        SettingsError: where the file cannot be made to begin with.
+
+    Warns:
+        OutputWarning: the first time that the file cannot be written.
+    """
 
     path: Path | None = None
     initial_val_loss: float | None = None
@@ -60,27 +72,53 @@ class Ledger:
     epochs: list[EpochEntry] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.path is not None:
-            self.path.write_text("")
+        # An epoch's entry comes after those of its windows.
+        self._entries = sorted([*self.windows, *self.epochs], key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
+        self._has_warned = False
+        try:
+            self._file = None if self.path is None else GrowingFile(self.path)
+        except OSError as error:
+            raise SettingsError(
+                [f"The ledger cannot be written: {error}. Give an `output_dir` that can be written to."]
+            ) from error
 
     def record(self, entry: WindowEntry | EpochEntry) -> None:
-        kind: list[Any] = self.windows if isinstance(entry, WindowEntry) else self.epochs
-        kind.append(entry)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(_line(entry))
+        self._add(entry)
+        try:
+            self.write()
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warn_user(
+                    f"The ledger {str(self.path)!r} cannot be written: {error}. The run goes on; missing lines are "
+                    "kept, and written as soon as that works again.",
+                    OutputWarning,
+                )
 
     def entries(self) -> list[WindowEntry | EpochEntry]:
         """All of them in order: an epoch's after those of its windows."""
-        everything: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
-        return sorted(everything, key=lambda entry: (entry.epoch, isinstance(entry, EpochEntry)))
+        return list(self._entries)
 
     def go_on_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
         """Begins with what an earlier part of the run has recorded."""
-        for entry in entries:
-            (self.windows if isinstance(entry, WindowEntry) else self.epochs).append(entry)  # type: ignore[arg-type]
-        if self.path is not None:
-            self.path.write_text("".join(map(_line, entries)))
+        for entry in entries[:-1]:
+            self._add(entry)
+        if entries:
+            self.record(entries[-1])
+
+    def write(self) -> None:
+        """Writes the lines that are missing in the file.
+
+        Raises:
+            OSError: where that cannot be done.
+        """
+        if self._file is not None:
+            self._file.write(lambda n: map(_as_line, self._entries[n:]))
+
+    def _add(self, entry: WindowEntry | EpochEntry) -> None:
+        kind: list[Any] = self.windows if isinstance(entry, WindowEntry) else self.epochs
+        kind.append(entry)
+        self._entries.append(entry)
 
     @property
     def val_losses(self) -> list[float]:
@@ -139,6 +177,7 @@ class Result(Mapping[str, Any]):
         out_of_memory: how often memory ran out, and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         output_dir: where ledger, result and model lie, if anywhere.
+        unwritten: a sentence for each of those that could not be written.
     """
 
     final_loss: float
@@ -167,6 +206,7 @@ class Result(Mapping[str, Any]):
     final_loss_scale: float | None
     output_dir: str | None
     accumulation_schedule: list[list[int]] | None = None
+    unwritten: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -247,7 +287,8 @@ class Result(Mapping[str, Any]):
             passes += f"; memory ran out {self.out_of_memory} times"
         rows.append(("passes", passes))
         if self.output_dir:
-            rows.append(("outputs", self.output_dir))
+            missing = f", but for {len(self.unwritten)} that could not be written" if self.unwritten else ""
+            rows.append(("outputs", f"{self.output_dir}{missing}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -259,8 +300,10 @@ class Result(Mapping[str, Any]):
         return str(least) if least == most else f"{least} to {most}"
 
     def save(self, path: str | Path) -> None:
-        """Writes the result as JSON; non-finite numbers become null."""
-        Path(path).write_text(json.dumps(_null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
+        """Writes the result as JSON; non-finite numbers become null. A file that was there is replaced once the new one
+        is whole."""
+        with write_beside(path) as beside:
+            beside.write_text(json.dumps(_null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
@@ -276,11 +319,11 @@ class Result(Mapping[str, Any]):
         return cls(**read)
 
 
+def _as_line(entry: WindowEntry | EpochEntry) -> str:
+    return json.dumps(_null_non_finite(vars(entry)), allow_nan=False)
+
+
 _RESULT_NAMES = tuple(f.name for f in fields(Result))
-
-
-def _line(entry: WindowEntry | EpochEntry) -> str:
-    return json.dumps(_null_non_finite(vars(entry)), allow_nan=False) + "\n"
 
 
 def _nan_null(value: float | None) -> float:

@@ -3,11 +3,9 @@
 from contextlib import ExitStack
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_model
 from torch import nn
 
 from .arranging import how_cut, planned
@@ -17,6 +15,7 @@ from .errors import SettingsError
 from .history import Result, Work
 from .memory import agreed_by
 from .optim import make_optimizer, rates_put_back
+from .outputs import write_outputs
 from .parts import Parts
 from .preparing import Settled, training_of
 from .reading import opened
@@ -61,10 +60,8 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         if training.best.restore(model):
             screen.note(f"Restored the weights of the epoch with validation loss {training.best.loss:.4f}.")
         result = _result(training, accelerator)
-    if folder and accelerator.is_main_process:
-        result.save(folder / "result.json")
-        if watcher.saves_model:
-            _save(model, parts.tokenizer, folder / "model")
+    saved = model if watcher.saves_model else None
+    result = write_outputs(result, training.recorder.ledger, saved, parts.tokenizer, accelerator)
     accelerator.wait_for_everyone()
     screen.result(result)
     return result
@@ -113,14 +110,3 @@ def _made(output_dir: str | None) -> Path | None:
             [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
         ) from error
     return Path(output_dir)
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-    else:
-        folder.mkdir(exist_ok=True)
-        save_model(model, str(folder / "model.safetensors"))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)

@@ -1,5 +1,5 @@
 """The recipes of `invariance`, and windows that are carried and that grow, on two processes: prints a JSON line of the
-largest differences from one process, and of gradient errors.
+largest differences from one process, and of gradient errors. And what comes of a run whose tracker and whose disk fail.
 
 The single-process runs come from the file that the test wrote: this process group has no way to be one process.
 """
@@ -9,11 +9,13 @@ import sys
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from exactness import window_errors
 from heads import HEADS, all_in_float64
 from invariance import NAMES, difference, trained
 from test_growing_windows import CHANGING, cut_otherwise
+from test_trackers import Told, failing_in
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
@@ -36,6 +38,10 @@ with all_in_float64():
         head.model(), head.rows(), num_processes=2, batch_size=1, gradient_accumulation_steps=[(0, 2), (1, 1), (3, 5)],
         n_epochs=3, remainder="carry",
     )  # fmt: skip
+tracker = Told(failing_in("log"))
+troubled = trained(NAMES[1], 4, log_with=tracker, output_dir=sys.argv[2])  # where a folder is in the result's place
+found["troubled"] = difference(alone[NAMES[1]], troubled)
+told = gather_object([(tracker.done, troubled[1].unwritten)])
 if state.is_main_process:
-    print("FOUND", json.dumps({"differences": found, "gradients": gradients}))
+    print("FOUND", json.dumps({"differences": found, "gradients": gradients, "told": told}))
 state.destroy_process_group()

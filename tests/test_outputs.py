@@ -1,0 +1,152 @@
+"""What a run leaves behind where the disk is full, or its folder gone: the run ends well, and what can be is there."""
+
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ftaccum import OutputWarning, Result, SettingsError, test_fine_tuning
+from ftaccum.history import EpochEntry, Ledger, WindowEntry
+from heads import HEADS
+
+CLASSIFIER = HEADS["sequence classification, BERT"]
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """No file of this process can grow beyond that: what is written across it is cut off there, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def entries() -> list[WindowEntry | EpochEntry]:
+    """Of two epochs with three windows each."""
+    found: list[WindowEntry | EpochEntry] = []
+    for epoch in range(2):
+        numbers = range(3 * epoch, 3 * epoch + 3)
+        found += [WindowEntry(n, epoch, 4, 1.5, {}, float("inf"), 1e-3, n == 4, passes=2) for n in numbers]
+        found.append(EpochEntry(epoch, 1.25, None, {}))
+    return found
+
+
+def recorded(path: Path, n: int = 8) -> Ledger:
+    ledger = Ledger(path)
+    for entry in entries()[:n]:
+        ledger.record(entry)
+    return ledger
+
+
+def run(folder: Path | None, model: nn.Module | None = None, **arguments: Any) -> Result:
+    return test_fine_tuning(
+        model if model is not None else CLASSIFIER.model().float(), train_data=CLASSIFIER.rows(24),
+        validation_split=0.0, n_epochs=2, batch_size=2, gradient_accumulation_steps=2, progress=False,
+        output_dir=None if folder is None else str(folder), **arguments,
+    )  # fmt: skip
+
+
+def test_lines_that_a_full_disk_cut_off_are_written_when_it_has_room_again(tmp_path: Path) -> None:
+    recorded(tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    ledger = recorded(tmp_path / "cut", n=2)
+    room = len(b"".join(whole.splitlines(keepends=True)[:3])) + 20
+    with files_of_at_most(room):
+        ledger.record(entries()[2])
+        with pytest.warns(OutputWarning) as told:
+            ledger.record(entries()[3])
+        for entry in entries()[4:7]:
+            ledger.record(entry)  # not told again: a warning would be an error here
+        half = (tmp_path / "cut").read_bytes()
+    assert str(told[0].message) == (
+        f"The ledger '{tmp_path}/cut' cannot be written: [Errno 27] File too large. The run goes on; missing lines are "
+        "kept, and written as soon as that works again."
+    )
+    assert half == whole[:room]  # in the middle of the fourth line
+    ledger.record(entries()[7])
+    assert (tmp_path / "cut").read_bytes() == whole
+    assert [*ledger.windows, *ledger.epochs] == sorted(entries(), key=lambda e: isinstance(e, EpochEntry))
+
+
+def test_a_ledger_whose_folder_was_removed_is_written_anew(tmp_path: Path) -> None:
+    recorded(tmp_path / "whole")
+    (tmp_path / "runs").mkdir()
+    ledger = recorded(tmp_path / "runs" / "x", n=7)
+    shutil.rmtree(tmp_path / "runs")
+    ledger.record(entries()[7])
+    assert (tmp_path / "runs" / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_ledger_made_with_entries_writes_them_in_order(tmp_path: Path) -> None:
+    whole = recorded(tmp_path / "whole")
+    again = Ledger(tmp_path / "again", windows=whole.windows[:5], epochs=whole.epochs[:1])
+    for entry in entries()[6:]:
+        again.record(entry)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_ledger_that_cannot_be_made_is_told_before_training(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").mkdir()
+    with pytest.raises(SettingsError, match=r"The ledger cannot be written: .*Is a directory.* Give an `output_dir`"):
+        run(tmp_path)
+
+
+@pytest.mark.usefixtures("capsys")  # what is printed would go to a file otherwise, and be cut off, too
+def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path) -> None:
+    def files(name: str) -> dict[str, bytes]:
+        return {str(f): f.read_bytes() for f in sorted(tmp_path.rglob(name)) if f.is_file()}
+
+    alone, model = run(None, learning_rate=1e-3), CLASSIFIER.model().float()
+    run(tmp_path)
+    before = files("model/*") | files("result.json")
+    with files_of_at_most(700), pytest.warns(OutputWarning) as told:
+        result = run(tmp_path, model, learning_rate=1e-3)
+    assert result.loss_history == alone.loss_history
+    assert [str(w.message) for w in told][1:] == result.unwritten
+    for sentence, shape in zip(
+        result.unwritten,
+        (
+            r"ledger.jsonl' cannot be written: OSError: .* are free there. All of its entries are in the result, too.",
+            r"model' cannot be written: OSError: .* are free there. The weights take 28.4 KB. The model in memory is",
+            r"result.json' cannot be written: OSError: .* GB are free there. The result is returned",
+        ),
+        strict=True,
+    ):
+        assert re.search(shape, sentence), sentence
+    assert files("model/*") | files("result.json") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.jsonl", "model", "result.json"]
+    assert f"{tmp_path}, but for 3 that could not be written" in str(result)
+
+
+def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp_path: Path) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("of a model")
+        raise RuntimeError("not made to be saved")
+
+    model = CLASSIFIER.model().float()
+    model.save_pretrained = fails
+    with pytest.warns(OutputWarning, match=r"model' cannot be written: RuntimeError: not made to be saved\."):
+        result = run(tmp_path, model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.jsonl", "result.json"]
+    assert Result.load(tmp_path) == result
+    assert len(result.unwritten) == 1
+
+
+def test_a_folder_that_is_removed_in_training_is_made_again(tmp_path: Path) -> None:
+    model, folder = CLASSIFIER.model().float(), tmp_path / "out"
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.register_step_post_hook(lambda *_: shutil.rmtree(folder, ignore_errors=True))
+    result = run(folder, model, optimizer=optimizer)
+    assert (folder / "model" / "model.safetensors").exists()
+    assert len((folder / "ledger.jsonl").read_text().splitlines()) == 14
+    assert Result.load(folder) == result
+    assert result.unwritten == []
