@@ -73,7 +73,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         # An epoch's entry comes after those of its windows.
-        self._entries = sorted([*self.windows, *self.epochs], key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
+        entries: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
+        self._entries = sorted(entries, key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
         self._has_warned = False
         try:
             self._file = None if self.path is None else GrowingFile(self.path)
