@@ -192,13 +192,37 @@ MUTANTS = [
     Mutant("weights stay converted", "side_effects.py", "            t.data = data\n", "            pass\n"),
     Mutant("Trainer in train mode throughout", "verification/peers.py", "    model.train = lambda mode=True: model  # noqa: ARG005\n", "    model.train = model.train\n"),
     Mutant("more rows tokenised than needed", "verification/verifying.py", "order[:needed]", "order"),
+    Mutant("renamed before it is on the disk", "files.py", "        yield beside\n        flushed(beside)\n", "        yield beside\n"),
+    Mutant("a folder replaced in two steps", "files.py", "if not (target.exists() and _exchanged(beside, target)):", "if True:"),
+    Mutant("errors in writing leave a half", "files.py", "    finally:\n        _remove(beside)", "    finally:\n        pass"),
+    Mutant("nothing put back where renaming fails", "files.py", "            replaced.rename(target)\n", "            pass\n"),
+    Mutant("links replaced by folders", "files.py", "Path(os.path.realpath(path))", "Path(path)"),
+    Mutant("half a line left for readers", "files.py", "                os.truncate(self.path, self._size)\n", "                pass\n"),
+    Mutant("half a line gone on with", "files.py", "            file.truncate(self._size)\n", ""),
+    Mutant("a removed ledger goes on in the middle", "files.py", "if file.tell() < self._size:", "if False:"),
+    Mutant("a full disk ends the run", "history.py", "        except OSError as error:\n            if not self._has_warned", "        except ZeroDivisionError as error:\n            if not self._has_warned"),
+    Mutant("a full disk told with every line", "history.py", "if not self._has_warned:", "if True:"),
+    Mutant("old entries not written anew", "history.py", "= sorted(entries, key", "= sorted(entries[:0], key"),
+    Mutant("the main process alone knows what is not written", "outputs.py", "    broadcast_object_list(faults)\n", ""),
+    Mutant("a model that cannot be saved ends the run", "outputs.py", "except Exception as error:", "except OSError as error:"),
+    Mutant("a run that wrote nothing has status 0", "cli.py", "return _NOT_WRITTEN if result.unwritten else 0", "return 0"),
+    Mutant("warnings point at Accelerate", "errors.py", "            last = depth\n", "            last = depth if last == depth - 1 or depth == 1 else last\n"),
+    Mutant("trackers in training's thread", "trackers.py", "            self._waiting.append((name, arguments, options))\n", "            self._handed_on(name, arguments, options)\n"),
+    Mutant("a tracker that cannot start ends the run", "trackers.py", "            except _ERRORS as error:\n                warn", "            except ZeroDivisionError as error:\n                warn"),
+    Mutant("MLflow started elsewhere", "trackers.py", 'BOUND_TO_A_THREAD = ("mlflow",)', "BOUND_TO_A_THREAD = ()"),
+    Mutant("a tracker dropped at the first error", "trackers.py", "_ERRORS_IN_A_ROW = 5", "_ERRORS_IN_A_ROW = 1"),
+    Mutant("errors counted over all entries", "trackers.py", "errors = 0 if self._handed_on(*entry) else errors + 1", "errors += not self._handed_on(*entry)"),
+    Mutant("what waits is lost at the end", "trackers.py", "            self._ended = True\n            self._change.notify()\n", "            self._ended = True\n            self._waiting.clear()\n            self._change.notify()\n"),
+    Mutant("a tracker that wakes up late goes on", "trackers.py", "            if self._left_behind:\n                return\n", ""),
+    Mutant("each error of a tracker told", "trackers.py", "self._faults.setdefault(name,", "self._told.discard(name), self._faults.setdefault(name,"),
     Mutant("rows renamed by tokenising", "data/rows.py", "return self._at(position) if self._names is None else self._names[self._at(position)]", "return self._at(position)"),
 ]  # fmt: skip
 
 # What runs first finds most; of some files, the mutants are found elsewhere.
 FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "memory", "calibration.py": "planner"}
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
-FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "watching", "optim.py": "search"}
+FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "outputs", "optim.py": "search"}
+FIRST |= {"files.py": "files", "trackers.py": "trackers", "outputs.py": "outputs", "errors.py": "trackers"}
 FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"}
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring")}
@@ -242,6 +266,9 @@ TESTS = [
     "probing",
     "lifecycle",
     "data_forms",
+    "files",
+    "trackers",
+    "outputs",
     "watching",
     "milestones",
     "search",

@@ -62,8 +62,8 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
 class GrowingFile:
     """A file of lines, brought up to date from time to time.
 
-    It is remembered how far it was written well. Where writing failed in a line, or the file was removed, the next time
-    makes up for all that is missing.
+    It is remembered how far it was written well. Half a line is cut off, and where writing failed, or the file was
+    removed, the next time makes up for all that is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,11 +86,19 @@ class GrowingFile:
         Raises:
             OSError: what writing raised. The lines will be asked for again.
         """
+        try:
+            self._append(lines)
+        except OSError:
+            with suppress(OSError):  # or else the next time
+                os.truncate(self.path, self._size)
+            raise
+
+    def _append(self, lines: Callable[[int], Iterable[str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             if file.tell() < self._size:  # not the file that was written to
                 self.n_lines = self._size = 0
-            file.truncate(self._size)  # half a line, where writing has failed
+            file.truncate(self._size)
             for line in lines(self.n_lines):
                 encoded = f"{line}\n".encode()
                 file.write(encoded)

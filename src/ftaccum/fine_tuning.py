@@ -151,7 +151,8 @@ def test_fine_tuning(
         on_inexact: "error", "warn" or "ignore": what to do where accumulating the loss is seen before training to be
             no more than near one large batch (rows compared with each other, batch norm, a router's balance).
         deterministic: deterministic algorithms only.
-        output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`.
+        output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. Where it cannot be
+            written to any more, the run goes on, and says so.
         checkpoint_every: updates between two checkpoints, or the time, such as "90s", "15min" or "2h"; None for none
             but those at the ends of epochs. They are written in the background.
         keep_checkpoints: how many of the newest ones stay, beside that of the epoch of best validation loss.
@@ -161,7 +162,8 @@ def test_fine_tuning(
             the rows that are done.
         allow_changed: names of settings (`learning_rate`, `n_epochs`, `effective_batch_size`, `train_data`, …) that may
             differ from those of the run that is gone on with. Any other difference is refused.
-        log_with: an Accelerate tracker, or its name.
+        log_with: an Accelerate tracker, or its name, or a list of those. Each is told from a thread of its own, and
+            may raise or hang without harm to the run.
         use_wandb: short for `log_with="wandb"`.
         progress: show a progress bar.
 
@@ -182,6 +184,7 @@ def test_fine_tuning(
         InexactLossWarning: where accumulating the loss only approximates one large batch, with the figure, the likely
             cause and the remedy.
         PaddingWarning: where padding counts in a loss of the user's own.
+        OutputWarning: where a file could not be written, or a tracker failed.
 
     Example:
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)

@@ -64,7 +64,9 @@ def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:
         write(path)
     except Exception as error:  # on a full disk, Safetensors and tokenizers raise errors of their own kinds
         free = _in_words(_free_at(path))
-        return [f"{str(path)!r} cannot be written: {type(error).__name__}: {error}. {free} are free there. {remedy}"]
+        older = " What is there now is older." if path.exists() else ""
+        why = f"{type(error).__name__}: {error}. {free} are free there."
+        return [f"{str(path)!r} cannot be written: {why}{older} {remedy}"]
     return []
 
 
