@@ -9,7 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, SettingsError
+    from .errors import (
+        DataError,
+        DivergedError,
+        InexactLossError,
+        InexactLossWarning,
+        PaddingWarning,
+        SettingsError,
+    )
     from .fine_tuning import test_fine_tuning
     from .history import Result
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
@@ -24,6 +31,7 @@ __all__ = [
     "Accuracy",
     "ClassificationMetrics",
     "DataError",
+    "DivergedError",
     "InexactLossError",
     "InexactLossWarning",
     "MeanSquaredError",
@@ -40,7 +48,14 @@ __all__ = [
 
 # Loaded when first asked for, so that the parts that need no torch start at once.
 _HOMES = {
-    "errors": ("DataError", "InexactLossError", "InexactLossWarning", "PaddingWarning", "SettingsError"),
+    "errors": (
+        "DataError",
+        "DivergedError",
+        "InexactLossError",
+        "InexactLossWarning",
+        "PaddingWarning",
+        "SettingsError",
+    ),
     "fine_tuning": ("test_fine_tuning",),
     "history": ("Result",),
     "metrics": ("F1", "Accuracy", "ClassificationMetrics", "MeanSquaredError"),

@@ -51,11 +51,11 @@ class Recorder:
         return entry
 
     @contextmanager
-    def kept_on(self, error: type[Exception]) -> Iterator[None]:
-        """Sees to it that an error that all processes raise alike costs no update of the ledger's."""
+    def kept_on(self, *errors: type[Exception]) -> Iterator[None]:
+        """Sees to it that one of these errors, which all processes raise alike, costs no update of the ledger's."""
         try:
             yield
-        except error:
+        except errors:
             self.drain()
             raise
 

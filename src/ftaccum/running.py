@@ -19,7 +19,8 @@ from .borrowing import borrowed, compiled
 from .calibration import Calibration, NoCalibration, PassTimer
 from .cutting import Cutter
 from .data import Feed
-from .errors import DataError, SettingsError, StreamError
+from .divergence import Divergence, Fault
+from .errors import DataError, DivergedError, SettingsError, StreamError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
 from .history import EpochEntry, Ledger, Result, Work
 from .loop import Outcome, TrainingLoop
@@ -65,6 +66,10 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             accelerator, wrapped, assembly.objective, prepared, schedule, gradients, plan.rate_factor,
             max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=agreement, calibration=calibration,
         )  # fmt: skip
+        divergence = Divergence(
+            model, assembly.objective, assembly.train, agreement, accelerator.device, screen.note,
+            raises=runtime.on_nonfinite == "error", patience=runtime.nonfinite_patience,
+        )  # fmt: skip
         ledger = Ledger(folder / "ledger.jsonl" if folder and accelerator.is_main_process else None)
         stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
 
@@ -82,13 +87,14 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
 
         milestones = Milestones(watcher, plan, validate, work)
 
-        def on_window(outcome: Outcome) -> None:
+        def on_window(outcome: Outcome, fault: Fault | None) -> None:
             recorder.window(outcome)
+            divergence.window_done(fault)
             adaptation.window_done()
             milestones.window_done()
 
         for epoch in plan.epochs:
-            with work.timed(), recorder.kept_on(DataError if agreement.alone else StreamError):
+            with work.timed(), recorder.kept_on(DivergedError, DataError if agreement.alone else StreamError):
                 loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
             entry = recorder.epoch(*evaluate(model))
             screen.epoch(entry, plan.n_epochs)

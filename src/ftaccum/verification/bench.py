@@ -80,7 +80,7 @@ class Bench:
         share = self._share(split)
         with self.from_the_start():
             try:
-                losses, _ = loop.accumulate(share)
+                losses = loop.accumulate(share).losses
             except RanOutError as error:
                 said = f" The device said: {error.failed.said}" if error.failed else ""
                 raise torch.OutOfMemoryError(f"Memory ran out while '{split.name}' was accumulated.{said}") from error
