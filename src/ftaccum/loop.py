@@ -117,12 +117,7 @@ class TrainingLoop:
         self._zero_gradients()  # whatever came with the model is none of the first window's
         with self.gradients.summing():
             for portion in portions:
-                portion, passes, buffers = self._accumulate_in_memory(portion, smaller)
-                portions.read_ahead()  # the next window is collated while the device computes this one
-                outcome, fault = self.update(portion, passes)
-                if outcome.skipped:
-                    buffers.put_back()  # a NaN would stay in batch norm's running statistics for ever
-                on_window(outcome, fault)
+                on_window(*self._window(portion, portions, smaller))
 
     def accumulate(self, share: list[MicroBatch]) -> Passes:
         """Leaves in `grad` of what the optimizer holds the gradient of the mean over all loss items of the window, on
@@ -173,8 +168,23 @@ class TrainingLoop:
         outcome = Outcome(portion.work, len(window.rows), passes.losses, grad_norm, rate, skipped)
         if not faulty:
             return outcome, None
-        scale = None if scaler is None else scaler.get_scale()
-        return outcome, Fault(window.index + 1, grad_norm, sum(parts), of_loss, suspects, len(parts), scale)
+        return outcome, Fault(
+            update=window.index + 1,
+            grad_norm=grad_norm,
+            loss=sum(parts),
+            of_loss=of_loss,
+            suspects=suspects,
+            n_passes=len(parts),
+            scale=None if scaler is None else scaler.get_scale(),
+        )
+
+    def _window(self, portion: Portion, portions: Portions, smaller: Smaller) -> tuple[Outcome, Fault | None]:
+        fitting, passes, buffers = self._accumulate_in_memory(portion, smaller)
+        portions.read_ahead()  # the next window is collated while the device computes this one
+        outcome, fault = self.update(fitting, passes)
+        if outcome.skipped:
+            buffers.put_back()  # a NaN would stay in batch norm's running statistics for ever
+        return outcome, fault
 
     def _accumulate_in_memory(self, portion: Portion, smaller: Smaller) -> tuple[Portion, Passes, Buffers]:
         """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had. Returns the
