@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .history import EpochEntry, Ledger, WindowEntry, Work
 from .loop import Outcome
-from .objective import ItemMeans, gathered, total
+from .objective import ItemMeans, gathered
 from .planning import Batching
 
 # Losses stay on the device until so many windows are read at once.
@@ -38,7 +38,7 @@ class Recorder:
     def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
         """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
         self.drain()
-        train_loss = total(self._epoch_losses.read()) if self._epoch_losses is not None else float("nan")
+        train_loss = self._epoch_losses.total() if self._epoch_losses is not None else float("nan")
         entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
         self._ledger.record(entry)
         values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
@@ -68,7 +68,7 @@ class Recorder:
                 window=len(self._ledger.windows),
                 epoch=self._epoch,
                 rows=outcome.rows,
-                loss=total(terms),
+                loss=losses.total(),
                 terms=terms if len(terms) > 1 else {},
                 grad_norm=outcome.grad_norm,
                 learning_rate=outcome.learning_rate,
