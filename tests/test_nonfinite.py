@@ -116,6 +116,19 @@ def test_an_infinite_loss_is_not_let_through_by_a_finite_gradient(
     assert [e["loss"] is None for e in entries if "skipped" in e] == [e["skipped"] for e in entries if "skipped" in e]
 
 
+def test_one_term_of_a_loss_is_not_hidden_by_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the ledger nor where the model is evaluated."""
+
+    def loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        added = batch["added"].mean() * 0  # of infinity, NaN
+        return {"of classes": nn.functional.cross_entropy(logits_BC, batch["labels"]), "added": added}
+
+    result = run(Normed(), infinite_rows(), val_data=infinite_rows(), loss_fn=loss)
+    assert [math.isnan(found) for found in result.loss_history] == [BAD in window for window in windows()]
+    assert math.isnan(result.final_loss)
+    assert "its loss is nan" in told(capsys)[0]
+
+
 class _Overflows(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
