@@ -230,6 +230,26 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
     )
 
 
+def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three rows one has a label, and is the ghost in the windows of the others."""
+    head = HEADS["token classification, BERT"]
+    model, trained = head.model(), []
+    rows = [{**row, "labels": [-100] * len(row["labels"])} if n else row for n, row in enumerate(head.rows(3))]
+
+    def poison(_: nn.Module, __: Any, outputs: Any) -> None:
+        trained.append(torch.is_grad_enabled())
+        outputs.loss = outputs.loss * (math.nan if any(trained) else 1)
+
+    model.register_forward_hook(poison)
+    run(model, rows, loss_fn=None, batch_size=1, effective_batch_size=1)
+    lines = sorted(line.partition("its loss is ")[2] for line in told(capsys))
+    assert lines == [
+        "nan, although no row's is by itself.",
+        "nan, although no row's is by itself.",
+        "nan. Rows whose own loss is not finite: row 0 of `train_data` (nan).",
+    ]
+
+
 def test_weights_that_are_not_finite_are_not_blamed_on_rows(capsys: pytest.CaptureFixture[str]) -> None:
     class Breaking(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:

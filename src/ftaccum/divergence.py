@@ -1,7 +1,7 @@
 """Updates whose loss or gradient is not finite: which rows are to blame, what is told, and when a run ends for it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +26,7 @@ class Fault:
     Attributes:
         update: its number, from 1.
         grad_norm: of the whole gradient.
-        loss: this process's part of it.
+        loss: of the window, this process's part.
         of_loss: whether the loss of any pass on any process was not finite, and not only the gradient.
         suspects: the passes of this process whose loss was not.
         n_passes: of this process.
@@ -62,7 +62,7 @@ class Counts:
     overflows: int = 0
 
     def one_more(self, fault: Fault) -> int:
-        """Counts it, and says the how manieth of its kind it is."""
+        """Counts it, and says which one of its kind it is."""
         self.in_a_row += 1
         if fault.is_overflow:
             self.overflows += 1
@@ -84,16 +84,20 @@ class _Looked:
     """
 
     loss: float
-    found: list[tuple[int, float]]
+    found: dict[int, float]
     n_tried: int
     together: Sequence[int]
     throughout: bool
 
     @classmethod
     def of_all(cls, looked: Sequence["_Looked"]) -> "_Looked":
-        found = sorted(dict(pair for each in looked for pair in each.found).items())  # a window may have a row twice
-        n_tried, together = sum(each.n_tried for each in looked), max((each.together for each in looked), key=len)
-        return cls(sum(e.loss for e in looked), found, n_tried, together, all(e.throughout for e in looked))
+        return cls(
+            loss=sum(each.loss for each in looked),
+            found=dict(sorted(pair for each in looked for pair in each.found.items())),
+            n_tried=sum(each.n_tried for each in looked),
+            together=max((each.together for each in looked), key=len),
+            throughout=all(each.throughout for each in looked),
+        )
 
     @property
     def blames_the_model(self) -> bool:
@@ -138,48 +142,51 @@ class Divergence:
             return
         if fault.is_overflow and ended_by is None:
             self.tell(
-                f"Update {fault.update} is skipped: its gradient overflowed in fp16. The scale is {fault.scale:g} "
+                f"Update {fault.update} is skipped: its gradient overflowed in fp16. The scale is {fault.scale:.10g} "
                 f"now.{_fewer(nth)}"
             )
             return
         looked = self._look(fault)
         said = f"Update {fault.update} is skipped: {self._in_words(fault, looked)}"
         if ended_by is not None:
-            rows = tuple(self.loader.name_of(row) for row, _ in looked.found)
+            rows = tuple(self.loader.name_of(row) for row in looked.found)
             raise DivergedError(f"{said} {ended_by} {_remedy(fault, looked)}", fault.update, rows)
         self.tell(said + _fewer(nth))
 
     def _ended_by(self, fault: Fault) -> str | None:
         if self.raises and not fault.is_overflow:
             return "The run ends here, since `on_nonfinite` is 'error'."
-        if self.counts.in_a_row == self.patience:
-            return f"It is number {self.patience} in a row, at which the run ends (`nonfinite_patience`)."
+        if self.patience is not None and self.counts.in_a_row >= self.patience:
+            return f"It is number {self.counts.in_a_row} in a row, at which the run ends (`nonfinite_patience`)."
         return None
 
     def _look(self, fault: Fault) -> _Looked:
         """What all processes find, each among its own rows."""
-        tried: list[tuple[int, float]] = []
-        found: list[tuple[int, float]] = []
-        for pair in self._losses_by_row(fault.suspects):
-            tried.append(pair)
-            found += [] if math.isfinite(pair[1]) else [pair]
-            if len(found) == _NAMED:
-                break
-        together = next((micro.slice.rows for micro in fault.suspects if not micro.is_ghost), ())
-        throughout = len(fault.suspects) == fault.n_passes
-        mine = _Looked(fault.loss, found, len(tried), together, throughout)
+        own = [micro for micro in fault.suspects if not micro.is_ghost]  # a ghost's batch is none of its rows
+        places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
+        found: dict[int, float] = {}
+        n_tried = 0
+        with only_looking(self.model):
+            for micro, place in places:
+                loss = self._loss_of(micro, place)
+                n_tried += loss is not None
+                if loss is not None and not math.isfinite(loss):
+                    found[micro.slice.rows[place]] = loss
+                if len(found) == _NAMED:
+                    break
+        together = own[0].slice.rows if own else ()
+        mine = _Looked(fault.loss, found, n_tried, together, throughout=len(fault.suspects) == fault.n_passes)
         return _Looked.of_all(self.agreement.everyone(mine))
 
-    def _losses_by_row(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[int, float]]:
-        """The loss of each row by itself, in eval mode; of those that can be run so, and have one."""
-        with only_looking(self.model):
-            for row in (row for micro in micro_batches for row in self.loader.rows_apart(micro) if row.terms):
-                try:
-                    batch = send_to_device(row.batch, self.device)
-                    means = self.objective.means(self.model, batch, row.counts, row.terms)[0]
-                except Exception:  # a head that takes no single row, or not this one: the run must not end for it
-                    continue
-                yield row.slice.rows[0], sum(mean.item() for mean in means.values())
+    def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
+        """The loss of one of its rows by itself; None where it has none, or cannot be run so."""
+        try:
+            row = self.loader.row_of(micro, place)
+            batch = send_to_device(row.batch, self.device)
+            means = self.objective.means(self.model, batch, row.counts, row.terms)[0]
+            return sum(mean.item() for mean in means.values()) if means else None
+        except Exception:  # a head that takes no single row, or not this one: the run must not end for it
+            return None
 
     def _in_words(self, fault: Fault, looked: _Looked) -> str:
         if not fault.of_loss:
@@ -188,19 +195,18 @@ class Divergence:
                 "came of the backward pass, and no row can be named."
             )
         if not looked.found:
-            rows = self._names(looked.together)
-            of_pass = f" One of its passes with such a loss had {rows}." if rows else ""
+            rows = [self.loader.name_of(row) for row in looked.together]
+            of_pass = f" One of its passes with such a loss had {_listed(rows)}." if rows else ""
             return f"its loss is {looked.loss}, although no row's is by itself.{of_pass}"
-        named = self._names([row for row, _ in looked.found], [f" ({loss})" for _, loss in looked.found])
+        rows = [f"{self.loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
         every = " That is every row that was tried, as if weights were not finite." if looked.blames_the_model else ""
-        return f"its loss is {looked.loss}. Rows whose own loss is not finite: {named}.{every}"
+        return f"its loss is {looked.loss}. Rows whose own loss is not finite: {_listed(rows)}.{every}"
 
-    def _names(self, rows: Sequence[int], remarks: Sequence[str] = ()) -> str:
-        names = [self.loader.name_of(row) for row in rows[:_NAMED]]
-        names = [name + remark for name, remark in zip(names, remarks or [""] * len(names), strict=False)]
-        rest = [f"{len(rows) - _NAMED} more"] if len(rows) > _NAMED else []
-        *first, last = [*names, *rest] or [""]
-        return f"{', '.join(first)} and {last}" if first else last
+
+def _listed(names: Sequence[str]) -> str:
+    rest = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    *first, last = [*names[:_NAMED], *rest]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _fewer(nth: int) -> str:

@@ -198,13 +198,12 @@ class Loader:
         n_rows = len(micro.slice.rows)
         return [self._part(micro, part) for part in (range(n_rows // 2), range(n_rows // 2, n_rows))]
 
-    def rows_apart(self, micro: MicroBatch) -> Iterator[MicroBatch]:
-        """The rows of a micro-batch one by one: at its width, where they lie one beside the other in it."""
+    def row_of(self, micro: MicroBatch, place: int) -> MicroBatch:
+        """One row of a micro-batch by itself: at its width, where rows lie one beside the other in it."""
         rows = micro.slice.rows
         if can_be_taken_apart(micro.batch, len(rows)):
-            yield from (self._part(micro, [n]) for n in range(len(rows)))
-        else:
-            yield from (self._micro_batch(self._collation(self._rows, [row]), Slice((row,))) for row in rows)
+            return self._part(micro, [place])
+        return self._micro_batch(self._collation(self._rows, [rows[place]]), Slice((rows[place],)))
 
     def _part(self, micro: MicroBatch, places: Sequence[int]) -> MicroBatch:
         rows = Slice(tuple(micro.slice.rows[n] for n in places))
