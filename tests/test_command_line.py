@@ -96,6 +96,15 @@ def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[st
         assert sentence in capsys.readouterr().err
 
 
+def test_a_run_that_diverged_is_one_sentence_and_status_1(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    """For real: weights of 1e38 leave no number in the second update."""
+    words = ["--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--learning_rate", "1e38"]
+    assert main(["train", *words, "--nonfinite_patience", "2", "--validation_split", "0", "--progress", "False"]) == 1
+    said = capsys.readouterr().err
+    assert "That is every row that was tried, as if weights were not finite. It is number 2 in a row" in said
+    assert "Traceback" not in said
+
+
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "plan" in capsys.readouterr().out

@@ -283,6 +283,22 @@ def _diverged_once_trained(model: nn.Module, _: Any, outputs: torch.Tensor) -> t
     return outputs * math.nan if hasattr(model, "trained") and not model.training else None
 
 
+def test_a_trial_whose_updates_are_not_finite_has_diverged() -> None:
+    def factory() -> nn.Module:
+        model = Layer()
+        model.register_forward_hook(lambda m, _, outputs: outputs * math.nan if _in_training(m) else None)
+        return model
+
+    study = quick(model_factory=factory, n_trials=1, nonfinite_patience=2)
+    assert study.trials[0].state == PRUNED
+    assert study.trials[0].user_attrs["reason"].startswith("diverged at update 2: Update 2 is skipped: its loss is nan")
+
+
+def _in_training(model: nn.Module) -> bool:
+    model.trained = getattr(model, "trained", False) or torch.is_grad_enabled()
+    return model.trained
+
+
 def test_a_final_loss_that_is_no_number_is_no_value() -> None:
     def factory() -> nn.Module:
         model = Layer()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
         DataError,
+        DivergedError,
         InexactLossError,
         InexactLossWarning,
         LostProcessError,
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "ClassificationMetrics",
     "DataError",
+    "DivergedError",
     "InexactLossError",
     "InexactLossWarning",
     "LostProcessError",
@@ -55,7 +57,14 @@ __all__ = [
 # Loaded when first asked for, so that the parts that need no torch start at once.
 _HOMES = {
     "errors": (
-        *("CheckpointError", "DataError", "InexactLossError", "InexactLossWarning", "LostProcessError"),
+        *(
+            "CheckpointError",
+            "DataError",
+            "DivergedError",
+            "InexactLossError",
+            "InexactLossWarning",
+            "LostProcessError",
+        ),
         *("OutputWarning", "PaddingWarning", "Preempted", "SettingsError"),
     ),
     "fine_tuning": ("test_fine_tuning",),

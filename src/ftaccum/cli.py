@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import DataError, SettingsError
+from .errors import DataError, DivergedError, SettingsError
 from .flags import NamedArguments, TrainArguments, parse
 from .planning import PlanArguments, plan
 from .rules import single_faults
@@ -26,13 +26,14 @@ commands:
 `ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
 """
 
-_NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = 1
+_NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = _DIVERGED = 1
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0; 1 where a search finished no trial, accumulating is not exact, or
-    something that was trained could not be written; 2 for bad input; 130 where it was interrupted."""
+    """Runs a command. Returns the exit status: 0; 1 where training diverged, something that was trained could not be
+    written, a search finished no trial, or accumulating is not exact; 2 for bad input; 75 where a scheduler asked it to
+    stop (to be tried again), 130 where somebody did."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "search": _search, "verify": _verify, "plan": _plan}
     if not words or words[0] in ("-h", "--help"):
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsError, DataError) as error:
         print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
         return _BAD_INPUT
+    except DivergedError as error:
+        print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
+        return _DIVERGED
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it was" if words[0] == "search" else ""
         print(f"ftaccum {words[0]}: interrupted{goes_on}", file=sys.stderr)
@@ -60,8 +64,10 @@ def _plan(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     description = (
-        "Fine-tunes a model. Exit status: 0 where all is done, 1 where training is, but ledger, result or model could "
-        "not be written, 2 for bad input, which is told before anything is loaded."
+        "Fine-tunes a model. Exit status: 0 where all is done; 1 where training is, but ledger, result or model could "
+        "not be written, or where it ended because its updates were not finite; 2 for bad input, which is told before "
+        "anything is loaded; 75 where SIGTERM or SIGUSR1 asked it to stop: `--resume auto` goes on, as it does after "
+        "Ctrl-C (130)."
     )
     named, recipe, runtime = parse(
         [TrainArguments, Recipe, Runtime], words, prog="ftaccum train", description=description

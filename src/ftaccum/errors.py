@@ -49,6 +49,19 @@ class StreamError(DataError):
     """A stream cannot be read on; raised on all processes alike, after the last update that its rows were there for."""
 
 
+class DivergedError(RuntimeError):
+    """Losses or gradients are not finite, and the run ends: on all processes alike, and with its ledger complete.
+
+    Attributes:
+        update: the number of the last one, from 1; None where it was not an update's.
+        rows: the names of those whose own loss is not finite, as far as they were looked for.
+    """
+
+    def __init__(self, sentence: str, update: int | None = None, rows: Sequence[str] = ()) -> None:
+        super().__init__(sentence)
+        self.update, self.rows = update, tuple(rows)
+
+
 class InexactLossWarning(UserWarning):
     """Accumulating this loss only approximates the large batch."""
 

@@ -16,7 +16,7 @@ from .cutting import Cutter, Rows
 from .data import Loader, MicroBatch, Share
 from .errors import SettingsError
 from .memory import give_back_memory, is_out_of_memory
-from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of, total
+from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of
 from .side_effects import in_mode
 
 _Predicted: TypeAlias = tuple[Rows, np.ndarray, np.ndarray]  # rows, predictions, labels
@@ -76,7 +76,7 @@ class Evaluation:
             for micro in self._loader.stream(self._shares()):
                 self._evaluate(model, micro, losses, predicted)
         (losses,) = gathered([losses], accelerator)
-        return total(losses.read()), {} if metrics is None else self._computed(metrics, predicted)
+        return losses.total(), {} if metrics is None else self._computed(metrics, predicted)
 
     def _evaluate(self, model: nn.Module, micro: MicroBatch, losses: ItemMeans, predicted: list[_Predicted]) -> None:
         """One batch, or where memory runs out, its halves."""

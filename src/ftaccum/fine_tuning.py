@@ -62,6 +62,8 @@ def test_fine_tuning(
     restore_best_weights: bool = False,
     random_seed: int = 42,
     on_inexact: str = "warn",
+    on_nonfinite: str = "skip",
+    nonfinite_patience: int | None = 25,
     deterministic: bool = False,
     output_dir: str | None = None,
     checkpoint_every: int | str | None = "15min",
@@ -150,6 +152,12 @@ def test_fine_tuning(
         random_seed: of hold-out, order of rows and dropout. The process's own generators are left as they were.
         on_inexact: "error", "warn" or "ignore": what to do where accumulating the loss is seen before training to be
             no more than near one large batch (rows compared with each other, batch norm, a router's balance).
+        on_nonfinite: what to do with an update whose loss, in any pass on any process, or whose gradient is not finite.
+            "skip": leave weights, buffers, optimizer and schedule as they were, tell which rows have such a loss by
+            themselves, and go on. "error": end the run there (an overflow that a gradient scaler takes care of is
+            skipped all the same).
+        nonfinite_patience: so many skipped updates in a row end the run; None: none do. (The scale of fp16 gradients
+            falls from 2^16 to 2^-9 in 25.)
         deterministic: deterministic algorithms only.
         output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. Where it cannot be
             written to any more, the run goes on, and says so.
@@ -177,6 +185,7 @@ def test_fine_tuning(
             `SystemExit` with status 75. (KeyboardInterrupt, where it was SIGINT.)
         InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact.
         DataError: data that cannot be trained on, with the row where there is one.
+        DivergedError: where `on_nonfinite` is "error", or `nonfinite_patience` has run out, with the rows at fault.
         torch.OutOfMemoryError: where memory runs out for a single row. For more rows, the window is run again in
             smaller micro-batches, with the same update.
 

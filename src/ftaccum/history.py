@@ -26,7 +26,7 @@ class WindowEntry:
         terms: the same for each named mean of the loss, where it has several.
         grad_norm: total norm of the gradient before clipping.
         learning_rate: the rate of the first parameter group for this update.
-        skipped: True where no optimizer step was taken (a non-finite gradient, or no loss items).
+        skipped: True where no optimizer step was taken (a loss or gradient that is not finite, or no loss items).
         passes: forward passes that it took, on each process.
     """
 

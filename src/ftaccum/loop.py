@@ -1,5 +1,6 @@
 """The loop: what happens to one window after another, in order."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,17 +17,43 @@ from torch.optim.lr_scheduler import LRScheduler
 from .calibration import PassTimer
 from .cutting import Slice
 from .data import MicroBatch, Portion, Portions
+from .divergence import Fault
 from .embedding_gradients import EmbeddingGradients
 from .history import Work
 from .memory import Agreement, Failure, RanOutError, give_back_memory, is_out_of_memory
-from .objective import Denominator, ItemMeans, Objective
+from .objective import Denominator, ItemMeans, Means, Objective
 from .optim import scaled_rates
-from .planning import Window
 from .side_effects import Buffers, Generators, buffers_of, in_mode, preserved_buffers, preserved_rng
 from .wide_gradients import WindowGradients
 
 # Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
 Smaller = Callable[[Portion, Failure | None], Portion]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the passes of this process's share left beside the gradient, on the device.
+
+    Attributes:
+        losses: of the share.
+        items: the window's loss items by term, on all processes.
+        parts: what each pass was of, and its part of the window's loss.
+    """
+
+    losses: ItemMeans
+    items: Tensor
+    parts: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+
+    def add(self, micro: MicroBatch, means: Means, contribution: Tensor) -> None:
+        self.losses.add(means, micro.counts)
+        self.parts.append((micro, contribution.detach()))
+
+    def read_with(self, norm: Tensor) -> tuple[float, float, list[float]]:
+        """The gradient's norm, the number of loss items, and each pass's part of the loss, in one wait."""
+        parts = torch.stack([part for _, part in self.parts])
+        read = [norm.reshape(1), self.items.sum().reshape(1).to(norm.device), parts.to(norm.device)]
+        grad_norm, n_items, *found = torch.cat(read).tolist()
+        return grad_norm, n_items, found
 
 
 @dataclass(frozen=True)
@@ -58,7 +85,7 @@ class TrainingLoop:
         gradients: where a window's gradients are summed up.
         rate_factor: what the schedule's rate is multiplied by, by the index of the window.
         max_grad_norm: infinity for no clipping.
-        agreement: between processes, on whether a window fitted in memory.
+        agreement: between processes, on whether a window fitted in memory, and whether its loss is finite.
         calibration: times passes.
     """
 
@@ -85,60 +112,79 @@ class TrainingLoop:
         self._tables = EmbeddingGradients(self.model)
         self._moving = buffers_of(self.model)
 
-    def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome], None]) -> None:
+    def train(self, portions: Portions, smaller: Smaller, on_window: Callable[[Outcome, Fault | None], None]) -> None:
         """One update for each window; of each, a portion is this process's."""
         self._zero_gradients()  # whatever came with the model is none of the first window's
         with self.gradients.summing():
             for portion in portions:
-                work, losses, items = self._accumulate_in_memory(portion, smaller)
-                portions.read_ahead()  # the next window is collated while the device computes this one
-                on_window(self.update(portion.window, work, losses, items))
+                on_window(*self._window(portion, portions, smaller))
 
-    def accumulate(self, share: list[MicroBatch]) -> tuple[ItemMeans, torch.Tensor]:
+    def accumulate(self, share: list[MicroBatch]) -> Passes:
         """Leaves in `grad` of what the optimizer holds the gradient of the mean over all loss items of the window, on
         all processes.
-
-        Returns:
-            The losses of this share, and the window's loss items by term.
 
         Raises:
             RanOutError: on all processes, where memory ran out on one of them before the gradients were synced.
         """
-        accelerator, losses = self.accelerator, ItemMeans(self.objective.terms, self.accelerator.device)
-        denominator = Denominator([micro.counts for micro in share], self.objective.terms, accelerator)
+        accelerator, terms = self.accelerator, self.objective.terms
+        denominator = Denominator([micro.counts for micro in share], terms, accelerator)
+        passes = Passes(ItemMeans(terms, accelerator.device), denominator.items_T)
         # All processes make as many passes, and the last one is synced.
         accelerator.gradient_accumulation_steps, accelerator.step = len(share), 0
         apart = self._apart(share)
         with self._tables.sparse():
-            said = ((n, self._tried_pass(micro, denominator, losses)) for n, micro in enumerate(apart))
+            said = ((n, self._tried_pass(micro, denominator, passes)) for n, micro in enumerate(apart))
             failed = next((Failure(n, words) for n, words in said if words is not None), None)
         if apart and self.agreement.any(failed is not None):
             raise RanOutError(failed)
         self._tables.hand_over()
         for micro in share[len(apart) :]:
-            self._synced_pass(micro, denominator, losses)
+            self._synced_pass(micro, denominator, passes)
         self.gradients.reduce(self.agreement)
-        return losses, denominator.items_T
+        return passes
 
-    def update(self, window: Window, work: Work, losses: ItemMeans, items: torch.Tensor) -> Outcome:
-        """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the gradient is
-        not finite or there was nothing to learn from."""
+    def update(self, portion: Portion, passes: Passes) -> tuple[Outcome, Fault | None]:
+        """Clips, steps optimizer and schedule, and zeroes the gradients; or only zeroes them, where the loss or the
+        gradient is not finite, or there was nothing to learn from."""
+        window, scaler = portion.window, self.accelerator.scaler
         factor = self.rate_factor(window.index)
         rate = self.schedule.optimizer.param_groups[0]["lr"] * factor
         # Accelerate's `clip_grad_norm_` stumbles over sharded weights in another order than the model's.
         self.accelerator.unscale_gradients()
         norm = _whole(nn.utils.clip_grad_norm_(self._held, self.max_grad_norm))
-        # The one wait for the device in an update: both numbers decide, on every process alike.
-        grad_norm, n_items = torch.stack([norm, items.sum().to(norm.device)]).tolist()
-        skipped = not (n_items > 0 and grad_norm < float("inf"))
-        if skipped and self.accelerator.scaler is not None:
-            self.accelerator.scaler.update()  # the overflow was recorded when the gradients were unscaled
+        # The one wait for the device in an update: all of these decide.
+        grad_norm, n_items, parts = passes.read_with(norm)
+        suspects = [micro for (micro, _), part in zip(passes.parts, parts, strict=True) if not math.isfinite(part)]
+        of_loss = self.agreement.any(bool(suspects))  # the norm is the same on every process, losses are not
+        faulty = of_loss or not math.isfinite(grad_norm)
+        skipped = faulty or not n_items > 0
+        if skipped and scaler is not None:
+            scaler.update()  # the overflow was recorded when the gradients were unscaled
         if not skipped:
             with scaled_rates(self.schedule.optimizer, factor):
                 self.optimizer.step()
             self.schedule.step()
         self._zero_gradients()
-        return Outcome(work, len(window.rows), losses, grad_norm, rate, skipped)
+        outcome = Outcome(portion.work, len(window.rows), passes.losses, grad_norm, rate, skipped)
+        if not faulty:
+            return outcome, None
+        return outcome, Fault(
+            update=window.index + 1,
+            grad_norm=grad_norm,
+            loss=sum(parts),
+            of_loss=of_loss,
+            suspects=suspects,
+            n_passes=len(parts),
+            scale=None if scaler is None else scaler.get_scale(),
+        )
+
+    def _window(self, portion: Portion, portions: Portions, smaller: Smaller) -> tuple[Outcome, Fault | None]:
+        fitting, passes, buffers = self._accumulate_in_memory(portion, smaller)
+        portions.read_ahead()  # the next window is collated while the device computes this one
+        outcome, fault = self.update(fitting, passes)
+        if outcome.skipped:
+            buffers.put_back()  # a NaN would stay in batch norm's running statistics for ever
+        return outcome, fault
 
     def sync_buffers(self) -> None:
         """Has all processes' buffers be those of the main one. DDP would do it in the first forward pass, which a
@@ -147,13 +193,14 @@ class TrainingLoop:
             moving = (module._buffers[name] for module, name in self._moving)
             broadcast([buffer for buffer in moving if buffer is not None and buffer.is_contiguous()])
 
-    def _accumulate_in_memory(self, window: Portion, smaller: Smaller) -> tuple[Work, ItemMeans, torch.Tensor]:
-        """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had."""
+    def _accumulate_in_memory(self, portion: Portion, smaller: Smaller) -> tuple[Portion, Passes, Buffers]:
+        """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had. Returns the
+        micro-batches that fitted, what their passes left, and the buffers that the window began with."""
         self.sync_buffers()
         generators, buffers = Generators.now(), Buffers.now(self._moving)
         while True:
             try:
-                losses, items = self.accumulate(window.micro_batches)
+                passes = self.accumulate(portion.micro_batches)
             except RanOutError as error:
                 failed = error.failed
             except Exception:  # the run is as it was after the update before
@@ -162,15 +209,15 @@ class TrainingLoop:
                 buffers.put_back()
                 raise
             else:
-                if self._first and self.agreement.any(not all(micro.is_ghost for micro in window.micro_batches)):
+                if self._first and self.agreement.any(not all(micro.is_ghost for micro in portion.micro_batches)):
                     self._moving = [place for place in self._moving if self.agreement.any(buffers.moved(*place))]
                     self._first = False
-                return window.work, losses, items
+                return portion, passes, buffers
             self._zero_gradients()
             give_back_memory()
             generators.put_back()
             buffers.put_back()
-            window = smaller(window, failed)
+            portion = smaller(portion, failed)
 
     def _apart(self, share: list[MicroBatch]) -> list[MicroBatch]:
         """The passes that a process can leave by itself: in the others it gathers weights or syncs gradients."""
@@ -178,11 +225,11 @@ class TrainingLoop:
             return share
         return [] if isinstance(self.model, FSDPModule) else share[:-1]
 
-    def _tried_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> str | None:
+    def _tried_pass(self, micro: MicroBatch, denominator: Denominator, passes: Passes) -> str | None:
         """One pass. Returns what the device said where memory ran out in it."""
         try:
             with self.calibration.timing(Slice() if micro.is_ghost else micro.slice):
-                self._pass(micro, denominator, losses)
+                self._pass(micro, denominator, passes)
                 self._tables.collect()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -190,9 +237,9 @@ class TrainingLoop:
             return str(error)
         return None
 
-    def _synced_pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
+    def _synced_pass(self, micro: MicroBatch, denominator: Denominator, passes: Passes) -> None:
         try:
-            self._pass(micro, denominator, losses)
+            self._pass(micro, denominator, passes)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -202,7 +249,7 @@ class TrainingLoop:
                 f"stays what it is), or use `gradient_checkpointing`. The device said: {error}"
             ) from error
 
-    def _pass(self, micro: MicroBatch, denominator: Denominator, losses: ItemMeans) -> None:
+    def _pass(self, micro: MicroBatch, denominator: Denominator, passes: Passes) -> None:
         """One forward and backward pass. A ghost's is left out, unless other processes wait for it: weights that no row
         of the window uses would get a gradient of zeros, and optimizers move weights that have one."""
         accelerator = self.accelerator
@@ -212,8 +259,9 @@ class TrainingLoop:
             batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
             # Not the outputs beside them: a name would keep the logits through the backward pass.
             means = self.objective.means(self.model, batch, micro.counts, micro.terms)[0]
-            accelerator.backward(denominator.for_backward(denominator.contribution(means, micro.counts)))
-        losses.add(means, micro.counts)
+            contribution = denominator.contribution(means, micro.counts)
+            accelerator.backward(denominator.for_backward(contribution))
+        passes.add(micro, means, contribution)
 
     def _zero_gradients(self) -> None:
         self._tables.drop()

@@ -89,6 +89,14 @@ class Agreement:
             raise error
         return made
 
+    def everyone(self, word: T) -> list[T]:
+        """What each process says, in order, on all of them."""
+        if self.alone:
+            return [word]
+        words: list[Any] = [None] * distributed.get_world_size(self._group)
+        distributed.all_gather_object(words, word, group=self._group)
+        return words
+
     def _reduced(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
         holder: Tensor = torch.tensor(numbers)
         distributed.all_reduce(holder, operation, group=self._group)

@@ -17,6 +17,7 @@ from .calibration import Calibration, NoCalibration, PassTimer
 from .checkpointing import Keeper, Resumption, RunState, Shelf, Stateful, Writer
 from .cutting import Cutter
 from .data import Feed
+from .divergence import Divergence
 from .evaluation import Evaluation, NoEvaluation
 from .history import Ledger, Work
 from .loop import TrainingLoop
@@ -73,6 +74,10 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
     calibration = _calibration(runtime, accelerator)
     feed = Feed(plan, run.assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index)
     adaptation = Adaptation(feed, run.agreement, calibration, run.screen.note)
+    divergence = Divergence(
+        parts.model, run.assembly.objective, run.assembly.train, run.agreement, accelerator.device, run.screen.note,
+        raises=runtime.on_nonfinite == "error", patience=runtime.nonfinite_patience,
+    )  # fmt: skip
     loop = TrainingLoop(
         accelerator, wrapped, run.assembly.objective, prepared, schedule, gradients, plan.rate_factor,
         max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=run.agreement, calibration=calibration,
@@ -90,15 +95,26 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
 
     milestones = Milestones(run.watcher, plan, validate, work)
     small: dict[str, Stateful] = {
-        "adaptation": adaptation,
-        "recorder": recorder,
-        "milestones": milestones,
+        "adaptation": adaptation, "divergence": divergence.counts, "recorder": recorder, "milestones": milestones,
         "clock": clock,
-    }
+    }  # fmt: skip
     state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small)
     keeper = _keeper(run, state, recorder, stack)
     training = Training(
-        parts.model, plan, feed, loop, adaptation, recorder, milestones, evaluate, best, keeper, run.screen, work, clock
+        parts.model,
+        plan,
+        feed,
+        loop,
+        adaptation,
+        divergence,
+        recorder,
+        milestones,
+        evaluate,
+        best,
+        keeper,
+        run.screen,
+        work,
+        clock,
     )
     run.resumption.put_back(state)
     if run.resumption.path is None:

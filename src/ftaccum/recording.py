@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .history import EpochEntry, Ledger, WindowEntry, Work
 from .loop import Outcome
-from .objective import ItemMeans, gathered, total
+from .objective import ItemMeans, gathered
 from .planning import Batching
 from .trackers import kept_apart
 
@@ -41,7 +41,7 @@ class Recorder:
     def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
         """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
         self.drain()
-        train_loss = total(self._epoch_losses.read()) if self._epoch_losses is not None else float("nan")
+        train_loss = self._epoch_losses.total() if self._epoch_losses is not None else float("nan")
         entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
         self.ledger.record(entry)
         values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
@@ -90,7 +90,7 @@ class Recorder:
                 window=len(self.ledger.windows),
                 epoch=self._epoch,
                 rows=outcome.rows,
-                loss=total(terms),
+                loss=losses.total(),
                 terms=terms if len(terms) > 1 else {},
                 grad_norm=outcome.grad_norm,
                 learning_rate=outcome.learning_rate,

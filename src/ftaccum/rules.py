@@ -62,6 +62,7 @@ Remainder = Annotated[str, Rule(lambda v: v in ("flush", "carry"), "'flush' or '
 SCALINGS = ("none", "sqrt", "linear")
 Scaling = Annotated[str, Rule(lambda v: v in SCALINGS, "'none', 'sqrt' or 'linear'")]
 BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or (_is_int(v) and v > 0), "a positive integer or 'auto'")]
+OnNonfinite = Annotated[str, Rule(lambda v: v in ("skip", "error"), "'skip' or 'error'")]
 OnInexact = Annotated[str, Rule(lambda v: v in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")]
 
 

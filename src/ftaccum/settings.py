@@ -18,6 +18,7 @@ from .rules import (
     Names,
     NonNegative,
     OnInexact,
+    OnNonfinite,
     Positive,
     PositiveInt,
     Precision,
@@ -102,6 +103,12 @@ class Runtime:
     gradient_checkpointing: Flag = setting(False, "recompute activations instead of keeping them")
     on_inexact: OnInexact = setting(
         "warn", "what to do where accumulating the loss only approximates a large batch: error, warn or ignore"
+    )
+    on_nonfinite: OnNonfinite = setting(
+        "skip", "what to do with an update whose loss or gradient is not finite: skip it, or error to end the run"
+    )
+    nonfinite_patience: PositiveInt | None = setting(
+        25, "updates in a row that are not finite after which the run ends; None for any number"
     )
     deterministic: Flag = setting(False, "use deterministic algorithms only, which are slower")
     output_dir: Text | None = setting(None, "folder for the ledger, the result, checkpoints and the trained model")

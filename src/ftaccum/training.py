@@ -14,7 +14,8 @@ from torch.distributed import DistError
 from .adapting import Adaptation
 from .checkpointing import Keeper
 from .data import Feed
-from .errors import DataError, LostProcessError
+from .divergence import Divergence, Fault
+from .errors import DataError, DivergedError, LostProcessError
 from .evaluation import Evaluation, NoEvaluation
 from .history import EpochEntry, Work
 from .loop import Outcome, TrainingLoop
@@ -51,6 +52,7 @@ class Training:
     feed: Feed
     loop: TrainingLoop
     adaptation: Adaptation
+    divergence: Divergence
     recorder: Recorder
     milestones: Milestones
     evaluate: Evaluation | NoEvaluation
@@ -85,15 +87,16 @@ class Training:
             self.screen.note(shortfall)
 
     def _train(self, epoch: int) -> None:
-        agreed = (Exception,) if self.loop.agreement.alone else (DataError, torch.OutOfMemoryError)
+        agreed = (Exception,) if self.loop.agreement.alone else (DataError, DivergedError, torch.OutOfMemoryError)
         portions = self.feed.epoch(epoch, self.recorder.n_windows)
         with self.work.timed(), self.keeper.saved_on(agreed):
             self.loop.train(portions, self.adaptation.smaller, self._on_window)
 
-    def _on_window(self, outcome: Outcome) -> None:
+    def _on_window(self, outcome: Outcome, fault: Fault | None) -> None:
         self.recorder.window(outcome)
         self.adaptation.window_done()
         self.milestones.window_done()
+        self.divergence.window_done(fault)
         self.keeper.after_update()
 
     def _end(self, epoch: int) -> None:

@@ -4,6 +4,7 @@ One process alone has the row that takes the other branch. And two models with t
 Accelerate does on GPUs alone: it is made to believe that it was asked for on these CPUs.
 """
 
+import copy
 import itertools
 import json
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from exactness import window_errors
-from ftaccum import test_fine_tuning
+from ftaccum import DivergedError, test_fine_tuning
 from heads import HEADS, all_in_float64, relative_error, unsharded
 from structures import STRUCTURES, with_a_narrow_weight
+from test_nonfinite import BAD, Normed, infinite_loss, infinite_rows, points, run
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
@@ -71,6 +73,20 @@ with all_in_float64():
     )  # fmt: skip
     assert gather_object([result.skipped_steps, result.optimizer_steps]) == [1, 1, 1, 1]
     found["alike where one process overflows"] = unlike(model)
+
+    # So is one with a loss on one process that is not finite, though the gradient may be: both tell the row, and put
+    # their buffers back.
+    for rows, loss in ((points(), nn.CrossEntropyLoss()), (infinite_rows(), infinite_loss)):
+        model = Normed()
+        before = copy.deepcopy(model.state_dict())
+        try:
+            run(model, rows, loss_fn=loss, effective_batch_size=24, on_nonfinite="error")
+        except DivergedError as error:
+            (said,) = {*gather_object([str(error)])}
+        assert f"Rows whose own loss is not finite: row {BAD} of `train_data`" in said
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert gather_object([run(model, rows, loss_fn=loss, effective_batch_size=12).skipped_steps]) == [1, 1]
+        found[f"alike where {loss} is not finite on one process"] = unlike(model)
 
 
 def trained(name: str) -> dict[str, Tensor]:

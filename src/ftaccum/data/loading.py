@@ -17,7 +17,7 @@ from ..cutting import Rows as Positions
 from ..errors import DataError
 from ..objective import Batch, Counts, Objective
 from .checking import Ranges
-from .collating import Collation, take, trimmed
+from .collating import Collation, can_be_taken_apart, take, trimmed
 from .rows import Rows
 
 # Forked workers find rows and collators in memory, lambdas and all; elsewhere these must be picklable.
@@ -195,10 +195,19 @@ class Loader:
 
     def halves(self, micro: MicroBatch) -> list[MicroBatch]:
         """A micro-batch in two, at its width."""
-        middle = len(micro.slice.rows) // 2
-        parts = [range(middle), range(middle, len(micro.slice.rows))]
-        rows = [Slice(tuple(micro.slice.rows[n] for n in part)) for part in parts]
-        return [self._micro_batch(take(micro.batch, part), piece) for part, piece in zip(parts, rows, strict=True)]
+        n_rows = len(micro.slice.rows)
+        return [self._part(micro, part) for part in (range(n_rows // 2), range(n_rows // 2, n_rows))]
+
+    def row_of(self, micro: MicroBatch, place: int) -> MicroBatch:
+        """One row of a micro-batch by itself: at its width, where rows lie one beside the other in it."""
+        rows = micro.slice.rows
+        if can_be_taken_apart(micro.batch, len(rows)):
+            return self._part(micro, [place])
+        return self._micro_batch(self._collation(self._rows, [rows[place]]), Slice((rows[place],)))
+
+    def _part(self, micro: MicroBatch, places: Sequence[int]) -> MicroBatch:
+        rows = Slice(tuple(micro.slice.rows[n] for n in places))
+        return self._micro_batch(take(micro.batch, places), rows)
 
     def _or_ghost(self, micro: MicroBatch) -> MicroBatch:
         if micro.terms:

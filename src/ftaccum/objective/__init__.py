@@ -1,7 +1,7 @@
 """The objective: from a model and a micro-batch to mean losses and loss items. It alone owns the denominator."""
 
 from .counting import IGNORE_INDEX, Batch, Counting, CountItems, targets_of, tensors_of
-from .denominator import Counts, Denominator, ItemMeans, gathered, total
+from .denominator import Counts, Denominator, ItemMeans, Means, gathered
 from .findings import Findings
 from .forward import Forward, LossFn, accepted_arguments, is_label, logits_of
 from .measuring import Sample, difference_of_packing, measured_objective
@@ -20,6 +20,7 @@ __all__ = [
     "Forward",
     "ItemMeans",
     "LossFn",
+    "Means",
     "Objective",
     "Sample",
     "accepted_arguments",
@@ -30,5 +31,4 @@ __all__ = [
     "measured_objective",
     "targets_of",
     "tensors_of",
-    "total",
 ]

@@ -73,8 +73,16 @@ class ItemMeans:
 
     def read(self) -> dict[str, float]:
         """The mean of each term, NaN where it has no items."""
-        pairs = zip(self.sums_T.tolist(), self.items_T.tolist(), strict=True)
-        return {term: s / n if n else float("nan") for term, (s, n) in zip(self.terms, pairs, strict=True)}
+        return {term: s / n if n else float("nan") for term, (s, n) in zip(self.terms, self._pairs(), strict=True)}
+
+    def total(self) -> float:
+        """The loss that is trained on: the sum of the means. A term without items is left out; NaN where all are, and
+        where a mean is NaN."""
+        known = [s / n for s, n in self._pairs() if n]
+        return sum(known) if known else float("nan")
+
+    def _pairs(self) -> list[tuple[float, float]]:
+        return list(zip(self.sums_T.tolist(), self.items_T.tolist(), strict=True))
 
 
 def means_of_sums(sums: Means, counts: Counts) -> dict[str, Tensor]:
@@ -94,12 +102,6 @@ def gathered(means: Sequence[ItemMeans], accelerator: Accelerator) -> list[ItemM
         summed.append(ItemMeans(means[0].terms, sums_T.device))
         summed[-1].sums_T, summed[-1].items_T = sums_T, items_T
     return summed
-
-
-def total(means: Mapping[str, float]) -> float:
-    """The loss that is trained on: the sum of its terms. A term without items is left out; NaN where all are."""
-    known = [mean for mean in means.values() if mean == mean]
-    return sum(known) if known else float("nan")
 
 
 def widened(mean: Tensor) -> Tensor:

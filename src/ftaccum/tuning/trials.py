@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import DataError, Preempted, SettingsError
+from ..errors import DataError, DivergedError, Preempted, SettingsError
 from ..fine_tuning import fine_tuned
 from ..history import EpochEntry, Result
 from ..interrupts import Interrupts
@@ -29,10 +29,6 @@ _trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials, as long 
 
 class PrunedError(Exception):
     """Ends a run whose trial is not worth going on with."""
-
-
-class DivergedError(Exception):
-    """Ends a run whose validation loss is no number any more."""
 
 
 class TakenError(Exception):
@@ -75,7 +71,7 @@ def run_trial(
     except PrunedError as end:
         return Outcome("pruned", str(end))
     except DivergedError as end:
-        return Outcome("diverged", str(end))
+        return Outcome("diverged", str(end) if end.update is None else f"at update {end.update}: {end}")
     except TakenError:
         return Outcome("left")
     except LostError:

@@ -15,7 +15,7 @@ from ..data.collating import can_be_taken_apart, take
 from ..errors import DataError
 from ..loop import TrainingLoop
 from ..memory import RanOutError
-from ..objective import Batch, Objective, gathered, tensors_of, total
+from ..objective import Batch, Objective, gathered, tensors_of
 from ..side_effects import preserved_buffers, preserved_rng
 from .gradients import Found, taken
 from .precision import cast
@@ -80,12 +80,11 @@ class Bench:
         share = self._share(split)
         with self.from_the_start():
             try:
-                losses, _ = loop.accumulate(share)
+                losses = loop.accumulate(share).losses
             except RanOutError as error:
                 said = f" The device said: {error.failed.said}" if error.failed else ""
                 raise torch.OutOfMemoryError(f"Memory ran out while '{split.name}' was accumulated.{said}") from error
-        found = gathered([losses], self.accelerator)[0].read()
-        return Found(taken(self.model, self.scale), total(found))
+        return Found(taken(self.model, self.scale), gathered([losses], self.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:
         """Whether the model can be run on micro-batches as small as these: batch norm takes no row by itself, as a

@@ -1,0 +1,334 @@
+"""Losses and gradients that are not finite: skipped without a trace, told with the rows at fault, at last fatal."""
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ftaccum import DivergedError, Result, plan, test_fine_tuning
+from heads import HEADS
+
+ROWS, BAD = 24, 13  # a row that no check before training happens to look at
+Row = tuple[Tensor, int]
+
+
+class Normed(nn.Module):
+    """Batch norm, whose statistics a NaN would stay in, and dropout, which draws."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(4), nn.Dropout(dropout), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.norm(x)))
+
+
+def points(bad: Sequence[int] = (BAD,), value: float = math.nan) -> list[Row]:
+    draw = torch.Generator().manual_seed(3)
+    rows = [(torch.randn(4, generator=draw, dtype=torch.float64), n % 3) for n in range(ROWS)]
+    for n in bad:
+        rows[n][0][1] = value
+    return rows
+
+
+def run(model: nn.Module, rows: Any, **arguments: Any) -> Result:
+    defaults: dict[str, Any] = {
+        "batch_size": 3, "effective_batch_size": 9, "n_epochs": 1, "validation_split": 0.0, "planner": False,
+        "lr_scheduler": "constant", "learning_rate": 0.1, "gradient_clip_norm": None, "on_inexact": "ignore",
+        "optimizer": lambda groups: torch.optim.SGD(groups), "loss_fn": nn.CrossEntropyLoss(), "progress": False,
+    }  # fmt: skip
+    return test_fine_tuning(model, train_data=rows, **(defaults | arguments))
+
+
+def infinite_rows() -> list[dict[str, Any]]:
+    """Rows with a number that is added to their loss: its gradient is 0, and it is infinite in one."""
+    return [{"x": x, "labels": y, "added": math.inf if n == BAD else 0.0} for n, (x, y) in enumerate(points(()))]
+
+
+def infinite_loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(logits_BC, batch["labels"]) + batch["added"].mean()
+
+
+def windows(n_epochs: int = 1) -> list[tuple[int, ...]]:
+    planned = plan(ROWS, batch_size=3, effective_batch_size=9, n_epochs=n_epochs, validation_split=0.0)
+    return [window.rows for epoch in planned.epochs for window in planned.windows(epoch)]
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Update ")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_window_with_a_bad_row_is_as_if_it_were_not_there(value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and running statistics are those of a plain loop that leaves it out; a remainder comes after it."""
+    rows, plain = points(value=value), Normed()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    (skipped,) = (n for n, window in enumerate(windows()) if BAD in window)
+    for window in (window for window in windows() if BAD not in window):
+        for part in (window[start : start + 3] for start in range(0, len(window), 3)):
+            x, y = torch.stack([rows[n][0] for n in part]), torch.tensor([rows[n][1] for n in part])
+            (nn.functional.cross_entropy(plain(x), y) * len(part) / len(window)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = Normed()
+    result = run(model, rows, weight_decay=0.0)
+    assert (result.optimizer_steps, result.skipped_steps) == (2, 1)
+    assert math.isnan(result.loss_history[skipped])
+    for (name, found), wanted in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-14), name
+    assert told(capsys) == [
+        f"Update {skipped + 1} is skipped: its loss is nan. Rows whose own loss is not finite: row {BAD} of "
+        "`train_data` (nan)."
+    ]
+
+
+def test_the_whole_state_is_that_before_to_the_bit() -> None:
+    model = Normed()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    momentum = torch.optim.AdamW(model.parameters(), lr=0.1)
+    result = run(model, points(), effective_batch_size=ROWS, optimizer=momentum)
+    assert (result.optimizer_steps, result.skipped_steps) == (0, 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not momentum.state
+
+
+def test_an_infinite_loss_is_not_let_through_by_a_finite_gradient(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The row is named as the user counts, held-out rows and all."""
+
+    result = run(Normed(), infinite_rows(), loss_fn=infinite_loss, validation_split=0.25, output_dir=str(tmp_path))
+    assert result.skipped_steps == 1
+    assert all(map(math.isfinite, result.grad_norm_history))
+    (line,) = told(capsys)
+    assert line.endswith(f"its loss is inf. Rows whose own loss is not finite: row {BAD} of `train_data` (inf).")
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [e["loss"] is None for e in entries if "skipped" in e] == [e["skipped"] for e in entries if "skipped" in e]
+
+
+def test_one_term_of_a_loss_is_not_hidden_by_another(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the ledger nor where the model is evaluated."""
+
+    def loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        added = batch["added"].mean() * 0  # of infinity, NaN
+        return {"of classes": nn.functional.cross_entropy(logits_BC, batch["labels"]), "added": added}
+
+    result = run(Normed(), infinite_rows(), val_data=infinite_rows(), loss_fn=loss)
+    assert [math.isnan(found) for found in result.loss_history] == [BAD in window for window in windows()]
+    assert math.isnan(result.final_loss)
+    assert "its loss is nan" in told(capsys)[0]
+
+
+class _Overflows(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * math.inf
+
+
+def overflowing(updates: Sequence[int]) -> tuple[nn.Module, Any]:
+    """A model, and a loss whose gradient overflows in those updates, of one pass each (from 1)."""
+    model, passes = Normed(), iter(range(1, 10**6))
+
+    def loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
+        found = nn.functional.cross_entropy(logits_BC, labels)
+        return _Overflows.apply(found) if logits_BC.requires_grad and next(passes) in updates else found
+
+    return model, loss
+
+
+def test_a_gradient_that_overflows_while_the_loss_is_finite_names_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    model, loss = overflowing([2])
+    result = run(model, points(()), loss_fn=loss, batch_size=9)
+    assert result.skipped_steps == 1
+    assert all(map(math.isfinite, result.loss_history))
+    (line,) = told(capsys)
+    assert re.fullmatch(
+        r"Update 2 is skipped: the norm of its gradient is (nan|inf), while its loss, [\d.]+, is finite\. "
+        r"So it came of the backward pass, and no row can be named\.",
+        line,
+    )
+
+
+def test_many_in_a_row_end_the_run_with_all_of_them_in_the_ledger(tmp_path: Path) -> None:
+    """Two, then one that is finite, then three: it is the row that counts."""
+    model, loss = overflowing([2, 3, 5, 6, 7])
+    with pytest.raises(
+        DivergedError,
+        match=r"^Update 7 is skipped: .* It is number 3 in a row, at which the run ends \(`nonfinite_patience`\)\. "
+        r"Lower `learning_rate` or `gradient_clip_norm`, or lengthen the warm-up\.$",
+    ) as raised:
+        run(
+            model, points(()), loss_fn=loss, batch_size=2, effective_batch_size=2, nonfinite_patience=3,
+            output_dir=str(tmp_path),
+        )  # fmt: skip
+    assert (raised.value.update, raised.value.rows) == (7, ())
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [e["skipped"] for e in entries if "skipped" in e] == [False, True, True, False, True, True, True]
+
+
+def test_the_first_one_ends_the_run_where_it_is_an_error(tmp_path: Path) -> None:
+    model, last = Normed(), next(n for n, window in enumerate(windows()) if BAD in window)
+    with pytest.raises(
+        DivergedError,
+        match=r"\(nan\)\. The run ends here, since `on_nonfinite` is 'error'\. Mend or drop these rows\.$",
+    ) as raised:
+        run(model, points(), on_nonfinite="error", output_dir=str(tmp_path))
+    assert (raised.value.update, raised.value.rows) == (last + 1, (f"row {BAD} of `train_data`",))
+    assert pickle.loads(pickle.dumps(raised.value)).rows == raised.value.rows
+    entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [e["skipped"] for e in entries if "skipped" in e] == [False] * last + [True]
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:
+    model, loss = overflowing(range(1, 100))
+    result = run(
+        model, points(()), loss_fn=loss, batch_size=2, effective_batch_size=2, n_epochs=6, nonfinite_patience=None
+    )
+    assert result.skipped_steps == 72
+    lines = told(capsys)
+    assert [int(re.findall(r"\d+", line)[0]) for line in lines] == [*range(1, 11), 16, 32, 64]
+    assert [line for line in lines if line.endswith("Of those to come, the 16th is told, the 32nd, and so on.")] == [
+        lines[9]
+    ]
+
+
+def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a loss that cannot be had of a single row at all does not end the run."""
+
+    def loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        if model.looked and len(logits_BC) == 1:
+            raise ValueError("more than one row, please")
+        model.looked = model.looked or torch.is_grad_enabled()
+        found = nn.functional.cross_entropy(logits_BC, batch["labels"])
+        return found * math.nan if BAD in batch["n"] else found
+
+    model = Normed()
+    model.looked = False
+    rows = [{"x": x, "labels": y, "n": n} for n, (x, y) in enumerate(points(()))]
+    run(model, rows, loss_fn=loss)
+    pass_ = next(w[s : s + 3] for w in windows() for s in range(0, len(w), 3) if BAD in w[s : s + 3])
+    (line,) = told(capsys)
+    names = [f"row {n} of `train_data`" for n in pass_]
+    assert line.endswith(
+        "its loss is nan, although no row's is by itself. One of its passes with such a loss had "
+        f"{', '.join(names[:-1])} and {names[-1]}."
+    )
+
+
+def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of three rows one has a label, and is the ghost in the windows of the others."""
+    head = HEADS["token classification, BERT"]
+    model, trained = head.model(), []
+    rows = [{**row, "labels": [-100] * len(row["labels"])} if n else row for n, row in enumerate(head.rows(3))]
+
+    def poison(_: nn.Module, __: Any, outputs: Any) -> None:
+        trained.append(torch.is_grad_enabled())
+        outputs.loss = outputs.loss * (math.nan if any(trained) else 1)
+
+    model.register_forward_hook(poison)
+    run(model, rows, loss_fn=None, batch_size=1, effective_batch_size=1)
+    lines = sorted(line.partition("its loss is ")[2] for line in told(capsys))
+    assert lines == [
+        "nan, although no row's is by itself.",
+        "nan, although no row's is by itself.",
+        "nan. Rows whose own loss is not finite: row 0 of `train_data` (nan).",
+    ]
+
+
+def test_weights_that_are_not_finite_are_not_blamed_on_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    class Breaking(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    run(Normed(), points(()), optimizer=lambda groups: Breaking(groups))
+    first, _ = told(capsys)
+    assert "and 1 more. That is every row" not in first
+    assert re.search(r"row \d+ of `train_data` \(nan\)\. That is every row that was tried, as if weights", first)
+    assert first.count("row ") == 8 + 1  # looked for no further
+
+
+@pytest.mark.parametrize("arguments", [{}, {"padding_free": True}, {"planner": False}])
+def test_the_row_is_found_however_rows_lie_in_a_batch(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HEADS["causal LM, Llama"]
+    model, rows, trained = head.model(), head.rows(14), []
+    for n, row in enumerate(rows):
+        row["input_ids"] = [min(token, 59) for token in row["input_ids"]]
+        row["input_ids"][0] = 60 if n == 11 else row["input_ids"][0]
+
+    def poison(_: nn.Module, __: Any, given: dict[str, Any], outputs: Any) -> None:
+        trained.append(torch.is_grad_enabled())
+        if any(trained) and (given["input_ids"] == 60).any():
+            outputs.loss = outputs.loss * math.nan
+
+    model.register_forward_hook(poison, with_kwargs=True)
+    run(model, rows, loss_fn=None, batch_size=7, effective_batch_size=14, n_epochs=1, **arguments)
+    assert told(capsys) == [
+        "Update 1 is skipped: its loss is nan. Rows whose own loss is not finite: row 11 of `train_data` (nan)."
+    ]
+
+
+def test_to_look_for_rows_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout draws go on as if nobody had looked, after an update that was skipped."""
+    looked, not_looked = Normed(0.5), Normed(0.5)
+    run(looked, points(), n_epochs=2)
+    monkeypatch.setattr("ftaccum.running.Divergence.window_done", lambda *_: None)
+    run(not_looked, points(), n_epochs=2)
+    assert all(
+        torch.equal(*pair) for pair in zip(looked.state_dict().values(), not_looked.state_dict().values(), strict=True)
+    )
+    assert looked.training == not_looked.training
+
+
+class TestOverflowInFp16:
+    """By design in the first updates, until the scale has fallen."""
+
+    def run(self, factor: float, **arguments: Any) -> Result:
+        model, self.trained, self.looked = HEADS["sequence classification, BERT"].model().float(), False, 0
+
+        def watch(model: nn.Module, _: Any) -> None:
+            self.trained |= torch.is_grad_enabled()
+            self.looked += self.trained and not model.training
+
+        model.register_forward_pre_hook(watch)
+        return run(
+            model, HEADS["sequence classification, BERT"].rows(8), mixed_precision="fp16", batch_size=4,
+            effective_batch_size=4, n_epochs=20,
+            loss_fn=lambda outputs, batch: factor * nn.functional.cross_entropy(outputs.logits, batch["labels"]),
+            **arguments,
+        )  # fmt: skip
+
+    def test_is_one_quiet_line_and_no_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        result = self.run(100.0, on_nonfinite="error", learning_rate=1e-6)
+        updates = [n for n, norm in enumerate(result.grad_norm_history, 1) if not math.isfinite(norm)]
+        assert 3 <= len(updates) <= 10
+        assert told(capsys) == [
+            f"Update {update} is skipped: its gradient overflowed in fp16. The scale is {2 ** (16 - n)} now."
+            for n, update in enumerate(updates, 1)
+        ]
+        assert self.trained
+        assert not self.looked, "for rows"
+
+    def test_ends_the_run_where_it_does_not_end(self) -> None:
+        with pytest.raises(
+            DivergedError, match=r"number 4 in a row.*, or use `mixed_precision='bf16'`, which"
+        ) as raised:
+            self.run(1e9, nonfinite_patience=4)
+        assert raised.value.update == 4
