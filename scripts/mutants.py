@@ -101,7 +101,7 @@ MUTANTS = [
     Mutant("a ghost's loss laid at a row's door", "divergence.py", "for micro in fault.suspects if not micro.is_ghost]", "for micro in fault.suspects]"),
     Mutant("rows looked for without end", "divergence.py", "if len(found) == _NAMED:", "if False:"),
     Mutant("rows that lie one behind the other not taken apart", "data/loading.py", "if can_be_taken_apart(micro.batch, len(rows)):", "if True:"),
-    Mutant("the ledger lacks the updates before the end", "running.py", "recorder.kept_on(DivergedError, ", "recorder.kept_on("),
+    Mutant("the ledger lacks the updates before the end", "checkpointing/keeping.py", "            self._recorder.drain()\n            self.save()", "            pass"),
     Mutant("empty window taken", "loop.py", "or not n_items > 0", ""),
     Mutant("ghosts leave traces", "loop.py", "if micro.is_ghost:", "if False:"),
     Mutant("sync in the wrong pass", "loop.py", "len(share), 0", "1, 0"),

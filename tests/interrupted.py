@@ -1,0 +1,85 @@
+"""Runs that are cut off, and what they are held against."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftaccum import Result, test_fine_tuning
+from heads import HEADS
+
+CLASSIFIER = HEADS["sequence classification, BERT"]
+
+
+class CutOffError(Exception):
+    """Stands for whatever ends a process in the middle of a run."""
+
+
+def model(n_labels: int | None = None) -> nn.Module:
+    """With dropout, with weights that the seed alone settles, and with running statistics."""
+    made = CLASSIFIER.model().float() if n_labels is None else CLASSIFIER.model(num_labels=n_labels).float()
+    torch.manual_seed(0)
+    for weight in made.parameters():
+        nn.init.normal_(weight, std=0.05)
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    made.register_forward_hook(_counts_passes)
+    made.register_buffer("n_passes", torch.zeros(()), persistent=True)
+    made.register_buffer("n_seen", torch.zeros(()), persistent=False)
+    return made
+
+
+def _counts_passes(module: nn.Module, *_: Any) -> None:
+    if torch.is_grad_enabled() and module.training:
+        module.n_passes += 1
+        module.n_seen += 1
+
+
+def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, **arguments: Any) -> "Ended":
+    """Two epochs of 54 rows in windows of 8, 14 updates; cut off in the middle of the window of that index."""
+    trained = trained if trained is not None else model()
+    if cut_off_at is not None:
+        _cut_off(trained, cut_off_at)
+    defaults: dict[str, Any] = {
+        "train_data": CLASSIFIER.rows(60), "n_epochs": 2, "batch_size": 2, "effective_batch_size": 8,
+        "learning_rate": 1e-3, "lr_scheduler": "cosine", "warmup_steps": 2, "progress": False,
+    }  # fmt: skip
+    result = test_fine_tuning(trained, **defaults | arguments)
+    return Ended({name: t.clone() for name, t in trained.state_dict().items()}, result)
+
+
+def _cut_off(trained: nn.Module, window: int) -> None:
+    """By the passes that windows of 8 rows in four passes take."""
+
+    def end(module: nn.Module, *_: Any) -> None:
+        if torch.is_grad_enabled() and module.training and module.n_seen >= 4 * window + 2:
+            raise CutOffError
+
+    trained.register_forward_pre_hook(end)
+
+
+class Ended:
+    """A run that has come to its end."""
+
+    def __init__(self, weights: dict[str, Tensor], result: Result) -> None:
+        self.weights, self.result = weights, result
+
+    def differences(self, other: "Ended") -> list[str]:
+        """Names of weights that differ in any bit, and of numbers of the result that do."""
+        found = [name for name, t in self.weights.items() if not torch.equal(t, other.weights[name])]
+        for name in ("loss", "grad_norm", "lr", "train_loss", "val_loss"):
+            one, two = (getattr(run.result, f"{name}_history") for run in (self, other))
+            found += [f"{name}_history"] if repr(one) != repr(two) else []
+        for name in ("final_loss", "initial_loss", "best_val_loss", "metrics", "optimizer_steps", "padding_fraction"):
+            found += [name] if repr(self.result[name]) != repr(other.result[name]) else []
+        return found
+
+
+def ledger_of(folder: Path) -> str:
+    return (folder / "ledger.jsonl").read_text()
+
+
+def checkpoints_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
