@@ -239,6 +239,7 @@ FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "m
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
 FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "outputs", "optim.py": "search"}
 FIRST |= {"files.py": "files", "trackers.py": "trackers", "outputs.py": "outputs", "errors.py": "trackers"}
+FIRST["cli.py"] = "command_line"
 FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"}
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
 FIRST |= {f"objective/{room}.py": "self_check" for room in ("findings", "forward", "measuring")}
