@@ -92,4 +92,4 @@ def _free_at(path: Path) -> int:
 
 def _in_words(n_bytes: int) -> str:
     power = min(len(_UNITS) - 1, (len(str(n_bytes)) - 1) // 3)
-    return f"{n_bytes / 1000**power:.3g} {_UNITS[power]}"
+    return f"{n_bytes / 1000**power:.1f} {_UNITS[power]}"

@@ -28,7 +28,7 @@ _ERRORS = (Exception, SystemExit)
 def kept_apart(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[None]:
     """Starts the trackers that an Accelerator is to log with, on the main process, and finishes them whatever happens.
 
-    Until then its `log` neither raises nor waits for any of them.
+    Inside, the Accelerator's `log` neither raises nor waits for any of them.
 
     Args:
         config: the settings that each is told first.
@@ -44,8 +44,8 @@ def kept_apart(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[
             try:
                 started.append(_Apart(name, partial(_started, accelerator, one)))
             except _ERRORS as error:
-                warn_user(f"The tracker {name!r} could not be started, and the run does without it: {_as_text(error)}",
-                          OutputWarning)  # fmt: skip
+                sentence = f"The tracker {name!r} could not be started, and the run does without it: {_as_text(error)}"
+                warn_user(sentence, OutputWarning)
         for tracker in started:
             tracker.store_init_configuration(dict(config))
         accelerator.trackers = started
@@ -73,8 +73,9 @@ def _end(trackers: list["_Apart"]) -> None:
 
 
 class _Apart(GeneralTracker):
-    """Takes what a tracker is told, and hands it on in order from a thread of its own, so that trackers do not wait for
-    each other either. What goes wrong there is told in the caller's thread, at the next call."""
+    """Stands in for a tracker: takes what it is told, and hands it on in order from a thread of its own, so that
+    trackers do not wait for each other either. What goes wrong there is told in the caller's thread, at the next call.
+    """
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker]) -> None:
         """Starts the tracker, and raises what it raises."""
