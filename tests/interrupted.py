@@ -12,13 +12,13 @@ from heads import HEADS
 CLASSIFIER = HEADS["sequence classification, BERT"]
 
 
-class CutOffError(Exception):
-    """Stands for whatever ends a process in the middle of a run."""
+class CutOff(BaseException):
+    """Stands for what ends a process in the middle of a run, whatever is done about errors."""
 
 
-def model(n_labels: int | None = None) -> nn.Module:
-    """With dropout, with weights that the seed alone settles, and with running statistics."""
-    made = CLASSIFIER.model().float() if n_labels is None else CLASSIFIER.model(num_labels=n_labels).float()
+def model() -> nn.Module:
+    """With dropout, with weights that the seed alone settles, and with running statistics, kept and passing."""
+    made: Any = CLASSIFIER.model().float()
     torch.manual_seed(0)
     for weight in made.parameters():
         nn.init.normal_(weight, std=0.05)
@@ -31,7 +31,7 @@ def model(n_labels: int | None = None) -> nn.Module:
     return made
 
 
-def _counts_passes(module: nn.Module, *_: Any) -> None:
+def _counts_passes(module: Any, *_: Any) -> None:
     if torch.is_grad_enabled() and module.training:
         module.n_passes += 1
         module.n_seen += 1
@@ -45,6 +45,7 @@ def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, 
     defaults: dict[str, Any] = {
         "train_data": CLASSIFIER.rows(60), "n_epochs": 2, "batch_size": 2, "effective_batch_size": 8,
         "learning_rate": 1e-3, "lr_scheduler": "cosine", "warmup_steps": 2, "progress": False,
+        "planner_costs": [64, 1, 0.0005] if arguments.get("planner", True) else None,
     }  # fmt: skip
     result = test_fine_tuning(trained, **defaults | arguments)
     return Ended({name: t.clone() for name, t in trained.state_dict().items()}, result)
@@ -55,7 +56,7 @@ def _cut_off(trained: nn.Module, window: int) -> None:
 
     def end(module: nn.Module, *_: Any) -> None:
         if torch.is_grad_enabled() and module.training and module.n_seen >= 4 * window + 2:
-            raise CutOffError
+            raise CutOff
 
     trained.register_forward_pre_hook(end)
 

@@ -108,10 +108,13 @@ def test_a_ledger_that_cannot_be_made_is_told_before_training(tmp_path: Path) ->
         run(tmp_path)
 
 
+_CHECKPOINTS = ("checkpoints", "checkpoints.previous")
+
+
 @pytest.mark.usefixtures("capsys")  # what is printed would go to a file otherwise, and be cut off, too
 def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path) -> None:
     def files(name: str) -> dict[str, bytes]:
-        return {str(f): f.read_bytes() for f in sorted(tmp_path.rglob(name)) if f.is_file()}
+        return {str(f): f.read_bytes() for f in sorted(tmp_path.glob(name)) if f.is_file()}
 
     alone, model = run(None, learning_rate=1e-3), CLASSIFIER.model().float()
     run(tmp_path)
@@ -132,7 +135,7 @@ def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path)
         shape = f"{name}' cannot be written: OSError: .* are free there. What is there now is older. {remedy}"
         assert re.search(shape, sentence), sentence
     assert files("model/*") | files("result.json") == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.jsonl", "model", "result.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*_CHECKPOINTS, "ledger.jsonl", "model", "result.json"]
     assert f"{tmp_path}, but for 3 that could not be written" in str(result)
 
 
@@ -145,7 +148,7 @@ def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp
     model.save_pretrained = fails
     with pytest.warns(OutputWarning, match=r"model' cannot be written: RuntimeError: not made to be saved\."):
         result = run(tmp_path, model)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.jsonl", "result.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "ledger.jsonl", "result.json"]
     assert Result.load(tmp_path) == result
     assert len(result.unwritten) == 1
 

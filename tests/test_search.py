@@ -394,12 +394,19 @@ def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)  # as in the middle of a word with the storage
         return Layer()
 
-    for _ in range(2):
+    def n_updates() -> int:
+        return len((tmp_path / "trials" / "0000" / "ledger.jsonl").read_text().splitlines())
+
+    for n in (1, 2):  # goes on with the trial, and not anew
         with pytest.raises(KeyboardInterrupt):
             quick(model_factory=factory, output_dir=str(tmp_path), deterministic=True)
-    trials = quick(output_dir=str(tmp_path), n_trials=1).trials
-    assert [trial.state for trial in trials] == [FAILED, FAILED, FINISHED]
-    assert [len((tmp_path / "trials" / f"{n:04d}" / "ledger.jsonl").read_text()) for n in (0, 1)] == [0, 0]
+        assert n_updates() == n
+    study, undisturbed = quick(output_dir=str(tmp_path), n_trials=1), quick(n_trials=1)
+    assert [trial.state for trial in study.trials] == [FAILED, FAILED, FINISHED]
+    assert study.best_value == undisturbed.best_value
+    reported = [trial.intermediate_values for trial in (study.best_trial, undisturbed.best_trial)]
+    assert reported[0] == reported[1]
+    assert not list((tmp_path / "trials" / "0000").glob("checkpoints*"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

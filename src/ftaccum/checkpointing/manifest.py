@@ -10,7 +10,7 @@ _PIECE = 2**20
 
 def seal(folder: Path) -> None:
     """Lists every file in the folder."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / _NAME]
     listed = {path.relative_to(folder).as_posix(): _listed(path) for path in files}
     (folder / _NAME).write_text(json.dumps({"files": listed}, indent=2) + "\n")
 

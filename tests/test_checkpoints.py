@@ -1,0 +1,219 @@
+"""Checkpoints on the disk: which stay, which are passed over, and what writing them may cost."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from ftaccum import CheckpointError
+from ftaccum.checkpointing.manifest import damage, seal
+from ftaccum.checkpointing.shelf import Shelf
+from ftaccum.checkpointing.state import Snapshot
+from interrupted import checkpoints_of, fine_tuned, model
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint after each three updates, all kept."""
+    folder = tmp_path_factory.mktemp("ended")
+    fine_tuned(output_dir=str(folder), checkpoint_every=3, keep_checkpoints=100, restore_best_weights=True)
+    return folder
+
+
+def copied(ended: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(ended, tmp_path / "run"))
+
+
+def test_the_newest_stay_and_that_of_the_best_epoch(tmp_path: Path) -> None:
+    result = fine_tuned(output_dir=str(tmp_path), checkpoint_every=2, keep_checkpoints=2, n_epochs=4).result
+    best = 1 + result.val_loss_history.index(min(result.val_loss_history))
+    stay = ["update-00000026", "update-00000028", "update-00000028-epoch-0004"][-2:]
+    assert checkpoints_of(tmp_path) == sorted({*stay, f"update-{7 * best:08d}-epoch-{best:04d}"})
+
+
+def test_by_time(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path), checkpoint_every="0.000001s", keep_checkpoints=100)
+    assert len(checkpoints_of(tmp_path)) == 16
+    fine_tuned(output_dir=str(tmp_path), checkpoint_every=None)
+    assert checkpoints_of(tmp_path) == ["update-00000007-epoch-0001", "update-00000014-epoch-0002"]
+
+
+def test_a_checkpoint_tells_its_files_and_what_run_it_is_of(ended: Path) -> None:
+    folder = ended / "checkpoints" / "update-00000007-epoch-0001"
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *listed, "manifest.json",
+    }  # fmt: skip
+    assert set(listed) == {
+        "model/model.safetensors", "model/config.json", "buffers.safetensors", "best.safetensors", "optimizer.pt",
+        "processes.pt", "state.json", "ledger.jsonl",
+    }  # fmt: skip
+    facts = json.loads((folder / "state.json").read_text())
+    assert (facts["updates"], facts["epochs"], facts["rows"]) == (7, 1, 54)
+    assert facts["recipe"]["learning_rate"] == 1e-3
+    assert facts["runs"]["batch_size"] == 2
+    assert len((folder / "ledger.jsonl").read_text().splitlines()) == 7 + 1
+
+
+FILES = ("model/model.safetensors", "optimizer.pt", "processes.pt", "state.json", "ledger.jsonl", "manifest.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
+def test_damage_is_recognised(file: str, how: str, ended: Path, tmp_path: Path) -> None:
+    folder = copied(ended, tmp_path) / "checkpoints" / "update-00000012"
+    assert damage(folder) is None
+    spoil(folder / file, how)
+    said = damage(folder)
+    assert said is not None
+    assert file in said or file == "manifest.json"  # which may say wrong things of others
+
+
+def spoil(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+        return
+    if how == "truncated":
+        del content[len(content) // 2 :]
+    else:  # one bit of one byte; in the manifest, of a checksum
+        content[content.rindex(b'sha256": "') + 12 if path.name == "manifest.json" else len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(ended, tmp_path)
+    newest = folder / "checkpoints" / "update-00000014-epoch-0002"
+    spoil(newest / "optimizer.pt", "flipped")
+    spoil(folder / "checkpoints" / "update-00000012" / "state.json", "truncated")
+    half = folder / "checkpoints" / ".update-00000013.partial"
+    half.mkdir()
+    (half / "optimizer.pt").write_text("half")
+    arguments: dict[str, Any] = {"checkpoint_every": 3, "restore_best_weights": True}
+    again = fine_tuned(output_dir=str(folder), resume="auto", **arguments)
+    told = capsys.readouterr().out
+    assert f"{newest} is damaged (its optimizer.pt has other contents than its manifest.json says)" in told
+    assert "update-00000012 is damaged (its state.json has another size" in told
+    assert f"{half} was not written to its end, and is removed." in told
+    assert "Goes on after update 9, from" in told
+    assert fine_tuned(**arguments).differences(again) == []
+    assert damage(newest) is None  # written anew when the run came there again
+
+
+def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(ended, tmp_path)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="which has no sound checkpoint"):
+        fine_tuned(resume=str(folder))
+    with pytest.raises(CheckpointError, match=r"update-00000012', which is no checkpoint .*: it has no manifest.json"):
+        fine_tuned(resume=str(folder / "checkpoints" / "update-00000012"))
+    again = fine_tuned(output_dir=str(folder), resume="auto", restore_best_weights=True)
+    assert "None of the checkpoints is sound: the run starts anew." in capsys.readouterr().out
+    assert fine_tuned(restore_best_weights=True).differences(again) == []
+
+
+def test_a_checkpoint_of_a_strangers_runs_no_code(ended: Path, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    folder = copied(ended, tmp_path) / "checkpoints" / "update-00000012"
+    for file in ("optimizer.pt", "processes.pt"):
+        kept = (folder / file).read_bytes()
+        torch.save({"optimizer": Hostile()}, folder / file)
+        seal(folder)
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            fine_tuned(resume=str(folder), restore_best_weights=True)
+        (folder / file).write_bytes(kept)
+    assert not (tmp_path / "ran").exists()
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_full_disk_costs_no_update_and_no_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = fine_tuned()
+    write, times = Snapshot.write, []
+
+    def full(self: Snapshot, folder: Path) -> None:
+        times.append(folder)
+        write(self, folder)
+        if len(times) in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Snapshot, "write", full)
+    run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=1)
+    told = capsys.readouterr().out
+    assert whole.differences(run) == []
+    for name in ("update-00000006", "update-00000007-epoch-0001"):
+        assert (
+            f"The checkpoint {name}, of 0 MB, could not be written: No space left on device. Training goes on" in told
+        )
+    assert "update-00000003 is the newest that there is." in told
+    assert checkpoints_of(tmp_path)[-1] == "update-00000014-epoch-0002"
+    assert all(not path.name.startswith(".") for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_disk_that_has_no_room_is_not_filled_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10, 5, 5))
+    fine_tuned(output_dir=str(tmp_path))
+    assert "No space left on device, which has 0 MB. Training goes on" in capsys.readouterr().out
+    assert checkpoints_of(tmp_path) == []
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, trained = Snapshot.write, model()
+    release, passes = threading.Event(), []
+
+    def slow(self: Snapshot, folder: Path) -> None:
+        passes.append(float(trained.n_passes))
+        if len(passes) == 1:
+            assert release.wait(60)
+            passes.append(float(trained.n_passes))
+        write(self, folder)
+
+    monkeypatch.setattr(Snapshot, "write", slow)
+    trained.register_forward_hook(lambda *_: release.set() if float(trained.n_passes) >= 4 * 5 else None)
+    run = fine_tuned(trained, output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
+    assert passes[1] >= passes[0] + 4
+    assert fine_tuned().differences(run) == []
+    there = str(tmp_path / "checkpoints" / "update-00000003")  # holds what was, when it was begun
+    assert fine_tuned(resume=there).differences(run) == []
+
+
+def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    available = psutil.virtual_memory()._replace(available=10)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: available)
+    run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
+    assert fine_tuned().differences(run) == []
+    for name in ("update-00000003", "update-00000012"):
+        assert fine_tuned(resume=str(tmp_path / "checkpoints" / name)).differences(run) == []
+
+
+def test_the_order_of_checkpoints_is_that_of_their_updates(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    places = [shelf.place(n, epoch) for n, epoch in ((2, None), (10, None), (10, 1), (123456789, 2))]
+    for place in reversed(places):
+        place.mkdir(parents=True)
+    (shelf.folder / "notes").mkdir()
+    assert shelf.checkpoints() == list(reversed(places))
+    shelf.prune(1, best_epoch=1)
+    assert shelf.checkpoints() == [places[3], places[2]]

@@ -1,0 +1,349 @@
+"""Runs that are cut off and gone on with end as if they had never stopped, to the last bit."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from datasets import IterableDataset as StreamingDataset
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from ftaccum import CheckpointError, DataError, SettingsError, test_fine_tuning
+from ftaccum.planning.drawing import hold_out, order_of
+from heads import HEADS, all_in_float64, relative_error
+from interrupted import CLASSIFIER, CutOff, checkpoints_of, fine_tuned, ledger_of, model
+
+
+def test_from_any_update_of_a_run(tmp_path: Path) -> None:
+    whole = fine_tuned(output_dir=str(tmp_path / "whole"), checkpoint_every=1, keep_checkpoints=100, planner_costs=None)
+    names = checkpoints_of(tmp_path / "whole")
+    assert len(names) == 16  # one an update, and one an epoch
+    for name in names:
+        there = str(tmp_path / "whole" / "checkpoints" / name)
+        again = fine_tuned(output_dir=str(tmp_path / "again"), resume=there, planner_costs=None)
+        assert whole.differences(again) == [], name
+        assert ledger_of(tmp_path / "again") == ledger_of(tmp_path / "whole"), name
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "workers": {"num_workers": 2},
+    "in the order of arrival": {"planner": False},
+    "fp16, scaled": {"mixed_precision": "fp16"},
+    "early stopping, best weights": {"early_stopping_patience": 1, "restore_best_weights": True, "n_epochs": 4},
+    "carried": {"remainder": "carry", "effective_batch_size": 7},
+    "growing": {"gradient_accumulation_steps": "0:2,4:4,9:6", "effective_batch_size": None},
+    "growing with the rate": {
+        "gradient_accumulation_steps": "0:2,4:4", "effective_batch_size": None, "learning_rate_scaling": "sqrt",
+    },
+    "capped": {"max_updates": 11, "n_epochs": 9},
+    "by tokens": {"max_tokens": 24},
+    "another optimizer": {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)},
+    "without validation": {"validation_split": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_cut_off_in_the_middle_of_an_update(name: str, tmp_path: Path) -> None:
+    arguments = {"checkpoint_every": 2} | SETTINGS[name]
+    whole = fine_tuned(output_dir=str(tmp_path / "whole"), **arguments)
+    for window in (1, 8):  # before the first checkpoint, in the second epoch
+        with pytest.raises(CutOff):
+            fine_tuned(cut_off_at=window, output_dir=str(tmp_path / "cut"), **arguments, resume="auto")
+    again = fine_tuned(output_dir=str(tmp_path / "cut"), **arguments, resume="auto")
+    assert whole.differences(again) == []
+    assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
+
+
+def test_sixteen_bit_weights_with_moments_of_another_type(tmp_path: Path) -> None:
+    """`load_state_dict` would make moments of the weights' type."""
+
+    class InFloat32(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+            for group in self.param_groups:
+                for p in group["params"]:
+                    state = self.state[p]
+                    state["sum"] = state.get("sum", torch.zeros(p.shape)) + p.grad.float() / 3
+                    p.data -= (group["lr"] * state["sum"]).to(p.dtype)
+
+    def run(where: str, **more: Any) -> Any:
+        trained = model().to(torch.bfloat16)
+        return fine_tuned(
+            trained, optimizer=InFloat32, accumulate_in_fp32=True, output_dir=str(tmp_path / where), **more
+        )
+
+    whole = run("whole", checkpoint_every=3, keep_checkpoints=9)
+    for name in checkpoints_of(tmp_path / "whole")[:3]:
+        again = run("again", resume=str(tmp_path / "whole" / "checkpoints" / name))
+        assert whole.differences(again) == []
+
+
+def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        return peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["query"], lora_dropout=0.1))
+
+    whole = fine_tuned(adapted(), output_dir=str(tmp_path), checkpoint_every=5)
+    there = tmp_path / "checkpoints" / "update-00000010"
+    again = fine_tuned(adapted(), resume=str(there))
+    assert whole.differences(again) == []
+    saved = (there / "model" / "model.safetensors").stat().st_size
+    assert saved < 0.2 * sum(p.numel() * 4 for p in adapted().parameters())
+    other = adapted()
+    with torch.no_grad():
+        other.base_model.model.bert.embeddings.word_embeddings.weight[0] += 1
+    with pytest.raises(CheckpointError, match="`model` was"):
+        fine_tuned(other, resume=str(there))
+
+
+def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
+    rows = CLASSIFIER.rows(54)
+
+    def run(where: str, cut_off_at: int | None = None) -> Any:
+        stream = StreamingDataset.from_generator(lambda: iter(rows)).shuffle(seed=3, buffer_size=20)
+        return fine_tuned(
+            train_data=stream, validation_split=0.0, max_updates=14, checkpoint_every=3, cut_off_at=cut_off_at,
+            output_dir=str(tmp_path / where), resume="auto",
+        )  # fmt: skip
+
+    whole = run("whole")
+    for window in (5, 9):
+        with pytest.raises(CutOff):
+            run("cut", window)
+    assert whole.differences(run("cut")) == []
+
+
+def test_a_finished_run_trains_no_more(tmp_path: Path) -> None:
+    whole = fine_tuned(output_dir=str(tmp_path))
+    trained = model()
+    trained.register_forward_pre_hook(_refuse_to_train)
+    assert whole.differences(fine_tuned(trained, output_dir=str(tmp_path), resume="auto")) == []
+
+
+def _refuse_to_train(module: nn.Module, *_: Any) -> None:
+    assert not (torch.is_grad_enabled() and module.training)
+
+
+def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+    assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+
+
+def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine_tuned(output_dir=str(tmp_path), n_epochs=3)
+    before = checkpoints_of(tmp_path)
+    whole = fine_tuned(output_dir=str(tmp_path))
+    aside = tmp_path / "checkpoints.previous"
+    assert f"Checkpoints of an earlier run are put aside, in {aside}." in capsys.readouterr().out
+    assert sorted(path.name for path in aside.iterdir()) == before
+    assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+    named = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
+    fine_tuned(output_dir=str(tmp_path), resume=str(named), max_updates=10, allow_changed=["max_updates"])
+    assert checkpoints_of(tmp_path)[-1].startswith("update-00000010-epoch")  # not that of a run that was given up
+
+
+# The argument that differs, and what the message shows of it.
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "learning_rate": ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, and is 0.002"),
+    "n_epochs": ({"n_epochs": 3}, "`n_epochs` was 2, and is 3"),
+    "random_seed": ({"random_seed": 1}, "`random_seed` was 42, and is 1"),
+    "effective_batch_size": ({"effective_batch_size": 6}, "`effective_batch_size` was 8, and is 6"),
+    "gradient_clip_norm": ({"gradient_clip_norm": None}, "`gradient_clip_norm` was 1.0, and is None"),
+    "optimizer": (
+        {"optimizer": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99))}, r"`optimizer` was 'AdamW\(.*0\.999",
+    ),
+    "loss_fn": ({"loss_fn": lambda outputs, _: outputs.logits.square().mean()}, "`loss_fn` was None, and is '.*lambda"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after three updates."""
+    folder = tmp_path_factory.mktemp("cut_off")
+    fine_tuned(output_dir=str(folder), checkpoint_every=3, keep_checkpoints=9)
+    return folder / "checkpoints" / "update-00000003"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_is_refused_unless_the_change_is_allowed(name: str, cut_off: Path) -> None:
+    arguments, shown = OTHERS[name]
+    with pytest.raises(CheckpointError, match=shown) as refused:
+        fine_tuned(resume=str(cut_off), **arguments)
+    assert f"allow_changed=['{name}']" in str(refused.value)
+    follows = ["train_data", "val_data"] if name == "random_seed" else []  # other rows are held out
+    ended = fine_tuned(resume=str(cut_off), allow_changed=[name, *follows], **arguments)
+    assert len(ended.result.loss_history) == {"n_epochs": 21, "effective_batch_size": 3 + 5 + 9}.get(name, 14)
+
+
+def test_other_data_are_refused_however_alike(cut_off: Path) -> None:
+    rows = CLASSIFIER.rows(60)
+    others = {
+        "fewer rows": rows[:50],
+        "another label": [rows[0] | {"labels": (rows[0]["labels"] + 1) % 3}, *rows[1:]],
+        "another seed": CLASSIFIER.rows(60, seed=8),
+    }
+    for what, data in others.items():
+        with pytest.raises(CheckpointError, match=r"`train_data` was '54 rows \(\w+\)', and is '\d+ rows"):
+            fine_tuned(train_data=data, resume=str(cut_off))
+        assert fine_tuned(train_data=data, resume=str(cut_off), allow_changed=["train_data", "val_data"]), what
+    assert fine_tuned(train_data=Dataset.from_list([_plain(row) for row in rows]), n_epochs=2)
+
+
+def _plain(row: Any) -> Any:
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+
+
+def test_another_model_is_refused_and_where_allowed_gets_what_fits(cut_off: Path) -> None:
+    trained = model()
+    trained.classifier = nn.Linear(trained.classifier.in_features, trained.config.num_labels, bias=False)
+    with pytest.raises(CheckpointError, match="`model` was 'BertForSequenceClassification with"):
+        fine_tuned(trained, resume=str(cut_off))
+    assert fine_tuned(trained, resume=str(cut_off), allow_changed="model,optimizer").result.optimizer_steps == 14
+
+
+def test_a_rate_that_may_differ_is_the_new_one_as_far_as_the_schedule_has_come(cut_off: Path) -> None:
+    before = fine_tuned()
+    ended = fine_tuned(resume=str(cut_off), learning_rate=2e-3, allow_changed=["learning_rate"])
+    assert ended.result.lr_history[:3] == before.result.lr_history[:3]
+    assert ended.result.lr_history[3:] == pytest.approx([2 * rate for rate in before.result.lr_history[3:]])
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 5}, {"max_tokens": 30}, {"planner": False}])
+def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HEADS["token classification, BERT"]  # without dropout, which would be drawn for other micro-batches
+
+    def run(**more: Any) -> tuple[dict[str, torch.Tensor], Any]:
+        trained = head.model()
+        with all_in_float64():
+            result = test_fine_tuning(
+                trained, train_data=head.rows(31), **{"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8} | more,
+                validation_split=0.1, learning_rate=1e-3, progress=False,
+            )  # fmt: skip
+        return trained.state_dict(), result
+
+    whole = run(output_dir=str(tmp_path), checkpoint_every=3)
+    capsys.readouterr()
+    again = run(resume=str(tmp_path / "checkpoints" / "update-00000006"), **arguments)
+    assert relative_error(again[0], whole[0]) < 1e-9
+    assert again[1].loss_history == pytest.approx(whole[1].loss_history, rel=1e-9)
+    assert "Goes on after update 6" in (told := capsys.readouterr().out)
+    assert "44 rows are done, none is left out and none comes again." in told
+    name, value = next(iter(arguments.items()))
+    assert f"{name} {value} (it was" in told
+
+
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+def test_another_effective_batch_sees_every_row_once_an_epoch(remainder: str, tmp_path: Path) -> None:
+    rows = [{**row, "number": n} for n, row in enumerate(CLASSIFIER.rows(54))]
+    seen: list[int] = []
+
+    def collate(some: list[Any]) -> dict[str, torch.Tensor]:
+        if recording:
+            seen.extend(row["number"] for row in some)
+        return _padded(some)
+
+    recording = False
+    common: dict[str, Any] = {"train_data": rows, "data_collator": collate, "validation_split": 0.0}
+    fine_tuned(**common, remainder=remainder, output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
+    first = order_of(0, 54, 42)[:24]
+    recording = True
+    ended = fine_tuned(
+        **common, remainder=remainder, effective_batch_size=12, allow_changed="effective_batch_size",
+        resume=str(tmp_path / "checkpoints" / "update-00000003"),
+    )  # fmt: skip
+    assert len(ended.result.loss_history) == 3 + {"flush": 3 + 5, "carry": 7}[remainder]
+    trained = seen[-(30 + 54) :]  # the others were looked at before training
+    assert set(Counter([*first, *trained]).values()) == {2}
+    if remainder == "flush":
+        assert sorted([*first, *trained[:30]]) == list(range(54))
+
+
+def _padded(rows: list[Any]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for n, row in enumerate(rows):
+        ids[n, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        mask[n, : len(row["input_ids"])] = 1
+    labels = torch.tensor([int(row["labels"]) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def test_an_error_costs_no_update(tmp_path: Path) -> None:
+    """What can be mended is gone on with from the last update before it."""
+    rows = CLASSIFIER.rows(60)
+
+    class Rows(torch.utils.data.Dataset):
+        bad = -1
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, n: int) -> Any:
+            if n == self.bad:
+                raise OSError("the file is gone")
+            return rows[n]
+
+    kept, _ = hold_out(60, 0.1, 42)
+    in_fifth_window = kept[order_of(0, 54, 42)[35]]
+    trained, data = model(), Rows()
+    trained.register_forward_hook(lambda *_: setattr(data, "bad", in_fifth_window if torch.is_grad_enabled() else -1))
+    with pytest.raises(DataError, match=f"Row {in_fifth_window} of `train_data`"):
+        fine_tuned(trained, train_data=data, output_dir=str(tmp_path))
+    assert checkpoints_of(tmp_path) == ["update-00000004"]
+    again = fine_tuned(train_data=Rows(), output_dir=str(tmp_path), resume="auto")
+    assert fine_tuned(train_data=Rows()).differences(again) == []
+
+
+@pytest.mark.parametrize("fails", ["forward", "read"])
+def test_an_error_in_the_middle_of_a_window_leaves_what_the_update_before_left(fails: str, tmp_path: Path) -> None:
+    whole, trained = fine_tuned(), model()
+
+    def fail(module: Any, *_: Any) -> None:
+        if torch.is_grad_enabled() and module.training and module.n_seen == 4 * 4 + 2:
+            raise {"forward": RuntimeError, "read": ValueError}[fails]("something is wrong")
+
+    trained.register_forward_hook(fail)
+    with pytest.raises((RuntimeError, ValueError), match="something is wrong"):
+        fine_tuned(trained, output_dir=str(tmp_path))
+    assert len(checkpoints_of(tmp_path)) == 1
+    assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+
+
+def test_a_checkpoints_model_loads_as_any_other(tmp_path: Path) -> None:
+    ended = fine_tuned(output_dir=str(tmp_path))
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "checkpoints" / "update-00000014-epoch-0002" / "model"
+    )
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, ended.weights[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"resume": "auto"}, "`resume` is 'auto', but `output_dir` is None"),
+        ({"resume": "/no/such/folder"}, "`resume` is '/no/such/folder', which .*there is no such folder"),
+        ({"resume": "auto", "allow_changed": ["learning_rates"]}, r"`allow_changed` has \['learning_rates'\]"),
+        ({"checkpoint_every": 0}, "`checkpoint_every` must be a positive number of updates, or a time such as"),
+        ({"checkpoint_every": "15 fortnights"}, "`checkpoint_every` must be a positive number of updates"),
+        ({"checkpoint_every": "0min"}, "`checkpoint_every` must be a positive number of updates"),
+        ({"keep_checkpoints": 0}, "`keep_checkpoints` must be a positive integer"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        fine_tuned(**arguments)
+
+
+def test_off_in_a_file_of_settings_is_read_as_meant(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path))
+    for off in (False, "off", None):
+        assert fine_tuned(output_dir=str(tmp_path), resume=off).result.optimizer_steps == 14
