@@ -129,6 +129,24 @@ def test_a_window_of_a_stream_belongs_to_the_pass_that_its_last_row_came_in(pass
     assert all(epoch == window.epoch == came_in[window.rows[-1]] for epoch, window in windows)
 
 
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+def test_windows_of_a_stream_that_are_passed_over_are_read(remainder: str) -> None:
+    def windows(start: int) -> tuple[list[Any], int]:
+        left = [7, 7, 7]
+
+        def read(epoch: int, more: int, _: int) -> int:
+            came = min(more, left[epoch])
+            left[epoch] -= came
+            return came
+
+        plan = StreamPlan(3, Batching(3, 1, 1, 3), 99, read, remainder=remainder)
+        return [window for epoch in plan.epochs for window in plan.windows(epoch, start)], sum(left)
+
+    whole, _ = windows(0)
+    for start in range(len(whole) + 2):
+        assert windows(start) == (whole[start:], 0)
+
+
 def test_the_physical_batch_the_cut_and_memory_change_nothing() -> None:
     def trained(prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any) -> Any:
         model = BERT.model()

@@ -118,6 +118,29 @@ def test_a_plan_of_millions_of_windows_is_arithmetic(remainder: str) -> None:
     assert plan.rows_after(plan.n_windows) == 3_000_009
 
 
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+def test_a_run_that_begins_anywhere_has_the_windows_from_there_on(remainder: str) -> None:
+    for case in CASES:
+        plan = planned(*case, remainder=remainder)
+        whole = all_windows(plan)
+        for start in {0, 1, 2, len(whole) // 2, len(whole) - 1, len(whole), len(whole) + 1}:
+            found = [(w.index, w.epoch, w.rows) for e in plan.epochs for w in plan.windows(e, start)]
+            assert found == whole[start:], (case, start)
+
+
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+def test_a_window_far_into_a_run_is_counted_and_not_read_up_to(remainder: str) -> None:
+    """A hundredth of a second: the order of its epoch. Read up to window by window, it takes ten times that."""
+    plan = Plan(100_000, 3, Batching(4, 1, 1, 4), remainder=remainder)
+    assert plan.n_windows == 75_000
+    started = time.process_time()
+    window = next(plan.windows(2, 60_000))
+    assert time.process_time() - started < 0.1
+    assert window.index == 60_000
+    order = np.random.RandomState((42, 1, 2)).permutation(100_000)
+    assert window.rows == tuple(order[40_000:40_004].tolist())
+
+
 def test_an_epoch_may_have_no_window_and_a_window_a_row_more_than_once() -> None:
     plan = Plan(3, 5, Batching(8, 1, 1, 8), remainder="carry")
     assert [plan.n_windows_of(epoch) for epoch in plan.epochs] == [0, 0, 1, 0, 1]

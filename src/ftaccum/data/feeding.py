@@ -43,9 +43,9 @@ class Feed:
     cutter: Cutter
     process_index: int = 0
 
-    def epoch(self, epoch: int) -> "Portions":
-        """The portions of an epoch (from 0)."""
-        return Portions(self, self._cut_as_it_comes(epoch))
+    def epoch(self, epoch: int, start: int = 0) -> "Portions":
+        """The portions of an epoch (from 0), without windows whose index in the run is below `start`."""
+        return Portions(self, self._cut_as_it_comes(epoch, start))
 
     def again(self, portion: Portion) -> Portion:
         """The same window, cut by the cutter as it now is."""
@@ -53,12 +53,12 @@ class Feed:
         (micro_batches,) = self.loader.load([share])
         return Portion(portion.window, cutter, micro_batches)
 
-    def _cut_as_it_comes(self, epoch: int) -> Iterator[Portion]:
+    def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[Portion]:
         # Workers take shares earlier than these are asked for, so what each was cut by goes with it.
         cut: list[tuple[Window, Cutter]] = []
 
         def shares() -> Iterator[Share]:
-            for window in self.plan.windows(epoch):
+            for window in self.plan.windows(epoch, start):
                 cut.append((window, self.cutter))
                 yield self._share(window)
 

@@ -52,8 +52,8 @@ class Course(ABC):
         """Windows of one epoch."""
 
     @abstractmethod
-    def windows(self, epoch: int) -> Iterator[Window]:
-        """The windows of one epoch (from 0)."""
+    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        """The windows of one epoch (from 0), without those whose index in the run is below `start`."""
 
     def notes(self) -> list[str]:
         """What a user should know of it before training starts."""

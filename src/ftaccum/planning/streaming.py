@@ -55,7 +55,11 @@ class StreamPlan(Course):
     def n_windows_of(self, epoch: int) -> int:
         return self._counts[epoch]
 
-    def windows(self, epoch: int) -> Iterator[Window]:
+    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        # Rows of a stream are there after those before them: what is passed over is read, too.
+        return (window for window in self._from_first(epoch) if window.index >= start)
+
+    def _from_first(self, epoch: int) -> Iterator[Window]:
         while self._index < self.max_updates:
             wanted = self.batching.at(self._index).effective_batch_size - self._n_open
             if self._more(epoch, wanted) < wanted:

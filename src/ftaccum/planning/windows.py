@@ -86,12 +86,12 @@ class Plan(Course):
         """Whether the first `n_windows` windows end with the last one of an epoch."""
         return n_windows == self._indices(self._epoch_of(n_windows - 1)).stop
 
-    def windows(self, epoch: int) -> Iterator[Window]:
-        """The windows of one epoch (from 0)."""
+    def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
         indices = self._indices(epoch)
-        start = self.rows_after(indices.start)
-        orders = (order_of(e, self.n_rows, self.seed) for e in itertools.count(start // self.n_rows))
-        rows = itertools.islice(itertools.chain.from_iterable(orders), start % self.n_rows, None)
+        indices = indices[max(0, start - indices.start) :]
+        before = self.rows_after(indices.start)
+        orders = (order_of(e, self.n_rows, self.seed) for e in itertools.count(before // self.n_rows))
+        rows = itertools.islice(itertools.chain.from_iterable(orders), before % self.n_rows, None)
         for index in indices:
             size = self.rows_after(index + 1) - self.rows_after(index)
             yield Window(index, epoch, tuple(itertools.islice(rows, size)))
