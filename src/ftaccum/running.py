@@ -49,6 +49,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         agreement = stack.enter_context(agreed_by(accelerator))
         stream = stack.enter_context(opened(parts.train_data, recipe.random_seed, accelerator, agreement))
         assembly, plan, runtime = planned(parts, recipe, runtime, accelerator, agreement, stream)
+        assembly.tell_through(screen.note)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
         notes = [*assembly.notes(), how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
         screen.banner(plan, notes, warmup, accelerator.mixed_precision, accelerator.device.type)

@@ -62,7 +62,7 @@ class Feed:
                 cut.append((window, self.cutter))
                 yield self._share(window)
 
-        for micro_batches in self.loader.load(shares(), seed=(self.plan.seed, epoch, self.process_index)):
+        for micro_batches in self.loader.load(shares(), ahead=True):
             yield Portion(*cut.pop(0), micro_batches)
 
     def _share(self, window: Window) -> Share:

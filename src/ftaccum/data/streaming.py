@@ -147,10 +147,10 @@ class StreamRows(Rows):
             "(`.shuffle(buffer_size=10_000)`), or have it begin with such a row."
         )
 
-    def name_of(self, position: int) -> str:
-        return f"row {position}"
+    def find_draws(self) -> None:
+        """They are there: what the stream drew for them is drawn."""
 
-    def fetch(self, positions: Sequence[int]) -> list[Row]:
+    def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:  # noqa: ARG002
         return [self._held[position] for position in positions]
 
     @property
