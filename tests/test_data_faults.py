@@ -1,5 +1,6 @@
 """Rows that cannot be had, workers that die, and draws: what is trained on is the same, or nothing is lost of it."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -274,3 +275,22 @@ def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
     assert before.unmoved()
     assert [each.draw for each in rows] == [False, True, False]
     assert [collation.repeats for collation in collations] == [True, True, False]
+
+
+@pytest.mark.processes
+def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
+    two_processes: Callable[..., str], tmp_path: Path
+) -> None:
+    alone, result = trained(Noisy(), val_data=Noisy())
+    torch.save(alone, tmp_path / "alone.pt")
+    found = json.loads(two_processes("data_faults_of_two.py", str(tmp_path)).split("FOUND")[1])
+    for case in ("row", "row, with workers", "validation row", "dying workers"):
+        one, other = found["errors"][case]
+        assert one == other
+        assert "(Process 1 met it, and all of them end alike.)" in one
+    assert "Row 17 of `train_data` cannot be read: OSError('disk on fire')." in found["errors"]["row"][0]
+    assert "Row 17 of `val_data` cannot be read" in found["errors"]["validation row"][0]
+    assert "killed by SIGKILL, as 2 did before it" in found["errors"]["dying workers"][0]
+    assert found["ledgers"] == {"row": BEFORE_17, "row, with workers": BEFORE_17, "dying workers": BEFORE_17}
+    assert found["difference"] < 1e-9
+    assert found["val losses"] == pytest.approx(result.val_loss_history, rel=1e-9)

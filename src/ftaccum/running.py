@@ -19,11 +19,11 @@ from .borrowing import borrowed, compiled
 from .calibration import Calibration, NoCalibration, PassTimer
 from .cutting import Cutter
 from .data import Feed
-from .errors import DataError, SettingsError, StreamError
+from .errors import DataError, SettingsError
 from .evaluation import ComputeMetrics, Evaluation, NoEvaluation
 from .history import EpochEntry, Ledger, Result, Work
 from .loop import Outcome, TrainingLoop
-from .memory import agreed_by
+from .memory import Agreement, agreed_by
 from .optim import make_optimizer, make_schedule, rates_put_back
 from .parts import Parts
 from .planning import Batching
@@ -60,7 +60,8 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         gradients = window_gradients(optimizer, in_float32=runtime.accumulate_in_fp32)
         wrapped, prepared = gradients.prepare(accelerator, model)
         calibration = _calibration(runtime, accelerator)
-        feed = Feed(plan, assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index)
+        cutter = cutter_of(runtime, plan.batching)
+        feed = Feed(plan, assembly.train, cutter, accelerator.process_index, agreement.together)
         adaptation = Adaptation(feed, agreement, calibration, screen.note)
         loop = TrainingLoop(
             accelerator, wrapped, assembly.objective, prepared, schedule, gradients, plan.rate_factor,
@@ -70,7 +71,8 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
 
         started, work = time.perf_counter(), Work()
-        evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, replace(feed.cutter, packed=False))
+        padded = replace(feed.cutter, packed=False)
+        evaluate = _evaluation(assembly, parts.compute_metrics, accelerator, padded, agreement)
         best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
         # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
         ledger.initial_val_loss, metrics = evaluate(model)
@@ -89,9 +91,11 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
             milestones.window_done()
 
         for epoch in plan.epochs:
-            with work.timed(), recorder.kept_on(DataError if agreement.alone else StreamError):
-                loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
-            entry = recorder.epoch(*evaluate(model))
+            with recorder.kept_on(DataError):
+                with work.timed():
+                    loop.train(feed.epoch(epoch), adaptation.smaller, on_window)
+                evaluated = evaluate(model)
+            entry = recorder.epoch(*evaluated)
             screen.epoch(entry, plan.n_epochs)
             milestones.epoch_done(entry)
             if best.ends_after(entry.val_loss, model, updated=plan.n_windows_of(epoch) > 0):
@@ -155,7 +159,11 @@ def _check_precision(model: nn.Module, runtime: Runtime, accelerator: Accelerato
 
 
 def _evaluation(
-    assembly: Assembly, compute_metrics: ComputeMetrics | None, accelerator: Accelerator, cutter: Cutter
+    assembly: Assembly,
+    compute_metrics: ComputeMetrics | None,
+    accelerator: Accelerator,
+    cutter: Cutter,
+    agreement: Agreement,
 ) -> Evaluation | NoEvaluation:
     if assembly.val is None or assembly.val_rows is None:
         return NoEvaluation()
@@ -165,6 +173,7 @@ def _evaluation(
         assembly.val,
         n_rows=len(assembly.val_rows),
         cutter=cutter,
+        agreement=agreement,
         compute_metrics=compute_metrics,
         ignore_index=assembly.ignore_index,
     )
