@@ -232,6 +232,16 @@ MUTANTS = [
     Mutant("a tracker that wakes up late goes on", "trackers.py", "            if self._left_behind:\n                return\n", ""),
     Mutant("each error of a tracker told", "trackers.py", "self._faults.setdefault(name,", "self._told.discard(name), self._faults.setdefault(name,"),
     Mutant("rows renamed by tokenising", "data/rows.py", "return self._at(position) if self._names is None else self._names[self._at(position)]", "return self._at(position)"),
+    Mutant("rows draw by the cut", "data/rows.py", "        if self.draw:", "        if False:"),
+    Mutant("rows draw the same in every window", "data/loading.py", "self._collation(self._rows, positions, seed)", "self._collation(self._rows, positions)"),
+    Mutant("a few rows drawn twice for the check", "data/checking.py", "return collation.seeded(rows, chosen, 0)", "return collation.seeded(rows, chosen, len(chosen))"),
+    Mutant("others of the dead stay dead", "data/workers.py", "if worker.process.exitcode is not None:\n                worker.end()", "if worker is first:\n                worker.end()"),
+    Mutant("the dead read as far ahead again", "data/workers.py", ", ahead=1)", ")"),
+    Mutant("workers hear what ends a run", "data/workers.py", "signal.signal(number, signal.SIG_IGN)", "pass"),
+    Mutant("workers die for ever", "data/loading.py", "if self._deaths == _DEATHS:", "if False:"),
+    Mutant("deaths never forgotten", "data/loading.py", "            self._deaths = 0\n            yield sorted(", "            yield sorted("),
+    Mutant("each process tells its own row", "memory.py", "DataError(f\"{told[0]} (", "DataError(f\"{fault} ("),
+    Mutant("names lost of rows that cannot be read", "data/rows.py", "name = index if self._names is None else self._names[index]", "name = index"),
 ]  # fmt: skip
 
 # What runs first finds most; of some files, the mutants are found elsewhere.
@@ -262,7 +272,8 @@ _SEARCHING = [
 ]
 _VERIFYING = ["bench", "comparing", "gradients", "peers", "splits", "verifying"]
 FIRST |= {f"verification/{room}.py": "verify" for room in _VERIFYING}
-FIRST |= {"data/rows.py": "verify"}
+FIRST |= {"data/rows.py": "data_faults", "data/workers.py": "data_faults", "data/loading.py": "data_faults"}
+FIRST |= {"data/checking.py": "data_faults"}
 FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING} | {"interrupts.py": "search"}
 TESTS = [
     "parity",
@@ -287,6 +298,7 @@ TESTS = [
     "files",
     "trackers",
     "outputs",
+    "data_faults",
     "watching",
     "milestones",
     "search",

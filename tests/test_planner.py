@@ -317,8 +317,8 @@ def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
         def cut(self, rows: tuple[int, ...], cutter: Cutter) -> list[list[Slice]]:
             return cutter.shares(rows, [row + 1 for row in rows])
 
-        def load(self, shares: Iterable[Share], seed: Any = None) -> Iterator[list[MicroBatch]]:
-            taken = list(shares) if seed else shares  # workers take all there are
+        def load(self, shares: Iterable[Share], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
+            taken = list(shares) if ahead else shares  # workers take all there are
             for share in taken:
                 yield [MicroBatch(None, {}, (), piece, 0, 0) for piece in share.slices]
 

@@ -1,7 +1,7 @@
 """From what the user brought along to rows, an objective and loaders."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ class Assembly:
     ignore_index: int
     synthetic: bool
 
+    def tell_through(self, tell: Callable[[str], None]) -> None:
+        """Has what befalls the loaders' workers shown to the user."""
+        self.train.tell = tell
+        if self.val is not None:
+            self.val.tell = tell
+
     def notes(self) -> list[str]:
         """What a user should know of the data and the loss before training starts."""
         objective = self.objective
@@ -73,6 +79,8 @@ def assemble(
         if each is not None and runtime.max_tokens is not None:
             data.check_lengths(each, runtime.max_tokens, collation)
     collation.find_draws(rows)
+    if val_rows is not None:
+        val_rows.find_draws()
     sample = data.check_sample(rows, collation, Ranges.of_tokens(parts.model))
     forward = Forward(parts.model, sample, parts.loss_fn, token_ids=rows.are_token_ids)
     ranges = _ranges(parts, forward, rows, collation, ignore_index, accelerator.device)

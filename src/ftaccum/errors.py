@@ -45,10 +45,6 @@ class DataError(ValueError):
     """The data cannot be trained on; the message names the argument and, where there is one, the row."""
 
 
-class StreamError(DataError):
-    """A stream cannot be read on; raised on all processes alike, after the last update that its rows were there for."""
-
-
 class DivergedError(RuntimeError):
     """Losses or gradients are not finite, and the run ends: on all processes alike, and with its ledger complete.
 

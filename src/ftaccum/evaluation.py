@@ -15,7 +15,7 @@ from transformers import EvalPrediction
 from .cutting import Cutter, Rows
 from .data import Loader, MicroBatch, Share
 from .errors import SettingsError
-from .memory import give_back_memory, is_out_of_memory
+from .memory import Agreement, give_back_memory, is_out_of_memory
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of
 from .side_effects import in_mode
 
@@ -55,11 +55,12 @@ class Evaluation:
         loader: Loader,
         n_rows: int,
         cutter: Cutter,
+        agreement: Agreement,
         compute_metrics: ComputeMetrics | None,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
-        self._n_rows, self._cutter = n_rows, cutter
+        self._n_rows, self._cutter, self._agreement = n_rows, cutter, agreement
         self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, objective.shifts)
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
@@ -68,13 +69,20 @@ class Evaluation:
         Args:
             model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
                 may communicate in a forward pass.
+
+        Raises:
+            DataError: on all processes, where one of them meets a row that cannot be had.
         """
         accelerator, metrics = self._accelerator, self._metrics
         losses = ItemMeans(self._objective.terms, accelerator.device)
         predicted: list[_Predicted] = []
-        with torch.no_grad(), in_mode(model, training=False):
+
+        def evaluate_all() -> None:
             for micro in self._loader.stream(self._shares()):
                 self._evaluate(model, micro, losses, predicted)
+
+        with torch.no_grad(), in_mode(model, training=False):
+            self._agreement.together(evaluate_all)
         (losses,) = gathered([losses], accelerator)
         return losses.total(), {} if metrics is None else self._computed(metrics, predicted)
 

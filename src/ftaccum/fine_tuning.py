@@ -136,7 +136,7 @@ def test_fine_tuning(
         gradient_checkpointing: recompute activations in the backward pass (Transformers' models).
         compile: `torch.compile` the model. Widths are padded to one of eight an octave, so that few are met.
         num_workers: processes that collate ahead, for rows that take long to make (images to decode). Without, the
-            next window is collated while the device computes. None with a stream.
+            next window is collated while the device computes. One that dies is replaced. None with a stream.
         tokenizer: tokenises raw text, and says how to pad. Saved with the model.
         data_collator: a list of rows → a batch of tensors, rows first. None: columns are padded.
         loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on dicts; gives a mean, or a dict of

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, distributed
 
 from .cutting import Caps
+from .errors import DataError
 
 T = TypeVar("T")
 
@@ -77,6 +78,26 @@ class Agreement:
             return number
         (least,) = self._reduced([_NONE if number is None else number], distributed.ReduceOp.MIN)
         return None if least == _NONE else least
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What each process makes for itself, when all have made theirs. All call it alike.
+
+        Raises:
+            DataError: on all processes, where the data of one of them are at fault; in the words of the first of these.
+        """
+        if self.alone:
+            return make()
+        fault: DataError | None = None
+        try:
+            made = make()
+        except DataError as error:
+            fault = error
+        first = self.least(None if fault is None else distributed.get_rank())
+        if first is None:
+            return made
+        told = [str(fault)]
+        distributed.broadcast_object_list(told, src=first, group=self._group)
+        raise DataError(f"{told[0]} (Process {first} met it, and all of them end alike.)") from fault
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What the main process makes, on all processes; what it raises, too."""

@@ -72,7 +72,9 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
     gradients = window_gradients(run.optimizer, in_float32=runtime.accumulate_in_fp32)
     wrapped, prepared = gradients.prepare(accelerator, parts.model)
     calibration = _calibration(runtime, accelerator)
-    feed = Feed(plan, run.assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index)
+    feed = Feed(
+        plan, run.assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index, run.agreement.together
+    )
     adaptation = Adaptation(feed, run.agreement, calibration, run.screen.note)
     divergence = Divergence(
         parts.model, run.assembly.objective, run.assembly.train, run.agreement, accelerator.device, run.screen.note,
@@ -160,4 +162,5 @@ def _evaluation(run: Settled, cutter: Cutter) -> Evaluation | NoEvaluation:
         cutter=cutter,
         compute_metrics=run.parts.compute_metrics,
         ignore_index=assembly.ignore_index,
+        agreement=run.agreement,
     )

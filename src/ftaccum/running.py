@@ -41,6 +41,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         runtime = resumption.sized(runtime)
         stream = stack.enter_context(opened(parts.train_data, recipe.random_seed, accelerator, agreement))
         assembly, plan, runtime = planned(parts, recipe, runtime, accelerator, agreement, stream)
+        assembly.tell_through(screen.note)
         facts = facts_of(parts, recipe, runtime, optimizer, assembly, plan.batching, accelerator.mixed_precision)
         plan = resumption.going_on(plan, facts)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)

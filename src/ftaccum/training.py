@@ -81,15 +81,21 @@ class Training:
                 elif self.best.has_ended:
                     return
                 else:
-                    self._train(epoch)
-                    self._end(epoch)
+                    with self.keeper.saved_on(self._agreed):
+                        self._train(epoch)
+                        evaluated = self._evaluated()
+                    self._end(epoch, *evaluated)
         if shortfall := self.plan.shortfall():
             self.screen.note(shortfall)
 
+    @property
+    def _agreed(self) -> tuple[type[Exception], ...]:
+        """Errors that all processes raise alike."""
+        return (Exception,) if self.loop.agreement.alone else (DataError, DivergedError, torch.OutOfMemoryError)
+
     def _train(self, epoch: int) -> None:
-        agreed = (Exception,) if self.loop.agreement.alone else (DataError, DivergedError, torch.OutOfMemoryError)
         portions = self.feed.epoch(epoch, self.recorder.n_windows)
-        with self.work.timed(), self.keeper.saved_on(agreed):
+        with self.work.timed():
             self.loop.train(portions, self.adaptation.smaller, self._on_window)
 
     def _on_window(self, outcome: Outcome, fault: Fault | None) -> None:
@@ -99,10 +105,12 @@ class Training:
         self.divergence.window_done(fault)
         self.keeper.after_update()
 
-    def _end(self, epoch: int) -> None:
-        """Evaluates an epoch."""
+    def _evaluated(self) -> tuple[float | None, dict[str, float]]:
         self.loop.sync_buffers()
-        entry = self.recorder.epoch(*self.evaluate(self.model))
+        return self.evaluate(self.model)
+
+    def _end(self, epoch: int, val_loss: float | None, metrics: dict[str, float]) -> None:
+        entry = self.recorder.epoch(val_loss, metrics)
         self.screen.epoch(entry, self.plan.n_epochs)
         self.milestones.epoch_done(entry)
         if self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0):

@@ -75,7 +75,7 @@ class Ranges:
             if len(outside) == 1 < len(positions) and isinstance(batch, Mapping) and "position_ids" in batch:
                 # Rows lie one behind the other, and each begins with position 0.
                 row = int((batch["position_ids"][0, : first[1] + 1] == 0).sum()) - 1
-            name = rows.name_of(positions[row]) if row < len(positions) else f"one of the rows {list(positions)}"
+            name = rows.name_of(positions[row]) if row < len(positions) else f"one of {rows.names_of(positions)}"
             raise DataError(f"Of `{rows.argument}`, {name} has the {words.format(value)}")
 
 
@@ -174,7 +174,11 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
             contributes depends on the batch it is in.
     """
     positions, longest = _unlike(rows, candidates)
-    together = collation.seeded(rows, positions, 0)
+
+    def batch_of(chosen: Sequence[int]) -> Batch:
+        return collation.seeded(rows, chosen, 0)  # rows that draw are to be the same rows each time
+
+    together = batch_of(positions)
     in_rows = can_be_taken_apart(together, len(positions))
     if collation.draws and not in_rows:
         raise DataError(
@@ -182,10 +186,10 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
             "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
         )
     return Sample(
-        collation.seeded(rows, [longest], 0),
+        batch_of([longest]),
         together,
         (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
-        None if collation.draws else lambda groups: [collation(rows, [positions[n] for n in g]) for g in groups],
+        None if collation.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
     )
 
 

@@ -98,6 +98,8 @@ class Collation:
     Attributes:
         draws: whether the collator draws at random (masked LM), so that rows must be collated a window at a time
             for the draws not to depend on how the window is cut.
+        repeats: whether rows and collator give the same batch again from the same seed: those with a generator of their
+            own do not.
         width: of a batch, from the length of its longest row.
     """
 
@@ -109,31 +111,41 @@ class Collation:
         """
         self._collator = collator
         self._accepted = accepted or set()
-        self.draws = False
+        self.draws, self.repeats = False, True
         self.width: Callable[[int], int] = getattr(collator, "width", lambda length: length)
 
-    def __call__(self, rows: Rows, positions: Sequence[int]) -> Batch:
+    def __call__(self, rows: Rows, positions: Sequence[int], seed: Sequence[int] = ()) -> Batch:
         """Collates the rows at these positions.
+
+        Args:
+            seed: of what rows draw, where they do.
 
         Raises:
             DataError: naming the first row that cannot be collated with the others.
         """
-        fetched = [self._without_texts(row) for row in rows.fetch(positions)]
+        fetched = [self._without_texts(row) for row in rows.fetch(positions, seed)]
         try:
             return self._collator(fetched)
         except Exception as error:
             raise DataError(self._explained(rows, positions, fetched, error)) from error
 
-    def seeded(self, rows: Rows, positions: Sequence[int], *seed: int) -> Batch:
-        """The same, with every draw settled by the seed, and no generator moved."""
+    def seeded(self, rows: Rows, positions: Sequence[int], *seed: int, rows_seed: Sequence[int] | None = None) -> Batch:
+        """The same, with every draw settled by the seed, and no generator moved.
+
+        Args:
+            rows_seed: of what rows draw, where that is to be another one.
+        """
         with preserved_rng():
             seed_all(*seed)
-            return self(rows, positions)
+            return self(rows, positions, seed if rows_seed is None else rows_seed)
 
     def find_draws(self, rows: Rows) -> None:
-        """Sees whether collating the same few rows from two seeds gives two batches."""
+        """Sees whether rows draw, whether the same few of them make two batches from two seeds of the collator, and
+        whether they make the same one again from one."""
+        rows.find_draws()
         positions = range(min(_FEW, len(rows)))
-        one, other = (self.seeded(rows, positions, seed) for seed in (1, 2))
+        one, again, other = (self.seeded(rows, positions, seed, rows_seed=(0,)) for seed in (1, 1, 2))
+        self.repeats = _equal(one, again)
         self.draws = not _equal(one, other)
 
     def _without_texts(self, row: Row) -> Row:
@@ -151,7 +163,10 @@ class Collation:
                     "must be numbers or lists of them, shaped as in other rows but for their lengths. Mend or drop the "
                     "row, or give a `data_collator`."
                 )
-        return f"The rows {list(positions)} of `{rows.argument}` cannot be collated: {error}. Give a `data_collator`."
+        return (
+            f"The {rows.names_of(positions)} of `{rows.argument}` cannot be collated together: {error}. "
+            "Give a `data_collator` that can."
+        )
 
 
 def _bucket(length: int) -> int:
@@ -246,4 +261,6 @@ def _equal(one: Batch, other: Batch) -> bool:
         return all(_equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
         return all(map(_equal, one, other))
-    return torch.equal(one, other) if isinstance(one, Tensor) else True
+    if not isinstance(one, Tensor):
+        return True
+    return one.shape == other.shape and bool(((one == other) | (one != one)).all())  # NaN is itself

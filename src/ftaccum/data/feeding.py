@@ -1,12 +1,20 @@
 """One window after the other for one process, read ahead, and cut anew where it has to be."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..cutting import Cutter
 from ..history import Work
 from ..planning import Course, Window
 from .loading import Loader, MicroBatch, Share
+
+# Comes to what a function comes to on this process, once it has come to something on all; or raises on all.
+Together = Callable[[Callable[[], Any]], Any]
+
+
+def _alone(make: Callable[[], Any]) -> Any:
+    return make()
 
 
 @dataclass(frozen=True)
@@ -36,19 +44,25 @@ class Feed:
 
     Attributes:
         cutter: may be replaced between windows; those that were read ahead are cut anew.
+        together: where processes agree on whether each of them has its part of a window.
     """
 
     plan: Course
     loader: Loader
     cutter: Cutter
     process_index: int = 0
+    together: Together = _alone
 
     def epoch(self, epoch: int, start: int = 0) -> "Portions":
         """The portions of an epoch (from 0), without windows whose index in the run is below `start`."""
         return Portions(self, self._cut_as_it_comes(epoch, start))
 
     def again(self, portion: Portion) -> Portion:
-        """The same window, cut by the cutter as it now is."""
+        """The same window, cut by the cutter as it now is. All processes call it alike."""
+        return self.together(lambda: self.cut_anew(portion))
+
+    def cut_anew(self, portion: Portion) -> Portion:
+        """What `again` does, on this process alone."""
         share, cutter = self._share(portion.window), self.cutter
         (micro_batches,) = self.loader.load([share])
         return Portion(portion.window, cutter, micro_batches)
@@ -62,7 +76,7 @@ class Feed:
                 cut.append((window, self.cutter))
                 yield self._share(window)
 
-        for micro_batches in self.loader.load(shares(), seed=(self.plan.seed, epoch, self.process_index)):
+        for micro_batches in self.loader.load(shares(), ahead=True):
             yield Portion(*cut.pop(0), micro_batches)
 
     def _share(self, window: Window) -> Share:
@@ -87,10 +101,19 @@ class Portions(Iterator[Portion]):
             self._read.append(error)
 
     def __next__(self) -> Portion:
+        """Raises DataError on all processes, where one of them cannot have its portion."""
+        portion = self.feed.together(self._next)
+        if portion is None:
+            raise StopIteration
+        return portion
+
+    def _next(self) -> Portion | None:
         if not self._read:
             self.read_ahead()
         portion = self._read.pop()
+        if isinstance(portion, StopIteration):
+            return None
         if isinstance(portion, Exception):
             raise portion
         # Processes read ahead unequally far: of what was learnt meanwhile, some cut by it and others did not.
-        return portion if portion.cutter == self.feed.cutter else self.feed.again(portion)
+        return portion if portion.cutter == self.feed.cutter else self.feed.cut_anew(portion)

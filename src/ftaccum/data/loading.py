@@ -1,28 +1,23 @@
 """A process's shares of windows, as collated and counted micro-batches."""
 
 import itertools
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..cutting import Cutter, Slice
 from ..cutting import Rows as Positions
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..objective import Batch, Counts, Objective
 from .checking import Ranges
 from .collating import Collation, can_be_taken_apart, take, trimmed
 from .rows import Rows
+from .workers import Workers, how_it_ended
 
-# Forked workers find rows and collators in memory, lambdas and all; elsewhere these must be picklable.
-_FORK = "fork" if sys.platform == "linux" else None
-_AHEAD = 16  # batches that each worker may have made before they are asked for
+_DEATHS = 3  # of workers, with no window between them, after which no more are started
 _DRAWS = 3  # of a collator that draws its labels, before a data set is said to have none
 
 
@@ -33,7 +28,7 @@ class Share:
     Attributes:
         window: all rows of the window, on all processes.
         slices: the micro-batches of this process.
-        seed: settles the collator's draws.
+        seed: settles what the collator and the rows draw.
     """
 
     window: Positions
@@ -73,6 +68,7 @@ class Loader:
     Attributes:
         by_window: whether the rows of a window are collated together and then cut, because the collator draws at
             random or padding matters.
+        tell: shows a sentence to the user.
     """
 
     def __init__(
@@ -93,6 +89,8 @@ class Loader:
         """
         self._rows, self._collation, self._objective, self._ranges = rows, collation, objective, ranges
         self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._deaths = 0  # of workers, since a window was made
+        self.tell: Callable[[str], None] = lambda _: None
         self.by_window = collation.draws or objective.padding_sensitive
         lengths = rows.lengths()
         self._has_lengths = lengths is not None
@@ -114,28 +112,36 @@ class Loader:
         lengths = [self._collation.width(length) for length in known]
         return cutter.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
-    def load(self, shares: Iterable[Share], seed: Sequence[int] | None = None) -> Iterator[list[MicroBatch]]:
+    @property
+    def repeats(self) -> bool:
+        """Whether the same rows are the same batch again, from the same seed. Where they have a generator of their own,
+        a run that is gone on with draws otherwise."""
+        return self._collation.repeats
+
+    def load(self, shares: Iterable[Share], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
         """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items;
         ghosts come first, so that the last pass is one of the process's own rows, if it has any.
 
         Args:
-            seed: for workers, which take shares before they are asked for, where there are any; None for none.
+            ahead: whether workers, where there are any, take shares before they are asked for.
 
         Raises:
-            DataError: naming a row that cannot be read, padded or used.
+            DataError: naming a row that cannot be read, padded or used; or where workers die again and again.
         """
         taken, given = itertools.tee(shares)
-        batches = self._collated(taken, seed)
+        batches = self._collated(taken, ahead=ahead)
         for share in given:
             loaded = [self._or_ghost(micro) for micro in self._micro_batches(share, batches)]
+            self._deaths = 0
             yield sorted(loaded, key=lambda micro: not micro.is_ghost)
 
     def stream(self, shares: Iterable[Share]) -> Iterator[MicroBatch]:
         """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
         taken, given = itertools.tee(shares)
-        batches = self._collated(taken, (0,))
+        batches = self._collated(taken, ahead=True)
         for share in given:
             yield from self._micro_batches(share, batches)
+            self._deaths = 0
 
     def name_of(self, position: int) -> str:
         """What to call a row in a message."""
@@ -150,31 +156,44 @@ class Loader:
         batch = self._collation.seeded(self._rows, rows, *seed)
         return self._micro_batch(batch, Slice(rows))
 
-    def _collated(self, shares: Iterable[Share], seed: Sequence[int] | None) -> Iterator[Batch]:
+    def _collated(self, shares: Iterable[Share], *, ahead: bool) -> Iterator[Batch]:
         """The batch of each micro-batch, or where rows are collated by the window, of each window."""
-        num_workers = 0 if seed is None else self._num_workers
         jobs = (job for share in shares for job in self._jobs(share))
-        batches = DataLoader(
-            _Collating(self._rows, self._collation),
-            batch_size=None,
-            sampler=jobs,
-            num_workers=num_workers,
-            pin_memory=self._pin_memory,
-            multiprocessing_context=_FORK if num_workers else None,
-            prefetch_factor=_AHEAD if num_workers else None,
-            generator=_generator(seed or ()),  # otherwise it draws from the one that dropout uses
-        )
-        for batch in batches:
-            if isinstance(batch, _Fault):
-                raise DataError(batch.sentence)
-            # What a worker made lies in shared memory, an open file a tensor, of which a process has a thousand.
-            yield recursively_apply(torch.clone, batch) if num_workers and not self._pin_memory else batch
+        if not ahead or not self._num_workers:
+            made = map(self._collate, jobs)
+            yield from (recursively_apply(Tensor.pin_memory, batch) for batch in made) if self._pin_memory else made
+            return
+        # What a worker made lies in shared memory, an open file a tensor, of which a process has a thousand.
+        copied = Tensor.pin_memory if self._pin_memory else torch.clone
+        workers = Workers(self._collate, jobs, self._num_workers, self._worker_died)
+        try:
+            yield from (recursively_apply(copied, batch) for batch in workers)
+        finally:
+            workers.end()
 
     def _jobs(self, share: Share) -> Iterator["_Job"]:
         if not self.by_window:
-            yield from ((piece.rows, ()) for piece in share.slices if piece.rows)
+            yield from ((piece.rows, share.seed) for piece in share.slices if piece.rows)
         elif any(piece.rows for piece in share.slices):
             yield share.window, share.seed
+
+    def _collate(self, job: "_Job") -> Batch:
+        positions, seed = job
+        if self.by_window:
+            return self._collation.seeded(self._rows, positions, *seed)
+        return self._collation(self._rows, positions, seed)
+
+    def _worker_died(self, job: "_Job", exit_code: int) -> None:
+        self._deaths += 1
+        death = f"A worker process, making a batch of `{self._rows.argument}`, {how_it_ended(exit_code)}"
+        if self._deaths == _DEATHS:
+            raise DataError(
+                f"{death}, as {_DEATHS - 1} did before it, and none of them finished a window. The batch was to be of "
+                f"{self._rows.names_of(job[0])}. Where memory ran out, lower `num_workers` or free some; where shared "
+                "memory did (SIGBUS), have /dev/shm enlarged. `num_workers=0` makes batches without other processes, "
+                "and shows what a row does to the one that reads it."
+            )
+        self.tell(f"{death}. New ones make what is missing: no row is lost, and none comes twice.")
 
     def _micro_batches(self, share: Share, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
         if self.by_window and any(piece.rows for piece in share.slices):
@@ -190,7 +209,15 @@ class Loader:
 
     def _micro_batch(self, batch: Batch, piece: Slice) -> MicroBatch:
         self._ranges.check(batch, self._rows, piece.rows)
-        counts = self._objective.count(batch)
+        try:
+            counts = self._objective.count(batch)
+        except (DataError, SettingsError):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"The loss items of {self._rows.names_of(piece.rows)} of `{self._rows.argument}` cannot be counted: "
+                f"{error!r}. Check their labels, or `count_items`."
+            ) from error
         return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch))
 
     def halves(self, micro: MicroBatch) -> list[MicroBatch]:
@@ -228,36 +255,7 @@ class Loader:
         )
 
 
-_Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, and the seed of the draws, if any
-
-
-@dataclass(frozen=True)
-class _Fault:
-    """What a worker hands back instead of raising: the sentence, without the worker's traceback around it."""
-
-    sentence: str
-
-
-class _Collating(Dataset[Any]):
-    """Rows as DataLoader wants them: a job in, a batch out."""
-
-    def __init__(self, rows: Rows, collation: Collation) -> None:
-        self._rows, self._collation = rows, collation
-
-    def __getitem__(self, job: _Job) -> Batch | _Fault:
-        positions, seed = job
-        try:
-            if seed:
-                return self._collation.seeded(self._rows, positions, *seed)
-            return self._collation(self._rows, positions)
-        except DataError as error:
-            if get_worker_info() is None:
-                raise
-            return _Fault(str(error))
-
-
-def _generator(seed: Sequence[int]) -> torch.Generator:
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+_Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, and the seed of what is drawn
 
 
 def _counted(counts: Counts) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from datasets import IterableDataset as StreamingDataset
 from torch import Tensor
 
 from ..errors import DataError
+from ..side_effects import Generators, preserved_rng, seed_all
 
 Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
@@ -27,11 +28,20 @@ _OF_ITERATORS = (
     "that yields the rows, from the first one on whenever it is called."
 )
 _LENGTH_SAMPLE = 1000
+_FEW = 8  # rows to see whether fetching them draws
+_NAMED = 8  # rows, in a message on several
+_ROW = 0xA6  # keeps what a row draws apart from other uses of the seed
 _SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
 
 
 class Rows:
-    """Rows by position. Fetching one that cannot be had names it."""
+    """Rows by position. Fetching one that cannot be had names it.
+
+    Attributes:
+        draw: whether fetching them draws from the generators of Python, NumPy or torch, as random crops do. Each row is
+            then fetched by itself and from a seed of its own: what it draws does not depend on what is fetched with it,
+            nor on which process fetches it, and moves no one else's draws.
+    """
 
     def __init__(
         self, argument: str, source: Any, positions: Sequence[int] | None = None, names: Sequence[int] | None = None
@@ -46,6 +56,7 @@ class Rows:
         self.source = source
         self._positions = positions
         self._names = names
+        self.draw = False
 
     def __len__(self) -> int:
         return len(self.source) if self._positions is None else len(self._positions)
@@ -53,6 +64,12 @@ class Rows:
     def name_of(self, position: int) -> str:
         """What to call a row in a message: its index in what the user handed over."""
         return f"row {self._name(position)}"
+
+    def names_of(self, positions: Sequence[int]) -> str:
+        """What to call several rows, of which one is at fault."""
+        named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
+        more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
+        return f"rows {named}{more}"
 
     @property
     def all_in_words(self) -> str:
@@ -64,13 +81,30 @@ class Rows:
         """What else to do where none of those that were looked at will do: a sentence, or nothing."""
         return ""
 
-    def fetch(self, positions: Sequence[int]) -> list[Row]:
+    def find_draws(self) -> None:
+        """Sees whether fetching a few rows, spread evenly over all, moves a generator."""
+        n = min(_FEW, len(self))
+        with preserved_rng():
+            before = Generators.now()
+            self.fetch([i * len(self) // n for i in range(n)])
+            self.draw = not before.unmoved()
+
+    def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:
         """The rows at these positions, in that order.
+
+        Args:
+            seed: with a row's position, settles its draws, where rows draw.
 
         Raises:
             DataError: where the source raises, with the row.
         """
         indices = [self._at(position) for position in positions]
+        if self.draw:
+            with preserved_rng():
+                return [
+                    self._drawn(index, (*seed, _ROW, position))
+                    for index, position in zip(indices, positions, strict=True)
+                ]
         if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
             with suppress(Exception):  # read one by one below, the faulty row gets its name
                 return [as_row(row) for row in self.source.__getitems__(indices)]
@@ -143,11 +177,18 @@ class Rows:
     def _at(self, position: int) -> int:
         return position if self._positions is None else self._positions[position]
 
+    def _drawn(self, index: int, seed: Sequence[int]) -> Row:
+        seed_all(*seed)
+        return self._one(index)
+
     def _one(self, index: int) -> Row:
         try:
             return as_row(self.source[index])
         except Exception as error:
-            raise DataError(f"Row {index} of `{self.argument}` cannot be read: {error!r}.") from error
+            name = index if self._names is None else self._names[index]
+            raise DataError(
+                f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."
+            ) from error
 
 
 def as_rows(data: Any, argument: str) -> Rows:

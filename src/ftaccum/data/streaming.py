@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import IterableDataset as StreamingDataset
 
-from ..errors import DataError, StreamError
+from ..errors import DataError
 from ..side_effects import Generators, preserved_rng, seed_all
 from .rows import Row, Rows, as_row, check_row, length_of
 
@@ -60,14 +60,14 @@ class Stream:
         """Up to `n` more rows of an epoch, on all processes; fewer only where it has ended.
 
         Raises:
-            StreamError: on all processes, where the stream raises, or one of the steps.
+            DataError: on all processes, where the stream raises, or one of the steps.
         """
         try:
             return self._from_main(lambda: self._rows_on_main(epoch, n))
-        except StreamError:
+        except DataError:
             raise
         except Exception as error:
-            raise StreamError(
+            raise DataError(
                 f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Give tensors, arrays, "
                 "numbers and text."
             ) from error
@@ -80,8 +80,6 @@ class Stream:
             for step in self.steps:
                 rows = step(rows, first)
             return rows
-        except DataError as error:
-            raise StreamError(str(error)) from error
         finally:
             self._generators = Generators.now()
             outside.put_back()
@@ -94,7 +92,7 @@ class Stream:
                     rows.append(row)
                     self._n_read += 1
         except Exception as error:
-            raise StreamError(
+            raise DataError(
                 f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}. Mend what it reads from, "
                 "or have it pass over what cannot be read."
             ) from error
@@ -147,10 +145,10 @@ class StreamRows(Rows):
             "(`.shuffle(buffer_size=10_000)`), or have it begin with such a row."
         )
 
-    def name_of(self, position: int) -> str:
-        return f"row {position}"
+    def find_draws(self) -> None:
+        """They are there: what the stream drew for them is drawn."""
 
-    def fetch(self, positions: Sequence[int]) -> list[Row]:
+    def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:  # noqa: ARG002
         return [self._held[position] for position in positions]
 
     @property

@@ -1,0 +1,56 @@
+"""Data that fail on one of two processes, or draw: prints a JSON line of what each was told and came to."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from failing_data import Deadly, Noisy, Pairs, Raising, trained
+from ftaccum import DataError
+from heads import relative_error
+
+state = PartialState(cpu=True)
+assert state.num_processes == 2, "torchrun was to start two"
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+
+
+def error_of(case: str, rows: Any, **arguments: Any) -> list[str]:
+    """What each process was told."""
+    try:
+        trained(rows, output_dir=str(folder / case), **arguments)
+    except DataError as error:
+        return gather_object([str(error)])
+    return gather_object(["nothing"])
+
+
+if state.process_index == 1:
+    (folder / "lives").mkdir()
+state.wait_for_everyone()
+# In micro-batches of three, row 17 is the second process's in the first epoch, and in every evaluation.
+deadly = Deadly(folder / "lives", 99 if state.process_index == 1 else 0)
+errors = {
+    "row": error_of("row", Raising("1"), batch_size=3),
+    "row, with workers": error_of("row, with workers", Raising("1"), batch_size=3, num_workers=2),
+    "validation row": error_of("validation row", Pairs(), val_data=Raising("1"), batch_size=3),
+    "dying workers": error_of("dying workers", deadly, batch_size=3, num_workers=2),
+}
+weights, result = trained(Noisy(), val_data=Noisy(), batch_size=2)
+if state.is_main_process:
+    ledgers = {
+        case: len((folder / case / "ledger.jsonl").read_text().splitlines())
+        for case in errors
+        if case != "validation row"
+    }
+    found = {
+        "errors": errors,
+        "ledgers": ledgers,
+        "difference": relative_error(weights, torch.load(folder / "alone.pt")),
+        "val losses": result.val_loss_history,
+    }
+    print("FOUND", json.dumps(found))
+state.destroy_process_group()

@@ -1,0 +1,296 @@
+"""Rows that cannot be had, workers that die, and draws: what is trained on is the same, or nothing is lost of it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import datasets
+import pytest
+import torch
+from torch import Tensor, nn
+
+from failing_data import (
+    BEFORE_17,
+    N_ROWS,
+    WINDOW,
+    Deadly,
+    Noisy,
+    NoisyByItself,
+    Pairs,
+    Raising,
+    pair,
+    same_bits,
+    trained,
+)
+from ftaccum import DataError
+from ftaccum.cutting import Caps, Cutter
+from ftaccum.data import Collation, Feed, Loader, PaddingCollator, Ranges, Rows, as_rows
+from ftaccum.data.workers import how_it_ended
+from ftaccum.planning import Batching, Plan
+from ftaccum.side_effects import Generators
+from heads import relative_error
+
+
+def with_transform() -> datasets.Dataset:
+    def raising(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if 17 in batch["number"]:
+            raise OSError("disk on fire")
+        pairs = [pair(number) for number in batch["number"]]
+        return {"input": [x for x, _ in pairs], "labels": [y for _, y in pairs]}
+
+    return datasets.Dataset.from_dict({"number": list(range(N_ROWS))}).with_transform(raising)
+
+
+class OfDicts(Raising):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"input": x, "labels": y}
+
+
+def collated(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if any(torch.equal(x, pair(17)[0]) for x, _ in rows):
+        raise OSError("disk on fire")
+    return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+
+
+class Listed(list[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        return Raising()[index]
+
+
+class OnDicts(nn.MSELoss):
+    def forward(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().forward(outputs, batch["labels"])
+
+
+FORMS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "pairs": (Raising, {}),
+    "dicts": (OfDicts, {"loss_fn": OnDicts()}),
+    "a list": (lambda: Listed(range(N_ROWS)), {}),
+    "a transform": (with_transform, {"loss_fn": OnDicts()}),
+    "a collator": (Pairs, {"data_collator": collated}),
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_cannot_be_had_goes_by_its_index_in_what_was_handed_over(form: str, num_workers: int) -> None:
+    data, arguments = FORMS[form]
+    for share in (0.0, 0.2, 0.9):  # with 0.9, it is held out
+        with pytest.raises(DataError, match=r"[Rr]ow 17 .*disk on fire"):
+            trained(data(), validation_split=share, num_workers=num_workers, **arguments)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_updates_before_a_row_that_cannot_be_had_are_in_the_ledger(num_workers: int, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Row 17 of `train_data` cannot be read: OSError\('disk on fire'\)"):
+        trained(Raising(), num_workers=num_workers, output_dir=str(tmp_path))
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == BEFORE_17
+
+
+def test_what_was_made_of_a_row_goes_by_the_rows_name() -> None:
+    rows = Rows("train_data", Raising(), names=[100 + n for n in range(N_ROWS)])
+    with pytest.raises(DataError, match="Row 117 of `train_data` cannot be read"):
+        rows.subset([3, 17]).fetch([0, 1])
+    assert rows.names_of(range(3)) == "rows 100, 101, 102"
+    assert rows.subset(range(20, 40)).names_of(range(20)).endswith("126, 127 and 12 more")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"val_data": Pairs()}], ids=["training", "with validation"])
+def test_a_worker_that_is_killed_costs_nothing(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed, result = trained(Deadly(tmp_path, 0), num_workers=2, **arguments)
+    assert "worker" not in capsys.readouterr().out
+    weights, after_death = trained(Deadly(tmp_path, 2), num_workers=2, **arguments)
+    assert same_bits(weights, undisturbed)
+    assert after_death.loss_history == result.loss_history
+    told = "A worker process, making a batch of `train_data`, was killed by SIGKILL. New ones make what is missing"
+    assert capsys.readouterr().out.count(told) == 2
+
+
+def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    undisturbed, result = trained(Pairs(), val_data=Deadly(tmp_path, 0), num_workers=2)
+    weights, after_death = trained(Pairs(), val_data=Deadly(tmp_path, 1), num_workers=2)
+    assert same_bits(weights, undisturbed)
+    assert after_death.val_loss_history == result.val_loss_history
+    assert "making a batch of `val_data`, was killed by SIGKILL" in capsys.readouterr().out
+
+
+def test_what_a_killed_worker_had_made_already_is_made_again() -> None:
+    """Its batches lie in memory that it alone could have handed over. All workers are killed, in every third update."""
+
+    class Killing(torch.optim.SGD):
+        updates = 0
+
+        def step(self, closure: Any = None) -> Any:
+            Killing.updates += 1
+            if Killing.updates % 3 == 0:
+                time.sleep(0.1)  # they make all that they were given
+                for child in multiprocessing.active_children():
+                    os.kill(cast(int, child.pid), signal.SIGKILL)
+            return super().step(closure)
+
+    undisturbed, _ = trained(Noisy(), num_workers=3, optimizer=torch.optim.SGD)
+    weights, _ = trained(Noisy(), num_workers=3, optimizer=Killing)
+    assert same_bits(weights, undisturbed)
+    assert Killing.updates == 24
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_that_die_again_and_again_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(DataError) as raised:
+        trained(Deadly(tmp_path, 99), num_workers=2, output_dir=str(tmp_path / "run"))
+    assert time.monotonic() - started < 20
+    for words in (
+        "killed by SIGKILL, as 2 did before it",
+        "was to be of rows",
+        "17",
+        "lower `num_workers`",
+        "/dev/shm",
+    ):
+        assert words in str(raised.value)
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == BEFORE_17
+    assert len(list(tmp_path.glob("life *"))) in (99 - 3, 99 - 4)  # one when it was read far ahead, perhaps
+    assert multiprocessing.active_children() == []
+
+
+def test_a_workers_end_is_told_in_words() -> None:
+    assert how_it_ended(-signal.SIGBUS) == "was killed by SIGBUS"
+    assert how_it_ended(3) == "ended with exit code 3"
+
+
+def test_a_batch_that_cannot_leave_its_worker_is_told() -> None:
+    def with_a_lambda(rows: list[tuple[Tensor, Tensor]]) -> Any:
+        return {
+            "input": torch.stack([x for x, _ in rows]),
+            "labels": torch.stack([y for _, y in rows]),
+            "of": lambda: 0,
+        }
+
+    with pytest.raises(DataError, match=r"A batch cannot be sent by the worker that made it: .*`num_workers=0`"):
+        trained(Pairs(), data_collator=with_a_lambda, loss_fn=OnDicts(), num_workers=1)
+
+
+def test_workers_do_not_hear_what_ends_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends Ctrl-C to all processes, and a scheduler its SIGTERM; the run ends when it sees fit."""
+
+    class Interrupting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for child in multiprocessing.active_children():
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                    os.kill(cast(int, child.pid), number)
+            return super().step(closure)
+
+    trained(Pairs(), num_workers=2, optimizer=Interrupting)
+    out, error = capfd.readouterr()
+    assert "worker process" not in out
+    assert "KeyboardInterrupt" not in error
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "two workers": {"num_workers": 2},
+    "in one": {"batch_size": 6},
+    "in ones, by a worker": {"batch_size": 1, "num_workers": 1},
+    "in order": {"batch_size": 5, "planner": False},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str) -> None:
+    plain, result = trained(Noisy(), val_data=Noisy())
+    weights, other = trained(Noisy(), val_data=Noisy(), **WAYS[way])
+    assert relative_error(weights, plain) < 1e-9
+    assert same_bits(weights, plain) or way != "two workers"
+    assert other.val_loss_history == pytest.approx(result.val_loss_history, rel=1e-9)
+
+
+def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
+    _, result = trained(Noisy(), val_data=Noisy(), learning_rate=1e-300, weight_decay=0.0, n_epochs=3)
+    assert len({result.initial_loss, *result.val_loss_history}) == 1
+    assert len(set(result.train_loss_history)) == 3
+    assert relative_error(trained(Noisy())[0], trained(Pairs())[0]) > 1e-2
+    assert relative_error(trained(Noisy())[0], trained(Noisy(), random_seed=43)[0]) > 1e-2
+
+
+def loader_of(data: Any, num_workers: int = 0) -> Loader:
+    rows, collation = as_rows(data, "train_data"), Collation(PaddingCollator(None))
+    collation.find_draws(rows)
+    objective = SimpleNamespace(padding_sensitive=False, terms=("loss",), count=lambda batch: {"loss": len(batch[0])})
+    return Loader(rows, collation, cast(Any, objective), Ranges(), num_workers=num_workers)
+
+
+def batches_from(data: Any, start: int, num_workers: int = 0) -> list[tuple[int, list[Tensor]]]:
+    feed = Feed(Plan(N_ROWS, 3, Batching(2, 3, 1, WINDOW)), loader_of(data, num_workers), Cutter(Caps(2)))
+    portions = [portion for epoch in feed.plan.epochs for portion in feed.epoch(epoch, start)]
+    return [(p.window.index, [micro.batch[0] for micro in p.micro_batches]) for p in portions]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_feed_that_begins_anywhere_gives_what_it_gave_when_it_came_there(num_workers: int) -> None:
+    whole = batches_from(Noisy(), 0)
+    for start in (1, 11, 12, 17, 35, 36):
+        found = batches_from(Noisy(), start, num_workers)
+        assert [index for index, _ in found] == list(range(start, 36))
+        for (_, some), (_, wanted) in zip(found, whole[start:], strict=True):
+            assert all(map(torch.equal, some, wanted))
+
+
+def test_windows_far_ahead_cost_no_reading_of_what_lies_before() -> None:
+    asked: list[int] = []
+
+    class Counted(Pairs):
+        def __len__(self) -> int:
+            return 100_000
+
+        def __getitem__(self, index: int) -> Any:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    feed = Feed(Plan(100_000, 1, Batching(2, 3, 1, WINDOW)), loader_of(Counted()), Cutter(Caps(2)))
+    asked.clear()
+    started = time.process_time()
+    portion = next(feed.epoch(0, 10_000))
+    assert time.process_time() - started < 0.2
+    assert portion.window.index == 10_000
+    assert sorted(asked) == sorted(portion.window.rows)
+
+
+def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
+    rows = [as_rows(kind(), "train_data") for kind in (Pairs, Noisy, NoisyByItself)]
+    collations = [Collation(PaddingCollator(None)) for _ in rows]
+    before = Generators.now()
+    for each, collation in zip(rows, collations, strict=True):
+        collation.find_draws(each)
+        each.fetch(range(9))
+    assert before.unmoved()
+    assert [each.draw for each in rows] == [False, True, False]
+    assert [collation.repeats for collation in collations] == [True, True, False]
+
+
+@pytest.mark.processes
+def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
+    two_processes: Callable[..., str], tmp_path: Path
+) -> None:
+    alone, result = trained(Noisy(), val_data=Noisy())
+    torch.save(alone, tmp_path / "alone.pt")
+    found = json.loads(two_processes("data_faults_of_two.py", str(tmp_path)).split("FOUND")[1])
+    for case in ("row", "row, with workers", "validation row", "dying workers"):
+        one, other = found["errors"][case]
+        assert one == other
+        assert "(Process 1 met it, and all of them end alike.)" in one
+    assert "Row 17 of `train_data` cannot be read: OSError('disk on fire')." in found["errors"]["row"][0]
+    assert "Row 17 of `val_data` cannot be read" in found["errors"]["validation row"][0]
+    assert "killed by SIGKILL, as 2 did before it" in found["errors"]["dying workers"][0]
+    assert found["ledgers"] == {"row": BEFORE_17, "row, with workers": BEFORE_17, "dying workers": BEFORE_17}
+    assert found["difference"] < 1e-9
+    assert found["val losses"] == pytest.approx(result.val_loss_history, rel=1e-9)
