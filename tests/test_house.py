@@ -16,7 +16,7 @@ SOURCE = Path(ftaccum.__file__).parent
 FLOORS = [
     ["errors"],
     ["rules"],
-    ["settings"],
+    ["settings", "mappings"],
     ["cutting"],
     ["planning"],
     ["history"],
@@ -46,6 +46,7 @@ WITHOUT_TORCH = [
     "errors",
     "rules",
     "settings",
+    "mappings",
     "cutting",
     "planning",
     "history",
