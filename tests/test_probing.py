@@ -283,6 +283,13 @@ def test_one_row_is_enough() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "way"), [("causal LM, Llama", "labels after the shift"), ("token classification, BERT", "labels")]
+)
+def test_one_row_of_two_labels_tells_whether_they_are_shifted(name: str, way: str) -> None:
+    assert counted_by(HEADS[name].model(), [{"input_ids": [5, 6], "labels": [2, 1]}]) == f"{way} (measured)"
+
+
 def test_a_plain_modules_next_token_loss_is_known() -> None:
     class Zeros(nn.Module):
         def __init__(self) -> None:
