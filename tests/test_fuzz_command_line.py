@@ -1,4 +1,4 @@
-"""Any file of settings, and any words behind the command: taken as they are meant, or said to be wrong in a sentence."""
+"""Any file of settings, and any words behind the command: taken as they are meant, or one sentence."""
 
 import contextlib
 import io
