@@ -38,14 +38,13 @@ MUTANTS = [
     Mutant("ignored labels counted", "objective/counting.py", "int((_targets(batch) != self.ignore_index).sum())", "_targets(batch).numel()"),
     Mutant("labels predict themselves", "objective/forward.py", 'batch["labels"]\n', 'batch["labels"].roll(1, 1)\n'),
     Mutant("padding never matters", "objective/probing.py", "if alike[term] <= tolerance < apart_[term]", "if False"),
+    Mutant("even rows not told apart", "objective/counting.py", "targets[::2, 1:]", "targets[:, 1:]"),
     Mutant("rows of two labels ask nothing", "objective/counting.py", "[counted[counted > 0][not are_few :]]", "[counted[counted > 0][1:]]"),
     Mutant("held-out rows called training data", "assembly.py", "rows.subset(held, part)", "rows.subset(held)"),
     Mutant("integers beyond 64 bits", "rules.py", " and abs(value) <= _LARGEST", ""),
     Mutant("values that raise when asked", "rules.py", "        except Exception:  # users' objects", "        except KeyError:  # users' objects"),
     Mutant("what cannot be read raises", "rules.py", "    except Exception:  # a list", "    except KeyError:  # a list"),
     Mutant("long values shown whole", "rules.py", "is {shown(value)} instead", "is {value!r} instead"),
-    Mutant("plans without bounds", "planning/windows.py", "if max(self._most_updates, self._most_epochs) > _MANY or rows > _MOST_ROWS:", "if False:"),
-    Mutant("epochs counted on that never begin", "planning/windows.py", "0, 0, self._most_epochs * self.n_rows", "0, 0, self.n_epochs * self.n_rows"),
     Mutant("settings of verify not read", "verification/verifying.py", "read_as(VerifySettings, given)", "VerifySettings(**{name: given[name] for name in VerifySettings.__dataclass_fields__})"),
     Mutant("keys given twice", "mappings.py", "if key.value in names[:n]:", "if False:"),
     Mutant("YAML of 2005", "mappings.py", 'if tag.removeprefix(_TAG) not in _SCALARS]', "]"),
@@ -219,7 +218,8 @@ FIRST |= {"rehearsing.py": "self_check", "objective/counting.py": "self_check", 
 FIRST |= dict.fromkeys(
     ("data/text.py", "data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming"
 )
-FIRST |= {"wide_gradients.py": "precision"}
+FIRST |= {"wide_gradients.py": "precision", "rules.py": "fuzz_settings"}
+FIRST |= dict.fromkeys(("mappings.py", "flags.py", "cli.py"), "fuzz_command_line")
 _SEARCHING = [
     "trials",
     "space",

@@ -76,7 +76,7 @@ class Plan(Course):
     @cached_property
     def _ends(self) -> np.ndarray:
         """Where each window ends, in rows from the beginning of the first epoch."""
-        n, end, of_all = 0, 0, self._most_epochs * self.n_rows
+        n, end, of_all = 0, 0, self.n_epochs * self.n_rows
         at_most = self.max_updates or of_all
         ends = []
         for (_, sizes), (following, _) in itertools.pairwise([*self.batching.stages(), (at_most, self.batching)]):
