@@ -108,6 +108,7 @@ MUTANTS = [
     Mutant("max_updates not kept", "planning/windows.py", "at_most = self.max_updates or of_all", "at_most = of_all"),
     Mutant("carried rows lost", "planning/windows.py", "start % self.n_rows, None)", "0, None)"),
     Mutant("a row twice in a window drawn for once", "data/loading.py", "take(whole, piece.places)", "take(whole, [share.window.index(row) for row in piece.rows])"),
+    Mutant("rates that are tensors recorded so", "loop.py", 'float(self.schedule.optimizer.param_groups[0]["lr"])', 'self.schedule.optimizer.param_groups[0]["lr"]'),
     Mutant("scaled rates left behind", "optim.py", '            group["lr"] = rate\n', "            pass\n"),
     Mutant("the rate follows taken updates", "loop.py", "factor = self.rate_factor(window.index)", "factor = self.rate_factor(self.schedule.last_epoch)"),
     Mutant("the rate recorded is not the one used", "loop.py", '["lr"] * factor', '["lr"]'),
