@@ -38,6 +38,19 @@ MUTANTS = [
     Mutant("ignored labels counted", "objective/counting.py", "int((_targets(batch) != self.ignore_index).sum())", "_targets(batch).numel()"),
     Mutant("labels predict themselves", "objective/forward.py", 'batch["labels"]\n', 'batch["labels"].roll(1, 1)\n'),
     Mutant("padding never matters", "objective/probing.py", "if alike[term] <= tolerance < apart_[term]", "if False"),
+    Mutant("even rows not told apart", "objective/counting.py", "targets[::2, 1:]", "targets[:, 1:]"),
+    Mutant("rows of two labels ask nothing", "objective/counting.py", "[counted[counted > 0][not are_few :]]", "[counted[counted > 0][1:]]"),
+    Mutant("held-out rows called training data", "assembly.py", "rows.subset(held, part)", "rows.subset(held)"),
+    Mutant("integers beyond 64 bits", "rules.py", " and abs(value) <= _LARGEST", ""),
+    Mutant("values that raise when asked", "rules.py", "        except Exception:  # users' objects", "        except KeyError:  # users' objects"),
+    Mutant("what cannot be read raises", "rules.py", "    except Exception:  # a list", "    except KeyError:  # a list"),
+    Mutant("long values shown whole", "rules.py", "is {shown(value)} instead", "is {value!r} instead"),
+    Mutant("settings of verify not read", "verification/verifying.py", "read_as(VerifySettings, given)", "VerifySettings(**{name: given[name] for name in VerifySettings.__dataclass_fields__})"),
+    Mutant("keys given twice", "mappings.py", "if key.value in names[:n]:", "if False:"),
+    Mutant("YAML of 2005", "mappings.py", 'if tag.removeprefix(_TAG) not in _SCALARS]', "]"),
+    Mutant("files that are no text", "mappings.py", "except (OSError, ValueError, RecursionError, yaml.YAMLError)", "except (OSError, yaml.YAMLError)"),
+    Mutant("options of other commands unknown", "cli.py", "description=description, elsewhere=elsewhere", "description=description"),
+    Mutant("words that are no numbers", "flags.py", "            if is_ruled:\n                return word\n", ""),
     Mutant("ties not asked again", "objective/probing.py", "if asking is not None and any(", "if False and any("),
     Mutant("last weights not shaken", "objective/steadying.py", "weight.add_(noise", "weight.sub_(0 * noise"),
     Mutant("measured in 16 bits", "objective/steadying.py", "converted(tensors, torch.float32)", "converted([])"),
@@ -113,6 +126,7 @@ MUTANTS = [
     Mutant("a run begins at the first window of its epoch", "planning/windows.py", "indices[max(0, start - indices.start) :]", "indices[0:]"),
     Mutant("a stream begins at the first window of its epoch", "planning/streaming.py", "if window.index >= start)", ")"),
     Mutant("a row twice in a window drawn for once", "data/loading.py", "take(whole, piece.places)", "take(whole, [share.window.index(row) for row in piece.rows])"),
+    Mutant("rates that are tensors recorded so", "loop.py", 'float(self.schedule.optimizer.param_groups[0]["lr"])', 'self.schedule.optimizer.param_groups[0]["lr"]'),
     Mutant("scaled rates left behind", "optim.py", '            group["lr"] = rate\n', "            pass\n"),
     Mutant("the rate follows taken updates", "loop.py", "factor = self.rate_factor(window.index)", "factor = self.rate_factor(self.schedule.last_epoch)"),
     Mutant("the rate recorded is not the one used", "loop.py", '["lr"] * factor', '["lr"]'),
@@ -259,6 +273,8 @@ FIRST |= dict.fromkeys(
     ("data/text.py", "data/streaming.py", "planning/streaming.py", "reading.py", "recording.py"), "streaming"
 )
 FIRST |= {"wide_gradients.py": "precision", "divergence.py": "nonfinite"}
+FIRST |= {"wide_gradients.py": "precision", "rules.py": "fuzz_settings"}
+FIRST |= dict.fromkeys(("mappings.py", "flags.py", "cli.py"), "fuzz_command_line")
 _SEARCHING = [
     "trials",
     "space",
@@ -278,6 +294,9 @@ FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING} | {"interrupts.p
 TESTS = [
     "parity",
     "exactness",
+    "fuzz",
+    "fuzz_settings",
+    "fuzz_command_line",
     "precision",
     "nonfinite",
     "planning",

@@ -29,6 +29,7 @@ from transformers import (
 from ftaccum import DataError, InexactLossWarning, Result, SettingsError, plan, test_fine_tuning
 from ftaccum.data import Rows, synthetic_rows
 from ftaccum.data.checking import sample_positions
+from ftaccum.planning import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
@@ -362,6 +363,12 @@ def test_faults_in_validation_data_name_it() -> None:
         run(CLASSIFIER.model(), ROWS, val_data=[{"input_ids": [1, 2]}])
     with pytest.raises(DataError, match="Of `val_data`, row 1 has the label 9"):
         run(CLASSIFIER.model(), ROWS, val_data=[ROWS[0], {**ROWS[1], "labels": 9}])
+    _, held = hold_out(9, 0.5, seed=42)
+    rows = [{**row, "labels": [-100] * len(row["labels"])} if n in held else row for n, row in enumerate(CAUSAL.rows())]
+    with pytest.raises(
+        DataError, match=r"What `validation_split`, 0\.5, holds out of `train_data` has no row with loss"
+    ):
+        run(CAUSAL.model(), rows, validation_split=0.5)
 
 
 def test_a_fault_outside_the_sample_names_its_row_and_costs_no_update(tmp_path: Path) -> None:

@@ -170,6 +170,17 @@ def test_a_schedule_that_goes_on_from_its_own_rate_is_not_disturbed() -> None:
     assert seen == [1.0, 2.0, 1.0]
 
 
+def test_a_rate_that_is_a_tensor_is_recorded_as_a_number_and_put_back(tmp_path: Path) -> None:
+    model = BERT.model()
+    held = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
+    result = test_fine_tuning(
+        model, train_data=BERT.rows(), optimizer=held, n_epochs=1, validation_split=0.0, output_dir=str(tmp_path),
+        gradient_accumulation_steps="0:1,1:2", learning_rate_scaling="linear", progress=False,
+    )  # fmt: skip
+    assert Result.load(tmp_path).lr_history == result.lr_history == pytest.approx([1e-3, 1e-3], rel=1e-6)
+    assert held.param_groups[0]["lr"] == torch.tensor(1e-3)
+
+
 def test_epochs_without_an_update_are_evaluated_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -283,6 +283,18 @@ def test_one_row_is_enough() -> None:
     )
 
 
+_TWO_LABELS = {"input_ids": [5, 6], "labels": [2, 1]}
+_TWO_OF_FOUR = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 2, 1]}
+
+
+@pytest.mark.parametrize("rows", [[_TWO_LABELS], [{**_TWO_LABELS, "labels": [-100, 1]}, _TWO_OF_FOUR]])
+@pytest.mark.parametrize(
+    ("name", "way"), [("causal LM, Llama", "labels after the shift"), ("token classification, BERT", "labels")]
+)
+def test_few_rows_of_few_labels_tell_whether_they_are_shifted(name: str, way: str, rows: list[Any]) -> None:
+    assert counted_by(HEADS[name].model(), rows) == f"{way} (measured)"
+
+
 def test_a_plain_modules_next_token_loss_is_known() -> None:
     class Zeros(nn.Module):
         def __init__(self) -> None:

@@ -116,7 +116,8 @@ def _split(parts: Parts, recipe: Recipe, accelerator: Accelerator, stream: Strea
     if stream is not None or given is not None:
         return rows, None if given is None else _tokenised(given, parts, accelerator)
     kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
-    return rows.subset(kept), rows.subset(held) if held else None
+    part = f"What `validation_split`, {recipe.validation_split}, holds out of "
+    return rows.subset(kept), rows.subset(held, part) if held else None
 
 
 def _longest(parts: Parts, rows: Rows) -> int | None:

@@ -3,7 +3,9 @@
 import contextlib
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError, DivergedError, SettingsError
 from .flags import NamedArguments, TrainArguments, parse
@@ -25,6 +27,13 @@ commands:
 
 `ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
 """
+
+_KINDS: dict[str, list[type]] = {
+    "train": [TrainArguments, Recipe, Runtime],
+    "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
+    "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
+    "plan": [PlanArguments],
+}
 
 _NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = _DIVERGED = 1
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -56,8 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
+def _parsed(command: str, words: Sequence[str], description: str) -> Any:
+    """An instance of each of the command's dataclasses."""
+    options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in _KINDS.items()}
+    elsewhere = {
+        option: f"It is an option of {', '.join(f'`ftaccum {each}`' for each in options if option in options[each])}."
+        for option in set().union(*options.values()) - options[command]
+    }
+    return parse(_KINDS[command], words, prog=f"ftaccum {command}", description=description, elsewhere=elsewhere)
+
+
 def _plan(words: Sequence[str]) -> int:
-    (given,) = parse([PlanArguments], words, prog="ftaccum plan", description="The arithmetic of a run. Loads nothing.")
+    (given,) = _parsed("plan", words, "The arithmetic of a run. Loads nothing.")
     print(plan(**vars(given)))
     return 0
 
@@ -69,9 +88,7 @@ def _train(words: Sequence[str]) -> int:
         "anything is loaded; 75 where SIGTERM or SIGUSR1 asked it to stop: `--resume auto` goes on, as it does after "
         "Ctrl-C (130)."
     )
-    named, recipe, runtime = parse(
-        [TrainArguments, Recipe, Runtime], words, prog="ftaccum train", description=description
-    )
+    named, recipe, runtime = _parsed("train", words, description)
     _check_named(named, "train")
 
     # Only now what takes seconds to import.
@@ -102,8 +119,7 @@ def _search(words: Sequence[str]) -> int:
         "Searches for the number of accumulation steps and the learning rate at a fixed physical batch. The same "
         "command again goes on where it was; with `--storage`, on any number of machines at once."
     )
-    kinds = [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime]
-    named, varied, settings, recipe, runtime = parse(kinds, words, prog="ftaccum search", description=description)
+    named, varied, settings, recipe, runtime = _parsed("search", words, description)
     _check_named(named, "search")
     shared = vars(recipe) | vars(runtime) | {"output_dir": runtime.output_dir or "outputs/search"}
 
@@ -115,9 +131,7 @@ def _search(words: Sequence[str]) -> int:
 
     space = read_dimensions(varied.space)
     checked(shared)
-    faults = single_faults(settings)
-    if faults:
-        raise SettingsError(faults)
+    _refuse(single_faults(settings))
     model_factory, loaded = load_factory(named)
     study = search(
         model_factory,
@@ -144,12 +158,13 @@ def _verify(words: Sequence[str]) -> int:
         "where the model can. Nothing is trained. The rows of an update must fit in memory together.\n\n"
         "Exit status: 0 where accumulating is exact to rounding, 1 where it is not, 2 for bad input."
     )
-    kinds = [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime]
-    named, output, settings, recipe, runtime = parse(kinds, words, prog="ftaccum verify", description=description)
+    named, output, settings, recipe, runtime = _parsed("verify", words, description)
     _check_named(named, "verify")
     if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
         raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
 
+    checked(vars(recipe) | vars(runtime))
+    _refuse(single_faults(settings))
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for what was found
         from accelerate import PartialState
 
@@ -174,6 +189,12 @@ def _check_named(named: NamedArguments, command: str) -> None:
         raise SettingsError(
             [f"`--{name}` is needed. `ftaccum {command} --help` says what it may be." for name in needed]
         )
+    _refuse(single_faults(named))
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise SettingsError(faults)
 
 
 def _measures(named: TrainArguments, validation_split: float) -> bool:

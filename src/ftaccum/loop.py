@@ -148,7 +148,7 @@ class TrainingLoop:
         gradient is not finite, or there was nothing to learn from."""
         window, scaler = portion.window, self.accelerator.scaler
         factor = self.rate_factor(window.index)
-        rate = self.schedule.optimizer.param_groups[0]["lr"] * factor
+        rate = float(self.schedule.optimizer.param_groups[0]["lr"]) * factor  # it may be a tensor
         # Accelerate's `clip_grad_norm_` stumbles over sharded weights in another order than the model's.
         self.accelerator.unscale_gradients()
         norm = _whole(nn.utils.clip_grad_norm_(self._held, self.max_grad_norm))

@@ -12,6 +12,7 @@ from .errors import SettingsError
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .objective import IGNORE_INDEX, CountItems, LossFn
 from .optim import OptimizerFactory, fault_of_schedule
+from .rules import shown
 from .settings import Recipe, Runtime
 
 
@@ -59,10 +60,10 @@ def check_parts(parts: Parts, recipe: Recipe, runtime: Runtime) -> None:
     for name in ("data_collator", "loss_fn", "count_items"):
         part = getattr(parts, name)
         if part is not None and not callable(part):
-            faults.append(f"`{name}` must be callable or None, but is {part!r} instead. Give a function.")
-    if parts.reduction not in ("mean", "sum"):
+            faults.append(f"`{name}` must be callable or None, but is {shown(part)} instead. Give a function.")
+    if not (isinstance(parts.reduction, str) and parts.reduction in ("mean", "sum")):
         faults.append(
-            f"`reduction` must be 'mean' or 'sum', but is {parts.reduction!r} instead. "
+            f"`reduction` must be 'mean' or 'sum', but is {shown(parts.reduction)} instead. "
             "Have `loss_fn` give the mean over its items, or their sum."
         )
     told = (fault_of_metrics(parts.compute_metrics), fault_of_schedule(recipe.lr_scheduler))

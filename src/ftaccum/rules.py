@@ -5,6 +5,7 @@ import math
 import numbers
 import os
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -24,20 +25,39 @@ class Rule:
 
     def fault(self, name: str, value: Any, remedy: str) -> str | None:
         """The sentence that says how `value` breaks this rule, or None where it does not."""
-        if self.accepts(value):
-            return None
-        return f"`{name}` must be {self.words}, but is {value!r} instead. {remedy}"
+        try:
+            if self.accepts(value):
+                return None
+        except Exception:  # users' objects may raise when they are compared, or asked whether they are true
+            pass
+        return f"`{name}` must be {self.words}, but is {shown(value)} instead. {remedy}"
 
     def or_none(self) -> "Rule":
         return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None", self.read)
 
 
+class _Shown(reprlib.Repr):
+    """Values in messages: cut in the middle where they are long, and named where they cannot be shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlist = self.maxtuple = 20
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002
+        return repr(x) if abs(x) <= _LARGEST else "too large an integer"
+
+
+_LARGEST = 2**63 - 1  # what NumPy and torch can count to
+shown = _Shown().repr
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 PositiveInt = Annotated[int, Rule(lambda v: _is_int(v) and v > 0, "a positive integer")]
@@ -45,10 +65,11 @@ Count = Annotated[int, Rule(lambda v: _is_int(v) and v >= 0, "a non-negative int
 # torch seeds with 64 bits and NumPy with 32; the smaller bound serves both.
 Seed = Annotated[int, Rule(lambda v: _is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
 Positive = Annotated[float, Rule(lambda v: _is_number(v) and v > 0, "a positive number")]
+Length = Annotated[float, Rule(lambda v: _is_number(v) and v >= 1, "a number of 1 or more")]
 NonNegative = Annotated[float, Rule(lambda v: _is_number(v) and v >= 0, "a non-negative number")]
 Fraction = Annotated[float, Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
 Flag = Annotated[bool, Rule(lambda v: isinstance(v, bool), "True or False")]
-Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v), "a non-empty string")]
+Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v) and "\0" not in v, "a non-empty string")]
 Tracker = Annotated[
     str,
     Rule(
@@ -129,9 +150,9 @@ Costs = Annotated[
     list[float],
     Rule(
         lambda v: (
-            isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and c >= 0 for c in v) and sum(v) > 0
+            isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and 0 <= c < 1e30 for c in v) and any(v)
         ),
-        "three numbers of 0 or more, one at least above 0, such as [64, 1, 0.0005]",
+        "three numbers of 0 or more (and below 1e30), one at least above 0, such as [64, 1, 0.0005]",
     ),
 ]
 
@@ -143,17 +164,24 @@ def setting(default: Any, help: str, *aliases: str) -> Any:
 
 def read_as(kind: type[T], given: Mapping[str, Any]) -> T:
     """One of the dataclasses of settings from those of its fields that are given, each read as its rule says."""
-    rules = _rules(kind)
+    rules = rules_of(kind)
     names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
     return kind(**{n: rules[n].read(plain(given[n])) for n in names})
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, paths as strings."""
+    """NumPy's numbers as Python's, paths as strings; what cannot be read so stays as it is, for its rule to refuse."""
+    try:
+        return _plain(value)
+    except Exception:  # a list that holds itself, a fraction beyond all floats, a tensor without storage, …
+        return value
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, bool):
         return value
     if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
+        return [_plain(each) for each in value]
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -165,22 +193,24 @@ def plain(value: Any) -> Any:
 
 def single_faults(settings: Any) -> list[str]:
     """A sentence for each field of a settings dataclass that breaks the rule in its annotation."""
-    rules = _rules(type(settings))
+    rules = rules_of(type(settings))
     found = (
         rules[f.name].fault(f.name, getattr(settings, f.name), _remedy(f)) for f in fields(settings) if f.name in rules
     )
     return [fault for fault in found if fault]
 
 
-def _rules(kind: type) -> dict[str, Rule]:
-    return {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+def rules_of(kind: type) -> dict[str, Rule]:
+    """The rules of a dataclass, by the names of those of its fields that have one."""
+    found = {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return {name: rule for name, rule in found.items() if rule is not None}
 
 
-def _rule(hint: Any) -> Rule:
+def _rule(hint: Any) -> Rule | None:
     if get_origin(hint) is Annotated:
         return next(note for note in get_args(hint) if isinstance(note, Rule))
-    annotated, _none = get_args(hint)
-    return _rule(annotated).or_none()
+    rules = [_rule(each) for each in get_args(hint) if get_origin(each) is Annotated]
+    return rules[0].or_none() if rules and rules[0] else None
 
 
 def _remedy(f: Field) -> str:

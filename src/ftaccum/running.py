@@ -106,7 +106,7 @@ def _made(output_dir: str | None) -> Path | None:
         return None
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot spell
         raise SettingsError(
             [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
         ) from error

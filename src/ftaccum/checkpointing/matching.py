@@ -13,14 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..assembly import Assembly
-from ..data import Rows
+from ..data import Rows, sample_positions
 from ..errors import CheckpointError
 from ..parts import Parts
 from ..planning import Batching
 from ..settings import SIZES, Recipe, Runtime
 from ..side_effects import preserved_rng, seed_all
 
-_LOOKED_AT = 16  # rows, spread over the data; numbers of a weight; numbers of a weight
+_LOOKED_AT = 16  # numbers of a weight; numbers of a weight
 _MATTER_TO_ROUNDING = (
     *("max_tokens", "planner", "planner_costs", "padding_free", "compile", "accumulate_in_fp32"),
     *("gradient_checkpointing", "deterministic"),
@@ -40,13 +40,12 @@ def of_sizes(batching: Batching) -> Any:
 
 
 def of_rows(rows: Rows | None) -> str | None:
-    """How many rows, and a checksum of some of them and of the lengths of all. (Rows that are drawn anew each time they
+    """How many rows, and a checksum of those that are looked at before training and of the lengths of all. (Rows that are drawn anew each time they
     are fetched have none of themselves.)"""
     if rows is None:
         return None
     checksum = hashlib.sha256(np.array(rows.lengths() or []).tobytes())
-    spread = np.unique(np.linspace(0, len(rows) - 1, _LOOKED_AT, dtype=int)).tolist()
-    one, other = (_looked_at(rows, spread) for _ in range(2))
+    one, other = (_looked_at(rows, sample_positions(rows)) for _ in range(2))
     if one == other:
         checksum.update(one.encode())
     return f"{len(rows)} rows ({checksum.hexdigest()[:8]})"

@@ -1,7 +1,7 @@
 """Whatever the user hands over → rows → collated, counted micro-batches."""
 
 from ..objective import Sample
-from .checking import Ranges, check_lengths, check_sample, labelled, sample_of
+from .checking import Ranges, check_lengths, check_sample, labelled, sample_of, sample_positions
 from .collating import Collation, Collator, PaddingCollator
 from .feeding import Feed, Portion, Portions
 from .loading import Loader, MicroBatch, Share
@@ -37,6 +37,7 @@ __all__ = [
     "mean_length",
     "most_tokens",
     "sample_of",
+    "sample_positions",
     "synthetic_rows",
     "tokenized",
 ]

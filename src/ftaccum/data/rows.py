@@ -44,19 +44,26 @@ class Rows:
     """
 
     def __init__(
-        self, argument: str, source: Any, positions: Sequence[int] | None = None, names: Sequence[int] | None = None
+        self,
+        argument: str,
+        source: Any,
+        positions: Sequence[int] | None = None,
+        names: Sequence[int] | None = None,
+        part: str = "",
     ) -> None:
         """Args:
         argument: what the user calls them, for messages.
         source: anything with `__len__` and `__getitem__`.
         positions: the rows of `source` that these are; all, where None.
         names: by position in `source`, the index in what the user handed over; the position itself, where None.
+        part: which of the rows of that name they are, for messages about all of them: words before the name.
         """
         self.argument = argument
         self.source = source
         self._positions = positions
         self._names = names
         self.draw = False
+        self._part = part
 
     def __len__(self) -> int:
         return len(self.source) if self._positions is None else len(self._positions)
@@ -74,7 +81,7 @@ class Rows:
     @property
     def all_in_words(self) -> str:
         """What to call all of them in a message, that is, those that were looked at."""
-        return f"`{self.argument}`"
+        return f"{self._part}`{self.argument}`"
 
     @property
     def if_none_is_fit(self) -> str:
@@ -137,8 +144,8 @@ class Rows:
             return [length_of(row) for row in self.fetch(range(len(self)))]
         return None
 
-    def subset(self, positions: Sequence[int]) -> "Rows":
-        return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names)
+    def subset(self, positions: Sequence[int], part: str = "") -> "Rows":
+        return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names, part)
 
     def as_table(self) -> Dataset:
         """The rows, and no others of their source, as a table.

@@ -143,16 +143,18 @@ def relabelled(batch: Batch, ignore_index: int) -> Batch | None:
     """A copy with other labels, on which ways to count differ widely that agree on the batch as it is.
 
     In odd rows two labels count, the first of the row and one more: two labels, one of them after the shift. In even
-    rows all do that did, and the first. None where the labels cannot be ignored in part.
+    rows all do that did, and the first. Where that would be two labels in each, odd rows keep the first alone, none
+    after the shift. None where the labels cannot be ignored in part.
     """
     targets = targets_of(batch)
     if targets is None or targets.is_floating_point() or targets.ndim != 2 or not isinstance(batch, Mapping):
         return None
     labels_BL = targets.clone()
+    are_few = bool(((targets[::2, 1:] != ignore_index).sum(1) <= 1).all())
     for row, labels_L in enumerate(labels_BL):
         counted = (labels_L != ignore_index).nonzero().flatten()
         if len(counted):
             labels_L[0] = labels_L[counted[0]]
             if row % 2:
-                labels_L[counted[counted > 0][1:]] = ignore_index
+                labels_L[counted[counted > 0][not are_few :]] = ignore_index
     return {**batch, "labels": labels_BL}

@@ -7,8 +7,8 @@ from typing import Any
 from ..errors import SettingsError
 from ..rules import (
     Fraction,
+    Length,
     Pairs,
-    Positive,
     PositiveInt,
     Remainder,
     Scaling,
@@ -20,7 +20,7 @@ from ..rules import (
 )
 from ..settings import Recipe, Runtime, faults_of_schedule
 from .batching import resolve_batching
-from .drawing import hold_out
+from .drawing import n_held_out
 from .windows import Plan
 
 
@@ -38,7 +38,7 @@ class PlanArguments:
     gradient_accumulation_steps: Steps = _as_in(Recipe, "gradient_accumulation_steps")
     effective_batch_size: PositiveInt | None = _as_in(Recipe, "effective_batch_size")
     tokens_per_update: PositiveInt | None = _as_in(Recipe, "tokens_per_update")
-    tokens_per_row: Positive | None = setting(None, "mean length of the rows, needed with tokens_per_update")
+    tokens_per_row: Length | None = setting(None, "mean length of the rows, needed with tokens_per_update")
     num_processes: PositiveInt = setting(1, "processes that `accelerate launch` would start")
     n_epochs: PositiveInt = _as_in(Recipe, "n_epochs")
     max_updates: PositiveInt | None = _as_in(Recipe, "max_updates")
@@ -81,19 +81,19 @@ def plan(
     """
     arguments = read_as(PlanArguments, locals())
     faults = single_faults(arguments) or faults_of_schedule(arguments)
-    if tokens_per_update is not None and tokens_per_row is None:
+    if arguments.tokens_per_update is not None and arguments.tokens_per_row is None:
         faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
     if faults:
         raise SettingsError(faults)
-    kept, held = hold_out(n_rows, validation_split, random_seed)
+    n_held = n_held_out(arguments.n_rows, arguments.validation_split)
     sizes = {name: getattr(arguments, name) for name in inspect.signature(resolve_batching).parameters}
     return Plan(
-        len(kept),
-        n_epochs,
+        arguments.n_rows - n_held,
+        arguments.n_epochs,
         resolve_batching(**sizes),
-        random_seed,
-        len(held),
-        remainder,
-        max_updates,
-        learning_rate_scaling,
+        arguments.random_seed,
+        n_held,
+        arguments.remainder,
+        arguments.max_updates,
+        arguments.learning_rate_scaling,
     )

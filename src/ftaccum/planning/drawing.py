@@ -9,10 +9,8 @@ from ..errors import SettingsError
 _HOLD_OUT, _EPOCH = 0, 1
 
 
-def hold_out(n_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Splits row positions into (training, validation) by the seed, each in ascending order.
-
-    The validation part has `share × n_rows` rows, rounded, and at least one where `share` is above 0.
+def n_held_out(n_rows: int, share: float) -> int:
+    """Rows that are held out: `share × n_rows`, rounded, and at least one where `share` is above 0.
 
     Raises:
         SettingsError: where nothing would be left to train on.
@@ -22,6 +20,16 @@ def hold_out(n_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
         raise SettingsError(
             [f"`validation_split` {share} of {n_rows} rows leaves none to train on. Give more rows, or a split of 0."]
         )
+    return n_held
+
+
+def hold_out(n_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
+    """Splits row positions into (training, validation) by the seed, each in ascending order.
+
+    Raises:
+        SettingsError: where nothing would be left to train on.
+    """
+    n_held = n_held_out(n_rows, share)
     order = _permutation(n_rows, seed, _HOLD_OUT)
     held, kept = np.sort(order[:n_held]), np.sort(order[n_held:])
     return tuple(kept.tolist()), tuple(held.tolist())

@@ -9,11 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
+from ..errors import SettingsError
 from .batching import Batching
 from .course import Course, Window, sizes_in_words
 from .drawing import order_of
 
 _FEW = 6  # epochs, for their windows to be listed one by one
+_MANY, _MOST_ROWS = 10**8, 2**63 - 1  # updates or epochs, in 0.8 GB; rows, as 64 bits count them
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,33 @@ class Plan(Course):
     max_updates: int | None = None
     rate_scaling: str = "none"
     done: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises:
+        SettingsError: for a run of more updates or rows than can be listed.
+        """
+        rows = self._most_epochs * self.n_rows
+        if max(self._most_updates, self._most_epochs) > _MANY or rows > _MOST_ROWS:
+            raise SettingsError(
+                [
+                    f"`n_epochs` {self.n_epochs} over {self.n_rows} rows are up to {self._most_updates} updates in "
+                    f"{self._most_epochs} epochs, and no more than {_MANY} of either can be planned. Give fewer "
+                    "epochs, or `max_updates`."
+                ]
+            )
+
+    @property
+    def _most_updates(self) -> int:
+        """As many updates there are at most: where all are of the smallest size."""
+        smallest = min(sizes.effective_batch_size for _, sizes in self.batching.stages())
+        of_epochs = self.n_epochs * -(-self.n_rows // smallest)
+        return min(of_epochs, self.max_updates or of_epochs)
+
+    @property
+    def _most_epochs(self) -> int:
+        """As many epochs are begun at most: where all updates are of the largest size."""
+        largest = max(sizes.effective_batch_size for _, sizes in self.batching.stages())
+        return min(self.n_epochs, self._most_updates * -(-largest // self.n_rows))
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -151,7 +180,7 @@ class Plan(Course):
     def _updates_in_words(self) -> str:
         b = self.batching
         if self.remainder == "carry" or b.later:
-            counts = [self.n_windows_of(epoch) for epoch in self.epochs]
+            counts = np.bincount((self._ends - 1) // self.n_rows).tolist()
             listed = ", ".join(map(str, counts)) if len(counts) <= _FEW else f"{min(counts)} to {max(counts)}"
             return (str(counts[0]) if len(set(counts)) == 1 else listed) + f" ({self._remainder_in_words()})"
         left = self.n_rows % b.effective_batch_size

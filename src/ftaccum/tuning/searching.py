@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..data import is_stream
 from ..errors import SettingsError
 from ..fine_tuning import test_fine_tuning
 from ..flags import nearest
-from ..rules import single_faults
+from ..rules import read_as, single_faults
 from ..search_settings import SearchSettings
 from ..settings import checked
 from .conducting import conduct
@@ -118,7 +118,7 @@ def search(
         >>> study.best_params, study.best_value
     """
     given = dict(locals())
-    settings = SearchSettings(**{f.name: given[f.name] for f in fields(SearchSettings)})
+    settings = read_as(SearchSettings, given)
     fixed = _fixed(given, arguments)
     _check(settings, given, fixed)
     return conduct(

@@ -24,7 +24,7 @@ from ..objective import CountItems, LossFn
 from ..parts import Parts, check_parts
 from ..planning import Batching, Plan, batching_of
 from ..rehearsing import Rehearsal
-from ..rules import single_faults
+from ..rules import read_as, single_faults
 from ..session import session
 from ..settings import Recipe, Runtime, checked
 from ..side_effects import converted, preserved_gradients
@@ -105,7 +105,7 @@ def verify(
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[VerifySettings, Recipe, Runtime]:
-    settings = VerifySettings(**{f.name: given[f.name] for f in fields(VerifySettings)})
+    settings = read_as(VerifySettings, given)
     faults = single_faults(settings)
     # All rows train; what is inexact is told with the verdict.
     given = {**given, "validation_split": 0.0, "on_inexact": "ignore"}

@@ -1,0 +1,146 @@
+"""Any file of settings, and any words behind the command: taken as they are meant, or one sentence."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import example, given
+
+from ftaccum import SettingsError
+from ftaccum.cli import main
+from ftaccum.flags import parse
+from ftaccum.planning import PlanArguments
+from ftaccum.settings import Recipe, Runtime, checked
+from fuzzing import fuzz
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[bytes], list[str]]:
+    def written(content: bytes) -> list[str]:
+        (tmp_path / "settings.yaml").write_bytes(content)
+        return ["--config", str(tmp_path / "settings.yaml")]
+
+    return written
+
+
+_YAML_VALUES = st.sampled_from(
+    [
+        "1",
+        "2.0",
+        "1e-5",
+        "yes",
+        "off",
+        "~",
+        "none",
+        "[1, 1e-3, 0]",
+        "{a: 1}",
+        "0:2,3:4",
+        "'x'",
+        "",
+        "\t1",
+        "&a [*a]",
+        "- 1",
+    ]
+)
+_YAML_KEYS = st.sampled_from(
+    [*PlanArguments.__dataclass_fields__, "n_trials", "batch-size", "3", "~", "? [a]", "<<", "x"]
+)
+_YAML = st.lists(st.tuples(_YAML_KEYS, _YAML_VALUES), max_size=4).map(
+    lambda lines: "\n".join(f"{key}: {value}" for key, value in lines).encode()
+)
+
+
+@fuzz(examples=50)
+@given(content=_YAML | st.binary() | st.text().map(lambda text: text.encode(errors="surrogatepass")))
+@example(b"[" * 3000)
+@example(b"n_epochs: 2\nn_epochs: 3")
+@example(b"n_epochs: " + b"9" * 5000)
+def test_any_file_is_read_or_said_to_be_wrong(config: Callable[[bytes], list[str]], content: bytes) -> None:
+    assert _status(["plan", *config(content)]) in (0, 2)
+
+
+_WORDS = st.lists(
+    st.sampled_from(
+        [f"--{name}" for name in PlanArguments.__dataclass_fields__] + ["--planner", "--config", "--", "-n"]
+    )
+    | st.sampled_from(["3", "x", "1e-5", "none", "-1", "nan", "9" * 5000, "0:2,3:4", "=", "carry", ""])
+    | st.text(max_size=5).filter(lambda word: not word.startswith("-")),
+    max_size=6,
+)
+
+
+@fuzz(examples=100)
+@given(words=_WORDS)
+def test_any_words_are_taken_or_said_to_be_wrong(words: list[str]) -> None:
+    assert _status(["plan", *words]) in (0, 2)
+
+
+def _status(words: list[str]) -> int:
+    """The exit status of the command, which says something wherever it is not 0."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        status = main(words)
+    assert (status == 0) == (not said.getvalue())
+    return status
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--n_epochs", "x"], "`n_epochs` must be a positive integer, but is 'x' instead. It means: passes over"),
+        (["--n_epochs"], "`--n_epochs` needs one argument."),
+        (["--n_trials", "3"], "There is no option '--n_trials'. It is an option of `ftaccum search`."),
+        (["--n_trials=3"], "There is no option '--n_trials=3'. It is an option of `ftaccum search`."),
+        (["--accumulation_steps", "3"], "`ftaccum search`. Did you mean '--gradient_accumulation_steps'?"),
+    ],
+)
+def test_what_is_wrong_with_an_option(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+    assert main(["plan", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("n_trials: 3", "has the unknown key 'n_trials'. It is an option of `ftaccum search`."),
+        ("batch-size: 3", "has the unknown key 'batch-size'. Did you mean 'batch_size'?"),
+        ("n_epochs: 1\nn_epochs: 2", "cannot be read: 'n_epochs' is there twice"),
+        ("1: 2", "has the unknown key 1. Known are"),
+        ("recipe: {n_epochs: 1}", "has the unknown key 'recipe'. Known are"),
+        ("- n_epochs: 1", "must hold `name: value` lines, but holds [{'n_epochs': 1}] instead"),
+        ("", "must hold `name: value` lines, but holds None instead"),
+        ("n_epochs: x", "`n_epochs` must be a positive integer, but is 'x' instead"),
+    ],
+)
+def test_what_is_wrong_with_a_file(
+    capsys: pytest.CaptureFixture[str], config: Callable[[bytes], list[str]], content: str, sentence: str
+) -> None:
+    assert main(["plan", *config(content.encode())]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_file_means_what_it_says(config: Callable[[bytes], list[str]]) -> None:
+    """As YAML 1.1 has it, `no` is False, 1e-5 a word and 1:30 ninety."""
+    words = config(b"mixed_precision: no\nplanner: off\nprogress: yes\nplanner_costs: [1e2, 1, 1e-4]\nbatch_size: 8")
+    (runtime,) = parse([Runtime], words)
+    read = (runtime.mixed_precision, runtime.planner, runtime.progress, runtime.planner_costs, runtime.batch_size)
+    assert read == ("no", False, True, [100.0, 1, 0.0001], 8)
+    (recipe,) = parse([Recipe], config(b"learning_rate: 1e-5\ngradient_accumulation_steps: 1:30"))
+    assert recipe.learning_rate == 1e-5
+    with pytest.raises(SettingsError, match=r"or pairs .*, but is \[\[1, 30\]\] instead"):
+        checked(vars(recipe))
+
+
+def test_values_of_options_without_a_rule_are_refused_as_they_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--accumulation_steps", "1", "x"]) == 2
+    assert "`--accumulation_steps` must be a whole number, but is 'x' instead." in capsys.readouterr().err
+
+
+def test_a_verification_is_refused_before_rows_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["verify", "--model", "absent", "--train_data", "absent.csv"]
+    for words, sentence in ((["--n_splits", "-3"], "`n_splits` must"), (["--batch_size", "0"], "`batch_size` must")):
+        assert main([*named, *words]) == 2
+        assert sentence in capsys.readouterr().err

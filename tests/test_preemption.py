@@ -1,0 +1,119 @@
+"""Runs that are asked to stop: after the update under way, saved, with a status that says so."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ftaccum.interrupts
+from ftaccum import Preempted
+from ftaccum.interrupts import Interrupts
+from interrupted import checkpoints_of, fine_tuned, ledger_of, model
+
+
+def asked_to_stop(number: int, at_pass: int, times: int = 1) -> nn.Module:
+    """A model that gets a signal in the middle of an update."""
+    trained = model()
+
+    def ask(module: Any, *_: Any) -> None:
+        if torch.is_grad_enabled() and module.training and module.n_seen == at_pass:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    trained.register_forward_hook(ask)
+    return trained
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_heard_after_the_update_under_way(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(number)
+    ending: type[BaseException] = KeyboardInterrupt if number == signal.SIGINT else Preempted
+    with pytest.raises(ending) as ended:
+        fine_tuned(asked_to_stop(number, at_pass=4 * 4 + 2), output_dir=str(tmp_path))
+    there = tmp_path / "checkpoints" / "update-00000005"
+    assert str(ended.value) == (
+        f"Stopped after update 5, as asked. {there} is the newest checkpoint: the same call with `resume='auto'` goes "
+        "on from it."
+    )
+    assert number == signal.SIGINT or ended.value.code == 75  # type: ignore[attr-defined]
+    assert checkpoints_of(tmp_path) == [there.name]
+    assert len(ledger_of(tmp_path).splitlines()) == 5
+    assert "Interrupted: the update under way is finished first. Once more stops at once." in capsys.readouterr().out
+    assert signal.getsignal(number) == handler
+    again = fine_tuned(output_dir=str(tmp_path), resume="auto")
+    assert fine_tuned().differences(again) == []
+
+
+def test_a_signal_during_evaluation_is_heard_behind_it(tmp_path: Path) -> None:
+    trained, asked = model(), []
+
+    def ask(module: Any, *_: Any) -> None:
+        if not module.training and module.n_seen > 4 * 6 and not asked:
+            asked.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trained.register_forward_hook(ask)
+    with pytest.raises(Preempted, match="Stopped after update 7"):
+        fine_tuned(trained, output_dir=str(tmp_path))
+    assert checkpoints_of(tmp_path) == ["update-00000007-epoch-0001"]
+    assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+
+
+def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt, match="Stopped after update 5"):
+        fine_tuned(asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2, times=3), output_dir=str(tmp_path))
+    monkeypatch.setattr(ftaccum.interrupts, "_TWICE", -1.0)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        fine_tuned(asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2, times=2), output_dir=str(tmp_path / "at once"))
+    assert len(ledger_of(tmp_path / "at once")) == 0
+
+
+def test_without_a_folder_ctrl_c_is_heard_after_the_update_and_other_signals_as_ever() -> None:
+    trained = asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2)
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped after update 5, as asked. No checkpoint was kept.$"):
+        fine_tuned(trained)
+    assert all(p.grad is None for p in trained.parameters())
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    try:
+        ended = fine_tuned(asked_to_stop(signal.SIGTERM, at_pass=18))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard
+    assert ended.result.optimizer_steps == 14
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under `nohup`
+    try:
+        ended = fine_tuned(asked_to_stop(signal.SIGINT, at_pass=18), output_dir=str(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.result.optimizer_steps == 14
+
+
+def test_in_a_thread_nothing_is_kept(tmp_path: Path) -> None:
+    ended: list[Any] = []
+    thread = threading.Thread(target=lambda: ended.append(fine_tuned(output_dir=str(tmp_path))))
+    thread.start()
+    thread.join()
+    assert ended[0].result.optimizer_steps == 14
+
+
+def test_one_that_is_kept_already_is_kept_once() -> None:
+    interrupts = Interrupts("", (signal.SIGUSR1,))
+    before = signal.getsignal(signal.SIGUSR1)
+    with interrupts.kept():
+        with interrupts.kept():
+            pass
+        assert signal.getsignal(signal.SIGUSR1) == interrupts._keep
+    assert signal.getsignal(signal.SIGUSR1) == before
