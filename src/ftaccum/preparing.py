@@ -131,6 +131,11 @@ def _keeper(run: Settled, state: RunState, recorder: Recorder, stack: ExitStack)
     if shelf is not None and run.accelerator.is_main_process:
         if aside := shelf.set_aside(run.resumption.path):
             run.screen.note(f"Checkpoints of an earlier run are put aside, in {aside}.")
+        if not run.assembly.train.repeats:
+            run.screen.note(
+                "Note: rows or collator draw from a generator of their own. A run that is interrupted sees other draws "
+                "behind that; those of `random`, `numpy.random` and `torch` it would see again."
+            )
         writer = Writer(shelf, run.runtime.keep_checkpoints, run.screen.note, run.resumption.path)
     interrupts = run.watcher.interrupts(saves=shelf is not None)
     stack.enter_context(interrupts.kept())

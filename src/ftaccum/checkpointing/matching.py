@@ -40,8 +40,8 @@ def of_sizes(batching: Batching) -> Any:
 
 
 def of_rows(rows: Rows | None) -> str | None:
-    """How many rows, and a checksum of those that are looked at before training and of the lengths of all. (Rows that are drawn anew each time they
-    are fetched have none of themselves.)"""
+    """How many rows, and a checksum of those that are looked at before training and of the lengths of all. (Rows that
+    are drawn anew each time they are fetched have none of themselves.)"""
     if rows is None:
         return None
     checksum = hashlib.sha256(np.array(rows.lengths() or []).tobytes())
