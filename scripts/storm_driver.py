@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+
 from forking import Team
 from ftaccum import LostProcessError, Preempted
 from storm_runs import KINDS, Differences, train
@@ -16,6 +19,7 @@ _PREEMPTED, _BY_HAND, _LOST = 75, 130, 3  # exit statuses
 _ASKING: dict[int, int] = {signal.SIGTERM: _PREEMPTED, signal.SIGUSR1: _PREEMPTED, signal.SIGINT: _BY_HAND}
 _PATIENCE = 60.0  # seconds after which what should have ended by itself is taken to hang
 _SAVE = 0.03  # seconds that a save takes
+_JOINED = "The processes have found each other."
 _MARK = "struck"  # an empty file in a checkpoint that has been damaged
 
 _GOES_ON = re.compile(r"^Goes on after update \d+, from (.+?): ", re.MULTILINE)
@@ -105,8 +109,8 @@ class Run:
         # What goes on from a checkpoint must not depend on what the process and the model were before.
         born = self._starts if sound else 0
         team = Team(partial(_work, self.kind, self.folder, self.weather.workers, born), logs)
-        blow = None if seconds is None else self._blow(team, seconds)
-        self._wait(team, blow)
+        blow = None if seconds is None else self._blow(team, logs, seconds)
+        blow = self._waited(team, blow)
         said = logs[0].read_text()
         self._check_beginning(said, sound, marked)
         expected = self._after_kill(blow) if blow and blow.number == signal.SIGKILL else self._after_asking(blow, said)
@@ -115,7 +119,7 @@ class Run:
                 self._fault(f"ended with status {status} instead of one of {expected[rank]} in {logs[rank].name}.")
         return not any(team.statuses.values())
 
-    def _blow(self, team: Team, seconds: float) -> "_Blow | None":
+    def _blow(self, team: Team, logs: list[Path], seconds: float) -> "_Blow | None":
         """Strikes at a moment within these seconds. Returns None where the run had ended before."""
         draw, folder = self.draw, self.folder / "outputs" / "checkpoints"
         asks = draw.random() < self.weather.asks
@@ -126,18 +130,26 @@ class Run:
         team.over(draw.uniform(0, seconds))
         if aimed and team.until(lambda: any(folder.glob(".*.partial")), seconds):
             team.over(draw.uniform(0, _SAVE))
+        if not all(_JOINED in log.read_text() for log in logs):
+            # One process would wait for the others to come; a launcher ends it.
+            number, victims = signal.SIGKILL, ranks
         hit = [rank for rank in victims if team.send(rank, number)]
         return _Blow(number, hit) if hit else None
 
-    def _wait(self, team: Team, blow: "_Blow | None") -> None:
+    def _waited(self, team: Team, blow: "_Blow | None") -> "_Blow | None":
+        """Waits for the end of a start. Returns the blow, if it hit anything that had not ended in that moment."""
         struck = time.monotonic()
         if not team.over(_PATIENCE):
             self._fault(f"did not end within {_PATIENCE:.0f} s in start {self._starts}, after {blow}.")
             for rank in range(self.weather.processes):
                 team.send(rank, signal.SIGKILL)
             team.over(_PATIENCE)
-        elif blow and blow.number == signal.SIGKILL and len(blow.hit) < self.weather.processes:
+        if blow is None or blow.number != signal.SIGKILL:
+            return blow
+        hit = [rank for rank in blow.hit if team.statuses[rank] == -signal.SIGKILL]
+        if len(hit) < self.weather.processes:
             self.tally.waits.append(time.monotonic() - struck)
+        return _Blow(blow.number, hit) if hit else None
 
     def _check_beginning(self, said: str, sound: list[Path], marked: list[Path]) -> None:
         """Whether a start, as far as it got, went on from the newest sound checkpoint, and told of damaged ones."""
@@ -213,6 +225,8 @@ class _Blow:
 
 
 def _work(kind: str, folder: Path, workers: int, born: int, rank: int) -> int:
+    PartialState(cpu=not torch.accelerator.is_available())  # waits for the others
+    print(_JOINED)
     try:
         train(KINDS[kind], folder, rank=rank, workers=workers, born=born)
     except Preempted as ending:
