@@ -31,6 +31,7 @@ class Team:
         sys.stdout.flush()
         self._ids: list[int] = []
         for rank, log in enumerate(logs):
+            log.touch()  # for whoever reads it before the process has got so far
             ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), **launched} if len(logs) > 1 else {}
             self._ids.append(os.fork() or _worked(work, rank, ranked, log))
 

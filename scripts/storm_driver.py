@@ -15,7 +15,7 @@ from forking import Team
 from ftaccum import LostProcessError, Preempted
 from storm_runs import KINDS, Differences, train
 
-_PREEMPTED, _BY_HAND, _LOST = 75, 130, 3  # exit statuses
+_PREEMPTED, _BY_HAND, LOST = 75, 130, 3  # exit statuses
 _ASKING: dict[int, int] = {signal.SIGTERM: _PREEMPTED, signal.SIGUSR1: _PREEMPTED, signal.SIGINT: _BY_HAND}
 _PATIENCE = 60.0  # seconds after which what should have ended by itself is taken to hang
 _SAVE = 0.03  # seconds that a save takes
@@ -108,7 +108,7 @@ class Run:
         logs = [self.folder / f"start-{self._starts}.{rank}.log" for rank in range(self.weather.processes)]
         # What goes on from a checkpoint must not depend on what the process and the model were before.
         born = self._starts if sound else 0
-        team = Team(partial(_work, self.kind, self.folder, self.weather.workers, born), logs)
+        team = Team(partial(work, self.kind, self.folder, self.weather.workers, born), logs)
         blow = None if seconds is None else self._blow(team, logs, seconds)
         blow = self._waited(team, blow)
         said = logs[0].read_text()
@@ -175,7 +175,7 @@ class Run:
         if there and self.draw.random() < self.weather.damages:
             self._damage(there[-1])
         ranks = range(self.weather.processes)
-        return {rank: {-signal.SIGKILL} if rank in blow.hit else {_LOST, 0} for rank in ranks}
+        return {rank: {-signal.SIGKILL} if rank in blow.hit else {LOST, 0} for rank in ranks}
 
     def _after_asking(self, blow: "_Blow | None", said: str) -> dict[int, set[int]]:
         """Sees to it that a run that was asked to stop has lost nothing. Returns the statuses that processes may have
@@ -185,7 +185,7 @@ class Run:
             return {rank: {0} for rank in ranks}
         stopped = _STOPPED.search(said)
         if stopped is None:  # before anybody listened, or after the last update
-            return {rank: {-blow.number, _BY_HAND, 0} if rank in blow.hit else {_LOST, 0} for rank in ranks}
+            return {rank: {-blow.number, _BY_HAND, 0} if rank in blow.hit else {LOST, 0} for rank in ranks}
         self.tally.stopped += 1
         newest, done = self._checkpoints()[-1:], int(stopped[1])
         lines = (self.folder / "outputs" / "ledger.jsonl").read_text().splitlines()
@@ -224,7 +224,7 @@ class _Blow:
     hit: list[int]
 
 
-def _work(kind: str, folder: Path, workers: int, born: int, rank: int) -> int:
+def work(kind: str, folder: Path, workers: int, born: int, rank: int) -> int:
     PartialState(cpu=not torch.accelerator.is_available())  # waits for the others
     print(_JOINED)
     try:
@@ -237,5 +237,5 @@ def _work(kind: str, folder: Path, workers: int, born: int, rank: int) -> int:
         return _BY_HAND
     except LostProcessError as ending:
         print(ending)
-        return _LOST
+        return LOST
     return 0
