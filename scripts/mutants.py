@@ -245,6 +245,11 @@ MUTANTS = [
     Mutant("what waits is lost at the end", "trackers.py", "            self._ended = True\n            self._change.notify()\n", "            self._ended = True\n            self._waiting.clear()\n            self._change.notify()\n"),
     Mutant("a tracker that wakes up late goes on", "trackers.py", "            if self._left_behind:\n                return\n", ""),
     Mutant("each error of a tracker told", "trackers.py", "self._faults.setdefault(name,", "self._told.discard(name), self._faults.setdefault(name,"),
+    Mutant("a process that is gone laid at the door of the rows", "others.py", "        error = error.__cause__\n", "        return None\n"),
+    Mutant("one process told of others", "others.py", "None if alone else _of_others(error)", "_of_others(error)"),
+    Mutant("a process that is gone told twice", "others.py", "    except LostProcessError:\n        raise\n", ""),
+    Mutant("others missed in training alone", "fine_tuning.py", "others_watched(accelerator.num_processes == 1,", "others_watched(True,"),
+    Mutant("generators as the process has them", "preparing.py", "    run.resumption.put_back_generators(state, recipe.random_seed)\n", ""),
     Mutant("rows renamed by tokenising", "data/rows.py", "return self._at(position) if self._names is None else self._names[self._at(position)]", "return self._at(position)"),
     Mutant("rows draw by the cut", "data/rows.py", "        if self.draw:", "        if False:"),
     Mutant("rows draw the same in every window", "data/loading.py", "self._collation(self._rows, positions, seed)", "self._collation(self._rows, positions)"),
@@ -263,6 +268,7 @@ FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "m
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
 FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "outputs", "optim.py": "search"}
 FIRST |= {"files.py": "files", "trackers.py": "trackers", "outputs.py": "outputs", "errors.py": "trackers"}
+FIRST |= {"others.py": "others", "fine_tuning.py": "storm", "preparing.py": "storm"}
 FIRST["cli.py"] = "command_line"
 FIRST |= {"tuning/milestones.py": "milestones", "planning/windows.py": "windows"}
 FIRST |= {"planning/drawing.py": "planning", "selection.py": "growing_windows"}
@@ -322,6 +328,8 @@ TESTS = [
     "milestones",
     "search",
     "verify",
+    "others",
+    "storm",
 ]
 
 

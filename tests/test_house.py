@@ -32,7 +32,7 @@ FLOORS = [
     ["loop", "adapting", "physical_batch"],
     ["evaluation"],
     ["trackers"],
-    ["interrupts", "session", "borrowing", "reading", "recording", "screen", "selection"],
+    ["interrupts", "session", "others", "borrowing", "reading", "recording", "screen", "selection"],
     ["parts", "watching"],
     ["assembly"],
     ["arranging"],

@@ -12,12 +12,18 @@ from .evaluation import ComputeMetrics
 from .history import Result
 from .objective import CountItems, LossFn
 from .optim import OptimizerFactory
+from .others import others_watched
 from .parts import Parts, check_parts
 from .rules import Pairs
 from .running import run
 from .session import session
 from .settings import checked
 from .watching import Watcher
+
+_BESIDE_TRAINING = (
+    "That was before the first update of this start, or after the last one. The same call with `resume='auto'` goes on "
+    "from the newest checkpoint in `output_dir`, if there is one."
+)
 
 
 def test_fine_tuning(
@@ -185,6 +191,7 @@ def test_fine_tuning(
             `SystemExit` with status 75. (KeyboardInterrupt, where it was SIGINT.)
         InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact.
         DataError: data that cannot be trained on, with the row where there is one.
+        LostProcessError: where another process of the run has ended, or does not answer.
         DivergedError: where `on_nonfinite` is "error", or `nonfinite_patience` has run out, with the rows at fault.
         torch.OutOfMemoryError: where memory runs out for a single row. For more rows, the window is run again in
             smaller micro-batches, with the same update.
@@ -207,7 +214,10 @@ def fine_tuned(arguments: Mapping[str, Any], watcher: Watcher) -> Result:
     recipe, runtime = checked(arguments)
     parts = Parts(**{f.name: arguments[f.name] for f in fields(Parts)})
     check_parts(parts, recipe, runtime)
-    with session(runtime, recipe.random_seed) as accelerator:
+    with (
+        session(runtime, recipe.random_seed) as accelerator,
+        others_watched(accelerator.num_processes == 1, lambda: _BESIDE_TRAINING),
+    ):
         return run(parts, recipe, runtime, accelerator, watcher)
 
 

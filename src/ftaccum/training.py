@@ -2,23 +2,21 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import DistError
 
 from .adapting import Adaptation
 from .checkpointing import Keeper
 from .data import Feed
 from .divergence import Divergence, Fault
-from .errors import DataError, DivergedError, LostProcessError
+from .errors import DataError, DivergedError
 from .evaluation import Evaluation, NoEvaluation
 from .history import EpochEntry, Work
 from .loop import Outcome, TrainingLoop
+from .others import others_watched
 from .planning import Course
 from .recording import Recorder
 from .screen import Screen
@@ -74,7 +72,7 @@ class Training:
         Raises:
             LostProcessError: where another process is gone.
         """
-        with self._others_watched():
+        with others_watched(self.loop.agreement.alone, self._so_far):
             for epoch in self.plan.epochs:
                 if epoch < self.recorder.n_epochs:  # it had ended before the run was interrupted
                     self._pass_over(epoch)
@@ -122,20 +120,5 @@ class Training:
         for _ in self.plan.windows(epoch, self.recorder.n_windows):
             pass
 
-    @contextmanager
-    def _others_watched(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if self.loop.agreement.alone or not _is_of_others(error):
-                raise
-            raise LostProcessError(
-                f"After update {self.recorder.n_windows}, another process of this run has ended or does not answer, "
-                f"and without it no update can be made. {self.keeper.in_words()} What was heard of it: {error}"
-            ) from error
-
-
-def _is_of_others(error: RuntimeError) -> bool:
-    """Whether it was raised by a collective, and not by a process's own work."""
-    said = str(error)
-    return isinstance(error, DistError) or "gloo" in said or "NCCL" in said or "onnection closed by peer" in said
+    def _so_far(self) -> str:
+        return f"{self.recorder.n_windows} updates were taken. {self.keeper.in_words()}"

@@ -1,0 +1,42 @@
+import pytest
+
+from ftaccum import DataError, LostProcessError
+from ftaccum.others import others_watched
+
+_HEARD = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:41174."
+
+
+def watched(error: Exception, *, alone: bool = False) -> None:
+    with others_watched(alone, lambda: "7 updates were taken."):
+        raise error
+
+
+def test_what_a_collective_says_of_another_process_is_told_as_that() -> None:
+    with pytest.raises(LostProcessError, match=r"does not answer.* 7 updates were taken\. .*closed by peer"):
+        watched(RuntimeError(_HEARD))
+
+
+def test_a_process_that_is_gone_is_not_laid_at_the_door_of_the_rows() -> None:
+    error = DataError("The loss of the first rows cannot be computed.")
+    error.__cause__ = RuntimeError(_HEARD)
+    with pytest.raises(LostProcessError, match=r"What was heard of it: .*closed by peer"):
+        watched(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), DataError(f"Row 3 is {_HEARD!r}.")])
+def test_faults_of_its_own_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        watched(error)
+    assert raised.value is error
+
+
+def test_nobody_is_missed_by_one_process() -> None:
+    with pytest.raises(RuntimeError, match="closed by peer") as raised:
+        watched(RuntimeError(_HEARD), alone=True)
+    assert not isinstance(raised.value, LostProcessError)
+
+
+def test_what_is_known_of_a_loss_is_told_once() -> None:
+    with pytest.raises(LostProcessError) as raised, others_watched(False, lambda: "Elsewhere."):
+        watched(RuntimeError(_HEARD))
+    assert "Elsewhere" not in str(raised.value)
