@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
-from heads import HEADS
+from heads import HEADS, all_in_float64
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 
@@ -84,3 +84,17 @@ def ledger_of(folder: Path) -> str:
 
 def checkpoints_of(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def elastic(**arguments: Any) -> tuple[Result, dict[str, Tensor]]:
+    """Two epochs of 28 rows in windows of 8, 8 updates, in float64 and without dropout, which would be drawn for other
+    micro-batches."""
+    head = HEADS["token classification, BERT"]
+    trained = head.model()
+    defaults: dict[str, Any] = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8}
+    with all_in_float64():
+        result = test_fine_tuning(
+            trained, train_data=head.rows(31), **defaults | arguments,
+            validation_split=0.1, learning_rate=1e-3, progress=False,
+        )  # fmt: skip
+    return result, {name: t.clone() for name, t in trained.state_dict().items()}

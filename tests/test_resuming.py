@@ -1,6 +1,8 @@
 """Runs that are cut off and gone on with end as if they had never stopped, to the last bit."""
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ from datasets import IterableDataset as StreamingDataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from ftaccum import CheckpointError, DataError, SettingsError, test_fine_tuning
+from ftaccum import CheckpointError, DataError, SettingsError
 from ftaccum.planning.drawing import hold_out, order_of
-from heads import HEADS, all_in_float64, relative_error
-from interrupted import CLASSIFIER, CutOff, checkpoints_of, fine_tuned, ledger_of, model
+from heads import relative_error
+from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
 
 
 def test_from_any_update_of_a_run(tmp_path: Path) -> None:
@@ -217,22 +219,11 @@ def test_a_rate_that_may_differ_is_the_new_one_as_far_as_the_schedule_has_come(c
 def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    head = HEADS["token classification, BERT"]  # without dropout, which would be drawn for other micro-batches
-
-    def run(**more: Any) -> tuple[dict[str, torch.Tensor], Any]:
-        trained = head.model()
-        with all_in_float64():
-            result = test_fine_tuning(
-                trained, train_data=head.rows(31), **{"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8} | more,
-                validation_split=0.1, learning_rate=1e-3, progress=False,
-            )  # fmt: skip
-        return trained.state_dict(), result
-
-    whole = run(output_dir=str(tmp_path), checkpoint_every=3)
+    whole, weights = elastic(output_dir=str(tmp_path), checkpoint_every=3)
     capsys.readouterr()
-    again = run(resume=str(tmp_path / "checkpoints" / "update-00000006"), **arguments)
-    assert relative_error(again[0], whole[0]) < 1e-9
-    assert again[1].loss_history == pytest.approx(whole[1].loss_history, rel=1e-9)
+    again, same = elastic(resume=str(tmp_path / "checkpoints" / "update-00000006"), **arguments)
+    assert relative_error(same, weights) < 1e-9
+    assert again.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
     assert "Goes on after update 6" in (told := capsys.readouterr().out)
     assert "44 rows are done, none is left out and none comes again." in told
     name, value = next(iter(arguments.items()))
@@ -347,3 +338,24 @@ def test_off_in_a_file_of_settings_is_read_as_meant(tmp_path: Path) -> None:
     fine_tuned(output_dir=str(tmp_path))
     for off in (False, "off", None):
         assert fine_tuned(output_dir=str(tmp_path), resume=off).result.optimizer_steps == 14
+
+
+@pytest.mark.processes
+def test_on_two_processes_and_from_one_to_two_and_back(
+    two_processes: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, weights = elastic(output_dir=str(tmp_path / "one"), checkpoint_every=3)
+    printed = two_processes("resuming_of_two.py", str(tmp_path))
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert found.pop("heard") == [[75, "Stopped after update 4"]] * 2  # though one of them alone was asked
+    assert len(found) == 7
+    assert not any(found.values()), found
+    assert "Run otherwise: processes 2 (it was 1); sums are rounded otherwise, and dropout draws anew." in printed
+    assert relative_error(torch.load(tmp_path / "gone_on.pt"), weights) < 1e-9
+    capsys.readouterr()
+    result, same = elastic(resume=str(tmp_path / "two" / "checkpoints" / "update-00000006"))
+    assert "Run otherwise: processes 1 (it was 2)" in capsys.readouterr().out
+    assert relative_error(same, weights) < 1e-9
+    assert result.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
+    assert result.padding_fraction is not None
+    assert whole.padding_fraction == pytest.approx(result.padding_fraction, abs=0.2)
