@@ -73,7 +73,7 @@ def table(weathers: list[Weather], tallies: list[Tally]) -> str:
         "**differing weights and buffers**": [t.unlike.weights for t in tallies],
         "**differing ledger entries**": [t.unlike.entries for t in tallies],
         "**differing numbers of the result**": [t.unlike.numbers for t in tallies],
-        "**anything else amiss**": [len(t.faults) for t in tallies],
+        "**anything amiss, these included**": [len(t.faults) for t in tallies],
     }
     lines = [["", *columns[0]], ["---", *columns[1]], *([name, *map(str, cells)] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -109,7 +109,8 @@ def main() -> int:
     ]
     print(table(weathers, tallies))
     faults = [sentence for tally in tallies for sentence in tally.faults]
-    print("\n".join(faults), file=sys.stderr)
+    for sentence in faults:
+        _progress(sentence)
     if not faults:
         shutil.rmtree(folder)
     return bool(faults)

@@ -81,8 +81,7 @@ class Run:
     def undisturbed(self) -> float:
         """The whole run at once. Returns the seconds that it took."""
         started = time.monotonic()
-        if not self._start(None):
-            raise RuntimeError(f"A run that nothing happened to has not come to its end: see {self.folder}.")
+        self._start(None)
         return time.monotonic() - started
 
     def struck(self, kills: int, seconds: float, reference: Path) -> None:
@@ -101,7 +100,14 @@ class Run:
             self._fault(f"ended otherwise than one that nothing happened to: {unlike}.")
 
     def _start(self, seconds: float | None) -> bool:
-        """One start, with a blow within these seconds, if any. Returns whether the run came to its end."""
+        """One start, with a blow within these seconds, if any.
+
+        Returns:
+            Whether the run came to its end.
+
+        Raises:
+            RuntimeError: where it has not, and nothing happened to it: it would not the next time, either.
+        """
         marked = [path for path in self._checkpoints() if (path / _MARK).exists()]
         sound = [path for path in self._checkpoints() if path not in marked]
         self._starts += 1
@@ -113,11 +119,16 @@ class Run:
         blow = self._waited(team, blow)
         said = logs[0].read_text()
         self._check_beginning(said, sound, marked)
-        expected = self._after_kill(blow) if blow and blow.number == signal.SIGKILL else self._after_asking(blow, said)
+        is_over = not any(team.statuses.values())
+        if blow is None:
+            if not is_over:
+                raise RuntimeError(f"A start that nothing happened to has not come to the run's end: see {logs[0]}.")
+            return True
+        expected = self._after_kill(blow) if blow.number == signal.SIGKILL else self._after_asking(blow, said)
         for rank, status in team.statuses.items():
             if status not in expected[rank]:
                 self._fault(f"ended with status {status} instead of one of {expected[rank]} in {logs[rank].name}.")
-        return not any(team.statuses.values())
+        return is_over
 
     def _blow(self, team: Team, logs: list[Path], seconds: float) -> "_Blow | None":
         """Strikes at a moment within these seconds. Returns None where the run had ended before."""
@@ -177,12 +188,10 @@ class Run:
         ranks = range(self.weather.processes)
         return {rank: {-signal.SIGKILL} if rank in blow.hit else {LOST, 0} for rank in ranks}
 
-    def _after_asking(self, blow: "_Blow | None", said: str) -> dict[int, set[int]]:
+    def _after_asking(self, blow: "_Blow", said: str) -> dict[int, set[int]]:
         """Sees to it that a run that was asked to stop has lost nothing. Returns the statuses that processes may have
         ended with."""
         ranks = range(self.weather.processes)
-        if blow is None:
-            return {rank: {0} for rank in ranks}
         stopped = _STOPPED.search(said)
         if stopped is None:  # before anybody listened, or after the last update
             return {rank: {-blow.number, _BY_HAND, 0} if rank in blow.hit else {LOST, 0} for rank in ranks}
@@ -225,6 +234,7 @@ class _Blow:
 
 
 def work(kind: str, folder: Path, workers: int, born: int, rank: int) -> int:
+    """What a process of a start does. Returns its exit status."""
     PartialState(cpu=not torch.accelerator.is_available())  # waits for the others
     print(_JOINED)
     try:

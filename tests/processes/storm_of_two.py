@@ -17,7 +17,7 @@ from storm import storm, table
 from storm_driver import LOST, Weather, work
 
 # What two processes do together before the first window and after the last one.
-MOMENTS = ["ftaccum.assembly.measured_objective", "ftaccum.training.Training.look_before", "ftaccum.running._result"]
+MOMENTS = ["ftaccum.assembly.measured_objective", "ftaccum.running._result"]
 
 
 def dies_at(moment: str, folder: Path) -> Callable[[int], int]:
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     ]
     print(table(weathers, tallies))
     assert [tally.faults for tally in tallies] == [[], []]
-    assert [tally.kills for tally in tallies] >= [5, 2]
+    assert all(tally.kills for tally in tallies)
     for moment in MOMENTS:
         there = folder / moment
         there.mkdir()
