@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     assert "Goes on after update 9, from" in told
     assert fine_tuned(**arguments).differences(again) == []
     assert damage(newest) is None  # written anew when the run came there again
+    assert {"damaged-update-00000012", "damaged-update-00000014-epoch-0002"} <= set(checkpoints_of(folder))
 
 
 def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(

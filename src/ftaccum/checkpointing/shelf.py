@@ -3,12 +3,13 @@
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .manifest import damage
 
 _NAME = re.compile(r"update-(\d{8,})(?:-epoch-(\d{4,}))?")
-_PREVIOUS = "checkpoints.previous"
+_PREVIOUS, _DAMAGED = "checkpoints.previous", "damaged-"
 
 
 class Shelf:
@@ -32,8 +33,8 @@ class Shelf:
         return sorted(named, key=_order, reverse=True)
 
     def newest_sound(self, tell: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint without damage. Of each that is passed over, `tell` gets a sentence; what was not
-        written to its end is removed."""
+        """The newest checkpoint without damage. Of each that is passed over, `tell` gets a sentence, and it goes by
+        another name from now on; what was not written to its end is removed."""
         for path in self._all():
             if path.name.startswith("."):
                 tell(f"{path} was not written to its end, and is removed.")
@@ -43,6 +44,8 @@ class Shelf:
             if wrong is None:
                 return path
             tell(f"{path} is damaged ({wrong}), and is passed over.")
+            with suppress(OSError):  # it would take the place of a sound one among the newest
+                _rename(path, path.with_name(f"{_DAMAGED}{path.name}"))
         return None
 
     def prune(self, keep: int, best_epoch: int | None) -> None:
@@ -81,6 +84,11 @@ def _order(path: Path) -> tuple[int, int]:
     found = _NAME.fullmatch(path.name)
     assert found is not None, "only those that are named so"
     return int(found[1]), int(found[2] or 0)
+
+
+def _rename(path: Path, other: Path) -> None:
+    shutil.rmtree(other, ignore_errors=True)
+    path.rename(other)
 
 
 def _remove(path: Path) -> None:
