@@ -103,21 +103,9 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
     state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small)
     keeper = _keeper(run, state, recorder, stack)
     training = Training(
-        parts.model,
-        plan,
-        feed,
-        loop,
-        adaptation,
-        divergence,
-        recorder,
-        milestones,
-        evaluate,
-        best,
-        keeper,
-        run.screen,
-        work,
-        clock,
-    )
+        parts.model, plan, feed, loop, adaptation, divergence, recorder, milestones, evaluate, best, keeper, run.screen,
+        work, clock,
+    )  # fmt: skip
     run.resumption.put_back(state)
     if run.resumption.path is None:
         # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
@@ -141,7 +129,8 @@ def _keeper(run: Settled, state: RunState, recorder: Recorder, stack: ExitStack)
     stack.enter_context(interrupts.kept())
     keeper = Keeper(
         state, run.agreement, interrupts, writer, shelf, run.facts, recorder,
-        every=run.runtime.checkpoint_every, at_epochs=run.watcher.saves_model, endings=run.watcher.endings,
+        every=run.runtime.checkpoint_every, at_epochs=run.watcher.saves_model, tell=run.screen.note,
+        endings=run.watcher.endings,
     )  # fmt: skip
     stack.callback(keeper.close)
     return keeper

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ class Keeper:
         *,
         every: int | str | None,
         at_epochs: bool,
+        tell: Callable[[str], None],
         endings: tuple[type[Exception], ...],
     ) -> None:
         """Args:
@@ -44,11 +45,12 @@ class Keeper:
         recorder: knows how far the run is.
         every: updates, or a time.
         at_epochs: whether also at the end of each epoch.
+        tell: shows a sentence to the user.
         endings: errors that end a run for good, so that nobody will go on with it.
         """
         self._state, self._agreement, self._interrupts = state, agreement, interrupts
         self._writer, self._shelf, self._facts, self._recorder = writer, shelf, facts, recorder
-        self._every, self._at_epochs, self._endings = every, at_epochs, endings
+        self._every, self._at_epochs, self._tell, self._endings = every, at_epochs, tell, endings
         self._saved_at = time.monotonic()
         self._saved: tuple[int, int | None] | None = None
 
@@ -129,4 +131,5 @@ class Keeper:
 
     def _ending(self, by_hand: bool) -> BaseException:
         sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.in_words()}"
+        self._tell(sentence)
         return KeyboardInterrupt(sentence) if by_hand else Preempted(sentence)
