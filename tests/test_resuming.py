@@ -177,6 +177,7 @@ def test_another_run_is_refused_unless_the_change_is_allowed(name: str, cut_off:
     with pytest.raises(CheckpointError, match=shown) as refused:
         fine_tuned(resume=str(cut_off), **arguments)
     assert f"allow_changed=['{name}']" in str(refused.value)
+    assert ("stay as large with `effective_batch_size=8`" in str(refused.value)) == (name == "effective_batch_size")
     follows = ["train_data", "val_data"] if name == "random_seed" else []  # other rows are held out
     ended = fine_tuned(resume=str(cut_off), allow_changed=[name, *follows], **arguments)
     assert len(ended.result.loss_history) == {"n_epochs": 21, "effective_batch_size": 3 + 5 + 9}.get(name, 14)

@@ -80,9 +80,10 @@ class Keeper:
         if self._shelf is None or self._saved == position:
             return
         self._recorder.drain()
+        self._saved, self._saved_at = position, time.monotonic()
+        self.close()  # of the copies of two checkpoints, one would be too many
         fits = self._state.n_bytes * _ROOM < psutil.virtual_memory().available
         snapshot = self._state.taken(self._facts, apart=fits)
-        self._saved, self._saved_at = position, time.monotonic()
         if self._writer is not None and snapshot is not None:
             self._writer.write(snapshot, self._shelf.place(*position), self._best_epoch())
             if not fits:
@@ -127,7 +128,8 @@ class Keeper:
 
     def _best_epoch(self) -> int | None:
         losses = [(e.val_loss, e.epoch + 1) for e in self._state.ledger.epochs if e.val_loss is not None]
-        return min((loss, epoch) for loss, epoch in losses if loss == loss)[1] if losses else None
+        _, best = min(((loss, epoch) for loss, epoch in losses if loss == loss), default=(None, None))
+        return best
 
     def _ending(self, by_hand: bool) -> BaseException:
         sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.in_words()}"

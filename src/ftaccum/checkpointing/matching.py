@@ -124,6 +124,11 @@ def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[st
     changed = {name for name in was.keys() & now.keys() if _plain(was[name]) != _plain(now[name])}
     if refused := sorted(changed - set(allowed)):
         pairs = [f"`{name}` was {was[name]!r}, and is {now[name]!r}." for name in refused]
+        if isinstance(was.get("effective_batch_size"), int) and "effective_batch_size" in refused:
+            pairs.append(
+                "On other processes, or with another `batch_size`, updates stay as large with "
+                f"`effective_batch_size={was['effective_batch_size']}`."
+            )
         wanted = ", ".join(map(repr, refused))
         raise CheckpointError(
             [

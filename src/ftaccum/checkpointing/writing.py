@@ -30,12 +30,11 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
-        """Begins, once the one before is written.
+        """Begins to write; the one before must have been finished.
 
         Args:
             best_epoch: the epoch (from 1) whose checkpoint stays, however many come after.
         """
-        self.finish()
         self._thread = threading.Thread(target=self._written, args=(snapshot, place, best_epoch), daemon=True)
         self._thread.start()
 
