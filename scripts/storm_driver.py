@@ -158,7 +158,7 @@ class Run:
         if blow is None or blow.number != signal.SIGKILL:
             return blow
         hit = [rank for rank in blow.hit if team.statuses[rank] == -signal.SIGKILL]
-        if len(hit) < self.weather.processes:
+        if 0 < len(hit) < self.weather.processes:
             self.tally.waits.append(time.monotonic() - struck)
         return _Blow(blow.number, hit) if hit else None
 
