@@ -136,6 +136,7 @@ MUTANTS = [
     Mutant("smallest micro-batches first", "cutting.py", "-max(piece.tokens for piece in slices)", "max(piece.tokens for piece in slices)"),
     Mutant("unequal loads", "cutting.py", "by_load = sorted(shares, key=lambda share: sum(piece.tokens for piece in share))", "by_load = shares"),
     Mutant("packed rows cost what padded ones do", "cutting.py", "        if self.packed:\n            return np.cumsum(lengths)\n", ""),
+    Mutant("rows without tokens packed as they are", "data/packing.py", "            return self._nothing\n", "            pass\n"),
     Mutant("rows packed without a seam", "data/packing.py", "separator_id=ignore_index", "return_position_ids=False"),
     Mutant("packing not tried before training", "assembly.py", "if not off <= EXPLAINED:", "if False:"),
     Mutant("faulty row of a packed batch named by its place", "data/checking.py", "if len(outside) == 1 < len(positions) and", "if False and"),
