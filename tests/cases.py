@@ -212,9 +212,8 @@ def cases(draw: st.DrawFn) -> Case:
     sizes = draw(st.lists(st.sampled_from(sorted(_SIZES)), max_size=2, unique=True))
     others = draw(st.lists(st.sampled_from(sorted(_OTHERS)), max_size=8, unique=True))
     counting = draw(st.sampled_from(["as it is", "as it is", "by the user", "as a sum"]))
-    case = Case(
-        kind, form, tuple(shapes), counting, {name: draw((_SIZES | _OTHERS)[name]) for name in (*sizes, *others)}
-    )
+    names = dict.fromkeys(["batch_size", "remainder", *sizes, *others])  # the first two in every case
+    case = Case(kind, form, tuple(shapes), counting, {name: draw((_SIZES | _OTHERS)[name]) for name in names})
     return case if draw(st.integers(0, 4)) == 0 else _reconciled(case)
 
 
