@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from heads import CLASSES, IGNORED, PAD, VOCABULARY, one_batch
 
-_LENGTHS = st.sampled_from([1, 1, 2, 3, 4, 5, 7, 12, 40])
+_LENGTHS = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 7, 12, 40])
 _COUNTED = st.sampled_from(["all", "all", "all", "some", "none"])  # of a row's labels
 _TINY = {
     "vocab_size": VOCABULARY, "pad_token_id": PAD, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -59,7 +59,7 @@ def _next_token(draw: torch.Generator, length: int, counted: str) -> Any:
 
 
 def _one_class(draw: torch.Generator, length: int, counted: str) -> Any:
-    ids = _ids(draw, length)
+    ids = _ids(draw, length or 1)  # of nothing but padding, what comes out depends on how much there is
     return {"input_ids": ids, "labels": IGNORED if counted == "none" else ids[0] % CLASSES}
 
 
@@ -69,7 +69,7 @@ def _pair(draw: torch.Generator, length: int, counted: str) -> Any:
 
 
 def _of_model(model: nn.Module, rows: Sequence[Any]) -> Tensor:
-    return model(**one_batch(rows)).loss
+    return model(**one_batch([row for row in rows if row["input_ids"]])).loss
 
 
 def _of_pairs(model: nn.Module, rows: Sequence[Any]) -> Tensor:
@@ -117,7 +117,7 @@ class Case:
     kind: str
     form: str
     shapes: tuple[tuple[int, str], ...]  # of each row, its length and which of its labels count
-    counted: str  # how the loss items are
+    counted: str  # how its loss items are told: measured ("as it is"), "by the user", or of a loss that is a sum
     arguments: dict[str, Any]
 
     @cached_property
@@ -128,7 +128,7 @@ class Case:
     def data(self) -> Any:
         """The rows, as a user might hand them over."""
         if self.form == "ids":
-            return [torch.tensor(row["input_ids"]) for row in self.rows]
+            return [torch.tensor(row["input_ids"], dtype=torch.int64) for row in self.rows]
         forms = {"list": list, "table": Dataset.from_list, "torch": _Indexed, "stream": _stream}
         return forms[self.form](self.rows)
 
@@ -212,9 +212,8 @@ def cases(draw: st.DrawFn) -> Case:
     sizes = draw(st.lists(st.sampled_from(sorted(_SIZES)), max_size=2, unique=True))
     others = draw(st.lists(st.sampled_from(sorted(_OTHERS)), max_size=8, unique=True))
     counting = draw(st.sampled_from(["as it is", "as it is", "by the user", "as a sum"]))
-    case = Case(
-        kind, form, tuple(shapes), counting, {name: draw((_SIZES | _OTHERS)[name]) for name in (*sizes, *others)}
-    )
+    names = dict.fromkeys(["batch_size", "remainder", *sizes, *others])  # the first two in every case
+    case = Case(kind, form, tuple(shapes), counting, {name: draw((_SIZES | _OTHERS)[name]) for name in names})
     return case if draw(st.integers(0, 4)) == 0 else _reconciled(case)
 
 
@@ -279,10 +278,8 @@ def _length(row: Any) -> int:
 def _asked(case: Case, train: Sequence[Any]) -> list[int]:
     """Rows of an update, as often as they were asked for by something else than k."""
     mean = sum(map(_length, train)) / len(train)
-    tokens = case.tokens_per_update
-    return [case.effective_batch_size or 0] * bool(case.effective_batch_size) + (
-        [max(1, round(tokens / mean))] if tokens else []
-    )
+    of_tokens = case.tokens_per_update and max(1, round(case.tokens_per_update / (mean or 1)))
+    return [rows for rows in (case.effective_batch_size, of_tokens) if rows]
 
 
 def _sizes_agree(case: Case, train: Sequence[Any]) -> bool:
@@ -330,7 +327,7 @@ def rates(case: Case, taken: Sequence[bool]) -> Iterator[float]:
     """Of each update, the factor that the peak rate is multiplied by; one that is skipped does not count.
 
     Args:
-        taken: of each, whether it is not.
+        taken: of each, whether it was taken.
     """
     n = case.max_updates if case.form == "stream" else len(taken)
     warmup = case.warmup_steps or math.ceil(case.warmup_ratio * n)

@@ -356,6 +356,18 @@ def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: 
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("argument", ["train_data", "val_data"])
+def test_rows_without_tokens_count_for_nothing(argument: str) -> None:
+    given = {"train_data": CAUSAL.rows(4), "val_data": CAUSAL.rows(5)}
+    more = given | {argument: [*given[argument], {"input_ids": [], "labels": []}]}
+    alone, among = (
+        test_fine_tuning(CAUSAL.model(), **data, batch_size=1, effective_batch_size=9, n_epochs=1, progress=False)
+        for data in (given, more)
+    )
+    assert among.val_loss_history == pytest.approx(alone.val_loss_history, rel=1e-6)
+    assert among.loss_history == pytest.approx(alone.loss_history, rel=1e-6)
+
+
 def test_faults_in_validation_data_name_it() -> None:
     with pytest.raises(DataError, match="`val_data` has no rows"):
         run(CLASSIFIER.model(), ROWS, val_data=[])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from exactness import accumulated_gradients
 from ftaccum import DataError, SettingsError, plan, test_fine_tuning
 from ftaccum.borrowing import compiled
 from ftaccum.calibration import fitted
@@ -19,7 +20,7 @@ from ftaccum.data import Feed, Loader, MicroBatch, Share, as_rows
 from ftaccum.data.checking import sample_positions
 from ftaccum.loop import TrainingLoop
 from ftaccum.planning import Batching, Plan
-from heads import HEADS, Row, all_in_float64, one_batch
+from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from invariance import NAMES, difference, trained
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -126,6 +127,15 @@ def test_padding_free_batches_change_nothing(batch_size: int) -> None:
     padded, packed = trained(CAUSAL, 4), trained(CAUSAL, batch_size, padding_free=True)
     assert packed[1].padding_fraction == 0 < padded[1].padding_fraction
     assert difference(padded, packed) < 1e-9
+
+
+def test_rows_without_tokens_are_packed_as_nothing_to_predict() -> None:
+    head = HEADS[CAUSAL]
+    rows = [*head.rows(5), {"input_ids": [], "labels": []}]
+    with all_in_float64():
+        found = accumulated_gradients(head.model(), rows, batch_size=6, padding_free=True)
+        wanted = one_batch_gradient(head.model(), rows[:5])
+    assert relative_error(found[0], wanted) < 1e-10
 
 
 def test_padding_free_is_refused_where_rows_would_see_each_other() -> None:

@@ -64,6 +64,7 @@ class PaddingCollator:
 
     def width(self, length: int) -> int:
         """What rows of tokens, of which the longest has this length, are padded to."""
+        length = max(1, length)  # models cannot do with no token at all, which a row may have
         return length if self._bucketed_up_to is None else min(_bucket(length), max(length, self._bucketed_up_to))
 
     def _padded(self, name: str, values: Sequence[Any]) -> Tensor:
