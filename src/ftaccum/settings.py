@@ -135,15 +135,6 @@ CHANGEABLE = (
 )
 
 
-# Three ways to say how large an update is, which counts as what they are resolved to.
-SIZES = ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update")
-# What a run that is gone on with is asked to have in common with itself.
-CHANGEABLE = (
-    *(f.name for f in fields(Recipe) if f.name not in SIZES),
-    *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator"),
-)
-
-
 def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     """Sorts keyword arguments into a Recipe and a Runtime.
 
@@ -181,8 +172,6 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         )
     if runtime.planner_costs is not None and not runtime.planner:
         found.append("`planner_costs` is given, but `planner` is False. Drop one of them.")
-    if unknown := [name for name in runtime.allow_changed if name not in CHANGEABLE]:
-        found.append(f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.")
     if unknown := [name for name in runtime.allow_changed if name not in CHANGEABLE]:
         found.append(f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.")
     if runtime.resume == "auto" and runtime.output_dir is None:

@@ -57,8 +57,6 @@ def of_model(model: nn.Module) -> str:
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
     if hasattr(model, "peft_config"):  # those that are not trained are not in the checkpoint
         shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for _, p in weights if not p.requires_grad])
-    if hasattr(model, "peft_config"):  # those that are not trained are not in the checkpoint
-        shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for _, p in weights if not p.requires_grad])
     trained = sum(p.numel() for _, p in weights if p.requires_grad)
     total = sum(p.numel() for _, p in weights)
     checksum = hashlib.sha256(shapes.encode()).hexdigest()[:8]
