@@ -45,7 +45,10 @@ def test_a_signal_is_heard_after_the_update_under_way(
     assert number == signal.SIGINT or ended.value.code == 75  # type: ignore[attr-defined]
     assert checkpoints_of(tmp_path) == [there.name]
     assert len(ledger_of(tmp_path).splitlines()) == 5
-    assert "Interrupted: the update under way is finished first. Once more stops at once." in capsys.readouterr().out
+    assert (
+        "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
+        in capsys.readouterr().out
+    )
     assert signal.getsignal(number) == handler
     again = fine_tuned(output_dir=str(tmp_path), resume="auto")
     assert fine_tuned().differences(again) == []

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
-import torch
-
 from .calibration import MEASURED_WINDOWS, PassTimer
 from .cutting import PassCosts, Slice
 from .data import Feed, Portion
-from .memory import Agreement, Failure, Headroom
+from .memory import AgreedOutOfMemoryError, Agreement, Failure, Headroom
 
 
 @dataclass
@@ -40,7 +38,7 @@ class Adaptation:
         """
         piece = Slice() if failed is None else portion.micro_batches[failed.index].slice
         if self.agreement.any(failed is not None and len(piece.rows) < 2):
-            raise torch.OutOfMemoryError(
+            raise AgreedOutOfMemoryError(
                 "Memory ran out in a micro-batch of a single row"
                 + (f" ({self.feed.loader.name_of(piece.rows[0])})" if piece.rows else "")
                 + ". Truncate the rows, use `gradient_checkpointing`, or a smaller model; every update before this one "

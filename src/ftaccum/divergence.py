@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -55,17 +56,20 @@ class Counts:
         in_a_row: the last ones; an update that is finite ends the row.
         faults: over the run, without overflows.
         overflows: over the run, of which a gradient scaler took care.
+        ended: why the run was ended for it, if it was.
     """
 
     in_a_row: int = 0
     faults: int = 0
     overflows: int = 0
+    ended: str = ""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        vars(self).update(state_dict)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Whoever goes on with a run that was ended wants it to go on."""
+        vars(self).update(state_dict | {"ended": "", "in_a_row": 0 if state_dict["ended"] else state_dict["in_a_row"]})
 
     def one_more(self, fault: Fault) -> int:
         """Counts it, and says which one of its kind it is."""
@@ -156,7 +160,8 @@ class Divergence:
         said = f"Update {fault.update} is skipped: {self._in_words(fault, looked)}"
         if ended_by is not None:
             rows = tuple(self.loader.name_of(row) for row in looked.found)
-            raise DivergedError(f"{said} {ended_by} {_remedy(fault, looked)}", fault.update, rows)
+            self.counts.ended = f"{said} {ended_by} {_remedy(fault, looked)}"
+            raise DivergedError(self.counts.ended, fault.update, rows)
         self.tell(said + _fewer(nth))
 
     def _ended_by(self, fault: Fault) -> str | None:

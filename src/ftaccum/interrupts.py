@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -15,7 +15,8 @@ _TWICE = 1.0  # seconds: a launcher hands on the signal that the terminal has se
 
 
 class Interrupts:
-    """Keeps the first signal that asks to stop; a second one raises KeyboardInterrupt at once.
+    """Keeps the first signal that asks to stop. A Ctrl-C after it raises KeyboardInterrupt at once; others say again what
+    is known: schedulers warn more than once.
 
     Attributes:
         asked: the number of the signal that came, or None.
@@ -56,6 +57,9 @@ class Interrupts:
     def _keep(self, number: int, _: Any) -> None:
         if self.asked is None:
             self.asked, self._since = number, time.monotonic()
-            tqdm.write(self._sentence)
-        elif time.monotonic() - self._since > _TWICE:
+            with suppress(
+                OSError, RuntimeError, ValueError
+            ):  # a terminal that is gone, or is being written to right now
+                tqdm.write(self._sentence)
+        elif number == signal.SIGINT and time.monotonic() - self._since > _TWICE:
             raise KeyboardInterrupt

@@ -87,6 +87,7 @@ class TrainingLoop:
         max_grad_norm: infinity for no clipping.
         agreement: between processes, on whether a window fitted in memory, and whether its loss is finite.
         calibration: times passes.
+        in_update: whether an update is under way, or an error has left it half done.
     """
 
     accelerator: Accelerator
@@ -99,6 +100,7 @@ class TrainingLoop:
     max_grad_norm: float
     agreement: Agreement
     calibration: PassTimer
+    in_update: bool = field(init=False, default=False)
     _held: list[nn.Parameter] = field(init=False)
     _not_held: list[nn.Parameter] = field(init=False)
     _tables: EmbeddingGradients = field(init=False)
@@ -180,10 +182,12 @@ class TrainingLoop:
 
     def _window(self, portion: Portion, portions: Portions, smaller: Smaller) -> tuple[Outcome, Fault | None]:
         fitting, passes, buffers = self._accumulate_in_memory(portion, smaller)
+        self.in_update = True
         portions.read_ahead()  # the next window is collated while the device computes this one
         outcome, fault = self.update(fitting, passes)
         if outcome.skipped:
             buffers.put_back()  # a NaN would stay in batch norm's running statistics for ever
+        self.in_update = False
         return outcome, fault
 
     def sync_buffers(self) -> None:

@@ -35,6 +35,10 @@ class RanOutError(Exception):
         self.failed = failed
 
 
+class AgreedOutOfMemoryError(torch.OutOfMemoryError):
+    """Memory ran out for a single row, and all processes raise it, after the same update."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """A pass of a window, by its place in the share, that memory ran out in."""

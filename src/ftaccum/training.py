@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .adapting import Adaptation
@@ -16,6 +15,7 @@ from .errors import DataError, DivergedError
 from .evaluation import Evaluation, NoEvaluation
 from .history import EpochEntry, Work
 from .loop import Outcome, TrainingLoop
+from .memory import AgreedOutOfMemoryError
 from .others import others_watched
 from .planning import Course
 from .recording import Recorder
@@ -79,7 +79,7 @@ class Training:
                 elif self.best.has_ended:
                     return
                 else:
-                    with self.keeper.saved_on(self._agreed):
+                    with self.keeper.saved_on(self._agreed, lambda: not self.loop.in_update):
                         self._train(epoch)
                         evaluated = self._evaluated()
                     self._end(epoch, *evaluated)
@@ -89,7 +89,7 @@ class Training:
     @property
     def _agreed(self) -> tuple[type[Exception], ...]:
         """Errors that all processes raise alike."""
-        return (Exception,) if self.loop.agreement.alone else (DataError, DivergedError, torch.OutOfMemoryError)
+        return (Exception,) if self.loop.agreement.alone else (DataError, DivergedError, AgreedOutOfMemoryError)
 
     def _train(self, epoch: int) -> None:
         portions = self.feed.epoch(epoch, self.recorder.n_windows)

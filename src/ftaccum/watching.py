@@ -22,7 +22,7 @@ class Watcher:
 
     def interrupts(self, *, saves: bool) -> Interrupts:
         """What keeps the signals that ask to stop. Of a run that nothing is saved of, only Ctrl-C is kept."""
-        sentence = "Interrupted: the update under way is finished first. Once more stops at once."
+        sentence = "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
         return Interrupts(sentence, ASKING if saves else (signal.SIGINT,))
 
     def milestones(self, plan: Plan) -> Iterable[int]:  # noqa: ARG002

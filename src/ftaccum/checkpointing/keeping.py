@@ -52,7 +52,6 @@ class Keeper:
         self._writer, self._shelf, self._facts, self._recorder = writer, shelf, facts, recorder
         self._every, self._at_epochs, self._tell, self._endings = every, at_epochs, tell, endings
         self._saved_at = time.monotonic()
-        self._saved: tuple[int, int | None] | None = None
 
     def after_update(self) -> None:
         """Saves where it is time to, and stops where any process was asked to.
@@ -76,29 +75,33 @@ class Keeper:
 
     def save(self, n_epochs: int | None = None) -> None:
         """Begins to write a checkpoint, where any are kept. All processes call it alike."""
-        position = (self._recorder.n_windows, n_epochs)
-        if self._shelf is None or self._saved == position:
+        if self._shelf is None:
             return
         self._recorder.drain()
-        self._saved, self._saved_at = position, time.monotonic()
+        self._saved_at = time.monotonic()
         self.close()  # of the copies of two checkpoints, one would be too many
         fits = self._state.n_bytes * _ROOM < psutil.virtual_memory().available
         snapshot = self._state.taken(self._facts, apart=fits)
         if self._writer is not None and snapshot is not None:
-            self._writer.write(snapshot, self._shelf.place(*position), self._best_epoch())
+            self._writer.write(snapshot, self._shelf.place(self._recorder.n_windows, n_epochs), self._best_epoch())
             if not fits:
                 self._writer.finish()
 
     @contextmanager
-    def saved_on(self, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-        """Sees to it that an error that all processes raise alike costs no update."""
+    def saved_on(self, errors: tuple[type[Exception], ...], is_whole: Callable[[], bool]) -> Iterator[None]:
+        """Sees to it that an error that all processes raise alike costs no update.
+
+        Args:
+            is_whole: whether the last update was taken to its end, or not begun.
+        """
         try:
             yield
         except self._endings:
             raise
         except errors:
             self._recorder.drain()
-            self.save()
+            if is_whole():
+                self.save()
             raise
 
     def close(self) -> None:
@@ -132,6 +135,10 @@ class Keeper:
         return best
 
     def _ending(self, by_hand: bool) -> BaseException:
+        self.close()
+        self._agreement.any(
+            False
+        )  # a launcher kills the others when the first one ends, and the main one may be writing
         sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.in_words()}"
         self._tell(sentence)
         return KeyboardInterrupt(sentence) if by_hand else Preempted(sentence)
