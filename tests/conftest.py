@@ -1,7 +1,8 @@
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,25 +25,37 @@ def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(folder / "metrics"))
 
 
+@pytest.fixture(scope="session")
+def _launcher() -> Iterator[subprocess.Popen[str]]:
+    """Imports everything once for all scripts that these tests start."""
+    command = [sys.executable, str(TESTS / "launching.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as launcher:
+        yield launcher
+        assert launcher.stdin is not None
+        launcher.stdin.close()
+
+
 @pytest.fixture
-def two_processes() -> Callable[..., str]:
-    """Runs a script of this folder under torchrun on two CPU processes (gloo), and returns what it printed.
+def two_processes(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a script of this folder on two CPU processes (gloo), and returns what they printed.
 
     `accelerate.debug_launcher` would not do: after any Accelerator in the parent its children each believe that they
     are alone. The scripts assert that there are two.
     """
 
     def run(script: str, *arguments: str) -> str:
-        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        done = subprocess.run(
-            [*command, str(TESTS / "processes" / script), *arguments],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert _launcher.stdin is not None
+        assert _launcher.stdout is not None
+        logs = [tmp_path_factory.mktemp("said") / str(rank) for rank in (0, 1)]
+        job = {"script": str(TESTS / "processes" / script), "arguments": arguments, "logs": [str(log) for log in logs]}
+        _launcher.stdin.write(json.dumps(job) + "\n")
+        _launcher.stdin.flush()
+        statuses = json.loads(_launcher.stdout.readline())
+        said = "".join(log.read_text() for log in logs)
+        assert statuses == [0, 0], said
+        return said
 
     return run

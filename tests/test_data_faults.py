@@ -283,7 +283,8 @@ def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
 ) -> None:
     alone, result = trained(Noisy(), val_data=Noisy())
     torch.save(alone, tmp_path / "alone.pt")
-    found = json.loads(two_processes("data_faults_of_two.py", str(tmp_path)).split("FOUND")[1])
+    printed = two_processes("data_faults_of_two.py", str(tmp_path))
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
     for case in ("row", "row, with workers", "validation row", "dying workers"):
         one, other = found["errors"][case]
         assert one == other

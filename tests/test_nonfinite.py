@@ -332,3 +332,28 @@ class TestOverflowInFp16:
         ) as raised:
             self.run(1e9, nonfinite_patience=4)
         assert raised.value.update == 4
+
+
+def test_buffers_that_begin_to_move_later_are_kept_from_a_nan() -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+            self.register_buffer("passes", torch.zeros(()))
+            self.register_buffer("average", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and torch.is_grad_enabled():
+                self.passes += 1
+                if self.passes > 3:
+                    self.average.lerp_(x.mean(0), 0.5)
+            return self.layer(x) + 0 * self.average
+
+    rows = [(torch.ones(1) * (math.nan if n == 5 else n), torch.zeros(1)) for n in range(12)]
+    model = Average()
+    result = test_fine_tuning(
+        model, train_data=rows, loss_fn=nn.MSELoss(), n_epochs=1, batch_size=1, effective_batch_size=1,
+        validation_split=0.0, progress=False, on_inexact="ignore",
+    )  # fmt: skip
+    assert result.skipped_steps == 1
+    assert math.isfinite(model.average)

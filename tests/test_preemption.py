@@ -120,3 +120,22 @@ def test_one_that_is_kept_already_is_kept_once() -> None:
             pass
         assert signal.getsignal(signal.SIGUSR1) == interrupts._keep
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_scheduler_that_warns_again_does_not_stop_a_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ftaccum.interrupts, "_TWICE", -1.0)
+    with pytest.raises(Preempted, match="Stopped after update 5"):
+        fine_tuned(asked_to_stop(signal.SIGTERM, at_pass=4 * 4 + 2, times=3), output_dir=str(tmp_path))
+    assert checkpoints_of(tmp_path) == ["update-00000005"]
+
+
+def test_a_terminal_that_is_gone_does_not_stop_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sentence: str, **_: Any) -> None:
+        if sentence.startswith("Asked to stop"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("ftaccum.interrupts.tqdm.write", fail)
+    with pytest.raises(Preempted, match="Stopped after update 5"):
+        fine_tuned(asked_to_stop(signal.SIGTERM, at_pass=4 * 4 + 2), output_dir=str(tmp_path))

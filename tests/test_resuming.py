@@ -14,7 +14,7 @@ from datasets import IterableDataset as StreamingDataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from ftaccum import CheckpointError, DataError, SettingsError
+from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
 from ftaccum.planning.drawing import hold_out, order_of
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
@@ -187,7 +187,7 @@ def test_other_data_are_refused_however_alike(cut_off: Path) -> None:
     rows = CLASSIFIER.rows(60)
     others = {
         "fewer rows": rows[:50],
-        "another label": [rows[0] | {"labels": (rows[0]["labels"] + 1) % 3}, *rows[1:]],
+        "other labels": [row | {"labels": (row["labels"] + 1) % 3} for row in rows],
         "another seed": CLASSIFIER.rows(60, seed=8),
     }
     for what, data in others.items():
@@ -360,3 +360,53 @@ def test_on_two_processes_and_from_one_to_two_and_back(
     assert result.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
     assert result.padding_fraction is not None
     assert whole.padding_fraction == pytest.approx(result.padding_fraction, abs=0.2)
+
+
+def test_a_step_that_is_half_done_is_not_saved(tmp_path: Path) -> None:
+    whole, steps = fine_tuned(), []
+
+    class RunsOut(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            steps.append(True)
+            if len(steps) == 6:
+                self.param_groups[1]["params"][0].data += 1  # has begun to write
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().step(closure)
+
+    def run() -> Any:
+        return fine_tuned(
+            optimizer=lambda groups: RunsOut(groups, fused=True),
+            output_dir=str(tmp_path), checkpoint_every=3, resume="auto",
+        )  # fmt: skip
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    assert checkpoints_of(tmp_path) == ["update-00000003"]
+    assert whole.differences(run()) == []
+
+
+def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path: Path) -> None:
+    rows = CLASSIFIER.rows(60)
+
+    def spoilt(trained: Any) -> nn.Module:
+        trained.register_forward_hook(
+            lambda module, _, outputs: (
+                setattr(outputs, "loss", outputs.loss * torch.nan)
+                if torch.is_grad_enabled() and module.training and 17 <= module.n_seen < 40
+                else None
+            )
+        )
+        return trained
+
+    common: dict[str, Any] = {"train_data": rows, "output_dir": str(tmp_path), "checkpoint_every": 1}
+    with pytest.raises(DivergedError, match="It is number 3 in a row"):
+        fine_tuned(spoilt(model()), nonfinite_patience=3, **common)
+    assert checkpoints_of(tmp_path) == ["update-00000003", "update-00000004"]  # none with weights that may be why
+    with pytest.raises(DivergedError):
+        fine_tuned(spoilt(model()), nonfinite_patience=3, **common, resume="auto")
+    with pytest.raises(DivergedError, match="`on_nonfinite` is 'error'"):
+        fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
+    with pytest.raises(CheckpointError, match="was ended at update 5, which was not finite"):
+        fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
+    ended = fine_tuned(on_nonfinite="error", **common, resume="auto", learning_rate=5e-4, allow_changed="learning_rate")
+    assert ended.result.skipped_steps == 1

@@ -303,7 +303,7 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
     passes: list[int] = []
     forward = Net.forward
     monkeypatch.setattr(Net, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
-    monkeypatch.setattr("ftaccum.running.TrainingLoop.train", begin)
+    monkeypatch.setattr("ftaccum.preparing.TrainingLoop.train", begin)
     with pytest.raises(TrainingBeginsError):
         train(Net(nn.LayerNorm(6)))
     assert passes

@@ -71,6 +71,10 @@ class Counts:
         """Whoever goes on with a run that was ended wants it to go on."""
         vars(self).update(state_dict | {"ended": "", "in_a_row": 0 if state_dict["ended"] else state_dict["in_a_row"]})
 
+    def is_sound(self) -> bool:
+        """Whether the weights are beyond suspicion: they may be why several updates in a row are not finite."""
+        return self.in_a_row <= bool(self.ended)
+
     def one_more(self, fault: Fault) -> int:
         """Counts it, and says which one of its kind it is."""
         self.in_a_row += 1

@@ -15,8 +15,8 @@ _TWICE = 1.0  # seconds: a launcher hands on the signal that the terminal has se
 
 
 class Interrupts:
-    """Keeps the first signal that asks to stop. A Ctrl-C after it raises KeyboardInterrupt at once; others say again what
-    is known: schedulers warn more than once.
+    """Keeps the first signal that asks to stop. A Ctrl-C after it raises KeyboardInterrupt at once; other signals say
+    again what is known: schedulers warn more than once.
 
     Attributes:
         asked: the number of the signal that came, or None.

@@ -101,7 +101,7 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         "clock": clock,
     }  # fmt: skip
     state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small)
-    keeper = _keeper(run, state, recorder, stack)
+    keeper = _keeper(run, state, recorder, divergence, stack)
     training = Training(
         parts.model, plan, feed, loop, adaptation, divergence, recorder, milestones, evaluate, best, keeper, run.screen,
         work, clock,
@@ -114,7 +114,7 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
     return training
 
 
-def _keeper(run: Settled, state: RunState, recorder: Recorder, stack: ExitStack) -> Keeper:
+def _keeper(run: Settled, state: RunState, recorder: Recorder, divergence: Divergence, stack: ExitStack) -> Keeper:
     shelf, writer = None if run.folder is None else Shelf(run.folder), None
     if shelf is not None and run.accelerator.is_main_process:
         if aside := shelf.set_aside(run.resumption.path):
@@ -129,8 +129,8 @@ def _keeper(run: Settled, state: RunState, recorder: Recorder, stack: ExitStack)
     stack.enter_context(interrupts.kept())
     keeper = Keeper(
         state, run.agreement, interrupts, writer, shelf, run.facts, recorder,
-        every=run.runtime.checkpoint_every, at_epochs=run.watcher.saves_model, tell=run.screen.note,
-        endings=run.watcher.endings,
+        every=run.runtime.checkpoint_every, at_epochs=run.watcher.saves_model, is_sound=divergence.counts.is_sound,
+        tell=run.screen.note, endings=run.watcher.endings,
     )  # fmt: skip
     stack.callback(keeper.close)
     return keeper

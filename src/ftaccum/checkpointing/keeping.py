@@ -35,6 +35,7 @@ class Keeper:
         *,
         every: int | str | None,
         at_epochs: bool,
+        is_sound: Callable[[], bool],
         tell: Callable[[str], None],
         endings: tuple[type[Exception], ...],
     ) -> None:
@@ -45,13 +46,20 @@ class Keeper:
         recorder: knows how far the run is.
         every: updates, or a time.
         at_epochs: whether also at the end of each epoch.
+        is_sound: whether the weights can be gone on with, on all processes alike; what is not is not saved.
         tell: shows a sentence to the user.
         endings: errors that end a run for good, so that nobody will go on with it.
         """
         self._state, self._agreement, self._interrupts = state, agreement, interrupts
         self._writer, self._shelf, self._facts, self._recorder = writer, shelf, facts, recorder
-        self._every, self._at_epochs, self._tell, self._endings = every, at_epochs, tell, endings
-        self._saved_at = time.monotonic()
+        self._every, self._at_epochs, self._is_sound, self._tell, self._endings = (
+            every,
+            at_epochs,
+            is_sound,
+            tell,
+            endings,
+        )
+        self._saved, self._saved_at = recorder.n_windows, time.monotonic()
 
     def after_update(self) -> None:
         """Saves where it is time to, and stops where any process was asked to.
@@ -75,10 +83,10 @@ class Keeper:
 
     def save(self, n_epochs: int | None = None) -> None:
         """Begins to write a checkpoint, where any are kept. All processes call it alike."""
-        if self._shelf is None:
+        if self._shelf is None or not self._is_sound():
             return
         self._recorder.drain()
-        self._saved_at = time.monotonic()
+        self._saved, self._saved_at = self._recorder.n_windows, time.monotonic()
         self.close()  # of the copies of two checkpoints, one would be too many
         fits = self._state.n_bytes * _ROOM < psutil.virtual_memory().available
         snapshot = self._state.taken(self._facts, apart=fits)
@@ -124,7 +132,7 @@ class Keeper:
         if self._shelf is None:
             return False
         if isinstance(self._every, int):
-            return self._recorder.n_windows % self._every == 0
+            return self._recorder.n_windows // self._every > self._saved // self._every
         # One clock decides: the main process's.
         seconds = None if self._every is None or self._writer is None else seconds_of(self._every)
         return seconds is not None and time.monotonic() - self._saved_at >= seconds

@@ -1,0 +1,61 @@
+"""Starts scripts on two processes for the tests: forks of this one, which has imported everything already, and has
+nothing else to do. To import torch and Transformers takes as long as most of these scripts.
+
+Reads a line of JSON for each start (script, arguments, where the processes are to say what they say), and answers with
+their exit statuses.
+"""
+
+import json
+import runpy
+import signal
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "processes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import peft  # noqa: F401
+import torch
+import transformers.trainer  # noqa: F401
+
+import ftaccum.fine_tuning
+import ftaccum.tuning
+import ftaccum.verification  # noqa: F401
+import structures  # noqa: F401
+from forking import Team
+
+torch.set_num_threads(1)
+_SECONDS = 200.0
+_SECONDS_FOR_THE_OTHER = 30.0  # once one has failed, as a launcher would have it
+
+
+def work(job: dict[str, Any], rank: int) -> int:  # noqa: ARG001
+    sys.argv = [job["script"], *job["arguments"]]
+    try:
+        runpy.run_path(job["script"], run_name="__main__")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def started(job: dict[str, Any]) -> list[int | None]:
+    team = Team(partial(work, job), [Path(log) for log in job["logs"]])
+    ranks = range(len(job["logs"]))
+    team.until(lambda: any(team.statuses.values()), _SECONDS)  # all have ended well, or one has failed
+    team.over(_SECONDS_FOR_THE_OTHER if team.statuses else 0)
+    for rank in ranks:
+        team.send(rank, signal.SIGKILL)
+    team.over(_SECONDS_FOR_THE_OTHER)
+    return [team.statuses.get(rank) for rank in ranks]
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(started(json.loads(line))), flush=True)
