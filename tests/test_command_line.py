@@ -36,6 +36,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_names_that_may_differ_are_read_from_words_and_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for words, text in (
+        (["--allow_changed", "learning_rate,n_epochs"], ""),
+        ([], "allow_changed: learning_rate,n_epochs"),
+        ([], "allow_changed: [learning_rate, n_epochs]"),
+    ):
+        file.write_text(text + "\nresume: off\n")
+        recipe, runtime = parse([Recipe, Runtime], [*words, "--config", str(file)])
+        assert checked(vars(recipe) | vars(runtime))[1].allow_changed == ["learning_rate", "n_epochs"]
+        assert checked(vars(runtime))[1].resume is None
+
+
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--n_rows", "1000", "--batch-size", "4", "--effective_batch_size", "30"]) == 0
     assert "Gradient accumulation steps: 8\n" in capsys.readouterr().out

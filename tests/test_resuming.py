@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
 from ftaccum.planning.drawing import hold_out, order_of
+from ftaccum.settings import checked
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
 
@@ -335,10 +336,11 @@ def test_bad_settings(arguments: dict[str, Any], said: str) -> None:
         fine_tuned(**arguments)
 
 
-def test_off_in_a_file_of_settings_is_read_as_meant(tmp_path: Path) -> None:
-    fine_tuned(output_dir=str(tmp_path))
+def test_off_and_auto_are_read_as_meant() -> None:
     for off in (False, "off", None):
-        assert fine_tuned(output_dir=str(tmp_path), resume=off).result.optimizer_steps == 14
+        assert checked({"resume": off})[1].resume is None
+    for on in (True, "Auto", "true"):
+        assert checked({"resume": on, "output_dir": "o"})[1].resume == "auto"
 
 
 @pytest.mark.processes

@@ -131,19 +131,29 @@ Every = Annotated[
     ),
 ]
 Names = Annotated[
-    str | Sequence[str],
+    str,  # as words of a command line come: a list's would have to be read one by one
     Rule(
         lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
         "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
         lambda v: [name.strip() for name in v.split(",") if name.strip()] if isinstance(v, str) else v,
     ),
 ]
+
+
+def _resume_read(value: Any) -> Any:
+    """`off` and `auto` in the words of other tools and of YAML."""
+    if isinstance(value, str | bool):
+        word = str(value).lower()
+        return {"off": None, "false": None, "no": None, "auto": "auto", "true": "auto", "on": "auto"}.get(word, value)
+    return value
+
+
 Resume = Annotated[
     str,
     Rule(
         lambda v: isinstance(v, str) and bool(v),
         "'auto', the folder of a checkpoint or of a run,",
-        lambda v: None if v is False or v == "off" else v,  # YAML 1.1 reads `off` as False
+        _resume_read,
     ),
 ]
 Costs = Annotated[
