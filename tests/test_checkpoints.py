@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -312,3 +315,31 @@ def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended:
     of_another_version(folder, what)
     with pytest.raises(CheckpointError, match=said):
         fine_tuned(resume=str(folder), restore_best_weights=True)
+
+
+HOLDS = "import sys, time; from pathlib import Path; from ftaccum.checkpointing import held\n" + (
+    "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of files")
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
+    before, ledger = checkpoints_of(tmp_path), (tmp_path / "ledger.jsonl").read_text()
+    assert not (tmp_path / ".lock").exists()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(
+                CheckpointError, match=rf"another run is going on \(process {other.pid} on .*\), and two"
+            ):
+                fine_tuned(output_dir=str(tmp_path))
+        finally:
+            other.send_signal(signal.SIGKILL)
+    assert checkpoints_of(tmp_path) == before
+    assert (tmp_path / "ledger.jsonl").read_text() == ledger
+    assert (tmp_path / ".lock").exists()  # a kill leaves the file, and nobody holds it
+    for _ in range(2):
+        fine_tuned(output_dir=str(tmp_path))
+    assert not (tmp_path / ".lock").exists()

@@ -14,7 +14,7 @@ from .arranging import cutter_of
 from .assembly import Assembly
 from .borrowing import compiled
 from .calibration import Calibration, NoCalibration, PassTimer
-from .checkpointing import Keeper, Resumption, RunState, Shelf, Stateful, Writer
+from .checkpointing import Keeper, Resumption, RunState, Shelf, Stateful, Writer, held
 from .cutting import Cutter
 from .data import Feed
 from .divergence import Divergence
@@ -66,6 +66,8 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         stack: ends what ends with the run.
     """
     parts, recipe, runtime, plan, accelerator = run.parts, run.recipe, run.runtime, run.plan, run.accelerator
+    if (folder := run.folder) is not None:
+        run.agreement.from_main(lambda: stack.enter_context(held(folder)))
     schedule = make_schedule(recipe.lr_scheduler, run.optimizer, run.warmup, plan.n_windows)
     if runtime.compile:
         stack.enter_context(compiled(parts.model))
