@@ -119,6 +119,25 @@ def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
     assert whole.differences(run("cut")) == []
 
 
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remainder: str, tmp_path: Path) -> None:
+    rows = CLASSIFIER.rows(54)
+    train_data: Any = StreamingDataset.from_generator(lambda: iter(rows)) if streams else rows
+
+    def run(max_updates: int, **more: Any) -> Any:
+        return fine_tuned(
+            train_data=train_data, val_data=CLASSIFIER.rows(6), max_updates=max_updates, lr_scheduler="constant",
+            warmup_steps=0, remainder=remainder, **more,
+        )  # fmt: skip
+
+    whole = run(13, output_dir=str(tmp_path / "whole"))
+    for n in (4, 7, 10, 13):  # the first two in the first epoch, which "flush" ends with the seventh
+        again = run(n, output_dir=str(tmp_path / "cut"), resume="auto", allow_changed=["max_updates"])
+    assert whole.differences(again) == []
+    assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
+
+
 def test_a_finished_run_trains_no_more(tmp_path: Path) -> None:
     whole = fine_tuned(output_dir=str(tmp_path))
     trained = model()

@@ -9,8 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
+from ..history import WindowEntry
 from ..memory import Agreement
 from ..planning import Course, Plan
+from ..recording import within
 from ..settings import Recipe, Runtime
 from .manifest import damage
 from .matching import FORMAT, check, of_recipe
@@ -80,9 +82,23 @@ class Resumption:
         if self.checkpoint is None:
             return plan
         self._check("on", facts["on"])
-        if not isinstance(plan, Plan):
-            return plan
-        return plan.going_on([entry.rows for entry in self.checkpoint.windows], self.checkpoint.facts["n_rows"])
+        windows = self.checkpoint.windows
+        if isinstance(plan, Plan):
+            plan = plan.going_on([entry.rows for entry in windows], self.checkpoint.facts["n_rows"])
+            self._reopen(plan.epoch_behind(len(windows)))
+        elif len(windows) == self.checkpoint.facts["recipe"]["max_updates"] < plan.n_windows:
+            self._reopen(windows[-1].epoch)  # what is left of it, if anything, is seen when the stream is read
+        return plan
+
+    def _reopen(self, epoch: int) -> None:
+        """Takes back the end of an epoch that goes on: `max_updates`, say, had cut it off, and allows for more now."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.n_epochs <= epoch:
+            return
+        kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
+        small = checkpoint.facts["small"]
+        small = {**small, "recorder": within(small["recorder"], epoch)}
+        self.checkpoint = replace(checkpoint, entries=kept, facts={**checkpoint.facts, "small": small})
 
     def put_back(self, state: RunState) -> None:
         """Has a run that is ready for its first window be where the checkpoint was taken.
