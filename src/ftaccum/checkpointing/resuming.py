@@ -19,6 +19,9 @@ from .matching import FORMAT, check, of_recipe
 from .shelf import Shelf
 from .state import Checkpoint, RunState
 
+# Where one of these differs, the rows that are done are no part of this run's order, and some may come again.
+_OTHER_ROWS = {"train_data", "random_seed"}
+
 Tell = Callable[[str], None]
 
 
@@ -77,7 +80,7 @@ class Resumption:
             facts: of this run, as its own checkpoints are going to say them.
 
         Raises:
-            CheckpointError: where it is not the run that the checkpoint is of.
+            CheckpointError: where it is not the run that the checkpoint is of, or a stream in updates of another size.
         """
         if self.checkpoint is None:
             return plan
@@ -86,6 +89,14 @@ class Resumption:
         if isinstance(plan, Plan):
             plan = plan.going_on([entry.rows for entry in windows], self.checkpoint.facts["n_rows"])
             self._reopen(plan.epoch_behind(len(windows)))
+        elif "effective_batch_size" in self._changed:
+            raise CheckpointError(
+                [
+                    f"`resume` found {self.path}, with updates of another size, and a stream can only be read again in "
+                    "updates of the size that it was read in. Give the same `effective_batch_size`, or start anew "
+                    "(`resume=None`)."
+                ]
+            )
         elif len(windows) == self.checkpoint.facts["recipe"]["max_updates"] < plan.n_windows:
             self._reopen(windows[-1].epoch)  # what is left of it, if anything, is seen when the stream is read
         return plan
@@ -125,14 +136,20 @@ class Resumption:
         was, now = self.checkpoint.facts["runs"], facts["runs"]
         sentence = (
             f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
-            f"{self.checkpoint.facts['rows']} rows are done, none is left out and none comes again."
+            f"{self.checkpoint.facts['rows']} rows are done"
         )
+        sentence += "." if self._changed & _OTHER_ROWS else ", none is left out and none comes again."
         if self._changed:
             sentence += f" Allowed to differ: {', '.join(sorted(self._changed))}."
         others = [f"{name} {now[name]} (it was {was[name]})" for name in now if was.get(name) != now[name]]
         if others:
             draws = ", and dropout draws anew" if was["processes"] != now["processes"] else ""
             sentence += f" Run otherwise: {', '.join(others)}; sums are rounded otherwise{draws}."
+        before, here = self.checkpoint.facts["versions"], facts["versions"]
+        if moved := [
+            f"{name} {here[name]} (it was {before.get(name)})" for name in here if before.get(name) != here[name]
+        ]:
+            sentence += f" Of other versions: {', '.join(moved)}; numbers may differ in the last digits."
         return sentence
 
     def _check(self, kind: str, now: dict[str, Any]) -> None:
