@@ -3,8 +3,10 @@
 import errno
 import json
 import os
-import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -109,7 +111,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     assert "Goes on after update 9, from" in told
     assert fine_tuned(**arguments).differences(again) == []
     assert damage(newest) is None  # written anew when the run came there again
-    assert {"damaged-update-00000012", "damaged-update-00000014-epoch-0002"} <= set(checkpoints_of(folder))
+    named_so = [name for name in checkpoints_of(folder) if name.startswith("damaged-")]
+    assert named_so == ["damaged-update-00000014-epoch-0002"]  # one is enough
 
 
 def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
@@ -137,8 +140,11 @@ def test_a_checkpoint_of_a_strangers_runs_no_code(ended: Path, tmp_path: Path) -
         kept = (folder / file).read_bytes()
         torch.save({"optimizer": Hostile()}, folder / file)
         seal(folder)
-        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-            fine_tuned(resume=str(folder), restore_best_weights=True)
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path != folder / file}
+        with pytest.raises(CheckpointError, match="which cannot be read: Weights only load failed"):
+            fine_tuned(output_dir=str(tmp_path / "run"), resume=str(folder), restore_best_weights=True)
+        kept_at = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path != folder / file}
+        assert kept_at == before  # neither the ledger nor another checkpoint
         (folder / file).write_bytes(kept)
     assert not (tmp_path / "ran").exists()
 
@@ -218,3 +224,122 @@ def test_the_order_of_checkpoints_is_that_of_their_updates(tmp_path: Path) -> No
     assert shelf.checkpoints() == list(reversed(places))
     shelf.prune(1, best_epoch=1)
     assert shelf.checkpoints() == [places[3], places[2]]
+
+
+def test_what_is_only_read_stays_as_it_is(
+    ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another run's folder, also what is damaged and what was not written to its end."""
+    folder = copied(ended, tmp_path)
+    spoil(folder / "checkpoints" / "update-00000014-epoch-0002" / "optimizer.pt", "flipped")
+    (folder / "checkpoints" / ".update-00000013.partial").mkdir()
+    before = checkpoints_of(folder)
+    fine_tuned(output_dir=str(tmp_path / "own"), resume=str(folder), restore_best_weights=True)
+    assert checkpoints_of(folder) == before
+    assert "is damaged" in capsys.readouterr().out
+
+    newest, read = folder / "checkpoints" / "update-00000012", Path.open
+
+    def stale(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self.name == "optimizer.pt" and self.parent == newest:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", stale)
+    assert Shelf(folder).newest_sound(print)[1] == [folder / "checkpoints" / "update-00000014-epoch-0002"]
+    assert f"{newest} cannot be read ([Errno {errno.ESTALE}] Stale file handle), and is passed over." in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "a link to the folder", "a link to the checkpoint"])
+def test_a_checkpoint_is_the_runs_own_however_it_is_spelled(
+    spelling: str, ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(ended, tmp_path)
+    behind = folder / "checkpoints" / "update-00000009"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").symlink_to(folder if spelling == "a link to the folder" else behind)
+    named = {
+        "absolute": behind,
+        "a link to the folder": Path("linked", "checkpoints", behind.name),
+        "a link to the checkpoint": Path("linked"),
+    }[spelling]
+    Shelf(Path("run")).set_aside(named, (), print)
+    assert checkpoints_of(folder) == [f"update-{n:08d}" for n in (3, 6)] + ["update-00000007-epoch-0001", behind.name]
+    aside = sorted(path.name for path in (folder / "checkpoints.previous").iterdir())
+    assert aside == ["update-00000012", "update-00000014-epoch-0002"]
+
+
+def test_a_checkpoint_that_was_put_aside_can_be_gone_on_from(ended: Path, tmp_path: Path) -> None:
+    folder = copied(ended, tmp_path)
+    arguments: dict[str, Any] = {"output_dir": str(folder), "checkpoint_every": 3, "restore_best_weights": True}
+    whole = fine_tuned(**arguments)
+    behind = folder / "checkpoints.previous" / "update-00000012"
+    again = fine_tuned(**arguments, resume=str(behind))
+    assert whole.differences(again) == []
+    assert damage(behind) is None
+    assert (folder / "checkpoints.previous-2").is_dir()
+    Shelf(folder).clear()
+    assert not list(folder.glob("checkpoints*"))
+
+
+def test_folders_of_others_stay(ended: Path, tmp_path: Path) -> None:
+    folder = copied(ended, tmp_path) / "checkpoints"
+    for name in (".ipynb_checkpoints", ".mine.partial", ".update-00000013.partial", ".update-00000012.gone"):
+        (folder / name).mkdir()
+    Shelf(folder.parent).set_aside(None, (), print)
+    assert checkpoints_of(folder.parent) == [".ipynb_checkpoints", ".mine.partial"]
+
+
+def of_another_version(folder: Path, what: str) -> None:
+    if what == "no files":
+        (folder / "manifest.json").write_text('{"files": {}}')
+        return
+    file = folder / ("ledger.jsonl" if what == "fields" else "state.json")
+    said = {"fields": ('"window"', '"hue": 1, "window"'), "format": ('"format": 1', '"format": 2')}[what]
+    file.write_text(file.read_text().replace(*said))
+    seal(folder)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("no files", "its manifest.json does not list buffers.safetensors"),
+        ("fields", "unexpected keyword argument 'hue'. It may be of another version"),
+        ("format", "its format is 2, and not 1"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended: Path, tmp_path: Path) -> None:
+    folder = copied(ended, tmp_path) / "checkpoints" / "update-00000012"
+    of_another_version(folder, what)
+    with pytest.raises(CheckpointError, match=said):
+        fine_tuned(resume=str(folder), restore_best_weights=True)
+
+
+HOLDS = "import sys, time; from pathlib import Path; from ftaccum.checkpointing import held\n" + (
+    "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of files")
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
+    before, ledger = checkpoints_of(tmp_path), (tmp_path / "ledger.jsonl").read_text()
+    assert not (tmp_path / ".lock").exists()
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(
+                CheckpointError, match=rf"another run is going on \(process {other.pid} on .*\), and two"
+            ):
+                fine_tuned(output_dir=str(tmp_path))
+        finally:
+            other.send_signal(signal.SIGKILL)
+    assert checkpoints_of(tmp_path) == before
+    assert (tmp_path / "ledger.jsonl").read_text() == ledger
+    assert (tmp_path / ".lock").exists()  # a kill leaves the file, and nobody holds it
+    for _ in range(2):
+        fine_tuned(output_dir=str(tmp_path))
+    assert not (tmp_path / ".lock").exists()

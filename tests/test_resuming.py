@@ -1,6 +1,7 @@
 """Runs that are cut off and gone on with end as if they had never stopped, to the last bit."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
+from ftaccum.checkpointing.manifest import seal
 from ftaccum.planning.drawing import hold_out, order_of
 from ftaccum.settings import checked
 from heads import relative_error
@@ -120,11 +122,57 @@ def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
     assert whole.differences(run("cut")) == []
 
 
+@pytest.mark.parametrize("remainder", ["flush", "carry"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remainder: str, tmp_path: Path) -> None:
+    rows = CLASSIFIER.rows(54)
+    train_data: Any = StreamingDataset.from_generator(lambda: iter(rows)) if streams else rows
+
+    def run(max_updates: int, **more: Any) -> Any:
+        return fine_tuned(
+            train_data=train_data, val_data=CLASSIFIER.rows(6), max_updates=max_updates, lr_scheduler="constant",
+            warmup_steps=0, remainder=remainder, **more,
+        )  # fmt: skip
+
+    whole = run(13, output_dir=str(tmp_path / "whole"))
+    for n in (4, 7, 10, 13):  # the first two in the first epoch, which "flush" ends with the seventh
+        again = run(n, output_dir=str(tmp_path / "cut"), resume="auto", allow_changed=["max_updates"])
+    assert whole.differences(again) == []
+    assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
+
+
 def test_a_finished_run_trains_no_more(tmp_path: Path) -> None:
     whole = fine_tuned(output_dir=str(tmp_path))
     trained = model()
     trained.register_forward_pre_hook(_refuse_to_train)
     assert whole.differences(fine_tuned(trained, output_dir=str(tmp_path), resume="auto")) == []
+
+
+def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:
+    stream = StreamingDataset.from_generator(lambda: iter(CLASSIFIER.rows(54)))
+    common: dict[str, Any] = {"train_data": stream, "validation_split": 0.0, "max_updates": 5}
+    fine_tuned(**common, output_dir=str(tmp_path))
+    with pytest.raises(CheckpointError, match="a stream can only be read again in updates of the size"):
+        fine_tuned(**common, resume=str(tmp_path), effective_batch_size=4, allow_changed=["effective_batch_size"])
+
+
+def test_what_is_told_of_rows_and_versions_is_true(
+    cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(cut_off, tmp_path / "other"))
+    state = (other / "state.json").read_text()
+    (other / "state.json").write_text(state.replace(f'"torch": "{torch.__version__}"', '"torch": "2.6.0"'))
+    seal(other)
+    capsys.readouterr()
+    fine_tuned(resume=str(other))
+    told = capsys.readouterr().out
+    assert "24 rows are done, none is left out and none comes again." in told
+    assert f"Of other versions: torch {torch.__version__} (it was 2.6.0); numbers may differ" in told
+    fine_tuned(resume=str(cut_off), random_seed=1, allow_changed=["random_seed", "train_data", "val_data"])
+    told = capsys.readouterr().out
+    assert "24 rows are done. Allowed to differ: random_seed" in told
+    assert "none comes again" not in told
+    assert "Of other versions" not in told
 
 
 def _refuse_to_train(module: nn.Module, *_: Any) -> None:

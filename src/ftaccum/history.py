@@ -76,8 +76,20 @@ class Ledger:
         entries: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
         self._entries = sorted(entries, key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
         self._has_warned = False
+        self._file: GrowingFile | None = None
+        if self.path is not None:
+            self.keep_in(self.path)
+
+    def keep_in(self, path: Path) -> None:
+        """Has the entries be lines of a file from now on, which is emptied. Those that are there are written with the
+        next one, or by `write`.
+
+        Raises:
+            SettingsError: where the file cannot be made.
+        """
+        self.path = path
         try:
-            self._file = None if self.path is None else GrowingFile(self.path)
+            self._file = GrowingFile(path)
         except OSError as error:
             raise SettingsError(
                 [f"The ledger cannot be written: {error}. Give an `output_dir` that can be written to."]
@@ -85,6 +97,10 @@ class Ledger:
 
     def record(self, entry: WindowEntry | EpochEntry) -> None:
         self._add(entry)
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Writes the lines that are missing in the file, where that can be done."""
         try:
             self.write()
         except OSError as error:
@@ -102,10 +118,8 @@ class Ledger:
 
     def go_on_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
         """Begins with what an earlier part of the run has recorded."""
-        for entry in entries[:-1]:
+        for entry in entries:
             self._add(entry)
-        if entries:
-            self.record(entries[-1])
 
     def write(self) -> None:
         """Writes the lines that are missing in the file.

@@ -14,7 +14,7 @@ from .arranging import cutter_of
 from .assembly import Assembly
 from .borrowing import compiled
 from .calibration import Calibration, NoCalibration, PassTimer
-from .checkpointing import Keeper, Resumption, RunState, Shelf, Stateful, Writer
+from .checkpointing import Keeper, Resumption, RunState, Shelf, Stateful, Writer, held
 from .cutting import Cutter
 from .data import Feed
 from .divergence import Divergence
@@ -66,6 +66,8 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         stack: ends what ends with the run.
     """
     parts, recipe, runtime, plan, accelerator = run.parts, run.recipe, run.runtime, run.plan, run.accelerator
+    if (folder := run.folder) is not None:
+        run.agreement.from_main(lambda: stack.enter_context(held(folder)))
     schedule = make_schedule(recipe.lr_scheduler, run.optimizer, run.warmup, plan.n_windows)
     if runtime.compile:
         stack.enter_context(compiled(parts.model))
@@ -84,7 +86,7 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         accelerator, wrapped, run.assembly.objective, prepared, schedule, gradients, plan.rate_factor,
         max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=run.agreement, calibration=calibration,
     )  # fmt: skip
-    ledger = Ledger(run.folder / "ledger.jsonl" if run.folder and accelerator.is_main_process else None)
+    ledger = Ledger()
     stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
     evaluate = _evaluation(run, replace(feed.cutter, packed=False))
     work, clock = Work(), Clock()
@@ -101,12 +103,15 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         "clock": clock,
     }  # fmt: skip
     state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small)
+    run.resumption.put_back(state)  # only a run that can go on changes what is on the disk
+    if run.folder is not None and accelerator.is_main_process:
+        ledger.keep_in(run.folder / "ledger.jsonl")
+        ledger.catch_up()
     keeper = _keeper(run, state, recorder, divergence, stack)
     training = Training(
         parts.model, plan, feed, loop, adaptation, divergence, recorder, milestones, evaluate, best, keeper, run.screen,
         work, clock,
     )  # fmt: skip
-    run.resumption.put_back(state)
     if run.resumption.path is None:
         # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
         ledger.initial_val_loss = training.look_before()
@@ -117,8 +122,7 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
 def _keeper(run: Settled, state: RunState, recorder: Recorder, divergence: Divergence, stack: ExitStack) -> Keeper:
     shelf, writer = None if run.folder is None else Shelf(run.folder), None
     if shelf is not None and run.accelerator.is_main_process:
-        if aside := shelf.set_aside(run.resumption.path):
-            run.screen.note(f"Checkpoints of an earlier run are put aside, in {aside}.")
+        shelf.set_aside(run.resumption.path, run.resumption.damaged, run.screen.note)
         if not run.assembly.train.repeats:
             run.screen.note(
                 "Note: rows or collator draw from a generator of their own. A run that is interrupted sees other draws "

@@ -29,6 +29,7 @@ class Recorder:
         self._pending: list[Outcome] = []
         self._epoch = 0
         self._epoch_losses: ItemMeans | None = None
+        self._ended: tuple[int, ItemMeans] | None = None  # the last epoch that had losses
 
     def window(self, outcome: Outcome) -> None:
         """Keeps a window's outcome, and every so often reads the losses kept so far."""
@@ -50,6 +51,8 @@ class Recorder:
         sizes = self._batching.at(max(0, len(self.ledger.windows) - 1))  # of the last update
         values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
         self._accelerator.log(values, step=len(self.ledger.windows))
+        if self._epoch_losses is not None:
+            self._ended = self._epoch, self._epoch_losses
         self._epoch, self._epoch_losses = self._epoch + 1, None
         return entry
 
@@ -65,20 +68,18 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Of a recorder that has been drained."""
-        losses = self._epoch_losses
+        ended = self._ended
         return {
             "epoch": self._epoch,
-            "terms": None if losses is None else losses.terms,
-            "sums": None if losses is None else losses.sums_T.tolist(),
-            "items": None if losses is None else losses.items_T.tolist(),
+            "losses": None if self._epoch_losses is None else _as_lists(self._epoch_losses),
+            "ended": None if ended is None else {"epoch": ended[0], "losses": _as_lists(ended[1])},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        losses, ended = state_dict["losses"], state_dict["ended"]
         self._epoch = state_dict["epoch"]
-        if state_dict["terms"] is not None:
-            losses = self._epoch_losses = ItemMeans(state_dict["terms"], torch.device("cpu"))
-            losses.sums_T = torch.tensor(state_dict["sums"], dtype=losses.sums_T.dtype)
-            losses.items_T = torch.tensor(state_dict["items"], dtype=losses.items_T.dtype)
+        self._epoch_losses = None if losses is None else _of_lists(losses)
+        self._ended = None if ended is None else (ended["epoch"], _of_lists(ended["losses"]))
         self._bar.update(len(self.ledger.windows))
 
     def drain(self) -> None:
@@ -120,6 +121,13 @@ class Recorder:
             self._epoch_losses.merge(losses)
 
 
+def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+    """A recorder's state, for one that goes on in an epoch which this one had ended."""
+    ended = state_dict["ended"]
+    losses = ended["losses"] if ended is not None and ended["epoch"] == epoch else None
+    return {"epoch": epoch, "losses": losses, "ended": None}
+
+
 @contextmanager
 def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Batching) -> Iterator[None]:
     """Has the trackers started with a run's settings, kept apart from it, and finished whatever happens."""
@@ -128,6 +136,17 @@ def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Ba
     grows = {"accumulation_schedule": schedule} if batching.later else {}
     with kept_apart(accelerator, plain | _sizes(batching) | grows):
         yield
+
+
+def _as_lists(losses: ItemMeans) -> dict[str, Any]:
+    return {"terms": losses.terms, "sums": losses.sums_T.tolist(), "items": losses.items_T.tolist()}
+
+
+def _of_lists(saved: Mapping[str, Any]) -> ItemMeans:
+    losses = ItemMeans(saved["terms"], torch.device("cpu"))
+    losses.sums_T = torch.tensor(saved["sums"], dtype=losses.sums_T.dtype)
+    losses.items_T = torch.tensor(saved["items"], dtype=losses.items_T.dtype)
+    return losses
 
 
 def _sizes(batching: Batching) -> dict[str, int]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 _NAME = "manifest.json"
 _PIECE = 2**20
+_REQUIRED = {
+    *("model/model.safetensors", "buffers.safetensors", "optimizer.pt", "processes.pt", "state.json", "ledger.jsonl"),
+}
 
 
 def seal(folder: Path) -> None:
@@ -16,19 +19,26 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in half a sentence, or None for a sound one."""
+    """What is wrong with a checkpoint, in half a sentence, or None for a sound one.
+
+    Raises:
+        OSError: where a file is there and cannot be read now.
+    """
     try:
         wanted = json.loads((folder / _NAME).read_text())["files"]
-        assert isinstance(wanted, dict)
+        if not isinstance(wanted, dict):
+            raise TypeError(wanted)
     except FileNotFoundError:
         return f"it has no {_NAME}"
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError):
         return f"its {_NAME} cannot be read"
+    if missing := sorted(_REQUIRED - wanted.keys()):
+        return f"its {_NAME} does not list {missing[0]}"
     for name, listed in wanted.items():
         try:
             found = _listed(folder / name)
-        except OSError as error:
-            return f"its {name} cannot be read ({error.strerror})"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"its {name} is missing"
         if found != listed:
             short = found["bytes"] != listed.get("bytes") if isinstance(listed, dict) else True
             return f"its {name} " + ("has another size" if short else "has other contents") + f" than its {_NAME} says"

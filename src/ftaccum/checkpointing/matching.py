@@ -20,6 +20,7 @@ from ..planning import Batching
 from ..settings import SIZES, Recipe, Runtime
 from ..side_effects import preserved_rng, seed_all
 
+FORMAT = 1  # of a checkpoint's files; another one cannot be read
 _LOOKED_AT = 16  # numbers of a weight; numbers of a weight
 _MATTER_TO_ROUNDING = (
     *("max_tokens", "planner", "planner_costs", "padding_free", "compile", "accumulate_in_fp32"),
@@ -84,6 +85,7 @@ def facts_of(
     """What a checkpoint says of its run: what must not change, by the names that `allow_changed` knows ("recipe" and
     "on"), and what may ("runs")."""
     return {
+        "format": FORMAT,
         "recipe": of_recipe(recipe),
         "on": {
             "effective_batch_size": of_sizes(batching),

@@ -132,6 +132,10 @@ class Plan(Course):
         """Whether the first `n_windows` windows end with the last one of an epoch."""
         return n_windows == self._indices(self._epoch_of(n_windows - 1)).stop
 
+    def epoch_behind(self, n_windows: int) -> int:
+        """The epoch of the window that follows the first `n_windows`; `n_epochs` where none does."""
+        return self._epoch_of(n_windows) if n_windows < self.n_windows else self.n_epochs
+
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
         indices = self._indices(epoch)
         indices = indices[max(0, start - indices.start) :]
