@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -89,17 +90,38 @@ def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
         torch.manual_seed(0)
         return peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["query"], lora_dropout=0.1))
 
-    whole = fine_tuned(adapted(), output_dir=str(tmp_path), checkpoint_every=5)
+    whole = fine_tuned(adapted(), output_dir=str(tmp_path), checkpoint_every=5, restore_best_weights=True)
     there = tmp_path / "checkpoints" / "update-00000010"
-    again = fine_tuned(adapted(), resume=str(there))
+    again = fine_tuned(adapted(), resume=str(there), restore_best_weights=True)
     assert whole.differences(again) == []
-    saved = (there / "model" / "model.safetensors").stat().st_size
-    assert saved < 0.2 * sum(p.numel() * 4 for p in adapted().parameters())
+    for file in ("model/model.safetensors", "best.safetensors"):
+        assert (there / file).stat().st_size < 0.2 * sum(p.numel() * 4 for p in adapted().parameters())
     other = adapted()
     with torch.no_grad():
         other.base_model.model.bert.embeddings.word_embeddings.weight[0] += 1
     with pytest.raises(CheckpointError, match="`model` was"):
-        fine_tuned(other, resume=str(there))
+        fine_tuned(other, resume=str(there), restore_best_weights=True)
+
+
+def test_the_best_weights_of_a_model_whose_weights_lie_otherwise_in_memory(tmp_path: Path) -> None:
+    """A weight that is a view of another's transpose cannot be written as it is."""
+
+    def transposed() -> nn.Module:
+        made: Any = model()
+        made.classifier.weight = nn.Parameter(made.classifier.weight.detach().t().contiguous().t())
+        assert not made.classifier.weight.is_contiguous()
+        return made
+
+    arguments: dict[str, Any] = {"restore_best_weights": True, "learning_rate": 0.05, "n_epochs": 3}
+    whole = fine_tuned(transposed(), output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
+    names = checkpoints_of(tmp_path)
+    assert len(names) == 5 + 3
+    again = fine_tuned(transposed(), resume=str(tmp_path / "checkpoints" / names[-3]), **arguments)
+    assert whole.differences(again) == []
+    best = whole.result.val_loss_history.index(min(whole.result.val_loss_history))
+    assert best == 0  # and not the one that the run ended with
+    at_its_end = load_file(tmp_path / "checkpoints" / "update-00000007-epoch-0001" / "model" / "model.safetensors")
+    assert torch.equal(whole.weights["classifier.weight"], at_its_end["classifier.weight"])
 
 
 def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:

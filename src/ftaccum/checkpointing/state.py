@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..history import EpochEntry, Ledger, WindowEntry, Work
+from ..selection import BestEpoch, fill, passing_of, weights_of
 from ..side_effects import Generators, seed_all
 
 _STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
@@ -29,12 +30,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-class BestWeights(Stateful, Protocol):
-    """Keeps weights besides, in host memory."""
-
-    weights: dict[str, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,14 @@ class RunState:
     optimizer: Optimizer
     schedule: LRScheduler
     ledger: Ledger
-    best: BestWeights
+    best: BestEpoch
     work: Work
     small: Mapping[str, Stateful]
 
     @property
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
-        return sum(t.numel() * t.element_size() for t in _tensors_in([*_tensors_of(self.model), self.optimizer.state]))
+        return sum(t.numel() * t.element_size() for t in _tensors_in([weights_of(self.model), passing_of(self.model), self.optimizer.state]))
 
     def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
         """It on the host. All processes call it alike; the main one gets it.
@@ -71,7 +66,6 @@ class RunState:
         processes = gather_object([{"generators": Generators.now().state_dict(), "work": asdict(self.work)}])
         if not self.accelerator.is_main_process:
             return None
-        weights, buffers = _tensors_of(self.model)
         on_host = functools.partial(_on_host, copy=apart)
         scaler = self.accelerator.scaler
         steps = {
@@ -91,8 +85,8 @@ class RunState:
                 "small": small,
             },
             entries=self.ledger.entries(),
-            weights=on_host(weights),
-            buffers=on_host(buffers),
+            weights=on_host(weights_of(self.model)),
+            buffers=on_host(passing_of(self.model)),
             best=self.best.weights,
             steps=on_host(steps),
             processes=processes,
@@ -108,8 +102,8 @@ class RunState:
                 had is put back, and the optimizer begins anew.
         """
         folder = checkpoint.path
-        _fill(_tensors_of(self.model)[0], load_file(folder / _WEIGHTS), strict="model" not in changed)
-        _fill(_tensors_of(self.model)[1], load_file(folder / _BUFFERS), strict=False)
+        fill(weights_of(self.model), load_file(folder / _WEIGHTS), strict="model" not in changed)
+        fill(passing_of(self.model), load_file(folder / _BUFFERS), strict=False)
         steps = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
             saved = steps["optimizer"]
@@ -214,29 +208,6 @@ class Checkpoint:
     def n_epochs(self) -> int:
         """Epochs that have ended, and been evaluated."""
         return len(self.entries) - len(self.windows)
-
-
-def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What makes the model's weights, and the buffers that are none of its `state_dict`. A weight that is tied is there
-    once. Of an adapted model (PEFT), the base weights that are not trained are left out: they come with the model."""
-    adapted = hasattr(model, "peft_config")
-    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
-    passing = {
-        f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set
-    }
-    buffers = dict(model.named_buffers())
-    weights |= {name: b for name, b in buffers.items() if name not in passing}
-    return weights, {name: b for name, b in buffers.items() if name in passing}
-
-
-def _fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Has tensors hold what was saved by their names; where not `strict`, of those that have a shape as saved."""
-    for name, tensor in own.items():
-        if not strict and (name not in saved or saved[name].shape != tensor.shape):
-            continue
-        # One number may stand for many (expanded), which cannot be written to, and need not be.
-        if tensor.is_contiguous() or not torch.equal(tensor.cpu(), saved[name]):
-            tensor.detach().copy_(saved[name])
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
