@@ -3,8 +3,8 @@
 import functools
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..history import EpochEntry, Ledger, WindowEntry, Work
 from ..selection import BestEpoch, fill, passing_of, weights_of
 from ..side_effects import Generators, seed_all
+from .plain import n_bytes_in, on_host, unreadable
 
 _STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
 _OPTIMIZER, _PROCESSES, _BEST = "optimizer.pt", "processes.pt", "best.safetensors"
@@ -32,6 +33,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+class _UnreadableError(Exception):
+    """Part of a run could be written, but not read again."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """Everything that the rest of a run depends on, between two windows.
@@ -40,6 +45,7 @@ class RunState:
         best: the weights to end with, where they are those of an earlier epoch.
         work: of this process.
         small: all else, by name.
+        tell: shows a sentence to the user.
     """
 
     accelerator: Accelerator
@@ -50,14 +56,17 @@ class RunState:
     best: BestEpoch
     work: Work
     small: Mapping[str, Stateful]
+    tell: Callable[[str], None]
+    _told: set[str] = field(default_factory=set)
 
     @property
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
-        return sum(t.numel() * t.element_size() for t in _tensors_in([weights_of(self.model), passing_of(self.model), self.optimizer.state]))
+        return n_bytes_in([weights_of(self.model), passing_of(self.model), self.optimizer.state])
 
     def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
-        """It on the host. All processes call it alike; the main one gets it.
+        """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
+        training goes on.
 
         Args:
             facts: what else the checkpoint is to say of the run.
@@ -66,13 +75,26 @@ class RunState:
         processes = gather_object([{"generators": Generators.now().state_dict(), "work": asdict(self.work)}])
         if not self.accelerator.is_main_process:
             return None
-        on_host = functools.partial(_on_host, copy=apart)
+        try:
+            return self._snapshot(facts, processes, apart)
+        except Exception as error:  # the other processes have gone on
+            why = str(error) if isinstance(error, _UnreadableError) else repr(error)
+            self._say(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
+            return None
+
+    def _snapshot(self, facts: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
+        host = functools.partial(on_host, copy=copy)
         scaler = self.accelerator.scaler
         steps = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _without_functions(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
+        for name, state in steps.items():
+            if kind := unreadable(state):
+                raise _UnreadableError(
+                    f"the {name}'s state holds a {kind}, which cannot be read again without running code"
+                )
         config: Any = getattr(self.model, "config", None)
         small = {name: part.state_dict() for name, part in self.small.items()} | {"best": self.best.state_dict()}
         return Snapshot(
@@ -85,10 +107,10 @@ class RunState:
                 "small": small,
             },
             entries=self.ledger.entries(),
-            weights=on_host(weights_of(self.model)),
-            buffers=on_host(passing_of(self.model)),
+            weights=host(weights_of(self.model)),
+            buffers=host(passing_of(self.model)),
             best=self.best.weights,
-            steps=on_host(steps),
+            steps=host(steps),
             processes=processes,
             config=config.to_json_string() if hasattr(config, "to_json_string") else None,
         )
@@ -107,7 +129,9 @@ class RunState:
         steps = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
             saved = steps["optimizer"]
-            groups = self.optimizer.state_dict()["param_groups"] if changed else saved["param_groups"]
+            groups = self.optimizer.state_dict()["param_groups"]
+            if not changed:  # functions among their numbers are not in the checkpoint
+                groups = [own | group for own, group in zip(groups, saved["param_groups"], strict=True)]
             _load_optimizer(self.optimizer, saved["state"], groups)
         if changed:
             _forward(self.schedule, sum(not entry.skipped for entry in checkpoint.windows))
@@ -131,6 +155,11 @@ class RunState:
             Generators.of_state(processes[index]["generators"]).put_back()
         else:
             seed_all(seed, index, len(checkpoint.windows))
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.tell(sentence)
 
     def _put_back_work(self, by_process: list[dict[str, Any]]) -> None:
         """With other processes than there were, all of it is the main one's; the time is everybody's."""
@@ -157,8 +186,7 @@ class Snapshot:
     @property
     def n_bytes(self) -> int:
         """About what it takes on the disk."""
-        tensors = _tensors_in([self.weights, self.buffers, self.best, self.steps])
-        return sum(t.numel() * t.element_size() for t in tensors) + 300 * len(self.entries)
+        return n_bytes_in([self.weights, self.buffers, self.best, self.steps]) + 300 * len(self.entries)
 
     def write(self, folder: Path) -> None:
         """Into a folder that is there and empty.
@@ -221,28 +249,15 @@ def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[di
                 own[name] = value.to(own[name].device)
 
 
+def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without functions among a group's numbers: they come with the optimizer."""
+    groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
 def _forward(schedule: LRScheduler, n_updates: int) -> None:
     """As far as it would have come."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the optimizer has taken those steps in another life
         for _ in range(n_updates):
             schedule.step()
-
-
-def _on_host(value: Any, copy: bool) -> Any:
-    """The same with its tensors on the host; with `copy`, nobody else's."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=copy).contiguous()
-    if isinstance(value, Mapping):
-        return {key: _on_host(item, copy) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_host(item, copy) for item in value)
-    return value
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in _tensors_in(item)] if isinstance(value, list | tuple) else []

@@ -83,8 +83,8 @@ class Leader:
             self._clear()
 
     def _clear(self) -> None:
-        """Removes the checkpoints of a trial that has ended in the study as well: one that runs again goes on from them,
-        and of one that others have taken over, they are theirs."""
+        """Removes the checkpoints of a trial that has ended in the study as well. One that runs again goes on from
+        them, and those of one that others have taken over are theirs."""
         if self._folder is not None:
             Shelf(self._folder).clear()
 
