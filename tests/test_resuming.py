@@ -124,6 +124,39 @@ def test_the_best_weights_of_a_model_whose_weights_lie_otherwise_in_memory(tmp_p
     assert torch.equal(whole.weights["classifier.weight"], at_its_end["classifier.weight"])
 
 
+class Centres(nn.Module):
+    """A loss with a weight that is trained, one that is not, and a running mean that has a say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, outputs: Any, batch: Any) -> torch.Tensor:
+        logits = outputs.logits * self.scale
+        if torch.is_grad_enabled():
+            self.mean += 0.1 * logits.detach().mean(0)
+        return nn.functional.cross_entropy(logits + self.mean, batch["labels"])
+
+
+@pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
+def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
+    def run(**more: Any) -> tuple[Any, list[torch.Tensor]]:
+        trained, loss_fn, lone = model(), Centres(), nn.Parameter(torch.ones(2))
+        lone.register_post_accumulate_grad_hook(lambda _: None)
+        trained.register_forward_pre_hook(lambda *_: setattr(lone, "grad", torch.ones(2)))
+        optimizer = torch.optim.AdamW([*trained.parameters(), *loss_fn.parameters(), lone], lr=0.01)
+        ended = fine_tuned(trained, loss_fn=loss_fn, optimizer=optimizer, on_inexact="ignore", **more)
+        return ended, [loss_fn.scale, loss_fn.mean, lone]
+
+    whole, beside = run(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9)
+    assert all(len(t.unique()) > 1 or t.unique().item() not in (0.0, 1.0) for t in beside)  # they did move
+    for name in ("update-00000004", "update-00000012"):
+        again, same = run(resume=str(tmp_path / "checkpoints" / name))
+        assert whole.differences(again) == []
+        assert all(map(torch.equal, beside, same))
+
+
 def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(54)
 

@@ -100,7 +100,9 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         "adaptation": adaptation, "divergence": divergence.counts, "recorder": recorder, "milestones": milestones,
         "clock": clock,
     }  # fmt: skip
-    state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small, run.screen.note)
+    state = RunState(
+        accelerator, parts.model, parts.loss_fn, run.optimizer, schedule, ledger, best, work, small, run.screen.note
+    )  # fmt: skip
     keeper = _keeper(run, state, recorder, stack)
     training = Training(
         parts.model, plan, feed, loop, adaptation, divergence, recorder, milestones, evaluate, best, keeper, run.screen,

@@ -22,7 +22,7 @@ from ..side_effects import Generators, seed_all
 from .plain import n_bytes_in, on_host, unreadable
 
 _STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
-_OPTIMIZER, _PROCESSES, _BEST = "optimizer.pt", "processes.pt", "best.safetensors"
+_OPTIMIZER, _PROCESSES, _BEST, _BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
 
 
 class Stateful(Protocol):
@@ -42,6 +42,7 @@ class RunState:
     """Everything that the rest of a run depends on, between two windows.
 
     Attributes:
+        loss_fn: the user's, if any; it may have weights and buffers of its own.
         best: the weights to end with, where they are those of an earlier epoch.
         work: of this process.
         small: all else, by name.
@@ -50,6 +51,7 @@ class RunState:
 
     accelerator: Accelerator
     model: nn.Module
+    loss_fn: Callable[..., Any] | None
     optimizer: Optimizer
     schedule: LRScheduler
     ledger: Ledger
@@ -62,7 +64,7 @@ class RunState:
     @property
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
-        return n_bytes_in([weights_of(self.model), passing_of(self.model), self.optimizer.state])
+        return n_bytes_in([weights_of(self.model), passing_of(self.model), self._beside(), self.optimizer.state])
 
     def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
         """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
@@ -109,6 +111,7 @@ class RunState:
             entries=self.ledger.entries(),
             weights=host(weights_of(self.model)),
             buffers=host(passing_of(self.model)),
+            beside=host(self._beside()),
             best=self.best.weights,
             steps=host(steps),
             processes=processes,
@@ -126,6 +129,8 @@ class RunState:
         folder = checkpoint.path
         fill(weights_of(self.model), load_file(folder / _WEIGHTS), strict="model" not in changed)
         fill(passing_of(self.model), load_file(folder / _BUFFERS), strict=False)
+        if (folder / _BESIDE).exists():
+            fill(self._beside(), load_file(folder / _BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
         steps = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
             saved = steps["optimizer"]
@@ -156,6 +161,18 @@ class RunState:
         else:
             seed_all(seed, index, len(checkpoint.windows))
 
+    def _beside(self) -> dict[str, Tensor]:
+        """What moves with the model and is none of it: weights and buffers of a loss, and what else is optimized."""
+        known = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        named: list[tuple[str, Tensor]] = []
+        if isinstance(self.loss_fn, nn.Module):
+            of_loss = (*self.loss_fn.named_parameters(), *self.loss_fn.named_buffers())
+            named += [(f"loss_fn.{name}", t) for name, t in of_loss]
+        for number, group in enumerate(self.optimizer.param_groups):
+            named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
+        first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
+        return dict(first_names.values())
+
     def _say(self, sentence: str) -> None:
         if sentence not in self._told:
             self._told.add(sentence)
@@ -178,6 +195,7 @@ class Snapshot:
     entries: list[WindowEntry | EpochEntry]
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    beside: dict[str, Tensor]
     best: dict[str, Tensor] | None
     steps: dict[str, Any]
     processes: list[dict[str, Any]]
@@ -186,7 +204,7 @@ class Snapshot:
     @property
     def n_bytes(self) -> int:
         """About what it takes on the disk."""
-        return n_bytes_in([self.weights, self.buffers, self.best, self.steps]) + 300 * len(self.entries)
+        return n_bytes_in([self.weights, self.buffers, self.beside, self.best, self.steps]) + 300 * len(self.entries)
 
     def write(self, folder: Path) -> None:
         """Into a folder that is there and empty.
@@ -200,6 +218,8 @@ class Snapshot:
         if self.config is not None:
             (folder / _WEIGHTS).with_name("config.json").write_text(self.config)
         save_file(self.buffers, folder / _BUFFERS)
+        if self.beside:
+            save_file(self.beside, folder / _BESIDE)
         if self.best is not None:
             save_file(self.best, folder / _BEST)
         torch.save(self.steps, folder / _OPTIMIZER)
@@ -239,14 +259,17 @@ class Checkpoint:
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had."""
+    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had; and where a weight
+    does not lie row by row in memory, as it lies: else sums are rounded otherwise."""
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     held = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state.items():
-        own = optimizer.state[held[index]]
+        weight, own = held[index], optimizer.state[held[index]]
         for name, value in values.items():
             if isinstance(value, Tensor) and own[name].dtype != value.dtype:
                 own[name] = value.to(own[name].device)
+            if isinstance(value, Tensor) and value.shape == weight.shape and not weight.is_contiguous():
+                own[name] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
