@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..history import EpochEntry, Ledger, WindowEntry, Work
 from ..selection import BestEpoch, fill, passing_of, weights_of
 from ..side_effects import Generators, seed_all
+from .manifest import damage
 from .plain import n_bytes_in, on_host, unreadable
 
 _STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
@@ -148,9 +150,26 @@ class RunState:
         self.ledger.go_on_from(checkpoint.entries)
         for name, part in {**self.small, "best": self.best}.items():
             part.load_state_dict(checkpoint.facts["small"][name])
-        if (folder / _BEST).exists():
-            self.best.weights = load_file(folder / _BEST)
+        self._put_back_best(checkpoint, of_this_model="model" not in changed)
         self._put_back_work([process["work"] for process in checkpoint.processes()])
+
+    def _put_back_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
+        """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
+        epoch = checkpoint.best_epoch
+        if not self.best.keeps_weights or epoch is None:
+            return
+        kept, of_epoch = checkpoint.path / _BEST, checkpoint.of_epoch(epoch)
+        if of_this_model and kept.exists():
+            self.best.weights = load_file(kept)
+        elif of_this_model and of_epoch is not None:
+            self.best.weights = load_file(of_epoch / _WEIGHTS)
+            self._say(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
+        else:
+            self.best.loss = math.inf
+            self._say(
+                f"The weights of epoch {epoch}, the best so far, were not kept: `restore_best_weights` takes the best "
+                "of the epochs to come."
+            )
 
     def put_back_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
         """The last thing before the next window: whatever came before may have drawn. With other processes than there
@@ -253,14 +272,26 @@ class Checkpoint:
         return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
 
     @property
+    def best_epoch(self) -> int | None:
+        """That of the least validation loss so far, from 1."""
+        epochs = [entry for entry in self.entries if isinstance(entry, EpochEntry)]
+        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
+        return min(losses)[1] if losses else None
+
+    def of_epoch(self, epoch: int) -> Path | None:
+        """The checkpoint beside this one of the end of an epoch, if there is a sound one."""
+        there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
+        return next((path for path in there if damage(path) is None), None)
+
+    @property
     def n_epochs(self) -> int:
         """Epochs that have ended, and been evaluated."""
         return len(self.entries) - len(self.windows)
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had; and where a weight
-    does not lie row by row in memory, as it lies: else sums are rounded otherwise."""
+    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had. Those of a
+    weight that does not lie row by row in memory lie as it does: else sums are rounded otherwise."""
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     held = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state.items():
