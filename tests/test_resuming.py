@@ -1,6 +1,7 @@
 """Runs that are cut off and gone on with end as if they had never stopped, to the last bit."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from ftaccum import CheckpointError, DataError, SettingsError
+from ftaccum.checkpointing.manifest import seal
 from ftaccum.planning.drawing import hold_out, order_of
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
@@ -269,6 +271,54 @@ def test_a_rate_that_may_differ_is_the_new_one_as_far_as_the_schedule_has_come(c
     ended = fine_tuned(resume=str(cut_off), learning_rate=2e-3, allow_changed=["learning_rate"])
     assert ended.result.lr_history[:3] == before.result.lr_history[:3]
     assert ended.result.lr_history[3:] == pytest.approx([2 * rate for rate in before.result.lr_history[3:]])
+
+
+def test_a_checkpoint_of_another_device_is_gone_on_with(
+    cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
+    facts = json.loads((folder / "state.json").read_text())
+    assert facts["runs"]["device"] == torch.empty(0).device.type
+    facts["runs"]["device"] = "tpu"
+    (folder / "state.json").write_text(json.dumps(facts))
+    processes = torch.load(folder / "processes.pt", weights_only=True)
+    processes[0]["generators"]["device"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(processes, folder / "processes.pt")
+    seal(folder)
+    assert fine_tuned(resume=str(folder)).result.optimizer_steps == 14
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Run otherwise: device cpu (it was tpu); sums are rounded otherwise, and dropout draws anew." in told
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_best_weights_that_are_wanted_from_now_on(
+    kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
+    whole = fine_tuned(restore_best_weights=True, **arguments)
+    fine_tuned(output_dir=str(tmp_path), keep_checkpoints=9, **arguments)
+    assert min(losses := whole.result.val_loss_history) == losses[0]
+    first = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
+    there = tmp_path / "checkpoints" / "update-00000012"
+    if not kept:
+        shutil.rmtree(first)
+    capsys.readouterr()
+    again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
+    told = " ".join(capsys.readouterr().out.split())
+    assert (f"The weights of epoch 1, the best so far, are those in {first}." in told) == kept
+    assert ("not kept: `restore_best_weights` takes the best of the epochs to come." in told) == (not kept)
+    if kept:
+        assert whole.differences(again) == []
+    else:
+        assert f"Restored the weights of the epoch with validation loss {min(losses[1:]):.4f}." in told
+
+
+def test_best_weights_that_are_wanted_no_more(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
+    fine_tuned(output_dir=str(tmp_path), keep_checkpoints=9, restore_best_weights=True, **arguments)
+    there = tmp_path / "checkpoints" / "update-00000012"
+    again = fine_tuned(resume=str(there), allow_changed="restore_best_weights", **arguments)
+    assert fine_tuned(**arguments).differences(again) == []
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 5}, {"max_tokens": 30}, {"planner": False}])

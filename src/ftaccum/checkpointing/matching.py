@@ -81,6 +81,7 @@ def facts_of(
     assembly: Assembly,
     batching: Batching,
     mixed_precision: str,
+    device: str,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run: what must not change, by the names that `allow_changed` knows ("recipe" and
     "on"), and what may ("runs")."""
@@ -99,6 +100,7 @@ def facts_of(
             "processes": batching.num_processes,
             "batch_size": batching.batch_size,
             "mixed_precision": mixed_precision,
+            "device": device,
             **{name: getattr(runtime, name) for name in _MATTER_TO_ROUNDING},
         },
         "n_rows": len(assembly.train_rows),
