@@ -186,6 +186,59 @@ def test_a_disk_that_has_no_room_is_not_filled_up(
     assert checkpoints_of(tmp_path) == []
 
 
+Moments = namedtuple("Moments", "first second")
+
+
+class WithAState(torch.optim.SGD):
+    """Keeps something of its own for each weight, and a function for all of them."""
+
+    def __init__(self, params: Any, state: Any) -> None:
+        super().__init__(params, lr=0.1, momentum=0.9)
+        self._own = state
+        for group in self.param_groups:
+            group["decay"] = lambda n: n / 2
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data *= 1 - group["decay"](0.01)
+                self.state[p]["own"] = self._own
+
+
+def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fine_tuned(
+        optimizer=lambda groups: WithAState(groups, Moments(torch.ones(2), 3)), output_dir=str(tmp_path),
+        checkpoint_every=3,
+    )  # fmt: skip
+    told = capsys.readouterr().out
+    assert run.result.optimizer_steps == 14
+    assert told.count("No checkpoint could be taken") == 1
+    assert "the optimizer's state holds a Moments, which cannot be read again without running code. Training" in told
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_functions_among_an_optimizers_numbers_are_its_own(tmp_path: Path) -> None:
+    arguments = {"optimizer": lambda groups: WithAState(groups, (torch.ones(2), {"n": 3}))}
+    whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, **arguments)
+    again = fine_tuned(resume=str(tmp_path / "checkpoints" / "update-00000012"), **arguments)
+    assert whole.differences(again) == []
+
+
+def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("ftaccum.checkpointing.state.on_host", no_memory)
+    run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
+    assert "can't allocate memory\")" in capsys.readouterr().out
+    assert fine_tuned().differences(run) == []
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, trained = Snapshot.write, model()
     release, passes = threading.Event(), []

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -92,17 +93,71 @@ def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
         torch.manual_seed(0)
         return peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["query"], lora_dropout=0.1))
 
-    whole = fine_tuned(adapted(), output_dir=str(tmp_path), checkpoint_every=5)
+    whole = fine_tuned(adapted(), output_dir=str(tmp_path), checkpoint_every=5, restore_best_weights=True)
     there = tmp_path / "checkpoints" / "update-00000010"
-    again = fine_tuned(adapted(), resume=str(there))
+    again = fine_tuned(adapted(), resume=str(there), restore_best_weights=True)
     assert whole.differences(again) == []
-    saved = (there / "model" / "model.safetensors").stat().st_size
-    assert saved < 0.2 * sum(p.numel() * 4 for p in adapted().parameters())
+    for file in ("model/model.safetensors", "best.safetensors"):
+        assert (there / file).stat().st_size < 0.2 * sum(p.numel() * 4 for p in adapted().parameters())
     other = adapted()
     with torch.no_grad():
         other.base_model.model.bert.embeddings.word_embeddings.weight[0] += 1
     with pytest.raises(CheckpointError, match="`model` was"):
-        fine_tuned(other, resume=str(there))
+        fine_tuned(other, resume=str(there), restore_best_weights=True)
+
+
+def test_the_best_weights_of_a_model_whose_weights_lie_otherwise_in_memory(tmp_path: Path) -> None:
+    """A weight that is a view of another's transpose cannot be written as it is."""
+
+    def transposed() -> nn.Module:
+        made: Any = model()
+        made.classifier.weight = nn.Parameter(made.classifier.weight.detach().t().contiguous().t())
+        assert not made.classifier.weight.is_contiguous()
+        return made
+
+    arguments: dict[str, Any] = {"restore_best_weights": True, "learning_rate": 0.05, "n_epochs": 3}
+    whole = fine_tuned(transposed(), output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
+    names = checkpoints_of(tmp_path)
+    assert len(names) == 5 + 3
+    again = fine_tuned(transposed(), resume=str(tmp_path / "checkpoints" / names[-3]), **arguments)
+    assert whole.differences(again) == []
+    best = whole.result.val_loss_history.index(min(whole.result.val_loss_history))
+    assert best == 0  # and not the one that the run ended with
+    at_its_end = load_file(tmp_path / "checkpoints" / "update-00000007-epoch-0001" / "model" / "model.safetensors")
+    assert torch.equal(whole.weights["classifier.weight"], at_its_end["classifier.weight"])
+
+
+class Centres(nn.Module):
+    """A loss with a weight that is trained, one that is not, and a running mean that has a say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, outputs: Any, batch: Any) -> torch.Tensor:
+        logits = outputs.logits * self.scale
+        if torch.is_grad_enabled():
+            self.mean += 0.1 * logits.detach().mean(0)
+        return nn.functional.cross_entropy(logits + self.mean, batch["labels"])
+
+
+@pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
+def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
+    def run(**more: Any) -> tuple[Any, list[torch.Tensor]]:
+        trained, loss_fn, lone = model(), Centres(), nn.Parameter(torch.ones(2))
+        lone.register_post_accumulate_grad_hook(lambda _: None)
+        trained.register_forward_pre_hook(lambda *_: setattr(lone, "grad", torch.ones(2)))
+        optimizer = torch.optim.AdamW([*trained.parameters(), *loss_fn.parameters(), lone], lr=0.01)
+        ended = fine_tuned(trained, loss_fn=loss_fn, optimizer=optimizer, on_inexact="ignore", **more)
+        return ended, [loss_fn.scale, loss_fn.mean, lone]
+
+    whole, beside = run(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9)
+    assert all(len(t.unique()) > 1 or t.unique().item() not in (0.0, 1.0) for t in beside)  # they did move
+    for name in ("update-00000004", "update-00000012"):
+        again, same = run(resume=str(tmp_path / "checkpoints" / name))
+        assert whole.differences(again) == []
+        assert all(map(torch.equal, beside, same))
 
 
 def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
@@ -263,6 +318,54 @@ def test_a_rate_that_may_differ_is_the_new_one_as_far_as_the_schedule_has_come(c
     ended = fine_tuned(resume=str(cut_off), learning_rate=2e-3, allow_changed=["learning_rate"])
     assert ended.result.lr_history[:3] == before.result.lr_history[:3]
     assert ended.result.lr_history[3:] == pytest.approx([2 * rate for rate in before.result.lr_history[3:]])
+
+
+def test_a_checkpoint_of_another_device_is_gone_on_with(
+    cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
+    facts = json.loads((folder / "state.json").read_text())
+    assert facts["runs"]["device"] == torch.empty(0).device.type
+    facts["runs"]["device"] = "tpu"
+    (folder / "state.json").write_text(json.dumps(facts))
+    processes = torch.load(folder / "processes.pt", weights_only=True)
+    processes[0]["generators"]["device"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(processes, folder / "processes.pt")
+    seal(folder)
+    assert fine_tuned(resume=str(folder)).result.optimizer_steps == 14
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Run otherwise: device cpu (it was tpu); sums are rounded otherwise, and dropout draws anew." in told
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_best_weights_that_are_wanted_from_now_on(
+    kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
+    whole = fine_tuned(restore_best_weights=True, **arguments)
+    fine_tuned(output_dir=str(tmp_path), keep_checkpoints=9, **arguments)
+    assert min(losses := whole.result.val_loss_history) == losses[0]
+    first = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
+    there = tmp_path / "checkpoints" / "update-00000012"
+    if not kept:
+        shutil.rmtree(first)
+    capsys.readouterr()
+    again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
+    told = " ".join(capsys.readouterr().out.split())
+    assert (f"The weights of epoch 1, the best so far, are those in {first}." in told) == kept
+    assert ("not kept: `restore_best_weights` takes the best of the epochs to come." in told) == (not kept)
+    if kept:
+        assert whole.differences(again) == []
+    else:
+        assert f"Restored the weights of the epoch with validation loss {min(losses[1:]):.4f}." in told
+
+
+def test_best_weights_that_are_wanted_no_more(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
+    fine_tuned(output_dir=str(tmp_path), keep_checkpoints=9, restore_best_weights=True, **arguments)
+    there = tmp_path / "checkpoints" / "update-00000012"
+    again = fine_tuned(resume=str(there), allow_changed="restore_best_weights", **arguments)
+    assert fine_tuned(**arguments).differences(again) == []
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 5}, {"max_tokens": 30}, {"planner": False}])

@@ -549,9 +549,29 @@ def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) 
             other.tell(0, state=FAILED)
         return Layer()
 
+    theirs, others = [tmp_path / "trials" / f"{n:04d}" / "checkpoints" / "update-00000001" for n in (0, 1)]
+    theirs.mkdir(parents=True)  # the worker that took the trial over writes into the same folder
     study = quick(model_factory=factory, output_dir=str(tmp_path), n_trials=2)
     assert study.trials[0].state == FAILED
     assert len(ended(study)) == 2
+    assert theirs.parent.exists() or theirs.parent.with_name("checkpoints.previous").exists()
+    assert not others.parent.exists()
+
+
+def test_a_trial_that_will_run_again_keeps_its_checkpoints(tmp_path: Path) -> None:
+    made = 0
+
+    def factory() -> nn.Module:
+        nonlocal made
+        made += 1
+        (tmp_path / "trials" / f"{made - 1:04d}" / "checkpoints" / "update-00000001").mkdir(parents=True)
+        if made == 2:
+            raise DataError("the disk is gone")
+        return Layer()
+
+    with pytest.raises(DataError, match="the disk is gone"):
+        quick(model_factory=factory, output_dir=str(tmp_path), n_trials=2)
+    assert [(tmp_path / "trials" / n / "checkpoints").exists() for n in ("0000", "0001")] == [False, True]
 
 
 # --- workers and storages

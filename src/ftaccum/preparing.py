@@ -102,7 +102,9 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         "adaptation": adaptation, "divergence": divergence.counts, "recorder": recorder, "milestones": milestones,
         "clock": clock,
     }  # fmt: skip
-    state = RunState(accelerator, parts.model, run.optimizer, schedule, ledger, best, work, small)
+    state = RunState(
+        accelerator, parts.model, parts.loss_fn, run.optimizer, schedule, ledger, best, work, small, run.screen.note
+    )  # fmt: skip
     run.resumption.put_back(state)  # only a run that can go on changes what is on the disk
     if run.folder is not None and accelerator.is_main_process:
         ledger.keep_in(run.folder / "ledger.jsonl")

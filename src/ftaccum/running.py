@@ -42,11 +42,12 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         stream = stack.enter_context(opened(parts.train_data, recipe.random_seed, accelerator, agreement))
         assembly, plan, runtime = planned(parts, recipe, runtime, accelerator, agreement, stream)
         assembly.tell_through(screen.note)
-        facts = facts_of(parts, recipe, runtime, optimizer, assembly, plan.batching, accelerator.mixed_precision)
+        precision, device = accelerator.mixed_precision, accelerator.device.type
+        facts = facts_of(parts, recipe, runtime, optimizer, assembly, plan.batching, precision, device)
         plan = resumption.going_on(plan, facts)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
         notes = [*assembly.notes(), how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
-        screen.banner(plan, notes, warmup, accelerator.mixed_precision, accelerator.device.type)
+        screen.banner(plan, notes, warmup, precision, device)
         if told := resumption.in_words(facts):
             screen.note(told)
 

@@ -1,8 +1,10 @@
 """When to stop, and which epoch's weights to end with."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,9 +19,10 @@ class BestEpoch:
         Attributes:
             loss: the best so far, infinite before the first.
             weights: of that epoch, where they are kept.
+            keeps_weights: whether they are, once there was one.
         """
         self._patience = math.inf if patience is None else patience
-        self._keeps = keep_weights
+        self.keeps_weights = keep_weights
         self.loss = math.inf
         self._epochs_since = 0
         self.weights: dict[str, Tensor] | None = None
@@ -34,8 +37,10 @@ class BestEpoch:
             return False
         if val_loss < self.loss:
             self.loss, self._epochs_since = val_loss, 0
-            if self._keeps:
-                self.weights = {name: t.to("cpu", copy=True) for name, t in model.state_dict().items()}
+            if self.keeps_weights:
+                self.weights = {
+                    name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights_of(model).items()
+                }
         elif updated:
             self._epochs_since += 1
         return self.has_ended
@@ -60,5 +65,32 @@ class BestEpoch:
         """Puts the best epoch's weights back, where they were kept, and says whether they were."""
         if self.weights is None:
             return False
-        model.load_state_dict(self.weights)
+        fill(weights_of(model), self.weights)
         return True
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What makes a model what it has learnt: weights, and buffers of its `state_dict`. A weight that is tied is there
+    once. Of an adapted model (PEFT), the base weights that are not trained are left out: they come with the model."""
+    adapted = hasattr(model, "peft_config")
+    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
+    passing = passing_of(model)
+    return weights | {name: b for name, b in model.named_buffers() if name not in passing}
+
+
+def passing_of(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are none of its `state_dict`."""
+    names = {
+        f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set
+    }
+    return {name: b for name, b in model.named_buffers() if name in names}
+
+
+def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """Has tensors hold what was saved by their names; where not `strict`, of those that have a shape as saved."""
+    for name, tensor in own.items():
+        if not strict and (name not in saved or saved[name].shape != tensor.shape):
+            continue
+        # One number may stand for many (expanded), which cannot be written to, and need not be.
+        if tensor.is_contiguous() or not torch.equal(tensor.cpu(), saved[name]):
+            tensor.detach().copy_(saved[name])

@@ -49,8 +49,9 @@ class Generators:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            torch.get_device_module().set_rng_state(self.device)
+        device = _device()
+        if self.device is not None and device is not None:  # they may have been kept where there was another
+            device.set_rng_state(self.device)
 
 
 def _device() -> Any:

@@ -1,6 +1,7 @@
 """Whether a run is the one that a checkpoint was made in: what it learns, on what, and how."""
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -69,7 +70,7 @@ def of_optimizer(optimizer: Optimizer) -> str:
     groups = [
         {name: v for name, v in group.items() if name not in {"params", *_RATES}} for group in optimizer.param_groups
     ]
-    numbers = [", ".join(f"{name}={value!r}" for name, value in group.items()) for group in groups]
+    numbers = [", ".join(f"{name}={_named(value)}" for name, value in group.items()) for group in groups]
     return f"{type(optimizer).__name__}({' | '.join(numbers)})"
 
 
@@ -81,6 +82,7 @@ def facts_of(
     assembly: Assembly,
     batching: Batching,
     mixed_precision: str,
+    device: str,
 ) -> dict[str, Any]:
     """What a checkpoint says of its run: what must not change, by the names that `allow_changed` knows ("recipe" and
     "on"), and what may ("runs")."""
@@ -100,6 +102,7 @@ def facts_of(
             "processes": batching.num_processes,
             "batch_size": batching.batch_size,
             "mixed_precision": mixed_precision,
+            "device": device,
             **{name: getattr(runtime, name) for name in _MATTER_TO_ROUNDING},
         },
         "n_rows": len(assembly.train_rows),
@@ -138,6 +141,11 @@ def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[st
             ]
         )
     return changed
+
+
+def _named(value: Any) -> str:
+    """Without the address in memory, which what is no number is shown with."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _plain(value: Any) -> Any:

@@ -143,7 +143,7 @@ class Resumption:
             sentence += f" Allowed to differ: {', '.join(sorted(self._changed))}."
         others = [f"{name} {now[name]} (it was {was[name]})" for name in now if was.get(name) != now[name]]
         if others:
-            draws = ", and dropout draws anew" if was["processes"] != now["processes"] else ""
+            draws = ", and dropout draws anew" if any(was[n] != now[n] for n in ("processes", "device")) else ""
             sentence += f" Run otherwise: {', '.join(others)}; sums are rounded otherwise{draws}."
         before, here = self.checkpoint.facts["versions"], facts["versions"]
         if moved := [

@@ -2,9 +2,10 @@
 
 import functools
 import json
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..history import EpochEntry, Ledger, WindowEntry, Work
+from ..selection import BestEpoch, fill, passing_of, weights_of
 from ..side_effects import Generators, seed_all
+from .manifest import damage
+from .plain import n_bytes_in, on_host, unreadable
 
 _STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
-_OPTIMIZER, _PROCESSES, _BEST = "optimizer.pt", "processes.pt", "best.safetensors"
+_OPTIMIZER, _PROCESSES, _BEST, _BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
 
 
 class Stateful(Protocol):
@@ -31,10 +35,8 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-class BestWeights(Stateful, Protocol):
-    """Keeps weights besides, in host memory."""
-
-    weights: dict[str, Tensor] | None
+class _UnreadableError(Exception):
+    """Part of a run could be written, but not read again."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,33 @@ class RunState:
     """Everything that the rest of a run depends on, between two windows.
 
     Attributes:
+        loss_fn: the user's, if any; it may have weights and buffers of its own.
         best: the weights to end with, where they are those of an earlier epoch.
         work: of this process.
         small: all else, by name.
+        tell: shows a sentence to the user.
     """
 
     accelerator: Accelerator
     model: nn.Module
+    loss_fn: Callable[..., Any] | None
     optimizer: Optimizer
     schedule: LRScheduler
     ledger: Ledger
-    best: BestWeights
+    best: BestEpoch
     work: Work
     small: Mapping[str, Stateful]
+    tell: Callable[[str], None]
+    _told: set[str] = field(default_factory=set)
 
     @property
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
-        return sum(t.numel() * t.element_size() for t in _tensors_in([*_tensors_of(self.model), self.optimizer.state]))
+        return n_bytes_in([weights_of(self.model), passing_of(self.model), self._beside(), self.optimizer.state])
 
     def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
-        """It on the host. All processes call it alike; the main one gets it.
+        """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
+        training goes on.
 
         Args:
             facts: what else the checkpoint is to say of the run.
@@ -71,14 +79,26 @@ class RunState:
         processes = gather_object([{"generators": Generators.now().state_dict(), "work": asdict(self.work)}])
         if not self.accelerator.is_main_process:
             return None
-        weights, buffers = _tensors_of(self.model)
-        on_host = functools.partial(_on_host, copy=apart)
+        try:
+            return self._snapshot(facts, processes, apart)
+        except Exception as error:  # the other processes have gone on
+            why = str(error) if isinstance(error, _UnreadableError) else repr(error)
+            self._say(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
+            return None
+
+    def _snapshot(self, facts: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
+        host = functools.partial(on_host, copy=copy)
         scaler = self.accelerator.scaler
         steps = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _without_functions(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
+        for name, state in steps.items():
+            if kind := unreadable(state):
+                raise _UnreadableError(
+                    f"the {name}'s state holds a {kind}, which cannot be read again without running code"
+                )
         config: Any = getattr(self.model, "config", None)
         small = {name: part.state_dict() for name, part in self.small.items()} | {"best": self.best.state_dict()}
         return Snapshot(
@@ -91,10 +111,11 @@ class RunState:
                 "small": small,
             },
             entries=self.ledger.entries(),
-            weights=on_host(weights),
-            buffers=on_host(buffers),
+            weights=host(weights_of(self.model)),
+            buffers=host(passing_of(self.model)),
+            beside=host(self._beside()),
             best=self.best.weights,
-            steps=on_host(steps),
+            steps=host(steps),
             processes=processes,
             config=config.to_json_string() if hasattr(config, "to_json_string") else None,
         )
@@ -108,12 +129,16 @@ class RunState:
                 had is put back, and the optimizer begins anew.
         """
         folder = checkpoint.path
-        _fill(_tensors_of(self.model)[0], load_file(folder / _WEIGHTS), strict="model" not in changed)
-        _fill(_tensors_of(self.model)[1], load_file(folder / _BUFFERS), strict=False)
+        fill(weights_of(self.model), load_file(folder / _WEIGHTS), strict="model" not in changed)
+        fill(passing_of(self.model), load_file(folder / _BUFFERS), strict=False)
+        if (folder / _BESIDE).exists():
+            fill(self._beside(), load_file(folder / _BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
         steps = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
             saved = steps["optimizer"]
-            groups = self.optimizer.state_dict()["param_groups"] if changed else saved["param_groups"]
+            groups = self.optimizer.state_dict()["param_groups"]
+            if not changed:  # functions among their numbers are not in the checkpoint
+                groups = [own | group for own, group in zip(groups, saved["param_groups"], strict=True)]
             _load_optimizer(self.optimizer, saved["state"], groups)
         if changed:
             _forward(self.schedule, sum(not entry.skipped for entry in checkpoint.windows))
@@ -125,9 +150,26 @@ class RunState:
         self.ledger.go_on_from(checkpoint.entries)
         for name, part in {**self.small, "best": self.best}.items():
             part.load_state_dict(checkpoint.facts["small"][name])
-        if (folder / _BEST).exists():
-            self.best.weights = load_file(folder / _BEST)
+        self._put_back_best(checkpoint, of_this_model="model" not in changed)
         self._put_back_work([process["work"] for process in checkpoint.processes()])
+
+    def _put_back_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
+        """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
+        epoch = checkpoint.best_epoch
+        if not self.best.keeps_weights or epoch is None:
+            return
+        kept, of_epoch = checkpoint.path / _BEST, checkpoint.of_epoch(epoch)
+        if of_this_model and kept.exists():
+            self.best.weights = load_file(kept)
+        elif of_this_model and of_epoch is not None:
+            self.best.weights = load_file(of_epoch / _WEIGHTS)
+            self._say(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
+        else:
+            self.best.loss = math.inf
+            self._say(
+                f"The weights of epoch {epoch}, the best so far, were not kept: `restore_best_weights` takes the best "
+                "of the epochs to come."
+            )
 
     def put_back_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
         """The last thing before the next window: whatever came before may have drawn. With other processes than there
@@ -137,6 +179,23 @@ class RunState:
             Generators.of_state(processes[index]["generators"]).put_back()
         else:
             seed_all(seed, index, len(checkpoint.windows))
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What moves with the model and is none of it: weights and buffers of a loss, and what else is optimized."""
+        known = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        named: list[tuple[str, Tensor]] = []
+        if isinstance(self.loss_fn, nn.Module):
+            of_loss = (*self.loss_fn.named_parameters(), *self.loss_fn.named_buffers())
+            named += [(f"loss_fn.{name}", t) for name, t in of_loss]
+        for number, group in enumerate(self.optimizer.param_groups):
+            named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
+        first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
+        return dict(first_names.values())
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.tell(sentence)
 
     def _put_back_work(self, by_process: list[dict[str, Any]]) -> None:
         """With other processes than there were, all of it is the main one's; the time is everybody's."""
@@ -155,6 +214,7 @@ class Snapshot:
     entries: list[WindowEntry | EpochEntry]
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    beside: dict[str, Tensor]
     best: dict[str, Tensor] | None
     steps: dict[str, Any]
     processes: list[dict[str, Any]]
@@ -163,8 +223,7 @@ class Snapshot:
     @property
     def n_bytes(self) -> int:
         """About what it takes on the disk."""
-        tensors = _tensors_in([self.weights, self.buffers, self.best, self.steps])
-        return sum(t.numel() * t.element_size() for t in tensors) + 300 * len(self.entries)
+        return n_bytes_in([self.weights, self.buffers, self.beside, self.best, self.steps]) + 300 * len(self.entries)
 
     def write(self, folder: Path) -> None:
         """Into a folder that is there and empty.
@@ -178,6 +237,8 @@ class Snapshot:
         if self.config is not None:
             (folder / _WEIGHTS).with_name("config.json").write_text(self.config)
         save_file(self.buffers, folder / _BUFFERS)
+        if self.beside:
+            save_file(self.beside, folder / _BESIDE)
         if self.best is not None:
             save_file(self.best, folder / _BEST)
         torch.save(self.steps, folder / _OPTIMIZER)
@@ -211,43 +272,41 @@ class Checkpoint:
         return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
 
     @property
+    def best_epoch(self) -> int | None:
+        """That of the least validation loss so far, from 1."""
+        epochs = [entry for entry in self.entries if isinstance(entry, EpochEntry)]
+        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
+        return min(losses)[1] if losses else None
+
+    def of_epoch(self, epoch: int) -> Path | None:
+        """The checkpoint beside this one of the end of an epoch, if there is a sound one."""
+        there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
+        return next((path for path in there if damage(path) is None), None)
+
+    @property
     def n_epochs(self) -> int:
         """Epochs that have ended, and been evaluated."""
         return len(self.entries) - len(self.windows)
 
 
-def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What makes the model's weights, and the buffers that are none of its `state_dict`. A weight that is tied is there
-    once. Of an adapted model (PEFT), the base weights that are not trained are left out: they come with the model."""
-    adapted = hasattr(model, "peft_config")
-    weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
-    passing = {
-        f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set
-    }
-    buffers = dict(model.named_buffers())
-    weights |= {name: b for name, b in buffers.items() if name not in passing}
-    return weights, {name: b for name, b in buffers.items() if name in passing}
-
-
-def _fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Has tensors hold what was saved by their names; where not `strict`, of those that have a shape as saved."""
-    for name, tensor in own.items():
-        if not strict and (name not in saved or saved[name].shape != tensor.shape):
-            continue
-        # One number may stand for many (expanded), which cannot be written to, and need not be.
-        if tensor.is_contiguous() or not torch.equal(tensor.cpu(), saved[name]):
-            tensor.detach().copy_(saved[name])
-
-
 def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had."""
+    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had. Those of a
+    weight that does not lie row by row in memory lie as it does: else sums are rounded otherwise."""
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     held = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state.items():
-        own = optimizer.state[held[index]]
+        weight, own = held[index], optimizer.state[held[index]]
         for name, value in values.items():
             if isinstance(value, Tensor) and own[name].dtype != value.dtype:
                 own[name] = value.to(own[name].device)
+            if isinstance(value, Tensor) and value.shape == weight.shape and not weight.is_contiguous():
+                own[name] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without functions among a group's numbers: they come with the optimizer."""
+    groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _forward(schedule: LRScheduler, n_updates: int) -> None:
@@ -256,22 +315,3 @@ def _forward(schedule: LRScheduler, n_updates: int) -> None:
         warnings.simplefilter("ignore")  # the optimizer has taken those steps in another life
         for _ in range(n_updates):
             schedule.step()
-
-
-def _on_host(value: Any, copy: bool) -> Any:
-    """The same with its tensors on the host; with `copy`, nobody else's."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=copy).contiguous()
-    if isinstance(value, Mapping):
-        return {key: _on_host(item, copy) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_host(item, copy) for item in value)
-    return value
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in _tensors_in(item)] if isinstance(value, list | tuple) else []

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -38,6 +39,7 @@ class Leader:
         self._search, self._team, self._interrupts = search, team, interrupts
         self._study, self._storage = study, storage
         self._left = False
+        self._folder: Path | None = None  # of the trial at hand
         self._silent: dict[int, float] = {}
 
     def work(self, on_trial: Callable[[], None]) -> None:
@@ -69,7 +71,7 @@ class Leader:
         return "wait" if heard_of else "stop"
 
     def _take_one(self) -> None:
-        self._left = False
+        self._left, self._folder = False, None
         try:
             # One at a time; `optimize` gives the sign of life while it runs.
             self._study.optimize(self._objective, n_trials=1, catch=(_EndedError,))
@@ -77,6 +79,14 @@ class Leader:
             # Others took this worker for dead, and the trial has ended without it.
             if not self._left and not str(error).startswith("Cannot tell a"):
                 raise
+        else:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes the checkpoints of a trial that has ended in the study as well. One that runs again goes on from
+        them, and those of one that others have taken over are theirs."""
+        if self._folder is not None:
+            Shelf(self._folder).clear()
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if self._is_one_too_many(trial):
@@ -101,6 +111,7 @@ class Leader:
         except Exception as error:  # a function of the user's
             return Outcome("failed", f"{type(error).__name__}: {error}")
         first = trial.user_attrs.get(FIRST)
+        self._folder = folder_of(self._search, trial.number, first)
         self._team.told(("run", (trial.number, first, trial.params)))
         book = StudyBook(self._study, trial, self._settings)
         return run(self._search, self._team, self._interrupts, trial.number, first, arguments, book)
@@ -173,6 +184,11 @@ def arguments_of(search: Search, trial: BaseTrial, team: Team) -> dict[str, Any]
     return search.space.suggest(trial, search.fixed, search.batch_size(team.size))
 
 
+def folder_of(search: Search, number: int, first: int | None) -> Path | None:
+    """Where a trial's outputs go: those of a run that was interrupted, and of the one that goes on from it, alike."""
+    return None if search.folder is None else search.folder / "trials" / f"{number if first is None else first:04d}"
+
+
 def run(
     search: Search,
     team: Team,
@@ -187,7 +203,7 @@ def run(
     Args:
         first: the number under which it was first begun, if it was interrupted then: it goes on from its checkpoint.
     """
-    folder = None if search.folder is None else search.folder / "trials" / f"{number if first is None else first:04d}"
+    folder = folder_of(search, number, first)
     kept = {"output_dir": folder and str(folder), "resume": "auto" if folder and first is not None else None}
     batch_size, settings = search.batch_size(team.size), search.settings
     book.open(
@@ -206,8 +222,6 @@ def run(
         title=f"trial {number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
     )
     outcome = run_trial(search.model_factory, arguments | kept | {"progress": search.progress}, watcher)
-    if folder is not None and team.is_main:
-        Shelf(folder).clear()
     everyone = team.everyone((outcome.kind, outcome.reason))
     failed = next((reason for kind, reason in everyone if kind == "failed"), None)
     if failed is not None and outcome.kind != "failed":
