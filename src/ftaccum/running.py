@@ -48,7 +48,7 @@ def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
         notes = [*assembly.notes(), how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
         screen.banner(plan, notes, warmup, precision, device)
-        if told := resumption.in_words(facts):
+        if told := resumption.in_words(facts, plan.n_windows):
             screen.note(told)
 
         training = training_of(

@@ -61,6 +61,7 @@ class Resumption:
             )
         resumption = cls(_opened(path), tuple(runtime.allow_changed), damaged)
         resumption._check("recipe", of_recipe(recipe))  # before anything is loaded
+        resumption._check_ended()
         return resumption
 
     @property
@@ -101,6 +102,19 @@ class Resumption:
             self._reopen(windows[-1].epoch)  # what is left of it, if anything, is seen when the stream is read
         return plan
 
+    def _check_ended(self) -> None:
+        """A run that was ended for its numbers is not walked through by starting it again and again."""
+        assert self.checkpoint is not None, "there is one to go on from"
+        ended = self.checkpoint.facts["small"]["divergence"]["ended"]
+        if ended and not self.allowed:
+            raise CheckpointError(
+                [
+                    f"`resume` found {self.path}, of a run that was ended at update {len(self.checkpoint.windows)}, "
+                    f"which was not finite: {ended} To go on behind that, name what you have changed in `allow_changed` "
+                    "(`['train_data']` for rows that were mended)."
+                ]
+            )
+
     def _reopen(self, epoch: int) -> None:
         """Takes back the end of an epoch that goes on: `max_updates`, say, had cut it off, and allows for more now."""
         checkpoint = self.checkpoint
@@ -129,10 +143,19 @@ class Resumption:
         if self.checkpoint is not None:
             state.put_back_generators(self.checkpoint, seed)
 
-    def in_words(self, facts: dict[str, Any]) -> str | None:
-        """What is told of a run that goes on: from where, and what is other than it was."""
+    def in_words(self, facts: dict[str, Any], n_windows: int) -> str | None:
+        """What is told of a run that goes on: from where, and what is other than it was.
+
+        Args:
+            n_windows: of the whole run.
+        """
         if self.checkpoint is None:
             return None
+        if len(self.checkpoint.windows) >= n_windows and self.checkpoint.n_epochs > self.checkpoint.windows[-1].epoch:
+            return (
+                f"This run has ended, with update {len(self.checkpoint.windows)} ({self.path}): there is nothing left "
+                "to train. A larger `n_epochs`, named in `allow_changed`, extends it."
+            )
         was, now = self.checkpoint.facts["runs"], facts["runs"]
         sentence = (
             f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
