@@ -263,6 +263,18 @@ MUTANTS = [
     Mutant("deaths never forgotten", "data/loading.py", "            self._deaths = 0\n            yield sorted(", "            yield sorted("),
     Mutant("each process tells its own row", "memory.py", "DataError(f\"{told[0]} (", "DataError(f\"{fault} ("),
     Mutant("names lost of rows that cannot be read", "data/rows.py", "name = index if self._names is None else self._names[index]", "name = index"),
+    Mutant("a folder by another name is another", "checkpointing/shelf.py", "os.path.samefile(path, other)", "path == other"),
+    Mutant("aside into what is gone on from", "checkpointing/shelf.py", "if behind is None or not _same(behind.parent, folder)", "if True"),
+    Mutant("every hidden folder is ours", "checkpointing/shelf.py", "if _UNFINISHED.fullmatch(path.name):", 'if path.name.startswith("."):'),
+    Mutant("what may pass is damage", "checkpointing/shelf.py", "except OSError as error:  # which may pass\n", "except OSError as error:  # which may pass\n                damaged.append(path)\n"),
+    Mutant("a manifest of nothing", "checkpointing/manifest.py", "sorted(_REQUIRED - wanted.keys())", "[]"),
+    Mutant("any format", "checkpointing/resuming.py", 'checkpoint.facts.get("format") != FORMAT', "False"),
+    Mutant("a folder of two runs", "checkpointing/holding.py", "if error.errno in (errno.EACCES, errno.EAGAIN):", "if False:"),
+    Mutant("an epoch that was cut has ended", "checkpointing/resuming.py", "checkpoint.n_epochs <= epoch:", "True:"),
+    Mutant("an epoch that was cut forgets its losses", "recording.py", 'ended["losses"] if ended is not None', "None if ended is not None"),
+    Mutant("other rows called the same", "checkpointing/resuming.py", "if self._changed & _OTHER_ROWS", "if False"),
+    Mutant("a stream in other updates", "checkpointing/resuming.py", '"effective_batch_size" in self._changed', "False"),
+    Mutant("a ledger emptied before all is read", "preparing.py", "    ledger = Ledger()\n", '    ledger = Ledger(run.folder and run.folder / "ledger.jsonl")\n'),
 ]  # fmt: skip
 
 # What runs first finds most; of some files, the mutants are found elsewhere.
@@ -298,6 +310,8 @@ _VERIFYING = ["bench", "comparing", "gradients", "peers", "splits", "verifying"]
 FIRST |= {f"verification/{room}.py": "verify" for room in _VERIFYING}
 FIRST |= {"data/rows.py": "data_faults", "data/workers.py": "data_faults", "data/loading.py": "data_faults"}
 FIRST |= {"data/checking.py": "data_faults"}
+FIRST |= {f"checkpointing/{room}.py": "checkpoints" for room in ("holding", "manifest", "shelf")}
+FIRST |= {"checkpointing/resuming.py": "resuming", "recording.py": "resuming"}
 FIRST |= {f"tuning/{room}.py": "search" for room in _SEARCHING} | {"interrupts.py": "search"}
 TESTS = [
     "parity",
