@@ -48,7 +48,7 @@ def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, 
         "planner_costs": [64, 1, 0.0005] if arguments.get("planner", True) else None,
     }  # fmt: skip
     result = test_fine_tuning(trained, **defaults | arguments)
-    return Ended({name: t.clone() for name, t in trained.state_dict().items()}, result)
+    return Ended({name: t.clone() for name, t in trained.state_dict().items() if isinstance(t, Tensor)}, result)
 
 
 def _cut_off(trained: nn.Module, window: int) -> None:

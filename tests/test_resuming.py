@@ -160,6 +160,39 @@ def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
         assert all(map(torch.equal, beside, same))
 
 
+class Fading(nn.Module):
+    """Has a say by a number that is no buffer."""
+
+    def __init__(self, other: Any = None) -> None:
+        super().__init__()
+        self.n, self.other = 0, other
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        self.n += torch.is_grad_enabled()
+        return logits * (1 + 1 / (1 + self.n))
+
+    def get_extra_state(self) -> Any:
+        return torch.tensor(self.n) if self.other is None else {"n": self.n, "other": self.other}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.n = int(state)
+
+
+@pytest.mark.filterwarnings("ignore::ftaccum.errors.OutputWarning")  # nor does `save_pretrained` take a path
+def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(other: Any = None, **more: Any) -> Any:
+        trained: Any = model()
+        trained.classifier = nn.Sequential(trained.classifier, Fading(other))
+        return fine_tuned(trained, on_inexact="ignore", **more)
+
+    whole = run(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9)
+    again = run(resume=str(tmp_path / "checkpoints" / "update-00000012"))
+    assert whole.result.loss_history == again.result.loss_history
+    run(other=tmp_path, output_dir=str(tmp_path / "other"), checkpoint_every=4)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("The extra state of `model.classifier.1` is not in the checkpoints: it holds a PosixPath") == 1
+
+
 def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(54)
 

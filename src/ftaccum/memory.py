@@ -3,10 +3,12 @@
 import gc
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed
@@ -58,6 +60,16 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.get_device_module().empty_cache()
+
+
+def free_on_host() -> int:
+    """Bytes that the machine, and the container around the process, if any, have left."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 class Agreement:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -14,7 +13,7 @@ from torch import nn
 
 from .data import Loader, MicroBatch
 from .errors import SettingsError
-from .memory import Agreement, give_back_memory, is_out_of_memory
+from .memory import Agreement, free_on_host, give_back_memory, is_out_of_memory
 from .objective import Objective
 from .side_effects import preserved_buffers, preserved_rng
 
@@ -114,16 +113,6 @@ class _Host:
 
     def took(self, n_rows: int) -> None:
         self._per_row = max(0, _peak() - self._started) / n_rows
-
-
-def free_on_host() -> int:
-    """Bytes that the machine, and the container around the process, if any, have left."""
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def _forget_peak() -> None:

@@ -93,6 +93,7 @@ class RunState:
             "optimizer": _without_functions(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "extra": self._extra_states(),
         }
         for name, state in steps.items():
             if kind := unreadable(state):
@@ -150,6 +151,9 @@ class RunState:
         self.ledger.go_on_from(checkpoint.entries)
         for name, part in {**self.small, "best": self.best}.items():
             part.load_state_dict(checkpoint.facts["small"][name])
+        for name, module in self._with_extra_state():
+            if name in steps["extra"]:
+                module.set_extra_state(steps["extra"][name])
         self._put_back_best(checkpoint, of_this_model="model" not in changed)
         self._put_back_work([process["work"] for process in checkpoint.processes()])
 
@@ -191,6 +195,28 @@ class RunState:
             named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
         first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
         return dict(first_names.values())
+
+    def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
+        """Modules that have a state of their own, beside weights and buffers, by name."""
+        roots = {"model": self.model, "loss_fn": self.loss_fn}
+        named = [
+            (f"{root}.{name}".rstrip("."), module)
+            for root, part in roots.items()
+            if isinstance(part, nn.Module)
+            for name, module in part.named_modules()
+        ]
+        return [(name, m) for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state]
+
+    def _extra_states(self) -> dict[str, Any]:
+        found = {name: module.get_extra_state() for name, module in self._with_extra_state()}
+        for name, state in [*found.items()]:
+            if kind := unreadable(state):
+                del found[name]
+                self._say(
+                    f"The extra state of `{name}` is not in the checkpoints: it holds a {kind}, which cannot be read "
+                    "again without running code. A run that goes on from one begins it anew."
+                )
+        return found
 
     def _say(self, sentence: str) -> None:
         if sentence not in self._told:

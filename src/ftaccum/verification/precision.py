@@ -9,8 +9,8 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..memory import free_on_host
 from ..objective import Batch
-from ..physical_batch import free_on_host
 from ..side_effects import converted
 
 # How many times the floor still counts as rounding: of all heads and precisions that were tried, no split came to more
