@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import datasets
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from failing_data import (
     BEFORE_17,
@@ -30,8 +32,8 @@ from failing_data import (
 )
 from ftaccum import DataError
 from ftaccum.cutting import Caps, Cutter
-from ftaccum.data import Collation, Feed, Loader, PaddingCollator, Ranges, Rows, as_rows
-from ftaccum.data.workers import how_it_ended
+from ftaccum.data import Collation, Feed, Loader, PaddingCollator, Ranges, Rows, as_rows, workers
+from ftaccum.data.workers import Workers, how_it_ended
 from ftaccum.planning import Batching, Plan
 from ftaccum.side_effects import Generators
 from heads import relative_error
@@ -179,6 +181,62 @@ def test_a_batch_that_cannot_leave_its_worker_is_told() -> None:
 
     with pytest.raises(DataError, match=r"A batch cannot be sent by the worker that made it: .*`num_workers=0`"):
         trained(Pairs(), data_collator=with_a_lambda, loss_fn=OnDicts(), num_workers=1)
+
+
+def unlamented(_job: Any, _exit_code: int) -> None:
+    raise AssertionError("no worker is to die")
+
+
+def test_no_worker_is_left_where_another_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would hear no signal to end, and the interpreter would wait for them."""
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def failing(process: Any) -> None:
+        if len(started) == 2:
+            raise OSError("Cannot allocate memory")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", failing)
+    with pytest.raises(DataError, match=r"A worker cannot be started: Cannot allocate memory.*`num_workers`"):
+        Workers(lambda job: job, range(9), 3, unlamented)
+    left = [process for process in started if process.is_alive()]
+    for process in left:
+        process.kill()  # or this test would not end when it fails
+    assert len(started) == 2
+    assert not left
+
+
+def test_a_worker_whose_jobs_can_come_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(_code: int) -> None:
+        raise Ended
+
+    alive, _kept = multiprocessing.Pipe(duplex=False)
+    jobs, given = multiprocessing.Pipe(duplex=False)
+    given.send("one")
+    given.close()
+    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    monkeypatch.setattr(workers, "parent_process", lambda: SimpleNamespace(sentinel=alive))
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended):
+        workers._receive(jobs, todo)
+    assert todo.get_nowait() == "one"
+
+
+def test_each_worker_has_a_seed_of_its_own() -> None:
+    def seed(_job: Any) -> int:
+        info = get_worker_info()
+        assert info is not None
+        return info.seed
+
+    making = Workers(seed, range(4), 2, unlamented)
+    first, second, *again = list(making)
+    making.end()
+    assert (first, second) == (torch.initial_seed(), torch.initial_seed() + 1)
+    assert again == [first, second]
 
 
 def test_workers_do_not_hear_what_ends_a_run(capfd: pytest.CaptureFixture[str]) -> None:
