@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import queue
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from failing_data import (
     NoisyByItself,
     Pairs,
     Raising,
+    SeldomNoisy,
     pair,
     same_bits,
     trained,
@@ -263,10 +265,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", [Noisy, SeldomNoisy])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str) -> None:
-    plain, result = trained(Noisy(), val_data=Noisy())
-    weights, other = trained(Noisy(), val_data=Noisy(), **WAYS[way])
+def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str, kind: type[Noisy]) -> None:
+    plain, result = trained(kind(), val_data=kind())
+    weights, other = trained(kind(), val_data=kind(), **WAYS[way])
     assert relative_error(weights, plain) < 1e-9
     assert same_bits(weights, plain) or way != "two workers"
     assert other.val_loss_history == pytest.approx(result.val_loss_history, rel=1e-9)
@@ -280,15 +283,43 @@ def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
     assert relative_error(trained(Noisy())[0], trained(Noisy(), random_seed=43)[0]) > 1e-2
 
 
-def loader_of(data: Any, num_workers: int = 0) -> Loader:
-    rows, collation = as_rows(data, "train_data"), Collation(PaddingCollator(None))
+def test_what_a_collator_draws_for_one_row_alone_does_not_depend_on_who_makes_the_batch() -> None:
+    def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        is_17 = any(torch.equal(x, pair(17)[0]) for x, _ in rows)
+        noise = random.gauss(0, 1) + torch.randn(()) if is_17 else 0
+        return torch.stack([x for x, _ in rows]) + noise, torch.stack([y for _, y in rows])
+
+    def trained_by(**arguments: Any) -> dict[str, Tensor]:
+        return trained(Pairs(), data_collator=noisy, **arguments)[0]
+
+    plain = trained_by()
+    assert same_bits(trained_by(num_workers=2), plain)
+    assert not same_bits(trained_by(random_seed=43), plain)
+    before = Generators.now()
+    batches_from(Pairs(), 0, collator=noisy)
+    assert before.unmoved()
+
+
+def test_a_collator_is_seen_to_draw_where_nothing_came_of_it() -> None:
+    def seldom(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+        return inputs + (random.random() < 1e-9), targets
+
+    collations = [Collation(PaddingCollator(None)), Collation(seldom)]
+    for collation in collations:
+        collation.find_draws(as_rows(Noisy(), "train_data"))
+    assert [collation.draws for collation in collations] == [False, True]
+
+
+def loader_of(data: Any, num_workers: int = 0, collator: Any = None) -> Loader:
+    rows, collation = as_rows(data, "train_data"), Collation(collator or PaddingCollator(None))
     collation.find_draws(rows)
     objective = SimpleNamespace(padding_sensitive=False, terms=("loss",), count=lambda batch: {"loss": len(batch[0])})
     return Loader(rows, collation, cast(Any, objective), Ranges(), num_workers=num_workers)
 
 
-def batches_from(data: Any, start: int, num_workers: int = 0) -> list[tuple[int, list[Tensor]]]:
-    feed = Feed(Plan(N_ROWS, 3, Batching(2, 3, 1, WINDOW)), loader_of(data, num_workers), Cutter(Caps(2)))
+def batches_from(data: Any, start: int, num_workers: int = 0, collator: Any = None) -> list[tuple[int, list[Tensor]]]:
+    feed = Feed(Plan(N_ROWS, 3, Batching(2, 3, 1, WINDOW)), loader_of(data, num_workers, collator), Cutter(Caps(2)))
     portions = [portion for epoch in feed.plan.epochs for portion in feed.epoch(epoch, start)]
     return [(p.window.index, [micro.batch[0] for micro in p.micro_batches]) for p in portions]
 

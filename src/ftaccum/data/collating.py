@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..objective import IGNORE_INDEX, Batch, is_label
-from ..side_effects import preserved_rng, seed_all
+from ..side_effects import Generators, preserved_rng, seed_all
 from .rows import Row, Rows
 
 _FEW = 4
@@ -141,13 +141,20 @@ class Collation:
             return self(rows, positions, seed if rows_seed is None else rows_seed)
 
     def find_draws(self, rows: Rows) -> None:
-        """Sees whether rows draw, whether the same few of them make two batches from two seeds of the collator, and
-        whether they make the same one again from one."""
+        """Sees whether rows draw, whether the collator does, of a few of them, and whether these make the same batch
+        again from one seed."""
         rows.find_draws()
         positions = range(min(_FEW, len(rows)))
         one, again, other = (self.seeded(rows, positions, seed, rows_seed=(0,)) for seed in (1, 1, 2))
         self.repeats = _equal(one, again)
-        self.draws = not _equal(one, other)
+        # What it draws may come to nothing in most batches.
+        self.draws = self._moves_generators(rows, positions) or not _equal(one, other)
+
+    def _moves_generators(self, rows: Rows, positions: Sequence[int]) -> bool:
+        with preserved_rng():
+            before = Generators.now()
+            self(rows, positions, (0,))  # rows leave them as they were
+            return not before.unmoved()
 
     def _without_texts(self, row: Row) -> Row:
         if not isinstance(row, Mapping) or not self._accepted & row.keys():

@@ -38,9 +38,10 @@ class Rows:
     """Rows by position. Fetching one that cannot be had names it.
 
     Attributes:
-        draw: whether fetching them draws from the generators of Python, NumPy or torch, as random crops do. Each row is
-            then fetched by itself and from a seed of its own: what it draws does not depend on what is fetched with it,
-            nor on which process fetches it, and moves no one else's draws.
+        draw: whether fetching any of them was seen to draw from the generators of Python, NumPy or torch, as random
+            crops do. From then on, each row is fetched by itself and from a seed of its own: what it draws does not
+            depend on what is fetched with it, nor on which process fetches it, and moves no one else's draws. It does
+            not depend on when it was seen either: what was fetched with the first draw is fetched once more.
     """
 
     def __init__(
@@ -89,12 +90,9 @@ class Rows:
         return ""
 
     def find_draws(self) -> None:
-        """Sees whether fetching a few rows, spread evenly over all, moves a generator."""
+        """Sees whether a few rows, spread evenly over all, draw, so that workers mostly know it from the start."""
         n = min(_FEW, len(self))
-        with preserved_rng():
-            before = Generators.now()
-            self.fetch([i * len(self) // n for i in range(n)])
-            self.draw = not before.unmoved()
+        self.fetch([i * len(self) // n for i in range(n)])
 
     def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:
         """The rows at these positions, in that order.
@@ -106,16 +104,17 @@ class Rows:
             DataError: where the source raises, with the row.
         """
         indices = [self._at(position) for position in positions]
-        if self.draw:
-            with preserved_rng():
-                return [
-                    self._drawn(index, (*seed, _ROW, position))
-                    for index, position in zip(indices, positions, strict=True)
-                ]
-        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
-            with suppress(Exception):  # read one by one below, the faulty row gets its name
-                return [as_row(row) for row in self.source.__getitems__(indices)]
-        return [self._one(index) for index in indices]
+        if not self.draw:
+            before = Generators.now()
+            rows = self._as_they_are(indices)
+            if before.unmoved():
+                return rows
+            before.put_back()
+            self.draw = True
+        with preserved_rng():
+            return [
+                self._drawn(index, (*seed, _ROW, position)) for index, position in zip(indices, positions, strict=True)
+            ]
 
     @property
     def are_token_ids(self) -> bool:
@@ -183,6 +182,12 @@ class Rows:
 
     def _at(self, position: int) -> int:
         return position if self._positions is None else self._positions[position]
+
+    def _as_they_are(self, indices: Sequence[int]) -> list[Row]:
+        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
+            with suppress(Exception):  # read one by one below, the faulty row gets its name
+                return [as_row(row) for row in self.source.__getitems__(indices)]
+        return [self._one(index) for index in indices]
 
     def _drawn(self, index: int, seed: Sequence[int]) -> Row:
         seed_all(*seed)
