@@ -98,6 +98,48 @@ def test_updates_before_a_row_that_cannot_be_had_are_in_the_ledger(num_workers: 
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == BEFORE_17
 
 
+def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
+    class Odd(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = pair(index)
+            return (torch.cat([x, x]) if index == 17 else x), y
+
+    rows = as_rows(Odd(), "train_data")
+    collation = Collation(lambda rows: torch.stack([x for x, _ in rows]))
+    for known in (False, True):  # whether a sound row is, beforehand
+        for positions in ([17, 30, 31], [30, 31, 17], [17, 30], [30, 17])[: 4 if known else 2]:
+            with pytest.raises(DataError, match="Of `train_data`, row 17 cannot be made part of a batch"):
+                collation(rows, positions)
+        collation.find_draws(rows)
+
+
+@pytest.mark.parametrize(("wrong", "kind"), [(None, "NoneType"), ((1, 2, 3), "tuple"), ([1], "list")])
+def test_what_is_no_row_is_named_before_training(wrong: Any, kind: str) -> None:
+    rows: list[Any] = [{"input": x, "labels": y} for x, y in map(pair, range(N_ROWS))]
+    rows[17] = wrong
+    with pytest.raises(DataError, match=f"`train_data` must be .*, but row 17 is a {kind} instead"):
+        trained(rows, loss_fn=OnDicts())
+
+
+def test_rows_that_were_not_given_all_at_once_are_fetched_one_by_one() -> None:
+    class Forgetful(Pairs):
+        def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+            return [pair(index) for index in indices if index != 17]
+
+    assert same_bits(trained(Forgetful())[0], trained(Pairs())[0])
+
+
+def test_a_collator_that_loses_rows_is_refused_with_their_names() -> None:
+    def without_17(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        kept = [(x, y) for x, y in rows if not torch.equal(x, pair(17)[0])]
+        return torch.stack([x for x, _ in kept]), torch.stack([y for _, y in kept])
+
+    with pytest.raises(
+        DataError, match=r"`data_collator` was given 2 rows and made a batch of 1 .* rows (17, \d+|\d+, 17) of `train_"
+    ):
+        trained(Pairs(), data_collator=without_17)
+
+
 def test_what_was_made_of_a_row_goes_by_the_rows_name() -> None:
     rows = Rows("train_data", Raising(), names=[100 + n for n in range(N_ROWS)])
     with pytest.raises(DataError, match="Row 117 of `train_data` cannot be read"):

@@ -101,7 +101,7 @@ class Rows:
             seed: with a row's position, settles its draws, where rows draw.
 
         Raises:
-            DataError: where the source raises, with the row.
+            DataError: naming the row, where the source raises, or it is none.
         """
         indices = [self._at(position) for position in positions]
         if not self.draw:
@@ -186,7 +186,9 @@ class Rows:
     def _as_they_are(self, indices: Sequence[int]) -> list[Row]:
         if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
             with suppress(Exception):  # read one by one below, the faulty row gets its name
-                return [as_row(row) for row in self.source.__getitems__(indices)]
+                rows = [as_row(row) for row in self.source.__getitems__(indices)]
+                if len(rows) == len(indices) and all(map(_is_row, rows)):
+                    return rows
         return [self._one(index) for index in indices]
 
     def _drawn(self, index: int, seed: Sequence[int]) -> Row:
@@ -194,13 +196,15 @@ class Rows:
         return self._one(index)
 
     def _one(self, index: int) -> Row:
+        name = index if self._names is None else self._names[index]
         try:
-            return as_row(self.source[index])
+            row = as_row(self.source[index])
         except Exception as error:
-            name = index if self._names is None else self._names[index]
             raise DataError(
                 f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."
             ) from error
+        check_row(row, self.argument, f"row {name}" if name else "its first row")
+        return row
 
 
 def as_rows(data: Any, argument: str) -> Rows:
@@ -238,17 +242,21 @@ def as_rows(data: Any, argument: str) -> Rows:
     if not len(data):
         raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
     rows = Rows(argument, data)
-    check_row(rows.fetch([0])[0], argument)
+    rows.fetch([0])
     return rows
 
 
-def check_row(row: Any, argument: str, name: str = "its first row") -> None:
-    """Raises DataError where a row, the first of all or the one of that name, is none."""
-    if not (isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)):
+def check_row(row: Any, argument: str, name: str) -> None:
+    """Raises DataError where the row of that name is none."""
+    if not _is_row(row):
         raise DataError(
             f"`{argument}` must be {_FORMS}, but {name} is a {type(row).__name__} instead. "
             "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
         )
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)
 
 
 def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
