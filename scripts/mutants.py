@@ -269,6 +269,7 @@ MUTANTS = [
     Mutant("rows of a kind that is none let pass", "data/rows.py", "        check_row(row, self.argument, f\"row", "        name or check_row(row, self.argument, f\"row"),
     Mutant("rows that were not given believed to be none", "data/rows.py", "len(rows) == len(indices) and", "True and"),
     Mutant("a collator may lose rows", "data/collating.py", "self._has_a_row_each = len(positions) in", "self._has_a_row_each = False and len(positions) in"),
+    Mutant("rows without a finite loss not named", "objective/measuring.py", "are_some = 0 < len(faulty)", "are_some = 9 < len(faulty)"),
     Mutant("workers die for ever", "data/loading.py", "if self._deaths == _DEATHS:", "if False:"),
     Mutant("deaths never forgotten", "data/loading.py", "            self._deaths = 0\n            yield sorted(", "            yield sorted("),
     Mutant("each process tells its own row", "memory.py", "DataError(f\"{told[0]} (", "DataError(f\"{fault} ("),

@@ -121,6 +121,13 @@ def test_what_is_no_row_is_named_before_training(wrong: Any, kind: str) -> None:
         trained(rows, loss_fn=OnDicts())
 
 
+def test_a_row_whose_loss_is_not_finite_is_named_before_training() -> None:
+    rows = [pair(index) for index in range(4)]
+    rows[2] = (rows[2][0] * float("nan"), rows[2][1])
+    with pytest.raises(DataError, match=r"The loss of row 2 of `train_data` is nan before any .* in these rows\."):
+        trained(rows)
+
+
 def test_rows_that_were_not_given_all_at_once_are_fetched_one_by_one() -> None:
     class Forgetful(Pairs):
         def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
