@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import queue
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import datasets
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from failing_data import (
     BEFORE_17,
@@ -24,14 +27,15 @@ from failing_data import (
     NoisyByItself,
     Pairs,
     Raising,
+    SeldomNoisy,
     pair,
     same_bits,
     trained,
 )
 from ftaccum import DataError
 from ftaccum.cutting import Caps, Cutter
-from ftaccum.data import Collation, Feed, Loader, PaddingCollator, Ranges, Rows, as_rows
-from ftaccum.data.workers import how_it_ended
+from ftaccum.data import Collation, Feed, Loader, PaddingCollator, Ranges, Rows, as_rows, workers
+from ftaccum.data.workers import Workers, how_it_ended
 from ftaccum.planning import Batching, Plan
 from ftaccum.side_effects import Generators
 from heads import relative_error
@@ -92,6 +96,55 @@ def test_updates_before_a_row_that_cannot_be_had_are_in_the_ledger(num_workers: 
     with pytest.raises(DataError, match=r"Row 17 of `train_data` cannot be read: OSError\('disk on fire'\)"):
         trained(Raising(), num_workers=num_workers, output_dir=str(tmp_path))
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == BEFORE_17
+
+
+def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
+    class Odd(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            x, y = pair(index)
+            return (torch.cat([x, x]) if index == 17 else x), y
+
+    rows = as_rows(Odd(), "train_data")
+    collation = Collation(lambda rows: torch.stack([x for x, _ in rows]))
+    for known in (False, True):  # whether a sound row is, beforehand
+        for positions in ([17, 30, 31], [30, 31, 17], [17, 30], [30, 17])[: 4 if known else 2]:
+            with pytest.raises(DataError, match="Of `train_data`, row 17 cannot be made part of a batch"):
+                collation(rows, positions)
+        collation.find_draws(rows)
+
+
+@pytest.mark.parametrize(("wrong", "kind"), [(None, "NoneType"), ((1, 2, 3), "tuple"), ([1], "list")])
+def test_what_is_no_row_is_named_before_training(wrong: Any, kind: str) -> None:
+    rows: list[Any] = [{"input": x, "labels": y} for x, y in map(pair, range(N_ROWS))]
+    rows[17] = wrong
+    with pytest.raises(DataError, match=f"`train_data` must be .*, but row 17 is a {kind} instead"):
+        trained(rows, loss_fn=OnDicts())
+
+
+def test_a_row_whose_loss_is_not_finite_is_named_before_training() -> None:
+    rows = [pair(index) for index in range(4)]
+    rows[2] = (rows[2][0] * float("nan"), rows[2][1])
+    with pytest.raises(DataError, match=r"The loss of row 2 of `train_data` is nan before any .* in these rows\."):
+        trained(rows)
+
+
+def test_rows_that_were_not_given_all_at_once_are_fetched_one_by_one() -> None:
+    class Forgetful(Pairs):
+        def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+            return [pair(index) for index in indices if index != 17]
+
+    assert same_bits(trained(Forgetful())[0], trained(Pairs())[0])
+
+
+def test_a_collator_that_loses_rows_is_refused_with_their_names() -> None:
+    def without_17(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        kept = [(x, y) for x, y in rows if not torch.equal(x, pair(17)[0])]
+        return torch.stack([x for x, _ in kept]), torch.stack([y for _, y in kept])
+
+    with pytest.raises(
+        DataError, match=r"`data_collator` was given 2 rows and made a batch of 1 .* rows (17, \d+|\d+, 17) of `train_"
+    ):
+        trained(Pairs(), data_collator=without_17)
 
 
 def test_what_was_made_of_a_row_goes_by_the_rows_name() -> None:
@@ -181,6 +234,62 @@ def test_a_batch_that_cannot_leave_its_worker_is_told() -> None:
         trained(Pairs(), data_collator=with_a_lambda, loss_fn=OnDicts(), num_workers=1)
 
 
+def unlamented(_job: Any, _exit_code: int) -> None:
+    raise AssertionError("no worker is to die")
+
+
+def test_no_worker_is_left_where_another_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would hear no signal to end, and the interpreter would wait for them."""
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def failing(process: Any) -> None:
+        if len(started) == 2:
+            raise OSError("Cannot allocate memory")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", failing)
+    with pytest.raises(DataError, match=r"A worker cannot be started: Cannot allocate memory.*`num_workers`"):
+        Workers(lambda job: job, range(9), 3, unlamented)
+    left = [process for process in started if process.is_alive()]
+    for process in left:
+        process.kill()  # or this test would not end when it fails
+    assert len(started) == 2
+    assert not left
+
+
+def test_a_worker_whose_jobs_can_come_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(_code: int) -> None:
+        raise Ended
+
+    alive, _kept = multiprocessing.Pipe(duplex=False)
+    jobs, given = multiprocessing.Pipe(duplex=False)
+    given.send("one")
+    given.close()
+    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    monkeypatch.setattr(workers, "parent_process", lambda: SimpleNamespace(sentinel=alive))
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended):
+        workers._receive(jobs, todo)
+    assert todo.get_nowait() == "one"
+
+
+def test_each_worker_has_a_seed_of_its_own() -> None:
+    def seed(_job: Any) -> int:
+        info = get_worker_info()
+        assert info is not None
+        return info.seed
+
+    making = Workers(seed, range(4), 2, unlamented)
+    first, second, *again = list(making)
+    making.end()
+    assert (first, second) == (torch.initial_seed(), torch.initial_seed() + 1)
+    assert again == [first, second]
+
+
 def test_workers_do_not_hear_what_ends_a_run(capfd: pytest.CaptureFixture[str]) -> None:
     """A terminal sends Ctrl-C to all processes, and a scheduler its SIGTERM; the run ends when it sees fit."""
 
@@ -205,10 +314,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", [Noisy, SeldomNoisy])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str) -> None:
-    plain, result = trained(Noisy(), val_data=Noisy())
-    weights, other = trained(Noisy(), val_data=Noisy(), **WAYS[way])
+def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str, kind: type[Noisy]) -> None:
+    plain, result = trained(kind(), val_data=kind())
+    weights, other = trained(kind(), val_data=kind(), **WAYS[way])
     assert relative_error(weights, plain) < 1e-9
     assert same_bits(weights, plain) or way != "two workers"
     assert other.val_loss_history == pytest.approx(result.val_loss_history, rel=1e-9)
@@ -222,15 +332,43 @@ def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
     assert relative_error(trained(Noisy())[0], trained(Noisy(), random_seed=43)[0]) > 1e-2
 
 
-def loader_of(data: Any, num_workers: int = 0) -> Loader:
-    rows, collation = as_rows(data, "train_data"), Collation(PaddingCollator(None))
+def test_what_a_collator_draws_for_one_row_alone_does_not_depend_on_who_makes_the_batch() -> None:
+    def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        is_17 = any(torch.equal(x, pair(17)[0]) for x, _ in rows)
+        noise = random.gauss(0, 1) + torch.randn(()) if is_17 else 0
+        return torch.stack([x for x, _ in rows]) + noise, torch.stack([y for _, y in rows])
+
+    def trained_by(**arguments: Any) -> dict[str, Tensor]:
+        return trained(Pairs(), data_collator=noisy, **arguments)[0]
+
+    plain = trained_by()
+    assert same_bits(trained_by(num_workers=2), plain)
+    assert not same_bits(trained_by(random_seed=43), plain)
+    before = Generators.now()
+    batches_from(Pairs(), 0, collator=noisy)
+    assert before.unmoved()
+
+
+def test_a_collator_is_seen_to_draw_where_nothing_came_of_it() -> None:
+    def seldom(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+        return inputs + (random.random() < 1e-9), targets
+
+    collations = [Collation(PaddingCollator(None)), Collation(seldom)]
+    for collation in collations:
+        collation.find_draws(as_rows(Noisy(), "train_data"))
+    assert [collation.draws for collation in collations] == [False, True]
+
+
+def loader_of(data: Any, num_workers: int = 0, collator: Any = None) -> Loader:
+    rows, collation = as_rows(data, "train_data"), Collation(collator or PaddingCollator(None))
     collation.find_draws(rows)
     objective = SimpleNamespace(padding_sensitive=False, terms=("loss",), count=lambda batch: {"loss": len(batch[0])})
     return Loader(rows, collation, cast(Any, objective), Ranges(), num_workers=num_workers)
 
 
-def batches_from(data: Any, start: int, num_workers: int = 0) -> list[tuple[int, list[Tensor]]]:
-    feed = Feed(Plan(N_ROWS, 3, Batching(2, 3, 1, WINDOW)), loader_of(data, num_workers), Cutter(Caps(2)))
+def batches_from(data: Any, start: int, num_workers: int = 0, collator: Any = None) -> list[tuple[int, list[Tensor]]]:
+    feed = Feed(Plan(N_ROWS, 3, Batching(2, 3, 1, WINDOW)), loader_of(data, num_workers, collator), Cutter(Caps(2)))
     portions = [portion for epoch in feed.plan.epochs for portion in feed.epoch(epoch, start)]
     return [(p.window.index, [micro.batch[0] for micro in p.micro_batches]) for p in portions]
 

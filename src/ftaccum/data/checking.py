@@ -190,6 +190,7 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
         together,
         (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
         None if collation.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
+        [rows.name_of(position) for position in positions],
     )
 
 

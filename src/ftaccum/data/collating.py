@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..objective import IGNORE_INDEX, Batch, is_label
-from ..side_effects import preserved_rng, seed_all
+from ..side_effects import Generators, preserved_rng, seed_all
 from .rows import Row, Rows
 
 _FEW = 4
@@ -113,6 +113,8 @@ class Collation:
         self._collator = collator
         self._accepted = accepted or set()
         self.draws, self.repeats = False, True
+        self._sound: list[Row] = []  # a row that others were collated with, if one is known
+        self._has_a_row_each = False
         self.width: Callable[[int], int] = getattr(collator, "width", lambda length: length)
 
     def __call__(self, rows: Rows, positions: Sequence[int], seed: Sequence[int] = ()) -> Batch:
@@ -124,11 +126,18 @@ class Collation:
         Raises:
             DataError: naming the first row that cannot be collated with the others.
         """
-        fetched = [self._without_texts(row) for row in rows.fetch(positions, seed)]
+        fetched = self._fetched(rows, positions, seed)
         try:
-            return self._collator(fetched)
+            batch = self._collator(fetched)
         except Exception as error:
             raise DataError(self._explained(rows, positions, fetched, error)) from error
+        if self._has_a_row_each and len(fetched) not in (sizes := _first_dimensions(batch)):
+            raise DataError(
+                f"`data_collator` was given {len(fetched)} rows and made a batch of {max(sizes, default=0)} of them, "
+                f"while others had all of theirs: it was given {rows.names_of(positions)} of `{rows.argument}`. Have "
+                "it keep every row, and drop those that are not to be trained on beforehand."
+            )
+        return batch
 
     def seeded(self, rows: Rows, positions: Sequence[int], *seed: int, rows_seed: Sequence[int] | None = None) -> Batch:
         """The same, with every draw settled by the seed, and no generator moved.
@@ -141,13 +150,26 @@ class Collation:
             return self(rows, positions, seed if rows_seed is None else rows_seed)
 
     def find_draws(self, rows: Rows) -> None:
-        """Sees whether rows draw, whether the same few of them make two batches from two seeds of the collator, and
-        whether they make the same one again from one."""
+        """Sees whether rows draw, whether the collator does, of a few of them, and whether these make the same batch
+        again from one seed."""
         rows.find_draws()
         positions = range(min(_FEW, len(rows)))
         one, again, other = (self.seeded(rows, positions, seed, rows_seed=(0,)) for seed in (1, 1, 2))
         self.repeats = _equal(one, again)
-        self.draws = not _equal(one, other)
+        if len(positions) > 1:
+            self._sound = self._fetched(rows, positions[:1], (0,))
+            self._has_a_row_each = len(positions) in _first_dimensions(one)
+        # What it draws may come to nothing in most batches.
+        self.draws = self._moves_generators(rows, positions) or not _equal(one, other)
+
+    def _moves_generators(self, rows: Rows, positions: Sequence[int]) -> bool:
+        with preserved_rng():
+            before = Generators.now()
+            self(rows, positions, (0,))  # rows leave them as they were
+            return not before.unmoved()
+
+    def _fetched(self, rows: Rows, positions: Sequence[int], seed: Sequence[int]) -> list[Row]:
+        return [self._without_texts(row) for row in rows.fetch(positions, seed)]
 
     def _without_texts(self, row: Row) -> Row:
         if not isinstance(row, Mapping) or not self._accepted & row.keys():
@@ -155,19 +177,30 @@ class Collation:
         return {key: value for key, value in row.items() if key in self._accepted or _is_numeric(value)}
 
     def _explained(self, rows: Rows, positions: Sequence[int], fetched: list[Row], error: Exception) -> str:
-        for n, position in enumerate(positions):
-            try:
-                self._collator([fetched[0], fetched[n]] if n else [fetched[0]])
-            except Exception as alone:
-                return (
-                    f"Of `{rows.argument}`, {rows.name_of(position)} cannot be made part of a batch: {alone}. Columns "
-                    "must be numbers or lists of them, shaped as in other rows but for their lengths. Mend or drop the "
-                    "row, or give a `data_collator`."
-                )
+        # Any of them may be the odd one: fewest are at odds with a sound one.
+        if found := [misfits for row in [*self._sound, *fetched[:_FEW]] if (misfits := self._misfits(row, fetched))]:
+            misfits = min(found, key=len)
+            first = min(misfits)
+            return (
+                f"Of `{rows.argument}`, {rows.name_of(positions[first])} cannot be made part of a batch: "
+                f"{misfits[first]}. Columns must be numbers or lists of them, shaped as in other rows but for their "
+                "lengths. Mend or drop the row, or give a `data_collator`."
+            )
         return (
             f"The {rows.names_of(positions)} of `{rows.argument}` cannot be collated together: {error}. "
             "Give a `data_collator` that can."
         )
+
+    def _misfits(self, sound: Row, fetched: Sequence[Row]) -> dict[int, Exception]:
+        """Which of the rows, by place, cannot be collated alone or with a sound one, and why."""
+        found: dict[int, Exception] = {}
+        for n, row in enumerate(fetched):
+            try:
+                self._collator([row])
+                self._collator([sound, row])
+            except Exception as error:
+                found[n] = error
+        return found
 
 
 def _bucket(length: int) -> int:
@@ -212,6 +245,15 @@ def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
     if isinstance(batch, list | tuple):
         return all(can_be_taken_apart(value, n_rows) for value in batch)
     return isinstance(batch, Tensor) and batch.ndim > 0 and batch.shape[0] == n_rows
+
+
+def _first_dimensions(batch: Batch) -> set[int]:
+    """The sizes of a batch's tensors along their first dimension."""
+    if isinstance(batch, Mapping):
+        return _first_dimensions(list(batch.values()))
+    if isinstance(batch, list | tuple):
+        return set().union(*map(_first_dimensions, batch))
+    return {len(batch)} if isinstance(batch, Tensor) and batch.ndim else set()
 
 
 def column_name(key: str) -> str:

@@ -181,7 +181,8 @@ class Loader:
         positions, seed = job
         if self.by_window:
             return self._collation.seeded(self._rows, positions, *seed)
-        return self._collation(self._rows, positions, seed)
+        # Rows draw from seeds of their own. A collator may draw for some rows only, and for none that were looked at.
+        return self._collation.seeded(self._rows, positions, *seed, positions[0], rows_seed=seed)
 
     def _worker_died(self, job: "_Job", exit_code: int) -> None:
         self._deaths += 1
@@ -230,7 +231,7 @@ class Loader:
         rows = micro.slice.rows
         if can_be_taken_apart(micro.batch, len(rows)):
             return self._part(micro, [place])
-        return self._micro_batch(self._collation(self._rows, [rows[place]]), Slice((rows[place],)))
+        return self._micro_batch(self._collation.seeded(self._rows, [rows[place]], 0), Slice((rows[place],)))
 
     def _part(self, micro: MicroBatch, places: Sequence[int]) -> MicroBatch:
         rows = Slice(tuple(micro.slice.rows[n] for n in places))

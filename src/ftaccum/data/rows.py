@@ -38,9 +38,10 @@ class Rows:
     """Rows by position. Fetching one that cannot be had names it.
 
     Attributes:
-        draw: whether fetching them draws from the generators of Python, NumPy or torch, as random crops do. Each row is
-            then fetched by itself and from a seed of its own: what it draws does not depend on what is fetched with it,
-            nor on which process fetches it, and moves no one else's draws.
+        draw: whether fetching any of them was seen to draw from the generators of Python, NumPy or torch, as random
+            crops do. From then on, each row is fetched by itself and from a seed of its own: what it draws does not
+            depend on what is fetched with it, nor on which process fetches it, and moves no one else's draws. It does
+            not depend on when it was seen either: what was fetched with the first draw is fetched once more.
     """
 
     def __init__(
@@ -89,12 +90,9 @@ class Rows:
         return ""
 
     def find_draws(self) -> None:
-        """Sees whether fetching a few rows, spread evenly over all, moves a generator."""
+        """Sees whether a few rows, spread evenly over all, draw, so that workers mostly know it from the start."""
         n = min(_FEW, len(self))
-        with preserved_rng():
-            before = Generators.now()
-            self.fetch([i * len(self) // n for i in range(n)])
-            self.draw = not before.unmoved()
+        self.fetch([i * len(self) // n for i in range(n)])
 
     def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:
         """The rows at these positions, in that order.
@@ -103,19 +101,20 @@ class Rows:
             seed: with a row's position, settles its draws, where rows draw.
 
         Raises:
-            DataError: where the source raises, with the row.
+            DataError: naming the row, where the source raises, or it is none.
         """
         indices = [self._at(position) for position in positions]
-        if self.draw:
-            with preserved_rng():
-                return [
-                    self._drawn(index, (*seed, _ROW, position))
-                    for index, position in zip(indices, positions, strict=True)
-                ]
-        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
-            with suppress(Exception):  # read one by one below, the faulty row gets its name
-                return [as_row(row) for row in self.source.__getitems__(indices)]
-        return [self._one(index) for index in indices]
+        if not self.draw:
+            before = Generators.now()
+            rows = self._as_they_are(indices)
+            if before.unmoved():
+                return rows
+            before.put_back()
+            self.draw = True
+        with preserved_rng():
+            return [
+                self._drawn(index, (*seed, _ROW, position)) for index, position in zip(indices, positions, strict=True)
+            ]
 
     @property
     def are_token_ids(self) -> bool:
@@ -184,18 +183,28 @@ class Rows:
     def _at(self, position: int) -> int:
         return position if self._positions is None else self._positions[position]
 
+    def _as_they_are(self, indices: Sequence[int]) -> list[Row]:
+        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
+            with suppress(Exception):  # read one by one below, the faulty row gets its name
+                rows = [as_row(row) for row in self.source.__getitems__(indices)]
+                if len(rows) == len(indices) and all(map(_is_row, rows)):
+                    return rows
+        return [self._one(index) for index in indices]
+
     def _drawn(self, index: int, seed: Sequence[int]) -> Row:
         seed_all(*seed)
         return self._one(index)
 
     def _one(self, index: int) -> Row:
+        name = index if self._names is None else self._names[index]
         try:
-            return as_row(self.source[index])
+            row = as_row(self.source[index])
         except Exception as error:
-            name = index if self._names is None else self._names[index]
             raise DataError(
                 f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."
             ) from error
+        check_row(row, self.argument, f"row {name}" if name else "its first row")
+        return row
 
 
 def as_rows(data: Any, argument: str) -> Rows:
@@ -233,17 +242,21 @@ def as_rows(data: Any, argument: str) -> Rows:
     if not len(data):
         raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
     rows = Rows(argument, data)
-    check_row(rows.fetch([0])[0], argument)
+    rows.fetch([0])
     return rows
 
 
-def check_row(row: Any, argument: str, name: str = "its first row") -> None:
-    """Raises DataError where a row, the first of all or the one of that name, is none."""
-    if not (isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)):
+def check_row(row: Any, argument: str, name: str) -> None:
+    """Raises DataError where the row of that name is none."""
+    if not _is_row(row):
         raise DataError(
             f"`{argument}` must be {_FORMS}, but {name} is a {type(row).__name__} instead. "
             "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
         )
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)
 
 
 def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:

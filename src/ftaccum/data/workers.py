@@ -57,7 +57,12 @@ class Workers(Iterator[Any]):
         self._workers: list[_Worker] = []
         # When nobody refers to it any more, and before multiprocessing waits for its children at exit.
         self.end = Finalize(self, _end, (self._workers,), exitpriority=0)
-        self._workers += [_Worker(make, place, num_workers) for place in range(num_workers)]
+        try:
+            for place in range(num_workers):
+                self._workers.append(_Worker(make, place, num_workers))
+        except BaseException:
+            self.end()  # those that were started; nobody else knows of them
+            raise
 
     def __next__(self) -> Any:
         """Raises DataError where `make` does, and where a batch cannot be sent."""
@@ -168,7 +173,7 @@ def _work(make: Make, jobs: connection.Connection, results: connection.Connectio
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    told: dict[str, Any] = {**place, "seed": torch.initial_seed(), "dataset": make}
+    told: dict[str, Any] = {**place, "seed": torch.initial_seed() + place["id"], "dataset": make}
     _of_torch._worker_info = _of_torch.WorkerInfo(**told)  # what a data set asks `get_worker_info` for
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(jobs, todo), daemon=True).start()
@@ -190,8 +195,9 @@ def _receive(jobs: connection.Connection, todo: "queue.SimpleQueue[Job]") -> Non
     """Takes jobs at once, so that who gives them never waits for who waits for a result to be taken."""
     parent = parent_process()
     assert parent is not None, "workers are started by a process"
-    while parent.sentinel not in connection.wait([jobs, parent.sentinel]):
-        todo.put(jobs.recv())
+    with suppress(EOFError):
+        while parent.sentinel not in connection.wait([jobs, parent.sentinel]):
+            todo.put(jobs.recv())
     os._exit(0)  # nobody is left to make anything for
 
 

@@ -37,12 +37,14 @@ class Sample:
         cut: such a batch in groups of rows, at its width; None where that cannot be done.
         collated: the rows in groups that are padded by themselves; None where that would give other rows, because the
             collator draws at random.
+        names: what to call each of the four in a message.
     """
 
     longest: Batch
     together: Batch
     cut: Callable[[Batch, Groups], Sequence[Batch]] | None
     collated: Callable[[Groups], Sequence[Batch]] | None
+    names: Sequence[str] = ()
 
     def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
         """A batch of the four rows in groups, at its width if that can be done."""
@@ -148,7 +150,7 @@ class _Measurement:
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
             in_training = self._in_training(rehearsal, chosen, joint)
         losses = remembered(self._losses)
-        _check_finite(losses(together), chosen, together)
+        self._check_finite(losses, chosen)
         as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
         return Findings(
             ways=names,
@@ -253,18 +255,29 @@ class _Measurement:
             return str(error)
         return None
 
+    def _check_finite(self, losses: Callable[[Batch], Mapping[str, float]], chosen: Mapping[str, CountItems]) -> None:
+        together = self.sample.together
+
+        def is_faulty(batch: Batch, term: str) -> bool:
+            return not math.isfinite(losses(batch)[term]) and bool(chosen[term](batch))
+
+        for term, loss in losses(together).items():
+            if not is_faulty(together, term):
+                continue
+            singly = self.sample.apart(together, [[n] for n in range(len(self.sample.names))])
+            named = zip(self.sample.names, singly, strict=True)
+            # A row may have been taken more than once.
+            faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))
+            are_some = 0 < len(faulty) < len(set(self.sample.names))
+            looked_at = "in these rows" if are_some else "in the model's weights and in the rows"
+            raise DataError(
+                f"The {term} of {', '.join(faulty) if are_some else 'the first rows'} of `train_data` is {loss} before "
+                f"any update. Look for numbers that are not finite {looked_at}."
+            )
+
 
 def _chosen(ways: Ways, names: Mapping[str, str]) -> dict[str, CountItems]:
     return {term: ways[term][name] for term, name in names.items()}
-
-
-def _check_finite(losses: Mapping[str, float], chosen: Mapping[str, CountItems], batch: Batch) -> None:
-    for term, loss in losses.items():
-        if not math.isfinite(loss) and chosen[term](batch):
-            raise DataError(
-                f"The {term} of the first rows of `train_data` is {loss} before any update. Look for numbers that are "
-                "not finite in the model's weights and in the rows."
-            )
 
 
 def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountItems:
