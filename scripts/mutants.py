@@ -263,6 +263,8 @@ MUTANTS = [
     Mutant("workers hear what ends a run", "data/workers.py", "signal.signal(number, signal.SIG_IGN)", "pass"),
     Mutant("workers die for ever", "data/loading.py", "if self._deaths == _DEATHS:", "if False:"),
     Mutant("deaths never forgotten", "data/loading.py", "            self._deaths = 0\n            yield sorted(", "            yield sorted("),
+    Mutant("metrics that fail cost the epoch", "training.py", "DivergedError, MetricsError, Agreed", "DivergedError, Agreed"),
+    Mutant("what led to the main process's error is lost", "memory.py", "raise own or error", "raise error"),
     Mutant("each process tells its own row", "memory.py", "DataError(f\"{told[0]} (", "DataError(f\"{fault} ("),
     Mutant("names lost of rows that cannot be read", "data/rows.py", "name = index if self._names is None else self._names[index]", "name = index"),
 ]  # fmt: skip

@@ -232,4 +232,4 @@ def test_trackers_are_finished_where_the_run_fails() -> None:
             CLASSIFIER.model(), train_data=rows, val_data=rows, compute_metrics=lambda _: metrics.pop(),
             log_with=tracker, progress=False,
         )  # fmt: skip
-    assert tracker.done == ["start", "config", "finish"]
+    assert tracker.done == ["start", "config", "log", "log", "finish"]  # both updates
