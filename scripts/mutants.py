@@ -265,6 +265,9 @@ MUTANTS = [
     Mutant("deaths never forgotten", "data/loading.py", "            self._deaths = 0\n            yield sorted(", "            yield sorted("),
     Mutant("metrics that fail cost the epoch", "training.py", "DivergedError, MetricsError, Agreed", "DivergedError, Agreed"),
     Mutant("what led to the main process's error is lost", "memory.py", "raise own or error", "raise error"),
+    Mutant("free space asked for where there is none", "outputs.py", "    except OSError:\n        return []\n", "    except ZeroDivisionError:\n        return []\n"),
+    Mutant("a newer result not read", "history.py", "for name, value in read.items() if name in _RESULT_NAMES}", "for name, value in read.items()}"),
+    Mutant("labels that are refused decide what a head is for", "side_effects.py", "            config.problem_type = before\n", "            pass\n"),
     Mutant("each process tells its own row", "memory.py", "DataError(f\"{told[0]} (", "DataError(f\"{fault} ("),
     Mutant("names lost of rows that cannot be read", "data/rows.py", "name = index if self._names is None else self._names[index]", "name = index"),
 ]  # fmt: skip
