@@ -4,6 +4,7 @@ Importing torch and Transformers takes eight seconds, and a run that is killed a
 """
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -42,6 +43,11 @@ class Team:
             return False
         os.kill(self._ids[rank], number)
         return True
+
+    def end(self) -> None:
+        """Kills what is left of them."""
+        for rank in range(len(self._ids)):
+            self.send(rank, signal.SIGKILL)
 
     def over(self, within: float) -> bool:
         """Waits until all have ended, or for as many seconds, and says whether they have."""

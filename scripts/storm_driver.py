@@ -91,9 +91,13 @@ class Run:
             seconds: that a run takes.
             reference: the folder of a run that nothing happened to.
         """
-        while not self._start(seconds if self.tally.kills < kills else None):
-            seconds *= 1.05  # with other work on the machine, a start may take longer than the whole run did
         self.tally.runs += 1
+        try:
+            while not self._start(seconds if self.tally.kills < kills else None):
+                seconds *= 1.05  # with other work on the machine, a start may take longer than the whole run did
+        except RuntimeError as error:
+            self._fault(str(error))
+            return
         unlike = Differences.between(reference, self.folder, self.weather.processes)
         self.tally.unlike += unlike
         if unlike != Differences():
@@ -115,8 +119,11 @@ class Run:
         # What goes on from a checkpoint must not depend on what the process and the model were before.
         born = self._starts if sound else 0
         team = Team(partial(work, self.kind, self.folder, self.weather.workers, born), logs)
-        blow = None if seconds is None else self._blow(team, logs, seconds)
-        blow = self._waited(team, blow)
+        try:
+            blow = None if seconds is None else self._blow(team, logs, seconds)
+            blow = self._waited(team, blow)
+        finally:
+            team.end()
         said = logs[0].read_text()
         self._check_beginning(said, sound, marked)
         is_over = not any(team.statuses.values())

@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file
 from transformers import BertTokenizerFast, pipeline
 
-from ftaccum import OutputWarning, Result
+from ftaccum import OutputWarning, Result, SettingsError
 from ftaccum.cli import main
-from ftaccum.flags import parse
+from ftaccum.flags import NamedArguments, parse
 from ftaccum.settings import Recipe, Runtime, checked
 from heads import HEADS, relative_error
 
@@ -82,6 +82,15 @@ def test_steps_are_read_alike_from_flags_and_from_a_file(tmp_path: Path) -> None
     for given in (from_python, vars(from_lists), vars(from_text), vars(from_flags)):
         assert checked(given)[0] == wanted
     assert parse([Recipe], ["--gradient_accumulation_steps", "4"])[0].gradient_accumulation_steps == 4
+
+
+def test_a_file_may_say_a_flag_by_its_other_name(tmp_path: Path) -> None:
+    yaml = tmp_path / "settings.yaml"
+    yaml.write_text("data: x.csv\n")
+    assert parse([NamedArguments], ["--config", str(yaml)])[0].train_data == "x.csv"
+    yaml.write_text("data: x.csv\ntrain_data: y.csv\n")
+    with pytest.raises(SettingsError, match="says 'train_data' twice, once as 'data'"):
+        parse([NamedArguments], ["--config", str(yaml)])
 
 
 def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:

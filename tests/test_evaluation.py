@@ -169,5 +169,9 @@ def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str])
     alone = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
     assert found["accuracy"] == [alone.metrics] * 2
     assert found["order"] == [[row["labels"][0] for row in VAL_ROWS[name]]] * 2
-    assert found["error"] == ["ZeroDivisionError", "RuntimeError"]
+    assert found["errors"] == ["`compute_metrics` failed on the main process: OwnError('broken')"] * 2
+    assert found["cause"] == "OwnError"
+    assert found["checkpoints"] == ["update-00000003"]  # the epoch is not lost
+    (told,) = set(found["no metrics"])
+    assert told.startswith("`compute_metrics` must return a dict of numbers by name, but returned 3")
     assert len(ROWS[name]) == 9

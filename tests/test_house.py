@@ -127,6 +127,7 @@ def test_public_names() -> None:
         "InexactLossWarning",
         "LostProcessError",
         "MeanSquaredError",
+        "MetricsError",
         "OutputWarning",
         "PaddingWarning",
         "Plan",

@@ -18,7 +18,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from ftaccum import Result, SettingsError, test_fine_tuning
+from ftaccum import DataError, Result, SettingsError, test_fine_tuning
 from ftaccum.history import EpochEntry, Ledger, WindowEntry, Work
 from ftaccum.planning import Batching
 from heads import HEADS, one_batch
@@ -352,3 +352,24 @@ def test_tokens_per_update_gives_rows_by_the_mean_length() -> None:
         CAUSAL.model(), train_data=rows, validation_split=0.0, n_epochs=1, tokens_per_update=64, progress=False
     )
     assert (result.effective_batch_size, result.gradient_accumulation_steps, result.optimizer_steps) == (8, 2, 3)
+
+
+def test_labels_that_were_refused_do_not_decide_what_a_head_is_for() -> None:
+    head = HEADS["sequence classification, BERT"]
+    model, rows = head.model().float(), head.rows(8)
+    arguments = {"validation_split": 0.0, "n_epochs": 1, "progress": False}
+    with pytest.raises(DataError, match="cannot be computed"):
+        test_fine_tuning(model, train_data=[{**row, "labels": float(row["labels"])} for row in rows], **arguments)
+    assert model.config.problem_type is None
+    test_fine_tuning(model, train_data=rows, **arguments)
+    assert model.config.problem_type == "single_label_classification"
+
+
+def test_stopping_where_no_validation_loss_was_finite_is_told_as_that(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(torch.ones(4), n % 3) for n in range(8)]
+    result = test_fine_tuning(
+        nn.Linear(4, 3), train_data=rows, val_data=[*rows, (torch.full((4,), math.nan), 0)], n_epochs=3,
+        loss_fn=nn.CrossEntropyLoss(), early_stopping_patience=1, restore_best_weights=True, progress=False,
+    )  # fmt: skip
+    assert len(result.val_loss_history) == 1
+    assert "Stopped early: no finite validation loss in 1 epochs, so none is the best." in capsys.readouterr().out

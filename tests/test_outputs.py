@@ -1,5 +1,6 @@
 """What a run leaves behind where the disk is full, or its folder gone: the run ends well, and what can be is there."""
 
+import json
 import re
 import resource
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftaccum import OutputWarning, Result, SettingsError, test_fine_tuning
+from ftaccum import DataError, OutputWarning, Result, SettingsError, test_fine_tuning
 from ftaccum.history import EpochEntry, Ledger, WindowEntry
 from heads import HEADS
 
@@ -153,6 +154,31 @@ def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp
     assert len(result.unwritten) == 1
 
 
+def test_a_working_folder_that_is_removed_in_training_costs_only_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(nn.Linear):
+        """Its forward pass removes the folder, once there is a checkpoint in it."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and torch.is_grad_enabled():
+                shutil.rmtree(tmp_path / "cwd", ignore_errors=True)
+            return super().forward(x)
+
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    rows = [(torch.ones(4), n % 3) for n in range(8)]
+    with pytest.warns(OutputWarning) as told:
+        result = test_fine_tuning(
+            Gone(4, 3), train_data=rows, loss_fn=nn.CrossEntropyLoss(), validation_split=0.0, n_epochs=1,
+            output_dir="out", progress=False,
+        )  # fmt: skip
+    assert len(result.unwritten) == 3
+    assert {str(w.message) for w in told} >= set(result.unwritten)
+    assert all("cannot be written: FileNotFoundError" in sentence for sentence in result.unwritten)
+    assert not any("free there" in sentence for sentence in result.unwritten)
+
+
 def test_a_folder_that_is_removed_in_training_is_made_again(tmp_path: Path) -> None:
     model, folder = CLASSIFIER.model().float(), tmp_path / "out"
     optimizer = torch.optim.AdamW(model.parameters())
@@ -162,3 +188,15 @@ def test_a_folder_that_is_removed_in_training_is_made_again(tmp_path: Path) -> N
     assert len((folder / "ledger.jsonl").read_text().splitlines()) == 14
     assert Result.load(folder) == result
     assert result.unwritten == []
+
+
+def test_a_result_of_a_newer_version_is_read_and_what_is_none_is_told(tmp_path: Path) -> None:
+    file, result = tmp_path / "result.json", run(None)
+    result.save(file)
+    whole = file.read_text()
+    file.write_text(json.dumps(json.loads(whole) | {"new": 1}))
+    assert Result.load(tmp_path) == result
+    for other in (whole[:99], "[1]", "{}", json.dumps(json.loads(whole) | {"metrics": 3})):
+        file.write_text(other)
+        with pytest.raises(DataError, match=r"result.json' is no result of `test_fine_tuning`, or not whole"):
+            Result.load(tmp_path)

@@ -229,11 +229,12 @@ def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remaind
     assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
 
 
-def test_a_finished_run_trains_no_more(tmp_path: Path) -> None:
+def test_a_finished_run_trains_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = fine_tuned(output_dir=str(tmp_path))
     trained = model()
     trained.register_forward_pre_hook(_refuse_to_train)
     assert whole.differences(fine_tuned(trained, output_dir=str(tmp_path), resume="auto")) == []
+    assert "This run has ended, with update 14" in capsys.readouterr().out
 
 
 def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -86,8 +86,7 @@ def test_a_tracker_is_told_everything_in_order_from_one_thread_of_its_own(alone:
     assert tracker.done == ["start", "config", *14 * ["log"], "finish"]
     assert tracker.steps == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]  # an epoch's with its last update's
     assert tracker.config["n_epochs"] == 2
-    assert tracker.threads["start"] is threading.main_thread()  # as wandb wants it
-    (thread,) = {tracker.threads[name] for name in ("config", "log", "finish")}
+    (thread,) = set(tracker.threads.values())  # MLflow's current run is that of a thread
     assert thread is not threading.main_thread()
     assert not thread.is_alive()
 
@@ -159,6 +158,45 @@ def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost
     assert tracker.done.count("finish") == (name == "finish")
 
 
+@pytest.mark.parametrize("comes_too_late", [False, True])
+def test_one_that_hangs_in_its_start_is_told_what_it_missed(
+    comes_too_late: bool, alone: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "_SECONDS_AT_THE_START", 0.2)
+    monkeypatch.setattr(trackers, "_SECONDS_AT_THE_END", 0.2 if comes_too_late else 30)
+    waits, other = threading.Event(), Told(name="other")
+    hangs = Told(lambda done: done == "start" and waits.wait())
+    other.trouble = lambda done: done == "log" and not comes_too_late and waits.set()
+    with pytest.warns(OutputWarning) as told:
+        result = run([hangs, other])
+    assert [str(w.message) for w in told] == [
+        "The tracker 'mine' has not started within 0.2 s, and the run goes on. What it is told waits until it has.",
+        "The tracker 'mine' was waited for until 0.2 s after the end of the run, and is still in `start`. It is left "
+        "behind: 15 entries are lost, and it is not finished.",
+    ][: 1 + comes_too_late]
+    assert {w.filename for w in told} == {__file__}
+    assert result.loss_history == alone.loss_history == other.losses
+    waits.set()
+    hangs.threads["start"].join(5)
+    assert hangs.done == ["start"] + ([] if comes_too_late else ["config", *14 * ["log"], "finish"])
+
+
+def test_one_that_cannot_start_after_long_is_told_of_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_SECONDS_AT_THE_START", 0.1)
+    waits, other = threading.Event(), Told(lambda done: done == "log" and waits.set(), name="other")
+
+    def fails_late(_: str) -> None:
+        waits.wait()
+        raise ConnectionError("no line")
+
+    with pytest.warns(OutputWarning) as told:
+        run([Told(fails_late), other])
+    assert [str(w.message).split(", and")[0] for w in told] == [
+        "The tracker 'mine' has not started within 0.1 s",
+        "The tracker 'mine' could not be started",
+    ]
+
+
 def test_one_that_is_slow_is_waited_for(alone: Result) -> None:
     tracker = Told(lambda _: time.sleep(0.05))
     run(tracker)
@@ -187,16 +225,6 @@ def test_what_waits_is_bounded_and_the_oldest_are_lost(monkeypatch: pytest.Monke
     assert tracker.steps == [3, 4, 5]
 
 
-def test_one_whose_run_is_that_of_a_thread_is_started_there() -> None:
-    """MLflow keeps its current run by thread: what another one logged would begin a second run."""
-    tracker = Told(name="mlflow")
-    run(tracker)
-    assert len(set(tracker.threads.values())) == 1
-    assert threading.main_thread() not in tracker.threads.values()
-    with pytest.warns(OutputWarning, match="'mlflow' could not be started, .*: ConnectionError: no line in start"):
-        run(Told(failing_in("start"), name="mlflow"))
-
-
 def test_trackers_are_finished_where_the_run_fails() -> None:
     tracker, rows, metrics = Told(), CLASSIFIER.rows(8), [{"accuracy": 0.5}]
     with pytest.raises(IndexError):  # there are metrics before the first update, and none after the epoch
@@ -204,4 +232,4 @@ def test_trackers_are_finished_where_the_run_fails() -> None:
             CLASSIFIER.model(), train_data=rows, val_data=rows, compute_metrics=lambda _: metrics.pop(),
             log_with=tracker, progress=False,
         )  # fmt: skip
-    assert tracker.done == ["start", "config", "log", "log", "finish"]  # of updates that were taken before
+    assert tracker.done == ["start", "config", "log", "log", "finish"]  # both updates

@@ -25,6 +25,10 @@ class CheckpointError(SettingsError):
     """There is no checkpoint to go on from, or it is that of another run."""
 
 
+class MetricsError(RuntimeError):
+    """`compute_metrics` raised on the main of several processes: raised on all of them alike."""
+
+
 class LostProcessError(RuntimeError):
     """Another process of the run has ended, or does not answer."""
 

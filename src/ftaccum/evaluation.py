@@ -7,14 +7,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from evaluate import CombinedEvaluations, EvaluationModule
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from .cutting import Cutter, Rows
 from .data import Loader, MicroBatch, Share
-from .errors import SettingsError
+from .errors import MetricsError, SettingsError
 from .memory import Agreement, give_back_memory, is_out_of_memory
 from .objective import IGNORE_INDEX, ItemMeans, Objective, gathered, logits_of, targets_of
 from .side_effects import in_mode
@@ -72,6 +72,7 @@ class Evaluation:
 
         Raises:
             DataError: on all processes, where one of them meets a row that cannot be had.
+            MetricsError: on all processes, where `compute_metrics` fails on the main one.
         """
         accelerator, metrics = self._accelerator, self._metrics
         losses = ItemMeans(self._objective.terms, accelerator.device)
@@ -112,18 +113,19 @@ class Evaluation:
             yield Share(rows, [piece for piece in slices if piece.rows], (start,))
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
-        everyone = gather_object(predicted) if self._accelerator.num_processes > 1 else predicted
-        answer: list[Any] = [None]
-        if self._accelerator.is_main_process:
+        if self._agreement.alone:
+            return metrics.compute(predicted)
+        everyone = gather_object(predicted)
+
+        def compute() -> dict[str, float]:
             try:
-                answer = [metrics.compute(everyone)]
-            except Exception as error:  # told to every process, so that none waits for the main one
-                broadcast_object_list([repr(error)])
+                return metrics.compute(everyone)
+            except SettingsError:
                 raise
-        (computed,) = broadcast_object_list(answer)
-        if isinstance(computed, str):
-            raise RuntimeError(f"`compute_metrics` failed on the main process: {computed}")
-        return computed
+            except Exception as error:  # of a class that another process may not know
+                raise MetricsError(f"`compute_metrics` failed on the main process: {error!r}") from error
+
+        return self._agreement.from_main(compute)
 
 
 class _Metrics:

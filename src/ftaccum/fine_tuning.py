@@ -191,6 +191,7 @@ def test_fine_tuning(
             `SystemExit` with status 75. (KeyboardInterrupt, where it was SIGINT.)
         InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact.
         DataError: data that cannot be trained on, with the row where there is one.
+        MetricsError: where `compute_metrics` raises, and there are several processes; one lets through what it raised.
         LostProcessError: where another process of the run has ended, or does not answer.
         DivergedError: where `on_nonfinite` is "error", or `nonfinite_patience` has run out, with the rows at fault.
         torch.OutOfMemoryError: where memory runs out for a single row. For more rows, the window is run again in

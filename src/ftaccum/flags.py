@@ -62,8 +62,9 @@ def parse(
 ) -> Any:
     """Parses flags into one instance of each dataclass in `kinds`.
 
-    `--config FILE` reads a YAML mapping of the same names first; flags override it. A flag that may be None takes the
-    word none. A word that is no value of a field with a rule is handed on, for the rule to refuse.
+    `--config FILE` reads a YAML mapping of the same names (or of a flag's other one) first; flags override it. A flag
+    that may be None takes the word none. A word that is no value of a field with a rule is handed on,
+    for the rule to refuse.
 
     Args:
         elsewhere: by the name of a field that others have, what to say of who has it.
@@ -87,7 +88,9 @@ def parse(
     file = before.parse_known_args(arguments)[0].config
     known = [f.name for kind in kinds for f in fields(kind)]
     if file is not None:
-        parser.set_defaults(**_read(Path(file), known, elsewhere or {}))
+        named = [(f.name, alias) for kind in kinds for f in fields(kind) for alias in f.metadata.get("aliases", ())]
+        aliases = {alias.lstrip("-"): name for name, alias in named}
+        parser.set_defaults(**_read(Path(file), known, aliases, elsewhere or {}))
     *parsed, others = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
     unknown = [word for word in others if word.startswith("--")] or others
     if unknown:
@@ -142,13 +145,25 @@ def _instead(word: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> s
     return who + (f" Did you mean {near[0]!r}?" if near else "")
 
 
-def _read(file: Path, known: list[str], elsewhere: Mapping[str, str]) -> dict[str, Any]:
-    read = read_mapping(file, "--config")
+def _read(file: Path, known: list[str], aliases: Mapping[str, str], elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """The options in a file, by the names of their fields.
+
+    Args:
+        aliases: by the other name of a flag, the field's.
+    """
+    given = read_mapping(file, "--config")
+    named = [(key, aliases.get(str(key), key) if key not in known else key) for key in given]
     faults = [
         f"`--config` {str(file)!r} has the unknown key {key!r}. {_instead(str(key), known, elsewhere)}"
-        for key in read
-        if key not in known
+        for key, name in named
+        if name not in known
+    ]
+    names = [name for _, name in named]
+    faults += [
+        f"`--config` {str(file)!r} says {name!r} twice, once as {key!r}. Keep one of them."
+        for key, name in named
+        if key != name and names.count(name) > 1
     ]
     if faults:
         raise SettingsError(faults)
-    return read
+    return {name: given[key] for key, name in named}

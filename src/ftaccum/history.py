@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputWarning, SettingsError, warn_user
+from .errors import DataError, OutputWarning, SettingsError, warn_user
 from .files import GrowingFile, write_beside
 from .planning import Batching
 
@@ -323,15 +323,29 @@ class Result(Mapping[str, Any]):
     @classmethod
     def load(cls, path: str | Path) -> "Result":
         """Reads what `save` wrote; of an output folder, its `result.json`. A null in a history of numbers reads as NaN:
-        infinities are not told apart."""
+        infinities are not told apart. What only a newer version knows is left out.
+
+        Raises:
+            DataError: where the file is there, and is no result.
+        """
         file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
-        read = json.loads(file.read_text())
+        try:
+            return cls._read(json.loads(file.read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or other names and values
+            raise DataError(
+                f"{str(file)!r} is no result of `test_fine_tuning`, or not whole ({type(error).__name__}: {error}). "
+                "Name an output folder, or a file that `Result.save` wrote."
+            ) from error
+
+    @classmethod
+    def _read(cls, read: dict[str, Any]) -> "Result":
+        known = {name: value for name, value in read.items() if name in _RESULT_NAMES}
         for name in ("final_loss", "initial_loss"):
-            read[name] = _nan_null(read[name])
+            known[name] = _nan_null(known[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
-            read[name] = [_nan_null(value) for value in read[name]]
-        read["metrics"] = [{name: _nan_null(value) for name, value in epoch.items()} for epoch in read["metrics"]]
-        return cls(**read)
+            known[name] = [_nan_null(value) for value in known[name]]
+        known["metrics"] = [{name: _nan_null(value) for name, value in epoch.items()} for epoch in known["metrics"]]
+        return cls(**known)
 
 
 def _as_line(entry: WindowEntry | EpochEntry) -> str:

@@ -116,14 +116,15 @@ class Agreement:
         raise DataError(f"{told[0]} (Process {first} met it, and all of them end alike.)") from fault
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, on all processes; what it raises, too."""
+        """What the main process makes, on all processes; what it raises, too, and there with what led to it."""
         if self.alone:
             return make()
-        told: list[Any] = [_pickled(make) if distributed.get_rank() == 0 else None]
-        distributed.broadcast_object_list(told, src=0, group=self._group)
-        made, error = pickle.loads(told[0])
+        told, own = _pickled(make) if distributed.get_rank() == 0 else (b"", None)
+        words: list[Any] = [told]
+        distributed.broadcast_object_list(words, src=0, group=self._group)
+        made, error = pickle.loads(words[0])
         if error is not None:
-            raise error
+            raise own or error
         return made
 
     def everyone(self, word: T) -> list[T]:
@@ -140,11 +141,12 @@ class Agreement:
         return holder.tolist()
 
 
-def _pickled(make: Callable[[], Any]) -> bytes:
+def _pickled(make: Callable[[], Any]) -> tuple[bytes, Exception | None]:
+    """What was made, or raised, for other processes, and the error itself."""
     try:
-        return pickle.dumps((make(), None))
+        return pickle.dumps((make(), None)), None
     except Exception as error:  # what cannot be pickled, too: the others wait
-        return pickle.dumps((None, error))
+        return pickle.dumps((None, error)), error
 
 
 @contextmanager

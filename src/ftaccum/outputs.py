@@ -63,11 +63,19 @@ def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:
     try:
         write(path)
     except Exception as error:  # on a full disk, Safetensors and tokenizers raise errors of their own kinds
-        free = _in_words(_free_at(path))
-        older = " What is there now is older." if path.exists() else ""
-        why = f"{type(error).__name__}: {error}. {free} are free there."
-        return [f"{str(path)!r} cannot be written: {why}{older} {remedy}"]
+        why = f"{type(error).__name__}: {error}."
+        return [" ".join([f"{str(path)!r} cannot be written: {why}", *_there_now(path), remedy])]
     return []
+
+
+def _there_now(path: Path) -> list[str]:
+    """What there is in the place of what could not be written, in sentences, as far as one can look: the working folder
+    may be gone, or a network's file system."""
+    try:
+        free = f"{_in_words(_free_at(path))} are free there."
+        return [free, "What is there now is older."] if path.exists() else [free]
+    except OSError:
+        return []
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -52,6 +52,8 @@ class BestEpoch:
 
     def in_words(self) -> str:
         """Why it did."""
+        if self.loss == math.inf:
+            return f"Stopped early: no finite validation loss in {self._patience} epochs, so none is the best."
         return f"Stopped early: no better validation loss in {self._patience} epochs."
 
     def state_dict(self) -> dict[str, Any]:

@@ -165,6 +165,23 @@ def converted(
 
 @contextmanager
 def only_looking(model: nn.Module) -> Iterator[None]:
-    """For trying a model out: eval mode, no gradients, and generators, buffers and modes as they were afterwards."""
-    with torch.no_grad(), preserved_rng(), preserved_buffers(model), in_mode(model, training=False):
+    """For trying a model out: eval mode, no gradients, and generators, buffers, modes and what the model takes its
+    labels for as they were afterwards."""
+    with (
+        torch.no_grad(), preserved_rng(), preserved_buffers(model), in_mode(model, training=False),
+        _preserved_problem_type(model),
+    ):  # fmt: skip
         yield
+
+
+@contextmanager
+def _preserved_problem_type(model: Any) -> Iterator[None]:
+    """Heads of Transformers settle in their first forward pass, by the labels, what problem they are for. Labels that
+    are refused must not decide that for those that are mended."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "problem_type", None)
+    try:
+        yield
+    finally:
+        if config is not None and getattr(config, "problem_type", None) != before:
+            config.problem_type = before

@@ -1,10 +1,10 @@
 """Trackers kept apart from training: they may raise and they may hang, and the run goes on as if they had not."""
 
+import copy
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,9 +17,8 @@ from .errors import OutputWarning, warn_user
 # What a slow tracker may be behind by: hours of updates, in some MB.
 _MOST_WAITING = 10_000
 _ERRORS_IN_A_ROW = 5
+_SECONDS_AT_THE_START = 60.0
 _SECONDS_AT_THE_END = 30.0
-# MLflow's current run is that of a thread: what another one logs would begin a second run.
-_BOUND_TO_A_THREAD = ("mlflow",)
 # Some trackers exit where they are not logged in.
 _ERRORS = (Exception, SystemExit)
 
@@ -36,30 +35,32 @@ def kept_apart(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[
     Warns:
         OutputWarning: where a tracker raised, hung, or was dropped.
     """
-    asked, accelerator.trackers = accelerator.log_with, []
-    started: list[_Apart] = []
+    asked = accelerator.log_with if accelerator.is_main_process else []
+    trackers = [_Apart(_name_of(one), partial(_started, accelerator, one)) for one in asked]
     try:
-        for one in asked if accelerator.is_main_process else []:
-            name = one.name if isinstance(one, GeneralTracker) else str(one)
-            try:
-                started.append(_Apart(name, partial(_started, accelerator, one)))
-            except _ERRORS as error:
-                sentence = f"The tracker {name!r} could not be started, and the run does without it: {_as_text(error)}"
-                warn_user(sentence, OutputWarning)
-        for tracker in started:
+        for tracker in trackers:
             tracker.store_init_configuration(dict(config))
-        accelerator.trackers = started
+        deadline = time.monotonic() + _SECONDS_AT_THE_START
+        for tracker in trackers:
+            tracker.wait_for_start(deadline)
+        accelerator.trackers = list(trackers)
         yield
     finally:
         accelerator.trackers = []
-        _end(started)
+        _end(trackers)
+
+
+def _name_of(asked: Any) -> str:
+    return asked.name if isinstance(asked, GeneralTracker) else str(asked)
 
 
 def _started(accelerator: Accelerator, asked: Any) -> GeneralTracker:
     """What Accelerate makes of a tracker's name, or of a tracker, when it has no other."""
-    accelerator.log_with, accelerator.trackers = [asked], []
-    accelerator.init_trackers("ftaccum")
-    return accelerator.trackers[0]
+    # Several are started at once, each by an Accelerator that is this one but for its trackers.
+    alone = copy.copy(accelerator)
+    alone.log_with, alone.trackers = [asked], []
+    alone.init_trackers("ftaccum")
+    return alone.trackers[0]
 
 
 def _end(trackers: list["_Apart"]) -> None:
@@ -73,28 +74,38 @@ def _end(trackers: list["_Apart"]) -> None:
 
 
 class _Apart(GeneralTracker):
-    """Stands in for a tracker: takes what it is told, and hands it on in order from a thread of its own, so that
-    trackers do not wait for each other either. What goes wrong there is told in the caller's thread, at the next call.
+    """Stands in for a tracker: starts it, takes what it is told, and hands that on in order from a thread of its own,
+    so that trackers do not wait for each other either. What goes wrong there is told in the caller's thread, at the
+    next call.
     """
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker]) -> None:
-        """Starts the tracker, and raises what it raises."""
         super().__init__(_blank=True)
         self.name = name
         self._change = threading.Condition()
         # Under `_change`:
         self._waiting: deque[tuple[str, tuple[Any, ...], dict[str, Any]]] = deque(maxlen=_MOST_WAITING)
-        self._in_work: str | None = None
+        self._in_work: str | None = "start"
         self._ended = self._left_behind = False
         self._faults: dict[str, str] = {}  # by what was done, so that each is told once
         self._told: set[str] = set()
 
-        self._tracker: Future[GeneralTracker] = Future()
-        if name not in _BOUND_TO_A_THREAD:
-            self._tracker.set_result(start())
         self._thread = threading.Thread(target=self._work, args=[start], name=f"tracker {name}", daemon=True)
         self._thread.start()
-        self._tracker.result()
+
+    def wait_for_start(self, deadline: float) -> None:
+        """Waits until the tracker is started, or could not be, and says what is to be said of it.
+
+        Args:
+            deadline: by the monotonic clock.
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: self._in_work != "start", max(0.0, deadline - time.monotonic())):
+                self._faults["slow start"] = (
+                    f"The tracker {self.name!r} has not started within {_SECONDS_AT_THE_START:g} s, and the run goes "
+                    "on. What it is told waits until it has."
+                )
+        self.tell()
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self._put("store_init_configuration", values)
@@ -118,7 +129,7 @@ class _Apart(GeneralTracker):
         self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._change:
             if self._thread.is_alive() and (self._in_work or self._waiting):
-                lost = len(self._waiting) + (self._in_work != "finish")
+                lost = len(self._waiting) + (self._in_work not in ("start", "finish"))
                 self._faults["end"] = (
                     f"The tracker {self.name!r} was waited for until {_SECONDS_AT_THE_END:g} s after the end of the "
                     f"run, and is still in `{self._in_work}`. It is left behind: {lost} entries are lost, and it is "
@@ -147,15 +158,12 @@ class _Apart(GeneralTracker):
             self._change.notify()
 
     def _work(self, start: Callable[[], GeneralTracker]) -> None:
-        if not self._tracker.done():
-            try:
-                self._tracker.set_result(start())
-            except BaseException as error:
-                self._tracker.set_exception(error)
-                return
+        tracker = self._started(start)
+        if tracker is None:
+            return
         errors = 0
         while errors < _ERRORS_IN_A_ROW and (entry := self._next()) is not None:
-            errors = 0 if self._handed_on(*entry) else errors + 1
+            errors = 0 if self._handed_on(tracker, *entry) else errors + 1
         with self._change:
             if errors == _ERRORS_IN_A_ROW:
                 self._ended = True
@@ -165,19 +173,40 @@ class _Apart(GeneralTracker):
                 self._waiting.clear()
             if self._left_behind:
                 return
-        self._handed_on("finish", (), {})
+        self._handed_on(tracker, "finish", (), {})
+
+    def _started(self, start: Callable[[], GeneralTracker]) -> GeneralTracker | None:
+        """The tracker; None where it could not be started, which ends what is to be done for it."""
+        try:
+            tracker = start()
+        except _ERRORS as error:
+            with self._change:
+                self._ended = True
+                self._faults["start"] = (
+                    f"The tracker {self.name!r} could not be started, and the run does without it: {_as_text(error)}"
+                )
+                self._waiting.clear()
+            return None
+        else:
+            return tracker
+        finally:
+            with self._change:
+                self._in_work = None
+                self._change.notify_all()
 
     def _next(self) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
         with self._change:
             self._change.wait_for(lambda: self._waiting or self._ended)
             return self._waiting.popleft() if self._waiting else None
 
-    def _handed_on(self, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    def _handed_on(
+        self, tracker: GeneralTracker, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> bool:
         """Whether the tracker took it."""
         with self._change:
             self._in_work = name
         try:
-            getattr(self._tracker.result(), name)(*arguments, **options)
+            getattr(tracker, name)(*arguments, **options)
         except _ERRORS as error:
             with self._change:
                 self._faults.setdefault(name, f"The tracker {self.name!r} raised in `{name}`: {_as_text(error)}")

@@ -11,7 +11,7 @@ from .adapting import Adaptation
 from .checkpointing import Keeper
 from .data import Feed
 from .divergence import Divergence, Fault
-from .errors import DataError, DivergedError
+from .errors import DataError, DivergedError, MetricsError
 from .evaluation import Evaluation, NoEvaluation
 from .history import EpochEntry, Work
 from .loop import Outcome, TrainingLoop
@@ -89,7 +89,8 @@ class Training:
     @property
     def _agreed(self) -> tuple[type[Exception], ...]:
         """Errors that all processes raise alike."""
-        return (Exception,) if self.loop.agreement.alone else (DataError, DivergedError, AgreedOutOfMemoryError)
+        on_all = (DataError, DivergedError, MetricsError, AgreedOutOfMemoryError)
+        return (Exception,) if self.loop.agreement.alone else on_all
 
     def _train(self, epoch: int) -> None:
         portions = self.feed.epoch(epoch, self.recorder.n_windows)

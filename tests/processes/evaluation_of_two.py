@@ -1,13 +1,15 @@
 """Evaluation on two processes: prints a JSON line of what each of them got."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from evaluated import evaluated
-from ftaccum import Accuracy
+from ftaccum import Accuracy, MetricsError, SettingsError
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
@@ -26,10 +28,39 @@ evaluated(
     batch_size=2,
     compute_metrics=lambda p: found["order"].append(p.label_ids[:, 0].tolist()) or {},
 )
+
+
+class OwnError(Exception):
+    """Cannot be made again from its text, as unpickling does."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("broken")
+        self.numbers = one, two
+
+
+calls = []
+
+
+def fails_after_an_epoch(_: object) -> dict[str, float]:
+    calls.append(1)
+    if len(calls) == 2:
+        raise OwnError(1, 2)
+    return {}
+
+
+with tempfile.TemporaryDirectory() as folder:
+    folders = broadcast_object_list([folder])
+    try:
+        evaluated(TAGGING, batch_size=2, compute_metrics=fails_after_an_epoch, output_dir=folders[0])
+    except MetricsError as error:
+        found["errors"] = gather_object([str(error)])
+        found["cause"] = type(error.__cause__).__name__
+    found["checkpoints"] = sorted(path.name for path in Path(folders[0]).glob("checkpoints/update-*"))
+    state.wait_for_everyone()
 try:
-    evaluated(TAGGING, batch_size=2, compute_metrics=lambda _: 1 / 0)
-except (ZeroDivisionError, RuntimeError) as error:
-    found["error"] = gather_object([type(error).__name__])
+    evaluated(TAGGING, batch_size=2, compute_metrics=lambda _: 3)
+except SettingsError as error:
+    found["no metrics"] = gather_object([str(error)])
 if state.is_main_process:
     print("FOUND", json.dumps(found))
 state.destroy_process_group()

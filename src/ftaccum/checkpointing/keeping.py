@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
-
 from ..errors import Preempted
 from ..interrupts import Interrupts
-from ..memory import Agreement
+from ..memory import Agreement, free_on_host
 from ..recording import Recorder
 from ..rules import seconds_of
 from .shelf import Shelf
@@ -88,7 +86,7 @@ class Keeper:
         self._recorder.drain()
         self._saved, self._saved_at = self._recorder.n_windows, time.monotonic()
         self.close()  # of the copies of two checkpoints, one would be too many
-        fits = self._state.n_bytes * _ROOM < psutil.virtual_memory().available
+        fits = self._state.n_bytes * _ROOM < free_on_host()
         snapshot = self._state.taken(self._facts, apart=fits)
         if self._writer is not None and snapshot is not None:
             self._writer.write(snapshot, self._shelf.place(self._recorder.n_windows, n_epochs), self._best_epoch())
