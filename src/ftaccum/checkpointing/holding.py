@@ -40,6 +40,15 @@ def held(output_dir: Path) -> Iterator[None]:
             file.close()
 
 
+def is_held(output_dir: Path) -> bool:
+    """Whether another process's run is going on there."""
+    try:
+        with held(output_dir):
+            return False
+    except CheckpointError:
+        return True
+
+
 def _locked(path: Path) -> TextIO | None:
     while _fcntl is not None:
         try:

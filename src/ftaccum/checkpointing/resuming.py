@@ -110,8 +110,8 @@ class Resumption:
             raise CheckpointError(
                 [
                     f"`resume` found {self.path}, of a run that was ended at update {len(self.checkpoint.windows)}, "
-                    f"which was not finite: {ended} To go on behind that, name what you have changed in `allow_changed` "
-                    "(`['train_data']` for rows that were mended)."
+                    f"which was not finite: {ended} To go on behind that, name in `allow_changed` what you have "
+                    "changed (`['train_data']` for rows that were mended)."
                 ]
             )
 

@@ -12,7 +12,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, TrialState
 
-from ..checkpointing import Shelf
+from ..checkpointing import Shelf, is_held
 from ..errors import DataError, SettingsError
 from ..interrupts import Interrupts
 from ..search_settings import SearchSettings
@@ -111,6 +111,8 @@ class Leader:
         except Exception as error:  # a function of the user's
             return Outcome("failed", f"{type(error).__name__}: {error}")
         first = trial.user_attrs.get(FIRST)
+        if first is not None and (folder := folder_of(self._search, trial.number, first)) and is_held(folder):
+            first = None  # its worker was taken for dead, and is not: this one begins anew, in a folder of its own
         self._folder = folder_of(self._search, trial.number, first)
         self._team.told(("run", (trial.number, first, trial.params)))
         book = StudyBook(self._study, trial, self._settings)
