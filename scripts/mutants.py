@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant("a damaged checkpoint taken", "checkpointing/manifest.py", "        if found != listed:", "        if False:"),
     Mutant("a run that diverged walked through", "checkpointing/resuming.py", "        if ended and not self.allowed:", "        if False:"),
     Mutant("a scheduler's second warning stops at once", "interrupts.py", "elif number == signal.SIGINT and", "elif"),
-    Mutant("buffers that begin to move later forgotten", "loop.py", "Buffers.now([*self._moving, *self._resting])", "Buffers.now(self._moving)"),
+    Mutant("buffers that begin to move later forgotten", "loop.py", "if small or self", "if self"),
     Mutant("empty window taken", "loop.py", "or not n_items > 0", ""),
     Mutant("ghosts leave traces", "loop.py", "if micro.is_ghost:", "if False:"),
     Mutant("sync in the wrong pass", "loop.py", "len(share), 0", "1, 0"),

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,23 +40,28 @@ def _launcher() -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def two_processes(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Runs a script of this folder on two CPU processes (gloo), and returns what they printed.
+def processes(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a script of `processes/` on so many CPU processes (gloo), and returns what they printed.
 
     `accelerate.debug_launcher` would not do: after any Accelerator in the parent its children each believe that they
-    are alone. The scripts assert that there are two.
+    are alone. The scripts assert how many there are.
     """
 
-    def run(script: str, *arguments: str) -> str:
+    def run(n: int, script: str, *arguments: str) -> str:
         assert _launcher.stdin is not None
         assert _launcher.stdout is not None
-        logs = [tmp_path_factory.mktemp("said") / str(rank) for rank in (0, 1)]
+        logs = [tmp_path_factory.mktemp("said") / str(rank) for rank in range(n)]
         job = {"script": str(TESTS / "processes" / script), "arguments": arguments, "logs": [str(log) for log in logs]}
         _launcher.stdin.write(json.dumps(job) + "\n")
         _launcher.stdin.flush()
         statuses = json.loads(_launcher.stdout.readline())
         said = "".join(log.read_text() for log in logs)
-        assert statuses == [0, 0], said
+        assert statuses == [0] * n, said
         return said
 
     return run
+
+
+@pytest.fixture
+def two_processes(processes: Callable[..., str]) -> Callable[..., str]:
+    return partial(processes, 2)

@@ -1,4 +1,4 @@
-"""Starts scripts on two processes for the tests: forks of this one, which has imported everything already, and has
+"""Starts scripts on several processes for the tests: forks of this one, which has imported everything already, and has
 nothing else to do. To import torch and Transformers takes as long as most of these scripts.
 
 Reads a line of JSON for each start (script, arguments, where the processes are to say what they say), and answers with

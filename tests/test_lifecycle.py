@@ -1,5 +1,6 @@
 """A run from outside: counts, histories, screen, files, precisions, and a process left as it was found."""
 
+import copy
 import gc
 import json
 import math
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_model
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from ftaccum import DataError, Result, SettingsError, test_fine_tuning
 from ftaccum.history import EpochEntry, Ledger, WindowEntry, Work
@@ -356,7 +357,8 @@ def test_tokens_per_update_gives_rows_by_the_mean_length() -> None:
 
 def test_labels_that_were_refused_do_not_decide_what_a_head_is_for() -> None:
     head = HEADS["sequence classification, BERT"]
-    model, rows = head.model().float(), head.rows(8)
+    model, rows = BertForSequenceClassification(copy.deepcopy(head.config)), head.rows(8)
+    model.config.problem_type = None  # whatever others have made of that of the head
     arguments = {"validation_split": 0.0, "n_epochs": 1, "progress": False}
     with pytest.raises(DataError, match="cannot be computed"):
         test_fine_tuning(model, train_data=[{**row, "labels": float(row["labels"])} for row in rows], **arguments)

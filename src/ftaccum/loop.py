@@ -26,7 +26,7 @@ from .optim import scaled_rates
 from .side_effects import Buffers, Generators, buffers_of, in_mode, preserved_buffers, preserved_rng
 from .wide_gradients import WindowGradients
 
-_SMALL = 4096  # numbers of a buffer that is watched although it does not move
+_SMALL = 4096  # numbers of a buffer that is taken to move
 
 # Hands over a window in smaller micro-batches, given the pass of this process that ran out of memory.
 Smaller = Callable[[Portion, Failure | None], Portion]
@@ -107,7 +107,6 @@ class TrainingLoop:
     _not_held: list[nn.Parameter] = field(init=False)
     _tables: EmbeddingGradients = field(init=False)
     _moving: list[tuple[nn.Module, str]] = field(init=False)  # buffers that passes move: all, until seen not to
-    _resting: list[tuple[nn.Module, str]] = field(init=False, default_factory=list)  # small ones that may move later
     _first: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
@@ -198,13 +197,18 @@ class TrainingLoop:
         process may leave before the others enter it."""
         if not self.agreement.alone:
             moving = (module._buffers[name] for module, name in self._moving)
-            broadcast([buffer for buffer in moving if buffer is not None and buffer.is_contiguous()])
+            found = [buffer for buffer in moving if buffer is not None and buffer.is_contiguous()]
+            for dtype in {buffer.dtype: None for buffer in found}:  # in one collective each
+                same = [buffer for buffer in found if buffer.dtype == dtype]
+                everything = broadcast(torch.cat([buffer.flatten() for buffer in same]))
+                for buffer, values in zip(same, everything.split([b.numel() for b in same]), strict=True):
+                    buffer.copy_(values.view_as(buffer))
 
     def _accumulate_in_memory(self, portion: Portion, smaller: Smaller) -> tuple[Portion, Passes, Buffers]:
         """`accumulate`, and again in smaller micro-batches as often as memory runs out, as if it never had. Returns the
         micro-batches that fitted, what their passes left, and the buffers that the window began with."""
         self.sync_buffers()
-        generators, buffers = Generators.now(), Buffers.now([*self._moving, *self._resting])
+        generators, buffers = Generators.now(), Buffers.now(self._moving)
         while True:
             try:
                 passes = self.accumulate(portion.micro_batches)
@@ -225,19 +229,12 @@ class TrainingLoop:
             portion = smaller(portion, failed)
 
     def _see_what_moves(self, buffers: Buffers, portion: Portion) -> None:
-        """In the first window that has rows, which buffers passes move. Small ones are watched on: batch norm in a
-        branch that was not taken, or an average that begins later, may begin to move."""
-        if self._first:
-            if not self.agreement.any(not all(micro.is_ghost for micro in portion.micro_batches)):
-                return
-            everything, self._moving, self._first = self._moving, [], False
-            self._resting = [place for place in everything if place in buffers.kept]
-        moved = [buffers.moved(*place) for place in self._resting]
-        if moved and self.agreement.any(any(moved)):
-            moved = self.agreement.each(moved)
-            self._moving += [place for place, so in zip(self._resting, moved, strict=True) if so]
-        resting = (place for place, so in zip(self._resting, moved, strict=True) if not so)
-        self._resting = [place for place in resting if buffers.kept[place][0].numel() <= _SMALL]
+        """In the first window that has rows, which of the large buffers passes move. Small ones are taken to move in
+        any case: batch norm in a branch that was not taken, or an average that begins later, may begin to."""
+        if self._first and self.agreement.any(not all(micro.is_ghost for micro in portion.micro_batches)):
+            found = ((place, buffer.numel() <= _SMALL) for place, (buffer, _) in buffers.kept.items())
+            self._moving = [place for place, small in found if small or self.agreement.any(buffers.moved(*place))]
+            self._first = False
 
     def _apart(self, share: list[MicroBatch]) -> list[MicroBatch]:
         """The passes that a process can leave by itself: in the others it gathers weights or syncs gradients."""

@@ -69,23 +69,22 @@ def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
 class Buffers:
     """A copy of a model's buffers (batch-norm statistics, for one)."""
 
-    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor, int]]
+    kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]
 
     @classmethod
     def now(cls, buffers: Sequence[tuple[nn.Module, str]]) -> "Buffers":
         found = ((place, place[0]._buffers[place[1]]) for place in buffers)
-        return cls({place: (b, b.clone(), b._version) for place, b in found if b is not None})
+        return cls({place: (buffer, buffer.clone()) for place, buffer in found if buffer is not None})
 
     def moved(self, module: nn.Module, name: str) -> bool:
-        """Whether a buffer is another one by now, or has other numbers. Waits for the device only where it was written
-        to."""
-        buffer, value, version = self.kept[module, name]
-        written = buffer._version != version
-        return module._buffers[name] is not buffer or (written and not torch.equal(buffer, value))
+        """Whether a buffer is another one by now, or has other numbers. (Its version does not tell: batch norm writes
+        to its running statistics without counting it.)"""
+        buffer, value = self.kept[module, name]
+        return module._buffers[name] is not buffer or not torch.equal(buffer, value)
 
     def put_back(self) -> None:
         with torch.no_grad():
-            for (module, name), (buffer, value, _) in self.kept.items():
+            for (module, name), (buffer, value) in self.kept.items():
                 module._buffers[name] = buffer  # a forward pass may have put another in its place
                 # One number may stand for many (expanded), which cannot be written to; to compare waits for the device.
                 if buffer.is_contiguous() or not torch.equal(buffer, value):
