@@ -239,9 +239,9 @@ MUTANTS = [
     Mutant("half a line left for readers", "files.py", "                os.truncate(self.path, self._size)\n", "                pass\n"),
     Mutant("half a line gone on with", "files.py", "            file.truncate(self._size)\n", ""),
     Mutant("a removed ledger goes on in the middle", "files.py", "if file.tell() < self._size:", "if False:"),
-    Mutant("a full disk ends the run", "history.py", "        except OSError as error:\n            if not self._has_warned", "        except ZeroDivisionError as error:\n            if not self._has_warned"),
-    Mutant("a full disk told with every line", "history.py", "if not self._has_warned:", "if True:"),
-    Mutant("old entries not written anew", "history.py", "= sorted(entries, key", "= sorted(entries[:0], key"),
+    Mutant("a full disk ends the run", "history/ledger.py", "        except OSError as error:\n            if not self._has_warned", "        except ZeroDivisionError as error:\n            if not self._has_warned"),
+    Mutant("a full disk told with every line", "history/ledger.py", "if not self._has_warned:", "if True:"),
+    Mutant("old entries not written anew", "history/ledger.py", "= sorted(entries, key", "= sorted(entries[:0], key"),
     Mutant("the main process alone knows what is not written", "outputs.py", "    broadcast_object_list(faults)\n", ""),
     Mutant("a model that cannot be saved ends the run", "outputs.py", "except Exception as error:", "except OSError as error:"),
     Mutant("a run that wrote nothing has status 0", "cli.py", "return _NOT_WRITTEN if result.unwritten else 0", "return 0"),
@@ -284,7 +284,7 @@ MUTANTS = [
     Mutant("metrics that fail cost the epoch", "training.py", "DivergedError, MetricsError, Agreed", "DivergedError, Agreed"),
     Mutant("what led to the main process's error is lost", "memory.py", "raise own or error", "raise error"),
     Mutant("free space asked for where there is none", "outputs.py", "    except OSError:\n        return []\n", "    except ZeroDivisionError:\n        return []\n"),
-    Mutant("a newer result not read", "history.py", "for name, value in read.items() if name in _RESULT_NAMES}", "for name, value in read.items()}"),
+    Mutant("a newer result not read", "history/result.py", "for name, value in read.items() if name in _RESULT_NAMES}", "for name, value in read.items()}"),
     Mutant("labels that are refused decide what a head is for", "side_effects.py", "            config.problem_type = before\n", "            pass\n"),
     Mutant("each process tells its own row", "memory.py", "DataError(f\"{told[0]} (", "DataError(f\"{fault} ("),
     Mutant("names lost of rows that cannot be read", "data/rows.py", "name = index if self._names is None else self._names[index]", "name = index"),
@@ -305,7 +305,13 @@ MUTANTS = [
 # What runs first finds most; of some files, the mutants are found elsewhere.
 FIRST = {"cutting.py": "cutting", "memory.py": "memory", "physical_batch.py": "memory", "calibration.py": "planner"}
 FIRST |= {"data/feeding.py": "planner", "data/packing.py": "planner", "assembly.py": "planner"}
-FIRST |= {"watching.py": "watching", "running.py": "watching", "history.py": "outputs", "optim.py": "search"}
+FIRST |= {
+    "watching.py": "watching",
+    "running.py": "watching",
+    "history/ledger.py": "outputs",
+    "history/result.py": "outputs",
+    "optim.py": "search",
+}
 FIRST |= {"files.py": "files", "trackers.py": "trackers", "outputs.py": "outputs", "errors.py": "trackers"}
 FIRST |= {"others.py": "others", "fine_tuning.py": "storm", "preparing.py": "storm"}
 FIRST["cli.py"] = "command_line"

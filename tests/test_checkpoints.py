@@ -19,7 +19,7 @@ import torch
 from ftaccum import CheckpointError
 from ftaccum.checkpointing.manifest import damage, seal
 from ftaccum.checkpointing.shelf import Shelf
-from ftaccum.checkpointing.state import Snapshot
+from ftaccum.checkpointing.snapshot import Snapshot
 from interrupted import checkpoints_of, fine_tuned, model
 
 

@@ -17,7 +17,8 @@ from ..settings import Recipe, Runtime
 from .manifest import damage
 from .matching import FORMAT, check, of_recipe
 from .shelf import Shelf
-from .state import Checkpoint, RunState
+from .snapshot import Checkpoint
+from .state import RunState
 
 # Where one of these differs, the rows that are done are no part of this run's order, and some may come again.
 _OTHER_ROWS = {"train_data", "random_seed"}

@@ -1,30 +1,25 @@
 """What a checkpoint holds: taken from a run between two windows, and put back into one."""
 
 import functools
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..history import EpochEntry, Ledger, WindowEntry, Work
+from ..history import Ledger, Work
 from ..selection import BestEpoch, fill, passing_of, weights_of
 from ..side_effects import Generators, seed_all
-from .manifest import damage
 from .plain import n_bytes_in, on_host, unreadable
-
-_STATE, _LEDGER, _WEIGHTS, _BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
-_OPTIMIZER, _PROCESSES, _BEST, _BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
+from .snapshot import BESIDE, BEST, BUFFERS, OPTIMIZER, WEIGHTS, Checkpoint, Snapshot
 
 
 class Stateful(Protocol):
@@ -130,11 +125,11 @@ class RunState:
                 had is put back, and the optimizer begins anew.
         """
         folder = checkpoint.path
-        fill(weights_of(self.model), load_file(folder / _WEIGHTS), strict="model" not in changed)
-        fill(passing_of(self.model), load_file(folder / _BUFFERS), strict=False)
-        if (folder / _BESIDE).exists():
-            fill(self._beside(), load_file(folder / _BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
-        steps = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        fill(weights_of(self.model), load_file(folder / WEIGHTS), strict="model" not in changed)
+        fill(passing_of(self.model), load_file(folder / BUFFERS), strict=False)
+        if (folder / BESIDE).exists():
+            fill(self._beside(), load_file(folder / BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
+        steps = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
             saved = steps["optimizer"]
             groups = self.optimizer.state_dict()["param_groups"]
@@ -162,11 +157,11 @@ class RunState:
         epoch = checkpoint.best_epoch
         if not self.best.keeps_weights or epoch is None:
             return
-        kept, of_epoch = checkpoint.path / _BEST, checkpoint.of_epoch(epoch)
+        kept, of_epoch = checkpoint.path / BEST, checkpoint.of_epoch(epoch)
         if of_this_model and kept.exists():
             self.best.weights = load_file(kept)
         elif of_this_model and of_epoch is not None:
-            self.best.weights = load_file(of_epoch / _WEIGHTS)
+            self.best.weights = load_file(of_epoch / WEIGHTS)
             self._say(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
         else:
             self.best.loss = math.inf
@@ -230,89 +225,6 @@ class RunState:
         for work in own:
             self.work.merge(Work(**work))
         self.work.seconds = by_process[0]["seconds"]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A run's state on the host, which the run does not change any more."""
-
-    facts: dict[str, Any]
-    entries: list[WindowEntry | EpochEntry]
-    weights: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    beside: dict[str, Tensor]
-    best: dict[str, Tensor] | None
-    steps: dict[str, Any]
-    processes: list[dict[str, Any]]
-    config: str | None
-
-    @property
-    def n_bytes(self) -> int:
-        """About what it takes on the disk."""
-        return n_bytes_in([self.weights, self.buffers, self.beside, self.best, self.steps]) + 300 * len(self.entries)
-
-    def write(self, folder: Path) -> None:
-        """Into a folder that is there and empty.
-
-        Raises:
-            OSError: where there is no room, among others.
-            pickle.UnpicklingError: where the optimizer's state could not be read again without running code.
-        """
-        (folder / _WEIGHTS).parent.mkdir()
-        save_file(self.weights, folder / _WEIGHTS, metadata={"format": "pt"})  # as Transformers marks its own
-        if self.config is not None:
-            (folder / _WEIGHTS).with_name("config.json").write_text(self.config)
-        save_file(self.buffers, folder / _BUFFERS)
-        if self.beside:
-            save_file(self.beside, folder / _BESIDE)
-        if self.best is not None:
-            save_file(self.best, folder / _BEST)
-        torch.save(self.steps, folder / _OPTIMIZER)
-        torch.save(self.processes, folder / _PROCESSES)
-        torch.load(folder / _OPTIMIZER, weights_only=True, mmap=True)
-        (folder / _STATE).write_text(json.dumps(self.facts, indent=2) + "\n")
-        with (folder / _LEDGER).open("w") as file:
-            file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that has been opened: what is known of the run, and what it has recorded."""
-
-    path: Path
-    facts: dict[str, Any]
-    entries: list[WindowEntry | EpochEntry]
-
-    @classmethod
-    def opened(cls, path: Path) -> "Checkpoint":
-        lines = [json.loads(line) for line in (path / _LEDGER).read_text().splitlines()]
-        entries = [WindowEntry(**line) if "window" in line else EpochEntry(**line) for line in lines]
-        return cls(path, json.loads((path / _STATE).read_text()), entries)
-
-    def processes(self) -> list[dict[str, Any]]:
-        """Generators and work of each process."""
-        return torch.load(self.path / _PROCESSES, weights_only=True)
-
-    @property
-    def windows(self) -> list[WindowEntry]:
-        return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
-
-    @property
-    def best_epoch(self) -> int | None:
-        """That of the least validation loss so far, from 1."""
-        epochs = [entry for entry in self.entries if isinstance(entry, EpochEntry)]
-        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
-        return min(losses)[1] if losses else None
-
-    def of_epoch(self, epoch: int) -> Path | None:
-        """The checkpoint beside this one of the end of an epoch, if there is a sound one."""
-        there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
-        return next((path for path in there if damage(path) is None), None)
-
-    @property
-    def n_epochs(self) -> int:
-        """Epochs that have ended, and been evaluated."""
-        return len(self.entries) - len(self.windows)
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:

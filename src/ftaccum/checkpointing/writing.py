@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files import folder_beside
 from .manifest import seal
 from .shelf import Shelf
-from .state import Snapshot
+from .snapshot import Snapshot
 
 
 class Writer:

@@ -1,171 +1,18 @@
-"""The ledger of a run, one entry a window and one an epoch, and the Result as a view of it."""
+"""The Result of a run, a view of its ledger."""
 
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, OutputWarning, SettingsError, warn_user
-from .files import GrowingFile, write_beside
-from .planning import Batching
-
-
-@dataclass(frozen=True)
-class WindowEntry:
-    """What one window came to.
-
-    Attributes:
-        window: index over the whole run, from 0.
-        epoch: from 0; of the window's last row.
-        rows: that it had, on all processes.
-        loss: mean over the window's loss items, over all processes; NaN where it has none.
-        terms: the same for each named mean of the loss, where it has several.
-        grad_norm: total norm of the gradient before clipping.
-        learning_rate: the rate of the first parameter group for this update.
-        skipped: True where no optimizer step was taken (a loss or gradient that is not finite, or no loss items).
-        passes: forward passes that it took, on each process.
-    """
-
-    window: int
-    epoch: int
-    rows: int
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    passes: int
-
-
-@dataclass(frozen=True)
-class EpochEntry:
-    """What one epoch came to: losses are means over its loss items, NaN where it had no update; `val_loss` is None
-    without validation data."""
-
-    epoch: int
-    train_loss: float
-    val_loss: float | None
-    metrics: dict[str, float]
-
-
-@dataclass
-class Ledger:
-    """Everything that a run records, in order. Given a path, every entry is also a JSON line in that file.
-
-    A file that cannot be written, of a disk that is full, say, costs no entry and no update: lines that are missing are
-    written, in order, as soon as that works again. Entries that it is made with are written with the first new one.
-
-    Raises:
-        SettingsError: where the file cannot be made to begin with.
-
-    Warns:
-        OutputWarning: the first time that the file cannot be written.
-    """
-
-    path: Path | None = None
-    initial_val_loss: float | None = None
-    windows: list[WindowEntry] = field(default_factory=list)
-    epochs: list[EpochEntry] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        # An epoch's entry comes after those of its windows.
-        entries: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
-        self._entries = sorted(entries, key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
-        self._has_warned = False
-        self._file: GrowingFile | None = None
-        if self.path is not None:
-            self.keep_in(self.path)
-
-    def keep_in(self, path: Path) -> None:
-        """Has the entries be lines of a file from now on, which is emptied. Those that are there are written with the
-        next one, or by `write`.
-
-        Raises:
-            SettingsError: where the file cannot be made.
-        """
-        self.path = path
-        try:
-            self._file = GrowingFile(path)
-        except OSError as error:
-            raise SettingsError(
-                [f"The ledger cannot be written: {error}. Give an `output_dir` that can be written to."]
-            ) from error
-
-    def record(self, entry: WindowEntry | EpochEntry) -> None:
-        self._add(entry)
-        self.catch_up()
-
-    def catch_up(self) -> None:
-        """Writes the lines that are missing in the file, where that can be done."""
-        try:
-            self.write()
-        except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                warn_user(
-                    f"The ledger {str(self.path)!r} cannot be written: {error}. The run goes on; missing lines are "
-                    "kept, and written as soon as that works again.",
-                    OutputWarning,
-                )
-
-    def entries(self) -> list[WindowEntry | EpochEntry]:
-        """All of them in order: an epoch's after those of its windows."""
-        return list(self._entries)
-
-    def go_on_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
-        """Begins with what an earlier part of the run has recorded."""
-        for entry in entries:
-            self._add(entry)
-
-    def write(self) -> None:
-        """Writes the lines that are missing in the file.
-
-        Raises:
-            OSError: where that cannot be done.
-        """
-        if self._file is not None:
-            self._file.write(lambda n: map(_as_line, self._entries[n:]))
-
-    def _add(self, entry: WindowEntry | EpochEntry) -> None:
-        kind: list[Any] = self.windows if isinstance(entry, WindowEntry) else self.epochs
-        kind.append(entry)
-        self._entries.append(entry)
-
-    @property
-    def val_losses(self) -> list[float]:
-        return [e.val_loss for e in self.epochs if e.val_loss is not None]
-
-
-@dataclass
-class Work:
-    """What was worked through in how long: rows, and their token positions without and with padding, in how many
-    forward passes."""
-
-    rows: int = 0
-    tokens: int = 0
-    positions: int = 0
-    passes: int = 0
-    seconds: float = 0.0
-
-    def merge(self, other: "Work") -> None:
-        """Adds what was worked through; the time is taken apart from it."""
-        self.rows += other.rows
-        self.tokens += other.tokens
-        self.positions += other.positions
-        self.passes += other.passes
-
-    @contextmanager
-    def timed(self, sign: int = 1) -> Iterator[None]:
-        """Adds the time inside; with -1 takes it off again, for what is done in the middle and is none of it."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += sign * (time.perf_counter() - started)
+from ..errors import DataError
+from ..files import write_beside
+from ..planning import Batching
+from .ledger import Ledger
+from .numbers import nan_null, null_non_finite
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -318,7 +165,7 @@ class Result(Mapping[str, Any]):
         """Writes the result as JSON; non-finite numbers become null. A file that was there is replaced once the new one
         is whole."""
         with write_beside(path) as beside:
-            beside.write_text(json.dumps(_null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
+            beside.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
@@ -341,30 +188,11 @@ class Result(Mapping[str, Any]):
     def _read(cls, read: dict[str, Any]) -> "Result":
         known = {name: value for name, value in read.items() if name in _RESULT_NAMES}
         for name in ("final_loss", "initial_loss"):
-            known[name] = _nan_null(known[name])
+            known[name] = nan_null(known[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
-            known[name] = [_nan_null(value) for value in known[name]]
-        known["metrics"] = [{name: _nan_null(value) for name, value in epoch.items()} for epoch in known["metrics"]]
+            known[name] = [nan_null(value) for value in known[name]]
+        known["metrics"] = [{name: nan_null(value) for name, value in epoch.items()} for epoch in known["metrics"]]
         return cls(**known)
 
 
-def _as_line(entry: WindowEntry | EpochEntry) -> str:
-    return json.dumps(_null_non_finite(vars(entry)), allow_nan=False)
-
-
 _RESULT_NAMES = tuple(f.name for f in fields(Result))
-
-
-def _nan_null(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _null_non_finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _null_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_null_non_finite(item) for item in value]
-    return value
