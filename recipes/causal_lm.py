@@ -29,10 +29,10 @@ from datasets import Dataset
 import chat
 import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
-from ftaccum.flags import parse
-from ftaccum.rules import PositiveInt, Text, setting, single_faults
+from ftaccum.apps.load import load_model, read_rows
+from ftaccum.apps.parser import parse
+from ftaccum.fields import PositiveInt, Text, setting, single_faults
 from ftaccum.settings import Recipe, Runtime, checked
-from ftaccum.sources import load_model, read_rows
 
 
 @dataclass

@@ -21,11 +21,12 @@ from accelerate import PartialState
 
 import packaged
 from ftaccum import ClassificationMetrics, DataError, SettingsError, search
-from ftaccum.flags import TrainArguments, parse
-from ftaccum.search_settings import SearchSettings, SpaceArguments, TrialRecipe
+from ftaccum.apps.load import load_factory
+from ftaccum.apps.parser import TrainArguments, parse
+from ftaccum.apps.search.settings import SearchSettings, SpaceArguments, TrialRecipe
+from ftaccum.apps.search.space import read_dimensions
+from ftaccum.apps.search.tables import best_trial
 from ftaccum.settings import Runtime
-from ftaccum.sources import load_factory
-from ftaccum.tuning import best_trial, read_dimensions
 
 
 @dataclass

@@ -19,9 +19,9 @@ from accelerate import PartialState
 
 import packaged
 from ftaccum import ClassificationMetrics, DataError, SettingsError, test_fine_tuning
-from ftaccum.flags import TrainArguments, parse
+from ftaccum.apps.load import load
+from ftaccum.apps.parser import TrainArguments, parse
 from ftaccum.settings import Recipe, Runtime, checked
-from ftaccum.sources import load
 
 
 @dataclass

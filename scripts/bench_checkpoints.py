@@ -48,7 +48,8 @@ from transformers import (
 )
 
 from ftaccum import test_fine_tuning
-from ftaccum.checkpointing import Keeper, Writer
+from ftaccum.checkpoint.manager import Keeper
+from ftaccum.checkpoint.writing import Writer
 from measuring import DEVICE, machine, now, quiet
 from workloads import Row, Workload, movies
 

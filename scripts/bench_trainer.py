@@ -85,7 +85,7 @@ def counted(contender: Contender, job: Job) -> Counts:
     ftaccum leaves the gradients of embedding tables alone."""
     model = job.workload.new_model()
     with (
-        patch("ftaccum.embedding_gradients._can_be_sparse", return_value=False),
+        patch("ftaccum.runtime.gradients.sparse._can_be_sparse", return_value=False),
         HostSyncs(except_under=ON_HOST) as syncs,
     ):
         passes = Passes(model, syncs.where.clear)

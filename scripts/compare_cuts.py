@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ftaccum import plan
-from ftaccum.cutting import GUESSED_COSTS, Caps, Cutter, Slice
+from ftaccum.planning.micro_batches import GUESSED_COSTS, Caps, Cutter, Slice
 from workloads import WORKLOADS
 
 BATCH = 8

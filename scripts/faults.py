@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 import ftaccum
 from forking import Team
-from ftaccum.checkpointing.snapshot import Snapshot
+from ftaccum.checkpoint.format import Snapshot
 from storm_runs import N_ROWS, Row, Wavering, row
 
 # How lines begin that a run prints when all goes well.

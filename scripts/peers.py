@@ -134,7 +134,7 @@ def fine_tune(model: Any, job: Job, **options: Any) -> Any:
 
 def ours_dense(model: Any, job: Job) -> None:
     """The loop alone: nothing that a bare loop does not do, the gradients of embedding tables dense as there."""
-    with patch("ftaccum.embedding_gradients._can_be_sparse", return_value=False):
+    with patch("ftaccum.runtime.gradients.sparse._can_be_sparse", return_value=False):
         fine_tune(model, job, planner=False)
 
 

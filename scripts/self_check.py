@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ftaccum
-from ftaccum.objective import measured_objective
+from ftaccum.objective.self_check import measured_objective
 from measuring import DEVICE, machine, now, quiet
 from workloads import Workload, movies
 
@@ -41,7 +41,7 @@ def cost(workload: Workload, rounds: int) -> None:
             check[:] = [passes[0] - before, now() - started]
             return found
 
-        with quiet(number), patch("ftaccum.assembly.measured_objective", timed):
+        with quiet(number), patch("ftaccum.training.build_data.measured_objective", timed):
             result = ftaccum.test_fine_tuning(
                 model, train_data=rows, n_epochs=1, validation_split=0.0, batch_size=_BATCH_SIZE,
                 gradient_accumulation_steps=_K, progress=False,

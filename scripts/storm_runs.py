@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, EvalPrediction
 
 from ftaccum import test_fine_tuning
-from ftaccum.side_effects import seed_all
+from ftaccum.runtime.state_guards import seed_all
 
 N_ROWS, VOCABULARY, CLASSES, LONGEST = 120, 50, 3, 20
 TIMES = {

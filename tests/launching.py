@@ -22,9 +22,6 @@ import peft  # noqa: F401
 import torch
 import transformers.trainer  # noqa: F401
 
-import ftaccum.fine_tuning
-import ftaccum.tuning
-import ftaccum.verification  # noqa: F401
 import structures  # noqa: F401
 from forking import Team
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ftaccum.loop import TrainingLoop
+from ftaccum.training.loop import TrainingLoop
 
 
 class Stream(IterableDataset[Any]):

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from ftaccum import CheckpointError
-from ftaccum.checkpointing.manifest import damage, seal
-from ftaccum.checkpointing.shelf import Shelf
-from ftaccum.checkpointing.snapshot import Snapshot
+from ftaccum.checkpoint.directory import Shelf
+from ftaccum.checkpoint.format import Snapshot
+from ftaccum.checkpoint.manifest import damage, seal
 from interrupted import checkpoints_of, fine_tuned, model
 
 
@@ -233,7 +233,7 @@ def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
     def no_memory(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("ftaccum.checkpointing.state.on_host", no_memory)
+    monkeypatch.setattr("ftaccum.checkpoint.state.on_host", no_memory)
     run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
     assert "can't allocate memory\")" in capsys.readouterr().out
     assert fine_tuned().differences(run) == []
@@ -370,7 +370,7 @@ def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended:
         fine_tuned(resume=str(folder), restore_best_weights=True)
 
 
-HOLDS = "import sys, time; from pathlib import Path; from ftaccum.checkpointing import held\n" + (
+HOLDS = "import sys, time; from pathlib import Path; from ftaccum.checkpoint import held\n" + (
     "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 )
 

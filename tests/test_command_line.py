@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import BertTokenizerFast, pipeline
 
 from ftaccum import OutputWarning, Result, SettingsError
-from ftaccum.cli import main
-from ftaccum.flags import NamedArguments, parse
+from ftaccum.apps.cli import main
+from ftaccum.apps.parser import NamedArguments, parse
 from ftaccum.settings import Recipe, Runtime, checked
 from heads import HEADS, relative_error
 
@@ -158,7 +158,7 @@ def test_training_whose_model_cannot_be_saved_has_status_1(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ftaccum.outputs._save", full)
+    monkeypatch.setattr("ftaccum.tracking.export._save", full)
     words = ["train", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--n_epochs", "1"]
     with pytest.warns(OutputWarning, match=r"model' cannot be written: OSError: \[Errno 28\] No space left"):
         assert main([*words, "--output_dir", str(tmp_path / "out"), "--progress", "no"]) == 1
@@ -215,7 +215,7 @@ def test_a_launch_that_silently_starts_one_process_of_two_is_told(tiny: Path, tm
 
 @pytest.mark.slow
 def test_words_of_a_launch_elsewhere_are_not_taken_for_one() -> None:
-    code = "from ftaccum.session import _processes_asked_for as n; assert n() == 1"
+    code = "from ftaccum.runtime.accelerator import _processes_asked_for as n; assert n() == 1"
     words = f": accelerate launch --num_processes 2 train.py; {sys.executable} -c '{code}'; true"
     assert subprocess.run(["bash", "-c", words]).returncode == 0
 

@@ -33,11 +33,17 @@ from failing_data import (
     trained,
 )
 from ftaccum import DataError
-from ftaccum.cutting import Caps, Cutter
-from ftaccum.data import Collation, Feed, Loader, PaddingCollator, Ranges, Rows, as_rows, workers
+from ftaccum.data import workers
+from ftaccum.data.collator import Collation, PaddingCollator
+from ftaccum.data.dataset import Rows, as_rows
+from ftaccum.data.loader import Loader
+from ftaccum.data.prefetch import Feed
+from ftaccum.data.validation import Ranges
 from ftaccum.data.workers import Workers, how_it_ended
-from ftaccum.planning import Batching, Plan
-from ftaccum.side_effects import Generators
+from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.micro_batches import Caps, Cutter
+from ftaccum.planning.plan import Plan
+from ftaccum.runtime.state_guards import Generators
 from heads import relative_error
 
 

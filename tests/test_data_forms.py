@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from ftaccum import DataError, InexactLossWarning, Result, SettingsError, plan, test_fine_tuning
-from ftaccum.data import Rows, synthetic_rows
-from ftaccum.data.checking import sample_positions
-from ftaccum.planning import hold_out
+from ftaccum.data.dataset import Rows, synthetic_rows
+from ftaccum.data.validation import sample_positions
+from ftaccum.planning.shuffle import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]

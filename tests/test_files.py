@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ftaccum import files
-from ftaccum.files import flushed, folder_beside, write_beside
+from ftaccum.runtime import atomic_files as files
+from ftaccum.runtime.atomic_files import flushed, folder_beside, write_beside
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -153,7 +153,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", "old")
     killed_in_the_middle = (
-        "import os, signal; from ftaccum.files import folder_beside, write_beside\n"
+        "import os, signal; from ftaccum.runtime.atomic_files import folder_beside, write_beside\n"
         f"with folder_beside({str(tmp_path / 'model')!r}) as folder, write_beside({str(tmp_path / 'r')!r}) as file:\n"
         "    (folder / 'x').write_text('half'); file.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

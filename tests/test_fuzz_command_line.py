@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 
 from ftaccum import SettingsError
-from ftaccum.cli import main
-from ftaccum.flags import parse
-from ftaccum.planning import PlanArguments
+from ftaccum.apps.cli import main
+from ftaccum.apps.parser import parse
+from ftaccum.apps.plan import PlanArguments
 from ftaccum.settings import Recipe, Runtime, checked
 from fuzzing import fuzz
 

@@ -16,11 +16,11 @@ from hypothesis import example, given
 from torch import nn
 
 from ftaccum import SettingsError, plan, verify
-from ftaccum.planning import PlanArguments
-from ftaccum.rules import read_as, single_faults
-from ftaccum.search_settings import SearchSettings
+from ftaccum.apps.plan import PlanArguments
+from ftaccum.apps.search.settings import SearchSettings
+from ftaccum.apps.verify.settings import VerifySettings
+from ftaccum.fields import read_as, single_faults
 from ftaccum.settings import Recipe, Runtime, checked
-from ftaccum.verify_settings import VerifySettings
 from fuzzing import fuzz
 
 SETTINGS = [

@@ -12,8 +12,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from exactness import window_errors
 from ftaccum import plan, test_fine_tuning
-from ftaccum.history import Result
-from ftaccum.loop import TrainingLoop
+from ftaccum.tracking.result import Result
+from ftaccum.training.loop import TrainingLoop
 from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch
 from invariance import NAMES, difference, trained
 
@@ -157,7 +157,7 @@ def test_rates_and_weights_are_those_of_a_plain_loop_that_scales_them(
 
 def test_a_schedule_that_goes_on_from_its_own_rate_is_not_disturbed() -> None:
     """`MultiplicativeLR` and its kin read the rate that they wrote: scaled rates must not be what they find."""
-    from ftaccum.optim import scaled_rates
+    from ftaccum.training.optimizer import scaled_rates
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda _: 0.5)

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from ftaccum import DataError, Result, SettingsError, test_fine_tuning
-from ftaccum.history import EpochEntry, Ledger, WindowEntry, Work
-from ftaccum.planning import Batching
+from ftaccum.planning.batch_size import Batching
+from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
+from ftaccum.tracking.throughput import Work
 from heads import HEADS, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]

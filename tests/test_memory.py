@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import Accuracy, SettingsError, test_fine_tuning
-from ftaccum.cutting import Caps
-from ftaccum.memory import Headroom, is_out_of_memory
-from ftaccum.physical_batch import largest
+from ftaccum.planning.micro_batches import Caps
+from ftaccum.runtime.memory import Headroom, is_out_of_memory
+from ftaccum.training.batch_size_finder import largest
 from heads import HEADS
 from invariance import difference, trained
 from running_out import limited
@@ -107,7 +107,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Somebody else had the memory for the first three windows."""
-    monkeypatch.setattr("ftaccum.memory._CALM", 2)
+    monkeypatch.setattr("ftaccum.runtime.memory._CALM", 2)
     model = HEADS[NAME].model()
     limit = limited(model, 2)
     steps: list[int] = []
@@ -264,9 +264,9 @@ def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest
     model.register_forward_pre_hook(
         lambda _, __, given: taken.append(given["input_ids"].shape[0] * 20_000_000), with_kwargs=True
     )
-    monkeypatch.setattr("ftaccum.physical_batch.free_on_host", lambda: 250_000_000)
-    monkeypatch.setattr("ftaccum.physical_batch._peak", lambda: 7_000_000 + taken[-1])
-    monkeypatch.setattr("ftaccum.physical_batch._forget_peak", lambda: taken.append(0))
+    monkeypatch.setattr("ftaccum.training.batch_size_finder.free_on_host", lambda: 250_000_000)
+    monkeypatch.setattr("ftaccum.training.batch_size_finder._peak", lambda: 7_000_000 + taken[-1])
+    monkeypatch.setattr("ftaccum.training.batch_size_finder._forget_peak", lambda: taken.append(0))
     result = test_fine_tuning(
         model, train_data=HEADS[NAME].rows(40), batch_size="auto", effective_batch_size=32, n_epochs=1, progress=False
     )

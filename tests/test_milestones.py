@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from ftaccum.planning import Batching, Plan
-from ftaccum.tuning.milestones import milestones
+from ftaccum.apps.search.report_steps import milestones
+from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.plan import Plan
 
 
 def ends_of_updates(n_rows: int, n_epochs: int, batch_size: int) -> set[int]:

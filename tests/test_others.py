@@ -1,7 +1,7 @@
 import pytest
 
 from ftaccum import DataError, LostProcessError
-from ftaccum.others import others_watched
+from ftaccum.runtime.others import others_watched
 
 _HEARD = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:41174."
 

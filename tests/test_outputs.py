@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ftaccum import DataError, OutputWarning, Result, SettingsError, test_fine_tuning
-from ftaccum.history import EpochEntry, Ledger, WindowEntry
+from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]

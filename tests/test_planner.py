@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from exactness import accumulated_gradients
 from ftaccum import DataError, SettingsError, plan, test_fine_tuning
-from ftaccum.borrowing import compiled
-from ftaccum.calibration import fitted
-from ftaccum.cutting import Caps, Cutter, PassCosts, Slice
-from ftaccum.data import Feed, Loader, MicroBatch, Share, as_rows
-from ftaccum.data.checking import sample_positions
-from ftaccum.loop import TrainingLoop
-from ftaccum.planning import Batching, Plan
+from ftaccum.data.dataset import as_rows
+from ftaccum.data.loader import Loader, MicroBatch, Share
+from ftaccum.data.prefetch import Feed
+from ftaccum.data.validation import sample_positions
+from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.micro_batches import Caps, Cutter, PassCosts, Slice
+from ftaccum.planning.plan import Plan
+from ftaccum.runtime.model_context import compiled
+from ftaccum.training.loop import TrainingLoop
+from ftaccum.training.pass_costs import fitted
 from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from invariance import NAMES, difference, trained
 

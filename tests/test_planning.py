@@ -5,7 +5,9 @@ import math
 import pytest
 
 from ftaccum import SettingsError, plan
-from ftaccum.planning import Batching, Plan, hold_out, resolve_batching
+from ftaccum.planning.batch_size import Batching, resolve_batching
+from ftaccum.planning.plan import Plan
+from ftaccum.planning.shuffle import hold_out
 
 SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3) for p in (1, 2, 3)]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
-from ftaccum.session import session
+from ftaccum.runtime.accelerator import session
+from ftaccum.runtime.gradients.fp32 import WideGradients
 from ftaccum.settings import Runtime
-from ftaccum.wide_gradients import WideGradients
 from heads import HEADS, RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 from running_out import limited
 from structures import Branching

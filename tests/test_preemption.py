@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-import ftaccum.interrupts
+import ftaccum.runtime.signals
 from ftaccum import Preempted
-from ftaccum.interrupts import Interrupts
+from ftaccum.runtime.signals import Interrupts
 from interrupted import checkpoints_of, fine_tuned, ledger_of, model
 
 
@@ -74,7 +74,7 @@ def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
 ) -> None:
     with pytest.raises(KeyboardInterrupt, match="Stopped after update 5"):
         fine_tuned(asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2, times=3), output_dir=str(tmp_path))
-    monkeypatch.setattr(ftaccum.interrupts, "_TWICE", -1.0)
+    monkeypatch.setattr(ftaccum.runtime.signals, "_TWICE", -1.0)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         fine_tuned(asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2, times=2), output_dir=str(tmp_path / "at once"))
     assert len(ledger_of(tmp_path / "at once")) == 0
@@ -125,7 +125,7 @@ def test_one_that_is_kept_already_is_kept_once() -> None:
 def test_a_scheduler_that_warns_again_does_not_stop_a_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ftaccum.interrupts, "_TWICE", -1.0)
+    monkeypatch.setattr(ftaccum.runtime.signals, "_TWICE", -1.0)
     with pytest.raises(Preempted, match="Stopped after update 5"):
         fine_tuned(asked_to_stop(signal.SIGTERM, at_pass=4 * 4 + 2, times=3), output_dir=str(tmp_path))
     assert checkpoints_of(tmp_path) == ["update-00000005"]
@@ -136,6 +136,6 @@ def test_a_terminal_that_is_gone_does_not_stop_a_run_at_once(tmp_path: Path, mon
         if sentence.startswith("Asked to stop"):
             raise BrokenPipeError
 
-    monkeypatch.setattr("ftaccum.interrupts.tqdm.write", fail)
+    monkeypatch.setattr("ftaccum.runtime.signals.tqdm.write", fail)
     with pytest.raises(Preempted, match="Stopped after update 5"):
         fine_tuned(asked_to_stop(signal.SIGTERM, at_pass=4 * 4 + 2), output_dir=str(tmp_path))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
-from ftaccum.data import Rows
-from ftaccum.data.checking import sample_positions
-from ftaccum.objective import Counting
-from ftaccum.objective.probing import Explanation, choose, explain
-from ftaccum.objective.steadying import in_float32, shaken
+from ftaccum.data.dataset import Rows
+from ftaccum.data.validation import sample_positions
+from ftaccum.objective.item_counts import Counting
+from ftaccum.objective.perturbation import in_float32, shaken
+from ftaccum.objective.probe import Explanation, choose, explain
 from heads import HEADS
 
 WIDTHS = (3, 5, 2, 7)

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
-from ftaccum.checkpointing.manifest import seal
-from ftaccum.planning.drawing import hold_out, order_of
+from ftaccum.checkpoint.manifest import seal
+from ftaccum.planning.shuffle import hold_out, order_of
 from ftaccum.settings import checked
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model

@@ -26,15 +26,15 @@ from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-import ftaccum.interrupts
-import ftaccum.tuning.conducting
-import ftaccum.tuning.worker
+import ftaccum.apps.search.runner
+import ftaccum.apps.search.worker
+import ftaccum.runtime.signals
 from ftaccum import DataError, SettingsError, test_fine_tuning
-from ftaccum.tuning.endings import counts, find_dead
-from ftaccum.tuning.liveness import here, is_gone
-from ftaccum.tuning.proposing import pruner_of
-from ftaccum.tuning.storages import storage_of, without_password
-from ftaccum.tuning.tables import as_text, table
+from ftaccum.apps.search.liveness import here, is_gone
+from ftaccum.apps.search.retry import counts, find_dead
+from ftaccum.apps.search.samplers import pruner_of
+from ftaccum.apps.search.storages import storage_of, without_password
+from ftaccum.apps.search.tables import as_text, table
 from searching import N_ROWS, Layer, points, quick
 
 TRAINED = N_ROWS - 8
@@ -411,7 +411,7 @@ def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
 
 
 def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ftaccum.interrupts, "_TWICE", 0.05)
+    monkeypatch.setattr(ftaccum.runtime.signals, "_TWICE", 0.05)
 
     def factory() -> nn.Module:
         signal.raise_signal(signal.SIGINT)
@@ -485,7 +485,7 @@ def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_at_the_very_end_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ftaccum.tuning.conducting, "write_reports", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(ftaccum.apps.search.runner, "write_reports", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         quick(output_dir=str(tmp_path), refit=True, n_trials=1)
     assert not (tmp_path / "best").exists()
@@ -526,7 +526,7 @@ def asked(study: optuna.Study) -> optuna.Trial:
 def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path)
     study = quick(output_dir=folder, n_trials=3)
-    monkeypatch.setattr(ftaccum.tuning.worker.Leader, "_next", _go_once(ftaccum.tuning.worker.Leader._next))
+    monkeypatch.setattr(ftaccum.apps.search.worker.Leader, "_next", _go_once(ftaccum.apps.search.worker.Leader._next))
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
     study = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path}/study.db")
     assert [trial.state for trial in study.trials[3:]] == [FAILED]

@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import NullPool
 
 from ftaccum import SettingsError
-from ftaccum.tuning.endings import DEATHS, WORKER, counts
-from ftaccum.tuning.storages import storage_of, tells_deaths
+from ftaccum.apps.search.retry import DEATHS, WORKER, counts
+from ftaccum.apps.search.storages import storage_of, tells_deaths
 from searching import quick
 from servers import ENVIRONMENT, Postgres, grpc_proxy, no_postgres_because, postgresql, script, wait_until
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from exactness import window_errors
 from ftaccum import DataError, InexactLossError, InexactLossWarning, PaddingWarning, plan, test_fine_tuning
-from ftaccum.objective import measured_objective
+from ftaccum.objective.self_check import measured_objective
 from heads import HEADS, RecordingOptimizer, all_in_float64, one_batch, relative_error
 
 ROWS = [{"x": torch.randn(4, generator=torch.Generator().manual_seed(n)).double(), "y": n % 3} for n in range(10)]
@@ -95,7 +95,7 @@ def test_the_check_leaves_generators_buffers_modes_and_weights_alone(
         found.append(state())
         return measured
 
-    monkeypatch.setattr("ftaccum.assembly.measured_objective", watched)
+    monkeypatch.setattr("ftaccum.training.build_data.measured_objective", watched)
     with pytest.raises(InexactLossError, match=r"BatchNorm1d 'norm'[^\n]*\n`on_inexact='warn'"):
         train(model, on_inexact="error", gradient_accumulation_steps=2)
     assert found[0] == found[1]
@@ -303,7 +303,7 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
     passes: list[int] = []
     forward = Net.forward
     monkeypatch.setattr(Net, "forward", lambda self, x: (passes.append(len(x)), forward(self, x))[1])
-    monkeypatch.setattr("ftaccum.preparing.TrainingLoop.train", begin)
+    monkeypatch.setattr("ftaccum.training.build_run.TrainingLoop.train", begin)
     with pytest.raises(TrainingBeginsError):
         train(Net(nn.LayerNorm(6)))
     assert passes

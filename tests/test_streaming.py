@@ -18,8 +18,10 @@ from torch.utils.data import IterableDataset
 from transformers import BertTokenizerFast
 
 from ftaccum import DataError, SettingsError, search, test_fine_tuning
-from ftaccum.data import streaming
-from ftaccum.planning import Batching, Plan, StreamPlan
+from ftaccum.data import iterable as streaming
+from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.plan import Plan
+from ftaccum.planning.stream_plan import StreamPlan
 from heads import (
     CLASSES,
     HEADS,
@@ -292,7 +294,7 @@ def test_tokens_per_update_takes_the_mean_length_of_the_first_rows(monkeypatch: 
 def test_a_compiled_model_gets_widths_from_buckets_that_it_has_positions_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest row is not among the first ones, and has as many tokens as the model has positions."""
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
-    monkeypatch.setattr("ftaccum.preparing.compiled", lambda _: nullcontext())
+    monkeypatch.setattr("ftaccum.training.build_run.compiled", lambda _: nullcontext())
     rows = [{"input_ids": list(range(1, n + 1)), "labels": n % CLASSES} for n in (5, 6, 7, 9, 17, 31, 50, 60)]
     widths: set[int] = set()
     model = BERT.model()

@@ -11,7 +11,7 @@ import transformers
 from transformers import BertForMaskedLM
 
 from every_head import TASKS, Case, Verdict, cases, check
-from ftaccum.objective.denominator import Denominator
+from ftaccum.objective.normalizer import Denominator
 
 # Every task; the usual ones, and heads that count, pad or pool in ways of their own.
 SAMPLE = {

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from accelerate.tracking import GeneralTracker
 
-from ftaccum import OutputWarning, Result, test_fine_tuning, trackers
+from ftaccum import OutputWarning, Result, test_fine_tuning
+from ftaccum.tracking import trackers
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]

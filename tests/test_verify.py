@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from ftaccum import SettingsError, Verification, verify
-from ftaccum.cli import main
-from ftaccum.cutting import Caps, Cutter
-from ftaccum.data import as_rows
-from ftaccum.objective import Denominator, ItemMeans
-from ftaccum.verification.bench import Bench
-from ftaccum.verification.gradients import Found
-from ftaccum.verification.splits import splits_of
+from ftaccum.apps.cli import main
+from ftaccum.apps.verify.bench import Bench
+from ftaccum.apps.verify.gradients import Found
+from ftaccum.apps.verify.splits import splits_of
+from ftaccum.data.dataset import as_rows
+from ftaccum.objective.normalizer import Denominator, ItemMeans
+from ftaccum.planning.micro_batches import Caps, Cutter
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 SIZES: dict[str, Any] = {"batch_size": 3, "effective_batch_size": 11, "progress": False}
@@ -104,7 +104,7 @@ def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     total = ItemMeans.total
-    monkeypatch.setattr("ftaccum.objective.ItemMeans.total", lambda means: factor * total(means))
+    monkeypatch.setattr("ftaccum.objective.normalizer.ItemMeans.total", lambda means: factor * total(means))
     found = of_head(BERT)
     assert not any(measured.exact for measured in found.splits)
     assert max(measured.gradient_error or 0.0 for measured in found.splits) < 1e-10
@@ -304,7 +304,7 @@ def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.Mon
 
 
 def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftaccum.verification.precision.free_on_host", lambda: 200_000)
+    monkeypatch.setattr("ftaccum.apps.verify.precision.free_on_host", lambda: 200_000)
     found = verify(HEADS[BERT].model().float(), HEADS[BERT].rows(30), **SIZES)
     assert (found.dtype, found.exact) == ("float32", True)
     assert "would not fit in memory" in found.notes[0]

@@ -9,8 +9,8 @@ import torch
 
 from ftaccum import test_fine_tuning
 from ftaccum.fine_tuning import fine_tuned
-from ftaccum.planning import Plan
-from ftaccum.watching import Watcher
+from ftaccum.planning.plan import Plan
+from ftaccum.training.callbacks import Watcher
 from heads import HEADS
 
 HEAD = HEADS["sequence classification, BERT"]
@@ -71,7 +71,7 @@ def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> Non
 def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    from ftaccum.evaluation import Evaluation
+    from ftaccum.training.evaluation import Evaluation
 
     def slow(self: Evaluation, model: torch.nn.Module) -> Any:
         time.sleep(0.4)

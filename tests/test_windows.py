@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ftaccum.planning import Batching, Plan, rate_factor
+from ftaccum.planning.batch_size import Batching, rate_factor
+from ftaccum.planning.plan import Plan
 
 LATER: list[tuple[tuple[int, int], ...]] = [(), ((1, 3),), ((1, 2), (2, 1), (5, 4))]
 CASES = [

@@ -9,6 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .apps.plan import plan
+    from .apps.search.api import search
+    from .apps.verify.api import verify
+    from .apps.verify.report import Verification
     from .errors import (
         CheckpointError,
         DataError,
@@ -23,11 +27,9 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .fine_tuning import test_fine_tuning
-    from .history import Result
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
-    from .planning import Plan, plan
-    from .tuning import search
-    from .verification import Verification, verify
+    from .planning.plan import Plan
+    from .tracking.result import Result
 
 __version__ = "0.1.0"
 
@@ -56,33 +58,24 @@ __all__ = [
     "verify",
 ]
 
-# Loaded when first asked for, so that the parts that need no torch start at once.
-_HOMES = {
-    "errors": (
-        *(
-            "CheckpointError",
-            "DataError",
-            "DivergedError",
-            "InexactLossError",
-            "InexactLossWarning",
-            "LostProcessError",
-        ),
-        *("MetricsError", "OutputWarning", "PaddingWarning", "Preempted", "SettingsError"),
-    ),
-    "fine_tuning": ("test_fine_tuning",),
-    "history": ("Result",),
-    "metrics": ("F1", "Accuracy", "ClassificationMetrics", "MeanSquaredError"),
-    "planning": ("Plan", "plan"),
-    "tuning": ("search",),
-    "verification": ("Verification", "verify"),
+# Loaded on first use, so that commands that need no torch start at once.
+_MODULES = {
+    **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning")) or name == "Preempted"], "errors"),
+    **dict.fromkeys(["Accuracy", "ClassificationMetrics", "F1", "MeanSquaredError"], "metrics"),
+    "Plan": "planning.plan",
+    "Result": "tracking.result",
+    "Verification": "apps.verify.report",
+    "plan": "apps.plan",
+    "search": "apps.search.api",
+    "test_fine_tuning": "fine_tuning",
+    "verify": "apps.verify.api",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -7,18 +7,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from .data import Collator
-from .evaluation import ComputeMetrics
-from .history import Result
-from .objective import CountItems, LossFn
-from .optim import OptimizerFactory
-from .others import others_watched
-from .parts import Parts, check_parts
-from .rules import Pairs
-from .running import run
-from .session import session
+from .data.collator import Collator
+from .fields import Pairs
+from .objective.forward import LossFn
+from .objective.item_counts import CountItems
+from .runtime.accelerator import session
+from .runtime.others import others_watched
 from .settings import checked
-from .watching import Watcher
+from .tracking.result import Result
+from .training.callbacks import Watcher
+from .training.components import Parts, check_parts
+from .training.evaluation import ComputeMetrics
+from .training.optimizer import OptimizerFactory
+from .training.running import run
 
 _BESIDE_TRAINING = (
     "That was before the first update of this start, or after the last one. The same call with `resume='auto'` goes on "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import SettingsError
-from .rules import (
+from .fields import (
     BatchSize,
     Costs,
     Count,

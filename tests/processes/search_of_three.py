@@ -11,8 +11,8 @@ import time
 
 import torch
 
-import ftaccum.tuning.liveness
-import ftaccum.tuning.storages
+import ftaccum.apps.search.liveness
+import ftaccum.apps.search.storages
 from searching import Layer, quick
 
 
@@ -26,9 +26,9 @@ class Slow(Layer):
 
 def work(url: str, n_trials: str, where: str) -> None:
     if where == "elsewhere":
-        ftaccum.tuning.liveness._machine = lambda: f"the machine of {os.getpid()}"
+        ftaccum.apps.search.liveness._machine = lambda: f"the machine of {os.getpid()}"
         # Of minutes, otherwise. One that is only slow must not be taken for dead.
-        ftaccum.tuning.storages._HEARTBEAT, ftaccum.tuning.storages.GRACE = 1, 3
+        ftaccum.apps.search.storages._HEARTBEAT, ftaccum.apps.search.storages.GRACE = 1, 3
     # The median prunes nobody in the beginning, when one is to be killed.
     quick(model_factory=Slow, storage=url, study_name="shared", n_trials=int(n_trials), pruner="median")
 

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ftaccum import DataError
-from ftaccum.data import streaming
+from ftaccum.data import iterable as streaming
 from heads import HEADS, all_in_float64
 from invariance import difference
 from streams import Contrary, Plane, Seen, Stream, point

@@ -9,8 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ftaccum import Verification, verify
-from ftaccum.objective import Denominator
-from ftaccum.verification.bench import Bench
+from ftaccum.apps.verify.bench import Bench
+from ftaccum.objective.normalizer import Denominator
 from heads import HEADS, all_in_float64
 from test_verify import BERT, CAUSAL, FEATURES, QUESTIONS, Normed, cross_entropy
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from transformers import DataCollatorWithFlattening
 
-from ..objective import Batch
-from .collating import column_name
-from .rows import Row
+from ..objective.item_counts import Batch
+from .collator import column_name
+from .dataset import Row
 
 
 class PackingCollator:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
-from .counting import IGNORE_INDEX, Batch, targets_of
-from .parts_of_loss import factors_of, has_parts
+from .aux_losses import factors_of, has_parts
+from .item_counts import IGNORE_INDEX, Batch, targets_of
 
 LossFn = Callable[[Any, Any], Any]
 

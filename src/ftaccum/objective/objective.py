@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from .counting import Batch
-from .denominator import Counts, Means, means_of_sums
-from .findings import Findings
 from .forward import Forward
+from .item_counts import Batch
+from .normalizer import Counts, Means, means_of_sums
+from .report import Findings
 
 
 class Objective:

@@ -5,8 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ..cutting import Rows
-from .batching import Batching, rate_factor
+from .batch_size import Batching, rate_factor
+from .micro_batches import Rows
 
 
 @dataclass(frozen=True)

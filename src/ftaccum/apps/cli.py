@@ -1,0 +1,204 @@
+"""The command `ftaccum`: a thin front to the Python functions, with options named as their arguments."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, DivergedError, SettingsError
+from ..fields import single_faults
+from ..settings import Recipe, Runtime, checked
+from .parser import NamedArguments, TrainArguments, parse
+from .plan import PlanArguments, plan
+from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
+from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
+
+_USAGE = """usage: ftaccum COMMAND [options]
+
+Fine-tuning where gradient accumulation is exactly a large batch.
+
+commands:
+  train   fine-tune a model on files or hub data
+  search  find accumulation steps and learning rate at a fixed physical batch
+  verify  whether accumulating is one large batch, on your model and rows
+  plan    the arithmetic of a run: k, updates, remainder
+
+`ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
+"""
+
+_KINDS: dict[str, list[type]] = {
+    "train": [TrainArguments, Recipe, Runtime],
+    "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
+    "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
+    "plan": [PlanArguments],
+}
+
+_NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = _DIVERGED = 1
+_BAD_INPUT, _INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit status: 0; 1 where training diverged, something that was trained could not be
+    written, a search finished no trial, or accumulating is not exact; 2 for bad input; 75 where a scheduler asked it to
+    stop (to be tried again), 130 where somebody did."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": _train, "search": _search, "verify": _verify, "plan": _plan}
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if words else _BAD_INPUT
+    if words[0] not in commands:
+        print(f"ftaccum: there is no command {words[0]!r}.\n\n{_USAGE}", end="", file=sys.stderr)
+        return _BAD_INPUT
+    try:
+        return commands[words[0]](words[1:])
+    except (SettingsError, DataError) as error:
+        print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except DivergedError as error:
+        print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
+        return _DIVERGED
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on where it was" if words[0] == "search" else ""
+        print(f"ftaccum {words[0]}: interrupted{goes_on}", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parsed(command: str, words: Sequence[str], description: str) -> Any:
+    """An instance of each of the command's dataclasses."""
+    options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in _KINDS.items()}
+    elsewhere = {
+        option: f"It is an option of {', '.join(f'`ftaccum {each}`' for each in options if option in options[each])}."
+        for option in set().union(*options.values()) - options[command]
+    }
+    return parse(_KINDS[command], words, prog=f"ftaccum {command}", description=description, elsewhere=elsewhere)
+
+
+def _plan(words: Sequence[str]) -> int:
+    (given,) = _parsed("plan", words, "The arithmetic of a run. Loads nothing.")
+    print(plan(**vars(given)))
+    return 0
+
+
+def _train(words: Sequence[str]) -> int:
+    description = (
+        "Fine-tunes a model. Exit status: 0 where all is done; 1 where training is, but ledger, result or model could "
+        "not be written, or where it ended because its updates were not finite; 2 for bad input, which is told before "
+        "anything is loaded; 75 where SIGTERM or SIGUSR1 asked it to stop: `--resume auto` goes on, as it does after "
+        "Ctrl-C (130)."
+    )
+    named, recipe, runtime = _parsed("train", words, description)
+    _check_named(named, "train")
+
+    # Only now what takes seconds to import.
+    from accelerate import PartialState
+
+    from ..fine_tuning import test_fine_tuning
+    from ..metrics import ClassificationMetrics
+    from .load import load
+
+    settings = vars(recipe) | vars(runtime)
+    checked(settings)
+    loaded = load(named, recipe.random_seed)
+    measures = _measures(named, recipe.validation_split)
+    result = test_fine_tuning(
+        loaded.model,
+        train_data=loaded.train,
+        val_data=loaded.val,
+        tokenizer=loaded.tokenizer,
+        compute_metrics=ClassificationMetrics() if measures else None,
+        **settings,
+    )
+    PartialState().destroy_process_group()
+    return _NOT_WRITTEN if result.unwritten else 0
+
+
+def _search(words: Sequence[str]) -> int:
+    description = (
+        "Searches for the number of accumulation steps and the learning rate at a fixed physical batch. The same "
+        "command again goes on where it was; with `--storage`, on any number of machines at once."
+    )
+    named, varied, settings, recipe, runtime = _parsed("search", words, description)
+    _check_named(named, "search")
+    shared = vars(recipe) | vars(runtime) | {"output_dir": runtime.output_dir or "outputs/search"}
+
+    from accelerate import PartialState
+
+    from ..metrics import ClassificationMetrics
+    from .load import load_factory
+    from .search.api import search
+    from .search.space import read_dimensions
+    from .search.tables import best_trial
+
+    space = read_dimensions(varied.space)
+    checked(shared)
+    _refuse(single_faults(settings))
+    model_factory, loaded = load_factory(named)
+    study = search(
+        model_factory,
+        None,
+        loaded.train,
+        loaded.val,
+        accumulation_steps=varied.accumulation_steps,
+        learning_rate=varied.learning_rate,
+        space=space,
+        tokenizer=loaded.tokenizer,
+        compute_metrics=ClassificationMetrics() if _measures(named, recipe.validation_split) else None,
+        **vars(settings),
+        **shared,
+    )
+    PartialState().destroy_process_group()
+    return 0 if best_trial(study) is not None else _NOTHING_FOUND
+
+
+def _verify(words: Sequence[str]) -> int:
+    description = (
+        "Holds the gradients of an update that is accumulated in many ways against that of the same rows in one\n"
+        "batch: cut as in training, row by row, in random orders and sizes, and short as an epoch's last update is;\n"
+        "beside them what `loss / k` and Transformers' Trainer make of it. In train mode, without dropout, in float64\n"
+        "where the model can. Nothing is trained. The rows of an update must fit in memory together.\n\n"
+        "Exit status: 0 where accumulating is exact to rounding, 1 where it is not, 2 for bad input."
+    )
+    named, output, settings, recipe, runtime = _parsed("verify", words, description)
+    _check_named(named, "verify")
+    if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
+        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
+
+    checked(vars(recipe) | vars(runtime))
+    _refuse(single_faults(settings))
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for what was found
+        from accelerate import PartialState
+
+        from .load import load
+        from .verify.api import verify
+
+        loaded = load(TrainArguments(**vars(named)), recipe.random_seed)
+        arguments = vars(settings) | vars(recipe) | vars(runtime)
+        found = verify(loaded.model, loaded.train, tokenizer=loaded.tokenizer, **arguments)
+        state = PartialState()
+    if state.is_main_process:
+        if output.json not in (None, "-"):
+            found.save(output.json)
+        print(found.to_json() if output.json == "-" else found)
+    state.destroy_process_group()
+    return 0 if found.exact else _NOT_EXACT
+
+
+def _check_named(named: NamedArguments, command: str) -> None:
+    needed = [name for name in ("model", "train_data") if not getattr(named, name)]
+    if needed:
+        raise SettingsError(
+            [f"`--{name}` is needed. `ftaccum {command} --help` says what it may be." for name in needed]
+        )
+    _refuse(single_faults(named))
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise SettingsError(faults)
+
+
+def _measures(named: TrainArguments, validation_split: float) -> bool:
+    """Whether there is something to measure accuracy on."""
+    return named.task == "text-classification" and (named.val_data is not None or validation_split > 0)

@@ -1,0 +1,177 @@
+"""What a command line can name: rows by file or hub name, and a model for a task by folder or hub name."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.utils import logging
+
+from ..errors import DataError, SettingsError
+from .parser import TrainArguments
+
+TASKS = {
+    "text-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
+
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a command line named, loaded."""
+
+    model: Any
+    tokenizer: Any
+    train: Dataset
+    val: Dataset | None
+
+
+def load(named: TrainArguments, seed: int) -> Loaded:
+    """Loads rows and model. A new head gets its weights from the seed, so that a run can be repeated.
+
+    Raises:
+        DataError: for rows that cannot be read.
+        SettingsError: for a task or model that is unknown.
+    """
+    if named.task not in TASKS:
+        raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
+    train, val = load_rows(named)
+    set_seed(seed)
+    model, tokenizer = load_model(named.task, named.model, _classes(named, train))
+    return Loaded(model, tokenizer, train, val)
+
+
+def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
+    """The same without the model, and a function that makes it again and again, which can be sent to other processes.
+
+    Raises:
+        DataError, SettingsError: as `load`.
+    """
+    loaded = load(named, seed=0)
+    return partial(_new_model, named.task, named.model, _classes(named, loaded.train)), replace(loaded, model=None)
+
+
+def _new_model(*named: Any) -> Any:
+    with _without_reports():
+        return load_model(*named)[0]
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Without what Transformers prints each time that it loads weights: it was said the first time."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_rows(named: TrainArguments) -> tuple[Dataset, Dataset | None]:
+    """Training and validation rows."""
+    columns = {named.text_column: "text"}
+    if named.task == "text-classification":
+        columns[named.label_column] = "label"
+    train = read_rows(named.train_data, columns=columns)
+    if named.max_train_rows is not None:
+        train = train.select(range(min(named.max_train_rows, len(train))))
+    val = read_rows(named.val_data, split="validation", columns=columns) if named.val_data else None
+    return train, val
+
+
+def _classes(named: TrainArguments, train: Dataset) -> list[str]:
+    return class_names(train) if named.task == "text-classification" else []
+
+
+def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:
+    """Reads a CSV, TSV, JSON, JSON-lines, Parquet or text file, a folder that `save_to_disk` wrote, or a hub data set.
+
+    Args:
+        source: a path, or a hub name, with `:config` behind it where there are several.
+        split: of a hub data set or a saved DatasetDict.
+        columns: new names for columns, {old: new}.
+
+    Raises:
+        DataError: where it cannot be read, with what was tried.
+    """
+    path = Path(source)
+    try:
+        if path.is_dir() and (path / "dataset_info.json").exists() | (path / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(source)
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        elif path.suffix in _READERS and path.exists():
+            options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+            rows = datasets.load_dataset(_READERS[path.suffix], data_files=source, split="train", **options)
+        elif path.suffix in _READERS:
+            raise FileNotFoundError("there is no such file")
+        else:
+            name, _, config = source.partition(":")
+            rows = datasets.load_dataset(name, config or None, split=split)
+    except Exception as error:
+        raise DataError(
+            f"Rows {source!r} cannot be read: {error}. Name a {', '.join(_READERS)} file, a folder that `save_to_disk` "
+            "wrote, or a data set of the hub."
+        ) from error
+    missing = [old for old in columns or {} if old not in rows.column_names]
+    if missing:
+        raise DataError(f"Rows {source!r} have no column {missing[0]!r}, only {rows.column_names}. Name one of those.")
+    return rows.rename_columns({old: new for old, new in (columns or {}).items() if old != new})
+
+
+def class_names(rows: Dataset, label: str = "label") -> list[str]:
+    """The classes of a label column, in the order of their numbers.
+
+    Raises:
+        DataError: where the column is missing, or its labels are neither names nor numbers from 0 on.
+    """
+    if label not in rows.column_names:
+        raise DataError(f"The rows have no label column {label!r}, only {rows.column_names}. Name the one to use.")
+    feature = rows.features[label]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    found = rows.unique(label)
+    if None in found:
+        raise DataError(f"Some rows have no {label!r}. Drop them, or give them one.")
+    found.sort()
+    if all(isinstance(value, str) for value in found):
+        return found
+    if all(isinstance(value, int) and value >= 0 for value in found):
+        return [str(number) for number in range(found[-1] + 1)]
+    raise DataError(f"The labels in {label!r} are {found[:5]}; they must be names, or whole numbers from 0 on.")
+
+
+def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, Any]:
+    """A model with the head for a task, and its tokenizer, by folder or hub name.
+
+    Args:
+        classes: for classification, the names of the classes in the order of their numbers.
+
+    Raises:
+        SettingsError: where it cannot be loaded.
+    """
+    heads: dict[str, Any] = {}
+    if classes:
+        heads = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
+        heads["ignore_mismatched_sizes"] = True  # a classifier of other classes gets a new head, and is told so
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = TASKS[task].from_pretrained(name, **heads)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SettingsError(
+            [f"`model` {name!r} cannot be loaded: {error} Name a folder that `save_pretrained` wrote, or a hub model."]
+        ) from error
+    if tokenizer.pad_token_id is None:  # models made for generation often have none; padding is masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer

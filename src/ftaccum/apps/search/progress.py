@@ -1,0 +1,89 @@
+"""What a search shows while it runs: a heading, a bar of trials, a line for each that ends."""
+
+import sys
+from types import TracebackType
+
+from optuna import Study
+from optuna.distributions import FloatDistribution
+from optuna.storages import BaseStorage
+from tqdm import tqdm
+
+from .definition import Search
+from .retry import counts
+from .space import Space
+from .storages import tells_deaths, without_password
+from .tables import as_text, line_of, summary, table
+
+_RULE = "=" * 64
+
+
+class Board:
+    """Follows a study, whoever works on it."""
+
+    def __init__(self, study: Study, search: Search, storage: BaseStorage, num_processes: int) -> None:
+        self._study, self._search, self._storage, self._num_processes = study, search, storage, num_processes
+        self._shown = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
+
+    def __enter__(self) -> "Board":
+        n_trials, hidden = self._search.settings.n_trials, not self._search.progress
+        self._print(_RULE, "SEARCH", _RULE, *self._heading(), _RULE)
+        self._bar = tqdm(total=n_trials, desc="trials", initial=self._ended(), disable=hidden, position=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if kind is None:
+            self._print(_RULE, as_text(table(self._study)), _RULE, summary(self._study))
+            if self._search.folder is not None:
+                self._print(f"outputs               {self._search.folder}")
+            self._print(_RULE)
+
+    def update(self) -> None:
+        """Shows what has ended since the last time."""
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and trial.number not in self._shown:
+                self._shown.add(trial.number)
+                self._print(line_of(trial))
+        self._bar.n = self._ended()
+        self._bar.refresh()
+
+    def _ended(self) -> int:
+        return sum(map(counts, self._study.get_trials(deepcopy=False)))
+
+    def _heading(self) -> list[str]:
+        search, settings = self._search, self._search.settings
+        unit = search.batch_size(self._num_processes)
+        batches = ", ".join(f"{k} ({k * unit})" for k in search.space.candidates())
+        ended = self._ended()
+        lines = [
+            f"Trials: {settings.n_trials}" + (f", {ended} of them done before" if ended else ""),
+            f"Batch size: {search.fixed['batch_size']}",
+            f"Processes of a trial: {self._num_processes}",
+            f"Gradient accumulation steps (effective batch size): {batches}",
+            f"Learning rate: {_rate(search.space)}",
+            f"Budget: n_epochs {search.fixed['n_epochs']}, the same rows in the same order; "
+            f"{settings.n_reports} reports a trial",
+            f"Pruning: {'none, with two objectives' if settings.trade_time else settings.pruner}; "
+            f"proposals: {settings.sampler}",
+            f"Study: {self._study.study_name!r} in {_place(self._storage)}",
+        ]
+        if not tells_deaths(self._storage):
+            lines.append("Note: this storage has no heartbeat; a worker that dies is noticed on its own machine only")
+        return lines
+
+    def _print(self, *lines: str) -> None:
+        tqdm.write("\n".join(lines), file=sys.stdout)
+
+
+def _rate(space: Space) -> str:
+    if not isinstance(space.rate, FloatDistribution):
+        return f"{space.rate:g}"
+    scale = {"none": "", "sqrt": ", × √(batch / reference)", "linear": ", × batch / reference"}
+    return f"{space.rate.low:g} to {space.rate.high:g}{scale[space.couple_learning_rate]}"
+
+
+def _place(storage: BaseStorage) -> str:
+    engine = getattr(storage, "engine", None)
+    return without_password(str(engine.url)) if engine is not None else type(storage).__name__

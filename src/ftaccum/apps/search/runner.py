@@ -1,0 +1,105 @@
+"""A search from its beginning to its end."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna import Study
+from optuna.trial import FixedTrial
+from tqdm import tqdm
+
+from ...errors import SettingsError
+from ...fine_tuning import fine_tuned
+from ...runtime.signals import Interrupts
+from ...runtime.team import LostError, Team
+from ...training.callbacks import Watcher
+from .definition import Search
+from .launcher import run_workers
+from .opening import open_study
+from .progress import Board
+from .reports import write_reports
+from .retry import IF_INTERRUPTED
+from .tables import best_trial
+from .trial import seeded_model
+from .worker import Leader, arguments_of, follow
+
+
+def conduct(search: Search) -> Study:
+    """Runs trials until there are enough, and says what came of them. All processes of a team call it alike."""
+    team = Team()
+    try:
+        return _conducted(search, team)
+    finally:
+        team.close()
+
+
+def _conducted(search: Search, team: Team) -> Study:
+    if search.settings.n_workers > 1 and team.size > 1:
+        raise SettingsError(
+            [
+                f"`n_workers` is {search.settings.n_workers}, but {team.size} processes were launched to run each "
+                "trial together. Give one of the two, or launch several times with one `storage`."
+            ]
+        )
+    interrupts = Interrupts(IF_INTERRUPTED)
+    with interrupts.kept(), _silent_optuna():
+        study = _main(search, team, interrupts) if team.is_main else _copied(*follow(search, team, interrupts))
+    if search.settings.refit:
+        _refit(search, team, study)
+    return study
+
+
+def _main(search: Search, team: Team, interrupts: Interrupts) -> Study:
+    try:
+        study = _led(search, team, interrupts)
+        interrupts.check()
+    except LostError:  # nobody would listen
+        raise
+    except BaseException:
+        team.told(("end", None))
+        raise
+    team.told(("end", (study.study_name, study.directions, study.get_trials())))
+    return study
+
+
+def _led(search: Search, team: Team, interrupts: Interrupts) -> Study:
+    study, storage = open_study(search, team)
+    with Board(study, search, storage, team.size) as board:
+        if search.settings.n_workers > 1:
+            run_workers(search, interrupts, study, board.update)
+        else:
+            Leader(search, team, interrupts, study, storage).work(board.update)
+    write_reports(study, search.folder)
+    return study
+
+
+@contextmanager
+def _silent_optuna() -> Iterator[None]:
+    """Without Optuna's own lines: the board has its own."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _copied(name: str, directions: list[Any], trials: list[Any]) -> Study:
+    study = optuna.create_study(study_name=name, directions=directions)
+    study.add_trials(trials)
+    return study
+
+
+def _refit(search: Search, team: Team, study: Study) -> None:
+    """The best trial once more, as an ordinary run, whose model is kept."""
+    best = team.decided(lambda: best_trial(study))
+    if best is None or search.folder is None:
+        return
+    arguments = arguments_of(search, FixedTrial(best.params, best.number), team)
+    arguments |= {"output_dir": str(search.folder / "best"), "progress": search.progress}
+    if team.is_main:
+        tqdm.write(f"The best, trial {best.number}, once more:", file=sys.stdout)
+    model = seeded_model(search.model_factory, arguments["random_seed"])
+    fine_tuned({**arguments, "model": model}, Watcher())

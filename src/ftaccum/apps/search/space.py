@@ -1,0 +1,251 @@
+"""What a search varies, and what follows from it for a trial."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import BaseTrial
+
+from ...errors import SettingsError
+from ...fine_tuning import test_fine_tuning
+from ...planning.batch_size import rate_factor
+from ...settings import checked
+from ...training.optimizer import CoupledBeta2, fault_of_schedule
+from ..parser import nearest
+from .settings import SearchSettings, reserved
+
+STEPS, RATE = "gradient_accumulation_steps", "learning_rate"
+Others = Mapping[str, BaseDistribution] | Callable[[BaseTrial], Mapping[str, Any]]
+_ARGUMENTS = inspect.signature(test_fine_tuning).parameters
+
+
+@dataclass(frozen=True)
+class Space:
+    """The dimensions of a search.
+
+    Attributes:
+        steps: of k.
+        rate: of the learning rate, at the reference batch where it is coupled; a number where it is fixed.
+        others: distributions of further arguments by name, or a function of the trial that gives arguments.
+        reference: rows of an update at which coupled values are meant; None: those of k = 1.
+    """
+
+    steps: CategoricalDistribution | IntDistribution
+    rate: FloatDistribution | float
+    others: Others
+    couple_learning_rate: str = "none"
+    couple_beta2: bool = False
+    reference: int | None = None
+
+    def candidates(self) -> list[int]:
+        """Every k there is."""
+        if isinstance(self.steps, CategoricalDistribution):
+            return [k for k in self.steps.choices if isinstance(k, int)]
+        return list(range(self.steps.low, self.steps.high + 1, self.steps.step))
+
+    def suggest(self, trial: BaseTrial, fixed: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+        """The arguments of a trial, with those that are the same in all of them.
+
+        Args:
+            batch_size: rows of an update at k = 1, over all processes.
+
+        Raises:
+            SettingsError: for arguments that cannot be varied or used.
+        """
+        k = _suggest(trial, STEPS, self.steps)
+        rate = self.rate if isinstance(self.rate, float) else _suggest(trial, RATE, self.rate)
+        if callable(self.others):
+            others = dict(self.others(trial))
+            faults = _faults_of_names(others)
+            if faults:
+                raise SettingsError(faults)
+        else:
+            others = {name: _suggest(trial, name, distribution) for name, distribution in self.others.items()}
+        ratio = k * batch_size / (self.reference or batch_size)
+        scale = rate_factor(self.couple_learning_rate, ratio)
+        arguments = {**fixed, **others, STEPS: k, RATE: rate * scale}
+        if self.couple_beta2:
+            arguments["optimizer"] = CoupledBeta2(arguments["optimizer"], ratio)
+        return arguments
+
+    def dimensions(self) -> dict[str, BaseDistribution]:
+        """All that is known before a trial asks."""
+        rate = {} if isinstance(self.rate, float) else {RATE: self.rate}
+        return {STEPS: self.steps, **rate, **({} if callable(self.others) else self.others)}
+
+
+def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
+    """Dimensions as a command line says them: `name=low:high`, `name=low:high:log`, or `name=one,two`.
+
+    Raises:
+        SettingsError: for words that say something else.
+    """
+    found, faults = {}, []
+    for word in words:
+        name, _, values = word.partition("=")
+        try:
+            found[name] = _read_distribution(name, values)
+        except ValueError:
+            faults.append(
+                f"`space` has {word!r}. Say name=lowest:highest, with :log behind it for a logarithmic scale, such as "
+                "weight_decay=1e-4:0.1:log; or name=one,two, such as lr_scheduler=linear,cosine."
+            )
+    if faults:
+        raise SettingsError(faults)
+    return found
+
+
+def _read_distribution(name: str, values: str) -> BaseDistribution:
+    if ":" not in values:
+        if not values:
+            raise ValueError
+        return CategoricalDistribution([_read_value(value) for value in values.split(",")])
+    low, high, *log = values.split(":")
+    if log not in ([], ["log"]):
+        raise ValueError
+    counted = not isinstance(getattr(_ARGUMENTS.get(name), "default", None), float)
+    if counted and low.isdigit() and high.isdigit():
+        return IntDistribution(int(low), int(high), log=bool(log))
+    return FloatDistribution(float(low), float(high), log=bool(log))
+
+
+def _read_value(word: str) -> int | float | str | bool | None:
+    named = {"true": True, "false": False, "none": None}
+    if word.lower() in named:
+        return named[word.lower()]
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(word)
+    return word
+
+
+def space_of(
+    settings: SearchSettings,
+    accumulation_steps: Sequence[int] | IntDistribution | CategoricalDistribution,
+    learning_rate: Sequence[float] | FloatDistribution | float,
+    others: Others | None,
+    fixed: Mapping[str, Any],
+) -> Space:
+    """The space that a user's arguments describe. k = 1 is always in it.
+
+    Args:
+        fixed: the arguments that all trials share.
+
+    Raises:
+        SettingsError: with every fault of it, those of values that a trial could get included.
+    """
+    steps, faults = _steps(accumulation_steps)
+    rate, more = _rate(learning_rate)
+    others = {} if others is None else others
+    faults += more + _faults_of_others(others)
+    if faults or steps is None or rate is None:
+        raise SettingsError(faults)
+    space = Space(
+        steps, rate, others, settings.couple_learning_rate, settings.couple_beta2, settings.reference_batch_size
+    )
+    _try_values(space, fixed)
+    return space
+
+
+def _steps(given: Any) -> tuple[CategoricalDistribution | IntDistribution | None, list[str]]:
+    words = (
+        f"`accumulation_steps` must be positive integers, such as (1, 2, 4, 8), or an IntDistribution from 1 on, but "
+        f"is {given!r} instead. They are the micro-batches per update that are tried."
+    )
+    if isinstance(given, IntDistribution):
+        return (given, []) if given.low == 1 else (None, [words])
+    choices = given.choices if isinstance(given, CategoricalDistribution) else given
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
+        return None, [words]
+    if not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in choices):
+        return None, [words]
+    return CategoricalDistribution(sorted({1, *choices})), []
+
+
+def _rate(given: Any) -> tuple[FloatDistribution | float | None, list[str]]:
+    if isinstance(given, FloatDistribution):
+        return given, []
+    if isinstance(given, Sequence) and len(given) == 1:  # a command line cannot say a number otherwise
+        given = given[0]
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        return float(given), []
+    try:
+        low, high = map(float, given)
+        if 0 < low < high < math.inf:
+            return FloatDistribution(low, high, log=True), []
+    except (TypeError, ValueError):
+        pass
+    return None, [
+        f"`learning_rate` must be (lowest, highest), a number or a FloatDistribution, but is {given!r} instead. Give "
+        "two positive rates, the lower one first, such as (1e-5, 1e-3)."
+    ]
+
+
+def _faults_of_others(others: Any) -> list[str]:
+    if callable(others):
+        return []
+    if not isinstance(others, Mapping):
+        return [
+            f"`space` must be a dict of Optuna distributions by argument, or a function of the trial, but is "
+            f"{others!r} instead. For example `{{'weight_decay': FloatDistribution(1e-4, 0.1, log=True)}}`."
+        ]
+    return _faults_of_names(others) + [
+        f"`space` has {value!r} for {name!r}, which is no distribution. Give one of optuna.distributions."
+        for name, value in others.items()
+        if not isinstance(value, BaseDistribution)
+    ]
+
+
+def _faults_of_names(names: Mapping[str, Any]) -> list[str]:
+    unknown = [
+        f"`space` has {name!r}, which is no argument of a run. {nearest(name, list(_ARGUMENTS))}"
+        for name in names
+        if name not in _ARGUMENTS
+    ]
+    told = ((name, reserved(name)) for name in names)
+    return unknown + [f"`space` cannot vary {name!r}: {why}. Leave it out." for name, why in told if why]
+
+
+def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
+    """Raises SettingsError for a value that some trial could get, and could not be used: the ends of each dimension,
+    each choice."""
+    faults: list[str] = []
+    values = {name: _extremes(distribution) for name, distribution in space.dimensions().items()}
+    if isinstance(space.rate, float):
+        values[RATE] = [space.rate]
+    for name, each in values.items():
+        for value in each:
+            unusable = fault_of_schedule(value) if name == "lr_scheduler" and isinstance(value, str) else None
+            faults += [unusable] if unusable else []
+            try:
+                checked({**fixed, name: value})
+            except SettingsError as error:
+                faults += [fault for fault in error.faults if fault not in faults]
+    if faults:
+        raise SettingsError(faults)
+
+
+def _extremes(distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return [distribution.low, distribution.high]
+
+
+def _suggest(trial: BaseTrial, name: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, distribution.choices)
+        case IntDistribution():
+            return trial.suggest_int(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+        case FloatDistribution():
+            return trial.suggest_float(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+    raise AssertionError(distribution)

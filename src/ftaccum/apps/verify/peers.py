@@ -1,0 +1,105 @@
+"""The same micro-batches accumulated in the ways of others, to compare with."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ...runtime.accelerator import accelerate_anew
+from .bench import Bench
+from .gradients import Found, taken
+from .splits import Split
+
+
+def divided_by_k(bench: Bench, split: Split, k: int) -> Found:
+    """Each micro-batch's own mean divided by k, as everybody's first loop has it."""
+    losses = []
+    with bench.from_the_start():
+        for micro in bench.micro_batches(split):
+            loss = bench.loss_of(micro) / k
+            (loss * bench.scale).backward()
+            losses.append(loss.item())
+    return Found(taken(bench.model, bench.scale), sum(losses))
+
+
+def why_not_trainer(bench: Bench) -> str | None:
+    """Why Transformers' Trainer is not compared with; None where it can be."""
+    if bench.accelerator.num_processes > 1:
+        return "(shown on one process only)"
+    if not bench.objective.findings.own_loss:
+        return "(it takes the model's own loss, and this is another)"
+    if bench.accelerator.mixed_precision == "fp16" and bench.accelerator.device.type == "cpu":
+        return "(it has no fp16 on a CPU)"
+    return None
+
+
+def with_trainer(bench: Bench, split: Split) -> Found:
+    """What Transformers' Trainer gives an optimizer of the same micro-batches, in one update.
+
+    Whatever it raises is what it says of a model or a batch that it cannot take.
+    """
+    from transformers import Trainer, TrainingArguments  # takes a second to import
+
+    batches: Any = [micro.batch for micro in bench.micro_batches(split)]
+    precision, device = bench.accelerator.mixed_precision, bench.accelerator.device
+
+    class OfBatches(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(batches, batch_size=None)
+
+    with (
+        accelerate_anew(),
+        bench.from_the_start(),
+        _kept_in_its_mode(bench.model),
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),  # it prints what it logs
+    ):
+        arguments = TrainingArguments(
+            folder,
+            gradient_accumulation_steps=len(batches),
+            max_steps=1,
+            max_grad_norm=0.0,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=device.type == "cpu",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            save_strategy="no",
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # on several it would be another way to accumulate
+        optimizer = _Recording(bench.model)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        trainer = OfBatches(bench.model, arguments, train_dataset=[{}], optimizers=(optimizer, schedule))
+        loss = trainer.train().training_loss
+        if optimizer.gradient is None:
+            raise ValueError("it took no step")
+        return Found(optimizer.gradient, loss)
+
+
+class _Recording(torch.optim.Optimizer):
+    """Takes the gradient, and leaves the weights where they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 0.0})
+        self._model = model
+        self.gradient: list[Tensor | None] | None = None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # noqa: ARG002
+        self.gradient = taken(self._model)
+
+
+@contextmanager
+def _kept_in_its_mode(model: Any) -> Iterator[None]:
+    """Trainer puts a model in train mode before each pass, also modules that are not, lest they draw at random."""
+    model.train = lambda mode=True: model  # noqa: ARG005
+    try:
+        yield
+    finally:
+        del model.train

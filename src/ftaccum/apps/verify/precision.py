@@ -1,0 +1,86 @@
+"""What a model is measured in, and what rounding may make of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from ...objective.item_counts import Batch
+from ...runtime.memory import free_on_host
+from ...runtime.state_guards import converted
+
+# How many times the floor still counts as rounding: of all heads and precisions that were tried, no split came to more
+# than 1.6 times.
+_TIMES = 4.0
+# The least and the most that counts as rounding, by precision. Below the least nothing is told apart; what is above the
+# most is no rounding, whatever the floor.
+_BOUNDS = {torch.float64: (1e-10, 1e-5), torch.float32: (1e-6, 1e-3)}
+_BOUNDS_IN_HALF = (1e-3, 0.1)
+# Bytes a weight while gradients are compared in float64: the copy, one batch's gradient, the sum and what is added.
+_PER_WEIGHT = 4 * 8
+_LONGEST = 100  # letters
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What most of a model's weights are in."""
+    sizes: dict[torch.dtype, int] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def candidates(model: nn.Module, wanted: str | None, autocast: str) -> list[torch.dtype | None]:
+    """What to measure in, in the order in which it is tried; None for the model as it is."""
+    if wanted is not None:
+        return [None if wanted == "model" else getattr(torch, wanted)]
+    if autocast != "no":
+        return [None]  # autocast leaves float64 alone
+    own = dtype_of(model)
+    return [None if dtype == own else dtype for dtype in dict.fromkeys([torch.float64, torch.float32, own])]
+
+
+@contextmanager
+def measured_in(model: nn.Module, loss_fn: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """A model, and a loss that is a module, with all weights and buffers in one type; None for as they are."""
+    modules = [model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    with converted(tensors if dtype is not None else [], dtype):
+        yield
+
+
+def cast(batch: Batch, dtype: torch.dtype | None) -> Batch:
+    """A batch with its numbers in the type of the model's weights."""
+    if dtype is None or batch is None:
+        return batch
+    return recursively_apply(lambda t: t.to(dtype), batch, test_type=_is_floating)
+
+
+def tolerance_for(floor: float, dtype: torch.dtype, autocast: str) -> float:
+    """The largest error that counts as rounding, where rounding alone makes `floor`."""
+    halved = autocast != "no" and dtype != torch.float64  # which autocast leaves alone
+    least, most = _BOUNDS_IN_HALF if halved else _BOUNDS.get(dtype, _BOUNDS_IN_HALF)
+    return min(max(least, _TIMES * floor), most)
+
+
+def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether a host is likely to have the memory: running out there gets the process killed, not told."""
+    if dtype is None or next(model.parameters()).device.type != "cpu":
+        return True
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
+    needed = _PER_WEIGHT * sum(p.numel() for p in model.parameters()) * dtype.itemsize // torch.float64.itemsize
+    return needed < free_on_host() / here
+
+
+def said(error: Exception) -> str:
+    """What somebody else's code says, in short."""
+    words = f"{type(error).__name__}: {error}".splitlines()[0]
+    return words if len(words) <= _LONGEST else words[:_LONGEST] + " …"
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

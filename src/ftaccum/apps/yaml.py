@@ -1,0 +1,63 @@
+"""YAML files of `name: value` lines, read as they are meant."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import SettingsError
+from ..fields import shown
+
+_TAG = "tag:yaml.org,2002:"
+# Those of YAML 1.2. In 1.1, as PyYAML reads it, `no` is False, 1e-5 a word, and 1:30 a number of seconds.
+_SCALARS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice: one of its values would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for n, key in enumerate(keys):
+            if key.value in names[:n]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) not in _SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def read_mapping(file: Path, argument: str) -> dict[Any, Any]:
+    """What a YAML file holds.
+
+    Args:
+        argument: that names the file, for messages.
+
+    Raises:
+        SettingsError: for a file that cannot be read, and where it holds anything but a mapping.
+    """
+    try:
+        read = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes that are no text
+        raise SettingsError(
+            [f"`{argument}` {str(file)!r} cannot be read: {error}. Give a text file of `name: value` lines."]
+        ) from error
+    if not isinstance(read, dict):
+        raise SettingsError(
+            [f"`{argument}` {str(file)!r} must hold `name: value` lines, but holds {shown(read)} instead."]
+        )
+    return read

@@ -1,0 +1,160 @@
+"""Whether a run is the one that a checkpoint was made in: what it learns, on what, and how."""
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets.fingerprint import Hasher
+from torch import nn
+from torch.optim import Optimizer
+
+from ..data.dataset import Rows
+from ..data.validation import sample_positions
+from ..errors import CheckpointError
+from ..planning.batch_size import Batching
+from ..runtime.state_guards import preserved_rng, seed_all
+from ..settings import SIZES, Recipe, Runtime
+from ..training.build_data import Assembly
+from ..training.components import Parts
+
+FORMAT = 1  # of a checkpoint's files; another one cannot be read
+_LOOKED_AT = 16  # numbers of a weight; numbers of a weight
+_MATTER_TO_ROUNDING = (
+    *("max_tokens", "planner", "planner_costs", "padding_free", "compile", "accumulate_in_fp32"),
+    *("gradient_checkpointing", "deterministic"),
+)
+_RATES = {"lr", "initial_lr"}  # which the settings and the schedule say
+
+
+def of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """What is learned, by setting, but for the size of an update."""
+    return {name: value for name, value in asdict(recipe).items() if name not in SIZES}
+
+
+def of_sizes(batching: Batching) -> Any:
+    """Rows of an update; where they change, pairs [from_update, rows]."""
+    stages = [[update, sizes.effective_batch_size] for update, sizes in batching.stages()]
+    return stages if len(stages) > 1 else stages[0][1]
+
+
+def of_rows(rows: Rows | None) -> str | None:
+    """How many rows, and a checksum of those that are looked at before training and of the lengths of all. (Rows that
+    are drawn anew each time they are fetched have none of themselves.)"""
+    if rows is None:
+        return None
+    checksum = hashlib.sha256(np.array(rows.lengths() or []).tobytes())
+    one, other = (_looked_at(rows, sample_positions(rows)) for _ in range(2))
+    if one == other:
+        checksum.update(one.encode())
+    return f"{len(rows)} rows ({checksum.hexdigest()[:8]})"
+
+
+def of_model(model: nn.Module) -> str:
+    """The shapes, types and names of its weights, and how many are trained."""
+    weights = list(model.named_parameters())
+    shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
+    if hasattr(model, "peft_config"):  # those that are not trained are not in the checkpoint
+        shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for _, p in weights if not p.requires_grad])
+    trained = sum(p.numel() for _, p in weights if p.requires_grad)
+    total = sum(p.numel() for _, p in weights)
+    checksum = hashlib.sha256(shapes.encode()).hexdigest()[:8]
+    return f"{type(model).__name__} with {total:,} weights, {trained:,} of them trained ({checksum})"
+
+
+def of_optimizer(optimizer: Optimizer) -> str:
+    """Its kind and its numbers, group by group, but for the rates."""
+    groups = [
+        {name: v for name, v in group.items() if name not in {"params", *_RATES}} for group in optimizer.param_groups
+    ]
+    numbers = [", ".join(f"{name}={_named(value)}" for name, value in group.items()) for group in groups]
+    return f"{type(optimizer).__name__}({' | '.join(numbers)})"
+
+
+def facts_of(
+    parts: Parts,
+    recipe: Recipe,
+    runtime: Runtime,
+    optimizer: Optimizer,
+    assembly: Assembly,
+    batching: Batching,
+    mixed_precision: str,
+    device: str,
+) -> dict[str, Any]:
+    """What a checkpoint says of its run: what must not change, by the names that `allow_changed` knows ("recipe" and
+    "on"), and what may ("runs")."""
+    return {
+        "format": FORMAT,
+        "recipe": of_recipe(recipe),
+        "on": {
+            "effective_batch_size": of_sizes(batching),
+            "train_data": of_rows(assembly.train_rows),
+            "val_data": of_rows(assembly.val_rows),
+            "model": of_model(parts.model),
+            "optimizer": of_optimizer(optimizer),
+            "loss_fn": of_function(parts.loss_fn),
+            "data_collator": of_function(parts.data_collator),
+        },
+        "runs": {
+            "processes": batching.num_processes,
+            "batch_size": batching.batch_size,
+            "mixed_precision": mixed_precision,
+            "device": device,
+            **{name: getattr(runtime, name) for name in _MATTER_TO_ROUNDING},
+        },
+        "n_rows": len(assembly.train_rows),
+        "versions": {package: version(package) for package in ("ftaccum", "torch", "transformers", "accelerate")},
+    }
+
+
+def of_function(function: Any) -> str | None:
+    """The name of a function, or of what kind of thing is called."""
+    return None if function is None else getattr(function, "__qualname__", type(function).__name__)
+
+
+def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], checkpoint: Path) -> set[str]:
+    """The names under which a run differs from that of a checkpoint, if all of them are allowed.
+
+    Args:
+        was, now: values by name; a name that is not in `was` is not compared.
+
+    Raises:
+        CheckpointError: showing each pair of values that is not allowed to differ.
+    """
+    changed = {name for name in was.keys() & now.keys() if _plain(was[name]) != _plain(now[name])}
+    if refused := sorted(changed - set(allowed)):
+        pairs = [f"`{name}` was {was[name]!r}, and is {now[name]!r}." for name in refused]
+        if isinstance(was.get("effective_batch_size"), int) and "effective_batch_size" in refused:
+            pairs.append(
+                "On other processes, or with another `batch_size`, updates stay as large with "
+                f"`effective_batch_size={was['effective_batch_size']}`."
+            )
+        wanted = ", ".join(map(repr, refused))
+        raise CheckpointError(
+            [
+                f"`resume` found {checkpoint}, but of a run with other settings. Give the same ones, or start anew "
+                f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]`.",
+                *pairs,
+            ]
+        )
+    return changed
+
+
+def _named(value: Any) -> str:
+    """Without the address in memory, which what is no number is shown with."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _looked_at(rows: Rows, positions: list[int]) -> str:
+    with preserved_rng():
+        seed_all(0)
+        return Hasher.hash(rows.fetch(positions))

@@ -1,0 +1,101 @@
+"""A checkpoint as files: written from a run's state on the host, and opened again."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..tracking.ledger import EpochEntry, WindowEntry
+from .manifest import damage
+from .serialization import n_bytes_in
+
+STATE, LEDGER, WEIGHTS, BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
+OPTIMIZER, PROCESSES, BEST, BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's state on the host, which the run does not change any more."""
+
+    facts: dict[str, Any]
+    entries: list[WindowEntry | EpochEntry]
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    beside: dict[str, Tensor]
+    best: dict[str, Tensor] | None
+    steps: dict[str, Any]
+    processes: list[dict[str, Any]]
+    config: str | None
+
+    @property
+    def n_bytes(self) -> int:
+        """About what it takes on the disk."""
+        return n_bytes_in([self.weights, self.buffers, self.beside, self.best, self.steps]) + 300 * len(self.entries)
+
+    def write(self, folder: Path) -> None:
+        """Into a folder that is there and empty.
+
+        Raises:
+            OSError: where there is no room, among others.
+            pickle.UnpicklingError: where the optimizer's state could not be read again without running code.
+        """
+        (folder / WEIGHTS).parent.mkdir()
+        save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})  # as Transformers marks its own
+        if self.config is not None:
+            (folder / WEIGHTS).with_name("config.json").write_text(self.config)
+        save_file(self.buffers, folder / BUFFERS)
+        if self.beside:
+            save_file(self.beside, folder / BESIDE)
+        if self.best is not None:
+            save_file(self.best, folder / BEST)
+        torch.save(self.steps, folder / OPTIMIZER)
+        torch.save(self.processes, folder / PROCESSES)
+        torch.load(folder / OPTIMIZER, weights_only=True, mmap=True)
+        (folder / STATE).write_text(json.dumps(self.facts, indent=2) + "\n")
+        with (folder / LEDGER).open("w") as file:
+            file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been opened: what is known of the run, and what it has recorded."""
+
+    path: Path
+    facts: dict[str, Any]
+    entries: list[WindowEntry | EpochEntry]
+
+    @classmethod
+    def opened(cls, path: Path) -> "Checkpoint":
+        lines = [json.loads(line) for line in (path / LEDGER).read_text().splitlines()]
+        entries = [WindowEntry(**line) if "window" in line else EpochEntry(**line) for line in lines]
+        return cls(path, json.loads((path / STATE).read_text()), entries)
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Generators and work of each process."""
+        return torch.load(self.path / PROCESSES, weights_only=True)
+
+    @property
+    def windows(self) -> list[WindowEntry]:
+        return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
+
+    @property
+    def best_epoch(self) -> int | None:
+        """That of the least validation loss so far, from 1."""
+        epochs = [entry for entry in self.entries if isinstance(entry, EpochEntry)]
+        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
+        return min(losses)[1] if losses else None
+
+    def of_epoch(self, epoch: int) -> Path | None:
+        """The checkpoint beside this one of the end of an epoch, if there is a sound one."""
+        there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
+        return next((path for path in there if damage(path) is None), None)
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs that have ended, and been evaluated."""
+        return len(self.entries) - len(self.windows)

@@ -1,0 +1,237 @@
+"""Where a run goes on from, if anywhere."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..errors import CheckpointError
+from ..planning.course import Course
+from ..planning.plan import Plan
+from ..runtime.memory import Agreement
+from ..settings import Recipe, Runtime
+from ..tracking.ledger import WindowEntry
+from ..tracking.metrics_logger import within
+from .compatibility import FORMAT, check, of_recipe
+from .directory import Shelf
+from .format import Checkpoint
+from .manifest import damage
+from .state import RunState
+
+# Where one of these differs, the rows that are done are no part of this run's order, and some may come again.
+_OTHER_ROWS = {"train_data", "random_seed"}
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Resumption:
+    """A checkpoint to go on from, or none, for a run that starts anew.
+
+    Attributes:
+        allowed: names of what may differ from the run that the checkpoint is of.
+        damaged: newer checkpoints that were passed over for it.
+    """
+
+    checkpoint: Checkpoint | None
+    allowed: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+    _changed: set[str] = field(default_factory=set)
+
+    @classmethod
+    def found(cls, runtime: Runtime, recipe: Recipe, agreement: Agreement, tell: Tell) -> "Resumption":
+        """What `resume` asks for. All processes call it alike.
+
+        Raises:
+            CheckpointError: on all processes, where a folder that is named has no sound checkpoint, or one of a run
+                with another Recipe; and where not all processes can see it.
+        """
+        if runtime.resume is None:
+            return cls(None)
+        path, damaged = agreement.from_main(lambda: _found(runtime, tell))
+        if path is None:
+            return cls(None, damaged=damaged)
+        if agreement.any(not path.is_dir()):
+            raise CheckpointError(
+                [
+                    f"`resume` found {path}, which not all processes can see. Have `output_dir` on a disk that all "
+                    "machines share."
+                ]
+            )
+        resumption = cls(_opened(path), tuple(runtime.allow_changed), damaged)
+        resumption._check("recipe", of_recipe(recipe))  # before anything is loaded
+        resumption._check_ended()
+        return resumption
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.checkpoint is None else self.checkpoint.path
+
+    def sized(self, runtime: Runtime) -> Runtime:
+        """With the physical batch that "auto" was found to be: it is not tried again."""
+        if self.checkpoint is None or runtime.batch_size != "auto":
+            return runtime
+        return replace(runtime, batch_size=self.checkpoint.facts["runs"]["batch_size"])
+
+    def going_on(self, plan: Course, facts: dict[str, Any]) -> Course:
+        """The windows of a run that goes on behind those that are done.
+
+        Args:
+            facts: of this run, as its own checkpoints are going to say them.
+
+        Raises:
+            CheckpointError: where it is not the run that the checkpoint is of, or a stream in updates of another size.
+        """
+        if self.checkpoint is None:
+            return plan
+        self._check("on", facts["on"])
+        windows = self.checkpoint.windows
+        if isinstance(plan, Plan):
+            plan = plan.going_on([entry.rows for entry in windows], self.checkpoint.facts["n_rows"])
+            self._reopen(plan.epoch_behind(len(windows)))
+        elif "effective_batch_size" in self._changed:
+            raise CheckpointError(
+                [
+                    f"`resume` found {self.path}, with updates of another size, and a stream can only be read again in "
+                    "updates of the size that it was read in. Give the same `effective_batch_size`, or start anew "
+                    "(`resume=None`)."
+                ]
+            )
+        elif len(windows) == self.checkpoint.facts["recipe"]["max_updates"] < plan.n_windows:
+            self._reopen(windows[-1].epoch)  # what is left of it, if anything, is seen when the stream is read
+        return plan
+
+    def _check_ended(self) -> None:
+        """A run that was ended for its numbers is not walked through by starting it again and again."""
+        assert self.checkpoint is not None, "there is one to go on from"
+        ended = self.checkpoint.facts["small"]["divergence"]["ended"]
+        if ended and not self.allowed:
+            raise CheckpointError(
+                [
+                    f"`resume` found {self.path}, of a run that was ended at update {len(self.checkpoint.windows)}, "
+                    f"which was not finite: {ended} To go on behind that, name in `allow_changed` what you have "
+                    "changed (`['train_data']` for rows that were mended)."
+                ]
+            )
+
+    def _reopen(self, epoch: int) -> None:
+        """Takes back the end of an epoch that goes on: `max_updates`, say, had cut it off, and allows for more now."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or checkpoint.n_epochs <= epoch:
+            return
+        kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
+        small = checkpoint.facts["small"]
+        small = {**small, "recorder": within(small["recorder"], epoch)}
+        self.checkpoint = replace(checkpoint, entries=kept, facts={**checkpoint.facts, "small": small})
+
+    def put_back(self, state: RunState) -> None:
+        """Has a run that is ready for its first window be where the checkpoint was taken.
+
+        Raises:
+            CheckpointError: where the files are sound, and hold something else than a checkpoint of this version.
+        """
+        if self.checkpoint is None:
+            return
+        try:
+            state.put_back(self.checkpoint, self._changed)
+        except (OSError, ValueError, TypeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+            raise _unreadable(self.checkpoint.path, error) from error
+
+    def put_back_generators(self, state: RunState, seed: int) -> None:
+        """The last thing before the next window: whatever came before may have drawn."""
+        if self.checkpoint is not None:
+            state.put_back_generators(self.checkpoint, seed)
+
+    def in_words(self, facts: dict[str, Any], n_windows: int) -> str | None:
+        """What is told of a run that goes on: from where, and what is other than it was.
+
+        Args:
+            n_windows: of the whole run.
+        """
+        if self.checkpoint is None:
+            return None
+        if len(self.checkpoint.windows) >= n_windows and self.checkpoint.n_epochs > self.checkpoint.windows[-1].epoch:
+            return (
+                f"This run has ended, with update {len(self.checkpoint.windows)} ({self.path}): there is nothing left "
+                "to train. A larger `n_epochs`, named in `allow_changed`, extends it."
+            )
+        was, now = self.checkpoint.facts["runs"], facts["runs"]
+        sentence = (
+            f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
+            f"{self.checkpoint.facts['rows']} rows are done"
+        )
+        sentence += "." if self._changed & _OTHER_ROWS else ", none is left out and none comes again."
+        if self._changed:
+            sentence += f" Allowed to differ: {', '.join(sorted(self._changed))}."
+        others = [f"{name} {now[name]} (it was {was[name]})" for name in now if was.get(name) != now[name]]
+        if others:
+            draws = ", and dropout draws anew" if any(was[n] != now[n] for n in ("processes", "device")) else ""
+            sentence += f" Run otherwise: {', '.join(others)}; sums are rounded otherwise{draws}."
+        before, here = self.checkpoint.facts["versions"], facts["versions"]
+        if moved := [
+            f"{name} {here[name]} (it was {before.get(name)})" for name in here if before.get(name) != here[name]
+        ]:
+            sentence += f" Of other versions: {', '.join(moved)}; numbers may differ in the last digits."
+        return sentence
+
+    def _check(self, kind: str, now: dict[str, Any]) -> None:
+        if self.checkpoint is not None:
+            self._changed |= check(self.checkpoint.facts[kind], now, self.allowed, self.checkpoint.path)
+
+
+def _found(runtime: Runtime, tell: Tell) -> tuple[Path | None, tuple[Path, ...]]:
+    """A checkpoint, and newer ones that are damaged."""
+    damaged: list[Path] = []
+    if runtime.resume == "auto":
+        if runtime.output_dir is None:
+            raise ValueError("`output_dir` is checked with the settings")
+        shelf = Shelf(Path(runtime.output_dir))
+        path, damaged = shelf.newest_sound(tell)
+        if path is None and shelf.checkpoints():
+            tell("None of the checkpoints is sound: the run starts anew.")
+        return path, tuple(damaged)
+    named = Path(str(runtime.resume))
+    if (named / "checkpoints").is_dir():
+        (path, damaged), wrong = Shelf(named).newest_sound(tell), "has no sound checkpoint"
+    else:
+        fault = _fault(named)
+        path, wrong = (None if fault else named), f"is no checkpoint that can be gone on from: {fault}"
+    if path is None:
+        raise CheckpointError(
+            [
+                f"`resume` is {str(named)!r}, which {wrong}. Name the folder of a checkpoint, or of a run that has "
+                "some, or give 'auto'."
+            ]
+        )
+    return path, tuple(damaged)
+
+
+def _fault(named: Path) -> str | None:
+    if not named.is_dir():
+        return "there is no such folder"
+    try:
+        return damage(named)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+
+
+def _opened(path: Path) -> Checkpoint:
+    try:
+        checkpoint = Checkpoint.opened(path)
+        if checkpoint.facts.get("format") != FORMAT:
+            raise ValueError(f"its format is {checkpoint.facts.get('format')!r}, and not {FORMAT}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+    return checkpoint
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        [
+            f"`resume` found {path}, which cannot be read: {error}. It may be of another version of ftaccum. Go on "
+            "with the version that wrote it, name another checkpoint, or start anew (`resume=None`)."
+        ]
+    )

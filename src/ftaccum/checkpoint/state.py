@@ -1,0 +1,256 @@
+"""What a checkpoint holds: taken from a run between two windows, and put back into one."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..runtime.state_guards import Generators, seed_all
+from ..tracking.ledger import Ledger
+from ..tracking.throughput import Work
+from .early_stopping import BestEpoch, fill, passing_of, weights_of
+from .format import BESIDE, BEST, BUFFERS, OPTIMIZER, WEIGHTS, Checkpoint, Snapshot
+from .serialization import n_bytes_in, on_host, unreadable
+
+
+class Stateful(Protocol):
+    """What has a state of numbers, texts and lists of them, as JSON takes them."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class _UnreadableError(Exception):
+    """Part of a run could be written, but not read again."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the rest of a run depends on, between two windows.
+
+    Attributes:
+        loss_fn: the user's, if any; it may have weights and buffers of its own.
+        best: the weights to end with, where they are those of an earlier epoch.
+        work: of this process.
+        small: all else, by name.
+        tell: shows a sentence to the user.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    loss_fn: Callable[..., Any] | None
+    optimizer: Optimizer
+    schedule: LRScheduler
+    ledger: Ledger
+    best: BestEpoch
+    work: Work
+    small: Mapping[str, Stateful]
+    tell: Callable[[str], None]
+    _told: set[str] = field(default_factory=set)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of weights and the optimizer's moments."""
+        return n_bytes_in([weights_of(self.model), passing_of(self.model), self._beside(), self.optimizer.state])
+
+    def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
+        """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
+        training goes on.
+
+        Args:
+            facts: what else the checkpoint is to say of the run.
+            apart: whether it is copied, for the run to go on. Else it must wait until the snapshot is written.
+        """
+        processes = gather_object([{"generators": Generators.now().state_dict(), "work": asdict(self.work)}])
+        if not self.accelerator.is_main_process:
+            return None
+        try:
+            return self._snapshot(facts, processes, apart)
+        except Exception as error:  # the other processes have gone on
+            why = str(error) if isinstance(error, _UnreadableError) else repr(error)
+            self._say(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
+            return None
+
+    def _snapshot(self, facts: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
+        host = functools.partial(on_host, copy=copy)
+        scaler = self.accelerator.scaler
+        steps = {
+            "optimizer": _without_functions(self.optimizer.state_dict()),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "extra": self._extra_states(),
+        }
+        for name, state in steps.items():
+            if kind := unreadable(state):
+                raise _UnreadableError(
+                    f"the {name}'s state holds a {kind}, which cannot be read again without running code"
+                )
+        config: Any = getattr(self.model, "config", None)
+        small = {name: part.state_dict() for name, part in self.small.items()} | {"best": self.best.state_dict()}
+        return Snapshot(
+            facts={
+                **facts,
+                "updates": len(self.ledger.windows),
+                "epochs": len(self.ledger.epochs),
+                "rows": sum(entry.rows for entry in self.ledger.windows),
+                "initial_val_loss": self.ledger.initial_val_loss,
+                "small": small,
+            },
+            entries=self.ledger.entries(),
+            weights=host(weights_of(self.model)),
+            buffers=host(passing_of(self.model)),
+            beside=host(self._beside()),
+            best=self.best.weights,
+            steps=host(steps),
+            processes=processes,
+            config=config.to_json_string() if hasattr(config, "to_json_string") else None,
+        )
+
+    def put_back(self, checkpoint: "Checkpoint", changed: set[str]) -> None:
+        """Has a run go on where the checkpoint was taken, but for the generators. All processes call it alike.
+
+        Args:
+            changed: the settings in which it differs from that run. Then the optimizer's numbers and the schedule are
+                those of this run, and the schedule has come as far; of a changed model, what has the shapes that it
+                had is put back, and the optimizer begins anew.
+        """
+        folder = checkpoint.path
+        fill(weights_of(self.model), load_file(folder / WEIGHTS), strict="model" not in changed)
+        fill(passing_of(self.model), load_file(folder / BUFFERS), strict=False)
+        if (folder / BESIDE).exists():
+            fill(self._beside(), load_file(folder / BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
+        steps = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        if not {"model", "optimizer"} & changed:
+            saved = steps["optimizer"]
+            groups = self.optimizer.state_dict()["param_groups"]
+            if not changed:  # functions among their numbers are not in the checkpoint
+                groups = [own | group for own, group in zip(groups, saved["param_groups"], strict=True)]
+            _load_optimizer(self.optimizer, saved["state"], groups)
+        if changed:
+            _forward(self.schedule, sum(not entry.skipped for entry in checkpoint.windows))
+        else:
+            self.schedule.load_state_dict(steps["schedule"])
+        if self.accelerator.scaler is not None and steps["scaler"]:
+            self.accelerator.scaler.load_state_dict(steps["scaler"])
+        self.ledger.initial_val_loss = checkpoint.facts["initial_val_loss"]
+        self.ledger.go_on_from(checkpoint.entries)
+        for name, part in {**self.small, "best": self.best}.items():
+            part.load_state_dict(checkpoint.facts["small"][name])
+        for name, module in self._with_extra_state():
+            if name in steps["extra"]:
+                module.set_extra_state(steps["extra"][name])
+        self._put_back_best(checkpoint, of_this_model="model" not in changed)
+        self._put_back_work([process["work"] for process in checkpoint.processes()])
+
+    def _put_back_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
+        """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
+        epoch = checkpoint.best_epoch
+        if not self.best.keeps_weights or epoch is None:
+            return
+        kept, of_epoch = checkpoint.path / BEST, checkpoint.of_epoch(epoch)
+        if of_this_model and kept.exists():
+            self.best.weights = load_file(kept)
+        elif of_this_model and of_epoch is not None:
+            self.best.weights = load_file(of_epoch / WEIGHTS)
+            self._say(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
+        else:
+            self.best.loss = math.inf
+            self._say(
+                f"The weights of epoch {epoch}, the best so far, were not kept: `restore_best_weights` takes the best "
+                "of the epochs to come."
+            )
+
+    def put_back_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
+        """The last thing before the next window: whatever came before may have drawn. With other processes than there
+        were, they are seeded anew."""
+        processes, index = checkpoint.processes(), self.accelerator.process_index
+        if len(processes) == self.accelerator.num_processes:
+            Generators.of_state(processes[index]["generators"]).put_back()
+        else:
+            seed_all(seed, index, len(checkpoint.windows))
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What moves with the model and is none of it: weights and buffers of a loss, and what else is optimized."""
+        known = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        named: list[tuple[str, Tensor]] = []
+        if isinstance(self.loss_fn, nn.Module):
+            of_loss = (*self.loss_fn.named_parameters(), *self.loss_fn.named_buffers())
+            named += [(f"loss_fn.{name}", t) for name, t in of_loss]
+        for number, group in enumerate(self.optimizer.param_groups):
+            named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
+        first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
+        return dict(first_names.values())
+
+    def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
+        """Modules that have a state of their own, beside weights and buffers, by name."""
+        roots = {"model": self.model, "loss_fn": self.loss_fn}
+        named = [
+            (f"{root}.{name}".rstrip("."), module)
+            for root, part in roots.items()
+            if isinstance(part, nn.Module)
+            for name, module in part.named_modules()
+        ]
+        return [(name, m) for name, m in named if type(m).get_extra_state is not nn.Module.get_extra_state]
+
+    def _extra_states(self) -> dict[str, Any]:
+        found = {name: module.get_extra_state() for name, module in self._with_extra_state()}
+        for name, state in [*found.items()]:
+            if kind := unreadable(state):
+                del found[name]
+                self._say(
+                    f"The extra state of `{name}` is not in the checkpoints: it holds a {kind}, which cannot be read "
+                    "again without running code. A run that goes on from one begins it anew."
+                )
+        return found
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.tell(sentence)
+
+    def _put_back_work(self, by_process: list[dict[str, Any]]) -> None:
+        """With other processes than there were, all of it is the main one's; the time is everybody's."""
+        index, n = self.accelerator.process_index, self.accelerator.num_processes
+        own = by_process[index : index + 1] if len(by_process) == n else by_process if index == 0 else []
+        for work in own:
+            self.work.merge(Work(**work))
+        self.work.seconds = by_process[0]["seconds"]
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
+    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had. Those of a
+    weight that does not lie row by row in memory lie as it does: else sums are rounded otherwise."""
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state.items():
+        weight, own = held[index], optimizer.state[held[index]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
+                own[name] = value.to(own[name].device)
+            if isinstance(value, Tensor) and value.shape == weight.shape and not weight.is_contiguous():
+                own[name] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without functions among a group's numbers: they come with the optimizer."""
+    groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def _forward(schedule: LRScheduler, n_updates: int) -> None:
+    """As far as it would have come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer has taken those steps in another life
+        for _ in range(n_updates):
+            schedule.step()

@@ -1,0 +1,297 @@
+"""Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
+
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow.compute
+import torch
+from datasets import Dataset, DatasetDict
+from datasets import IterableDataset as StreamingDataset
+from torch import Tensor
+
+from ..errors import DataError
+from ..runtime.state_guards import Generators, preserved_rng, seed_all
+
+Row = Any  # a mapping of columns, or a tuple (inputs, targets)
+
+_FORMS = (
+    "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
+    "or a torch Dataset of dicts or (inputs, targets) tuples"
+)
+_OF_ITERATORS = (
+    "Give a list of its rows. To train on them as a stream, give "
+    "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`; `make_rows` is the function "
+    "that yields the rows, from the first one on whenever it is called."
+)
+_LENGTH_SAMPLE = 1000
+_FEW = 8  # rows to see whether fetching them draws
+_NAMED = 8  # rows, in a message on several
+_ROW = 0xA6  # keeps what a row draws apart from other uses of the seed
+_SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
+
+
+class Rows:
+    """Rows by position. Fetching one that cannot be had names it.
+
+    Attributes:
+        draw: whether fetching any of them was seen to draw from the generators of Python, NumPy or torch, as random
+            crops do. From then on, each row is fetched by itself and from a seed of its own: what it draws does not
+            depend on what is fetched with it, nor on which process fetches it, and moves no one else's draws. It does
+            not depend on when it was seen either: what was fetched with the first draw is fetched once more.
+    """
+
+    def __init__(
+        self,
+        argument: str,
+        source: Any,
+        positions: Sequence[int] | None = None,
+        names: Sequence[int] | None = None,
+        part: str = "",
+    ) -> None:
+        """Args:
+        argument: what the user calls them, for messages.
+        source: anything with `__len__` and `__getitem__`.
+        positions: the rows of `source` that these are; all, where None.
+        names: by position in `source`, the index in what the user handed over; the position itself, where None.
+        part: which of the rows of that name they are, for messages about all of them: words before the name.
+        """
+        self.argument = argument
+        self.source = source
+        self._positions = positions
+        self._names = names
+        self.draw = False
+        self._part = part
+
+    def __len__(self) -> int:
+        return len(self.source) if self._positions is None else len(self._positions)
+
+    def name_of(self, position: int) -> str:
+        """What to call a row in a message: its index in what the user handed over."""
+        return f"row {self._name(position)}"
+
+    def names_of(self, positions: Sequence[int]) -> str:
+        """What to call several rows, of which one is at fault."""
+        named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
+        more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
+        return f"rows {named}{more}"
+
+    @property
+    def all_in_words(self) -> str:
+        """What to call all of them in a message, that is, those that were looked at."""
+        return f"{self._part}`{self.argument}`"
+
+    @property
+    def if_none_is_fit(self) -> str:
+        """What else to do where none of those that were looked at will do: a sentence, or nothing."""
+        return ""
+
+    def find_draws(self) -> None:
+        """Sees whether a few rows, spread evenly over all, draw, so that workers mostly know it from the start."""
+        n = min(_FEW, len(self))
+        self.fetch([i * len(self) // n for i in range(n)])
+
+    def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:
+        """The rows at these positions, in that order.
+
+        Args:
+            seed: with a row's position, settles its draws, where rows draw.
+
+        Raises:
+            DataError: naming the row, where the source raises, or it is none.
+        """
+        indices = [self._at(position) for position in positions]
+        if not self.draw:
+            before = Generators.now()
+            rows = self._as_they_are(indices)
+            if before.unmoved():
+                return rows
+            before.put_back()
+            self.draw = True
+        with preserved_rng():
+            return [
+                self._drawn(index, (*seed, _ROW, position)) for index, position in zip(indices, positions, strict=True)
+            ]
+
+    @property
+    def are_token_ids(self) -> bool:
+        """Whether each row is a tensor of token ids and nothing else."""
+        return isinstance(self.source[0], Tensor)
+
+    @property
+    def have_tokens(self) -> bool:
+        """Whether the length of a row counts tokens, or whatever its first column has, and not letters."""
+        row = self.fetch([0])[0]
+        return not (isinstance(row, Mapping) and isinstance(row.get("input_ids", next(iter(row.values()), None)), str))
+
+    def lengths(self, positions: Sequence[int] | None = None) -> list[int] | None:
+        """The lengths of those rows in tokens (None: of every row), where they can be told without computing the rows;
+        else None."""
+        every = self._lengths
+        return every if every is None or positions is None else [every[position] for position in positions]
+
+    @cached_property
+    def _lengths(self) -> list[int] | None:
+        if isinstance(self.source, Dataset) and "input_ids" in self.source.column_names:
+            table = self.source.select_columns(["input_ids"]).with_format("arrow")[:]
+            lengths = pyarrow.compute.list_value_length(table["input_ids"]).fill_null(0).to_pylist()
+            return lengths if self._positions is None else [lengths[n] for n in self._positions]
+        if isinstance(self.source, list):
+            return [length_of(row) for row in self.fetch(range(len(self)))]
+        return None
+
+    def subset(self, positions: Sequence[int], part: str = "") -> "Rows":
+        return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names, part)
+
+    def as_table(self) -> Dataset:
+        """The rows, and no others of their source, as a table.
+
+        Raises:
+            DataError: naming the first row that has no place in it.
+        """
+        if not isinstance(self.source, Dataset):
+            return self._made_table(self.fetch(range(len(self))))
+        return self.source if self._positions is None else self.source.select(self._positions)
+
+    def _made_table(self, rows: list[Row]) -> Dataset:
+        def fault(n: int) -> Exception | None:
+            try:
+                Dataset.from_list([dict(row) for row in rows[:n]])
+            except Exception as error:
+                return error
+            return None
+
+        try:
+            return Dataset.from_list([dict(row) for row in rows])
+        except Exception as error:
+            first = bisect.bisect_left(range(1, len(rows)), True, key=lambda n: fault(n) is not None)
+            raise DataError(
+                f"Of `{self.argument}`, {self.name_of(first)} makes no table with the rows before it: "
+                f"{fault(first + 1)}. Give all rows the same columns, and each column values of one type."
+            ) from error
+
+    def replaced(self, source: Any) -> "Rows":
+        """Something else made of each of these rows, under their names."""
+        return Rows(self.argument, source, names=[self._name(position) for position in range(len(self))])
+
+    def _name(self, position: int) -> int:
+        return self._at(position) if self._names is None else self._names[self._at(position)]
+
+    def _at(self, position: int) -> int:
+        return position if self._positions is None else self._positions[position]
+
+    def _as_they_are(self, indices: Sequence[int]) -> list[Row]:
+        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
+            with suppress(Exception):  # read one by one below, the faulty row gets its name
+                rows = [as_row(row) for row in self.source.__getitems__(indices)]
+                if len(rows) == len(indices) and all(map(_is_row, rows)):
+                    return rows
+        return [self._one(index) for index in indices]
+
+    def _drawn(self, index: int, seed: Sequence[int]) -> Row:
+        seed_all(*seed)
+        return self._one(index)
+
+    def _one(self, index: int) -> Row:
+        name = index if self._names is None else self._names[index]
+        try:
+            row = as_row(self.source[index])
+        except Exception as error:
+            raise DataError(
+                f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."
+            ) from error
+        check_row(row, self.argument, f"row {name}" if name else "its first row")
+        return row
+
+
+def as_rows(data: Any, argument: str) -> Rows:
+    """Takes data in any of the forms of `test_fine_tuning`; rows stay what they are.
+
+    Raises:
+        DataError: where the form is none of them, or there are no rows, with the remedy.
+    """
+    if isinstance(data, Rows):
+        return data
+    if isinstance(data, Mapping):
+        splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
+        kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
+        raise DataError(f"`{argument}` must be {_FORMS}, but is {kind} instead.{splits}")
+    if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is a stream instead. "
+            "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."
+        )
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
+            "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
+        )
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead, which can be gone through only "
+            f"once. {_OF_ITERATORS}"
+        )
+    if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead. "
+            "Load files with `datasets.load_dataset` first."
+        )
+    if not len(data):
+        raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
+    rows = Rows(argument, data)
+    rows.fetch([0])
+    return rows
+
+
+def check_row(row: Any, argument: str, name: str) -> None:
+    """Raises DataError where the row of that name is none."""
+    if not _is_row(row):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but {name} is a {type(row).__name__} instead. "
+            "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
+        )
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)
+
+
+def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
+    """Seeded random token ids of ragged lengths, for a run without data.
+
+    Args:
+        longest: the most tokens that the model takes in a row, where that is known.
+    """
+    draw = np.random.RandomState(seed)
+    shortest, most = (min(length, longest or length) for length in _SYNTHETIC_LENGTHS)
+    lengths = draw.randint(shortest, most + 1, size=_SYNTHETIC_ROWS)
+    return Rows("train_data", [torch.from_numpy(draw.randint(0, vocab_size, size=n)) for n in lengths])
+
+
+def length_of(row: Row) -> int:
+    """A row's length in tokens, or in whatever its first column has along its first dimension; 1 for a number."""
+    column = row[0] if isinstance(row, tuple) else row.get("input_ids", next(iter(row.values()), 0))
+    return len(column) if hasattr(column, "__len__") and not (isinstance(column, Tensor) and not column.ndim) else 1
+
+
+def class_of(row: Row) -> int | None:
+    """A row's one class number; None where its target is something else."""
+    target = row[1] if isinstance(row, tuple) else row.get("labels", row.get("label"))
+    number = target.item() if isinstance(target, Tensor | np.generic) and np.ndim(target) == 0 else target
+    return number if isinstance(number, int) else None
+
+
+def mean_length(rows: Rows) -> float:
+    """Mean length in tokens, of up to 1,000 rows spread evenly over all."""
+    n = min(_LENGTH_SAMPLE, len(rows))
+    return sum(map(length_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n
+
+
+def as_row(item: Any) -> Row:
+    """A row in whatever form the user has it; a tensor of token ids is one."""
+    if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
+        return {"input_ids": item, "labels": item}  # token ids: each token is the one before's target
+    return item

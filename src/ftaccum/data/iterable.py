@@ -1,0 +1,202 @@
+"""A stream as rows: read by the main process alone, and handed to all."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from datasets import IterableDataset as StreamingDataset
+
+from ..errors import DataError
+from ..runtime.state_guards import Generators, preserved_rng, seed_all
+from .dataset import Row, Rows, as_row, check_row, length_of
+
+LOOKED_AT = 256  # rows, before training
+_DRAWS = 0x57  # keeps what a stream draws apart from other uses of the seed
+
+# Rows as they came, and the position of the first one → rows. What it raises is a DataError that names a row.
+Step = Callable[[list[Row], int], list[Row]]
+# Calls a function on the main process alone, and comes to what it came to there, on all processes.
+FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
+
+
+def is_stream(data: Any) -> bool:
+    """Whether data come one row after the other, and cannot be asked for by position."""
+    return isinstance(data, StreamingDataset | torch.utils.data.IterableDataset)
+
+
+def is_split(stream: Any) -> bool:
+    """Whether a stream of `datasets` gives each process a part of its own."""
+    split = getattr(stream, "_distributed", None)
+    return split is not None and split.world_size > 1
+
+
+class Stream:
+    """Reads a stream on the main process, for all: whatever it draws, and by whatever it would deal its rows to
+    processes, none comes twice and none is lost.
+
+    What it draws from the generators of Python, NumPy and torch follows the seed, and moves no one else's draws.
+    """
+
+    def __init__(
+        self, source: Any, argument: str, seed: int, from_main: FromMain, alone: Callable[[], AbstractContextManager]
+    ) -> None:
+        """Args:
+        argument: what the user calls it, for messages.
+        alone: a context in which this process seems to be the only one.
+        """
+        self.argument, self._source = argument, source
+        self._from_main, self._alone = from_main, alone
+        self.steps: list[Step] = []
+        self._n_read = 0
+        self._epoch = -1
+        self._rows: Iterator[Row] | None = None  # of the epoch; None once it has ended
+        with preserved_rng():
+            seed_all(seed, _DRAWS)
+            self._generators = Generators.now()
+
+    def read(self, epoch: int, n: int) -> list[Row]:
+        """Up to `n` more rows of an epoch, on all processes; fewer only where it has ended.
+
+        Raises:
+            DataError: on all processes, where the stream raises, or one of the steps.
+        """
+        try:
+            return self._from_main(lambda: self._rows_on_main(epoch, n))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Give tensors, arrays, "
+                "numbers and text."
+            ) from error
+
+    def _rows_on_main(self, epoch: int, n: int) -> list[Row]:
+        outside, first = Generators.now(), self._n_read
+        self._generators.put_back()
+        try:
+            rows = self._came(epoch, n)
+            for step in self.steps:
+                rows = step(rows, first)
+            return rows
+        finally:
+            self._generators = Generators.now()
+            outside.put_back()
+
+    def _came(self, epoch: int, n: int) -> list[Row]:
+        rows: list[Row] = []
+        try:
+            with self._alone():
+                for row in itertools.islice(self._rows_of(epoch), n):
+                    rows.append(row)
+                    self._n_read += 1
+        except Exception as error:
+            raise DataError(
+                f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}. Mend what it reads from, "
+                "or have it pass over what cannot be read."
+            ) from error
+        if len(rows) < n:
+            self._rows = None
+        return rows
+
+    def _rows_of(self, epoch: int) -> Iterator[Row]:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            if hasattr(self._source, "set_epoch"):
+                self._source.set_epoch(epoch)
+            self._rows = iter(self._source)
+        return iter(()) if self._rows is None else self._rows
+
+
+class StreamRows(Rows):
+    """The rows of a stream, by the order in which they come, over all epochs.
+
+    The first ones are there from the beginning, to be looked at: `len` counts these. They are trained on when their
+    turn comes, as all others; those of windows that are done are let go.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        """Raises:
+        DataError: where there are no rows, or they are no rows.
+        """
+        super().__init__(stream.argument, stream)
+        self._stream = stream
+        rows = stream.read(0, LOOKED_AT)
+        if not rows:
+            raise DataError(f"`{self.argument}` has no rows. Check the files or the filter that it came from.")
+        self._are_token_ids = isinstance(rows[0], torch.Tensor)
+        self._n_looked_at = self._came = len(rows)
+        self._taken = 0
+        self._held = dict(enumerate(rows))
+        self.then(self._as_rows)
+
+    def __len__(self) -> int:
+        return self._n_looked_at
+
+    @property
+    def all_in_words(self) -> str:
+        return f"`{self.argument}`, as far as its first {len(self)} rows tell,"
+
+    @property
+    def if_none_is_fit(self) -> str:
+        return (
+            f" Only these {len(self)} rows are looked at before training. Where later ones are fit, shuffle the stream "
+            "(`.shuffle(buffer_size=10_000)`), or have it begin with such a row."
+        )
+
+    def find_draws(self) -> None:
+        """They are there: what the stream drew for them is drawn."""
+
+    def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:  # noqa: ARG002
+        return [self._held[position] for position in positions]
+
+    @property
+    def are_token_ids(self) -> bool:
+        return self._are_token_ids
+
+    def lengths(self, positions: Sequence[int] | None = None) -> list[int]:
+        """The lengths of those rows; None: of those that were looked at."""
+        return [length_of(row) for row in self.fetch(range(len(self)) if positions is None else positions)]
+
+    def then(self, step: Step) -> None:
+        """Has a step done to the rows that are there, and to all that come.
+
+        Raises:
+            DataError: what the step raises; of a row that comes later, where rows are taken.
+        """
+        self._held = dict(enumerate(step(list(self._held.values()), 0)))
+        self._stream.steps.append(step)
+
+    def take(self, epoch: int, n: int, needed_from: int) -> int:
+        """Gets up to `n` more rows of an epoch for training, and says how many there are: fewer only where it has
+        ended. All processes call it alike.
+
+        Args:
+            needed_from: rows before this position are let go.
+        """
+        for position in [position for position in self._held if position < needed_from]:
+            del self._held[position]
+        missing = n - (self._came - self._taken)
+        if missing > 0:
+            rows = self._stream.read(epoch, missing)
+            self._held |= dict(enumerate(rows, self._came))
+            self._came += len(rows)
+        n_taken = min(n, self._came - self._taken)
+        self._taken += n_taken
+        return n_taken
+
+    def _as_rows(self, more: list[Row], first: int) -> list[Row]:
+        rows = [as_row(row) for row in more]
+        for position, row in enumerate(rows, first):
+            check_row(row, self.argument, self.name_of(position) if position else "its first row")
+        return rows
+
+
+def as_columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:
+    """None where a row has no such column, as in a table."""
+    return {name: [row.get(name) if isinstance(row, Mapping) else None for row in rows] for name in names}
+
+
+def from_columns(columns: Mapping[str, Sequence[Any]], n_rows: int) -> list[Row]:
+    return [{name: values[n] for name, values in columns.items()} for n in range(n_rows)]

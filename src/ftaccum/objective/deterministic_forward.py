@@ -1,0 +1,122 @@
+"""Passes as in training, but for what they draw at random."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..runtime.state_guards import Buffers, Generators, buffers_of, in_mode, preserved_buffers, preserved_rng
+
+_DROPOUTS = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
+}
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}  # where the rate of dropout stands
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Turns dropout off in torch's own functions, whoever calls them and with whatever rate."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if function in _ATTENTION:
+            place = _ATTENTION[function]
+            args = (*args[:place], 0.0, *args[place + 1 :]) if len(args) > place else args
+            kwargs = {**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _also_in_what_is_run_again(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing runs parts of the forward pass again in the backward pass, inside of which no mode is on:
+    it is told to put this one on."""
+    name = "_gradient_checkpointing_func"  # Transformers', a partial of torch's
+    found = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+    for module, run_again in found:
+        again = partial(run_again, use_reentrant=False, context_fn=lambda: (nullcontext(), _WithoutDropout()))
+        setattr(module, name, again)
+    try:
+        yield
+    finally:
+        for module, run_again in found:
+            setattr(module, name, run_again)
+
+
+@contextmanager
+def _without_rates(model: nn.Module) -> Iterator[None]:
+    """Modules of dropout at a rate of 0: their passes are also run again where somebody else checkpoints them."""
+    found = [(module, module.p) for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    for module, _ in found:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in found:
+            module.p = rate
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """How to run a model as in training, and with the same outputs each time: in train mode, without dropout.
+
+    Where train mode draws at random in other ways (layers left out, spectrograms masked), it is eval mode, but for the
+    modules that move a buffer of their own in train mode: those take in the rows of a batch together, as batch norm
+    does. A module that both moves a buffer and draws stays in eval mode.
+
+    Attributes:
+        whole: whether all modules are in train mode.
+        moving: by name, those that move buffers.
+    """
+
+    model: nn.Module
+    whole: bool
+    moving: Mapping[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module, run: Callable[[], Sequence[float]]) -> "Rehearsal":
+        """Finds out, in two passes, or four where train mode draws.
+
+        Args:
+            run: one pass of the model, to its losses.
+        """
+        everything = dict(model.named_modules())
+        repeats, moved = cls(model, True, {})._tried(run)
+        moving = {name: module for name, module in everything.items() if module in moved}
+        if repeats:
+            return cls(model, True, moving)
+        partly = cls(model, False, moving)
+        return partly if partly._tried(run)[0] else cls(model, False, {})
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around such passes. Generators, buffers and modes are afterwards as they were."""
+        with (
+            preserved_rng(),
+            preserved_buffers(self.model),
+            in_mode(self.model, training=self.whole),
+            _also_in_what_is_run_again(self.model),
+            _without_rates(self.model),
+            _WithoutDropout(),
+        ):
+            for module in () if self.whole else self.moving.values():
+                module.training = True
+            yield
+
+    def _tried(self, run: Callable[[], Sequence[float]]) -> tuple[bool, set[nn.Module]]:
+        """Whether a pass can be repeated, and the modules whose buffers it moves."""
+        with self.passes():
+            generators, buffers = Generators.now(), Buffers.now(buffers_of(self.model))
+            first = run()
+            moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
+            buffers.put_back()
+            repeats = generators.unmoved() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
+        return repeats, moved

@@ -1,0 +1,163 @@
+"""What a measurement of the loss came to, and what a user should be told of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .probe import Explanation
+
+_NAMED = 3  # modules to name in a sentence
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """What train mode does to a loss.
+
+    Attributes:
+        differences: by term, the relative difference between the loss of rows together and that of rows apart.
+        drift: the same between two passes of the same rows, one after the other.
+        mixing: the modules whose buffers a pass moves.
+        complaint: the model's, of a single row; None where it takes one.
+    """
+
+    differences: Mapping[str, float]
+    drift: float = 0.0
+    mixing: Sequence[str] = ()
+    complaint: str | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """By term: how a loss is counted, and how far accumulating it so is from one batch.
+
+    Attributes:
+        ways: the name of the way to count.
+        measured: whether there were several to choose from.
+        shifts: whether logits predict the next label.
+        explanation: how well the ways explain the loss, in eval mode.
+        in_training: what train mode changes.
+        joint: the loss of a few rows together.
+        alone: the largest loss of one of them by itself.
+        parts: the terms that are outputs of the model's, which its loss has added.
+        tolerance: the largest difference that is rounding.
+        sums: whether the loss is handed over as a sum.
+        own_loss: whether it is the model's own.
+    """
+
+    ways: Mapping[str, str]
+    measured: bool
+    shifts: bool
+    explanation: Explanation
+    in_training: InTraining
+    joint: Mapping[str, float]
+    alone: Mapping[str, float]
+    parts: Sequence[str]
+    tolerance: float
+    sums: bool
+    own_loss: bool
+
+    @property
+    def counted_by(self) -> str:
+        """What the loss is a mean over, in words."""
+        not_exactly = dict.fromkeys(self._unexplained, ", NOT exactly")
+        not_exactly |= dict.fromkeys(self._mixed, ", NOT exactly in train mode")
+        named = {term: f"{way} for {term!r}" if len(self.ways) > 1 else way for term, way in self.ways.items()}
+        words = "; ".join(words + not_exactly.get(term, "") for term, words in named.items())
+        return f"{words} (measured)" if self.measured and not not_exactly else words
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether the main loss of a row depends on what it is batched with."""
+        return any(term not in self.parts for term in self._unexplained) or bool(self._mixed)
+
+    def inexact(self) -> list[str]:
+        """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
+        which the two differ and what can be done. Empty where it is exact."""
+        unexplained = self._unexplained
+        wholes = [term for term in unexplained if term not in self.parts]
+        found = [self._of_part(term) for term in unexplained if term in self.parts]
+        if wholes:
+            found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
+        found += [self._of_train_mode(self._mixed)] if self._mixed else []
+        return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
+
+    def padding(self) -> str | None:
+        """What to know of a loss of the user's own that counts padding; None where it does not. (In heads of
+        Transformers' it is meant so: the softmax of question answering runs over all positions.)"""
+        if self.own_loss or not self.explanation.padding_sensitive:
+            return None
+        return (
+            f"Padding counts in the loss: rows padded to their own width instead of that of others differ by up to "
+            f"{_percent(self.explanation.padding)}. Every window is padded to one width, so that accumulating it is "
+            "exact; but what a row adds depends on the longest that it meets. Where that is not meant, leave positions "
+            "at which `attention_mask` is 0 out of account, in the loss or in the model."
+        )
+
+    @property
+    def _mixed(self) -> dict[str, float]:
+        """What train mode alone mixes."""
+        off = self.in_training.differences
+        return {term: off[term] for term in off if off[term] > self.tolerance and term not in self._unexplained}
+
+    @property
+    def _unexplained(self) -> dict[str, float]:
+        off = dict(self.explanation.differences)
+        off |= {part: max(off[part], self.in_training.differences[part]) for part in self.parts}
+        return {term: difference for term, difference in off.items() if difference > self.tolerance}
+
+    def _clauses(self, terms: Sequence[str]) -> str:
+        return "; ".join(
+            f"{term!r} of rows apart, weighted by {self.ways[term]}, is up to {_percent(self._unexplained[term])} off "
+            "that of all together"
+            for term in terms
+        )
+
+    def _cure(self, terms: Sequence[str]) -> str:
+        if self.explanation.adds_up and not self.sums:
+            return "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
+        term = terms[0]
+        if abs(self.alone[term]) < 1e-3 * abs(self.joint[term]):
+            return (
+                f"A row by itself costs {self.alone[term]:.2g}, a few together {self.joint[term]:.2g}: rows are "
+                "compared with each other, as in-batch negatives are. No weighting makes up for the rows that a "
+                "micro-batch has not; make `batch_size` as large as the comparison has to be."
+            )
+        return (
+            "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
+            "other do this; where yours is a mean over items of your own, give `count_items`; where it is the sum of "
+            "several means, have `loss_fn` give them by name, in a dict."
+        )
+
+    def _of_part(self, term: str) -> str:
+        share = abs(self.joint[term]) / (sum(map(abs, self.joint.values())) or 1)
+        of_loss = f", {_percent(share)} of the loss," if share else ""
+        return (
+            f"{term!r}{of_loss} looks at the rows of a batch together, as a router's balance "
+            f"over its experts does: {self._clauses([term])}. It is trained on as that weighted mean, the nearest to "
+            "one large batch that micro-batches can have; the more tokens a micro-batch has, the nearer it comes."
+        )
+
+    def _of_train_mode(self, mixed: Mapping[str, float]) -> str:
+        (term, off), *_ = sorted(mixed.items(), key=lambda item: -item[1])
+        mixing, complaint = self.in_training.mixing, self.in_training.complaint
+        named = ", ".join(mixing[:_NAMED]) + (", …" if len(mixing) > _NAMED else "")
+        verb = "takes" if len(mixing) == 1 else "take"
+        cause = f"{named} there {verb} in the rows given at a time" if mixing else "something there mixes rows"
+        alone = f" A micro-batch of a single row cannot be computed at all ({complaint})." if complaint else ""
+        return (
+            f"In train mode, {term!r} of rows apart is up to {_percent(off)} off that of all together, and in eval "
+            f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Where that is a "
+            "batch norm, use a norm over the features of one row (GroupNorm, LayerNorm) or one with fixed statistics "
+            "(FrozenBatchNorm2d), or a larger `batch_size`."
+        )
+
+    def _of_drift(self) -> str:
+        named = ", ".join(self.in_training.mixing[:_NAMED])
+        return (
+            f"In train mode, a pass moves buffers that the next one depends on ({named}): the same rows, passed again, "
+            f"differ by {_percent(self.in_training.drift)}. An update of k passes moves them k times, one large batch "
+            "once. Move them once an update instead, outside of `forward`."
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"

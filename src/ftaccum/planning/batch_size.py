@@ -1,0 +1,113 @@
+"""How large an update is, and what follows from that for its learning rate."""
+
+import bisect
+import math
+from dataclasses import dataclass, replace
+
+from ..errors import SettingsError
+from ..fields import Pairs
+from ..settings import Recipe, Runtime
+
+
+@dataclass(frozen=True)
+class Batching:
+    """The sizes of an update, resolved. `gradient_accumulation_steps` passes of at most `batch_size` rows on each
+    of `num_processes` processes hold `effective_batch_size` rows; the last micro-batch may be short.
+
+    Attributes:
+        later: where k changes over training, the sizes are those of the first update, and this says from which update
+            (from 0) on there is another k: pairs (from_update, k), ascending.
+    """
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    effective_batch_size: int
+    later: tuple[tuple[int, int], ...] = ()
+
+    def at(self, update: int) -> "Batching":
+        """The sizes of one update (from 0), which then hold for all."""
+        changes = bisect.bisect(self.later, update, key=lambda change: change[0])
+        if not changes:
+            return replace(self, later=())
+        k = self.later[changes - 1][1]
+        return Batching(self.batch_size, k, self.num_processes, k * self.batch_size * self.num_processes)
+
+    def stages(self) -> list[tuple[int, "Batching"]]:
+        """From which update on there are which sizes."""
+        return [(update, self.at(update)) for update in (0, *(update for update, _ in self.later))]
+
+
+def rate_factor(rule: str, ratio: float) -> float:
+    """By how much the learning rate grows with a batch that grows by `ratio`.
+
+    Args:
+        rule: "linear": by as much, which keeps the way that SGD goes per row (Goyal et al. 2017, arXiv:1706.02677).
+            "sqrt": by the square root, which does it for adaptive optimizers such as Adam (Malladi et al. 2022,
+            arXiv:2205.10287). "none": not at all.
+    """
+    return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
+
+
+def resolve_batching(
+    *,
+    batch_size: int,
+    gradient_accumulation_steps: int | Pairs = 1,
+    effective_batch_size: int | None = None,
+    tokens_per_update: int | None = None,
+    tokens_per_row: float | None = None,
+    num_processes: int = 1,
+) -> Batching:
+    """Resolves the ways to say how large an update is to one.
+
+    Args:
+        batch_size: rows of a micro-batch on one process.
+        gradient_accumulation_steps: k, or pairs (from_update, k), which exclude the next two; 1 leaves the size to
+            these, where one of them is given.
+        effective_batch_size: rows of an update.
+        tokens_per_update: tokens of an update; rows = tokens_per_update / tokens_per_row, to the nearest row.
+        tokens_per_row: mean length of the rows, needed with `tokens_per_update`.
+
+    Raises:
+        SettingsError: where two of them disagree, with the arithmetic.
+    """
+    pass_rows = batch_size * num_processes
+    if not isinstance(gradient_accumulation_steps, int):
+        (_, first), *later = gradient_accumulation_steps
+        return Batching(batch_size, first, num_processes, first * pass_rows, tuple((update, k) for update, k in later))
+    from_steps = gradient_accumulation_steps * pass_rows
+    asked = {}  # rows asked for → the arithmetic that leads to them
+    if effective_batch_size is not None:
+        asked[effective_batch_size] = f"`effective_batch_size` asks for {effective_batch_size} rows"
+    if tokens_per_update is not None:
+        assert tokens_per_row is not None, "tokens_per_update needs the mean length of a row"
+        rows = max(1, round(tokens_per_update / tokens_per_row))
+        asked[rows] = (
+            f"`tokens_per_update` asks for {tokens_per_update} tokens / {tokens_per_row:g} per row = {rows} rows"
+        )
+    # Rows and tokens name a number of rows; k names a number of passes, and agrees with any rows that need as many.
+    passes = {math.ceil(rows / pass_rows) for rows in asked}
+    steps_agree = gradient_accumulation_steps == 1 or passes <= {gradient_accumulation_steps}
+    if len(asked) > 1 or not steps_agree:
+        if not steps_agree:
+            asked[from_steps] = (
+                f"`gradient_accumulation_steps` asks for {batch_size} rows × {gradient_accumulation_steps} steps"
+                f" × {num_processes} processes = {from_steps} rows"
+            )
+        raise SettingsError([f"Sizes of an update disagree: {'; '.join(asked.values())}. Give one of them."])
+    effective = next(iter(asked), from_steps)
+    return Batching(batch_size, math.ceil(effective / pass_rows), num_processes, effective)
+
+
+def batching_of(recipe: Recipe, runtime: Runtime, num_processes: int, tokens_per_row: float | None = None) -> Batching:
+    """`resolve_batching` on the settings of a run, whose physical batch is known."""
+    assert isinstance(runtime.batch_size, int), "'auto' is measured first"
+    assert not isinstance(recipe.gradient_accumulation_steps, str), "text was read as pairs"
+    return resolve_batching(
+        batch_size=runtime.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        effective_batch_size=recipe.effective_batch_size,
+        tokens_per_update=recipe.tokens_per_update,
+        tokens_per_row=tokens_per_row,
+        num_processes=num_processes,
+    )

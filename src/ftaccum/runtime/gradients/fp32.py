@@ -1,0 +1,171 @@
+"""Gradients of 16-bit weights, summed up in float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from ..memory import Agreement
+
+
+class WindowGradients(Protocol):
+    """Where the gradients of a window are summed up, over its passes and over processes.
+
+    Attributes:
+        reduced_apart: whether processes need each other in no pass of a window, but only in `reduce` after them.
+    """
+
+    reduced_apart: bool
+
+    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """The model and its optimizer, as the loop is to use them."""
+
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        """Around the windows of an epoch."""
+
+    def reduce(self, agreement: Agreement) -> None:
+        """After the passes of a window: the mean of the processes' sums, on all of them."""
+
+
+def window_gradients(optimizer: Optimizer, *, in_float32: bool) -> WindowGradients:
+    """Float32 sums where they are wanted and any weight is narrower; else what autograd does, and DDP."""
+    narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
+    return WideGradients(optimizer) if in_float32 and narrow else PlainGradients(optimizer)
+
+
+class PlainGradients:
+    """Autograd's sums in `param.grad`, of the weights' own type; DDP reduces them in the last pass."""
+
+    reduced_apart = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
+        return accelerator.prepare(model, self._optimizer)
+
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        yield
+
+    def reduce(self, agreement: Agreement) -> None: ...
+
+
+class WideGradients:
+    """Float32 sums beside 16-bit weights, rounded once: when the optimizer takes its step.
+
+    A sum in bfloat16 has 8 bits: of 64 gradients added up one after another, the last ones hardly count. Autograd
+    cannot do better, for `param.grad` has the weights' type. So each gradient is taken out of there as soon as it is
+    whole, and added to a float32 sum: 4 bytes a weight instead of 2. DDP, which would reduce the 16-bit gradient of the
+    last pass, is left out, and with it its buckets of 2 bytes a weight.
+    """
+
+    reduced_apart = True
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = _Rounding(optimizer)
+
+    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """Without DDP, which would also have made the weights of all processes those of the first."""
+        if accelerator.num_processes > 1:
+            for p in model.parameters():
+                values = p.data.contiguous()
+                distributed.broadcast(values, src=0)
+                p.data.copy_(values)
+        # "Evaluation" is Accelerate's word for a model without DDP.
+        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(self._optimizer)
+
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        hooks = [p.register_post_accumulate_grad_hook(self._add) for p in self._optimizer.sums]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def reduce(self, agreement: Agreement) -> None:
+        """A weight without a gradient on any process is left without, so that no optimizer decays it; one that has a
+        gradient on some process counts as 0 on the others."""
+        if agreement.alone:
+            return
+        sums = self._optimizer.sums.values()
+        for total, used in zip(sums, agreement.each(s.grad is not None for s in sums), strict=True):
+            if used and total.grad is None:
+                total.grad = _zeros(total)
+        gradients = [s.grad for s in sums if s.grad is not None]
+        for under_way in [distributed.all_reduce(g, async_op=True) for g in gradients]:
+            under_way.wait()
+        for gradient in gradients:
+            gradient /= distributed.get_world_size()
+
+    def _add(self, p: Tensor) -> None:
+        """Takes the gradient of a pass, which may be the rows that it touched of an embedding table."""
+        found, total = p.grad, self._optimizer.sums[p]
+        assert found is not None, "autograd calls with one"
+        p.grad = None
+        if found.is_sparse:
+            rows = _zeros(total) if total.grad is None else total.grad
+            total.grad = rows.index_add_(0, found._indices()[0], found._values().to(total.dtype))
+        elif total.grad is None:
+            total.grad = found.to(total.dtype).contiguous()
+        else:
+            total.grad += found
+
+
+class _Rounding(Optimizer):
+    """What unscales, clips and steps sees float32 parameters with float32 gradients; the optimizer behind it gets
+    those rounded to the type of its weights.
+
+    Attributes:
+        sums: for each weight that stand-in, of its shape and without its memory, whose `grad` is the sum.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.sums: dict[Tensor, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
+        super().__init__(self.sums.values(), {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p, total in self.sums.items():
+            p.grad = None if total.grad is None else _rounded(total.grad, p)
+            total.grad = None  # one after another, so that both are never in memory whole
+        self._optimizer.step(closure)
+        for p in self.sums:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the optimizer behind: stand-ins have no state. Accelerate moves it to the device by this and the next."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
+
+def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _stand_in(p: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.zeros((), dtype=_wide(p), device=p.device).expand(p.shape))
+
+
+def _zeros(stand_in: Tensor) -> Tensor:
+    return torch.zeros_like(stand_in, memory_format=torch.contiguous_format)
+
+
+def _rounded(total: Tensor, p: Tensor) -> Tensor:
+    """Of the type and the strides of `p`; to its largest number and not to infinity, because whether the gradient is
+    finite has been decided."""
+    limit = torch.finfo(p.dtype).max
+    return torch.empty_like(p).copy_(total.clamp_(-limit, limit))

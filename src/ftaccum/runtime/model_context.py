@@ -1,0 +1,95 @@
+"""The user's model for the time of a run, given back as it came but for its weights."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import SettingsError
+from .state_guards import in_mode
+
+
+@contextmanager
+def borrowed(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None]:
+    """The model in train mode; afterwards without wrappers, in the mode that it was in, with its configuration.
+
+    Raises:
+        SettingsError: where gradient checkpointing is wanted of a model that has none.
+    """
+    with (
+        unwrapped_afterwards(model),
+        in_mode(model, training=True),
+        _without_cache(model),
+        _checkpointed(model, gradient_checkpointing),
+    ):
+        yield
+
+
+@contextmanager
+def compiled(model: nn.Module) -> Iterator[None]:
+    """`torch.compile`, for the time of a run: graphs that hold for many rows and many widths."""
+    before = model._compiled_call_impl
+    model.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before
+
+
+@contextmanager
+def unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
+    """Takes off what `Accelerator.prepare` leaves on a model: its autocasting `forward` and its mark."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
+    try:
+        yield
+    finally:
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Keys and values are for generating: kept in training, they take memory, and a model of Transformers that keeps
+    them does not look for rows that lie one behind the other."""
+    whole: Any = getattr(model, "config", None)
+    configs = {id(c): c for c in (whole, getattr(whole, "get_text_config", lambda: whole)())}.values()
+    caches = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", None) is not None]
+    for config, _ in caches:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, before in caches:
+            config.use_cache = before
+
+
+@contextmanager
+def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing, where wanted, for the time of a run."""
+    if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise SettingsError(
+            [
+                f"`gradient_checkpointing` is True, but {type(model).__name__} does not support it. Leave it out, or "
+                "use torch.utils.checkpoint inside the module."
+            ]
+        )
+    had_hooks = getattr(model, "_require_grads_hooks", None)
+    # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
+    _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        if not had_hooks:  # Transformers makes the embeddings' outputs require gradients, and leaves it at that
+            model.disable_input_require_grads()
+
+
+def _either(model: Any, new_name: str, old_name: str) -> Callable[..., None]:
+    # Transformers renamed the pair in the course of its version 5.
+    return getattr(model, new_name, None) or getattr(model, old_name)

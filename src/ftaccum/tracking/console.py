@@ -1,0 +1,68 @@
+"""What a run shows: banner, progress bar, a line an epoch, the result. Only the main process shows anything."""
+
+import math
+import sys
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from ..planning.course import Course
+from .ledger import EpochEntry
+from .result import Result
+
+_RULE = "=" * 64
+_PRECISIONS = {"no": "full", "bf16": "bf16 autocast", "fp16": "fp16 autocast, scaled gradients"}
+
+
+@dataclass
+class Screen:
+    """Prints to standard output, around the progress bar on standard error."""
+
+    is_main: bool
+    progress: bool
+    _headed: bool = False
+
+    def banner(self, plan: Course, notes: list[str], warmup: int, precision: str, device: str) -> None:
+        if warmup > plan.n_windows:
+            notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
+        self._print(
+            _RULE,
+            "FINE-TUNING TEST",
+            _RULE,
+            str(plan),
+            *notes,
+            f"Precision: {_PRECISIONS[precision]}, on {device}",
+            _RULE,
+        )
+
+    def bar(self, n_windows: int) -> tqdm:
+        return tqdm(total=n_windows, desc="updates", disable=not (self.is_main and self.progress), leave=False)
+
+    def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
+        """A row of the table of epochs; the first one brings the heading. What is known before the first update is
+        epoch 0 of it, where anything is."""
+        if entry.epoch < 0 and entry.val_loss is None:
+            return
+        cells = {"epoch": f"{entry.epoch + 1}/{n_epochs}", "train loss": _number(entry.train_loss)}
+        if entry.val_loss is not None:
+            cells["val loss"] = _number(entry.val_loss)
+        cells |= {name: _number(value) for name, value in entry.metrics.items()}
+        widths = [max(10, len(name)) for name in cells]
+        if not self._headed:
+            self._headed = True
+            self._print("  ".join(f"{name:>{w}}" for name, w in zip(cells, widths, strict=True)))
+        self._print("  ".join(f"{text:>{w}}" for text, w in zip(cells.values(), widths, strict=True)))
+
+    def note(self, sentence: str) -> None:
+        self._print(sentence)
+
+    def result(self, result: Result) -> None:
+        self._print(_RULE, str(result), _RULE)
+
+    def _print(self, *lines: str) -> None:
+        if self.is_main:
+            tqdm.write("\n".join(lines), file=sys.stdout)
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"

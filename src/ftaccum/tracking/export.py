@@ -1,0 +1,104 @@
+"""What a finished run writes into its folder, and what is said where that cannot be done."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_model
+from torch import nn
+
+from ..errors import OutputWarning, warn_user
+from ..runtime.atomic_files import folder_beside
+from .ledger import Ledger
+from .result import Result
+
+_UNITS = ("bytes", "KB", "MB", "GB", "TB")
+
+
+def write_outputs(
+    result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any, accelerator: Accelerator
+) -> Result:
+    """Completes the ledger and writes the model and the result, into the run's folder, if it has one.
+
+    Nothing that goes wrong there is raised: training is done, and neither its result nor the model in memory may be
+    lost for a file's sake. What was there before stays until what takes its place is on the disk.
+
+    Args:
+        model: None where it is not to be saved.
+
+    Returns:
+        the result, with what could not be written in `unwritten`, on all processes alike.
+
+    Warns:
+        OutputWarning: for each thing that could not be written.
+    """
+    if result.output_dir is None:
+        return result
+    faults = [_written(result, ledger, model, tokenizer) if accelerator.is_main_process else []]
+    broadcast_object_list(faults)
+    if accelerator.is_main_process:
+        for fault in faults[0]:
+            warn_user(fault, OutputWarning)
+    return replace(result, unwritten=faults[0])
+
+
+def _written(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any) -> list[str]:
+    """A sentence for each thing that could not be written."""
+    folder = Path(result.output_dir or "")
+    faults = _tried(folder / "ledger.jsonl", lambda _: ledger.write(), "All of its entries are in the result, too.")
+    if model is not None:
+        faults += _tried(
+            folder / "model",
+            lambda path: _save(model, tokenizer, path),
+            f"The weights take {_in_words(_bytes_of(model))}. The model in memory is trained: save it elsewhere.",
+        )
+    write = replace(result, unwritten=faults).save
+    return faults + _tried(folder / "result.json", write, "The result is returned: its `save` writes it elsewhere.")
+
+
+def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:
+    try:
+        write(path)
+    except Exception as error:  # on a full disk, Safetensors and tokenizers raise errors of their own kinds
+        why = f"{type(error).__name__}: {error}."
+        return [" ".join([f"{str(path)!r} cannot be written: {why}", *_there_now(path), remedy])]
+    return []
+
+
+def _there_now(path: Path) -> list[str]:
+    """What there is in the place of what could not be written, in sentences, as far as one can look: the working folder
+    may be gone, or a network's file system."""
+    try:
+        free = f"{_in_words(_free_at(path))} are free there."
+        return [free, "What is there now is older."] if path.exists() else [free]
+    except OSError:
+        return []
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
+    with folder_beside(folder) as beside:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(beside)
+        else:
+            save_model(model, str(beside / "model.safetensors"))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """What the weights take; tied ones are in `parameters` once."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def _free_at(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
+
+
+def _in_words(n_bytes: int) -> str:
+    power = min(len(_UNITS) - 1, (len(str(n_bytes)) - 1) // 3)
+    return f"{n_bytes / 1000**power:.1f} {_UNITS[power]}"

@@ -1,0 +1,158 @@
+"""From what happened to what is kept: the ledger, the trackers, the progress bar."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..objective.normalizer import ItemMeans, gathered
+from ..planning.batch_size import Batching
+from ..training.loop import Outcome
+from .ledger import EpochEntry, Ledger, WindowEntry
+from .throughput import Work
+from .trackers import kept_apart
+
+# Losses stay on the device until so many windows are read at once.
+_DRAIN_EVERY = 10
+
+
+class Recorder:
+    """Takes a run's outcomes in order. All processes call it alike; the ledger's file, the trackers and the bar are
+    the main process's."""
+
+    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching, work: Work) -> None:
+        self.ledger = ledger
+        self._accelerator, self._bar, self._work = accelerator, bar, work
+        self._batching = batching
+        self._pending: list[Outcome] = []
+        self._epoch = 0
+        self._epoch_losses: ItemMeans | None = None
+        self._ended: tuple[int, ItemMeans] | None = None  # the last epoch that had losses
+
+    def window(self, outcome: Outcome) -> None:
+        """Keeps a window's outcome, and every so often reads the losses kept so far."""
+        self._work.merge(outcome.work)
+        self._pending.append(outcome)
+        self._bar.update()
+        if len(self._pending) == _DRAIN_EVERY:
+            self.drain()
+
+    def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
+        """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
+        self.drain()
+        train_loss = self._epoch_losses.total() if self._epoch_losses is not None else float("nan")
+        entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
+        self.ledger.record(entry)
+        values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
+        values |= {} if val_loss is None else {"val/loss": val_loss}
+        values |= {f"val/{name}": value for name, value in metrics.items()}
+        sizes = self._batching.at(max(0, len(self.ledger.windows) - 1))  # of the last update
+        values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
+        self._accelerator.log(values, step=len(self.ledger.windows))
+        if self._epoch_losses is not None:
+            self._ended = self._epoch, self._epoch_losses
+        self._epoch, self._epoch_losses = self._epoch + 1, None
+        return entry
+
+    @property
+    def n_windows(self) -> int:
+        """Those that are done."""
+        return len(self.ledger.windows) + len(self._pending)
+
+    @property
+    def n_epochs(self) -> int:
+        """Those that have ended."""
+        return self._epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of a recorder that has been drained."""
+        ended = self._ended
+        return {
+            "epoch": self._epoch,
+            "losses": None if self._epoch_losses is None else _as_lists(self._epoch_losses),
+            "ended": None if ended is None else {"epoch": ended[0], "losses": _as_lists(ended[1])},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        losses, ended = state_dict["losses"], state_dict["ended"]
+        self._epoch = state_dict["epoch"]
+        self._epoch_losses = None if losses is None else _of_lists(losses)
+        self._ended = None if ended is None else (ended["epoch"], _of_lists(ended["losses"]))
+        self._bar.update(len(self.ledger.windows))
+
+    def drain(self) -> None:
+        """Reads the losses kept so far, and writes their entries. All processes take part."""
+        outcomes, self._pending = self._pending, []
+        for outcome, losses in zip(outcomes, gathered([o.losses for o in outcomes], self._accelerator), strict=True):
+            terms = losses.read()
+            entry = WindowEntry(
+                window=len(self.ledger.windows),
+                epoch=self._epoch,
+                rows=outcome.rows,
+                loss=losses.total(),
+                terms=terms if len(terms) > 1 else {},
+                grad_norm=outcome.grad_norm,
+                learning_rate=outcome.learning_rate,
+                skipped=outcome.skipped,
+                passes=outcome.work.passes,
+            )
+            self.ledger.record(entry)
+            self._log(entry)
+            if not outcome.skipped:
+                self._add_to_epoch(losses)
+        if outcomes:
+            self._bar.set_postfix(loss=f"{entry.loss:.4f}", norm=f"{entry.grad_norm:.3f}", refresh=False)
+
+    def _log(self, entry: WindowEntry) -> None:
+        values = {
+            "train/loss": entry.loss,
+            "train/grad_norm": entry.grad_norm,
+            "train/learning_rate": entry.learning_rate,
+            "train/skipped": int(entry.skipped),
+        } | {f"train/terms/{term}": value for term, value in entry.terms.items()}
+        self._accelerator.log(values, step=entry.window + 1)
+
+    def _add_to_epoch(self, losses: ItemMeans) -> None:
+        if self._epoch_losses is None:
+            self._epoch_losses = losses
+        else:
+            self._epoch_losses.merge(losses)
+
+
+def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
+    """A recorder's state, for one that goes on in an epoch which this one had ended."""
+    ended = state_dict["ended"]
+    losses = ended["losses"] if ended is not None and ended["epoch"] == epoch else None
+    return {"epoch": epoch, "losses": losses, "ended": None}
+
+
+@contextmanager
+def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Batching) -> Iterator[None]:
+    """Has the trackers started with a run's settings, kept apart from it, and finished whatever happens."""
+    plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+    schedule = ",".join(f"{update}:{k}" for update, k in ((0, batching.gradient_accumulation_steps), *batching.later))
+    grows = {"accumulation_schedule": schedule} if batching.later else {}
+    with kept_apart(accelerator, plain | _sizes(batching) | grows):
+        yield
+
+
+def _as_lists(losses: ItemMeans) -> dict[str, Any]:
+    return {"terms": losses.terms, "sums": losses.sums_T.tolist(), "items": losses.items_T.tolist()}
+
+
+def _of_lists(saved: Mapping[str, Any]) -> ItemMeans:
+    losses = ItemMeans(saved["terms"], torch.device("cpu"))
+    losses.sums_T = torch.tensor(saved["sums"], dtype=losses.sums_T.dtype)
+    losses.items_T = torch.tensor(saved["items"], dtype=losses.items_T.dtype)
+    return losses
+
+
+def _sizes(batching: Batching) -> dict[str, int]:
+    return {
+        "effective_batch_size": batching.effective_batch_size,
+        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
+        "physical_batch_size": batching.batch_size,
+    }

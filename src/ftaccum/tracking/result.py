@@ -1,0 +1,198 @@
+"""The Result of a run, a view of its ledger."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..planning.batch_size import Batching
+from ..runtime.atomic_files import write_beside
+from .ledger import Ledger
+from .numbers import nan_null, null_non_finite
+from .throughput import Work
+
+
+@dataclass(frozen=True)
+class Result(Mapping[str, Any]):
+    """What `test_fine_tuning` returns: attributes that also read as a mapping, `result["final_loss"]`.
+
+    Losses are means over loss items (tokens, rows, …) whatever the accumulation. Attributes:
+        final_loss: validation loss after the last epoch; without validation data, training loss of that epoch.
+        initial_loss: validation loss before the first update; without validation data, loss of the first window.
+        best_val_loss: the lowest validation loss of any epoch, or None.
+        loss_history, grad_norm_history, lr_history: one entry a window, skipped ones included; norms are before
+            clipping, the rate is the one used.
+        train_loss_history, val_loss_history, metrics: one entry an epoch.
+        optimizer_steps, skipped_steps: together the number of windows.
+        effective_batch_size, gradient_accumulation_steps: rows of a full window, over all processes, and k; where k
+            changed, those of the last update.
+        accumulation_schedule: where k was to change, the pairs [from_update, k]; else None.
+        training_time: seconds in training and evaluation, loading left out.
+        samples_per_second, tokens_per_second: training rows and real tokens per second of training alone.
+        padding_fraction: share of the positions in training batches that were padding.
+        passes_per_update: forward passes on each process; fewer or more than k, as the planner cut the windows.
+        planner_costs: what windows were cut by in the end (per pass, per padded token, per row of squared width);
+            None without the planner.
+        out_of_memory: how often memory ran out, and a window was run again.
+        amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
+        output_dir: where ledger, result and model lie, if anywhere.
+        unwritten: a sentence for each of those that could not be written.
+    """
+
+    final_loss: float
+    initial_loss: float
+    best_val_loss: float | None
+    loss_history: list[float]
+    grad_norm_history: list[float]
+    lr_history: list[float]
+    train_loss_history: list[float]
+    val_loss_history: list[float]
+    metrics: list[dict[str, float]]
+    optimizer_steps: int
+    skipped_steps: int
+    effective_batch_size: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    training_time: float
+    samples_per_second: float
+    tokens_per_second: float | None
+    padding_fraction: float | None
+    passes_per_update: float
+    planner_costs: list[float] | None
+    out_of_memory: int
+    amp_enabled: bool
+    final_loss_scale: float | None
+    output_dir: str | None
+    accumulation_schedule: list[list[int]] | None = None
+    unwritten: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        ledger: Ledger,
+        batching: Batching,
+        *,
+        work: Work,
+        training_time: float,
+        planner_costs: list[float] | None,
+        out_of_memory: int,
+        amp_enabled: bool,
+        final_loss_scale: float | None,
+        output_dir: str | None,
+    ) -> "Result":
+        """Reads the result off a finished run's ledger."""
+        windows, epochs, val_losses = ledger.windows, ledger.epochs, ledger.val_losses
+        skipped = sum(w.skipped for w in windows)
+        initial, last = ledger.initial_val_loss, batching.at(len(windows) - 1)
+        stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batching.stages()]
+        return cls(
+            final_loss=val_losses[-1] if val_losses else epochs[-1].train_loss,
+            initial_loss=windows[0].loss if initial is None else initial,
+            best_val_loss=min(filter(math.isfinite, val_losses), default=None),
+            loss_history=[w.loss for w in windows],
+            grad_norm_history=[w.grad_norm for w in windows],
+            lr_history=[w.learning_rate for w in windows],
+            train_loss_history=[e.train_loss for e in epochs],
+            val_loss_history=val_losses,
+            metrics=[e.metrics for e in epochs],
+            optimizer_steps=len(windows) - skipped,
+            skipped_steps=skipped,
+            effective_batch_size=last.effective_batch_size,
+            batch_size=batching.batch_size,
+            gradient_accumulation_steps=last.gradient_accumulation_steps,
+            num_processes=batching.num_processes,
+            training_time=training_time,
+            samples_per_second=work.rows / work.seconds,
+            tokens_per_second=work.tokens / work.seconds if work.positions else None,
+            padding_fraction=1 - work.tokens / work.positions if work.positions else None,
+            passes_per_update=sum(w.passes for w in windows) / len(windows),
+            planner_costs=planner_costs,
+            out_of_memory=out_of_memory,
+            amp_enabled=amp_enabled,
+            final_loss_scale=final_loss_scale,
+            output_dir=output_dir,
+            accumulation_schedule=stages if batching.later else None,
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in _RESULT_NAMES:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_RESULT_NAMES)
+
+    def __len__(self) -> int:
+        return len(_RESULT_NAMES)
+
+    def __str__(self) -> str:
+        rows = [
+            ("final loss", f"{self.final_loss:.4f} (before training {self.initial_loss:.4f})"),
+            (
+                "updates",
+                f"{self.optimizer_steps} of {self._rows_in_words()} rows, {self.skipped_steps} skipped",
+            ),
+            ("time", f"{self.training_time:.1f} s, {self.samples_per_second:.1f} rows/s in training"),
+        ]
+        if self.best_val_loss is not None:
+            rows.insert(1, ("best validation loss", f"{self.best_val_loss:.4f}"))
+        if self.metrics and self.metrics[-1]:
+            rows.insert(1, ("metrics", ", ".join(f"{k} {v:.4f}" for k, v in self.metrics[-1].items())))
+        passes = f"{self.passes_per_update:.1f} an update on each process"
+        if self.padding_fraction is not None:
+            passes += f", {self.padding_fraction:.1%} of positions were padding"
+        if self.out_of_memory:
+            passes += f"; memory ran out {self.out_of_memory} times"
+        rows.append(("passes", passes))
+        if self.output_dir:
+            missing = f", but for {len(self.unwritten)} that could not be written" if self.unwritten else ""
+            rows.append(("outputs", f"{self.output_dir}{missing}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _rows_in_words(self) -> str:
+        if not self.accumulation_schedule:
+            return str(self.effective_batch_size)
+        reached = [k for update, k in self.accumulation_schedule if update < len(self.loss_history)]
+        least, most = (k * self.batch_size * self.num_processes for k in (min(reached), max(reached)))
+        return str(least) if least == most else f"{least} to {most}"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the result as JSON; non-finite numbers become null. A file that was there is replaced once the new one
+        is whole."""
+        with write_beside(path) as beside:
+            beside.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Result":
+        """Reads what `save` wrote; of an output folder, its `result.json`. A null in a history of numbers reads as NaN:
+        infinities are not told apart. What only a newer version knows is left out.
+
+        Raises:
+            DataError: where the file is there, and is no result.
+        """
+        file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
+        try:
+            return cls._read(json.loads(file.read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or other names and values
+            raise DataError(
+                f"{str(file)!r} is no result of `test_fine_tuning`, or not whole ({type(error).__name__}: {error}). "
+                "Name an output folder, or a file that `Result.save` wrote."
+            ) from error
+
+    @classmethod
+    def _read(cls, read: dict[str, Any]) -> "Result":
+        known = {name: value for name, value in read.items() if name in _RESULT_NAMES}
+        for name in ("final_loss", "initial_loss"):
+            known[name] = nan_null(known[name])
+        for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
+            known[name] = [nan_null(value) for value in known[name]]
+        known["metrics"] = [{name: nan_null(value) for name, value in epoch.items()} for epoch in known["metrics"]]
+        return cls(**known)
+
+
+_RESULT_NAMES = tuple(f.name for f in fields(Result))

@@ -1,0 +1,222 @@
+"""Trackers kept apart from training: they may raise and they may hang, and the run goes on as if they had not."""
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+
+from ..errors import OutputWarning, warn_user
+
+# What a slow tracker may be behind by: hours of updates, in some MB.
+_MOST_WAITING = 10_000
+_ERRORS_IN_A_ROW = 5
+_SECONDS_AT_THE_START = 60.0
+_SECONDS_AT_THE_END = 30.0
+# Some trackers exit where they are not logged in.
+_ERRORS = (Exception, SystemExit)
+
+
+@contextmanager
+def kept_apart(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[None]:
+    """Starts the trackers that an Accelerator is to log with, on the main process, and finishes them whatever happens.
+
+    Inside, the Accelerator's `log` neither raises nor waits for any of them.
+
+    Args:
+        config: the settings that each is told first.
+
+    Warns:
+        OutputWarning: where a tracker raised, hung, or was dropped.
+    """
+    asked = accelerator.log_with if accelerator.is_main_process else []
+    trackers = [_Apart(_name_of(one), partial(_started, accelerator, one)) for one in asked]
+    try:
+        for tracker in trackers:
+            tracker.store_init_configuration(dict(config))
+        deadline = time.monotonic() + _SECONDS_AT_THE_START
+        for tracker in trackers:
+            tracker.wait_for_start(deadline)
+        accelerator.trackers = list(trackers)
+        yield
+    finally:
+        accelerator.trackers = []
+        _end(trackers)
+
+
+def _name_of(asked: Any) -> str:
+    return asked.name if isinstance(asked, GeneralTracker) else str(asked)
+
+
+def _started(accelerator: Accelerator, asked: Any) -> GeneralTracker:
+    """What Accelerate makes of a tracker's name, or of a tracker, when it has no other."""
+    # Several are started at once, each by an Accelerator that is this one but for its trackers.
+    alone = copy.copy(accelerator)
+    alone.log_with, alone.trackers = [asked], []
+    alone.init_trackers("ftaccum")
+    return alone.trackers[0]
+
+
+def _end(trackers: list["_Apart"]) -> None:
+    for tracker in trackers:
+        tracker.finish()
+    deadline = time.monotonic() + _SECONDS_AT_THE_END
+    for tracker in trackers:
+        tracker.join(deadline)
+    for tracker in trackers:
+        tracker.tell()
+
+
+class _Apart(GeneralTracker):
+    """Stands in for a tracker: starts it, takes what it is told, and hands that on in order from a thread of its own,
+    so that trackers do not wait for each other either. What goes wrong there is told in the caller's thread, at the
+    next call.
+    """
+
+    def __init__(self, name: str, start: Callable[[], GeneralTracker]) -> None:
+        super().__init__(_blank=True)
+        self.name = name
+        self._change = threading.Condition()
+        # Under `_change`:
+        self._waiting: deque[tuple[str, tuple[Any, ...], dict[str, Any]]] = deque(maxlen=_MOST_WAITING)
+        self._in_work: str | None = "start"
+        self._ended = self._left_behind = False
+        self._faults: dict[str, str] = {}  # by what was done, so that each is told once
+        self._told: set[str] = set()
+
+        self._thread = threading.Thread(target=self._work, args=[start], name=f"tracker {name}", daemon=True)
+        self._thread.start()
+
+    def wait_for_start(self, deadline: float) -> None:
+        """Waits until the tracker is started, or could not be, and says what is to be said of it.
+
+        Args:
+            deadline: by the monotonic clock.
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: self._in_work != "start", max(0.0, deadline - time.monotonic())):
+                self._faults["slow start"] = (
+                    f"The tracker {self.name!r} has not started within {_SECONDS_AT_THE_START:g} s, and the run goes "
+                    "on. What it is told waits until it has."
+                )
+        self.tell()
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._put("store_init_configuration", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
+        self._put("log", dict(values), step=step, **options)
+        self.tell()
+
+    def finish(self) -> None:
+        """Has the tracker finished once it has been told all that waits. Returns at once."""
+        with self._change:
+            self._ended = True
+            self._change.notify()
+
+    def join(self, deadline: float) -> None:
+        """Waits for the end of what `finish` began, and leaves the tracker behind where it does not come.
+
+        Args:
+            deadline: by the monotonic clock.
+        """
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        with self._change:
+            if self._thread.is_alive() and (self._in_work or self._waiting):
+                lost = len(self._waiting) + (self._in_work not in ("start", "finish"))
+                self._faults["end"] = (
+                    f"The tracker {self.name!r} was waited for until {_SECONDS_AT_THE_END:g} s after the end of the "
+                    f"run, and is still in `{self._in_work}`. It is left behind: {lost} entries are lost, and it is "
+                    "not finished."
+                )
+                self._waiting.clear()
+                self._left_behind = True
+
+    def tell(self) -> None:
+        """Warns of what has gone wrong by now, of each thing once."""
+        with self._change:
+            new = [sentence for what, sentence in self._faults.items() if what not in self._told]
+            self._told |= self._faults.keys()
+        for sentence in new:
+            warn_user(sentence, OutputWarning)
+
+    def _put(self, name: str, *arguments: Any, **options: Any) -> None:
+        with self._change:
+            if self._ended:
+                return
+            if len(self._waiting) == _MOST_WAITING:
+                self._faults["waiting"] = (
+                    f"The tracker {self.name!r} is {_MOST_WAITING} entries behind. From now on it loses the oldest."
+                )
+            self._waiting.append((name, arguments, options))
+            self._change.notify()
+
+    def _work(self, start: Callable[[], GeneralTracker]) -> None:
+        tracker = self._started(start)
+        if tracker is None:
+            return
+        errors = 0
+        while errors < _ERRORS_IN_A_ROW and (entry := self._next()) is not None:
+            errors = 0 if self._handed_on(tracker, *entry) else errors + 1
+        with self._change:
+            if errors == _ERRORS_IN_A_ROW:
+                self._ended = True
+                self._faults["dropped"] = (
+                    f"The tracker {self.name!r} raised {errors} times in a row. The run goes on without it."
+                )
+                self._waiting.clear()
+            if self._left_behind:
+                return
+        self._handed_on(tracker, "finish", (), {})
+
+    def _started(self, start: Callable[[], GeneralTracker]) -> GeneralTracker | None:
+        """The tracker; None where it could not be started, which ends what is to be done for it."""
+        try:
+            tracker = start()
+        except _ERRORS as error:
+            with self._change:
+                self._ended = True
+                self._faults["start"] = (
+                    f"The tracker {self.name!r} could not be started, and the run does without it: {_as_text(error)}"
+                )
+                self._waiting.clear()
+            return None
+        else:
+            return tracker
+        finally:
+            with self._change:
+                self._in_work = None
+                self._change.notify_all()
+
+    def _next(self) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
+        with self._change:
+            self._change.wait_for(lambda: self._waiting or self._ended)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _handed_on(
+        self, tracker: GeneralTracker, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> bool:
+        """Whether the tracker took it."""
+        with self._change:
+            self._in_work = name
+        try:
+            getattr(tracker, name)(*arguments, **options)
+        except _ERRORS as error:
+            with self._change:
+                self._faults.setdefault(name, f"The tracker {self.name!r} raised in `{name}`: {_as_text(error)}")
+            return False
+        else:
+            return True
+        finally:
+            with self._change:
+                self._in_work = None
+
+
+def _as_text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,198 @@
+"""Validation: the loss over every row once, and metrics on the model's predictions."""
+
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from evaluate import CombinedEvaluations, EvaluationModule
+from torch import Tensor, nn
+from transformers import EvalPrediction
+
+from ..data.loader import Loader, MicroBatch, Share
+from ..errors import MetricsError, SettingsError
+from ..objective.forward import logits_of
+from ..objective.item_counts import IGNORE_INDEX, targets_of
+from ..objective.normalizer import ItemMeans, gathered
+from ..objective.objective import Objective
+from ..planning.micro_batches import Cutter, Rows
+from ..runtime.memory import Agreement, give_back_memory, is_out_of_memory
+from ..runtime.state_guards import in_mode
+
+_Predicted: TypeAlias = tuple[Rows, np.ndarray, np.ndarray]  # rows, predictions, labels
+ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
+
+_MODULES = (EvaluationModule, CombinedEvaluations)
+# Rows that are padded together, where padding matters, or drawn together by a collator: fixed, so that what is measured
+# does not depend on how a run is batched. Of others, rows that are sorted by length together.
+_ROWS_TOGETHER, _ROWS_SORTED = 64, 4096
+
+
+def fault_of_metrics(compute_metrics: Any) -> str | None:
+    """The sentence that says why these metrics cannot be computed, or None."""
+    if compute_metrics is None or callable(compute_metrics) or isinstance(compute_metrics, _MODULES):
+        return None
+    return (
+        "`compute_metrics` must be a function of an EvalPrediction or an `evaluate` module, but is "
+        f"{compute_metrics!r} instead. For example `compute_metrics=ftaccum.Accuracy()`."
+    )
+
+
+class NoEvaluation:
+    """Stands where there are no validation rows."""
+
+    def __call__(self, model: nn.Module) -> tuple[None, dict[str, float]]:  # noqa: ARG002
+        return None, {}
+
+
+class Evaluation:
+    """Evaluates a model on validation rows, each exactly once, over all processes."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        loader: Loader,
+        n_rows: int,
+        cutter: Cutter,
+        agreement: Agreement,
+        compute_metrics: ComputeMetrics | None,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        self._accelerator, self._objective, self._loader = accelerator, objective, loader
+        self._n_rows, self._cutter, self._agreement = n_rows, cutter, agreement
+        self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, objective.shifts)
+
+    def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
+        """Returns the loss, a mean over all loss items, and the metrics.
+
+        Args:
+            model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
+                may communicate in a forward pass.
+
+        Raises:
+            DataError: on all processes, where one of them meets a row that cannot be had.
+            MetricsError: on all processes, where `compute_metrics` fails on the main one.
+        """
+        accelerator, metrics = self._accelerator, self._metrics
+        losses = ItemMeans(self._objective.terms, accelerator.device)
+        predicted: list[_Predicted] = []
+
+        def evaluate_all() -> None:
+            for micro in self._loader.stream(self._shares()):
+                self._evaluate(model, micro, losses, predicted)
+
+        with torch.no_grad(), in_mode(model, training=False):
+            self._agreement.together(evaluate_all)
+        (losses,) = gathered([losses], accelerator)
+        return losses.total(), {} if metrics is None else self._computed(metrics, predicted)
+
+    def _evaluate(self, model: nn.Module, micro: MicroBatch, losses: ItemMeans, predicted: list[_Predicted]) -> None:
+        """One batch, or where memory runs out, its halves."""
+        try:
+            batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
+            means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
+            kept = [] if self._metrics is None else [self._metrics.keep(micro.slice.rows, outputs, batch)]
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(micro.slice.rows) < 2:
+                raise
+        else:
+            losses.add(means, micro.counts)
+            predicted += kept
+            return
+        give_back_memory()
+        for half in self._loader.halves(micro):
+            self._evaluate(model, half, losses, predicted)
+
+    def _shares(self) -> Iterator[Share]:
+        together = _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED
+        for start in range(0, self._n_rows, together):
+            rows = tuple(range(start, min(start + together, self._n_rows)))
+            slices = self._loader.cut(rows, self._cutter)[self._accelerator.process_index]
+            # Nothing here waits for another process, so that none needs a ghost.
+            yield Share(rows, [piece for piece in slices if piece.rows], (start,))
+
+    def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
+        if self._agreement.alone:
+            return metrics.compute(predicted)
+        everyone = gather_object(predicted)
+
+        def compute() -> dict[str, float]:
+            try:
+                return metrics.compute(everyone)
+            except SettingsError:
+                raise
+            except Exception as error:  # of a class that another process may not know
+                raise MetricsError(f"`compute_metrics` failed on the main process: {error!r}") from error
+
+        return self._agreement.from_main(compute)
+
+
+class _Metrics:
+    """The user's `compute_metrics`, fed batch by batch."""
+
+    def __init__(self, compute: ComputeMetrics, ignore_index: int, shifts: bool) -> None:
+        """Args:
+        shifts: whether the logits at one position predict the label at the next.
+        """
+        self._compute, self._ignore_index, self._shifts = compute, ignore_index, shifts
+        modules = getattr(compute, "evaluation_modules", [compute])
+        features = [module.features for module in modules if isinstance(module, EvaluationModule)]
+        self._takes_classes = "int" in str(features[:1])
+
+    def keep(self, rows: Rows, outputs: Any, batch: Any) -> _Predicted:
+        """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
+        predicted classes and the labels, of those labels that count."""
+        logits, labels = logits_of(outputs), targets_of(batch)
+        assert labels is not None, "checked before training"
+        if not isinstance(self._compute, _MODULES):
+            return rows, _on_host(logits), _on_host(labels)
+        if not labels.is_floating_point():
+            classes = logits if logits.shape == labels.shape else logits.argmax(-1)
+        elif self._takes_classes:  # one yes or no for each of several labels
+            classes, labels = (logits > 0).long().reshape(labels.shape), labels.long()
+        else:
+            classes = logits.reshape(labels.shape)
+        if self._shifts:
+            classes, labels = classes[:, :-1], labels[:, 1:]
+        counted = labels != self._ignore_index
+        return rows, _on_host(classes[counted]), _on_host(labels[counted])
+
+    def compute(self, predicted: list[_Predicted]) -> dict[str, float]:
+        """The metrics over all batches, by name. A function of the user's gets the rows in their order."""
+        rows, predictions, labels = zip(*predicted, strict=True)
+        if isinstance(self._compute, _MODULES):
+            found = self._compute.compute(predictions=np.concatenate(predictions), references=np.concatenate(labels))
+        else:
+            order = np.argsort(np.concatenate(rows))
+            found = self._compute(EvalPrediction(_joined(predictions)[order], _joined(labels)[order]))
+        if not isinstance(found, Mapping):
+            raise SettingsError(
+                [f"`compute_metrics` must return a dict of numbers by name, but returned {found!r} instead."]
+            )
+        strays = {name: value for name, value in found.items() if not isinstance(value, numbers.Real)}
+        if strays:
+            raise SettingsError([f"`compute_metrics` must return numbers, but returned {strays} instead."])
+        return {name: float(value) for name, value in found.items()}
+
+
+def _on_host(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _joined(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Along the rows; where batches differ in width, padded with -100, as Transformers' `Trainer` does."""
+    shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))[1:]
+    widened = [
+        np.pad(
+            a,
+            [(0, 0), *((0, m - n) for n, m in zip(a.shape[1:], shape, strict=True))],
+            constant_values=IGNORE_INDEX,
+        )
+        for a in arrays
+    ]
+    return np.concatenate(widened)
