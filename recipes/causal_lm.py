@@ -31,8 +31,8 @@ import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.load import load_model, read_rows
 from ftaccum.apps.parser import parse
-from ftaccum.fields import PositiveInt, Text, setting, single_faults
-from ftaccum.settings import Recipe, Runtime, checked
+from ftaccum.fields import PositiveInt, Text, find_faults, setting
+from ftaccum.settings import Recipe, Runtime, parse_settings
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Sources:
 def main(arguments: list[str]) -> None:
     sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, description=__doc__ or "")
     settings = vars(recipe) | vars(runtime)
-    if faults := single_faults(sources):
+    if faults := find_faults(sources):
         raise SettingsError(faults)
-    checked(settings)  # before anything is loaded
+    parse_settings(settings)  # before anything is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():  # the others find what it has prepared
         packaged.prepare_named(sources.model, sources.train_data, sources.val_data)

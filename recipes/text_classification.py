@@ -21,7 +21,7 @@ import packaged
 from ftaccum import ClassificationMetrics, DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.load import load
 from ftaccum.apps.parser import TrainArguments, parse
-from ftaccum.settings import Recipe, Runtime, checked
+from ftaccum.settings import Recipe, Runtime, parse_settings
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Sources(TrainArguments):
 def main(arguments: list[str]) -> None:
     sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, description=__doc__ or "")
     settings = vars(recipe) | vars(runtime)
-    checked(settings)  # before anything is loaded
+    parse_settings(settings)  # before anything is loaded
     loaded = load(sources, recipe.random_seed)
 
     result = test_fine_tuning(

@@ -48,8 +48,8 @@ from transformers import (
 )
 
 from ftaccum import test_fine_tuning
-from ftaccum.checkpoint.manager import Keeper
-from ftaccum.checkpoint.writing import Writer
+from ftaccum.checkpoint.manager import CheckpointManager
+from ftaccum.checkpoint.writing import CheckpointWriter
 from measuring import DEVICE, machine, now, quiet
 from workloads import Row, Workload, movies
 
@@ -70,11 +70,11 @@ class Saves:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        save, write = Keeper.save, Writer._written
+        save, write = CheckpointManager.save, CheckpointWriter._written
 
-        def timed_save(keeper: Any, *arguments: Any) -> None:
+        def timed_save(checkpoint_manager: Any, *arguments: Any) -> None:
             started = now()
-            save(keeper, *arguments)
+            save(checkpoint_manager, *arguments)
             self.held_up.append(now() - started)
 
         def timed_write(writer: Any, snapshot: Any, place: Path, *arguments: Any) -> None:
@@ -83,7 +83,10 @@ class Saves:
             self.written.append(time.perf_counter() - started)
             self.sizes.append(sum(path.stat().st_size for path in place.rglob("*") if path.is_file()))
 
-        with patch.object(Keeper, "save", timed_save), patch.object(Writer, "_written", timed_write):
+        with (
+            patch.object(CheckpointManager, "save", timed_save),
+            patch.object(CheckpointWriter, "_written", timed_write),
+        ):
             yield
 
 

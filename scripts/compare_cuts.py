@@ -12,24 +12,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ftaccum import plan
-from ftaccum.planning.micro_batches import GUESSED_COSTS, Caps, Cutter, Slice
+from ftaccum.planning.micro_batches import DEFAULT_COSTS, BatchLimits, MicroBatchPlanner, MicroBatchRows
 from workloads import WORKLOADS
 
 BATCH = 8
 SEED = 42
 
-Cut = Callable[[Sequence[int]], list[Slice]]
+Cut = Callable[[Sequence[int]], list[MicroBatchRows]]
 
 
-def equal_slices(lengths: Sequence[int]) -> list[Slice]:
+def equal_slices(lengths: Sequence[int]) -> list[MicroBatchRows]:
     """Sorted by length, then every micro-batch full but the last."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = [rows[n : n + BATCH] for n in range(0, len(rows), BATCH)]
-    return [Slice(tuple(p), len(p) * lengths[p[0]], lengths[p[0]]) for p in parts]
+    return [MicroBatchRows(tuple(p), len(p) * lengths[p[0]], lengths[p[0]]) for p in parts]
 
 
-def by(cutter: Cutter) -> Cut:
-    return lambda lengths: cutter.shares(tuple(range(len(lengths))), lengths)[0]
+def by(planner: MicroBatchPlanner) -> Cut:
+    return lambda lengths: planner.shares(tuple(range(len(lengths))), lengths)[0]
 
 
 def main() -> None:
@@ -37,10 +37,12 @@ def main() -> None:
     for name, workload in WORKLOADS.items():
         lengths = [len(ids) for ids in workload(SEED).rows["input_ids"]]
         cuts: dict[str, Cut] = {
-            "order of arrival": by(Cutter(Caps(BATCH), None)),
+            "order of arrival": by(MicroBatchPlanner(BatchLimits(BATCH), None)),
             "sorted, equal slices": equal_slices,
-            f"cheapest, {BATCH} rows at most": by(Cutter(Caps(BATCH))),
-            f"cheapest, {BATCH} × the longest row in tokens at most": by(Cutter(Caps(None, BATCH * max(lengths)))),
+            f"cheapest, {BATCH} rows at most": by(MicroBatchPlanner(BatchLimits(BATCH))),
+            f"cheapest, {BATCH} × the longest row in tokens at most": by(
+                MicroBatchPlanner(BatchLimits(None, BATCH * max(lengths)))
+            ),
         }
         for k in (8, 32):
             windows = [w.rows for w in plan(len(lengths), batch_size=BATCH, gradient_accumulation_steps=k, n_epochs=1,
@@ -49,7 +51,7 @@ def main() -> None:
             for kind, cut in cuts.items():
                 pieces = [piece for rows in windows for piece in cut([lengths[row] for row in rows])]
                 padded = sum(piece.tokens for piece in pieces)
-                cost = sum(GUESSED_COSTS.of(piece.tokens, piece.width) for piece in pieces)
+                cost = sum(DEFAULT_COSTS.of(piece.tokens, piece.width) for piece in pieces)
                 cells = [name, f"{BATCH * k}", kind, f"{padded / tokens:.3f}", f"{len(pieces) / len(windows):.1f}",
                          f"{cost / tokens:.2f}"]  # fmt: skip
                 print(f"| {' | '.join(cells)} |")

@@ -141,11 +141,11 @@ class Case:
         if self.kind != "pairs":
             return {"count_items": _shifted} if self.counted == "by the user" and self.kind == "causal LM" else {}
         sums = self.counted == "as a sum"
-        counting = {"count_items": lambda batch: int((batch[1] != IGNORED).sum())}
+        item_counter = {"count_items": lambda batch: int((batch[1] != IGNORED).sum())}
         return {
             "loss_fn": nn.CrossEntropyLoss(reduction="sum" if sums else "mean"),
             "reduction": "sum" if sums else "mean",
-        } | (counting if self.counted == "by the user" else {})
+        } | (item_counter if self.counted == "by the user" else {})
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -211,9 +211,9 @@ def cases(draw: st.DrawFn) -> Case:
     shapes = draw(st.lists(st.tuples(_LENGTHS, counted), min_size=1, max_size=24))
     sizes = draw(st.lists(st.sampled_from(sorted(_SIZES)), max_size=2, unique=True))
     others = draw(st.lists(st.sampled_from(sorted(_OTHERS)), max_size=8, unique=True))
-    counting = draw(st.sampled_from(["as it is", "as it is", "by the user", "as a sum"]))
+    item_counter = draw(st.sampled_from(["as it is", "as it is", "by the user", "as a sum"]))
     names = dict.fromkeys(["batch_size", "remainder", *sizes, *others])  # the first two in every case
-    case = Case(kind, form, tuple(shapes), counting, {name: draw((_SIZES | _OTHERS)[name]) for name in names})
+    case = Case(kind, form, tuple(shapes), item_counter, {name: draw((_SIZES | _OTHERS)[name]) for name in names})
     return case if draw(st.integers(0, 4)) == 0 else _reconciled(case)
 
 

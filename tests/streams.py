@@ -77,7 +77,7 @@ class Seen:
         kept, windows = self._kept, self.windows
 
         def accumulate(loop: TrainingLoop, share: Any) -> Any:
-            real = [micro.batch[0][:, 0] for micro in share if not micro.is_ghost]
+            real = [micro.batch[0][:, 0] for micro in share if not micro.is_dummy]
             windows.append([int(number) for numbers in real for number in numbers])
             return kept(loop, share)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ftaccum import CheckpointError
-from ftaccum.checkpoint.directory import Shelf
+from ftaccum.checkpoint.directory import CheckpointDirectory
 from ftaccum.checkpoint.format import Snapshot
 from ftaccum.checkpoint.manifest import damage, seal
 from interrupted import checkpoints_of, fine_tuned, model
@@ -269,14 +269,14 @@ def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: p
 
 
 def test_the_order_of_checkpoints_is_that_of_their_updates(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    places = [shelf.place(n, epoch) for n, epoch in ((2, None), (10, None), (10, 1), (123456789, 2))]
+    directory = CheckpointDirectory(tmp_path)
+    places = [directory.place(n, epoch) for n, epoch in ((2, None), (10, None), (10, 1), (123456789, 2))]
     for place in reversed(places):
         place.mkdir(parents=True)
-    (shelf.folder / "notes").mkdir()
-    assert shelf.checkpoints() == list(reversed(places))
-    shelf.prune(1, best_epoch=1)
-    assert shelf.checkpoints() == [places[3], places[2]]
+    (directory.folder / "notes").mkdir()
+    assert directory.checkpoints() == list(reversed(places))
+    directory.prune(1, best_epoch=1)
+    assert directory.checkpoints() == [places[3], places[2]]
 
 
 def test_what_is_only_read_stays_as_it_is(
@@ -299,7 +299,7 @@ def test_what_is_only_read_stays_as_it_is(
         return read(self, *arguments, **more)
 
     monkeypatch.setattr(Path, "open", stale)
-    assert Shelf(folder).newest_sound(print)[1] == [folder / "checkpoints" / "update-00000014-epoch-0002"]
+    assert CheckpointDirectory(folder).newest_sound(print)[1] == [folder / "checkpoints" / "update-00000014-epoch-0002"]
     assert f"{newest} cannot be read ([Errno {errno.ESTALE}] Stale file handle), and is passed over." in (
         capsys.readouterr().out
     )
@@ -318,7 +318,7 @@ def test_a_checkpoint_is_the_runs_own_however_it_is_spelled(
         "a link to the folder": Path("linked", "checkpoints", behind.name),
         "a link to the checkpoint": Path("linked"),
     }[spelling]
-    Shelf(Path("run")).set_aside(named, (), print)
+    CheckpointDirectory(Path("run")).set_aside(named, (), print)
     assert checkpoints_of(folder) == [f"update-{n:08d}" for n in (3, 6)] + ["update-00000007-epoch-0001", behind.name]
     aside = sorted(path.name for path in (folder / "checkpoints.previous").iterdir())
     assert aside == ["update-00000012", "update-00000014-epoch-0002"]
@@ -333,7 +333,7 @@ def test_a_checkpoint_that_was_put_aside_can_be_gone_on_from(ended: Path, tmp_pa
     assert whole.differences(again) == []
     assert damage(behind) is None
     assert (folder / "checkpoints.previous-2").is_dir()
-    Shelf(folder).clear()
+    CheckpointDirectory(folder).clear()
     assert not list(folder.glob("checkpoints*"))
 
 
@@ -341,7 +341,7 @@ def test_folders_of_others_stay(ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path) / "checkpoints"
     for name in (".ipynb_checkpoints", ".mine.partial", ".update-00000013.partial", ".update-00000012.gone"):
         (folder / name).mkdir()
-    Shelf(folder.parent).set_aside(None, (), print)
+    CheckpointDirectory(folder.parent).set_aside(None, (), print)
     assert checkpoints_of(folder.parent) == [".ipynb_checkpoints", ".mine.partial"]
 
 

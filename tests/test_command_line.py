@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast, pipeline
 from ftaccum import OutputWarning, Result, SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import NamedArguments, parse
-from ftaccum.settings import Recipe, Runtime, checked
+from ftaccum.settings import Recipe, Runtime, parse_settings
 from heads import HEADS, relative_error
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -45,8 +45,8 @@ def test_names_that_may_differ_are_read_from_words_and_from_a_file(tmp_path: Pat
     ):
         file.write_text(text + "\nresume: off\n")
         recipe, runtime = parse([Recipe, Runtime], [*words, "--config", str(file)])
-        assert checked(vars(recipe) | vars(runtime))[1].allow_changed == ["learning_rate", "n_epochs"]
-        assert checked(vars(runtime))[1].resume is None
+        assert parse_settings(vars(recipe) | vars(runtime))[1].allow_changed == ["learning_rate", "n_epochs"]
+        assert parse_settings(vars(runtime))[1].resume is None
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +80,7 @@ def test_steps_are_read_alike_from_flags_and_from_a_file(tmp_path: Path) -> None
     from_python = {"gradient_accumulation_steps": "0:2,100:8", "remainder": "carry", "max_updates": 200}
     wanted = Recipe(gradient_accumulation_steps=[[0, 2], [100, 8]], remainder="carry", max_updates=200)
     for given in (from_python, vars(from_lists), vars(from_text), vars(from_flags)):
-        assert checked(given)[0] == wanted
+        assert parse_settings(given)[0] == wanted
     assert parse([Recipe], ["--gradient_accumulation_steps", "4"])[0].gradient_accumulation_steps == 4
 
 
@@ -167,7 +167,7 @@ def test_training_whose_model_cannot_be_saved_has_status_1(
 
 def test_batch_size_is_a_number_or_auto_and_costs_are_three_numbers() -> None:
     words = ["--batch_size", "auto", "--effective_batch_size", "8", "--planner_costs", "64", "1", "0.001"]
-    recipe, runtime = checked({**vars(parse([Recipe], words[2:4])[0]), **vars(parse([Runtime], words[:2])[0])})
+    recipe, runtime = parse_settings({**vars(parse([Recipe], words[2:4])[0]), **vars(parse([Runtime], words[:2])[0])})
     assert (recipe.effective_batch_size, runtime.batch_size) == (8, "auto")
     (runtime,) = parse([Runtime], ["--batch_size", "16", *words[4:]])
     assert (runtime.batch_size, runtime.planner_costs) == (16, [64.0, 1.0, 0.001])

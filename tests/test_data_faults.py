@@ -34,14 +34,14 @@ from failing_data import (
 )
 from ftaccum import DataError
 from ftaccum.data import workers
-from ftaccum.data.collator import Collation, PaddingCollator
+from ftaccum.data.collator import PaddingCollator, RowCollator
 from ftaccum.data.dataset import Rows, as_rows
 from ftaccum.data.loader import Loader
-from ftaccum.data.prefetch import Feed
-from ftaccum.data.validation import Ranges
+from ftaccum.data.prefetch import WindowLoader
+from ftaccum.data.validation import ValueRanges
 from ftaccum.data.workers import Workers, how_it_ended
-from ftaccum.planning.batch_size import Batching
-from ftaccum.planning.micro_batches import Caps, Cutter
+from ftaccum.planning.batch_size import BatchSizes
+from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
 from ftaccum.planning.plan import Plan
 from ftaccum.runtime.state_guards import Generators
 from heads import relative_error
@@ -111,12 +111,12 @@ def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
             return (torch.cat([x, x]) if index == 17 else x), y
 
     rows = as_rows(Odd(), "train_data")
-    collation = Collation(lambda rows: torch.stack([x for x, _ in rows]))
+    row_collator = RowCollator(lambda rows: torch.stack([x for x, _ in rows]))
     for known in (False, True):  # whether a sound row is, beforehand
         for positions in ([17, 30, 31], [30, 31, 17], [17, 30], [30, 17])[: 4 if known else 2]:
             with pytest.raises(DataError, match="Of `train_data`, row 17 cannot be made part of a batch"):
-                collation(rows, positions)
-        collation.find_draws(rows)
+                row_collator(rows, positions)
+        row_collator.find_draws(rows)
 
 
 @pytest.mark.parametrize(("wrong", "kind"), [(None, "NoneType"), ((1, 2, 3), "tuple"), ([1], "list")])
@@ -352,7 +352,7 @@ def test_what_a_collator_draws_for_one_row_alone_does_not_depend_on_who_makes_th
     assert not same_bits(trained_by(random_seed=43), plain)
     before = Generators.now()
     batches_from(Pairs(), 0, collator=noisy)
-    assert before.unmoved()
+    assert before.unchanged()
 
 
 def test_a_collator_is_seen_to_draw_where_nothing_came_of_it() -> None:
@@ -360,23 +360,29 @@ def test_a_collator_is_seen_to_draw_where_nothing_came_of_it() -> None:
         inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
         return inputs + (random.random() < 1e-9), targets
 
-    collations = [Collation(PaddingCollator(None)), Collation(seldom)]
-    for collation in collations:
-        collation.find_draws(as_rows(Noisy(), "train_data"))
-    assert [collation.draws for collation in collations] == [False, True]
+    collations = [RowCollator(PaddingCollator(None)), RowCollator(seldom)]
+    for row_collator in collations:
+        row_collator.find_draws(as_rows(Noisy(), "train_data"))
+    assert [row_collator.draws for row_collator in collations] == [False, True]
 
 
 def loader_of(data: Any, num_workers: int = 0, collator: Any = None) -> Loader:
-    rows, collation = as_rows(data, "train_data"), Collation(collator or PaddingCollator(None))
-    collation.find_draws(rows)
+    rows, row_collator = as_rows(data, "train_data"), RowCollator(collator or PaddingCollator(None))
+    row_collator.find_draws(rows)
     objective = SimpleNamespace(padding_sensitive=False, terms=("loss",), count=lambda batch: {"loss": len(batch[0])})
-    return Loader(rows, collation, cast(Any, objective), Ranges(), num_workers=num_workers)
+    return Loader(rows, row_collator, cast(Any, objective), ValueRanges(), num_workers=num_workers)
 
 
 def batches_from(data: Any, start: int, num_workers: int = 0, collator: Any = None) -> list[tuple[int, list[Tensor]]]:
-    feed = Feed(Plan(N_ROWS, 3, Batching(2, 3, 1, WINDOW)), loader_of(data, num_workers, collator), Cutter(Caps(2)))
-    portions = [portion for epoch in feed.plan.epochs for portion in feed.epoch(epoch, start)]
-    return [(p.window.index, [micro.batch[0] for micro in p.micro_batches]) for p in portions]
+    window_loader = WindowLoader(
+        Plan(N_ROWS, 3, BatchSizes(2, 3, 1, WINDOW)),
+        loader_of(data, num_workers, collator),
+        MicroBatchPlanner(BatchLimits(2)),
+    )
+    local_windows = [
+        local_window for epoch in window_loader.plan.epochs for local_window in window_loader.epoch(epoch, start)
+    ]
+    return [(p.window.index, [micro.batch[0] for micro in p.micro_batches]) for p in local_windows]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -400,25 +406,27 @@ def test_windows_far_ahead_cost_no_reading_of_what_lies_before() -> None:
             asked.append(index)
             return super().__getitem__(index)
 
-    feed = Feed(Plan(100_000, 1, Batching(2, 3, 1, WINDOW)), loader_of(Counted()), Cutter(Caps(2)))
+    window_loader = WindowLoader(
+        Plan(100_000, 1, BatchSizes(2, 3, 1, WINDOW)), loader_of(Counted()), MicroBatchPlanner(BatchLimits(2))
+    )
     asked.clear()
     started = time.process_time()
-    portion = next(feed.epoch(0, 10_000))
+    local_window = next(window_loader.epoch(0, 10_000))
     assert time.process_time() - started < 0.2
-    assert portion.window.index == 10_000
-    assert sorted(asked) == sorted(portion.window.rows)
+    assert local_window.window.index == 10_000
+    assert sorted(asked) == sorted(local_window.window.rows)
 
 
 def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
     rows = [as_rows(kind(), "train_data") for kind in (Pairs, Noisy, NoisyByItself)]
-    collations = [Collation(PaddingCollator(None)) for _ in rows]
+    collations = [RowCollator(PaddingCollator(None)) for _ in rows]
     before = Generators.now()
-    for each, collation in zip(rows, collations, strict=True):
-        collation.find_draws(each)
+    for each, row_collator in zip(rows, collations, strict=True):
+        row_collator.find_draws(each)
         each.fetch(range(9))
-    assert before.unmoved()
+    assert before.unchanged()
     assert [each.draw for each in rows] == [False, True, False]
-    assert [collation.repeats for collation in collations] == [True, True, False]
+    assert [row_collator.repeats for row_collator in collations] == [True, True, False]
 
 
 @pytest.mark.processes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ftaccum.runtime import atomic_files as files
-from ftaccum.runtime.atomic_files import flushed, folder_beside, write_beside
+from ftaccum.runtime.atomic_files import atomic_directory, atomic_write, fsync_path
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -18,7 +18,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def write_folder(path: Path, text: str) -> None:
-    with folder_beside(path) as folder:
+    with atomic_directory(path) as folder:
         (folder / "deep").mkdir()
         (folder / "a").write_text(text)
         (folder / "deep" / "b").write_text(text)
@@ -26,10 +26,10 @@ def write_folder(path: Path, text: str) -> None:
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "not" / "there" / "r.json"
-    with write_beside(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text("old")
         assert not path.exists()
-    with write_beside(str(path)) as beside:
+    with atomic_write(str(path)) as beside:
         assert beside.parent == path.parent
         assert not beside.exists()
         beside.write_text("new")
@@ -71,9 +71,9 @@ def test_an_error_in_the_middle_leaves_the_old_ones_and_nothing_else(tmp_path: P
         path.write_text("ne")
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), write_beside(tmp_path / "r.json") as beside:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "r.json") as beside:
         fail(beside)
-    with pytest.raises(KeyboardInterrupt), folder_beside(tmp_path / "model") as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "model") as folder:
         fail(folder / "a")
     assert tree(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "r.json"]
@@ -107,7 +107,7 @@ def test_what_reaches_the_disk_too_late_does_not_take_the_place(
     write_folder(tmp_path / "model", "old")
     before = tree(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), write_beside(tmp_path / "r.json") as beside:
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "r.json") as beside:
         beside.write_text("new")
     with pytest.raises(OSError, match="No space left"):
         write_folder(tmp_path / "model", "new")
@@ -137,7 +137,7 @@ def test_a_file_system_that_cannot_flush_is_written_to_all_the_same(
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", cannot)
-    flushed(tmp_path)
+    fsync_path(tmp_path)
     write_folder(tmp_path / "model", "new")
     assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new"}
 
@@ -162,6 +162,6 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert tree(tmp_path / "model") == {"a": "old", "deep/b": "old"}
     assert not (tmp_path / "r").exists()
     write_folder(tmp_path / "model", "new")
-    with write_beside(tmp_path / "r") as beside:
+    with atomic_write(tmp_path / "r") as beside:
         beside.write_text("whole")
     assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new", "r": "whole"}

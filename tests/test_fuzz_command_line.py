@@ -13,7 +13,7 @@ from ftaccum import SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import parse
 from ftaccum.apps.plan import PlanArguments
-from ftaccum.settings import Recipe, Runtime, checked
+from ftaccum.settings import Recipe, Runtime, parse_settings
 from fuzzing import fuzz
 
 
@@ -131,7 +131,7 @@ def test_a_file_means_what_it_says(config: Callable[[bytes], list[str]]) -> None
     (recipe,) = parse([Recipe], config(b"learning_rate: 1e-5\ngradient_accumulation_steps: 1:30"))
     assert recipe.learning_rate == 1e-5
     with pytest.raises(SettingsError, match=r"or pairs .*, but is \[\[1, 30\]\] instead"):
-        checked(vars(recipe))
+        parse_settings(vars(recipe))
 
 
 def test_values_of_options_without_a_rule_are_refused_as_they_are_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from ftaccum import SettingsError, plan, verify
 from ftaccum.apps.plan import PlanArguments
 from ftaccum.apps.search.settings import SearchSettings
 from ftaccum.apps.verify.settings import VerifySettings
-from ftaccum.fields import read_as, single_faults
-from ftaccum.settings import Recipe, Runtime, checked
+from ftaccum.fields import find_faults, read_settings
+from ftaccum.settings import Recipe, Runtime, parse_settings
 from fuzzing import fuzz
 
 SETTINGS = [
@@ -64,7 +64,7 @@ ANYTHING = _PLAIN | _ODD | st.lists(_PLAIN, max_size=3) | st.lists(st.lists(_NUM
 @given(setting=st.sampled_from(SETTINGS), value=ANYTHING)
 def test_any_value_of_a_setting_is_taken_or_refused_by_name(setting: tuple[type, str], value: Any) -> None:
     kind, name = setting
-    faults = single_faults(read_as(kind, {name: value}))
+    faults = find_faults(read_settings(kind, {name: value}))
     assert len(faults) <= 1
     for fault in faults:
         assert fault.startswith(f"`{name}` must be ")
@@ -113,7 +113,7 @@ MEANT = _meant()
 @fuzz(examples=150)
 @given(given=st.dictionaries(st.sampled_from([name for _, name in SETTINGS]), ANYTHING, max_size=6))
 def test_any_settings_together_are_taken_or_refused_by_name(given: dict[str, Any]) -> None:
-    faults = _faults(lambda: checked(given))
+    faults = _faults(lambda: parse_settings(given))
     assert all(any(f"`{name}`" in fault for name in given) for fault in faults)
 
 

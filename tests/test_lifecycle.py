@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from ftaccum import DataError, Result, SettingsError, test_fine_tuning
-from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
-from ftaccum.tracking.throughput import Work
+from ftaccum.tracking.throughput import Throughput
 from heads import HEADS, one_batch
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
@@ -341,7 +341,7 @@ def test_a_best_epoch_is_found_among_epochs_that_diverged() -> None:
     for epoch in range(3):
         ledger.record(EpochEntry(epoch, 1.0, next(losses), {"accuracy": math.nan}))
     result = Result.of(
-        ledger, Batching(1, 1, 1, 1), work=Work(1, 1, 1, 1, 1.0), training_time=1.0, planner_costs=None,
+        ledger, BatchSizes(1, 1, 1, 1), work=Throughput(1, 1, 1, 1, 1.0), training_time=1.0, planner_costs=None,
         out_of_memory=0, amp_enabled=False, final_loss_scale=None, output_dir=None,
     )  # fmt: skip
     assert result.best_val_loss == 0.5

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import Accuracy, SettingsError, test_fine_tuning
-from ftaccum.planning.micro_batches import Caps
-from ftaccum.runtime.memory import Headroom, is_out_of_memory
+from ftaccum.planning.micro_batches import BatchLimits
+from ftaccum.runtime.memory import MemoryLimits, is_out_of_memory
 from ftaccum.training.batch_size_finder import largest
 from heads import HEADS
 from invariance import difference, trained
@@ -112,7 +112,7 @@ def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     limit = limited(model, 2)
     steps: list[int] = []
 
-    class Counting(torch.optim.SGD):
+    class ItemCounter(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
             steps.append(1)
             limit.most = 2 if len(steps) < 3 else 8
@@ -120,7 +120,7 @@ def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     result = test_fine_tuning(
         model, train_data=HEADS[NAME].rows(80), batch_size=8, effective_batch_size=8, n_epochs=3, planner=False,
-        validation_split=0.0, optimizer=lambda groups: Counting(groups), progress=False, output_dir=str(tmp_path),
+        validation_split=0.0, optimizer=lambda groups: ItemCounter(groups), progress=False, output_dir=str(tmp_path),
     )  # fmt: skip
     windows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     passes = [window["passes"] for window in windows if "window" in window]
@@ -129,25 +129,25 @@ def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_headroom_halves_and_grows_and_waits_longer_each_time_that_growing_fails() -> None:
-    headroom = Headroom(Caps(8))
-    headroom.ran_out(160)
-    assert headroom.caps == Caps(8, 80)
-    headroom.ran_out(80)
-    assert headroom.caps == Caps(8, 40)
+    memory_limits = MemoryLimits(BatchLimits(8))
+    memory_limits.ran_out(160)
+    assert memory_limits.limits == BatchLimits(8, 80)
+    memory_limits.ran_out(80)
+    assert memory_limits.limits == BatchLimits(8, 40)
     waited = []
     for _ in range(3):
         calm = 0
-        while headroom.caps == Caps(8, 40):
-            headroom.went_well()
+        while memory_limits.limits == BatchLimits(8, 40):
+            memory_limits.went_well()
             calm += 1
-        assert headroom.caps == Caps(8, 80)
-        headroom.ran_out(80)
+        assert memory_limits.limits == BatchLimits(8, 80)
+        memory_limits.ran_out(80)
         waited.append(calm)
     assert waited == [50, 100, 200]
     for _ in range(800):
-        headroom.went_well()
-    assert headroom.caps == Caps(8)
-    assert headroom.failures == 5
+        memory_limits.went_well()
+    assert memory_limits.limits == BatchLimits(8)
+    assert memory_limits.failures == 5
 
 
 @pytest.mark.parametrize("at_most", [1, 2, 7, 64, 100])

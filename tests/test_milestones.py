@@ -6,12 +6,12 @@ import math
 import pytest
 
 from ftaccum.apps.search.report_steps import milestones
-from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.planning.plan import Plan
 
 
 def ends_of_updates(n_rows: int, n_epochs: int, batch_size: int) -> set[int]:
-    plan = Plan(n_rows, n_epochs, Batching(1, batch_size, 1, batch_size))
+    plan = Plan(n_rows, n_epochs, BatchSizes(1, batch_size, 1, batch_size))
     return {plan.rows_after(n) for n in range(1, plan.n_windows + 1)}
 
 

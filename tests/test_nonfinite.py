@@ -289,7 +289,7 @@ def test_to_look_for_rows_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     """Dropout draws go on as if nobody had looked, after an update that was skipped."""
     looked, not_looked = Normed(0.5), Normed(0.5)
     run(looked, points(), n_epochs=2)
-    monkeypatch.setattr("ftaccum.training.build_run.Divergence.window_done", lambda *_: None)
+    monkeypatch.setattr("ftaccum.training.build_run.NonFiniteHandler.window_done", lambda *_: None)
     run(not_looked, points(), n_epochs=2)
     assert all(
         torch.equal(*pair) for pair in zip(looked.state_dict().values(), not_looked.state_dict().values(), strict=True)

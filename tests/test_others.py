@@ -1,13 +1,13 @@
 import pytest
 
 from ftaccum import DataError, LostProcessError
-from ftaccum.runtime.others import others_watched
+from ftaccum.runtime.others import report_lost_process
 
 _HEARD = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:41174."
 
 
 def watched(error: Exception, *, alone: bool = False) -> None:
-    with others_watched(alone, lambda: "7 updates were taken."):
+    with report_lost_process(alone, lambda: "7 updates were taken."):
         raise error
 
 
@@ -37,6 +37,6 @@ def test_nobody_is_missed_by_one_process() -> None:
 
 
 def test_what_is_known_of_a_loss_is_told_once() -> None:
-    with pytest.raises(LostProcessError) as raised, others_watched(False, lambda: "Elsewhere."):
+    with pytest.raises(LostProcessError) as raised, report_lost_process(False, lambda: "Elsewhere."):
         watched(RuntimeError(_HEARD))
     assert "Elsewhere" not in str(raised.value)

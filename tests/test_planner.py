@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from exactness import accumulated_gradients
 from ftaccum import DataError, SettingsError, plan, test_fine_tuning
 from ftaccum.data.dataset import as_rows
-from ftaccum.data.loader import Loader, MicroBatch, Share
-from ftaccum.data.prefetch import Feed
+from ftaccum.data.loader import Loader, LocalRows, MicroBatch
+from ftaccum.data.prefetch import WindowLoader
 from ftaccum.data.validation import sample_positions
-from ftaccum.planning.batch_size import Batching
-from ftaccum.planning.micro_batches import Caps, Cutter, PassCosts, Slice
+from ftaccum.planning.batch_size import BatchSizes
+from ftaccum.planning.micro_batches import BatchLimits, CostModel, MicroBatchPlanner, MicroBatchRows
 from ftaccum.planning.plan import Plan
-from ftaccum.runtime.model_context import compiled
+from ftaccum.runtime.model_context import compile_model
 from ftaccum.training.loop import TrainingLoop
 from ftaccum.training.pass_costs import fitted
 from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
@@ -56,17 +56,17 @@ def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypat
 
     def updates(**arguments: Any) -> list[list[int]]:
         seen: list[list[int]] = []
-        share = Feed._share
+        share = WindowLoader._share
 
-        def watched(feed: Feed, window: Any) -> Any:
-            found = share(feed, window)
-            dealt = feed.loader.cut(window.rows, feed.cutter)
+        def watched(window_loader: WindowLoader, window: Any) -> Any:
+            found = share(window_loader, window)
+            dealt = window_loader.loader.cut(window.rows, window_loader.planner)
             seen.append(sorted(row for part in dealt for piece in part for row in piece.rows))
             assert sorted(found.window) == seen[-1] == sorted(window.rows)
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(Feed, "_share", watched)
+            patch.setattr(WindowLoader, "_share", watched)
             trained(NAMES[1], arguments.pop("batch_size", 4), **arguments)
         return seen
 
@@ -190,7 +190,7 @@ def test_a_model_is_given_back_as_compiled_as_it_came() -> None:
     model = HEADS[CAUSAL].model()
     for mine in (None, torch.compile(model._call_impl)):
         model._compiled_call_impl = mine
-        with compiled(model):
+        with compile_model(model):
             assert model._compiled_call_impl not in (None, mine)
         assert model._compiled_call_impl is mine
 
@@ -222,7 +222,7 @@ def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_w
 
     taken: list[int] = []
 
-    class Counting(torch.optim.SGD):
+    class ItemCounter(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:
             taken.append(1)
             super().step(closure)
@@ -230,7 +230,7 @@ def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_w
     with pytest.raises(DataError, match="the disk is gone"):
         test_fine_tuning(
             HEADS[NAMES[1]].model(), train_data=Breaking(), batch_size=4, effective_batch_size=8, n_epochs=1,
-            validation_split=0.0, optimizer=lambda groups: Counting(groups), progress=False,
+            validation_split=0.0, optimizer=lambda groups: ItemCounter(groups), progress=False,
         )  # fmt: skip
     # The second window was read before the first update was counted; two more came, and the fourth was read in vain
     # before the third update.
@@ -283,21 +283,21 @@ def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> Non
 
 def test_what_a_pass_costs_is_found_in_noise() -> None:
     draw = torch.Generator().manual_seed(0)
-    true = PassCosts(0.004, 5e-5, 2e-7)
+    true = CostModel(0.004, 5e-5, 2e-7)
     timed = []
     for n in range(64):
         rows, width = int(torch.randint(1, 9, (), generator=draw)), int(torch.randint(8, 600, (), generator=draw))
         stall = 4.0 if n % 16 == 0 else 1.0
         noise = stall * (1 + 0.05 * float(torch.randn((), generator=draw)))
-        timed.append((Slice(tuple(range(rows)), rows * width, width), noise * true.of(rows * width, width)))
+        timed.append((MicroBatchRows(tuple(range(rows)), rows * width, width), noise * true.of(rows * width, width)))
     found = fitted(timed)
     assert found is not None
     # 80 tokens a pass and 0.004 a square, to the nearest power of two
-    assert found == PassCosts(64.0, 1.0, 2.0**-8)
+    assert found == CostModel(64.0, 1.0, 2.0**-8)
 
 
 def test_passes_that_are_alike_tell_nothing_of_their_costs() -> None:
-    assert fitted([(Slice((0,), 10, 10), 0.1)] * 99) is None
+    assert fitted([(MicroBatchRows((0,), 10, 10), 0.1)] * 99) is None
     assert fitted([]) is None
 
 
@@ -327,23 +327,28 @@ def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
     """Processes read ahead unequally far: were one window cut in two ways, rows would be lost and others met twice."""
 
     class Loaded:
-        def cut(self, rows: tuple[int, ...], cutter: Cutter) -> list[list[Slice]]:
-            return cutter.shares(rows, [row + 1 for row in rows])
+        def cut(self, rows: tuple[int, ...], planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
+            return planner.shares(rows, [row + 1 for row in rows])
 
-        def load(self, shares: Iterable[Share], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
+        def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
             taken = list(shares) if ahead else shares  # workers take all there are
             for share in taken:
                 yield [MicroBatch(None, {}, (), piece, 0, 0) for piece in share.slices]
 
-    dear, cheap = Cutter(Caps(4), PassCosts(1000, 1, 0)), Cutter(Caps(4), PassCosts(0, 1, 0))
-    feed = Feed(Plan(24, 1, Batching(4, 2, 1, 8)), cast(Loader, Loaded()), dear)
-    portions = feed.epoch(0)
-    assert len(next(portions).micro_batches) == 2
-    portions.read_ahead()
-    feed.cutter = cheap
-    for portion in portions:
-        assert len(portion.micro_batches) == 8
-        assert sorted(row for micro in portion.micro_batches for row in micro.slice.rows) == sorted(portion.window.rows)
+    dear, cheap = (
+        MicroBatchPlanner(BatchLimits(4), CostModel(1000, 1, 0)),
+        MicroBatchPlanner(BatchLimits(4), CostModel(0, 1, 0)),
+    )
+    window_loader = WindowLoader(Plan(24, 1, BatchSizes(4, 2, 1, 8)), cast(Loader, Loaded()), dear)
+    local_windows = window_loader.epoch(0)
+    assert len(next(local_windows).micro_batches) == 2
+    local_windows.read_ahead()
+    window_loader.planner = cheap
+    for local_window in local_windows:
+        assert len(local_window.micro_batches) == 8
+        assert sorted(row for micro in local_window.micro_batches for row in micro.slice.rows) == sorted(
+            local_window.window.rows
+        )
 
 
 def test_a_masked_lm_is_cut_by_length_and_keeps_its_draws() -> None:

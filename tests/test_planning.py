@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ftaccum import SettingsError, plan
-from ftaccum.planning.batch_size import Batching, resolve_batching
+from ftaccum.planning.batch_size import BatchSizes, resolve_batch_sizes
 from ftaccum.planning.plan import Plan
 from ftaccum.planning.shuffle import hold_out
 
@@ -13,7 +13,7 @@ SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3
 
 
 def planned(n: int, b: int, k: int, p: int) -> Plan:
-    return Plan(n, 2, Batching(b, k, p, b * k * p))
+    return Plan(n, 2, BatchSizes(b, k, p, b * k * p))
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -25,8 +25,8 @@ def test_every_row_is_seen_once_an_epoch(epoch: int) -> None:
 
 
 def test_windows_depend_on_the_effective_batch_size_alone() -> None:
-    cuts = [Batching(12, 1, 1, 12), Batching(4, 3, 1, 12), Batching(2, 3, 2, 12), Batching(5, 3, 1, 12)]
-    windows = [list(Plan(31, 1, batching).windows(0)) for batching in cuts]
+    cuts = [BatchSizes(12, 1, 1, 12), BatchSizes(4, 3, 1, 12), BatchSizes(2, 3, 2, 12), BatchSizes(5, 3, 1, 12)]
+    windows = [list(Plan(31, 1, batch_sizes).windows(0)) for batch_sizes in cuts]
     assert all(other == windows[0] for other in windows[1:])
 
 
@@ -38,8 +38,8 @@ def test_windows_are_numbered_through_the_run_and_every_epoch_is_shuffled_anew()
 
 
 def test_order_follows_the_seed_and_stays_what_it_was() -> None:
-    first = next(Plan(10, 1, Batching(5, 1, 1, 5), seed=42).windows(0)).rows
-    assert first != next(Plan(10, 1, Batching(5, 1, 1, 5), seed=43).windows(0)).rows
+    first = next(Plan(10, 1, BatchSizes(5, 1, 1, 5), seed=42).windows(0)).rows
+    assert first != next(Plan(10, 1, BatchSizes(5, 1, 1, 5), seed=43).windows(0)).rows
     # Written down, because a resumed run must find its rows again: a change here breaks every run in progress.
     assert first == (8, 7, 3, 9, 6)
 
@@ -53,24 +53,24 @@ def test_updates_per_epoch_are_the_windows(micro_batches: int, k: int, updates: 
 
 
 def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:
-    assert resolve_batching(batch_size=4, effective_batch_size=256) == Batching(4, 64, 1, 256)
-    assert resolve_batching(batch_size=4, effective_batch_size=30, num_processes=2) == Batching(4, 4, 2, 30)
-    assert resolve_batching(batch_size=4, effective_batch_size=3) == Batching(4, 1, 1, 3)
+    assert resolve_batch_sizes(batch_size=4, effective_batch_size=256) == BatchSizes(4, 64, 1, 256)
+    assert resolve_batch_sizes(batch_size=4, effective_batch_size=30, num_processes=2) == BatchSizes(4, 4, 2, 30)
+    assert resolve_batch_sizes(batch_size=4, effective_batch_size=3) == BatchSizes(4, 1, 1, 3)
     # 4 × 2048 tokens a micro-batch, 524,288 wanted: the arithmetic of a pre-training run
-    by_tokens = resolve_batching(batch_size=4, tokens_per_update=524_288, tokens_per_row=2048)
-    assert by_tokens == Batching(4, 64, 1, 256)
+    by_tokens = resolve_batch_sizes(batch_size=4, tokens_per_update=524_288, tokens_per_row=2048)
+    assert by_tokens == BatchSizes(4, 64, 1, 256)
     # k beside rows that need as many passes
     assert (
-        resolve_batching(batch_size=4, gradient_accumulation_steps=8, effective_batch_size=30).effective_batch_size
+        resolve_batch_sizes(batch_size=4, gradient_accumulation_steps=8, effective_batch_size=30).effective_batch_size
         == 30
     )
 
 
 def test_sizes_that_disagree_are_an_error_with_the_arithmetic() -> None:
     with pytest.raises(SettingsError, match=r"asks for 64 rows; .*4 rows × 3 steps × 2 processes = 24 rows"):
-        resolve_batching(batch_size=4, gradient_accumulation_steps=3, effective_batch_size=64, num_processes=2)
+        resolve_batch_sizes(batch_size=4, gradient_accumulation_steps=3, effective_batch_size=64, num_processes=2)
     with pytest.raises(SettingsError, match=r"asks for 8 rows; .*100 tokens / 10 per row = 10 rows"):
-        resolve_batching(batch_size=4, effective_batch_size=8, tokens_per_update=100, tokens_per_row=10)
+        resolve_batch_sizes(batch_size=4, effective_batch_size=8, tokens_per_update=100, tokens_per_row=10)
 
 
 def test_hold_out_takes_its_share_by_the_seed_and_leaves_the_rest() -> None:

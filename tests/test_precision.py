@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
-from ftaccum.runtime.accelerator import session
-from ftaccum.runtime.gradients.fp32 import WideGradients
+from ftaccum.runtime.accelerator import accelerator_session
+from ftaccum.runtime.gradients.fp32 import Fp32Gradients
 from ftaccum.settings import Runtime
 from heads import HEADS, RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 from running_out import limited
@@ -188,13 +188,13 @@ def test_sums_in_float32_change_nothing_of_wider_weights() -> None:
 
 def test_rows_of_an_embedding_are_added_to_its_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse: list[bool] = []
-    add = WideGradients._add
+    add = Fp32Gradients._add
 
-    def watched(sums: WideGradients, p: Tensor) -> None:
+    def watched(sums: Fp32Gradients, p: Tensor) -> None:
         sparse.append(p.grad.is_sparse)
         add(sums, p)
 
-    monkeypatch.setattr(WideGradients, "_add", watched)
+    monkeypatch.setattr(Fp32Gradients, "_add", watched)
     model = CLASSIFIER.model().bfloat16()
     update(model, CLASSIFIER.rows(4), 1, accumulate_in_fp32=True)
     assert sum(sparse) == 4 * sum(isinstance(module, nn.Embedding) for module in model.modules())
@@ -219,8 +219,8 @@ def test_the_state_that_is_moved_and_kept_is_that_of_the_optimizer_behind_the_su
     model = CLASSIFIER.model().bfloat16()
     optimizer = torch.optim.AdamW(model.parameters())
     update(model, CLASSIFIER.rows(4), 2, accumulate_in_fp32=True, optimizer=optimizer)
-    with session(Runtime(), 0) as accelerator:
-        _, prepared = WideGradients(optimizer).prepare(accelerator, model)
+    with accelerator_session(Runtime(), 0) as accelerator:
+        _, prepared = Fp32Gradients(optimizer).prepare(accelerator, model)
         kept = prepared.state_dict()
         stand_ins = [s for group in prepared.param_groups for s in group["params"]]
     assert all(s.untyped_storage().nbytes() == 4 for s in stand_ins), "stand-ins take no memory"

@@ -12,7 +12,7 @@ from torch import nn
 
 import ftaccum.runtime.signals
 from ftaccum import Preempted
-from ftaccum.runtime.signals import Interrupts
+from ftaccum.runtime.signals import StopSignals
 from interrupted import checkpoints_of, fine_tuned, ledger_of, model
 
 
@@ -113,12 +113,12 @@ def test_in_a_thread_nothing_is_kept(tmp_path: Path) -> None:
 
 
 def test_one_that_is_kept_already_is_kept_once() -> None:
-    interrupts = Interrupts("", (signal.SIGUSR1,))
+    stop_signals = StopSignals("", (signal.SIGUSR1,))
     before = signal.getsignal(signal.SIGUSR1)
-    with interrupts.kept():
-        with interrupts.kept():
+    with stop_signals.kept():
+        with stop_signals.kept():
             pass
-        assert signal.getsignal(signal.SIGUSR1) == interrupts._keep
+        assert signal.getsignal(signal.SIGUSR1) == stop_signals._keep
     assert signal.getsignal(signal.SIGUSR1) == before
 
 

@@ -13,8 +13,8 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
 from ftaccum.data.dataset import Rows
 from ftaccum.data.validation import sample_positions
-from ftaccum.objective.item_counts import Counting
-from ftaccum.objective.perturbation import in_float32, shaken
+from ftaccum.objective.item_counts import ItemCounter
+from ftaccum.objective.perturbation import float32_weights, perturb_head
 from ftaccum.objective.probe import Explanation, choose, explain
 from heads import HEADS
 
@@ -54,7 +54,7 @@ def elements_mean(b: dict[str, Tensor]) -> Tensor:
 def measured(loss: Any, whole: dict[str, Tensor], apart: Any = None) -> tuple[str, Explanation]:
     """The way to count that is chosen, and how well it explains the loss."""
     losses = lambda b: {"loss": float(loss(b))}
-    ways = Counting().applicable(whole)
+    ways = ItemCounter().applicable(whole)
     way = choose(losses, whole, groups, {"loss": ways}, ignore_index=-100)["loss"]
     return way, explain(losses, whole, groups, groups(whole) if apart is None else apart, {"loss": ways[way]})
 
@@ -219,7 +219,7 @@ def test_full_precision_is_for_the_time_being() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     torch.set_float32_matmul_precision("medium")
     try:
-        with in_float32(model):
+        with float32_weights(model):
             assert {p.dtype for p in model.parameters()} == {torch.float32}
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "medium"
@@ -271,7 +271,7 @@ def test_shaking_the_last_weights_puts_them_back() -> None:
     for head in HEADS.values():
         model = head.model()
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        with shaken(model):
+        with perturb_head(model):
             assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

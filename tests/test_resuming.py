@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
 from ftaccum.checkpoint.manifest import seal
 from ftaccum.planning.shuffle import hold_out, order_of
-from ftaccum.settings import checked
+from ftaccum.settings import parse_settings
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
 
@@ -523,9 +523,9 @@ def test_bad_settings(arguments: dict[str, Any], said: str) -> None:
 
 def test_off_and_auto_are_read_as_meant() -> None:
     for off in (False, "off", None):
-        assert checked({"resume": off})[1].resume is None
+        assert parse_settings({"resume": off})[1].resume is None
     for on in (True, "Auto", "true"):
-        assert checked({"resume": on, "output_dir": "o"})[1].resume == "auto"
+        assert parse_settings({"resume": on, "output_dir": "o"})[1].resume == "auto"
 
 
 @pytest.mark.processes

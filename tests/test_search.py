@@ -526,7 +526,9 @@ def asked(study: optuna.Study) -> optuna.Trial:
 def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path)
     study = quick(output_dir=folder, n_trials=3)
-    monkeypatch.setattr(ftaccum.apps.search.worker.Leader, "_next", _go_once(ftaccum.apps.search.worker.Leader._next))
+    monkeypatch.setattr(
+        ftaccum.apps.search.worker.TrialRunner, "_next", _go_once(ftaccum.apps.search.worker.TrialRunner._next)
+    )
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
     study = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path}/study.db")
     assert [trial.state for trial in study.trials[3:]] == [FAILED]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ftaccum import SettingsError, plan
-from ftaccum.settings import Recipe, Runtime, checked
+from ftaccum.settings import Recipe, Runtime, parse_settings
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "4", None])
@@ -16,7 +16,7 @@ def test_counts_must_be_positive_integers(value: Any) -> None:
     with pytest.raises(
         SettingsError, match=f"`n_epochs` must be a positive integer, but is {value!r} instead. It mean"
     ):
-        checked({"n_epochs": value})
+        parse_settings({"n_epochs": value})
 
 
 @pytest.mark.parametrize(
@@ -41,29 +41,32 @@ def test_counts_must_be_positive_integers(value: Any) -> None:
 )
 def test_steps_are_a_positive_integer_or_pairs_that_ascend(value: Any) -> None:
     with pytest.raises(SettingsError, match=r"`gradient_accumulation_steps` must be a positive integer, or pairs"):
-        checked({"gradient_accumulation_steps": value})
+        parse_settings({"gradient_accumulation_steps": value})
 
 
 def test_steps_that_are_recommended_are_taken() -> None:
     with pytest.raises(SettingsError, match="such as '0:2,100:8', but is 0 instead"):
-        checked({"gradient_accumulation_steps": 0})
+        parse_settings({"gradient_accumulation_steps": 0})
     with pytest.raises(SettingsError, match="as pairs, such as '0:2,100:8', or leave"):
-        checked({"learning_rate_scaling": "sqrt"})
-    assert checked({"gradient_accumulation_steps": "0:2,100:8"})[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
+        parse_settings({"learning_rate_scaling": "sqrt"})
+    assert parse_settings({"gradient_accumulation_steps": "0:2,100:8"})[0].gradient_accumulation_steps == [
+        [0, 2],
+        [100, 8],
+    ]
     shown = str(plan(1000, gradient_accumulation_steps="0:2,100:8"))
     assert shown == str(plan(1000, gradient_accumulation_steps=[(0, 2), (100, 8)]))
 
 
 def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
     pairs = np.array([(0, 2), (100, 8)])
-    assert checked({"gradient_accumulation_steps": pairs})[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
+    assert parse_settings({"gradient_accumulation_steps": pairs})[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
     for name in ("effective_batch_size", "tokens_per_update"):
         with pytest.raises(SettingsError, match=rf"is \[\[0, 2\], \[100, 8\]\], which .* and so does `{name}`, 64"):
-            checked({"gradient_accumulation_steps": pairs, name: 64})
+            parse_settings({"gradient_accumulation_steps": pairs, name: 64})
     with pytest.raises(SettingsError, match=r"`batch_size` is 'auto', so that `gradient_accumulation_steps` follows"):
-        checked({"gradient_accumulation_steps": pairs, "batch_size": "auto"})
+        parse_settings({"gradient_accumulation_steps": pairs, "batch_size": "auto"})
     with pytest.raises(SettingsError, match=r"`learning_rate_scaling` is 'sqrt', but k is 4 from beginning to end"):
-        checked({"gradient_accumulation_steps": 4, "learning_rate_scaling": "sqrt"})
+        parse_settings({"gradient_accumulation_steps": 4, "learning_rate_scaling": "sqrt"})
 
 
 @pytest.mark.parametrize(
@@ -97,12 +100,12 @@ def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
 )
 def test_other_settings_say_what_they_may_be(name: str, value: Any, words: str) -> None:
     with pytest.raises(SettingsError, match=f"`{name}` must be {words}"):
-        checked({name: value})
+        parse_settings({name: value})
 
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
-        checked({"batch_size": 0, "learning_rate": -1, "use_amp": 1})
+        parse_settings({"batch_size": 0, "learning_rate": -1, "use_amp": 1})
     assert len(caught.value.faults) == 3
     assert all(f"`{name}`" in str(caught.value) for name in ("batch_size", "learning_rate", "use_amp"))
 
@@ -123,7 +126,7 @@ def test_all_faults_are_told_at_once() -> None:
 )
 def test_settings_that_contradict_each_other(given: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        checked(given)
+        parse_settings(given)
 
 
 def test_an_error_can_be_sent_to_another_process() -> None:
@@ -132,11 +135,13 @@ def test_an_error_can_be_sent_to_another_process() -> None:
 
 
 def test_what_is_left_out_takes_its_default() -> None:
-    assert checked({"batch_size": 8}) == (Recipe(), Runtime(batch_size=8))
+    assert parse_settings({"batch_size": 8}) == (Recipe(), Runtime(batch_size=8))
 
 
 def test_numbers_of_numpy_and_paths_are_taken() -> None:
-    recipe, runtime = checked({"learning_rate": np.float64(1e-3), "batch_size": np.int64(8), "output_dir": Path("out")})
+    recipe, runtime = parse_settings(
+        {"learning_rate": np.float64(1e-3), "batch_size": np.int64(8), "output_dir": Path("out")}
+    )
     assert (recipe.learning_rate, runtime.batch_size, runtime.output_dir) == (1e-3, 8, "out")
 
 

@@ -19,7 +19,7 @@ from transformers import BertTokenizerFast
 
 from ftaccum import DataError, SettingsError, search, test_fine_tuning
 from ftaccum.data import iterable as streaming
-from ftaccum.planning.batch_size import Batching
+from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.planning.plan import Plan
 from ftaccum.planning.stream_plan import StreamPlan
 from heads import (
@@ -97,7 +97,7 @@ def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(r
         for epochs in (1, 2, 4):
             for later in ((), ((1, 3), (4, 1))):
                 for most in (1, 2, 99):
-                    counted = Plan(n, epochs, Batching(2, 1, 1, 2, later), remainder=remainder, max_updates=most)
+                    counted = Plan(n, epochs, BatchSizes(2, 1, 1, 2, later), remainder=remainder, max_updates=most)
                     wanted = [(w.index, w.epoch, len(w.rows)) for e in counted.epochs for w in counted.windows(e)]
                     left = dict.fromkeys(range(epochs), n)
 
@@ -106,7 +106,7 @@ def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(r
                         left[epoch] -= came
                         return came
 
-                    plan = StreamPlan(epochs, Batching(2, 1, 1, 2, later), most, read, remainder=remainder)
+                    plan = StreamPlan(epochs, BatchSizes(2, 1, 1, 2, later), most, read, remainder=remainder)
                     windows = [w for e in plan.epochs for w in plan.windows(e)]
                     assert [(w.index, w.epoch, len(w.rows)) for w in windows] == wanted
                     seen = [row for w in windows for row in w.rows]
@@ -124,7 +124,7 @@ def test_a_window_of_a_stream_belongs_to_the_pass_that_its_last_row_came_in(pass
         left[epoch] -= came
         return came
 
-    plan = StreamPlan(9, Batching(4, 1, 1, 4), 99, read, remainder="carry")
+    plan = StreamPlan(9, BatchSizes(4, 1, 1, 4), 99, read, remainder="carry")
     windows = [(epoch, window) for epoch in plan.epochs for window in plan.windows(epoch)]
     came_in = [epoch for epoch in range(passes.index(0) if 0 in passes else len(passes)) for _ in range(passes[epoch])]
     assert [n for _, window in windows for n in window.rows] == list(range(len(came_in)))
@@ -141,7 +141,7 @@ def test_windows_of_a_stream_that_are_passed_over_are_read(remainder: str) -> No
             left[epoch] -= came
             return came
 
-        plan = StreamPlan(3, Batching(3, 1, 1, 3), 99, read, remainder=remainder)
+        plan = StreamPlan(3, BatchSizes(3, 1, 1, 3), 99, read, remainder=remainder)
         return [window for epoch in plan.epochs for window in plan.windows(epoch, start)], sum(left)
 
     whole, _ = windows(0)

@@ -11,7 +11,7 @@ import transformers
 from transformers import BertForMaskedLM
 
 from every_head import TASKS, Case, Verdict, cases, check
-from ftaccum.objective.normalizer import Denominator
+from ftaccum.objective.normalizer import LossNormalizer
 
 # Every task; the usual ones, and heads that count, pad or pool in ways of their own.
 SAMPLE = {
@@ -99,10 +99,10 @@ def test_a_head_that_is_exact_lets_the_sweep_pass(
 def test_a_denominator_that_divides_by_the_passes_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def divided_by_k(self: Denominator, means: dict[str, torch.Tensor], counts: dict[str, float]) -> torch.Tensor:  # noqa: ARG001
+    def divided_by_k(self: LossNormalizer, means: dict[str, torch.Tensor], counts: dict[str, float]) -> torch.Tensor:  # noqa: ARG001
         return sum(means.values(), torch.zeros(())) / self._passes
 
-    monkeypatch.setattr(Denominator, "contribution", divided_by_k)
+    monkeypatch.setattr(LossNormalizer, "contribution", divided_by_k)
     monkeypatch.setattr(sys, "argv", ["sweep_heads", "--task", "MASKED_LM", "--only", "RemBertForMaskedLM"])
     assert _script("sweep_heads").main() == 1
     assert "SILENTLY WRONG: 1\n  masked_lm, RemBertForMaskedLM: the gradient is" in capsys.readouterr().out

@@ -17,11 +17,11 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from ftaccum import SettingsError, Verification, verify
 from ftaccum.apps.cli import main
 from ftaccum.apps.verify.bench import Bench
-from ftaccum.apps.verify.gradients import Found
+from ftaccum.apps.verify.gradients import WindowGradient
 from ftaccum.apps.verify.splits import splits_of
 from ftaccum.data.dataset import as_rows
-from ftaccum.objective.normalizer import Denominator, ItemMeans
-from ftaccum.planning.micro_batches import Caps, Cutter
+from ftaccum.objective.normalizer import LossNormalizer, WeightedMeans
+from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 SIZES: dict[str, Any] = {"batch_size": 3, "effective_batch_size": 11, "progress": False}
@@ -63,10 +63,10 @@ def test_every_split_of_a_mean_over_items_is_exact(name: str) -> None:
 
 def test_what_is_held_against_is_one_batch_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or all could be equally wrong."""
-    seen: list[tuple[Bench, tuple[int, ...], Found]] = []
+    seen: list[tuple[Bench, tuple[int, ...], WindowGradient]] = []
     together = Bench.together
 
-    def recorded(bench: Bench, rows: tuple[int, ...], **others: Any) -> Found:
+    def recorded(bench: Bench, rows: tuple[int, ...], **others: Any) -> WindowGradient:
         found = together(bench, rows, **others)
         seen.append((bench, rows, found))
         return found
@@ -85,10 +85,10 @@ def test_what_is_held_against_is_one_batch_in_plain_pytorch(monkeypatch: pytest.
 
 
 def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mean_of_means(self: Denominator, means: dict[str, Tensor], _: Any) -> Tensor:
+    def mean_of_means(self: LossNormalizer, means: dict[str, Tensor], _: Any) -> Tensor:
         return torch.stack(list(means.values())).sum() / self._passes
 
-    monkeypatch.setattr(Denominator, "contribution", mean_of_means)
+    monkeypatch.setattr(LossNormalizer, "contribution", mean_of_means)
     found = of_head(CAUSAL)
     assert not found
     wrong = {measured.split for measured in found.splits if not measured.exact}
@@ -103,8 +103,8 @@ def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    total = ItemMeans.total
-    monkeypatch.setattr("ftaccum.objective.normalizer.ItemMeans.total", lambda means: factor * total(means))
+    total = WeightedMeans.total
+    monkeypatch.setattr("ftaccum.objective.normalizer.WeightedMeans.total", lambda means: factor * total(means))
     found = of_head(BERT)
     assert not any(measured.exact for measured in found.splits)
     assert max(measured.gradient_error or 0.0 for measured in found.splits) < 1e-10
@@ -299,7 +299,7 @@ def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.Mon
     assert 1e-4 < fp16.floor < bf16.floor
     alone = verify(head.model(), head.rows(30), mixed_precision="bf16", **SIZES)
     assert (alone.dtype, alone.tolerance) == ("float64", 1e-10), "which autocast leaves alone"
-    monkeypatch.setattr(Denominator, "for_backward", lambda _, contribution: contribution)
+    monkeypatch.setattr(LossNormalizer, "for_backward", lambda _, contribution: contribution)
     assert not verify(head.model().float(), head.rows(30), mixed_precision="bf16", **SIZES).exact
 
 
@@ -368,12 +368,15 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_splits_have_every_row_once_and_as_many_passes_on_every_process() -> None:
     for processes in (1, 2, 3):
-        cutter = Cutter(Caps(3), None, processes)
-        for split in splits_of(tuple(range(100, 111)), lambda rows, c: c.shares(rows), cutter, 3 * processes, 4, 0):
+        planner = MicroBatchPlanner(BatchLimits(3), None, processes)
+        for split in splits_of(tuple(range(100, 111)), lambda rows, c: c.shares(rows), planner, 3 * processes, 4, 0):
             assert sorted(row for piece in split.slices for row in piece.rows) == sorted(split.rows)
             assert len({len(share) for share in split.shares}) == 1
     short = {
-        len(s.rows) for s in splits_of(tuple(range(64)), lambda r, c: c.shares(r), Cutter(Caps(1), None, 1), 1, 0, 0)
+        len(s.rows)
+        for s in splits_of(
+            tuple(range(64)), lambda r, c: c.shares(r), MicroBatchPlanner(BatchLimits(1), None, 1), 1, 0, 0
+        )
     }
     assert short == {64, 1, 22, 42, 63}
 

@@ -10,13 +10,13 @@ import torch
 from ftaccum import test_fine_tuning
 from ftaccum.fine_tuning import fine_tuned
 from ftaccum.planning.plan import Plan
-from ftaccum.training.callbacks import Watcher
+from ftaccum.training.callbacks import Callback
 from heads import HEADS
 
 HEAD = HEADS["sequence classification, BERT"]
 
 
-class Recorder(Watcher):
+class MetricsLogger(Callback):
     def __init__(self, *milestones: int) -> None:
         self._milestones, self.reached_at = milestones, list[tuple[int, int, float]]()
 
@@ -28,7 +28,7 @@ class Recorder(Watcher):
         self.reached_at.append((milestone, rows, val_loss))
 
 
-def run(watcher: Watcher, **arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
+def run(callback: Callback, **arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """Two epochs of 30 rows in windows of 8, with dropout, so that every draw counts."""
     torch.manual_seed(0)
     model = HEAD.model().float()
@@ -38,34 +38,34 @@ def run(watcher: Watcher, **arguments: Any) -> tuple[dict[str, torch.Tensor], An
     defaults = {n: p.default for n, p in inspect.signature(test_fine_tuning).parameters.items()}
     given = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8, "progress": False, "deterministic": True}
     data = {"train_data": HEAD.rows(36), "validation_split": 1 / 6}
-    result = fine_tuned({**defaults, **given, **data, **arguments, "model": model}, watcher)
+    result = fine_tuned({**defaults, **given, **data, **arguments, "model": model}, callback)
     return model.state_dict(), result
 
 
 def test_milestones_are_told_at_the_first_update_that_reaches_them() -> None:
-    watcher = Recorder(5, 8, 20, 30, 41, 60)
-    _, result = run(watcher)
+    callback = MetricsLogger(5, 8, 20, 30, 41, 60)
+    _, result = run(callback)
     # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same one, and told as the later.
-    assert [(m, rows) for m, rows, _ in watcher.reached_at] == [(8, 8), (20, 24), (30, 30), (41, 46), (60, 60)]
-    assert [watcher.reached_at[n][2] for n in (2, 4)] == result.val_loss_history
+    assert [(m, rows) for m, rows, _ in callback.reached_at] == [(8, 8), (20, 24), (30, 30), (41, 46), (60, 60)]
+    assert [callback.reached_at[n][2] for n in (2, 4)] == result.val_loss_history
 
 
 def test_looking_on_changes_nothing() -> None:
-    alone, alone_result = run(Watcher())
-    watched, watched_result = run(Recorder(8, 16, 30, 38))
+    alone, alone_result = run(Callback())
+    watched, watched_result = run(MetricsLogger(8, 16, 30, 38))
     assert all(torch.equal(alone[name], watched[name]) for name in alone)
     assert watched_result.loss_history == alone_result.loss_history
     assert watched_result.val_loss_history == alone_result.val_loss_history
 
 
 def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> None:
-    class Stopper(Recorder):
+    class Stopper(MetricsLogger):
         def reached(self, milestone: int, rows: int, val_loss: float) -> None:
             raise KeyError(milestone, rows, val_loss)
 
     with pytest.raises(KeyError, match="16"):
         run(Stopper(16))
-    run(Watcher())
+    run(Callback())
 
 
 def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +79,6 @@ def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest
 
     evaluate = Evaluation.__call__
     monkeypatch.setattr(Evaluation, "__call__", slow)
-    _, result = run(Recorder(8, 16, 24, 38, 46, 54))
+    _, result = run(MetricsLogger(8, 16, 24, 38, 46, 54))
     assert result.training_time > 9 * 0.4
     assert result.samples_per_second > 60 / (6 * 0.4)

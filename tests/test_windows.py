@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ftaccum.planning.batch_size import Batching, rate_factor
+from ftaccum.planning.batch_size import BatchSizes, rate_factor
 from ftaccum.planning.plan import Plan
 
 LATER: list[tuple[tuple[int, int], ...]] = [(), ((1, 3),), ((1, 2), (2, 1), (5, 4))]
@@ -21,7 +21,7 @@ CASES = [
 
 
 def planned(n: int, epochs: int, b: int, k: int, later: tuple[tuple[int, int], ...], **more: object) -> Plan:
-    return Plan(n, epochs, Batching(b, k, 1, b * k, later), **more)  # type: ignore[arg-type]
+    return Plan(n, epochs, BatchSizes(b, k, 1, b * k, later), **more)  # type: ignore[arg-type]
 
 
 def all_windows(plan: Plan) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -30,8 +30,8 @@ def all_windows(plan: Plan) -> list[tuple[int, int, tuple[int, ...]]]:
 
 def wanted(plan: Plan, update: int) -> int:
     """Rows that an update is to have, by the words of the argument."""
-    changes = [(0, plan.batching.gradient_accumulation_steps), *plan.batching.later]
-    return plan.batching.batch_size * next(k for first, k in reversed(changes) if first <= update)
+    changes = [(0, plan.batch_sizes.gradient_accumulation_steps), *plan.batch_sizes.later]
+    return plan.batch_sizes.batch_size * next(k for first, k in reversed(changes) if first <= update)
 
 
 def flushed_as_ever(n: int, epochs: int, size: int, seed: int = 42) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -112,7 +112,7 @@ def test_a_run_that_ends_early_has_the_same_windows_until_then(remainder: str) -
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
 def test_a_plan_of_millions_of_windows_is_arithmetic(remainder: str) -> None:
     """A tenth of a second; counted one by one, they took two."""
-    plan = Plan(1_000_003, 3, Batching(1, 1, 1, 1, ((10, 2),)), remainder=remainder)
+    plan = Plan(1_000_003, 3, BatchSizes(1, 1, 1, 1, ((10, 2),)), remainder=remainder)
     started = time.process_time()
     assert "updates in all" in str(plan)
     assert time.process_time() - started < 1
@@ -132,7 +132,7 @@ def test_a_run_that_begins_anywhere_has_the_windows_from_there_on(remainder: str
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
 def test_a_window_far_into_a_run_is_counted_and_not_read_up_to(remainder: str) -> None:
     """A hundredth of a second: the order of its epoch. Read up to window by window, it takes ten times that."""
-    plan = Plan(100_000, 3, Batching(4, 1, 1, 4), remainder=remainder)
+    plan = Plan(100_000, 3, BatchSizes(4, 1, 1, 4), remainder=remainder)
     assert plan.n_windows == 75_000
     started = time.process_time()
     window = next(plan.windows(2, 60_000))
@@ -143,7 +143,7 @@ def test_a_window_far_into_a_run_is_counted_and_not_read_up_to(remainder: str) -
 
 
 def test_an_epoch_may_have_no_window_and_a_window_a_row_more_than_once() -> None:
-    plan = Plan(3, 5, Batching(8, 1, 1, 8), remainder="carry")
+    plan = Plan(3, 5, BatchSizes(8, 1, 1, 8), remainder="carry")
     assert [plan.n_windows_of(epoch) for epoch in plan.epochs] == [0, 0, 1, 0, 1]
     (first,), (last,) = plan.windows(2), plan.windows(4)
     assert max(Counter(first.rows).values()) == 3
@@ -153,13 +153,13 @@ def test_an_epoch_may_have_no_window_and_a_window_a_row_more_than_once() -> None
 def test_processes_and_the_physical_batch_change_no_window_that_grows() -> None:
     later = ((2, 4), (5, 12))
     halved = tuple((update, k // 2) for update, k in later)
-    one, two = Batching(3, 2, 1, 6, later), Batching(3, 1, 2, 6, halved)
+    one, two = BatchSizes(3, 2, 1, 6, later), BatchSizes(3, 1, 2, 6, halved)
     assert all_windows(Plan(31, 3, one, remainder="carry")) == all_windows(Plan(31, 3, two, remainder="carry"))
 
 
 @pytest.mark.parametrize(("rule", "factors"), [("none", [1, 1, 1]), ("sqrt", [1, 2, 0.5]), ("linear", [1, 4, 0.25])])
 def test_the_rate_follows_k(rule: str, factors: list[float]) -> None:
-    plan = Plan(100, 1, Batching(1, 4, 1, 4, ((2, 16), (4, 1))), rate_scaling=rule)
+    plan = Plan(100, 1, BatchSizes(1, 4, 1, 4, ((2, 16), (4, 1))), rate_scaling=rule)
     assert [plan.rate_factor(update) for update in (0, 1, 2, 3, 4, 9)] == [f for f in factors[:2] for _ in "ab"] + [
         factors[2]
     ] * 2

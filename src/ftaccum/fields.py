@@ -172,7 +172,7 @@ def setting(default: Any, help: str, *aliases: str) -> Any:
     return field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
-def read_as(kind: type[T], given: Mapping[str, Any]) -> T:
+def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
     """One of the dataclasses of settings from those of its fields that are given, each read as its rule says."""
     rules = rules_of(kind)
     names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
@@ -201,7 +201,7 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def single_faults(settings: Any) -> list[str]:
+def find_faults(settings: Any) -> list[str]:
     """A sentence for each field of a settings dataclass that breaks the rule in its annotation."""
     rules = rules_of(type(settings))
     found = (

@@ -11,12 +11,12 @@ from .data.collator import Collator
 from .fields import Pairs
 from .objective.forward import LossFn
 from .objective.item_counts import CountItems
-from .runtime.accelerator import session
-from .runtime.others import others_watched
-from .settings import checked
+from .runtime.accelerator import accelerator_session
+from .runtime.others import report_lost_process
+from .settings import parse_settings
 from .tracking.result import Result
-from .training.callbacks import Watcher
-from .training.components import Parts, check_parts
+from .training.callbacks import Callback
+from .training.components import Components, check_components
 from .training.evaluation import ComputeMetrics
 from .training.optimizer import OptimizerFactory
 from .training.running import run
@@ -208,19 +208,19 @@ def test_fine_tuning(
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]
     """
-    return fine_tuned(locals(), Watcher())
+    return fine_tuned(locals(), Callback())
 
 
-def fine_tuned(arguments: Mapping[str, Any], watcher: Watcher) -> Result:
+def fine_tuned(arguments: Mapping[str, Any], callback: Callback) -> Result:
     """What `test_fine_tuning` does, given all of its arguments, before somebody's eyes."""
-    recipe, runtime = checked(arguments)
-    parts = Parts(**{f.name: arguments[f.name] for f in fields(Parts)})
-    check_parts(parts, recipe, runtime)
+    recipe, runtime = parse_settings(arguments)
+    components = Components(**{f.name: arguments[f.name] for f in fields(Components)})
+    check_components(components, recipe, runtime)
     with (
-        session(runtime, recipe.random_seed) as accelerator,
-        others_watched(accelerator.num_processes == 1, lambda: _BESIDE_TRAINING),
+        accelerator_session(runtime, recipe.random_seed) as accelerator,
+        report_lost_process(accelerator.num_processes == 1, lambda: _BESIDE_TRAINING),
     ):
-        return run(parts, recipe, runtime, accelerator, watcher)
+        return run(components, recipe, runtime, accelerator, callback)
 
 
 # pytest collects whatever is named `test_*` where a user imports it.

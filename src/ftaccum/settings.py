@@ -29,9 +29,9 @@ from .fields import (
     Steps,
     Text,
     Tracker,
-    read_as,
+    find_faults,
+    read_settings,
     setting,
-    single_faults,
 )
 
 
@@ -135,7 +135,7 @@ CHANGEABLE = (
 )
 
 
-def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
+def parse_settings(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     """Sorts keyword arguments into a Recipe and a Runtime.
 
     Args:
@@ -144,8 +144,8 @@ def checked(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     Raises:
         SettingsError: with a sentence for each fault, all of them at once.
     """
-    recipe, runtime = read_as(Recipe, given), read_as(Runtime, given)
-    faults = single_faults(recipe) + single_faults(runtime)
+    recipe, runtime = read_settings(Recipe, given), read_settings(Runtime, given)
+    faults = find_faults(recipe) + find_faults(runtime)
     if not faults:  # the joint rules compare values, which must be sound for that
         faults = _joint_faults(recipe, runtime)
     if faults:

@@ -110,8 +110,8 @@ def _judged(built: _Built) -> tuple[Kind, str, float | None]:
 
 def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
     """What a user would see of a run with these arguments, and how far off its gradients are."""
-    screen, error, crash = io.StringIO(), None, ""
-    with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(screen):
+    console, error, crash = io.StringIO(), None, ""
+    with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(console):
         warnings.simplefilter("always")
         try:
             found = accumulated_gradients(built.model, built.rows, **WINDOWS, **arguments)
@@ -119,7 +119,7 @@ def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
         except (DataError, SettingsError) as refusal:
             return "caught", f"{type(refusal).__name__}: {refusal}", None
         except Exception as other:
-            crash = _in_words(other)
+            crash = _describe(other)
     warned = [str(w.message) for w in told if issubclass(w.category, InexactLossWarning)]
     if warned:
         false_alarm = "(though it is exact) " if error is not None and error <= TOLERANCE else ""
@@ -127,9 +127,9 @@ def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
     if error is None:
         return "crashed", crash, None
     if not error <= TOLERANCE:
-        counted = next((line for line in screen.getvalue().splitlines() if line.startswith("Loss:")), "")
+        counted = next((line for line in console.getvalue().splitlines() if line.startswith("Loss:")), "")
         return "SILENTLY WRONG", f"the gradient is {error:.1e} off. {counted}", error
-    if "one width per window" in screen.getvalue():
+    if "one width per window" in console.getvalue():
         return "exact with a remedy", "one padded width per window, by itself", error
     return "exact", "", error
 
@@ -170,7 +170,7 @@ def _built(case: Case) -> _Built:
             if relative_error(again, wanted[0]) > TOLERANCE:
                 raise _NotBuildableError("its forward pass draws at random, though dropout is off")
             return _Built(model, rows, windows, wanted)
-    raise _NotBuildableError(_in_words(error))
+    raise _NotBuildableError(_describe(error))
 
 
 def one_batch_gradient(model: nn.Module, rows: Sequence[Row], seed: int = 0) -> Gradient:
@@ -195,7 +195,7 @@ def one_batch_gradient(model: nn.Module, rows: Sequence[Row], seed: int = 0) -> 
                     buffer.copy_(buffers[name])
 
 
-def _in_words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """An error with the line that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/transformers/" in f.filename]
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""

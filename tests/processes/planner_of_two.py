@@ -19,12 +19,12 @@ synced: list[bool] = []
 forward = DistributedDataParallel.forward
 
 
-def counting(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+def item_counter(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
     synced.append(model.require_backward_grad_sync)
     return forward(model, *args, **kwargs)
 
 
-DistributedDataParallel.forward = counting
+DistributedDataParallel.forward = item_counter
 alone = torch.load(sys.argv[1], weights_only=False)
 found, unsynced = {}, 0
 for name, (short, long) in alone.items():

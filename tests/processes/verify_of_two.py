@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 from ftaccum import Verification, verify
 from ftaccum.apps.verify.bench import Bench
-from ftaccum.objective.normalizer import Denominator
+from ftaccum.objective.normalizer import LossNormalizer
 from heads import HEADS, all_in_float64
 from test_verify import BERT, CAUSAL, FEATURES, QUESTIONS, Normed, cross_entropy
 
@@ -40,7 +40,7 @@ if not state.is_main_process:
 one_is_off = of_head(BERT)
 Bench.accumulated = accumulated  # type: ignore[method-assign]
 # Forgets that DDP averages over processes.
-Denominator.for_backward = lambda self, contribution: contribution * self._passes  # type: ignore[method-assign]
+LossNormalizer.for_backward = lambda self, contribution: contribution * self._passes  # type: ignore[method-assign]
 broken = of_head(BERT)
 told = {
     "exact": {name: each.exact for name, each in found.items()},

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, DivergedError, SettingsError
-from ..fields import single_faults
-from ..settings import Recipe, Runtime, checked
+from ..fields import find_faults
+from ..settings import Recipe, Runtime, parse_settings
 from .parser import NamedArguments, TrainArguments, parse
 from .plan import PlanArguments, plan
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
@@ -99,7 +99,7 @@ def _train(words: Sequence[str]) -> int:
     from .load import load
 
     settings = vars(recipe) | vars(runtime)
-    checked(settings)
+    parse_settings(settings)
     loaded = load(named, recipe.random_seed)
     measures = _measures(named, recipe.validation_split)
     result = test_fine_tuning(
@@ -132,8 +132,8 @@ def _search(words: Sequence[str]) -> int:
     from .search.tables import best_trial
 
     space = read_dimensions(varied.space)
-    checked(shared)
-    _refuse(single_faults(settings))
+    parse_settings(shared)
+    _refuse(find_faults(settings))
     model_factory, loaded = load_factory(named)
     study = search(
         model_factory,
@@ -165,8 +165,8 @@ def _verify(words: Sequence[str]) -> int:
     if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
         raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
 
-    checked(vars(recipe) | vars(runtime))
-    _refuse(single_faults(settings))
+    parse_settings(vars(recipe) | vars(runtime))
+    _refuse(find_faults(settings))
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for what was found
         from accelerate import PartialState
 
@@ -191,7 +191,7 @@ def _check_named(named: NamedArguments, command: str) -> None:
         raise SettingsError(
             [f"`--{name}` is needed. `ftaccum {command} --help` says what it may be." for name in needed]
         )
-    _refuse(single_faults(named))
+    _refuse(find_faults(named))
 
 
 def _refuse(faults: Sequence[str]) -> None:

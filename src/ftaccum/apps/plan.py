@@ -14,11 +14,11 @@ from ..fields import (
     Scaling,
     Seed,
     Steps,
-    read_as,
+    find_faults,
+    read_settings,
     setting,
-    single_faults,
 )
-from ..planning.batch_size import resolve_batching
+from ..planning.batch_size import resolve_batch_sizes
 from ..planning.plan import Plan
 from ..planning.shuffle import n_held_out
 from ..settings import Recipe, Runtime, faults_of_schedule
@@ -79,18 +79,18 @@ def plan(
     Raises:
         SettingsError: one sentence for each argument that cannot be used.
     """
-    arguments = read_as(PlanArguments, locals())
-    faults = single_faults(arguments) or faults_of_schedule(arguments)
+    arguments = read_settings(PlanArguments, locals())
+    faults = find_faults(arguments) or faults_of_schedule(arguments)
     if arguments.tokens_per_update is not None and arguments.tokens_per_row is None:
         faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
     if faults:
         raise SettingsError(faults)
     n_held = n_held_out(arguments.n_rows, arguments.validation_split)
-    sizes = {name: getattr(arguments, name) for name in inspect.signature(resolve_batching).parameters}
+    sizes = {name: getattr(arguments, name) for name in inspect.signature(resolve_batch_sizes).parameters}
     return Plan(
         arguments.n_rows - n_held,
         arguments.n_epochs,
-        resolve_batching(**sizes),
+        resolve_batch_sizes(**sizes),
         arguments.random_seed,
         n_held,
         arguments.remainder,

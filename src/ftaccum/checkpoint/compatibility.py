@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 from ..data.dataset import Rows
 from ..data.validation import sample_positions
 from ..errors import CheckpointError
-from ..planning.batch_size import Batching
-from ..runtime.state_guards import preserved_rng, seed_all
+from ..planning.batch_size import BatchSizes
+from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings import SIZES, Recipe, Runtime
-from ..training.build_data import Assembly
-from ..training.components import Parts
+from ..training.build_data import TrainingData
+from ..training.components import Components
 
 FORMAT = 1  # of a checkpoint's files; another one cannot be read
 _LOOKED_AT = 16  # numbers of a weight; numbers of a weight
@@ -36,9 +36,9 @@ def of_recipe(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if name not in SIZES}
 
 
-def of_sizes(batching: Batching) -> Any:
+def of_sizes(batch_sizes: BatchSizes) -> Any:
     """Rows of an update; where they change, pairs [from_update, rows]."""
-    stages = [[update, sizes.effective_batch_size] for update, sizes in batching.stages()]
+    stages = [[update, sizes.effective_batch_size] for update, sizes in batch_sizes.stages()]
     return stages if len(stages) > 1 else stages[0][1]
 
 
@@ -75,13 +75,13 @@ def of_optimizer(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__}({' | '.join(numbers)})"
 
 
-def facts_of(
-    parts: Parts,
+def checkpoint_metadata(
+    components: Components,
     recipe: Recipe,
     runtime: Runtime,
     optimizer: Optimizer,
-    assembly: Assembly,
-    batching: Batching,
+    data: TrainingData,
+    batch_sizes: BatchSizes,
     mixed_precision: str,
     device: str,
 ) -> dict[str, Any]:
@@ -91,22 +91,22 @@ def facts_of(
         "format": FORMAT,
         "recipe": of_recipe(recipe),
         "on": {
-            "effective_batch_size": of_sizes(batching),
-            "train_data": of_rows(assembly.train_rows),
-            "val_data": of_rows(assembly.val_rows),
-            "model": of_model(parts.model),
+            "effective_batch_size": of_sizes(batch_sizes),
+            "train_data": of_rows(data.train_rows),
+            "val_data": of_rows(data.val_rows),
+            "model": of_model(components.model),
             "optimizer": of_optimizer(optimizer),
-            "loss_fn": of_function(parts.loss_fn),
-            "data_collator": of_function(parts.data_collator),
+            "loss_fn": of_function(components.loss_fn),
+            "data_collator": of_function(components.data_collator),
         },
         "runs": {
-            "processes": batching.num_processes,
-            "batch_size": batching.batch_size,
+            "processes": batch_sizes.num_processes,
+            "batch_size": batch_sizes.batch_size,
             "mixed_precision": mixed_precision,
             "device": device,
             **{name: getattr(runtime, name) for name in _MATTER_TO_ROUNDING},
         },
-        "n_rows": len(assembly.train_rows),
+        "n_rows": len(data.train_rows),
         "versions": {package: version(package) for package in ("ftaccum", "torch", "transformers", "accelerate")},
     }
 
@@ -155,6 +155,6 @@ def _plain(value: Any) -> Any:
 
 
 def _looked_at(rows: Rows, positions: list[int]) -> str:
-    with preserved_rng():
+    with preserve_rng():
         seed_all(0)
         return Hasher.hash(rows.fetch(positions))

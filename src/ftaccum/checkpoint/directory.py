@@ -16,7 +16,7 @@ _DAMAGED = "damaged-"
 _PREVIOUS = ("checkpoints.previous", "checkpoints.previous-2")
 
 
-class Shelf:
+class CheckpointDirectory:
     """The folder `checkpoints` of a run's output folder. A name sorts by the number of updates; where an epoch has
     ended with an update, the checkpoint that has its validation loss comes after the one that has not."""
 

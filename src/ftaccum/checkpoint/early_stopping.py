@@ -50,7 +50,7 @@ class BestEpoch:
         """Whether training should have stopped by now."""
         return self._epochs_since >= self._patience
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Why it did."""
         if self.loss == math.inf:
             return f"Stopped early: no finite validation loss in {self._patience} epochs, so none is the best."

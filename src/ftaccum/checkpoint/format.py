@@ -22,7 +22,7 @@ OPTIMIZER, PROCESSES, BEST, BESIDE = "optimizer.pt", "processes.pt", "best.safet
 class Snapshot:
     """A run's state on the host, which the run does not change any more."""
 
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     entries: list[WindowEntry | EpochEntry]
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -56,7 +56,7 @@ class Snapshot:
         torch.save(self.steps, folder / OPTIMIZER)
         torch.save(self.processes, folder / PROCESSES)
         torch.load(folder / OPTIMIZER, weights_only=True, mmap=True)
-        (folder / STATE).write_text(json.dumps(self.facts, indent=2) + "\n")
+        (folder / STATE).write_text(json.dumps(self.metadata, indent=2) + "\n")
         with (folder / LEDGER).open("w") as file:
             file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
 
@@ -66,7 +66,7 @@ class Checkpoint:
     """A checkpoint that has been opened: what is known of the run, and what it has recorded."""
 
     path: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     entries: list[WindowEntry | EpochEntry]
 
     @classmethod

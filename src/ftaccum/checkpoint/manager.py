@@ -8,28 +8,28 @@ from typing import Any
 
 from ..errors import Preempted
 from ..fields import seconds_of
-from ..runtime.memory import Agreement, free_on_host
-from ..runtime.signals import Interrupts
-from ..tracking.metrics_logger import Recorder
-from .directory import Shelf
-from .state import RunState
-from .writing import Writer
+from ..runtime.memory import ProcessGroup, free_on_host
+from ..runtime.signals import StopSignals
+from ..tracking.metrics_logger import MetricsLogger
+from .directory import CheckpointDirectory
+from .state import TrainState
+from .writing import CheckpointWriter
 
 _ROOM = 1.2  # times what a copy takes
 
 
-class Keeper:
+class CheckpointManager:
     """Saves a run every so often, at the end of each epoch, and where it is asked to stop."""
 
     def __init__(
         self,
-        state: RunState,
-        agreement: Agreement,
-        interrupts: Interrupts,
-        writer: Writer | None,
-        shelf: Shelf | None,
-        facts: dict[str, Any],
-        recorder: Recorder,
+        state: TrainState,
+        process_group: ProcessGroup,
+        stop_signals: StopSignals,
+        writer: CheckpointWriter | None,
+        directory: CheckpointDirectory | None,
+        metadata: dict[str, Any],
+        metrics_logger: MetricsLogger,
         *,
         every: int | str | None,
         at_epochs: bool,
@@ -48,8 +48,8 @@ class Keeper:
         tell: shows a sentence to the user.
         endings: errors that end a run for good, so that nobody will go on with it.
         """
-        self._state, self._agreement, self._interrupts = state, agreement, interrupts
-        self._writer, self._shelf, self._facts, self._recorder = writer, shelf, facts, recorder
+        self._state, self._process_group, self._stop_signals = state, process_group, stop_signals
+        self._writer, self._directory, self._metadata, self._recorder = writer, directory, metadata, metrics_logger
         self._every, self._at_epochs, self._is_sound, self._tell, self._endings = (
             every,
             at_epochs,
@@ -57,7 +57,7 @@ class Keeper:
             tell,
             endings,
         )
-        self._saved, self._saved_at = recorder.n_windows, time.monotonic()
+        self._saved, self._saved_at = metrics_logger.n_windows, time.monotonic()
 
     def after_update(self) -> None:
         """Saves where it is time to, and stops where any process was asked to.
@@ -65,7 +65,7 @@ class Keeper:
         Raises:
             Preempted, KeyboardInterrupt: on all processes, once everything is saved.
         """
-        stop, by_hand, due = self._agreement.each([*self._asked(), self._is_due()])
+        stop, by_hand, due = self._process_group.each([*self._asked(), self._is_due()])
         if stop or due:
             self.save()
         if stop:
@@ -73,7 +73,7 @@ class Keeper:
 
     def after_epoch(self) -> None:
         """Saves an epoch that has been evaluated, and stops where any process was asked to."""
-        stop, by_hand = self._agreement.each(self._asked())
+        stop, by_hand = self._process_group.each(self._asked())
         if stop or self._at_epochs:
             self.save(self._recorder.n_epochs)
         if stop:
@@ -81,15 +81,15 @@ class Keeper:
 
     def save(self, n_epochs: int | None = None) -> None:
         """Begins to write a checkpoint, where any are kept. All processes call it alike."""
-        if self._shelf is None or not self._is_sound():
+        if self._directory is None or not self._is_sound():
             return
         self._recorder.drain()
         self._saved, self._saved_at = self._recorder.n_windows, time.monotonic()
         self.close()  # of the copies of two checkpoints, one would be too many
         fits = self._state.n_bytes * _ROOM < free_on_host()
-        snapshot = self._state.taken(self._facts, apart=fits)
+        snapshot = self._state.taken(self._metadata, apart=fits)
         if self._writer is not None and snapshot is not None:
-            self._writer.write(snapshot, self._shelf.place(self._recorder.n_windows, n_epochs), self._best_epoch())
+            self._writer.write(snapshot, self._directory.place(self._recorder.n_windows, n_epochs), self._best_epoch())
             if not fits:
                 self._writer.finish()
 
@@ -115,19 +115,19 @@ class Keeper:
         if self._writer is not None:
             self._writer.finish()
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """What is kept of the run, for the last words of it."""
         self.close()
         if self._writer is None or self._writer.last is None:
-            return "No checkpoint was kept." if self._shelf is None else ""
+            return "No checkpoint was kept." if self._directory is None else ""
         return f"{self._writer.last} is the newest checkpoint: the same call with `resume='auto'` goes on from it."
 
     def _asked(self) -> list[bool]:
         """Whether this process was asked to stop, and whether by hand."""
-        return [self._interrupts.asked is not None, self._interrupts.asked == signal.SIGINT]
+        return [self._stop_signals.asked is not None, self._stop_signals.asked == signal.SIGINT]
 
     def _is_due(self) -> bool:
-        if self._shelf is None:
+        if self._directory is None:
             return False
         if isinstance(self._every, int):
             return self._recorder.n_windows // self._every > self._saved // self._every
@@ -142,9 +142,9 @@ class Keeper:
 
     def _ending(self, by_hand: bool) -> BaseException:
         self.close()
-        self._agreement.any(
+        self._process_group.any(
             False
         )  # a launcher kills the others when the first one ends, and the main one may be writing
-        sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.in_words()}"
+        sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.describe()}"
         self._tell(sentence)
         return KeyboardInterrupt(sentence) if by_hand else Preempted(sentence)

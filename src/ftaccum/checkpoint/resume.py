@@ -9,17 +9,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
-from ..planning.course import Course
+from ..planning.course import BasePlan
 from ..planning.plan import Plan
-from ..runtime.memory import Agreement
+from ..runtime.memory import ProcessGroup
 from ..settings import Recipe, Runtime
 from ..tracking.ledger import WindowEntry
 from ..tracking.metrics_logger import within
 from .compatibility import FORMAT, check, of_recipe
-from .directory import Shelf
+from .directory import CheckpointDirectory
 from .format import Checkpoint
 from .manifest import damage
-from .state import RunState
+from .state import TrainState
 
 # Where one of these differs, the rows that are done are no part of this run's order, and some may come again.
 _OTHER_ROWS = {"train_data", "random_seed"}
@@ -28,7 +28,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass
-class Resumption:
+class ResumePoint:
     """A checkpoint to go on from, or none, for a run that starts anew.
 
     Attributes:
@@ -42,7 +42,7 @@ class Resumption:
     _changed: set[str] = field(default_factory=set)
 
     @classmethod
-    def found(cls, runtime: Runtime, recipe: Recipe, agreement: Agreement, tell: Tell) -> "Resumption":
+    def found(cls, runtime: Runtime, recipe: Recipe, process_group: ProcessGroup, tell: Tell) -> "ResumePoint":
         """What `resume` asks for. All processes call it alike.
 
         Raises:
@@ -51,20 +51,20 @@ class Resumption:
         """
         if runtime.resume is None:
             return cls(None)
-        path, damaged = agreement.from_main(lambda: _found(runtime, tell))
+        path, damaged = process_group.from_main(lambda: _found(runtime, tell))
         if path is None:
             return cls(None, damaged=damaged)
-        if agreement.any(not path.is_dir()):
+        if process_group.any(not path.is_dir()):
             raise CheckpointError(
                 [
                     f"`resume` found {path}, which not all processes can see. Have `output_dir` on a disk that all "
                     "machines share."
                 ]
             )
-        resumption = cls(_opened(path), tuple(runtime.allow_changed), damaged)
-        resumption._check("recipe", of_recipe(recipe))  # before anything is loaded
-        resumption._check_ended()
-        return resumption
+        resume_point = cls(_opened(path), tuple(runtime.allow_changed), damaged)
+        resume_point._check("recipe", of_recipe(recipe))  # before anything is loaded
+        resume_point._check_ended()
+        return resume_point
 
     @property
     def path(self) -> Path | None:
@@ -74,9 +74,9 @@ class Resumption:
         """With the physical batch that "auto" was found to be: it is not tried again."""
         if self.checkpoint is None or runtime.batch_size != "auto":
             return runtime
-        return replace(runtime, batch_size=self.checkpoint.facts["runs"]["batch_size"])
+        return replace(runtime, batch_size=self.checkpoint.metadata["runs"]["batch_size"])
 
-    def going_on(self, plan: Course, facts: dict[str, Any]) -> Course:
+    def resume_after(self, plan: BasePlan, metadata: dict[str, Any]) -> BasePlan:
         """The windows of a run that goes on behind those that are done.
 
         Args:
@@ -87,11 +87,11 @@ class Resumption:
         """
         if self.checkpoint is None:
             return plan
-        self._check("on", facts["on"])
+        self._check("on", metadata["on"])
         windows = self.checkpoint.windows
         if isinstance(plan, Plan):
-            plan = plan.going_on([entry.rows for entry in windows], self.checkpoint.facts["n_rows"])
-            self._reopen(plan.epoch_behind(len(windows)))
+            plan = plan.resume_after([entry.rows for entry in windows], self.checkpoint.metadata["n_rows"])
+            self._reopen(plan.epoch_after(len(windows)))
         elif "effective_batch_size" in self._changed:
             raise CheckpointError(
                 [
@@ -100,14 +100,14 @@ class Resumption:
                     "(`resume=None`)."
                 ]
             )
-        elif len(windows) == self.checkpoint.facts["recipe"]["max_updates"] < plan.n_windows:
+        elif len(windows) == self.checkpoint.metadata["recipe"]["max_updates"] < plan.n_windows:
             self._reopen(windows[-1].epoch)  # what is left of it, if anything, is seen when the stream is read
         return plan
 
     def _check_ended(self) -> None:
         """A run that was ended for its numbers is not walked through by starting it again and again."""
         assert self.checkpoint is not None, "there is one to go on from"
-        ended = self.checkpoint.facts["small"]["divergence"]["ended"]
+        ended = self.checkpoint.metadata["small"]["divergence"]["ended"]
         if ended and not self.allowed:
             raise CheckpointError(
                 [
@@ -123,11 +123,11 @@ class Resumption:
         if checkpoint is None or checkpoint.n_epochs <= epoch:
             return
         kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
-        small = checkpoint.facts["small"]
-        small = {**small, "recorder": within(small["recorder"], epoch)}
-        self.checkpoint = replace(checkpoint, entries=kept, facts={**checkpoint.facts, "small": small})
+        extra_state = checkpoint.metadata["small"]
+        extra_state = {**extra_state, "recorder": within(extra_state["recorder"], epoch)}
+        self.checkpoint = replace(checkpoint, entries=kept, metadata={**checkpoint.metadata, "small": extra_state})
 
-    def put_back(self, state: RunState) -> None:
+    def restore(self, state: TrainState) -> None:
         """Has a run that is ready for its first window be where the checkpoint was taken.
 
         Raises:
@@ -136,16 +136,16 @@ class Resumption:
         if self.checkpoint is None:
             return
         try:
-            state.put_back(self.checkpoint, self._changed)
+            state.restore(self.checkpoint, self._changed)
         except (OSError, ValueError, TypeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise _unreadable(self.checkpoint.path, error) from error
 
-    def put_back_generators(self, state: RunState, seed: int) -> None:
+    def restore_generators(self, state: TrainState, seed: int) -> None:
         """The last thing before the next window: whatever came before may have drawn."""
         if self.checkpoint is not None:
-            state.put_back_generators(self.checkpoint, seed)
+            state.restore_generators(self.checkpoint, seed)
 
-    def in_words(self, facts: dict[str, Any], n_windows: int) -> str | None:
+    def describe(self, metadata: dict[str, Any], n_windows: int) -> str | None:
         """What is told of a run that goes on: from where, and what is other than it was.
 
         Args:
@@ -158,10 +158,10 @@ class Resumption:
                 f"This run has ended, with update {len(self.checkpoint.windows)} ({self.path}): there is nothing left "
                 "to train. A larger `n_epochs`, named in `allow_changed`, extends it."
             )
-        was, now = self.checkpoint.facts["runs"], facts["runs"]
+        was, now = self.checkpoint.metadata["runs"], metadata["runs"]
         sentence = (
             f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
-            f"{self.checkpoint.facts['rows']} rows are done"
+            f"{self.checkpoint.metadata['rows']} rows are done"
         )
         sentence += "." if self._changed & _OTHER_ROWS else ", none is left out and none comes again."
         if self._changed:
@@ -170,7 +170,7 @@ class Resumption:
         if others:
             draws = ", and dropout draws anew" if any(was[n] != now[n] for n in ("processes", "device")) else ""
             sentence += f" Run otherwise: {', '.join(others)}; sums are rounded otherwise{draws}."
-        before, here = self.checkpoint.facts["versions"], facts["versions"]
+        before, here = self.checkpoint.metadata["versions"], metadata["versions"]
         if moved := [
             f"{name} {here[name]} (it was {before.get(name)})" for name in here if before.get(name) != here[name]
         ]:
@@ -179,7 +179,7 @@ class Resumption:
 
     def _check(self, kind: str, now: dict[str, Any]) -> None:
         if self.checkpoint is not None:
-            self._changed |= check(self.checkpoint.facts[kind], now, self.allowed, self.checkpoint.path)
+            self._changed |= check(self.checkpoint.metadata[kind], now, self.allowed, self.checkpoint.path)
 
 
 def _found(runtime: Runtime, tell: Tell) -> tuple[Path | None, tuple[Path, ...]]:
@@ -188,14 +188,14 @@ def _found(runtime: Runtime, tell: Tell) -> tuple[Path | None, tuple[Path, ...]]
     if runtime.resume == "auto":
         if runtime.output_dir is None:
             raise ValueError("`output_dir` is checked with the settings")
-        shelf = Shelf(Path(runtime.output_dir))
-        path, damaged = shelf.newest_sound(tell)
-        if path is None and shelf.checkpoints():
+        directory = CheckpointDirectory(Path(runtime.output_dir))
+        path, damaged = directory.newest_sound(tell)
+        if path is None and directory.checkpoints():
             tell("None of the checkpoints is sound: the run starts anew.")
         return path, tuple(damaged)
     named = Path(str(runtime.resume))
     if (named / "checkpoints").is_dir():
-        (path, damaged), wrong = Shelf(named).newest_sound(tell), "has no sound checkpoint"
+        (path, damaged), wrong = CheckpointDirectory(named).newest_sound(tell), "has no sound checkpoint"
     else:
         fault = _fault(named)
         path, wrong = (None if fault else named), f"is no checkpoint that can be gone on from: {fault}"
@@ -221,8 +221,8 @@ def _fault(named: Path) -> str | None:
 def _opened(path: Path) -> Checkpoint:
     try:
         checkpoint = Checkpoint.opened(path)
-        if checkpoint.facts.get("format") != FORMAT:
-            raise ValueError(f"its format is {checkpoint.facts.get('format')!r}, and not {FORMAT}")
+        if checkpoint.metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {checkpoint.metadata.get('format')!r}, and not {FORMAT}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
     return checkpoint

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..runtime.state_guards import Generators, seed_all
 from ..tracking.ledger import Ledger
-from ..tracking.throughput import Work
+from ..tracking.throughput import Throughput
 from .early_stopping import BestEpoch, fill, passing_of, weights_of
 from .format import BESIDE, BEST, BUFFERS, OPTIMIZER, WEIGHTS, Checkpoint, Snapshot
 from .serialization import n_bytes_in, on_host, unreadable
@@ -36,7 +36,7 @@ class _UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class RunState:
+class TrainState:
     """Everything that the rest of a run depends on, between two windows.
 
     Attributes:
@@ -54,8 +54,8 @@ class RunState:
     schedule: LRScheduler
     ledger: Ledger
     best: BestEpoch
-    work: Work
-    small: Mapping[str, Stateful]
+    work: Throughput
+    extra_state: Mapping[str, Stateful]
     tell: Callable[[str], None]
     _told: set[str] = field(default_factory=set)
 
@@ -64,7 +64,7 @@ class RunState:
         """Of weights and the optimizer's moments."""
         return n_bytes_in([weights_of(self.model), passing_of(self.model), self._beside(), self.optimizer.state])
 
-    def taken(self, facts: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
+    def taken(self, metadata: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
         """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
         training goes on.
 
@@ -76,13 +76,13 @@ class RunState:
         if not self.accelerator.is_main_process:
             return None
         try:
-            return self._snapshot(facts, processes, apart)
+            return self._snapshot(metadata, processes, apart)
         except Exception as error:  # the other processes have gone on
             why = str(error) if isinstance(error, _UnreadableError) else repr(error)
             self._say(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
             return None
 
-    def _snapshot(self, facts: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
+    def _snapshot(self, metadata: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
         host = functools.partial(on_host, copy=copy)
         scaler = self.accelerator.scaler
         steps = {
@@ -97,15 +97,17 @@ class RunState:
                     f"the {name}'s state holds a {kind}, which cannot be read again without running code"
                 )
         config: Any = getattr(self.model, "config", None)
-        small = {name: part.state_dict() for name, part in self.small.items()} | {"best": self.best.state_dict()}
+        extra_state = {name: part.state_dict() for name, part in self.extra_state.items()} | {
+            "best": self.best.state_dict()
+        }
         return Snapshot(
-            facts={
-                **facts,
+            metadata={
+                **metadata,
                 "updates": len(self.ledger.windows),
                 "epochs": len(self.ledger.epochs),
                 "rows": sum(entry.rows for entry in self.ledger.windows),
                 "initial_val_loss": self.ledger.initial_val_loss,
-                "small": small,
+                "small": extra_state,
             },
             entries=self.ledger.entries(),
             weights=host(weights_of(self.model)),
@@ -117,7 +119,7 @@ class RunState:
             config=config.to_json_string() if hasattr(config, "to_json_string") else None,
         )
 
-    def put_back(self, checkpoint: "Checkpoint", changed: set[str]) -> None:
+    def restore(self, checkpoint: "Checkpoint", changed: set[str]) -> None:
         """Has a run go on where the checkpoint was taken, but for the generators. All processes call it alike.
 
         Args:
@@ -143,17 +145,17 @@ class RunState:
             self.schedule.load_state_dict(steps["schedule"])
         if self.accelerator.scaler is not None and steps["scaler"]:
             self.accelerator.scaler.load_state_dict(steps["scaler"])
-        self.ledger.initial_val_loss = checkpoint.facts["initial_val_loss"]
-        self.ledger.go_on_from(checkpoint.entries)
-        for name, part in {**self.small, "best": self.best}.items():
-            part.load_state_dict(checkpoint.facts["small"][name])
+        self.ledger.initial_val_loss = checkpoint.metadata["initial_val_loss"]
+        self.ledger.resume_from(checkpoint.entries)
+        for name, part in {**self.extra_state, "best": self.best}.items():
+            part.load_state_dict(checkpoint.metadata["small"][name])
         for name, module in self._with_extra_state():
             if name in steps["extra"]:
                 module.set_extra_state(steps["extra"][name])
-        self._put_back_best(checkpoint, of_this_model="model" not in changed)
-        self._put_back_work([process["work"] for process in checkpoint.processes()])
+        self._restore_best(checkpoint, of_this_model="model" not in changed)
+        self._restore_work([process["work"] for process in checkpoint.processes()])
 
-    def _put_back_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
+    def _restore_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
         """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
         epoch = checkpoint.best_epoch
         if not self.best.keeps_weights or epoch is None:
@@ -171,12 +173,12 @@ class RunState:
                 "of the epochs to come."
             )
 
-    def put_back_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
+    def restore_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
         """The last thing before the next window: whatever came before may have drawn. With other processes than there
         were, they are seeded anew."""
         processes, index = checkpoint.processes(), self.accelerator.process_index
         if len(processes) == self.accelerator.num_processes:
-            Generators.of_state(processes[index]["generators"]).put_back()
+            Generators.of_state(processes[index]["generators"]).restore()
         else:
             seed_all(seed, index, len(checkpoint.windows))
 
@@ -219,12 +221,12 @@ class RunState:
             self._told.add(sentence)
             self.tell(sentence)
 
-    def _put_back_work(self, by_process: list[dict[str, Any]]) -> None:
+    def _restore_work(self, by_process: list[dict[str, Any]]) -> None:
         """With other processes than there were, all of it is the main one's; the time is everybody's."""
         index, n = self.accelerator.process_index, self.accelerator.num_processes
         own = by_process[index : index + 1] if len(by_process) == n else by_process if index == 0 else []
         for work in own:
-            self.work.merge(Work(**work))
+            self.work.merge(Throughput(**work))
         self.work.seconds = by_process[0]["seconds"]
 
 

@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.atomic_files import folder_beside
-from .directory import Shelf
+from ..runtime.atomic_files import atomic_directory
+from .directory import CheckpointDirectory
 from .format import Snapshot
 from .manifest import seal
 
 
-class Writer:
+class CheckpointWriter:
     """Writes one checkpoint after the other in a thread of its own, and removes old ones. One that cannot be written is
     told, and costs neither the run nor the checkpoints before it.
 
@@ -20,13 +20,15 @@ class Writer:
         last: the newest sound one of this run, or the one that it went on from.
     """
 
-    def __init__(self, shelf: Shelf, keep: int, tell: Callable[[str], None], last: Path | None) -> None:
+    def __init__(
+        self, directory: CheckpointDirectory, keep: int, tell: Callable[[str], None], last: Path | None
+    ) -> None:
         """Args:
         keep: how many of the newest stay.
         tell: shows a sentence to the user, from whichever thread.
         """
         self.last = last
-        self._shelf, self._keep, self._tell = shelf, keep, tell
+        self._directory, self._keep, self._tell = directory, keep, tell
         self._thread: threading.Thread | None = None
 
     def write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
@@ -50,11 +52,11 @@ class Writer:
             free = shutil.disk_usage(place.parent).free
             if free < snapshot.n_bytes:  # not to fill up what others write to as well
                 raise OSError(errno.ENOSPC, f"No space left on device, which has {_megabytes(free)}")
-            with folder_beside(place) as folder:
+            with atomic_directory(place) as folder:
                 snapshot.write(folder)
                 seal(folder)
             self.last = place
-            self._shelf.prune(self._keep, best_epoch)
+            self._directory.prune(self._keep, best_epoch)
         except Exception as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
             there = f"{self.last} is the newest that there is" if self.last else "there is none yet"

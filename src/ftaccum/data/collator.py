@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..objective.forward import is_label
 from ..objective.item_counts import IGNORE_INDEX, Batch
-from ..runtime.state_guards import Generators, preserved_rng, seed_all
+from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from .dataset import Row, Rows
 
 _FEW = 4
@@ -94,7 +94,7 @@ class PaddingCollator:
         return padded
 
 
-class Collation:
+class RowCollator:
     """The one way from rows to a batch: the user's collator or the padding one, with the faulty row named.
 
     Attributes:
@@ -146,7 +146,7 @@ class Collation:
         Args:
             rows_seed: of what rows draw, where that is to be another one.
         """
-        with preserved_rng():
+        with preserve_rng():
             seed_all(*seed)
             return self(rows, positions, seed if rows_seed is None else rows_seed)
 
@@ -164,10 +164,10 @@ class Collation:
         self.draws = self._moves_generators(rows, positions) or not _equal(one, other)
 
     def _moves_generators(self, rows: Rows, positions: Sequence[int]) -> bool:
-        with preserved_rng():
+        with preserve_rng():
             before = Generators.now()
             self(rows, positions, (0,))  # rows leave them as they were
-            return not before.unmoved()
+            return not before.unchanged()
 
     def _fetched(self, rows: Rows, positions: Sequence[int], seed: Sequence[int]) -> list[Row]:
         return [self._without_texts(row) for row in rows.fetch(positions, seed)]

@@ -14,7 +14,7 @@ from datasets import IterableDataset as StreamingDataset
 from torch import Tensor
 
 from ..errors import DataError
-from ..runtime.state_guards import Generators, preserved_rng, seed_all
+from ..runtime.state_guards import Generators, preserve_rng, seed_all
 
 Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
@@ -80,7 +80,7 @@ class Rows:
         return f"rows {named}{more}"
 
     @property
-    def all_in_words(self) -> str:
+    def describe_all(self) -> str:
         """What to call all of them in a message, that is, those that were looked at."""
         return f"{self._part}`{self.argument}`"
 
@@ -107,11 +107,11 @@ class Rows:
         if not self.draw:
             before = Generators.now()
             rows = self._as_they_are(indices)
-            if before.unmoved():
+            if before.unchanged():
                 return rows
-            before.put_back()
+            before.restore()
             self.draw = True
-        with preserved_rng():
+        with preserve_rng():
             return [
                 self._drawn(index, (*seed, _ROW, position)) for index, position in zip(indices, positions, strict=True)
             ]

@@ -9,7 +9,7 @@ import torch
 from datasets import IterableDataset as StreamingDataset
 
 from ..errors import DataError
-from ..runtime.state_guards import Generators, preserved_rng, seed_all
+from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from .dataset import Row, Rows, as_row, check_row, length_of
 
 LOOKED_AT = 256  # rows, before training
@@ -52,7 +52,7 @@ class Stream:
         self._n_read = 0
         self._epoch = -1
         self._rows: Iterator[Row] | None = None  # of the epoch; None once it has ended
-        with preserved_rng():
+        with preserve_rng():
             seed_all(seed, _DRAWS)
             self._generators = Generators.now()
 
@@ -74,7 +74,7 @@ class Stream:
 
     def _rows_on_main(self, epoch: int, n: int) -> list[Row]:
         outside, first = Generators.now(), self._n_read
-        self._generators.put_back()
+        self._generators.restore()
         try:
             rows = self._came(epoch, n)
             for step in self.steps:
@@ -82,7 +82,7 @@ class Stream:
             return rows
         finally:
             self._generators = Generators.now()
-            outside.put_back()
+            outside.restore()
 
     def _came(self, epoch: int, n: int) -> list[Row]:
         rows: list[Row] = []
@@ -135,7 +135,7 @@ class StreamRows(Rows):
         return self._n_looked_at
 
     @property
-    def all_in_words(self) -> str:
+    def describe_all(self) -> str:
         return f"`{self.argument}`, as far as its first {len(self)} rows tell,"
 
     @property

@@ -12,11 +12,11 @@ from ..errors import DataError, SettingsError
 from ..objective.item_counts import Batch
 from ..objective.normalizer import Counts
 from ..objective.objective import Objective
-from ..planning.micro_batches import Cutter, Slice
+from ..planning.micro_batches import MicroBatchPlanner, MicroBatchRows
 from ..planning.micro_batches import Rows as Positions
-from .collator import Collation, can_be_taken_apart, take, trimmed
+from .collator import RowCollator, can_be_taken_apart, take, trimmed
 from .dataset import Rows
-from .validation import Ranges
+from .validation import ValueRanges
 from .workers import Workers, how_it_ended
 
 _DEATHS = 3  # of workers, with no window between them, after which no more are started
@@ -24,7 +24,7 @@ _DRAWS = 3  # of a collator that draws its labels, before a data set is said to 
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalRows:
     """What of a window one process works on, by position.
 
     Attributes:
@@ -34,7 +34,7 @@ class Share:
     """
 
     window: Positions
-    slices: Sequence[Slice]
+    slices: Sequence[MicroBatchRows]
     seed: tuple[int, ...]
 
 
@@ -54,12 +54,12 @@ class MicroBatch:
     batch: Batch
     counts: Counts
     terms: tuple[str, ...]
-    slice: Slice
+    slice: MicroBatchRows
     tokens: int
     positions: int
 
     @property
-    def is_ghost(self) -> bool:
+    def is_dummy(self) -> bool:
         """Whether it must leave no trace: no gradient, no draw, no buffer moved."""
         return not any(self.counts.values())
 
@@ -76,10 +76,10 @@ class Loader:
     def __init__(
         self,
         rows: Rows,
-        collation: Collation,
+        row_collator: RowCollator,
         objective: Objective,
-        ranges: Ranges,
-        ghost_candidates: Sequence[int] = (),
+        ranges: ValueRanges,
+        dummy_candidates: Sequence[int] = (),
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -89,16 +89,16 @@ class Loader:
         num_workers: processes that collate ahead; 0 for none.
         pin_memory: whether batches are put where a GPU copies them from without waiting.
         """
-        self._rows, self._collation, self._objective, self._ranges = rows, collation, objective, ranges
+        self._rows, self._row_collator, self._objective, self._ranges = rows, row_collator, objective, ranges
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._deaths = 0  # of workers, since a window was made
         self.tell: Callable[[str], None] = lambda _: None
-        self.by_window = collation.draws or objective.padding_sensitive
+        self.by_window = row_collator.draws or objective.padding_sensitive
         lengths = rows.lengths()
         self._has_lengths = lengths is not None
         # A ghost costs a pass, so it had better be short.
-        self._ghost = self._find_ghost(
-            sorted(ghost_candidates, key=lengths.__getitem__) if lengths else ghost_candidates
+        self._dummy = self._find_dummy(
+            sorted(dummy_candidates, key=lengths.__getitem__) if lengths else dummy_candidates
         )
 
     @property
@@ -106,21 +106,21 @@ class Loader:
         """Whether micro-batches can be cut by the lengths of their rows."""
         return self._has_lengths and not self._objective.padding_sensitive
 
-    def cut(self, window: Positions, cutter: Cutter) -> list[list[Slice]]:
+    def cut(self, window: Positions, planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
         """A window's micro-batches, by process. Where padding matters, all rows are as wide as the longest."""
         known = self._rows.lengths(window) if self._has_lengths else None
         if known is None:
-            return cutter.shares(window)
-        lengths = [self._collation.width(length) for length in known]
-        return cutter.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
+            return planner.shares(window)
+        lengths = [self._row_collator.width(length) for length in known]
+        return planner.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
     @property
     def repeats(self) -> bool:
         """Whether the same rows are the same batch again, from the same seed. Where they have a generator of their own,
         a run that is gone on with draws otherwise."""
-        return self._collation.repeats
+        return self._row_collator.repeats
 
-    def load(self, shares: Iterable[Share], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
+    def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
         """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items;
         ghosts come first, so that the last pass is one of the process's own rows, if it has any.
 
@@ -133,11 +133,11 @@ class Loader:
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, ahead=ahead)
         for share in given:
-            loaded = [self._or_ghost(micro) for micro in self._micro_batches(share, batches)]
+            loaded = [self._or_dummy(micro) for micro in self._micro_batches(share, batches)]
             self._deaths = 0
-            yield sorted(loaded, key=lambda micro: not micro.is_ghost)
+            yield sorted(loaded, key=lambda micro: not micro.is_dummy)
 
-    def stream(self, shares: Iterable[Share]) -> Iterator[MicroBatch]:
+    def stream(self, shares: Iterable[LocalRows]) -> Iterator[MicroBatch]:
         """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, ahead=True)
@@ -155,10 +155,10 @@ class Loader:
         everyone, lengths = range(len(self._rows)), self._rows.lengths()
         by_length = everyone if lengths is None else sorted(everyone, key=lambda position: -lengths[position])
         rows = tuple(itertools.islice(itertools.cycle(by_length), n_rows))
-        batch = self._collation.seeded(self._rows, rows, *seed)
-        return self._micro_batch(batch, Slice(rows))
+        batch = self._row_collator.seeded(self._rows, rows, *seed)
+        return self._micro_batch(batch, MicroBatchRows(rows))
 
-    def _collated(self, shares: Iterable[Share], *, ahead: bool) -> Iterator[Batch]:
+    def _collated(self, shares: Iterable[LocalRows], *, ahead: bool) -> Iterator[Batch]:
         """The batch of each micro-batch, or where rows are collated by the window, of each window."""
         jobs = (job for share in shares for job in self._jobs(share))
         if not ahead or not self._num_workers:
@@ -173,7 +173,7 @@ class Loader:
         finally:
             workers.end()
 
-    def _jobs(self, share: Share) -> Iterator["_Job"]:
+    def _jobs(self, share: LocalRows) -> Iterator["_Job"]:
         if not self.by_window:
             yield from ((piece.rows, share.seed) for piece in share.slices if piece.rows)
         elif any(piece.rows for piece in share.slices):
@@ -182,9 +182,9 @@ class Loader:
     def _collate(self, job: "_Job") -> Batch:
         positions, seed = job
         if self.by_window:
-            return self._collation.seeded(self._rows, positions, *seed)
+            return self._row_collator.seeded(self._rows, positions, *seed)
         # Rows draw from seeds of their own. A collator may draw for some rows only, and for none that were looked at.
-        return self._collation.seeded(self._rows, positions, *seed, positions[0], rows_seed=seed)
+        return self._row_collator.seeded(self._rows, positions, *seed, positions[0], rows_seed=seed)
 
     def _worker_died(self, job: "_Job", exit_code: int) -> None:
         self._deaths += 1
@@ -198,7 +198,7 @@ class Loader:
             )
         self.tell(f"{death}. New ones make what is missing: no row is lost, and none comes twice.")
 
-    def _micro_batches(self, share: Share, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, share: LocalRows, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
         if self.by_window and any(piece.rows for piece in share.slices):
             whole = next(batches)
         for piece in share.slices:
@@ -210,7 +210,7 @@ class Loader:
             else:
                 yield self._micro_batch(next(batches), piece)
 
-    def _micro_batch(self, batch: Batch, piece: Slice) -> MicroBatch:
+    def _micro_batch(self, batch: Batch, piece: MicroBatchRows) -> MicroBatch:
         self._ranges.check(batch, self._rows, piece.rows)
         try:
             counts = self._objective.count(batch)
@@ -233,27 +233,29 @@ class Loader:
         rows = micro.slice.rows
         if can_be_taken_apart(micro.batch, len(rows)):
             return self._part(micro, [place])
-        return self._micro_batch(self._collation.seeded(self._rows, [rows[place]], 0), Slice((rows[place],)))
+        return self._micro_batch(
+            self._row_collator.seeded(self._rows, [rows[place]], 0), MicroBatchRows((rows[place],))
+        )
 
     def _part(self, micro: MicroBatch, places: Sequence[int]) -> MicroBatch:
-        rows = Slice(tuple(micro.slice.rows[n] for n in places))
+        rows = MicroBatchRows(tuple(micro.slice.rows[n] for n in places))
         return self._micro_batch(take(micro.batch, places), rows)
 
-    def _or_ghost(self, micro: MicroBatch) -> MicroBatch:
+    def _or_dummy(self, micro: MicroBatch) -> MicroBatch:
         if micro.terms:
             return micro
-        batch, terms = self._ghost
+        batch, terms = self._dummy
         return replace(micro, batch=batch, terms=terms)
 
-    def _find_ghost(self, candidates: Sequence[int]) -> tuple[Batch, tuple[str, ...]]:
+    def _find_dummy(self, candidates: Sequence[int]) -> tuple[Batch, tuple[str, ...]]:
         # It needs items: a mean over none is NaN, and 0 × NaN is NaN in the gradient.
-        for draw in range(_DRAWS if self._collation.draws else 1):
+        for draw in range(_DRAWS if self._row_collator.draws else 1):
             for position in [*candidates, *range(len(self._rows))]:
-                batch = self._collation.seeded(self._rows, [position], position, draw)
+                batch = self._row_collator.seeded(self._rows, [position], position, draw)
                 if terms := _counted(self._objective.count(batch)):
                     return batch, terms
         raise DataError(
-            f"{self._rows.all_in_words} has no row with loss items. Check its labels, or `count_items`."
+            f"{self._rows.describe_all} has no row with loss items. Check its labels, or `count_items`."
             f"{self._rows.if_none_is_fit}"
         )
 

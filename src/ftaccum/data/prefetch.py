@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..planning.course import Course, Window
-from ..planning.micro_batches import Cutter
-from ..tracking.throughput import Work
-from .loader import Loader, MicroBatch, Share
+from ..planning.course import BasePlan, Window
+from ..planning.micro_batches import MicroBatchPlanner
+from ..tracking.throughput import Throughput
+from .loader import Loader, LocalRows, MicroBatch
 
 # Comes to what a function comes to on this process, once it has come to something on all; or raises on all.
 Together = Callable[[Callable[[], Any]], Any]
@@ -18,7 +18,7 @@ def _alone(make: Callable[[], Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class Portion:
+class LocalWindow:
     """This process's micro-batches of a window.
 
     Attributes:
@@ -26,20 +26,20 @@ class Portion:
     """
 
     window: Window
-    cutter: Cutter
+    planner: MicroBatchPlanner
     micro_batches: list[MicroBatch]
 
     @property
-    def work(self) -> Work:
+    def work(self) -> Throughput:
         """What there is to do in it."""
-        everything = Work(passes=len(self.micro_batches))
+        everything = Throughput(passes=len(self.micro_batches))
         for micro in self.micro_batches:
-            everything.merge(Work(len(micro.slice.rows), micro.tokens, micro.positions))
+            everything.merge(Throughput(len(micro.slice.rows), micro.tokens, micro.positions))
         return everything
 
 
 @dataclass
-class Feed:
+class WindowLoader:
     """Where windows come from.
 
     Attributes:
@@ -47,50 +47,50 @@ class Feed:
         together: where processes agree on whether each of them has its part of a window.
     """
 
-    plan: Course
+    plan: BasePlan
     loader: Loader
-    cutter: Cutter
+    planner: MicroBatchPlanner
     process_index: int = 0
     together: Together = _alone
 
-    def epoch(self, epoch: int, start: int = 0) -> "Portions":
+    def epoch(self, epoch: int, start: int = 0) -> "LocalWindows":
         """The portions of an epoch (from 0), without windows whose index in the run is below `start`."""
-        return Portions(self, self._cut_as_it_comes(epoch, start))
+        return LocalWindows(self, self._cut_as_it_comes(epoch, start))
 
-    def again(self, portion: Portion) -> Portion:
+    def again(self, local_window: LocalWindow) -> LocalWindow:
         """The same window, cut by the cutter as it now is. All processes call it alike."""
-        return self.together(lambda: self.cut_anew(portion))
+        return self.together(lambda: self.cut_anew(local_window))
 
-    def cut_anew(self, portion: Portion) -> Portion:
+    def cut_anew(self, local_window: LocalWindow) -> LocalWindow:
         """What `again` does, on this process alone."""
-        share, cutter = self._share(portion.window), self.cutter
+        share, planner = self._share(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
-        return Portion(portion.window, cutter, micro_batches)
+        return LocalWindow(local_window.window, planner, micro_batches)
 
-    def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[Portion]:
+    def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[LocalWindow]:
         # Workers take shares earlier than these are asked for, so what each was cut by goes with it.
-        cut: list[tuple[Window, Cutter]] = []
+        cut: list[tuple[Window, MicroBatchPlanner]] = []
 
-        def shares() -> Iterator[Share]:
+        def shares() -> Iterator[LocalRows]:
             for window in self.plan.windows(epoch, start):
-                cut.append((window, self.cutter))
+                cut.append((window, self.planner))
                 yield self._share(window)
 
         for micro_batches in self.loader.load(shares(), ahead=True):
-            yield Portion(*cut.pop(0), micro_batches)
+            yield LocalWindow(*cut.pop(0), micro_batches)
 
-    def _share(self, window: Window) -> Share:
-        slices = self.loader.cut(window.rows, self.cutter)[self.process_index]
-        return Share(window.rows, slices, (self.plan.seed, window.index))
+    def _share(self, window: Window) -> LocalRows:
+        slices = self.loader.cut(window.rows, self.planner)[self.process_index]
+        return LocalRows(window.rows, slices, (self.plan.seed, window.index))
 
 
 @dataclass
-class Portions(Iterator[Portion]):
+class LocalWindows(Iterator[LocalWindow]):
     """Portions in order; one can be read ahead while the device computes the one before."""
 
-    feed: Feed
-    _coming: Iterator[Portion]
-    _read: list[Portion | Exception] = field(default_factory=list)
+    window_loader: WindowLoader
+    _coming: Iterator[LocalWindow]
+    _read: list[LocalWindow | Exception] = field(default_factory=list)
 
     def read_ahead(self) -> None:
         """Collates the next portion now. What goes wrong is raised when it is asked for: not before the update that
@@ -100,20 +100,24 @@ class Portions(Iterator[Portion]):
         except Exception as error:  # the end of the epoch, too
             self._read.append(error)
 
-    def __next__(self) -> Portion:
+    def __next__(self) -> LocalWindow:
         """Raises DataError on all processes, where one of them cannot have its portion."""
-        portion = self.feed.together(self._next)
-        if portion is None:
+        local_window = self.window_loader.together(self._next)
+        if local_window is None:
             raise StopIteration
-        return portion
+        return local_window
 
-    def _next(self) -> Portion | None:
+    def _next(self) -> LocalWindow | None:
         if not self._read:
             self.read_ahead()
-        portion = self._read.pop()
-        if isinstance(portion, StopIteration):
+        local_window = self._read.pop()
+        if isinstance(local_window, StopIteration):
             return None
-        if isinstance(portion, Exception):
-            raise portion
+        if isinstance(local_window, Exception):
+            raise local_window
         # Processes read ahead unequally far: of what was learnt meanwhile, some cut by it and others did not.
-        return portion if portion.cutter == self.feed.cutter else self.feed.cut_anew(portion)
+        return (
+            local_window
+            if local_window.planner == self.window_loader.planner
+            else self.window_loader.cut_anew(local_window)
+        )

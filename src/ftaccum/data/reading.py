@@ -9,20 +9,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import distributed
 
-from ..runtime.memory import Agreement
+from ..runtime.memory import ProcessGroup
 from .iterable import Stream, is_stream
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 @contextmanager
-def opened(data: Any, seed: int, accelerator: Accelerator, agreement: Agreement) -> Iterator[Stream | None]:
+def open_stream(data: Any, seed: int, accelerator: Accelerator, process_group: ProcessGroup) -> Iterator[Stream | None]:
     """Training data as a stream, where they are one. All processes call it alike."""
     if not is_stream(data):
         yield None
         return
     with _main_by_itself(accelerator) as alone:
-        yield Stream(data, "train_data", seed, agreement.from_main, alone)
+        yield Stream(data, "train_data", seed, process_group.from_main, alone)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def is_raw_text(rows: Rows, accepted: set[str] | None) -> bool:
     return bool(texts) and not usable & (inputs.keys() - texts)
 
 
-def tokenized(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next_token: bool) -> Rows:
+def tokenize(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next_token: bool) -> Rows:
     """Tokenises raw text: the column `text`, else the one or two columns that hold strings (a pair).
 
     Longer texts are cut at the shorter of the tokenizer's and the model's limit. Labels given as strings become

@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from ..objective.item_counts import Batch, Counting, targets_of
+from ..objective.item_counts import Batch, ItemCounter, targets_of
 from ..objective.self_check import Sample
-from .collator import Collation, can_be_taken_apart, take
+from .collator import RowCollator, can_be_taken_apart, take
 from .dataset import Row, Rows, class_of, length_of
 from .iterable import StreamRows
 
@@ -22,7 +22,7 @@ _SHORTEST = 8  # rows to look at, so that some are short enough
 
 
 @dataclass(frozen=True)
-class Ranges:
+class ValueRanges:
     """What the numbers in a batch may be.
 
     Attributes:
@@ -36,7 +36,7 @@ class Ranges:
     ignore_index: int = -100
 
     @classmethod
-    def of_tokens(cls, model: Any) -> "Ranges":
+    def of_tokens(cls, model: Any) -> "ValueRanges":
         """The range of token ids alone, from the model's input embeddings."""
         try:
             embeddings = model.get_input_embeddings()
@@ -44,8 +44,8 @@ class Ranges:
             embeddings = None
         return cls(vocabulary=getattr(embeddings, "num_embeddings", None))
 
-    def with_classes(self, n_classes: int | None, ignore_index: int) -> "Ranges":
-        return Ranges(self.vocabulary, n_classes, ignore_index)
+    def with_classes(self, n_classes: int | None, ignore_index: int) -> "ValueRanges":
+        return ValueRanges(self.vocabulary, n_classes, ignore_index)
 
     def check(self, batch: Batch, rows: Rows, positions: Sequence[int]) -> None:
         """Raises DataError naming the first row with a number out of range. (On a GPU the model's own complaint
@@ -80,7 +80,7 @@ class Ranges:
             raise DataError(f"Of `{rows.argument}`, {name} has the {words.format(value)}")
 
 
-def check_lengths(rows: Rows, max_tokens: int, collation: Collation) -> None:
+def check_lengths(rows: Rows, max_tokens: int, row_collator: RowCollator) -> None:
     """Raises DataError where rows cannot be kept under a cap on tokens, naming the longest; of a stream, when it
     comes."""
     lengths = rows.lengths()
@@ -100,9 +100,9 @@ def check_lengths(rows: Rows, max_tokens: int, collation: Collation) -> None:
 
         rows.then(refuse_longer)
     shortest = min(range(len(rows)), key=lengths.__getitem__)
-    batch = collation.seeded(rows, [shortest], 0)
+    batch = row_collator.seeded(rows, [shortest], 0)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if isinstance(ids, Tensor) and ids.numel() > collation.width(lengths[shortest]):
+    if isinstance(ids, Tensor) and ids.numel() > row_collator.width(lengths[shortest]):
         raise DataError(
             "`max_tokens` counts on rows that are padded to the longest of their micro-batch, but `data_collator` "
             f"makes {ids.numel()} tokens of {rows.name_of(shortest)} of `{rows.argument}`, which has "
@@ -123,19 +123,19 @@ def sample_positions(rows: Rows) -> list[int]:
     return sorted(np.random.RandomState(0).permutation(len(rows))[:_SAMPLE].tolist())
 
 
-def check_sample(rows: Rows, collation: Collation, ranges: Ranges) -> Batch:
+def check_sample(rows: Rows, row_collator: RowCollator, ranges: ValueRanges) -> Batch:
     """Collates a sample of rows, looks at their numbers, and returns the batch.
 
     Raises:
         DataError: naming the first row at fault.
     """
     positions = sample_positions(rows)
-    batch = collation.seeded(rows, positions, 0)
+    batch = row_collator.seeded(rows, positions, 0)
     ranges.check(batch, rows, positions)
     return batch
 
 
-def labelled_positions(rows: Rows, collation: Collation, ignore_index: int) -> list[int]:
+def labelled_positions(rows: Rows, row_collator: RowCollator, ignore_index: int) -> list[int]:
     """Positions of rows with at least one label that counts: those of the sample, a few shortest and the longest row;
     where none of these has one, the first such row. A collator that draws may give any row a label.
 
@@ -143,17 +143,17 @@ def labelled_positions(rows: Rows, collation: Collation, ignore_index: int) -> l
         DataError: where no row has one.
     """
     positions = sorted({*sample_positions(rows), *_extremes(rows)})
-    if collation.draws:
+    if row_collator.draws:
         return positions
-    counting = Counting(ignore_index)
-    found = [p for p in positions if _has_items(collation(rows, [p]), counting)]
+    item_counter = ItemCounter(ignore_index)
+    found = [p for p in positions if _has_items(row_collator(rows, [p]), item_counter)]
     if found:
         return found
     for position in range(len(rows)):
-        if _has_items(collation(rows, [position]), counting):
+        if _has_items(row_collator(rows, [position]), item_counter):
             return [position]
     raise DataError(
-        f"{rows.all_in_words} has no label that counts: all are {ignore_index}, which the loss leaves out. Check how "
+        f"{rows.describe_all} has no label that counts: all are {ignore_index}, which the loss leaves out. Check how "
         f"the labels were made, and that truncation leaves some.{rows.if_none_is_fit}"
     )
 
@@ -167,7 +167,7 @@ def _extremes(rows: Rows) -> list[int]:
     return [*shortest, max(everyone, key=lengths.__getitem__)]
 
 
-def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sample:
+def sample_of(rows: Rows, row_collator: RowCollator, candidates: Sequence[int]) -> Sample:
     """A few labelled rows, together and apart, for the objective to measure its loss on.
 
     Raises:
@@ -177,11 +177,11 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
     positions, longest = _unlike(rows, candidates)
 
     def batch_of(chosen: Sequence[int]) -> Batch:
-        return collation.seeded(rows, chosen, 0)  # rows that draw are to be the same rows each time
+        return row_collator.seeded(rows, chosen, 0)  # rows that draw are to be the same rows each time
 
     together = batch_of(positions)
     in_rows = can_be_taken_apart(together, len(positions))
-    if collation.draws and not in_rows:
+    if row_collator.draws and not in_rows:
         raise DataError(
             "`data_collator` draws at random, and gives batches whose tensors do not have the rows along their first "
             "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
@@ -190,7 +190,7 @@ def sample_of(rows: Rows, collation: Collation, candidates: Sequence[int]) -> Sa
         batch_of([longest]),
         together,
         (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
-        None if collation.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
+        None if row_collator.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
         [rows.name_of(position) for position in positions],
     )
 
@@ -219,6 +219,6 @@ def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
     return (chosen * _PROBE_ROWS)[:_PROBE_ROWS], longest
 
 
-def _has_items(batch: Batch, counting: Counting) -> bool:
-    count = counting.applicable(batch).get("labels")
+def _has_items(batch: Batch, item_counter: ItemCounter) -> bool:
+    count = item_counter.applicable(batch).get("labels")
     return count is None or bool(count(batch))

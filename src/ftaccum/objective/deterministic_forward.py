@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.state_guards import Buffers, Generators, buffers_of, in_mode, preserved_buffers, preserved_rng
+from ..runtime.state_guards import Buffers, Generators, buffers_of, preserve_buffers, preserve_rng, training_mode
 
 _DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -65,7 +65,7 @@ def _without_rates(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DeterministicMode:
     """How to run a model as in training, and with the same outputs each time: in train mode, without dropout.
 
     Where train mode draws at random in other ways (layers left out, spectrograms masked), it is eval mode, but for the
@@ -82,7 +82,7 @@ class Rehearsal:
     moving: Mapping[str, nn.Module]
 
     @classmethod
-    def of(cls, model: nn.Module, run: Callable[[], Sequence[float]]) -> "Rehearsal":
+    def of(cls, model: nn.Module, run: Callable[[], Sequence[float]]) -> "DeterministicMode":
         """Finds out, in two passes, or four where train mode draws.
 
         Args:
@@ -100,9 +100,9 @@ class Rehearsal:
     def passes(self) -> Iterator[None]:
         """Around such passes. Generators, buffers and modes are afterwards as they were."""
         with (
-            preserved_rng(),
-            preserved_buffers(self.model),
-            in_mode(self.model, training=self.whole),
+            preserve_rng(),
+            preserve_buffers(self.model),
+            training_mode(self.model, training=self.whole),
             _also_in_what_is_run_again(self.model),
             _without_rates(self.model),
             _WithoutDropout(),
@@ -117,6 +117,6 @@ class Rehearsal:
             generators, buffers = Generators.now(), Buffers.now(buffers_of(self.model))
             first = run()
             moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
-            buffers.put_back()
-            repeats = generators.unmoved() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
+            buffers.restore()
+            repeats = generators.unchanged() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
         return repeats, moved

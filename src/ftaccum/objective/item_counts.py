@@ -44,7 +44,7 @@ def targets_of(batch: Batch) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-class Counting:
+class ItemCounter:
     """The ways to count a batch's loss items, by name, in the order in which ties are settled."""
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, class_weights: Tensor | None = None) -> None:

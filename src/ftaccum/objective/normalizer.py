@@ -17,7 +17,7 @@ Counts = Mapping[str, float]  # loss items by term; whole, unless the user count
 Means = Mapping[str, Tensor]  # mean loss by term, each a scalar
 
 
-class Denominator:
+class LossNormalizer:
     """N of one window, counted over all processes before its first forward pass."""
 
     def __init__(self, share: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator) -> None:
@@ -52,7 +52,7 @@ class Denominator:
         return contribution * (self._passes * self._processes)
 
 
-class ItemMeans:
+class WeightedMeans:
     """Means over loss items, gathered as (sum, count) pairs until they are read."""
 
     def __init__(self, terms: Sequence[str], device: torch.device) -> None:
@@ -67,7 +67,7 @@ class ItemMeans:
                 self.sums_T[t] += widened(means[term].detach()) * counts[term]
                 self.items_T[t] += counts[term]
 
-    def merge(self, other: "ItemMeans") -> None:
+    def merge(self, other: "WeightedMeans") -> None:
         self.sums_T += other.sums_T
         self.items_T += other.items_T
 
@@ -90,7 +90,7 @@ def means_of_sums(sums: Means, counts: Counts) -> dict[str, Tensor]:
     return {term: widened(found) / (counts[term] or 1) for term, found in sums.items()}
 
 
-def gathered(means: Sequence[ItemMeans], accelerator: Accelerator) -> list[ItemMeans]:
+def gathered(means: Sequence[WeightedMeans], accelerator: Accelerator) -> list[WeightedMeans]:
     """Each of `means` summed over all processes and brought to the host: one collective and one wait for all."""
     if not means:
         return []
@@ -99,7 +99,7 @@ def gathered(means: Sequence[ItemMeans], accelerator: Accelerator) -> list[ItemM
         pairs_M2T = accelerator.reduce(pairs_M2T, "sum")
     summed = []
     for sums_T, items_T in pairs_M2T.cpu():
-        summed.append(ItemMeans(means[0].terms, sums_T.device))
+        summed.append(WeightedMeans(means[0].terms, sums_T.device))
         summed[-1].sums_T, summed[-1].items_T = sums_T, items_T
     return summed
 

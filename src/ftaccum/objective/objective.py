@@ -8,7 +8,7 @@ from torch import nn
 from .forward import Forward
 from .item_counts import Batch
 from .normalizer import Counts, Means, means_of_sums
-from .report import Findings
+from .report import ExactnessReport
 
 
 class Objective:
@@ -20,21 +20,21 @@ class Objective:
         findings: how that was measured, and how exact it is.
     """
 
-    def __init__(self, forward: Forward, count: Callable[[Batch], Counts], findings: Findings) -> None:
+    def __init__(self, forward: Forward, count: Callable[[Batch], Counts], report: ExactnessReport) -> None:
         self._forward = forward
-        self.terms = tuple(findings.ways)
+        self.terms = tuple(report.ways)
         self.count = count
-        self.findings = findings
+        self.report = report
 
     @property
     def padding_sensitive(self) -> bool:
         """Whether a window's rows must be padded to one width."""
-        return self.findings.explanation.padding_sensitive
+        return self.report.explanation.padding_sensitive
 
     @property
     def shifts(self) -> bool:
         """Whether the logits at one position predict the label at the next."""
-        return self.findings.shifts
+        return self.report.shifts
 
     def means(self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str]) -> tuple[Means, Any]:
         """The means of these terms over the batch's own items, and the model's outputs.
@@ -44,5 +44,5 @@ class Objective:
             terms: those that the batch has items of; the mean of any other would be NaN.
         """
         found, outputs = self._forward(model, batch)
-        means = means_of_sums(found, counts) if self.findings.sums else found
+        means = means_of_sums(found, counts) if self.report.sums else found
         return {term: means[term] for term in terms}, outputs

@@ -9,12 +9,12 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from ..runtime.state_guards import converted
+from ..runtime.state_guards import cast_tensors
 from .item_counts import Batch
 
 
 @contextmanager
-def shaken(model: nn.Module) -> Iterator[None]:
+def perturb_head(model: nn.Module) -> Iterator[None]:
     """Gives the model's last weights noise, and takes it away again.
 
     Which way to count is right does not depend on the weights; but rows must differ in loss for it to show, and under
@@ -38,7 +38,7 @@ def shaken(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_float32(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
+def float32_weights(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
     """Models of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
 
     Rounded to 16 bits, the losses of two ways to count cannot be told apart.
@@ -52,7 +52,7 @@ def in_float32(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        with converted(tensors, torch.float32):
+        with cast_tensors(tensors, torch.float32):
             yield _widened if tensors else lambda batch: batch
     finally:
         torch.set_float32_matmul_precision(products)
@@ -60,12 +60,12 @@ def in_float32(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
 
 
 def has_narrow_weights(model: nn.Module) -> bool:
-    """Whether `in_float32` has something to do."""
+    """Whether `float32_weights` has something to do."""
     return any(map(_is_narrow, model.parameters()))
 
 
 @contextmanager
-def nudged(modules: Iterable[nn.Module]) -> Iterator[None]:
+def perturb_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Gives the scales and shifts of these modules noise, and takes it away again: a norm whose scale is 0, as the last
     of a new residual branch is, has a gradient but no say in the loss."""
     weights = [

@@ -50,7 +50,7 @@ class Explanation:
         return Explanation(differences, max(self.padding, other.padding), self.adds_up and other.adds_up)
 
 
-def remembered(losses: Losses) -> Losses:
+def cache_losses(losses: Losses) -> Losses:
     """The same, a batch met again answered from memory: for as long as the weights stay."""
     known: dict[Any, Mapping[str, float]] = {}
 

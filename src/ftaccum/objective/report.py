@@ -26,7 +26,7 @@ class InTraining:
 
 
 @dataclass(frozen=True)
-class Findings:
+class ExactnessReport:
     """By term: how a loss is counted, and how far accumulating it so is from one batch.
 
     Attributes:

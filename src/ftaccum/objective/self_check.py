@@ -10,15 +10,15 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..runtime.state_guards import only_looking, preserved_buffers
-from .deterministic_forward import Rehearsal
+from ..runtime.state_guards import inspection_mode, preserve_buffers
+from .deterministic_forward import DeterministicMode
 from .forward import Forward
-from .item_counts import Batch, Counting, CountItems, counts_from_user
+from .item_counts import Batch, CountItems, ItemCounter, counts_from_user
 from .normalizer import means_of_sums
 from .objective import Objective
-from .perturbation import has_narrow_weights, in_float32, nudged, shaken
-from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, choose, difference, explain, relative, remembered
-from .report import Findings, InTraining
+from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
+from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, difference, explain, relative
+from .report import ExactnessReport, InTraining
 
 Groups = Sequence[Sequence[int]]
 
@@ -59,7 +59,7 @@ def measured_objective(
     forward: Forward,
     sample: Sample,
     *,
-    counting: Counting,
+    item_counter: ItemCounter,
     count_items: CountItems | None = None,
     sums: bool = False,
 ) -> Objective:
@@ -75,19 +75,19 @@ def measured_objective(
         sums: whether the loss is handed over as a sum instead of a mean.
     """
     device = next(model.parameters()).device
-    with only_looking(model):
+    with inspection_mode(model):
         means, _ = forward(model, send_to_device(sample.longest, device))
-        measurement = _Measurement(model, forward, sample, counting, count_items, sums, tuple(means))
+        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, tuple(means))
         try:
-            with in_float32(model, *forward.modules) as widened:
-                findings = replace(measurement, prepared=widened).findings(EXPLAINED)
+            with float32_weights(model, *forward.modules) as widened:
+                report = replace(measurement, prepared=widened).report(EXPLAINED)
         except RuntimeError:  # memory, or a model that insists on its type
             if not has_narrow_weights(model):
                 raise
-            findings = measurement.findings(EXPLAINED_IN_HALF)
-    findings, forward.factors = broadcast_object_list([findings, forward.factors])
-    chosen = _chosen(measurement.ways(), findings.ways)
-    return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, findings)
+            report = measurement.report(EXPLAINED_IN_HALF)
+    report, forward.factors = broadcast_object_list([report, forward.factors])
+    chosen = _chosen(measurement.ways(), report.ways)
+    return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report)
 
 
 def difference_of_packing(
@@ -102,7 +102,7 @@ def difference_of_packing(
         means, _ = forward(model, send_to_device(batch, device))
         return sum(float(mean) * counts[term] for term, mean in means.items())
 
-    with only_looking(model), in_float32(model), shaken(model):
+    with inspection_mode(model), float32_weights(model), perturb_head(model):
         off = abs(loss(packed) / loss(padded) - 1)
     (off,) = broadcast_object_list([off])
     return off
@@ -120,39 +120,39 @@ class _Measurement:
     model: nn.Module
     forward: Forward
     sample: Sample
-    counting: Counting
+    item_counter: ItemCounter
     count_items: CountItems | None
     sums: bool
     terms: Sequence[str]
     prepared: Callable[[Batch], Batch] = lambda batch: batch
 
-    def findings(self, tolerance: float) -> Findings:
+    def report(self, tolerance: float) -> ExactnessReport:
         """Measures. Differences up to `tolerance` are taken for rounding."""
-        together, counting = self.sample.together, self.counting
+        together, item_counter = self.sample.together, self.item_counter
         cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, _UNEQUAL))
         collated = [] if self.sample.collated is None else self.sample.collated(_UNEQUAL)
         apart = cut or (lambda _: collated)
-        rehearsal = self._rehearsal()
+        mode = self._rehearsal()
         ways = self.ways()
-        with shaken(self.model):
-            losses = remembered(self._losses)
-            names = choose(losses, together, apart, ways, counting.ignore_index)
+        with perturb_head(self.model):
+            losses = cache_losses(self._losses)
+            names = choose(losses, together, apart, ways, item_counter.ignore_index)
             # Of a count of the user's own it does not show whether labels are shifted; of the loss it does.
-            every = dict.fromkeys(ways, counting.applicable(together))
-            nearest = choose(losses, together, apart, every, counting.ignore_index)
+            every = dict.fromkeys(ways, item_counter.applicable(together))
+            nearest = choose(losses, together, apart, every, item_counter.ignore_index)
             joint, alone = losses(together), [losses(row) for row in apart(together)[:2]]
             unlike = explain(losses, together, cut, collated, _chosen(ways, names), tolerance)
             # What no count explains looks at all tokens together, as far as one can say; so may what eval mode leaves
             # out.
             others = [part for part in self.forward.parts if unlike.differences[part] > tolerance or not joint[part]]
-            names |= {part: list(counting.of_inputs(together))[-1] for part in others}
+            names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
             chosen = _chosen(ways, names)
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
-            in_training = self._in_training(rehearsal, chosen, joint)
-        losses = remembered(self._losses)
+            in_training = self._in_training(mode, chosen, joint)
+        losses = cache_losses(self._losses)
         self._check_finite(losses, chosen)
         as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
-        return Findings(
+        return ExactnessReport(
             ways=names,
             measured=len(ways[self.terms[0]]) > 1,
             shifts="labels after the shift" in nearest.values() and not self.sums,
@@ -168,16 +168,16 @@ class _Measurement:
 
     def ways(self) -> Ways:
         """The ways to count that come into question for each term."""
-        parts = dict.fromkeys(self.forward.parts, self.counting.applicable(self.sample.together))
+        parts = dict.fromkeys(self.forward.parts, self.item_counter.applicable(self.sample.together))
         if self.count_items is not None:
             return {term: {"count_items": _of_term(self.count_items, term, self.terms)} for term in self.terms}
         if self.sums:
-            name = self.counting.convention(self.sample.together)
+            name = self.item_counter.convention(self.sample.together)
         elif self.forward.counted_by is not None:
             name = self.forward.counted_by
         else:
-            return dict.fromkeys(self.terms, self.counting.applicable(self.sample.together)) | parts
-        return {term: {name: self.counting.ways[name]} for term in self.terms}
+            return dict.fromkeys(self.terms, self.item_counter.applicable(self.sample.together)) | parts
+        return {term: {name: self.item_counter.ways[name]} for term in self.terms}
 
     def _losses(self, batch: Batch) -> dict[str, float]:
         found = self._outputs(batch)[0]
@@ -199,7 +199,7 @@ class _Measurement:
     def _on_device(self, batch: Batch) -> Batch:
         return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
 
-    def _rehearsal(self) -> Rehearsal:
+    def _rehearsal(self) -> DeterministicMode:
         """How the model is run as in training; and on the way, in train mode, takes the loss apart."""
         outputs: Any = None
 
@@ -208,16 +208,16 @@ class _Measurement:
             means, outputs = self._outputs(self.sample.together)
             return [mean.item() for mean in means.values()]
 
-        rehearsal = Rehearsal.of(self.model, run)
+        mode = DeterministicMode.of(self.model, run)
         # A count of the user's own is of the whole loss, and so is the one that a sum is divided by.
         if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
-            few = self.sample.apart(self.sample.together, _PAIRS if rehearsal.moving else _SINGLE)
-            with rehearsal.passes():
+            few = self.sample.apart(self.sample.together, _PAIRS if mode.moving else _SINGLE)
+            with mode.passes():
                 self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
-        return rehearsal
+        return mode
 
     def _in_training(
-        self, rehearsal: Rehearsal, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
+        self, mode: DeterministicMode, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
     ) -> InTraining:
         """Measures rows apart and together in train mode.
 
@@ -225,13 +225,13 @@ class _Measurement:
             in_eval: the loss of all together in eval mode. Where train mode changes nothing and moves nothing, it mixes
                 no rows either.
         """
-        together, moving = self.sample.together, rehearsal.moving
+        together, moving = self.sample.together, mode.moving
 
         def from_the_start(batch: Batch) -> dict[str, float]:
-            with preserved_buffers(self.model):
+            with preserve_buffers(self.model):
                 return self._losses(batch)
 
-        with rehearsal.passes(), nudged(moving.values()):
+        with mode.passes(), perturb_norms(moving.values()):
             joint = from_the_start(together)
             if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
                 return InTraining(dict.fromkeys(chosen, 0.0))

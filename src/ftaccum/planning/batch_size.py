@@ -10,7 +10,7 @@ from ..settings import Recipe, Runtime
 
 
 @dataclass(frozen=True)
-class Batching:
+class BatchSizes:
     """The sizes of an update, resolved. `gradient_accumulation_steps` passes of at most `batch_size` rows on each
     of `num_processes` processes hold `effective_batch_size` rows; the last micro-batch may be short.
 
@@ -25,15 +25,15 @@ class Batching:
     effective_batch_size: int
     later: tuple[tuple[int, int], ...] = ()
 
-    def at(self, update: int) -> "Batching":
+    def at(self, update: int) -> "BatchSizes":
         """The sizes of one update (from 0), which then hold for all."""
         changes = bisect.bisect(self.later, update, key=lambda change: change[0])
         if not changes:
             return replace(self, later=())
         k = self.later[changes - 1][1]
-        return Batching(self.batch_size, k, self.num_processes, k * self.batch_size * self.num_processes)
+        return BatchSizes(self.batch_size, k, self.num_processes, k * self.batch_size * self.num_processes)
 
-    def stages(self) -> list[tuple[int, "Batching"]]:
+    def stages(self) -> list[tuple[int, "BatchSizes"]]:
         """From which update on there are which sizes."""
         return [(update, self.at(update)) for update in (0, *(update for update, _ in self.later))]
 
@@ -49,7 +49,7 @@ def rate_factor(rule: str, ratio: float) -> float:
     return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
 
 
-def resolve_batching(
+def resolve_batch_sizes(
     *,
     batch_size: int,
     gradient_accumulation_steps: int | Pairs = 1,
@@ -57,7 +57,7 @@ def resolve_batching(
     tokens_per_update: int | None = None,
     tokens_per_row: float | None = None,
     num_processes: int = 1,
-) -> Batching:
+) -> BatchSizes:
     """Resolves the ways to say how large an update is to one.
 
     Args:
@@ -74,7 +74,9 @@ def resolve_batching(
     pass_rows = batch_size * num_processes
     if not isinstance(gradient_accumulation_steps, int):
         (_, first), *later = gradient_accumulation_steps
-        return Batching(batch_size, first, num_processes, first * pass_rows, tuple((update, k) for update, k in later))
+        return BatchSizes(
+            batch_size, first, num_processes, first * pass_rows, tuple((update, k) for update, k in later)
+        )
     from_steps = gradient_accumulation_steps * pass_rows
     asked = {}  # rows asked for → the arithmetic that leads to them
     if effective_batch_size is not None:
@@ -96,14 +98,16 @@ def resolve_batching(
             )
         raise SettingsError([f"Sizes of an update disagree: {'; '.join(asked.values())}. Give one of them."])
     effective = next(iter(asked), from_steps)
-    return Batching(batch_size, math.ceil(effective / pass_rows), num_processes, effective)
+    return BatchSizes(batch_size, math.ceil(effective / pass_rows), num_processes, effective)
 
 
-def batching_of(recipe: Recipe, runtime: Runtime, num_processes: int, tokens_per_row: float | None = None) -> Batching:
-    """`resolve_batching` on the settings of a run, whose physical batch is known."""
+def batch_sizes_of(
+    recipe: Recipe, runtime: Runtime, num_processes: int, tokens_per_row: float | None = None
+) -> BatchSizes:
+    """`resolve_batch_sizes` on the settings of a run, whose physical batch is known."""
     assert isinstance(runtime.batch_size, int), "'auto' is measured first"
     assert not isinstance(recipe.gradient_accumulation_steps, str), "text was read as pairs"
-    return resolve_batching(
+    return resolve_batch_sizes(
         batch_size=runtime.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         effective_batch_size=recipe.effective_batch_size,

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .batch_size import Batching, rate_factor
+from .batch_size import BatchSizes, rate_factor
 from .micro_batches import Rows
 
 
@@ -22,7 +22,7 @@ class Window:
     rows: Rows
 
 
-class Course(ABC):
+class BasePlan(ABC):
     """Windows, epoch by epoch.
 
     Attributes:
@@ -33,7 +33,7 @@ class Course(ABC):
     """
 
     n_epochs: int
-    batching: Batching
+    batch_sizes: BatchSizes
     seed: int
     rate_scaling: str
 
@@ -65,7 +65,7 @@ class Course(ABC):
 
     def rate_factor(self, update: int) -> float:
         """What the scheduled learning rate of an update is multiplied by."""
-        k, first = self.batching.at(update).gradient_accumulation_steps, self.batching.gradient_accumulation_steps
+        k, first = self.batch_sizes.at(update).gradient_accumulation_steps, self.batch_sizes.gradient_accumulation_steps
         return rate_factor(self.rate_scaling, k / first)
 
     def warmup_updates(self, warmup_steps: int, warmup_ratio: float) -> int:
@@ -73,19 +73,19 @@ class Course(ABC):
         return warmup_steps or math.ceil(warmup_ratio * self.n_windows)
 
 
-def sizes_in_words(batching: Batching, rate_scaling: str) -> list[str]:
+def describe_sizes(batch_sizes: BatchSizes, rate_scaling: str) -> list[str]:
     """The lines that say how large updates are, and how their rate follows where that changes."""
-    stages = batching.stages()
+    stages = batch_sizes.stages()
 
     def over_training(values: Iterable[object]) -> str:
         return ", ".join(f"after {u} updates {v}" if u else str(v) for (u, _), v in zip(stages, values, strict=True))
 
-    first = batching.gradient_accumulation_steps
+    first = batch_sizes.gradient_accumulation_steps
     factors = [rate_factor(rate_scaling, sizes.gradient_accumulation_steps / first) for _, sizes in stages]
     return [
-        f"Batch size: {batching.batch_size}",
+        f"Batch size: {batch_sizes.batch_size}",
         f"Gradient accumulation steps: {over_training(sizes.gradient_accumulation_steps for _, sizes in stages)}",
-        f"Processes: {batching.num_processes}",
+        f"Processes: {batch_sizes.num_processes}",
         f"Effective batch size: {over_training(sizes.effective_batch_size for _, sizes in stages)}",
         *([f"Learning rate times: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
     ]

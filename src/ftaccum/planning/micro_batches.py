@@ -15,7 +15,7 @@ Rows: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Slice:
+class MicroBatchRows:
     """The rows of one micro-batch; none for a ghost, which keeps a process in step with the others.
 
     Attributes:
@@ -31,13 +31,13 @@ class Slice:
     places: Rows = ()
 
     @classmethod
-    def of(cls, window: Rows, places: Rows, tokens: int = 0, width: int = 0) -> "Slice":
+    def of(cls, window: Rows, places: Rows, tokens: int = 0, width: int = 0) -> "MicroBatchRows":
         """Those rows of a window that stand at these places in it."""
         return cls(tuple(window[place] for place in places), tokens, width, places)
 
 
 @dataclass(frozen=True)
-class Caps:
+class BatchLimits:
     """What a micro-batch may hold at most. One row is always allowed: it cannot be cut.
 
     Attributes:
@@ -48,13 +48,13 @@ class Caps:
     rows: int | None
     tokens: int | None = None
 
-    def of_tokens(self, tokens: int) -> "Caps":
+    def of_tokens(self, tokens: int) -> "BatchLimits":
         """The same, with a cap on tokens at least as low as this."""
         return replace(self, tokens=tokens if self.tokens is None else min(tokens, self.tokens))
 
 
 @dataclass(frozen=True)
-class PassCosts:
+class CostModel:
     """What a forward and backward pass of n rows, padded to width w, costs, in any unit of time:
     `per_pass + per_token · n·w + per_square · n·w²`. (The square is attention's.)
     """
@@ -69,11 +69,11 @@ class PassCosts:
 
 
 # A first guess, in units of a token's time, until passes have been timed. The cheapest cut changes little with it.
-GUESSED_COSTS = PassCosts(64.0, 1.0, 0.0005)
+DEFAULT_COSTS = CostModel(64.0, 1.0, 0.0005)
 
 
 @dataclass(frozen=True)
-class Cutter:
+class MicroBatchPlanner:
     """Cuts windows into micro-batches and deals these to the processes.
 
     Attributes:
@@ -84,12 +84,12 @@ class Cutter:
         packed: whether rows lie one behind the other in a micro-batch, without padding, instead of side by side.
     """
 
-    caps: Caps
-    costs: PassCosts | None = GUESSED_COSTS
+    limits: BatchLimits
+    costs: CostModel | None = DEFAULT_COSTS
     num_processes: int = 1
     packed: bool = False
 
-    def shares(self, rows: Rows, lengths: Sequence[int] | None = None) -> list[list[Slice]]:
+    def shares(self, rows: Rows, lengths: Sequence[int] | None = None) -> list[list[MicroBatchRows]]:
         """The micro-batches of a window, by process.
 
         All processes get equally many, so that they make the same number of passes. In each round of one pass a
@@ -112,10 +112,10 @@ class Cutter:
         rounds.sort(key=lambda slices: -max(piece.tokens for piece in slices))
         return self._dealt(rounds)
 
-    def _slice(self, window: Rows, places: Rows, lengths: np.ndarray) -> Slice:
+    def _slice(self, window: Rows, places: Rows, lengths: np.ndarray) -> MicroBatchRows:
         tokens = int(self._tokens(lengths)[-1])
         width = tokens if self.packed else int(lengths.max())
-        return Slice.of(window, places, tokens, width)
+        return MicroBatchRows.of(window, places, tokens, width)
 
     def _tokens(self, lengths: np.ndarray) -> np.ndarray:
         """The tokens of a micro-batch of the first row, the first two, …, padding included."""
@@ -125,12 +125,12 @@ class Cutter:
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
         """The same for those micro-batches that keep the caps."""
-        if self.caps.tokens is None:
-            return self._tokens(lengths[: self.caps.rows])
+        if self.limits.tokens is None:
+            return self._tokens(lengths[: self.limits.rows])
         # No more rows than there would be if all were as short as they can be: of a large window, few are looked at.
-        rows = max(1, self.caps.tokens // int(lengths.min() if self.packed else lengths[0]))
-        tokens = self._tokens(lengths[: rows if self.caps.rows is None else min(rows, self.caps.rows)])
-        return tokens[: max(1, int(np.searchsorted(tokens, self.caps.tokens, side="right")))]
+        rows = max(1, self.limits.tokens // int(lengths.min() if self.packed else lengths[0]))
+        tokens = self._tokens(lengths[: rows if self.limits.rows is None else min(rows, self.limits.rows)])
+        return tokens[: max(1, int(np.searchsorted(tokens, self.limits.tokens, side="right")))]
 
     def _fullest(self, lengths: np.ndarray) -> list[int]:
         """Where each micro-batch ends, when each is filled up to the caps before the next one is begun."""
@@ -139,7 +139,7 @@ class Cutter:
             ends.append(ends[-1] + len(self._fitting(lengths[ends[-1] :])))
         return ends[1:]
 
-    def _cheapest(self, lengths: np.ndarray, costs: PassCosts) -> list[int]:
+    def _cheapest(self, lengths: np.ndarray, costs: CostModel) -> list[int]:
         """Where each micro-batch ends for the least cost over all, of rows sorted by length: dynamic programming.
 
         Passes come in rounds of one for each process, and a process without a micro-batch runs a ghost. So the least
@@ -157,21 +157,21 @@ class Cutter:
             better = reached < least[ends]
             least[ends][better] = reached[better]
             came_from[ends][better] = start
-        ghosts = -np.arange(processes) % processes
-        phase = int(np.argmin(least[n_rows] + ghosts * costs.per_pass))
+        dummies = -np.arange(processes) % processes
+        phase = int(np.argmin(least[n_rows] + dummies * costs.per_pass))
         ends_backwards, end = [], n_rows
         while end:
             ends_backwards.append(end)
             end, phase = int(came_from[end, phase]), (phase - 1) % processes
         return ends_backwards[::-1]
 
-    def _dealt(self, rounds: list[list[Slice]]) -> list[list[Slice]]:
+    def _dealt(self, rounds: list[list[MicroBatchRows]]) -> list[list[MicroBatchRows]]:
         """Round by round, the largest micro-batch to the process that has least so far."""
-        shares: list[list[Slice]] = [[] for _ in range(self.num_processes)]
+        shares: list[list[MicroBatchRows]] = [[] for _ in range(self.num_processes)]
         for slices in rounds:
             by_size = sorted(slices, key=lambda piece: -piece.tokens)
-            ghosts = [Slice()] * (self.num_processes - len(slices))
+            dummies = [MicroBatchRows()] * (self.num_processes - len(slices))
             by_load = sorted(shares, key=lambda share: sum(piece.tokens for piece in share))
-            for share, piece in zip(by_load, [*by_size, *ghosts], strict=True):
+            for share, piece in zip(by_load, [*by_size, *dummies], strict=True):
                 share.append(piece)
         return shares

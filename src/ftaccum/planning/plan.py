@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import SettingsError
-from .batch_size import Batching
-from .course import Course, Window, sizes_in_words
+from .batch_size import BatchSizes
+from .course import BasePlan, Window, describe_sizes
 from .shuffle import order_of
 
 _FEW = 6  # epochs, for their windows to be listed one by one
@@ -19,7 +19,7 @@ _MANY, _MOST_ROWS = 10**8, 2**63 - 1  # updates or epochs, in 0.8 GB; rows, as 6
 
 
 @dataclass(frozen=True)
-class Plan(Course):
+class Plan(BasePlan):
     """Every window of a run, before anything is loaded.
 
     The epochs, each in its own order, lie one behind the other, and are cut into windows of the sizes that the updates
@@ -40,7 +40,7 @@ class Plan(Course):
 
     n_rows: int
     n_epochs: int
-    batching: Batching
+    batch_sizes: BatchSizes
     seed: int = 42
     n_validation_rows: int = 0
     remainder: str = "flush"
@@ -65,14 +65,14 @@ class Plan(Course):
     @property
     def _most_updates(self) -> int:
         """As many updates there are at most: where all are of the smallest size."""
-        smallest = min(sizes.effective_batch_size for _, sizes in self.batching.stages())
+        smallest = min(sizes.effective_batch_size for _, sizes in self.batch_sizes.stages())
         of_epochs = self.n_epochs * -(-self.n_rows // smallest)
         return min(of_epochs, self.max_updates or of_epochs)
 
     @property
     def _most_epochs(self) -> int:
         """As many epochs are begun at most: where all updates are of the largest size."""
-        largest = max(sizes.effective_batch_size for _, sizes in self.batching.stages())
+        largest = max(sizes.effective_batch_size for _, sizes in self.batch_sizes.stages())
         return min(self.n_epochs, self._most_updates * -(-largest // self.n_rows))
 
     @cached_property
@@ -81,7 +81,7 @@ class Plan(Course):
         n, end, of_all = len(self.done), max(self.done, default=0), self.n_epochs * self.n_rows
         at_most = self.max_updates or n + of_all
         ends = [np.array(self.done, dtype=int)]
-        for (_, sizes), (following, _) in itertools.pairwise([*self.batching.stages(), (at_most, self.batching)]):
+        for (_, sizes), (following, _) in itertools.pairwise([*self.batch_sizes.stages(), (at_most, self.batch_sizes)]):
             size = min(sizes.effective_batch_size, of_all)
             while n < min(following, at_most) and end < of_all:
                 # As many windows of a size as come one behind the other.
@@ -95,7 +95,7 @@ class Plan(Course):
     def n_windows(self) -> int:
         return len(self._ends)
 
-    def going_on(self, rows: Sequence[int], n_rows: int) -> "Plan":
+    def resume_after(self, rows: Sequence[int], n_rows: int) -> "Plan":
         """The plan for a run whose first windows are done: this one where it has the same windows, else one that goes
         on behind as much of the same epoch.
 
@@ -132,7 +132,7 @@ class Plan(Course):
         """Whether the first `n_windows` windows end with the last one of an epoch."""
         return n_windows == self._indices(self._epoch_of(n_windows - 1)).stop
 
-    def epoch_behind(self, n_windows: int) -> int:
+    def epoch_after(self, n_windows: int) -> int:
         """The epoch of the window that follows the first `n_windows`; `n_epochs` where none does."""
         return self._epoch_of(n_windows) if n_windows < self.n_windows else self.n_epochs
 
@@ -147,7 +147,7 @@ class Plan(Course):
             yield Window(index, epoch, tuple(itertools.islice(rows, size)))
 
     def notes(self) -> list[str]:
-        stages = self.batching.stages()
+        stages = self.batch_sizes.stages()
         wanted = max(sizes.effective_batch_size for update, sizes in stages if update < self.n_windows)
         late = [update for update, _ in stages if update >= self.n_windows]
         found = {
@@ -166,9 +166,9 @@ class Plan(Course):
         return "\n".join(
             [
                 f"Training samples: {self.n_rows}",
-                *sizes_in_words(self.batching, self.rate_scaling),
-                f"Updates per epoch: {self._updates_in_words()}",
-                f"Epochs: {self.n_epochs}, {self.n_windows} updates in all{self._end_in_words()}",
+                *describe_sizes(self.batch_sizes, self.rate_scaling),
+                f"Updates per epoch: {self._describe_updates()}",
+                f"Epochs: {self.n_epochs}, {self.n_windows} updates in all{self._describe_end()}",
                 *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
                 *self.notes(),
             ]
@@ -181,27 +181,27 @@ class Plan(Course):
     def _epoch_of(self, window: int) -> int:
         return (self.rows_after(window + 1) - 1) // self.n_rows
 
-    def _updates_in_words(self) -> str:
-        b = self.batching
+    def _describe_updates(self) -> str:
+        b = self.batch_sizes
         if self.remainder == "carry" or b.later:
             counts = np.bincount((self._ends - 1) // self.n_rows).tolist()
             listed = ", ".join(map(str, counts)) if len(counts) <= _FEW else f"{min(counts)} to {max(counts)}"
-            return (str(counts[0]) if len(set(counts)) == 1 else listed) + f" ({self._remainder_in_words()})"
+            return (str(counts[0]) if len(set(counts)) == 1 else listed) + f" ({self._describe_remainder()})"
         left = self.n_rows % b.effective_batch_size
         micro_batches = math.ceil(left / b.batch_size)
         tail = f"; the remainder of {left} rows (micro-batches: {micro_batches}) is flushed as 1 more" if left else ""
         full = self.n_rows // b.effective_batch_size
         return f"{full + bool(left)} ({full} full windows{tail})"
 
-    def _remainder_in_words(self) -> str:
+    def _describe_remainder(self) -> str:
         if self.remainder == "flush":
             return "a remainder is flushed at the end of each epoch"
         last = self.rows_after(self.n_windows) - self.rows_after(self.n_windows - 1)
-        wanted = self.batching.at(self.n_windows - 1).effective_batch_size
+        wanted = self.batch_sizes.at(self.n_windows - 1).effective_batch_size
         short = f"; the last one has {last} rows" if last < wanted else ""
         return f"what is left of an epoch is carried into the next{short}"
 
-    def _end_in_words(self) -> str:
+    def _describe_end(self) -> str:
         if self.n_windows != self.max_updates:
             return ""
         return f" (`max_updates`), the last of them in epoch {len(self.epochs)}"

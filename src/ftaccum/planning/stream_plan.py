@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from .batch_size import Batching
-from .course import Course, Window, sizes_in_words
+from .batch_size import BatchSizes
+from .course import BasePlan, Window, describe_sizes
 
 # Of an epoch, reads up to so many rows more, and says how many came: fewer only where the epoch has ended. Rows before
 # the position that it is given last are not needed any more.
@@ -13,7 +13,7 @@ Read = Callable[[int, int, int], int]
 
 
 @dataclass
-class StreamPlan(Course):
+class StreamPlan(BasePlan):
     """Windows as a stream gives them: the next so many rows make the next one.
 
     A position is the place of a row among all that came, over all epochs. What is left of an epoch becomes a window
@@ -27,7 +27,7 @@ class StreamPlan(Course):
     """
 
     n_epochs: int
-    batching: Batching
+    batch_sizes: BatchSizes
     max_updates: int
     read: Read
     seed: int = 42
@@ -61,7 +61,7 @@ class StreamPlan(Course):
 
     def _from_first(self, epoch: int) -> Iterator[Window]:
         while self._index < self.max_updates:
-            wanted = self.batching.at(self._index).effective_batch_size - self._n_open
+            wanted = self.batch_sizes.at(self._index).effective_batch_size - self._n_open
             if self._more(epoch, wanted) < wanted:
                 break
             yield self._window(epoch)
@@ -86,7 +86,7 @@ class StreamPlan(Course):
         return "\n".join(
             [
                 "Training samples: a stream",
-                *sizes_in_words(self.batching, self.rate_scaling),
+                *describe_sizes(self.batch_sizes, self.rate_scaling),
                 f"Updates: {self.max_updates} (`max_updates`), or as many as {passes} over the stream give",
                 *([f"Updates per epoch: as they come; what is left of one {left}"] if self.n_epochs > 1 else []),
                 *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),

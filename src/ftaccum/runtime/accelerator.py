@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 
 from ..errors import SettingsError
 from ..settings import Runtime
-from .state_guards import preserved_rng, seed_all
+from .state_guards import preserve_rng, seed_all
 
 # Whole copies of the model, gradients averaged by DDP: one path, whatever the device.
 _REPLICATED = {
@@ -29,7 +29,7 @@ _REPLICATED = {
 
 
 @contextmanager
-def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
+def accelerator_session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
     """An Accelerator of the wanted precision. Afterwards Accelerate's shared state, the random-number generators and
     torch's determinism are as before, so that a process can have many sessions, of any precision; a process group
     that the launcher asked for stays up for the next.
@@ -37,9 +37,9 @@ def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
     Raises:
         SettingsError: where the processes asked for are not there, or are joined in a way not shown to be exact.
     """
-    with accelerate_anew():
+    with fresh_accelerate_state():
         accelerator = _accelerator(runtime)
-        with preserved_rng(), _determinism(runtime.deterministic):
+        with preserve_rng(), _determinism(runtime.deterministic):
             seed_all(seed, accelerator.process_index)  # dropout must differ between processes
             try:
                 yield accelerator
@@ -50,7 +50,7 @@ def session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
 
 
 @contextmanager
-def accelerate_anew() -> Iterator[None]:
+def fresh_accelerate_state() -> Iterator[None]:
     """Empties the state that all Accelerators of a process share, and puts it back."""
     shared = {state: dict(state._shared_state) for state in (AcceleratorState, GradientState)}
     for state in shared:

@@ -15,7 +15,7 @@ _AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcnt
 
 
 @contextmanager
-def write_beside(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Writes a file that takes the place of `path` once it is whole and on the disk.
 
     Where the writing fails, what is at `path` stays as it was and nothing is left beside it; what a killed process left
@@ -29,14 +29,14 @@ def write_beside(path: str | Path) -> Iterator[Path]:
     """
     with _beside(path) as (beside, target):
         yield beside
-        flushed(beside)
+        fsync_path(beside)
         os.replace(beside, target)
-        flushed(target.parent)
+        fsync_path(target.parent)
 
 
 @contextmanager
-def folder_beside(path: str | Path) -> Iterator[Path]:
-    """As `write_beside`, for a folder with all that is in it: what lay in a folder at `path` before is gone afterwards.
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """As `atomic_write`, for a folder with all that is in it: what lay in a folder at `path` before is gone afterwards.
 
     Linux exchanges the two folders in one step. Elsewhere, and on file systems that cannot, a kill between two renames
     leaves nothing at `path`, the old folder in `.<name>.replaced` and the new one in `.<name>.partial`, both whole.
@@ -52,14 +52,14 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         yield beside
         for folder, _, names in os.walk(beside, topdown=False):
             for name in names:
-                flushed(Path(folder, name))
-            flushed(Path(folder))
+                fsync_path(Path(folder, name))
+            fsync_path(Path(folder))
         if not (target.exists() and _exchanged(beside, target)):
             _put_in_place(beside, target)
-        flushed(target.parent)
+        fsync_path(target.parent)
 
 
-class GrowingFile:
+class AppendOnlyFile:
     """A file of lines, brought up to date from time to time.
 
     It is remembered how far it was written well. Half a line is cut off, and where writing failed, or the file was
@@ -107,7 +107,7 @@ class GrowingFile:
                 self._size += len(encoded)
 
 
-def flushed(path: str | Path) -> None:
+def fsync_path(path: str | Path) -> None:
     """Waits until a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, distributed
 
 from ..errors import DataError
-from ..planning.micro_batches import Caps
+from ..planning.micro_batches import BatchLimits
 
 T = TypeVar("T")
 
@@ -25,14 +25,14 @@ _NONE = 2**62  # more tokens than any micro-batch has
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
-class RanOutError(Exception):
+class WindowOutOfMemoryError(Exception):
     """Memory ran out on some process, and all of them have left the window.
 
     Attributes:
         failed: which of this process's passes ran out, and what the device said; None where it was another process.
     """
 
-    def __init__(self, failed: "Failure | None") -> None:
+    def __init__(self, failed: "FailedPass | None") -> None:
         super().__init__(failed)
         self.failed = failed
 
@@ -42,7 +42,7 @@ class AgreedOutOfMemoryError(torch.OutOfMemoryError):
 
 
 @dataclass(frozen=True)
-class Failure:
+class FailedPass:
     """A pass of a window, by its place in the share, that memory ran out in."""
 
     index: int
@@ -72,7 +72,7 @@ def free_on_host() -> int:
     return free
 
 
-class Agreement:
+class ProcessGroup:
     """What the processes agree on, from host to host: no process waits for its device, nor for another's."""
 
     def __init__(self, group: distributed.ProcessGroup | None, num_processes: int) -> None:
@@ -150,20 +150,20 @@ def _pickled(make: Callable[[], Any]) -> tuple[bytes, Exception | None]:
 
 
 @contextmanager
-def agreed_by(accelerator: Accelerator) -> Iterator[Agreement]:
+def host_process_group(accelerator: Accelerator) -> Iterator[ProcessGroup]:
     """For the time of a run. Where the devices talk over another backend, the hosts get a group of their own."""
     if accelerator.num_processes == 1 or "gloo" in distributed.get_backend():
-        yield Agreement(None, accelerator.num_processes)
+        yield ProcessGroup(None, accelerator.num_processes)
         return
     group = distributed.new_group(backend="gloo")
     try:
-        yield Agreement(group, accelerator.num_processes)
+        yield ProcessGroup(group, accelerator.num_processes)
     finally:
         distributed.destroy_process_group(group)
 
 
 @dataclass
-class Headroom:
+class MemoryLimits:
     """How large micro-batches may be, learnt from those that did not fit.
 
     Attributes:
@@ -172,8 +172,8 @@ class Headroom:
         failures: windows that had to be run again.
     """
 
-    wanted: Caps
-    caps: Caps = field(init=False)
+    wanted: BatchLimits
+    limits: BatchLimits = field(init=False)
     failures: int = 0
     _failed: int = 0  # tokens that did not fit, when everything wanted was tried
     _patience: int = field(default_factory=lambda: _CALM)
@@ -181,24 +181,24 @@ class Headroom:
     _grew: bool = False
 
     def __post_init__(self) -> None:
-        self.caps = self.wanted
+        self.limits = self.wanted
 
     def state_dict(self) -> dict[str, Any]:
         learnt = {name: value for name, value in vars(self).items() if name not in ("wanted", "caps")}
-        return learnt | {"wanted": astuple(self.wanted), "caps": astuple(self.caps)}
+        return learnt | {"wanted": astuple(self.wanted), "caps": astuple(self.limits)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What was learnt, if it was learnt of the same caps; how often memory ran out in any case."""
         if tuple(state_dict["wanted"]) == astuple(self.wanted):
-            vars(self).update(state_dict | {"wanted": self.wanted, "caps": Caps(*state_dict["caps"])})
+            vars(self).update(state_dict | {"wanted": self.wanted, "caps": BatchLimits(*state_dict["caps"])})
         self.failures = state_dict["failures"]
 
     def ran_out(self, tokens: int) -> None:
         """A micro-batch of as many tokens did not fit: half as many are the most from now on."""
-        self._failed = tokens if self.caps == self.wanted else self._failed
+        self._failed = tokens if self.limits == self.wanted else self._failed
         self._patience *= 2 if self._grew else 1
         self._calm, self._grew = 0, False
-        self.caps = self.caps.of_tokens(tokens // 2)
+        self.limits = self.limits.of_tokens(tokens // 2)
         self.failures += 1
 
     def went_well(self) -> None:
@@ -207,7 +207,7 @@ class Headroom:
         if self._calm < self._patience:
             return
         self._calm, self._grew = 0, False
-        if self.caps != self.wanted and self.caps.tokens is not None:
-            twice = 2 * self.caps.tokens
+        if self.limits != self.wanted and self.limits.tokens is not None:
+            twice = 2 * self.limits.tokens
             self._grew = True
-            self.caps = self.wanted if twice >= self._failed else self.wanted.of_tokens(twice)
+            self.limits = self.wanted if twice >= self._failed else self.wanted.of_tokens(twice)

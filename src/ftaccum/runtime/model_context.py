@@ -7,19 +7,19 @@ from typing import Any
 from torch import nn
 
 from ..errors import SettingsError
-from .state_guards import in_mode
+from .state_guards import training_mode
 
 
 @contextmanager
-def borrowed(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None]:
+def model_context(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None]:
     """The model in train mode; afterwards without wrappers, in the mode that it was in, with its configuration.
 
     Raises:
         SettingsError: where gradient checkpointing is wanted of a model that has none.
     """
     with (
-        unwrapped_afterwards(model),
-        in_mode(model, training=True),
+        unwrap_on_exit(model),
+        training_mode(model, training=True),
         _without_cache(model),
         _checkpointed(model, gradient_checkpointing),
     ):
@@ -27,7 +27,7 @@ def borrowed(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None
 
 
 @contextmanager
-def compiled(model: nn.Module) -> Iterator[None]:
+def compile_model(model: nn.Module) -> Iterator[None]:
     """`torch.compile`, for the time of a run: graphs that hold for many rows and many widths."""
     before = model._compiled_call_impl
     model.compile(dynamic=True)
@@ -38,7 +38,7 @@ def compiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unwrapped_afterwards(model: nn.Module) -> Iterator[None]:
+def unwrap_on_exit(model: nn.Module) -> Iterator[None]:
     """Takes off what `Accelerator.prepare` leaves on a model: its autocasting `forward` and its mark."""
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     before: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}

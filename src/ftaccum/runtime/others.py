@@ -9,7 +9,7 @@ from ..errors import LostProcessError
 
 
 @contextmanager
-def others_watched(alone: bool, in_words: Callable[[], str]) -> Iterator[None]:
+def report_lost_process(alone: bool, describe: Callable[[], str]) -> Iterator[None]:
     """Where a collective fails because another process is gone, says so.
 
     Args:
@@ -28,7 +28,7 @@ def others_watched(alone: bool, in_words: Callable[[], str]) -> Iterator[None]:
         if heard is None:
             raise
         raise LostProcessError(
-            f"Another process of this run has ended or does not answer, and it cannot go on without. {in_words()} What "
+            f"Another process of this run has ended or does not answer, and it cannot go on without. {describe()} What "
             f"was heard of it: {heard}"
         ) from error
 

@@ -20,7 +20,7 @@ _NAME = ".lock"
 
 
 @contextmanager
-def held(output_dir: Path) -> Iterator[None]:
+def lock(output_dir: Path) -> Iterator[None]:
     """Keeps other processes' runs off a folder. Where the file system knows no locks, there is none.
 
     The lock is this process's alone (POSIX): workers that outlive it by some seconds hold none, and the system takes it
@@ -40,10 +40,10 @@ def held(output_dir: Path) -> Iterator[None]:
             file.close()
 
 
-def is_held(output_dir: Path) -> bool:
+def is_locked(output_dir: Path) -> bool:
     """Whether another process's run is going on there."""
     try:
-        with held(output_dir):
+        with lock(output_dir):
             return False
     except CheckpointError:
         return True

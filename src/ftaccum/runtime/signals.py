@@ -14,7 +14,7 @@ ASKING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "
 _TWICE = 1.0  # seconds: a launcher hands on the signal that the terminal has sent to all
 
 
-class Interrupts:
+class StopSignals:
     """Keeps the first signal that asks to stop. A Ctrl-C after it raises KeyboardInterrupt at once; other signals say
     again what is known: schedulers warn more than once.
 

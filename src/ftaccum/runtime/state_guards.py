@@ -38,14 +38,14 @@ class Generators:
         numpy_state = (kind, keys.numpy().astype(np.uint32), *others)
         return cls(state_dict["python"], numpy_state, state_dict["cpu"], state_dict["device"])
 
-    def unmoved(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether nothing has been drawn since."""
         now = Generators.now()
         same = all(map(np.array_equal, self.numpy, now.numpy)) and self.python == now.python
         on_device = self.device is None or now.device is None or torch.equal(self.device, now.device)
         return same and on_device and torch.equal(self.cpu, now.cpu)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -82,7 +82,7 @@ class Buffers:
         buffer, value = self.kept[module, name]
         return module._buffers[name] is not buffer or not torch.equal(buffer, value)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         with torch.no_grad():
             for (module, name), (buffer, value) in self.kept.items():
                 module._buffers[name] = buffer  # a forward pass may have put another in its place
@@ -92,13 +92,13 @@ class Buffers:
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Leaves every generator as it was found."""
     before = Generators.now()
     try:
         yield
     finally:
-        before.put_back()
+        before.restore()
 
 
 def seed_all(*seed: int) -> None:
@@ -113,17 +113,17 @@ def seed_all(*seed: int) -> None:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Leaves the model's buffers as they were found."""
     before = Buffers.now(buffers_of(model))
     try:
         yield
     finally:
-        before.put_back()
+        before.restore()
 
 
 @contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def training_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Puts every submodule in train or eval mode, and then back in the mode it was found in."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -135,7 +135,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_gradients(model: nn.Module) -> Iterator[None]:
+def preserve_gradients(model: nn.Module) -> Iterator[None]:
     """Puts the gradients that a model has aside, and gives them back."""
     before = [(p, p.grad) for p in model.parameters()]
     for p, _ in before:
@@ -148,7 +148,7 @@ def preserved_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def converted(
+def cast_tensors(
     tensors: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Iterator[None]:
     """Has weights or buffers hold copies in another type or on another device, and then again what they held."""
@@ -163,18 +163,18 @@ def converted(
 
 
 @contextmanager
-def only_looking(model: nn.Module) -> Iterator[None]:
+def inspection_mode(model: nn.Module) -> Iterator[None]:
     """For trying a model out: eval mode, no gradients, and generators, buffers, modes and what the model takes its
     labels for as they were afterwards."""
     with (
-        torch.no_grad(), preserved_rng(), preserved_buffers(model), in_mode(model, training=False),
-        _preserved_problem_type(model),
+        torch.no_grad(), preserve_rng(), preserve_buffers(model), training_mode(model, training=False),
+        _preserve_problem_type(model),
     ):  # fmt: skip
         yield
 
 
 @contextmanager
-def _preserved_problem_type(model: Any) -> Iterator[None]:
+def _preserve_problem_type(model: Any) -> Iterator[None]:
     """Heads of Transformers settle in their first forward pass, by the labels, what problem they are for. Labels that
     are refused must not decide that for those that are mended."""
     config = getattr(model, "config", None)

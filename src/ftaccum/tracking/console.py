@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..planning.course import Course
+from ..planning.course import BasePlan
 from .ledger import EpochEntry
 from .result import Result
 
@@ -15,14 +15,14 @@ _PRECISIONS = {"no": "full", "bf16": "bf16 autocast", "fp16": "fp16 autocast, sc
 
 
 @dataclass
-class Screen:
+class Console:
     """Prints to standard output, around the progress bar on standard error."""
 
     is_main: bool
     progress: bool
     _headed: bool = False
 
-    def banner(self, plan: Course, notes: list[str], warmup: int, precision: str, device: str) -> None:
+    def banner(self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str) -> None:
         if warmup > plan.n_windows:
             notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
         self._print(

@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from ..errors import OutputWarning, warn_user
-from ..runtime.atomic_files import folder_beside
+from ..runtime.atomic_files import atomic_directory
 from .ledger import Ledger
 from .result import Result
 
@@ -54,7 +54,7 @@ def _written(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer:
         faults += _tried(
             folder / "model",
             lambda path: _save(model, tokenizer, path),
-            f"The weights take {_in_words(_bytes_of(model))}. The model in memory is trained: save it elsewhere.",
+            f"The weights take {_describe(_bytes_of(model))}. The model in memory is trained: save it elsewhere.",
         )
     write = replace(result, unwritten=faults).save
     return faults + _tried(folder / "result.json", write, "The result is returned: its `save` writes it elsewhere.")
@@ -73,7 +73,7 @@ def _there_now(path: Path) -> list[str]:
     """What there is in the place of what could not be written, in sentences, as far as one can look: the working folder
     may be gone, or a network's file system."""
     try:
-        free = f"{_in_words(_free_at(path))} are free there."
+        free = f"{_describe(_free_at(path))} are free there."
         return [free, "What is there now is older."] if path.exists() else [free]
     except OSError:
         return []
@@ -81,7 +81,7 @@ def _there_now(path: Path) -> list[str]:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """The model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
-    with folder_beside(folder) as beside:
+    with atomic_directory(folder) as beside:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(beside)
         else:
@@ -99,6 +99,6 @@ def _free_at(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free
 
 
-def _in_words(n_bytes: int) -> str:
+def _describe(n_bytes: int) -> str:
     power = min(len(_UNITS) - 1, (len(str(n_bytes)) - 1) // 3)
     return f"{n_bytes / 1000**power:.1f} {_UNITS[power]}"

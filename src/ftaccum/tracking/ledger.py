@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputWarning, SettingsError, warn_user
-from ..runtime.atomic_files import GrowingFile
+from ..runtime.atomic_files import AppendOnlyFile
 from .numbers import null_non_finite
 
 
@@ -73,7 +73,7 @@ class Ledger:
         entries: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
         self._entries = sorted(entries, key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
         self._has_warned = False
-        self._file: GrowingFile | None = None
+        self._file: AppendOnlyFile | None = None
         if self.path is not None:
             self.keep_in(self.path)
 
@@ -86,7 +86,7 @@ class Ledger:
         """
         self.path = path
         try:
-            self._file = GrowingFile(path)
+            self._file = AppendOnlyFile(path)
         except OSError as error:
             raise SettingsError(
                 [f"The ledger cannot be written: {error}. Give an `output_dir` that can be written to."]
@@ -113,7 +113,7 @@ class Ledger:
         """All of them in order: an epoch's after those of its windows."""
         return list(self._entries)
 
-    def go_on_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
+    def resume_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
         """Begins with what an earlier part of the run has recorded."""
         for entry in entries:
             self._add(entry)

@@ -8,31 +8,33 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..objective.normalizer import ItemMeans, gathered
-from ..planning.batch_size import Batching
-from ..training.loop import Outcome
+from ..objective.normalizer import WeightedMeans, gathered
+from ..planning.batch_size import BatchSizes
+from ..training.loop import StepResult
 from .ledger import EpochEntry, Ledger, WindowEntry
-from .throughput import Work
-from .trackers import kept_apart
+from .throughput import Throughput
+from .trackers import run_trackers
 
 # Losses stay on the device until so many windows are read at once.
 _DRAIN_EVERY = 10
 
 
-class Recorder:
+class MetricsLogger:
     """Takes a run's outcomes in order. All processes call it alike; the ledger's file, the trackers and the bar are
     the main process's."""
 
-    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batching: Batching, work: Work) -> None:
+    def __init__(
+        self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batch_sizes: BatchSizes, work: Throughput
+    ) -> None:
         self.ledger = ledger
         self._accelerator, self._bar, self._work = accelerator, bar, work
-        self._batching = batching
-        self._pending: list[Outcome] = []
+        self._batch_sizes = batch_sizes
+        self._pending: list[StepResult] = []
         self._epoch = 0
-        self._epoch_losses: ItemMeans | None = None
-        self._ended: tuple[int, ItemMeans] | None = None  # the last epoch that had losses
+        self._epoch_losses: WeightedMeans | None = None
+        self._ended: tuple[int, WeightedMeans] | None = None  # the last epoch that had losses
 
-    def window(self, outcome: Outcome) -> None:
+    def window(self, outcome: StepResult) -> None:
         """Keeps a window's outcome, and every so often reads the losses kept so far."""
         self._work.merge(outcome.work)
         self._pending.append(outcome)
@@ -49,7 +51,7 @@ class Recorder:
         values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
         values |= {} if val_loss is None else {"val/loss": val_loss}
         values |= {f"val/{name}": value for name, value in metrics.items()}
-        sizes = self._batching.at(max(0, len(self.ledger.windows) - 1))  # of the last update
+        sizes = self._batch_sizes.at(max(0, len(self.ledger.windows) - 1))  # of the last update
         values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
         self._accelerator.log(values, step=len(self.ledger.windows))
         if self._epoch_losses is not None:
@@ -115,7 +117,7 @@ class Recorder:
         } | {f"train/terms/{term}": value for term, value in entry.terms.items()}
         self._accelerator.log(values, step=entry.window + 1)
 
-    def _add_to_epoch(self, losses: ItemMeans) -> None:
+    def _add_to_epoch(self, losses: WeightedMeans) -> None:
         if self._epoch_losses is None:
             self._epoch_losses = losses
         else:
@@ -130,29 +132,31 @@ def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
 
 
 @contextmanager
-def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batching: Batching) -> Iterator[None]:
+def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batch_sizes: BatchSizes) -> Iterator[None]:
     """Has the trackers started with a run's settings, kept apart from it, and finished whatever happens."""
     plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
-    schedule = ",".join(f"{update}:{k}" for update, k in ((0, batching.gradient_accumulation_steps), *batching.later))
-    grows = {"accumulation_schedule": schedule} if batching.later else {}
-    with kept_apart(accelerator, plain | _sizes(batching) | grows):
+    schedule = ",".join(
+        f"{update}:{k}" for update, k in ((0, batch_sizes.gradient_accumulation_steps), *batch_sizes.later)
+    )
+    grows = {"accumulation_schedule": schedule} if batch_sizes.later else {}
+    with run_trackers(accelerator, plain | _sizes(batch_sizes) | grows):
         yield
 
 
-def _as_lists(losses: ItemMeans) -> dict[str, Any]:
+def _as_lists(losses: WeightedMeans) -> dict[str, Any]:
     return {"terms": losses.terms, "sums": losses.sums_T.tolist(), "items": losses.items_T.tolist()}
 
 
-def _of_lists(saved: Mapping[str, Any]) -> ItemMeans:
-    losses = ItemMeans(saved["terms"], torch.device("cpu"))
+def _of_lists(saved: Mapping[str, Any]) -> WeightedMeans:
+    losses = WeightedMeans(saved["terms"], torch.device("cpu"))
     losses.sums_T = torch.tensor(saved["sums"], dtype=losses.sums_T.dtype)
     losses.items_T = torch.tensor(saved["items"], dtype=losses.items_T.dtype)
     return losses
 
 
-def _sizes(batching: Batching) -> dict[str, int]:
+def _sizes(batch_sizes: BatchSizes) -> dict[str, int]:
     return {
-        "effective_batch_size": batching.effective_batch_size,
-        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
-        "physical_batch_size": batching.batch_size,
+        "effective_batch_size": batch_sizes.effective_batch_size,
+        "gradient_accumulation_steps": batch_sizes.gradient_accumulation_steps,
+        "physical_batch_size": batch_sizes.batch_size,
     }

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..planning.batch_size import Batching
-from ..runtime.atomic_files import write_beside
+from ..planning.batch_size import BatchSizes
+from ..runtime.atomic_files import atomic_write
 from .ledger import Ledger
 from .numbers import nan_null, null_non_finite
-from .throughput import Work
+from .throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Result(Mapping[str, Any]):
     def of(
         cls,
         ledger: Ledger,
-        batching: Batching,
+        batch_sizes: BatchSizes,
         *,
-        work: Work,
+        work: Throughput,
         training_time: float,
         planner_costs: list[float] | None,
         out_of_memory: int,
@@ -87,8 +87,8 @@ class Result(Mapping[str, Any]):
         """Reads the result off a finished run's ledger."""
         windows, epochs, val_losses = ledger.windows, ledger.epochs, ledger.val_losses
         skipped = sum(w.skipped for w in windows)
-        initial, last = ledger.initial_val_loss, batching.at(len(windows) - 1)
-        stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batching.stages()]
+        initial, last = ledger.initial_val_loss, batch_sizes.at(len(windows) - 1)
+        stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
         return cls(
             final_loss=val_losses[-1] if val_losses else epochs[-1].train_loss,
             initial_loss=windows[0].loss if initial is None else initial,
@@ -102,9 +102,9 @@ class Result(Mapping[str, Any]):
             optimizer_steps=len(windows) - skipped,
             skipped_steps=skipped,
             effective_batch_size=last.effective_batch_size,
-            batch_size=batching.batch_size,
+            batch_size=batch_sizes.batch_size,
             gradient_accumulation_steps=last.gradient_accumulation_steps,
-            num_processes=batching.num_processes,
+            num_processes=batch_sizes.num_processes,
             training_time=training_time,
             samples_per_second=work.rows / work.seconds,
             tokens_per_second=work.tokens / work.seconds if work.positions else None,
@@ -115,7 +115,7 @@ class Result(Mapping[str, Any]):
             amp_enabled=amp_enabled,
             final_loss_scale=final_loss_scale,
             output_dir=output_dir,
-            accumulation_schedule=stages if batching.later else None,
+            accumulation_schedule=stages if batch_sizes.later else None,
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -134,7 +134,7 @@ class Result(Mapping[str, Any]):
             ("final loss", f"{self.final_loss:.4f} (before training {self.initial_loss:.4f})"),
             (
                 "updates",
-                f"{self.optimizer_steps} of {self._rows_in_words()} rows, {self.skipped_steps} skipped",
+                f"{self.optimizer_steps} of {self._describe_rows()} rows, {self.skipped_steps} skipped",
             ),
             ("time", f"{self.training_time:.1f} s, {self.samples_per_second:.1f} rows/s in training"),
         ]
@@ -154,7 +154,7 @@ class Result(Mapping[str, Any]):
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
-    def _rows_in_words(self) -> str:
+    def _describe_rows(self) -> str:
         if not self.accumulation_schedule:
             return str(self.effective_batch_size)
         reached = [k for update, k in self.accumulation_schedule if update < len(self.loss_history)]
@@ -164,7 +164,7 @@ class Result(Mapping[str, Any]):
     def save(self, path: str | Path) -> None:
         """Writes the result as JSON; non-finite numbers become null. A file that was there is replaced once the new one
         is whole."""
-        with write_beside(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod

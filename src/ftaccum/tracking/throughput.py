@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Work:
+class Throughput:
     """What was worked through in how long: rows, and their token positions without and with padding, in how many
     forward passes."""
 
@@ -17,7 +17,7 @@ class Work:
     passes: int = 0
     seconds: float = 0.0
 
-    def merge(self, other: "Work") -> None:
+    def merge(self, other: "Throughput") -> None:
         """Adds what was worked through; the time is taken apart from it."""
         self.rows += other.rows
         self.tokens += other.tokens

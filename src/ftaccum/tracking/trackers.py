@@ -24,7 +24,7 @@ _ERRORS = (Exception, SystemExit)
 
 
 @contextmanager
-def kept_apart(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[None]:
+def run_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[None]:
     """Starts the trackers that an Accelerator is to log with, on the main process, and finishes them whatever happens.
 
     Inside, the Accelerator's `log` neither raises nor waits for any of them.

@@ -14,8 +14,8 @@ from torch import nn
 from ..data.loader import Loader, MicroBatch
 from ..errors import SettingsError
 from ..objective.objective import Objective
-from ..runtime.memory import Agreement, free_on_host, give_back_memory, is_out_of_memory
-from ..runtime.state_guards import preserved_buffers, preserved_rng
+from ..runtime.memory import ProcessGroup, free_on_host, give_back_memory, is_out_of_memory
+from ..runtime.state_guards import preserve_buffers, preserve_rng
 
 # Of the memory that a host says is free: running out there gets the process killed, not told.
 _SHARE_OF_HOST = 0.8
@@ -26,7 +26,7 @@ def largest_batch(
     objective: Objective,
     loader: Loader,
     accelerator: Accelerator,
-    agreement: Agreement,
+    process_group: ProcessGroup,
     at_most: int,
     wide: bool,
 ) -> int:
@@ -45,7 +45,7 @@ def largest_batch(
         SettingsError: where not even one row fits.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    copies = 2 + (wide or not agreement.alone)
+    copies = 2 + (wide or not process_group.alone)
     on_host = accelerator.device.type == "cpu"
     aside = [] if on_host else [torch.empty_like(p) for p in trainable for _ in range(copies)]
     host = _Host(copies * sum(p.numel() * p.element_size() for p in trainable)) if on_host else None
@@ -53,7 +53,7 @@ def largest_batch(
     def fits(n_rows: int) -> bool:
         if host is not None and not host.has_room_for(n_rows):
             return False
-        with preserved_rng(), preserved_buffers(model):
+        with preserve_rng(), preserve_buffers(model):
             try:
                 _pass(model, objective, loader.longest_rows(n_rows), accelerator)
             except RuntimeError as error:
@@ -69,7 +69,7 @@ def largest_batch(
     model.zero_grad(set_to_none=True)
     del aside
     give_back_memory()
-    agreed = agreement.least(most) or 0
+    agreed = process_group.least(most) or 0
     if not agreed:
         raise SettingsError(
             [

@@ -9,32 +9,32 @@ from typing import Any
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from ..checkpoint.directory import Shelf
+from ..checkpoint.directory import CheckpointDirectory
 from ..checkpoint.early_stopping import BestEpoch
-from ..checkpoint.manager import Keeper
-from ..checkpoint.resume import Resumption
-from ..checkpoint.state import RunState, Stateful
-from ..checkpoint.writing import Writer
-from ..data.prefetch import Feed
-from ..planning.course import Course
-from ..planning.micro_batches import Cutter
-from ..runtime.gradients.fp32 import window_gradients
-from ..runtime.memory import Agreement
-from ..runtime.model_context import compiled
-from ..runtime.run_dir import held
+from ..checkpoint.manager import CheckpointManager
+from ..checkpoint.resume import ResumePoint
+from ..checkpoint.state import Stateful, TrainState
+from ..checkpoint.writing import CheckpointWriter
+from ..data.prefetch import WindowLoader
+from ..planning.course import BasePlan
+from ..planning.micro_batches import MicroBatchPlanner
+from ..runtime.gradients.fp32 import gradient_strategy
+from ..runtime.memory import ProcessGroup
+from ..runtime.model_context import compile_model
+from ..runtime.run_dir import lock
 from ..settings import Recipe, Runtime
-from ..tracking.console import Screen
+from ..tracking.console import Console
 from ..tracking.ledger import Ledger
-from ..tracking.metrics_logger import Recorder, tracking
-from ..tracking.throughput import Work
-from .build_data import Assembly
-from .build_plan import cutter_of
-from .callbacks import Milestones, Watcher
-from .components import Parts
+from ..tracking.metrics_logger import MetricsLogger, tracking
+from ..tracking.throughput import Throughput
+from .build_data import TrainingData
+from .build_plan import micro_batch_planner
+from .callbacks import Callback, Milestones
+from .components import Components
 from .evaluation import Evaluation, NoEvaluation
 from .loop import TrainingLoop
-from .nonfinite import Divergence
-from .oom_recovery import Adaptation
+from .nonfinite import NonFiniteHandler
+from .oom_recovery import OomRecovery
 from .optimizer import make_schedule
 from .pass_costs import Calibration, NoCalibration, PassTimer
 from .run import Clock, Training
@@ -49,20 +49,20 @@ class Settled:
         facts: what its checkpoints say of it.
     """
 
-    parts: Parts
+    components: Components
     recipe: Recipe
     runtime: Runtime
     accelerator: Accelerator
-    agreement: Agreement
+    process_group: ProcessGroup
     optimizer: Optimizer
-    assembly: Assembly
-    plan: Course
+    data: TrainingData
+    plan: BasePlan
     warmup: int
-    resumption: Resumption
-    facts: dict[str, Any]
+    resume_point: ResumePoint
+    metadata: dict[str, Any]
     folder: Path | None
-    screen: Screen
-    watcher: Watcher
+    console: Console
+    callback: Callback
 
 
 def training_of(run: Settled, stack: ExitStack) -> Training:
@@ -71,81 +71,136 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
     Args:
         stack: ends what ends with the run.
     """
-    parts, recipe, runtime, plan, accelerator = run.parts, run.recipe, run.runtime, run.plan, run.accelerator
+    components, recipe, runtime, plan, accelerator = run.components, run.recipe, run.runtime, run.plan, run.accelerator
     if (folder := run.folder) is not None:
-        run.agreement.from_main(lambda: stack.enter_context(held(folder)))
+        run.process_group.from_main(lambda: stack.enter_context(lock(folder)))
     schedule = make_schedule(recipe.lr_scheduler, run.optimizer, run.warmup, plan.n_windows)
     if runtime.compile:
-        stack.enter_context(compiled(parts.model))
-    gradients = window_gradients(run.optimizer, in_float32=runtime.accumulate_in_fp32)
-    wrapped, prepared = gradients.prepare(accelerator, parts.model)
+        stack.enter_context(compile_model(components.model))
+    gradients = gradient_strategy(run.optimizer, in_float32=runtime.accumulate_in_fp32)
+    wrapped, prepared = gradients.prepare(accelerator, components.model)
     calibration = _calibration(runtime, accelerator)
-    feed = Feed(
-        plan, run.assembly.train, cutter_of(runtime, plan.batching), accelerator.process_index, run.agreement.together
+    window_loader = WindowLoader(
+        plan,
+        run.data.train,
+        micro_batch_planner(runtime, plan.batch_sizes),
+        accelerator.process_index,
+        run.process_group.together,
     )
-    adaptation = Adaptation(feed, run.agreement, calibration, run.screen.note)
-    divergence = Divergence(
-        parts.model, run.assembly.objective, run.assembly.train, run.agreement, accelerator.device, run.screen.note,
-        raises=runtime.on_nonfinite == "error", patience=runtime.nonfinite_patience,
-    )  # fmt: skip
+    oom_recovery = OomRecovery(window_loader, run.process_group, calibration, run.console.note)
+    nonfinite = NonFiniteHandler(
+        components.model,
+        run.data.objective,
+        run.data.train,
+        run.process_group,
+        accelerator.device,
+        run.console.note,
+        raises=runtime.on_nonfinite == "error",
+        patience=runtime.nonfinite_patience,
+    )
     loop = TrainingLoop(
-        accelerator, wrapped, run.assembly.objective, prepared, schedule, gradients, plan.rate_factor,
-        max_grad_norm=recipe.gradient_clip_norm or math.inf, agreement=run.agreement, calibration=calibration,
-    )  # fmt: skip
+        accelerator,
+        wrapped,
+        run.data.objective,
+        prepared,
+        schedule,
+        gradients,
+        plan.rate_factor,
+        max_grad_norm=recipe.gradient_clip_norm or math.inf,
+        process_group=run.process_group,
+        calibration=calibration,
+    )
     ledger = Ledger()
-    stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batching))
-    evaluate = _evaluation(run, replace(feed.cutter, packed=False))
-    work, clock = Work(), Clock()
+    stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batch_sizes))
+    evaluate = _evaluation(run, replace(window_loader.planner, packed=False))
+    work, clock = Throughput(), Clock()
     best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
-    recorder = Recorder(accelerator, ledger, stack.enter_context(run.screen.bar(plan.n_windows)), plan.batching, work)
+    metrics_logger = MetricsLogger(
+        accelerator, ledger, stack.enter_context(run.console.bar(plan.n_windows)), plan.batch_sizes, work
+    )
 
     def validate() -> float | None:
-        recorder.drain()  # the run may end here, and then all of its updates are in the ledger
-        return evaluate(parts.model)[0]
+        metrics_logger.drain()  # the run may end here, and then all of its updates are in the ledger
+        return evaluate(components.model)[0]
 
-    milestones = Milestones(run.watcher, plan, validate, work)
-    small: dict[str, Stateful] = {
-        "adaptation": adaptation, "divergence": divergence.counts, "recorder": recorder, "milestones": milestones,
+    milestones = Milestones(run.callback, plan, validate, work)
+    extra_state: dict[str, Stateful] = {
+        "adaptation": oom_recovery,
+        "divergence": nonfinite.counts,
+        "recorder": metrics_logger,
+        "milestones": milestones,
         "clock": clock,
-    }  # fmt: skip
-    state = RunState(
-        accelerator, parts.model, parts.loss_fn, run.optimizer, schedule, ledger, best, work, small, run.screen.note
-    )  # fmt: skip
-    run.resumption.put_back(state)  # only a run that can go on changes what is on the disk
+    }
+    state = TrainState(
+        accelerator,
+        components.model,
+        components.loss_fn,
+        run.optimizer,
+        schedule,
+        ledger,
+        best,
+        work,
+        extra_state,
+        run.console.note,
+    )
+    run.resume_point.restore(state)  # only a run that can go on changes what is on the disk
     if run.folder is not None and accelerator.is_main_process:
         ledger.keep_in(run.folder / "ledger.jsonl")
         ledger.catch_up()
-    keeper = _keeper(run, state, recorder, divergence, stack)
+    checkpoint_manager = _keeper(run, state, metrics_logger, nonfinite, stack)
     training = Training(
-        parts.model, plan, feed, loop, adaptation, divergence, recorder, milestones, evaluate, best, keeper, run.screen,
-        work, clock,
-    )  # fmt: skip
-    if run.resumption.path is None:
+        components.model,
+        plan,
+        window_loader,
+        loop,
+        oom_recovery,
+        nonfinite,
+        metrics_logger,
+        milestones,
+        evaluate,
+        best,
+        checkpoint_manager,
+        run.console,
+        work,
+        clock,
+    )
+    if run.resume_point.path is None:
         # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
         ledger.initial_val_loss = training.look_before()
-    run.resumption.put_back_generators(state, recipe.random_seed)
+    run.resume_point.restore_generators(state, recipe.random_seed)
     return training
 
 
-def _keeper(run: Settled, state: RunState, recorder: Recorder, divergence: Divergence, stack: ExitStack) -> Keeper:
-    shelf, writer = None if run.folder is None else Shelf(run.folder), None
-    if shelf is not None and run.accelerator.is_main_process:
-        shelf.set_aside(run.resumption.path, run.resumption.damaged, run.screen.note)
-        if not run.assembly.train.repeats:
-            run.screen.note(
+def _keeper(
+    run: Settled, state: TrainState, metrics_logger: MetricsLogger, nonfinite: NonFiniteHandler, stack: ExitStack
+) -> CheckpointManager:
+    directory, writer = None if run.folder is None else CheckpointDirectory(run.folder), None
+    if directory is not None and run.accelerator.is_main_process:
+        directory.set_aside(run.resume_point.path, run.resume_point.damaged, run.console.note)
+        if not run.data.train.repeats:
+            run.console.note(
                 "Note: rows or collator draw from a generator of their own. A run that is interrupted sees other draws "
                 "behind that; those of `random`, `numpy.random` and `torch` it would see again."
             )
-        writer = Writer(shelf, run.runtime.keep_checkpoints, run.screen.note, run.resumption.path)
-    interrupts = run.watcher.interrupts(saves=shelf is not None)
-    stack.enter_context(interrupts.kept())
-    keeper = Keeper(
-        state, run.agreement, interrupts, writer, shelf, run.facts, recorder,
-        every=run.runtime.checkpoint_every, at_epochs=run.watcher.saves_model, is_sound=divergence.counts.is_sound,
-        tell=run.screen.note, endings=run.watcher.endings,
-    )  # fmt: skip
-    stack.callback(keeper.close)
-    return keeper
+        writer = CheckpointWriter(directory, run.runtime.keep_checkpoints, run.console.note, run.resume_point.path)
+    stop_signals = run.callback.stop_signals(saves=directory is not None)
+    stack.enter_context(stop_signals.kept())
+    checkpoint_manager = CheckpointManager(
+        state,
+        run.process_group,
+        stop_signals,
+        writer,
+        directory,
+        run.metadata,
+        metrics_logger,
+        every=run.runtime.checkpoint_every,
+        at_epochs=run.callback.saves_model,
+        is_sound=nonfinite.counts.is_sound,
+        tell=run.console.note,
+        endings=run.callback.endings,
+    )
+    stack.callback(checkpoint_manager.close)
+    return checkpoint_manager
 
 
 def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:
@@ -156,17 +211,17 @@ def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:
     return Calibration(accelerator) if measures and accelerator.device.type in devices else NoCalibration()
 
 
-def _evaluation(run: Settled, cutter: Cutter) -> Evaluation | NoEvaluation:
-    assembly = run.assembly
-    if assembly.val is None or assembly.val_rows is None:
+def _evaluation(run: Settled, planner: MicroBatchPlanner) -> Evaluation | NoEvaluation:
+    data = run.data
+    if data.val is None or data.val_rows is None:
         return NoEvaluation()
     return Evaluation(
         run.accelerator,
-        assembly.objective,
-        assembly.val,
-        n_rows=len(assembly.val_rows),
-        cutter=cutter,
-        compute_metrics=run.parts.compute_metrics,
-        ignore_index=assembly.ignore_index,
-        agreement=run.agreement,
+        data.objective,
+        data.val,
+        n_rows=len(data.val_rows),
+        planner=planner,
+        compute_metrics=run.components.compute_metrics,
+        ignore_index=data.ignore_index,
+        process_group=run.process_group,
     )

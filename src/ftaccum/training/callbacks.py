@@ -4,28 +4,28 @@ import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..planning.course import Course
+from ..planning.course import BasePlan
 from ..planning.plan import Plan
-from ..runtime.signals import ASKING, Interrupts
-from ..tracking.console import Screen
+from ..runtime.signals import ASKING, StopSignals
+from ..tracking.console import Console
 from ..tracking.ledger import EpochEntry
-from ..tracking.throughput import Work
+from ..tracking.throughput import Throughput
 
 
-class Watcher:
+class Callback:
     """Looks on at one run. This one wants nothing; a search brings its own."""
 
     saves_model = True  # and a checkpoint of every epoch
     endings: tuple[type[Exception], ...] = ()  # what it raises to end a run
 
-    def screen(self, is_main: bool, progress: bool) -> Screen:
+    def console(self, is_main: bool, progress: bool) -> Console:
         """What the run shows itself on."""
-        return Screen(is_main, progress)
+        return Console(is_main, progress)
 
-    def interrupts(self, *, saves: bool) -> Interrupts:
+    def stop_signals(self, *, saves: bool) -> StopSignals:
         """What keeps the signals that ask to stop. Of a run that nothing is saved of, only Ctrl-C is kept."""
         sentence = "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
-        return Interrupts(sentence, ASKING if saves else (signal.SIGINT,))
+        return StopSignals(sentence, ASKING if saves else (signal.SIGINT,))
 
     def milestones(self, plan: Plan) -> Iterable[int]:  # noqa: ARG002
         """The numbers of rows trained on after which the validation loss is wanted, in ascending order."""
@@ -45,13 +45,15 @@ class Milestones:
     Evaluating draws nothing and moves nothing, so that a run is the same with and without.
     """
 
-    def __init__(self, watcher: Watcher, plan: Course, evaluate: Callable[[], float | None], work: Work) -> None:
+    def __init__(
+        self, callback: Callback, plan: BasePlan, evaluate: Callable[[], float | None], work: Throughput
+    ) -> None:
         """Args:
         work: is being timed meanwhile, and evaluating is none of it.
         """
-        self._watcher, self._evaluate, self._work = watcher, evaluate, work
+        self._callback, self._evaluate, self._work = callback, evaluate, work
         self._plan = plan if isinstance(plan, Plan) else None  # of a stream, nobody knows where its epochs end
-        self._ahead = [] if self._plan is None else list(watcher.milestones(self._plan))
+        self._ahead = [] if self._plan is None else list(callback.milestones(self._plan))
         self._windows = 0
         self._told: list[tuple[int, int, float]] = []
 
@@ -87,4 +89,4 @@ class Milestones:
     def _reached(self, milestone: int, rows: int, val_loss: float) -> None:
         self._ahead = [ahead for ahead in self._ahead if ahead > milestone]
         self._told.append((milestone, rows, val_loss))
-        self._watcher.reached(milestone, rows, val_loss)
+        self._callback.reached(milestone, rows, val_loss)

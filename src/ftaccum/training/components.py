@@ -19,7 +19,7 @@ from .optimizer import OptimizerFactory, fault_of_schedule
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """The arguments of `test_fine_tuning` that are no settings; it says what each may be."""
 
     model: Any
@@ -51,30 +51,30 @@ class Parts:
         return next((pad for pad in named if isinstance(pad, int)), 0)
 
 
-def check_parts(parts: Parts, recipe: Recipe, runtime: Runtime) -> None:
+def check_components(components: Components, recipe: Recipe, runtime: Runtime) -> None:
     """Raises SettingsError with every fault that shows before anything is loaded."""
-    faults = _faults_of_stream(parts, recipe, runtime) if is_stream(parts.train_data) else []
-    if not isinstance(parts.model, nn.Module):
+    faults = _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
+    if not isinstance(components.model, nn.Module):
         faults.append(
-            f"`model` must be a torch.nn.Module, but is {type(parts.model).__name__} instead. "
+            f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
             "Load it first, for example with `AutoModelForSequenceClassification.from_pretrained`."
         )
     for name in ("data_collator", "loss_fn", "count_items"):
-        part = getattr(parts, name)
+        part = getattr(components, name)
         if part is not None and not callable(part):
             faults.append(f"`{name}` must be callable or None, but is {shown(part)} instead. Give a function.")
-    if not (isinstance(parts.reduction, str) and parts.reduction in ("mean", "sum")):
+    if not (isinstance(components.reduction, str) and components.reduction in ("mean", "sum")):
         faults.append(
-            f"`reduction` must be 'mean' or 'sum', but is {shown(parts.reduction)} instead. "
+            f"`reduction` must be 'mean' or 'sum', but is {shown(components.reduction)} instead. "
             "Have `loss_fn` give the mean over its items, or their sum."
         )
-    told = (fault_of_metrics(parts.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
+    told = (fault_of_metrics(components.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
     faults += [fault for fault in told if fault]
-    if parts.val_data is None and not recipe.validation_split:
+    if components.val_data is None and not recipe.validation_split:
         needs = {
             "early_stopping_patience": recipe.early_stopping_patience is not None,
             "restore_best_weights": recipe.restore_best_weights,
-            "compute_metrics": parts.compute_metrics is not None,
+            "compute_metrics": components.compute_metrics is not None,
         }
         faults += [
             f"`{name}` needs validation rows, but `val_data` is None and `validation_split` is 0. Give one of them."
@@ -85,19 +85,19 @@ def check_parts(parts: Parts, recipe: Recipe, runtime: Runtime) -> None:
         raise SettingsError(faults)
 
 
-def _faults_of_stream(parts: Parts, recipe: Recipe, runtime: Runtime) -> list[str]:
+def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) -> list[str]:
     faults = {
         "`train_data` is a stream, whose rows nobody can count, and `max_updates` is None. Give the number of updates: "
         "the learning rate's schedule needs it.": recipe.max_updates is None,
         f"`train_data` is a stream, from which no rows can be held out, but `validation_split` is "
         f"{recipe.validation_split} and `val_data` is None. Give `val_data`, or `validation_split=0` for none.": (
-            parts.val_data is None and recipe.validation_split > 0
+            components.val_data is None and recipe.validation_split > 0
         ),
         f"`train_data` is a stream, which the main process reads and collates, but `num_workers` is "
         f"{runtime.num_workers}. Leave it out; the next window is read and collated while the device computes.": (
             runtime.num_workers > 0
         ),
         "`train_data` is a stream of which each process has a part (`split_dataset_by_node`), but the main process "
-        "reads it for all. Give it undivided.": is_split(parts.train_data),
+        "reads it for all. Give it undivided.": is_split(components.train_data),
     }
     return [sentence for sentence, holds in faults.items() if holds]

@@ -12,15 +12,15 @@ from evaluate import CombinedEvaluations, EvaluationModule
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from ..data.loader import Loader, MicroBatch, Share
+from ..data.loader import Loader, LocalRows, MicroBatch
 from ..errors import MetricsError, SettingsError
 from ..objective.forward import logits_of
 from ..objective.item_counts import IGNORE_INDEX, targets_of
-from ..objective.normalizer import ItemMeans, gathered
+from ..objective.normalizer import WeightedMeans, gathered
 from ..objective.objective import Objective
-from ..planning.micro_batches import Cutter, Rows
-from ..runtime.memory import Agreement, give_back_memory, is_out_of_memory
-from ..runtime.state_guards import in_mode
+from ..planning.micro_batches import MicroBatchPlanner, Rows
+from ..runtime.memory import ProcessGroup, give_back_memory, is_out_of_memory
+from ..runtime.state_guards import training_mode
 
 _Predicted: TypeAlias = tuple[Rows, np.ndarray, np.ndarray]  # rows, predictions, labels
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
@@ -57,13 +57,13 @@ class Evaluation:
         objective: Objective,
         loader: Loader,
         n_rows: int,
-        cutter: Cutter,
-        agreement: Agreement,
+        planner: MicroBatchPlanner,
+        process_group: ProcessGroup,
         compute_metrics: ComputeMetrics | None,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
-        self._n_rows, self._cutter, self._agreement = n_rows, cutter, agreement
+        self._n_rows, self._planner, self._process_group = n_rows, planner, process_group
         self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, objective.shifts)
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
@@ -78,19 +78,21 @@ class Evaluation:
             MetricsError: on all processes, where `compute_metrics` fails on the main one.
         """
         accelerator, metrics = self._accelerator, self._metrics
-        losses = ItemMeans(self._objective.terms, accelerator.device)
+        losses = WeightedMeans(self._objective.terms, accelerator.device)
         predicted: list[_Predicted] = []
 
         def evaluate_all() -> None:
             for micro in self._loader.stream(self._shares()):
                 self._evaluate(model, micro, losses, predicted)
 
-        with torch.no_grad(), in_mode(model, training=False):
-            self._agreement.together(evaluate_all)
+        with torch.no_grad(), training_mode(model, training=False):
+            self._process_group.together(evaluate_all)
         (losses,) = gathered([losses], accelerator)
         return losses.total(), {} if metrics is None else self._computed(metrics, predicted)
 
-    def _evaluate(self, model: nn.Module, micro: MicroBatch, losses: ItemMeans, predicted: list[_Predicted]) -> None:
+    def _evaluate(
+        self, model: nn.Module, micro: MicroBatch, losses: WeightedMeans, predicted: list[_Predicted]
+    ) -> None:
         """One batch, or where memory runs out, its halves."""
         try:
             batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
@@ -107,16 +109,16 @@ class Evaluation:
         for half in self._loader.halves(micro):
             self._evaluate(model, half, losses, predicted)
 
-    def _shares(self) -> Iterator[Share]:
+    def _shares(self) -> Iterator[LocalRows]:
         together = _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED
         for start in range(0, self._n_rows, together):
             rows = tuple(range(start, min(start + together, self._n_rows)))
-            slices = self._loader.cut(rows, self._cutter)[self._accelerator.process_index]
+            slices = self._loader.cut(rows, self._planner)[self._accelerator.process_index]
             # Nothing here waits for another process, so that none needs a ghost.
-            yield Share(rows, [piece for piece in slices if piece.rows], (start,))
+            yield LocalRows(rows, [piece for piece in slices if piece.rows], (start,))
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
-        if self._agreement.alone:
+        if self._process_group.alone:
             return metrics.compute(predicted)
         everyone = gather_object(predicted)
 
@@ -128,7 +130,7 @@ class Evaluation:
             except Exception as error:  # of a class that another process may not know
                 raise MetricsError(f"`compute_metrics` failed on the main process: {error!r}") from error
 
-        return self._agreement.from_main(compute)
+        return self._process_group.from_main(compute)
 
 
 class _Metrics:

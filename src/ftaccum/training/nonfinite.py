@@ -12,8 +12,8 @@ from torch import nn
 from ..data.loader import Loader, MicroBatch
 from ..errors import DivergedError
 from ..objective.objective import Objective
-from ..runtime.memory import Agreement
-from ..runtime.state_guards import only_looking
+from ..runtime.memory import ProcessGroup
+from ..runtime.state_guards import inspection_mode
 
 _ALL_TOLD = 10  # updates; of those that come after, every power of two, lest a log be flooded
 _NAMED = 8  # rows at most
@@ -21,7 +21,7 @@ _CALM = "Lower `learning_rate` or `gradient_clip_norm`, or lengthen the warm-up"
 
 
 @dataclass(frozen=True)
-class Fault:
+class NonFiniteUpdate:
     """What was not finite in an update that was skipped for it. All processes have one, or none has.
 
     Attributes:
@@ -49,7 +49,7 @@ class Fault:
 
 
 @dataclass
-class Counts:
+class NonFiniteCounts:
     """Updates that were not finite. All that the next ones depend on: a run that is resumed goes on from these.
 
     Attributes:
@@ -75,7 +75,7 @@ class Counts:
         """Whether the weights are beyond suspicion: they may be why several updates in a row are not finite."""
         return self.in_a_row <= bool(self.ended)
 
-    def one_more(self, fault: Fault) -> int:
+    def one_more(self, fault: NonFiniteUpdate) -> int:
         """Counts it, and says which one of its kind it is."""
         self.in_a_row += 1
         if fault.is_overflow:
@@ -120,7 +120,7 @@ class _Looked:
 
 
 @dataclass
-class Divergence:
+class NonFiniteHandler:
     """Follows a run's updates. All processes call it alike, and come to the same.
 
     Attributes:
@@ -134,14 +134,14 @@ class Divergence:
     model: nn.Module
     objective: Objective
     loader: Loader
-    agreement: Agreement
+    process_group: ProcessGroup
     device: torch.device
     tell: Callable[[str], None]
     raises: bool
     patience: int | None
-    counts: Counts = field(default_factory=Counts)
+    counts: NonFiniteCounts = field(default_factory=NonFiniteCounts)
 
-    def window_done(self, fault: Fault | None) -> None:
+    def window_done(self, fault: NonFiniteUpdate | None) -> None:
         """After each update.
 
         Raises:
@@ -161,27 +161,27 @@ class Divergence:
             )
             return
         looked = self._look(fault)
-        said = f"Update {fault.update} is skipped: {self._in_words(fault, looked)}"
+        said = f"Update {fault.update} is skipped: {self._describe(fault, looked)}"
         if ended_by is not None:
             rows = tuple(self.loader.name_of(row) for row in looked.found)
             self.counts.ended = f"{said} {ended_by} {_remedy(fault, looked)}"
             raise DivergedError(self.counts.ended, fault.update, rows)
         self.tell(said + _fewer(nth))
 
-    def _ended_by(self, fault: Fault) -> str | None:
+    def _ended_by(self, fault: NonFiniteUpdate) -> str | None:
         if self.raises and not fault.is_overflow:
             return "The run ends here, since `on_nonfinite` is 'error'."
         if self.patience is not None and self.counts.in_a_row >= self.patience:
             return f"It is number {self.counts.in_a_row} in a row, at which the run ends (`nonfinite_patience`)."
         return None
 
-    def _look(self, fault: Fault) -> _Looked:
+    def _look(self, fault: NonFiniteUpdate) -> _Looked:
         """What all processes find, each among its own rows."""
-        own = [micro for micro in fault.suspects if not micro.is_ghost]  # a ghost's batch is none of its rows
+        own = [micro for micro in fault.suspects if not micro.is_dummy]  # a ghost's batch is none of its rows
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0
-        with only_looking(self.model):
+        with inspection_mode(self.model):
             for micro, place in places:
                 loss = self._loss_of(micro, place)
                 n_tried += loss is not None
@@ -191,7 +191,7 @@ class Divergence:
                     break
         together = own[0].slice.rows if own else ()
         mine = _Looked(fault.loss, found, n_tried, together, throughout=len(fault.suspects) == fault.n_passes)
-        return _Looked.of_all(self.agreement.everyone(mine))
+        return _Looked.of_all(self.process_group.everyone(mine))
 
     def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
         """The loss of one of its rows by itself; None where it has none, or cannot be run so."""
@@ -203,7 +203,7 @@ class Divergence:
         except Exception:  # a head that takes no single row, or not this one: the run must not end for it
             return None
 
-    def _in_words(self, fault: Fault, looked: _Looked) -> str:
+    def _describe(self, fault: NonFiniteUpdate, looked: _Looked) -> str:
         if not fault.of_loss:
             return (
                 f"the norm of its gradient is {fault.grad_norm}, while its loss, {looked.loss:.4g}, is finite. So it "
@@ -228,7 +228,7 @@ def _fewer(nth: int) -> str:
     return " Of those to come, the 16th is told, the 32nd, and so on." if nth == _ALL_TOLD else ""
 
 
-def _remedy(fault: Fault, looked: _Looked) -> str:
+def _remedy(fault: NonFiniteUpdate, looked: _Looked) -> str:
     if looked.found and not looked.blames_the_model:
         return "Mend or drop these rows."
     bf16 = "" if fault.scale is None else ", or use `mixed_precision='bf16'`, which does not overflow as fp16 does"

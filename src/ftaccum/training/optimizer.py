@@ -115,7 +115,7 @@ class CoupledBeta2:
 
 
 @contextmanager
-def rates_put_back(optimizer: Optimizer) -> Iterator[None]:
+def preserve_learning_rates(optimizer: Optimizer) -> Iterator[None]:
     """Leaves an optimizer with the learning rates that it came with, whatever a schedule does to them."""
     before: list[dict[str, Any]] = [
         {name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups
@@ -129,7 +129,7 @@ def rates_put_back(optimizer: Optimizer) -> Iterator[None]:
 
 
 @contextmanager
-def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+def scale_learning_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
     """Multiplies the learning rates for the time of one step. A schedule that goes on from the rate before finds it as
     it left it."""
     before = [group["lr"] for group in optimizer.param_groups]

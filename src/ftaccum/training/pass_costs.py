@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from scipy.optimize import nnls
 
-from ..planning.micro_batches import GUESSED_COSTS, PassCosts, Slice
+from ..planning.micro_batches import DEFAULT_COSTS, CostModel, MicroBatchRows
 
 # Windows to time passes in, after the first, which warms up; and how unlike passes must be for a line through them.
 MEASURED_WINDOWS, _PASSES, _SPREAD = 8, 12, 1.5
@@ -32,10 +32,10 @@ class PassTimer(Protocol):
 
     windows: int | None
 
-    def timing(self, piece: Slice) -> AbstractContextManager[None]:
+    def timing(self, piece: MicroBatchRows) -> AbstractContextManager[None]:
         """Around the passes of a micro-batch, but for the one in which processes wait for each other."""
 
-    def window(self) -> PassCosts | None:
+    def window(self) -> CostModel | None:
         """Ends a window, whose update has waited for the device. Returns what passes cost, once it is known, on all
         processes alike; None before and after, and where the passes do not tell."""
 
@@ -46,10 +46,10 @@ class NoCalibration:
     windows: int | None = None
 
     @contextmanager
-    def timing(self, piece: Slice) -> Iterator[None]:  # noqa: ARG002
+    def timing(self, piece: MicroBatchRows) -> Iterator[None]:  # noqa: ARG002
         yield
 
-    def window(self) -> PassCosts | None:
+    def window(self) -> CostModel | None:
         return None
 
 
@@ -58,11 +58,11 @@ class Calibration:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._timed: list[tuple[Slice, Seconds]] = []
+        self._timed: list[tuple[MicroBatchRows, Seconds]] = []
         self.windows: int | None = 0
 
     @contextmanager
-    def timing(self, piece: Slice) -> Iterator[None]:
+    def timing(self, piece: MicroBatchRows) -> Iterator[None]:
         if not 0 < (self.windows or 0) <= MEASURED_WINDOWS or not piece.rows:
             yield
             return
@@ -70,7 +70,7 @@ class Calibration:
         yield
         self._timed.append((piece, stop()))
 
-    def window(self) -> PassCosts | None:
+    def window(self) -> CostModel | None:
         self.windows = (self.windows or 0) + 1
         if self.windows != MEASURED_WINDOWS + 1:
             return None
@@ -79,7 +79,7 @@ class Calibration:
         return costs
 
 
-def fitted(timed: list[tuple[Slice, float]]) -> PassCosts | None:
+def fitted(timed: list[tuple[MicroBatchRows, float]]) -> CostModel | None:
     """Least squares through timed passes, no coefficient below 0; None where the passes are too few or too alike.
 
     In units of a token's time, and rounded to powers of two: the cheapest cut hardly changes within a factor of two,
@@ -94,9 +94,9 @@ def fitted(timed: list[tuple[Slice, float]]) -> PassCosts | None:
     undisturbed = seconds_N <= _STALL * (shapes_N3 @ found_3)
     if undisturbed.sum() >= _PASSES:
         found_3 = _line(shapes_N3[undisturbed], seconds_N[undisturbed])
-    costs = PassCosts(*found_3.tolist())
+    costs = CostModel(*found_3.tolist())
     unit = costs.per_token or costs.per_square or costs.per_pass
-    return PassCosts(*(2.0 ** round(math.log2(cost / unit)) if cost else 0.0 for cost in astuple(costs)))
+    return CostModel(*(2.0 ** round(math.log2(cost / unit)) if cost else 0.0 for cost in astuple(costs)))
 
 
 def _line(shapes_N3: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def _line(shapes_N3: np.ndarray, seconds_N: np.ndarray) -> np.ndarray:
     # squares grow alike, and noise would settle which of them is to cost: so the guess of their ratio counts as much as
     # a few passes.
     relative_N3 = shapes_N3 / seconds_N[:, None]
-    ratio_3 = np.array([0.0, -GUESSED_COSTS.per_square, GUESSED_COSTS.per_token]) * np.median(relative_N3[:, 2])
+    ratio_3 = np.array([0.0, -DEFAULT_COSTS.per_square, DEFAULT_COSTS.per_token]) * np.median(relative_N3[:, 2])
     found_3, _ = nnls(np.vstack([relative_N3, _GUESS_COUNTS * ratio_3]), np.append(np.ones(len(seconds_N)), 0.0))
     return found_3
 

@@ -8,78 +8,94 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..checkpoint.compatibility import facts_of
-from ..checkpoint.resume import Resumption
-from ..data.reading import opened
+from ..checkpoint.compatibility import checkpoint_metadata
+from ..checkpoint.resume import ResumePoint
+from ..data.reading import open_stream
 from ..errors import SettingsError
-from ..runtime.memory import agreed_by
-from ..runtime.model_context import borrowed
+from ..runtime.memory import host_process_group
+from ..runtime.model_context import model_context
 from ..settings import Recipe, Runtime
 from ..tracking.export import write_outputs
 from ..tracking.result import Result
-from ..tracking.throughput import Work
-from .build_plan import how_cut, planned
+from ..tracking.throughput import Throughput
+from .build_plan import build_data_and_plan, how_cut
 from .build_run import Settled, training_of
-from .callbacks import Watcher
-from .components import Parts
-from .optimizer import make_optimizer, rates_put_back
+from .callbacks import Callback
+from .components import Components
+from .optimizer import make_optimizer, preserve_learning_rates
 from .run import Training
 
 
-def run(parts: Parts, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, watcher: Watcher) -> Result:
+def run(
+    components: Components, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, callback: Callback
+) -> Result:
     """One run, or what is left of it. The model is left trained, in the mode and without the wrappers that it came
     with."""
-    model, folder = parts.model, _made(runtime.output_dir)
-    screen = watcher.screen(accelerator.is_main_process, runtime.progress)
+    model, folder = components.model, _made(runtime.output_dir)
+    console = callback.console(accelerator.is_main_process, runtime.progress)
     _check_precision(model, runtime, accelerator)
-    optimizer = make_optimizer(model, parts.optimizer, recipe.learning_rate, recipe.weight_decay)
+    optimizer = make_optimizer(model, components.optimizer, recipe.learning_rate, recipe.weight_decay)
     if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
         model.to(accelerator.device)
     with ExitStack() as stack:
-        stack.enter_context(borrowed(model, gradient_checkpointing=runtime.gradient_checkpointing))
-        stack.enter_context(rates_put_back(optimizer))
-        agreement = stack.enter_context(agreed_by(accelerator))
-        resumption = Resumption.found(runtime, recipe, agreement, screen.note)
-        runtime = resumption.sized(runtime)
-        stream = stack.enter_context(opened(parts.train_data, recipe.random_seed, accelerator, agreement))
-        assembly, plan, runtime = planned(parts, recipe, runtime, accelerator, agreement, stream)
-        assembly.tell_through(screen.note)
+        stack.enter_context(model_context(model, gradient_checkpointing=runtime.gradient_checkpointing))
+        stack.enter_context(preserve_learning_rates(optimizer))
+        process_group = stack.enter_context(host_process_group(accelerator))
+        resume_point = ResumePoint.found(runtime, recipe, process_group, console.note)
+        runtime = resume_point.sized(runtime)
+        stream = stack.enter_context(open_stream(components.train_data, recipe.random_seed, accelerator, process_group))
+        data, plan, runtime = build_data_and_plan(components, recipe, runtime, accelerator, process_group, stream)
+        data.tell_through(console.note)
         precision, device = accelerator.mixed_precision, accelerator.device.type
-        facts = facts_of(parts, recipe, runtime, optimizer, assembly, plan.batching, precision, device)
-        plan = resumption.going_on(plan, facts)
+        metadata = checkpoint_metadata(
+            components, recipe, runtime, optimizer, data, plan.batch_sizes, precision, device
+        )
+        plan = resume_point.resume_after(plan, metadata)
         warmup = plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
-        notes = [*assembly.notes(), how_cut(runtime, plan.batching, assembly.train.knows_lengths)]
-        screen.banner(plan, notes, warmup, precision, device)
-        if told := resumption.in_words(facts, plan.n_windows):
-            screen.note(told)
+        notes = [*data.notes(), how_cut(runtime, plan.batch_sizes, data.train.knows_lengths)]
+        console.banner(plan, notes, warmup, precision, device)
+        if told := resume_point.describe(metadata, plan.n_windows):
+            console.note(told)
 
         training = training_of(
             Settled(
-                parts, recipe, runtime, accelerator, agreement, optimizer, assembly, plan, warmup, resumption, facts,
-                folder, screen, watcher,
+                components,
+                recipe,
+                runtime,
+                accelerator,
+                process_group,
+                optimizer,
+                data,
+                plan,
+                warmup,
+                resume_point,
+                metadata,
+                folder,
+                console,
+                callback,
             ),
             stack,
-        )  # fmt: skip
+        )
         training.to_the_end()
         if training.best.restore(model):
-            screen.note(f"Restored the weights of the epoch with validation loss {training.best.loss:.4f}.")
+            console.note(f"Restored the weights of the epoch with validation loss {training.best.loss:.4f}.")
         result = _result(training, accelerator)
-    saved = model if watcher.saves_model else None
-    result = write_outputs(result, training.recorder.ledger, saved, parts.tokenizer, accelerator)
+    saved = model if callback.saves_model else None
+    result = write_outputs(result, training.metrics_logger.ledger, saved, components.tokenizer, accelerator)
     accelerator.wait_for_everyone()
-    screen.result(result)
+    console.result(result)
     return result
 
 
 def _result(training: Training, accelerator: Accelerator) -> Result:
-    costs, scaler = training.feed.cutter.costs, accelerator.scaler
+    costs, scaler = training.window_loader.planner.costs, accelerator.scaler
     return Result.of(
-        training.recorder.ledger,
-        training.plan.batching,
+        training.metrics_logger.ledger,
+        training.plan.batch_sizes,
         work=_over_processes(training.work, accelerator),
         training_time=training.clock.seconds,
         planner_costs=None if costs is None else list(astuple(costs)),
-        out_of_memory=training.adaptation.headroom.failures,
+        out_of_memory=training.oom_recovery.memory_limits.failures,
         amp_enabled=accelerator.mixed_precision != "no",
         final_loss_scale=None if scaler is None else scaler.get_scale(),
         output_dir=accelerator.project_dir,
@@ -98,10 +114,10 @@ def _check_precision(model: nn.Module, runtime: Runtime, accelerator: Accelerato
         )
 
 
-def _over_processes(work: Work, accelerator: Accelerator) -> Work:
+def _over_processes(work: Throughput, accelerator: Accelerator) -> Throughput:
     counts = torch.tensor([work.rows, work.tokens, work.positions, work.passes], device=accelerator.device)
     rows, tokens, positions, passes = accelerator.reduce(counts, "sum").tolist()
-    return Work(rows, tokens, positions, passes, work.seconds)
+    return Throughput(rows, tokens, positions, passes, work.seconds)
 
 
 def _made(output_dir: str | None) -> Path | None:

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from ...data.iterable import is_stream
 from ...errors import SettingsError
-from ...fields import read_as, single_faults
+from ...fields import find_faults, read_settings
 from ...fine_tuning import test_fine_tuning
-from ...planning.micro_batches import GUESSED_COSTS
-from ...settings import checked
+from ...planning.micro_batches import DEFAULT_COSTS
+from ...settings import parse_settings
 from ..parser import nearest
 from .definition import Search
-from .runner import conduct
+from .runner import run_search
 from .settings import SearchSettings
 from .space import STEPS, Others, space_of
 
@@ -118,10 +118,10 @@ def search(
         >>> study.best_params, study.best_value
     """
     given = dict(locals())
-    settings = read_as(SearchSettings, given)
+    settings = read_settings(SearchSettings, given)
     fixed = _fixed(given, arguments)
     _check(settings, given, fixed)
-    return conduct(
+    return run_search(
         Search(
             model_factory,
             fixed,
@@ -149,7 +149,7 @@ def _fixed(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, 
     shared = {name: given[name] for name in ("config", "train_data", "val_data", "batch_size")}
     if arguments.get("planner", True) and arguments.get("planner_costs") is None:
         # Measured costs differ with the load of the machine, and with them how windows are cut and where dropout falls.
-        shared["planner_costs"] = list(astuple(GUESSED_COSTS))
+        shared["planner_costs"] = list(astuple(DEFAULT_COSTS))
     if isinstance(given["learning_rate"], int | float):
         shared["learning_rate"] = given["learning_rate"]
     return {**defaults, "random_seed": given["seed"], **arguments, **shared}
@@ -157,9 +157,9 @@ def _fixed(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, 
 
 def _check(settings: SearchSettings, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Raises SettingsError with every fault that shows before there is a model."""
-    faults = single_faults(settings)
+    faults = find_faults(settings)
     try:
-        checked(fixed)
+        parse_settings(fixed)
     except SettingsError as error:
         faults += error.faults
     if not callable(given["model_factory"]) or isinstance(given["model_factory"], nn.Module):

@@ -11,7 +11,7 @@ from .settings import SearchSettings
 from .study import check_budget
 
 
-class Book:
+class TrialRecord:
     """Keeps nothing: of the processes that have no study."""
 
     def open(self, facts: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ class Book:
         """Takes what is known of a trial that ran to its end."""
 
 
-class StudyBook(Book):
+class StudyTrialRecord(TrialRecord):
     """Keeps a trial in its study."""
 
     def __init__(self, study: Study, trial: Trial, settings: SearchSettings) -> None:

@@ -20,13 +20,13 @@ import torch
 from optuna import Study
 
 from ...errors import DataError, SettingsError
-from ...runtime.signals import Interrupts
+from ...runtime.signals import StopSignals
 from ...runtime.team import Team
 from .definition import Search
 from .opening import open_study
 from .retry import IF_INTERRUPTED, counts
 from .samplers import SeededByTrial
-from .worker import Leader
+from .worker import TrialRunner
 
 _POLL = 0.5  # seconds between two looks at the study
 _PATIENCE = 60  # seconds that workers have to end when they are told to
@@ -34,7 +34,7 @@ _INTERRUPTED = 130
 _LAST_WORDS = 20  # lines of a worker's log that are shown where it failed
 
 
-def run_workers(search: Search, interrupts: Interrupts, study: Study, on_trial: Callable[[], None]) -> None:
+def run_workers(search: Search, stop_signals: StopSignals, study: Study, on_trial: Callable[[], None]) -> None:
     """Has `n_workers` processes run trials until there are enough.
 
     Raises:
@@ -47,7 +47,7 @@ def run_workers(search: Search, interrupts: Interrupts, study: Study, on_trial: 
         logs = [(search.folder or Path(scratch)) / f"worker-{number + 1}.log" for number in range(n_workers)]
         with _started(alone, Path(scratch), logs) as workers:
             while any(worker.poll() is None for worker in workers):
-                interrupts.check()
+                stop_signals.check()
                 on_trial()
                 time.sleep(_POLL)
             on_trial()
@@ -124,11 +124,11 @@ def be_worker(scratch: Path, number: int, parent: int) -> None:
     study, storage = open_study(search, team)
     if number and not isinstance(study.sampler, SeededByTrial):
         study.sampler.reseed_rng()  # all workers have been sent the same one
-    interrupts = Interrupts(IF_INTERRUPTED)
-    with interrupts.kept():
+    stop_signals = StopSignals(IF_INTERRUPTED)
+    with stop_signals.kept():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
         try:
-            Leader(search, team, interrupts, study, storage).work(lambda: None)
+            TrialRunner(search, team, stop_signals, study, storage).work(lambda: None)
         except (SettingsError, DataError) as error:
             (scratch / f"error-{number}").write_bytes(dill.dumps(error))
             raise

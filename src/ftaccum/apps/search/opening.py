@@ -11,7 +11,7 @@ from ...settings import Recipe
 from .definition import Search
 from .space import STEPS
 from .storages import storage_of
-from .study import opened
+from .study import open_or_create
 
 
 def open_study(search: Search, team: Team) -> tuple[Study, BaseStorage]:
@@ -24,7 +24,7 @@ def open_study(search: Search, team: Team) -> tuple[Study, BaseStorage]:
         search.folder.mkdir(parents=True, exist_ok=True)
     storage = storage_of(search.settings.storage, search.folder)
     name = search.settings.study_name or (search.folder.resolve().name if search.folder else "search")
-    return opened(
+    return open_or_create(
         storage, name, search.settings, _setup(search, team.size), search.space.dimensions(), {STEPS: 1}
     ), storage
 

@@ -9,7 +9,7 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .space import STEPS
-from .tables import facts_of, importance
+from .tables import describe_trial, importance
 
 _PRUNED, _FINISHED, _BEST = "0.65", "C0", "C3"
 
@@ -85,7 +85,7 @@ def contour(study: Study) -> Figure | None:
 
 def _places(trials: list[FrozenTrial]) -> tuple[np.ndarray, np.ndarray]:
     """Where trials lie: the logarithms of learning rate and k."""
-    rates = np.array([facts_of(trial)["learning rate"] for trial in trials], dtype=float)
+    rates = np.array([describe_trial(trial)["learning rate"] for trial in trials], dtype=float)
     return np.log10(rates), np.log2(np.array([trial.params[STEPS] for trial in trials], dtype=float))
 
 

@@ -17,14 +17,14 @@ from .tables import as_text, line_of, summary, table
 _RULE = "=" * 64
 
 
-class Board:
+class SearchProgress:
     """Follows a study, whoever works on it."""
 
     def __init__(self, study: Study, search: Search, storage: BaseStorage, num_processes: int) -> None:
         self._study, self._search, self._storage, self._num_processes = study, search, storage, num_processes
         self._shown = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "SearchProgress":
         n_trials, hidden = self._search.settings.n_trials, not self._search.progress
         self._print(_RULE, "SEARCH", _RULE, *self._heading(), _RULE)
         self._bar = tqdm(total=n_trials, desc="trials", initial=self._ended(), disable=hidden, position=0)

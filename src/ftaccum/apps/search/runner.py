@@ -12,21 +12,21 @@ from tqdm import tqdm
 
 from ...errors import SettingsError
 from ...fine_tuning import fine_tuned
-from ...runtime.signals import Interrupts
+from ...runtime.signals import StopSignals
 from ...runtime.team import LostError, Team
-from ...training.callbacks import Watcher
+from ...training.callbacks import Callback
 from .definition import Search
 from .launcher import run_workers
 from .opening import open_study
-from .progress import Board
+from .progress import SearchProgress
 from .reports import write_reports
 from .retry import IF_INTERRUPTED
 from .tables import best_trial
 from .trial import seeded_model
-from .worker import Leader, arguments_of, follow
+from .worker import TrialRunner, arguments_of, follow
 
 
-def conduct(search: Search) -> Study:
+def run_search(search: Search) -> Study:
     """Runs trials until there are enough, and says what came of them. All processes of a team call it alike."""
     team = Team()
     try:
@@ -43,18 +43,18 @@ def _conducted(search: Search, team: Team) -> Study:
                 "trial together. Give one of the two, or launch several times with one `storage`."
             ]
         )
-    interrupts = Interrupts(IF_INTERRUPTED)
-    with interrupts.kept(), _silent_optuna():
-        study = _main(search, team, interrupts) if team.is_main else _copied(*follow(search, team, interrupts))
+    stop_signals = StopSignals(IF_INTERRUPTED)
+    with stop_signals.kept(), _silent_optuna():
+        study = _main(search, team, stop_signals) if team.is_main else _copied(*follow(search, team, stop_signals))
     if search.settings.refit:
         _refit(search, team, study)
     return study
 
 
-def _main(search: Search, team: Team, interrupts: Interrupts) -> Study:
+def _main(search: Search, team: Team, stop_signals: StopSignals) -> Study:
     try:
-        study = _led(search, team, interrupts)
-        interrupts.check()
+        study = _led(search, team, stop_signals)
+        stop_signals.check()
     except LostError:  # nobody would listen
         raise
     except BaseException:
@@ -64,13 +64,13 @@ def _main(search: Search, team: Team, interrupts: Interrupts) -> Study:
     return study
 
 
-def _led(search: Search, team: Team, interrupts: Interrupts) -> Study:
+def _led(search: Search, team: Team, stop_signals: StopSignals) -> Study:
     study, storage = open_study(search, team)
-    with Board(study, search, storage, team.size) as board:
+    with SearchProgress(study, search, storage, team.size) as progress:
         if search.settings.n_workers > 1:
-            run_workers(search, interrupts, study, board.update)
+            run_workers(search, stop_signals, study, progress.update)
         else:
-            Leader(search, team, interrupts, study, storage).work(board.update)
+            TrialRunner(search, team, stop_signals, study, storage).work(progress.update)
     write_reports(study, search.folder)
     return study
 
@@ -102,4 +102,4 @@ def _refit(search: Search, team: Team, study: Study) -> None:
     if team.is_main:
         tqdm.write(f"The best, trial {best.number}, once more:", file=sys.stdout)
     model = seeded_model(search.model_factory, arguments["random_seed"])
-    fine_tuned({**arguments, "model": model}, Watcher())
+    fine_tuned({**arguments, "model": model}, Callback())

@@ -13,7 +13,7 @@ from optuna.trial import BaseTrial
 from ...errors import SettingsError
 from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
-from ...settings import checked
+from ...settings import parse_settings
 from ...training.optimizer import CoupledBeta2, fault_of_schedule
 from ..parser import nearest
 from .settings import SearchSettings, reserved
@@ -222,7 +222,7 @@ def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
             unusable = fault_of_schedule(value) if name == "lr_scheduler" and isinstance(value, str) else None
             faults += [unusable] if unusable else []
             try:
-                checked({**fixed, name: value})
+                parse_settings({**fixed, name: value})
             except SettingsError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
     if faults:

@@ -20,7 +20,7 @@ SETUP = "ftaccum"  # the study's attribute with what it was begun with
 _TRIES, _PAUSE = 6, 0.5  # of looking for it, where another worker has just made the study
 
 
-def opened(
+def open_or_create(
     storage: BaseStorage,
     name: str,
     settings: SearchSettings,

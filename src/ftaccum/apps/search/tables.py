@@ -20,7 +20,7 @@ _STATES = {
 _FEWEST = 4  # finished trials, below which shares of importance mean nothing
 
 
-def facts_of(trial: FrozenTrial) -> dict[str, Any]:
+def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
     """What a table says of a trial, by column. A coupled rate is the one that was used."""
     attrs, parameters = trial.user_attrs, dict(trial.params)
     k, rate = parameters.pop(STEPS, None), parameters.pop(RATE, None)
@@ -47,7 +47,7 @@ def _state(trial: FrozenTrial) -> str:
 
 def table(study: Study) -> list[dict[str, Any]]:
     """A row a trial; all rows have the same columns."""
-    rows = [facts_of(trial) for trial in study.get_trials(deepcopy=False)]
+    rows = [describe_trial(trial) for trial in study.get_trials(deepcopy=False)]
     last = ("loss", "rows", "seconds", "state")
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in last))
     return [{name: row.get(name) for name in (*columns, *last)} for row in rows]
@@ -78,7 +78,7 @@ def shown(value: Any) -> str:
 
 def line_of(trial: FrozenTrial) -> str:
     """A trial in one line."""
-    facts = facts_of(trial)
+    facts = describe_trial(trial)
     number, state = facts.pop("trial"), facts.pop("state")
     known = "  ".join(f"{name} {shown(value)}" for name, value in facts.items() if value is not None)
     return f"trial {number:>3}  {known}  {state}"

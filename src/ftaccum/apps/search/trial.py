@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 from ...errors import DataError, DivergedError, Preempted, SettingsError
 from ...fine_tuning import fine_tuned
-from ...planning.course import Course
+from ...planning.course import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
-from ...runtime.signals import Interrupts
-from ...runtime.state_guards import preserved_rng, seed_all
+from ...runtime.signals import StopSignals
+from ...runtime.state_guards import preserve_rng, seed_all
 from ...runtime.team import LostError, Team
-from ...tracking.console import Screen
+from ...tracking.console import Console
 from ...tracking.ledger import EpochEntry
 from ...tracking.result import Result
-from ...training.callbacks import Watcher
-from .book import Book
+from ...training.callbacks import Callback
+from .book import TrialRecord
 from .report_steps import milestones
 
 _trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials, as long as somebody else keeps them
@@ -38,7 +38,7 @@ class TakenError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """What became of a trial, on this process.
 
     Attributes:
@@ -57,8 +57,8 @@ class Outcome:
 def run_trial(
     model_factory: Callable[[], Any],
     arguments: Mapping[str, Any],
-    watcher: Watcher,
-) -> Outcome:
+    callback: Callback,
+) -> TrialResult:
     """Runs one trial, and frees what it held. All processes of the team call it alike.
 
     Args:
@@ -69,26 +69,28 @@ def run_trial(
     try:
         model = seeded_model(model_factory, arguments["random_seed"])
         kept = weakref.ref(model)
-        return Outcome("finished", result=fine_tuned({**arguments, "model": model}, watcher))
+        return TrialResult("finished", result=fine_tuned({**arguments, "model": model}, callback))
     except PrunedError as end:
-        return Outcome("pruned", str(end))
+        return TrialResult("pruned", str(end))
     except DivergedError as end:
-        return Outcome("diverged", str(end) if end.update is None else f"at update {end.update}: {end}")
+        return TrialResult("diverged", str(end) if end.update is None else f"at update {end.update}: {end}")
     except TakenError:
-        return Outcome("left")
+        return TrialResult("left")
     except LostError:
         raise
     except Preempted as end:
         raise KeyboardInterrupt(str(end)) from None
     except (SettingsError, DataError) as error:
         error.__cause__ = error.__context__ = None  # their frames hold the model, as the error's own do
-        return Outcome("failed", str(error), error=error.with_traceback(None))
+        return TrialResult("failed", str(error), error=error.with_traceback(None))
     except torch.OutOfMemoryError as error:
-        return Outcome("failed", f"ran out of memory: {error}")
+        return TrialResult("failed", f"ran out of memory: {error}")
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         _keep_traceback(error, arguments["output_dir"])
-        return Outcome("failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})")
+        return TrialResult(
+            "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+        )
     finally:
         model = None
         # Where the model is in a circle with something, to look for it takes its time. A GPU may be shared with others.
@@ -108,7 +110,7 @@ def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
     Raises:
         SettingsError: where it is one that was trained before.
     """
-    with preserved_rng():
+    with preserve_rng():
         seed_all(seed)
         model = model_factory()
     if model in _trained:
@@ -122,7 +124,7 @@ def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
     return model
 
 
-class TrialWatcher(Watcher):
+class TrialCallback(Callback):
     """Reports a run's milestones to the book, and ends it where the book says so: on all processes at once."""
 
     saves_model = False
@@ -131,8 +133,8 @@ class TrialWatcher(Watcher):
     def __init__(
         self,
         team: Team,
-        book: Book,
-        interrupts: Interrupts,
+        record: TrialRecord,
+        stop_signals: StopSignals,
         *,
         batch_sizes: Sequence[int],
         n_reports: int,
@@ -143,26 +145,26 @@ class TrialWatcher(Watcher):
         n_reports: evaluations over the trial.
         title: of the progress bar.
         """
-        self._team, self._book, self._interrupts = team, book, interrupts
+        self._team, self._record, self._stop_signals = team, record, stop_signals
         self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
         self._steps: dict[int, int] = {}
 
-    def screen(self, is_main: bool, progress: bool) -> Screen:
-        return _TrialScreen(is_main, progress, title=self._title)
+    def console(self, is_main: bool, progress: bool) -> Console:
+        return _TrialConsole(is_main, progress, title=self._title)
 
     def milestones(self, plan: Plan) -> Iterable[int]:
         # Where what is left of an epoch is carried, its end is none of an update's: all epochs are as one.
         epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
         self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
-        self._team.decided(lambda: self._book.begin(self._steps))
+        self._team.decided(lambda: self._record.begin(self._steps))
         return self._steps
 
-    def interrupts(self, *, saves: bool) -> Interrupts:  # noqa: ARG002
-        return self._interrupts
+    def stop_signals(self, *, saves: bool) -> StopSignals:  # noqa: ARG002
+        return self._stop_signals
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         step, budget = self._steps[milestone], max(self._steps)
-        order = self._team.decided(lambda: self._book.report(step, rows, val_loss))
+        order = self._team.decided(lambda: self._record.report(step, rows, val_loss))
         if order == "leave":
             raise TakenError
         if not math.isfinite(val_loss):
@@ -172,7 +174,7 @@ class TrialWatcher(Watcher):
 
 
 @dataclass
-class _TrialScreen(Screen):
+class _TrialConsole(Console):
     """One bar for the running trial, and nothing else: what it comes to is a line of the search's own."""
 
     title: str = ""
@@ -181,7 +183,7 @@ class _TrialScreen(Screen):
         hidden = not (self.is_main and self.progress)
         return tqdm(total=n_windows, desc=self.title, disable=hidden, leave=False, position=1)
 
-    def banner(self, plan: Course, notes: list[str], warmup: int, precision: str, device: str) -> None:
+    def banner(self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str) -> None:
         pass
 
     def epoch(self, entry: EpochEntry, n_epochs: int) -> None:

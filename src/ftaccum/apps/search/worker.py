@@ -12,19 +12,19 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, TrialState
 
-from ...checkpoint.directory import Shelf
+from ...checkpoint.directory import CheckpointDirectory
 from ...errors import DataError, SettingsError
-from ...runtime.run_dir import is_held
-from ...runtime.signals import Interrupts
+from ...runtime.run_dir import is_locked
+from ...runtime.signals import StopSignals
 from ...runtime.team import LostError, Team
-from .book import Book, StudyBook
+from .book import StudyTrialRecord, TrialRecord
 from .definition import Search
 from .liveness import here, is_gone
 from .retry import FIRST, INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
 from .settings import SearchSettings
 from .space import RATE, STEPS
 from .storages import tells_deaths
-from .trial import Outcome, TrialWatcher, run_trial
+from .trial import TrialCallback, TrialResult, run_trial
 
 _POLL = 2.0  # seconds between two looks at what other workers do
 
@@ -33,11 +33,13 @@ class _EndedError(Exception):
     """Has Optuna note a trial as failed; why is among its attributes, where it counts as one."""
 
 
-class Leader:
+class TrialRunner:
     """The first process of a team: asks the study for trials, and tells it what became of them."""
 
-    def __init__(self, search: Search, team: Team, interrupts: Interrupts, study: Study, storage: BaseStorage) -> None:
-        self._search, self._team, self._interrupts = search, team, interrupts
+    def __init__(
+        self, search: Search, team: Team, stop_signals: StopSignals, study: Study, storage: BaseStorage
+    ) -> None:
+        self._search, self._team, self._stop_signals = search, team, stop_signals
         self._study, self._storage = study, storage
         self._left = False
         self._folder: Path | None = None  # of the trial at hand
@@ -50,7 +52,7 @@ class Leader:
             on_trial: called whenever trials may have come to an end.
         """
         while (order := self._next()) != "stop":
-            self._interrupts.check()
+            self._stop_signals.check()
             if order == "wait":
                 time.sleep(_POLL)
             else:
@@ -87,7 +89,7 @@ class Leader:
         """Removes the checkpoints of a trial that has ended in the study as well. One that runs again goes on from
         them, and those of one that others have taken over are theirs."""
         if self._folder is not None:
-            Shelf(self._folder).clear()
+            CheckpointDirectory(self._folder).clear()
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if self._is_one_too_many(trial):
@@ -102,29 +104,29 @@ class Leader:
             self._run_again(trial)
             raise
 
-    def _tried(self, trial: Trial) -> Outcome:
+    def _tried(self, trial: Trial) -> TrialResult:
         try:
             arguments = arguments_of(self._search, trial, self._team)
         except StorageInternalError:
             raise
         except SettingsError as error:
-            return Outcome("failed", str(error), error=error)
+            return TrialResult("failed", str(error), error=error)
         except Exception as error:  # a function of the user's
-            return Outcome("failed", f"{type(error).__name__}: {error}")
+            return TrialResult("failed", f"{type(error).__name__}: {error}")
         first = trial.user_attrs.get(FIRST)
-        if first is not None and (folder := folder_of(self._search, trial.number, first)) and is_held(folder):
+        if first is not None and (folder := folder_of(self._search, trial.number, first)) and is_locked(folder):
             first = None  # its worker was taken for dead, and is not: this one begins anew, in a folder of its own
         self._folder = folder_of(self._search, trial.number, first)
         self._team.told(("run", (trial.number, first, trial.params)))
-        book = StudyBook(self._study, trial, self._settings)
-        return run(self._search, self._team, self._interrupts, trial.number, first, arguments, book)
+        record = StudyTrialRecord(self._study, trial, self._settings)
+        return run(self._search, self._team, self._stop_signals, trial.number, first, arguments, record)
 
-    def _told(self, trial: Trial, outcome: Outcome) -> float | tuple[float, float]:
+    def _told(self, trial: Trial, outcome: TrialResult) -> float | tuple[float, float]:
         """What Optuna wants of a trial: its value, or an exception that says how it ended."""
         if outcome.result is not None:
             loss, seconds = outcome.result.final_loss, outcome.result.training_time
             if not math.isfinite(loss):
-                return self._told(trial, Outcome("diverged", f"with a final loss of {loss}"))
+                return self._told(trial, TrialResult("diverged", f"with a final loss of {loss}"))
             return (loss, seconds) if self._settings.trade_time else loss
         if outcome.kind == "left":
             self._left = True
@@ -159,7 +161,7 @@ class Leader:
         return place_of(self._study, trial) >= self._settings.n_trials
 
 
-def follow(search: Search, team: Team, interrupts: Interrupts) -> Any:
+def follow(search: Search, team: Team, stop_signals: StopSignals) -> Any:
     """What the other processes of a team do: the trials that the first one tells. Returns what it says at the end.
 
     Raises:
@@ -174,7 +176,7 @@ def follow(search: Search, team: Team, interrupts: Interrupts) -> Any:
         number, first, parameters = told
         arguments = arguments_of(search, FixedTrial(parameters, number), team)
         try:
-            last_error = run(search, team, interrupts, number, first, arguments, Book()).error
+            last_error = run(search, team, stop_signals, number, first, arguments, TrialRecord()).error
         except KeyboardInterrupt as error:  # as the first process was told, which now ends the search
             last_error = error
     if told is None:
@@ -195,12 +197,12 @@ def folder_of(search: Search, number: int, first: int | None) -> Path | None:
 def run(
     search: Search,
     team: Team,
-    interrupts: Interrupts,
+    stop_signals: StopSignals,
     number: int,
     first: int | None,
     arguments: dict[str, Any],
-    book: Book,
-) -> Outcome:
+    record: TrialRecord,
+) -> TrialResult:
     """A trial on all processes, and what became of it on all of them.
 
     Args:
@@ -209,27 +211,27 @@ def run(
     folder = folder_of(search, number, first)
     kept = {"output_dir": folder and str(folder), "resume": "auto" if folder and first is not None else None}
     batch_size, settings = search.batch_size(team.size), search.settings
-    book.open(
+    record.open(
         {
             "effective_batch_size": arguments[STEPS] * batch_size,
             "learning_rate": arguments[RATE],
             "output_dir": kept["output_dir"],
         }
     )
-    watcher = TrialWatcher(
+    callback = TrialCallback(
         team,
-        book,
-        interrupts,
+        record,
+        stop_signals,
         batch_sizes=[k * batch_size for k in search.space.candidates()],
         n_reports=1 if settings.trade_time else settings.n_reports,  # nobody could be told
         title=f"trial {number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
     )
-    outcome = run_trial(search.model_factory, arguments | kept | {"progress": search.progress}, watcher)
+    outcome = run_trial(search.model_factory, arguments | kept | {"progress": search.progress}, callback)
     everyone = team.everyone((outcome.kind, outcome.reason))
     failed = next((reason for kind, reason in everyone if kind == "failed"), None)
     if failed is not None and outcome.kind != "failed":
-        return Outcome("failed", failed)
+        return TrialResult("failed", failed)
     if outcome.result is not None:
         beta2 = {"beta2": arguments["optimizer"].beta2} if settings.couple_beta2 else {}
-        book.close({"training_time": outcome.result.training_time, "metrics": outcome.result.metrics[-1], **beta2})
+        record.close({"training_time": outcome.result.training_time, "metrics": outcome.result.metrics[-1], **beta2})
     return outcome

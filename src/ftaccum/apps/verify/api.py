@@ -17,20 +17,20 @@ from ... import __version__
 from ...data.collator import Collator
 from ...data.dataset import Rows, as_rows, mean_length
 from ...errors import DataError, SettingsError
-from ...fields import read_as, single_faults
-from ...objective.deterministic_forward import Rehearsal
+from ...fields import find_faults, read_settings
+from ...objective.deterministic_forward import DeterministicMode
 from ...objective.forward import LossFn
 from ...objective.item_counts import CountItems
-from ...planning.batch_size import Batching, batching_of
+from ...planning.batch_size import BatchSizes, batch_sizes_of
 from ...planning.plan import Plan
-from ...runtime.accelerator import session
-from ...runtime.memory import Agreement, agreed_by, give_back_memory
-from ...runtime.model_context import borrowed
-from ...runtime.state_guards import converted, preserved_gradients
-from ...settings import Recipe, Runtime, checked
-from ...training.build_data import Assembly, assemble
-from ...training.build_plan import cutter_of, fit_to_loss
-from ...training.components import Parts, check_parts
+from ...runtime.accelerator import accelerator_session
+from ...runtime.memory import ProcessGroup, give_back_memory, host_process_group
+from ...runtime.model_context import model_context
+from ...runtime.state_guards import cast_tensors, preserve_gradients
+from ...settings import Recipe, Runtime, parse_settings
+from ...training.build_data import TrainingData, build_data
+from ...training.build_plan import fit_to_loss, micro_batch_planner
+from ...training.components import Components, check_components
 from .bench import Bench
 from .compare import Comparison
 from .precision import candidates, dtype_of, has_room, measured_in, said, tolerance_for
@@ -101,15 +101,15 @@ def verify(
     rows = None if data is None else as_rows(data, "data")
     given = locals() | {"train_data": rows, "val_data": None, "optimizer": None, "compute_metrics": None}
     settings, recipe, runtime = _checked(given)
-    parts = Parts(**{f.name: given[f.name] for f in fields(Parts)})
-    check_parts(parts, recipe, runtime)
-    with session(runtime, recipe.random_seed) as accelerator:
-        return _verified(parts, recipe, runtime, settings, accelerator)
+    components = Components(**{f.name: given[f.name] for f in fields(Components)})
+    check_components(components, recipe, runtime)
+    with accelerator_session(runtime, recipe.random_seed) as accelerator:
+        return _verified(components, recipe, runtime, settings, accelerator)
 
 
 def _checked(given: Mapping[str, Any]) -> tuple[VerifySettings, Recipe, Runtime]:
-    settings = read_as(VerifySettings, given)
-    faults = single_faults(settings)
+    settings = read_settings(VerifySettings, given)
+    faults = find_faults(settings)
     # All rows train; what is inexact is told with the verdict.
     given = {**given, "validation_split": 0.0, "on_inexact": "ignore"}
     if settings.dtype == "float64":
@@ -121,7 +121,7 @@ def _checked(given: Mapping[str, Any]) -> tuple[VerifySettings, Recipe, Runtime]
         faults.append("`batch_size` must be a number here: how a window is cut is what is verified. Give one.")
         given["batch_size"] = 1  # what else 'auto' would want is of no use here
     try:
-        recipe, runtime = checked(given)
+        recipe, runtime = parse_settings(given)
     except SettingsError as error:
         raise SettingsError([*faults, *error.faults]) from error
     if faults:
@@ -130,39 +130,39 @@ def _checked(given: Mapping[str, Any]) -> tuple[VerifySettings, Recipe, Runtime]
 
 
 def _verified(
-    parts: Parts, recipe: Recipe, runtime: Runtime, settings: VerifySettings, accelerator: Accelerator
+    components: Components, recipe: Recipe, runtime: Runtime, settings: VerifySettings, accelerator: Accelerator
 ) -> Verification:
-    started, model, processes = time.perf_counter(), parts.model, accelerator.num_processes
+    started, model, processes = time.perf_counter(), components.model, accelerator.num_processes
     with ExitStack() as stack:
-        agreement = stack.enter_context(agreed_by(accelerator))
-        stack.enter_context(preserved_gradients(model))
+        process_group = stack.enter_context(host_process_group(accelerator))
+        stack.enter_context(preserve_gradients(model))
         if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
-            stack.enter_context(converted([*model.parameters(), *model.buffers()], device=accelerator.device))
-        stack.enter_context(borrowed(model, gradient_checkpointing=runtime.gradient_checkpointing))
-        if parts.train_data is not None:
-            parts = replace(parts, train_data=_some(parts.train_data, recipe, runtime, processes))
-        assembly = assemble(parts, recipe, runtime, accelerator, stream=None)
-        padded = assembly.train
+            stack.enter_context(cast_tensors([*model.parameters(), *model.buffers()], device=accelerator.device))
+        stack.enter_context(model_context(model, gradient_checkpointing=runtime.gradient_checkpointing))
+        if components.train_data is not None:
+            components = replace(components, train_data=_some(components.train_data, recipe, runtime, processes))
+        data = build_data(components, recipe, runtime, accelerator, stream=None)
+        padded = data.train
         if runtime.padding_free:
-            padded = assemble(parts, recipe, replace(runtime, padding_free=False), accelerator, stream=None).train
-        length = mean_length(assembly.train_rows) if recipe.tokens_per_update else None
-        stages = batching_of(recipe, runtime, processes, length).stages()
-        batching = max((sizes for _, sizes in stages), key=lambda sizes: sizes.effective_batch_size)
-        window = next(Plan(len(assembly.train_rows), 1, batching, recipe.random_seed).windows(0)).rows
-        bench = Bench(
-            accelerator, model, assembly.objective, assembly.train, padded, window, (recipe.random_seed, 0), None
-        )
-        dtype, notes = _settled(bench, parts.loss_fn, settings.dtype, agreement)
+            padded = build_data(
+                components, recipe, replace(runtime, padding_free=False), accelerator, stream=None
+            ).train
+        length = mean_length(data.train_rows) if recipe.tokens_per_update else None
+        stages = batch_sizes_of(recipe, runtime, processes, length).stages()
+        batch_sizes = max((sizes for _, sizes in stages), key=lambda sizes: sizes.effective_batch_size)
+        window = next(Plan(len(data.train_rows), 1, batch_sizes, recipe.random_seed).windows(0)).rows
+        bench = Bench(accelerator, model, data.objective, data.train, padded, window, (recipe.random_seed, 0), None)
+        dtype, notes = _settled(bench, components.loss_fn, settings.dtype, process_group)
         bench = replace(bench, dtype=dtype)
-        stack.enter_context(measured_in(model, parts.loss_fn, dtype))
-        stack.enter_context(Rehearsal.of(model, lambda: [bench.loss_of(bench.whole(window)).item()]).passes())
+        stack.enter_context(measured_in(model, components.loss_fn, dtype))
+        stack.enter_context(DeterministicMode.of(model, lambda: [bench.loss_of(bench.whole(window)).item()]).passes())
         precision = dtype or dtype_of(model), accelerator.mixed_precision
-        findings = assembly.objective.findings
+        report = data.objective.report
         comparison = Comparison(
             bench,
-            agreement,
-            cutter_of(fit_to_loss(runtime, batching, findings), batching),
-            unit=batching.batch_size * processes,
+            process_group,
+            micro_batch_planner(fit_to_loss(runtime, batch_sizes, report), batch_sizes),
+            unit=batch_sizes.batch_size * processes,
             n_random=settings.n_splits,
             tolerance=lambda floor: settings.tolerance or tolerance_for(floor, *precision),
         )
@@ -171,7 +171,7 @@ def _verified(
             compared = comparison.results(bar.update)
     if len(stages) > 1:
         notes.append(
-            f"Of the ks that training goes through, this is the largest: {batching.gradient_accumulation_steps}."
+            f"Of the ks that training goes through, this is the largest: {batch_sizes.gradient_accumulation_steps}."
         )
     if precision[0] == torch.float64 and compared.floor > _FLOAT64:
         notes.append(
@@ -190,13 +190,13 @@ def _verified(
         dtype=str(precision[0]).removeprefix("torch."),
         autocast=precision[1],
         device=accelerator.device.type,
-        counted_by=findings.counted_by,
-        reasons=findings.inexact(),
-        notes=[*_notes(assembly, batching, runtime, len(window)), *notes],
-        batch_size=batching.batch_size,
-        gradient_accumulation_steps=batching.gradient_accumulation_steps,
-        num_processes=batching.num_processes,
-        effective_batch_size=batching.effective_batch_size,
+        counted_by=report.counted_by,
+        reasons=report.inexact(),
+        notes=[*_notes(data, batch_sizes, runtime, len(window)), *notes],
+        batch_size=batch_sizes.batch_size,
+        gradient_accumulation_steps=batch_sizes.gradient_accumulation_steps,
+        num_processes=batch_sizes.num_processes,
+        effective_batch_size=batch_sizes.effective_batch_size,
         random_seed=recipe.random_seed,
         versions={"ftaccum": __version__} | {name: version(name) for name in ("torch", "transformers", "accelerate")},
         seconds=round(time.perf_counter() - started, 3),
@@ -208,20 +208,20 @@ def _some(train_data: Any, recipe: Recipe, runtime: Runtime, processes: int) -> 
     rows = as_rows(train_data, "data")
     if recipe.tokens_per_update:  # how many of them are an update hangs on the length of all
         return rows
-    needed = max(_ROWS, batching_of(recipe, runtime, processes).effective_batch_size)
+    needed = max(_ROWS, batch_sizes_of(recipe, runtime, processes).effective_batch_size)
     order = np.random.RandomState(recipe.random_seed).permutation(len(rows))
     return rows.subset(np.sort(order[:needed]).tolist())
 
 
 def _settled(
-    bench: Bench, loss_fn: LossFn | None, wanted: str | None, agreement: Agreement
+    bench: Bench, loss_fn: LossFn | None, wanted: str | None, process_group: ProcessGroup
 ) -> tuple[torch.dtype | None, list[str]]:
     """The first type that all processes can measure in, and what to say of those before it."""
     notes: list[str] = []
     *tries, last = candidates(bench.model, wanted, bench.accelerator.mixed_precision)
     for dtype in tries:
         reason = _why_not(bench, loss_fn, dtype)
-        if not agreement.any(reason is not None):
+        if not process_group.any(reason is not None):
             return dtype, notes
         name = str(dtype).removeprefix("torch.")
         notes.append(f"Not measured in {name}: {reason or 'another process cannot'}.")
@@ -244,14 +244,14 @@ def _why_not(bench: Bench, loss_fn: LossFn | None, dtype: torch.dtype | None) ->
     return None
 
 
-def _notes(assembly: Assembly, batching: Batching, runtime: Runtime, n_rows: int) -> list[str]:
+def _notes(data: TrainingData, batch_sizes: BatchSizes, runtime: Runtime, n_rows: int) -> list[str]:
     """What to know of the rows and the ways to cut them."""
-    objective, wanted = assembly.objective, batching.effective_batch_size
+    objective, wanted = data.objective, batch_sizes.effective_batch_size
     padding = "Padding matters to this head: the rows of a window are padded to one width, in training as here."
     found = {
-        "Data: SYNTHETIC random tokens, because there are none.": assembly.synthetic,
+        "Data: SYNTHETIC random tokens, because there are none.": data.synthetic,
         f"An update wants {wanted} rows, and there are {n_rows}: these are the window.": n_rows < wanted,
         f"Micro-batches as trained: at most {runtime.max_tokens} tokens.": runtime.max_tokens is not None,
-        objective.findings.padding() or padding: objective.padding_sensitive,
+        objective.report.padding() or padding: objective.padding_sensitive,
     }
     return [note for note, holds in found.items() if holds]

@@ -10,16 +10,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ...data.collator import can_be_taken_apart, take
-from ...data.loader import Loader, MicroBatch, Share
+from ...data.loader import Loader, LocalRows, MicroBatch
 from ...errors import DataError
 from ...objective.item_counts import Batch, tensors_of
 from ...objective.normalizer import gathered
 from ...objective.objective import Objective
-from ...planning.micro_batches import Rows, Slice
-from ...runtime.memory import RanOutError
-from ...runtime.state_guards import preserved_buffers, preserved_rng
+from ...planning.micro_batches import MicroBatchRows, Rows
+from ...runtime.memory import WindowOutOfMemoryError
+from ...runtime.state_guards import preserve_buffers, preserve_rng
 from ...training.loop import TrainingLoop
-from .gradients import Found, taken
+from .gradients import WindowGradient, taken
 from .precision import cast
 from .splits import Split
 
@@ -46,7 +46,7 @@ class Bench:
     seed: tuple[int, ...]
     dtype: torch.dtype | None
 
-    def together(self, rows: Rows, order: Rows | None = None, factor: float = 1.0) -> Found:
+    def together(self, rows: Rows, order: Rows | None = None, factor: float = 1.0) -> WindowGradient:
         """The gradient of the loss over all rows at once: one forward and one backward pass, and no denominator.
 
         Args:
@@ -59,12 +59,12 @@ class Bench:
             torch.OutOfMemoryError: where they do not fit in memory together.
         """
         micro = self.whole(rows, order)
-        if micro.is_ghost:
+        if micro.is_dummy:
             raise DataError(f"None of the {len(rows)} rows of a window has loss items. Give another `random_seed`.")
         with self.from_the_start():
             loss = self.loss_of(micro)
             (loss * factor * self.scale).backward()
-        return Found(taken(self.model, factor * self.scale), loss.item())
+        return WindowGradient(taken(self.model, factor * self.scale), loss.item())
 
     def settle_scale(self) -> None:
         """Lowers the scale of fp16 gradients until they are finite, as training does in its first updates."""
@@ -73,7 +73,7 @@ class Bench:
             scaler.scale(torch.zeros((), device=self.accelerator.device))  # makes it one that can be changed
             scaler.update(self.scale / 2)
 
-    def accumulated(self, loop: TrainingLoop, split: Split) -> Found:
+    def accumulated(self, loop: TrainingLoop, split: Split) -> WindowGradient:
         """The gradient that training leaves for the optimizer, on this process.
 
         Raises:
@@ -83,10 +83,10 @@ class Bench:
         with self.from_the_start():
             try:
                 losses = loop.accumulate(share).losses
-            except RanOutError as error:
+            except WindowOutOfMemoryError as error:
                 said = f" The device said: {error.failed.said}" if error.failed else ""
                 raise torch.OutOfMemoryError(f"Memory ran out while '{split.name}' was accumulated.{said}") from error
-        return Found(taken(self.model, self.scale), gathered([losses], self.accelerator)[0].total())
+        return WindowGradient(taken(self.model, self.scale), gathered([losses], self.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:
         """Whether the model can be run on micro-batches as small as these: batch norm takes no row by itself, as a
@@ -109,11 +109,11 @@ class Bench:
     def whole(self, rows: Rows, order: Rows | None = None) -> MicroBatch:
         """Rows in one micro-batch."""
         places = tuple(rows.index(position) for position in order or rows)
-        return self._loaded(self.padded, rows, [Slice.of(rows, places)])[0]
+        return self._loaded(self.padded, rows, [MicroBatchRows.of(rows, places)])[0]
 
     def micro_batches(self, split: Split) -> list[MicroBatch]:
         """Those of all processes, as anybody would have them: padded, and without ghosts."""
-        loaded = self.padded.stream([Share(split.rows, split.slices, self.seed)])
+        loaded = self.padded.stream([LocalRows(split.rows, split.slices, self.seed)])
         return [replace(micro, batch=cast(micro.batch, self.dtype)) for micro in loaded]
 
     def is_wider(self, split: Split) -> bool:
@@ -125,7 +125,7 @@ class Bench:
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
         """Around passes that shall find, and leave, generators and buffers as all others do."""
-        with preserved_rng(), preserved_buffers(self.model):
+        with preserve_rng(), preserve_buffers(self.model):
             yield
 
     def _share(self, split: Split) -> list[MicroBatch]:
@@ -135,12 +135,12 @@ class Bench:
         whole = self.whole(split.rows).batch
         place = {position: n for n, position in enumerate(split.rows)}
         return [
-            micro if micro.is_ghost else replace(micro, batch=take(whole, [place[p] for p in micro.slice.rows]))
+            micro if micro.is_dummy else replace(micro, batch=take(whole, [place[p] for p in micro.slice.rows]))
             for micro in share
         ]
 
-    def _loaded(self, loader: Loader, rows: Rows, slices: Sequence[Slice]) -> list[MicroBatch]:
-        (micro_batches,) = loader.load([Share(rows, slices, self.seed)])
+    def _loaded(self, loader: Loader, rows: Rows, slices: Sequence[MicroBatchRows]) -> list[MicroBatch]:
+        (micro_batches,) = loader.load([LocalRows(rows, slices, self.seed)])
         return [replace(micro, batch=cast(micro.batch, self.dtype)) for micro in micro_batches]
 
     @property

@@ -9,18 +9,18 @@ import torch
 import transformers
 from accelerate.utils import gather_object
 
-from ...planning.micro_batches import Cutter, Rows
+from ...planning.micro_batches import MicroBatchPlanner, Rows
 from ...runtime.gradients.fp32 import PlainGradients
-from ...runtime.memory import Agreement
-from ...runtime.model_context import unwrapped_afterwards
+from ...runtime.memory import ProcessGroup
+from ...runtime.model_context import unwrap_on_exit
 from ...training.loop import TrainingLoop
 from ...training.optimizer import make_optimizer, make_schedule
 from ...training.pass_costs import NoCalibration
 from .bench import Bench
-from .gradients import Found
+from .gradients import WindowGradient
 from .peers import divided_by_k, why_not_trainer, with_trainer
 from .precision import said
-from .report import Measured
+from .report import SplitResult
 from .splits import Split, splits_of
 
 _TOO_SMALL = "(the model takes no row by itself)"
@@ -31,8 +31,8 @@ _TRAINER = f"Trainer, transformers {transformers.__version__}"
 class Compared:
     """For the attributes see `Verification`."""
 
-    splits: list[Measured]
-    others: list[Measured]
+    splits: list[SplitResult]
+    others: list[SplitResult]
     floor: float
     tolerance: float
 
@@ -49,8 +49,8 @@ class Comparison:
     """
 
     bench: Bench
-    agreement: Agreement
-    cutter: Cutter
+    process_group: ProcessGroup
+    planner: MicroBatchPlanner
     unit: int
     n_random: int
     tolerance: Callable[[float], float]
@@ -58,7 +58,7 @@ class Comparison:
     def windows(self) -> dict[Rows, list[Split]]:
         """What is tried: the ways to cut a window, by its rows."""
         bench, found = self.bench, dict[Rows, list[Split]]()
-        for split in splits_of(bench.window, bench.train.cut, self.cutter, self.unit, self.n_random, bench.seed[0]):
+        for split in splits_of(bench.window, bench.train.cut, self.planner, self.unit, self.n_random, bench.seed[0]):
             if not split.at_one_width or bench.is_wider(split):
                 found.setdefault(split.rows, []).append(split)
         return found
@@ -70,7 +70,7 @@ class Comparison:
             on_window: called after each of them.
         """
         bench, windows = self.bench, self.windows()
-        measured, floor = list[Measured](), 0.0
+        measured, floor = list[SplitResult](), 0.0
         with self._loops() as new_loop:
             bench.settle_scale()
             for rows, splits in windows.items():
@@ -91,70 +91,70 @@ class Comparison:
         accelerator, model, objective = self.bench.accelerator, self.bench.model, self.bench.objective
         optimizer = make_optimizer(model, torch.optim.SGD, learning_rate=1.0, weight_decay=0.0)
         schedule = make_schedule("constant", optimizer, 0, 1)
-        with unwrapped_afterwards(model):
+        with unwrap_on_exit(model):
             gradients = PlainGradients(optimizer)
             wrapped, prepared = gradients.prepare(accelerator, model)
             yield lambda: TrainingLoop(
                 accelerator, wrapped, objective, prepared, schedule, gradients, lambda _: 1.0,
-                max_grad_norm=math.inf, agreement=self.agreement, calibration=NoCalibration(),
+                max_grad_norm=math.inf, process_group=self.process_group, calibration=NoCalibration(),
             )  # fmt: skip
 
     def _of_window(
         self, rows: Rows, splits: Sequence[Split], new_loop: Callable[[], TrainingLoop]
-    ) -> tuple[list[Measured], float]:
+    ) -> tuple[list[SplitResult], float]:
         """The splits of one window, not judged yet, and what rounding alone does to it."""
         bench = self.bench
-        if bench.whole(rows).is_ghost:
-            return [Measured(*split.facts, exact=True, note="(no loss items: no update)") for split in splits], 0.0
+        if bench.whole(rows).is_dummy:
+            return [SplitResult(*split.facts, exact=True, note="(no loss items: no update)") for split in splits], 0.0
         if not any(map(bench.takes, splits)):
-            return [Measured(*split.facts, exact=False, note=_TOO_SMALL) for split in splits], 0.0
+            return [SplitResult(*split.facts, exact=False, note=_TOO_SMALL) for split in splits], 0.0
         wanted = bench.together(rows)
         again = bench.together(rows, order=rows[::-1], factor=1 / 3).error(wanted)
         return [self._accumulated(split, wanted, new_loop) for split in splits], max(gather_object([again]))
 
-    def _accumulated(self, split: Split, wanted: Found, new_loop: Callable[[], TrainingLoop]) -> Measured:
+    def _accumulated(self, split: Split, wanted: WindowGradient, new_loop: Callable[[], TrainingLoop]) -> SplitResult:
         if not self.bench.takes(split):
-            return Measured(*split.facts, exact=False, note=_TOO_SMALL)
-        return Measured(*split.facts, *_errors(self.bench.accumulated(new_loop(), split), wanted))
+            return SplitResult(*split.facts, exact=False, note=_TOO_SMALL)
+        return SplitResult(*split.facts, *_errors(self.bench.accumulated(new_loop(), split), wanted))
 
-    def _divided_by_k(self, whole: Found, short: Rows) -> Iterator[Measured]:
+    def _divided_by_k(self, whole: WindowGradient, short: Rows) -> Iterator[SplitResult]:
         """Of the full window, and of one that is short, where there is one: k is still that of the full one there."""
         full = self._in_order("loss / k", self.bench.window)
         remainder = [self._in_order(f"loss / k, remainder of {len(short)}", short)] if short else []
         k = len(full.slices)
         for split in [full, *remainder]:
             if not self.bench.takes(split):
-                yield Measured(*split.facts, note=_TOO_SMALL)
-            elif not self.bench.whole(split.rows).is_ghost:
+                yield SplitResult(*split.facts, note=_TOO_SMALL)
+            elif not self.bench.whole(split.rows).is_dummy:
                 wanted = whole if split is full else self.bench.together(split.rows)
-                yield Measured(*split.facts, *_errors(divided_by_k(self.bench, split, k), wanted))
+                yield SplitResult(*split.facts, *_errors(divided_by_k(self.bench, split, k), wanted))
 
-    def _trainer(self, whole: Found) -> Measured:
+    def _trainer(self, whole: WindowGradient) -> SplitResult:
         split = self._in_order(_TRAINER, self.bench.window)
         reason = why_not_trainer(self.bench) if self.bench.takes(split) else _TOO_SMALL
         if reason is not None:
-            return Measured(*split.facts, note=reason)
+            return SplitResult(*split.facts, note=reason)
         try:
-            with unwrapped_afterwards(self.bench.model):
+            with unwrap_on_exit(self.bench.model):
                 found = with_trainer(self.bench, split)
         except Exception as error:  # whatever it says of a model that it was not made for
             self.bench.model.zero_grad(set_to_none=True)
-            return Measured(*split.facts, note=f"({said(error)})")
-        return Measured(*split.facts, *_errors(found, whole))
+            return SplitResult(*split.facts, note=f"({said(error)})")
+        return SplitResult(*split.facts, *_errors(found, whole))
 
     def _in_order(self, name: str, rows: Rows) -> Split:
         """Equal slices in the order of arrival."""
-        return Split(name, rows, self.bench.train.cut(rows, replace(self.cutter, costs=None)))
+        return Split(name, rows, self.bench.train.cut(rows, replace(self.planner, costs=None)))
 
 
-def _judged(measured: Measured, tolerance: float) -> Measured:
+def _judged(measured: SplitResult, tolerance: float) -> SplitResult:
     if measured.exact is not None:
         return measured
     errors = (measured.gradient_error, measured.loss_error)
     return replace(measured, exact=all(error is not None and error <= tolerance for error in errors))
 
 
-def _errors(found: Found, wanted: Found) -> tuple[float | None, float | None]:
+def _errors(found: WindowGradient, wanted: WindowGradient) -> tuple[float | None, float | None]:
     """Of gradient and loss, the largest of any process; None for what is no number."""
     everywhere = gather_object([(found.gradient_error(wanted), found.loss_error(wanted))])
     of_gradient, of_loss = zip(*everywhere, strict=True)

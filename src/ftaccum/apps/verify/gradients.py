@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Found:
+class WindowGradient:
     """What a window led to.
 
     Attributes:
@@ -24,15 +24,15 @@ class Found:
     def is_finite(self) -> bool:
         return math.isfinite(_norm(self.gradient))
 
-    def gradient_error(self, wanted: "Found") -> float:
+    def gradient_error(self, wanted: "WindowGradient") -> float:
         """‖gradient - wanted‖ / ‖wanted‖; ‖gradient‖ where nothing is wanted."""
         off = _norm([_difference(f, w) for f, w in zip(self.gradient, wanted.gradient, strict=True)])
         return off / (_norm(wanted.gradient) or 1.0)
 
-    def loss_error(self, wanted: "Found") -> float:
+    def loss_error(self, wanted: "WindowGradient") -> float:
         return abs(self.loss - wanted.loss) / (abs(wanted.loss) or 1.0)
 
-    def error(self, wanted: "Found") -> float:
+    def error(self, wanted: "WindowGradient") -> float:
         """The larger of the two."""
         return max(self.gradient_error(wanted), self.loss_error(wanted))
 

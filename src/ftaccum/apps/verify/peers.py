@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ...runtime.accelerator import accelerate_anew
+from ...runtime.accelerator import fresh_accelerate_state
 from .bench import Bench
-from .gradients import Found, taken
+from .gradients import WindowGradient, taken
 from .splits import Split
 
 
-def divided_by_k(bench: Bench, split: Split, k: int) -> Found:
+def divided_by_k(bench: Bench, split: Split, k: int) -> WindowGradient:
     """Each micro-batch's own mean divided by k, as everybody's first loop has it."""
     losses = []
     with bench.from_the_start():
@@ -25,21 +25,21 @@ def divided_by_k(bench: Bench, split: Split, k: int) -> Found:
             loss = bench.loss_of(micro) / k
             (loss * bench.scale).backward()
             losses.append(loss.item())
-    return Found(taken(bench.model, bench.scale), sum(losses))
+    return WindowGradient(taken(bench.model, bench.scale), sum(losses))
 
 
 def why_not_trainer(bench: Bench) -> str | None:
     """Why Transformers' Trainer is not compared with; None where it can be."""
     if bench.accelerator.num_processes > 1:
         return "(shown on one process only)"
-    if not bench.objective.findings.own_loss:
+    if not bench.objective.report.own_loss:
         return "(it takes the model's own loss, and this is another)"
     if bench.accelerator.mixed_precision == "fp16" and bench.accelerator.device.type == "cpu":
         return "(it has no fp16 on a CPU)"
     return None
 
 
-def with_trainer(bench: Bench, split: Split) -> Found:
+def with_trainer(bench: Bench, split: Split) -> WindowGradient:
     """What Transformers' Trainer gives an optimizer of the same micro-batches, in one update.
 
     Whatever it raises is what it says of a model or a batch that it cannot take.
@@ -54,7 +54,7 @@ def with_trainer(bench: Bench, split: Split) -> Found:
             return DataLoader(batches, batch_size=None)
 
     with (
-        accelerate_anew(),
+        fresh_accelerate_state(),
         bench.from_the_start(),
         _kept_in_its_mode(bench.model),
         tempfile.TemporaryDirectory() as folder,
@@ -80,7 +80,7 @@ def with_trainer(bench: Bench, split: Split) -> Found:
         loss = trainer.train().training_loss
         if optimizer.gradient is None:
             raise ValueError("it took no step")
-        return Found(optimizer.gradient, loss)
+        return WindowGradient(optimizer.gradient, loss)
 
 
 class _Recording(torch.optim.Optimizer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...objective.item_counts import Batch
 from ...runtime.memory import free_on_host
-from ...runtime.state_guards import converted
+from ...runtime.state_guards import cast_tensors
 
 # How many times the floor still counts as rounding: of all heads and precisions that were tried, no split came to more
 # than 1.6 times.
@@ -49,7 +49,7 @@ def measured_in(model: nn.Module, loss_fn: Any, dtype: torch.dtype | None) -> It
     """A model, and a loss that is a module, with all weights and buffers in one type; None for as they are."""
     modules = [model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    with converted(tensors if dtype is not None else [], dtype):
+    with cast_tensors(tensors if dtype is not None else [], dtype):
         yield
 
 

@@ -12,7 +12,7 @@ _WIDTH = 88
 
 
 @dataclass(frozen=True)
-class Measured:
+class SplitResult:
     """A window that was accumulated in one way, held against the same rows in one batch.
 
     Attributes:
@@ -61,8 +61,8 @@ class Verification:
 
     model: str
     n_parameters: int
-    splits: list[Measured]
-    others: list[Measured]
+    splits: list[SplitResult]
+    others: list[SplitResult]
     floor: float
     tolerance: float
     dtype: str
@@ -92,7 +92,7 @@ class Verification:
         sizes += f" × {self.num_processes} processes" if self.num_processes > 1 else ""
         precision = self.dtype if self.autocast == "no" else f"{self.dtype} under {self.autocast} autocast"
         heading = ["", "rows", "passes", "gradient off by", "loss off by", ""]
-        widths = [max(map(len, column)) for column in zip(heading, *map(Measured.cells, self._rows), strict=True)]
+        widths = [max(map(len, column)) for column in zip(heading, *map(SplitResult.cells, self._rows), strict=True)]
         return "\n".join(
             [
                 _RULE,
@@ -140,11 +140,11 @@ class Verification:
         read: Mapping[str, Any] = json.loads(Path(path).read_text())
         known = {f.name: read[f.name] for f in fields(cls)}
         for name in ("splits", "others"):
-            known[name] = [Measured(**measured) for measured in known[name]]
+            known[name] = [SplitResult(**measured) for measured in known[name]]
         return cls(**known)
 
     @property
-    def _rows(self) -> list[Measured]:
+    def _rows(self) -> list[SplitResult]:
         return [*self.splits, *self.others]
 
 

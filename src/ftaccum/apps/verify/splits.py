@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...planning.micro_batches import Caps, Cutter, Rows, Slice
+from ...planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatchRows, Rows
 
-Shares = Sequence[Sequence[Slice]]
-Cut = Callable[[Rows, Cutter], Shares]
+Shares = Sequence[Sequence[MicroBatchRows]]
+Cut = Callable[[Rows, MicroBatchPlanner], Shares]
 
 _REMAINDERS = 4  # of whole micro-batches: of a large k, not all numbers from 1 to k - 1 are tried
 
@@ -29,7 +29,7 @@ class Split:
     at_one_width: bool = False
 
     @property
-    def slices(self) -> list[Slice]:
+    def slices(self) -> list[MicroBatchRows]:
         """Those of all processes, without the ghosts."""
         return [piece for share in self.shares for piece in share if piece.rows]
 
@@ -39,7 +39,9 @@ class Split:
         return self.name, len(self.rows), len(self.shares[0])
 
 
-def splits_of(window: Rows, cut: Cut, cutter: Cutter, unit: int, n_random: int, seed: int) -> Iterator[Split]:
+def splits_of(
+    window: Rows, cut: Cut, planner: MicroBatchPlanner, unit: int, n_random: int, seed: int
+) -> Iterator[Split]:
     """A full window cut in many ways, and remainders of it.
 
     Args:
@@ -48,17 +50,17 @@ def splits_of(window: Rows, cut: Cut, cutter: Cutter, unit: int, n_random: int, 
         unit: rows that all processes take in at a time.
         n_random: cuts into random orders and sizes.
     """
-    yield Split("as trained", window, cut(window, cutter))
-    in_order = cut(window, replace(cutter, costs=None))
-    if cutter.costs is not None:
+    yield Split("as trained", window, cut(window, planner))
+    in_order = cut(window, replace(planner, costs=None))
+    if planner.costs is not None:
         yield Split("equal slices, in order of arrival", window, in_order)
-    yield Split("one row at a time", window, cut(window, replace(cutter, caps=Caps(1), costs=None)))
+    yield Split("one row at a time", window, cut(window, replace(planner, limits=BatchLimits(1), costs=None)))
     for number in range(n_random):
         draw = np.random.RandomState((seed, number))
-        yield Split(f"random order and sizes, {number + 1}", window, _random(window, cutter.num_processes, draw))
+        yield Split(f"random order and sizes, {number + 1}", window, _random(window, planner.num_processes, draw))
     yield Split("padded to the width of the window", window, in_order, at_one_width=True)
     for n_rows in _remainders(len(window), unit):
-        yield Split(f"remainder of {n_rows}", window[:n_rows], cut(window[:n_rows], cutter))
+        yield Split(f"remainder of {n_rows}", window[:n_rows], cut(window[:n_rows], planner))
 
 
 def _random(window: Rows, num_processes: int, draw: np.random.RandomState) -> Shares:
@@ -67,13 +69,13 @@ def _random(window: Rows, num_processes: int, draw: np.random.RandomState) -> Sh
     slices = []
     while order:
         size = int(draw.randint(1, max(1, len(window) // 2) + 1))
-        slices.append(Slice.of(window, tuple(order[:size])))
+        slices.append(MicroBatchRows.of(window, tuple(order[:size])))
         order = order[size:]
-    shares: list[list[Slice]] = [[] for _ in range(num_processes)]
+    shares: list[list[MicroBatchRows]] = [[] for _ in range(num_processes)]
     for piece in slices:
         shares[int(draw.randint(num_processes))].append(piece)
     passes = max(map(len, shares))
-    return [share + [Slice()] * (passes - len(share)) for share in shares]
+    return [share + [MicroBatchRows()] * (passes - len(share)) for share in shares]
 
 
 def _remainders(n_rows: int, unit: int) -> list[int]:

@@ -10,10 +10,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from ..memory import Agreement
+from ..memory import ProcessGroup
 
 
-class WindowGradients(Protocol):
+class GradientStrategy(Protocol):
     """Where the gradients of a window are summed up, over its passes and over processes.
 
     Attributes:
@@ -29,14 +29,14 @@ class WindowGradients(Protocol):
     def summing(self) -> Iterator[None]:
         """Around the windows of an epoch."""
 
-    def reduce(self, agreement: Agreement) -> None:
+    def reduce(self, process_group: ProcessGroup) -> None:
         """After the passes of a window: the mean of the processes' sums, on all of them."""
 
 
-def window_gradients(optimizer: Optimizer, *, in_float32: bool) -> WindowGradients:
+def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
     """Float32 sums where they are wanted and any weight is narrower; else what autograd does, and DDP."""
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
-    return WideGradients(optimizer) if in_float32 and narrow else PlainGradients(optimizer)
+    return Fp32Gradients(optimizer) if in_float32 and narrow else PlainGradients(optimizer)
 
 
 class PlainGradients:
@@ -54,10 +54,10 @@ class PlainGradients:
     def summing(self) -> Iterator[None]:
         yield
 
-    def reduce(self, agreement: Agreement) -> None: ...
+    def reduce(self, process_group: ProcessGroup) -> None: ...
 
 
-class WideGradients:
+class Fp32Gradients:
     """Float32 sums beside 16-bit weights, rounded once: when the optimizer takes its step.
 
     A sum in bfloat16 has 8 bits: of 64 gradients added up one after another, the last ones hardly count. Autograd
@@ -90,13 +90,13 @@ class WideGradients:
             for hook in hooks:
                 hook.remove()
 
-    def reduce(self, agreement: Agreement) -> None:
+    def reduce(self, process_group: ProcessGroup) -> None:
         """A weight without a gradient on any process is left without, so that no optimizer decays it; one that has a
         gradient on some process counts as 0 on the others."""
-        if agreement.alone:
+        if process_group.alone:
             return
         sums = self._optimizer.sums.values()
-        for total, used in zip(sums, agreement.each(s.grad is not None for s in sums), strict=True):
+        for total, used in zip(sums, process_group.each(s.grad is not None for s in sums), strict=True):
             if used and total.grad is None:
                 total.grad = _zeros(total)
         gradients = [s.grad for s in sums if s.grad is not None]

@@ -8,7 +8,7 @@ from accelerate.utils import has_compiled_regions
 from torch import Tensor, nn
 
 
-class EmbeddingGradients:
+class SparseEmbeddingGradients:
     """Adds up the gradients of embedding tables over the passes of a window, without writing whole tables each time.
 
     A pass looks up some hundred rows of a table of tens of thousands. Dense, the gradient is nearly all zeros, written
