@@ -12,7 +12,7 @@ from .fields import Pairs
 from .objective.forward import LossFn
 from .objective.item_counts import CountItems
 from .runtime.accelerator import accelerator_session
-from .runtime.others import report_lost_process
+from .runtime.process_group import report_lost_process
 from .settings import parse_settings
 from .tracking.result import Result
 from .training.callbacks import Callback

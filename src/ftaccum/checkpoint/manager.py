@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import Preempted
 from ..fields import seconds_of
-from ..runtime.memory import ProcessGroup, free_on_host
+from ..runtime.memory import free_on_host
+from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
 from ..tracking.metrics_logger import MetricsLogger
 from .directory import CheckpointDirectory
@@ -65,7 +66,7 @@ class CheckpointManager:
         Raises:
             Preempted, KeyboardInterrupt: on all processes, once everything is saved.
         """
-        stop, by_hand, due = self._process_group.each([*self._asked(), self._is_due()])
+        stop, by_hand, due = self._process_group.any_of([*self._asked(), self._is_due()])
         if stop or due:
             self.save()
         if stop:
@@ -73,7 +74,7 @@ class CheckpointManager:
 
     def after_epoch(self) -> None:
         """Saves an epoch that has been evaluated, and stops where any process was asked to."""
-        stop, by_hand = self._process_group.each(self._asked())
+        stop, by_hand = self._process_group.any_of(self._asked())
         if stop or self._at_epochs:
             self.save(self._recorder.n_epochs)
         if stop:

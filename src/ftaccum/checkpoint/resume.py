@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from ..errors import CheckpointError
 from ..planning.course import BasePlan
 from ..planning.plan import Plan
-from ..runtime.memory import ProcessGroup
+from ..runtime.process_group import ProcessGroup
 from ..settings import Recipe, Runtime
 from ..tracking.ledger import WindowEntry
 from ..tracking.metrics_logger import within
@@ -51,7 +51,7 @@ class ResumePoint:
         """
         if runtime.resume is None:
             return cls(None)
-        path, damaged = process_group.from_main(lambda: _found(runtime, tell))
+        path, damaged = process_group.run_on_main(lambda: _found(runtime, tell))
         if path is None:
             return cls(None, damaged=damaged)
         if process_group.any(not path.is_dir()):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import distributed
 
-from ..runtime.memory import ProcessGroup
+from ..runtime.process_group import ProcessGroup
 from .iterable import Stream, is_stream
 
 _ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -22,7 +22,7 @@ def open_stream(data: Any, seed: int, accelerator: Accelerator, process_group: P
         yield None
         return
     with _main_by_itself(accelerator) as alone:
-        yield Stream(data, "train_data", seed, process_group.from_main, alone)
+        yield Stream(data, "train_data", seed, process_group.run_on_main, alone)
 
 
 @contextmanager

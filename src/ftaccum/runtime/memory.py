@@ -1,26 +1,20 @@
 """Running out of memory: telling it, agreeing on it, and what is learnt from it."""
 
 import gc
-import pickle
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
-from accelerate import Accelerator
-from torch import Tensor, distributed
 
-from ..errors import DataError
 from ..planning.micro_batches import BatchLimits
 
 T = TypeVar("T")
 
 # Windows without a failure after which larger micro-batches are tried again; doubled each time that this fails.
 _CALM = 50
-_NONE = 2**62  # more tokens than any micro-batch has
 # What devices and hosts say beside `torch.OutOfMemoryError`; cuBLAS and cuDNN allocate for themselves.
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
@@ -70,96 +64,6 @@ def free_on_host() -> int:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
     return free
-
-
-class ProcessGroup:
-    """What the processes agree on, from host to host: no process waits for its device, nor for another's."""
-
-    def __init__(self, group: distributed.ProcessGroup | None, num_processes: int) -> None:
-        self.alone = num_processes == 1
-        self._group = group
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
-        return self.each([flag])[0]
-
-    def each(self, flags: Iterable[bool]) -> list[bool]:
-        """Of equally many flags on every process, whether each is set on any."""
-        own = [int(flag) for flag in flags]
-        return [bool(n) for n in (own if self.alone else self._reduced(own, distributed.ReduceOp.MAX))]
-
-    def least(self, number: int | None) -> int | None:
-        """The least that any process has; None where none has one."""
-        if self.alone:
-            return number
-        (least,) = self._reduced([_NONE if number is None else number], distributed.ReduceOp.MIN)
-        return None if least == _NONE else least
-
-    def together(self, make: Callable[[], T]) -> T:
-        """What each process makes for itself, when all have made theirs. All call it alike.
-
-        Raises:
-            DataError: on all processes, where the data of one of them are at fault; in the words of the first of these.
-        """
-        if self.alone:
-            return make()
-        fault: DataError | None = None
-        try:
-            made = make()
-        except DataError as error:
-            fault = error
-        first = self.least(None if fault is None else distributed.get_rank())
-        if first is None:
-            return made
-        told = [str(fault)]
-        distributed.broadcast_object_list(told, src=first, group=self._group)
-        raise DataError(f"{told[0]} (Process {first} met it, and all of them end alike.)") from fault
-
-    def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, on all processes; what it raises, too, and there with what led to it."""
-        if self.alone:
-            return make()
-        told, own = _pickled(make) if distributed.get_rank() == 0 else (b"", None)
-        words: list[Any] = [told]
-        distributed.broadcast_object_list(words, src=0, group=self._group)
-        made, error = pickle.loads(words[0])
-        if error is not None:
-            raise own or error
-        return made
-
-    def everyone(self, word: T) -> list[T]:
-        """What each process says, in order, on all of them."""
-        if self.alone:
-            return [word]
-        words: list[Any] = [None] * distributed.get_world_size(self._group)
-        distributed.all_gather_object(words, word, group=self._group)
-        return words
-
-    def _reduced(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
-        holder: Tensor = torch.tensor(numbers)
-        distributed.all_reduce(holder, operation, group=self._group)
-        return holder.tolist()
-
-
-def _pickled(make: Callable[[], Any]) -> tuple[bytes, Exception | None]:
-    """What was made, or raised, for other processes, and the error itself."""
-    try:
-        return pickle.dumps((make(), None)), None
-    except Exception as error:  # what cannot be pickled, too: the others wait
-        return pickle.dumps((None, error)), error
-
-
-@contextmanager
-def host_process_group(accelerator: Accelerator) -> Iterator[ProcessGroup]:
-    """For the time of a run. Where the devices talk over another backend, the hosts get a group of their own."""
-    if accelerator.num_processes == 1 or "gloo" in distributed.get_backend():
-        yield ProcessGroup(None, accelerator.num_processes)
-        return
-    group = distributed.new_group(backend="gloo")
-    try:
-        yield ProcessGroup(group, accelerator.num_processes)
-    finally:
-        distributed.destroy_process_group(group)
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import nn
 from ..data.loader import Loader, MicroBatch
 from ..errors import SettingsError
 from ..objective.objective import Objective
-from ..runtime.memory import ProcessGroup, free_on_host, give_back_memory, is_out_of_memory
+from ..runtime.memory import free_on_host, give_back_memory, is_out_of_memory
+from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_buffers, preserve_rng
 
 # Of the memory that a host says is free: running out there gets the process killed, not told.
@@ -45,7 +46,7 @@ def largest_batch(
         SettingsError: where not even one row fits.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    copies = 2 + (wide or not process_group.alone)
+    copies = 2 + (wide or not process_group.is_single)
     on_host = accelerator.device.type == "cpu"
     aside = [] if on_host else [torch.empty_like(p) for p in trainable for _ in range(copies)]
     host = _Host(copies * sum(p.numel() * p.element_size() for p in trainable)) if on_host else None
@@ -69,7 +70,7 @@ def largest_batch(
     model.zero_grad(set_to_none=True)
     del aside
     give_back_memory()
-    agreed = process_group.least(most) or 0
+    agreed = process_group.min(most) or 0
     if not agreed:
         raise SettingsError(
             [

@@ -14,7 +14,7 @@ from ..planning.course import BasePlan
 from ..planning.micro_batches import DEFAULT_COSTS, BatchLimits, CostModel, MicroBatchPlanner
 from ..planning.plan import Plan
 from ..planning.stream_plan import StreamPlan
-from ..runtime.memory import ProcessGroup
+from ..runtime.process_group import ProcessGroup
 from ..settings import Recipe, Runtime
 from .batch_size_finder import largest_batch
 from .build_data import TrainingData, build_data

@@ -19,8 +19,8 @@ from ..data.prefetch import WindowLoader
 from ..planning.course import BasePlan
 from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.gradients.fp32 import gradient_strategy
-from ..runtime.memory import ProcessGroup
 from ..runtime.model_context import compile_model
+from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import lock
 from ..settings import Recipe, Runtime
 from ..tracking.console import Console
@@ -73,7 +73,7 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
     """
     components, recipe, runtime, plan, accelerator = run.components, run.recipe, run.runtime, run.plan, run.accelerator
     if (folder := run.folder) is not None:
-        run.process_group.from_main(lambda: stack.enter_context(lock(folder)))
+        run.process_group.run_on_main(lambda: stack.enter_context(lock(folder)))
     schedule = make_schedule(recipe.lr_scheduler, run.optimizer, run.warmup, plan.n_windows)
     if runtime.compile:
         stack.enter_context(compile_model(components.model))
@@ -85,7 +85,7 @@ def training_of(run: Settled, stack: ExitStack) -> Training:
         run.data.train,
         micro_batch_planner(runtime, plan.batch_sizes),
         accelerator.process_index,
-        run.process_group.together,
+        run.process_group.run_on_all,
     )
     oom_recovery = OomRecovery(window_loader, run.process_group, calibration, run.console.note)
     nonfinite = NonFiniteHandler(

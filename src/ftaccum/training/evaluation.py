@@ -19,7 +19,8 @@ from ..objective.item_counts import IGNORE_INDEX, targets_of
 from ..objective.normalizer import WeightedMeans, gathered
 from ..objective.objective import Objective
 from ..planning.micro_batches import MicroBatchPlanner, Rows
-from ..runtime.memory import ProcessGroup, give_back_memory, is_out_of_memory
+from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import training_mode
 
 _Predicted: TypeAlias = tuple[Rows, np.ndarray, np.ndarray]  # rows, predictions, labels
@@ -86,7 +87,7 @@ class Evaluation:
                 self._evaluate(model, micro, losses, predicted)
 
         with torch.no_grad(), training_mode(model, training=False):
-            self._process_group.together(evaluate_all)
+            self._process_group.run_on_all(evaluate_all)
         (losses,) = gathered([losses], accelerator)
         return losses.total(), {} if metrics is None else self._computed(metrics, predicted)
 
@@ -118,7 +119,7 @@ class Evaluation:
             yield LocalRows(rows, [piece for piece in slices if piece.rows], (start,))
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
-        if self._process_group.alone:
+        if self._process_group.is_single:
             return metrics.compute(predicted)
         everyone = gather_object(predicted)
 
@@ -130,7 +131,7 @@ class Evaluation:
             except Exception as error:  # of a class that another process may not know
                 raise MetricsError(f"`compute_metrics` failed on the main process: {error!r}") from error
 
-        return self._process_group.from_main(compute)
+        return self._process_group.run_on_main(compute)
 
 
 class _Metrics:

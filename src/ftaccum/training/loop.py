@@ -21,7 +21,8 @@ from ..objective.objective import Objective
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.gradients.fp32 import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
-from ..runtime.memory import FailedPass, ProcessGroup, WindowOutOfMemoryError, give_back_memory, is_out_of_memory
+from ..runtime.memory import FailedPass, WindowOutOfMemoryError, give_back_memory, is_out_of_memory
+from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Buffers, Generators, buffers_of, preserve_buffers, preserve_rng, training_mode
 from ..tracking.throughput import Throughput
 from .nonfinite import NonFiniteUpdate
@@ -206,7 +207,7 @@ class TrainingLoop:
     def sync_buffers(self) -> None:
         """Has all processes' buffers be those of the main one. DDP would do it in the first forward pass, which a
         process may leave before the others enter it."""
-        if not self.process_group.alone:
+        if not self.process_group.is_single:
             moving = (module._buffers[name] for module, name in self._moving)
             found = [buffer for buffer in moving if buffer is not None and buffer.is_contiguous()]
             for dtype in {buffer.dtype: None for buffer in found}:  # in one collective each
@@ -253,7 +254,7 @@ class TrainingLoop:
 
     def _apart(self, share: list[MicroBatch]) -> list[MicroBatch]:
         """The passes that a process can leave by itself: in the others it gathers weights or syncs gradients."""
-        if self.process_group.alone or self.gradients.reduced_apart:
+        if self.process_group.is_single or self.gradients.reduced_apart:
             return share
         return [] if isinstance(self.model, FSDPModule) else share[:-1]
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..data.loader import Loader, MicroBatch
 from ..errors import DivergedError
 from ..objective.objective import Objective
-from ..runtime.memory import ProcessGroup
+from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import inspection_mode
 
 _ALL_TOLD = 10  # updates; of those that come after, every power of two, lest a log be flooded
@@ -191,7 +191,7 @@ class NonFiniteHandler:
                     break
         together = own[0].slice.rows if own else ()
         mine = _Looked(fault.loss, found, n_tried, together, throughout=len(fault.suspects) == fault.n_passes)
-        return _Looked.of_all(self.process_group.everyone(mine))
+        return _Looked.of_all(self.process_group.gather(mine))
 
     def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
         """The loss of one of its rows by itself; None where it has none, or cannot be run so."""

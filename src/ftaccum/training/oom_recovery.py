@@ -6,7 +6,8 @@ from typing import Any
 
 from ..data.prefetch import LocalWindow, WindowLoader
 from ..planning.micro_batches import CostModel, MicroBatchRows
-from ..runtime.memory import AgreedOutOfMemoryError, FailedPass, MemoryLimits, ProcessGroup
+from ..runtime.memory import AgreedOutOfMemoryError, FailedPass, MemoryLimits
+from ..runtime.process_group import ProcessGroup
 from .pass_costs import MEASURED_WINDOWS, PassTimer
 
 
@@ -44,7 +45,7 @@ class OomRecovery:
                 + ". Truncate the rows, use `gradient_checkpointing`, or a smaller model; every update before this one "
                 "was taken." + (f" The device said: {failed.said}" if failed is not None else "")
             )
-        tokens = self.process_group.least(None if failed is None else piece.tokens)
+        tokens = self.process_group.min(None if failed is None else piece.tokens)
         assert tokens is not None, "memory ran out on one process at least"
         self.memory_limits.ran_out(tokens)
         self._cut_by_headroom()

@@ -13,7 +13,7 @@ from ..data.prefetch import WindowLoader
 from ..errors import DataError, DivergedError, MetricsError
 from ..planning.course import BasePlan
 from ..runtime.memory import AgreedOutOfMemoryError
-from ..runtime.others import report_lost_process
+from ..runtime.process_group import report_lost_process
 from ..tracking.console import Console
 from ..tracking.ledger import EpochEntry
 from ..tracking.metrics_logger import MetricsLogger
@@ -73,7 +73,7 @@ class Training:
         Raises:
             LostProcessError: where another process is gone.
         """
-        with report_lost_process(self.loop.process_group.alone, self._so_far):
+        with report_lost_process(self.loop.process_group.is_single, self._so_far):
             for epoch in self.plan.epochs:
                 if epoch < self.metrics_logger.n_epochs:  # it had ended before the run was interrupted
                     self._pass_over(epoch)
@@ -91,7 +91,7 @@ class Training:
     def _agreed(self) -> tuple[type[Exception], ...]:
         """Errors that all processes raise alike."""
         on_all = (DataError, DivergedError, MetricsError, AgreedOutOfMemoryError)
-        return (Exception,) if self.loop.process_group.alone else on_all
+        return (Exception,) if self.loop.process_group.is_single else on_all
 
     def _train(self, epoch: int) -> None:
         local_windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)

@@ -12,8 +12,8 @@ from ..checkpoint.compatibility import checkpoint_metadata
 from ..checkpoint.resume import ResumePoint
 from ..data.reading import open_stream
 from ..errors import SettingsError
-from ..runtime.memory import host_process_group
 from ..runtime.model_context import model_context
+from ..runtime.process_group import open_process_group
 from ..settings import Recipe, Runtime
 from ..tracking.export import write_outputs
 from ..tracking.result import Result
@@ -40,7 +40,7 @@ def run(
     with ExitStack() as stack:
         stack.enter_context(model_context(model, gradient_checkpointing=runtime.gradient_checkpointing))
         stack.enter_context(preserve_learning_rates(optimizer))
-        process_group = stack.enter_context(host_process_group(accelerator))
+        process_group = stack.enter_context(open_process_group(accelerator.num_processes))
         resume_point = ResumePoint.found(runtime, recipe, process_group, console.note)
         runtime = resume_point.sized(runtime)
         stream = stack.enter_context(open_stream(components.train_data, recipe.random_seed, accelerator, process_group))

@@ -24,8 +24,9 @@ from ...objective.item_counts import CountItems
 from ...planning.batch_size import BatchSizes, batch_sizes_of
 from ...planning.plan import Plan
 from ...runtime.accelerator import accelerator_session
-from ...runtime.memory import ProcessGroup, give_back_memory, host_process_group
+from ...runtime.memory import give_back_memory
 from ...runtime.model_context import model_context
+from ...runtime.process_group import ProcessGroup, open_process_group
 from ...runtime.state_guards import cast_tensors, preserve_gradients
 from ...settings import Recipe, Runtime, parse_settings
 from ...training.build_data import TrainingData, build_data
@@ -134,7 +135,7 @@ def _verified(
 ) -> Verification:
     started, model, processes = time.perf_counter(), components.model, accelerator.num_processes
     with ExitStack() as stack:
-        process_group = stack.enter_context(host_process_group(accelerator))
+        process_group = stack.enter_context(open_process_group(accelerator.num_processes))
         stack.enter_context(preserve_gradients(model))
         if not getattr(model, "hf_device_map", None):  # a model that was spread over devices stays so
             stack.enter_context(cast_tensors([*model.parameters(), *model.buffers()], device=accelerator.device))

@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 
 from ...planning.micro_batches import MicroBatchPlanner, Rows
 from ...runtime.gradients.fp32 import PlainGradients
-from ...runtime.memory import ProcessGroup
 from ...runtime.model_context import unwrap_on_exit
+from ...runtime.process_group import ProcessGroup
 from ...training.loop import TrainingLoop
 from ...training.optimizer import make_optimizer, make_schedule
 from ...training.pass_costs import NoCalibration

@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from ..memory import ProcessGroup
+from ..process_group import ProcessGroup
 
 
 class GradientStrategy(Protocol):
@@ -93,10 +93,10 @@ class Fp32Gradients:
     def reduce(self, process_group: ProcessGroup) -> None:
         """A weight without a gradient on any process is left without, so that no optimizer decays it; one that has a
         gradient on some process counts as 0 on the others."""
-        if process_group.alone:
+        if process_group.is_single:
             return
         sums = self._optimizer.sums.values()
-        for total, used in zip(sums, process_group.each(s.grad is not None for s in sums), strict=True):
+        for total, used in zip(sums, process_group.any_of(s.grad is not None for s in sums), strict=True):
             if used and total.grad is None:
                 total.grad = _zeros(total)
         gradients = [s.grad for s in sums if s.grad is not None]

@@ -1,7 +1,7 @@
 import pytest
 
 from ftaccum import DataError, LostProcessError
-from ftaccum.runtime.others import report_lost_process
+from ftaccum.runtime.process_group import report_lost_process
 
 _HEARD = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:41174."
 

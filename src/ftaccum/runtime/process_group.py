@@ -1,0 +1,179 @@
+"""Agreement between the processes of a run, from host to host: nothing here waits for a device."""
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import DistError
+
+from ..errors import DataError, LostProcessError
+
+T = TypeVar("T")
+
+_NONE = 2**62  # stands for None in a reduction over integers
+
+
+class ProcessGroup:
+    """The processes that work on one run or one trial together. All of them make the same calls in the same order.
+
+    Attributes:
+        size: number of processes.
+        is_single: whether there is only one. Then no call communicates.
+        is_main: whether this is the first process.
+    """
+
+    def __init__(self, size: int, group: distributed.ProcessGroup | None = None) -> None:
+        """Create a process group.
+
+        Args:
+            size: number of processes.
+            group: torch's group of the same processes that communicates between hosts (gloo); None for the default
+                one.
+        """
+        self.size, self.is_single = size, size == 1
+        self.is_main = self.is_single or distributed.get_rank() == 0
+        self._group = group
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any process."""
+        return self.any_of([flag])[0]
+
+    def any_of(self, flags: Iterable[bool]) -> list[bool]:
+        """Return for each flag whether it is true on any process. All processes give equally many."""
+        own = [int(flag) for flag in flags]
+        return [bool(n) for n in (own if self.is_single else self._reduce(own, distributed.ReduceOp.MAX))]
+
+    def min(self, number: int | None) -> int | None:
+        """Return the smallest number of any process; None where all have None."""
+        if self.is_single:
+            return number
+        (least,) = self._reduce([_NONE if number is None else number], distributed.ReduceOp.MIN)
+        return None if least == _NONE else least
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Return the main process's value on every process."""
+        values = [value]
+        if not self.is_single:
+            distributed.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in order of rank, on every process."""
+        if self.is_single:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on the main process and return its result on every process.
+
+        Raises:
+            BaseException: whatever `function` raises on the main process. The other processes raise the same error, or
+                a RuntimeError that shows it where it cannot be pickled.
+        """
+        if self.is_single:
+            return function()
+        sent, own_error = _call_and_pickle(function) if self.is_main else (b"", None)
+        result, error = pickle.loads(self.broadcast(sent))
+        if own_error is not None:
+            raise own_error
+        if error is not None:
+            raise error
+        return result
+
+    def run_on_all(self, function: Callable[[], T]) -> T:
+        """Call `function` on every process and return each process's own result.
+
+        Raises:
+            DataError: on all processes, where `function` raises one on any of them; the message is that of the first.
+        """
+        if self.is_single:
+            return function()
+        fault: DataError | None = None
+        try:
+            result = function()
+        except DataError as error:
+            fault = error
+        first = self.min(None if fault is None else distributed.get_rank())
+        if first is None:
+            return result
+        messages = [str(fault)]
+        distributed.broadcast_object_list(messages, src=first, group=self._group)
+        raise DataError(f"{messages[0]} (Process {first} met it, and all of them end alike.)") from fault
+
+    def _reduce(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
+        holder: Tensor = torch.tensor(numbers)
+        distributed.all_reduce(holder, operation, group=self._group)
+        return holder.tolist()
+
+
+@contextmanager
+def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[ProcessGroup]:
+    """Open a group over all processes, and close it afterwards. All processes call it alike.
+
+    Args:
+        size: number of processes.
+        timeout: how long a call may wait for another process; None for torch's default. A group of its own is made
+            for a timeout, and where the default group communicates between devices.
+    """
+    if size == 1 or (timeout is None and "gloo" in distributed.get_backend()):
+        yield ProcessGroup(size)
+        return
+    group = distributed.new_group(backend="gloo", timeout=timeout)
+    try:
+        yield ProcessGroup(size, group)
+    finally:
+        distributed.destroy_process_group(group)
+
+
+@contextmanager
+def report_lost_process(is_single: bool, describe: Callable[[], str]) -> Iterator[None]:
+    """Raise LostProcessError where a collective fails because another process is gone.
+
+    Args:
+        is_single: whether there are no other processes.
+        describe: returns sentences that say where that was and what is left of the run; called when it has happened.
+    """
+    try:
+        yield
+    except LostProcessError:
+        raise
+    except Exception as error:
+        cause = None if is_single else _error_of_collective(error)
+        if cause is None:
+            raise
+        raise LostProcessError(
+            f"Another process of this run has ended or does not answer, and it cannot go on without. {describe()} What "
+            f"was heard of it: {cause}"
+        ) from error
+
+
+def _call_and_pickle(function: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
+    """Return (result, None) or (None, error) as bytes for the other processes, and the error itself."""
+    try:
+        return pickle.dumps((function(), None)), None
+    except BaseException as error:  # also what cannot be pickled: the other processes wait
+        try:
+            sent = pickle.dumps((None, error))
+            pickle.loads(sent)
+        except Exception:
+            sent = pickle.dumps((None, RuntimeError(f"The main process failed: {error!r}")))
+        return sent, error
+
+
+def _error_of_collective(error: BaseException | None) -> BaseException | None:
+    """Return the error of a collective that `error` wraps, if any: code that tries things out wraps it in its own."""
+    while error is not None and not _is_of_collective(error):
+        error = error.__cause__
+    return error
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    message = str(error)
+    words = "gloo" in message or "NCCL" in message or "onnection closed by peer" in message
+    return isinstance(error, DistError) or (type(error) is RuntimeError and words)
