@@ -48,8 +48,7 @@ from transformers import (
 )
 
 from ftaccum import test_fine_tuning
-from ftaccum.checkpoint.manager import CheckpointManager
-from ftaccum.checkpoint.writing import CheckpointWriter
+from ftaccum.checkpoint.manager import CheckpointManager, CheckpointWriter
 from measuring import DEVICE, machine, now, quiet
 from workloads import Row, Workload, movies
 
@@ -70,7 +69,7 @@ class Saves:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        save, write = CheckpointManager.save, CheckpointWriter._written
+        save, write = CheckpointManager.save, CheckpointWriter._write
 
         def timed_save(checkpoint_manager: Any, *arguments: Any) -> None:
             started = now()
@@ -85,7 +84,7 @@ class Saves:
 
         with (
             patch.object(CheckpointManager, "save", timed_save),
-            patch.object(CheckpointWriter, "_written", timed_write),
+            patch.object(CheckpointWriter, "_write", timed_write),
         ):
             yield
 

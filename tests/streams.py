@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ftaccum.training.loop import TrainingLoop
+from ftaccum.accumulation.accumulator import GradientAccumulator
 
 
 class Stream(IterableDataset[Any]):
@@ -71,18 +71,18 @@ class Seen:
 
     def __init__(self) -> None:
         self.windows: list[list[int]] = []
-        self._kept = TrainingLoop.accumulate
+        self._kept = GradientAccumulator.accumulate
 
     def __enter__(self) -> "Seen":
         kept, windows = self._kept, self.windows
 
-        def accumulate(loop: TrainingLoop, share: Any) -> Any:
+        def accumulate(accumulator: GradientAccumulator, share: Any) -> Any:
             real = [micro.batch[0][:, 0] for micro in share if not micro.is_dummy]
             windows.append([int(number) for numbers in real for number in numbers])
-            return kept(loop, share)
+            return kept(accumulator, share)
 
-        TrainingLoop.accumulate = accumulate  # type: ignore[method-assign]
+        GradientAccumulator.accumulate = accumulate  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        TrainingLoop.accumulate = self._kept  # type: ignore[method-assign]
+        GradientAccumulator.accumulate = self._kept  # type: ignore[method-assign]

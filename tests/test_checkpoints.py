@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     (half / "optimizer.pt").write_text("half")
     arguments: dict[str, Any] = {"checkpoint_every": 3, "restore_best_weights": True}
     again = fine_tuned(output_dir=str(folder), resume="auto", **arguments)
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert f"{newest} is damaged (its optimizer.pt has other contents than its manifest.json says)" in told
     assert "update-00000012 is damaged (its state.json has another size" in told
     assert f"{half} was not written to its end, and is removed." in told
@@ -126,7 +126,7 @@ def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
     with pytest.raises(CheckpointError, match=r"update-00000012', which is no checkpoint .*: it has no manifest.json"):
         fine_tuned(resume=str(folder / "checkpoints" / "update-00000012"))
     again = fine_tuned(output_dir=str(folder), resume="auto", restore_best_weights=True)
-    assert "None of the checkpoints is sound: the run starts anew." in capsys.readouterr().out
+    assert "None of the checkpoints is sound: the run starts anew." in capsys.readouterr().err
     assert fine_tuned(restore_best_weights=True).differences(again) == []
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_costs_no_update_and_no_older_checkpoint(
 
     monkeypatch.setattr(Snapshot, "write", full)
     run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=1)
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert whole.differences(run) == []
     for name in ("update-00000006", "update-00000007-epoch-0001"):
         assert (
@@ -182,7 +182,7 @@ def test_a_disk_that_has_no_room_is_not_filled_up(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10, 5, 5))
     fine_tuned(output_dir=str(tmp_path))
-    assert "No space left on device, which has 0 MB. Training goes on" in capsys.readouterr().out
+    assert "No space left on device, which has 0 MB. Training goes on" in capsys.readouterr().err
     assert checkpoints_of(tmp_path) == []
 
 
@@ -213,7 +213,7 @@ def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
         optimizer=lambda groups: WithAState(groups, Moments(torch.ones(2), 3)), output_dir=str(tmp_path),
         checkpoint_every=3,
     )  # fmt: skip
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert run.result.optimizer_steps == 14
     assert told.count("No checkpoint could be taken") == 1
     assert "the optimizer's state holds a Moments, which cannot be read again without running code. Training" in told
@@ -235,7 +235,7 @@ def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
 
     monkeypatch.setattr("ftaccum.checkpoint.state.on_host", no_memory)
     run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
-    assert "can't allocate memory\")" in capsys.readouterr().out
+    assert "can't allocate memory\")" in capsys.readouterr().err
     assert fine_tuned().differences(run) == []
 
 
@@ -289,7 +289,7 @@ def test_what_is_only_read_stays_as_it_is(
     before = checkpoints_of(folder)
     fine_tuned(output_dir=str(tmp_path / "own"), resume=str(folder), restore_best_weights=True)
     assert checkpoints_of(folder) == before
-    assert "is damaged" in capsys.readouterr().out
+    assert "is damaged" in capsys.readouterr().err
 
     newest, read = folder / "checkpoints" / "update-00000012", Path.open
 
@@ -301,7 +301,7 @@ def test_what_is_only_read_stays_as_it_is(
     monkeypatch.setattr(Path, "open", stale)
     assert CheckpointDirectory(folder).newest_sound(print)[1] == [folder / "checkpoints" / "update-00000014-epoch-0002"]
     assert f"{newest} cannot be read ([Errno {errno.ESTALE}] Stale file handle), and is passed over." in (
-        capsys.readouterr().out
+        capsys.readouterr().err
     )
 
 

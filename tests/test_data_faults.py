@@ -35,7 +35,8 @@ from failing_data import (
 from ftaccum import DataError
 from ftaccum.data import workers
 from ftaccum.data.collator import PaddingCollator, RowCollator
-from ftaccum.data.dataset import Rows, as_rows
+from ftaccum.data.convert import as_rows
+from ftaccum.data.dataset import Rows
 from ftaccum.data.loader import Loader
 from ftaccum.data.prefetch import WindowLoader
 from ftaccum.data.validation import ValueRanges
@@ -166,12 +167,12 @@ def test_a_worker_that_is_killed_costs_nothing(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed, result = trained(Deadly(tmp_path, 0), num_workers=2, **arguments)
-    assert "worker" not in capsys.readouterr().out
+    assert "worker" not in capsys.readouterr().err
     weights, after_death = trained(Deadly(tmp_path, 2), num_workers=2, **arguments)
     assert same_bits(weights, undisturbed)
     assert after_death.loss_history == result.loss_history
     told = "A worker process, making a batch of `train_data`, was killed by SIGKILL. New ones make what is missing"
-    assert capsys.readouterr().out.count(told) == 2
+    assert capsys.readouterr().err.count(told) == 2
 
 
 def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
@@ -181,7 +182,7 @@ def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
     weights, after_death = trained(Pairs(), val_data=Deadly(tmp_path, 1), num_workers=2)
     assert same_bits(weights, undisturbed)
     assert after_death.val_loss_history == result.val_loss_history
-    assert "making a batch of `val_data`, was killed by SIGKILL" in capsys.readouterr().out
+    assert "making a batch of `val_data`, was killed by SIGKILL" in capsys.readouterr().err
 
 
 def test_what_a_killed_worker_had_made_already_is_made_again() -> None:

@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from ftaccum import DataError, InexactLossWarning, Result, SettingsError, plan, test_fine_tuning
-from ftaccum.data.dataset import Rows, synthetic_rows
-from ftaccum.data.validation import sample_positions
+from ftaccum.data.convert import synthetic_rows
+from ftaccum.data.dataset import Rows
+from ftaccum.data.probe_rows import sample_positions
 from ftaccum.planning.shuffle import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
 

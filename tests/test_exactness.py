@@ -14,7 +14,7 @@ from transformers import BeitConfig, BeitForImageClassification
 from exactness import window_errors
 from ftaccum import InexactLossWarning, plan, test_fine_tuning
 from ftaccum.data.dataset import Rows
-from ftaccum.data.validation import sample_positions
+from ftaccum.data.probe_rows import sample_positions
 from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from structures import RARE, STRUCTURES, Branching, with_a_narrow_weight
 

@@ -173,7 +173,7 @@ def test_early_stopping_and_the_best_weights(capsys: pytest.CaptureFixture[str])
         restore_best_weights=True,
     )  # fmt: skip
     assert (
-        f"Restored the weights of the epoch with validation loss {result.best_val_loss:.4f}" in capsys.readouterr().out
+        f"Restored the weights of the epoch with validation loss {result.best_val_loss:.4f}" in capsys.readouterr().err
     )
     best = result.val_loss_history.index(min(result.val_loss_history))
     assert len(result.val_loss_history) == best + 3 < 12
@@ -375,4 +375,4 @@ def test_stopping_where_no_validation_loss_was_finite_is_told_as_that(capsys: py
         loss_fn=nn.CrossEntropyLoss(), early_stopping_patience=1, restore_best_weights=True, progress=False,
     )  # fmt: skip
     assert len(result.val_loss_history) == 1
-    assert "Stopped early: no finite validation loss in 1 epochs, so none is the best." in capsys.readouterr().out
+    assert "Stopped early: no finite validation loss in 1 epochs, so none is the best." in capsys.readouterr().err

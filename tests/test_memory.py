@@ -94,7 +94,7 @@ def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pyte
         match=r"a single row \(row \d+ of `train_data`\)\. Truncate the rows.*The device said: CUDA out of memory",
     ):
         test_fine_tuning(model, train_data=head.rows(9), batch_size=4, progress=False)
-    assert "Out of memory: update 1 is run again in" in capsys.readouterr().out
+    assert "Out of memory: update 1 is run again in" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_taken_for_it() -> None:
@@ -128,25 +128,25 @@ def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert result.out_of_memory >= 2
 
 
-def test_headroom_halves_and_grows_and_waits_longer_each_time_that_growing_fails() -> None:
+def test_limits_halve_and_grow_and_wait_longer_each_time_that_growing_fails() -> None:
     memory_limits = MemoryLimits(BatchLimits(8))
     memory_limits.ran_out(160)
-    assert memory_limits.limits == BatchLimits(8, 80)
+    assert memory_limits.current == BatchLimits(8, 80)
     memory_limits.ran_out(80)
-    assert memory_limits.limits == BatchLimits(8, 40)
+    assert memory_limits.current == BatchLimits(8, 40)
     waited = []
     for _ in range(3):
         calm = 0
-        while memory_limits.limits == BatchLimits(8, 40):
+        while memory_limits.current == BatchLimits(8, 40):
             memory_limits.went_well()
             calm += 1
-        assert memory_limits.limits == BatchLimits(8, 80)
+        assert memory_limits.current == BatchLimits(8, 80)
         memory_limits.ran_out(80)
         waited.append(calm)
     assert waited == [50, 100, 200]
     for _ in range(800):
         memory_limits.went_well()
-    assert memory_limits.limits == BatchLimits(8)
+    assert memory_limits.current == BatchLimits(8)
     assert memory_limits.failures == 5
 
 

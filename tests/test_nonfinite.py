@@ -64,7 +64,7 @@ def windows(n_epochs: int = 1) -> list[tuple[int, ...]]:
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Update ")]
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("Update ")]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

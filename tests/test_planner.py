@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from exactness import accumulated_gradients
 from ftaccum import DataError, SettingsError, plan, test_fine_tuning
-from ftaccum.data.dataset import as_rows
+from ftaccum.accumulation.accumulator import GradientAccumulator
+from ftaccum.data.convert import as_rows
 from ftaccum.data.loader import Loader, LocalRows, MicroBatch
 from ftaccum.data.prefetch import WindowLoader
-from ftaccum.data.validation import sample_positions
+from ftaccum.data.probe_rows import sample_positions
 from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.planning.micro_batches import BatchLimits, CostModel, MicroBatchPlanner, MicroBatchRows
 from ftaccum.planning.plan import Plan
 from ftaccum.runtime.model_context import compile_model
 from ftaccum.training.loop import TrainingLoop
-from ftaccum.training.pass_costs import fitted
 from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from invariance import NAMES, difference, trained
 
@@ -83,13 +83,13 @@ def test_padding_shrinks_with_the_planner() -> None:
 
 def test_max_tokens_lifts_the_cap_on_rows_and_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    taken = TrainingLoop._pass
+    taken = GradientAccumulator._run
 
-    def watched(loop: TrainingLoop, micro: MicroBatch, *others: Any) -> None:
+    def watched(accumulator: GradientAccumulator, micro: MicroBatch, *others: Any) -> None:
         sizes.append(micro.positions)
-        taken(loop, micro, *others)
+        taken(accumulator, micro, *others)
 
-    monkeypatch.setattr(TrainingLoop, "_pass", watched)
+    monkeypatch.setattr(GradientAccumulator, "_run", watched)
     few = trained(NAMES[1], 1, max_tokens=60)[1]
     assert few.gradient_accumulation_steps == 12
     assert few.passes_per_update < 6
@@ -260,7 +260,7 @@ def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> Non
             return self.head(self.embed(input_ids))
 
     syncs, windows = HostSyncs("cpu", except_under=("ftaccum/data/", "torch/optim/")), 0
-    accumulate, update = TrainingLoop.accumulate, TrainingLoop.update
+    accumulate, update = GradientAccumulator.accumulate, TrainingLoop.update
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -270,7 +270,7 @@ def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> Non
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "accumulate", watched(accumulate))
+        patch.setattr(GradientAccumulator, "accumulate", watched(accumulate))
         patch.setattr(TrainingLoop, "update", watched(update))
         result = test_fine_tuning(
             Bag(), train_data=[{"input_ids": [n, n + 1], "labels": n % 3} for n in range(48)], batch_size=1,
@@ -281,27 +281,7 @@ def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> Non
     assert syncs.total == windows, syncs.where
 
 
-def test_what_a_pass_costs_is_found_in_noise() -> None:
-    draw = torch.Generator().manual_seed(0)
-    true = CostModel(0.004, 5e-5, 2e-7)
-    timed = []
-    for n in range(64):
-        rows, width = int(torch.randint(1, 9, (), generator=draw)), int(torch.randint(8, 600, (), generator=draw))
-        stall = 4.0 if n % 16 == 0 else 1.0
-        noise = stall * (1 + 0.05 * float(torch.randn((), generator=draw)))
-        timed.append((MicroBatchRows(tuple(range(rows)), rows * width, width), noise * true.of(rows * width, width)))
-    found = fitted(timed)
-    assert found is not None
-    # 80 tokens a pass and 0.004 a square, to the nearest power of two
-    assert found == CostModel(64.0, 1.0, 2.0**-8)
-
-
-def test_passes_that_are_alike_tell_nothing_of_their_costs() -> None:
-    assert fitted([(MicroBatchRows((0,), 10, 10), 0.1)] * 99) is None
-    assert fitted([]) is None
-
-
-def test_costs_are_measured_in_the_first_updates_unless_given_or_runs_must_repeat() -> None:
+def test_windows_are_cut_by_default_costs_unless_others_are_given() -> None:
     def costs(**arguments: Any) -> Any:
         head = HEADS[NAMES[1]]
         result = test_fine_tuning(
@@ -310,17 +290,9 @@ def test_costs_are_measured_in_the_first_updates_unless_given_or_runs_must_repea
         )  # fmt: skip
         return result.planner_costs
 
-    assert costs() != [64.0, 1.0, 0.0005] != costs(planner_costs=(3, 2, 1))
+    assert costs() == [64.0, 1.0, 0.0005]
     assert costs(planner_costs=(3, 2, 1)) == [3, 2, 1]
-    assert costs(deterministic=True) == [64.0, 1.0, 0.0005]
     assert costs(planner=False) is None
-
-
-def test_costs_that_change_in_mid_run_change_no_update() -> None:
-    """31 rows in windows of 12, for six epochs: 18 windows, of which the last nine are cut by measured costs."""
-    guessed, measured = (trained(NAMES[1], 4, n_epochs=6, deterministic=fixed) for fixed in (True, False))
-    assert guessed[1].planner_costs != measured[1].planner_costs
-    assert difference(guessed, measured) < 1e-9
 
 
 def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:

@@ -47,7 +47,7 @@ def test_a_signal_is_heard_after_the_update_under_way(
     assert len(ledger_of(tmp_path).splitlines()) == 5
     assert (
         "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
-        in capsys.readouterr().out
+        in capsys.readouterr().err
     )
     assert signal.getsignal(number) == handler
     again = fine_tuned(output_dir=str(tmp_path), resume="auto")

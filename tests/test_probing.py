@@ -12,7 +12,7 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
 from ftaccum.data.dataset import Rows
-from ftaccum.data.validation import sample_positions
+from ftaccum.data.probe_rows import sample_positions
 from ftaccum.objective.item_counts import ItemCounter
 from ftaccum.objective.perturbation import float32_weights, perturb_head
 from ftaccum.objective.probe import Explanation, choose, explain

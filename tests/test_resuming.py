@@ -189,7 +189,7 @@ def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[s
     again = run(resume=str(tmp_path / "checkpoints" / "update-00000012"))
     assert whole.result.loss_history == again.result.loss_history
     run(other=tmp_path, output_dir=str(tmp_path / "other"), checkpoint_every=4)
-    told = " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().err.split())
     assert told.count("The extra state of `model.classifier.1` is not in the checkpoints: it holds a PosixPath") == 1
 
 
@@ -234,7 +234,7 @@ def test_a_finished_run_trains_no_more(tmp_path: Path, capsys: pytest.CaptureFix
     trained = model()
     trained.register_forward_pre_hook(_refuse_to_train)
     assert whole.differences(fine_tuned(trained, output_dir=str(tmp_path), resume="auto")) == []
-    assert "This run has ended, with update 14" in capsys.readouterr().out
+    assert "This run has ended, with update 14" in capsys.readouterr().err
 
 
 def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -254,11 +254,11 @@ def test_what_is_told_of_rows_and_versions_is_true(
     seal(other)
     capsys.readouterr()
     fine_tuned(resume=str(other))
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "24 rows are done, none is left out and none comes again." in told
     assert f"Of other versions: torch {torch.__version__} (it was 2.6.0); numbers may differ" in told
     fine_tuned(resume=str(cut_off), random_seed=1, allow_changed=["random_seed", "train_data", "val_data"])
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "24 rows are done. Allowed to differ: random_seed" in told
     assert "none comes again" not in told
     assert "Of other versions" not in told
@@ -279,7 +279,7 @@ def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
     before = checkpoints_of(tmp_path)
     whole = fine_tuned(output_dir=str(tmp_path))
     aside = tmp_path / "checkpoints.previous"
-    assert f"Checkpoints of an earlier run are put aside, in {aside}." in capsys.readouterr().out
+    assert f"Checkpoints of an earlier run are put aside, in {aside}." in capsys.readouterr().err
     assert sorted(path.name for path in aside.iterdir()) == before
     assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
     named = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
@@ -367,7 +367,7 @@ def test_a_checkpoint_of_another_device_is_gone_on_with(
     torch.save(processes, folder / "processes.pt")
     seal(folder)
     assert fine_tuned(resume=str(folder)).result.optimizer_steps == 14
-    told = " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().err.split())
     assert "Run otherwise: device cpu (it was tpu); sums are rounded otherwise, and dropout draws anew." in told
 
 
@@ -385,7 +385,7 @@ def test_best_weights_that_are_wanted_from_now_on(
         shutil.rmtree(first)
     capsys.readouterr()
     again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
-    told = " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().err.split())
     assert (f"The weights of epoch 1, the best so far, are those in {first}." in told) == kept
     assert ("not kept: `restore_best_weights` takes the best of the epochs to come." in told) == (not kept)
     if kept:
@@ -411,7 +411,7 @@ def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
     again, same = elastic(resume=str(tmp_path / "checkpoints" / "update-00000006"), **arguments)
     assert relative_error(same, weights) < 1e-9
     assert again.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
-    assert "Goes on after update 6" in (told := capsys.readouterr().out)
+    assert "Goes on after update 6" in (told := capsys.readouterr().err)
     assert "44 rows are done, none is left out and none comes again." in told
     name, value = next(iter(arguments.items()))
     assert f"{name} {value} (it was" in told
@@ -542,7 +542,7 @@ def test_on_two_processes_and_from_one_to_two_and_back(
     assert relative_error(torch.load(tmp_path / "gone_on.pt"), weights) < 1e-9
     capsys.readouterr()
     result, same = elastic(resume=str(tmp_path / "two" / "checkpoints" / "update-00000006"))
-    assert "Run otherwise: processes 1 (it was 2)" in capsys.readouterr().out
+    assert "Run otherwise: processes 1 (it was 2)" in capsys.readouterr().err
     assert relative_error(same, weights) < 1e-9
     assert result.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
     assert result.padding_fraction is not None

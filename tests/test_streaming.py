@@ -214,7 +214,7 @@ def test_only_windows_in_flight_and_the_first_rows_are_held(monkeypatch: pytest.
 def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4)
     assert result.optimizer_steps == 6
-    assert "The stream ended after 6 updates, before `max_updates`, 99, which the learning" in capsys.readouterr().out
+    assert "The stream ended after 6 updates, before `max_updates`, 99, which the learning" in capsys.readouterr().err
     run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4, max_updates=6)
     shown = capsys.readouterr().out
     assert "Training samples: a stream\n" in shown
@@ -294,7 +294,7 @@ def test_tokens_per_update_takes_the_mean_length_of_the_first_rows(monkeypatch: 
 def test_a_compiled_model_gets_widths_from_buckets_that_it_has_positions_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest row is not among the first ones, and has as many tokens as the model has positions."""
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
-    monkeypatch.setattr("ftaccum.training.build_run.compiled", lambda _: nullcontext())
+    monkeypatch.setattr("ftaccum.training.base_run.compile_model", lambda _: nullcontext())
     rows = [{"input_ids": list(range(1, n + 1)), "labels": n % CLASSES} for n in (5, 6, 7, 9, 17, 31, 50, 60)]
     widths: set[int] = set()
     model = BERT.model()

@@ -19,7 +19,7 @@ from ftaccum.apps.cli import main
 from ftaccum.apps.verify.bench import Bench
 from ftaccum.apps.verify.gradients import WindowGradient
 from ftaccum.apps.verify.splits import splits_of
-from ftaccum.data.dataset import as_rows
+from ftaccum.data.convert import as_rows
 from ftaccum.objective.normalizer import LossNormalizer, WeightedMeans
 from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error

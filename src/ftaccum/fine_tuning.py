@@ -1,7 +1,6 @@
 """`test_fine_tuning`: what users call."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,20 +10,11 @@ from .data.collator import Collator
 from .fields import Pairs
 from .objective.forward import LossFn
 from .objective.item_counts import CountItems
-from .runtime.accelerator import accelerator_session
-from .runtime.process_group import report_lost_process
-from .settings import parse_settings
 from .tracking.result import Result
-from .training.callbacks import Callback
-from .training.components import Components, check_components
+from .training.config import RunConfig
 from .training.evaluation import ComputeMetrics
 from .training.optimizer import OptimizerFactory
-from .training.running import run
-
-_BESIDE_TRAINING = (
-    "That was before the first update of this start, or after the last one. The same call with `resume='auto'` goes on "
-    "from the newest checkpoint in `output_dir`, if there is one."
-)
+from .training.run import run_training
 
 
 def test_fine_tuning(
@@ -119,9 +109,8 @@ def test_fine_tuning(
         planner: whether each window, once its rows are drawn, is cut where it costs least. False: into equal slices
             in the order of arrival. Either way the update is the same.
         planner_costs: what a forward and backward pass costs: a number per pass, per padded token, per row of squared
-            width, in any unit. None: a guess, and from the tenth update on what passes were seen to cost
-            (`Result.planner_costs`; with `deterministic`, and on a CPU with `output_dir`, the guess is kept, for runs
-            to be cut alike).
+            width, in any unit. None: 64, 1 and 0.0005. On a device where a pass costs as much as many hundred tokens
+            whatever is in it, larger costs per pass give fewer passes.
         padding_free: lay the rows of a micro-batch one behind the other instead of padding them. For causal language
             models that keep such rows apart by `position_ids`, which is tried before training.
         learning_rate: the peak rate.
@@ -208,19 +197,63 @@ def test_fine_tuning(
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]
     """
-    return fine_tuned(locals(), Callback())
-
-
-def fine_tuned(arguments: Mapping[str, Any], callback: Callback) -> Result:
-    """What `test_fine_tuning` does, given all of its arguments, before somebody's eyes."""
-    recipe, runtime = parse_settings(arguments)
-    components = Components(**{f.name: arguments[f.name] for f in fields(Components)})
-    check_components(components, recipe, runtime)
-    with (
-        accelerator_session(runtime, recipe.random_seed) as accelerator,
-        report_lost_process(accelerator.num_processes == 1, lambda: _BESIDE_TRAINING),
-    ):
-        return run(components, recipe, runtime, accelerator, callback)
+    return run_training(
+        RunConfig.from_arguments(
+            {
+                "model": model,
+                "config": config,
+                "train_data": train_data,
+                "val_data": val_data,
+                "validation_split": validation_split,
+                "n_epochs": n_epochs,
+                "max_updates": max_updates,
+                "batch_size": batch_size,
+                "gradient_accumulation_steps": gradient_accumulation_steps,
+                "effective_batch_size": effective_batch_size,
+                "tokens_per_update": tokens_per_update,
+                "remainder": remainder,
+                "max_tokens": max_tokens,
+                "planner": planner,
+                "planner_costs": planner_costs,
+                "padding_free": padding_free,
+                "learning_rate": learning_rate,
+                "learning_rate_scaling": learning_rate_scaling,
+                "weight_decay": weight_decay,
+                "optimizer": optimizer,
+                "lr_scheduler": lr_scheduler,
+                "warmup_steps": warmup_steps,
+                "warmup_ratio": warmup_ratio,
+                "gradient_clip_norm": gradient_clip_norm,
+                "use_amp": use_amp,
+                "mixed_precision": mixed_precision,
+                "accumulate_in_fp32": accumulate_in_fp32,
+                "gradient_checkpointing": gradient_checkpointing,
+                "compile": compile,
+                "num_workers": num_workers,
+                "tokenizer": tokenizer,
+                "data_collator": data_collator,
+                "loss_fn": loss_fn,
+                "reduction": reduction,
+                "count_items": count_items,
+                "compute_metrics": compute_metrics,
+                "early_stopping_patience": early_stopping_patience,
+                "restore_best_weights": restore_best_weights,
+                "random_seed": random_seed,
+                "on_inexact": on_inexact,
+                "on_nonfinite": on_nonfinite,
+                "nonfinite_patience": nonfinite_patience,
+                "deterministic": deterministic,
+                "output_dir": output_dir,
+                "checkpoint_every": checkpoint_every,
+                "keep_checkpoints": keep_checkpoints,
+                "resume": resume,
+                "allow_changed": allow_changed,
+                "log_with": log_with,
+                "use_wandb": use_wandb,
+                "progress": progress,
+            }
+        )
+    )
 
 
 # pytest collects whatever is named `test_*` where a user imports it.

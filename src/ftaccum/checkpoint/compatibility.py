@@ -3,8 +3,7 @@
 import hashlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..data.dataset import Rows
-from ..data.validation import sample_positions
+from ..data.probe_rows import sample_positions
 from ..errors import CheckpointError
 from ..planning.batch_size import BatchSizes
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings import SIZES, Recipe, Runtime
-from ..training.build_data import TrainingData
-from ..training.components import Components
 
-FORMAT = 1  # of a checkpoint's files; another one cannot be read
+FORMAT = 2  # of a checkpoint's files; another one cannot be read
 _LOOKED_AT = 16  # numbers of a weight; numbers of a weight
 _MATTER_TO_ROUNDING = (
     *("max_tokens", "planner", "planner_costs", "padding_free", "compile", "accumulate_in_fp32"),
@@ -31,18 +28,46 @@ _MATTER_TO_ROUNDING = (
 _RATES = {"lr", "initial_lr"}  # which the settings and the schedule say
 
 
-def of_recipe(recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes a run the same run when it is resumed, and what may differ.
+
+    Attributes:
+        recipe: what is learned, by setting.
+        trained_on: the rest of what must not change, by the names that `allow_changed` knows.
+        run_with: what may change: time and memory.
+        n_rows: training rows.
+        versions: versions of the packages that compute it.
+    """
+
+    recipe: dict[str, Any]
+    trained_on: dict[str, Any]
+    run_with: dict[str, Any]
+    n_rows: int
+    versions: dict[str, str]
+
+    def as_metadata(self) -> dict[str, Any]:
+        """Return what a checkpoint says about its run."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """What is learned, by setting, but for the size of an update."""
     return {name: value for name, value in asdict(recipe).items() if name not in SIZES}
 
 
-def of_sizes(batch_sizes: BatchSizes) -> Any:
+def size_identity(batch_sizes: BatchSizes) -> Any:
     """Rows of an update; where they change, pairs [from_update, rows]."""
     stages = [[update, sizes.effective_batch_size] for update, sizes in batch_sizes.stages()]
     return stages if len(stages) > 1 else stages[0][1]
 
 
-def of_rows(rows: Rows | None) -> str | None:
+def rounding_settings(runtime: Runtime) -> dict[str, Any]:
+    """Return the settings of a Runtime that matter to rounding."""
+    return {name: getattr(runtime, name) for name in _MATTER_TO_ROUNDING}
+
+
+def rows_identity(rows: Rows | None) -> str | None:
     """How many rows, and a checksum of those that are looked at before training and of the lengths of all. (Rows that
     are drawn anew each time they are fetched have none of themselves.)"""
     if rows is None:
@@ -54,7 +79,7 @@ def of_rows(rows: Rows | None) -> str | None:
     return f"{len(rows)} rows ({checksum.hexdigest()[:8]})"
 
 
-def of_model(model: nn.Module) -> str:
+def model_identity(model: nn.Module) -> str:
     """The shapes, types and names of its weights, and how many are trained."""
     weights = list(model.named_parameters())
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
@@ -66,7 +91,7 @@ def of_model(model: nn.Module) -> str:
     return f"{type(model).__name__} with {total:,} weights, {trained:,} of them trained ({checksum})"
 
 
-def of_optimizer(optimizer: Optimizer) -> str:
+def optimizer_identity(optimizer: Optimizer) -> str:
     """Its kind and its numbers, group by group, but for the rates."""
     groups = [
         {name: v for name, v in group.items() if name not in {"params", *_RATES}} for group in optimizer.param_groups
@@ -75,43 +100,7 @@ def of_optimizer(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__name__}({' | '.join(numbers)})"
 
 
-def checkpoint_metadata(
-    components: Components,
-    recipe: Recipe,
-    runtime: Runtime,
-    optimizer: Optimizer,
-    data: TrainingData,
-    batch_sizes: BatchSizes,
-    mixed_precision: str,
-    device: str,
-) -> dict[str, Any]:
-    """What a checkpoint says of its run: what must not change, by the names that `allow_changed` knows ("recipe" and
-    "on"), and what may ("runs")."""
-    return {
-        "format": FORMAT,
-        "recipe": of_recipe(recipe),
-        "on": {
-            "effective_batch_size": of_sizes(batch_sizes),
-            "train_data": of_rows(data.train_rows),
-            "val_data": of_rows(data.val_rows),
-            "model": of_model(components.model),
-            "optimizer": of_optimizer(optimizer),
-            "loss_fn": of_function(components.loss_fn),
-            "data_collator": of_function(components.data_collator),
-        },
-        "runs": {
-            "processes": batch_sizes.num_processes,
-            "batch_size": batch_sizes.batch_size,
-            "mixed_precision": mixed_precision,
-            "device": device,
-            **{name: getattr(runtime, name) for name in _MATTER_TO_ROUNDING},
-        },
-        "n_rows": len(data.train_rows),
-        "versions": {package: version(package) for package in ("ftaccum", "torch", "transformers", "accelerate")},
-    }
-
-
-def of_function(function: Any) -> str | None:
+def function_identity(function: Any) -> str | None:
     """The name of a function, or of what kind of thing is called."""
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 

@@ -3,10 +3,11 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from ..runtime.log import logger
 from .manifest import damage
 
 _NAME = re.compile(r"update-(\d{8,})(?:-epoch-(\d{4,}))?")
@@ -20,8 +21,11 @@ class CheckpointDirectory:
     """The folder `checkpoints` of a run's output folder. A name sorts by the number of updates; where an epoch has
     ended with an update, the checkpoint that has its validation loss comes after the one that has not."""
 
-    def __init__(self, output_dir: Path) -> None:
-        self.folder = output_dir / "checkpoints"
+    def __init__(self, folder: Path) -> None:
+        """Args:
+        folder: `checkpoints` in a run's output folder.
+        """
+        self.folder = folder
 
     def place(self, n_updates: int, n_epochs: int | None = None) -> Path:
         """Where a checkpoint goes.
@@ -36,7 +40,7 @@ class CheckpointDirectory:
         named = [path for path in self._all() if _NAME.fullmatch(path.name)]
         return sorted(named, key=_order, reverse=True)
 
-    def newest_sound(self, tell: Callable[[str], None]) -> tuple[Path | None, list[Path]]:
+    def newest_sound(self) -> tuple[Path | None, list[Path]]:
         """The newest checkpoint without damage, and those that are newer and will never be sound. Of each that is
         passed over, `tell` gets a sentence. Nothing is moved: the folder may be another run's."""
         damaged: list[Path] = []
@@ -44,11 +48,11 @@ class CheckpointDirectory:
             try:
                 wrong = damage(path)
             except OSError as error:  # which may pass
-                tell(f"{path} cannot be read ({error}), and is passed over.")
+                logger.warning(f"{path} cannot be read ({error}), and is passed over.")
                 continue
             if wrong is None:
                 return path, damaged
-            tell(f"{path} is damaged ({wrong}), and is passed over.")
+            logger.warning(f"{path} is damaged ({wrong}), and is passed over.")
             damaged.append(path)
         return None, damaged
 
@@ -58,7 +62,7 @@ class CheckpointDirectory:
             if best_epoch is None or _order(path)[1] != best_epoch:
                 _remove(path)
 
-    def set_aside(self, behind: Path | None, damaged: Collection[Path], tell: Callable[[str], None]) -> None:
+    def set_aside(self, behind: Path | None, damaged: Collection[Path]) -> None:
         """Makes room for a run that goes on behind a checkpoint, or starts anew: what another one left that is newer is
         put into a folder beside, in place of what was there. `tell` gets a sentence of what is removed or put aside.
 
@@ -68,7 +72,7 @@ class CheckpointDirectory:
         """
         for path in self._all():
             if _UNFINISHED.fullmatch(path.name):
-                tell(f"{path} was not written to its end, and is removed.")
+                logger.warning(f"{path} was not written to its end, and is removed.")
                 shutil.rmtree(path, ignore_errors=True)
         behind = None if behind is None else behind.resolve()
         own = [path for path in damaged if _same(path.parent, self.folder)]
@@ -84,7 +88,7 @@ class CheckpointDirectory:
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
-        tell(f"Checkpoints of an earlier run are put aside, in {aside}.")
+        logger.warning(f"Checkpoints of an earlier run are put aside, in {aside}.")
 
     def clear(self) -> None:
         """Removes them all, and those that were put aside."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..planning.course import Progress
 from ..tracking.ledger import EpochEntry, WindowEntry
 from .manifest import damage
 from .serialization import n_bytes_in
@@ -82,6 +83,14 @@ class Checkpoint:
     @property
     def windows(self) -> list[WindowEntry]:
         return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run had come."""
+        windows, metadata = self.windows, self.metadata
+        last_epoch = windows[-1].epoch if windows else 0
+        rows = [entry.rows for entry in windows]
+        return Progress(rows, last_epoch, metadata["n_rows"], metadata["recipe"]["max_updates"])
 
     @property
     def best_epoch(self) -> int | None:

@@ -1,22 +1,46 @@
-"""When a run is saved, and when it stops because it was asked to: between two windows, on all processes alike."""
+"""When a run is saved, and when it stops on request: between two windows, on all processes alike."""
 
+import errno
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import Preempted
 from ..fields import seconds_of
+from ..runtime.atomic_files import atomic_directory
+from ..runtime.log import logger
 from ..runtime.memory import free_on_host
 from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
-from ..tracking.metrics_logger import MetricsLogger
+from .compatibility import RunIdentity
 from .directory import CheckpointDirectory
+from .format import Snapshot
+from .manifest import seal
 from .state import TrainState
-from .writing import CheckpointWriter
 
 _ROOM = 1.2  # times what a copy takes
+
+
+@dataclass(frozen=True)
+class SavePolicy:
+    """When to save, and what to keep.
+
+    Attributes:
+        every: updates between two checkpoints, or the time, such as "15min"; None for none in between.
+        at_epochs: whether to save at the end of each epoch.
+        keep: how many of the newest checkpoints stay.
+        endings: errors that end a run for good, so that nobody will resume it.
+    """
+
+    every: int | str | None
+    at_epochs: bool
+    keep: int
+    endings: tuple[type[Exception], ...] = ()
 
 
 class CheckpointManager:
@@ -25,127 +49,170 @@ class CheckpointManager:
     def __init__(
         self,
         state: TrainState,
+        identity: RunIdentity,
+        directory: CheckpointDirectory | None,
+        policy: SavePolicy,
         process_group: ProcessGroup,
         stop_signals: StopSignals,
-        writer: CheckpointWriter | None,
-        directory: CheckpointDirectory | None,
-        metadata: dict[str, Any],
-        metrics_logger: MetricsLogger,
         *,
-        every: int | str | None,
-        at_epochs: bool,
-        is_sound: Callable[[], bool],
-        tell: Callable[[str], None],
-        endings: tuple[type[Exception], ...],
+        is_healthy: Callable[[], bool],
+        resumed_from: Path | None,
     ) -> None:
-        """Args:
-        writer: on the main process.
-        shelf: None where nothing is kept.
-        facts: what a checkpoint says of the run, beside its state.
-        recorder: knows how far the run is.
-        every: updates, or a time.
-        at_epochs: whether also at the end of each epoch.
-        is_sound: whether the weights can be gone on with, on all processes alike; what is not is not saved.
-        tell: shows a sentence to the user.
-        endings: errors that end a run for good, so that nobody will go on with it.
+        """Create a manager.
+
+        Args:
+            directory: None where nothing is saved.
+            is_healthy: whether the weights can be trained on, on all processes alike; else they are not saved.
+            resumed_from: the checkpoint that the run resumed from, if any.
         """
-        self._state, self._process_group, self._stop_signals = state, process_group, stop_signals
-        self._writer, self._directory, self._metadata, self._recorder = writer, directory, metadata, metrics_logger
-        self._every, self._at_epochs, self._is_sound, self._tell, self._endings = (
-            every,
-            at_epochs,
-            is_sound,
-            tell,
-            endings,
-        )
-        self._saved, self._saved_at = metrics_logger.n_windows, time.monotonic()
+        self._state, self._identity, self._directory, self._policy = state, identity, directory, policy
+        self._process_group, self._stop_signals, self._is_healthy = process_group, stop_signals, is_healthy
+        writes = directory is not None and process_group.is_main
+        self._writer = CheckpointWriter(directory, policy.keep, resumed_from) if directory and writes else None
+        self._saved, self._saved_at = self._n_updates, time.monotonic()
 
     def after_update(self) -> None:
-        """Saves where it is time to, and stops where any process was asked to.
+        """Save where it is due, and stop where any process was asked to.
 
         Raises:
             Preempted, KeyboardInterrupt: on all processes, once everything is saved.
         """
-        stop, by_hand, due = self._process_group.any_of([*self._asked(), self._is_due()])
+        stop, by_hand, due = self._process_group.any_of([*self._stop_requests(), self._is_due()])
         if stop or due:
             self.save()
         if stop:
-            raise self._ending(by_hand)
+            raise self._stopped(by_hand)
 
     def after_epoch(self) -> None:
-        """Saves an epoch that has been evaluated, and stops where any process was asked to."""
-        stop, by_hand = self._process_group.any_of(self._asked())
-        if stop or self._at_epochs:
-            self.save(self._recorder.n_epochs)
+        """Save an epoch that has been evaluated, and stop where any process was asked to."""
+        stop, by_hand = self._process_group.any_of(self._stop_requests())
+        if stop or self._policy.at_epochs:
+            self.save(self._state.metrics_logger.n_epochs)
         if stop:
-            raise self._ending(by_hand)
+            raise self._stopped(by_hand)
 
     def save(self, n_epochs: int | None = None) -> None:
-        """Begins to write a checkpoint, where any are kept. All processes call it alike."""
-        if self._directory is None or not self._is_sound():
+        """Begin to write a checkpoint, where any are written. All processes call this alike.
+
+        Args:
+            n_epochs: where the last update ended an epoch that has been evaluated, the epochs so far.
+        """
+        if self._directory is None or not self._is_healthy():
             return
-        self._recorder.drain()
-        self._saved, self._saved_at = self._recorder.n_windows, time.monotonic()
-        self.close()  # of the copies of two checkpoints, one would be too many
+        self._state.metrics_logger.drain()
+        self._saved, self._saved_at = self._n_updates, time.monotonic()
+        self.close()  # before the next copy is made: two would be one too many
         fits = self._state.n_bytes * _ROOM < free_on_host()
-        snapshot = self._state.taken(self._metadata, apart=fits)
+        snapshot = self._state.snapshot(self._identity.as_metadata(), copy=fits)
         if self._writer is not None and snapshot is not None:
-            self._writer.write(snapshot, self._directory.place(self._recorder.n_windows, n_epochs), self._best_epoch())
+            self._writer.write(snapshot, self._directory.place(self._saved, n_epochs), self._state.best_epoch)
             if not fits:
                 self._writer.finish()
 
     @contextmanager
     def saved_on(self, errors: tuple[type[Exception], ...], is_whole: Callable[[], bool]) -> Iterator[None]:
-        """Sees to it that an error that all processes raise alike costs no update.
+        """Save the run where an error ends it that all processes raise alike.
 
         Args:
             is_whole: whether the last update was taken to its end, or not begun.
         """
         try:
             yield
-        except self._endings:
+        except self._policy.endings:
             raise
         except errors:
-            self._recorder.drain()
+            self._state.metrics_logger.drain()
             if is_whole():
                 self.save()
             raise
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for the checkpoint that is being written."""
         if self._writer is not None:
             self._writer.finish()
 
     def describe(self) -> str:
-        """What is kept of the run, for the last words of it."""
+        """Return what is saved of the run, for its last message."""
         self.close()
         if self._writer is None or self._writer.last is None:
             return "No checkpoint was kept." if self._directory is None else ""
         return f"{self._writer.last} is the newest checkpoint: the same call with `resume='auto'` goes on from it."
 
-    def _asked(self) -> list[bool]:
-        """Whether this process was asked to stop, and whether by hand."""
+    @property
+    def _n_updates(self) -> int:
+        return self._state.metrics_logger.n_windows
+
+    def _stop_requests(self) -> list[bool]:
+        """Return whether this process was asked to stop, and whether by Ctrl-C."""
         return [self._stop_signals.asked is not None, self._stop_signals.asked == signal.SIGINT]
 
     def _is_due(self) -> bool:
+        every = self._policy.every
         if self._directory is None:
             return False
-        if isinstance(self._every, int):
-            return self._recorder.n_windows // self._every > self._saved // self._every
+        if isinstance(every, int):
+            return self._n_updates // every > self._saved // every
         # One clock decides: the main process's.
-        seconds = None if self._every is None or self._writer is None else seconds_of(self._every)
+        seconds = None if every is None or self._writer is None else seconds_of(every)
         return seconds is not None and time.monotonic() - self._saved_at >= seconds
 
-    def _best_epoch(self) -> int | None:
-        losses = [(e.val_loss, e.epoch + 1) for e in self._state.ledger.epochs if e.val_loss is not None]
-        _, best = min(((loss, epoch) for loss, epoch in losses if loss == loss), default=(None, None))
-        return best
-
-    def _ending(self, by_hand: bool) -> BaseException:
+    def _stopped(self, by_hand: bool) -> BaseException:
         self.close()
-        self._process_group.any(
-            False
-        )  # a launcher kills the others when the first one ends, and the main one may be writing
-        sentence = f"Stopped after update {self._recorder.n_windows}, as asked. {self.describe()}"
-        self._tell(sentence)
-        return KeyboardInterrupt(sentence) if by_hand else Preempted(sentence)
+        # A launcher kills the others when the first process ends, and the main one may be writing.
+        self._process_group.any(False)
+        message = f"Stopped after update {self._n_updates}, as asked. {self.describe()}"
+        logger.warning(message)
+        return KeyboardInterrupt(message) if by_hand else Preempted(message)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint after the other in a thread, and removes old ones.
+
+    A checkpoint that cannot be written is logged, and costs neither the run nor the checkpoints before it.
+
+    Attributes:
+        last: the newest sound checkpoint of this run, or the one that it resumed from.
+    """
+
+    def __init__(self, directory: CheckpointDirectory, keep: int, last: Path | None) -> None:
+        self.last = last
+        self._directory, self._keep = directory, keep
+        self._thread: threading.Thread | None = None
+
+    def write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
+        """Begin to write; the checkpoint before must be finished.
+
+        Args:
+            best_epoch: the epoch (from 1) whose checkpoint stays, however many come after.
+        """
+        self._thread = threading.Thread(target=self._write, args=(snapshot, place, best_epoch), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(place.parent).free
+            if free < snapshot.n_bytes:  # not to fill up what others write to as well
+                raise OSError(errno.ENOSPC, f"No space left on device, which has {_megabytes(free)}")
+            with atomic_directory(place) as folder:
+                snapshot.write(folder)
+                seal(folder)
+            self.last = place
+            self._directory.prune(self._keep, best_epoch)
+        except Exception as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+            there = f"{self.last} is the newest that there is" if self.last else "there is none yet"
+            logger.warning(
+                f"The checkpoint {place.name}, of {_megabytes(snapshot.n_bytes)}, could not be written: {why}. "
+                f"Training goes on, and the next one will be tried; {there}."
+            )
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB"

@@ -1,6 +1,5 @@
 """Where a run goes on from, if anywhere."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,12 +9,12 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 from ..planning.course import BasePlan
-from ..planning.plan import Plan
+from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..settings import Recipe, Runtime
 from ..tracking.ledger import WindowEntry
 from ..tracking.metrics_logger import within
-from .compatibility import FORMAT, check, of_recipe
+from .compatibility import FORMAT, RunIdentity, check, recipe_identity
 from .directory import CheckpointDirectory
 from .format import Checkpoint
 from .manifest import damage
@@ -24,12 +23,10 @@ from .state import TrainState
 # Where one of these differs, the rows that are done are no part of this run's order, and some may come again.
 _OTHER_ROWS = {"train_data", "random_seed"}
 
-Tell = Callable[[str], None]
-
 
 @dataclass
 class ResumePoint:
-    """A checkpoint to go on from, or none, for a run that starts anew.
+    """A checkpoint to resume from, or none, for a run that starts anew.
 
     Attributes:
         allowed: names of what may differ from the run that the checkpoint is of.
@@ -42,16 +39,21 @@ class ResumePoint:
     _changed: set[str] = field(default_factory=set)
 
     @classmethod
-    def found(cls, runtime: Runtime, recipe: Recipe, process_group: ProcessGroup, tell: Tell) -> "ResumePoint":
-        """What `resume` asks for. All processes call it alike.
+    def find(
+        cls, recipe: Recipe, runtime: Runtime, directory: CheckpointDirectory | None, process_group: ProcessGroup
+    ) -> "ResumePoint":
+        """Find what `resume` asks for. All processes call it alike.
+
+        Args:
+            directory: of the run's own checkpoints.
 
         Raises:
             CheckpointError: on all processes, where a folder that is named has no sound checkpoint, or one of a run
                 with another Recipe; and where not all processes can see it.
         """
-        if runtime.resume is None:
+        if (resume := runtime.resume) is None:
             return cls(None)
-        path, damaged = process_group.run_on_main(lambda: _found(runtime, tell))
+        path, damaged = process_group.run_on_main(lambda: _find(resume, directory))
         if path is None:
             return cls(None, damaged=damaged)
         if process_group.any(not path.is_dir()):
@@ -62,7 +64,7 @@ class ResumePoint:
                 ]
             )
         resume_point = cls(_opened(path), tuple(runtime.allow_changed), damaged)
-        resume_point._check("recipe", of_recipe(recipe))  # before anything is loaded
+        resume_point._check("recipe", recipe_identity(recipe))  # before anything is loaded
         resume_point._check_ended()
         return resume_point
 
@@ -70,29 +72,21 @@ class ResumePoint:
     def path(self) -> Path | None:
         return None if self.checkpoint is None else self.checkpoint.path
 
-    def sized(self, runtime: Runtime) -> Runtime:
-        """With the physical batch that "auto" was found to be: it is not tried again."""
-        if self.checkpoint is None or runtime.batch_size != "auto":
-            return runtime
-        return replace(runtime, batch_size=self.checkpoint.metadata["runs"]["batch_size"])
+    @property
+    def batch_size(self) -> int | None:
+        """The physical batch of that run, which is not measured again where it was "auto"."""
+        return None if self.checkpoint is None else self.checkpoint.metadata["run_with"]["batch_size"]
 
-    def resume_after(self, plan: BasePlan, metadata: dict[str, Any]) -> BasePlan:
-        """The windows of a run that goes on behind those that are done.
-
-        Args:
-            facts: of this run, as its own checkpoints are going to say them.
+    def resume_plan(self, plan: BasePlan, identity: RunIdentity) -> BasePlan:
+        """Return the windows of this run, of which those of the checkpoint are done.
 
         Raises:
-            CheckpointError: where it is not the run that the checkpoint is of, or a stream in updates of another size.
+            CheckpointError: where this is not the run of the checkpoint, or a stream in updates of another size.
         """
         if self.checkpoint is None:
             return plan
-        self._check("on", metadata["on"])
-        windows = self.checkpoint.windows
-        if isinstance(plan, Plan):
-            plan = plan.resume_after([entry.rows for entry in windows], self.checkpoint.metadata["n_rows"])
-            self._reopen(plan.epoch_after(len(windows)))
-        elif "effective_batch_size" in self._changed:
+        self._check("trained_on", identity.trained_on)
+        if not plan.can_resize and "effective_batch_size" in self._changed:
             raise CheckpointError(
                 [
                     f"`resume` found {self.path}, with updates of another size, and a stream can only be read again in "
@@ -100,14 +94,14 @@ class ResumePoint:
                     "(`resume=None`)."
                 ]
             )
-        elif len(windows) == self.checkpoint.metadata["recipe"]["max_updates"] < plan.n_windows:
-            self._reopen(windows[-1].epoch)  # what is left of it, if anything, is seen when the stream is read
+        plan, epoch = plan.resume_after(self.checkpoint.progress)
+        self._reopen(epoch)
         return plan
 
     def _check_ended(self) -> None:
         """A run that was ended for its numbers is not walked through by starting it again and again."""
         assert self.checkpoint is not None, "there is one to go on from"
-        ended = self.checkpoint.metadata["small"]["divergence"]["ended"]
+        ended = self.checkpoint.metadata["extra_state"]["nonfinite"]["ended"]
         if ended and not self.allowed:
             raise CheckpointError(
                 [
@@ -123,9 +117,11 @@ class ResumePoint:
         if checkpoint is None or checkpoint.n_epochs <= epoch:
             return
         kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
-        extra_state = checkpoint.metadata["small"]
-        extra_state = {**extra_state, "recorder": within(extra_state["recorder"], epoch)}
-        self.checkpoint = replace(checkpoint, entries=kept, metadata={**checkpoint.metadata, "small": extra_state})
+        extra_state = checkpoint.metadata["extra_state"]
+        extra_state = {**extra_state, "metrics_logger": within(extra_state["metrics_logger"], epoch)}
+        self.checkpoint = replace(
+            checkpoint, entries=kept, metadata={**checkpoint.metadata, "extra_state": extra_state}
+        )
 
     def restore(self, state: TrainState) -> None:
         """Has a run that is ready for its first window be where the checkpoint was taken.
@@ -145,8 +141,8 @@ class ResumePoint:
         if self.checkpoint is not None:
             state.restore_generators(self.checkpoint, seed)
 
-    def describe(self, metadata: dict[str, Any], n_windows: int) -> str | None:
-        """What is told of a run that goes on: from where, and what is other than it was.
+    def describe(self, identity: RunIdentity, n_windows: int) -> str | None:
+        """Return a message on where the run resumes and what differs from before; None where it starts anew.
 
         Args:
             n_windows: of the whole run.
@@ -158,7 +154,7 @@ class ResumePoint:
                 f"This run has ended, with update {len(self.checkpoint.windows)} ({self.path}): there is nothing left "
                 "to train. A larger `n_epochs`, named in `allow_changed`, extends it."
             )
-        was, now = self.checkpoint.metadata["runs"], metadata["runs"]
+        was, now = self.checkpoint.metadata["run_with"], identity.run_with
         sentence = (
             f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
             f"{self.checkpoint.metadata['rows']} rows are done"
@@ -170,7 +166,7 @@ class ResumePoint:
         if others:
             draws = ", and dropout draws anew" if any(was[n] != now[n] for n in ("processes", "device")) else ""
             sentence += f" Run otherwise: {', '.join(others)}; sums are rounded otherwise{draws}."
-        before, here = self.checkpoint.metadata["versions"], metadata["versions"]
+        before, here = self.checkpoint.metadata["versions"], identity.versions
         if moved := [
             f"{name} {here[name]} (it was {before.get(name)})" for name in here if before.get(name) != here[name]
         ]:
@@ -182,20 +178,18 @@ class ResumePoint:
             self._changed |= check(self.checkpoint.metadata[kind], now, self.allowed, self.checkpoint.path)
 
 
-def _found(runtime: Runtime, tell: Tell) -> tuple[Path | None, tuple[Path, ...]]:
-    """A checkpoint, and newer ones that are damaged."""
+def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | None, tuple[Path, ...]]:
+    """Return a checkpoint, and newer ones that are damaged."""
     damaged: list[Path] = []
-    if runtime.resume == "auto":
-        if runtime.output_dir is None:
-            raise ValueError("`output_dir` is checked with the settings")
-        directory = CheckpointDirectory(Path(runtime.output_dir))
-        path, damaged = directory.newest_sound(tell)
+    if resume == "auto":
+        assert directory is not None, "`output_dir` is checked with the settings"
+        path, damaged = directory.newest_sound()
         if path is None and directory.checkpoints():
-            tell("None of the checkpoints is sound: the run starts anew.")
+            logger.warning("None of the checkpoints is sound: the run starts anew.")
         return path, tuple(damaged)
-    named = Path(str(runtime.resume))
+    named = Path(resume).expanduser()
     if (named / "checkpoints").is_dir():
-        (path, damaged), wrong = CheckpointDirectory(named).newest_sound(tell), "has no sound checkpoint"
+        (path, damaged), wrong = CheckpointDirectory(named / "checkpoints").newest_sound(), "has no sound checkpoint"
     else:
         fault = _fault(named)
         path, wrong = (None if fault else named), f"is no checkpoint that can be gone on from: {fault}"

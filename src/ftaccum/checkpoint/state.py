@@ -4,7 +4,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..runtime.log import logger
 from ..runtime.state_guards import Generators, seed_all
-from ..tracking.ledger import Ledger
+from ..tracking.metrics_logger import MetricsLogger
 from ..tracking.throughput import Throughput
 from .early_stopping import BestEpoch, fill, passing_of, weights_of
 from .format import BESIDE, BEST, BUFFERS, OPTIMIZER, WEIGHTS, Checkpoint, Snapshot
@@ -35,59 +36,72 @@ class _UnreadableError(Exception):
     """Part of a run could be written, but not read again."""
 
 
-@dataclass(frozen=True)
 class TrainState:
-    """Everything that the rest of a run depends on, between two windows.
+    """Everything that the rest of a run depends on, between two windows."""
 
-    Attributes:
-        loss_fn: the user's, if any; it may have weights and buffers of its own.
-        best: the weights to end with, where they are those of an earlier epoch.
-        work: of this process.
-        small: all else, by name.
-        tell: shows a sentence to the user.
-    """
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        metrics_logger: MetricsLogger,
+        best: BestEpoch,
+        extra_state: Mapping[str, Stateful],
+    ) -> None:
+        """Create a train state.
 
-    accelerator: Accelerator
-    model: nn.Module
-    loss_fn: Callable[..., Any] | None
-    optimizer: Optimizer
-    schedule: LRScheduler
-    ledger: Ledger
-    best: BestEpoch
-    work: Throughput
-    extra_state: Mapping[str, Stateful]
-    tell: Callable[[str], None]
-    _told: set[str] = field(default_factory=set)
+        Args:
+            model: not wrapped.
+            loss_fn: the user's, if any; it may have weights and buffers of its own.
+            best: the weights to end with, where they are those of an earlier epoch.
+            extra_state: all other state, by name.
+        """
+        self.metrics_logger = metrics_logger
+        self._accelerator, self._model, self._loss_fn = accelerator, model, loss_fn
+        self._optimizer, self._schedule, self._best = optimizer, schedule, best
+        self._extra_state = {**extra_state, "metrics_logger": metrics_logger, "best": best}
+        self._logged: set[str] = set()
 
     @property
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
-        return n_bytes_in([weights_of(self.model), passing_of(self.model), self._beside(), self.optimizer.state])
+        return n_bytes_in([weights_of(self._model), passing_of(self._model), self._beside(), self._optimizer.state])
 
-    def taken(self, metadata: Mapping[str, Any], *, apart: bool) -> "Snapshot | None":
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch (from 1) of the lowest validation loss so far; None before the first."""
+        epochs = self.metrics_logger.ledger.epochs
+        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss == e.val_loss]
+        return min(losses)[1] if losses else None
+
+    def snapshot(self, metadata: Mapping[str, Any], *, copy: bool) -> "Snapshot | None":
         """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
         training goes on.
 
         Args:
             facts: what else the checkpoint is to say of the run.
-            apart: whether it is copied, for the run to go on. Else it must wait until the snapshot is written.
+            copy: whether it is copied, for the run to go on. Else it must wait until the snapshot is written.
         """
-        processes = gather_object([{"generators": Generators.now().state_dict(), "work": asdict(self.work)}])
-        if not self.accelerator.is_main_process:
+        processes = gather_object(
+            [{"generators": Generators.now().state_dict(), "work": asdict(self.metrics_logger.throughput)}]
+        )
+        if not self._accelerator.is_main_process:
             return None
         try:
-            return self._snapshot(metadata, processes, apart)
+            return self._snapshot(metadata, processes, copy)
         except Exception as error:  # the other processes have gone on
             why = str(error) if isinstance(error, _UnreadableError) else repr(error)
-            self._say(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
+            self._log_once(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
             return None
 
     def _snapshot(self, metadata: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
         host = functools.partial(on_host, copy=copy)
-        scaler = self.accelerator.scaler
+        scaler = self._accelerator.scaler
         steps = {
-            "optimizer": _without_functions(self.optimizer.state_dict()),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": _without_functions(self._optimizer.state_dict()),
+            "schedule": self._schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "extra": self._extra_states(),
         }
@@ -96,24 +110,24 @@ class TrainState:
                 raise _UnreadableError(
                     f"the {name}'s state holds a {kind}, which cannot be read again without running code"
                 )
-        config: Any = getattr(self.model, "config", None)
-        extra_state = {name: part.state_dict() for name, part in self.extra_state.items()} | {
-            "best": self.best.state_dict()
+        config: Any = getattr(self._model, "config", None)
+        extra_state = {name: part.state_dict() for name, part in self._extra_state.items()} | {
+            "best": self._best.state_dict()
         }
         return Snapshot(
             metadata={
                 **metadata,
-                "updates": len(self.ledger.windows),
-                "epochs": len(self.ledger.epochs),
-                "rows": sum(entry.rows for entry in self.ledger.windows),
-                "initial_val_loss": self.ledger.initial_val_loss,
-                "small": extra_state,
+                "updates": len(self.metrics_logger.ledger.windows),
+                "epochs": len(self.metrics_logger.ledger.epochs),
+                "rows": sum(entry.rows for entry in self.metrics_logger.ledger.windows),
+                "initial_val_loss": self.metrics_logger.ledger.initial_val_loss,
+                "extra_state": extra_state,
             },
-            entries=self.ledger.entries(),
-            weights=host(weights_of(self.model)),
-            buffers=host(passing_of(self.model)),
+            entries=self.metrics_logger.ledger.entries(),
+            weights=host(weights_of(self._model)),
+            buffers=host(passing_of(self._model)),
             beside=host(self._beside()),
-            best=self.best.weights,
+            best=self._best.weights,
             steps=host(steps),
             processes=processes,
             config=config.to_json_string() if hasattr(config, "to_json_string") else None,
@@ -128,27 +142,27 @@ class TrainState:
                 had is put back, and the optimizer begins anew.
         """
         folder = checkpoint.path
-        fill(weights_of(self.model), load_file(folder / WEIGHTS), strict="model" not in changed)
-        fill(passing_of(self.model), load_file(folder / BUFFERS), strict=False)
+        fill(weights_of(self._model), load_file(folder / WEIGHTS), strict="model" not in changed)
+        fill(passing_of(self._model), load_file(folder / BUFFERS), strict=False)
         if (folder / BESIDE).exists():
             fill(self._beside(), load_file(folder / BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
         steps = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
             saved = steps["optimizer"]
-            groups = self.optimizer.state_dict()["param_groups"]
+            groups = self._optimizer.state_dict()["param_groups"]
             if not changed:  # functions among their numbers are not in the checkpoint
                 groups = [own | group for own, group in zip(groups, saved["param_groups"], strict=True)]
-            _load_optimizer(self.optimizer, saved["state"], groups)
+            _load_optimizer(self._optimizer, saved["state"], groups)
         if changed:
-            _forward(self.schedule, sum(not entry.skipped for entry in checkpoint.windows))
+            _forward(self._schedule, sum(not entry.skipped for entry in checkpoint.windows))
         else:
-            self.schedule.load_state_dict(steps["schedule"])
-        if self.accelerator.scaler is not None and steps["scaler"]:
-            self.accelerator.scaler.load_state_dict(steps["scaler"])
-        self.ledger.initial_val_loss = checkpoint.metadata["initial_val_loss"]
-        self.ledger.resume_from(checkpoint.entries)
-        for name, part in {**self.extra_state, "best": self.best}.items():
-            part.load_state_dict(checkpoint.metadata["small"][name])
+            self._schedule.load_state_dict(steps["schedule"])
+        if self._accelerator.scaler is not None and steps["scaler"]:
+            self._accelerator.scaler.load_state_dict(steps["scaler"])
+        self.metrics_logger.ledger.initial_val_loss = checkpoint.metadata["initial_val_loss"]
+        self.metrics_logger.ledger.resume_from(checkpoint.entries)
+        for name, part in self._extra_state.items():
+            part.load_state_dict(checkpoint.metadata["extra_state"][name])
         for name, module in self._with_extra_state():
             if name in steps["extra"]:
                 module.set_extra_state(steps["extra"][name])
@@ -158,17 +172,17 @@ class TrainState:
     def _restore_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
         """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
         epoch = checkpoint.best_epoch
-        if not self.best.keeps_weights or epoch is None:
+        if not self._best.keeps_weights or epoch is None:
             return
         kept, of_epoch = checkpoint.path / BEST, checkpoint.of_epoch(epoch)
         if of_this_model and kept.exists():
-            self.best.weights = load_file(kept)
+            self._best.weights = load_file(kept)
         elif of_this_model and of_epoch is not None:
-            self.best.weights = load_file(of_epoch / WEIGHTS)
-            self._say(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
+            self._best.weights = load_file(of_epoch / WEIGHTS)
+            self._log_once(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
         else:
-            self.best.loss = math.inf
-            self._say(
+            self._best.loss = math.inf
+            self._log_once(
                 f"The weights of epoch {epoch}, the best so far, were not kept: `restore_best_weights` takes the best "
                 "of the epochs to come."
             )
@@ -176,27 +190,27 @@ class TrainState:
     def restore_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
         """The last thing before the next window: whatever came before may have drawn. With other processes than there
         were, they are seeded anew."""
-        processes, index = checkpoint.processes(), self.accelerator.process_index
-        if len(processes) == self.accelerator.num_processes:
+        processes, index = checkpoint.processes(), self._accelerator.process_index
+        if len(processes) == self._accelerator.num_processes:
             Generators.of_state(processes[index]["generators"]).restore()
         else:
             seed_all(seed, index, len(checkpoint.windows))
 
     def _beside(self) -> dict[str, Tensor]:
         """What moves with the model and is none of it: weights and buffers of a loss, and what else is optimized."""
-        known = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        known = {id(t) for t in (*self._model.parameters(), *self._model.buffers())}
         named: list[tuple[str, Tensor]] = []
-        if isinstance(self.loss_fn, nn.Module):
-            of_loss = (*self.loss_fn.named_parameters(), *self.loss_fn.named_buffers())
+        if isinstance(self._loss_fn, nn.Module):
+            of_loss = (*self._loss_fn.named_parameters(), *self._loss_fn.named_buffers())
             named += [(f"loss_fn.{name}", t) for name, t in of_loss]
-        for number, group in enumerate(self.optimizer.param_groups):
+        for number, group in enumerate(self._optimizer.param_groups):
             named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
         first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
         return dict(first_names.values())
 
     def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
         """Modules that have a state of their own, beside weights and buffers, by name."""
-        roots = {"model": self.model, "loss_fn": self.loss_fn}
+        roots = {"model": self._model, "loss_fn": self._loss_fn}
         named = [
             (f"{root}.{name}".rstrip("."), module)
             for root, part in roots.items()
@@ -210,24 +224,24 @@ class TrainState:
         for name, state in [*found.items()]:
             if kind := unreadable(state):
                 del found[name]
-                self._say(
+                self._log_once(
                     f"The extra state of `{name}` is not in the checkpoints: it holds a {kind}, which cannot be read "
                     "again without running code. A run that goes on from one begins it anew."
                 )
         return found
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self._told:
-            self._told.add(sentence)
-            self.tell(sentence)
+    def _log_once(self, sentence: str) -> None:
+        if sentence not in self._logged:
+            self._logged.add(sentence)
+            logger.warning(sentence)
 
     def _restore_work(self, by_process: list[dict[str, Any]]) -> None:
         """With other processes than there were, all of it is the main one's; the time is everybody's."""
-        index, n = self.accelerator.process_index, self.accelerator.num_processes
+        index, n = self._accelerator.process_index, self._accelerator.num_processes
         own = by_process[index : index + 1] if len(by_process) == n else by_process if index == 0 else []
         for work in own:
-            self.work.merge(Throughput(**work))
-        self.work.seconds = by_process[0]["seconds"]
+            self.metrics_logger.throughput.merge(Throughput(**work))
+        self.metrics_logger.throughput.seconds = by_process[0]["seconds"]
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:

@@ -1,37 +1,32 @@
 """Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow.compute
-import torch
-from datasets import Dataset, DatasetDict
-from datasets import IterableDataset as StreamingDataset
+from datasets import Dataset
 from torch import Tensor
 
 from ..errors import DataError
+from ..planning.batch_size import BatchSizes
+from ..planning.course import BasePlan
+from ..planning.plan import Plan
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
+from ..settings import Recipe
+from .row import Row, _is_row, as_row, check_row, length_of
 
-Row = Any  # a mapping of columns, or a tuple (inputs, targets)
+# Rows as they came, and the position of the first one → rows. It raises DataErrors that name a row.
+Step = Callable[[list[Row], int], list[Row]]
+# Columns of a batch of rows, and the positions of these → columns.
+Encode = Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]
 
-_FORMS = (
-    "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
-    "or a torch Dataset of dicts or (inputs, targets) tuples"
-)
-_OF_ITERATORS = (
-    "Give a list of its rows. To train on them as a stream, give "
-    "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`; `make_rows` is the function "
-    "that yields the rows, from the first one on whenever it is called."
-)
 _LENGTH_SAMPLE = 1000
 _FEW = 8  # rows to see whether fetching them draws
 _NAMED = 8  # rows, in a message on several
 _ROW = 0xA6  # keeps what a row draws apart from other uses of the seed
-_SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
 
 
 class Rows:
@@ -143,6 +138,42 @@ class Rows:
             return [length_of(row) for row in self.fetch(range(len(self)))]
         return None
 
+    def longest(self, limit: int | None) -> int | None:  # noqa: ARG002
+        """Return the length of the longest row; None where it is not known.
+
+        Args:
+            limit: the most tokens of a row that model and tokenizer take.
+        """
+        lengths = self.lengths()
+        return max(lengths) if lengths else None
+
+    def on_arrival(self, step: Step) -> None:
+        """Apply a step to rows as they come: here they are all there, and have been looked at."""
+
+    def encoded(self, encode: Encode, columns: Sequence[str], name: str) -> "Rows":  # noqa: ARG002
+        """Return the rows that `encode` makes of these, batch by batch.
+
+        Args:
+            columns: those that `encode` reads.
+            name: what to call it on a progress bar.
+        """
+        table = self.as_table()
+        table = table.map(encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=name)
+        return self.replaced(table)
+
+    def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> BasePlan:
+        """Return the windows of a run over these rows."""
+        return Plan(
+            len(self),
+            recipe.n_epochs,
+            batch_sizes,
+            recipe.random_seed,
+            n_validation_rows,
+            recipe.remainder,
+            recipe.max_updates,
+            recipe.learning_rate_scaling,
+        )
+
     def subset(self, positions: Sequence[int], part: str = "") -> "Rows":
         return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names, part)
 
@@ -207,91 +238,7 @@ class Rows:
         return row
 
 
-def as_rows(data: Any, argument: str) -> Rows:
-    """Takes data in any of the forms of `test_fine_tuning`; rows stay what they are.
-
-    Raises:
-        DataError: where the form is none of them, or there are no rows, with the remedy.
-    """
-    if isinstance(data, Rows):
-        return data
-    if isinstance(data, Mapping):
-        splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
-        kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
-        raise DataError(f"`{argument}` must be {_FORMS}, but is {kind} instead.{splits}")
-    if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
-        raise DataError(
-            f"`{argument}` must be {_FORMS}, but is a stream instead. "
-            "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."
-        )
-    if isinstance(data, torch.utils.data.DataLoader):
-        raise DataError(
-            f"`{argument}` must be {_FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
-            "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
-        )
-    if isinstance(data, Iterator):
-        raise DataError(
-            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead, which can be gone through only "
-            f"once. {_OF_ITERATORS}"
-        )
-    if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise DataError(
-            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead. "
-            "Load files with `datasets.load_dataset` first."
-        )
-    if not len(data):
-        raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
-    rows = Rows(argument, data)
-    rows.fetch([0])
-    return rows
-
-
-def check_row(row: Any, argument: str, name: str) -> None:
-    """Raises DataError where the row of that name is none."""
-    if not _is_row(row):
-        raise DataError(
-            f"`{argument}` must be {_FORMS}, but {name} is a {type(row).__name__} instead. "
-            "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
-        )
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)
-
-
-def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
-    """Seeded random token ids of ragged lengths, for a run without data.
-
-    Args:
-        longest: the most tokens that the model takes in a row, where that is known.
-    """
-    draw = np.random.RandomState(seed)
-    shortest, most = (min(length, longest or length) for length in _SYNTHETIC_LENGTHS)
-    lengths = draw.randint(shortest, most + 1, size=_SYNTHETIC_ROWS)
-    return Rows("train_data", [torch.from_numpy(draw.randint(0, vocab_size, size=n)) for n in lengths])
-
-
-def length_of(row: Row) -> int:
-    """A row's length in tokens, or in whatever its first column has along its first dimension; 1 for a number."""
-    column = row[0] if isinstance(row, tuple) else row.get("input_ids", next(iter(row.values()), 0))
-    return len(column) if hasattr(column, "__len__") and not (isinstance(column, Tensor) and not column.ndim) else 1
-
-
-def class_of(row: Row) -> int | None:
-    """A row's one class number; None where its target is something else."""
-    target = row[1] if isinstance(row, tuple) else row.get("labels", row.get("label"))
-    number = target.item() if isinstance(target, Tensor | np.generic) and np.ndim(target) == 0 else target
-    return number if isinstance(number, int) else None
-
-
 def mean_length(rows: Rows) -> float:
     """Mean length in tokens, of up to 1,000 rows spread evenly over all."""
     n = min(_LENGTH_SAMPLE, len(rows))
     return sum(map(length_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n
-
-
-def as_row(item: Any) -> Row:
-    """A row in whatever form the user has it; a tensor of token ids is one."""
-    if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
-        return {"input_ids": item, "labels": item}  # token ids: each token is the one before's target
-    return item

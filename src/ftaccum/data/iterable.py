@@ -1,22 +1,27 @@
 """A stream as rows: read by the main process alone, and handed to all."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from datasets import IterableDataset as StreamingDataset
 
 from ..errors import DataError
+from ..planning.batch_size import BatchSizes
+from ..planning.stream_plan import StreamPlan
+from ..runtime.process_group import ProcessGroup
+from ..runtime.single_process import single_process
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
-from .dataset import Row, Rows, as_row, check_row, length_of
+from ..settings import Recipe
+from .dataset import Encode, Rows, Step
+from .row import Row, as_row, check_row, length_of
 
 LOOKED_AT = 256  # rows, before training
 _DRAWS = 0x57  # keeps what a stream draws apart from other uses of the seed
 
-# Rows as they came, and the position of the first one → rows. What it raises is a DataError that names a row.
-Step = Callable[[list[Row], int], list[Row]]
 # Calls a function on the main process alone, and comes to what it came to there, on all processes.
 FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
 
@@ -30,6 +35,16 @@ def is_split(stream: Any) -> bool:
     """Whether a stream of `datasets` gives each process a part of its own."""
     split = getattr(stream, "_distributed", None)
     return split is not None and split.world_size > 1
+
+
+@contextmanager
+def open_stream(data: Any, seed: int, process_group: ProcessGroup) -> Iterator["Stream | None"]:
+    """Open training data as a stream, where they are one. All processes call it alike."""
+    if not is_stream(data):
+        yield None
+        return
+    with single_process(process_group.size) as alone:
+        yield Stream(data, "train_data", seed, process_group.run_on_main, alone)
 
 
 class Stream:
@@ -129,7 +144,7 @@ class StreamRows(Rows):
         self._n_looked_at = self._came = len(rows)
         self._taken = 0
         self._held = dict(enumerate(rows))
-        self.then(self._as_rows)
+        self.on_arrival(self._as_rows)
 
     def __len__(self) -> int:
         return self._n_looked_at
@@ -159,14 +174,42 @@ class StreamRows(Rows):
         """The lengths of those rows; None: of those that were looked at."""
         return [length_of(row) for row in self.fetch(range(len(self)) if positions is None else positions)]
 
-    def then(self, step: Step) -> None:
-        """Has a step done to the rows that are there, and to all that come.
+    def longest(self, limit: int | None) -> int:
+        """Return the length of the longest row that could come."""
+        return limit or sys.maxsize
+
+    def on_arrival(self, step: Step) -> None:
+        """Apply a step to the rows that are there, and to all that come.
 
         Raises:
-            DataError: what the step raises; of a row that comes later, where rows are taken.
+            DataError: what the step raises; for a row that comes later, where rows are taken.
         """
         self._held = dict(enumerate(step(list(self._held.values()), 0)))
         self._stream.steps.append(step)
+
+    def encoded(self, encode: Encode, columns: Sequence[str], name: str) -> "StreamRows":  # noqa: ARG002
+        """Encode the rows that are there, and all that come."""
+
+        def encode_more(more: list[Row], first: int) -> list[Row]:
+            positions = range(first, first + len(more))
+            return _from_columns(encode(_as_columns(more, columns), positions), len(more)) if more else []
+
+        self.on_arrival(encode_more)
+        return self
+
+    def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> StreamPlan:
+        """Return the windows that the stream gives."""
+        assert recipe.max_updates is not None, "checked before training"
+        return StreamPlan(
+            recipe.n_epochs,
+            batch_sizes,
+            recipe.max_updates,
+            self.take,
+            recipe.random_seed,
+            n_validation_rows,
+            recipe.remainder,
+            recipe.learning_rate_scaling,
+        )
 
     def take(self, epoch: int, n: int, needed_from: int) -> int:
         """Gets up to `n` more rows of an epoch for training, and says how many there are: fewer only where it has
@@ -193,10 +236,10 @@ class StreamRows(Rows):
         return rows
 
 
-def as_columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:
+def _as_columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:
     """None where a row has no such column, as in a table."""
     return {name: [row.get(name) if isinstance(row, Mapping) else None for row in rows] for name in names}
 
 
-def from_columns(columns: Mapping[str, Sequence[Any]], n_rows: int) -> list[Row]:
+def _from_columns(columns: Mapping[str, Sequence[Any]], n_rows: int) -> list[Row]:
     return [{name: values[n] for name, values in columns.items()} for n in range(n_rows)]

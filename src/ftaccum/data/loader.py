@@ -1,7 +1,7 @@
 """A process's shares of windows, as collated and counted micro-batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,9 @@ from ..objective.normalizer import Counts
 from ..objective.objective import Objective
 from ..planning.micro_batches import MicroBatchPlanner, MicroBatchRows
 from ..planning.micro_batches import Rows as Positions
-from .collator import RowCollator, can_be_taken_apart, take, trimmed
+from ..runtime.log import logger
+from .batches import can_be_taken_apart, take, trimmed
+from .collator import RowCollator
 from .dataset import Rows
 from .validation import ValueRanges
 from .workers import Workers, how_it_ended
@@ -70,7 +72,6 @@ class Loader:
     Attributes:
         by_window: whether the rows of a window are collated together and then cut, because the collator draws at
             random or padding matters.
-        tell: shows a sentence to the user.
     """
 
     def __init__(
@@ -92,7 +93,6 @@ class Loader:
         self._rows, self._row_collator, self._objective, self._ranges = rows, row_collator, objective, ranges
         self._num_workers, self._pin_memory = num_workers, pin_memory
         self._deaths = 0  # of workers, since a window was made
-        self.tell: Callable[[str], None] = lambda _: None
         self.by_window = row_collator.draws or objective.padding_sensitive
         lengths = rows.lengths()
         self._has_lengths = lengths is not None
@@ -196,7 +196,7 @@ class Loader:
                 "memory did (SIGBUS), have /dev/shm enlarged. `num_workers=0` makes batches without other processes, "
                 "and shows what a row does to the one that reads it."
             )
-        self.tell(f"{death}. New ones make what is missing: no row is lost, and none comes twice.")
+        logger.warning(f"{death}. New ones make what is missing: no row is lost, and none comes twice.")
 
     def _micro_batches(self, share: LocalRows, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
         if self.by_window and any(piece.rows for piece in share.slices):

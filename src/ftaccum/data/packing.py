@@ -6,7 +6,7 @@ from transformers import DataCollatorWithFlattening
 
 from ..objective.item_counts import Batch
 from .collator import column_name
-from .dataset import Row
+from .row import Row
 
 
 class PackingCollator:

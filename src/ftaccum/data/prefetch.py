@@ -1,20 +1,13 @@
 """One window after the other for one process, read ahead, and cut anew where it has to be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..planning.course import BasePlan, Window
 from ..planning.micro_batches import MicroBatchPlanner
+from ..runtime.process_group import SINGLE, ProcessGroup
 from ..tracking.throughput import Throughput
 from .loader import Loader, LocalRows, MicroBatch
-
-# Comes to what a function comes to on this process, once it has come to something on all; or raises on all.
-Together = Callable[[Callable[[], Any]], Any]
-
-
-def _alone(make: Callable[[], Any]) -> Any:
-    return make()
 
 
 @dataclass(frozen=True)
@@ -22,7 +15,7 @@ class LocalWindow:
     """This process's micro-batches of a window.
 
     Attributes:
-        cutter: that the window was cut by.
+        planner: cut the window.
     """
 
     window: Window
@@ -43,15 +36,15 @@ class WindowLoader:
     """Where windows come from.
 
     Attributes:
-        cutter: may be replaced between windows; those that were read ahead are cut anew.
-        together: where processes agree on whether each of them has its part of a window.
+        planner: may be replaced between windows; those that were read ahead are cut anew.
+        process_group: agrees on whether each process has its part of a window.
     """
 
     plan: BasePlan
     loader: Loader
     planner: MicroBatchPlanner
+    process_group: ProcessGroup = SINGLE
     process_index: int = 0
-    together: Together = _alone
 
     def epoch(self, epoch: int, start: int = 0) -> "LocalWindows":
         """The portions of an epoch (from 0), without windows whose index in the run is below `start`."""
@@ -59,7 +52,7 @@ class WindowLoader:
 
     def again(self, local_window: LocalWindow) -> LocalWindow:
         """The same window, cut by the cutter as it now is. All processes call it alike."""
-        return self.together(lambda: self.cut_anew(local_window))
+        return self.process_group.run_on_all(lambda: self.cut_anew(local_window))
 
     def cut_anew(self, local_window: LocalWindow) -> LocalWindow:
         """What `again` does, on this process alone."""
@@ -102,7 +95,7 @@ class LocalWindows(Iterator[LocalWindow]):
 
     def __next__(self) -> LocalWindow:
         """Raises DataError on all processes, where one of them cannot have its portion."""
-        local_window = self.window_loader.together(self._next)
+        local_window = self.window_loader.process_group.run_on_all(self._next)
         if local_window is None:
             raise StopIteration
         return local_window

@@ -7,8 +7,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..errors import DataError
-from .dataset import Row, Rows
-from .iterable import StreamRows, as_columns, from_columns
+from .dataset import Rows
 
 _LABELS = ("labels", "label")
 _MEND = "Mend or drop the row."
@@ -66,19 +65,8 @@ def tokenize(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next_
             ]
         return encoded
 
-    if isinstance(rows, StreamRows):
-        columns = [*texts, *([label] if label is not None else [])]
-
-        def encode_more(more: list[Row], first: int) -> list[Row]:
-            positions = range(first, first + len(more))
-            return from_columns(encode(as_columns(more, columns), positions), len(more)) if more else []
-
-        rows.then(encode_more)
-        return rows
-    table = table.map(
-        encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=f"Tokenising {rows.argument}"
-    )
-    return rows.replaced(table)
+    columns = [*texts, *([label] if label is not None else [])]
+    return rows.encoded(encode, columns, f"Tokenising {rows.argument}")
 
 
 def _encoded(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import SettingsError
 from ..fields import Pairs
-from ..settings import Recipe, Runtime
+from ..settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,12 @@ def resolve_batch_sizes(
 
 
 def batch_sizes_of(
-    recipe: Recipe, runtime: Runtime, num_processes: int, tokens_per_row: float | None = None
+    recipe: Recipe, batch_size: int, num_processes: int, tokens_per_row: float | None = None
 ) -> BatchSizes:
-    """`resolve_batch_sizes` on the settings of a run, whose physical batch is known."""
-    assert isinstance(runtime.batch_size, int), "'auto' is measured first"
-    assert not isinstance(recipe.gradient_accumulation_steps, str), "text was read as pairs"
+    """Resolve the sizes of a run's updates; for arguments and errors see `resolve_batch_sizes`."""
+    assert not isinstance(recipe.gradient_accumulation_steps, str), "text is read as pairs"
     return resolve_batch_sizes(
-        batch_size=runtime.batch_size,
+        batch_size=batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         effective_batch_size=recipe.effective_batch_size,
         tokens_per_update=recipe.tokens_per_update,

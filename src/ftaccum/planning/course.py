@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .batch_size import BatchSizes, rate_factor
 from .micro_batches import Rows
@@ -22,20 +23,41 @@ class Window:
     rows: Rows
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come when it was saved.
+
+    Attributes:
+        rows: rows of each window that is done.
+        last_epoch: epoch of the last one, from 0.
+        n_rows: rows of an epoch at that time; of a stream, those that were looked at.
+        max_updates: updates after which the run was to end.
+    """
+
+    rows: Sequence[int]
+    last_epoch: int
+    n_rows: int
+    max_updates: int | None
+
+
 class BasePlan(ABC):
     """Windows, epoch by epoch.
 
     Attributes:
+        can_resize: whether a run can be resumed with updates of another size.
         n_epochs: passes over the rows, at most.
         batching: the resolved sizes of an update.
         seed: of what is drawn.
         rate_scaling: how the learning rate follows k; see `rate_factor`.
+        remainder: "flush" or "carry".
     """
 
+    can_resize: ClassVar[bool] = True
     n_epochs: int
     batch_sizes: BatchSizes
     seed: int
     rate_scaling: str
+    remainder: str
 
     @property
     @abstractmethod
@@ -52,8 +74,25 @@ class BasePlan(ABC):
         """Windows of one epoch."""
 
     @abstractmethod
+    def rows_after(self, n_windows: int) -> int:
+        """Return the rows that the first windows of the run hold, counted anew in every epoch."""
+
+    @abstractmethod
+    def ends_epoch(self, n_windows: int) -> bool:
+        """Return whether the first `n_windows` windows end with the last one of an epoch, as far as that is known."""
+
+    @abstractmethod
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
         """The windows of one epoch (from 0), without those whose index in the run is below `start`."""
+
+    @abstractmethod
+    def resume_after(self, done: Progress) -> tuple["BasePlan", int]:
+        """Return the plan for a run whose first windows are done, and the epoch that continues after them (`n_epochs`
+        where none does)."""
+
+    def sample_windows(self) -> Sequence[Window]:
+        """Return the windows that are most unlike, as far as they are known before training."""
+        return ()
 
     def notes(self) -> list[str]:
         """What a user should know of it before training starts."""

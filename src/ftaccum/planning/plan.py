@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import SettingsError
 from .batch_size import BatchSizes
-from .course import BasePlan, Window, describe_sizes
+from .course import BasePlan, Progress, Window, describe_sizes
 from .shuffle import order_of
 
 _FEW = 6  # epochs, for their windows to be listed one by one
@@ -95,20 +95,16 @@ class Plan(BasePlan):
     def n_windows(self) -> int:
         return len(self._ends)
 
-    def resume_after(self, rows: Sequence[int], n_rows: int) -> "Plan":
-        """The plan for a run whose first windows are done: this one where it has the same windows, else one that goes
-        on behind as much of the same epoch.
-
-        Args:
-            rows: of each window that is done.
-            n_rows: of an epoch at that time.
-        """
-        ends = np.cumsum(rows, dtype=int)
-        if not len(ends) or (self.n_rows == n_rows and np.array_equal(ends, self._ends[: len(ends)])):
-            return self
-        epoch, in_epoch = divmod(int(ends[-1]), n_rows)
-        end = epoch * self.n_rows + min(in_epoch, self.n_rows)
-        return replace(self, done=tuple((ends * end // ends[-1]).tolist()))
+    def resume_after(self, done: Progress) -> tuple["Plan", int]:
+        """Return this plan where it has the windows that are done, else one that continues after as much of the same
+        epoch; and the epoch that continues."""
+        ends = np.cumsum(done.rows, dtype=int)
+        plan = self
+        if len(ends) and not (self.n_rows == done.n_rows and np.array_equal(ends, self._ends[: len(ends)])):
+            epoch, in_epoch = divmod(int(ends[-1]), done.n_rows)
+            end = epoch * self.n_rows + min(in_epoch, self.n_rows)
+            plan = replace(self, done=tuple((ends * end // ends[-1]).tolist()))
+        return plan, plan.epoch_after(len(ends))
 
     @property
     def windows_per_epoch(self) -> int:
@@ -145,6 +141,13 @@ class Plan(BasePlan):
         for index in indices:
             size = self.rows_after(index + 1) - self.rows_after(index)
             yield Window(index, epoch, tuple(itertools.islice(rows, size)))
+
+    def sample_windows(self) -> Sequence[Window]:
+        """Return the first and the last window of the first epoch, and the last one of the run."""
+        epochs = [epoch for epoch in self.epochs if self.n_windows_of(epoch)]
+        first, *others = self.windows(epochs[0])
+        *_, last = self.windows(epochs[-1])
+        return (first, *others[-1:], last)
 
     def notes(self) -> list[str]:
         stages = self.batch_sizes.stages()

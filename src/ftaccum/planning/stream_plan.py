@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .batch_size import BatchSizes
-from .course import BasePlan, Window, describe_sizes
+from .course import BasePlan, Progress, Window, describe_sizes
 
 # Of an epoch, reads up to so many rows more, and says how many came: fewer only where the epoch has ended. Rows before
 # the position that it is given last are not needed any more.
@@ -26,6 +27,7 @@ class StreamPlan(BasePlan):
         read: where rows come from.
     """
 
+    can_resize: ClassVar[bool] = False
     n_epochs: int
     batch_sizes: BatchSizes
     max_updates: int
@@ -37,6 +39,7 @@ class StreamPlan(BasePlan):
     _counts: Counter[int] = field(init=False, default_factory=Counter)  # windows by epoch
     _came: int = field(init=False, default=0)
     _starts: tuple[int, int] = field(init=False, default=(0, 0))  # of the window in work, and of the next one
+    _ends: list[int] = field(init=False, default_factory=list)  # of each window, in rows that came
     _begun: int = field(init=False, default=-1)  # the last epoch whose first row was asked for
     _ended: bool = field(init=False, default=False)  # that epoch had none
 
@@ -55,6 +58,12 @@ class StreamPlan(BasePlan):
     def n_windows_of(self, epoch: int) -> int:
         return self._counts[epoch]
 
+    def rows_after(self, n_windows: int) -> int:
+        return self._ends[n_windows - 1] if n_windows else 0
+
+    def ends_epoch(self, n_windows: int) -> bool:  # noqa: ARG002
+        return False  # that shows when the next row is asked for
+
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
         # Rows of a stream are there after those before them: what is passed over is read, too.
         return (window for window in self._from_first(epoch) if window.index >= start)
@@ -70,6 +79,12 @@ class StreamPlan(BasePlan):
         is_last = self.remainder == "flush" or epoch + 1 == self.n_epochs
         if self._n_open and (is_last or not self._begins(epoch + 1)):
             yield self._window(epoch)
+
+    def resume_after(self, done: Progress) -> tuple["StreamPlan", int]:
+        """Return this plan: the stream is read again from its beginning. Where `max_updates` had ended the run, its
+        last epoch continues if the stream has more rows, which shows when it is read."""
+        was_cut = len(done.rows) == done.max_updates and len(done.rows) < self.n_windows
+        return self, done.last_epoch if was_cut else self.n_epochs
 
     def shortfall(self) -> str | None:
         if self._index == self.max_updates:
@@ -118,4 +133,5 @@ class StreamPlan(BasePlan):
         window = Window(self._index, epoch, tuple(range(self._starts[1], self._came)))
         self._counts[epoch] += 1
         self._starts = self._starts[1], self._came
+        self._ends.append(self._came)
         return window

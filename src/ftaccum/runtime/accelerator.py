@@ -29,16 +29,20 @@ _REPLICATED = {
 
 
 @contextmanager
-def accelerator_session(runtime: Runtime, seed: int) -> Iterator[Accelerator]:
-    """An Accelerator of the wanted precision. Afterwards Accelerate's shared state, the random-number generators and
-    torch's determinism are as before, so that a process can have many sessions, of any precision; a process group
-    that the launcher asked for stays up for the next.
+def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) -> Iterator[Accelerator]:
+    """Create an Accelerator of the wanted precision.
+
+    Afterwards Accelerate's shared state, the random-number generators and torch's determinism are as before, so that a
+    process can have many sessions, of any precision; a process group that the launcher asked for stays up for the next.
+
+    Args:
+        project_dir: where trackers write files.
 
     Raises:
         SettingsError: where the processes asked for are not there, or are joined in a way not shown to be exact.
     """
     with fresh_accelerate_state():
-        accelerator = _accelerator(runtime)
+        accelerator = _accelerator(runtime, project_dir)
         with preserve_rng(), _determinism(runtime.deterministic):
             seed_all(seed, accelerator.process_index)  # dropout must differ between processes
             try:
@@ -82,7 +86,7 @@ def _determinism(wanted: bool) -> Iterator[None]:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
-def _accelerator(runtime: Runtime) -> Accelerator:
+def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
     # `loop` tells Accelerate each window's own length, so the number of steps here is never used; and a window that
     # was read ahead must not be taken for the last because the data has ended.
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
@@ -95,9 +99,9 @@ def _accelerator(runtime: Runtime) -> Accelerator:
         mixed_precision=_precision(runtime),
         gradient_accumulation_plugin=plugin,
         kwargs_handlers=[unused],
-        project_dir=runtime.output_dir,
+        project_dir=project_dir,
     )
-    accelerator.log_with = _trackers("wandb" if runtime.use_wandb else runtime.log_with, runtime.output_dir)
+    accelerator.log_with = _trackers("wandb" if runtime.use_wandb else runtime.log_with, project_dir)
     asked = _processes_asked_for()
     if accelerator.num_processes != asked:
         raise SettingsError(

@@ -71,13 +71,13 @@ class MemoryLimits:
     """How large micro-batches may be, learnt from those that did not fit.
 
     Attributes:
-        wanted: the caps that the run was asked for.
-        caps: those to cut by.
+        requested: the limits of the settings.
+        current: the limits to cut by.
         failures: windows that had to be run again.
     """
 
-    wanted: BatchLimits
-    limits: BatchLimits = field(init=False)
+    requested: BatchLimits
+    current: BatchLimits = field(init=False)
     failures: int = 0
     _failed: int = 0  # tokens that did not fit, when everything wanted was tried
     _patience: int = field(default_factory=lambda: _CALM)
@@ -85,24 +85,24 @@ class MemoryLimits:
     _grew: bool = False
 
     def __post_init__(self) -> None:
-        self.limits = self.wanted
+        self.current = self.requested
 
     def state_dict(self) -> dict[str, Any]:
-        learnt = {name: value for name, value in vars(self).items() if name not in ("wanted", "caps")}
-        return learnt | {"wanted": astuple(self.wanted), "caps": astuple(self.limits)}
+        learnt = {name: value for name, value in vars(self).items() if name not in ("requested", "current")}
+        return learnt | {"requested": astuple(self.requested), "current": astuple(self.current)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What was learnt, if it was learnt of the same caps; how often memory ran out in any case."""
-        if tuple(state_dict["wanted"]) == astuple(self.wanted):
-            vars(self).update(state_dict | {"wanted": self.wanted, "caps": BatchLimits(*state_dict["caps"])})
+        if tuple(state_dict["requested"]) == astuple(self.requested):
+            vars(self).update(state_dict | {"requested": self.requested, "current": BatchLimits(*state_dict["current"])})
         self.failures = state_dict["failures"]
 
     def ran_out(self, tokens: int) -> None:
         """A micro-batch of as many tokens did not fit: half as many are the most from now on."""
-        self._failed = tokens if self.limits == self.wanted else self._failed
+        self._failed = tokens if self.current == self.requested else self._failed
         self._patience *= 2 if self._grew else 1
         self._calm, self._grew = 0, False
-        self.limits = self.limits.of_tokens(tokens // 2)
+        self.current = self.current.of_tokens(tokens // 2)
         self.failures += 1
 
     def went_well(self) -> None:
@@ -111,7 +111,7 @@ class MemoryLimits:
         if self._calm < self._patience:
             return
         self._calm, self._grew = 0, False
-        if self.limits != self.wanted and self.limits.tokens is not None:
-            twice = 2 * self.limits.tokens
+        if self.current != self.requested and self.current.tokens is not None:
+            twice = 2 * self.current.tokens
             self._grew = True
-            self.limits = self.wanted if twice >= self._failed else self.wanted.of_tokens(twice)
+            self.current = self.requested if twice >= self._failed else self.requested.of_tokens(twice)

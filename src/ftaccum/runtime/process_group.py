@@ -112,6 +112,9 @@ class ProcessGroup:
         return holder.tolist()
 
 
+SINGLE = ProcessGroup(1)
+
+
 @contextmanager
 def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[ProcessGroup]:
     """Open a group over all processes, and close it afterwards. All processes call it alike.

@@ -1,84 +1,99 @@
-"""One run at a time in a folder."""
+"""A run's output folder: its absolute path, its lock, and the paths in it."""
 
-import contextlib
-import errno
-import importlib
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
-from ..errors import CheckpointError
+import filelock
 
-_fcntl: Any = None
-with contextlib.suppress(ImportError):  # no Unix: nothing is locked
-    _fcntl = importlib.import_module("fcntl")
-
-_NAME = ".lock"
+from ..errors import CheckpointError, SettingsError
 
 
-@contextmanager
-def lock(output_dir: Path) -> Iterator[None]:
-    """Keeps other processes' runs off a folder. Where the file system knows no locks, there is none.
+@dataclass(frozen=True)
+class RunDir:
+    """The folder that a run writes to.
 
-    The lock is this process's alone (POSIX): workers that outlive it by some seconds hold none, and the system takes it
-    from one that is killed.
-
-    Raises:
-        CheckpointError: where another process holds it.
+    Attributes:
+        path: absolute, so that the run stays in one folder whatever the working folder becomes.
     """
-    file = _locked(output_dir / _NAME)
-    try:
-        yield
-    finally:
-        if file is not None:
-            # First the name, as long as nobody else can hold it. Somebody who opened it before asks for it again.
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            file.close()
 
+    path: Path
 
-def is_locked(output_dir: Path) -> bool:
-    """Whether another process's run is going on there."""
-    try:
-        with lock(output_dir):
-            return False
-    except CheckpointError:
-        return True
+    @classmethod
+    def create(cls, output_dir: str) -> "RunDir":
+        """Make the folder where it is missing; `~` is the user's home.
 
-
-def _locked(path: Path) -> TextIO | None:
-    while _fcntl is not None:
+        Raises:
+            SettingsError: where that cannot be done.
+        """
         try:
-            file = path.open("a+")
+            path = Path(output_dir).expanduser().absolute()
+            path.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError, ValueError) as error:  # no home; a name that the file system cannot spell
+            raise SettingsError(
+                [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
+            ) from error
+        return cls(path)
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder. Where the file system has no locks, or nothing can be written, there is
+        none: whoever writes there reports it.
+
+        The system releases the lock of a process that is killed, also while its data workers live on: they do not
+        inherit it.
+
+        Raises:
+            CheckpointError: where another run has the lock.
+        """
+        lock = filelock.FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise CheckpointError(
+                [
+                    f"`output_dir` is {str(self.path)!r}, in which another run is going on ({self._owner()}), and two "
+                    "would write over each other. Wait for its end, stop it, or name another folder."
+                ]
+            ) from error
         except OSError:
-            return None  # what cannot be written here is told by those who write it
+            yield
+            return
         try:
-            _fcntl.lockf(file, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise CheckpointError(
-                    [
-                        f"`output_dir` is {str(path.parent)!r}, in which another run is going on ({holder}), and two "
-                        "would write over each other. Wait for its end, stop it, or name another folder."
-                    ]
-                ) from error
-            return None
-        if _leads_to(path, file):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            return file
-        file.close()  # it was removed by the one that had it
-    return None
+            with suppress(OSError):
+                (self.path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            lock.release()
 
+    def is_locked(self) -> bool:
+        """Return whether another run is going on in the folder."""
+        try:
+            with self.lock():
+                return False
+        except CheckpointError:
+            return True
 
-def _leads_to(path: Path, file: TextIO) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
+    def _owner(self) -> str:
+        with suppress(OSError):
+            return (self.path / ".lock").read_text().strip() or "another process"
+        return "another process"

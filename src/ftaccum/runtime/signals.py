@@ -1,6 +1,7 @@
 """Signals that ask to stop, kept until nothing is half done."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,9 +58,8 @@ class StopSignals:
     def _keep(self, number: int, _: Any) -> None:
         if self.asked is None:
             self.asked, self._since = number, time.monotonic()
-            with suppress(
-                OSError, RuntimeError, ValueError
-            ):  # a terminal that is gone, or is being written to right now
-                tqdm.write(self._sentence)
+            # Not the logger, whose lock the interrupted code may hold. The terminal may be gone, or in use right now.
+            with suppress(OSError, RuntimeError, ValueError):
+                tqdm.write(self._sentence, file=sys.stderr)
         elif number == signal.SIGINT and time.monotonic() - self._since > _TWICE:
             raise KeyboardInterrupt

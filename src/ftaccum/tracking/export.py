@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_model
 from torch import nn
 
 from ..errors import OutputWarning, warn_user
 from ..runtime.atomic_files import atomic_directory
+from ..runtime.process_group import ProcessGroup
+from ..runtime.run_dir import RunDir
 from .ledger import Ledger
 from .result import Result
 
@@ -20,9 +20,14 @@ _UNITS = ("bytes", "KB", "MB", "GB", "TB")
 
 
 def write_outputs(
-    result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any, accelerator: Accelerator
+    result: Result,
+    ledger: Ledger,
+    model: nn.Module | None,
+    tokenizer: Any,
+    run_dir: RunDir | None,
+    process_group: ProcessGroup,
 ) -> Result:
-    """Completes the ledger and writes the model and the result, into the run's folder, if it has one.
+    """Complete the ledger and write the model and the result, if the run has a folder.
 
     Nothing that goes wrong there is raised: training is done, and neither its result nor the model in memory may be
     lost for a file's sake. What was there before stays until what takes its place is on the disk.
@@ -36,28 +41,26 @@ def write_outputs(
     Warns:
         OutputWarning: for each thing that could not be written.
     """
-    if result.output_dir is None:
+    if run_dir is None:
         return result
-    faults = [_written(result, ledger, model, tokenizer) if accelerator.is_main_process else []]
-    broadcast_object_list(faults)
-    if accelerator.is_main_process:
-        for fault in faults[0]:
+    faults = process_group.run_on_main(lambda: _write(result, ledger, model, tokenizer, run_dir))
+    if process_group.is_main:
+        for fault in faults:
             warn_user(fault, OutputWarning)
-    return replace(result, unwritten=faults[0])
+    return replace(result, unwritten=faults)
 
 
-def _written(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any) -> list[str]:
-    """A sentence for each thing that could not be written."""
-    folder = Path(result.output_dir or "")
-    faults = _tried(folder / "ledger.jsonl", lambda _: ledger.write(), "All of its entries are in the result, too.")
+def _write(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any, run_dir: RunDir) -> list[str]:
+    """Return a sentence for each thing that could not be written."""
+    faults = _tried(run_dir.ledger, lambda _: ledger.write(), "All of its entries are in the result, too.")
     if model is not None:
         faults += _tried(
-            folder / "model",
+            run_dir.model,
             lambda path: _save(model, tokenizer, path),
             f"The weights take {_describe(_bytes_of(model))}. The model in memory is trained: save it elsewhere.",
         )
     write = replace(result, unwritten=faults).save
-    return faults + _tried(folder / "result.json", write, "The result is returned: its `save` writes it elsewhere.")
+    return faults + _tried(run_dir.result, write, "The result is returned: its `save` writes it elsewhere.")
 
 
 def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from ..objective.normalizer import WeightedMeans, gathered
 from ..planning.batch_size import BatchSizes
-from ..training.loop import StepResult
 from .ledger import EpochEntry, Ledger, WindowEntry
+from .step import StepResult
 from .throughput import Throughput
 from .trackers import run_trackers
 
@@ -23,11 +23,9 @@ class MetricsLogger:
     """Takes a run's outcomes in order. All processes call it alike; the ledger's file, the trackers and the bar are
     the main process's."""
 
-    def __init__(
-        self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batch_sizes: BatchSizes, work: Throughput
-    ) -> None:
-        self.ledger = ledger
-        self._accelerator, self._bar, self._work = accelerator, bar, work
+    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batch_sizes: BatchSizes) -> None:
+        self.ledger, self.throughput = ledger, Throughput()
+        self._accelerator, self._bar = accelerator, bar
         self._batch_sizes = batch_sizes
         self._pending: list[StepResult] = []
         self._epoch = 0
@@ -36,7 +34,7 @@ class MetricsLogger:
 
     def window(self, outcome: StepResult) -> None:
         """Keeps a window's outcome, and every so often reads the losses kept so far."""
-        self._work.merge(outcome.work)
+        self.throughput.merge(outcome.work)
         self._pending.append(outcome)
         self._bar.update()
         if len(self._pending) == _DRAIN_EVERY:

@@ -1,7 +1,6 @@
 """From what the user brought along to rows, an objective and loaders."""
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,14 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from ..data.collator import PaddingCollator, RowCollator
-from ..data.dataset import Rows, as_rows, synthetic_rows
+from ..data.convert import as_rows, synthetic_rows
+from ..data.dataset import Rows
 from ..data.iterable import Stream, StreamRows
 from ..data.loader import Loader
 from ..data.packing import PackingCollator
+from ..data.probe_rows import labelled_positions, sample_of
 from ..data.tokenize import is_raw_text, most_tokens, tokenize
-from ..data.validation import ValueRanges, check_lengths, check_sample, labelled_positions, sample_of
+from ..data.validation import ValueRanges, check_lengths, check_sample
 from ..errors import DataError, SettingsError
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
@@ -25,8 +26,9 @@ from ..objective.probe import EXPLAINED
 from ..objective.self_check import difference_of_packing, measured_objective
 from ..planning.shuffle import hold_out
 from ..runtime.state_guards import inspection_mode
-from ..settings import Recipe, Runtime
+from ..settings import Recipe
 from .components import Components
+from .config import RunConfig
 
 _FEW = 4  # rows to see whether a model keeps packed rows apart
 
@@ -43,12 +45,6 @@ class TrainingData:
     ignore_index: int
     synthetic: bool
 
-    def tell_through(self, tell: Callable[[str], None]) -> None:
-        """Has what befalls the loaders' workers shown to the user."""
-        self.train.tell = tell
-        if self.val is not None:
-            self.val.tell = tell
-
     def notes(self) -> list[str]:
         """What a user should know of the data and the loss before training starts."""
         objective = self.objective
@@ -59,21 +55,23 @@ class TrainingData:
         return notes
 
 
-def build_data(
-    components: Components, recipe: Recipe, runtime: Runtime, accelerator: Accelerator, stream: Stream | None
-) -> TrainingData:
-    """Makes rows of the data, checks a sample of them, and measures how the loss is counted.
+def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | None) -> TrainingData:
+    """Make rows of the data, check a sample of them, and measure how the loss is counted.
 
     Args:
-        parts: with the model on its device, and not wrapped yet.
-        stream: of the training data, where they are one.
+        config: with the model on its device, and not wrapped yet.
+        stream: the training data, where they are a stream.
 
     Raises:
         DataError: for data that cannot be trained on.
     """
+    components, recipe, runtime = config.components, config.recipe, config.runtime
     rows, val_rows = _split(components, recipe, accelerator, stream)
+    longest = None
+    if runtime.compile:
+        longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
     ignore_index = _ignore_index(components, rows)
-    row_collator = _row_collator(components, ignore_index, _longest(components, rows) if runtime.compile else None)
+    row_collator = _row_collator(components, ignore_index, longest)
     for each in (rows, val_rows):
         if each is not None and runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
@@ -119,14 +117,6 @@ def _split(
     kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
     part = f"What `validation_split`, {recipe.validation_split}, holds out of "
     return rows.subset(kept), rows.subset(held, part) if held else None
-
-
-def _longest(components: Components, rows: Rows) -> int | None:
-    """The length of the longest row, where it can be told; of a stream, of the longest that could come."""
-    if isinstance(rows, StreamRows):
-        return most_tokens(components.tokenizer, components.configuration, components.model) or sys.maxsize
-    lengths = rows.lengths()
-    return max(lengths) if lengths else None
 
 
 def _synthetic(config: Any, seed: int) -> Rows:

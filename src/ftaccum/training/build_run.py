@@ -1,227 +1,212 @@
-"""From what is settled of a run to everything that takes part in its training, made and wrapped."""
+"""The parts of a run that trains, each built once, when it is first needed."""
 
 import math
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from functools import cached_property
 
-from accelerate import Accelerator
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from ..checkpoint.compatibility import RunIdentity
 from ..checkpoint.directory import CheckpointDirectory
 from ..checkpoint.early_stopping import BestEpoch
-from ..checkpoint.manager import CheckpointManager
+from ..checkpoint.manager import CheckpointManager, SavePolicy
 from ..checkpoint.resume import ResumePoint
-from ..checkpoint.state import Stateful, TrainState
-from ..checkpoint.writing import CheckpointWriter
+from ..checkpoint.state import TrainState
 from ..data.prefetch import WindowLoader
 from ..planning.course import BasePlan
-from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.gradients.fp32 import gradient_strategy
-from ..runtime.model_context import compile_model
-from ..runtime.process_group import ProcessGroup
-from ..runtime.run_dir import lock
-from ..settings import Recipe, Runtime
+from ..runtime.gradients.plain import GradientStrategy
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
-from ..tracking.throughput import Throughput
-from .build_data import TrainingData
-from .build_plan import micro_batch_planner
+from .base_run import Run
+from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
-from .components import Components
+from .clock import Clock
+from .config import RunConfig
 from .evaluation import Evaluation, NoEvaluation
+from .identity import identify
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
-from .optimizer import make_schedule
-from .pass_costs import Calibration, NoCalibration, PassTimer
-from .run import Clock, Training
+from .optimizer import make_optimizer, make_schedule, preserve_learning_rates
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A run before its first window.
+class TrainingParts(Run):
+    """What takes part in training. `TrainingRun` trains with it."""
 
-    Attributes:
-        folder: for its outputs, if anywhere.
-        facts: what its checkpoints say of it.
-    """
+    def __init__(self, config: RunConfig, callback: Callback) -> None:
+        super().__init__(config)
+        self.callback, self.logs = callback, callback.logs
 
-    components: Components
-    recipe: Recipe
-    runtime: Runtime
-    accelerator: Accelerator
-    process_group: ProcessGroup
-    optimizer: Optimizer
-    data: TrainingData
-    plan: BasePlan
-    warmup: int
-    resume_point: ResumePoint
-    metadata: dict[str, Any]
-    folder: Path | None
-    console: Console
-    callback: Callback
+    @cached_property
+    def console(self) -> Console:
+        return self.callback.console(self.process_group.is_main, self.config.runtime.progress)
 
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """The user's optimizer, or what their function makes; its learning rates are restored after the run."""
+        recipe = self.config.recipe
+        chosen = self.config.components.optimizer
+        optimizer = make_optimizer(self.model, chosen, recipe.learning_rate, recipe.weight_decay)
+        self._inner.enter_context(preserve_learning_rates(optimizer))
+        return optimizer
 
-def training_of(run: Settled, stack: ExitStack) -> Training:
-    """Training, ready for the next window: the first one, or the one behind a checkpoint.
+    @cached_property
+    def gradients(self) -> GradientStrategy:
+        return gradient_strategy(self.optimizer, in_float32=self.config.runtime.accumulate_in_fp32)
 
-    Args:
-        stack: ends what ends with the run.
-    """
-    components, recipe, runtime, plan, accelerator = run.components, run.recipe, run.runtime, run.plan, run.accelerator
-    if (folder := run.folder) is not None:
-        run.process_group.run_on_main(lambda: stack.enter_context(lock(folder)))
-    schedule = make_schedule(recipe.lr_scheduler, run.optimizer, run.warmup, plan.n_windows)
-    if runtime.compile:
-        stack.enter_context(compile_model(components.model))
-    gradients = gradient_strategy(run.optimizer, in_float32=runtime.accumulate_in_fp32)
-    wrapped, prepared = gradients.prepare(accelerator, components.model)
-    calibration = _calibration(runtime, accelerator)
-    window_loader = WindowLoader(
-        plan,
-        run.data.train,
-        micro_batch_planner(runtime, plan.batch_sizes),
-        accelerator.process_index,
-        run.process_group.run_on_all,
-    )
-    oom_recovery = OomRecovery(window_loader, run.process_group, calibration, run.console.note)
-    nonfinite = NonFiniteHandler(
-        components.model,
-        run.data.objective,
-        run.data.train,
-        run.process_group,
-        accelerator.device,
-        run.console.note,
-        raises=runtime.on_nonfinite == "error",
-        patience=runtime.nonfinite_patience,
-    )
-    loop = TrainingLoop(
-        accelerator,
-        wrapped,
-        run.data.objective,
-        prepared,
-        schedule,
-        gradients,
-        plan.rate_factor,
-        max_grad_norm=recipe.gradient_clip_norm or math.inf,
-        process_group=run.process_group,
-        calibration=calibration,
-    )
-    ledger = Ledger()
-    stack.enter_context(tracking(accelerator, vars(recipe) | vars(runtime), plan.batch_sizes))
-    evaluate = _evaluation(run, replace(window_loader.planner, packed=False))
-    work, clock = Throughput(), Clock()
-    best = BestEpoch(recipe.early_stopping_patience, recipe.restore_best_weights)
-    metrics_logger = MetricsLogger(
-        accelerator, ledger, stack.enter_context(run.console.bar(plan.n_windows)), plan.batch_sizes, work
-    )
+    @cached_property
+    def checkpoints(self) -> CheckpointDirectory | None:
+        return None if self.run_dir is None else CheckpointDirectory(self.run_dir.checkpoints)
 
-    def validate() -> float | None:
-        metrics_logger.drain()  # the run may end here, and then all of its updates are in the ledger
-        return evaluate(components.model)[0]
+    @cached_property
+    def resume_point(self) -> ResumePoint:
+        """Where the run continues from, if it is resumed."""
+        return ResumePoint.find(self.config.recipe, self.config.runtime, self.checkpoints, self.process_group)
 
-    milestones = Milestones(run.callback, plan, validate, work)
-    extra_state: dict[str, Stateful] = {
-        "adaptation": oom_recovery,
-        "divergence": nonfinite.counts,
-        "recorder": metrics_logger,
-        "milestones": milestones,
-        "clock": clock,
-    }
-    state = TrainState(
-        accelerator,
-        components.model,
-        components.loss_fn,
-        run.optimizer,
-        schedule,
-        ledger,
-        best,
-        work,
-        extra_state,
-        run.console.note,
-    )
-    run.resume_point.restore(state)  # only a run that can go on changes what is on the disk
-    if run.folder is not None and accelerator.is_main_process:
-        ledger.keep_in(run.folder / "ledger.jsonl")
-        ledger.catch_up()
-    checkpoint_manager = _keeper(run, state, metrics_logger, nonfinite, stack)
-    training = Training(
-        components.model,
-        plan,
-        window_loader,
-        loop,
-        oom_recovery,
-        nonfinite,
-        metrics_logger,
-        milestones,
-        evaluate,
-        best,
-        checkpoint_manager,
-        run.console,
-        work,
-        clock,
-    )
-    if run.resume_point.path is None:
-        # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
-        ledger.initial_val_loss = training.look_before()
-    run.resume_point.restore_generators(state, recipe.random_seed)
-    return training
+    @property
+    def known_batch_size(self) -> int | None:
+        return self.resume_point.batch_size
 
+    @cached_property
+    def identity(self) -> RunIdentity:
+        plans, precision = self.planner.costs is not None, self.accelerator.mixed_precision
+        return identify(self.config, self.data, self.optimizer, self.batch_sizes, plans=plans, precision=precision)
 
-def _keeper(
-    run: Settled, state: TrainState, metrics_logger: MetricsLogger, nonfinite: NonFiniteHandler, stack: ExitStack
-) -> CheckpointManager:
-    directory, writer = None if run.folder is None else CheckpointDirectory(run.folder), None
-    if directory is not None and run.accelerator.is_main_process:
-        directory.set_aside(run.resume_point.path, run.resume_point.damaged, run.console.note)
-        if not run.data.train.repeats:
-            run.console.note(
-                "Note: rows or collator draw from a generator of their own. A run that is interrupted sees other draws "
-                "behind that; those of `random`, `numpy.random` and `torch` it would see again."
-            )
-        writer = CheckpointWriter(directory, run.runtime.keep_checkpoints, run.console.note, run.resume_point.path)
-    stop_signals = run.callback.stop_signals(saves=directory is not None)
-    stack.enter_context(stop_signals.kept())
-    checkpoint_manager = CheckpointManager(
-        state,
-        run.process_group,
-        stop_signals,
-        writer,
-        directory,
-        run.metadata,
-        metrics_logger,
-        every=run.runtime.checkpoint_every,
-        at_epochs=run.callback.saves_model,
-        is_sound=nonfinite.counts.is_sound,
-        tell=run.console.note,
-        endings=run.callback.endings,
-    )
-    stack.callback(checkpoint_manager.close)
-    return checkpoint_manager
+    @cached_property
+    def plan(self) -> BasePlan:
+        """The windows; where the run is resumed, with those that are done."""
+        fresh, report = self.new_plan(), self.data.objective.report
+        is_main = self.process_group.is_main
+        report_inexact(report, self.config.runtime, self.batch_sizes, self.planner, is_main=is_main)
+        refuse_single_rows(self.data, fresh, self.planner)
+        return self.resume_point.resume_plan(fresh, self.identity)
 
+    @cached_property
+    def n_warmup(self) -> int:
+        recipe = self.config.recipe
+        return self.plan.warmup_updates(recipe.warmup_steps, recipe.warmup_ratio)
 
-def _calibration(runtime: Runtime, accelerator: Accelerator) -> PassTimer:
-    # A clock never says the same twice, and on a CPU all else does: what can be gone on with is to be one run, whether
-    # it is interrupted or not. (On a GPU, costs that were measured before a checkpoint hold on behind it.)
-    devices = ("cpu", "cuda") if runtime.output_dir is None else ("cuda",)
-    measures = runtime.planner and runtime.planner_costs is None and not runtime.deterministic
-    return Calibration(accelerator) if measures and accelerator.device.type in devices else NoCalibration()
+    @cached_property
+    def schedule(self) -> LRScheduler:
+        return make_schedule(self.config.recipe.lr_scheduler, self.optimizer, self.n_warmup, self.plan.n_windows)
 
+    @cached_property
+    def window_loader(self) -> WindowLoader:
+        index = self.accelerator.process_index
+        return WindowLoader(self.plan, self.data.train, self.planner, self.process_group, index)
 
-def _evaluation(run: Settled, planner: MicroBatchPlanner) -> Evaluation | NoEvaluation:
-    data = run.data
-    if data.val is None or data.val_rows is None:
-        return NoEvaluation()
-    return Evaluation(
-        run.accelerator,
-        data.objective,
-        data.val,
-        n_rows=len(data.val_rows),
-        planner=planner,
-        compute_metrics=run.components.compute_metrics,
-        ignore_index=data.ignore_index,
-        process_group=run.process_group,
-    )
+    @cached_property
+    def oom_recovery(self) -> OomRecovery:
+        return OomRecovery(self.window_loader, self.process_group)
+
+    @cached_property
+    def nonfinite(self) -> NonFiniteHandler:
+        runtime = self.config.runtime
+        return NonFiniteHandler(
+            self.model,
+            self.data.objective,
+            self.data.train,
+            self.process_group,
+            raises=runtime.on_nonfinite == "error",
+            patience=runtime.nonfinite_patience,
+        )
+
+    @cached_property
+    def loop(self) -> TrainingLoop:
+        schedule, accumulator = self.schedule, self.accumulator
+        return TrainingLoop(
+            self.accelerator,
+            accumulator,
+            self.gradients,
+            self.gradients.prepare_optimizer(self.accelerator, self.optimizer),
+            schedule,
+            self.process_group,
+            rate_factor=self.plan.rate_factor,
+            max_grad_norm=self.config.recipe.gradient_clip_norm or math.inf,
+        )
+
+    @cached_property
+    def metrics_logger(self) -> MetricsLogger:
+        settings = vars(self.config.recipe) | vars(self.config.runtime)
+        self._inner.enter_context(tracking(self.accelerator, settings, self.batch_sizes))
+        bar = self._inner.enter_context(self.console.bar(self.plan.n_windows))
+        return MetricsLogger(self.accelerator, Ledger(), bar, self.batch_sizes)
+
+    @cached_property
+    def evaluate(self) -> Evaluation | NoEvaluation:
+        data = self.data
+        if data.val is None or data.val_rows is None:
+            return NoEvaluation()
+        return Evaluation(
+            self.accelerator,
+            data.objective,
+            data.val,
+            n_rows=len(data.val_rows),
+            planner=replace(self.planner, packed=False),
+            process_group=self.process_group,
+            compute_metrics=self.config.components.compute_metrics,
+            ignore_index=data.ignore_index,
+        )
+
+    @cached_property
+    def best(self) -> BestEpoch:
+        return BestEpoch(self.config.recipe.early_stopping_patience, self.config.recipe.restore_best_weights)
+
+    @cached_property
+    def milestones(self) -> Milestones:
+        return Milestones(self.callback, self.plan, self.validate, self.metrics_logger.throughput)
+
+    @cached_property
+    def clock(self) -> Clock:
+        return Clock()
+
+    @cached_property
+    def state(self) -> TrainState:
+        """Everything that the next window depends on."""
+        components = self.config.components
+        return TrainState(
+            self.accelerator,
+            self.model,
+            components.loss_fn,
+            self.optimizer,
+            self.schedule,
+            self.metrics_logger,
+            self.best,
+            {
+                "oom_recovery": self.oom_recovery,
+                "nonfinite": self.nonfinite.counts,
+                "milestones": self.milestones,
+                "clock": self.clock,
+            },
+        )
+
+    @cached_property
+    def checkpoint_manager(self) -> CheckpointManager:
+        runtime, callback, checkpoints = self.config.runtime, self.callback, self.checkpoints
+        stop_signals = callback.stop_signals(saves=checkpoints is not None)
+        self._inner.enter_context(stop_signals.kept())
+        manager = CheckpointManager(
+            self.state,
+            self.identity,
+            checkpoints,
+            SavePolicy(runtime.checkpoint_every, callback.saves_model, runtime.keep_checkpoints, callback.endings),
+            self.process_group,
+            stop_signals,
+            is_healthy=self.nonfinite.counts.is_sound,
+            resumed_from=self.resume_point.path,
+        )
+        self._inner.callback(manager.close)
+        return manager
+
+    def _prepare_model(self, stack: ExitStack) -> None:
+        _ = self.optimizer  # before the model moves to its device
+        super()._prepare_model(stack)
+
+    def validate(self) -> float | None:
+        """Return the validation loss now, between two windows."""
+        self.metrics_logger.drain()  # the run may end here, and then all of its updates are in the ledger
+        return self.evaluate(self.model)[0]

@@ -1,11 +1,10 @@
-"""Who looks on while a run goes on, and may end it: nobody, or a search."""
+"""Callbacks: code that follows a run, and may end it."""
 
 import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..planning.course import BasePlan
-from ..planning.plan import Plan
 from ..runtime.signals import ASKING, StopSignals
 from ..tracking.console import Console
 from ..tracking.ledger import EpochEntry
@@ -13,26 +12,33 @@ from ..tracking.throughput import Throughput
 
 
 class Callback:
-    """Looks on at one run. This one wants nothing; a search brings its own."""
+    """Follows one run. This one does nothing; a search brings its own.
 
-    saves_model = True  # and a checkpoint of every epoch
-    endings: tuple[type[Exception], ...] = ()  # what it raises to end a run
+    Attributes:
+        logs: whether the run logs messages.
+        saves_model: whether the run saves its model, and a checkpoint at the end of each epoch.
+        endings: errors that it raises to end a run for good.
+    """
+
+    logs = True
+    saves_model = True
+    endings: tuple[type[Exception], ...] = ()
 
     def console(self, is_main: bool, progress: bool) -> Console:
-        """What the run shows itself on."""
+        """Return the console that the run prints to."""
         return Console(is_main, progress)
 
     def stop_signals(self, *, saves: bool) -> StopSignals:
-        """What keeps the signals that ask to stop. Of a run that nothing is saved of, only Ctrl-C is kept."""
+        """Return what handles the signals that ask to stop; only Ctrl-C, where nothing of the run is saved."""
         sentence = "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
         return StopSignals(sentence, ASKING if saves else (signal.SIGINT,))
 
-    def milestones(self, plan: Plan) -> Iterable[int]:  # noqa: ARG002
-        """The numbers of rows trained on after which the validation loss is wanted, in ascending order."""
+    def milestones(self, plan: BasePlan) -> Iterable[int]:  # noqa: ARG002
+        """Return the numbers of trained rows after which to evaluate, in ascending order."""
         return ()
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
-        """Takes the validation loss at a milestone, on all processes alike. What it raises ends the run.
+        """Receive the validation loss at a milestone, on all processes alike. An error ends the run.
 
         Args:
             rows: trained on by now: those of the first update that reached the milestone.
@@ -40,53 +46,59 @@ class Callback:
 
 
 class Milestones:
-    """Evaluates where a watcher wants to know the validation loss, at the first update that gets there.
+    """Evaluates where a callback asks for the validation loss, at the first update that gets there.
 
-    Evaluating draws nothing and moves nothing, so that a run is the same with and without.
+    Evaluating draws no random numbers and changes no state, so that a run is the same with and without.
     """
 
     def __init__(
-        self, callback: Callback, plan: BasePlan, evaluate: Callable[[], float | None], work: Throughput
+        self, callback: Callback, plan: BasePlan, evaluate: Callable[[], float | None], throughput: Throughput
     ) -> None:
-        """Args:
-        work: is being timed meanwhile, and evaluating is none of it.
+        """Create milestones.
+
+        Args:
+            evaluate: returns the validation loss.
+            throughput: measures the time of training, which evaluating is no part of.
         """
-        self._callback, self._evaluate, self._work = callback, evaluate, work
-        self._plan = plan if isinstance(plan, Plan) else None  # of a stream, nobody knows where its epochs end
-        self._ahead = [] if self._plan is None else list(callback.milestones(self._plan))
+        self._callback, self._plan = callback, plan
+        self._evaluate, self._throughput = evaluate, throughput
+        self._ahead = list(callback.milestones(plan))
         self._windows = 0
-        self._told: list[tuple[int, int, float]] = []
+        self._reported: list[tuple[int, int, float]] = []
 
     def window_done(self) -> None:
-        """After each update. An epoch's end is evaluated anyway, and told by `epoch_done`."""
+        """Evaluate after an update that reached a milestone, unless it ends an epoch, which is evaluated anyway."""
         self._windows += 1
-        if self._plan is None:
+        if not self._ahead or self._ahead[0] > self._rows or self._plan.ends_epoch(self._windows):
             return
-        rows = self._plan.rows_after(self._windows)
-        if self._ahead and self._ahead[0] <= rows and not self._plan.ends_epoch(self._windows):
-            with self._work.timed(-1):
-                val_loss = self._evaluate()
-            self._tell(rows, val_loss)
+        with self._throughput.timed(-1):
+            val_loss = self._evaluate()
+        self._report_due(val_loss)
 
     def epoch_done(self, entry: EpochEntry) -> None:
-        if self._plan is not None:
-            self._tell(self._plan.rows_after(self._windows), entry.val_loss)
+        """Report the validation loss of an epoch, if a milestone is due."""
+        if self._ahead:
+            self._report_due(entry.val_loss)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"windows": self._windows, "told": self._told}
+        return {"windows": self._windows, "reported": self._reported}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Tells again what was told: whoever looks on now may not have heard it."""
+        """Report again what was reported: the callback of this process may not have heard it."""
         self._windows = state_dict["windows"]
-        for milestone, rows, val_loss in state_dict["told"]:
-            self._reached(milestone, rows, val_loss)
+        for milestone, rows, val_loss in state_dict["reported"]:
+            self._report(milestone, rows, val_loss)
 
-    def _tell(self, rows: int, val_loss: float | None) -> None:
-        due = [milestone for milestone in self._ahead if milestone <= rows]
+    @property
+    def _rows(self) -> int:
+        return self._plan.rows_after(self._windows)
+
+    def _report_due(self, val_loss: float | None) -> None:
+        due = [milestone for milestone in self._ahead if milestone <= self._rows]
         if due and val_loss is not None:
-            self._reached(due[-1], rows, val_loss)
+            self._report(due[-1], self._rows, val_loss)
 
-    def _reached(self, milestone: int, rows: int, val_loss: float) -> None:
+    def _report(self, milestone: int, rows: int, val_loss: float) -> None:
         self._ahead = [ahead for ahead in self._ahead if ahead > milestone]
-        self._told.append((milestone, rows, val_loss))
+        self._reported.append((milestone, rows, val_loss))
         self._callback.reached(milestone, rows, val_loss)

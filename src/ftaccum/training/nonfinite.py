@@ -1,17 +1,17 @@
 """Updates whose loss or gradient is not finite: which rows are to blame, what is told, and when a run ends for it."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.loader import Loader, MicroBatch
 from ..errors import DivergedError
 from ..objective.objective import Objective
+from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import inspection_mode
 
@@ -119,27 +119,33 @@ class _Looked:
         return self.throughout and 1 < self.n_tried == len(self.found)
 
 
-@dataclass
 class NonFiniteHandler:
-    """Follows a run's updates. All processes call it alike, and come to the same.
+    """Skipped updates whose loss or gradient is not finite: which rows cause them, and when they end the run.
 
-    Attributes:
-        model: not wrapped, so that a process may run it by itself.
-        loader: of the training rows.
-        tell: shows a sentence to the user.
-        raises: whether the first fault ends the run; an overflow does not.
-        patience: so many faults and overflows in a row do; None for any number.
+    All processes call it alike, and come to the same.
     """
 
-    model: nn.Module
-    objective: Objective
-    loader: Loader
-    process_group: ProcessGroup
-    device: torch.device
-    tell: Callable[[str], None]
-    raises: bool
-    patience: int | None
-    counts: NonFiniteCounts = field(default_factory=NonFiniteCounts)
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        loader: Loader,
+        process_group: ProcessGroup,
+        *,
+        raises: bool,
+        patience: int | None,
+    ) -> None:
+        """Create a handler.
+
+        Args:
+            model: not wrapped, so that each process may run it alone.
+            loader: loads the training rows.
+            raises: whether the first such update ends the run; an overflow in fp16 does not.
+            patience: so many such updates or overflows in a row end the run; None for any number.
+        """
+        self._model, self._objective, self._loader, self._process_group = model, objective, loader, process_group
+        self._raises, self._patience = raises, patience
+        self.counts = NonFiniteCounts()
 
     def window_done(self, fault: NonFiniteUpdate | None) -> None:
         """After each update.
@@ -155,7 +161,7 @@ class NonFiniteHandler:
         if ended_by is None and nth > _ALL_TOLD and nth & (nth - 1):
             return
         if fault.is_overflow and ended_by is None:
-            self.tell(
+            logger.warning(
                 f"Update {fault.update} is skipped: its gradient overflowed in fp16. The scale is {fault.scale:.10g} "
                 f"now.{_fewer(nth)}"
             )
@@ -163,15 +169,15 @@ class NonFiniteHandler:
         looked = self._look(fault)
         said = f"Update {fault.update} is skipped: {self._describe(fault, looked)}"
         if ended_by is not None:
-            rows = tuple(self.loader.name_of(row) for row in looked.found)
+            rows = tuple(self._loader.name_of(row) for row in looked.found)
             self.counts.ended = f"{said} {ended_by} {_remedy(fault, looked)}"
             raise DivergedError(self.counts.ended, fault.update, rows)
-        self.tell(said + _fewer(nth))
+        logger.warning(said + _fewer(nth))
 
     def _ended_by(self, fault: NonFiniteUpdate) -> str | None:
-        if self.raises and not fault.is_overflow:
+        if self._raises and not fault.is_overflow:
             return "The run ends here, since `on_nonfinite` is 'error'."
-        if self.patience is not None and self.counts.in_a_row >= self.patience:
+        if self._patience is not None and self.counts.in_a_row >= self._patience:
             return f"It is number {self.counts.in_a_row} in a row, at which the run ends (`nonfinite_patience`)."
         return None
 
@@ -181,7 +187,7 @@ class NonFiniteHandler:
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0
-        with inspection_mode(self.model):
+        with inspection_mode(self._model):
             for micro, place in places:
                 loss = self._loss_of(micro, place)
                 n_tried += loss is not None
@@ -191,14 +197,14 @@ class NonFiniteHandler:
                     break
         together = own[0].slice.rows if own else ()
         mine = _Looked(fault.loss, found, n_tried, together, throughout=len(fault.suspects) == fault.n_passes)
-        return _Looked.of_all(self.process_group.gather(mine))
+        return _Looked.of_all(self._process_group.gather(mine))
 
     def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
         """The loss of one of its rows by itself; None where it has none, or cannot be run so."""
         try:
-            row = self.loader.row_of(micro, place)
-            batch = send_to_device(row.batch, self.device)
-            means = self.objective.means(self.model, batch, row.counts, row.terms)[0]
+            row = self._loader.row_of(micro, place)
+            batch = send_to_device(row.batch, next(self._model.parameters()).device)
+            means = self._objective.means(self._model, batch, row.counts, row.terms)[0]
             return sum(mean.item() for mean in means.values()) if means else None
         except Exception:  # a head that takes no single row, or not this one: the run must not end for it
             return None
@@ -210,10 +216,10 @@ class NonFiniteHandler:
                 "came of the backward pass, and no row can be named."
             )
         if not looked.found:
-            rows = [self.loader.name_of(row) for row in looked.together]
+            rows = [self._loader.name_of(row) for row in looked.together]
             of_pass = f" One of its passes with such a loss had {_listed(rows)}." if rows else ""
             return f"its loss is {looked.loss}, although no row's is by itself.{of_pass}"
-        rows = [f"{self.loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
+        rows = [f"{self._loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
         every = " That is every row that was tried, as if weights were not finite." if looked.blames_the_model else ""
         return f"its loss is {looked.loss}. Rows whose own loss is not finite: {_listed(rows)}.{every}"
 

@@ -18,6 +18,18 @@ ParamGroups = list[dict[str, Any]]
 OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient.
+
+    Raises:
+        SettingsError: where every parameter is frozen.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise SettingsError(["`model` has no trainable parameter: all have requires_grad=False. Unfreeze some."])
+    return trainable
+
+
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> ParamGroups:
     """The trainable parameters in two groups: those with weight decay, and biases and norms, without.
 
@@ -27,9 +39,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
     Raises:
         SettingsError: where every parameter is frozen.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise SettingsError(["`model` has no trainable parameter: all have requires_grad=False. Unfreeze some."])
+    trainable = trainable_parameters(model)
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "lr": learning_rate, "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "lr": learning_rate, "weight_decay": 0.0},

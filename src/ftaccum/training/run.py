@@ -1,126 +1,162 @@
-"""A run in progress: epoch by epoch, from where it stands to its end."""
+"""One run of training, from its configuration to its result."""
 
 import math
-import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple
 
-from torch import nn
+import torch
+from accelerate import Accelerator
 
-from ..checkpoint.early_stopping import BestEpoch
-from ..checkpoint.manager import CheckpointManager
-from ..data.prefetch import WindowLoader
 from ..errors import DataError, DivergedError, MetricsError
-from ..planning.course import BasePlan
+from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
-from ..runtime.process_group import report_lost_process
-from ..tracking.console import Console
-from ..tracking.ledger import EpochEntry
-from ..tracking.metrics_logger import MetricsLogger
+from ..tracking.export import write_outputs
+from ..tracking.ledger import EpochEntry, Ledger
+from ..tracking.result import Result
+from ..tracking.step import StepResult
 from ..tracking.throughput import Throughput
-from .callbacks import Milestones
-from .evaluation import Evaluation, NoEvaluation
-from .loop import StepResult, TrainingLoop
-from .nonfinite import NonFiniteHandler, NonFiniteUpdate
-from .oom_recovery import OomRecovery
+from .build_plan import describe_cut
+from .build_run import TrainingParts
+from .callbacks import Callback
+from .config import RunConfig
+from .nonfinite import NonFiniteUpdate
+
+_NOT_TRAINING = (
+    "That was before the first update of this start, or after the last one. The same call with `resume='auto'` goes on "
+    "from the newest checkpoint in `output_dir`, if there is one."
+)
+_NOT_REPEATABLE = (
+    "Rows or collator draw from a generator of their own. A run that is interrupted sees other draws behind that; "
+    "those of `random`, `numpy.random` and `torch` it would see again."
+)
 
 
-class Clock:
-    """The time in training and evaluation, over all parts of a run that was interrupted."""
+def run_training(config: RunConfig, callback: Callback | None = None) -> Result:
+    """Train a model, or what is left of an interrupted run. For arguments and errors see `test_fine_tuning`.
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._started = time.perf_counter() - state_dict["seconds"]
+    Args:
+        callback: follows the run, and may end it.
+    """
+    with TrainingRun(config, callback or Callback()) as run:
+        return run.train()
 
 
-@dataclass
-class Training:
-    """What takes part in training, ready for the next window."""
+class TrainingRun(TrainingParts):
+    """A run that trains its model in place."""
 
-    model: nn.Module
-    plan: BasePlan
-    window_loader: WindowLoader
-    loop: TrainingLoop
-    oom_recovery: OomRecovery
-    nonfinite: NonFiniteHandler
-    metrics_logger: MetricsLogger
-    milestones: Milestones
-    evaluate: Evaluation | NoEvaluation
-    best: BestEpoch
-    checkpoint_manager: CheckpointManager
-    console: Console
-    work: Throughput
-    clock: Clock
+    _is_training = False
 
-    def look_before(self) -> float | None:
-        """The validation loss before the first update."""
-        val_loss, metrics = self.evaluate(self.model)
-        self.console.epoch(EpochEntry(-1, math.nan, val_loss, metrics), self.plan.n_epochs)
-        return val_loss
+    def train(self) -> Result:
+        """Train to the end of the run, or of what is left of it, and write its outputs."""
+        self._announce()
+        self._restore()
+        self._is_training = True
+        self._train_epochs()
+        self._is_training = False
+        if self.best.restore(self.model):
+            logger.info(f"Restored the weights of the epoch with validation loss {self.best.loss:.4f}.")
+        result = self._result()
+        self._inner.close()  # the model is saved in the mode and without the wrappers that it came with
+        saved = self.model if self.callback.saves_model else None
+        ledger, tokenizer = self.metrics_logger.ledger, self.config.components.tokenizer
+        result = write_outputs(result, ledger, saved, tokenizer, self.run_dir, self.process_group)
+        self.accelerator.wait_for_everyone()
+        self.console.result(result)
+        return result
 
-    def to_the_end(self) -> None:
-        """Trains and evaluates what is left of the run.
+    def describe_progress(self) -> str:
+        if not self._is_training:
+            return _NOT_TRAINING
+        return f"{self.metrics_logger.n_windows} updates were taken. {self.checkpoint_manager.describe()}"
 
-        Raises:
-            LostProcessError: where another process is gone.
-        """
-        with report_lost_process(self.loop.process_group.is_single, self._so_far):
-            for epoch in self.plan.epochs:
-                if epoch < self.metrics_logger.n_epochs:  # it had ended before the run was interrupted
-                    self._pass_over(epoch)
-                elif self.best.has_ended:
-                    return
-                else:
-                    with self.checkpoint_manager.saved_on(self._agreed, lambda: not self.loop.in_update):
-                        self._train(epoch)
-                        evaluated = self._evaluated()
-                    self._end(epoch, *evaluated)
+    def _announce(self) -> None:
+        """Print the banner, and log where the run resumes."""
+        _ = self.resume_point  # a checkpoint of another run is refused before the data are loaded
+        data, plan = self.data, self.plan
+        knows_lengths = data.train.knows_lengths
+        cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)
+        precision, device = self.accelerator.mixed_precision, self.accelerator.device.type
+        self.console.banner(plan, [*data.notes(), cut], self.n_warmup, precision, device)
+        if message := self.resume_point.describe(self.identity, plan.n_windows):
+            logger.info(message)
+
+    def _restore(self) -> None:
+        """Bring the run to where it continues, or evaluate before its first update."""
+        loop, ledger = self.loop, self.metrics_logger.ledger
+        self.resume_point.restore(self.state)  # only a run that can be resumed changes what is on the disk
+        if self.process_group.is_main:
+            self._open_files(ledger)
+        _ = loop, self.checkpoint_manager
+        if self.resume_point.path is None:
+            # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
+            ledger.initial_val_loss, metrics = self.evaluate(self.model)
+            self.console.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), self.plan.n_epochs)
+        self.resume_point.restore_generators(self.state, self.config.recipe.random_seed)
+
+    def _open_files(self, ledger: Ledger) -> None:
+        if self.run_dir is None or self.checkpoints is None:
+            return
+        ledger.keep_in(self.run_dir.ledger)
+        ledger.catch_up()
+        self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
+        if not self.data.train.repeats:
+            logger.warning(_NOT_REPEATABLE)
+
+    def _train_epochs(self) -> None:
+        for epoch in self.plan.epochs:
+            if epoch < self.metrics_logger.n_epochs:  # it had ended before the run was interrupted
+                for _ in self.plan.windows(epoch, self.metrics_logger.n_windows):
+                    pass  # a stream has to be read through
+            elif self.best.has_ended:
+                return
+            else:
+                self._train_epoch(epoch)
         if shortfall := self.plan.shortfall():
-            self.console.note(shortfall)
+            logger.warning(shortfall)
 
-    @property
-    def _agreed(self) -> tuple[type[Exception], ...]:
-        """Errors that all processes raise alike."""
-        on_all = (DataError, DivergedError, MetricsError, AgreedOutOfMemoryError)
-        return (Exception,) if self.loop.process_group.is_single else on_all
-
-    def _train(self, epoch: int) -> None:
-        local_windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
-        with self.work.timed():
-            self.loop.train(local_windows, self.oom_recovery.smaller, self._on_window)
-
-    def _on_window(self, outcome: StepResult, fault: NonFiniteUpdate | None) -> None:
-        self.metrics_logger.window(outcome)
-        self.oom_recovery.window_done()
-        self.milestones.window_done()
-        self.nonfinite.window_done(fault)
-        self.checkpoint_manager.after_update()
-
-    def _evaluated(self) -> tuple[float | None, dict[str, float]]:
-        self.loop.sync_buffers()
-        return self.evaluate(self.model)
-
-    def _end(self, epoch: int, val_loss: float | None, metrics: dict[str, float]) -> None:
+    def _train_epoch(self, epoch: int) -> None:
+        with self.checkpoint_manager.saved_on(self._agreed_errors, lambda: not self.loop.in_update):
+            windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
+            with self.metrics_logger.throughput.timed():
+                self.loop.train(windows, self.oom_recovery.split, self._on_step)
+            self.loop.sync_buffers()
+            val_loss, metrics = self.evaluate(self.model)
         entry = self.metrics_logger.epoch(val_loss, metrics)
         self.console.epoch(entry, self.plan.n_epochs)
         self.milestones.epoch_done(entry)
         if self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0):
-            self.console.note(self.best.describe())
+            logger.info(self.best.describe())
         self.checkpoint_manager.after_epoch()
 
-    def _pass_over(self, epoch: int) -> None:
-        """Goes through the windows of an epoch that has ended: a stream has to be read through."""
-        for _ in self.plan.windows(epoch, self.metrics_logger.n_windows):
-            pass
+    def _on_step(self, result: StepResult, non_finite: NonFiniteUpdate | None) -> None:
+        self.metrics_logger.window(result)
+        self.oom_recovery.window_done()
+        self.milestones.window_done()
+        self.nonfinite.window_done(non_finite)
+        self.checkpoint_manager.after_update()
 
-    def _so_far(self) -> str:
-        return f"{self.metrics_logger.n_windows} updates were taken. {self.checkpoint_manager.describe()}"
+    @property
+    def _agreed_errors(self) -> tuple[type[Exception], ...]:
+        """Errors that all processes raise alike."""
+        on_all = (DataError, DivergedError, MetricsError, AgreedOutOfMemoryError)
+        return (Exception,) if self.process_group.is_single else on_all
+
+    def _result(self) -> Result:
+        costs, scaler = self.planner.costs, self.accelerator.scaler
+        return Result.of(
+            self.metrics_logger.ledger,
+            self.batch_sizes,
+            work=_over_processes(self.metrics_logger.throughput, self.accelerator),
+            training_time=self.clock.seconds,
+            planner_costs=None if costs is None else list(astuple(costs)),
+            out_of_memory=self.oom_recovery.limits.failures,
+            amp_enabled=self.accelerator.mixed_precision != "no",
+            final_loss_scale=None if scaler is None else scaler.get_scale(),
+            output_dir=None if self.run_dir is None else str(self.run_dir.path),
+        )
+
+
+def _over_processes(throughput: Throughput, accelerator: Accelerator) -> Throughput:
+    counts = [throughput.rows, throughput.tokens, throughput.positions, throughput.passes]
+    summed = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum")
+    rows, tokens, positions, passes = summed.tolist()
+    return Throughput(rows, tokens, positions, passes, throughput.seconds)

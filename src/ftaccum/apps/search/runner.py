@@ -11,10 +11,10 @@ from optuna.trial import FixedTrial
 from tqdm import tqdm
 
 from ...errors import SettingsError
-from ...fine_tuning import fine_tuned
 from ...runtime.signals import StopSignals
 from ...runtime.team import LostError, Team
-from ...training.callbacks import Callback
+from ...training.config import RunConfig
+from ...training.run import run_training
 from .definition import Search
 from .launcher import run_workers
 from .opening import open_study
@@ -102,4 +102,4 @@ def _refit(search: Search, team: Team, study: Study) -> None:
     if team.is_main:
         tqdm.write(f"The best, trial {best.number}, once more:", file=sys.stdout)
     model = seeded_model(search.model_factory, arguments["random_seed"])
-    fine_tuned({**arguments, "model": model}, Callback())
+    run_training(RunConfig.from_arguments({**arguments, "model": model}))

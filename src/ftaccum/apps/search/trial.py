@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from ...errors import DataError, DivergedError, Preempted, SettingsError
-from ...fine_tuning import fine_tuned
 from ...planning.course import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
@@ -23,6 +22,8 @@ from ...tracking.console import Console
 from ...tracking.ledger import EpochEntry
 from ...tracking.result import Result
 from ...training.callbacks import Callback
+from ...training.config import RunConfig
+from ...training.run import run_training
 from .book import TrialRecord
 from .report_steps import milestones
 
@@ -69,7 +70,9 @@ def run_trial(
     try:
         model = seeded_model(model_factory, arguments["random_seed"])
         kept = weakref.ref(model)
-        return TrialResult("finished", result=fine_tuned({**arguments, "model": model}, callback))
+        return TrialResult(
+            "finished", result=run_training(RunConfig.from_arguments({**arguments, "model": model}), callback)
+        )
     except PrunedError as end:
         return TrialResult("pruned", str(end))
     except DivergedError as end:
@@ -127,6 +130,7 @@ def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
 class TrialCallback(Callback):
     """Reports a run's milestones to the book, and ends it where the book says so: on all processes at once."""
 
+    logs = False
     saves_model = False
     endings = (PrunedError, DivergedError, TakenError)
 
@@ -152,7 +156,8 @@ class TrialCallback(Callback):
     def console(self, is_main: bool, progress: bool) -> Console:
         return _TrialConsole(is_main, progress, title=self._title)
 
-    def milestones(self, plan: Plan) -> Iterable[int]:
+    def milestones(self, plan: BasePlan) -> Iterable[int]:
+        assert isinstance(plan, Plan), "a search refuses streams"
         # Where what is left of an epoch is carried, its end is none of an update's: all epochs are as one.
         epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
         self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)

@@ -14,7 +14,7 @@ from optuna.trial import BaseTrial, FixedTrial, TrialState
 
 from ...checkpoint.directory import CheckpointDirectory
 from ...errors import DataError, SettingsError
-from ...runtime.run_dir import is_locked
+from ...runtime.run_dir import RunDir
 from ...runtime.signals import StopSignals
 from ...runtime.team import LostError, Team
 from .book import StudyTrialRecord, TrialRecord
@@ -89,7 +89,7 @@ class TrialRunner:
         """Removes the checkpoints of a trial that has ended in the study as well. One that runs again goes on from
         them, and those of one that others have taken over are theirs."""
         if self._folder is not None:
-            CheckpointDirectory(self._folder).clear()
+            CheckpointDirectory(self._folder / "checkpoints").clear()
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if self._is_one_too_many(trial):
@@ -114,7 +114,11 @@ class TrialRunner:
         except Exception as error:  # a function of the user's
             return TrialResult("failed", f"{type(error).__name__}: {error}")
         first = trial.user_attrs.get(FIRST)
-        if first is not None and (folder := folder_of(self._search, trial.number, first)) and is_locked(folder):
+        if (
+            first is not None
+            and (folder := folder_of(self._search, trial.number, first))
+            and RunDir(folder.absolute()).is_locked()
+        ):
             first = None  # its worker was taken for dead, and is not: this one begins anew, in a folder of its own
         self._folder = folder_of(self._search, trial.number, first)
         self._team.told(("run", (trial.number, first, trial.params)))

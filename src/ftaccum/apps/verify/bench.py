@@ -5,20 +5,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...data.collator import can_be_taken_apart, take
+from ...accumulation.accumulator import GradientAccumulator
+from ...data.batches import can_be_taken_apart, take
 from ...data.loader import Loader, LocalRows, MicroBatch
 from ...errors import DataError
 from ...objective.item_counts import Batch, tensors_of
 from ...objective.normalizer import gathered
-from ...objective.objective import Objective
 from ...planning.micro_batches import MicroBatchRows, Rows
 from ...runtime.memory import WindowOutOfMemoryError
 from ...runtime.state_guards import preserve_buffers, preserve_rng
-from ...training.loop import TrainingLoop
+from ...training.base_run import Run
 from .gradients import WindowGradient, taken
 from .precision import cast
 from .splits import Split
@@ -29,18 +28,14 @@ class Bench:
     """A model, its rows, and all that is held constant while windows are cut in one way and another.
 
     Attributes:
-        model: not wrapped.
-        train: what loads in training.
-        padded: the same, rows side by side.
+        run: has the model, not wrapped, and the loader of training.
+        padded: the same loader with rows side by side.
         window: all rows of a full window.
         seed: of what a collator draws.
         dtype: that the model is in; None where it is as it came.
     """
 
-    accelerator: Accelerator
-    model: nn.Module
-    objective: Objective
-    train: Loader
+    run: Run
     padded: Loader
     window: Rows
     seed: tuple[int, ...]
@@ -64,16 +59,16 @@ class Bench:
         with self.from_the_start():
             loss = self.loss_of(micro)
             (loss * factor * self.scale).backward()
-        return WindowGradient(taken(self.model, factor * self.scale), loss.item())
+        return WindowGradient(taken(self.run.model, factor * self.scale), loss.item())
 
     def settle_scale(self) -> None:
         """Lowers the scale of fp16 gradients until they are finite, as training does in its first updates."""
-        scaler = self.accelerator.scaler
+        scaler = self.run.accelerator.scaler
         while scaler is not None and self.scale > 1 and not self.together(self.window).is_finite:
-            scaler.scale(torch.zeros((), device=self.accelerator.device))  # makes it one that can be changed
+            scaler.scale(torch.zeros((), device=self.run.accelerator.device))  # makes it one that can be changed
             scaler.update(self.scale / 2)
 
-    def accumulated(self, loop: TrainingLoop, split: Split) -> WindowGradient:
+    def accumulated(self, accumulator: GradientAccumulator, split: Split) -> WindowGradient:
         """The gradient that training leaves for the optimizer, on this process.
 
         Raises:
@@ -82,11 +77,11 @@ class Bench:
         share = self._share(split)
         with self.from_the_start():
             try:
-                losses = loop.accumulate(share).losses
+                losses = accumulator.accumulate(share).losses
             except WindowOutOfMemoryError as error:
                 said = f" The device said: {error.failed.said}" if error.failed else ""
                 raise torch.OutOfMemoryError(f"Memory ran out while '{split.name}' was accumulated.{said}") from error
-        return WindowGradient(taken(self.model, self.scale), gathered([losses], self.accelerator)[0].total())
+        return WindowGradient(taken(self.run.model, self.scale), gathered([losses], self.run.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:
         """Whether the model can be run on micro-batches as small as these: batch norm takes no row by itself, as a
@@ -102,8 +97,10 @@ class Bench:
 
     def loss_of(self, micro: MicroBatch) -> Tensor:
         """The model's loss of a batch, with its graph."""
-        batch = send_to_device(micro.batch, self.accelerator.device)
-        means = self.objective.means(self.model, batch, micro.counts, micro.terms or self.objective.terms)[0]
+        batch = send_to_device(micro.batch, self.run.accelerator.device)
+        means = self.run.data.objective.means(
+            self.run.model, batch, micro.counts, micro.terms or self.run.data.objective.terms
+        )[0]
         return torch.stack(list(means.values())).sum()
 
     def whole(self, rows: Rows, order: Rows | None = None) -> MicroBatch:
@@ -125,11 +122,11 @@ class Bench:
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
         """Around passes that shall find, and leave, generators and buffers as all others do."""
-        with preserve_rng(), preserve_buffers(self.model):
+        with preserve_rng(), preserve_buffers(self.run.model):
             yield
 
     def _share(self, split: Split) -> list[MicroBatch]:
-        share = self._loaded(self.train, split.rows, split.shares[self.accelerator.process_index])
+        share = self._loaded(self.run.data.train, split.rows, split.shares[self.run.accelerator.process_index])
         if not split.at_one_width:
             return share
         whole = self.whole(split.rows).batch
@@ -146,7 +143,7 @@ class Bench:
     @property
     def scale(self) -> float:
         """Of fp16 gradients, by which `taken` divides."""
-        scaler = self.accelerator.scaler
+        scaler = self.run.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
 
 

@@ -5,17 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 import transformers
 from accelerate.utils import gather_object
 
+from ...accumulation.accumulator import GradientAccumulator
 from ...planning.micro_batches import MicroBatchPlanner, Rows
-from ...runtime.gradients.fp32 import PlainGradients
 from ...runtime.model_context import unwrap_on_exit
-from ...runtime.process_group import ProcessGroup
-from ...training.loop import TrainingLoop
-from ...training.optimizer import make_optimizer, make_schedule
-from ...training.pass_costs import NoCalibration
 from .bench import Bench
 from .gradients import WindowGradient
 from .peers import divided_by_k, why_not_trainer, with_trainer
@@ -49,7 +44,6 @@ class Comparison:
     """
 
     bench: Bench
-    process_group: ProcessGroup
     planner: MicroBatchPlanner
     unit: int
     n_random: int
@@ -58,7 +52,9 @@ class Comparison:
     def windows(self) -> dict[Rows, list[Split]]:
         """What is tried: the ways to cut a window, by its rows."""
         bench, found = self.bench, dict[Rows, list[Split]]()
-        for split in splits_of(bench.window, bench.train.cut, self.planner, self.unit, self.n_random, bench.seed[0]):
+        for split in splits_of(
+            bench.window, bench.run.data.train.cut, self.planner, self.unit, self.n_random, bench.seed[0]
+        ):
             if not split.at_one_width or bench.is_wider(split):
                 found.setdefault(split.rows, []).append(split)
         return found
@@ -71,10 +67,10 @@ class Comparison:
         """
         bench, windows = self.bench, self.windows()
         measured, floor = list[SplitResult](), 0.0
-        with self._loops() as new_loop:
+        with self._accumulators() as new_accumulator:
             bench.settle_scale()
             for rows, splits in windows.items():
-                of_window, floor_of_window = self._of_window(rows, splits, new_loop)
+                of_window, floor_of_window = self._of_window(rows, splits, new_accumulator)
                 measured += of_window
                 floor = max(floor, floor_of_window)
                 on_window()
@@ -86,21 +82,15 @@ class Comparison:
         return Compared(judged, [*others, self._trainer(whole)], floor, tolerance)
 
     @contextmanager
-    def _loops(self) -> Iterator[Callable[[], TrainingLoop]]:
-        """Makes loops, on a model that is prepared as in training, for an optimizer that never steps."""
-        accelerator, model, objective = self.bench.accelerator, self.bench.model, self.bench.objective
-        optimizer = make_optimizer(model, torch.optim.SGD, learning_rate=1.0, weight_decay=0.0)
-        schedule = make_schedule("constant", optimizer, 0, 1)
-        with unwrap_on_exit(model):
-            gradients = PlainGradients(optimizer)
-            wrapped, prepared = gradients.prepare(accelerator, model)
-            yield lambda: TrainingLoop(
-                accelerator, wrapped, objective, prepared, schedule, gradients, lambda _: 1.0,
-                max_grad_norm=math.inf, process_group=self.process_group, calibration=NoCalibration(),
-            )  # fmt: skip
+    def _accumulators(self) -> Iterator[Callable[[], GradientAccumulator]]:
+        """Make accumulators, on a model that is wrapped as in training."""
+        run = self.bench.run
+        with unwrap_on_exit(run.model):
+            wrapped = run.wrap_model()
+            yield lambda: run.new_accumulator(wrapped)
 
     def _of_window(
-        self, rows: Rows, splits: Sequence[Split], new_loop: Callable[[], TrainingLoop]
+        self, rows: Rows, splits: Sequence[Split], new_accumulator: Callable[[], GradientAccumulator]
     ) -> tuple[list[SplitResult], float]:
         """The splits of one window, not judged yet, and what rounding alone does to it."""
         bench = self.bench
@@ -110,12 +100,14 @@ class Comparison:
             return [SplitResult(*split.facts, exact=False, note=_TOO_SMALL) for split in splits], 0.0
         wanted = bench.together(rows)
         again = bench.together(rows, order=rows[::-1], factor=1 / 3).error(wanted)
-        return [self._accumulated(split, wanted, new_loop) for split in splits], max(gather_object([again]))
+        return [self._accumulated(split, wanted, new_accumulator) for split in splits], max(gather_object([again]))
 
-    def _accumulated(self, split: Split, wanted: WindowGradient, new_loop: Callable[[], TrainingLoop]) -> SplitResult:
+    def _accumulated(
+        self, split: Split, wanted: WindowGradient, new_accumulator: Callable[[], GradientAccumulator]
+    ) -> SplitResult:
         if not self.bench.takes(split):
             return SplitResult(*split.facts, exact=False, note=_TOO_SMALL)
-        return SplitResult(*split.facts, *_errors(self.bench.accumulated(new_loop(), split), wanted))
+        return SplitResult(*split.facts, *_errors(self.bench.accumulated(new_accumulator(), split), wanted))
 
     def _divided_by_k(self, whole: WindowGradient, short: Rows) -> Iterator[SplitResult]:
         """Of the full window, and of one that is short, where there is one: k is still that of the full one there."""
@@ -135,16 +127,16 @@ class Comparison:
         if reason is not None:
             return SplitResult(*split.facts, note=reason)
         try:
-            with unwrap_on_exit(self.bench.model):
+            with unwrap_on_exit(self.bench.run.model):
                 found = with_trainer(self.bench, split)
         except Exception as error:  # whatever it says of a model that it was not made for
-            self.bench.model.zero_grad(set_to_none=True)
+            self.bench.run.model.zero_grad(set_to_none=True)
             return SplitResult(*split.facts, note=f"({said(error)})")
         return SplitResult(*split.facts, *_errors(found, whole))
 
     def _in_order(self, name: str, rows: Rows) -> Split:
         """Equal slices in the order of arrival."""
-        return Split(name, rows, self.bench.train.cut(rows, replace(self.planner, costs=None)))
+        return Split(name, rows, self.bench.run.data.train.cut(rows, replace(self.planner, costs=None)))
 
 
 def _judged(measured: SplitResult, tolerance: float) -> SplitResult:

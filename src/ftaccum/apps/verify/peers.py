@@ -25,16 +25,16 @@ def divided_by_k(bench: Bench, split: Split, k: int) -> WindowGradient:
             loss = bench.loss_of(micro) / k
             (loss * bench.scale).backward()
             losses.append(loss.item())
-    return WindowGradient(taken(bench.model, bench.scale), sum(losses))
+    return WindowGradient(taken(bench.run.model, bench.scale), sum(losses))
 
 
 def why_not_trainer(bench: Bench) -> str | None:
     """Why Transformers' Trainer is not compared with; None where it can be."""
-    if bench.accelerator.num_processes > 1:
+    if bench.run.accelerator.num_processes > 1:
         return "(shown on one process only)"
-    if not bench.objective.report.own_loss:
+    if not bench.run.data.objective.report.own_loss:
         return "(it takes the model's own loss, and this is another)"
-    if bench.accelerator.mixed_precision == "fp16" and bench.accelerator.device.type == "cpu":
+    if bench.run.accelerator.mixed_precision == "fp16" and bench.run.accelerator.device.type == "cpu":
         return "(it has no fp16 on a CPU)"
     return None
 
@@ -47,7 +47,7 @@ def with_trainer(bench: Bench, split: Split) -> WindowGradient:
     from transformers import Trainer, TrainingArguments  # takes a second to import
 
     batches: Any = [micro.batch for micro in bench.micro_batches(split)]
-    precision, device = bench.accelerator.mixed_precision, bench.accelerator.device
+    precision, device = bench.run.accelerator.mixed_precision, bench.run.accelerator.device
 
     class OfBatches(Trainer):
         def get_train_dataloader(self) -> DataLoader:
@@ -56,7 +56,7 @@ def with_trainer(bench: Bench, split: Split) -> WindowGradient:
     with (
         fresh_accelerate_state(),
         bench.from_the_start(),
-        _kept_in_its_mode(bench.model),
+        _kept_in_its_mode(bench.run.model),
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),  # it prints what it logs
     ):
@@ -74,9 +74,9 @@ def with_trainer(bench: Bench, split: Split) -> WindowGradient:
             save_strategy="no",
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # on several it would be another way to accumulate
-        optimizer = _Recording(bench.model)
+        optimizer = _Recording(bench.run.model)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        trainer = OfBatches(bench.model, arguments, train_dataset=[{}], optimizers=(optimizer, schedule))
+        trainer = OfBatches(bench.run.model, arguments, train_dataset=[{}], optimizers=(optimizer, schedule))
         loss = trainer.train().training_loss
         if optimizer.gradient is None:
             raise ValueError("it took no step")

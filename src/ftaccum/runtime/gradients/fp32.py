@@ -1,8 +1,8 @@
 """Gradients of 16-bit weights, summed up in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,50 +11,13 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..process_group import ProcessGroup
-
-
-class GradientStrategy(Protocol):
-    """Where the gradients of a window are summed up, over its passes and over processes.
-
-    Attributes:
-        reduced_apart: whether processes need each other in no pass of a window, but only in `reduce` after them.
-    """
-
-    reduced_apart: bool
-
-    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """The model and its optimizer, as the loop is to use them."""
-
-    @contextmanager
-    def summing(self) -> Iterator[None]:
-        """Around the windows of an epoch."""
-
-    def reduce(self, process_group: ProcessGroup) -> None:
-        """After the passes of a window: the mean of the processes' sums, on all of them."""
+from .plain import GradientStrategy, PlainGradients
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
-    """Float32 sums where they are wanted and any weight is narrower; else what autograd does, and DDP."""
+    """Return float32 sums where they are asked for and any weight is narrower; else autograd's own."""
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
-    return Fp32Gradients(optimizer) if in_float32 and narrow else PlainGradients(optimizer)
-
-
-class PlainGradients:
-    """Autograd's sums in `param.grad`, of the weights' own type; DDP reduces them in the last pass."""
-
-    reduced_apart = False
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
-        return accelerator.prepare(model, self._optimizer)
-
-    @contextmanager
-    def summing(self) -> Iterator[None]:
-        yield
-
-    def reduce(self, process_group: ProcessGroup) -> None: ...
+    return Fp32Gradients(optimizer) if in_float32 and narrow else PlainGradients(_parameters(optimizer))
 
 
 class Fp32Gradients:
@@ -66,23 +29,28 @@ class Fp32Gradients:
     last pass, is left out, and with it its buckets of 2 bytes a weight.
     """
 
-    reduced_apart = True
+    reduces_after_passes = True
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = _Rounding(optimizer)
+        self.parameters: Sequence[nn.Parameter] = list(self._optimizer.sums.values())
 
-    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Without DDP, which would also have made the weights of all processes those of the first."""
+    def prepare_model(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
+        """Return the model without DDP, which would also have made the weights of all processes those of the first."""
         if accelerator.num_processes > 1:
             for p in model.parameters():
                 values = p.data.contiguous()
                 distributed.broadcast(values, src=0)
                 p.data.copy_(values)
         # "Evaluation" is Accelerate's word for a model without DDP.
-        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(self._optimizer)
+        return accelerator.prepare_model(model, evaluation_mode=True)
+
+    def prepare_optimizer(self, accelerator: Accelerator, optimizer: Optimizer) -> AcceleratedOptimizer:
+        assert optimizer is self._optimizer.rounded, "the sums are those of its weights"
+        return accelerator.prepare_optimizer(self._optimizer)
 
     @contextmanager
-    def summing(self) -> Iterator[None]:
+    def accumulating(self) -> Iterator[None]:
         hooks = [p.register_post_accumulate_grad_hook(self._add) for p in self._optimizer.sums]
         try:
             yield
@@ -124,11 +92,12 @@ class _Rounding(Optimizer):
     those rounded to the type of its weights.
 
     Attributes:
+        rounded: the optimizer behind it.
         sums: for each weight that stand-in, of its shape and without its memory, whose `grad` is the sum.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self.rounded = optimizer
         self.sums: dict[Tensor, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
@@ -136,20 +105,24 @@ class _Rounding(Optimizer):
         for p, total in self.sums.items():
             p.grad = None if total.grad is None else _rounded(total.grad, p)
             total.grad = None  # one after another, so that both are never in memory whole
-        self._optimizer.step(closure)
+        self.rounded.step(closure)
         for p in self.sums:
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Of the optimizer behind: stand-ins have no state. Accelerate moves it to the device by this and the next."""
-        return self._optimizer.state_dict()
+        return self.rounded.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state_dict)
+        self.rounded.load_state_dict(state_dict)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return [p for p in _parameters(optimizer) if p.requires_grad]
 
 
 def _wide(p: Tensor) -> torch.dtype:

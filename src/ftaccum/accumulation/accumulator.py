@@ -1,0 +1,165 @@
+"""The gradient of one window, accumulated over its micro-batches.
+
+With N the loss items of the window on all processes, the gradient is ∇ Σ ℓ(item) / N, whatever the split. Count first:
+N is summed over all processes before the first forward pass. Then scale: a micro-batch of n items adds the gradient of
+its mean loss times n / N. Each process makes equally many passes, and gradients are synced once, in the last one.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..data.loader import MicroBatch
+from ..objective.normalizer import LossNormalizer, WeightedMeans
+from ..objective.objective import Objective
+from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.gradients.sparse import SparseEmbeddingGradients
+from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
+from ..runtime.process_group import ProcessGroup
+from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, training_mode
+from .buffers import MovingBuffers
+from .window import AccumulatedWindow, WindowStart
+
+
+class GradientAccumulator:
+    """Accumulates the gradients of windows in `grad` of the strategy's parameters.
+
+    It neither clips nor steps: training, verification and any other loop do with the gradient what they like.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        objective: Objective,
+        strategy: GradientStrategy,
+        process_group: ProcessGroup,
+    ) -> None:
+        """Create an accumulator.
+
+        Args:
+            model: as `strategy.prepare_model` returned it.
+            strategy: where a window's gradients are summed.
+        """
+        self._accelerator, self._model, self._objective = accelerator, model, objective
+        self._strategy, self._process_group = strategy, process_group
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._embeddings = SparseEmbeddingGradients(model)
+        self._buffers = MovingBuffers(model, process_group)
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> AccumulatedWindow:
+        """Add the gradient of the mean over all loss items of a window, on all processes, to `grad`.
+
+        Where that fails, gradients are dropped, and random state and buffers are as they were before the call.
+
+        Args:
+            micro_batches: this process's part of the window. All processes have equally many; a dummy stands in where
+                there are no rows.
+
+        Raises:
+            WindowOutOfMemoryError: on all processes, where memory ran out on one of them before the gradients were
+                synced.
+            torch.OutOfMemoryError: where memory ran out in a pass that other processes wait in.
+        """
+        self._buffers.sync()
+        start = WindowStart(Generators.now(), self._buffers.snapshot())
+        try:
+            window = self._accumulate(micro_batches, start)
+        except Exception:  # the run is as it was after the update before
+            self.zero_gradients()
+            start.restore()
+            raise
+        self._buffers.observe(start.buffers, has_rows=not all(micro.is_dummy for micro in micro_batches))
+        return window
+
+    def sync_buffers(self) -> None:
+        """Copy the main process's buffers to all processes."""
+        self._buffers.sync()
+
+    def zero_gradients(self) -> None:
+        """Drop all gradients, also of trainable parameters that no optimizer holds."""
+        self._embeddings.drop()
+        for p in (*self._strategy.parameters, *self._trained):
+            p.grad = None
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> AccumulatedWindow:
+        terms = self._objective.terms
+        normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator)
+        window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer.items_T)
+        # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of it.
+        self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0
+        n_local = self._n_local_passes(micro_batches)
+        with self._embeddings.sparse():
+            failed = self._run_local(micro_batches[:n_local], normalizer, window)
+        if n_local and self._process_group.any(failed is not None):
+            raise WindowOutOfMemoryError(failed)
+        self._embeddings.hand_over()
+        for micro in micro_batches[n_local:]:
+            self._run_synced(micro, normalizer, window)
+        self._strategy.reduce(self._process_group)
+        return window
+
+    def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Return how many passes, from the first on, a process can leave without the others noticing: in the rest it
+        gathers weights or syncs gradients."""
+        if self._process_group.is_single or self._strategy.reduces_after_passes:
+            return len(micro_batches)
+        return 0 if isinstance(self._model, FSDPModule) else len(micro_batches) - 1
+
+    def _run_local(
+        self, micro_batches: Sequence[MicroBatch], normalizer: LossNormalizer, window: AccumulatedWindow
+    ) -> FailedPass | None:
+        """Run passes up to the first one that memory runs out in, and return that one."""
+        for index, micro in enumerate(micro_batches):
+            try:
+                self._run(micro, normalizer, window)
+                self._embeddings.collect()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                return FailedPass(index, str(error))
+        return None
+
+    def _run_synced(self, micro: MicroBatch, normalizer: LossNormalizer, window: AccumulatedWindow) -> None:
+        try:
+            self._run(micro, normalizer, window)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise torch.OutOfMemoryError(
+                "Memory ran out in a pass in which gradients are synced, or weights gathered: the other processes are "
+                "in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size of an update "
+                f"stays what it is), or use `gradient_checkpointing`. The device said: {error}"
+            ) from error
+
+    def _run(self, micro: MicroBatch, normalizer: LossNormalizer, window: AccumulatedWindow) -> None:
+        """Run one forward and backward pass.
+
+        A dummy's pass is left out unless other processes wait in it: weights that no row of the window uses would get
+        a gradient of zeros, and optimizers move weights that have a gradient.
+        """
+        accelerator = self._accelerator
+        with accelerator.accumulate(self._model), self._leaving_no_trace(micro):
+            if micro.is_dummy and not (accelerator.sync_gradients or isinstance(self._model, FSDPModule)):
+                return
+            batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
+            # Without a name for the outputs, which would keep the logits through the backward pass.
+            means = self._objective.means(self._model, batch, micro.counts, micro.terms)[0]
+            contribution = normalizer.contribution(means, micro.counts)
+            accelerator.backward(normalizer.for_backward(contribution))
+        window.add(micro, means, contribution)
+
+    def _leaving_no_trace(self, micro: MicroBatch) -> ExitStack:
+        """Preserve random state and buffers around a dummy's pass."""
+        stack = ExitStack()
+        if micro.is_dummy:
+            stack.enter_context(preserve_rng())
+            stack.enter_context(preserve_buffers(self._model))
+            if self._objective.report.in_training.complaint is not None:  # of a single row, as a dummy has
+                stack.enter_context(training_mode(self._model, training=False))
+        return stack

@@ -1,0 +1,53 @@
+"""What accumulating a window yields besides the gradient."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..data.loader import MicroBatch
+from ..objective.normalizer import Means, WeightedMeans
+from ..runtime.state_guards import Buffers, Generators
+
+
+@dataclass(frozen=True)
+class WindowStart:
+    """The random state and the buffers that a window started from."""
+
+    generators: Generators
+    buffers: Buffers
+
+    def restore(self) -> None:
+        """Put both back."""
+        self.generators.restore()
+        self.buffers.restore()
+
+
+@dataclass(frozen=True)
+class AccumulatedWindow:
+    """The losses of this process's passes over a window; tensors stay on the device.
+
+    Attributes:
+        start: what to restore where the window's update is skipped.
+        losses: mean losses over this process's micro-batches.
+        items: the window's loss items by term, on all processes.
+        contributions: each micro-batch that was passed, with its part of the window's loss (a scalar).
+    """
+
+    start: WindowStart
+    losses: WeightedMeans
+    items: Tensor
+    contributions: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+
+    def add(self, micro: MicroBatch, means: Means, contribution: Tensor) -> None:
+        """Record one forward and backward pass."""
+        self.losses.add(means, micro.counts)
+        self.contributions.append((micro, contribution.detach()))
+
+    def read_with(self, norm: Tensor) -> tuple[float, float, list[float]]:
+        """Return the gradient's norm, the number of loss items and each pass's part of the loss, in one wait for the
+        device."""
+        losses = torch.stack([contribution for _, contribution in self.contributions])
+        on_device = [norm.reshape(1), self.items.sum().reshape(1).to(norm.device), losses.to(norm.device)]
+        grad_norm, n_items, *contributions = torch.cat(on_device).tolist()
+        return grad_norm, n_items, contributions

@@ -1,0 +1,195 @@
+"""The run of a verification: built like a run of training, and measured instead of trained."""
+
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ... import __version__
+from ...data.convert import as_rows
+from ...data.loader import Loader
+from ...errors import DataError
+from ...objective.deterministic_forward import DeterministicMode
+from ...planning.batch_size import BatchSizes, batch_sizes_of
+from ...planning.plan import Plan
+from ...runtime.gradients.plain import GradientStrategy, PlainGradients
+from ...runtime.memory import give_back_memory
+from ...runtime.state_guards import cast_tensors, preserve_gradients
+from ...training.base_run import Run
+from ...training.build_data import build_data
+from ...training.config import RunConfig
+from ...training.optimizer import trainable_parameters
+from .bench import Bench
+from .compare import Compared, Comparison
+from .precision import candidates, dtype_of, has_room, measured_in, said, tolerance_for
+from .report import Verification
+from .settings import VerifySettings
+
+_FLOAT64 = 1e-12  # what rounding in float64 stays below
+_ROWS = 1024  # to settle on how the loss is counted; of more, only those of the window are read and tokenised
+
+
+class VerificationRun(Run):
+    """A run that accumulates one window in many ways. The model is left as it was, gradients included."""
+
+    def __init__(self, config: RunConfig, settings: VerifySettings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    def verify(self) -> Verification:
+        """Measure, and return the table and its verdict, on all processes the same."""
+        started = time.perf_counter()
+        if self.config.components.train_data is not None:
+            self._take_rows()
+        window = next(Plan(len(self.data.train_rows), 1, self.batch_sizes, self._seed).windows(0)).rows
+        bench = Bench(self, self._padded_loader, window, (self._seed, 0), None)
+        dtype, notes = self._choose_dtype(bench)
+        bench = replace(bench, dtype=dtype)
+        precision = dtype or dtype_of(self.model), self.accelerator.mixed_precision
+        with measured_in(self.model, self.config.components.loss_fn, dtype):
+            mode = DeterministicMode.of(self.model, lambda: [bench.loss_of(bench.whole(window)).item()])
+            with mode.passes():
+                compared = self._compare(bench, precision)
+        return self._verification(
+            compared, precision, [*self._notes(len(window)), *notes, *_doubts(compared, precision[0])], started
+        )
+
+    @cached_property
+    def gradients(self) -> GradientStrategy:
+        return PlainGradients(trainable_parameters(self.model))
+
+    @cached_property
+    def batch_sizes(self) -> BatchSizes:
+        """The sizes of the largest update that training goes through."""
+        return max((sizes for _, sizes in self.all_batch_sizes.stages()), key=lambda sizes: sizes.effective_batch_size)
+
+    @cached_property
+    def all_batch_sizes(self) -> BatchSizes:
+        return self.new_batch_sizes()
+
+    @property
+    def _seed(self) -> int:
+        return self.config.recipe.random_seed
+
+    @cached_property
+    def _padded_loader(self) -> Loader:
+        """The loader of training, with rows side by side."""
+        if not self.config.runtime.padding_free:
+            return self.data.train
+        runtime = replace(self.config.runtime, padding_free=False)
+        return build_data(replace(self.config, runtime=runtime), self.accelerator, None).train
+
+    def _place_model(self, stack: ExitStack) -> None:
+        stack.enter_context(preserve_gradients(self.model))
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        stack.enter_context(cast_tensors(tensors, device=self.accelerator.device))
+
+    def _take_rows(self) -> None:
+        """Keep as many rows as are needed, drawn by the seed: they may still have to be tokenised."""
+        components, recipe, size = self.config.components, self.config.recipe, self.config.runtime.batch_size
+        rows = as_rows(components.train_data, "data")
+        assert isinstance(size, int), "checked with the arguments"
+        if not recipe.tokens_per_update:  # else the rows of an update depend on the length of all
+            needed = max(_ROWS, batch_sizes_of(recipe, size, self.process_group.size).effective_batch_size)
+            order = np.random.RandomState(self._seed).permutation(len(rows))
+            rows = rows.subset(np.sort(order[:needed]).tolist())
+        self.config = replace(self.config, components=replace(components, train_data=rows))
+
+    def _choose_dtype(self, bench: Bench) -> tuple[torch.dtype | None, list[str]]:
+        """Return the first type that all processes can measure in, and notes on those before it."""
+        notes: list[str] = []
+        *tries, last = candidates(self.model, self._settings.dtype, self.accelerator.mixed_precision)
+        for dtype in tries:
+            reason = self._why_not(bench, dtype)
+            if not self.process_group.any(reason is not None):
+                return dtype, notes
+            name = str(dtype).removeprefix("torch.")
+            notes.append(f"Not measured in {name}: {reason or 'another process cannot'}.")
+        return last, notes
+
+    def _why_not(self, bench: Bench, dtype: torch.dtype | None) -> str | None:
+        """Return why gradients cannot be had in this type; None where they can."""
+        if not has_room(self.model, dtype):
+            return "the gradients would not fit in memory"
+        try:
+            with measured_in(self.model, self.config.components.loss_fn, dtype), bench.from_the_start():
+                replace(bench, dtype=dtype).together(bench.window)
+        except DataError:
+            raise
+        except Exception as error:
+            self.model.zero_grad(set_to_none=True)
+            give_back_memory()
+            return f"{type(self.model).__name__} cannot be run in it ({said(error)})"
+        return None
+
+    def _compare(self, bench: Bench, precision: tuple[torch.dtype, str]) -> Compared:
+        tolerance = self._settings.tolerance
+        comparison = Comparison(
+            bench,
+            self.planner,
+            unit=self.batch_sizes.batch_size * self.process_group.size,
+            n_random=self._settings.n_splits,
+            tolerance=lambda floor: tolerance or tolerance_for(floor, *precision),
+        )
+        shown = self.process_group.is_main and self.config.runtime.progress
+        with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
+            return comparison.results(bar.update)
+
+    def _notes(self, n_rows: int) -> list[str]:
+        """Return what to know of the rows and of how they are cut."""
+        objective, wanted = self.data.objective, self.batch_sizes.effective_batch_size
+        max_tokens, k = self.config.runtime.max_tokens, self.batch_sizes.gradient_accumulation_steps
+        padding = "Padding matters to this head: the rows of a window are padded to one width, in training as here."
+        notes = {
+            "Data: SYNTHETIC random tokens, because there are none.": self.data.synthetic,
+            f"An update wants {wanted} rows, and there are {n_rows}: these are the window.": n_rows < wanted,
+            f"Micro-batches as trained: at most {max_tokens} tokens.": max_tokens is not None,
+            objective.report.padding() or padding: objective.padding_sensitive,
+            f"Of the ks that training goes through, this is the largest: {k}.": bool(self.all_batch_sizes.later),
+        }
+        return [note for note, holds in notes.items() if holds]
+
+    def _verification(
+        self, compared: Compared, precision: tuple[torch.dtype, str], notes: list[str], started: float
+    ) -> Verification:
+        report, sizes = self.data.objective.report, self.batch_sizes
+        return Verification(
+            model=type(self.model).__name__,
+            n_parameters=sum(p.numel() for p in self.model.parameters()),
+            **vars(compared),
+            dtype=str(precision[0]).removeprefix("torch."),
+            autocast=precision[1],
+            device=self.accelerator.device.type,
+            counted_by=report.counted_by,
+            reasons=report.inexact(),
+            notes=notes,
+            batch_size=sizes.batch_size,
+            gradient_accumulation_steps=sizes.gradient_accumulation_steps,
+            num_processes=sizes.num_processes,
+            effective_batch_size=sizes.effective_batch_size,
+            random_seed=self._seed,
+            versions={"ftaccum": __version__}
+            | {name: version(name) for name in ("torch", "transformers", "accelerate")},
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+
+def _doubts(compared: Compared, dtype: torch.dtype) -> list[str]:
+    """Return what limits what the figures can tell."""
+    doubts = []
+    if dtype == torch.float64 and compared.floor > _FLOAT64:
+        doubts.append(
+            "A part of the model computes in float32, whatever its weights are in: its rounding is what shows."
+        )
+    if compared.floor > compared.tolerance:
+        doubts.append(
+            f"One batch against itself, its rows in another order, differs by {compared.floor:.1e}, which is more than "
+            "counts as rounding: the table cannot tell. Does the model draw by itself (a generator of its own, "
+            "checkpointing of its own around dropout)?"
+        )
+    return doubts

@@ -1,0 +1,73 @@
+"""What users bring as data → rows."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from datasets import IterableDataset as StreamingDataset
+
+from ..errors import DataError
+from .dataset import Rows
+from .row import _FORMS
+
+_OF_ITERATORS = (
+    "Give a list of its rows. To train on them as a stream, give "
+    "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`; `make_rows` is the function "
+    "that yields the rows, from the first one on whenever it is called."
+)
+
+
+_SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
+
+
+def as_rows(data: Any, argument: str) -> Rows:
+    """Takes data in any of the forms of `test_fine_tuning`; rows stay what they are.
+
+    Raises:
+        DataError: where the form is none of them, or there are no rows, with the remedy.
+    """
+    if isinstance(data, Rows):
+        return data
+    if isinstance(data, Mapping):
+        splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
+        kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
+        raise DataError(f"`{argument}` must be {_FORMS}, but is {kind} instead.{splits}")
+    if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is a stream instead. "
+            "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."
+        )
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
+            "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
+        )
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead, which can be gone through only "
+            f"once. {_OF_ITERATORS}"
+        )
+    if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(
+            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead. "
+            "Load files with `datasets.load_dataset` first."
+        )
+    if not len(data):
+        raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
+    rows = Rows(argument, data)
+    rows.fetch([0])
+    return rows
+
+
+def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
+    """Seeded random token ids of ragged lengths, for a run without data.
+
+    Args:
+        longest: the most tokens that the model takes in a row, where that is known.
+    """
+    draw = np.random.RandomState(seed)
+    shortest, most = (min(length, longest or length) for length in _SYNTHETIC_LENGTHS)
+    lengths = draw.randint(shortest, most + 1, size=_SYNTHETIC_ROWS)
+    return Rows("train_data", [torch.from_numpy(draw.randint(0, vocab_size, size=n)) for n in lengths])

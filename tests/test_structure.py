@@ -1,0 +1,78 @@
+"""The structure of the source: sizes, and where the insides of other packages are touched."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from structure import Module, body_lines, modules
+
+MODULES = modules()
+# Private names of Accelerate, torch, Transformers and Optuna that are used outside `runtime/`, and why.
+ALLOWED = {
+    ("apps.search.launcher", "_exit"): "ends a worker at once, whatever its threads do",
+    ("data.workers", "_exit"): "ends a worker at once, whatever its threads do",
+    ("errors", "_getframe"): "finds the line that called ftaccum",
+    ("objective.deterministic_forward", "_DropoutNd"): "the one base class of all dropout modules",
+    ("accumulation.buffers", "_buffers"): "buffers may be replaced in a forward pass; torch has no public setter",
+    ("checkpoint.early_stopping", "_non_persistent_buffers_set"): "torch has no public name for these buffers",
+    ("data.iterable", "_distributed"): "`datasets` has no public name for a stream that is split by node",
+    ("data.workers", "_worker_info"): "what torch's `get_worker_info` returns to data sets in a worker",
+    ("apps.verify.peers", "_n_gpu"): "Trainer would use several GPUs at once",
+    ("apps.parser", "_actions"): "argparse has no public list of a parser's options",
+}
+
+
+def foreign_private_names(module: Module) -> set[str]:
+    """Names with one underscore that a module asks of other objects than its own classes."""
+    asked, own = set(), set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and re.match(r"_(?!_)", node.attr):
+            is_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            (own if is_self else asked).add(node.attr)
+    return asked - own
+
+
+def test_no_module_is_long() -> None:
+    assert {module.name: module.n_lines for module in MODULES if module.n_lines > 300} == {}
+
+
+def test_no_function_is_long() -> None:
+    lengths = {name: body_lines(node) for module in MODULES for name, node in module.functions()}
+    lengths.pop("fine_tuning.test_fine_tuning")  # passes each argument of its signature on
+    assert {name: n for name, n in lengths.items() if n > 50} == {}
+
+
+def test_no_constructor_takes_many_arguments() -> None:
+    counts = {name: n for module in MODULES for name, n in module.constructors()}
+    assert {name: n for name, n in counts.items() if n > 8} == {}
+
+
+def test_few_modules_lie_at_the_top() -> None:
+    assert sum("." not in module.name for module in MODULES) <= 8
+
+
+def test_packages_export_nothing_but_the_top_one() -> None:
+    packages = [module for module in MODULES if module.name.endswith(".__init__")]
+    assert [module.name for module in packages if module.text.strip()] == []
+
+
+def test_private_names_of_other_packages_are_used_in_runtime_alone() -> None:
+    found = {
+        (module.name, name)
+        for module in MODULES
+        if not module.name.startswith("runtime.")
+        for name in foreign_private_names(module)
+    }
+    assert found == set(ALLOWED)
+
+
+def test_private_names_of_others_are_told_from_a_modules_own() -> None:
+    text = "class A:\n    def __init__(self):\n        self._x = 1\ndef f(a, model):\n    return a._x, model._buffers\n"
+    assert foreign_private_names(Module("m", text, ast.parse(text))) == {"_buffers"}
