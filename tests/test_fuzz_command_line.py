@@ -1,6 +1,7 @@
 """Any file of settings, and any words behind the command: taken as they are meant, or one sentence."""
 
 import contextlib
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 
-from ftaccum import SettingsError
+from ftaccum import SettingsError, plan
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import parse
-from ftaccum.apps.plan import PlanArguments
 from ftaccum.settings import Recipe, Runtime, parse_settings
 from fuzzing import fuzz
 
@@ -46,7 +46,7 @@ _YAML_VALUES = st.sampled_from(
     ]
 )
 _YAML_KEYS = st.sampled_from(
-    [*PlanArguments.__dataclass_fields__, "n_trials", "batch-size", "3", "~", "? [a]", "<<", "x"]
+    [*inspect.signature(plan).parameters, "n_trials", "batch-size", "3", "~", "? [a]", "<<", "x"]
 )
 _YAML = st.lists(st.tuples(_YAML_KEYS, _YAML_VALUES), max_size=4).map(
     lambda lines: "\n".join(f"{key}: {value}" for key, value in lines).encode()
@@ -64,7 +64,7 @@ def test_any_file_is_read_or_said_to_be_wrong(config: Callable[[bytes], list[str
 
 _WORDS = st.lists(
     st.sampled_from(
-        [f"--{name}" for name in PlanArguments.__dataclass_fields__] + ["--planner", "--config", "--", "-n"]
+        [f"--{name}" for name in inspect.signature(plan).parameters] + ["--planner", "--config", "--", "-n"]
     )
     | st.sampled_from(["3", "x", "1e-5", "none", "-1", "nan", "9" * 5000, "0:2,3:4", "=", "carry", ""])
     | st.text(max_size=5).filter(lambda word: not word.startswith("-")),

@@ -16,7 +16,6 @@ from hypothesis import example, given
 from torch import nn
 
 from ftaccum import SettingsError, plan, verify
-from ftaccum.apps.plan import PlanArguments
 from ftaccum.apps.search.settings import SearchSettings
 from ftaccum.apps.verify.settings import VerifySettings
 from ftaccum.fields import find_faults, read_settings
@@ -118,7 +117,7 @@ def test_any_settings_together_are_taken_or_refused_by_name(given: dict[str, Any
 
 
 @fuzz(examples=200)
-@given(given=st.dictionaries(st.sampled_from(list(PlanArguments.__dataclass_fields__)), ANYTHING, max_size=3))
+@given(given=st.dictionaries(st.sampled_from(list(inspect.signature(plan).parameters)), ANYTHING, max_size=3))
 @example({"n_epochs": 2**62})
 @example({"n_rows": 2**62, "n_epochs": 2**62, "effective_batch_size": 2**62})
 @example({"n_epochs": 2**62, "max_updates": 5, "remainder": "carry"})
