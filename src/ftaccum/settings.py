@@ -141,10 +141,10 @@ class Runtime:
     )
     max_tokens: PositiveInt | None = _cut(
         None,
-        "positions of a micro-batch, padding included; cuts micro-batches by these instead of by rows",
+        "most positions of a micro-batch, padding included; sizes micro-batches by these instead of by rows",
         unsearchable=_FIXED_BATCH,
     )
-    planner: Flag = _cut(True, "cut each window where it costs least; without, into equal slices in order of arrival")
+    planner: Flag = _cut(True, "cut each window where it costs least; without, equal slices in order of arrival")
     planner_costs: Costs | None = _cut(
         None, "cost of a forward and backward pass: fixed, per padded token, per row of squared width; None measures it"
     )
