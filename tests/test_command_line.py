@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_names_that_may_differ_are_read_from_words_and_from_a_file(tmp_path: Path) -> None:
+def test_allow_changed_is_read_from_words_and_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for words, text in (
         (["--allow_changed", "learning_rate,n_epochs"], ""),
@@ -68,7 +68,7 @@ def test_plan_of_windows_that_differ(capsys: pytest.CaptureFixture[str]) -> None
     assert "or pairs (from_update, k)" in capsys.readouterr().err
 
 
-def test_steps_are_read_alike_from_flags_and_from_a_file(tmp_path: Path) -> None:
+def test_steps_are_the_same_from_flags_and_from_a_file(tmp_path: Path) -> None:
     yaml = tmp_path / "settings.yaml"
     others = "remainder: carry\nmax_updates: 200\n"
     yaml.write_text(f"gradient_accumulation_steps: [[0, 2], [100, 8]]\n{others}")
@@ -84,7 +84,7 @@ def test_steps_are_read_alike_from_flags_and_from_a_file(tmp_path: Path) -> None
     assert parse([Recipe], ["--gradient_accumulation_steps", "4"])[0].gradient_accumulation_steps == 4
 
 
-def test_a_file_may_say_a_flag_by_its_other_name(tmp_path: Path) -> None:
+def test_a_file_may_use_the_other_name_of_a_flag(tmp_path: Path) -> None:
     yaml = tmp_path / "settings.yaml"
     yaml.write_text("data: x.csv\n")
     assert parse([NamedArguments], ["--config", str(yaml)])[0].train_data == "x.csv"
@@ -203,7 +203,7 @@ def test_the_recipe_gives_the_same_model_on_one_process_and_on_two(tiny: Path, t
 
 
 @pytest.mark.slow
-def test_a_launch_that_silently_starts_one_process_of_two_is_told(tiny: Path, tmp_path: Path) -> None:
+def test_a_launch_that_silently_starts_one_process_of_two_is_refused(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command += [str(RECIPES / "text_classification.py"), "--model", str(tiny / "model")]
     command += ["--train_data", str(tiny / "rows.csv")]
@@ -214,7 +214,7 @@ def test_a_launch_that_silently_starts_one_process_of_two_is_told(tiny: Path, tm
 
 
 @pytest.mark.slow
-def test_words_of_a_launch_elsewhere_are_not_taken_for_one() -> None:
+def test_the_words_of_another_launch_are_ignored() -> None:
     code = "from ftaccum.runtime.accelerator import _processes_asked_for as n; assert n() == 1"
     words = f": accelerate launch --num_processes 2 train.py; {sys.executable} -c '{code}'; true"
     assert subprocess.run(["bash", "-c", words]).returncode == 0
@@ -272,7 +272,7 @@ def test_the_search_recipe(
     assert (tmp_path / "best" / "model" / "model.safetensors").exists()
 
 
-def test_a_search_says_what_is_wrong_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_about_search_options_say_why(capsys: pytest.CaptureFixture[str]) -> None:
     named = ["search", "--model", "absent", "--train_data", "absent.csv"]
     for words, sentence in (
         ([*named, "--workers", "0"], "`n_workers` must be a positive integer, but is 0 instead."),

@@ -1,6 +1,7 @@
-"""Any file of settings, and any words behind the command: taken as they are meant, or one sentence."""
+"""Any file of settings, and any words after the command: read correctly, or refused in one sentence."""
 
 import contextlib
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given
 
-from ftaccum import SettingsError
+from ftaccum import SettingsError, plan
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import parse
-from ftaccum.apps.plan import PlanArguments
 from ftaccum.settings import Recipe, Runtime, parse_settings
 from fuzzing import fuzz
 
@@ -46,7 +46,7 @@ _YAML_VALUES = st.sampled_from(
     ]
 )
 _YAML_KEYS = st.sampled_from(
-    [*PlanArguments.__dataclass_fields__, "n_trials", "batch-size", "3", "~", "? [a]", "<<", "x"]
+    [*inspect.signature(plan).parameters, "n_trials", "batch-size", "3", "~", "? [a]", "<<", "x"]
 )
 _YAML = st.lists(st.tuples(_YAML_KEYS, _YAML_VALUES), max_size=4).map(
     lambda lines: "\n".join(f"{key}: {value}" for key, value in lines).encode()
@@ -58,13 +58,13 @@ _YAML = st.lists(st.tuples(_YAML_KEYS, _YAML_VALUES), max_size=4).map(
 @example(b"[" * 3000)
 @example(b"n_epochs: 2\nn_epochs: 3")
 @example(b"n_epochs: " + b"9" * 5000)
-def test_any_file_is_read_or_said_to_be_wrong(config: Callable[[bytes], list[str]], content: bytes) -> None:
+def test_any_file_is_read_or_refused(config: Callable[[bytes], list[str]], content: bytes) -> None:
     assert _status(["plan", *config(content)]) in (0, 2)
 
 
 _WORDS = st.lists(
     st.sampled_from(
-        [f"--{name}" for name in PlanArguments.__dataclass_fields__] + ["--planner", "--config", "--", "-n"]
+        [f"--{name}" for name in inspect.signature(plan).parameters] + ["--planner", "--config", "--", "-n"]
     )
     | st.sampled_from(["3", "x", "1e-5", "none", "-1", "nan", "9" * 5000, "0:2,3:4", "=", "carry", ""])
     | st.text(max_size=5).filter(lambda word: not word.startswith("-")),
@@ -74,7 +74,7 @@ _WORDS = st.lists(
 
 @fuzz(examples=100)
 @given(words=_WORDS)
-def test_any_words_are_taken_or_said_to_be_wrong(words: list[str]) -> None:
+def test_any_words_are_read_or_refused(words: list[str]) -> None:
     assert _status(["plan", *words]) in (0, 2)
 
 
@@ -97,7 +97,7 @@ def _status(words: list[str]) -> int:
         (["--accumulation_steps", "3"], "`ftaccum search`. Did you mean '--gradient_accumulation_steps'?"),
     ],
 )
-def test_what_is_wrong_with_an_option(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+def test_an_error_about_an_option_says_why(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
     assert main(["plan", *words]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -115,15 +115,15 @@ def test_what_is_wrong_with_an_option(capsys: pytest.CaptureFixture[str], words:
         ("n_epochs: x", "`n_epochs` must be a positive integer, but is 'x' instead"),
     ],
 )
-def test_what_is_wrong_with_a_file(
+def test_an_error_about_a_file_says_why(
     capsys: pytest.CaptureFixture[str], config: Callable[[bytes], list[str]], content: str, sentence: str
 ) -> None:
     assert main(["plan", *config(content.encode())]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_a_file_means_what_it_says(config: Callable[[bytes], list[str]]) -> None:
-    """As YAML 1.1 has it, `no` is False, 1e-5 a word and 1:30 ninety."""
+def test_scalars_of_a_file_follow_yaml_1_2(config: Callable[[bytes], list[str]]) -> None:
+    """In YAML 1.1, `no` is False, 1e-5 a word and 1:30 ninety."""
     words = config(b"mixed_precision: no\nplanner: off\nprogress: yes\nplanner_costs: [1e2, 1, 1e-4]\nbatch_size: 8")
     (runtime,) = parse([Runtime], words)
     read = (runtime.mixed_precision, runtime.planner, runtime.progress, runtime.planner_costs, runtime.batch_size)
@@ -134,12 +134,12 @@ def test_a_file_means_what_it_says(config: Callable[[bytes], list[str]]) -> None
         parse_settings(vars(recipe))
 
 
-def test_values_of_options_without_a_rule_are_refused_as_they_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_parser_refuses_values_of_options_without_a_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "--accumulation_steps", "1", "x"]) == 2
     assert "`--accumulation_steps` must be a whole number, but is 'x' instead." in capsys.readouterr().err
 
 
-def test_a_verification_is_refused_before_rows_are_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_refuses_bad_settings_before_it_loads_rows(capsys: pytest.CaptureFixture[str]) -> None:
     named = ["verify", "--model", "absent", "--train_data", "absent.csv"]
     for words, sentence in ((["--n_splits", "-3"], "`n_splits` must"), (["--batch_size", "0"], "`batch_size` must")):
         assert main([*named, *words]) == 2

@@ -1,4 +1,4 @@
-"""Any value of any setting: taken as its rule says, or refused in a sentence that names it."""
+"""Any value of any setting: its rule accepts it, or a sentence that names the setting refuses it."""
 
 import fractions
 import inspect
@@ -16,7 +16,6 @@ from hypothesis import example, given
 from torch import nn
 
 from ftaccum import SettingsError, plan, verify
-from ftaccum.apps.plan import PlanArguments
 from ftaccum.apps.search.settings import SearchSettings
 from ftaccum.apps.verify.settings import VerifySettings
 from ftaccum.fields import find_faults, read_settings
@@ -62,7 +61,7 @@ ANYTHING = _PLAIN | _ODD | st.lists(_PLAIN, max_size=3) | st.lists(st.lists(_NUM
 
 @fuzz(examples=200)
 @given(setting=st.sampled_from(SETTINGS), value=ANYTHING)
-def test_any_value_of_a_setting_is_taken_or_refused_by_name(setting: tuple[type, str], value: Any) -> None:
+def test_any_value_of_a_setting_is_accepted_or_refused_by_name(setting: tuple[type, str], value: Any) -> None:
     kind, name = setting
     faults = find_faults(read_settings(kind, {name: value}))
     assert len(faults) <= 1
@@ -82,7 +81,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _meant() -> dict[str, Callable[[Any], bool]]:
-    """By setting, what it may be, in other words than those of its rule."""
+    """Return a test of the values of each setting, written independently of its rule."""
     positive: Callable[[Any], bool] = lambda v: _is_whole(v) and v >= 1
     count: Callable[[Any], bool] = lambda v: _is_whole(v) and v >= 0
     above_0: Callable[[Any], bool] = lambda v: _is_number(v) and v > 0
@@ -112,13 +111,13 @@ MEANT = _meant()
 
 @fuzz(examples=150)
 @given(given=st.dictionaries(st.sampled_from([name for _, name in SETTINGS]), ANYTHING, max_size=6))
-def test_any_settings_together_are_taken_or_refused_by_name(given: dict[str, Any]) -> None:
+def test_any_settings_together_are_accepted_or_refused_by_name(given: dict[str, Any]) -> None:
     faults = _faults(lambda: parse_settings(given))
     assert all(any(f"`{name}`" in fault for name in given) for fault in faults)
 
 
 @fuzz(examples=200)
-@given(given=st.dictionaries(st.sampled_from(list(PlanArguments.__dataclass_fields__)), ANYTHING, max_size=3))
+@given(given=st.dictionaries(st.sampled_from(list(inspect.signature(plan).parameters)), ANYTHING, max_size=3))
 @example({"n_epochs": 2**62})
 @example({"n_rows": 2**62, "n_epochs": 2**62, "effective_batch_size": 2**62})
 @example({"n_epochs": 2**62, "max_updates": 5, "remainder": "carry"})
@@ -145,6 +144,6 @@ def test_a_plan_of_too_many_updates_says_so() -> None:
     assert plan(10**12, n_epochs=1, batch_size=10**9).n_validation_rows == 10**11
 
 
-def test_numbers_of_numpy_are_taken_wherever_settings_are() -> None:
+def test_numpy_numbers_are_accepted_wherever_settings_are() -> None:
     with pytest.raises(SettingsError, match="`n_splits` must be a non-negative integer, but is -1 instead"):
         verify(nn.Linear(2, 2), [{"x": [1.0]}], n_splits=np.int64(-1))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Bad settings: every fault at once, each with the argument, what came and what is allowed."""
+"""Bad settings: one error reports every fault, with the argument, the value and the values that are allowed."""
 
 import pickle
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_steps_are_a_positive_integer_or_pairs_that_ascend(value: Any) -> None:
         parse_settings({"gradient_accumulation_steps": value})
 
 
-def test_steps_that_are_recommended_are_taken() -> None:
+def test_steps_that_an_error_recommends_are_accepted() -> None:
     with pytest.raises(SettingsError, match="such as '0:2,100:8', but is 0 instead"):
         parse_settings({"gradient_accumulation_steps": 0})
     with pytest.raises(SettingsError, match="as pairs, such as '0:2,100:8', or leave"):
@@ -98,12 +98,12 @@ def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
         ("log_with", 3, "the name of a tracker"),
     ],
 )
-def test_other_settings_say_what_they_may_be(name: str, value: Any, words: str) -> None:
+def test_an_error_names_the_values_that_are_allowed(name: str, value: Any, words: str) -> None:
     with pytest.raises(SettingsError, match=f"`{name}` must be {words}"):
         parse_settings({name: value})
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_one_error_reports_all_faults() -> None:
     with pytest.raises(SettingsError) as caught:
         parse_settings({"batch_size": 0, "learning_rate": -1, "use_amp": 1})
     assert len(caught.value.faults) == 3
@@ -134,11 +134,11 @@ def test_an_error_can_be_sent_to_another_process() -> None:
     assert (again.faults, str(again)) == (("one", "two"), "one\ntwo")
 
 
-def test_what_is_left_out_takes_its_default() -> None:
+def test_a_setting_that_is_left_out_takes_its_default() -> None:
     assert parse_settings({"batch_size": 8}) == (Recipe(), Runtime(batch_size=8))
 
 
-def test_numbers_of_numpy_and_paths_are_taken() -> None:
+def test_numpy_numbers_and_paths_are_accepted() -> None:
     recipe, runtime = parse_settings(
         {"learning_rate": np.float64(1e-3), "batch_size": np.int64(8), "output_dir": Path("out")}
     )

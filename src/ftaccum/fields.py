@@ -1,4 +1,4 @@
-"""What a setting may be: rules in annotations, the sentence for a value that breaks one, values read as meant."""
+"""Declarations of settings: defaults, metadata, rules, and the sentence for a value that breaks its rule."""
 
 import itertools
 import math
@@ -7,24 +7,85 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
-PRECISIONS = ("no", "bf16", "fp16")
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """The metadata of a setting besides its type, default and help.
+
+    Attributes:
+        group: the heading under which help pages and the table of arguments list it.
+        sizes_update: it sizes an update. Runs compare the effective batch size that such settings give.
+        matters_to_rounding: it changes the order of sums, so that results differ by rounding.
+        in_plan: `plan` takes it.
+        in_verify: `verify` takes it.
+        decided_by_search: `search` sets it in each trial and does not take it as an argument.
+        unsearchable: the reason why `search` cannot vary it; empty if it can.
+    """
+
+    group: str = ""
+    sizes_update: bool = False
+    matters_to_rounding: bool = False
+    in_plan: bool = False
+    in_verify: bool = False
+    decided_by_search: bool = False
+    unsearchable: str = ""
+
+
+def setting(default: Any, help: str, *aliases: str, **traits: Any) -> Any:
+    """Declare a field of a settings dataclass.
+
+    Args:
+        default: a list is copied for each instance.
+        help: the meaning, for help pages, error messages and the table of arguments.
+        aliases: other flags for it on the command line.
+        **traits: the fields of `Traits`.
+    """
+    metadata = {"help": help, "aliases": list(aliases), "traits": Traits(**traits)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def traits_of(declared: Field) -> Traits:
+    """Return the traits of a field; those of a field that `setting` did not declare are the defaults."""
+    return declared.metadata.get("traits", Traits())
+
+
+def names_where(kind: type, wanted: Callable[[Traits], bool]) -> tuple[str, ...]:
+    """Return the names of those settings of a dataclass whose traits are wanted."""
+    return tuple(f.name for f in fields(kind) if wanted(traits_of(f)))
+
+
+def select_settings(name: str, kind: type, wanted: Callable[[Traits], bool]) -> type:
+    """Return a dataclass of those settings of `kind` whose traits are wanted, with the same declarations."""
+    hints = get_type_hints(kind, include_extras=True)
+    chosen = [
+        (f.name, hints[f.name], field(default=f.default, metadata=f.metadata))
+        for f in fields(kind)
+        if wanted(traits_of(f))
+    ]
+    return make_dataclass(name, chosen, frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a setting may be: a test, and the words for it in "must be …"."""
+    """The values that a setting may have: a test, and the words for it in "must be …".
+
+    Attributes:
+        read: turns the ways to write a value into the value.
+    """
 
     accepts: Callable[[Any], bool]
     words: str
-    read: Callable[[Any], Any] = lambda value: value  # from how it may be written to what is meant
+    read: Callable[[Any], Any] = lambda value: value
 
     def fault(self, name: str, value: Any, remedy: str) -> str | None:
-        """The sentence that says how `value` breaks this rule, or None where it does not."""
+        """Return the sentence that says how `value` breaks this rule, or None if it does not."""
         try:
             if self.accepts(value):
                 return None
@@ -36,8 +97,14 @@ class Rule:
         return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None", self.read)
 
 
+def one_of(*choices: str) -> Rule:
+    """Return the rule of a setting with a few named values."""
+    *first, last = map(repr, choices)
+    return Rule(lambda value: value in choices, f"{', '.join(first)} or {last}")
+
+
 class _Shown(reprlib.Repr):
-    """Values in messages: cut in the middle where they are long, and named where they cannot be shown."""
+    """Shows values in messages: cuts long ones in the middle, and names those that cannot be shown."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +115,7 @@ class _Shown(reprlib.Repr):
         return repr(x) if abs(x) <= _LARGEST else "too large an integer"
 
 
-_LARGEST = 2**63 - 1  # what NumPy and torch can count to
+_LARGEST = 2**63 - 1  # of NumPy's and torch's integers
 shown = _Shown().repr
 
 
@@ -56,11 +123,15 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
+def _is_positive_int(value: Any) -> bool:
+    return _is_int(value) and value > 0
+
+
 def _is_number(value: Any) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-PositiveInt = Annotated[int, Rule(lambda v: _is_int(v) and v > 0, "a positive integer")]
+PositiveInt = Annotated[int, Rule(_is_positive_int, "a positive integer")]
 Count = Annotated[int, Rule(lambda v: _is_int(v) and v >= 0, "a non-negative integer")]
 # torch seeds with 64 bits and NumPy with 32; the smaller bound serves both.
 Seed = Annotated[int, Rule(lambda v: _is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
@@ -77,26 +148,26 @@ Tracker = Annotated[
         "the name of a tracker, an Accelerate GeneralTracker, or a list of them",
     ),
 ]
-Precision = Annotated[str, Rule(lambda v: v in PRECISIONS, "'no', 'bf16' or 'fp16'")]
-Pairs = Sequence[Sequence[int]]
-Remainder = Annotated[str, Rule(lambda v: v in ("flush", "carry"), "'flush' or 'carry'")]
 SCALINGS = ("none", "sqrt", "linear")
-Scaling = Annotated[str, Rule(lambda v: v in SCALINGS, "'none', 'sqrt' or 'linear'")]
-BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or (_is_int(v) and v > 0), "a positive integer or 'auto'")]
-OnNonfinite = Annotated[str, Rule(lambda v: v in ("skip", "error"), "'skip' or 'error'")]
-OnInexact = Annotated[str, Rule(lambda v: v in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")]
+Scaling = Annotated[str, one_of(*SCALINGS)]
+Precision = Annotated[str, one_of("no", "bf16", "fp16")]
+Remainder = Annotated[str, one_of("flush", "carry")]
+OnNonfinite = Annotated[str, one_of("skip", "error")]
+OnInexact = Annotated[str, one_of("error", "warn", "ignore")]
+BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or _is_positive_int(v), "a positive integer or 'auto'")]
+Pairs = Sequence[Sequence[int]]
 
 
 def _is_schedule(value: Any) -> bool:
     pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
-    if not (value and pairs and all(_is_int(u) and _is_int(k) and k > 0 for u, k in value)):
+    if not (value and pairs and all(_is_int(u) and _is_positive_int(k) for u, k in value)):
         return False
     updates = [u for u, _ in value]
     return updates[0] == 0 and all(one < next_ for one, next_ in itertools.pairwise(updates))
 
 
-def _steps_read(value: Any) -> Any:
-    """Text such as '0:2,100:8' as pairs, where it can be; all else as it is."""
+def _read_steps(value: Any) -> Any:
+    """Return text such as '0:2,100:8' as pairs, and any other value unchanged."""
     if not isinstance(value, str) or ":" not in value:
         return value
     try:
@@ -108,17 +179,17 @@ def _steps_read(value: Any) -> Any:
 Steps = Annotated[
     int | str | Pairs,
     Rule(
-        lambda v: (_is_int(v) and v > 0) or _is_schedule(v),
+        lambda v: _is_positive_int(v) or _is_schedule(v),
         "a positive integer, or pairs (from_update, k) with the first from update 0, ascending, and every k positive, "
         "such as '0:2,100:8'",
-        _steps_read,
+        _read_steps,
     ),
 ]
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def seconds_of(text: str) -> float | None:
-    """A time such as '90s', '15min' or '1.5h' in seconds; None where it is none."""
+    """Return a time such as '90s', '15min' or '1.5h' in seconds; None if the text is no time."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h)", text)
     return float(found[1]) * _SECONDS[found[2]] or None if found else None
 
@@ -126,12 +197,12 @@ def seconds_of(text: str) -> float | None:
 Every = Annotated[
     int | str,
     Rule(
-        lambda v: (_is_int(v) and v > 0) or (isinstance(v, str) and seconds_of(v) is not None),
+        lambda v: _is_positive_int(v) or (isinstance(v, str) and seconds_of(v) is not None),
         "a positive number of updates, or a time such as '90s', '15min' or '2h'",
     ),
 ]
 Names = Annotated[
-    str,  # as words of a command line come: a list's would have to be read one by one
+    str,  # one word of a command line: argparse would read a list element by element
     Rule(
         lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
         "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
@@ -140,8 +211,8 @@ Names = Annotated[
 ]
 
 
-def _resume_read(value: Any) -> Any:
-    """`off` and `auto` in the words of other tools and of YAML."""
+def _read_resume(value: Any) -> Any:
+    """Return None or 'auto' for the words that other tools and YAML have for them, and any other value unchanged."""
     if isinstance(value, str | bool):
         word = str(value).lower()
         return {"off": None, "false": None, "no": None, "auto": "auto", "true": "auto", "on": "auto"}.get(word, value)
@@ -150,11 +221,7 @@ def _resume_read(value: Any) -> Any:
 
 Resume = Annotated[
     str,
-    Rule(
-        lambda v: isinstance(v, str) and bool(v),
-        "'auto', the folder of a checkpoint or of a run,",
-        _resume_read,
-    ),
+    Rule(lambda v: isinstance(v, str) and bool(v), "'auto', the folder of a checkpoint or of a run,", _read_resume),
 ]
 Costs = Annotated[
     list[float],
@@ -167,20 +234,15 @@ Costs = Annotated[
 ]
 
 
-def setting(default: Any, help: str, *aliases: str) -> Any:
-    # The metadata is what `HfArgumentParser` hands to argparse, so that a field is a flag with its help.
-    return field(default=default, metadata={"help": help, "aliases": list(aliases)})
-
-
 def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
-    """One of the dataclasses of settings from those of its fields that are given, each read as its rule says."""
+    """Build a settings dataclass from those of its fields that are given, each read by its rule."""
     rules = rules_of(kind)
     names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
     return kind(**{n: rules[n].read(plain(given[n])) for n in names})
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, paths as strings; what cannot be read so stays as it is, for its rule to refuse."""
+    """Return NumPy's numbers as Python's and paths as strings, and any other value unchanged."""
     try:
         return _plain(value)
     except Exception:  # a list that holds itself, a fraction beyond all floats, a tensor without storage, …
@@ -196,22 +258,23 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    if hasattr(value, "tolist"):  # an array of NumPy's
+    if hasattr(value, "tolist"):  # a NumPy array
         return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def find_faults(settings: Any) -> list[str]:
-    """A sentence for each field of a settings dataclass that breaks the rule in its annotation."""
-    rules = rules_of(type(settings))
+    """Return a sentence for each field of a settings dataclass that breaks its rule."""
+    declared = type(settings).__dataclass_fields__
     found = (
-        rules[f.name].fault(f.name, getattr(settings, f.name), _remedy(f)) for f in fields(settings) if f.name in rules
+        rule.fault(name, getattr(settings, name), _remedy(declared[name]))
+        for name, rule in rules_of(type(settings)).items()
     )
     return [fault for fault in found if fault]
 
 
 def rules_of(kind: type) -> dict[str, Rule]:
-    """The rules of a dataclass, by the names of those of its fields that have one."""
+    """Return the rules of a dataclass by field; a field without a rule is left out."""
     found = {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
     return {name: rule for name, rule in found.items() if rule is not None}
 
@@ -223,5 +286,5 @@ def _rule(hint: Any) -> Rule | None:
     return rules[0].or_none() if rules and rules[0] else None
 
 
-def _remedy(f: Field) -> str:
-    return f"It means: {f.metadata['help']}; the default is {f.default!r}."
+def _remedy(declared: Field) -> str:
+    return f"It means: {declared.metadata['help']}; the default is {declared.default!r}."

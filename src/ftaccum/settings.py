@@ -1,10 +1,11 @@
-"""Recipe and Runtime: every setting of a run with its unit, and all faults of a call reported at once.
+"""Recipe and Runtime: the one declaration of each setting, and the rules that join several of them.
 
 A run is decided by its Recipe. The Runtime may change time and memory, never the result.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .errors import SettingsError
@@ -30,167 +31,225 @@ from .fields import (
     Text,
     Tracker,
     find_faults,
+    names_where,
     read_settings,
     setting,
+    shown,
 )
+
+_training = partial(setting, group="length of training")
+_size = partial(setting, group="size of an update")
+_asked_size = partial(_size, sizes_update=True, in_plan=True, in_verify=True, decided_by_search=True)
+_optimization = partial(setting, group="optimization")
+_evaluation = partial(setting, group="evaluation")
+_speed = partial(setting, group="speed and memory")
+_cut = partial(_speed, matters_to_rounding=True, in_verify=True)
+_precision = partial(setting, group="precision")
+_check = partial(setting, group="checks")
+_repeat = partial(setting, group="reproducibility")
+_output = partial(setting, group="checkpoints and output")
+_logging = partial(setting, group="logging")
+
+# Why `search` cannot vary an argument.
+SAME_ROWS = "every trial has the same rows in the same order and the same budget of them"
+OWN_ARGUMENT = "it is an argument of the search itself"
+_FROM_STEPS = "`accumulation_steps` says which batches are tried"
+_FIXED_BATCH = "the physical batch of a search is fixed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is learned. Two runs with the same Recipe reach the same weights, up to rounding.
 
-    How large an update is comes in three ways (k, rows, tokens); with the physical batch and the number of
-    processes they are resolved to one effective batch size, once, at the start.
+    Three settings size an update: k, rows, tokens. With the physical batch and the number of processes they give one
+    effective batch size, once, at the start. A resumed run has the same Recipe, except for what `allow_changed` names.
     """
 
-    n_epochs: PositiveInt = setting(3, "passes over the training rows")
-    max_updates: PositiveInt | None = setting(
-        None, "updates after which training ends, if the epochs have not ended it before; None: the epochs alone"
+    n_epochs: PositiveInt = _training(3, "passes over the training rows", in_plan=True, unsearchable=SAME_ROWS)
+    max_updates: PositiveInt | None = _training(
+        None,
+        "updates after which training ends, if the epochs have not ended it before; None: the epochs alone",
+        in_plan=True,
+        decided_by_search=True,
+        unsearchable=SAME_ROWS,
     )
-    gradient_accumulation_steps: Steps = setting(
+    gradient_accumulation_steps: Steps = _asked_size(
         1,
         "micro-batches per update on each process (k); 0:2,100:8 for 2 at first and 8 from update 100 on; 1 leaves it "
-        "to the two below, where one is given",
+        "to the two below, if one is given",
+        unsearchable=OWN_ARGUMENT,
     )
-    effective_batch_size: PositiveInt | None = setting(None, "rows per update over all processes; sets k")
-    tokens_per_update: PositiveInt | None = setting(None, "tokens per update over all processes; sets k")
-    remainder: Remainder = setting(
-        "flush", "what is left of an epoch: flush makes an update of it, carry has the next epoch fill it up"
+    effective_batch_size: PositiveInt | None = _asked_size(
+        None, "rows per update over all processes; sets k", unsearchable=_FROM_STEPS
     )
-    learning_rate: Positive = setting(5e-5, "peak learning rate")
-    learning_rate_scaling: Scaling = setting(
-        "none", "how the rate follows a k that changes: none, sqrt (adaptive optimizers) or linear (SGD)"
+    tokens_per_update: PositiveInt | None = _asked_size(
+        None, "tokens per update over all processes; sets k", unsearchable=_FROM_STEPS
     )
-    weight_decay: NonNegative = setting(0.01, "decoupled weight decay; biases and norms get none")
-    lr_scheduler: Text = setting("linear", "name of a schedule that transformers' get_scheduler knows")
-    warmup_steps: Count = setting(0, "updates of warm-up")
-    warmup_ratio: Fraction = setting(0.0, "share of all updates that is warm-up, instead of a number of them")
-    gradient_clip_norm: Positive | None = setting(1.0, "largest total gradient norm; None clips nothing")
-    validation_split: Fraction = setting(
-        0.1, "share of the training rows held out where no validation data is given; 0 holds out none"
+    remainder: Remainder = _size(
+        "flush",
+        "rows left at the end of an epoch: flush makes a short update of them, carry completes it from the next epoch",
+        in_plan=True,
+        unsearchable=SAME_ROWS,
     )
-    early_stopping_patience: PositiveInt | None = setting(
-        None, "epochs without a better validation loss after which training stops; None never stops"
+    learning_rate: Positive = _optimization(
+        5e-5, "peak learning rate", decided_by_search=True, unsearchable=OWN_ARGUMENT
     )
-    restore_best_weights: Flag = setting(False, "end with the weights of the epoch of best validation loss")
-    random_seed: Seed = setting(42, "seed of the hold-out, the order of the rows and dropout")
+    learning_rate_scaling: Scaling = _optimization(
+        "none",
+        "how the rate follows a k that changes: none, sqrt (adaptive optimizers) or linear (SGD)",
+        in_plan=True,
+        decided_by_search=True,
+        unsearchable=_FROM_STEPS,
+    )
+    weight_decay: NonNegative = _optimization(0.01, "decoupled weight decay; biases and norms get none")
+    lr_scheduler: Text = _optimization("linear", "name of a schedule that transformers' get_scheduler knows")
+    warmup_steps: Count = _optimization(0, "updates of warm-up")
+    warmup_ratio: Fraction = _optimization(0.0, "share of all updates that is warm-up, instead of a number of them")
+    gradient_clip_norm: Positive | None = _optimization(1.0, "largest total gradient norm; None clips nothing")
+    validation_split: Fraction = _evaluation(
+        0.1,
+        "share of the training rows held out if there is no validation data; 0 holds out none",
+        in_plan=True,
+        unsearchable=SAME_ROWS,
+    )
+    early_stopping_patience: PositiveInt | None = _evaluation(
+        None,
+        "epochs without a better validation loss after which training stops; None never stops",
+        decided_by_search=True,
+        unsearchable="it would give trials unlike budgets; a pruner ends the bad ones",
+    )
+    restore_best_weights: Flag = _evaluation(False, "end with the weights of the epoch of best validation loss")
+    random_seed: Seed = _repeat(
+        42,
+        "seed of the hold-out, the order of the rows and dropout",
+        in_plan=True,
+        in_verify=True,
+        decided_by_search=True,
+        unsearchable=SAME_ROWS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How it is run: time and memory, not the result."""
+    """How it is run: time and memory, not the result. A resumed run may have any other Runtime."""
 
-    batch_size: BatchSize = setting(
-        4, "rows of a micro-batch on one process (the physical batch); auto takes the most that fit in memory"
+    batch_size: BatchSize = _size(
+        4,
+        "rows of a micro-batch on one process (the physical batch); auto takes the most that fit in memory",
+        in_verify=True,
+        unsearchable=_FIXED_BATCH,
     )
-    max_tokens: PositiveInt | None = setting(
-        None, "positions of a micro-batch, padding included: micro-batches are cut by these instead of by rows"
+    max_tokens: PositiveInt | None = _cut(
+        None,
+        "most positions of a micro-batch, padding included; sizes micro-batches by these instead of by rows",
+        unsearchable=_FIXED_BATCH,
     )
-    planner: Flag = setting(True, "cut windows where it costs least; without, into equal slices in order of arrival")
-    planner_costs: Costs | None = setting(
-        None, "the cost of a pass: what it costs in any case, a padded token, a row's squared width; None measures it"
+    planner: Flag = _cut(True, "cut each window where it costs least; without, equal slices in order of arrival")
+    planner_costs: Costs | None = _cut(
+        None, "cost of a forward and backward pass: fixed, per padded token, per row of squared width; None measures it"
     )
-    padding_free: Flag = setting(
-        False, "lay the rows of a micro-batch one behind the other instead of padding them (causal LMs)"
+    padding_free: Flag = _cut(
+        False, "put the rows of a micro-batch one behind the other instead of padding them (causal LMs)"
     )
-    num_workers: Count = setting(0, "processes that collate ahead, for rows that take long to make; 0 for none")
-    compile: Flag = setting(False, "torch.compile the model; widths are padded to buckets, to bound their number")
-    use_amp: Flag = setting(False, "autocast: bf16 where the device supports it, else fp16 with a scaler")
-    mixed_precision: Precision | None = setting(
-        None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no"
+    gradient_checkpointing: Flag = _cut(False, "recompute activations instead of keeping them")
+    compile: Flag = _speed(
+        False, "torch.compile the model; widths are padded to buckets, to bound their number", matters_to_rounding=True
     )
-    accumulate_in_fp32: Flag = setting(False, "sum up the gradients of 16-bit weights in float32, and round them once")
-    gradient_checkpointing: Flag = setting(False, "recompute activations instead of keeping them")
-    on_inexact: OnInexact = setting(
-        "warn", "what to do where accumulating the loss only approximates a large batch: error, warn or ignore"
+    num_workers: Count = _speed(0, "processes that collate ahead, for rows that take long to make; 0 for none")
+    use_amp: Flag = _precision(
+        False, "autocast: bf16 where the device supports it, else fp16 with a scaler", in_verify=True
     )
-    on_nonfinite: OnNonfinite = setting(
+    mixed_precision: Precision | None = _precision(
+        None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no", in_verify=True
+    )
+    accumulate_in_fp32: Flag = _precision(
+        False, "sum the gradients of 16-bit weights in float32, and round them once", matters_to_rounding=True
+    )
+    on_inexact: OnInexact = _check(
+        "warn", "what to do if accumulating the loss only approximates a large batch: error, warn or ignore"
+    )
+    on_nonfinite: OnNonfinite = _check(
         "skip", "what to do with an update whose loss or gradient is not finite: skip it, or error to end the run"
     )
-    nonfinite_patience: PositiveInt | None = setting(
+    nonfinite_patience: PositiveInt | None = _check(
         25, "updates in a row that are not finite after which the run ends; None for any number"
     )
-    deterministic: Flag = setting(False, "use deterministic algorithms only, which are slower")
-    output_dir: Text | None = setting(None, "folder for the ledger, the result, checkpoints and the trained model")
-    checkpoint_every: Every | None = setting(
+    deterministic: Flag = _repeat(
+        False, "use deterministic algorithms only, which are slower", matters_to_rounding=True, in_verify=True
+    )
+    output_dir: Text | None = _output(
+        None,
+        "folder for the ledger, the result, checkpoints and the trained model",
+        unsearchable=OWN_ARGUMENT,
+    )
+    checkpoint_every: Every | None = _output(
         "15min", "updates, or time (90s, 15min, 2h), between checkpoints; None: only at the ends of epochs"
     )
-    keep_checkpoints: PositiveInt = setting(2, "newest checkpoints to keep, beside that of the best epoch")
-    resume: Resume | None = setting(
-        None,
-        "auto goes on from the newest sound checkpoint in output_dir, if any; or a folder; off starts anew",
+    keep_checkpoints: PositiveInt = _output(2, "newest checkpoints to keep, besides that of the best epoch")
+    resume: Resume | None = _output(
+        None, "auto resumes from the newest sound checkpoint in output_dir, if any; or a folder; off starts anew"
     )
-    allow_changed: Names = setting((), "settings that may differ from those of the run that is gone on with")
-    log_with: Tracker | None = setting(None, "tracker that Accelerate knows, such as tensorboard, or all")
-    use_wandb: Flag = setting(False, "short for log_with=wandb")
-    progress: Flag = setting(True, "show a progress bar")
+    allow_changed: Names = _output((), "settings that may differ from those of the run that is resumed")
+    log_with: Tracker | None = _logging(None, "tracker that Accelerate knows, such as tensorboard, or all")
+    use_wandb: Flag = _logging(False, "short for log_with=wandb")
+    progress: Flag = _logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)
 
 
-# Three ways to say how large an update is, which counts as what they are resolved to.
-SIZES = ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update")
-# What a run that is gone on with is asked to have in common with itself.
+# Three ways to size an update; runs compare the effective batch size that they give.
+SIZES = names_where(Recipe, lambda traits: traits.sizes_update)
+# The names that `allow_changed` knows: what a resumed run must share with the run before.
 CHANGEABLE = (
-    *(f.name for f in fields(Recipe) if f.name not in SIZES),
+    *names_where(Recipe, lambda traits: not traits.sizes_update),
     *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator"),
 )
 
 
 def parse_settings(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
-    """Sorts keyword arguments into a Recipe and a Runtime.
+    """Sort keyword arguments into a Recipe and a Runtime.
 
     Args:
-        given: settings by name; one left out takes its default, and names of neither are passed over.
+        given: settings by name. A setting that is left out takes its default; other names are ignored.
 
     Raises:
         SettingsError: with a sentence for each fault, all of them at once.
     """
     recipe, runtime = read_settings(Recipe, given), read_settings(Runtime, given)
-    faults = find_faults(recipe) + find_faults(runtime)
-    if not faults:  # the joint rules compare values, which must be sound for that
-        faults = _joint_faults(recipe, runtime)
+    # The joint rules compare values, and need sound ones.
+    faults = find_faults(recipe) + find_faults(runtime) or _joint_faults(recipe, runtime)
     if faults:
         raise SettingsError(faults)
     return recipe, runtime
 
 
 def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
-    found = []
-    if runtime.use_amp and runtime.mixed_precision == "no":
-        found.append(
-            "`use_amp` is True, but `mixed_precision` is 'no'. "
-            "Leave `mixed_precision` out to have bf16 or fp16 chosen, or drop `use_amp`."
-        )
-    if runtime.use_wandb and runtime.log_with not in (None, "wandb"):
-        found.append(
-            f"`use_wandb` is True, but `log_with` is {runtime.log_with!r}. "
-            "Give one of the two; `log_with='all'` uses every tracker that is installed."
-        )
-    if recipe.warmup_steps and recipe.warmup_ratio:
-        found.append(
-            f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
-            "Give the warm-up once, as a number of updates or as a share of them."
-        )
-    if runtime.planner_costs is not None and not runtime.planner:
-        found.append("`planner_costs` is given, but `planner` is False. Drop one of them.")
-    if unknown := [name for name in runtime.allow_changed if name not in CHANGEABLE]:
-        found.append(f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.")
-    if runtime.resume == "auto" and runtime.output_dir is None:
-        found.append(
-            "`resume` is 'auto', but `output_dir` is None, so that there is nowhere to look for checkpoints. Give "
-            "`output_dir`, or the folder of a checkpoint."
-        )
-    if runtime.batch_size == "auto":
-        found += _faults_of_auto(recipe, runtime)
-    return found + faults_of_schedule(recipe)
+    unknown = [name for name in runtime.allow_changed if name not in CHANGEABLE]
+    faults = {
+        "`use_amp` is True, but `mixed_precision` is 'no'. "
+        "Leave `mixed_precision` out to have bf16 or fp16 chosen, or drop `use_amp`.": (
+            runtime.use_amp and runtime.mixed_precision == "no"
+        ),
+        f"`use_wandb` is True, but `log_with` is {shown(runtime.log_with)}. "
+        "Give one of the two; `log_with='all'` uses every tracker that is installed.": (
+            runtime.use_wandb and runtime.log_with not in (None, "wandb")
+        ),
+        f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
+        "Give the warm-up once, as a number of updates or as a share of them.": (
+            recipe.warmup_steps > 0 and recipe.warmup_ratio > 0
+        ),
+        "`planner_costs` is given, but `planner` is False. Drop one of them.": (
+            runtime.planner_costs is not None and not runtime.planner
+        ),
+        f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.": bool(unknown),
+        "`resume` is 'auto', but `output_dir` is None, so that there is nowhere to look for checkpoints. "
+        "Give `output_dir`, or the folder of a checkpoint.": runtime.resume == "auto" and runtime.output_dir is None,
+    }
+    found = [sentence for sentence, holds in faults.items() if holds]
+    return found + _faults_of_auto(recipe, runtime) + faults_of_schedule(recipe)
 
 
-def faults_of_schedule(settings: Any) -> list[str]:
-    """A sentence for each setting that does not go with how k changes over training, or with its not changing.
-
-    Args:
-        settings: a Recipe, or whatever has those fields of it.
-    """
-    k, scaling = settings.gradient_accumulation_steps, settings.learning_rate_scaling
+def faults_of_schedule(recipe: Recipe) -> list[str]:
+    """Return a sentence for each setting that contradicts a k that changes, or one that does not."""
+    k, scaling = recipe.gradient_accumulation_steps, recipe.learning_rate_scaling
     if isinstance(k, int):
         if scaling == "none":
             return []
@@ -200,13 +259,15 @@ def faults_of_schedule(settings: Any) -> list[str]:
         ]
     return [
         f"`gradient_accumulation_steps` is {k}, which says how large every update is, and so does `{name}`, "
-        f"{getattr(settings, name)}. Give one of the two."
+        f"{getattr(recipe, name)}. Give one of the two."
         for name in ("effective_batch_size", "tokens_per_update")
-        if getattr(settings, name) is not None
+        if getattr(recipe, name) is not None
     ]
 
 
 def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
+    if runtime.batch_size != "auto":
+        return []
     found = []
     if runtime.max_tokens is not None:
         found.append(

@@ -11,7 +11,7 @@ from ..errors import DataError, DivergedError, SettingsError
 from ..fields import find_faults
 from ..settings import Recipe, Runtime, parse_settings
 from .parser import NamedArguments, TrainArguments, parse
-from .plan import PlanArguments, plan
+from .plan import PlanArguments, PlanRecipe, plan
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
 
@@ -28,11 +28,12 @@ commands:
 `ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
 """
 
-_KINDS: dict[str, list[type]] = {
+# Each command has the fields of these dataclasses as options.
+OPTIONS: dict[str, list[type]] = {
     "train": [TrainArguments, Recipe, Runtime],
     "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
     "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
-    "plan": [PlanArguments],
+    "plan": [PlanArguments, PlanRecipe],
 }
 
 _NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = _DIVERGED = 1
@@ -40,9 +41,12 @@ _BAD_INPUT, _INTERRUPTED = 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0; 1 where training diverged, something that was trained could not be
-    written, a search finished no trial, or accumulating is not exact; 2 for bad input; 75 where a scheduler asked it to
-    stop (to be tried again), 130 where somebody did."""
+    """Run a command and return its exit status.
+
+    Returns:
+        0; 1 if training diverged, an output could not be written, a search finished no trial, or accumulating is not
+        exact; 2 for bad input; 75 if a scheduler stopped it (the same command resumes); 130 if a user did.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "search": _search, "verify": _verify, "plan": _plan}
     if not words or words[0] in ("-h", "--help"):
@@ -65,33 +69,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _parsed(command: str, words: Sequence[str], description: str) -> Any:
-    """An instance of each of the command's dataclasses."""
-    options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in _KINDS.items()}
+def _parse(command: str, words: Sequence[str], description: str) -> Any:
+    """Return an instance of each of the command's dataclasses."""
+    options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in OPTIONS.items()}
     elsewhere = {
         option: f"It is an option of {', '.join(f'`ftaccum {each}`' for each in options if option in options[each])}."
         for option in set().union(*options.values()) - options[command]
     }
-    return parse(_KINDS[command], words, prog=f"ftaccum {command}", description=description, elsewhere=elsewhere)
+    return parse(OPTIONS[command], words, prog=f"ftaccum {command}", description=description, elsewhere=elsewhere)
 
 
 def _plan(words: Sequence[str]) -> int:
-    (given,) = _parsed("plan", words, "The arithmetic of a run. Loads nothing.")
-    print(plan(**vars(given)))
+    arguments, recipe = _parse("plan", words, "Shows the arithmetic of a run. Loads no model and no data.")
+    print(plan(**vars(arguments), **vars(recipe)))
     return 0
 
 
 def _train(words: Sequence[str]) -> int:
     description = (
-        "Fine-tunes a model. Exit status: 0 where all is done; 1 where training is, but ledger, result or model could "
-        "not be written, or where it ended because its updates were not finite; 2 for bad input, which is told before "
-        "anything is loaded; 75 where SIGTERM or SIGUSR1 asked it to stop: `--resume auto` goes on, as it does after "
-        "Ctrl-C (130)."
+        "Fine-tunes a model. Exit status: 0 if all is done; 1 if the ledger, the result or the model could not be\n"
+        "written, or if training ended because its updates were not finite; 2 for bad input, before anything is\n"
+        "loaded; 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C: `--resume auto` resumes the run."
     )
-    named, recipe, runtime = _parsed("train", words, description)
+    named, recipe, runtime = _parse("train", words, description)
     _check_named(named, "train")
 
-    # Only now what takes seconds to import.
+    # These imports take seconds: bad input is refused before them.
     from accelerate import PartialState
 
     from ..fine_tuning import test_fine_tuning
@@ -116,10 +119,10 @@ def _train(words: Sequence[str]) -> int:
 
 def _search(words: Sequence[str]) -> int:
     description = (
-        "Searches for the number of accumulation steps and the learning rate at a fixed physical batch. The same "
-        "command again goes on where it was; with `--storage`, on any number of machines at once."
+        "Searches for the number of accumulation steps and the learning rate at a fixed physical batch. The same\n"
+        "command again resumes the search; with `--storage`, on any number of machines at once."
     )
-    named, varied, settings, recipe, runtime = _parsed("search", words, description)
+    named, varied, settings, recipe, runtime = _parse("search", words, description)
     _check_named(named, "search")
     shared = vars(recipe) | vars(runtime) | {"output_dir": runtime.output_dir or "outputs/search"}
 
@@ -154,20 +157,20 @@ def _search(words: Sequence[str]) -> int:
 
 def _verify(words: Sequence[str]) -> int:
     description = (
-        "Holds the gradients of an update that is accumulated in many ways against that of the same rows in one\n"
-        "batch: cut as in training, row by row, in random orders and sizes, and short as an epoch's last update is;\n"
-        "beside them what `loss / k` and Transformers' Trainer make of it. In train mode, without dropout, in float64\n"
-        "where the model can. Nothing is trained. The rows of an update must fit in memory together.\n\n"
-        "Exit status: 0 where accumulating is exact to rounding, 1 where it is not, 2 for bad input."
+        "Compares the gradient of an update, accumulated in many ways, with the gradient of the same rows in one\n"
+        "batch: cut as in training, row by row, in random orders and sizes, and short like the last update of an\n"
+        "epoch. Also shows the errors of `loss / k` and of Transformers' Trainer. Runs in train mode without dropout,\n"
+        "in float64 if the model can. Trains nothing. The rows of an update must fit in memory together.\n\n"
+        "Exit status: 0 if accumulating is exact to rounding, 1 if it is not, 2 for bad input."
     )
-    named, output, settings, recipe, runtime = _parsed("verify", words, description)
+    named, output, settings, recipe, runtime = _parse("verify", words, description)
     _check_named(named, "verify")
     if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
         raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
 
     parse_settings(vars(recipe) | vars(runtime))
     _refuse(find_faults(settings))
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for what was found
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
         from accelerate import PartialState
 
         from .load import load
@@ -200,5 +203,5 @@ def _refuse(faults: Sequence[str]) -> None:
 
 
 def _measures(named: TrainArguments, validation_split: float) -> bool:
-    """Whether there is something to measure accuracy on."""
+    """Return whether there are labelled rows to measure accuracy on."""
     return named.task == "text-classification" and (named.val_data is not None or validation_split > 0)

@@ -3,53 +3,61 @@
 import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import Field, dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from ..errors import SettingsError
-from ..fields import PositiveInt, Text, rules_of, setting, shown
+from ..fields import PositiveInt, Text, rules_of, setting, shown, traits_of
 from .yaml import read_mapping
 
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside every option; the description as it was written."""
-
-
-class _Parser(HfArgumentParser):
-    """Raises what argparse would print, behind a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        names, colon, words = message.removeprefix("argument ").partition(": ")
-        about_an_option = colon and names.startswith("-")
-        raise SettingsError(
-            [
-                f"`{names.split('/')[0]}` {words.replace('expected', 'needs')}."
-                if about_an_option
-                else message.capitalize()
-            ]
-        )
+_data = partial(setting, group="model and data")
 
 
 @dataclass
 class NamedArguments:
     """A model and rows, by name."""
 
-    model: Text = setting("", "folder or hub name of the model (needed)")
-    train_data: Text = setting("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)", "--data")
-    task: Text = setting("text-classification", "text-classification or causal-lm")
-    text_column: Text = setting("text", "column of the texts")
-    label_column: Text = setting("label", "column of the classes, as names or numbers")
-    max_train_rows: PositiveInt | None = setting(None, "only the first so many rows; none: all")
+    model: Text = _data("", "folder or hub name of the model (needed)")
+    train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)", "--data")
+    task: Text = _data("text-classification", "text-classification or causal-lm")
+    text_column: Text = _data("text", "column of the texts")
+    label_column: Text = _data("label", "column of the classes, as names or numbers")
+    max_train_rows: PositiveInt | None = _data(None, "train on the first so many rows; none: all")
 
 
 @dataclass
 class TrainArguments(NamedArguments):
-    """What to train on what."""
+    """A model, rows to train on, and rows to validate on, by name."""
 
-    val_data: Text | None = setting(None, "the same for validation; none: some are held out")
+    val_data: Text | None = _data(None, "the same for validation; none: some are held out")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option, and the description as it was written."""
+
+
+class _Parser(HfArgumentParser):
+    """Lists options by group, and raises errors that argparse would print below a page of usage."""
+
+    def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: Field) -> None:
+        groups = {group.title: group for group in self._action_groups}
+        if title := traits_of(field).group:
+            parser = groups.get(title) or self.add_argument_group(title)
+        plain = copy(field)  # argparse gets all metadata, and knows no traits
+        plain.metadata = MappingProxyType({name: v for name, v in field.metadata.items() if name != "traits"})
+        super()._parse_dataclass_field(parser, plain)
+
+    def error(self, message: str) -> NoReturn:
+        names, colon, words = message.removeprefix("argument ").partition(": ")
+        if colon and names.startswith("-"):
+            raise SettingsError([f"`{names.split('/')[0]}` {words.replace('expected', 'needs')}."])
+        raise SettingsError([message.capitalize()])
 
 
 def parse(
@@ -60,54 +68,57 @@ def parse(
     description: str = "",
     elsewhere: Mapping[str, str] | None = None,
 ) -> Any:
-    """Parses flags into one instance of each dataclass in `kinds`.
+    """Parse flags into one instance of each dataclass in `kinds`.
 
-    `--config FILE` reads a YAML mapping of the same names (or of a flag's other one) first; flags override it. A flag
-    that may be None takes the word none. A word that is no value of a field with a rule is handed on,
-    for the rule to refuse.
+    `--config FILE` first reads a YAML mapping of the same names (or a flag's other name); flags override it. A flag
+    that may be None takes the word none. If a field has a rule, a word that cannot be converted stays a word, for the
+    rule to refuse.
 
     Args:
-        elsewhere: by the name of a field that others have, what to say of who has it.
+        elsewhere: for the options of other commands, by name, a sentence that says which ones.
 
     Raises:
         SettingsError: for a file that cannot be read, for unknown keys or flags, with the nearest known one, and for
             values of fields without a rule that cannot be parsed.
         SystemExit: after `--help`.
     """
-    parser = _Parser(kinds, prog=prog, description=description, formatter_class=_Help)
-    parser.add_argument("--config", help="YAML file of these options; flags override what it says")
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    ruled = {name for kind in kinds for name in rules_of(kind)}
-    for action in parser._actions:
-        if action.option_strings[0].startswith("--no_"):
-            action.help = f"turns --{action.dest} off"
-        if action.type is not None and action.dest in hints:
-            action.type = _reading(action.type, get_args(hints[action.dest]), action.dest in ruled)
+    parser = build_parser(kinds, prog=prog, description=description)
     before = _Parser([], add_help=False)
     before.add_argument("--config")
     file = before.parse_known_args(arguments)[0].config
-    known = [f.name for kind in kinds for f in fields(kind)]
     if file is not None:
-        named = [(f.name, alias) for kind in kinds for f in fields(kind) for alias in f.metadata.get("aliases", ())]
-        aliases = {alias.lstrip("-"): name for name, alias in named}
-        parser.set_defaults(**_read(Path(file), known, aliases, elsewhere or {}))
+        parser.set_defaults(**_read(Path(file), kinds, elsewhere or {}))
     *parsed, others = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
-    unknown = [word for word in others if word.startswith("--")] or others
-    if unknown:
-        flags = [f"--{name}" for name in known]
+    if unknown := [word for word in others if word.startswith("--")] or others:
+        flags = [f"--{f.name}" for kind in kinds for f in fields(kind)]
         raise SettingsError(
             [f"There is no option {word!r}. {_instead(word, flags, elsewhere or {})}" for word in unknown]
         )
     return parsed[: len(kinds)]
 
 
-def _reading(convert: Any, kinds_of_value: Sequence[type], is_ruled: bool) -> Callable[[str], Any]:
-    """How the word behind a flag, or a word in a file, is read.
+def build_parser(kinds: Sequence[type], *, prog: str | None = None, description: str = "") -> HfArgumentParser:
+    """Return the parser of a command whose options are the fields of `kinds`, and `--config`."""
+    usage = "%(prog)s [options]"
+    parser = _Parser(kinds, prog=prog, usage=usage, description=description, formatter_class=_Help)
+    parser.add_argument("--config", help="YAML file of these options; flags override it")
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    ruled = {name for kind in kinds for name in rules_of(kind)}
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"turns --{action.dest} off"
+        if action.type is not None and action.dest in hints:
+            action.type = _reader(action.type, get_args(hints[action.dest]), action.dest in ruled)
+    return parser
+
+
+def _reader(convert: Any, kinds_of_value: Sequence[type], has_rule: bool) -> Callable[[str], Any]:
+    """Return the function that reads the word after a flag, or a word in a file.
 
     Args:
         convert: how argparse would read it.
-        kinds_of_value: where it may be of several.
-        is_ruled: whether somebody else tells what is wrong with it.
+        kinds_of_value: the types in the field's annotation, if it has several.
+        has_rule: whether a rule refuses bad values later.
     """
     if str in kinds_of_value and int in kinds_of_value:
         convert = int
@@ -120,24 +131,24 @@ def _reading(convert: Any, kinds_of_value: Sequence[type], is_ruled: bool) -> Ca
         try:
             return convert(word)
         except (ValueError, argparse.ArgumentTypeError) as error:
-            if is_ruled:
+            if has_rule:
                 return word
-            wanted = {int: "a whole number", float: "a number", string_to_bool: "yes or no"}.get(
-                convert, "another word"
-            )
-            raise argparse.ArgumentTypeError(f"must be {wanted}, but is {shown(word)} instead") from error
+            wanted = {int: "a whole number", float: "a number", string_to_bool: "yes or no"}
+            raise argparse.ArgumentTypeError(
+                f"must be {wanted.get(convert, 'another word')}, but is {shown(word)} instead"
+            ) from error
 
     return read
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """What to say of a name that is unknown: the one that was probably meant, or all there are."""
+    """Return the advice on an unknown name: the known one that is nearest, or all of them."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
 
 
 def _instead(word: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    """What to say of a name that is unknown here: who has it, or `nearest`."""
+    """Return the advice on an option that is unknown here: the commands that have it, or `nearest`."""
     who = elsewhere.get(word.partition("=")[0].lstrip("-").replace("-", "_"))
     if who is None:
         return nearest(word, known)
@@ -145,20 +156,19 @@ def _instead(word: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> s
     return who + (f" Did you mean {near[0]!r}?" if near else "")
 
 
-def _read(file: Path, known: list[str], aliases: Mapping[str, str], elsewhere: Mapping[str, str]) -> dict[str, Any]:
-    """The options in a file, by the names of their fields.
-
-    Args:
-        aliases: by the other name of a flag, the field's.
-    """
+def _read(file: Path, kinds: Sequence[type], elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options in a file by field, which it may name by a flag's other name."""
+    declared = [f for kind in kinds for f in fields(kind)]
+    known = [f.name for f in declared]
+    aliases = {alias.lstrip("-"): f.name for f in declared for alias in f.metadata.get("aliases", ())}
     given = read_mapping(file, "--config")
-    named = [(key, aliases.get(str(key), key) if key not in known else key) for key in given]
+    named = [(key, key if key in known else aliases.get(str(key), key)) for key in given]
+    names = [name for _, name in named]
     faults = [
         f"`--config` {str(file)!r} has the unknown key {key!r}. {_instead(str(key), known, elsewhere)}"
         for key, name in named
         if name not in known
     ]
-    names = [name for _, name in named]
     faults += [
         f"`--config` {str(file)!r} says {name!r} twice, once as {key!r}. Keep one of them."
         for key, name in named

@@ -1,4 +1,4 @@
-"""YAML files of `name: value` lines, read as they are meant."""
+"""YAML files of `name: value` lines, read by the rules of YAML 1.2."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..errors import SettingsError
 from ..fields import shown
 
 _TAG = "tag:yaml.org,2002:"
-# Those of YAML 1.2. In 1.1, as PyYAML reads it, `no` is False, 1e-5 a word, and 1:30 a number of seconds.
+# The scalars of YAML 1.2. PyYAML reads YAML 1.1, where `no` is False, 1e-5 a word, and 1:30 a number of seconds.
 _SCALARS = {
     "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
@@ -22,7 +22,7 @@ _SCALARS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice: one of its values would be lost."""
+    """Refuses a repeated key: one of its values would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -42,13 +42,13 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 
 def read_mapping(file: Path, argument: str) -> dict[Any, Any]:
-    """What a YAML file holds.
+    """Return the mapping in a YAML file.
 
     Args:
-        argument: that names the file, for messages.
+        argument: the option that names the file, for messages.
 
     Raises:
-        SettingsError: for a file that cannot be read, and where it holds anything but a mapping.
+        SettingsError: if the file cannot be read, or holds anything but a mapping.
     """
     try:
         read = yaml.load(file.read_text(encoding="utf-8"), _Loader)

@@ -1,10 +1,11 @@
 """The settings of a search, with their rules; flags for the command line."""
 
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Annotated
 
-from ...fields import SCALINGS, Flag, PositiveInt, Rule, Seed, Text, setting
-from ...settings import Recipe
+from ...fields import SCALINGS, Flag, PositiveInt, Rule, Seed, Text, select_settings, setting, traits_of
+from ...settings import OWN_ARGUMENT, SAME_ROWS, Recipe, Runtime
 
 PRUNERS = ("successive_halving", "hyperband", "median", "none")
 SAMPLERS = ("tpe", "random")
@@ -29,105 +30,58 @@ Storage = Annotated[
     ),
 ]
 
+_search = partial(setting, group="search")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How a search is led; what it varies is a Space."""
+    """How a search proceeds. A Space says what it varies."""
 
-    n_trials: PositiveInt = setting(20, "trials in all, over all workers and all starts; interrupted ones run again")
-    couple_learning_rate: Coupling = setting(
+    n_trials: PositiveInt = _search(20, "trials in all, over all workers and all starts; interrupted ones run again")
+    couple_learning_rate: Coupling = _search(
         "none", "scale the rate that is searched with the effective batch: sqrt, linear or none"
     )
-    couple_beta2: Flag = setting(False, "keep the half-life of Adam's second moment the same in rows")
-    reference_batch_size: PositiveInt | None = setting(
-        None, "effective batch at which the coupled values are meant; None: that of k = 1"
+    couple_beta2: Flag = _search(False, "keep the half-life of Adam's second moment the same in rows")
+    reference_batch_size: PositiveInt | None = _search(
+        None, "effective batch at which coupled values need no scaling; None: that of k = 1"
     )
-    pruner: Pruner = setting(
+    pruner: Pruner = _search(
         "successive_halving", "which trials to end early: successive_halving, hyperband, median or none"
     )
-    n_reports: PositiveInt = setting(8, "evaluations of a trial, at equal shares of its rows; it is pruned at these")
-    sampler: Sampler = setting("tpe", "what proposes the next trial: tpe or random")
-    seed: Seed = setting(42, "seed of what is proposed; of the runs, too, where random_seed is not given")
-    storage: Storage | None = setting(
+    n_reports: PositiveInt = _search(8, "evaluations of a trial, at equal shares of its rows; it is pruned at these")
+    sampler: Sampler = _search("tpe", "how the next trial is proposed: tpe or random")
+    seed: Seed = _search(42, "seed of the proposals, and of the runs if random_seed is not given")
+    storage: Storage | None = _search(
         None, "any URL that Optuna knows, grpc://host:port, or a journal file; None: SQLite in output_dir"
     )
-    study_name: Text | None = setting(None, "name of the study in the storage; None: that of the output folder")
-    n_workers: PositiveInt = setting(1, "processes that each run trials of the study, on this machine", "--workers")
-    trade_time: Flag = setting(False, "minimise the time of training as well: the best trades, without pruning")
-    refit: Flag = setting(False, "run the best trial again, and save its model")
+    study_name: Text | None = _search(None, "name of the study in the storage; None: that of the output folder")
+    n_workers: PositiveInt = _search(1, "processes that each run trials of the study, on this machine", "--workers")
+    trade_time: Flag = _search(False, "minimise the time of training as well: the best trades, without pruning")
+    refit: Flag = _search(False, "run the best trial again, and save its model")
 
 
 @dataclass
 class SpaceArguments:
-    """What a search varies, as a command line says it."""
+    """What a search varies, as the command line takes it."""
 
-    accumulation_steps: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8], metadata={"help": "candidates for gradient_accumulation_steps; always 1"}
-    )
-    learning_rate: list[float] = field(
-        default_factory=lambda: [1e-5, 1e-3], metadata={"help": "lowest and highest rate, on a log scale; or one rate"}
-    )
-    space: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "further options to vary, such as weight_decay=1e-4:0.1:log warmup_steps=0:50 "
-            "lr_scheduler=linear,cosine"
-        },
+    accumulation_steps: list[int] = _search([1, 2, 4, 8], "candidates for gradient_accumulation_steps; always 1")
+    learning_rate: list[float] = _search([1e-5, 1e-3], "lowest and highest rate, on a log scale; or one rate")
+    space: list[str] = _search(
+        [],
+        "further options to vary, such as weight_decay=1e-4:0.1:log warmup_steps=0:50 lr_scheduler=linear,cosine",
     )
 
 
-_SEARCHED = (
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "effective_batch_size",
-    "tokens_per_update",
-    "max_updates",
-    "learning_rate_scaling",
-    "random_seed",
-    "early_stopping_patience",
-)
-_HINTS = get_type_hints(Recipe, include_extras=True)
-# The Recipe of every trial, but for what a search settles; its seed is that of the runs, too.
-TrialRecipe = make_dataclass(
-    "TrialRecipe",
-    [
-        (f.name, _HINTS[f.name], setting(f.default, f.metadata["help"]))
-        for f in fields(Recipe)
-        if f.name not in _SEARCHED
-    ],
-    frozen=True,
-    kw_only=True,
-)
+# The Recipe that all trials share.
+TrialRecipe = select_settings("TrialRecipe", Recipe, lambda traits: not traits.decided_by_search)
+
+_RESERVED = {
+    **{f.name: traits_of(f).unsearchable for f in (*fields(Recipe), *fields(Runtime))},
+    **dict.fromkeys(("train_data", "val_data", "tokenizer"), SAME_ROWS),
+    **dict.fromkeys(("model", "config"), OWN_ARGUMENT),
+}
 
 
 def reserved(name: str) -> str | None:
-    """Why an argument of `test_fine_tuning` is no dimension of a search; None where it may be one."""
-    return _RESERVED.get(name)
-
-
-_SAME = "every trial has the same rows in the same order and the same budget of them"
-_OWN = "it is an argument of the search itself"
-_RESERVED: dict[str, Any] = {
-    **dict.fromkeys(
-        (
-            "n_epochs",
-            "max_updates",
-            "remainder",
-            "random_seed",
-            "validation_split",
-            "train_data",
-            "val_data",
-            "tokenizer",
-        ),
-        _SAME,
-    ),
-    **dict.fromkeys(("batch_size", "max_tokens"), "the physical batch of a search is fixed"),
-    "early_stopping_patience": "it would give trials unlike budgets; a pruner ends the bad ones",
-    **dict.fromkeys(
-        ("effective_batch_size", "tokens_per_update", "learning_rate_scaling"),
-        "`accumulation_steps` says which batches are tried",
-    ),
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "learning_rate", "model", "config", "output_dir", "progress"), _OWN
-    ),
-}
+    """Return the reason why a search cannot vary an argument of `test_fine_tuning`; None if it can."""
+    return _RESERVED.get(name) or None

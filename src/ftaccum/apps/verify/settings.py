@@ -1,68 +1,39 @@
 """The settings of a verification, with their rules; flags for the command line."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Annotated, Any, get_type_hints
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
 
-from ...fields import Count, Positive, Rule, setting
+from ...fields import Count, Positive, one_of, select_settings, setting
 from ...settings import Recipe, Runtime
 
-DTYPES = ("float64", "float32", "model")
+Measure = Annotated[str, one_of("float64", "float32", "model")]
 
-Measure = Annotated[str, Rule(lambda v: v in DTYPES, "'float64', 'float32' or 'model'")]
+_verification = partial(setting, group="verification")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """How a gradient is verified; what is verified are a Recipe and a Runtime."""
+    """How a gradient is verified. The Recipe and the Runtime say which gradient."""
 
-    n_splits: Count = setting(3, "cuts of the window into random orders and sizes, beside the regular ones")
-    dtype: Measure | None = setting(
+    n_splits: Count = _verification(3, "cuts of the window into random orders and sizes, besides the regular ones")
+    dtype: Measure | None = _verification(
         None,
-        "what the model is measured in: float64, float32, or model (as it is); none takes float64, or what the model "
-        "can and memory allows, and under autocast the model as it is",
+        "number type of the measurement: float64, float32, or model (as it is); none takes float64, or what the "
+        "model can and memory allows, and under autocast the model as it is",
     )
-    tolerance: Positive | None = setting(
+    tolerance: Positive | None = _verification(
         None, "relative error up to which a gradient counts as exact; none measures what rounding does here"
     )
 
 
 @dataclass
 class VerifyOutput:
-    """Where a verification goes, as a command line says it."""
+    """The options of `ftaccum verify` that `verify` does not take."""
 
-    json: str | None = field(
-        default=None, metadata={"help": "file for the table as JSON; - for standard output, and nothing else there"}
-    )
+    json: str | None = _verification(None, "file for the table as JSON; - for standard output, and nothing else there")
 
 
-def _some(name: str, settings: type, names: Collection[str]) -> Any:
-    """Some of the fields of a settings dataclass, as one of their own."""
-    hints = get_type_hints(settings, include_extras=True)
-    chosen = [f for f in fields(settings) if f.name in names]
-    parts = [(f.name, hints[f.name], setting(f.default, f.metadata["help"])) for f in chosen]
-    return make_dataclass(name, parts, frozen=True, kw_only=True)
-
-
-# Those that a window's gradient hangs on, and none of what becomes of it.
-VerifyRecipe = _some(
-    "VerifyRecipe",
-    Recipe,
-    ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update", "random_seed"),
-)
-VerifyRuntime = _some(
-    "VerifyRuntime",
-    Runtime,
-    (
-        "batch_size",
-        "max_tokens",
-        "planner",
-        "planner_costs",
-        "padding_free",
-        "use_amp",
-        "mixed_precision",
-        "gradient_checkpointing",
-        "deterministic",
-        "progress",
-    ),
-)
+# What the gradient of a window depends on, and nothing that happens to it later.
+VerifyRecipe = select_settings("VerifyRecipe", Recipe, lambda traits: traits.in_verify)
+VerifyRuntime = select_settings("VerifyRuntime", Runtime, lambda traits: traits.in_verify)
