@@ -1,7 +1,7 @@
 """The structure of a source tree in figures: layers, modules, statements, the longest functions and constructors.
 
-    .venv/bin/python scripts/structure.py                 # this checkout
-    .venv/bin/python scripts/structure.py OTHER/src/ftaccum
+.venv/bin/python scripts/structure.py                 # this checkout
+.venv/bin/python scripts/structure.py OTHER/src/ftaccum
 """
 
 import ast

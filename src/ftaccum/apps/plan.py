@@ -7,7 +7,7 @@ from ..fields import Length, Pairs, PositiveInt, find_faults, read_settings, sel
 from ..planning.batch_size import batch_sizes_of
 from ..planning.plan import Plan
 from ..planning.shuffle import n_held_out
-from ..settings import Recipe, Runtime, faults_of_schedule
+from ..settings import Recipe, faults_of_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,7 @@ def plan(
     return Plan(
         arguments.n_rows - n_held,
         recipe.n_epochs,
-        batch_sizes_of(
-            recipe, Runtime(batch_size=arguments.batch_size), arguments.num_processes, arguments.tokens_per_row
-        ),
+        batch_sizes_of(recipe, arguments.batch_size, arguments.num_processes, arguments.tokens_per_row),
         recipe.random_seed,
         n_held,
         recipe.remainder,

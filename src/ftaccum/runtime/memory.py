@@ -94,7 +94,9 @@ class MemoryLimits:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What was learnt, if it was learnt of the same caps; how often memory ran out in any case."""
         if tuple(state_dict["requested"]) == astuple(self.requested):
-            vars(self).update(state_dict | {"requested": self.requested, "current": BatchLimits(*state_dict["current"])})
+            vars(self).update(
+                state_dict | {"requested": self.requested, "current": BatchLimits(*state_dict["current"])}
+            )
         self.failures = state_dict["failures"]
 
     def ran_out(self, tokens: int) -> None:
