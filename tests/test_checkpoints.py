@@ -62,7 +62,7 @@ def test_a_checkpoint_tells_its_files_and_what_run_it_is_of(ended: Path) -> None
     facts = json.loads((folder / "state.json").read_text())
     assert (facts["updates"], facts["epochs"], facts["rows"]) == (7, 1, 54)
     assert facts["recipe"]["learning_rate"] == 1e-3
-    assert facts["runs"]["batch_size"] == 2
+    assert facts["run_with"]["batch_size"] == 2
     assert len((folder / "ledger.jsonl").read_text().splitlines()) == 7 + 1
 
 
@@ -299,7 +299,9 @@ def test_what_is_only_read_stays_as_it_is(
         return read(self, *arguments, **more)
 
     monkeypatch.setattr(Path, "open", stale)
-    assert CheckpointDirectory(folder).newest_sound(print)[1] == [folder / "checkpoints" / "update-00000014-epoch-0002"]
+    assert CheckpointDirectory(folder / "checkpoints").newest_sound()[1] == [
+        folder / "checkpoints" / "update-00000014-epoch-0002"
+    ]
     assert f"{newest} cannot be read ([Errno {errno.ESTALE}] Stale file handle), and is passed over." in (
         capsys.readouterr().err
     )
@@ -318,7 +320,7 @@ def test_a_checkpoint_is_the_runs_own_however_it_is_spelled(
         "a link to the folder": Path("linked", "checkpoints", behind.name),
         "a link to the checkpoint": Path("linked"),
     }[spelling]
-    CheckpointDirectory(Path("run")).set_aside(named, (), print)
+    CheckpointDirectory(Path("run", "checkpoints")).set_aside(named, ())
     assert checkpoints_of(folder) == [f"update-{n:08d}" for n in (3, 6)] + ["update-00000007-epoch-0001", behind.name]
     aside = sorted(path.name for path in (folder / "checkpoints.previous").iterdir())
     assert aside == ["update-00000012", "update-00000014-epoch-0002"]
@@ -333,7 +335,7 @@ def test_a_checkpoint_that_was_put_aside_can_be_gone_on_from(ended: Path, tmp_pa
     assert whole.differences(again) == []
     assert damage(behind) is None
     assert (folder / "checkpoints.previous-2").is_dir()
-    CheckpointDirectory(folder).clear()
+    CheckpointDirectory(folder / "checkpoints").clear()
     assert not list(folder.glob("checkpoints*"))
 
 
@@ -341,7 +343,7 @@ def test_folders_of_others_stay(ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path) / "checkpoints"
     for name in (".ipynb_checkpoints", ".mine.partial", ".update-00000013.partial", ".update-00000012.gone"):
         (folder / name).mkdir()
-    CheckpointDirectory(folder.parent).set_aside(None, (), print)
+    CheckpointDirectory(folder).set_aside(None, ())
     assert checkpoints_of(folder.parent) == [".ipynb_checkpoints", ".mine.partial"]
 
 
@@ -350,7 +352,7 @@ def of_another_version(folder: Path, what: str) -> None:
         (folder / "manifest.json").write_text('{"files": {}}')
         return
     file = folder / ("ledger.jsonl" if what == "fields" else "state.json")
-    said = {"fields": ('"window"', '"hue": 1, "window"'), "format": ('"format": 1', '"format": 2')}[what]
+    said = {"fields": ('"window"', '"hue": 1, "window"'), "format": ('"format": 2', '"format": 1')}[what]
     file.write_text(file.read_text().replace(*said))
     seal(folder)
 
@@ -360,7 +362,7 @@ def of_another_version(folder: Path, what: str) -> None:
     [
         ("no files", "its manifest.json does not list buffers.safetensors"),
         ("fields", "unexpected keyword argument 'hue'. It may be of another version"),
-        ("format", "its format is 2, and not 1"),
+        ("format", "its format is 1, and not 2"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended: Path, tmp_path: Path) -> None:
@@ -370,8 +372,8 @@ def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended:
         fine_tuned(resume=str(folder), restore_best_weights=True)
 
 
-HOLDS = "import sys, time; from pathlib import Path; from ftaccum.checkpoint import held\n" + (
-    "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+HOLDS = "import sys, time; from ftaccum.runtime.run_dir import RunDir\n" + (
+    "with RunDir.create(sys.argv[1]).lock(): print('held', flush=True); time.sleep(600)"
 )
 
 

@@ -21,7 +21,6 @@ ALLOWED = {
     ("data.iterable", "_distributed"): "`datasets` has no public name for a stream that is split by node",
     ("data.workers", "_worker_info"): "what torch's `get_worker_info` returns to data sets in a worker",
     ("apps.verify.peers", "_n_gpu"): "Trainer would use several GPUs at once",
-    ("apps.parser", "_actions"): "argparse has no public list of a parser's options",
 }
 
 

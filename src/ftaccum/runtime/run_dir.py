@@ -83,6 +83,10 @@ class RunDir:
                 (self.path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
         finally:
+            with suppress(
+                OSError
+            ):  # while it is locked: one who opened it before sees that it is gone, and opens again
+                (self.path / ".lock").unlink()
             lock.release()
 
     def is_locked(self) -> bool:
