@@ -18,8 +18,8 @@ ALLOWED = {
     ("objective.deterministic_forward", "_DropoutNd"): "the one base class of all dropout modules",
     ("accumulation.buffers", "_buffers"): "buffers may be replaced in a forward pass; torch has no public setter",
     ("checkpoint.early_stopping", "_non_persistent_buffers_set"): "torch has no public name for these buffers",
-    ("data.iterable", "_distributed"): "`datasets` has no public name for a stream that is split by node",
     ("data.workers", "_worker_info"): "what torch's `get_worker_info` returns to data sets in a worker",
+    ("apps.parser", "_actions"): "argparse has no public list of a parser's options",
     ("apps.verify.peers", "_n_gpu"): "Trainer would use several GPUs at once",
 }
 
