@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..planning.course import Progress
+from ..planning.base_plan import Progress
 from ..tracking.ledger import EpochEntry, WindowEntry
 from .manifest import damage
 from .serialization import n_bytes_in

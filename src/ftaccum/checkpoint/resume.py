@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
-from ..planning.course import BasePlan
+from ..planning.base_plan import BasePlan
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..settings import Recipe, Runtime

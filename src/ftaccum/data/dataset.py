@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..errors import DataError
+from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
-from ..planning.course import BasePlan
 from ..planning.plan import Plan
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..planning.course import BasePlan, Window
+from ..planning.base_plan import BasePlan, Window
 from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.process_group import SINGLE, ProcessGroup
 from ..tracking.throughput import Throughput

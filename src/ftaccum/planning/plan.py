@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import SettingsError
+from .base_plan import BasePlan, Progress, Window, describe_sizes
 from .batch_size import BatchSizes
-from .course import BasePlan, Progress, Window, describe_sizes
 from .shuffle import order_of
 
 _FEW = 6  # epochs, for their windows to be listed one by one

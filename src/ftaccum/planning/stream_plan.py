@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from .base_plan import BasePlan, Progress, Window, describe_sizes
 from .batch_size import BatchSizes
-from .course import BasePlan, Progress, Window, describe_sizes
 
 # Of an epoch, reads up to so many rows more, and says how many came: fewer only where the epoch has ended. Rows before
 # the position that it is given last are not needed any more.

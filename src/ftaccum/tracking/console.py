@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ..planning.course import BasePlan
+from ..planning.base_plan import BasePlan
 from .ledger import EpochEntry
 from .result import Result
 

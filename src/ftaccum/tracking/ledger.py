@@ -1,14 +1,14 @@
 """The ledger of a run: one entry a window and one an epoch."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputWarning, SettingsError, warn_user
 from ..runtime.atomic_files import AppendOnlyFile
-from .numbers import null_non_finite
 
 
 @dataclass(frozen=True)
@@ -139,3 +139,18 @@ class Ledger:
 
 def _as_line(entry: WindowEntry | EpochEntry) -> str:
     return json.dumps(null_non_finite(vars(entry)), allow_nan=False)
+
+
+def nan_null(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def null_non_finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: null_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_non_finite(item) for item in value]
+    return value

@@ -10,8 +10,7 @@ from typing import Any
 from ..errors import DataError
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
-from .ledger import Ledger
-from .numbers import nan_null, null_non_finite
+from .ledger import Ledger, nan_null, null_non_finite
 from .throughput import Throughput
 
 

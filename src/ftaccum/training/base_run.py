@@ -14,8 +14,8 @@ from torch import nn
 from ..accumulation.accumulator import GradientAccumulator
 from ..data.iterable import open_stream
 from ..errors import SettingsError
+from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
-from ..planning.course import BasePlan
 from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.accelerator import accelerator_session
 from ..runtime.gradients.plain import GradientStrategy

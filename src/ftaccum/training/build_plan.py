@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from ..data.dataset import mean_length
 from ..errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, warn_user
 from ..objective.report import ExactnessReport
+from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes, batch_sizes_of
-from ..planning.course import BasePlan
 from ..planning.micro_batches import DEFAULT_COSTS, BatchLimits, CostModel, MicroBatchPlanner
 from ..runtime.process_group import ProcessGroup
 from ..settings import Recipe, Runtime

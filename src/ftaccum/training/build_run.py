@@ -15,7 +15,7 @@ from ..checkpoint.manager import CheckpointManager, SavePolicy
 from ..checkpoint.resume import ResumePoint
 from ..checkpoint.state import TrainState
 from ..data.prefetch import WindowLoader
-from ..planning.course import BasePlan
+from ..planning.base_plan import BasePlan
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..tracking.console import Console

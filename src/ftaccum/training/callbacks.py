@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..planning.course import BasePlan
+from ..planning.base_plan import BasePlan
 from ..runtime.signals import ASKING, StopSignals
 from ..tracking.console import Console
 from ..tracking.ledger import EpochEntry

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ...errors import DataError, DivergedError, Preempted, SettingsError
-from ...planning.course import BasePlan
+from ...planning.base_plan import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
 from ...runtime.signals import StopSignals
