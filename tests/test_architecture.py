@@ -1,10 +1,15 @@
 """The architecture: what loads without torch, and which names are public. (`lint-imports` checks the layers.)"""
 
+import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import ftaccum
 
@@ -81,3 +86,22 @@ def test_public_names() -> None:
 def test_pytest_does_not_collect_it(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("from ftaccum import test_fine_tuning\ndef test_of_the_user(): pass\n")
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+def test_the_package_runs_from_a_source_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without metadata of its own, which only an installation has."""
+    distribution = importlib.metadata.distribution
+
+    def not_installed(name: str) -> importlib.metadata.Distribution:
+        if name == "ftaccum":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
+    rows = [(torch.ones(3), n % 2) for n in range(8)]
+    arguments: dict[str, Any] = {"loss_fn": nn.CrossEntropyLoss(), "progress": False}
+    result = ftaccum.test_fine_tuning(
+        nn.Linear(3, 2), train_data=rows, n_epochs=1, output_dir=str(tmp_path), **arguments
+    )
+    assert result.unwritten == []
+    assert ftaccum.verify(nn.Linear(3, 2), rows, **arguments).exact

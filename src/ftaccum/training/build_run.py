@@ -34,7 +34,7 @@ from .oom_recovery import OomRecovery
 from .optimizer import make_optimizer, make_schedule, preserve_learning_rates
 
 
-class TrainingParts(Run):
+class TrainingSetup(Run):
     """What takes part in training. `TrainingRun` trains with it."""
 
     def __init__(self, config: RunConfig, callback: Callback) -> None:

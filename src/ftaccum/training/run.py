@@ -15,7 +15,7 @@ from ..tracking.result import Result
 from ..tracking.step import StepResult
 from ..tracking.throughput import Throughput
 from .build_plan import describe_cut
-from .build_run import TrainingParts
+from .build_run import TrainingSetup
 from .callbacks import Callback
 from .config import RunConfig
 from .nonfinite import NonFiniteUpdate
@@ -40,7 +40,7 @@ def run_training(config: RunConfig, callback: Callback | None = None) -> Result:
         return run.train()
 
 
-class TrainingRun(TrainingParts):
+class TrainingRun(TrainingSetup):
     """A run that trains its model in place."""
 
     _is_training = False
