@@ -14,7 +14,7 @@ from accelerate import PartialState
 from optuna.pruners import BasePruner
 from torch import nn
 
-import ftaccum.runtime.team
+import ftaccum.apps.search.processes
 from ftaccum import Result
 from searching import Layer, quick
 
@@ -43,7 +43,7 @@ def factory() -> nn.Module:
     return Layer()
 
 
-ftaccum.runtime.team._OUTCOMES_WITHIN = datetime.timedelta(seconds=2)
+ftaccum.apps.search.processes._OUTCOMES_WITHIN = datetime.timedelta(seconds=2)
 study = quick(
     model_factory=factory, output_dir=folder, n_trials=5, n_reports=4, pruner=EveryOther(), refit=True, batch_size=2
 )

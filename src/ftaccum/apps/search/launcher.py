@@ -21,9 +21,9 @@ from optuna import Study
 
 from ...errors import DataError, SettingsError
 from ...runtime.signals import StopSignals
-from ...runtime.team import Team
 from .definition import Search
 from .opening import open_study
+from .processes import open_trial_processes
 from .retry import IF_INTERRUPTED, counts
 from .samplers import SeededByTrial
 from .worker import TrialRunner
@@ -120,15 +120,14 @@ def be_worker(scratch: Path, number: int, parent: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sys.path[:], pickled = dill.loads((scratch / "search").read_bytes())
     search: Search = dill.loads(pickled)
-    team = Team()
-    study, storage = open_study(search, team)
+    study, storage = open_study(search, num_processes=1)
     if number and not isinstance(study.sampler, SeededByTrial):
         study.sampler.reseed_rng()  # all workers have been sent the same one
     stop_signals = StopSignals(IF_INTERRUPTED)
-    with stop_signals.kept():
+    with stop_signals.kept(), open_trial_processes() as processes:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
         try:
-            TrialRunner(search, team, stop_signals, study, storage).work(lambda: None)
+            TrialRunner(search, processes, stop_signals, study, storage).work(lambda: None)
         except (SettingsError, DataError) as error:
             (scratch / f"error-{number}").write_bytes(dill.dumps(error))
             raise

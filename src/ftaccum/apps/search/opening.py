@@ -6,7 +6,6 @@ from typing import Any
 from optuna import Study
 from optuna.storages import BaseStorage
 
-from ...runtime.team import Team
 from ...settings import Recipe
 from .definition import Search
 from .space import STEPS
@@ -14,7 +13,7 @@ from .storages import storage_of
 from .study import open_or_create
 
 
-def open_study(search: Search, team: Team) -> tuple[Study, BaseStorage]:
+def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
     """The study of a search, begun where it is not yet there, and the storage that it is in.
 
     Raises:
@@ -25,7 +24,7 @@ def open_study(search: Search, team: Team) -> tuple[Study, BaseStorage]:
     storage = storage_of(search.settings.storage, search.folder)
     name = search.settings.study_name or (search.folder.resolve().name if search.folder else "search")
     return open_or_create(
-        storage, name, search.settings, _setup(search, team.size), search.space.dimensions(), {STEPS: 1}
+        storage, name, search.settings, _setup(search, num_processes), search.space.dimensions(), {STEPS: 1}
     ), storage
 
 

@@ -13,11 +13,11 @@ from tqdm import tqdm
 from ...errors import SettingsError
 from ...fine_tuning import fine_tuned
 from ...runtime.signals import StopSignals
-from ...runtime.team import LostError, Team
 from ...training.callbacks import Callback
 from .definition import Search
 from .launcher import run_workers
 from .opening import open_study
+from .processes import OutOfStepError, TrialProcesses, open_trial_processes
 from .progress import SearchProgress
 from .reports import write_reports
 from .retry import IF_INTERRUPTED
@@ -27,50 +27,51 @@ from .worker import TrialRunner, arguments_of, follow
 
 
 def run_search(search: Search) -> Study:
-    """Runs trials until there are enough, and says what came of them. All processes of a team call it alike."""
-    team = Team()
-    try:
-        return _conducted(search, team)
-    finally:
-        team.close()
+    """Run trials until there are enough, and report the result. All processes call it alike."""
+    with open_trial_processes() as processes:
+        return _conducted(search, processes)
 
 
-def _conducted(search: Search, team: Team) -> Study:
-    if search.settings.n_workers > 1 and team.size > 1:
+def _conducted(search: Search, processes: TrialProcesses) -> Study:
+    if search.settings.n_workers > 1 and processes.size > 1:
         raise SettingsError(
             [
-                f"`n_workers` is {search.settings.n_workers}, but {team.size} processes were launched to run each "
+                f"`n_workers` is {search.settings.n_workers}, but {processes.size} processes were launched to run each "
                 "trial together. Give one of the two, or launch several times with one `storage`."
             ]
         )
     stop_signals = StopSignals(IF_INTERRUPTED)
     with stop_signals.kept(), _silent_optuna():
-        study = _main(search, team, stop_signals) if team.is_main else _copied(*follow(search, team, stop_signals))
+        study = (
+            _main(search, processes, stop_signals)
+            if processes.is_main
+            else _copied(*follow(search, processes, stop_signals))
+        )
     if search.settings.refit:
-        _refit(search, team, study)
+        _refit(search, processes, study)
     return study
 
 
-def _main(search: Search, team: Team, stop_signals: StopSignals) -> Study:
+def _main(search: Search, processes: TrialProcesses, stop_signals: StopSignals) -> Study:
     try:
-        study = _led(search, team, stop_signals)
+        study = _led(search, processes, stop_signals)
         stop_signals.check()
-    except LostError:  # nobody would listen
+    except OutOfStepError:  # nobody would listen
         raise
     except BaseException:
-        team.told(("end", None))
+        processes.orders.broadcast(("end", None))
         raise
-    team.told(("end", (study.study_name, study.directions, study.get_trials())))
+    processes.orders.broadcast(("end", (study.study_name, study.directions, study.get_trials())))
     return study
 
 
-def _led(search: Search, team: Team, stop_signals: StopSignals) -> Study:
-    study, storage = open_study(search, team)
-    with SearchProgress(study, search, storage, team.size) as progress:
+def _led(search: Search, processes: TrialProcesses, stop_signals: StopSignals) -> Study:
+    study, storage = open_study(search, processes.size)
+    with SearchProgress(study, search, storage, processes.size) as progress:
         if search.settings.n_workers > 1:
             run_workers(search, stop_signals, study, progress.update)
         else:
-            TrialRunner(search, team, stop_signals, study, storage).work(progress.update)
+            TrialRunner(search, processes, stop_signals, study, storage).work(progress.update)
     write_reports(study, search.folder)
     return study
 
@@ -92,14 +93,14 @@ def _copied(name: str, directions: list[Any], trials: list[Any]) -> Study:
     return study
 
 
-def _refit(search: Search, team: Team, study: Study) -> None:
+def _refit(search: Search, processes: TrialProcesses, study: Study) -> None:
     """The best trial once more, as an ordinary run, whose model is kept."""
-    best = team.decided(lambda: best_trial(study))
+    best = processes.orders.run_on_main(lambda: best_trial(study))
     if best is None or search.folder is None:
         return
-    arguments = arguments_of(search, FixedTrial(best.params, best.number), team)
+    arguments = arguments_of(search, FixedTrial(best.params, best.number), processes)
     arguments |= {"output_dir": str(search.folder / "best"), "progress": search.progress}
-    if team.is_main:
+    if processes.is_main:
         tqdm.write(f"The best, trial {best.number}, once more:", file=sys.stdout)
     model = seeded_model(search.model_factory, arguments["random_seed"])
     fine_tuned({**arguments, "model": model}, Callback())

@@ -18,12 +18,12 @@ from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
 from ...runtime.signals import StopSignals
 from ...runtime.state_guards import preserve_rng, seed_all
-from ...runtime.team import LostError, Team
 from ...tracking.console import Console
 from ...tracking.ledger import EpochEntry
 from ...tracking.result import Result
 from ...training.callbacks import Callback
 from .book import TrialRecord
+from .processes import OutOfStepError, TrialProcesses
 from .report_steps import milestones
 
 _trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials, as long as somebody else keeps them
@@ -59,7 +59,7 @@ def run_trial(
     arguments: Mapping[str, Any],
     callback: Callback,
 ) -> TrialResult:
-    """Runs one trial, and frees what it held. All processes of the team call it alike.
+    """Runs one trial, and frees what it held. All processes call it alike.
 
     Args:
         arguments: all of `test_fine_tuning`'s but the model. Its `random_seed` also seeds the factory, so that every
@@ -76,7 +76,7 @@ def run_trial(
         return TrialResult("diverged", str(end) if end.update is None else f"at update {end.update}: {end}")
     except TakenError:
         return TrialResult("left")
-    except LostError:
+    except OutOfStepError:
         raise
     except Preempted as end:
         raise KeyboardInterrupt(str(end)) from None
@@ -132,7 +132,7 @@ class TrialCallback(Callback):
 
     def __init__(
         self,
-        team: Team,
+        processes: TrialProcesses,
         record: TrialRecord,
         stop_signals: StopSignals,
         *,
@@ -145,7 +145,7 @@ class TrialCallback(Callback):
         n_reports: evaluations over the trial.
         title: of the progress bar.
         """
-        self._team, self._record, self._stop_signals = team, record, stop_signals
+        self._processes, self._record, self._stop_signals = processes, record, stop_signals
         self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
         self._steps: dict[int, int] = {}
 
@@ -156,7 +156,7 @@ class TrialCallback(Callback):
         # Where what is left of an epoch is carried, its end is none of an update's: all epochs are as one.
         epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
         self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
-        self._team.decided(lambda: self._record.begin(self._steps))
+        self._processes.orders.run_on_main(lambda: self._record.begin(self._steps))
         return self._steps
 
     def stop_signals(self, *, saves: bool) -> StopSignals:  # noqa: ARG002
@@ -164,7 +164,7 @@ class TrialCallback(Callback):
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         step, budget = self._steps[milestone], max(self._steps)
-        order = self._team.decided(lambda: self._record.report(step, rows, val_loss))
+        order = self._processes.orders.run_on_main(lambda: self._record.report(step, rows, val_loss))
         if order == "leave":
             raise TakenError
         if not math.isfinite(val_loss):

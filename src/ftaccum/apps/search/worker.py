@@ -16,10 +16,10 @@ from ...checkpoint.directory import CheckpointDirectory
 from ...errors import DataError, SettingsError
 from ...runtime.run_dir import is_locked
 from ...runtime.signals import StopSignals
-from ...runtime.team import LostError, Team
 from .book import StudyTrialRecord, TrialRecord
 from .definition import Search
 from .liveness import here, is_gone
+from .processes import OutOfStepError, TrialProcesses
 from .retry import FIRST, INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
 from .settings import SearchSettings
 from .space import RATE, STEPS
@@ -34,12 +34,12 @@ class _EndedError(Exception):
 
 
 class TrialRunner:
-    """The first process of a team: asks the study for trials, and tells it what became of them."""
+    """The first process of a trial: asks the study for trials, and tells it what became of them."""
 
     def __init__(
-        self, search: Search, team: Team, stop_signals: StopSignals, study: Study, storage: BaseStorage
+        self, search: Search, processes: TrialProcesses, stop_signals: StopSignals, study: Study, storage: BaseStorage
     ) -> None:
-        self._search, self._team, self._stop_signals = search, team, stop_signals
+        self._search, self._processes, self._stop_signals = search, processes, stop_signals
         self._study, self._storage = study, storage
         self._left = False
         self._folder: Path | None = None  # of the trial at hand
@@ -100,13 +100,13 @@ class TrialRunner:
         except UpdateFinishedTrialError:
             self._left = True
             raise
-        except (KeyboardInterrupt, LostError):
+        except (KeyboardInterrupt, OutOfStepError):
             self._run_again(trial)
             raise
 
     def _tried(self, trial: Trial) -> TrialResult:
         try:
-            arguments = arguments_of(self._search, trial, self._team)
+            arguments = arguments_of(self._search, trial, self._processes)
         except StorageInternalError:
             raise
         except SettingsError as error:
@@ -117,9 +117,9 @@ class TrialRunner:
         if first is not None and (folder := folder_of(self._search, trial.number, first)) and is_locked(folder):
             first = None  # its worker was taken for dead, and is not: this one begins anew, in a folder of its own
         self._folder = folder_of(self._search, trial.number, first)
-        self._team.told(("run", (trial.number, first, trial.params)))
+        self._processes.orders.broadcast(("run", (trial.number, first, trial.params)))
         record = StudyTrialRecord(self._study, trial, self._settings)
-        return run(self._search, self._team, self._stop_signals, trial.number, first, arguments, record)
+        return run(self._search, self._processes, self._stop_signals, trial.number, first, arguments, record)
 
     def _told(self, trial: Trial, outcome: TrialResult) -> float | tuple[float, float]:
         """What Optuna wants of a trial: its value, or an exception that says how it ended."""
@@ -161,32 +161,32 @@ class TrialRunner:
         return place_of(self._study, trial) >= self._settings.n_trials
 
 
-def follow(search: Search, team: Team, stop_signals: StopSignals) -> Any:
-    """What the other processes of a team do: the trials that the first one tells. Returns what it says at the end.
+def follow(search: Search, processes: TrialProcesses, stop_signals: StopSignals) -> Any:
+    """What the other processes of a trial do: the trials that the first one tells. Returns what it says at the end.
 
     Raises:
         SettingsError, DataError: that ended the search.
-        LostError: where something else did, which the first process raises.
+        OutOfStepError: where something else did, which the first process raises.
     """
     last_error: BaseException | None = None
     while True:
-        order, told = team.told()
+        order, told = processes.orders.broadcast()
         if order != "run":
             break
         number, first, parameters = told
-        arguments = arguments_of(search, FixedTrial(parameters, number), team)
+        arguments = arguments_of(search, FixedTrial(parameters, number), processes)
         try:
-            last_error = run(search, team, stop_signals, number, first, arguments, TrialRecord()).error
+            last_error = run(search, processes, stop_signals, number, first, arguments, TrialRecord()).error
         except KeyboardInterrupt as error:  # as the first process was told, which now ends the search
             last_error = error
     if told is None:
-        raise last_error or LostError("The first process ended the search; what it raised says why.")
+        raise last_error or OutOfStepError("The first process ended the search; what it raised says why.")
     return told
 
 
-def arguments_of(search: Search, trial: BaseTrial, team: Team) -> dict[str, Any]:
+def arguments_of(search: Search, trial: BaseTrial, processes: TrialProcesses) -> dict[str, Any]:
     """The arguments of a trial, but for the model."""
-    return search.space.suggest(trial, search.fixed, search.batch_size(team.size))
+    return search.space.suggest(trial, search.fixed, search.batch_size(processes.size))
 
 
 def folder_of(search: Search, number: int, first: int | None) -> Path | None:
@@ -196,7 +196,7 @@ def folder_of(search: Search, number: int, first: int | None) -> Path | None:
 
 def run(
     search: Search,
-    team: Team,
+    processes: TrialProcesses,
     stop_signals: StopSignals,
     number: int,
     first: int | None,
@@ -210,7 +210,7 @@ def run(
     """
     folder = folder_of(search, number, first)
     kept = {"output_dir": folder and str(folder), "resume": "auto" if folder and first is not None else None}
-    batch_size, settings = search.batch_size(team.size), search.settings
+    batch_size, settings = search.batch_size(processes.size), search.settings
     record.open(
         {
             "effective_batch_size": arguments[STEPS] * batch_size,
@@ -219,7 +219,7 @@ def run(
         }
     )
     callback = TrialCallback(
-        team,
+        processes,
         record,
         stop_signals,
         batch_sizes=[k * batch_size for k in search.space.candidates()],
@@ -227,7 +227,7 @@ def run(
         title=f"trial {number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
     )
     outcome = run_trial(search.model_factory, arguments | kept | {"progress": search.progress}, callback)
-    everyone = team.everyone((outcome.kind, outcome.reason))
+    everyone = processes.gather_outcomes((outcome.kind, outcome.reason))
     failed = next((reason for kind, reason in everyone if kind == "failed"), None)
     if failed is not None and outcome.kind != "failed":
         return TrialResult("failed", failed)
