@@ -9,9 +9,9 @@ from optuna.storages import BaseStorage
 from tqdm import tqdm
 
 from .definition import Search
-from .retry import counts
+from .retry import n_counted
 from .space import Space
-from .storages import tells_deaths, without_password
+from .study import has_heartbeat, hide_password
 from .tables import as_text, line_of, summary, table
 
 _RULE = "=" * 64
@@ -50,7 +50,7 @@ class SearchProgress:
         self._bar.refresh()
 
     def _ended(self) -> int:
-        return sum(map(counts, self._study.get_trials(deepcopy=False)))
+        return n_counted(self._study)
 
     def _heading(self) -> list[str]:
         search, settings = self._search, self._search.settings
@@ -69,7 +69,7 @@ class SearchProgress:
             f"proposals: {settings.sampler}",
             f"Study: {self._study.study_name!r} in {_place(self._storage)}",
         ]
-        if not tells_deaths(self._storage):
+        if not has_heartbeat(self._storage):
             lines.append("Note: this storage has no heartbeat; a worker that dies is noticed on its own machine only")
         return lines
 
@@ -86,4 +86,4 @@ def _rate(space: Space) -> str:
 
 def _place(storage: BaseStorage) -> str:
     engine = getattr(storage, "engine", None)
-    return without_password(str(engine.url)) if engine is not None else type(storage).__name__
+    return hide_password(str(engine.url)) if engine is not None else type(storage).__name__
