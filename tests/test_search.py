@@ -33,7 +33,7 @@ from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.search.retry import is_counted, is_dead, requeue_dead, this_worker
 from ftaccum.apps.search.samplers import make_pruner
 from ftaccum.apps.search.study import hide_password, open_storage
-from ftaccum.apps.search.tables import as_text, table
+from ftaccum.apps.search.tables import format_table, trial_rows
 from searching import N_ROWS, Layer, points, quick
 
 TRAINED = N_ROWS - 8
@@ -458,7 +458,7 @@ def test_a_trial_whose_workers_die_is_given_up_and_counts(tmp_path: Path) -> Non
     assert [trial.user_attrs.get("deaths") for trial in study.trials] == [None, None, 1, 2, 3]
     assert len({trial.params["learning_rate"] for trial in study.trials[1:]}) == 1
     assert len(ended(study)) == 2
-    assert as_text(table(study)).count("the workers that ran it died") == 1
+    assert format_table(trial_rows(study)).count("the workers that ran it died") == 1
     assert len(quick(n_trials=3, output_dir=folder).trials) == 6
 
 
