@@ -609,10 +609,10 @@ def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_proces
     assert sorted(process["process"] for process in seen) == [0, 1]
     for process in seen:
         trials = process["trials"]
-        assert [state for state, _, _ in trials] == ["COMPLETE", "PRUNED", "FAIL", "PRUNED", "COMPLETE"]
-        assert [rows for _, _, rows in trials] == [128, 96, 0, 96, 128]
+        assert [state for state, _, _ in trials] == ["COMPLETE", "PRUNED", "FAIL", "PRUNED", "FAIL", "PRUNED"]
+        assert [rows for _, _, rows in trials] == [128, 96, 0, 96, None, 96]
         assert trials[0][1] == 4  # k = 1 on both
-        assert process["made"] == 6  # five trials and the refit
+        assert process["made"] == 6  # five trials and the refit; the reassigned trial needs no model
     assert seen[0]["value"] == seen[1]["value"]
 
 
