@@ -1,16 +1,16 @@
-"""Searches for accumulation steps and learning rate at a fixed physical batch, and trains with the best.
+"""Search for accumulation steps and learning rate at a fixed physical batch, and train with the best.
 
     python recipes/search.py --config recipes/search.yaml            # packaged encoder, 1,024 film reviews
-    python recipes/search.py --config recipes/search.yaml --n_trials 40                # goes on where it was
+    python recipes/search.py --config recipes/search.yaml --n_trials 40                # resumes the search
     python recipes/search.py --config recipes/search.yaml --workers 2                  # two processes, a trial each
     python recipes/search.py --model bert-base-uncased --train_data reviews.csv --batch_size 16 \\
         --storage postgresql://me@host/searches --study_name reviews                      # the same on many machines
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/search.py ...  # two processes a trial
 
-Options are those of `ftaccum search`. What it finds lies in OUTPUT_DIR: `report.html` with curves and tables,
-`study.db` for `optuna-dashboard`, and with `--refit` in `best/model` the best trial's model, trained again.
+The options are those of `ftaccum search`. OUTPUT_DIR then has `report.html` with curves and tables, `study.db` for
+`optuna-dashboard`, and with `--refit` the model of the best trial, trained again, in `best/model`.
 
-The first of these takes some ten minutes on 2 CPU cores with bf16 units: 20 trials, pruned to 12,288 of 20,480 rows.
+The first command takes some ten minutes on 2 CPU cores with bf16 units: 20 trials, pruned to 12,288 of 20,480 rows.
 The best had k = 1 at a rate of 8.9e-5, a validation loss of 0.443 and 80.5% of the 512 held-out sentences right.
 """
 
@@ -31,7 +31,7 @@ from ftaccum.settings import Runtime
 
 @dataclass
 class Sources(TrainArguments):
-    """What to train on what: `ftaccum search`'s arguments, with the packaged model and rows as defaults."""
+    """Model and data: the arguments of `ftaccum search`, with the packaged model and rows as defaults."""
 
     model: str = field(default=str(packaged.MINILM), metadata={"help": "folder or hub name of the model"})
     train_data: str = field(

@@ -257,7 +257,7 @@ def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     assert classifier("a good film")[0]["label"] in ("positive", "negative")
     capsys.readouterr()
     assert main([*command, "--n_trials", "4", "--batch_size", "8"]) == 2
-    assert "was begun with `batch_size` 4, and is now to go on with 8" in capsys.readouterr().err
+    assert "was created with `batch_size` 4, and this search has 8" in capsys.readouterr().err
 
 
 def test_the_search_recipe(

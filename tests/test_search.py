@@ -30,11 +30,10 @@ import ftaccum.apps.search.runner
 import ftaccum.apps.search.worker
 import ftaccum.runtime.signals
 from ftaccum import DataError, SettingsError, test_fine_tuning
-from ftaccum.apps.search.liveness import here, is_gone
-from ftaccum.apps.search.retry import counts, find_dead
-from ftaccum.apps.search.samplers import pruner_of
-from ftaccum.apps.search.storages import storage_of, without_password
-from ftaccum.apps.search.tables import as_text, table
+from ftaccum.apps.search.retry import is_counted, is_dead, requeue_dead, this_worker
+from ftaccum.apps.search.samplers import make_pruner
+from ftaccum.apps.search.study import hide_password, open_storage
+from ftaccum.apps.search.tables import format_table, trial_rows
 from searching import N_ROWS, Layer, points, quick
 
 TRAINED = N_ROWS - 8
@@ -43,7 +42,7 @@ FINISHED, PRUNED, FAILED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FA
 
 
 def ended(study: optuna.Study) -> list[FrozenTrial]:
-    return [trial for trial in study.trials if counts(trial)]
+    return [trial for trial in study.trials if is_counted(trial)]
 
 
 def proposals(study: optuna.Study) -> list[dict[str, Any]]:
@@ -145,7 +144,7 @@ def test_trials_report_at_the_same_rows_whatever_their_batch(tmp_path: Path) -> 
         assert trial.value == trial.intermediate_values[BUDGET]
 
 
-def test_a_pruned_trial_ends_at_a_milestone_and_says_where() -> None:
+def test_a_pruned_trial_ends_at_a_milestone_and_says_wthis_worker() -> None:
     never = ThresholdPruner(upper=1e-9, n_warmup_steps=40)  # prunes everything once it has passed 40 rows
     study = quick(pruner=never, n_reports=4)
     for trial in study.trials:
@@ -454,12 +453,12 @@ def test_a_trial_whose_workers_die_is_given_up_and_counts(tmp_path: Path) -> Non
     for _ in range(4):
         dead = asked(study)
         dead.suggest_float("learning_rate", 1e-4, 1e-1, log=True)
-        dead.set_user_attr("worker", here() | {"started": 0.0})
-        find_dead(study, {})
+        dead.set_user_attr("worker", this_worker() | {"started": 0.0})
+        requeue_dead(study, {})
     assert [trial.user_attrs.get("deaths") for trial in study.trials] == [None, None, 1, 2, 3]
     assert len({trial.params["learning_rate"] for trial in study.trials[1:]}) == 1
     assert len(ended(study)) == 2
-    assert as_text(table(study)).count("the workers that ran it died") == 1
+    assert format_table(trial_rows(study)).count("the workers that ran it died") == 1
     assert len(quick(n_trials=3, output_dir=folder).trials) == 6
 
 
@@ -478,8 +477,8 @@ def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         quick(output_dir=folder, batch_size=4, n_epochs=3)
     assert len(caught.value.faults) == 2
-    assert "was begun with `n_epochs` 2, and is now to go on with 3" in str(caught.value)
-    with pytest.raises(DataError, match="were given 128 rows each, and `train_data` now comes to 66"):
+    assert "was created with `n_epochs` 2, and this search has 3" in str(caught.value)
+    with pytest.raises(DataError, match="have 128 rows each, and `train_data` now comes to 66"):
         quick(output_dir=folder, train_data=points(37), n_trials=3)
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
 
@@ -507,7 +506,7 @@ def test_two_workers_of_one_machine_do_not_take_one_queued_trial(tmp_path: Path)
     together = threading.Barrier(2)
 
     def taken() -> list[int]:
-        mine = optuna.load_study(study_name=study.study_name, storage=storage_of(None, tmp_path))
+        mine = optuna.load_study(study_name=study.study_name, storage=open_storage(None, tmp_path))
         together.wait()
         return [asked(mine).number for _ in range(15)]
 
@@ -526,9 +525,7 @@ def asked(study: optuna.Study) -> optuna.Trial:
 def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path)
     study = quick(output_dir=folder, n_trials=3)
-    monkeypatch.setattr(
-        ftaccum.apps.search.worker.TrialRunner, "_next", _go_once(ftaccum.apps.search.worker.TrialRunner._next)
-    )
+    monkeypatch.setattr(ftaccum.apps.search.worker.Worker, "_next", _go_once(ftaccum.apps.search.worker.Worker._next))
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
     study = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path}/study.db")
     assert [trial.state for trial in study.trials[3:]] == [FAILED]
@@ -536,8 +533,8 @@ def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatc
 
 def _go_once(look: Callable[[Any], str]) -> Callable[[Any], str]:
     """The first look is one at trials of a moment ago, when another worker had not taken the last one."""
-    looks = iter(["go"])
-    return lambda leader: next(looks, None) or look(leader)
+    looks = iter(["run"])
+    return lambda worker: next(looks, None) or look(worker)
 
 
 def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) -> None:
@@ -612,10 +609,10 @@ def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_proces
     assert sorted(process["process"] for process in seen) == [0, 1]
     for process in seen:
         trials = process["trials"]
-        assert [state for state, _, _ in trials] == ["COMPLETE", "PRUNED", "FAIL", "PRUNED", "COMPLETE"]
-        assert [rows for _, _, rows in trials] == [128, 96, 0, 96, 128]
+        assert [state for state, _, _ in trials] == ["COMPLETE", "PRUNED", "FAIL", "PRUNED", "FAIL", "PRUNED"]
+        assert [rows for _, _, rows in trials] == [128, 96, 0, 96, None, 96]
         assert trials[0][1] == 4  # k = 1 on both
-        assert process["made"] == 6  # five trials and the refit
+        assert process["made"] == 6  # five trials and the refit; the reassigned trial needs no model
     assert seen[0]["value"] == seen[1]["value"]
 
 
@@ -652,16 +649,16 @@ def test_a_storage_elsewhere_needs_no_folder_that_is_there(tmp_path: Path) -> No
 
 
 def test_a_storage_is_shown_without_its_password() -> None:
-    assert without_password("postgresql://me:hush@host/x?password=hush") == "postgresql://me:***@host/x"
-    assert without_password("sqlite:///study.db") == "sqlite:///study.db"
+    assert hide_password("postgresql://me:hush@host/x?password=hush") == "postgresql://me:***@host/x"
+    assert hide_password("sqlite:///study.db") == "sqlite:///study.db"
 
 
 def test_a_process_is_told_from_another_of_its_number() -> None:
-    assert is_gone(here()) is False
-    assert is_gone(here() | {"started": 0.0})
-    assert is_gone(here() | {"process": 2**22 + 1})
-    assert is_gone(here() | {"machine": "another"}) is None
-    assert is_gone(None) is None
+    assert is_dead(this_worker()) is False
+    assert is_dead(this_worker() | {"started": 0.0})
+    assert is_dead(this_worker() | {"process": 2**22 + 1})
+    assert is_dead(this_worker() | {"machine": "another"}) is None
+    assert is_dead(None) is None
 
 
 @pytest.mark.parametrize(
@@ -669,7 +666,7 @@ def test_a_process_is_told_from_another_of_its_number() -> None:
 )
 def test_pruning_begins_at_a_quarter(budget: int, n_reports: int, first: int) -> None:
     steps = [number * (budget // n_reports) for number in range(1, n_reports)] + [budget]
-    assert pruner_of("successive_halving", steps)._min_resource == first  # type: ignore[union-attr]
+    assert make_pruner("successive_halving", steps)._min_resource == first  # type: ignore[union-attr]
 
 
 def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
@@ -766,13 +763,13 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"model": Layer()}, "Give `model_factory`"),
         ({"gradient_accumulation_steps": 4}, "Give the candidates as `accumulation_steps`"),
         ({"effective_batch_size": 64}, "`effective_batch_size` follows from `accumulation_steps`"),
-        ({"max_updates": 100}, "`max_updates` would give trials of unlike k unlike rows"),
+        ({"max_updates": 100}, "`max_updates` would give trials of different k different rows"),
         ({"learning_rate_scaling": "sqrt"}, "Leave it out; `couple_learning_rate` scales the rate of a trial"),
         ({"space": {"remainder": CategoricalDistribution(["flush", "carry"])}}, "`space` cannot vary 'remainder'"),
         ({"weight_decya": 0.1}, "There is no argument `weight_decya`. Did you mean 'weight_decay'?"),
         ({"validation_split": 0.0}, "A search compares validation losses"),
         ({"optimizer": torch.optim.SGD(Layer().parameters(), lr=1)}, "`optimizer` is an instance"),
-        ({"early_stopping_patience": 2}, "`early_stopping_patience` is 2, which would give trials unlike budgets"),
+        ({"early_stopping_patience": 2}, "`early_stopping_patience` is 2, which would give trials different budgets"),
         ({"storage": "postgresql://me@here/db"}, "`storage` is one that others may use as well. Name your study"),
         ({"refit": True}, "`refit` saves a model, but `output_dir` is None"),
         ({"n_workers": 2}, "`n_workers` is 2, but the study would be in the memory of one"),

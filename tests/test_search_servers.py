@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import NullPool
 
 from ftaccum import SettingsError
-from ftaccum.apps.search.retry import DEATHS, WORKER, counts
-from ftaccum.apps.search.storages import storage_of, tells_deaths
+from ftaccum.apps.search.retry import DEATHS, WORKER, is_counted
+from ftaccum.apps.search.study import has_heartbeat, open_storage
 from searching import quick
 from servers import ENVIRONMENT, Postgres, grpc_proxy, no_postgres_because, postgresql, script, wait_until
 
@@ -99,7 +99,7 @@ def test_of_three_workers_one_can_be_killed(where: str, postgres: Postgres, work
     assert statuses == [-signal.SIGKILL, 0, 0]
     trials = study_at(url).get_trials()
     assert all(trial.state.is_finished() for trial in trials)
-    ended = [trial for trial in trials if counts(trial)]
+    ended = [trial for trial in trials if is_counted(trial)]
     assert len(ended) == N_TRIALS
     assert trials[0].params["gradient_accumulation_steps"] == 1  # nobody was there before the study was as it should be
     assert {worker_of(trial) for trial in ended} >= {*processes[1:]}
@@ -150,7 +150,7 @@ def worker_of(trial: FrozenTrial) -> int | None:
 
 
 def test_dead_workers_of_a_server_are_noticed(postgres: Postgres) -> None:
-    assert tells_deaths(storage_of(postgres.empty_database(), None))
+    assert has_heartbeat(open_storage(postgres.empty_database(), None))
 
 
 def test_a_password_is_not_shown_where_the_server_cannot_be_reached() -> None:
@@ -175,8 +175,8 @@ def test_a_study_behind_optunas_proxy_says_that_deaths_go_unnoticed(
     database = f"sqlite:///{tmp_path / 'study.db'}"
     with grpc_proxy(database) as url:
         study = quick(storage=url, study_name="far", progress=True)
-        assert sum(map(counts, study.trials)) == len(study.trials) == 4
+        assert sum(map(is_counted, study.trials)) == len(study.trials) == 4
         assert "this storage has no heartbeat" in capsys.readouterr().out
-        assert not tells_deaths(storage_of(url, None))
+        assert not has_heartbeat(open_storage(url, None))
         assert len(quick(storage=url, study_name="far", n_trials=5).trials) == 5  # it goes on
     assert len(optuna.load_study(study_name="far", storage=database).trials) == 5

@@ -146,7 +146,8 @@ class Runtime:
     )
     planner: Flag = _cut(True, "cut each window where it costs least; without, equal slices in order of arrival")
     planner_costs: Costs | None = _cut(
-        None, "cost of a forward and backward pass: fixed, per padded token, per row of squared width; None takes 64, 1, 0.0005"
+        None,
+        "cost of a pass: fixed, per padded token, per row of squared width; None takes 64, 1 and 0.0005",
     )
     padding_free: Flag = _cut(
         False, "put the rows of a micro-batch one behind the other instead of padding them (causal LMs)"

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-import ftaccum.apps.search.liveness
-import ftaccum.apps.search.storages
+import ftaccum.apps.search.retry
+import ftaccum.apps.search.study
 from searching import Layer, quick
 
 
@@ -26,9 +26,9 @@ class Slow(Layer):
 
 def work(url: str, n_trials: str, where: str) -> None:
     if where == "elsewhere":
-        ftaccum.apps.search.liveness._machine = lambda: f"the machine of {os.getpid()}"
+        ftaccum.apps.search.retry._machine = lambda: f"the machine of {os.getpid()}"
         # Of minutes, otherwise. One that is only slow must not be taken for dead.
-        ftaccum.apps.search.storages._HEARTBEAT, ftaccum.apps.search.storages.GRACE = 1, 3
+        ftaccum.apps.search.study._HEARTBEAT, ftaccum.apps.search.study.GRACE = 1, 3
     # The median prunes nobody in the beginning, when one is to be killed.
     quick(model_factory=Slow, storage=url, study_name="shared", n_trials=int(n_trials), pruner="median")
 

@@ -1,6 +1,7 @@
 """A search in which each trial is run by two processes, as `two_processes` starts them.
 
-search_of_two.py FOLDER            a search whose trials are pruned in the middle, in turn with some that finish
+search_of_two.py FOLDER            a search whose trials are pruned in the middle, in turn with some that finish; one is
+                                   reassigned to another worker before it starts
 search_of_two.py FOLDER PROCESS    that process fails by itself in the second trial
 """
 
@@ -12,16 +13,19 @@ from typing import Any
 
 from accelerate import PartialState
 from optuna.pruners import BasePruner
+from optuna.trial import TrialState
 from torch import nn
 
-import ftaccum.runtime.team
+import ftaccum.apps.search.processes
 from ftaccum import Result
+from ftaccum.apps.search.trial import StudyTrialRecord
 from searching import Layer, quick
 
 folder, failing = sys.argv[1], sys.argv[2:]
 state = PartialState(cpu=True)
 assert state.num_processes == 2
 made = 0
+start = StudyTrialRecord.start
 
 
 class EveryOther(BasePruner):
@@ -43,12 +47,19 @@ def factory() -> nn.Module:
     return Layer()
 
 
-ftaccum.runtime.team._OUTCOMES_WITHIN = datetime.timedelta(seconds=2)
+def start_too_late(record: StudyTrialRecord, attributes: Any) -> None:
+    if record._trial.number == 4:
+        record._study.tell(4, state=TrialState.FAIL)  # as a worker does that takes this one for dead
+    start(record, attributes)
+
+
+StudyTrialRecord.start = start_too_late  # type: ignore[method-assign]
+ftaccum.apps.search.processes._OUTCOMES_WITHIN = datetime.timedelta(seconds=2)
 study = quick(
     model_factory=factory, output_dir=folder, n_trials=5, n_reports=4, pruner=EveryOther(), refit=True, batch_size=2
 )
-facts = [(t.state.name, t.user_attrs["effective_batch_size"], t.user_attrs["rows"]) for t in study.trials]
-print(json.dumps({"process": state.process_index, "trials": facts, "value": study.best_value, "made": made}))
+trials = [(t.state.name, t.user_attrs.get("effective_batch_size"), t.user_attrs.get("rows")) for t in study.trials]
+print(json.dumps({"process": state.process_index, "trials": trials, "value": study.best_value, "made": made}))
 state.wait_for_everyone()
 if state.is_main_process:
     assert Result.load(Path(folder) / "best").num_processes == 2

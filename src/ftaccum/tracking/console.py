@@ -53,9 +53,6 @@ class Console:
             self._print("  ".join(f"{name:>{w}}" for name, w in zip(cells, widths, strict=True)))
         self._print("  ".join(f"{text:>{w}}" for text, w in zip(cells.values(), widths, strict=True)))
 
-    def note(self, sentence: str) -> None:
-        self._print(sentence)
-
     def result(self, result: Result) -> None:
         self._print(_RULE, str(result), _RULE)
 

@@ -72,7 +72,11 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
-        return self._outer.__exit__(kind, error, trace)
+        try:
+            return self._outer.__exit__(kind, error, trace)
+        finally:
+            # Parts refer to each other in circles, which would keep the model in memory until they are collected.
+            vars(self).clear()
 
     def describe_progress(self) -> str:
         """Return what is known of the run where another process is lost, in sentences."""

@@ -1,8 +1,8 @@
-"""A worker's process, as `workers` starts it."""
+"""The process of one worker, as the launcher starts it."""
 
 import sys
 from pathlib import Path
 
-from .launcher import be_worker
+from .launcher import run_worker
 
-be_worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+run_worker(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

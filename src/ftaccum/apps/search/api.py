@@ -1,8 +1,7 @@
-"""`search`: what users call."""
+"""`search`: the public function."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,24 @@ from ...data.iterable import is_stream
 from ...errors import SettingsError
 from ...fields import find_faults, read_settings
 from ...fine_tuning import test_fine_tuning
-from ...planning.micro_batches import DEFAULT_COSTS
 from ...settings import parse_settings
 from ..parser import nearest
 from .definition import Search
 from .runner import run_search
 from .settings import SearchSettings
-from .space import STEPS, Others, space_of
+from .space import STEPS, Others, make_space
 
 _RUN = inspect.signature(test_fine_tuning).parameters
-_SEARCH = ("accumulation_steps", "n_trials", "space", *SearchSettings.__dataclass_fields__)
-_NOT_GIVEN = {
+_NAMES = ("accumulation_steps", "space", *SearchSettings.__dataclass_fields__, *_RUN)
+_REFUSED = {
     "model": "`model` is one model, and every trial needs its own. Give `model_factory`, a function that makes it.",
-    STEPS: f"`{STEPS}` is what is searched. Give the candidates as `accumulation_steps`; (1,) for none.",
+    STEPS: f"The search itself sets `{STEPS}`. Give the candidates as `accumulation_steps`; (1,) for none.",
     "effective_batch_size": "`effective_batch_size` follows from `accumulation_steps` in each trial. Leave it out.",
-    "max_updates": "`max_updates` would give trials of unlike k unlike rows. Leave it out: `n_epochs` is their budget.",
+    "max_updates": "`max_updates` would give trials of different k different rows. Leave it out: `n_epochs` is their "
+    "budget.",
     "learning_rate_scaling": "`learning_rate_scaling` follows a k that changes within a run, and that of a trial does "
     "not. Leave it out; `couple_learning_rate` scales the rate of a trial with its k.",
-    "tokens_per_update": "`tokens_per_update` would settle what is searched, `accumulation_steps`. Leave it out.",
+    "tokens_per_update": "`tokens_per_update` would fix `accumulation_steps`, which is searched. Leave it out.",
 }
 
 
@@ -66,24 +65,24 @@ def search(
     progress: bool = True,
     **arguments: Any,
 ) -> Study:
-    """Searches for the number of accumulation steps and the learning rate, at a fixed physical batch.
+    """Search for the number of accumulation steps and the learning rate, at a fixed physical batch.
 
-    Every trial is a `test_fine_tuning` from the same weights on the same rows in the same order, and minimises
-    `final_loss`. Trials are compared, and pruned, after the same numbers of rows, whatever their effective batch.
-    Called again with the same storage it goes on where it was, and several callers share one study.
+    Every trial is a `test_fine_tuning` from the same weights on the same rows in the same order, and minimizes
+    `final_loss`. Trials are compared, and pruned, after the same numbers of rows, whatever their effective batch. The
+    same call with the same storage resumes the search, and several callers can share one study.
 
     Args:
-        model_factory: makes the model of a trial, on the seed of the runs, so that a new head starts alike in all.
-        config, train_data, val_data: as `test_fine_tuning` takes them; without `val_data` some rows are held out.
+        model_factory: makes the model of a trial, on the seed of the runs, so that a new head starts the same in all.
+        config, train_data, val_data: as in `test_fine_tuning`; without `val_data` some rows are held out.
         batch_size: rows of a micro-batch on one process, the same in all trials.
-        accumulation_steps: candidates for `gradient_accumulation_steps`: numbers, of which each is a category, or an
+        accumulation_steps: candidates for `gradient_accumulation_steps`: numbers, each of them a category, or an
             IntDistribution from 1 on. 1 is always among them, and comes first.
         learning_rate: (lowest, highest), searched on a logarithmic scale; a FloatDistribution; or a number, fixed.
         space: further arguments of `test_fine_tuning` to vary: a dict of Optuna distributions by name, or a function of
             the trial that returns a dict of arguments. Not those that would give trials other rows or another budget.
         n_trials: trials in all, over all workers and all starts. Pruned and failed ones count, interrupted ones run
             again.
-        couple_learning_rate: "sqrt" or "linear": what is searched is the rate at the reference batch B, and a trial of
+        couple_learning_rate: "sqrt" or "linear": the search varies the rate at the reference batch B, and a trial of
             batch B' gets it times √(B'/B) or B'/B; its `user_attrs["learning_rate"]`.
         couple_beta2: β2' = β2^(B'/B), which keeps the half-life of Adam's second moment the same in rows (Marek et al.
             2025, arXiv:2507.07101).
@@ -91,118 +90,150 @@ def search(
         pruner: "successive_halving", "hyperband", "median", "none", or one of Optuna's.
         n_reports: evaluations of a trial, after equal shares of its rows.
         sampler: "tpe", "random", or one of Optuna's.
-        seed: of what is proposed; and of the runs, where `random_seed` is not given.
-        storage: where the study is kept: any URL that Optuna knows, `grpc://host:port`, the path of a journal file, or
+        seed: seed of the proposals; and of the runs, where `random_seed` is not given.
+        storage: storage of the study: any URL that Optuna knows, `grpc://host:port`, the path of a journal file, or
             a storage of Optuna's. None: SQLite in `output_dir`, or memory without one.
-        study_name: in the storage; needed where that is a server's. None: the name of the output folder, or "search".
+        study_name: name in the storage; needed for a server's. None: the name of the output folder, or "search".
         n_workers: processes that each run trials, on this machine; with several GPUs each gets one. A trial itself can
             use several processes under `accelerate launch`.
-        trade_time: minimise the training time, too: `study.best_trials` are the best trades. Not pruned.
+        trade_time: minimize the training time, too: `study.best_trials` are the best trades. Nothing is pruned.
         refit: in the end run the best trial again and save its model to `output_dir/best/model`.
-        output_dir: folder for the study, a folder a trial, the table, plots, and `report.html`.
-        progress: show bars and a line a trial.
-        **arguments: what `test_fine_tuning` takes besides, for all trials.
+        output_dir: folder for the study, a folder per trial, the table, plots, and `report.html`.
+        progress: show bars and a line per trial.
+        **arguments: further arguments of `test_fine_tuning`, for all trials.
 
     Returns:
-        The study. Of each trial, `params` are named as the arguments, and `user_attrs` hold `effective_batch_size`,
-        `learning_rate` (as used), `rows` trained on, `output_dir`, and where it did not finish, the `reason`. On other
-        processes than the first, a copy.
+        The study. The `params` of a trial have the names of the arguments, and its `user_attrs` are
+        `effective_batch_size`, `learning_rate` (as used), `rows` trained on, `output_dir`, and the `reason` where it
+        did not finish. Processes other than the main one get a copy.
 
     Raises:
         SettingsError: arguments that cannot be used, all in one message, before any trial; a study of the same name
-            that was begun with others.
+            that was created with others.
         DataError: data that cannot be trained on.
 
     Example:
         >>> study = search(make_model, train_data=rows, batch_size=4, output_dir="outputs/search")
         >>> study.best_params, study.best_value
     """
-    given = dict(locals())
-    settings = read_settings(SearchSettings, given)
-    fixed = _fixed(given, arguments)
-    _check(settings, given, fixed)
-    return run_search(
-        Search(
-            model_factory,
-            fixed,
-            space_of(settings, accumulation_steps, learning_rate, space, fixed),
-            settings,
-            None if output_dir is None else Path(output_dir),
-            progress,
-        )
+    settings = read_settings(
+        SearchSettings,
+        {
+            "n_trials": n_trials,
+            "couple_learning_rate": couple_learning_rate,
+            "couple_beta2": couple_beta2,
+            "reference_batch_size": reference_batch_size,
+            "pruner": pruner,
+            "n_reports": n_reports,
+            "sampler": sampler,
+            "seed": seed,
+            "storage": storage,
+            "study_name": study_name,
+            "n_workers": n_workers,
+            "trade_time": trade_time,
+            "refit": refit,
+        },
     )
+    shared = {"config": config, "train_data": train_data, "val_data": val_data, "batch_size": batch_size}
+    if isinstance(learning_rate, int | float):
+        shared["learning_rate"] = learning_rate
+    fixed = _fixed_arguments(arguments, shared, seed)
+    _check(settings, model_factory, fixed, output_dir)
+    varied = make_space(settings, accumulation_steps, learning_rate, space, fixed)
+    folder = None if output_dir is None else Path(output_dir)
+    return run_search(Search(model_factory, fixed, varied, settings, folder, progress))
 
 
-def _fixed(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of `test_fine_tuning` but the model, as every trial gets them.
+def _fixed_arguments(arguments: Mapping[str, Any], shared: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return all arguments of `test_fine_tuning` without the model, as every trial gets them.
+
+    Args:
+        arguments: further arguments of the search.
+        shared: arguments of the search that are those of a run as well.
+        seed: the default of `random_seed`.
 
     Raises:
-        SettingsError: for names that it does not have, or that a search cannot hand on.
+        SettingsError: for names that a run does not have, or that a search cannot pass on.
     """
-    faults = [
-        f"There is no argument `{name}`. {nearest(name, [*_SEARCH, *_RUN])}" for name in arguments if name not in _RUN
-    ]
-    faults += [_NOT_GIVEN[name] for name in arguments if name in _NOT_GIVEN]
+    faults = [f"There is no argument `{name}`. {nearest(name, _NAMES)}" for name in arguments if name not in _RUN]
+    faults += [_REFUSED[name] for name in arguments if name in _REFUSED]
     if faults:
         raise SettingsError(faults)
-    defaults = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
-    shared = {name: given[name] for name in ("config", "train_data", "val_data", "batch_size")}
-    if arguments.get("planner", True) and arguments.get("planner_costs") is None:
-        # Measured costs differ with the load of the machine, and with them how windows are cut and where dropout falls.
-        shared["planner_costs"] = list(astuple(DEFAULT_COSTS))
-    if isinstance(given["learning_rate"], int | float):
-        shared["learning_rate"] = given["learning_rate"]
-    return {**defaults, "random_seed": given["seed"], **arguments, **shared}
+    fixed = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
+    fixed |= {"random_seed": seed, **arguments, **shared}
+    return fixed
 
 
-def _check(settings: SearchSettings, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    """Raises SettingsError with every fault that shows before there is a model."""
+def _check(settings: SearchSettings, model_factory: Any, fixed: Mapping[str, Any], output_dir: str | None) -> None:
+    """Raise SettingsError with every fault that shows before there is a model."""
     faults = find_faults(settings)
     try:
         parse_settings(fixed)
     except SettingsError as error:
         faults += error.faults
-    if not callable(given["model_factory"]) or isinstance(given["model_factory"], nn.Module):
-        faults.append(
-            f"`model_factory` must be a function that makes a model, but is {type(given['model_factory']).__name__} "
-            "instead. Each trial starts from a fresh one: give `lambda: AutoModel….from_pretrained(name)`, say."
-        )
-    if fixed["resume"] is not None or fixed["allow_changed"]:
-        faults.append("`resume` and `allow_changed` are of a single run. A search goes on when it is called again.")
-    if fixed["batch_size"] == "auto":
-        faults.append("`batch_size` must be a number in a search: the physical batch of all trials is the same.")
-    if isinstance(fixed["optimizer"], Optimizer):
-        faults.append(
-            "`optimizer` is an instance, which belongs to one model. Give a function of the parameter groups: each "
-            "trial has a model of its own."
-        )
-    if fixed["val_data"] is None and not fixed["validation_split"]:
-        faults.append(
-            "A search compares validation losses, but `val_data` is None and `validation_split` is 0. Give one of them."
-        )
-    if is_stream(fixed["train_data"]):
-        faults.append(
-            "`train_data` is a stream, but trials are compared after the same rows, which must be known. Take them "
-            "first, such as `list(itertools.islice(stream, 10_000))`."
-        )
-    if fixed["early_stopping_patience"] is not None:
-        faults.append(
-            f"`early_stopping_patience` is {fixed['early_stopping_patience']}, which would give trials unlike budgets. "
-            "Leave it out: a `pruner` ends the bad ones."
-        )
-    if isinstance(settings.storage, str) and _shared(settings.storage) and settings.study_name is None:
-        faults.append("`storage` is one that others may use as well. Name your study in it: `study_name`.")
-    if settings.refit and given["output_dir"] is None:
-        faults.append("`refit` saves a model, but `output_dir` is None. Name a folder.")
-    in_memory = isinstance(settings.storage, InMemoryStorage) or (not settings.storage and given["output_dir"] is None)
-    if settings.n_workers != 1 and in_memory:
-        faults.append(
-            f"`n_workers` is {settings.n_workers}, but the study would be in the memory of one. Give `output_dir` or "
-            "`storage`."
-        )
+    faults += _faults_of_runs(model_factory, fixed) + _faults_of_search(settings, output_dir)
     if faults:
         raise SettingsError(faults)
 
 
-def _shared(storage: str) -> bool:
-    return "://" in storage and not storage.startswith("sqlite")
+def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each argument that one run could use, and the trials of a search cannot."""
+    checks = [
+        (
+            not callable(model_factory) or isinstance(model_factory, nn.Module),
+            f"`model_factory` must be a function that makes a model, but is {type(model_factory).__name__} instead. "
+            "Each trial starts from a new one: give `lambda: AutoModel….from_pretrained(name)`, for example.",
+        ),
+        (
+            fixed["resume"] is not None or bool(fixed["allow_changed"]),
+            "`resume` and `allow_changed` are for a single run. A search resumes when it is called again.",
+        ),
+        (
+            fixed["batch_size"] == "auto",
+            "`batch_size` must be a number in a search: the physical batch of all trials is the same.",
+        ),
+        (
+            isinstance(fixed["optimizer"], Optimizer),
+            "`optimizer` is an instance, which belongs to one model. Give a function of the parameter groups: each "
+            "trial has a model of its own.",
+        ),
+        (
+            fixed["val_data"] is None and not fixed["validation_split"],
+            "A search compares validation losses, but `val_data` is None and `validation_split` is 0. Give one of "
+            "them.",
+        ),
+        (
+            is_stream(fixed["train_data"]),
+            "`train_data` is a stream, but trials are compared after the same rows, which must be known. Take them "
+            "first, such as `list(itertools.islice(stream, 10_000))`.",
+        ),
+        (
+            fixed["early_stopping_patience"] is not None,
+            f"`early_stopping_patience` is {fixed['early_stopping_patience']}, which would give trials different "
+            "budgets. Leave it out: a `pruner` ends the bad ones.",
+        ),
+    ]
+    return [sentence for is_fault, sentence in checks if is_fault]
+
+
+def _faults_of_search(settings: SearchSettings, output_dir: str | None) -> list[str]:
+    """Return a sentence for each setting of the search that contradicts another one."""
+    storage = settings.storage
+    is_server = isinstance(storage, str) and "://" in storage and not storage.startswith("sqlite")
+    in_memory = isinstance(storage, InMemoryStorage) or (not storage and output_dir is None)
+    checks = [
+        (
+            is_server and settings.study_name is None,
+            "`storage` is one that others may use as well. Name your study in it: `study_name`.",
+        ),
+        (
+            settings.refit and output_dir is None,
+            "`refit` saves a model, but `output_dir` is None. Name a folder.",
+        ),
+        (
+            settings.n_workers != 1 and in_memory,
+            f"`n_workers` is {settings.n_workers}, but the study would be in the memory of one. Give `output_dir` or "
+            "`storage`.",
+        ),
+    ]
+    return [sentence for is_fault, sentence in checks if is_fault]

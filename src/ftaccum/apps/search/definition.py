@@ -1,4 +1,4 @@
-"""What a search is."""
+"""What defines a search."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,15 @@ from .space import Space
 
 @dataclass(frozen=True)
 class Search:
-    """What a search is, apart from its study.
+    """A search, without its study.
 
     Attributes:
-        fixed: the arguments that all trials share: those of `test_fine_tuning` but for the model.
-        folder: where trials and reports go, if anywhere.
-        progress: whether to show bars, and a line a trial.
+        model_factory: returns a new model for a trial.
+        fixed: the arguments that all trials share: those of `test_fine_tuning` without the model.
+        space: what the search varies.
+        settings: how it proceeds.
+        folder: folder for trials and reports, if any.
+        progress: whether to show bars, and a line per trial.
     """
 
     model_factory: Callable[[], Any]
@@ -27,5 +30,5 @@ class Search:
     progress: bool
 
     def batch_size(self, n_processes: int) -> int:
-        """Rows of an update at k = 1."""
+        """Return the rows of an update at k = 1."""
         return self.fixed["batch_size"] * n_processes

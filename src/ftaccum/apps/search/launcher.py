@@ -21,53 +21,59 @@ from optuna import Study
 
 from ...errors import DataError, SettingsError
 from ...runtime.signals import StopSignals
-from ...runtime.team import Team
 from .definition import Search
-from .opening import open_study
-from .retry import IF_INTERRUPTED, counts
+from .processes import open_trial_processes
+from .retry import n_counted
 from .samplers import SeededByTrial
-from .worker import TrialRunner
+from .study import open_study
+from .worker import ON_INTERRUPT, TrialExecutor, Worker
 
 _POLL = 0.5  # seconds between two looks at the study
-_PATIENCE = 60  # seconds that workers have to end when they are told to
+_PATIENCE = 60  # seconds that workers have to end after they were asked to
 _INTERRUPTED = 130
-_LAST_WORDS = 20  # lines of a worker's log that are shown where it failed
+_LOG_LINES = 20  # of a worker that failed, to show
 
 
 def run_workers(search: Search, stop_signals: StopSignals, study: Study, on_trial: Callable[[], None]) -> None:
-    """Has `n_workers` processes run trials until there are enough.
+    """Run trials in `n_workers` processes until there are enough.
+
+    Args:
+        search: the search.
+        stop_signals: end the workers.
+        study: the study that they share.
+        on_trial: called whenever trials may have ended.
 
     Raises:
-        SettingsError, DataError: as a worker met them.
+        SettingsError, DataError: the error of a worker.
         RuntimeError: where all workers ended before there were enough trials.
     """
-    n_workers = search.settings.n_workers
-    alone = replace(search, settings=replace(search.settings, n_workers=1, refit=False), progress=False)
+    settings = search.settings
+    single = replace(search, settings=replace(settings, n_workers=1, refit=False), progress=False)
     with tempfile.TemporaryDirectory() as scratch:
-        logs = [(search.folder or Path(scratch)) / f"worker-{number + 1}.log" for number in range(n_workers)]
-        with _started(alone, Path(scratch), logs) as workers:
+        logs = [(search.folder or Path(scratch)) / f"worker-{n + 1}.log" for n in range(settings.n_workers)]
+        with _start_workers(single, Path(scratch), logs) as workers:
             while any(worker.poll() is None for worker in workers):
                 stop_signals.check()
                 on_trial()
                 time.sleep(_POLL)
             on_trial()
-        ended = sum(map(counts, study.get_trials(deepcopy=False)))
-        if ended >= search.settings.n_trials:
+        ended = n_counted(study)
+        if ended >= settings.n_trials:
             return
         for error in Path(scratch).glob("error-*"):
             raise dill.loads(error.read_bytes())
-        if any(worker.returncode for worker in workers):
-            failed = next(n for n, worker in enumerate(workers) if worker.returncode)
-            words = "\n".join(logs[failed].read_text(errors="replace").splitlines()[-_LAST_WORDS:])
+        failed = next((n for n, worker in enumerate(workers) if worker.returncode), None)
+        if failed is not None:
+            lines = "\n".join(logs[failed].read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise RuntimeError(
-                f"All workers have ended, after {ended} of {search.settings.n_trials} trials. Starting again goes on "
-                f"there. Worker {failed + 1} ended with status {workers[failed].returncode}, saying:\n{words}"
+                f"All workers have ended, after {ended} of {settings.n_trials} trials. The same search resumes there. "
+                f"Worker {failed + 1} ended with status {workers[failed].returncode}; the end of its log:\n{lines}"
             )
 
 
 @contextmanager
-def _started(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Workers that are running. However it is left, none of them is running any more afterwards."""
+def _start_workers(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["subprocess.Popen[bytes]"]]:
+    """Start workers, and end those that still run afterwards, in any case."""
     try:
         # By value, so that functions of a script or a notebook get there, too.
         (scratch / "search").write_bytes(dill.dumps((sys.path, dill.dumps(search, recurse=True))))
@@ -84,13 +90,13 @@ def _started(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["
         for number, log in enumerate(logs):
             with log.open("wb") as file:
                 command = [sys.executable, "-m", "ftaccum.apps.search", str(scratch), str(number), str(os.getpid())]
-                environment = {**os.environ, **_share(number, len(logs))}
+                environment = {**os.environ, **_share_of_machine(number, len(logs))}
                 workers.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
         yield workers
     finally:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
-                worker.terminate()  # they hand back what they were running
+                worker.terminate()  # they queue their trials again
         try:
             for worker in workers:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -101,34 +107,38 @@ def _started(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["
                 worker.wait()
 
 
-def _share(number: int, n_workers: int) -> dict[str, str]:
-    """A worker's part of the machine, in environment variables: threads, and where there are GPUs, one of them."""
+def _share_of_machine(number: int, n_workers: int) -> dict[str, str]:
+    """Return the environment variables that give a worker its threads, and where there are GPUs, one of them."""
     share = {"TOKENIZERS_PARALLELISM": "false"}
     if "OMP_NUM_THREADS" not in os.environ:
         share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_workers))
     if torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(
-            ","
-        )
+        every_gpu = ",".join(map(str, range(torch.cuda.device_count())))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", every_gpu).split(",")
         share["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
     return share
 
 
-def be_worker(scratch: Path, number: int, parent: int) -> None:
-    """What such a process does, for as long as the one that started it is there."""
+def run_worker(scratch: Path, number: int, parent: int) -> None:
+    """Run trials in the process of one worker, for as long as its parent lives.
+
+    Args:
+        scratch: folder with the search, for errors that the parent is to raise.
+        number: which of the workers this is.
+        parent: process that has started it.
+    """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sys.path[:], pickled = dill.loads((scratch / "search").read_bytes())
     search: Search = dill.loads(pickled)
-    team = Team()
-    study, storage = open_study(search, team)
+    study, storage = open_study(search, num_processes=1)
     if number and not isinstance(study.sampler, SeededByTrial):
-        study.sampler.reseed_rng()  # all workers have been sent the same one
-    stop_signals = StopSignals(IF_INTERRUPTED)
-    with stop_signals.kept():
+        study.sampler.reseed_rng()  # all workers have received the same one
+    stop_signals = StopSignals(ON_INTERRUPT)
+    with stop_signals.kept(), open_trial_processes() as processes:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
         try:
-            TrialRunner(search, team, stop_signals, study, storage).work(lambda: None)
+            Worker(TrialExecutor(search, processes, stop_signals), study, storage).work(lambda: None)
         except (SettingsError, DataError) as error:
             (scratch / f"error-{number}").write_bytes(dill.dumps(error))
             raise
@@ -137,7 +147,7 @@ def be_worker(scratch: Path, number: int, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it is gone: at once, as if it had been killed as well."""
+    """End this process when its parent is gone: at once, as if it had been killed as well."""
     while os.getppid() == parent and psutil.pid_exists(parent):  # the first says nothing on Windows
         time.sleep(1)
     os._exit(_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""What a search shows while it runs: a heading, a bar of trials, a line for each that ends."""
+"""The screen of a search: a heading, a bar of trials, a line for each trial that ends, the result."""
 
 import sys
 from types import TracebackType
@@ -9,25 +9,25 @@ from optuna.storages import BaseStorage
 from tqdm import tqdm
 
 from .definition import Search
-from .retry import counts
+from .retry import n_counted
 from .space import Space
-from .storages import tells_deaths, without_password
-from .tables import as_text, line_of, summary, table
+from .study import has_heartbeat, hide_password
+from .tables import format_table, format_trial, summarize, trial_rows
 
 _RULE = "=" * 64
 
 
 class SearchProgress:
-    """Follows a study, whoever works on it."""
+    """The progress of a study, whoever works on it, on standard output."""
 
     def __init__(self, study: Study, search: Search, storage: BaseStorage, num_processes: int) -> None:
         self._study, self._search, self._storage, self._num_processes = study, search, storage, num_processes
         self._shown = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
 
     def __enter__(self) -> "SearchProgress":
-        n_trials, hidden = self._search.settings.n_trials, not self._search.progress
-        self._print(_RULE, "SEARCH", _RULE, *self._heading(), _RULE)
-        self._bar = tqdm(total=n_trials, desc="trials", initial=self._ended(), disable=hidden, position=0)
+        n_trials, n_ended, hidden = self._search.settings.n_trials, n_counted(self._study), not self._search.progress
+        self._print(_RULE, "SEARCH", _RULE, *self._heading(n_ended), _RULE)
+        self._bar = tqdm(total=n_trials, desc="trials", initial=n_ended, disable=hidden, position=0)
         return self
 
     def __exit__(
@@ -35,41 +35,36 @@ class SearchProgress:
     ) -> None:
         self._bar.close()
         if kind is None:
-            self._print(_RULE, as_text(table(self._study)), _RULE, summary(self._study))
-            if self._search.folder is not None:
-                self._print(f"outputs               {self._search.folder}")
-            self._print(_RULE)
+            folder = self._search.folder
+            outputs = [] if folder is None else [f"outputs               {folder}"]
+            self._print(_RULE, format_table(trial_rows(self._study)), _RULE, summarize(self._study), *outputs, _RULE)
 
     def update(self) -> None:
-        """Shows what has ended since the last time."""
+        """Show the trials that have ended since the last call."""
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state.is_finished() and trial.number not in self._shown:
                 self._shown.add(trial.number)
-                self._print(line_of(trial))
-        self._bar.n = self._ended()
+                self._print(format_trial(trial))
+        self._bar.n = n_counted(self._study)
         self._bar.refresh()
 
-    def _ended(self) -> int:
-        return sum(map(counts, self._study.get_trials(deepcopy=False)))
-
-    def _heading(self) -> list[str]:
+    def _heading(self, n_ended: int) -> list[str]:
         search, settings = self._search, self._search.settings
         unit = search.batch_size(self._num_processes)
         batches = ", ".join(f"{k} ({k * unit})" for k in search.space.candidates())
-        ended = self._ended()
         lines = [
-            f"Trials: {settings.n_trials}" + (f", {ended} of them done before" if ended else ""),
+            f"Trials: {settings.n_trials}" + (f", {n_ended} of them done before" if n_ended else ""),
             f"Batch size: {search.fixed['batch_size']}",
             f"Processes of a trial: {self._num_processes}",
             f"Gradient accumulation steps (effective batch size): {batches}",
-            f"Learning rate: {_rate(search.space)}",
+            f"Learning rate: {_describe_rate(search.space)}",
             f"Budget: n_epochs {search.fixed['n_epochs']}, the same rows in the same order; "
             f"{settings.n_reports} reports a trial",
             f"Pruning: {'none, with two objectives' if settings.trade_time else settings.pruner}; "
             f"proposals: {settings.sampler}",
-            f"Study: {self._study.study_name!r} in {_place(self._storage)}",
+            f"Study: {self._study.study_name!r} in {_describe_storage(self._storage)}",
         ]
-        if not tells_deaths(self._storage):
+        if not has_heartbeat(self._storage):
             lines.append("Note: this storage has no heartbeat; a worker that dies is noticed on its own machine only")
         return lines
 
@@ -77,13 +72,13 @@ class SearchProgress:
         tqdm.write("\n".join(lines), file=sys.stdout)
 
 
-def _rate(space: Space) -> str:
+def _describe_rate(space: Space) -> str:
     if not isinstance(space.rate, FloatDistribution):
         return f"{space.rate:g}"
     scale = {"none": "", "sqrt": ", × √(batch / reference)", "linear": ", × batch / reference"}
     return f"{space.rate.low:g} to {space.rate.high:g}{scale[space.couple_learning_rate]}"
 
 
-def _place(storage: BaseStorage) -> str:
+def _describe_storage(storage: BaseStorage) -> str:
     engine = getattr(storage, "engine", None)
-    return without_password(str(engine.url)) if engine is not None else type(storage).__name__
+    return hide_password(str(engine.url)) if engine is not None else type(storage).__name__

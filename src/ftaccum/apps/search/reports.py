@@ -4,14 +4,24 @@ import base64
 import csv
 import html
 import io
-import warnings
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from optuna import Study
+from optuna.trial import FrozenTrial, TrialState
 
-from .tables import shown, summary, table
+from ...errors import OutputWarning, warn_user
+from .space import STEPS
+from .tables import best_trial, describe_trial, format_value, parameter_importances, summarize, trial_rows
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PRUNED, _FINISHED, _BEST = "0.65", "C0", "C3"
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .7rem;text-align:right;"
@@ -20,50 +30,143 @@ _STYLE = (
 )
 
 
-def write_reports(study: Study, folder: Path | None) -> None:
-    """`trials.csv`, and where matplotlib is installed, plots as PNG; `report.html`, which needs no other file."""
-    if folder is None:
-        return
-    rows = table(study)
+def write_reports(study: Study, folder: Path) -> None:
+    """Write `trials.csv`, plots as PNG where matplotlib is installed, and `report.html`, which needs no other file."""
+    rows = trial_rows(study)
     with (folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([list(rows[0]), *(row.values() for row in rows)] if rows else [])
-    (folder / "report.html").write_text(_page(study, rows, _plots(study, folder)), encoding="utf-8")
-
-
-def _plots(study: Study, folder: Path) -> dict[str, bytes]:
-    try:
-        from .plots import PLOTS
-    except ImportError:  # matplotlib is an extra
-        return {}
     images = {}
     for name, plot in PLOTS.items():
         try:
-            figure = plot(study)
-            if figure is not None:
+            if (figure := plot(study)) is not None:
                 image = io.BytesIO()
                 figure.savefig(image, format="png", dpi=120)
-                (folder / f"{name}.png").write_bytes(image.getvalue())
                 images[name] = image.getvalue()
-        except Exception as error:  # of a search that has taken hours
-            warnings.warn(f"The plot {name!r} could not be drawn: {error!r}", stacklevel=2)
-    return images
+                (folder / f"{name}.png").write_bytes(images[name])
+        except ImportError:  # matplotlib is an extra
+            break
+        except Exception as error:  # the search has taken hours, and a plot must not end it
+            warn_user(f"The plot {name!r} could not be drawn: {error!r}", OutputWarning)
+    (folder / "report.html").write_text(_page(study, rows, images), encoding="utf-8")
 
 
 def _page(study: Study, rows: list[dict[str, Any]], images: dict[str, bytes]) -> str:
     name = html.escape(study.study_name)
-    parts = [f"<h1>Search {name}</h1>", f"<pre>{html.escape(summary(study))}</pre>"]
+    parts = [f"<h1>Search {name}</h1>", f"<pre>{html.escape(summarize(study))}</pre>"]
     for title, image in images.items():
         data = base64.b64encode(image).decode()
         parts.append(f'<h2>{title.capitalize()}</h2><p><img src="data:image/png;base64,{data}" alt="{title}"></p>')
     if not images:
         parts.append("<p>Plots need matplotlib: <code>pip install ftaccum[plots]</code>.</p>")
     parts.append("<h2>Trials</h2><table>" + _row("th", rows[0] if rows else {}))
-    parts += [_row("td", [shown(value) for value in row.values()]) for row in rows]
+    parts += [_row("td", map(format_value, row.values())) for row in rows]
     body = "\n".join([*parts, "</table>"])
     head = f'<meta charset="utf-8"><title>Search {name}</title><style>{_STYLE}</style>'
     return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
-def _row(tag: str, cells: Any) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+def _row(tag: str, cells: Iterable[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _new_figure(height: float = 4.5) -> "tuple[Figure, Axes]":
+    """Return a figure of its own with axes. pyplot's, which Optuna draws on, would share the user's global state."""
+    from matplotlib.figure import Figure  # an extra, and slow to import
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _trials_with_loss(study: Study, *states: TrialState) -> list[FrozenTrial]:
+    trials = study.get_trials(deepcopy=False, states=states)
+    return [trial for trial in trials if trial.values and math.isfinite(trial.values[0])]
+
+
+def plot_history(study: Study) -> "Figure | None":
+    """Plot losses over the rows that the search had trained on when each trial ended, and the best finished so far."""
+    trials = sorted(
+        _trials_with_loss(study, TrialState.COMPLETE, TrialState.PRUNED),
+        key=lambda trial: trial.datetime_complete.timestamp() if trial.datetime_complete else 0,
+    )
+    if not trials:
+        return None
+    rows = np.cumsum([trial.user_attrs.get("rows", 0) for trial in trials])
+    finished = [trial.state == TrialState.COMPLETE for trial in trials]
+    losses = np.array([trial.values[0] for trial in trials])
+    best = np.minimum.accumulate(np.where(finished, losses, np.inf))
+    figure, axes = _new_figure()
+    axes.scatter(rows, losses, c=[_FINISHED if done else _PRUNED for done in finished], label="trials (grey: pruned)")
+    axes.step(rows, np.where(np.isinf(best), np.nan, best), where="post", color=_BEST, label="best finished")
+    axes.set(title="History", xlabel="rows trained on, all trials", ylabel="validation loss")
+    axes.legend()
+    return figure
+
+
+def plot_curves(study: Study) -> "Figure | None":
+    """Plot the validation losses of each trial over its rows, of pruned and finished ones on the same axes."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
+    if not trials:
+        return None
+    best = best_trial(study)
+    figure, axes = _new_figure()
+    for trial in trials:
+        finished = trial.state == TrialState.COMPLETE
+        color = _BEST if best is not None and trial.number == best.number else _FINISHED if finished else _PRUNED
+        steps, losses = zip(*sorted(trial.intermediate_values.items()), strict=True)
+        axes.plot(steps, losses, marker=".", color=color, zorder=2 if finished else 1)
+    axes.set(title="Trials (grey: pruned, red: best)", xlabel="rows trained on", ylabel="validation loss")
+    return figure
+
+
+def plot_contour(study: Study) -> "Figure | None":
+    """Plot the loss over k and learning rate: a point per finished trial, and contours between three or more of them.
+    Pruned ones are crosses without a color: their losses are of fewer rows."""
+    finished, pruned = (_trials_with_loss(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
+    if not finished:
+        return None
+    figure, axes = _new_figure()
+    x, y = _coordinates(finished)
+    losses = np.array([trial.values[0] for trial in finished])
+    if _spans_a_plane(x, y):
+        axes.tricontourf(x, y, losses, levels=12, cmap="viridis_r", alpha=0.6)
+    if pruned:
+        axes.scatter(*_coordinates(pruned), c=_PRUNED, marker="x", label="pruned", clip_on=False)
+        figure.legend(loc="outside upper right", ncols=2)
+    drawn = axes.scatter(x, y, c=losses, cmap="viridis_r", edgecolors="black", label="finished", clip_on=False)
+    figure.colorbar(drawn, label="validation loss")
+    every_k = sorted({trial.params[STEPS] for trial in finished + pruned})
+    axes.set_yticks(np.log2(every_k), [str(k) for k in every_k])
+    axes.margins(0.05)
+    axes.set(title="Loss by k and learning rate", xlabel="log10 of the learning rate", ylabel="accumulation steps k")
+    return figure
+
+
+def _coordinates(trials: list[FrozenTrial]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logarithms of learning rate and k."""
+    rates = np.array([describe_trial(trial)["learning rate"] for trial in trials], dtype=float)
+    return np.log10(rates), np.log2(np.array([trial.params[STEPS] for trial in trials], dtype=float))
+
+
+def _spans_a_plane(x: np.ndarray, y: np.ndarray) -> bool:
+    distinct = np.unique(np.stack([x, y], axis=1), axis=0)
+    return len(distinct) > 2 and int(np.linalg.matrix_rank(distinct - distinct[0], tol=1e-9)) == 2
+
+
+def plot_importances(study: Study) -> "Figure | None":
+    """Plot the share of the spread of the losses that each parameter explains."""
+    shares = parameter_importances(study)
+    if not shares:
+        return None
+    figure, axes = _new_figure(0.8 + 0.5 * len(shares))
+    axes.barh(list(shares)[::-1], list(shares.values())[::-1], color=_FINISHED)
+    axes.set(title="Importance", xlabel="share")
+    return figure
+
+
+PLOTS: dict[str, Callable[[Study], "Figure | None"]] = {
+    "history": plot_history,
+    "curves": plot_curves,
+    "contour": plot_contour,
+    "importance": plot_importances,
+}

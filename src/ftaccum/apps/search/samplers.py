@@ -1,4 +1,4 @@
-"""What proposes trials, and what ends them early."""
+"""Samplers, which propose trials, and pruners, which end them early."""
 
 import math
 from collections.abc import Callable, Collection
@@ -11,26 +11,29 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from .retry import counts, place_of
+from .retry import n_counted, position_of
 from .settings import SearchSettings
 
 
-def sampler_of(settings: SearchSettings, study: Study) -> BaseSampler:
-    """The sampler that settings name, for a study, or the one of Optuna's that they give."""
-    # Optuna's ten draws at random, before what was seen is made use of, would be half of a small search.
+def make_sampler(settings: SearchSettings, study: Study) -> BaseSampler:
+    """Return the sampler of the settings, by name or as an object of Optuna's, for a study."""
+    # Optuna's default of ten random draws at the beginning would be half of a small search.
     tpe = partial(TPESampler, n_startup_trials=max(4, settings.n_trials // 4))
     kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": tpe, "random": RandomSampler}
     if settings.sampler not in kinds:
         given: Any = settings.sampler
-        if any(map(counts, study.get_trials(deepcopy=False))):
-            given.reseed_rng()  # or it would draw again what it drew then
+        if n_counted(study):
+            given.reseed_rng()  # or it would repeat the draws of the start before
         return given
     return SeededByTrial(kinds[settings.sampler], settings.seed, study)
 
 
 class SeededByTrial(BaseSampler):
-    """Draws from a seed and a trial's place in the study: what is proposed depends on the trials so far alone, not on
-    how often the search was started again, and two workers do not draw alike."""
+    """A sampler that is seeded anew for each trial, by the trial's position in the study.
+
+    Proposals then depend on the trials so far alone, not on how often the search was started again, and two workers do
+    not draw the same.
+    """
 
     def __init__(self, kind: Callable[..., BaseSampler], seed: int, study: Study) -> None:
         self._kind, self._seed, self._study = kind, seed, study
@@ -38,8 +41,8 @@ class SeededByTrial(BaseSampler):
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number != self._number:
-            # Not in the study that Optuna hands over, which is a part of it where Hyperband prunes.
-            mixed = np.random.SeedSequence((self._seed, place_of(self._study, trial))).generate_state(1)[0]
+            # In the whole study: Hyperband hands over a part of it.
+            mixed = np.random.SeedSequence((self._seed, position_of(self._study, trial))).generate_state(1)[0]
             self._number, self._sampler = trial.number, self._kind(seed=int(mixed))
         return self._sampler
 
@@ -59,11 +62,11 @@ class SeededByTrial(BaseSampler):
         self._of(trial).after_trial(study, trial, state, values)
 
 
-def pruner_of(pruner: str | BasePruner, steps: Collection[int]) -> BasePruner:
-    """A pruner by its name, for trials that report at these steps.
+def make_pruner(pruner: str | BasePruner, steps: Collection[int]) -> BasePruner:
+    """Return a pruner by its name, for trials that report at these steps.
 
-    None of them prunes before a quarter of the budget. Until the warm-up is over losses say little: on the film
-    reviews, pruning from an eighth on found a good trial less often than not pruning at all.
+    None of them prunes before a quarter of the budget. Losses say little until the warm-up is over: on the film
+    reviews, pruning after an eighth led to a good trial less often than no pruning at all.
     """
     if not isinstance(pruner, str):
         return pruner

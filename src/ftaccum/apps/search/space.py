@@ -1,4 +1,4 @@
-"""What a search varies, and what follows from it for a trial."""
+"""The dimensions of a search, and the arguments of a trial that follow from them."""
 
 import inspect
 import math
@@ -28,10 +28,12 @@ class Space:
     """The dimensions of a search.
 
     Attributes:
-        steps: of k.
-        rate: of the learning rate, at the reference batch where it is coupled; a number where it is fixed.
-        others: distributions of further arguments by name, or a function of the trial that gives arguments.
-        reference: rows of an update at which coupled values are meant; None: those of k = 1.
+        steps: distribution of k.
+        rate: distribution of the learning rate, at the reference batch where it is coupled; or a fixed number.
+        others: distributions of further arguments by name, or a function of the trial that returns arguments.
+        couple_learning_rate: how the rate follows the effective batch: "none", "sqrt" or "linear".
+        couple_beta2: whether β2 follows it.
+        reference: rows of an update for which coupled values hold; None: those of k = 1.
     """
 
     steps: CategoricalDistribution | IntDistribution
@@ -42,19 +44,21 @@ class Space:
     reference: int | None = None
 
     def candidates(self) -> list[int]:
-        """Every k there is."""
+        """Return every k."""
         if isinstance(self.steps, CategoricalDistribution):
             return [k for k in self.steps.choices if isinstance(k, int)]
         return list(range(self.steps.low, self.steps.high + 1, self.steps.step))
 
     def suggest(self, trial: BaseTrial, fixed: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """The arguments of a trial, with those that are the same in all of them.
+        """Return the arguments of a trial, with those that all trials share.
 
         Args:
+            trial: proposes the values.
+            fixed: the arguments that all trials share.
             batch_size: rows of an update at k = 1, over all processes.
 
         Raises:
-            SettingsError: for arguments that cannot be varied or used.
+            SettingsError: for arguments that cannot be varied.
         """
         k = _suggest(trial, STEPS, self.steps)
         rate = self.rate if isinstance(self.rate, float) else _suggest(trial, RATE, self.rate)
@@ -73,30 +77,30 @@ class Space:
         return arguments
 
     def dimensions(self) -> dict[str, BaseDistribution]:
-        """All that is known before a trial asks."""
+        """Return the distributions that are known before a trial."""
         rate = {} if isinstance(self.rate, float) else {RATE: self.rate}
         return {STEPS: self.steps, **rate, **({} if callable(self.others) else self.others)}
 
 
 def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
-    """Dimensions as a command line says them: `name=low:high`, `name=low:high:log`, or `name=one,two`.
+    """Read dimensions from a command line: `name=low:high`, `name=low:high:log`, or `name=one,two`.
 
     Raises:
-        SettingsError: for words that say something else.
+        SettingsError: for words of another form.
     """
-    found, faults = {}, []
+    dimensions, faults = {}, []
     for word in words:
         name, _, values = word.partition("=")
         try:
-            found[name] = _read_distribution(name, values)
+            dimensions[name] = _read_distribution(name, values)
         except ValueError:
             faults.append(
-                f"`space` has {word!r}. Say name=lowest:highest, with :log behind it for a logarithmic scale, such as "
+                f"`space` has {word!r}. Say name=lowest:highest, with :log after it for a logarithmic scale, such as "
                 "weight_decay=1e-4:0.1:log; or name=one,two, such as lr_scheduler=linear,cosine."
             )
     if faults:
         raise SettingsError(faults)
-    return found
+    return dimensions
 
 
 def _read_distribution(name: str, values: str) -> BaseDistribution:
@@ -123,20 +127,24 @@ def _read_value(word: str) -> int | float | str | bool | None:
     return word
 
 
-def space_of(
+def make_space(
     settings: SearchSettings,
     accumulation_steps: Sequence[int] | IntDistribution | CategoricalDistribution,
     learning_rate: Sequence[float] | FloatDistribution | float,
     others: Others | None,
     fixed: Mapping[str, Any],
 ) -> Space:
-    """The space that a user's arguments describe. k = 1 is always in it.
+    """Return the space that a user's arguments describe. k = 1 is always in it.
 
     Args:
+        settings: how learning rate and β2 follow the effective batch.
+        accumulation_steps: the candidates for k.
+        learning_rate: the range of the learning rate, or one rate.
+        others: distributions of further arguments, or a function of the trial that returns arguments.
         fixed: the arguments that all trials share.
 
     Raises:
-        SettingsError: with every fault of it, those of values that a trial could get included.
+        SettingsError: with every fault, also of values that some trial could get.
     """
     steps, faults = _steps(accumulation_steps)
     rate, more = _rate(learning_rate)
@@ -152,24 +160,24 @@ def space_of(
 
 
 def _steps(given: Any) -> tuple[CategoricalDistribution | IntDistribution | None, list[str]]:
-    words = (
+    fault = (
         f"`accumulation_steps` must be positive integers, such as (1, 2, 4, 8), or an IntDistribution from 1 on, but "
-        f"is {given!r} instead. They are the micro-batches per update that are tried."
+        f"is {given!r} instead. They are the numbers of micro-batches per update to try."
     )
     if isinstance(given, IntDistribution):
-        return (given, []) if given.low == 1 else (None, [words])
+        return (given, []) if given.low == 1 else (None, [fault])
     choices = given.choices if isinstance(given, CategoricalDistribution) else given
     if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
-        return None, [words]
+        return None, [fault]
     if not all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in choices):
-        return None, [words]
+        return None, [fault]
     return CategoricalDistribution(sorted({1, *choices})), []
 
 
 def _rate(given: Any) -> tuple[FloatDistribution | float | None, list[str]]:
     if isinstance(given, FloatDistribution):
         return given, []
-    if isinstance(given, Sequence) and len(given) == 1:  # a command line cannot say a number otherwise
+    if isinstance(given, Sequence) and len(given) == 1:  # one number from a command line
         given = given[0]
     if isinstance(given, int | float) and not isinstance(given, bool):
         return float(given), []
@@ -206,13 +214,12 @@ def _faults_of_names(names: Mapping[str, Any]) -> list[str]:
         for name in names
         if name not in _ARGUMENTS
     ]
-    told = ((name, reserved(name)) for name in names)
-    return unknown + [f"`space` cannot vary {name!r}: {why}. Leave it out." for name, why in told if why]
+    reasons = ((name, reserved(name)) for name in names)
+    return unknown + [f"`space` cannot vary {name!r}: {why}. Leave it out." for name, why in reasons if why]
 
 
 def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
-    """Raises SettingsError for a value that some trial could get, and could not be used: the ends of each dimension,
-    each choice."""
+    """Raise SettingsError where a run could not use the ends of a dimension, or one of its choices."""
     faults: list[str] = []
     values = {name: _extremes(distribution) for name, distribution in space.dimensions().items()}
     if isinstance(space.rate, float):

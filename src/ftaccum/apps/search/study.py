@@ -1,43 +1,49 @@
-"""The study: made or found, and whether it can be gone on with."""
+"""The study of a search and the storage that keeps it."""
 
+import importlib.util
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna import Study
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
-from optuna.exceptions import DuplicatedStudyError
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.pruners import NopPruner
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
+from sqlalchemy import NullPool, event, make_url
+from sqlalchemy.exc import ArgumentError
 
 from ...errors import DataError, SettingsError
-from .samplers import sampler_of
-from .settings import SearchSettings
+from ...settings import Recipe
+from .definition import Search
+from .retry import GRACE, requeue
+from .samplers import make_sampler
+from .space import STEPS
 
-SETUP = "ftaccum"  # the study's attribute with what it was begun with
-_TRIES, _PAUSE = 6, 0.5  # of looking for it, where another worker has just made the study
+_SETUP, _BUDGET = "ftaccum", "budget_rows"  # attributes of the study: what it was created with, the rows of a trial
+_HEARTBEAT = 20  # seconds between two signs of life of a running trial
+_TRIES, _PAUSE = 6, 0.5  # where several workers create tables and study at the same time
+_EXISTS_ALREADY = ("already exists", "unique", "duplicate")  # as databases say it of tables and rows
 
 
-def open_or_create(
-    storage: BaseStorage,
-    name: str,
-    settings: SearchSettings,
-    setup: dict[str, Any],
-    dimensions: Mapping[str, BaseDistribution],
-    first: dict[str, Any],
-) -> Study:
-    """The study of this name, made where there is none.
-
-    Args:
-        dimensions: of the search, as far as they are known before a trial asks.
-        setup: what decides a trial's result besides its parameters; kept with the study.
-        first: parameters of the first trial of a new study.
+def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
+    """Open the study of a search, created where there is none, and the storage that it is in.
 
     Raises:
-        SettingsError: where there is a study that was begun otherwise, with what differs.
+        SettingsError: where the storage cannot be opened, or the study was created with other settings.
     """
+    folder, settings = search.folder, search.settings
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    storage = open_storage(settings.storage, folder)
+    name = settings.study_name or (folder.resolve().name if folder else "search")
+    setup, dimensions = _setup(search, num_processes), search.space.dimensions()
     directions = [StudyDirection.MINIMIZE] * (2 if settings.trade_time else 1)
     try:
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
@@ -45,38 +51,55 @@ def open_or_create(
         study = optuna.load_study(storage=storage, study_name=name)
         _wait_for_setup(study)
     else:
-        study.enqueue_trial(first)
-    if SETUP not in study.user_attrs:  # last, when the study is as it should be for others
-        study.set_user_attr(SETUP, setup)
+        study.enqueue_trial({STEPS: 1})
+    if _SETUP not in study.user_attrs:  # last: now the study is ready for other workers
+        study.set_user_attr(_SETUP, setup)
     _check_setup(study, setup)
     _check_dimensions(study, dimensions)
-    study.sampler = sampler_of(settings, study)
-    study.pruner = NopPruner()  # until the rows of a trial are known
-    return study
+    study.sampler = make_sampler(settings, study)
+    study.pruner = NopPruner()  # until the first trial knows its rows
+    return study, storage
+
+
+def _setup(search: Search, num_processes: int) -> dict[str, Any]:
+    """Return what makes trials comparable: the Recipe without what is searched, and where trials report."""
+    settings = search.settings
+    recipe = {f.name: search.fixed[f.name] for f in fields(Recipe) if f.name not in search.space.dimensions()}
+    return {
+        **recipe,
+        "batch_size": search.fixed["batch_size"],
+        "num_processes": num_processes,
+        "accumulation_steps": search.space.candidates(),
+        "couple_learning_rate": settings.couple_learning_rate,
+        "couple_beta2": settings.couple_beta2,
+        "reference_batch_size": settings.reference_batch_size,
+        "n_reports": settings.n_reports,
+        "trade_time": settings.trade_time,
+    }
 
 
 def _wait_for_setup(study: Study) -> None:
-    """Until whoever made the study has done so; not for ever: it may be one that was made without us."""
+    """Wait until the worker that created the study has set it up. Give up on a study that somebody else created."""
     for _ in range(_TRIES):
-        if SETUP in study.user_attrs:
+        if _SETUP in study.user_attrs:
             return
         time.sleep(_PAUSE)
 
 
 def _check_setup(study: Study, setup: dict[str, Any]) -> None:
-    begun = study.user_attrs[SETUP]
+    before = study.user_attrs[_SETUP]
     faults = [
-        f"The study {study.study_name!r} was begun with `{name}` {begun[name]!r}, and is now to go on with {value!r}. "
-        "Trials could not be compared: give the same, or another `study_name`."
+        f"The study {study.study_name!r} was created with `{name}` {before[name]!r}, and this search has {value!r}. "
+        "Its trials could not be compared: give the same value, or another `study_name`."
         for name, value in setup.items()
-        if name in begun and begun[name] != value
+        if name in before and before[name] != value
     ]
     if faults:
         raise SettingsError(faults)
 
 
 def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) -> None:
-    """Raises SettingsError where Optuna could not take a dimension beside the one of this name that there was."""
+    """Raise SettingsError where Optuna cannot combine a dimension with the one of that name in earlier trials."""
     faults = {}
     for trial in study.get_trials(deepcopy=False):
         for name in dimensions.keys() & trial.distributions.keys():
@@ -84,21 +107,112 @@ def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) 
                 check_distribution_compatibility(trial.distributions[name], dimensions[name])
             except ValueError:
                 faults[name] = (
-                    f"The study {study.study_name!r} has trials with `{name}` from {trial.distributions[name]}, and is "
-                    f"now to go on with {dimensions[name]}. Only the ends of a range may change: give another "
-                    "`study_name`."
+                    f"The study {study.study_name!r} has trials with `{name}` from {trial.distributions[name]}, and "
+                    f"this search has {dimensions[name]}. Only the ends of a range may change: give the same, or "
+                    "another `study_name`."
                 )
     if faults:
         raise SettingsError(list(faults.values()))
 
 
 def check_budget(study: Study, rows: int) -> None:
-    """Raises DataError where trials before had another budget: other data, in the same study."""
-    budget = study.user_attrs.get("budget_rows")
+    """Raise DataError where earlier trials of the study had another budget, and so other data."""
+    budget = study.user_attrs.get(_BUDGET)
     if budget is None:
-        study.set_user_attr("budget_rows", rows)
+        study.set_user_attr(_BUDGET, rows)
     elif budget != rows:
         raise DataError(
-            f"The trials of the study {study.study_name!r} were given {budget} rows each, and `train_data` now comes "
-            f"to {rows}. Trials could not be compared: give the same data, or another `study_name`."
+            f"The trials of the study {study.study_name!r} have {budget} rows each, and `train_data` now comes to "
+            f"{rows}. They could not be compared: give the same data, or another `study_name`."
         )
+
+
+def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
+    """Open the storage that `storage` names; without a name, SQLite in the folder, or memory.
+
+    Raises:
+        SettingsError: where it cannot be opened.
+    """
+    if storage is None:
+        if folder is None:
+            return InMemoryStorage()
+        storage = f"sqlite:///{(folder / 'study.db').resolve()}"
+    if not isinstance(storage, str):
+        return storage
+    kind, separator, rest = storage.partition("://")
+    try:
+        if not separator:
+            return JournalStorage(JournalFileBackend(storage))
+        if kind == "grpc":
+            host, _, port = rest.rpartition(":")
+            proxy = _without_warnings(GrpcStorageProxy, host=host, port=int(port))
+            proxy.wait_server_ready(timeout=30)
+            return proxy
+        return _open_database(storage)
+    except Exception as error:
+        raise SettingsError(
+            [
+                f"`storage` {hide_password(storage)!r} cannot be opened: {error} Give a URL that Optuna knows "
+                "(sqlite:///study.db, postgresql://user@host/name), grpc://host:port, or the path of a journal file."
+            ]
+        ) from error
+
+
+def _open_database(url: str) -> RDBStorage:
+    if url.startswith("postgresql://"):  # the driver of this name depends on the version of SQLAlchemy
+        url = url.replace("://", "+psycopg://" if importlib.util.find_spec("psycopg") else "+psycopg2://", 1)
+    is_sqlite = url.startswith("sqlite")
+    # Connections are closed after use, so that none stays open and many workers take few of a server's. SQLite's
+    # writers wait for each other, by default not long enough for many of them.
+    engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if is_sqlite else {}}
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            database = _without_warnings(
+                RDBStorage,
+                url,
+                engine_kwargs=engine,
+                heartbeat_interval=_HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=requeue,
+            )
+            return _lock_early(database) if is_sqlite else database
+        except optuna.exceptions.StorageInternalError:
+            raise
+        except Exception as error:
+            # Two workers create the tables at once, and the database refuses the second one.
+            if not tries_left or not any(words in str(error).lower() for words in _EXISTS_ALREADY):
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def _lock_early(storage: RDBStorage) -> RDBStorage:
+    """Have SQLite lock when a transaction begins. It cannot lock rows: two workers could otherwise both read that a
+    trial is free, and both take it."""
+
+    def begin_by_ourselves(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # or Python's module begins transactions itself, and later
+
+    event.listen(storage.engine, "connect", begin_by_ourselves)
+    event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    storage.engine.dispose()
+    return storage
+
+
+def _without_warnings(make: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return make(*arguments, **named)
+
+
+def hide_password(url: str) -> str:
+    """Return the URL of a storage without its password, which can be in the query as well."""
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except ArgumentError:  # a path, or no URL at all
+        return url.partition("@")[0].partition("?")[0]
+
+
+def has_heartbeat(storage: BaseStorage) -> bool:
+    """Return whether workers notice the death of one on another machine; only relational storages can tell."""
+    return isinstance(storage, RDBStorage) and storage.get_heartbeat_interval() is not None

@@ -1,4 +1,4 @@
-"""A study in words and numbers: a line a trial, what is best, what matters."""
+"""A study in numbers and text: a row per trial, the best one, and how much each parameter matters."""
 
 import warnings
 from typing import Any
@@ -17,11 +17,12 @@ _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-_FEWEST = 4  # finished trials, below which shares of importance mean nothing
+_LAST_COLUMNS = ("loss", "rows", "seconds", "state")
+_MIN_FINISHED = 4  # finished trials, below which shares of importance mean nothing
 
 
 def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    """What a table says of a trial, by column. A coupled rate is the one that was used."""
+    """Return the cells of a trial's row by column. The learning rate is the one that was used."""
     attrs, parameters = trial.user_attrs, dict(trial.params)
     k, rate = parameters.pop(STEPS, None), parameters.pop(RATE, None)
     return {
@@ -33,11 +34,11 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
         "loss": trial.values[0] if trial.values else None,
         "rows": attrs.get("rows"),
         "seconds": None if "training_time" not in attrs else round(attrs["training_time"], 1),
-        "state": _state(trial),
+        "state": _describe_state(trial),
     }
 
 
-def _state(trial: FrozenTrial) -> str:
+def _describe_state(trial: FrozenTrial) -> str:
     if is_given_up(trial):
         return "failed: the workers that ran it died, again and again"
     if trial.state == TrialState.FAIL:
@@ -45,19 +46,18 @@ def _state(trial: FrozenTrial) -> str:
     return trial.user_attrs.get(REASON, _STATES[trial.state])
 
 
-def table(study: Study) -> list[dict[str, Any]]:
-    """A row a trial; all rows have the same columns."""
+def trial_rows(study: Study) -> list[dict[str, Any]]:
+    """Return a row per trial, all with the same columns."""
     rows = [describe_trial(trial) for trial in study.get_trials(deepcopy=False)]
-    last = ("loss", "rows", "seconds", "state")
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in last))
-    return [{name: row.get(name) for name in (*columns, *last)} for row in rows]
+    columns = dict.fromkeys(name for row in rows for name in row if name not in _LAST_COLUMNS)
+    return [{name: row.get(name) for name in (*columns, *_LAST_COLUMNS)} for row in rows]
 
 
-def as_text(rows: list[dict[str, Any]]) -> str:
-    """A table for a screen."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a table for a screen."""
     if not rows:
         return "no trials"
-    cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
+    cells = [list(rows[0]), *([format_value(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:>{width}}" for cell, width in zip(line[:-1], widths[:-1], strict=True)) + "  " + line[-1]
@@ -65,62 +65,60 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def shown(value: Any) -> str:
-    """A cell: losses to four places, small numbers so that they can be read."""
+def format_value(value: Any) -> str:
+    """Return a cell as text: losses with four decimals, small numbers readable."""
     if value is None:
         return "-"
-    if isinstance(value, float):
-        if value == round(value, 1):
-            return f"{value:g}"
+    if isinstance(value, float) and value != round(value, 1):
         return f"{value:.4f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def line_of(trial: FrozenTrial) -> str:
-    """A trial in one line."""
-    facts = describe_trial(trial)
-    number, state = facts.pop("trial"), facts.pop("state")
-    known = "  ".join(f"{name} {shown(value)}" for name, value in facts.items() if value is not None)
+def format_trial(trial: FrozenTrial) -> str:
+    """Return a trial in one line."""
+    cells = describe_trial(trial)
+    number, state = cells.pop("trial"), cells.pop("state")
+    known = "  ".join(f"{name} {format_value(value)}" for name, value in cells.items() if value is not None)
     return f"trial {number:>3}  {known}  {state}"
 
 
 def best_trial(study: Study) -> FrozenTrial | None:
-    """The finished trial of lowest loss; where time was traded, too. None where no trial finished."""
+    """Return the finished trial of lowest loss, with two objectives as well. None where no trial finished."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return min(finished, key=lambda trial: trial.values[0], default=None)
 
 
-def importance(study: Study) -> dict[str, float]:
-    """How much of the spread of the losses each parameter explains (PED-ANOVA, arXiv:2304.10255); empty where there are
-    too few finished trials to tell."""
-    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < _FEWEST:
+def parameter_importances(study: Study) -> dict[str, float]:
+    """Return the share of the spread of the losses that each parameter explains (PED-ANOVA, arXiv:2304.10255).
+
+    Return nothing where too few trials finished.
+    """
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < _MIN_FINISHED:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
 
 
-def summary(study: Study) -> str:
-    """What came of a search."""
+def summarize(study: Study) -> str:
+    """Return the result of a search in a few lines."""
     best = best_trial(study)
     lines = ["No trial finished; the table says why."]
     if best is not None:
-        parameters = ", ".join(f"{name} {shown(value)}" for name, value in best.params.items())
+        parameters = ", ".join(f"{name} {format_value(value)}" for name, value in best.params.items())
         lines = [
-            f"best loss             {shown(best.values[0])} (trial {best.number})",
+            f"best loss             {format_value(best.values[0])} (trial {best.number})",
             f"best parameters       {parameters}",
             f"effective batch size  {best.user_attrs.get('effective_batch_size')}",
         ]
         rate = best.user_attrs.get(RATE)
         if RATE in best.params and rate != best.params[RATE]:
-            lines.append(f"learning rate, scaled {shown(rate)}")
-    matters = importance(study)
-    if matters:
-        lines.append("importance            " + ", ".join(f"{name} {share:.0%}" for name, share in matters.items()))
+            lines.append(f"learning rate, scaled {format_value(rate)}")
+    if shares := parameter_importances(study):
+        lines.append("importance            " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     if len(study.directions) > 1:
         lines += ["best trades of loss and time"] + [
             f"  trial {t.number:>3}  loss {t.values[0]:.4f}  {t.values[1]:.1f} s" for t in study.best_trials
         ]
     rows = sum(trial.user_attrs.get("rows", 0) for trial in study.get_trials(deepcopy=False))
-    lines.append(f"rows trained on       {rows}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"rows trained on       {rows}"])

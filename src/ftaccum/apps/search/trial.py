@@ -1,4 +1,4 @@
-"""One trial: a run of `test_fine_tuning` that reports at its milestones, and what became of it."""
+"""One trial: a run that reports at its milestones, and its outcome."""
 
 import math
 import traceback
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optuna import Study, Trial
+from optuna.exceptions import UpdateFinishedTrialError
 from tqdm import tqdm
 
 from ...errors import DataError, DivergedError, Preempted, SettingsError
@@ -17,36 +19,38 @@ from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
 from ...runtime.signals import StopSignals
 from ...runtime.state_guards import preserve_rng, seed_all
-from ...runtime.team import LostError, Team
 from ...tracking.console import Console
 from ...tracking.ledger import EpochEntry
 from ...tracking.result import Result
 from ...training.callbacks import Callback
 from ...training.config import RunConfig
 from ...training.run import run_training
-from .book import TrialRecord
+from .processes import OutOfStepError, TrialProcesses
 from .report_steps import milestones
+from .samplers import make_pruner
+from .settings import SearchSettings
+from .study import check_budget
 
-_trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials, as long as somebody else keeps them
+_trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials that are still in memory
 
 
 class PrunedError(Exception):
-    """Ends a run whose trial is not worth going on with."""
+    """Ends a run whose trial is not worth its remaining rows."""
 
 
-class TakenError(Exception):
-    """Ends a run whose trial is somebody else's by now."""
+class ReassignedError(Exception):
+    """Ends a run whose trial another worker has by now."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What became of a trial, on this process.
+    """The outcome of a trial on this process.
 
     Attributes:
-        kind: "finished", "pruned", "diverged", "left" or "failed".
-        reason: of all but the first, in a sentence.
-        result: of the first.
-        error: of a failure, where it is the user's to mend and would befall every trial.
+        kind: "finished", "pruned", "diverged", "reassigned" or "failed".
+        reason: a sentence, where the trial did not finish.
+        result: of a trial that finished.
+        error: of a trial that failed, where the user has to fix it and every trial would meet it.
     """
 
     kind: str
@@ -55,88 +59,65 @@ class TrialResult:
     error: SettingsError | DataError | None = None
 
 
-def run_trial(
-    model_factory: Callable[[], Any],
-    arguments: Mapping[str, Any],
-    callback: Callback,
-) -> TrialResult:
-    """Runs one trial, and frees what it held. All processes of the team call it alike.
+class TrialRecord:
+    """The record of a trial on processes that have no study: it keeps nothing."""
 
-    Args:
-        arguments: all of `test_fine_tuning`'s but the model. Its `random_seed` also seeds the factory, so that every
-            trial starts from the same weights.
-    """
-    model = kept = None
-    try:
-        model = seeded_model(model_factory, arguments["random_seed"])
-        kept = weakref.ref(model)
-        return TrialResult(
-            "finished", result=run_training(RunConfig.from_arguments({**arguments, "model": model}), callback)
-        )
-    except PrunedError as end:
-        return TrialResult("pruned", str(end))
-    except DivergedError as end:
-        return TrialResult("diverged", str(end) if end.update is None else f"at update {end.update}: {end}")
-    except TakenError:
-        return TrialResult("left")
-    except LostError:
-        raise
-    except Preempted as end:
-        raise KeyboardInterrupt(str(end)) from None
-    except (SettingsError, DataError) as error:
-        error.__cause__ = error.__context__ = None  # their frames hold the model, as the error's own do
-        return TrialResult("failed", str(error), error=error.with_traceback(None))
-    except torch.OutOfMemoryError as error:
-        return TrialResult("failed", f"ran out of memory: {error}")
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        _keep_traceback(error, arguments["output_dir"])
-        return TrialResult(
-            "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-        )
-    finally:
-        model = None
-        # Where the model is in a circle with something, to look for it takes its time. A GPU may be shared with others.
-        if torch.accelerator.is_available() or (kept is not None and kept() is not None):
-            give_back_memory()
+    def start(self, attributes: Mapping[str, Any]) -> None:
+        """Take what is known of a trial before it runs."""
+
+    def set_milestones(self, steps: Mapping[int, int]) -> None:
+        """Take the milestones of the trial: rows → steps, the last being its budget."""
+
+    def report(self, step: int, rows: int, val_loss: float) -> str:  # noqa: ARG002
+        """Take the validation loss at a milestone.
+
+        Returns:
+            "continue", "prune", or "leave" where other workers took this one for dead and have ended its trial.
+        """
+        return "continue"
+
+    def finish(self, attributes: Mapping[str, Any]) -> None:
+        """Take what is known of a trial that ran to its end."""
 
 
-def _keep_traceback(error: Exception, folder: str | None) -> None:
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "error.txt").write_text("".join(traceback.format_exception(error)))
+class StudyTrialRecord(TrialRecord):
+    """The record of a trial in its study."""
 
+    def __init__(self, study: Study, trial: Trial, settings: SearchSettings) -> None:
+        self._study, self._trial, self._settings = study, trial, settings
 
-def seeded_model(model_factory: Callable[[], Any], seed: int) -> Any:
-    """A model whose fresh weights are the same each time.
+    def start(self, attributes: Mapping[str, Any]) -> None:
+        self.finish({**attributes, "rows": 0})
 
-    Raises:
-        SettingsError: where it is one that was trained before.
-    """
-    with preserve_rng():
-        seed_all(seed)
-        model = model_factory()
-    if model in _trained:
-        raise SettingsError(
-            [
-                "`model_factory` returned a model that an earlier trial has trained. Have it make a new one each time, "
-                "such as `lambda: copy.deepcopy(model)`."
-            ]
-        )
-    _trained.add(model)
-    return model
+    def set_milestones(self, steps: Mapping[int, int]) -> None:
+        check_budget(self._study, max(steps))
+        self._study.pruner = make_pruner(self._settings.pruner, steps.values())
+
+    def report(self, step: int, rows: int, val_loss: float) -> str:
+        try:
+            self._trial.set_user_attr("rows", rows)
+            if self._settings.trade_time:  # Optuna takes no reports on two objectives
+                return "continue"
+            self._trial.report(val_loss, step)
+            return "prune" if self._trial.should_prune() else "continue"
+        except UpdateFinishedTrialError:
+            return "leave"
+
+    def finish(self, attributes: Mapping[str, Any]) -> None:
+        for name, value in attributes.items():
+            self._trial.set_user_attr(name, value)
 
 
 class TrialCallback(Callback):
-    """Reports a run's milestones to the book, and ends it where the book says so: on all processes at once."""
+    """Reports a run's milestones to its record, and ends the run on all processes at once."""
 
     logs = False
     saves_model = False
-    endings = (PrunedError, DivergedError, TakenError)
+    endings = (PrunedError, DivergedError, ReassignedError)
 
     def __init__(
         self,
-        team: Team,
+        processes: TrialProcesses,
         record: TrialRecord,
         stop_signals: StopSignals,
         *,
@@ -144,12 +125,17 @@ class TrialCallback(Callback):
         n_reports: int,
         title: str,
     ) -> None:
-        """Args:
-        batch_sizes: effective batches of all candidates, to meet where each of them ends an update.
-        n_reports: evaluations over the trial.
-        title: of the progress bar.
+        """Create the callback of one run.
+
+        Args:
+            processes: the processes that run the trial.
+            record: takes the reports; on the main process it decides how to continue.
+            stop_signals: signals of the whole search.
+            batch_sizes: effective batches of all candidates; milestones are where each of them ends an update.
+            n_reports: number of evaluations in the trial.
+            title: title of the progress bar.
         """
-        self._team, self._record, self._stop_signals = team, record, stop_signals
+        self._processes, self._record, self._stop_signals = processes, record, stop_signals
         self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
         self._steps: dict[int, int] = {}
 
@@ -158,10 +144,10 @@ class TrialCallback(Callback):
 
     def milestones(self, plan: BasePlan) -> Iterable[int]:
         assert isinstance(plan, Plan), "a search refuses streams"
-        # Where what is left of an epoch is carried, its end is none of an update's: all epochs are as one.
+        # Where the remainder of an epoch is carried, no update ends with the epoch: all epochs are as one.
         epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
         self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
-        self._team.decided(lambda: self._record.begin(self._steps))
+        self._processes.orders.run_on_main(lambda: self._record.set_milestones(self._steps))
         return self._steps
 
     def stop_signals(self, *, saves: bool) -> StopSignals:  # noqa: ARG002
@@ -169,18 +155,18 @@ class TrialCallback(Callback):
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
         step, budget = self._steps[milestone], max(self._steps)
-        order = self._team.decided(lambda: self._record.report(step, rows, val_loss))
+        order = self._processes.orders.run_on_main(lambda: self._record.report(step, rows, val_loss))
         if order == "leave":
-            raise TakenError
+            raise ReassignedError
         if not math.isfinite(val_loss):
             raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
-        if order == "prune" and milestone < budget:  # at the end there is nothing left to save
+        if order == "prune" and milestone < budget:  # at the end nothing is left to save
             raise PrunedError(f"at {rows} of {budget} rows")
 
 
 @dataclass
 class _TrialConsole(Console):
-    """One bar for the running trial, and nothing else: what it comes to is a line of the search's own."""
+    """One bar for the running trial, and nothing else: the search itself shows the outcome in a line."""
 
     title: str = ""
 
@@ -194,8 +180,75 @@ class _TrialConsole(Console):
     def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
         pass
 
-    def note(self, sentence: str) -> None:
-        pass
-
     def result(self, result: Result) -> None:
         pass
+
+
+def run_trial(model_factory: Callable[[], Any], arguments: Mapping[str, Any], callback: TrialCallback) -> TrialResult:
+    """Run one trial, and free its memory. All processes call it alike.
+
+    Args:
+        model_factory: returns a new model.
+        arguments: all arguments of `test_fine_tuning` without the model.
+        callback: ends the run where it is pruned.
+    """
+    earlier = _trained.copy()
+    try:
+        return TrialResult("finished", result=train_new_model(model_factory, arguments, callback))
+    except PrunedError as end:
+        return TrialResult("pruned", str(end))
+    except DivergedError as end:
+        return TrialResult("diverged", str(end) if end.update is None else f"at update {end.update}: {end}")
+    except ReassignedError:
+        return TrialResult("reassigned")
+    except OutOfStepError:
+        raise
+    except Preempted as end:
+        raise KeyboardInterrupt(str(end)) from None
+    except (SettingsError, DataError) as error:
+        error.__cause__ = error.__context__ = None  # their frames keep the model alive, as the error's own do
+        return TrialResult("failed", str(error), error=error.with_traceback(None))
+    except torch.OutOfMemoryError as error:
+        return TrialResult("failed", f"ran out of memory: {error}")
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        _write_traceback(error, arguments["output_dir"])
+        return TrialResult(
+            "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+        )
+    finally:
+        # To collect garbage takes its time: only where the model is part of a cycle, or a GPU is shared with others.
+        if torch.accelerator.is_available() or _trained - earlier:
+            give_back_memory()
+
+
+def train_new_model(model_factory: Callable[[], Any], arguments: Mapping[str, Any], callback: Callback) -> Result:
+    """Train a model of the factory in one run, the only way in which a search trains.
+
+    Args:
+        model_factory: returns a new model.
+        arguments: all arguments of `test_fine_tuning` without the model. Its `random_seed` seeds the factory as well,
+            so that every trial starts from the same weights.
+        callback: takes part in the run.
+
+    Raises:
+        SettingsError: where the factory returns a model that an earlier trial has trained.
+    """
+    with preserve_rng():
+        seed_all(arguments["random_seed"])
+        model = model_factory()
+    if model in _trained:
+        raise SettingsError(
+            [
+                "`model_factory` returned a model that an earlier trial has trained. Have it make a new one each time, "
+                "such as `lambda: copy.deepcopy(model)`."
+            ]
+        )
+    _trained.add(model)
+    return run_training(RunConfig.from_arguments({**arguments, "model": model}), callback)
+
+
+def _write_traceback(error: Exception, folder: str | None) -> None:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "error.txt").write_text("".join(traceback.format_exception(error)))

@@ -1,8 +1,9 @@
-"""A worker: takes trials of a study, one after the other, until there are `n_trials` in all."""
+"""A worker: runs trials of a study, one after the other, until there are `n_trials` in all."""
 
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,226 +17,235 @@ from ...checkpoint.directory import CheckpointDirectory
 from ...errors import DataError, SettingsError
 from ...runtime.run_dir import RunDir
 from ...runtime.signals import StopSignals
-from ...runtime.team import LostError, Team
-from .book import StudyTrialRecord, TrialRecord
 from .definition import Search
-from .liveness import here, is_gone
-from .retry import FIRST, INTERRUPTED, REASON, WORKER, counts, find_dead, place_of, run_again
-from .settings import SearchSettings
+from .processes import OutOfStepError, TrialProcesses
+from .retry import (
+    FIRST,
+    INTERRUPTED,
+    REASON,
+    WORKER,
+    is_counted,
+    is_dead,
+    position_of,
+    requeue,
+    requeue_dead,
+    this_worker,
+)
 from .space import RATE, STEPS
-from .storages import tells_deaths
-from .trial import TrialCallback, TrialResult, run_trial
+from .study import has_heartbeat
+from .trial import StudyTrialRecord, TrialCallback, TrialRecord, TrialResult, run_trial
 
-_POLL = 2.0  # seconds between two looks at what other workers do
+ON_INTERRUPT = "Interrupted: the running trial ends with its next update, and will run again. Once more stops at once."
+_POLL = 2.0  # seconds between two looks at other workers
 
 
 class _EndedError(Exception):
-    """Has Optuna note a trial as failed; why is among its attributes, where it counts as one."""
+    """Makes Optuna record a trial as failed. The attributes of the trial give the reason, where it counts."""
 
 
-class TrialRunner:
-    """The first process of a team: asks the study for trials, and tells it what became of them."""
+@dataclass(frozen=True)
+class TrialOrder:
+    """A trial for all processes to run.
 
-    def __init__(
-        self, search: Search, team: Team, stop_signals: StopSignals, study: Study, storage: BaseStorage
-    ) -> None:
-        self._search, self._team, self._stop_signals = search, team, stop_signals
-        self._study, self._storage = study, storage
-        self._left = False
-        self._folder: Path | None = None  # of the trial at hand
+    Attributes:
+        number: number of the trial in its study.
+        first: number of the interrupted trial that it resumes; None for a new one.
+        params: what the main process has drawn.
+    """
+
+    number: int
+    first: int | None
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrialExecutor:
+    """Runs trials on all processes.
+
+    Attributes:
+        search: the search.
+        processes: the processes that run each trial together.
+        stop_signals: signals that end the search with the next update of its trial.
+    """
+
+    search: Search
+    processes: TrialProcesses
+    stop_signals: StopSignals
+
+    def arguments_of(self, trial: BaseTrial) -> dict[str, Any]:
+        """Return the arguments of a trial, all but the model."""
+        search = self.search
+        return search.space.suggest(trial, search.fixed, search.batch_size(self.processes.size))
+
+    def folder_of(self, order: TrialOrder) -> Path | None:
+        """Return the folder for the outputs of a trial: that of the interrupted one where it resumes one."""
+        number = order.number if order.first is None else order.first
+        return None if self.search.folder is None else self.search.folder / "trials" / f"{number:04d}"
+
+    def run(self, order: TrialOrder, arguments: dict[str, Any], record: TrialRecord) -> TrialResult:
+        """Run a trial, and return its outcome: on all processes a failure where one of them failed."""
+        search, settings, folder = self.search, self.search.settings, self.folder_of(order)
+        batch_size = search.batch_size(self.processes.size)
+        own = {"output_dir": folder and str(folder), "resume": "auto" if folder and order.first is not None else None}
+        attributes = {
+            "effective_batch_size": arguments[STEPS] * batch_size,
+            "learning_rate": arguments[RATE],
+            "output_dir": own["output_dir"],
+        }
+        self.processes.orders.run_on_main(lambda: record.start(attributes))
+        callback = TrialCallback(
+            self.processes,
+            record,
+            self.stop_signals,
+            batch_sizes=[k * batch_size for k in search.space.candidates()],
+            n_reports=1 if settings.trade_time else settings.n_reports,  # without pruning, only the last one counts
+            title=f"trial {order.number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
+        )
+        outcome = run_trial(search.model_factory, arguments | own | {"progress": search.progress}, callback)
+        outcomes = self.processes.gather_outcomes((outcome.kind, outcome.reason))
+        failure = next((reason for kind, reason in outcomes if kind == "failed"), None)
+        if failure is not None and outcome.kind != "failed":
+            return TrialResult("failed", failure)
+        if outcome.result is not None:
+            beta2 = {"beta2": arguments["optimizer"].beta2} if settings.couple_beta2 else {}
+            training_time, metrics = outcome.result.training_time, outcome.result.metrics[-1]
+            record.finish({"training_time": training_time, "metrics": metrics, **beta2})
+        return outcome
+
+
+class Worker:
+    """The main process of a worker: asks the study for trials, and reports their outcomes to it."""
+
+    def __init__(self, executor: TrialExecutor, study: Study, storage: BaseStorage) -> None:
+        self._executor, self._study, self._storage = executor, study, storage
+        self._settings = executor.search.settings
+        self._is_reassigned = False
+        self._folder: Path | None = None  # of the current trial
         self._silent: dict[int, float] = {}
 
     def work(self, on_trial: Callable[[], None]) -> None:
-        """Takes trials until none is left.
+        """Run trials until none is left.
 
         Args:
-            on_trial: called whenever trials may have come to an end.
+            on_trial: called whenever trials may have ended.
         """
         while (order := self._next()) != "stop":
-            self._stop_signals.check()
+            self._executor.stop_signals.check()
             if order == "wait":
                 time.sleep(_POLL)
             else:
-                self._take_one()
+                self._run_one()
             on_trial()
 
     def _next(self) -> str:
-        """What there is to do: "go", "wait" or "stop"."""
-        find_dead(self._study, self._silent)
+        """Return what to do next: "run", "wait" or "stop"."""
+        requeue_dead(self._study, self._silent)
         trials = self._study.get_trials(deepcopy=False)
-        ended = sum(map(counts, trials))
+        ended = sum(map(is_counted, trials))
         running = [t for t in trials if t.state == TrialState.RUNNING]
-        if ended >= self._search.settings.n_trials:
+        if ended >= self._settings.n_trials:
             return "stop"
-        if ended + len(running) < self._search.settings.n_trials:
-            return "go"
-        # All that is left is being run by others. If one of them dies, its trial will be this worker's.
-        heard_of = tells_deaths(self._storage) or any(is_gone(t.user_attrs.get(WORKER)) is False for t in running)
-        return "wait" if heard_of else "stop"
+        if ended + len(running) < self._settings.n_trials:
+            return "run"
+        # Other workers run all that is left. If one of them dies, this worker runs its trial.
+        shows_death = has_heartbeat(self._storage) or any(is_dead(t.user_attrs.get(WORKER)) is False for t in running)
+        return "wait" if shows_death else "stop"
 
-    def _take_one(self) -> None:
-        self._left, self._folder = False, None
+    def _run_one(self) -> None:
+        self._is_reassigned, self._folder = False, None
         try:
-            # One at a time; `optimize` gives the sign of life while it runs.
+            # One at a time; `optimize` sends the heartbeat meanwhile.
             self._study.optimize(self._objective, n_trials=1, catch=(_EndedError,))
         except (UpdateFinishedTrialError, ValueError) as error:
-            # Others took this worker for dead, and the trial has ended without it.
-            if not self._left and not str(error).startswith("Cannot tell a"):
+            # Others took this worker for dead, and have ended its trial.
+            if not self._is_reassigned and not str(error).startswith("Cannot tell a"):
                 raise
         else:
-            self._clear()
+            self._remove_checkpoints()
 
-    def _clear(self) -> None:
-        """Removes the checkpoints of a trial that has ended in the study as well. One that runs again goes on from
-        them, and those of one that others have taken over are theirs."""
+    def _remove_checkpoints(self) -> None:
+        """Remove the checkpoints of a trial that has ended in the study as well. A trial that runs again, in this
+        worker or another, resumes from them."""
         if self._folder is not None:
             CheckpointDirectory(self._folder / "checkpoints").clear()
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
-        if self._is_one_too_many(trial):
-            raise _EndedError
+        if position_of(self._study, trial) >= self._settings.n_trials:
+            raise _EndedError  # two workers saw that one trial was left, and this one asked later
         try:
-            trial.set_user_attr(WORKER, here())
-            return self._told(trial, self._tried(trial))
+            trial.set_user_attr(WORKER, this_worker())
+            return self._value_of(trial, self._run(trial))
         except UpdateFinishedTrialError:
-            self._left = True
+            self._is_reassigned = True
             raise
-        except (KeyboardInterrupt, LostError):
-            self._run_again(trial)
+        except (KeyboardInterrupt, OutOfStepError):
+            self._requeue(trial)
             raise
 
-    def _tried(self, trial: Trial) -> TrialResult:
+    def _run(self, trial: Trial) -> TrialResult:
+        executor = self._executor
         try:
-            arguments = arguments_of(self._search, trial, self._team)
+            arguments = executor.arguments_of(trial)
         except StorageInternalError:
             raise
         except SettingsError as error:
             return TrialResult("failed", str(error), error=error)
-        except Exception as error:  # a function of the user's
+        except Exception as error:  # from a function of the user
             return TrialResult("failed", f"{type(error).__name__}: {error}")
-        first = trial.user_attrs.get(FIRST)
-        if (
-            first is not None
-            and (folder := folder_of(self._search, trial.number, first))
-            and RunDir(folder.absolute()).is_locked()
-        ):
-            first = None  # its worker was taken for dead, and is not: this one begins anew, in a folder of its own
-        self._folder = folder_of(self._search, trial.number, first)
-        self._team.told(("run", (trial.number, first, trial.params)))
-        record = StudyTrialRecord(self._study, trial, self._settings)
-        return run(self._search, self._team, self._stop_signals, trial.number, first, arguments, record)
+        order = TrialOrder(trial.number, trial.user_attrs.get(FIRST), trial.params)
+        if order.first is not None and (folder := executor.folder_of(order)) and RunDir(folder.absolute()).is_locked():
+            # The worker that runs it is not dead: this one starts afresh, in a folder of its own.
+            order = TrialOrder(trial.number, None, trial.params)
+        self._folder = executor.folder_of(order)
+        executor.processes.orders.broadcast(order)
+        return executor.run(order, arguments, StudyTrialRecord(self._study, trial, self._settings))
 
-    def _told(self, trial: Trial, outcome: TrialResult) -> float | tuple[float, float]:
-        """What Optuna wants of a trial: its value, or an exception that says how it ended."""
+    def _value_of(self, trial: Trial, outcome: TrialResult) -> float | tuple[float, float]:
+        """Return the value of a trial for Optuna, or raise what Optuna expects of one that did not finish."""
         if outcome.result is not None:
             loss, seconds = outcome.result.final_loss, outcome.result.training_time
-            if not math.isfinite(loss):
-                return self._told(trial, TrialResult("diverged", f"with a final loss of {loss}"))
-            return (loss, seconds) if self._settings.trade_time else loss
-        if outcome.kind == "left":
-            self._left = True
-        elif self._befalls_all(outcome.error):
-            assert outcome.error is not None
-            self._run_again(trial)  # once it is mended
+            if math.isfinite(loss):
+                return (loss, seconds) if self._settings.trade_time else loss
+            outcome = TrialResult("diverged", f"with a final loss of {loss}")
+        if outcome.kind == "reassigned":
+            self._is_reassigned = True
+        elif outcome.error is not None and self._concerns_all(outcome.error):
+            self._requeue(trial)  # for when it is fixed
             raise outcome.error
         else:
-            how = "" if outcome.kind == "failed" else f"{outcome.kind} "
-            trial.set_user_attr(REASON, how + outcome.reason)
+            trial.set_user_attr(REASON, ("" if outcome.kind == "failed" else f"{outcome.kind} ") + outcome.reason)
             if outcome.kind != "failed" and not self._settings.trade_time:
                 raise optuna.TrialPruned(outcome.reason)
         raise _EndedError(outcome.reason)
 
-    @property
-    def _settings(self) -> SearchSettings:
-        return self._search.settings
-
-    def _run_again(self, trial: Trial) -> None:
+    def _requeue(self, trial: Trial) -> None:
         trial.set_user_attr(INTERRUPTED, True)
-        run_again(self._study, next(t for t in self._study.get_trials() if t.number == trial.number))
+        requeue(self._study, next(t for t in self._study.get_trials() if t.number == trial.number))
 
-    def _befalls_all(self, error: SettingsError | DataError | None) -> bool:
-        """Whether an error is not the trial's own. The data are the same in all, and so are the settings, but for what
-        a function of the trial gives: that is taken for wrong in all where none went well yet."""
-        if isinstance(error, SettingsError) and callable(self._search.space.others):
+    def _concerns_all(self, error: SettingsError | DataError) -> bool:
+        """Return whether every trial would meet an error. All have the same data, and the same settings but for those
+        from a function of the trial: these are taken for wrong in all trials while none has gone well."""
+        if isinstance(error, SettingsError) and callable(self._executor.search.space.others):
             return not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        return error is not None
-
-    def _is_one_too_many(self, trial: Trial) -> bool:
-        """Two workers may both have seen that one trial was left: the one that asked later gives way."""
-        return place_of(self._study, trial) >= self._settings.n_trials
+        return True
 
 
-def follow(search: Search, team: Team, stop_signals: StopSignals) -> Any:
-    """What the other processes of a team do: the trials that the first one tells. Returns what it says at the end.
+def follow(executor: TrialExecutor) -> Any:
+    """Run the trials that the main process orders, on a process without a study. Return its last message.
 
     Raises:
-        SettingsError, DataError: that ended the search.
-        LostError: where something else did, which the first process raises.
+        SettingsError, DataError: the error that ended the search.
+        OutOfStepError: where another error did, which the main process raises.
     """
     last_error: BaseException | None = None
-    while True:
-        order, told = team.told()
-        if order != "run":
-            break
-        number, first, parameters = told
-        arguments = arguments_of(search, FixedTrial(parameters, number), team)
+    while isinstance(order := executor.processes.orders.broadcast(), TrialOrder):
+        arguments = executor.arguments_of(FixedTrial(order.params, order.number))
         try:
-            last_error = run(search, team, stop_signals, number, first, arguments, TrialRecord()).error
-        except KeyboardInterrupt as error:  # as the first process was told, which now ends the search
+            last_error = executor.run(order, arguments, TrialRecord()).error
+        except OutOfStepError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # the main process raises it too, and decides what follows
             last_error = error
-    if told is None:
-        raise last_error or LostError("The first process ended the search; what it raised says why.")
-    return told
-
-
-def arguments_of(search: Search, trial: BaseTrial, team: Team) -> dict[str, Any]:
-    """The arguments of a trial, but for the model."""
-    return search.space.suggest(trial, search.fixed, search.batch_size(team.size))
-
-
-def folder_of(search: Search, number: int, first: int | None) -> Path | None:
-    """Where a trial's outputs go: those of a run that was interrupted, and of the one that goes on from it, alike."""
-    return None if search.folder is None else search.folder / "trials" / f"{number if first is None else first:04d}"
-
-
-def run(
-    search: Search,
-    team: Team,
-    stop_signals: StopSignals,
-    number: int,
-    first: int | None,
-    arguments: dict[str, Any],
-    record: TrialRecord,
-) -> TrialResult:
-    """A trial on all processes, and what became of it on all of them.
-
-    Args:
-        first: the number under which it was first begun, if it was interrupted then: it goes on from its checkpoint.
-    """
-    folder = folder_of(search, number, first)
-    kept = {"output_dir": folder and str(folder), "resume": "auto" if folder and first is not None else None}
-    batch_size, settings = search.batch_size(team.size), search.settings
-    record.open(
-        {
-            "effective_batch_size": arguments[STEPS] * batch_size,
-            "learning_rate": arguments[RATE],
-            "output_dir": kept["output_dir"],
-        }
-    )
-    callback = TrialCallback(
-        team,
-        record,
-        stop_signals,
-        batch_sizes=[k * batch_size for k in search.space.candidates()],
-        n_reports=1 if settings.trade_time else settings.n_reports,  # nobody could be told
-        title=f"trial {number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
-    )
-    outcome = run_trial(search.model_factory, arguments | kept | {"progress": search.progress}, callback)
-    everyone = team.everyone((outcome.kind, outcome.reason))
-    failed = next((reason for kind, reason in everyone if kind == "failed"), None)
-    if failed is not None and outcome.kind != "failed":
-        return TrialResult("failed", failed)
-    if outcome.result is not None:
-        beta2 = {"beta2": arguments["optimizer"].beta2} if settings.couple_beta2 else {}
-        record.close({"training_time": outcome.result.training_time, "metrics": outcome.result.metrics[-1], **beta2})
-    return outcome
+    if order is None:
+        raise last_error or OutOfStepError("The main process ended the search; its own error says why.")
+    return order
