@@ -341,7 +341,7 @@ def test_a_best_epoch_is_found_among_epochs_that_diverged() -> None:
     for epoch in range(3):
         ledger.record(EpochEntry(epoch, 1.0, next(losses), {"accuracy": math.nan}))
     result = Result.of(
-        ledger, BatchSizes(1, 1, 1, 1), work=Throughput(1, 1, 1, 1, 1.0), training_time=1.0, planner_costs=None,
+        ledger, BatchSizes(1, 1, 1, 1), work=Throughput(1, 1, 1, 1, 1.0), training_time=1.0,
         out_of_memory=0, amp_enabled=False, final_loss_scale=None, output_dir=None,
     )  # fmt: skip
     assert result.best_val_loss == 0.5

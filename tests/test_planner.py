@@ -281,20 +281,6 @@ def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> Non
     assert syncs.total == windows, syncs.where
 
 
-def test_windows_are_cut_by_default_costs_unless_others_are_given() -> None:
-    def costs(**arguments: Any) -> Any:
-        head = HEADS[NAMES[1]]
-        result = test_fine_tuning(
-            head.model(), train_data=head.rows(120), batch_size=4, effective_batch_size=8, n_epochs=1, progress=False,
-            **arguments,
-        )  # fmt: skip
-        return result.planner_costs
-
-    assert costs() == [64.0, 1.0, 0.0005]
-    assert costs(planner_costs=(3, 2, 1)) == [3, 2, 1]
-    assert costs(planner=False) is None
-
-
 def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
     """Processes read ahead unequally far: were one window cut in two ways, rows would be lost and others met twice."""
 

@@ -1,8 +1,8 @@
 """A model's weights, for the time of a measurement: such that rows differ in loss, and without rounding to 16 bits."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,26 +15,16 @@ from .item_counts import Batch
 
 @contextmanager
 def perturb_head(model: nn.Module) -> Iterator[None]:
-    """Gives the model's last weights noise, and takes it away again.
+    """Add noise to the model's last weights, and restore them afterwards.
 
     Which way to count is right does not depend on the weights; but rows must differ in loss for it to show, and under
     a new head they hardly do.
     """
     weight = _last_weight(model)
-    if weight is None:
-        yield
-        return
-    before = weight.detach().clone()
     # Logits of a few units: the inputs of a last layer are about 1 each, or normalised to it.
-    scale = 3 / math.sqrt(weight.numel() / weight.shape[0])
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * scale
-    try:
-        with torch.no_grad():
-            weight.add_(noise.to(weight.device, weight.dtype))
+    scale = 1.0 if weight is None else 3 / math.sqrt(weight.numel() / weight.shape[0])
+    with _noise([] if weight is None else [weight], scale):
         yield
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
 
 
 @contextmanager
@@ -64,24 +54,27 @@ def has_narrow_weights(model: nn.Module) -> bool:
     return any(map(_is_narrow, model.parameters()))
 
 
+def perturb_norms(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Add noise to the scales and shifts of these modules, and restore them afterwards: a norm whose scale is 0, as the
+    last of a new residual branch is, has a gradient but no say in the loss."""
+    return _noise(
+        [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 1 and p.is_floating_point()]
+    )
+
+
 @contextmanager
-def perturb_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Gives the scales and shifts of these modules noise, and takes it away again: a norm whose scale is 0, as the last
-    of a new residual branch is, has a gradient but no say in the loss."""
-    weights = [
-        p for module in modules for p in module.parameters(recurse=False) if p.ndim == 1 and p.is_floating_point()
-    ]
-    before = [p.detach().clone() for p in weights]
+def _noise(weights: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
+    before = [w.detach().clone() for w in weights]
     draw = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for p in weights:
-                p.add_(torch.randn(p.shape, generator=draw).to(p.device, p.dtype))
+            for w in weights:
+                w.add_((torch.randn(w.shape, generator=draw) * scale).to(w.device, w.dtype))
         yield
     finally:
         with torch.no_grad():
-            for p, values in zip(weights, before, strict=True):
-                p.copy_(values)
+            for w, values in zip(weights, before, strict=True):
+                w.copy_(values)
 
 
 def _widened(batch: Batch) -> Batch:

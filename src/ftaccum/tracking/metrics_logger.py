@@ -1,5 +1,6 @@
 """From what happened to what is kept: the ledger, the trackers, the progress bar."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ class MetricsLogger:
         self._epoch = 0
         self._epoch_losses: WeightedMeans | None = None
         self._ended: tuple[int, WeightedMeans] | None = None  # the last epoch that had losses
+        self._started = time.perf_counter()
 
     def window(self, outcome: StepResult) -> None:
         """Keeps a window's outcome, and every so often reads the losses kept so far."""
@@ -67,11 +69,17 @@ class MetricsLogger:
         """Those that have ended."""
         return self._epoch
 
+    @property
+    def seconds(self) -> float:
+        """The time in training and evaluation, over all parts of a run that was interrupted."""
+        return time.perf_counter() - self._started
+
     def state_dict(self) -> dict[str, Any]:
         """Of a recorder that has been drained."""
         ended = self._ended
         return {
             "epoch": self._epoch,
+            "seconds": self.seconds,
             "losses": None if self._epoch_losses is None else _as_lists(self._epoch_losses),
             "ended": None if ended is None else {"epoch": ended[0], "losses": _as_lists(ended[1])},
         }
@@ -79,6 +87,7 @@ class MetricsLogger:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         losses, ended = state_dict["losses"], state_dict["ended"]
         self._epoch = state_dict["epoch"]
+        self._started = time.perf_counter() - state_dict["seconds"]
         self._epoch_losses = None if losses is None else _of_lists(losses)
         self._ended = None if ended is None else (ended["epoch"], _of_lists(ended["losses"]))
         self._bar.update(len(self.ledger.windows))
@@ -126,7 +135,7 @@ def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
     """A recorder's state, for one that goes on in an epoch which this one had ended."""
     ended = state_dict["ended"]
     losses = ended["losses"] if ended is not None and ended["epoch"] == epoch else None
-    return {"epoch": epoch, "losses": losses, "ended": None}
+    return {**state_dict, "epoch": epoch, "losses": losses, "ended": None}
 
 
 @contextmanager

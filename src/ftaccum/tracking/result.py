@@ -33,8 +33,6 @@ class Result(Mapping[str, Any]):
         samples_per_second, tokens_per_second: training rows and real tokens per second of training alone.
         padding_fraction: share of the positions in training batches that were padding.
         passes_per_update: forward passes on each process; fewer or more than k, as the planner cut the windows.
-        planner_costs: what windows were cut by in the end (per pass, per padded token, per row of squared width);
-            None without the planner.
         out_of_memory: how often memory ran out, and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         output_dir: where ledger, result and model lie, if anywhere.
@@ -61,7 +59,6 @@ class Result(Mapping[str, Any]):
     tokens_per_second: float | None
     padding_fraction: float | None
     passes_per_update: float
-    planner_costs: list[float] | None
     out_of_memory: int
     amp_enabled: bool
     final_loss_scale: float | None
@@ -77,7 +74,6 @@ class Result(Mapping[str, Any]):
         *,
         work: Throughput,
         training_time: float,
-        planner_costs: list[float] | None,
         out_of_memory: int,
         amp_enabled: bool,
         final_loss_scale: float | None,
@@ -109,7 +105,6 @@ class Result(Mapping[str, Any]):
             tokens_per_second=work.tokens / work.seconds if work.positions else None,
             padding_fraction=1 - work.tokens / work.positions if work.positions else None,
             passes_per_update=sum(w.passes for w in windows) / len(windows),
-            planner_costs=planner_costs,
             out_of_memory=out_of_memory,
             amp_enabled=amp_enabled,
             final_loss_scale=final_loss_scale,

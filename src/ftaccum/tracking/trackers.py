@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from ..errors import OutputWarning, warn_user
+
+T = TypeVar("T")
 
 # What a slow tracker may be behind by: hours of updates, in some MB.
 _MOST_WAITING = 10_000
@@ -158,65 +160,50 @@ class _Apart(GeneralTracker):
             self._change.notify()
 
     def _work(self, start: Callable[[], GeneralTracker]) -> None:
-        tracker = self._started(start)
+        tracker = self._attempt("start", start, "could not be started, and the run does without it")
         if tracker is None:
             return
         errors = 0
         while errors < _ERRORS_IN_A_ROW and (entry := self._next()) is not None:
-            errors = 0 if self._handed_on(tracker, *entry) else errors + 1
-        with self._change:
-            if errors == _ERRORS_IN_A_ROW:
-                self._ended = True
-                self._faults["dropped"] = (
-                    f"The tracker {self.name!r} raised {errors} times in a row. The run goes on without it."
-                )
-                self._waiting.clear()
-            if self._left_behind:
-                return
-        self._handed_on(tracker, "finish", (), {})
-
-    def _started(self, start: Callable[[], GeneralTracker]) -> GeneralTracker | None:
-        """The tracker; None where it could not be started, which ends what is to be done for it."""
-        try:
-            tracker = start()
-        except _ERRORS as error:
-            with self._change:
-                self._ended = True
-                self._faults["start"] = (
-                    f"The tracker {self.name!r} could not be started, and the run does without it: {_as_text(error)}"
-                )
-                self._waiting.clear()
-            return None
-        else:
-            return tracker
-        finally:
-            with self._change:
-                self._in_work = None
-                self._change.notify_all()
+            errors = 0 if self._hand_on(tracker, *entry) else errors + 1
+        if errors == _ERRORS_IN_A_ROW:
+            self._end(f"The tracker {self.name!r} raised {errors} times in a row. The run goes on without it.")
+        if not self._left_behind:
+            self._hand_on(tracker, "finish", (), {})
 
     def _next(self) -> tuple[str, tuple[Any, ...], dict[str, Any]] | None:
         with self._change:
             self._change.wait_for(lambda: self._waiting or self._ended)
             return self._waiting.popleft() if self._waiting else None
 
-    def _handed_on(
-        self, tracker: GeneralTracker, name: str, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> bool:
-        """Whether the tracker took it."""
+    def _hand_on(self, tracker: GeneralTracker, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Return whether the tracker took the call."""
+        done = self._attempt(name, lambda: (getattr(tracker, name)(*arguments, **options),), f"raised in `{name}`")
+        return done is not None
+
+    def _attempt(self, what: str, call: Callable[[], T], failed: str) -> T | None:
+        """Return what `call` returns; None where it raises, which is kept to warn of. A tracker that does not start is
+        given no more calls."""
         with self._change:
-            self._in_work = name
+            self._in_work = what
         try:
-            getattr(tracker, name)(*arguments, **options)
+            return call()
         except _ERRORS as error:
+            fault = f"The tracker {self.name!r} {failed}: {type(error).__name__}: {error}"
             with self._change:
-                self._faults.setdefault(name, f"The tracker {self.name!r} raised in `{name}`: {_as_text(error)}")
-            return False
-        else:
-            return True
+                self._faults.setdefault(what, fault)
+            if what == "start":
+                self._end()
+            return None
         finally:
             with self._change:
                 self._in_work = None
+                self._change.notify_all()
 
-
-def _as_text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _end(self, fault: str | None = None) -> None:
+        """Take no more calls, and drop those that wait."""
+        with self._change:
+            self._ended = True
+            self._waiting.clear()
+            if fault is not None:
+                self._faults["dropped"] = fault

@@ -4,11 +4,22 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..checkpoint.compatibility import RunIdentity
+from .. import __version__
+from ..checkpoint.compatibility import (
+    RunIdentity,
+    function_identity,
+    model_identity,
+    optimizer_identity,
+    recipe_identity,
+    rounding_settings,
+    rows_identity,
+    size_identity,
+)
 from ..checkpoint.directory import CheckpointDirectory
 from ..checkpoint.early_stopping import BestEpoch
 from ..checkpoint.manager import CheckpointManager, SavePolicy
@@ -24,10 +35,8 @@ from ..tracking.metrics_logger import MetricsLogger, tracking
 from .base_run import Run
 from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
-from .clock import Clock
 from .config import RunConfig
 from .evaluation import Evaluation, NoEvaluation
-from .identity import identify
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
@@ -73,8 +82,31 @@ class TrainingSetup(Run):
 
     @cached_property
     def identity(self) -> RunIdentity:
-        plans, precision = self.planner.costs is not None, self.accelerator.mixed_precision
-        return identify(self.config, self.data, self.optimizer, self.batch_sizes, plans=plans, precision=precision)
+        """What a checkpoint says about the run, to be resumed by the same one."""
+        components, sizes, data = self.config.components, self.batch_sizes, self.data
+        return RunIdentity(
+            recipe=recipe_identity(self.config.recipe),
+            trained_on={
+                "effective_batch_size": size_identity(sizes),
+                "train_data": rows_identity(data.train_rows),
+                "val_data": rows_identity(data.val_rows),
+                "model": model_identity(self.model),
+                "optimizer": optimizer_identity(self.optimizer),
+                "loss_fn": function_identity(components.loss_fn),
+                "data_collator": function_identity(components.data_collator),
+            },
+            run_with={
+                "processes": sizes.num_processes,
+                "batch_size": sizes.batch_size,
+                "mixed_precision": self.accelerator.mixed_precision,
+                "device": self.accelerator.device.type,
+                **rounding_settings(self.config.runtime),
+                "planner": self.planner.costs is not None,
+            },
+            n_rows=len(data.train_rows),
+            versions={"ftaccum": __version__}
+            | {name: version(name) for name in ("torch", "transformers", "accelerate")},
+        )
 
     @cached_property
     def plan(self) -> BasePlan:
@@ -161,10 +193,6 @@ class TrainingSetup(Run):
         return Milestones(self.callback, self.plan, self.validate, self.metrics_logger.throughput)
 
     @cached_property
-    def clock(self) -> Clock:
-        return Clock()
-
-    @cached_property
     def state(self) -> TrainState:
         """Everything that the next window depends on."""
         components = self.config.components
@@ -180,7 +208,6 @@ class TrainingSetup(Run):
                 "oom_recovery": self.oom_recovery,
                 "nonfinite": self.nonfinite.counts,
                 "milestones": self.milestones,
-                "clock": self.clock,
             },
         )
 

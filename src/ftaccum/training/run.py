@@ -1,7 +1,6 @@
 """One run of training, from its configuration to its result."""
 
 import math
-from dataclasses import astuple
 
 import torch
 from accelerate import Accelerator
@@ -141,13 +140,12 @@ class TrainingRun(TrainingSetup):
         return (Exception,) if self.process_group.is_single else on_all
 
     def _result(self) -> Result:
-        costs, scaler = self.planner.costs, self.accelerator.scaler
+        scaler = self.accelerator.scaler
         return Result.of(
             self.metrics_logger.ledger,
             self.batch_sizes,
             work=_over_processes(self.metrics_logger.throughput, self.accelerator),
-            training_time=self.clock.seconds,
-            planner_costs=None if costs is None else list(astuple(costs)),
+            training_time=self.metrics_logger.seconds,
             out_of_memory=self.oom_recovery.limits.failures,
             amp_enabled=self.accelerator.mixed_precision != "no",
             final_loss_scale=None if scaler is None else scaler.get_scale(),

@@ -17,7 +17,7 @@ from ...errors import DataError
 from ...objective.deterministic_forward import DeterministicMode
 from ...planning.batch_size import BatchSizes, batch_sizes_of
 from ...planning.plan import Plan
-from ...runtime.gradients.plain import GradientStrategy, PlainGradients
+from ...runtime.gradients.plain import GradientStrategy
 from ...runtime.memory import give_back_memory
 from ...runtime.state_guards import cast_tensors, preserve_gradients
 from ...training.base_run import Run
@@ -61,7 +61,7 @@ class VerificationRun(Run):
 
     @cached_property
     def gradients(self) -> GradientStrategy:
-        return PlainGradients(trainable_parameters(self.model))
+        return GradientStrategy(trainable_parameters(self.model))
 
     @cached_property
     def batch_sizes(self) -> BatchSizes:

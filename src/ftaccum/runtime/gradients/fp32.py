@@ -1,6 +1,6 @@
 """Gradients of 16-bit weights, summed up in float32."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,16 +11,16 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..process_group import ProcessGroup
-from .plain import GradientStrategy, PlainGradients
+from .plain import GradientStrategy
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
     """Return float32 sums where they are asked for and any weight is narrower; else autograd's own."""
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
-    return Fp32Gradients(optimizer) if in_float32 and narrow else PlainGradients(_parameters(optimizer))
+    return Fp32Gradients(optimizer) if in_float32 and narrow else GradientStrategy(_parameters(optimizer))
 
 
-class Fp32Gradients:
+class Fp32Gradients(GradientStrategy):
     """Float32 sums beside 16-bit weights, rounded once: when the optimizer takes its step.
 
     A sum in bfloat16 has 8 bits: of 64 gradients added up one after another, the last ones hardly count. Autograd
@@ -33,7 +33,7 @@ class Fp32Gradients:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = _Rounding(optimizer)
-        self.parameters: Sequence[nn.Parameter] = list(self._optimizer.sums.values())
+        super().__init__(list(self._optimizer.sums.values()))
 
     def prepare_model(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
         """Return the model without DDP, which would also have made the weights of all processes those of the first."""
