@@ -153,8 +153,8 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", "old")
     killed_in_the_middle = (
-        "import os, signal; from ftaccum.runtime.atomic_files import folder_beside, write_beside\n"
-        f"with folder_beside({str(tmp_path / 'model')!r}) as folder, write_beside({str(tmp_path / 'r')!r}) as file:\n"
+        "import os, signal; from ftaccum.runtime.atomic_files import atomic_directory, atomic_write\n"
+        f"with atomic_directory({str(tmp_path / 'model')!r}) as folder, atomic_write({str(tmp_path / 'r')!r}) as file:\n"
         "    (folder / 'x').write_text('half'); file.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -359,8 +359,8 @@ def test_a_checkpoint_of_another_device_is_gone_on_with(
 ) -> None:
     folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
     facts = json.loads((folder / "state.json").read_text())
-    assert facts["runs"]["device"] == torch.empty(0).device.type
-    facts["runs"]["device"] = "tpu"
+    assert facts["run_with"]["device"] == torch.empty(0).device.type
+    facts["run_with"]["device"] = "tpu"
     (folder / "state.json").write_text(json.dumps(facts))
     processes = torch.load(folder / "processes.pt", weights_only=True)
     processes[0]["generators"]["device"] = torch.zeros(16, dtype=torch.uint8)
