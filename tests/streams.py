@@ -67,7 +67,7 @@ class Plane(nn.Module):
 
 
 class Seen:
-    """The numbers of the points that this process trains on, window by window, ghosts left out."""
+    """The numbers of the points that this process trains on, window by window, dummies left out."""
 
     def __init__(self) -> None:
         self.windows: list[list[int]] = []

@@ -49,7 +49,7 @@ class Structure:
 
 def _rows_of_which_one_is_rare() -> list[Row]:
     rows = HEADS["sequence classification, BERT"].rows(N_ROWS)
-    longest = max(rows, key=lambda row: len(row["input_ids"]))  # no ghost, which would be among the shortest
+    longest = max(rows, key=lambda row: len(row["input_ids"]))  # no dummy, which would be among the shortest
     longest["input_ids"][0] = RARE
     return rows
 

@@ -87,7 +87,7 @@ def test_micro_batches_without_loss_items_contribute_nothing(name: str) -> None:
 
 
 def test_a_ghost_moves_no_weights_that_its_window_does_not_use() -> None:
-    """The shortest row, the ghost, takes another branch than the one labelled row of the first window."""
+    """The shortest row, the dummy, takes another branch than the one labelled row of the first window."""
     rows: list[Row] = [{"input_ids": [5, 6, 7, 8 + n], "labels": -100} for n in range(4)]
     order = next(plan(5, n_epochs=1, validation_split=0.0, effective_batch_size=4).windows(0)).rows
     every = {order[0]: {"input_ids": [5, 9, 9, 9], "labels": 1}, **dict(zip(order[1:], rows, strict=False))}
@@ -141,7 +141,7 @@ def test_a_ghost_leaves_no_trace_in_buffers_and_generators() -> None:
     def trained(rows: list[Row]) -> nn.Module:
         torch.manual_seed(0)
         model = Tagger()
-        # Equal lengths, so that nothing is sorted; one window, so that the ghosts stand between the others.
+        # Equal lengths, so that nothing is sorted; one window, so that the dummies stand between the others.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InexactLossWarning)
             test_fine_tuning(

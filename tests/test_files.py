@@ -154,7 +154,8 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     write_folder(tmp_path / "model", "old")
     killed_in_the_middle = (
         "import os, signal; from ftaccum.runtime.atomic_files import atomic_directory, atomic_write\n"
-        f"with atomic_directory({str(tmp_path / 'model')!r}) as folder, atomic_write({str(tmp_path / 'r')!r}) as file:\n"
+        f"with (atomic_directory({str(tmp_path / 'model')!r}) as folder,\n"
+        f"      atomic_write({str(tmp_path / 'r')!r}) as file):\n"
         "    (folder / 'x').write_text('half'); file.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -192,7 +192,7 @@ def test_auto_leaves_weights_gradients_buffers_and_generators_alone() -> None:
 
 
 def test_auto_tries_rows_without_labels_at_their_full_length() -> None:
-    """The longest rows have no label that counts, so that a ghost would stand in for them in training."""
+    """The longest rows have no label that counts, so that a dummy would stand in for them in training."""
     head = HEADS["causal LM, Llama"]
     rows = [{"input_ids": [5] * 40, "labels": [-100] * 40}] * 12 + head.rows(28)
     model = head.model()

@@ -36,7 +36,7 @@ def test_shares_partition_a_window_and_have_equal_numbers_of_passes(n_rows: int)
         dealt = [row for share in shares for piece in share for row in piece.rows]
         assert sorted(dealt) == list(range(n_rows))
         for passes in zip(*shares, strict=True):
-            assert any(piece.rows for piece in passes), "a pass of ghosts alone"
+            assert any(piece.rows for piece in passes), "a pass of dummies alone"
 
 
 def test_caps_are_kept_but_for_a_row_alone() -> None:

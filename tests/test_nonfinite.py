@@ -231,7 +231,7 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
 
 
 def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of three rows one has a label, and is the ghost in the windows of the others."""
+    """Of three rows one has a label, and is the dummy in the windows of the others."""
     head = HEADS["token classification, BERT"]
     model, trained = head.model(), []
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n else row for n, row in enumerate(head.rows(3))]

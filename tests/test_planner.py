@@ -353,7 +353,7 @@ def test_workers_leave_no_files_open() -> None:
 @pytest.mark.processes
 def test_two_processes_cut_alike_and_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
     ways = {"planner off": WAYS["planner off"], "max_tokens": WAYS["max_tokens"], "workers": WAYS["workers"]}
-    # Costs change in the tenth window, which workers have cut by then; with a cap that makes ghosts, unequally often.
+    # Costs change in the tenth window, which workers have cut by then; with a cap that makes dummies, unequally often.
     ways["costs that change"] = {"n_epochs": 6, "num_workers": 2, "max_tokens": 26}
     (tmp_path / "ways.json").write_text(json.dumps({**ways, "padding-free": {"padding_free": True}}))
     runs = {name: (trained(name, 12, planner=False), trained(name, 12, n_epochs=6)) for name in (CAUSAL, NAMES[1])}

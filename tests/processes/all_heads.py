@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 found = {}
 with all_in_float64():
     for name, head in HEADS.items():
-        # Windows of 6 rows and of 3: in the second, one process has 2 rows and the other 1 and a ghost.
+        # Windows of 6 rows and of 3: in the second, one process has 2 rows and the other 1 and a dummy.
         errors = window_errors(head.model(), head.rows(), num_processes=2, batch_size=1, gradient_accumulation_steps=3)
         assert len(errors) == 2
         found[name] = max(gather_object(errors))

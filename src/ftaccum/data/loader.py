@@ -47,7 +47,7 @@ class MicroBatch:
     Attributes:
         batch: collated, on the host.
         counts: its loss items by term.
-        terms: the terms that `batch` has items of. A ghost stands in for a micro-batch without any: its `batch` is
+        terms: the terms that `batch` has items of. A dummy stands in for a micro-batch without any: its `batch` is
             a real row, whose terms are counted 0 times.
         slice: the rows that it stands for.
         tokens, positions: of these rows, token positions without and with padding; 0 where there are no tokens.
@@ -86,7 +86,7 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         """Args:
-        ghost_candidates: where to look first for a row with loss items; all others come after.
+        dummy_candidates: where to look first for a row with loss items; all others come after.
         num_workers: processes that collate ahead; 0 for none.
         pin_memory: whether batches are put where a GPU copies them from without waiting.
         """
@@ -96,7 +96,7 @@ class Loader:
         self.by_window = row_collator.draws or objective.padding_sensitive
         lengths = rows.lengths()
         self._has_lengths = lengths is not None
-        # A ghost costs a pass, so it had better be short.
+        # A dummy costs a pass, so it had better be short.
         self._dummy = self._find_dummy(
             sorted(dummy_candidates, key=lengths.__getitem__) if lengths else dummy_candidates
         )
@@ -121,8 +121,8 @@ class Loader:
         return self._row_collator.repeats
 
     def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
-        """Collates the micro-batches of each share. An empty one becomes a ghost, and so does one without loss items;
-        ghosts come first, so that the last pass is one of the process's own rows, if it has any.
+        """Collates the micro-batches of each share. An empty one becomes a dummy, and so does one without loss items;
+        dummies come first, so that the last pass is one of the process's own rows, if it has any.
 
         Args:
             ahead: whether workers, where there are any, take shares before they are asked for.
@@ -138,7 +138,7 @@ class Loader:
             yield sorted(loaded, key=lambda micro: not micro.is_dummy)
 
     def stream(self, shares: Iterable[LocalRows]) -> Iterator[MicroBatch]:
-        """The same, one micro-batch after the other, and as they are: without ghosts, for looking and not learning."""
+        """The same, one micro-batch after the other, and as they are: without dummies, for looking and not learning."""
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, ahead=True)
         for share in given:

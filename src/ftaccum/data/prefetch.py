@@ -47,11 +47,11 @@ class WindowLoader:
     process_index: int = 0
 
     def epoch(self, epoch: int, start: int = 0) -> "LocalWindows":
-        """The portions of an epoch (from 0), without windows whose index in the run is below `start`."""
+        """This process's windows of an epoch (from 0), without windows whose index in the run is below `start`."""
         return LocalWindows(self, self._cut_as_it_comes(epoch, start))
 
     def again(self, local_window: LocalWindow) -> LocalWindow:
-        """The same window, cut by the cutter as it now is. All processes call it alike."""
+        """The same window, cut by the planner as it now is. All processes call it alike."""
         return self.process_group.run_on_all(lambda: self.cut_anew(local_window))
 
     def cut_anew(self, local_window: LocalWindow) -> LocalWindow:
@@ -86,7 +86,7 @@ class LocalWindows(Iterator[LocalWindow]):
     _read: list[LocalWindow | Exception] = field(default_factory=list)
 
     def read_ahead(self) -> None:
-        """Collates the next portion now. What goes wrong is raised when it is asked for: not before the update that
+        """Collates the next window now. What goes wrong is raised when it is asked for: not before the update that
         is being computed is taken."""
         try:
             self._read.append(next(self._coming))
@@ -94,7 +94,7 @@ class LocalWindows(Iterator[LocalWindow]):
             self._read.append(error)
 
     def __next__(self) -> LocalWindow:
-        """Raises DataError on all processes, where one of them cannot have its portion."""
+        """Raises DataError on all processes, where one of them cannot have its part."""
         local_window = self.window_loader.process_group.run_on_all(self._next)
         if local_window is None:
             raise StopIteration

@@ -40,7 +40,7 @@ class LossNormalizer:
 
         Args:
             means: of the terms that have a mean; one over no items must be left out.
-            counts: n by term. A ghost's are 0, and its contribution is an exact zero with a gradient of zeros.
+            counts: n by term. A dummy's are 0, and its contribution is an exact zero with a gradient of zeros.
         """
         items = dict(zip(self.terms, self.items_T, strict=True))
         parts = [widened(mean) * (counts[term] / items[term] if counts[term] else 0.0) for term, mean in means.items()]

@@ -132,7 +132,7 @@ class _Measurement:
         cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, _UNEQUAL))
         collated = [] if self.sample.collated is None else self.sample.collated(_UNEQUAL)
         apart = cut or (lambda _: collated)
-        mode = self._rehearsal()
+        mode = self._deterministic_mode()
         ways = self.ways()
         with perturb_head(self.model):
             losses = cache_losses(self._losses)
@@ -199,7 +199,7 @@ class _Measurement:
     def _on_device(self, batch: Batch) -> Batch:
         return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
 
-    def _rehearsal(self) -> DeterministicMode:
+    def _deterministic_mode(self) -> DeterministicMode:
         """How the model is run as in training; and on the way, in train mode, takes the loss apart."""
         outputs: Any = None
 

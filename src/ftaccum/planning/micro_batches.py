@@ -16,7 +16,7 @@ Rows: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """The rows of one micro-batch; none for a ghost, which keeps a process in step with the others.
+    """The rows of one micro-batch; none for a dummy, which keeps a process in step with the others.
 
     Attributes:
         rows: positions in the training rows.
@@ -142,7 +142,7 @@ class MicroBatchPlanner:
     def _cheapest(self, lengths: np.ndarray, costs: CostModel) -> list[int]:
         """Where each micro-batch ends for the least cost over all, of rows sorted by length: dynamic programming.
 
-        Passes come in rounds of one for each process, and a process without a micro-batch runs a ghost. So the least
+        Passes come in rounds of one for each process, and a process without a micro-batch runs a dummy. So the least
         cost of the first n rows is kept apart for each number of passes modulo the processes.
         """
         n_rows, processes = len(lengths), self.num_processes

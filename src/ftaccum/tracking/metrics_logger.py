@@ -75,7 +75,7 @@ class MetricsLogger:
         return time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Of a recorder that has been drained."""
+        """Return the state; the logger must have been drained."""
         ended = self._ended
         return {
             "epoch": self._epoch,
@@ -132,7 +132,7 @@ class MetricsLogger:
 
 
 def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-    """A recorder's state, for one that goes on in an epoch which this one had ended."""
+    """Return a logger's state for a run that continues in an epoch which this one had ended."""
     ended = state_dict["ended"]
     losses = ended["losses"] if ended is not None and ended["epoch"] == epoch else None
     return {**state_dict, "epoch": epoch, "losses": losses, "ended": None}

@@ -115,7 +115,7 @@ class Evaluation:
         for start in range(0, self._n_rows, together):
             rows = tuple(range(start, min(start + together, self._n_rows)))
             slices = self._loader.cut(rows, self._planner)[self._accelerator.process_index]
-            # Nothing here waits for another process, so that none needs a ghost.
+            # Nothing here waits for another process, so that none needs a dummy.
             yield LocalRows(rows, [piece for piece in slices if piece.rows], (start,))
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:

@@ -183,7 +183,7 @@ class NonFiniteHandler:
 
     def _look(self, fault: NonFiniteUpdate) -> _Looked:
         """What all processes find, each among its own rows."""
-        own = [micro for micro in fault.suspects if not micro.is_dummy]  # a ghost's batch is none of its rows
+        own = [micro for micro in fault.suspects if not micro.is_dummy]  # a dummy's batch is none of its rows
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0

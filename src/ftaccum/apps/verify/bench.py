@@ -85,7 +85,7 @@ class Bench:
 
     def takes(self, split: Split) -> bool:
         """Whether the model can be run on micro-batches as small as these: batch norm takes no row by itself, as a
-        ghost is. (Tried by all processes alike: where one alone fails while accumulating, the others wait for it.)"""
+        dummy is. (Tried by all processes alike: where one alone fails while accumulating, the others wait for it.)"""
         if all(len(piece.rows) > 1 for share in split.shares for piece in share):
             return True
         try:
@@ -109,7 +109,7 @@ class Bench:
         return self._loaded(self.padded, rows, [MicroBatchRows.of(rows, places)])[0]
 
     def micro_batches(self, split: Split) -> list[MicroBatch]:
-        """Those of all processes, as anybody would have them: padded, and without ghosts."""
+        """Those of all processes, as anybody would have them: padded, and without dummies."""
         loaded = self.padded.stream([LocalRows(split.rows, split.slices, self.seed)])
         return [replace(micro, batch=cast(micro.batch, self.dtype)) for micro in loaded]
 

@@ -37,7 +37,7 @@ class Comparison:
     """What is compared, and by which measure.
 
     Attributes:
-        cutter: that of training.
+        planner: that of training.
         unit: rows that all processes take in at a time.
         n_random: cuts into random orders and sizes.
         tolerance: from what rounding alone does, what counts as rounding.

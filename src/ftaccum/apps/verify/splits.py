@@ -30,7 +30,7 @@ class Split:
 
     @property
     def slices(self) -> list[MicroBatchRows]:
-        """Those of all processes, without the ghosts."""
+        """Those of all processes, without the dummies."""
         return [piece for share in self.shares for piece in share if piece.rows]
 
     @property
@@ -46,7 +46,7 @@ def splits_of(
 
     Args:
         cut: what cuts in training.
-        cutter: that of training.
+        planner: that of training.
         unit: rows that all processes take in at a time.
         n_random: cuts into random orders and sizes.
     """
