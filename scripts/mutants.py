@@ -26,6 +26,7 @@ class Mutant:
         file: relative to the repository's root.
         function: the top-level function or method that holds the change.
         lines: of the expression or statement that changes, first and last.
+        function_lines: of that function, first and last.
         kind: the syntax node that changes.
         removed, added: the source lines that change, stripped.
         source: the whole file, changed.
@@ -35,6 +36,7 @@ class Mutant:
     file: str
     function: str
     lines: tuple[int, int]
+    function_lines: tuple[int, int]
     kind: str
     removed: str
     added: str
@@ -129,10 +131,10 @@ class SourceFile:
         if changed.code == code or not _compiles(changed.code):
             return None
         place = self._positions.get(node) or self._positions[function]
-        lines = (place.start.line, place.end.line)
+        lines, whole = _lines(place), _lines(self._positions[function])
         removed, added = _difference(code, changed.code)
         method = _qualified_name(self.module, function)
-        return Mutant(self.package, self.name, method, lines, type(node).__name__, removed, added, changed.code)
+        return Mutant(self.package, self.name, method, lines, whole, type(node).__name__, removed, added, changed.code)
 
 
 def files_of(root: Path, package: str, exclusions: Exclusions) -> list[SourceFile]:
@@ -154,6 +156,10 @@ def _read(root: Path, package: str, file: Path, exclusions: Exclusions) -> Sourc
         and not exclusions.only_touches_arguments(module, mutation)
     ]
     return SourceFile(package, name, module, counting)
+
+
+def _lines(place: CodeRange) -> tuple[int, int]:
+    return place.start.line, place.end.line
 
 
 def _compiles(source: str) -> bool:

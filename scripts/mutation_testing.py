@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,12 @@ from mutants import Equivalent, Exclusions, Mutant, draw, files_of
 
 ROOT = Path(__file__).parents[1]
 PASSING = 0.95  # of the mutants that are not equivalent
+_KILLED = ("killed", "on two", "timeout")  # verdicts: by a fast test, by one on two processes, by time
 _LOOK_EVERY = 0.05  # seconds
-_STARTING = 10.0  # seconds a fork may take to import ftaccum and collect tests
-_SHORTEST_TIMEOUT = 20.0
+_STARTING = 60.0  # seconds a fork may take to import ftaccum and collect tests
+_TEST_TIMEOUT = 30  # seconds of one test; a mutant that loops for ever fails by it
+_TWO_PROCESSES_TIMEOUT = 180.0
+_HARNESS_FAILED, _NO_TESTS = 70, 5  # exit statuses; the second is pytest's
 _THIRD_PARTY = (
     "pytest",
     "_pytest",
@@ -53,6 +56,7 @@ class Settings:
     markers: str
     slowest_test: float
     seconds_of_tests: float
+    on_two_processes: list[str]
     exclude: Exclusions
     equivalent: list[Equivalent]
 
@@ -85,9 +89,8 @@ class Baseline:
 
     def tests_for(self, mutant: Mutant, seconds: float) -> list[str]:
         """Return the tests that run a line of the mutant, the fastest first, for at most so many seconds."""
-        first, last = mutant.lines
-        by_line = self.lines.get(mutant.file, {})
-        found = {test for line in range(first, last + 1) for test in by_line.get(str(line), ())}
+        # A default of a parameter lies on a line that no test runs.
+        found = self._running(mutant.file, mutant.lines) or self._running(mutant.file, mutant.function_lines)
         chosen: list[str] = []
         for test in sorted(found & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
             seconds -= self.seconds[test]
@@ -95,6 +98,10 @@ class Baseline:
                 break
             chosen.append(test)
         return chosen
+
+    def _running(self, file: str, lines: tuple[int, int]) -> set[str]:
+        by_line, (first, last) = self.lines.get(file, {}), lines
+        return {test for line in range(first, last + 1) for test in by_line.get(str(line), ())}
 
 
 @dataclass
@@ -106,6 +113,7 @@ class Fork:
     began: float
     timeout: float
     mutant: Mutant | None = None
+    on_two: bool = False
     timed_out: bool = False
 
     def ended(self) -> int | None:
@@ -134,7 +142,7 @@ def fork(tree: Path, work: Callable[[], int], log: Path, timeout: float, mutant:
 
 
 def _live_as_child(tree: Path, work: Callable[[], int], log: Path) -> None:
-    status = 70
+    status = _HARNESS_FAILED
     try:
         os.setsid()
         with log.open("w") as file:
@@ -190,7 +198,12 @@ def check(tree: Path, mutant: Mutant, tests: Sequence[str], stamp: int) -> int:
     path.write_text(mutant.source)
     os.utime(path, (stamp, stamp))  # or byte code of another mutant, as long and as old, would pass for this one's
     files = dict.fromkeys(test.split("::")[0] for test in tests)
-    return run_pytest(tree, ["-x", *files], Selection(tests))
+    return run_pytest(tree, ["-x", "-o", f"timeout={_TEST_TIMEOUT}", *files], Selection(tests))
+
+
+def check_on_two(tree: Path, tests: Sequence[str]) -> int:
+    """Run tests of several processes on the mutant that `check` left in the tree."""
+    return run_pytest(tree, ["-x", "-m", "processes", *tests], object())
 
 
 def copy_tree(into: Path) -> Path:
@@ -228,6 +241,7 @@ class Campaign:
     results: Path
     scratch: Path
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _stamp: int = 10**9  # the time of a changed file: another for each mutant
 
     def run(self, mutants: Sequence[Mutant], workers: int) -> None:
         """Test those mutants that have no verdict yet."""
@@ -236,35 +250,40 @@ class Campaign:
         running: list[Fork] = []
         while waiting or running:
             while waiting and free:
-                running += self._start(free, waiting.pop(0))
+                running.append(self._start(free, waiting.pop(0)))
             for child in [*running]:
                 if (status := child.ended()) is not None:
                     running.remove(child)
-                    free.append(child.tree)
-                    self._end(child, status)
+                    if (following := self._go_on(child, status)) is not None:
+                        running.append(following)
+                    else:
+                        free.append(child.tree)
             time.sleep(_LOOK_EVERY)
 
-    def _start(self, free: list[Path], mutant: Mutant) -> list[Fork]:
+    def _start(self, free: list[Path], mutant: Mutant) -> Fork:
         tests = self.baseline.tests_for(mutant, self.settings.seconds_of_tests)
-        if not tests:
-            self._write(mutant, "survived", 0.0, "no fast test runs this line")
-            return []
-        tree, stamp = free.pop(), 10**9 + len(self.verdicts)
+        self._stamp += 1
+        tree, stamp = free.pop(), self._stamp
         expected = sum(self.baseline.seconds[test] for test in tests)
-        timeout = max(_SHORTEST_TIMEOUT, 5 * expected + _STARTING)
         shutil.rmtree(tree / "tmp", ignore_errors=True)
-        return [fork(tree, lambda: check(tree, mutant, tests, stamp), tree / "log", timeout, mutant)]
+        return fork(tree, lambda: check(tree, mutant, tests, stamp), tree / "log", 3 * expected + _STARTING, mutant)
 
-    def _end(self, child: Fork, status: int) -> None:
-        mutant = child.mutant
+    def _go_on(self, child: Fork, status: int) -> Fork | None:
+        """Note the verdict, or start the tests on two processes, which a mutant meets where the others pass."""
+        mutant, tree = child.mutant, child.tree
         assert mutant is not None
-        shutil.copy2(ROOT / mutant.file, child.tree / mutant.file)
-        log = (child.tree / "log").read_text(errors="replace")
-        by = next((line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-        if status == 70:
+        log = (tree / "log").read_text(errors="replace")
+        if status == _HARNESS_FAILED:
             raise RuntimeError(f"The harness failed on\n{mutant}\n{log}")
-        verdict = "timeout" if child.timed_out else "survived" if status == 0 else "killed"
-        self._write(mutant, verdict, time.monotonic() - child.began, by or f"exit status {status}")
+        survived = status in (0, _NO_TESTS) and not child.timed_out
+        if survived and not child.on_two:
+            work = lambda: check_on_two(tree, self.settings.on_two_processes)
+            return replace(fork(tree, work, tree / "log", _TWO_PROCESSES_TIMEOUT, mutant), on_two=True)
+        shutil.copy2(ROOT / mutant.file, tree / mutant.file)
+        by = next((line for line in log.splitlines() if line.startswith(("FAILED", "ERROR"))), f"exit status {status}")
+        verdict = "timeout" if child.timed_out else "survived" if survived else "on two" if child.on_two else "killed"
+        self._write(mutant, verdict, time.monotonic() - child.began, by)
+        return None
 
     def _write(self, mutant: Mutant, verdict: str, seconds: float, by: str) -> None:
         entry = {"key": mutant.key, "verdict": verdict, "seconds": round(seconds, 1), "by": by, "mutant": str(mutant)}
@@ -277,13 +296,15 @@ class Campaign:
         """Print the table and the survivors. Return whether enough were killed."""
         equivalent = {m.key: e for m in mutants for e in self.settings.equivalent if e.matches(m)}
         survived = [m for m in mutants if self.verdicts[m.key]["verdict"] == "survived"]
-        print(f"\n{'package':28}{'mutants':>8}{'killed':>8}{'timeout':>8}{'equivalent':>12}{'survived':>10}")
+        print(
+            f"\n{'package':28}{'mutants':>8}{'killed':>8}{'on two':>8}{'timeout':>8}{'equivalent':>12}{'survived':>10}"
+        )
         for package in [*dict.fromkeys(m.package for m in mutants), "all"]:
             here = [m for m in mutants if package in (m.package, "all")]
-            counts = {v: sum(self.verdicts[m.key]["verdict"] == v for m in here) for v in ("killed", "timeout")}
+            counts = {v: sum(self.verdicts[m.key]["verdict"] == v for m in here) for v in _KILLED}
             known = sum(m in survived and m.key in equivalent for m in here)
             left = len(here) - sum(counts.values()) - known
-            print(f"{package:28}{len(here):8}{counts['killed']:8}{counts['timeout']:8}{known:12}{left:10}")
+            print(f"{package:28}{len(here):8}{''.join(f'{n:8}' for n in counts.values())}{known:12}{left:10}")
         for mutant in survived:
             if mutant.key in equivalent:
                 print(f"\nequivalent: {mutant}\n  {equivalent[mutant.key].reason}")
