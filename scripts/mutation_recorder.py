@@ -12,7 +12,7 @@ class Recorder:
     """Records the duration and outcome of each test, and the lines of the target files that it runs.
 
     Attributes:
-        seconds: by test, setup and teardown included; without those that failed or were skipped.
+        seconds: of CPU by test, with setup and teardown; without tests that failed, were skipped or are slow.
         lines: by file, by line, the tests.
     """
 
@@ -27,11 +27,11 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self._coverage.switch_context(item.nodeid)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             return (yield)
         finally:
-            self._all_seconds[item.nodeid] = time.perf_counter() - began
+            self._all_seconds[item.nodeid] = time.process_time() - began
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._passed[report.nodeid] = self._passed.get(report.nodeid, True) and report.passed
@@ -63,9 +63,14 @@ class Recorder:
 
 
 class Selection:
-    """Keeps the chosen tests, in the order given."""
+    """Keeps the chosen tests, in the order given.
+
+    Attributes:
+        failed: those that failed.
+    """
 
     def __init__(self, tests: Sequence[str]) -> None:
+        self.failed: set[str] = set()
         self._rank = {test: n for n, test in enumerate(tests)}
 
     @pytest.hookimpl(trylast=True)
@@ -73,3 +78,7 @@ class Selection:
         items[:] = sorted(
             (item for item in items if item.nodeid in self._rank), key=lambda item: self._rank[item.nodeid]
         )
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.passed:
+            self.failed.add(report.nodeid)

@@ -32,6 +32,7 @@ _LOOK_EVERY = 0.05  # seconds
 _STARTING = 60.0  # seconds a fork may take to import ftaccum and collect tests
 _TEST_TIMEOUT = 30  # seconds of one test; a mutant that loops for ever fails by it
 _TWO_PROCESSES_TIMEOUT = 180.0
+_UNCHANGED_TIMEOUT = 1800.0
 _HARNESS_FAILED, _NO_TESTS = 70, 5  # exit statuses; the second is pytest's
 _THIRD_PARTY = (
     "pytest",
@@ -92,12 +93,15 @@ class Baseline:
         # A default of a parameter lies on a line that no test runs.
         found = self._running(mutant.file, mutant.lines) or self._running(mutant.file, mutant.function_lines)
         chosen: list[str] = []
-        for test in sorted(found & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
+        for test in self.in_order(found & self.seconds.keys()):
             seconds -= self.seconds[test]
             if seconds < 0:
                 break
             chosen.append(test)
         return chosen
+
+    def in_order(self, tests: Iterable[str]) -> list[str]:
+        return sorted(tests, key=lambda test: (self.seconds[test], test))
 
     def _running(self, file: str, lines: tuple[int, int]) -> set[str]:
         by_line, (first, last) = self.lines.get(file, {}), lines
@@ -190,6 +194,24 @@ def record(tree: Path, settings: Settings, answer: Path) -> int:
     return 0 if status in (0, 1) else status
 
 
+def control(tree: Path, baseline: Baseline, answer: Path) -> int:
+    """Run the tests on the unchanged tree in the order that mutants meet them in; write those that fail to `answer`.
+
+    A test that depends on what ran before it would pass for a kill of any mutant.
+    """
+    from mutation_recorder import Selection
+
+    tests = baseline.in_order(baseline.seconds)
+    selection = Selection(tests)
+    status = run_pytest(tree, ["-o", f"timeout={_TEST_TIMEOUT}", *_files(tests)], selection)
+    answer.write_text(json.dumps(sorted(selection.failed)))
+    return 0 if status in (0, 1) else status
+
+
+def _files(tests: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(test.split("::")[0] for test in tests))
+
+
 def check(tree: Path, mutant: Mutant, tests: Sequence[str], stamp: int) -> int:
     """Put the mutant into the tree, and run its tests until one fails."""
     from mutation_recorder import Selection
@@ -197,8 +219,7 @@ def check(tree: Path, mutant: Mutant, tests: Sequence[str], stamp: int) -> int:
     path = tree / mutant.file
     path.write_text(mutant.source)
     os.utime(path, (stamp, stamp))  # or byte code of another mutant, as long and as old, would pass for this one's
-    files = dict.fromkeys(test.split("::")[0] for test in tests)
-    return run_pytest(tree, ["-x", "-o", f"timeout={_TEST_TIMEOUT}", *files], Selection(tests))
+    return run_pytest(tree, ["-x", "-o", f"timeout={_TEST_TIMEOUT}", *_files(tests)], Selection(tests))
 
 
 def check_on_two(tree: Path, tests: Sequence[str]) -> int:
@@ -320,16 +341,25 @@ class Campaign:
 def measure_baseline(settings: Settings, scratch: Path, cache: Path) -> Baseline:
     """Return what the unchanged tree does, measured once for each version of source and tests."""
     if not cache.exists():
+        tree, answer, log = copy_tree(scratch / "unchanged"), scratch / "answer.json", scratch / "unchanged.log"
         print("Measuring which test runs which line …", flush=True)
-        tree = copy_tree(scratch / "unchanged")
-        answer = scratch / "baseline.json"
-        child = fork(tree, lambda: record(tree, settings, answer), scratch / "baseline.log", 1200.0)
-        while (status := child.ended()) is None:
-            time.sleep(_LOOK_EVERY)
-        if status != 0 or not answer.exists():
-            raise RuntimeError((scratch / "baseline.log").read_text())
-        shutil.copy2(answer, cache)
+        wait(fork(tree, lambda: record(tree, settings, answer), log, _UNCHANGED_TIMEOUT), log)
+        baseline = Baseline(**json.loads(answer.read_text()))
+        import_third_parties(baseline.modules)
+        print("Running the tests in the order that mutants meet them in …", flush=True)
+        wait(fork(tree, lambda: control(tree, baseline, answer), log, _UNCHANGED_TIMEOUT), log)
+        failed = json.loads(answer.read_text())
+        seconds = {test: took for test, took in baseline.seconds.items() if test not in failed}
+        cache.write_text(json.dumps(vars(replace(baseline, seconds=seconds, failed=[*baseline.failed, *failed]))))
     return Baseline(**json.loads(cache.read_text()))
+
+
+def wait(child: Fork, log: Path) -> None:
+    """Wait for a child that must succeed."""
+    while (status := child.ended()) is None:
+        time.sleep(_LOOK_EVERY)
+    if status != 0:
+        raise RuntimeError(log.read_text())
 
 
 def parse() -> argparse.Namespace:
