@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ftaccum.errors import SettingsError
+from ftaccum.planning.base_plan import Progress
 from ftaccum.planning.batch_size import BatchSizes, rate_factor, resolve_batch_sizes
 from ftaccum.planning.micro_batches import BatchLimits, CostModel, MicroBatchPlanner, MicroBatchRows
 from ftaccum.planning.plan import Plan
@@ -29,6 +30,11 @@ def stream(epochs: list[int], size: int, **more: Any) -> StreamPlan:
 
     sizes = {"max_updates": 99, "read": read} | more
     return StreamPlan(len(epochs), BatchSizes(size, 1, 1, size), **sizes)
+
+
+def resumed(plan: Plan, rows: list[int], n_rows: int) -> tuple[Plan, int]:
+    """The plan after windows of so many rows, and the epoch that continues."""
+    return plan.resume_after(Progress(rows, last_epoch=0, n_rows=n_rows, max_updates=None))
 
 
 def windows_of(plan: StreamPlan) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -177,20 +183,34 @@ def test_a_stream_that_ends_early_says_how_early() -> None:
 
 def test_a_plan_resumes_after_windows_of_other_sizes() -> None:
     plan = Plan(10, 2, BatchSizes(4, 1, 1, 4))
-    assert plan.resume_after([], 10) is plan
-    assert plan.resume_after([4, 4], 10) is plan
-    other = plan.resume_after([3, 3], 10)
-    assert other.done == (3, 6)
-    assert [w.rows for w in other.windows(0)] == [tuple(order_of(0, 10, 42)[a:b]) for a, b in ((0, 3), (3, 6), (6, 10))]
-    assert other.resume_after([3, 3, 4, 4], 10) is other
+    assert resumed(plan, [], 10) == (plan, 0)
+    assert resumed(plan, [4, 4], 10) == (plan, 0)
+    assert resumed(plan, [4, 4, 2], 10) == (plan, 1)
+    assert resumed(plan, [4, 4, 2, 4, 4, 2], 10) == (plan, 2)
+    other, epoch = resumed(plan, [3, 3], 10)
+    assert (other.done, epoch) == ((3, 6), 0)
+    ends = [(0, 3), (3, 6), (6, 10)]
+    assert [w.rows for w in other.windows(0)] == [tuple(order_of(0, 10, 42)[a:b]) for a, b in ends]
+    assert resumed(other, [3, 3, 4, 4], 10) == (other, 1)
     # In an epoch of twice as many rows: as much of the same epoch, not the same share of it.
-    longer = Plan(20, 2, BatchSizes(4, 1, 1, 4)).resume_after([4, 4, 2, 4], 10)
-    assert longer.done[-1] == 24
-    assert longer.done == (6, 13, 17, 24)
-    shorter = Plan(3, 4, BatchSizes(4, 1, 1, 4)).resume_after([4, 4, 2, 4], 10)
-    assert shorter.done[-1] == 6
+    longer, epoch = resumed(Plan(20, 2, BatchSizes(4, 1, 1, 4)), [4, 4, 2, 4], 10)
+    assert (longer.done, epoch) == ((6, 13, 17, 24), 1)
+    shorter, epoch = resumed(Plan(3, 4, BatchSizes(4, 1, 1, 4)), [4, 4, 2, 4], 10)
+    assert (shorter.done[-1], epoch) == (6, 2)
     # The same windows over another number of rows are not the same windows.
-    assert Plan(11, 2, BatchSizes(4, 1, 1, 4)).resume_after([4, 4], 10).done == (4, 8)
+    assert resumed(Plan(11, 2, BatchSizes(4, 1, 1, 4)), [4, 4], 10)[0].done == (4, 8)
+
+
+def test_a_stream_continues_in_an_epoch_that_max_updates_had_cut() -> None:
+    plan = stream([9, 9], 2, max_updates=4)
+
+    def epoch(n_done: int, max_updates: int | None) -> int:
+        same, found = plan.resume_after(Progress([2] * n_done, last_epoch=1, n_rows=4, max_updates=max_updates))
+        assert same is plan
+        return found
+
+    assert epoch(3, 3) == 1
+    assert [epoch(3, 5), epoch(3, None), epoch(4, 4), epoch(5, 5)] == [2] * 4, "nothing is left"
 
 
 def test_epochs_and_rows_after_windows() -> None:
