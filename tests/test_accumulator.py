@@ -1,0 +1,202 @@
+"""The gradient of one window, by hand: scale, dummies, errors, buffers."""
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ftaccum.accumulation.accumulator import GradientAccumulator
+from ftaccum.accumulation.buffers import MovingBuffers
+from ftaccum.data.loader import MicroBatch
+from ftaccum.planning.micro_batches import MicroBatchRows
+from ftaccum.runtime.accelerator import accelerator_session
+from ftaccum.runtime.gradients.plain import GradientStrategy
+from ftaccum.runtime.memory import WindowOutOfMemoryError
+from ftaccum.runtime.process_group import SINGLE
+from ftaccum.settings import Runtime
+
+
+class Net(nn.Module):
+    """A line through points, which counts its forward passes, and draws once a pass."""
+
+    passes: Tensor
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 1, dtype=torch.float64)
+        self.unused = nn.Linear(2, 1)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("table", torch.zeros(5000))
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.modes.append(self.training)
+        torch.rand(())
+        return self.layer(x).squeeze(1)
+
+
+class SquaredError:
+    """Mean squared error, and beside it a mean over one row in two."""
+
+    terms = ("all", "even")
+
+    def __init__(self, complaint: str | None = None) -> None:
+        self.report = SimpleNamespace(in_training=SimpleNamespace(complaint=complaint))
+
+    def means(self, model: nn.Module, batch: Any, _: Any, terms: Sequence[str]) -> tuple[dict[str, Tensor], None]:
+        errors = (model(batch[0]) - batch[1]) ** 2
+        means = {"all": errors.mean(), "even": errors[::2].mean()}
+        return {term: means[term] for term in terms}, None
+
+
+def micro_batch(n_rows: int, seed: int) -> MicroBatch:
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((n_rows, 3), (n_rows,)))
+    counts = {"all": n_rows, "even": -(-n_rows // 2)}
+    return MicroBatch((x, y), counts, ("all", "even"), MicroBatchRows(tuple(range(n_rows))), 0, 0)
+
+
+def dummy() -> MicroBatch:
+    real = micro_batch(1, seed=99)
+    return MicroBatch(real.batch, dict.fromkeys(real.counts, 0), real.terms, MicroBatchRows(), 0, 0)
+
+
+def expected(window: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of the window's rows at once, by plain autograd."""
+    model = Net()
+    errors = [(model(micro.batch[0]) - micro.batch[1]) ** 2 for micro in window]
+    loss = torch.cat(errors).mean() + torch.cat([each[::2] for each in errors]).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    with accelerator_session(Runtime(), 0, None) as made:
+        yield made
+
+
+def accumulator_of(accelerator: Accelerator, model: Net, complaint: str | None = None) -> GradientAccumulator:
+    objective: Any = SquaredError(complaint)
+    parameters = list(model.layer.parameters())
+    return GradientAccumulator(accelerator, model, objective, GradientStrategy(parameters), SINGLE)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1, 1, 5), (4, 3), (2, 2, 2, 1)])
+def test_the_gradient_is_that_of_all_rows_at_once(sizes: tuple[int, ...], accelerator: Accelerator) -> None:
+    model, window = Net(), [micro_batch(n, seed) for seed, n in enumerate(sizes)]
+    accumulated = accumulator_of(accelerator, model).accumulate(window)
+    loss, gradient = expected(window)
+    for name, p in model.layer.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, gradient[f"layer.{name}"], rtol=1e-14, atol=1e-15)
+    assert accumulated.losses.total() == pytest.approx(loss, rel=1e-14)
+    norm, n_items, parts = accumulated.read_with(torch.tensor(3.0))
+    assert (norm, n_items) == (3.0, sum(sum(micro.counts.values()) for micro in window))
+    assert sum(parts) == pytest.approx(loss, rel=1e-14)
+    assert [micro for micro, _ in accumulated.contributions] == window
+    assert model.unused.weight.grad is None
+
+
+def test_two_windows_add_up_until_gradients_are_dropped(accelerator: Accelerator) -> None:
+    model, window = Net(), [micro_batch(3, 0)]
+    accumulator = accumulator_of(accelerator, model)
+    for times in (1.0, 2.0):
+        accumulator.accumulate(window)
+        assert model.layer.weight.grad is not None
+        torch.testing.assert_close(model.layer.weight.grad, times * expected(window)[1]["layer.weight"])
+    model.unused.weight.grad = torch.ones_like(model.unused.weight)  # no optimizer holds it
+    accumulator.zero_gradients()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_dummy_is_passed_only_where_others_may_wait_and_leaves_no_trace(accelerator: Accelerator) -> None:
+    model, real = Net(), micro_batch(3, 0)
+    accumulator = accumulator_of(accelerator, model)
+    before = torch.get_rng_state()
+    accumulated = accumulator.accumulate([dummy(), real])
+    assert model.passes == 1, "the last pass is one of the process's own rows"
+    assert len(accumulated.contributions) == 1
+    torch.testing.assert_close(model.layer.weight.grad, expected([real])[1]["layer.weight"])
+    accumulator.zero_gradients()
+    torch.set_rng_state(before)
+    accumulated = accumulator.accumulate([dummy()])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.passes == 1
+    assert model.modes == [True, True]
+    assert torch.equal(model.layer.weight.grad, torch.zeros_like(model.layer.weight))
+    _, n_items, parts = accumulated.read_with(torch.tensor(0.0))
+    assert (n_items, parts) == (0, [0.0])
+
+
+def test_a_dummy_runs_in_eval_mode_where_the_model_takes_no_single_row(accelerator: Accelerator) -> None:
+    model = Net()
+    accumulator_of(accelerator, model, complaint="more than one value").accumulate([dummy()])
+    assert model.modes == [False]
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(RuntimeError("out of memory: tried"), WindowOutOfMemoryError), (ZeroDivisionError(), ZeroDivisionError)],
+)
+def test_a_window_that_fails_is_undone(error: Exception, raised: type[Exception], accelerator: Accelerator) -> None:
+    model, window = Net(), [micro_batch(2, seed) for seed in range(3)]
+    accumulator = accumulator_of(accelerator, model)
+
+    def fail(*_: Any) -> None:
+        if model.passes == 2:
+            raise error
+
+    hook = model.register_forward_hook(fail)
+    before = torch.get_rng_state()
+    with pytest.raises(raised) as caught:
+        accumulator.accumulate(window)
+    if raised is WindowOutOfMemoryError:
+        assert caught.value.failed.index == 1  # type: ignore[attr-defined]
+        assert caught.value.failed.said == str(error)  # type: ignore[attr-defined]
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.passes == 0
+    hook.remove()
+    accumulator.accumulate(window)
+    torch.testing.assert_close(model.layer.weight.grad, expected(window)[1]["layer.weight"])
+    assert model.passes == 3
+
+
+def test_the_start_of_a_window_restores_its_buffers(accelerator: Accelerator) -> None:
+    model = Net()
+    accumulated = accumulator_of(accelerator, model).accumulate([micro_batch(2, 0)] * 2)
+    assert model.passes == 2
+    accumulated.start.restore()
+    assert model.passes == 0
+
+
+def test_large_buffers_that_the_first_window_leaves_alone_are_let_go() -> None:
+    model = Net()
+    buffers = MovingBuffers(model, SINGLE)
+    before = buffers.snapshot()
+    assert {name for _, name in before.kept} == {"passes", "table"}
+    buffers.observe(before, has_rows=False)  # tells nothing
+    assert {name for _, name in buffers.snapshot().kept} == {"passes", "table"}
+    buffers.observe(before, has_rows=True)
+    assert {name for _, name in buffers.snapshot().kept} == {"passes"}, "small ones may change later"
+
+
+def test_large_buffers_that_change_are_kept() -> None:
+    model = Net()
+    buffers = MovingBuffers(model, SINGLE)
+    before = buffers.snapshot()
+    model.table += 1
+    buffers.observe(before, has_rows=True)
+    assert {name for _, name in buffers.snapshot().kept} == {"passes", "table"}
+    later = buffers.snapshot()
+    buffers.observe(later, has_rows=True)  # only the first window tells
+    assert {name for _, name in buffers.snapshot().kept} == {"passes", "table"}
