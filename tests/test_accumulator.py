@@ -85,8 +85,8 @@ def accelerator() -> Iterator[Accelerator]:
 
 def accumulator_of(accelerator: Accelerator, model: Net, complaint: str | None = None) -> GradientAccumulator:
     objective: Any = SquaredError(complaint)
-    parameters = list(model.layer.parameters())
-    return GradientAccumulator(accelerator, model, objective, GradientStrategy(parameters), SINGLE)
+    strategy = GradientStrategy(torch.optim.SGD(model.layer.parameters()))
+    return GradientAccumulator(accelerator, model, objective, strategy, SINGLE)
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1, 1, 5), (4, 3), (2, 2, 2, 1)])

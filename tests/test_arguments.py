@@ -20,7 +20,7 @@ from ftaccum.apps.verify.settings import VerifyRecipe, VerifyRuntime, VerifySett
 from ftaccum.checkpoint.compatibility import _MATTER_TO_ROUNDING
 from ftaccum.fields import traits_of
 from ftaccum.settings import CHANGEABLE, SIZES, Recipe, Runtime
-from ftaccum.training.components import Components
+from ftaccum.training.config import Components
 
 DOCS = Path(__file__).parent.parent / "docs" / "arguments.md"
 PARAMETERS = inspect.signature(ftaccum.test_fine_tuning).parameters

@@ -220,7 +220,7 @@ def test_the_state_that_is_moved_and_kept_is_that_of_the_optimizer_behind_the_su
     optimizer = torch.optim.AdamW(model.parameters())
     update(model, CLASSIFIER.rows(4), 2, accumulate_in_fp32=True, optimizer=optimizer)
     with accelerator_session(Runtime(), 0, None) as accelerator:
-        prepared = Fp32Gradients(optimizer).prepare_optimizer(accelerator, optimizer)
+        _, prepared = Fp32Gradients(optimizer).prepare(accelerator, model)
         kept = prepared.state_dict()
         stand_ins = [s for group in prepared.param_groups for s in group["params"]]
     assert all(s.untyped_storage().nbytes() == 4 for s in stand_ins), "stand-ins take no memory"

@@ -79,9 +79,9 @@ import os, sys, time
 from ftaccum.runtime.run_dir import RunDir
 with RunDir.create(sys.argv[1]).lock():
     if os.fork() == 0:
-        time.sleep(30)
+        print("locked", flush=True)
+        time.sleep(60)
         os._exit(0)
-    print("locked", flush=True)
     time.sleep(600)
 """
 

@@ -44,7 +44,7 @@ def send(*args: Any, **kwargs: Any) -> Any:
     return send_to_device(*args, **kwargs)
 
 
-with patch("ftaccum.training.loop.send_to_device", send):
+with patch("ftaccum.accumulation.accumulator.send_to_device", send):
     before = trained(NAME, 3, planner=False)
 # In the only pass of a window, in which nothing is synced where gradients are summed up apart.
 most = 3 if state.process_index else 99

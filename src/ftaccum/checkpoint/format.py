@@ -1,7 +1,6 @@
 """A checkpoint as files: written from a run's state on the host, and opened again."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +84,10 @@ class Checkpoint:
         return [entry for entry in self.entries if isinstance(entry, WindowEntry)]
 
     @property
+    def epochs(self) -> list[EpochEntry]:
+        return [entry for entry in self.entries if isinstance(entry, EpochEntry)]
+
+    @property
     def progress(self) -> Progress:
         """How far the run had come."""
         windows, metadata = self.windows, self.metadata
@@ -92,19 +95,7 @@ class Checkpoint:
         rows = [entry.rows for entry in windows]
         return Progress(rows, last_epoch, metadata["n_rows"], metadata["recipe"]["max_updates"])
 
-    @property
-    def best_epoch(self) -> int | None:
-        """That of the least validation loss so far, from 1."""
-        epochs = [entry for entry in self.entries if isinstance(entry, EpochEntry)]
-        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
-        return min(losses)[1] if losses else None
-
     def of_epoch(self, epoch: int) -> Path | None:
         """The checkpoint beside this one of the end of an epoch, if there is a sound one."""
         there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
         return next((path for path in there if damage(path) is None), None)
-
-    @property
-    def n_epochs(self) -> int:
-        """Epochs that have ended, and been evaluated."""
-        return len(self.entries) - len(self.windows)

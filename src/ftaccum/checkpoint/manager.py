@@ -17,6 +17,7 @@ from ..runtime.log import logger
 from ..runtime.memory import free_on_host
 from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
+from ..tracking.ledger import best_epoch
 from .compatibility import RunIdentity
 from .directory import CheckpointDirectory
 from .format import Snapshot
@@ -105,7 +106,8 @@ class CheckpointManager:
         fits = self._state.n_bytes * _ROOM < free_on_host()
         snapshot = self._state.snapshot(self._identity.as_metadata(), copy=fits)
         if self._writer is not None and snapshot is not None:
-            self._writer.write(snapshot, self._directory.place(self._saved, n_epochs), self._state.best_epoch)
+            best = best_epoch(self._state.metrics_logger.ledger.epochs)
+            self._writer.write(snapshot, self._directory.place(self._saved, n_epochs), best)
             if not fits:
                 self._writer.finish()
 

@@ -114,7 +114,7 @@ class ResumePoint:
     def _reopen(self, epoch: int) -> None:
         """Takes back the end of an epoch that goes on: `max_updates`, say, had cut it off, and allows for more now."""
         checkpoint = self.checkpoint
-        if checkpoint is None or checkpoint.n_epochs <= epoch:
+        if checkpoint is None or len(checkpoint.epochs) <= epoch:
             return
         kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
         extra_state = checkpoint.metadata["extra_state"]
@@ -149,7 +149,10 @@ class ResumePoint:
         """
         if self.checkpoint is None:
             return None
-        if len(self.checkpoint.windows) >= n_windows and self.checkpoint.n_epochs > self.checkpoint.windows[-1].epoch:
+        if (
+            len(self.checkpoint.windows) >= n_windows
+            and len(self.checkpoint.epochs) > self.checkpoint.windows[-1].epoch
+        ):
             return (
                 f"This run has ended, with update {len(self.checkpoint.windows)} ({self.path}): there is nothing left "
                 "to train. A larger `n_epochs`, named in `allow_changed`, extends it."

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..runtime.log import logger
 from ..runtime.state_guards import Generators, seed_all
+from ..tracking.ledger import best_epoch
 from ..tracking.metrics_logger import MetricsLogger
 from ..tracking.throughput import Throughput
 from .early_stopping import BestEpoch, fill, passing_of, weights_of
@@ -68,13 +69,6 @@ class TrainState:
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
         return n_bytes_in([weights_of(self._model), passing_of(self._model), self._beside(), self._optimizer.state])
-
-    @property
-    def best_epoch(self) -> int | None:
-        """The epoch (from 1) of the lowest validation loss so far; None before the first."""
-        epochs = self.metrics_logger.ledger.epochs
-        losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss == e.val_loss]
-        return min(losses)[1] if losses else None
 
     def snapshot(self, metadata: Mapping[str, Any], *, copy: bool) -> "Snapshot | None":
         """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
@@ -171,7 +165,7 @@ class TrainState:
 
     def _restore_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
         """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
-        epoch = checkpoint.best_epoch
+        epoch = best_epoch(checkpoint.epochs)
         if not self._best.keeps_weights or epoch is None:
             return
         kept, of_epoch = checkpoint.path / BEST, checkpoint.of_epoch(epoch)

@@ -191,8 +191,12 @@ class StreamRows(Rows):
         """Encode the rows that are there, and all that come."""
 
         def encode_more(more: list[Row], first: int) -> list[Row]:
-            positions = range(first, first + len(more))
-            return _from_columns(encode(_as_columns(more, columns), positions), len(more)) if more else []
+            if not more:
+                return []
+            # As in a table, a row without a column has None there.
+            given = {name: [row.get(name) if isinstance(row, Mapping) else None for row in more] for name in columns}
+            made = encode(given, range(first, first + len(more)))
+            return [{name: values[n] for name, values in made.items()} for n in range(len(more))]
 
         self.on_arrival(encode_more)
         return self
@@ -234,12 +238,3 @@ class StreamRows(Rows):
         for position, row in enumerate(rows, first):
             check_row(row, self.argument, self.name_of(position) if position else "its first row")
         return rows
-
-
-def _as_columns(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Any]]:
-    """None where a row has no such column, as in a table."""
-    return {name: [row.get(name) if isinstance(row, Mapping) else None for row in rows] for name in names}
-
-
-def _from_columns(columns: Mapping[str, Sequence[Any]], n_rows: int) -> list[Row]:
-    return [{name: values[n] for name, values in columns.items()} for n in range(n_rows)]

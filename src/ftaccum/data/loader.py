@@ -72,6 +72,9 @@ class Loader:
     Attributes:
         by_window: whether the rows of a window are collated together and then cut, because the collator draws at
             random or padding matters.
+        knows_lengths: whether micro-batches can be cut by the lengths of their rows.
+        repeats: whether the same rows are the same batch again, from the same seed. Where they have a generator of
+            their own, a run that is resumed draws otherwise.
     """
 
     def __init__(
@@ -96,15 +99,12 @@ class Loader:
         self.by_window = row_collator.draws or objective.padding_sensitive
         lengths = rows.lengths()
         self._has_lengths = lengths is not None
+        self.knows_lengths = self._has_lengths and not objective.padding_sensitive
+        self.repeats = row_collator.repeats
         # A dummy costs a pass, so it had better be short.
         self._dummy = self._find_dummy(
             sorted(dummy_candidates, key=lengths.__getitem__) if lengths else dummy_candidates
         )
-
-    @property
-    def knows_lengths(self) -> bool:
-        """Whether micro-batches can be cut by the lengths of their rows."""
-        return self._has_lengths and not self._objective.padding_sensitive
 
     def cut(self, window: Positions, planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
         """A window's micro-batches, by process. Where padding matters, all rows are as wide as the longest."""
@@ -113,12 +113,6 @@ class Loader:
             return planner.shares(window)
         lengths = [self._row_collator.width(length) for length in known]
         return planner.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
-
-    @property
-    def repeats(self) -> bool:
-        """Whether the same rows are the same batch again, from the same seed. Where they have a generator of their own,
-        a run that is gone on with draws otherwise."""
-        return self._row_collator.repeats
 
     def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
         """Collates the micro-batches of each share. An empty one becomes a dummy, and so does one without loss items;

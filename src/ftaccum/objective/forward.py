@@ -35,7 +35,9 @@ class Forward:
             DataError: where no loss can come of model and batch, with what is missing.
         """
         self.accepted = accepted_arguments(model)
-        self._modules = [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        self.modules = (
+            [loss_fn] if isinstance(loss_fn, nn.Module) else []
+        )  # those that compute the loss besides the model
         self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -69,11 +71,6 @@ class Forward:
     def may_have_parts(self, outputs: Any) -> bool:
         """Whether the outputs hold numbers that the model's own loss may be the sum of."""
         return self.is_own and has_parts(outputs, LOSS)
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Those that compute the loss beside the model."""
-        return self._modules
 
     @property
     def parts(self) -> tuple[str, ...]:

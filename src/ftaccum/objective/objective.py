@@ -25,16 +25,8 @@ class Objective:
         self.terms = tuple(report.ways)
         self.count = count
         self.report = report
-
-    @property
-    def padding_sensitive(self) -> bool:
-        """Whether a window's rows must be padded to one width."""
-        return self.report.explanation.padding_sensitive
-
-    @property
-    def shifts(self) -> bool:
-        """Whether the logits at one position predict the label at the next."""
-        return self.report.shifts
+        self.padding_sensitive = report.explanation.padding_sensitive
+        self.shifts = report.shifts
 
     def means(self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str]) -> tuple[Means, Any]:
         """The means of these terms over the batch's own items, and the model's outputs.

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ class EpochEntry:
     train_loss: float
     val_loss: float | None
     metrics: dict[str, float]
+
+
+def best_epoch(epochs: Iterable[EpochEntry]) -> int | None:
+    """Return the epoch (from 1) of the lowest validation loss; None where no loss is finite."""
+    losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
+    return min(losses)[1] if losses else None
 
 
 @dataclass

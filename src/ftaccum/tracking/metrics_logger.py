@@ -29,7 +29,7 @@ class MetricsLogger:
         self._accelerator, self._bar = accelerator, bar
         self._batch_sizes = batch_sizes
         self._pending: list[StepResult] = []
-        self._epoch = 0
+        self.n_epochs = 0
         self._epoch_losses: WeightedMeans | None = None
         self._ended: tuple[int, WeightedMeans] | None = None  # the last epoch that had losses
         self._started = time.perf_counter()
@@ -46,7 +46,7 @@ class MetricsLogger:
         """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
         self.drain()
         train_loss = self._epoch_losses.total() if self._epoch_losses is not None else float("nan")
-        entry = EpochEntry(self._epoch, train_loss, val_loss, metrics)
+        entry = EpochEntry(self.n_epochs, train_loss, val_loss, metrics)
         self.ledger.record(entry)
         values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
         values |= {} if val_loss is None else {"val/loss": val_loss}
@@ -55,19 +55,14 @@ class MetricsLogger:
         values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
         self._accelerator.log(values, step=len(self.ledger.windows))
         if self._epoch_losses is not None:
-            self._ended = self._epoch, self._epoch_losses
-        self._epoch, self._epoch_losses = self._epoch + 1, None
+            self._ended = self.n_epochs, self._epoch_losses
+        self.n_epochs, self._epoch_losses = self.n_epochs + 1, None
         return entry
 
     @property
     def n_windows(self) -> int:
         """Those that are done."""
         return len(self.ledger.windows) + len(self._pending)
-
-    @property
-    def n_epochs(self) -> int:
-        """Those that have ended."""
-        return self._epoch
 
     @property
     def seconds(self) -> float:
@@ -78,7 +73,7 @@ class MetricsLogger:
         """Return the state; the logger must have been drained."""
         ended = self._ended
         return {
-            "epoch": self._epoch,
+            "epoch": self.n_epochs,
             "seconds": self.seconds,
             "losses": None if self._epoch_losses is None else _as_lists(self._epoch_losses),
             "ended": None if ended is None else {"epoch": ended[0], "losses": _as_lists(ended[1])},
@@ -86,7 +81,7 @@ class MetricsLogger:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         losses, ended = state_dict["losses"], state_dict["ended"]
-        self._epoch = state_dict["epoch"]
+        self.n_epochs = state_dict["epoch"]
         self._started = time.perf_counter() - state_dict["seconds"]
         self._epoch_losses = None if losses is None else _of_lists(losses)
         self._ended = None if ended is None else (ended["epoch"], _of_lists(ended["losses"]))
@@ -99,7 +94,7 @@ class MetricsLogger:
             terms = losses.read()
             entry = WindowEntry(
                 window=len(self.ledger.windows),
-                epoch=self._epoch,
+                epoch=self.n_epochs,
                 rows=outcome.rows,
                 loss=losses.total(),
                 terms=terms if len(terms) > 1 else {},

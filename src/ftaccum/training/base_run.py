@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from ..accumulation.accumulator import GradientAccumulator
@@ -133,13 +134,14 @@ class Run:
     @cached_property
     def accumulator(self) -> GradientAccumulator:
         """What accumulates the gradient of a window."""
-        return self.new_accumulator(self.wrap_model())
+        return self.new_accumulator(self.prepared[0])
 
-    def wrap_model(self) -> nn.Module:
-        """Return the model as it is run on all processes: compiled, cast and synced as the settings say."""
+    @cached_property
+    def prepared(self) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """Model and optimizer as they run on all processes: compiled, cast and synced as the settings say."""
         if self.config.runtime.compile:
             self._inner.enter_context(compile_model(self.model))
-        return self.gradients.prepare_model(self.accelerator, self.model)
+        return self.gradients.prepare(self.accelerator, self.model)
 
     def new_accumulator(self, wrapped: nn.Module) -> GradientAccumulator:
         """Return an accumulator that has seen no window yet."""

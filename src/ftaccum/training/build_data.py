@@ -27,8 +27,7 @@ from ..objective.self_check import difference_of_packing, measured_objective
 from ..planning.shuffle import hold_out
 from ..runtime.state_guards import inspection_mode
 from ..settings import Recipe
-from .components import Components
-from .config import RunConfig
+from .config import Components, RunConfig
 
 _FEW = 4  # rows to see whether a model keeps packed rows apart
 

@@ -149,12 +149,12 @@ class TrainingSetup(Run):
 
     @cached_property
     def loop(self) -> TrainingLoop:
-        schedule, accumulator = self.schedule, self.accumulator
+        schedule = self.schedule  # before Accelerate wraps the optimizer's step, which a schedule wraps as well
         return TrainingLoop(
             self.accelerator,
-            accumulator,
+            self.accumulator,
             self.gradients,
-            self.gradients.prepare_optimizer(self.accelerator, self.optimizer),
+            self.prepared[1],
             schedule,
             self.process_group,
             rate_factor=self.plan.rate_factor,

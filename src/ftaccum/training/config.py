@@ -1,11 +1,55 @@
-"""What a run is given, checked and frozen."""
+"""What a run is given: settings, and the model, the data and the functions that the user brings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
+
+from ..data.collator import Collator
+from ..data.iterable import is_split, is_stream
+from ..errors import SettingsError
+from ..fields import shown
+from ..objective.forward import LossFn
+from ..objective.item_counts import IGNORE_INDEX, CountItems
 from ..settings import Recipe, Runtime, parse_settings
-from .components import Components, check_components
+from .evaluation import ComputeMetrics, fault_of_metrics
+from .optimizer import OptimizerFactory, fault_of_schedule
+
+
+@dataclass(frozen=True)
+class Components:
+    """The arguments of `test_fine_tuning` that are no settings; it says what each may be."""
+
+    model: Any
+    config: Any
+    train_data: Any
+    val_data: Any
+    tokenizer: Any
+    data_collator: Collator | None
+    loss_fn: LossFn | None
+    reduction: str
+    count_items: CountItems | None
+    optimizer: OptimizerFactory | Optimizer | None
+    compute_metrics: ComputeMetrics | None
+
+    @property
+    def configuration(self) -> Any:
+        """The given config, else the model's, else an empty one."""
+        return self.config or getattr(self.model, "config", None) or SimpleNamespace()
+
+    @property
+    def ignore_index(self) -> int:
+        """The label that the loss leaves out, and that labels are padded with."""
+        named = getattr(self.loss_fn, "ignore_index", None)
+        return named if isinstance(named, int) else IGNORE_INDEX
+
+    @property
+    def pad_token_id(self) -> int:
+        named = (getattr(source, "pad_token_id", None) for source in (self.tokenizer, self.configuration))
+        return next((pad for pad in named if isinstance(pad, int)), 0)
 
 
 @dataclass(frozen=True)
@@ -36,3 +80,55 @@ class RunConfig:
         components = Components(**{f.name: arguments[f.name] for f in fields(Components)})
         check_components(components, recipe, runtime)
         return cls(recipe, runtime, components)
+
+
+def check_components(components: Components, recipe: Recipe, runtime: Runtime) -> None:
+    """Raises SettingsError with every fault that shows before anything is loaded."""
+    faults = _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
+    if not isinstance(components.model, nn.Module):
+        faults.append(
+            f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
+            "Load it first, for example with `AutoModelForSequenceClassification.from_pretrained`."
+        )
+    for name in ("data_collator", "loss_fn", "count_items"):
+        part = getattr(components, name)
+        if part is not None and not callable(part):
+            faults.append(f"`{name}` must be callable or None, but is {shown(part)} instead. Give a function.")
+    if not (isinstance(components.reduction, str) and components.reduction in ("mean", "sum")):
+        faults.append(
+            f"`reduction` must be 'mean' or 'sum', but is {shown(components.reduction)} instead. "
+            "Have `loss_fn` give the mean over its items, or their sum."
+        )
+    told = (fault_of_metrics(components.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
+    faults += [fault for fault in told if fault]
+    if components.val_data is None and not recipe.validation_split:
+        needs = {
+            "early_stopping_patience": recipe.early_stopping_patience is not None,
+            "restore_best_weights": recipe.restore_best_weights,
+            "compute_metrics": components.compute_metrics is not None,
+        }
+        faults += [
+            f"`{name}` needs validation rows, but `val_data` is None and `validation_split` is 0. Give one of them."
+            for name, needed in needs.items()
+            if needed
+        ]
+    if faults:
+        raise SettingsError(faults)
+
+
+def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) -> list[str]:
+    faults = {
+        "`train_data` is a stream, whose rows nobody can count, and `max_updates` is None. Give the number of updates: "
+        "the learning rate's schedule needs it.": recipe.max_updates is None,
+        f"`train_data` is a stream, from which no rows can be held out, but `validation_split` is "
+        f"{recipe.validation_split} and `val_data` is None. Give `val_data`, or `validation_split=0` for none.": (
+            components.val_data is None and recipe.validation_split > 0
+        ),
+        f"`train_data` is a stream, which the main process reads and collates, but `num_workers` is "
+        f"{runtime.num_workers}. Leave it out; the next window is read and collated while the device computes.": (
+            runtime.num_workers > 0
+        ),
+        "`train_data` is a stream of which each process has a part (`split_dataset_by_node`), but the main process "
+        "reads it for all. Give it undivided.": is_split(components.train_data),
+    }
+    return [sentence for sentence, holds in faults.items() if holds]

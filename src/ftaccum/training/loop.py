@@ -55,7 +55,6 @@ class TrainingLoop:
         self._accelerator, self._accumulator, self._strategy = accelerator, accumulator, strategy
         self._optimizer, self._schedule, self._process_group = optimizer, schedule, process_group
         self._rate_factor, self._max_grad_norm = rate_factor, max_grad_norm
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.in_update = False
 
     def train(self, windows: LocalWindows, split: Split, on_step: OnStep) -> None:
@@ -86,7 +85,7 @@ class TrainingLoop:
         rate = float(self._schedule.optimizer.param_groups[0]["lr"]) * factor  # it may be a tensor
         # Accelerate's `clip_grad_norm_` fails for sharded weights in another order than the model's.
         self._accelerator.unscale_gradients()
-        norm = _full(nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        norm = _full(nn.utils.clip_grad_norm_(self._strategy.parameters, self._max_grad_norm))
         # The one wait for the device in an update: all of these decide whether to step.
         grad_norm, n_items, losses = accumulated.read_with(norm)
         passes = zip(accumulated.contributions, losses, strict=True)
@@ -114,10 +113,6 @@ class TrainingLoop:
             n_passes=len(losses),
             scale=None if self._accelerator.scaler is None else self._accelerator.scaler.get_scale(),
         )
-
-    def sync_buffers(self) -> None:
-        """Copy the main process's buffers to all processes."""
-        self._accumulator.sync_buffers()
 
     def _accumulate(self, window: LocalWindow, split: Split) -> tuple[LocalWindow, AccumulatedWindow]:
         """Accumulate a window, in smaller micro-batches as often as memory runs out. Return what fitted."""

@@ -117,7 +117,7 @@ class TrainingRun(TrainingSetup):
             windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
             with self.metrics_logger.throughput.timed():
                 self.loop.train(windows, self.oom_recovery.split, self._on_step)
-            self.loop.sync_buffers()
+            self.accumulator.sync_buffers()
             val_loss, metrics = self.evaluate(self.model)
         entry = self.metrics_logger.epoch(val_loss, metrics)
         self.console.epoch(entry, self.plan.n_epochs)

@@ -86,7 +86,7 @@ class Comparison:
         """Make accumulators, on a model that is wrapped as in training."""
         run = self.bench.run
         with unwrap_on_exit(run.model):
-            wrapped = run.wrap_model()
+            wrapped, _ = run.prepared
             yield lambda: run.new_accumulator(wrapped)
 
     def _of_window(

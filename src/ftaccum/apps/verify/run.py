@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from torch.optim import SGD
 from tqdm import tqdm
 
 from ... import __version__
@@ -61,7 +62,7 @@ class VerificationRun(Run):
 
     @cached_property
     def gradients(self) -> GradientStrategy:
-        return GradientStrategy(trainable_parameters(self.model))
+        return GradientStrategy(SGD(trainable_parameters(self.model)))  # which never steps
 
     @cached_property
     def batch_sizes(self) -> BatchSizes:

@@ -11,13 +11,13 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from ..process_group import ProcessGroup
-from .plain import GradientStrategy
+from .plain import GradientStrategy, parameters_of
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
     """Return float32 sums where they are asked for and any weight is narrower; else autograd's own."""
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
-    return Fp32Gradients(optimizer) if in_float32 and narrow else GradientStrategy(_parameters(optimizer))
+    return Fp32Gradients(optimizer) if in_float32 and narrow else GradientStrategy(optimizer)
 
 
 class Fp32Gradients(GradientStrategy):
@@ -30,12 +30,12 @@ class Fp32Gradients(GradientStrategy):
     """
 
     reduces_after_passes = True
+    _optimizer: "_Rounding"
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = _Rounding(optimizer)
-        super().__init__(list(self._optimizer.sums.values()))
+        super().__init__(_Rounding(optimizer))
 
-    def prepare_model(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return the model without DDP, which would also have made the weights of all processes those of the first."""
         if accelerator.num_processes > 1:
             for p in model.parameters():
@@ -43,11 +43,7 @@ class Fp32Gradients(GradientStrategy):
                 distributed.broadcast(values, src=0)
                 p.data.copy_(values)
         # "Evaluation" is Accelerate's word for a model without DDP.
-        return accelerator.prepare_model(model, evaluation_mode=True)
-
-    def prepare_optimizer(self, accelerator: Accelerator, optimizer: Optimizer) -> AcceleratedOptimizer:
-        assert optimizer is self._optimizer.rounded, "the sums are those of its weights"
-        return accelerator.prepare_optimizer(self._optimizer)
+        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(self._optimizer)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -92,12 +88,11 @@ class _Rounding(Optimizer):
     those rounded to the type of its weights.
 
     Attributes:
-        rounded: the optimizer behind it.
         sums: for each weight that stand-in, of its shape and without its memory, whose `grad` is the sum.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.rounded = optimizer
+        self._rounded = optimizer
         self.sums: dict[Tensor, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
@@ -105,24 +100,20 @@ class _Rounding(Optimizer):
         for p, total in self.sums.items():
             p.grad = None if total.grad is None else _rounded(total.grad, p)
             total.grad = None  # one after another, so that both are never in memory whole
-        self.rounded.step(closure)
+        self._rounded.step(closure)
         for p in self.sums:
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Of the optimizer behind: stand-ins have no state. Accelerate moves it to the device by this and the next."""
-        return self.rounded.state_dict()
+        return self._rounded.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rounded.load_state_dict(state_dict)
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+        self._rounded.load_state_dict(state_dict)
 
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for p in _parameters(optimizer) if p.requires_grad]
+    return [p for p in parameters_of(optimizer) if p.requires_grad]
 
 
 def _wide(p: Tensor) -> torch.dtype:

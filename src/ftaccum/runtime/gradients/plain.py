@@ -16,22 +16,25 @@ class GradientStrategy:
     reduces them in the last pass. Other strategies override this.
 
     Attributes:
-        parameters: those whose `grad` holds the window's gradient after its passes.
         reduces_after_passes: whether processes need each other only in `reduce`, and in no pass of a window.
     """
 
     reduces_after_passes = False
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Args:
+        optimizer: steps on the gradients.
+        """
+        self._optimizer = optimizer
 
-    def prepare_model(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
-        """Wrap a model for passes on several processes."""
-        return accelerator.prepare_model(model)
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Those whose `grad` holds the window's gradient after its passes."""
+        return parameters_of(self._optimizer)
 
-    def prepare_optimizer(self, accelerator: Accelerator, optimizer: Optimizer) -> AcceleratedOptimizer:
-        """Wrap the optimizer that steps on these gradients."""
-        return accelerator.prepare_optimizer(optimizer)
+    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """Return model and optimizer as they run on several processes."""
+        return accelerator.prepare(model, self._optimizer)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -40,3 +43,8 @@ class GradientStrategy:
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """Average the sums of the processes, on all of them, after the passes of a window."""
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return what an optimizer holds."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
