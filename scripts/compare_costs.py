@@ -139,7 +139,7 @@ def _cost(lengths: list[int], k: int, limits: BatchLimits, cut_by: Costs, costs:
     """Of an epoch in windows of BATCH × k rows, by the planner's own arithmetic."""
     windows = plan(len(lengths), effective_batch_size=BATCH * k, validation_split=0.0, random_seed=SEED).windows(0)
     planner, model = MicroBatchPlanner(limits, CostModel(*cut_by)), CostModel(*costs)
-    cuts = (planner.shares(window.rows, [lengths[row] for row in window.rows])[0] for window in windows)
+    cuts = (planner.split(window.rows, [lengths[row] for row in window.rows])[0] for window in windows)
     return sum(float(model.of(piece.tokens, piece.width)) for cut in cuts for piece in cut)
 
 

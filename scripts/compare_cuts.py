@@ -29,7 +29,7 @@ def equal_slices(lengths: Sequence[int]) -> list[MicroBatchRows]:
 
 
 def by(planner: MicroBatchPlanner) -> Cut:
-    return lambda lengths: planner.shares(tuple(range(len(lengths))), lengths)[0]
+    return lambda lengths: planner.split(tuple(range(len(lengths))), lengths)[0]
 
 
 def main() -> None:

@@ -161,7 +161,7 @@ def test_a_window_that_fails_is_undone(error: Exception, raised: type[Exception]
         accumulator.accumulate(window)
     if raised is WindowOutOfMemoryError:
         assert caught.value.failed.index == 1  # type: ignore[attr-defined]
-        assert caught.value.failed.said == str(error)  # type: ignore[attr-defined]
+        assert caught.value.failed.message == str(error)  # type: ignore[attr-defined]
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), before)
     assert model.passes == 0

@@ -55,12 +55,12 @@ def test_messages_go_to_the_handlers_of_the_application(tmp_path: Any) -> None:
 
 
 def test_the_logger_is_as_before_after_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    before = logger.level, logger.disabled, list(logger.handlers)
+    before = logger.level, logger.disabled, list(logger.handlers), logger.isEnabledFor(logging.INFO)
     with run_logging(enabled=True):
         logger.info("seen")
     with run_logging(enabled=False):
         logger.warning("dropped")
-    assert (logger.level, logger.disabled, list(logger.handlers)) == before
+    assert (logger.level, logger.disabled, list(logger.handlers), logger.isEnabledFor(logging.INFO)) == before
     assert capsys.readouterr().err == "seen\n"
 
 

@@ -30,7 +30,7 @@ def size_of(rows: list[int] | tuple[int, ...], packed: bool) -> tuple[int, int]:
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 11])
 def test_shares_partition_a_window_and_have_equal_numbers_of_passes(n_rows: int) -> None:
     for planner in CUTTERS:
-        shares = planner.shares(tuple(range(n_rows)), LENGTHS[:n_rows])
+        shares = planner.split(tuple(range(n_rows)), LENGTHS[:n_rows])
         assert len(shares) == planner.num_processes
         assert len({len(share) for share in shares}) == 1
         dealt = [row for share in shares for piece in share for row in piece.rows]
@@ -41,7 +41,7 @@ def test_shares_partition_a_window_and_have_equal_numbers_of_passes(n_rows: int)
 
 def test_caps_are_kept_but_for_a_row_alone() -> None:
     for planner in CUTTERS:
-        for share in planner.shares(tuple(range(11)), LENGTHS):
+        for share in planner.split(tuple(range(11)), LENGTHS):
             for piece in filter(lambda piece: piece.rows, share):
                 assert (piece.tokens, piece.width) == size_of(lengths_of(piece), planner.packed)
                 assert planner.limits.rows is None or len(piece.rows) <= planner.limits.rows
@@ -50,7 +50,7 @@ def test_caps_are_kept_but_for_a_row_alone() -> None:
 
 def test_largest_micro_batches_come_first_and_the_smallest_are_synced() -> None:
     for planner in CUTTERS:
-        rounds = list(zip(*planner.shares(tuple(range(11)), LENGTHS), strict=True))
+        rounds = list(zip(*planner.split(tuple(range(11)), LENGTHS), strict=True))
         largest = [max(piece.tokens for piece in pieces) for pieces in rounds]
         assert largest == sorted(largest, reverse=True)
 
@@ -79,7 +79,7 @@ def test_no_cut_costs_less(processes: int, limits: BatchLimits, costs: CostModel
         return sum(costs.of(*size_of(run, packed)) for run in runs) + dummies * costs.per_pass
 
     best = min(cost(runs) for runs in every_cut(sorted(LENGTHS, reverse=True)) if all(map(allowed, runs)))
-    shares = MicroBatchPlanner(limits, costs, processes, packed).shares(tuple(range(11)), LENGTHS)
+    shares = MicroBatchPlanner(limits, costs, processes, packed).split(tuple(range(11)), LENGTHS)
     found = [lengths_of(piece) for share in shares for piece in share if piece.rows]
     assert cost(found) == pytest.approx(best)
 
@@ -89,7 +89,7 @@ def test_few_rows_where_they_are_long_and_many_where_they_are_short() -> None:
     lengths = np.clip(draw.lognormal(4.2, 0.9, size=64).astype(int), 4, 1000).tolist()
 
     def padded_per_real(costs: CostModel) -> float:
-        (share,) = MicroBatchPlanner(BatchLimits(8), costs).shares(tuple(range(64)), lengths)
+        (share,) = MicroBatchPlanner(BatchLimits(8), costs).split(tuple(range(64)), lengths)
         return sum(piece.tokens for piece in share) / sum(lengths)
 
     fewest_passes, cheapest = CostModel(1e9, 1, 0), CostModel(64, 1, 0.0005)
@@ -98,20 +98,20 @@ def test_few_rows_where_they_are_long_and_many_where_they_are_short() -> None:
 
 
 def test_without_costs_rows_are_sliced_in_the_order_of_arrival() -> None:
-    (share,) = MicroBatchPlanner(BatchLimits(2), costs=None).shares((3, 1, 4, 0, 2), [9, 3, 14, 2, 2])
+    (share,) = MicroBatchPlanner(BatchLimits(2), costs=None).split((3, 1, 4, 0, 2), [9, 3, 14, 2, 2])
     assert sorted(piece.rows for piece in share) == [(2,), (3, 1), (4, 0)]
 
 
 def test_rows_of_one_length_keep_the_order_of_the_seed() -> None:
-    (share,) = MicroBatchPlanner(BatchLimits(2)).shares((3, 1, 4, 0), [5, 5, 5, 5])
+    (share,) = MicroBatchPlanner(BatchLimits(2)).split((3, 1, 4, 0), [5, 5, 5, 5])
     assert [piece.rows for piece in share] == [(3, 1), (4, 0)]
-    assert [piece.rows for piece in MicroBatchPlanner(BatchLimits(2)).shares((3, 1, 4, 0))[0]] == [(3, 1), (4, 0)]
+    assert [piece.rows for piece in MicroBatchPlanner(BatchLimits(2)).split((3, 1, 4, 0))[0]] == [(3, 1), (4, 0)]
 
 
 def test_processes_are_given_equal_loads() -> None:
     draw = np.random.RandomState(1)
     lengths = np.clip(draw.lognormal(4, 0.7, size=256).astype(int), 4, 600).tolist()
-    shares = MicroBatchPlanner(BatchLimits(8), num_processes=4).shares(tuple(range(256)), lengths)
+    shares = MicroBatchPlanner(BatchLimits(8), num_processes=4).split(tuple(range(256)), lengths)
     loads = [sum(piece.tokens for piece in share) for share in shares]
     assert max(loads) < 1.03 * min(loads)
     for pieces in zip(*shares, strict=True):

@@ -28,7 +28,7 @@ def report(
         "ways": dict.fromkeys(terms, "labels"), "measured": False, "shifts": False,
         "explanation": Explanation(dict(differences), padding, adds_up),
         "in_training": in_training or InTraining(dict.fromkeys(terms, 0.0)),
-        "joint": dict.fromkeys(terms, 2.0), "alone": dict.fromkeys(terms, 1.0), "parts": (),
+        "joint": dict.fromkeys(terms, 2.0), "single_rows": dict.fromkeys(terms, 1.0), "parts": (),
         "tolerance": 0.01, "sums": False, "own_loss": False,
     }  # fmt: skip
     return ExactnessReport(**given | more)
@@ -66,7 +66,7 @@ def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
 
 def test_rows_that_cost_nothing_alone_are_compared_with_each_other() -> None:
     def compares(alone: float, joint: float = 2.0) -> bool:
-        (sentence,) = report({"loss": 0.5}, alone={"loss": alone}, joint={"loss": joint}).inexact()
+        (sentence,) = report({"loss": 0.5}, single_rows={"loss": alone}, joint={"loss": joint}).inexact()
         return "rows are compared with each other" in sentence
 
     assert compares(0.001)

@@ -327,36 +327,34 @@ def test_a_pass_costs_by_tokens_and_by_their_square() -> None:
 
 def test_micro_batches_name_rows_and_their_places() -> None:
     assert MicroBatchRows.of((7, 8, 7, 9), (2, 3)) == MicroBatchRows((7, 9), 0, 0, (2, 3))
-    (share,) = MicroBatchPlanner(BatchLimits(2)).shares((7, 8, 7), [1, 5, 4])
+    (share,) = MicroBatchPlanner(BatchLimits(2)).split((7, 8, 7), [1, 5, 4])
     assert share == [MicroBatchRows((8, 7), 10, 5, (1, 2)), MicroBatchRows((7,), 1, 1, (0,))]
-    (share,) = MicroBatchPlanner(BatchLimits(2), costs=None, packed=True).shares((7, 8, 7), [1, 5, 4])
+    (share,) = MicroBatchPlanner(BatchLimits(2), costs=None, packed=True).split((7, 8, 7), [1, 5, 4])
     assert share == [MicroBatchRows((7, 8), 6, 6, (0, 1)), MicroBatchRows((7,), 4, 4, (2,))]
 
 
 def test_a_row_without_tokens_counts_as_one() -> None:
-    (share,) = MicroBatchPlanner(BatchLimits(None, 3), costs=None).shares((0, 1, 2, 3), [0, 0, 0, 0])
+    (share,) = MicroBatchPlanner(BatchLimits(None, 3), costs=None).split((0, 1, 2, 3), [0, 0, 0, 0])
     assert [(piece.rows, piece.tokens, piece.width) for piece in share] == [((0, 1, 2), 3, 1), ((3,), 1, 1)]
 
 
 def test_limits_are_filled_to_the_last_token() -> None:
-    (share,) = MicroBatchPlanner(BatchLimits(None, 12), costs=None).shares(tuple(range(7)), [4] * 7)
+    (share,) = MicroBatchPlanner(BatchLimits(None, 12), costs=None).split(tuple(range(7)), [4] * 7)
     assert [len(piece.rows) for piece in share] == [3, 3, 1]
     # Packed rows are not padded: short ones fit behind a long one.
-    (share,) = MicroBatchPlanner(BatchLimits(None, 12), costs=None, packed=True).shares(
-        tuple(range(5)), [8, 1, 1, 2, 7]
-    )
+    (share,) = MicroBatchPlanner(BatchLimits(None, 12), costs=None, packed=True).split(tuple(range(5)), [8, 1, 1, 2, 7])
     assert [piece.rows for piece in share] == [(0, 1, 2, 3), (4,)]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 5, 6, 7])
 def test_dummies_keep_processes_in_step_and_come_to_the_least_loaded_last(processes: int, n_rows: int) -> None:
-    shares = MicroBatchPlanner(BatchLimits(1), num_processes=processes).shares(tuple(range(n_rows)), [n_rows] * n_rows)
+    shares = MicroBatchPlanner(BatchLimits(1), num_processes=processes).split(tuple(range(n_rows)), [n_rows] * n_rows)
     assert {len(share) for share in shares} == {math.ceil(n_rows / processes)}
     dummies = [piece for share in shares for piece in share if not piece.rows]
     assert dummies == [MicroBatchRows()] * (-n_rows % processes)
 
 
 def test_larger_micro_batches_go_to_processes_with_less_so_far() -> None:
-    shares = MicroBatchPlanner(BatchLimits(1), num_processes=2).shares((0, 1, 2, 3), [9, 5, 4, 2])
+    shares = MicroBatchPlanner(BatchLimits(1), num_processes=2).split((0, 1, 2, 3), [9, 5, 4, 2])
     assert [[piece.tokens for piece in share] for share in shares] == [[9, 2], [5, 4]]

@@ -286,7 +286,7 @@ def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
 
     class Loaded:
         def cut(self, rows: tuple[int, ...], planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
-            return planner.shares(rows, [row + 1 for row in rows])
+            return planner.split(rows, [row + 1 for row in rows])
 
         def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
             taken = list(shares) if ahead else shares  # workers take all there are

@@ -5,9 +5,11 @@ import math
 import pytest
 
 from ftaccum import SettingsError, plan
+from ftaccum.planning.base_plan import Progress
 from ftaccum.planning.batch_size import BatchSizes, resolve_batch_sizes
 from ftaccum.planning.plan import Plan
 from ftaccum.planning.shuffle import hold_out
+from ftaccum.planning.stream_plan import StreamPlan
 
 SIZES = [(n, b, k, p) for n in range(1, 15) for b in (1, 2, 3) for k in (1, 2, 3) for p in (1, 2, 3)]
 
@@ -115,3 +117,15 @@ def test_a_plan_whose_windows_differ_describes_itself() -> None:
     assert "Epochs: 3, 7 updates in all (`max_updates`), the last of them in epoch 2" in text
     whole = str(plan(10, batch_size=8, n_epochs=2, remainder="carry", validation_split=0.0))
     assert "Updates per epoch: 1, 2 (what is left of an epoch is carried into the next; the last one has 4" in whole
+
+
+def test_a_stream_that_is_resumed_with_fewer_epochs_than_it_had_continues_none() -> None:
+    def read(epoch: int, n: int, needed_from: int) -> int:
+        raise AssertionError("nothing is read before training")
+
+    def resumed(n_epochs: int, max_updates: int, done: Progress) -> int:
+        return StreamPlan(n_epochs, BatchSizes(2, 1, 1, 2), max_updates, read).resume_after(done)[1]
+
+    assert resumed(2, 9, Progress([2] * 6, last_epoch=2, n_rows=4, max_updates=9)) == 3
+    assert resumed(3, 9, Progress([2] * 6, last_epoch=2, n_rows=4, max_updates=9)) == 3
+    assert resumed(3, 9, Progress([2] * 6, last_epoch=2, n_rows=4, max_updates=6)) == 2, "`max_updates` had cut it"

@@ -210,7 +210,7 @@ def test_what_waits_is_bounded_and_the_oldest_are_lost(monkeypatch: pytest.Monke
     monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
     waits = threading.Event()
     tracker = Told(lambda done: done == "config" and waits.wait())
-    apart = trackers._Apart("mine", lambda: tracker)
+    apart = trackers._BackgroundTracker("mine", lambda: tracker)
     apart.store_init_configuration({})
     while "config" not in tracker.done:
         time.sleep(0.01)

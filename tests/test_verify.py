@@ -369,13 +369,13 @@ def test_all_faults_are_told_at_once() -> None:
 def test_splits_have_every_row_once_and_as_many_passes_on_every_process() -> None:
     for processes in (1, 2, 3):
         planner = MicroBatchPlanner(BatchLimits(3), None, processes)
-        for split in splits_of(tuple(range(100, 111)), lambda rows, c: c.shares(rows), planner, 3 * processes, 4, 0):
+        for split in splits_of(tuple(range(100, 111)), lambda rows, c: c.split(rows), planner, 3 * processes, 4, 0):
             assert sorted(row for piece in split.slices for row in piece.rows) == sorted(split.rows)
-            assert len({len(share) for share in split.shares}) == 1
+            assert len({len(share) for share in split.by_process}) == 1
     short = {
         len(s.rows)
         for s in splits_of(
-            tuple(range(64)), lambda r, c: c.shares(r), MicroBatchPlanner(BatchLimits(1), None, 1), 1, 0, 0
+            tuple(range(64)), lambda r, c: c.split(r), MicroBatchPlanner(BatchLimits(1), None, 1), 1, 0, 0
         )
     }
     assert short == {64, 1, 22, 42, 63}
@@ -430,3 +430,19 @@ def test_on_two_processes(two_processes: Callable[..., str]) -> None:
     assert max(found["errors"]) < 1e-10
     assert found["broken"] == found["normed"] == found["one_is_off"] == [False, False]
     assert found["trainer"] == "(shown on one process only)"
+
+
+def test_gradients_of_a_model_that_is_spread_over_devices_are_left_alone() -> None:
+    model: Any = nn.Linear(3, 2)
+    model.hf_device_map = {"": "cpu"}
+    model.weight.grad = torch.ones(2, 3)
+    rows = [(torch.randn(3), n % 2) for n in range(8)]
+    assert verify(model, rows, loss_fn=nn.CrossEntropyLoss(), batch_size=2, progress=False).exact
+    assert torch.equal(model.weight.grad, torch.ones(2, 3))
+
+
+def test_float16_weights_can_be_verified_under_fp16_autocast() -> None:
+    model, rows = nn.Linear(3, 2).half(), [(torch.randn(3).half(), n % 2) for n in range(8)]
+    assert verify(
+        model, rows, loss_fn=nn.CrossEntropyLoss(), batch_size=2, mixed_precision="fp16", progress=False
+    ).splits

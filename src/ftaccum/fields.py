@@ -65,7 +65,7 @@ def select_settings(name: str, kind: type, wanted: Callable[[Traits], bool]) -> 
     """Return a dataclass of those settings of `kind` whose traits are wanted, with the same declarations."""
     hints = get_type_hints(kind, include_extras=True)
     chosen = [
-        (f.name, hints[f.name], field(default=f.default, metadata=f.metadata))
+        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
         for f in fields(kind)
         if wanted(traits_of(f))
     ]

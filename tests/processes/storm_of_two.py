@@ -17,7 +17,7 @@ from storm import storm, table
 from storm_driver import LOST, Weather, work
 
 # What two processes do together before the first window and after the last one.
-MOMENTS = ["ftaccum.training.build_data.measured_objective", "ftaccum.training.running._result"]
+MOMENTS = ["ftaccum.training.build_data.measured_objective", "ftaccum.training.run._over_processes"]
 
 
 def dies_at(moment: str, folder: Path) -> Callable[[int], int]:

@@ -41,8 +41,8 @@ class CheckpointDirectory:
         return sorted(named, key=_order, reverse=True)
 
     def newest_sound(self) -> tuple[Path | None, list[Path]]:
-        """The newest checkpoint without damage, and those that are newer and will never be sound. Of each that is
-        passed over, `tell` gets a sentence. Nothing is moved: the folder may be another run's."""
+        """The newest checkpoint without damage, and those that are newer and will never be sound. Each that is passed
+        over is logged. Nothing is moved: the folder may be another run's."""
         damaged: list[Path] = []
         for path in self.checkpoints():
             try:
@@ -64,7 +64,7 @@ class CheckpointDirectory:
 
     def set_aside(self, behind: Path | None, damaged: Collection[Path]) -> None:
         """Makes room for a run that goes on behind a checkpoint, or starts anew: what another one left that is newer is
-        put into a folder beside, in place of what was there. `tell` gets a sentence of what is removed or put aside.
+        put into a folder beside, in place of what was there. What is removed or put aside is logged.
 
         Args:
             behind: in this folder or anywhere else. It stays where it is.

@@ -1,9 +1,9 @@
 """Where a run goes on from, if anywhere."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from ..planning.base_plan import BasePlan
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
+from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
 from ..tracking.ledger import WindowEntry
 from ..tracking.metrics_logger import within
@@ -24,19 +25,20 @@ from .state import TrainState
 _OTHER_ROWS = {"train_data", "random_seed"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class ResumePoint:
     """A checkpoint to resume from, or none, for a run that starts anew.
 
     Attributes:
         allowed: names of what may differ from the run that the checkpoint is of.
         damaged: newer checkpoints that were passed over for it.
+        changed: names of what differs, as far as it has been compared.
     """
 
     checkpoint: Checkpoint | None
     allowed: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()
-    _changed: set[str] = field(default_factory=set)
+    changed: frozenset[str] = frozenset()
 
     @classmethod
     def find(
@@ -63,10 +65,10 @@ class ResumePoint:
                     "machines share."
                 ]
             )
-        resume_point = cls(_opened(path), tuple(runtime.allow_changed), damaged)
-        resume_point._check("recipe", recipe_identity(recipe))  # before anything is loaded
-        resume_point._check_ended()
-        return resume_point
+        checkpoint, allowed = _opened(path), tuple(runtime.allow_changed)
+        _check_ended(checkpoint, allowed)
+        changed = check(checkpoint.metadata["recipe"], recipe_identity(recipe), allowed, path)  # before data are loaded
+        return cls(checkpoint, allowed, damaged, frozenset(changed))
 
     @property
     def path(self) -> Path | None:
@@ -77,16 +79,17 @@ class ResumePoint:
         """The physical batch of that run, which is not measured again where it was "auto"."""
         return None if self.checkpoint is None else self.checkpoint.metadata["run_with"]["batch_size"]
 
-    def resume_plan(self, plan: BasePlan, identity: RunIdentity) -> BasePlan:
-        """Return the windows of this run, of which those of the checkpoint are done.
+    def resume_plan(self, plan: BasePlan, identity: RunIdentity) -> "tuple[BasePlan, ResumePoint]":
+        """Return the windows of this run, of which those of the checkpoint are done, and the point to continue from.
 
         Raises:
             CheckpointError: where this is not the run of the checkpoint, or a stream in updates of another size.
         """
-        if self.checkpoint is None:
-            return plan
-        self._check("trained_on", identity.trained_on)
-        if not plan.can_resize and "effective_batch_size" in self._changed:
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            return plan, self
+        differ = check(checkpoint.metadata["trained_on"], identity.trained_on, self.allowed, checkpoint.path)
+        if not plan.can_resize and "effective_batch_size" in differ:
             raise CheckpointError(
                 [
                     f"`resume` found {self.path}, with updates of another size, and a stream can only be read again in "
@@ -94,34 +97,8 @@ class ResumePoint:
                     "(`resume=None`)."
                 ]
             )
-        plan, epoch = plan.resume_after(self.checkpoint.progress)
-        self._reopen(epoch)
-        return plan
-
-    def _check_ended(self) -> None:
-        """A run that was ended for its numbers is not walked through by starting it again and again."""
-        assert self.checkpoint is not None, "there is one to go on from"
-        ended = self.checkpoint.metadata["extra_state"]["nonfinite"]["ended"]
-        if ended and not self.allowed:
-            raise CheckpointError(
-                [
-                    f"`resume` found {self.path}, of a run that was ended at update {len(self.checkpoint.windows)}, "
-                    f"which was not finite: {ended} To go on behind that, name in `allow_changed` what you have "
-                    "changed (`['train_data']` for rows that were mended)."
-                ]
-            )
-
-    def _reopen(self, epoch: int) -> None:
-        """Takes back the end of an epoch that goes on: `max_updates`, say, had cut it off, and allows for more now."""
-        checkpoint = self.checkpoint
-        if checkpoint is None or len(checkpoint.epochs) <= epoch:
-            return
-        kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
-        extra_state = checkpoint.metadata["extra_state"]
-        extra_state = {**extra_state, "metrics_logger": within(extra_state["metrics_logger"], epoch)}
-        self.checkpoint = replace(
-            checkpoint, entries=kept, metadata={**checkpoint.metadata, "extra_state": extra_state}
-        )
+        plan, epoch = plan.resume_after(checkpoint.progress)
+        return plan, replace(self, checkpoint=_reopened(checkpoint, epoch), changed=self.changed | differ)
 
     def restore(self, state: TrainState) -> None:
         """Has a run that is ready for its first window be where the checkpoint was taken.
@@ -132,7 +109,7 @@ class ResumePoint:
         if self.checkpoint is None:
             return
         try:
-            state.restore(self.checkpoint, self._changed)
+            state.restore(self.checkpoint, self.changed)
         except (OSError, ValueError, TypeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise _unreadable(self.checkpoint.path, error) from error
 
@@ -162,9 +139,9 @@ class ResumePoint:
             f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
             f"{self.checkpoint.metadata['rows']} rows are done"
         )
-        sentence += "." if self._changed & _OTHER_ROWS else ", none is left out and none comes again."
-        if self._changed:
-            sentence += f" Allowed to differ: {', '.join(sorted(self._changed))}."
+        sentence += "." if self.changed & _OTHER_ROWS else ", none is left out and none comes again."
+        if self.changed:
+            sentence += f" Allowed to differ: {', '.join(sorted(self.changed))}."
         others = [f"{name} {now[name]} (it was {was[name]})" for name in now if was.get(name) != now[name]]
         if others:
             draws = ", and dropout draws anew" if any(was[n] != now[n] for n in ("processes", "device")) else ""
@@ -176,9 +153,30 @@ class ResumePoint:
             sentence += f" Of other versions: {', '.join(moved)}; numbers may differ in the last digits."
         return sentence
 
-    def _check(self, kind: str, now: dict[str, Any]) -> None:
-        if self.checkpoint is not None:
-            self._changed |= check(self.checkpoint.metadata[kind], now, self.allowed, self.checkpoint.path)
+
+def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
+    """Refuse to resume a run that its numbers have ended, unless something has changed: else starting it again and
+    again would step over one bad update after another."""
+    ended = checkpoint.metadata["extra_state"]["nonfinite"]["ended"]
+    if ended and not allowed:
+        raise CheckpointError(
+            [
+                f"`resume` found {checkpoint.path}, of a run that was ended at update {len(checkpoint.windows)}, "
+                f"which was not finite: {ended} To go on behind that, name in `allow_changed` what you have "
+                "changed (`['train_data']` for rows that were mended)."
+            ]
+        )
+
+
+def _reopened(checkpoint: Checkpoint, epoch: int) -> Checkpoint:
+    """Return a checkpoint without the end of an epoch that continues: `max_updates`, say, had cut it off, and allows
+    for more now."""
+    if len(checkpoint.epochs) <= epoch:
+        return checkpoint
+    kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
+    saved = checkpoint.metadata["extra_state"]
+    extra_state = saved | {"metrics_logger": within(saved["metrics_logger"], epoch)}
+    return replace(checkpoint, entries=kept, metadata=checkpoint.metadata | {"extra_state": extra_state})
 
 
 def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | None, tuple[Path, ...]]:
@@ -191,8 +189,11 @@ def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | No
             logger.warning("None of the checkpoints is sound: the run starts anew.")
         return path, tuple(damaged)
     named = Path(resume).expanduser()
-    if (named / "checkpoints").is_dir():
-        (path, damaged), wrong = CheckpointDirectory(named / "checkpoints").newest_sound(), "has no sound checkpoint"
+    if RunDir(named).checkpoints.is_dir():
+        (path, damaged), wrong = (
+            CheckpointDirectory(RunDir(named).checkpoints).newest_sound(),
+            "has no sound checkpoint",
+        )
     else:
         fault = _fault(named)
         path, wrong = (None if fault else named), f"is no checkpoint that can be gone on from: {fault}"

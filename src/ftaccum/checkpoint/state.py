@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -62,7 +62,8 @@ class TrainState:
         self.metrics_logger = metrics_logger
         self._accelerator, self._model, self._loss_fn = accelerator, model, loss_fn
         self._optimizer, self._schedule, self._best = optimizer, schedule, best
-        self._extra_state = {**extra_state, "metrics_logger": metrics_logger, "best": best}
+        # In the order in which they are restored: others may ask the first two.
+        self._extra_state: dict[str, Stateful] = {"metrics_logger": metrics_logger, "best": best, **extra_state}
         self._logged: set[str] = set()
 
     @property
@@ -75,7 +76,7 @@ class TrainState:
         training goes on.
 
         Args:
-            facts: what else the checkpoint is to say of the run.
+            metadata: what else the checkpoint is to say of the run.
             copy: whether it is copied, for the run to go on. Else it must wait until the snapshot is written.
         """
         processes = gather_object(
@@ -105,9 +106,7 @@ class TrainState:
                     f"the {name}'s state holds a {kind}, which cannot be read again without running code"
                 )
         config: Any = getattr(self._model, "config", None)
-        extra_state = {name: part.state_dict() for name, part in self._extra_state.items()} | {
-            "best": self._best.state_dict()
-        }
+        extra_state = {name: part.state_dict() for name, part in self._extra_state.items()}
         return Snapshot(
             metadata={
                 **metadata,
@@ -127,7 +126,7 @@ class TrainState:
             config=config.to_json_string() if hasattr(config, "to_json_string") else None,
         )
 
-    def restore(self, checkpoint: "Checkpoint", changed: set[str]) -> None:
+    def restore(self, checkpoint: "Checkpoint", changed: Set[str]) -> None:
         """Has a run go on where the checkpoint was taken, but for the generators. All processes call it alike.
 
         Args:

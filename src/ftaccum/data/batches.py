@@ -9,7 +9,7 @@ from torch import Tensor
 from ..objective.item_counts import Batch
 
 # Columns of one number a token, beside labels; other columns may be of a fixed size.
-_OF_TOKENS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
+TOKEN_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -32,7 +32,9 @@ def trimmed(batch: Batch) -> Batch:
     first, last = int(used[0]), int(used[-1])
 
     def of_tokens(name: str, value: Any) -> bool:
-        named = name in _OF_TOKENS or (name == "labels" and isinstance(value, Tensor) and not value.is_floating_point())
+        named = name in TOKEN_COLUMNS or (
+            name == "labels" and isinstance(value, Tensor) and not value.is_floating_point()
+        )
         return named and isinstance(value, Tensor) and value.shape == mask.shape
 
     return {
@@ -50,20 +52,20 @@ def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
     return isinstance(batch, Tensor) and batch.ndim > 0 and batch.shape[0] == n_rows
 
 
-def _first_dimensions(batch: Batch) -> set[int]:
+def first_dimensions(batch: Batch) -> set[int]:
     """The sizes of a batch's tensors along their first dimension."""
     if isinstance(batch, Mapping):
-        return _first_dimensions(list(batch.values()))
+        return first_dimensions(list(batch.values()))
     if isinstance(batch, list | tuple):
-        return set().union(*map(_first_dimensions, batch))
+        return set().union(*map(first_dimensions, batch))
     return {len(batch)} if isinstance(batch, Tensor) and batch.ndim else set()
 
 
-def _equal(one: Batch, other: Batch) -> bool:
+def equal_batches(one: Batch, other: Batch) -> bool:
     if isinstance(one, Mapping):
-        return all(_equal(value, other[key]) for key, value in one.items())
+        return all(equal_batches(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):
-        return all(map(_equal, one, other))
+        return all(map(equal_batches, one, other))
     if not isinstance(one, Tensor):
         return True
     return one.shape == other.shape and bool(((one == other) | (one != one)).all())  # NaN is itself

@@ -12,7 +12,7 @@ from ..errors import DataError
 from ..objective.forward import is_label
 from ..objective.item_counts import IGNORE_INDEX, Batch
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
-from .batches import _OF_TOKENS, _equal, _first_dimensions
+from .batches import TOKEN_COLUMNS, equal_batches, first_dimensions
 from .dataset import Rows
 from .row import Row
 
@@ -81,7 +81,7 @@ class PaddingCollator:
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(f"column {name!r} has rows of {sorted({len(s) for s in shapes})} dimensions")
         size = tuple(map(max, zip(*shapes, strict=True)))
-        if len(size) == 1 and (name in _OF_TOKENS or (name == "labels" and not dtype.is_floating_point)):
+        if len(size) == 1 and (name in TOKEN_COLUMNS or (name == "labels" and not dtype.is_floating_point)):
             size = (self.width(size[0]),)
         if shapes == {size}:
             return torch.stack(tensors)
@@ -132,7 +132,7 @@ class RowCollator:
             batch = self._collator(fetched)
         except Exception as error:
             raise DataError(self._explained(rows, positions, fetched, error)) from error
-        if self._has_a_row_each and len(fetched) not in (sizes := _first_dimensions(batch)):
+        if self._has_a_row_each and len(fetched) not in (sizes := first_dimensions(batch)):
             raise DataError(
                 f"`data_collator` was given {len(fetched)} rows and made a batch of {max(sizes, default=0)} of them, "
                 f"while others had all of theirs: it was given {rows.names_of(positions)} of `{rows.argument}`. Have "
@@ -156,12 +156,12 @@ class RowCollator:
         rows.find_draws()
         positions = range(min(_FEW, len(rows)))
         one, again, other = (self.seeded(rows, positions, seed, rows_seed=(0,)) for seed in (1, 1, 2))
-        self.repeats = _equal(one, again)
+        self.repeats = equal_batches(one, again)
         if len(positions) > 1:
             self._sound = self._fetched(rows, positions[:1], (0,))
-            self._has_a_row_each = len(positions) in _first_dimensions(one)
+            self._has_a_row_each = len(positions) in first_dimensions(one)
         # What it draws may come to nothing in most batches.
-        self.draws = self._moves_generators(rows, positions) or not _equal(one, other)
+        self.draws = self._moves_generators(rows, positions) or not equal_batches(one, other)
 
     def _moves_generators(self, rows: Rows, positions: Sequence[int]) -> bool:
         with preserve_rng():

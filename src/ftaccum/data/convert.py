@@ -10,7 +10,7 @@ from datasets import IterableDataset as StreamingDataset
 
 from ..errors import DataError
 from .dataset import Rows
-from .row import _FORMS
+from .row import FORMS
 
 _OF_ITERATORS = (
     "Give a list of its rows. To train on them as a stream, give "
@@ -33,25 +33,25 @@ def as_rows(data: Any, argument: str) -> Rows:
     if isinstance(data, Mapping):
         splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
         kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
-        raise DataError(f"`{argument}` must be {_FORMS}, but is {kind} instead.{splits}")
+        raise DataError(f"`{argument}` must be {FORMS}, but is {kind} instead.{splits}")
     if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
         raise DataError(
-            f"`{argument}` must be {_FORMS}, but is a stream instead. "
+            f"`{argument}` must be {FORMS}, but is a stream instead. "
             "Take the rows you want first, such as `list(itertools.islice(stream, 10_000))`."
         )
     if isinstance(data, torch.utils.data.DataLoader):
         raise DataError(
-            f"`{argument}` must be {_FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
+            f"`{argument}` must be {FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
             "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
         )
     if isinstance(data, Iterator):
         raise DataError(
-            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead, which can be gone through only "
+            f"`{argument}` must be {FORMS}, but is {type(data).__name__} instead, which can be gone through only "
             f"once. {_OF_ITERATORS}"
         )
     if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(
-            f"`{argument}` must be {_FORMS}, but is {type(data).__name__} instead. "
+            f"`{argument}` must be {FORMS}, but is {type(data).__name__} instead. "
             "Load files with `datasets.load_dataset` first."
         )
     if not len(data):

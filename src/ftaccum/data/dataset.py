@@ -16,7 +16,7 @@ from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
-from .row import Row, _is_row, as_row, check_row, length_of
+from .row import Row, as_row, check_row, is_row, length_of
 
 # Rows as they came, and the position of the first one → rows. It raises DataErrors that name a row.
 Step = Callable[[list[Row], int], list[Row]]
@@ -218,7 +218,7 @@ class Rows:
         if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
             with suppress(Exception):  # read one by one below, the faulty row gets its name
                 rows = [as_row(row) for row in self.source.__getitems__(indices)]
-                if len(rows) == len(indices) and all(map(_is_row, rows)):
+                if len(rows) == len(indices) and all(map(is_row, rows)):
                     return rows
         return [self._one(index) for index in indices]
 

@@ -1,4 +1,4 @@
-"""A stream as rows: read by the main process alone, and handed to all."""
+"""A stream as rows: read by the main process as_single, and handed to all."""
 
 import itertools
 import sys
@@ -22,7 +22,7 @@ from .row import Row, as_row, check_row, length_of
 LOOKED_AT = 256  # rows, before training
 _DRAWS = 0x57  # keeps what a stream draws apart from other uses of the seed
 
-# Calls a function on the main process alone, and comes to what it came to there, on all processes.
+# Calls a function on the main process as_single, and comes to what it came to there, on all processes.
 FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
 
 
@@ -43,8 +43,8 @@ def open_stream(data: Any, seed: int, process_group: ProcessGroup) -> Iterator["
     if not is_stream(data):
         yield None
         return
-    with single_process(process_group.size) as alone:
-        yield Stream(data, "train_data", seed, process_group.run_on_main, alone)
+    with single_process(process_group.size) as as_single:
+        yield Stream(data, "train_data", seed, process_group.run_on_main, as_single)
 
 
 class Stream:
@@ -55,14 +55,19 @@ class Stream:
     """
 
     def __init__(
-        self, source: Any, argument: str, seed: int, from_main: FromMain, alone: Callable[[], AbstractContextManager]
+        self,
+        source: Any,
+        argument: str,
+        seed: int,
+        from_main: FromMain,
+        as_single: Callable[[], AbstractContextManager],
     ) -> None:
         """Args:
         argument: what the user calls it, for messages.
-        alone: a context in which this process seems to be the only one.
+        as_single: a context in which this process seems to be the only one.
         """
         self.argument, self._source = argument, source
-        self._from_main, self._alone = from_main, alone
+        self._from_main, self._alone = from_main, as_single
         self.steps: list[Step] = []
         self._n_read = 0
         self._epoch = -1

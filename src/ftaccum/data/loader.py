@@ -12,8 +12,7 @@ from ..errors import DataError, SettingsError
 from ..objective.item_counts import Batch
 from ..objective.normalizer import Counts
 from ..objective.objective import Objective
-from ..planning.micro_batches import MicroBatchPlanner, MicroBatchRows
-from ..planning.micro_batches import Rows as Positions
+from ..planning.micro_batches import MicroBatchPlanner, MicroBatchRows, RowIndices
 from ..runtime.log import logger
 from .batches import can_be_taken_apart, take, trimmed
 from .collator import RowCollator
@@ -35,7 +34,7 @@ class LocalRows:
         seed: settles what the collator and the rows draw.
     """
 
-    window: Positions
+    window: RowIndices
     slices: Sequence[MicroBatchRows]
     seed: tuple[int, ...]
 
@@ -106,13 +105,13 @@ class Loader:
             sorted(dummy_candidates, key=lengths.__getitem__) if lengths else dummy_candidates
         )
 
-    def cut(self, window: Positions, planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
+    def cut(self, window: RowIndices, planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
         """A window's micro-batches, by process. Where padding matters, all rows are as wide as the longest."""
         known = self._rows.lengths(window) if self._has_lengths else None
         if known is None:
-            return planner.shares(window)
+            return planner.split(window)
         lengths = [self._row_collator.width(length) for length in known]
-        return planner.shares(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
+        return planner.split(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
     def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
         """Collates the micro-batches of each share. An empty one becomes a dummy, and so does one without loss items;

@@ -56,7 +56,7 @@ class WindowLoader:
 
     def cut_anew(self, local_window: LocalWindow) -> LocalWindow:
         """What `again` does, on this process alone."""
-        share, planner = self._share(local_window.window), self.planner
+        share, planner = self._local_rows(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
         return LocalWindow(local_window.window, planner, micro_batches)
 
@@ -67,19 +67,19 @@ class WindowLoader:
         def shares() -> Iterator[LocalRows]:
             for window in self.plan.windows(epoch, start):
                 cut.append((window, self.planner))
-                yield self._share(window)
+                yield self._local_rows(window)
 
         for micro_batches in self.loader.load(shares(), ahead=True):
             yield LocalWindow(*cut.pop(0), micro_batches)
 
-    def _share(self, window: Window) -> LocalRows:
+    def _local_rows(self, window: Window) -> LocalRows:
         slices = self.loader.cut(window.rows, self.planner)[self.process_index]
         return LocalRows(window.rows, slices, (self.plan.seed, window.index))
 
 
 @dataclass
 class LocalWindows(Iterator[LocalWindow]):
-    """Portions in order; one can be read ahead while the device computes the one before."""
+    """Windows in order; one can be read ahead while the device computes the one before."""
 
     window_loader: WindowLoader
     _coming: Iterator[LocalWindow]

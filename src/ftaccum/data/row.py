@@ -11,7 +11,7 @@ from ..errors import DataError
 Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
 
-_FORMS = (
+FORMS = (
     "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
     "or a torch Dataset of dicts or (inputs, targets) tuples"
 )
@@ -19,14 +19,14 @@ _FORMS = (
 
 def check_row(row: Any, argument: str, name: str) -> None:
     """Raises DataError where the row of that name is none."""
-    if not _is_row(row):
+    if not is_row(row):
         raise DataError(
-            f"`{argument}` must be {_FORMS}, but {name} is a {type(row).__name__} instead. "
+            f"`{argument}` must be {FORMS}, but {name} is a {type(row).__name__} instead. "
             "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
         )
 
 
-def _is_row(row: Any) -> bool:
+def is_row(row: Any) -> bool:
     return isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)
 
 

@@ -20,15 +20,15 @@ Means = Mapping[str, Tensor]  # mean loss by term, each a scalar
 class LossNormalizer:
     """N of one window, counted over all processes before its first forward pass."""
 
-    def __init__(self, share: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator) -> None:
-        """Sums the items of this process's `share` (counts of each micro-batch), then of all processes.
+    def __init__(self, counts: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator) -> None:
+        """Sum the items of this process's micro-batches, then of all processes.
 
         On several processes N stays on the device, so that counting does not wait for it.
         """
         self.terms = tuple(terms)
-        self._passes = len(share)
+        self._passes = len(counts)
         self._processes = accelerator.num_processes
-        mine = [sum(counts[term] for counts in share) for term in terms]
+        mine = [sum(each[term] for each in counts) for term in terms]
         self.items_T = torch.tensor(mine, dtype=_wide(accelerator.device))
         if self._processes > 1:
             self.items_T = accelerator.reduce(self.items_T.to(accelerator.device), "sum")

@@ -36,7 +36,7 @@ class ExactnessReport:
         explanation: how well the ways explain the loss, in eval mode.
         in_training: what train mode changes.
         joint: the loss of a few rows together.
-        alone: the largest loss of one of them by itself.
+        single_rows: the largest loss of one of them by itself.
         parts: the terms that are outputs of the model's, which its loss has added.
         tolerance: the largest difference that is rounding.
         sums: whether the loss is handed over as a sum.
@@ -49,7 +49,7 @@ class ExactnessReport:
     explanation: Explanation
     in_training: InTraining
     joint: Mapping[str, float]
-    alone: Mapping[str, float]
+    single_rows: Mapping[str, float]
     parts: Sequence[str]
     tolerance: float
     sums: bool
@@ -115,9 +115,9 @@ class ExactnessReport:
         if self.explanation.adds_up and not self.sums:
             return "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
         term = terms[0]
-        if abs(self.alone[term]) < 1e-3 * abs(self.joint[term]):
+        if abs(self.single_rows[term]) < 1e-3 * abs(self.joint[term]):
             return (
-                f"A row by itself costs {self.alone[term]:.2g}, a few together {self.joint[term]:.2g}: rows are "
+                f"A row by itself costs {self.single_rows[term]:.2g}, a few together {self.joint[term]:.2g}: rows are "
                 "compared with each other, as in-batch negatives are. No weighting makes up for the rows that a "
                 "micro-batch has not; make `batch_size` as large as the comparison has to be."
             )

@@ -159,7 +159,7 @@ class _Measurement:
             explanation=unlike.worst(as_it_is),
             in_training=in_training,
             joint=joint,
-            alone={term: max(abs(row[term]) for row in alone) for term in names},
+            single_rows={term: max(abs(row[term]) for row in alone) for term in names},
             parts=self.forward.parts,
             tolerance=tolerance,
             sums=self.sums,

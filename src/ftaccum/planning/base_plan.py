@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .batch_size import BatchSizes, rate_factor
-from .micro_batches import Rows
+from .micro_batches import RowIndices
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Window:
 
     index: int
     epoch: int
-    rows: Rows
+    rows: RowIndices
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BasePlan(ABC):
     Attributes:
         can_resize: whether a run can be resumed with updates of another size.
         n_epochs: passes over the rows, at most.
-        batching: the resolved sizes of an update.
+        batch_sizes: the resolved sizes of an update.
         seed: of what is drawn.
         rate_scaling: how the learning rate follows k; see `rate_factor`.
         remainder: "flush" or "carry".

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Rows: TypeAlias = tuple[int, ...]
+RowIndices: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class MicroBatchRows:
         places: of the rows in their window, which may have a row twice.
     """
 
-    rows: Rows = ()
+    rows: RowIndices = ()
     tokens: int = 0
     width: int = 0
-    places: Rows = ()
+    places: RowIndices = ()
 
     @classmethod
-    def of(cls, window: Rows, places: Rows, tokens: int = 0, width: int = 0) -> "MicroBatchRows":
+    def of(cls, window: RowIndices, places: RowIndices, tokens: int = 0, width: int = 0) -> "MicroBatchRows":
         """Those rows of a window that stand at these places in it."""
         return cls(tuple(window[place] for place in places), tokens, width, places)
 
@@ -89,8 +89,8 @@ class MicroBatchPlanner:
     num_processes: int = 1
     packed: bool = False
 
-    def shares(self, rows: Rows, lengths: Sequence[int] | None = None) -> list[list[MicroBatchRows]]:
-        """The micro-batches of a window, by process.
+    def split(self, rows: RowIndices, lengths: Sequence[int] | None = None) -> list[list[MicroBatchRows]]:
+        """Return the micro-batches of a window, by process.
 
         All processes get equally many, so that they make the same number of passes. In each round of one pass a
         process, lengths are similar. The round with the largest micro-batch comes first, to fail at once where it
@@ -112,7 +112,7 @@ class MicroBatchPlanner:
         rounds.sort(key=lambda slices: -max(piece.tokens for piece in slices))
         return self._dealt(rounds)
 
-    def _slice(self, window: Rows, places: Rows, lengths: np.ndarray) -> MicroBatchRows:
+    def _slice(self, window: RowIndices, places: RowIndices, lengths: np.ndarray) -> MicroBatchRows:
         tokens = int(self._tokens(lengths)[-1])
         width = tokens if self.packed else int(lengths.max())
         return MicroBatchRows.of(window, places, tokens, width)

@@ -29,7 +29,7 @@ class Plan(BasePlan):
     Attributes:
         n_rows: training rows, after the hold-out.
         n_epochs: passes over them.
-        batching: the resolved sizes of an update.
+        batch_sizes: the resolved sizes of an update.
         seed: of the order of the rows.
         n_validation_rows: rows that are evaluated on.
         remainder: "flush" or "carry".

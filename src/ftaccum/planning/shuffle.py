@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..errors import SettingsError
-from .micro_batches import Rows
+from .micro_batches import RowIndices
 
 # One number for each use of the seed, so that no two uses draw the same permutation.
 _HOLD_OUT, _EPOCH = 0, 1
@@ -23,7 +23,7 @@ def n_held_out(n_rows: int, share: float) -> int:
     return n_held
 
 
-def hold_out(n_rows: int, share: float, seed: int) -> tuple[Rows, Rows]:
+def hold_out(n_rows: int, share: float, seed: int) -> tuple[RowIndices, RowIndices]:
     """Splits row positions into (training, validation) by the seed, each in ascending order.
 
     Raises:

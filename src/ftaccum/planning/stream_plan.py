@@ -84,7 +84,7 @@ class StreamPlan(BasePlan):
         """Return this plan: the stream is read again from its beginning. Where `max_updates` had ended the run, its
         last epoch continues if the stream has more rows, which shows when it is read."""
         was_cut = len(done.rows) == done.max_updates and len(done.rows) < self.n_windows
-        return self, done.last_epoch if was_cut else self.n_epochs
+        return self, done.last_epoch if was_cut else max(self.n_epochs, done.last_epoch + 1)
 
     def shortfall(self) -> str | None:
         if self._index == self.max_updates:

@@ -87,11 +87,11 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
-    # `loop` tells Accelerate each window's own length, so the number of steps here is never used; and a window that
-    # was read ahead must not be taken for the last because the data has ended.
+    # The gradient accumulator tells Accelerate each window's own length, so the number of steps here is never used; and
+    # a window that was read ahead must not be taken for the last because the data has ended.
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
     # A parameter may be left out of one micro-batch's loss and be part of the next one's.
-    # Buffers are synced once a window by `loop`, outside of the passes.
+    # Buffers are synced once a window by the gradient accumulator, outside of the passes.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(
         # Without this, Accelerate makes torchrun's processes on a machine of CPUs strangers to each other.

@@ -29,15 +29,17 @@ def run_logging(*, enabled: bool) -> Iterator[None]:
     Args:
         enabled: False drops all messages: of processes other than the main one, and of the trials of a search.
     """
-    before = logger.level, logger.disabled
+    level, disabled = logger.level, logger.disabled
     handler = _StderrHandler() if enabled and not logger.hasHandlers() else None
     if handler is not None:
         logger.addHandler(handler)
+    if level == logging.NOTSET:  # the application's handlers have levels of their own
         logger.setLevel(logging.INFO)
-    logger.disabled = logger.disabled or not enabled
+    logger.disabled = disabled or not enabled
     try:
         yield
     finally:
-        logger.level, logger.disabled = before
+        logger.setLevel(level)  # an assignment would leave the logger's cache as it is
+        logger.disabled = disabled
         if handler is not None:
             logger.removeHandler(handler)

@@ -4,14 +4,12 @@ import gc
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 
 from ..planning.micro_batches import BatchLimits
-
-T = TypeVar("T")
 
 # Windows without a failure after which larger micro-batches are tried again; doubled each time that this fails.
 _CALM = 50
@@ -37,10 +35,10 @@ class AgreedOutOfMemoryError(torch.OutOfMemoryError):
 
 @dataclass(frozen=True)
 class FailedPass:
-    """A pass of a window, by its place in the share, that memory ran out in."""
+    """A pass of a window, by its place among this process's micro-batches, that memory ran out in."""
 
     index: int
-    said: str
+    message: str
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -92,7 +90,7 @@ class MemoryLimits:
         return learnt | {"requested": astuple(self.requested), "current": astuple(self.current)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What was learnt, if it was learnt of the same caps; how often memory ran out in any case."""
+        """What was learnt, if it was learnt of the same limits; how often memory ran out in any case."""
         if tuple(state_dict["requested"]) == astuple(self.requested):
             vars(self).update(
                 state_dict | {"requested": self.requested, "current": BatchLimits(*state_dict["current"])}

@@ -11,6 +11,8 @@ import filelock
 
 from ..errors import CheckpointError, SettingsError
 
+_PATIENCE = 0.5  # seconds: a run that is just ending removes the file of its lock, which another may have opened
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -65,7 +67,7 @@ class RunDir:
         Raises:
             CheckpointError: where another run has the lock.
         """
-        lock = filelock.FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
+        lock = filelock.FileLock(self.path / ".lock", timeout=_PATIENCE, fallback_to_soft=False)
         try:
             lock.acquire()
         except filelock.Timeout as error:

@@ -38,7 +38,7 @@ def run_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterato
         OutputWarning: where a tracker raised, hung, or was dropped.
     """
     asked = accelerator.log_with if accelerator.is_main_process else []
-    trackers = [_Apart(_name_of(one), partial(_started, accelerator, one)) for one in asked]
+    trackers = [_BackgroundTracker(_name_of(one), partial(_started, accelerator, one)) for one in asked]
     try:
         for tracker in trackers:
             tracker.store_init_configuration(dict(config))
@@ -49,7 +49,7 @@ def run_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterato
         yield
     finally:
         accelerator.trackers = []
-        _end(trackers)
+        _finish_all(trackers)
 
 
 def _name_of(asked: Any) -> str:
@@ -65,17 +65,17 @@ def _started(accelerator: Accelerator, asked: Any) -> GeneralTracker:
     return alone.trackers[0]
 
 
-def _end(trackers: list["_Apart"]) -> None:
+def _finish_all(trackers: list["_BackgroundTracker"]) -> None:
     for tracker in trackers:
         tracker.finish()
     deadline = time.monotonic() + _SECONDS_AT_THE_END
     for tracker in trackers:
         tracker.join(deadline)
     for tracker in trackers:
-        tracker.tell()
+        tracker.warn()
 
 
-class _Apart(GeneralTracker):
+class _BackgroundTracker(GeneralTracker):
     """Stands in for a tracker: starts it, takes what it is told, and hands that on in order from a thread of its own,
     so that trackers do not wait for each other either. What goes wrong there is told in the caller's thread, at the
     next call.
@@ -90,7 +90,7 @@ class _Apart(GeneralTracker):
         self._in_work: str | None = "start"
         self._ended = self._left_behind = False
         self._faults: dict[str, str] = {}  # by what was done, so that each is told once
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
         self._thread = threading.Thread(target=self._work, args=[start], name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -107,14 +107,14 @@ class _Apart(GeneralTracker):
                     f"The tracker {self.name!r} has not started within {_SECONDS_AT_THE_START:g} s, and the run goes "
                     "on. What it is told waits until it has."
                 )
-        self.tell()
+        self.warn()
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self._put("store_init_configuration", values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
         self._put("log", dict(values), step=step, **options)
-        self.tell()
+        self.warn()
 
     def finish(self) -> None:
         """Has the tracker finished once it has been told all that waits. Returns at once."""
@@ -140,11 +140,11 @@ class _Apart(GeneralTracker):
                 self._waiting.clear()
                 self._left_behind = True
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warns of what has gone wrong by now, of each thing once."""
         with self._change:
-            new = [sentence for what, sentence in self._faults.items() if what not in self._told]
-            self._told |= self._faults.keys()
+            new = [sentence for what, sentence in self._faults.items() if what not in self._warned]
+            self._warned |= self._faults.keys()
         for sentence in new:
             warn_user(sentence, OutputWarning)
 

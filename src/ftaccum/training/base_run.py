@@ -8,13 +8,11 @@ from functools import cached_property
 from types import TracebackType
 from typing import TypeVar
 
-import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from ..accumulation.accumulator import GradientAccumulator
 from ..data.iterable import open_stream
-from ..errors import SettingsError
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.micro_batches import MicroBatchPlanner
@@ -113,7 +111,7 @@ class Run:
 
     @cached_property
     def planner(self) -> MicroBatchPlanner:
-        """What cuts windows into micro-batches."""
+        """What cuts windows into micro-batches; `WindowLoader.planner` follows it within the memory that there is."""
         return build_planner(self.config.runtime, self.batch_sizes, self.data.objective.report)
 
     @cached_property
@@ -151,21 +149,9 @@ class Run:
     def _prepare_model(self, stack: ExitStack) -> None:
         """Put the model on its device, in train mode."""
         runtime = self.config.runtime
-        if self.accelerator.mixed_precision == "fp16" and not runtime.accumulate_in_fp32:
-            _refuse_float16(self.model)
         if not getattr(self.model, "hf_device_map", None):  # a model that was spread over devices stays so
             self._place_model(stack)
         stack.enter_context(model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing))
 
     def _place_model(self, stack: ExitStack) -> None:  # noqa: ARG002
         self.model.to(self.accelerator.device)
-
-
-def _refuse_float16(model: nn.Module) -> None:
-    if any(p.dtype == torch.float16 for p in model.parameters()):
-        raise SettingsError(
-            [
-                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
-                "into. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
-            ]
-        )

@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,6 +28,7 @@ from ..checkpoint.manager import CheckpointManager, SavePolicy
 from ..checkpoint.resume import ResumePoint
 from ..checkpoint.state import TrainState
 from ..data.prefetch import WindowLoader
+from ..errors import SettingsError
 from ..planning.base_plan import BasePlan
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
@@ -111,6 +114,11 @@ class TrainingSetup(Run):
     @cached_property
     def plan(self) -> BasePlan:
         """The windows; where the run is resumed, with those that are done."""
+        return self.resumed[0]
+
+    @cached_property
+    def resumed(self) -> tuple[BasePlan, ResumePoint]:
+        """The windows, and the point that the run continues from once these are known."""
         fresh, report = self.new_plan(), self.data.objective.report
         is_main = self.process_group.is_main
         report_inexact(report, self.config.runtime, self.batch_sizes, self.planner, is_main=is_main)
@@ -143,6 +151,7 @@ class TrainingSetup(Run):
             self.data.objective,
             self.data.train,
             self.process_group,
+            self.accelerator.device,
             raises=runtime.on_nonfinite == "error",
             patience=runtime.nonfinite_patience,
         )
@@ -230,10 +239,22 @@ class TrainingSetup(Run):
         return manager
 
     def _prepare_model(self, stack: ExitStack) -> None:
-        _ = self.optimizer  # before the model moves to its device
+        if self.accelerator.mixed_precision == "fp16" and not self.config.runtime.accumulate_in_fp32:
+            _refuse_float16(self.model)
+        _ = self.optimizer  # made before the model moves to its device
         super()._prepare_model(stack)
 
     def validate(self) -> float | None:
         """Return the validation loss now, between two windows."""
         self.metrics_logger.drain()  # the run may end here, and then all of its updates are in the ledger
         return self.evaluate(self.model)[0]
+
+
+def _refuse_float16(model: nn.Module) -> None:
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise SettingsError(
+            [
+                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
+                "into. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
+            ]
+        )

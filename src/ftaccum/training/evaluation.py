@@ -18,12 +18,12 @@ from ..objective.forward import logits_of
 from ..objective.item_counts import IGNORE_INDEX, targets_of
 from ..objective.normalizer import WeightedMeans, gathered
 from ..objective.objective import Objective
-from ..planning.micro_batches import MicroBatchPlanner, Rows
+from ..planning.micro_batches import MicroBatchPlanner, RowIndices
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import training_mode
 
-_Predicted: TypeAlias = tuple[Rows, np.ndarray, np.ndarray]  # rows, predictions, labels
+_Predicted: TypeAlias = tuple[RowIndices, np.ndarray, np.ndarray]  # rows, predictions, labels
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
 
 _MODULES = (EvaluationModule, CombinedEvaluations)
@@ -83,7 +83,7 @@ class Evaluation:
         predicted: list[_Predicted] = []
 
         def evaluate_all() -> None:
-            for micro in self._loader.stream(self._shares()):
+            for micro in self._loader.stream(self._local_rows()):
                 self._evaluate(model, micro, losses, predicted)
 
         with torch.no_grad(), training_mode(model, training=False):
@@ -110,7 +110,7 @@ class Evaluation:
         for half in self._loader.halves(micro):
             self._evaluate(model, half, losses, predicted)
 
-    def _shares(self) -> Iterator[LocalRows]:
+    def _local_rows(self) -> Iterator[LocalRows]:
         together = _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED
         for start in range(0, self._n_rows, together):
             rows = tuple(range(start, min(start + together, self._n_rows)))
@@ -146,7 +146,7 @@ class _Metrics:
         features = [module.features for module in modules if isinstance(module, EvaluationModule)]
         self._takes_classes = "int" in str(features[:1])
 
-    def keep(self, rows: Rows, outputs: Any, batch: Any) -> _Predicted:
+    def keep(self, rows: RowIndices, outputs: Any, batch: Any) -> _Predicted:
         """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
         predicted classes and the labels, of those labels that count."""
         logits, labels = logits_of(outputs), targets_of(batch)

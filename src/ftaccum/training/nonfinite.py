@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
@@ -131,6 +132,7 @@ class NonFiniteHandler:
         objective: Objective,
         loader: Loader,
         process_group: ProcessGroup,
+        device: torch.device,
         *,
         raises: bool,
         patience: int | None,
@@ -144,7 +146,7 @@ class NonFiniteHandler:
             patience: so many such updates or overflows in a row end the run; None for any number.
         """
         self._model, self._objective, self._loader, self._process_group = model, objective, loader, process_group
-        self._raises, self._patience = raises, patience
+        self._device, self._raises, self._patience = device, raises, patience
         self.counts = NonFiniteCounts()
 
     def window_done(self, fault: NonFiniteUpdate | None) -> None:
@@ -203,7 +205,7 @@ class NonFiniteHandler:
         """The loss of one of its rows by itself; None where it has none, or cannot be run so."""
         try:
             row = self._loader.row_of(micro, place)
-            batch = send_to_device(row.batch, next(self._model.parameters()).device)
+            batch = send_to_device(row.batch, self._device)
             means = self._objective.means(self._model, batch, row.counts, row.terms)[0]
             return sum(mean.item() for mean in means.values()) if means else None
         except Exception:  # a head that takes no single row, or not this one: the run must not end for it

@@ -36,7 +36,7 @@ class OomRecovery:
                 "Memory ran out in a micro-batch of a single row"
                 + (f" ({self._window_loader.loader.name_of(piece.rows[0])})" if piece.rows else "")
                 + ". Truncate the rows, use `gradient_checkpointing`, or a smaller model; every update before this one "
-                "was taken." + (f" The device said: {failed.said}" if failed is not None else "")
+                "was taken." + (f" The device said: {failed.message}" if failed is not None else "")
             )
         tokens = self._process_group.min(None if failed is None else piece.tokens)
         assert tokens is not None, "memory ran out on one process at least"

@@ -75,23 +75,25 @@ class TrainingRun(TrainingSetup):
         cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)
         precision, device = self.accelerator.mixed_precision, self.accelerator.device.type
         self.console.banner(plan, [*data.notes(), cut], self.n_warmup, precision, device)
-        if message := self.resume_point.describe(self.identity, plan.n_windows):
+        if message := self.resumed[1].describe(self.identity, plan.n_windows):
             logger.info(message)
 
     def _restore(self) -> None:
         """Bring the run to where it continues, or evaluate before its first update."""
-        loop, ledger = self.loop, self.metrics_logger.ledger
-        self.resume_point.restore(self.state)  # only a run that can be resumed changes what is on the disk
+        _ = self.loop  # wraps the model, which changes what is restored into
+        resume_point, ledger = self.resumed[1], self.metrics_logger.ledger
+        resume_point.restore(self.state)  # only a run that can be resumed changes what is on the disk
         if self.process_group.is_main:
             self._open_files(ledger)
-        _ = loop, self.checkpoint_manager
-        if self.resume_point.path is None:
+        _ = self.checkpoint_manager  # from here on, signals wait for the end of an update
+        if resume_point.path is None:
             # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
             ledger.initial_val_loss, metrics = self.evaluate(self.model)
             self.console.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), self.plan.n_epochs)
-        self.resume_point.restore_generators(self.state, self.config.recipe.random_seed)
+        resume_point.restore_generators(self.state, self.config.recipe.random_seed)
 
     def _open_files(self, ledger: Ledger) -> None:
+        """On the main process alone, which must not build a part here: others would not."""
         if self.run_dir is None or self.checkpoints is None:
             return
         ledger.keep_in(self.run_dir.ledger)

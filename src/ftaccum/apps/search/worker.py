@@ -167,7 +167,7 @@ class Worker:
         """Remove the checkpoints of a trial that has ended in the study as well. A trial that runs again, in this
         worker or another, resumes from them."""
         if self._folder is not None:
-            CheckpointDirectory(self._folder / "checkpoints").clear()
+            CheckpointDirectory(RunDir(self._folder.absolute()).checkpoints).clear()
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if position_of(self._study, trial) >= self._settings.n_trials:

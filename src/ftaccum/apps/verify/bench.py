@@ -14,7 +14,7 @@ from ...data.loader import Loader, LocalRows, MicroBatch
 from ...errors import DataError
 from ...objective.item_counts import Batch, tensors_of
 from ...objective.normalizer import gathered
-from ...planning.micro_batches import MicroBatchRows, Rows
+from ...planning.micro_batches import MicroBatchRows, RowIndices
 from ...runtime.memory import WindowOutOfMemoryError
 from ...runtime.state_guards import preserve_buffers, preserve_rng
 from ...training.base_run import Run
@@ -37,11 +37,11 @@ class Bench:
 
     run: Run
     padded: Loader
-    window: Rows
+    window: RowIndices
     seed: tuple[int, ...]
     dtype: torch.dtype | None
 
-    def together(self, rows: Rows, order: Rows | None = None, factor: float = 1.0) -> WindowGradient:
+    def together(self, rows: RowIndices, order: RowIndices | None = None, factor: float = 1.0) -> WindowGradient:
         """The gradient of the loss over all rows at once: one forward and one backward pass, and no denominator.
 
         Args:
@@ -79,14 +79,14 @@ class Bench:
             try:
                 losses = accumulator.accumulate(share).losses
             except WindowOutOfMemoryError as error:
-                said = f" The device said: {error.failed.said}" if error.failed else ""
+                said = f" The device said: {error.failed.message}" if error.failed else ""
                 raise torch.OutOfMemoryError(f"Memory ran out while '{split.name}' was accumulated.{said}") from error
         return WindowGradient(taken(self.run.model, self.scale), gathered([losses], self.run.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:
         """Whether the model can be run on micro-batches as small as these: batch norm takes no row by itself, as a
         dummy is. (Tried by all processes alike: where one alone fails while accumulating, the others wait for it.)"""
-        if all(len(piece.rows) > 1 for share in split.shares for piece in share):
+        if all(len(piece.rows) > 1 for share in split.by_process for piece in share):
             return True
         try:
             with self.from_the_start(), torch.no_grad():
@@ -103,7 +103,7 @@ class Bench:
         )[0]
         return torch.stack(list(means.values())).sum()
 
-    def whole(self, rows: Rows, order: Rows | None = None) -> MicroBatch:
+    def whole(self, rows: RowIndices, order: RowIndices | None = None) -> MicroBatch:
         """Rows in one micro-batch."""
         places = tuple(rows.index(position) for position in order or rows)
         return self._loaded(self.padded, rows, [MicroBatchRows.of(rows, places)])[0]
@@ -126,7 +126,7 @@ class Bench:
             yield
 
     def _share(self, split: Split) -> list[MicroBatch]:
-        share = self._loaded(self.run.data.train, split.rows, split.shares[self.run.accelerator.process_index])
+        share = self._loaded(self.run.data.train, split.rows, split.by_process[self.run.accelerator.process_index])
         if not split.at_one_width:
             return share
         whole = self.whole(split.rows).batch
@@ -136,7 +136,7 @@ class Bench:
             for micro in share
         ]
 
-    def _loaded(self, loader: Loader, rows: Rows, slices: Sequence[MicroBatchRows]) -> list[MicroBatch]:
+    def _loaded(self, loader: Loader, rows: RowIndices, slices: Sequence[MicroBatchRows]) -> list[MicroBatch]:
         (micro_batches,) = loader.load([LocalRows(rows, slices, self.seed)])
         return [replace(micro, batch=cast(micro.batch, self.dtype)) for micro in micro_batches]
 

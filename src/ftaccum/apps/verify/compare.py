@@ -9,7 +9,7 @@ import transformers
 from accelerate.utils import gather_object
 
 from ...accumulation.accumulator import GradientAccumulator
-from ...planning.micro_batches import MicroBatchPlanner, Rows
+from ...planning.micro_batches import MicroBatchPlanner, RowIndices
 from ...runtime.model_context import unwrap_on_exit
 from .bench import Bench
 from .gradients import WindowGradient
@@ -49,9 +49,9 @@ class Comparison:
     n_random: int
     tolerance: Callable[[float], float]
 
-    def windows(self) -> dict[Rows, list[Split]]:
+    def windows(self) -> dict[RowIndices, list[Split]]:
         """What is tried: the ways to cut a window, by its rows."""
-        bench, found = self.bench, dict[Rows, list[Split]]()
+        bench, found = self.bench, dict[RowIndices, list[Split]]()
         for split in splits_of(
             bench.window, bench.run.data.train.cut, self.planner, self.unit, self.n_random, bench.seed[0]
         ):
@@ -90,14 +90,14 @@ class Comparison:
             yield lambda: run.new_accumulator(wrapped)
 
     def _of_window(
-        self, rows: Rows, splits: Sequence[Split], new_accumulator: Callable[[], GradientAccumulator]
+        self, rows: RowIndices, splits: Sequence[Split], new_accumulator: Callable[[], GradientAccumulator]
     ) -> tuple[list[SplitResult], float]:
         """The splits of one window, not judged yet, and what rounding alone does to it."""
         bench = self.bench
         if bench.whole(rows).is_dummy:
-            return [SplitResult(*split.facts, exact=True, note="(no loss items: no update)") for split in splits], 0.0
+            return [SplitResult(*split.summary, exact=True, note="(no loss items: no update)") for split in splits], 0.0
         if not any(map(bench.takes, splits)):
-            return [SplitResult(*split.facts, exact=False, note=_TOO_SMALL) for split in splits], 0.0
+            return [SplitResult(*split.summary, exact=False, note=_TOO_SMALL) for split in splits], 0.0
         wanted = bench.together(rows)
         again = bench.together(rows, order=rows[::-1], factor=1 / 3).error(wanted)
         return [self._accumulated(split, wanted, new_accumulator) for split in splits], max(gather_object([again]))
@@ -106,35 +106,35 @@ class Comparison:
         self, split: Split, wanted: WindowGradient, new_accumulator: Callable[[], GradientAccumulator]
     ) -> SplitResult:
         if not self.bench.takes(split):
-            return SplitResult(*split.facts, exact=False, note=_TOO_SMALL)
-        return SplitResult(*split.facts, *_errors(self.bench.accumulated(new_accumulator(), split), wanted))
+            return SplitResult(*split.summary, exact=False, note=_TOO_SMALL)
+        return SplitResult(*split.summary, *_errors(self.bench.accumulated(new_accumulator(), split), wanted))
 
-    def _divided_by_k(self, whole: WindowGradient, short: Rows) -> Iterator[SplitResult]:
+    def _divided_by_k(self, whole: WindowGradient, short: RowIndices) -> Iterator[SplitResult]:
         """Of the full window, and of one that is short, where there is one: k is still that of the full one there."""
         full = self._in_order("loss / k", self.bench.window)
         remainder = [self._in_order(f"loss / k, remainder of {len(short)}", short)] if short else []
         k = len(full.slices)
         for split in [full, *remainder]:
             if not self.bench.takes(split):
-                yield SplitResult(*split.facts, note=_TOO_SMALL)
+                yield SplitResult(*split.summary, note=_TOO_SMALL)
             elif not self.bench.whole(split.rows).is_dummy:
                 wanted = whole if split is full else self.bench.together(split.rows)
-                yield SplitResult(*split.facts, *_errors(divided_by_k(self.bench, split, k), wanted))
+                yield SplitResult(*split.summary, *_errors(divided_by_k(self.bench, split, k), wanted))
 
     def _trainer(self, whole: WindowGradient) -> SplitResult:
         split = self._in_order(_TRAINER, self.bench.window)
         reason = why_not_trainer(self.bench) if self.bench.takes(split) else _TOO_SMALL
         if reason is not None:
-            return SplitResult(*split.facts, note=reason)
+            return SplitResult(*split.summary, note=reason)
         try:
             with unwrap_on_exit(self.bench.run.model):
                 found = with_trainer(self.bench, split)
         except Exception as error:  # whatever it says of a model that it was not made for
             self.bench.run.model.zero_grad(set_to_none=True)
-            return SplitResult(*split.facts, note=f"({said(error)})")
-        return SplitResult(*split.facts, *_errors(found, whole))
+            return SplitResult(*split.summary, note=f"({said(error)})")
+        return SplitResult(*split.summary, *_errors(found, whole))
 
-    def _in_order(self, name: str, rows: Rows) -> Split:
+    def _in_order(self, name: str, rows: RowIndices) -> Split:
         """Equal slices in the order of arrival."""
         return Split(name, rows, self.bench.run.data.train.cut(rows, replace(self.planner, costs=None)))
 

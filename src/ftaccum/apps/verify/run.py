@@ -85,8 +85,11 @@ class VerificationRun(Run):
         runtime = replace(self.config.runtime, padding_free=False)
         return build_data(replace(self.config, runtime=runtime), self.accelerator, None).train
 
-    def _place_model(self, stack: ExitStack) -> None:
+    def _prepare_model(self, stack: ExitStack) -> None:
         stack.enter_context(preserve_gradients(self.model))
+        super()._prepare_model(stack)
+
+    def _place_model(self, stack: ExitStack) -> None:
         tensors = [*self.model.parameters(), *self.model.buffers()]
         stack.enter_context(cast_tensors(tensors, device=self.accelerator.device))
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatchRows, Rows
+from ...planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatchRows, RowIndices
 
-Shares = Sequence[Sequence[MicroBatchRows]]
-Cut = Callable[[Rows, MicroBatchPlanner], Shares]
+ByProcess = Sequence[Sequence[MicroBatchRows]]
+Cut = Callable[[RowIndices, MicroBatchPlanner], ByProcess]
 
 _REMAINDERS = 4  # of whole micro-batches: of a large k, not all numbers from 1 to k - 1 are tried
 
@@ -19,28 +19,28 @@ class Split:
 
     Attributes:
         rows: of the window.
-        shares: its micro-batches, by process; all have equally many.
+        by_process: its micro-batches, by process; all have equally many.
         at_one_width: whether rows are padded to the longest of the window instead of their micro-batch.
     """
 
     name: str
-    rows: Rows
-    shares: Shares
+    rows: RowIndices
+    by_process: ByProcess
     at_one_width: bool = False
 
     @property
     def slices(self) -> list[MicroBatchRows]:
         """Those of all processes, without the dummies."""
-        return [piece for share in self.shares for piece in share if piece.rows]
+        return [piece for share in self.by_process for piece in share if piece.rows]
 
     @property
-    def facts(self) -> tuple[str, int, int]:
+    def summary(self) -> tuple[str, int, int]:
         """What a table says of it: name, rows, passes of each process."""
-        return self.name, len(self.rows), len(self.shares[0])
+        return self.name, len(self.rows), len(self.by_process[0])
 
 
 def splits_of(
-    window: Rows, cut: Cut, planner: MicroBatchPlanner, unit: int, n_random: int, seed: int
+    window: RowIndices, cut: Cut, planner: MicroBatchPlanner, unit: int, n_random: int, seed: int
 ) -> Iterator[Split]:
     """A full window cut in many ways, and remainders of it.
 
@@ -63,7 +63,7 @@ def splits_of(
         yield Split(f"remainder of {n_rows}", window[:n_rows], cut(window[:n_rows], planner))
 
 
-def _random(window: Rows, num_processes: int, draw: np.random.RandomState) -> Shares:
+def _random(window: RowIndices, num_processes: int, draw: np.random.RandomState) -> ByProcess:
     """Any order, any sizes up to half the window, dealt to the processes as it comes."""
     order = draw.permutation(len(window)).tolist()
     slices = []

@@ -1,4 +1,4 @@
-"""Looking on while a run goes on."""
+"""Callbacks, which follow a run."""
 
 import inspect
 from collections.abc import Iterable
@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from ftaccum import test_fine_tuning
-from ftaccum.fine_tuning import fine_tuned
 from ftaccum.planning.plan import Plan
 from ftaccum.training.callbacks import Callback
+from ftaccum.training.config import RunConfig
+from ftaccum.training.run import run_training
 from heads import HEADS
 
 HEAD = HEADS["sequence classification, BERT"]
 
 
-class MetricsLogger(Callback):
+class Recorder(Callback):
     def __init__(self, *milestones: int) -> None:
         self._milestones, self.reached_at = milestones, list[tuple[int, int, float]]()
 
@@ -38,12 +39,13 @@ def run(callback: Callback, **arguments: Any) -> tuple[dict[str, torch.Tensor], 
     defaults = {n: p.default for n, p in inspect.signature(test_fine_tuning).parameters.items()}
     given = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8, "progress": False, "deterministic": True}
     data = {"train_data": HEAD.rows(36), "validation_split": 1 / 6}
-    result = fine_tuned({**defaults, **given, **data, **arguments, "model": model}, callback)
+    config = RunConfig.from_arguments({**defaults, **given, **data, **arguments, "model": model})
+    result = run_training(config, callback)
     return model.state_dict(), result
 
 
 def test_milestones_are_told_at_the_first_update_that_reaches_them() -> None:
-    callback = MetricsLogger(5, 8, 20, 30, 41, 60)
+    callback = Recorder(5, 8, 20, 30, 41, 60)
     _, result = run(callback)
     # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same one, and told as the later.
     assert [(m, rows) for m, rows, _ in callback.reached_at] == [(8, 8), (20, 24), (30, 30), (41, 46), (60, 60)]
@@ -52,14 +54,14 @@ def test_milestones_are_told_at_the_first_update_that_reaches_them() -> None:
 
 def test_looking_on_changes_nothing() -> None:
     alone, alone_result = run(Callback())
-    watched, watched_result = run(MetricsLogger(8, 16, 30, 38))
+    watched, watched_result = run(Recorder(8, 16, 30, 38))
     assert all(torch.equal(alone[name], watched[name]) for name in alone)
     assert watched_result.loss_history == alone_result.loss_history
     assert watched_result.val_loss_history == alone_result.val_loss_history
 
 
 def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> None:
-    class Stopper(MetricsLogger):
+    class Stopper(Recorder):
         def reached(self, milestone: int, rows: int, val_loss: float) -> None:
             raise KeyError(milestone, rows, val_loss)
 
@@ -79,6 +81,6 @@ def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest
 
     evaluate = Evaluation.__call__
     monkeypatch.setattr(Evaluation, "__call__", slow)
-    _, result = run(MetricsLogger(8, 16, 24, 38, 46, 54))
+    _, result = run(Recorder(8, 16, 24, 38, 46, 54))
     assert result.training_time > 9 * 0.4
     assert result.samples_per_second > 60 / (6 * 0.4)
