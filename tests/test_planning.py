@@ -120,7 +120,7 @@ def test_a_plan_whose_windows_differ_describes_itself() -> None:
 
 
 def test_a_stream_that_is_resumed_with_fewer_epochs_than_it_had_continues_none() -> None:
-    def read(epoch: int, n: int, needed_from: int) -> int:
+    def read(*_: int) -> int:
         raise AssertionError("nothing is read before training")
 
     def resumed(n_epochs: int, max_updates: int, done: Progress) -> int:
