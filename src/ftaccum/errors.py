@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 
@@ -15,6 +15,12 @@ class SettingsError(ValueError):
 
     def __reduce__(self) -> tuple[type["SettingsError"], tuple[tuple[str, ...]]]:
         return type(self), (self.faults,)  # it may be sent to another process
+
+
+def refuse(faults: Collection[str]) -> None:
+    """Raise SettingsError with a sentence for each fault, if there are any."""
+    if faults:
+        raise SettingsError(list(faults))
 
 
 class InexactLossError(SettingsError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .errors import SettingsError
+from .errors import refuse
 from .fields import (
     BatchSize,
     Costs,
@@ -217,8 +217,7 @@ def parse_settings(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     recipe, runtime = read_settings(Recipe, given), read_settings(Runtime, given)
     # The joint rules compare values, and need sound ones.
     faults = find_faults(recipe) + find_faults(runtime) or _joint_faults(recipe, runtime)
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     return recipe, runtime
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, DivergedError, SettingsError
+from ..errors import DataError, DivergedError, SettingsError, refuse
 from ..fields import find_faults
 from ..settings import Recipe, Runtime, parse_settings
 from .parser import NamedArguments, TrainArguments, parse
@@ -136,7 +136,7 @@ def _search(words: Sequence[str]) -> int:
 
     space = read_dimensions(varied.space)
     parse_settings(shared)
-    _refuse(find_faults(settings))
+    refuse(find_faults(settings))
     model_factory, loaded = load_factory(named)
     study = search(
         model_factory,
@@ -169,7 +169,7 @@ def _verify(words: Sequence[str]) -> int:
         raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
 
     parse_settings(vars(recipe) | vars(runtime))
-    _refuse(find_faults(settings))
+    refuse(find_faults(settings))
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
         from accelerate import PartialState
 
@@ -194,12 +194,7 @@ def _check_named(named: NamedArguments, command: str) -> None:
         raise SettingsError(
             [f"`--{name}` is needed. `ftaccum {command} --help` says what it may be." for name in needed]
         )
-    _refuse(find_faults(named))
-
-
-def _refuse(faults: Sequence[str]) -> None:
-    if faults:
-        raise SettingsError(faults)
+    refuse(find_faults(named))
 
 
 def _measures(named: TrainArguments, validation_split: float) -> bool:

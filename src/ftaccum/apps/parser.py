@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from ..errors import SettingsError
+from ..errors import SettingsError, refuse
 from ..fields import PositiveInt, Text, rules_of, setting, shown, traits_of
 from .yaml import read_mapping
 
@@ -174,6 +174,5 @@ def _read(file: Path, kinds: Sequence[type], elsewhere: Mapping[str, str]) -> di
         for key, name in named
         if key != name and names.count(name) > 1
     ]
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     return {name: given[key] for key, name in named}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..errors import SettingsError
+from ..errors import refuse
 from ..fields import Length, Pairs, PositiveInt, find_faults, read_settings, select_settings, setting
 from ..planning.batch_size import batch_sizes_of
 from ..planning.plan import Plan
@@ -79,8 +79,7 @@ def plan(
     faults = find_faults(arguments) + find_faults(recipe) or faults_of_schedule(recipe)
     if recipe.tokens_per_update is not None and arguments.tokens_per_row is None:
         faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     n_held = n_held_out(arguments.n_rows, recipe.validation_split)
     return Plan(
         arguments.n_rows - n_held,

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets.fingerprint import Hasher
 from torch import nn
 from torch.optim import Optimizer
 
+from .. import __version__
 from ..data.dataset import Rows
 from ..data.probe_rows import sample_positions
 from ..errors import CheckpointError
@@ -58,6 +60,11 @@ def size_identity(batch_sizes: BatchSizes) -> Any:
     """Rows of an update; where they change, pairs [from_update, rows]."""
     stages = [[update, sizes.effective_batch_size] for update, sizes in batch_sizes.stages()]
     return stages if len(stages) > 1 else stages[0][1]
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that compute a run."""
+    return {"ftaccum": __version__, **{name: version(name) for name in ("torch", "transformers", "accelerate")}}
 
 
 def rounding_settings(runtime: Runtime) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A stream as rows: read by the main process as_single, and handed to all."""
+"""A stream as rows: read by the main process alone, and handed to all."""
 
 import itertools
 import sys
@@ -22,7 +22,7 @@ from .row import Row, as_row, check_row, length_of
 LOOKED_AT = 256  # rows, before training
 _DRAWS = 0x57  # keeps what a stream draws apart from other uses of the seed
 
-# Calls a function on the main process as_single, and comes to what it came to there, on all processes.
+# Calls a function on the main process alone, and comes to what it came to there, on all processes.
 FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
 
 
@@ -44,7 +44,7 @@ def open_stream(data: Any, seed: int, process_group: ProcessGroup) -> Iterator["
         yield None
         return
     with single_process(process_group.size) as as_single:
-        yield Stream(data, "train_data", seed, process_group.run_on_main, as_single)
+        yield Stream(data, "train_data", seed, process_group, as_single)
 
 
 class Stream:
@@ -59,7 +59,7 @@ class Stream:
         source: Any,
         argument: str,
         seed: int,
-        from_main: FromMain,
+        process_group: ProcessGroup,
         as_single: Callable[[], AbstractContextManager],
     ) -> None:
         """Args:
@@ -67,7 +67,7 @@ class Stream:
         as_single: a context in which this process seems to be the only one.
         """
         self.argument, self._source = argument, source
-        self._from_main, self._alone = from_main, as_single
+        self._process_group, self._as_single = process_group, as_single
         self.steps: list[Step] = []
         self._n_read = 0
         self._epoch = -1
@@ -83,7 +83,7 @@ class Stream:
             DataError: on all processes, where the stream raises, or one of the steps.
         """
         try:
-            return self._from_main(lambda: self._rows_on_main(epoch, n))
+            return self._process_group.run_on_main(lambda: self._rows_on_main(epoch, n))
         except DataError:
             raise
         except Exception as error:
@@ -107,7 +107,7 @@ class Stream:
     def _came(self, epoch: int, n: int) -> list[Row]:
         rows: list[Row] = []
         try:
-            with self._alone():
+            with self._as_single():
                 for row in itertools.islice(self._rows_of(epoch), n):
                     rows.append(row)
                     self._n_read += 1

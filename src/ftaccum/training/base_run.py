@@ -99,15 +99,13 @@ class Run:
         """The resolved sizes of an update."""
         return self.new_batch_sizes()
 
-    def new_batch_sizes(self) -> BatchSizes:
-        """Resolve the sizes of updates, and measure the physical batch where that is "auto"."""
-        known = self.known_batch_size
-        return build_batch_sizes(self.config, self.data, self.accelerator, self.process_group, known)
+    def new_batch_sizes(self, known: int | None = None) -> BatchSizes:
+        """Resolve the sizes of updates, and measure the physical batch where that is "auto".
 
-    @property
-    def known_batch_size(self) -> int | None:
-        """The physical batch, where "auto" was found before."""
-        return None
+        Args:
+            known: what "auto" was found to be before.
+        """
+        return build_batch_sizes(self.config, self.data, self.accelerator, self.process_group, known)
 
     @cached_property
     def planner(self) -> MicroBatchPlanner:

@@ -1,22 +1,22 @@
 """The parts of a run that trains, each built once, when it is first needed."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .. import __version__
 from ..checkpoint.compatibility import (
     RunIdentity,
     function_identity,
     model_identity,
     optimizer_identity,
+    package_versions,
     recipe_identity,
     rounding_settings,
     rows_identity,
@@ -30,6 +30,7 @@ from ..checkpoint.state import TrainState
 from ..data.prefetch import WindowLoader
 from ..errors import SettingsError
 from ..planning.base_plan import BasePlan
+from ..planning.batch_size import BatchSizes
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..tracking.console import Console
@@ -39,7 +40,7 @@ from .base_run import Run
 from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
 from .config import RunConfig
-from .evaluation import Evaluation, NoEvaluation
+from .evaluation import Evaluation
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
@@ -79,9 +80,9 @@ class TrainingSetup(Run):
         """Where the run continues from, if it is resumed."""
         return ResumePoint.find(self.config.recipe, self.config.runtime, self.checkpoints, self.process_group)
 
-    @property
-    def known_batch_size(self) -> int | None:
-        return self.resume_point.batch_size
+    @cached_property
+    def batch_sizes(self) -> BatchSizes:
+        return self.new_batch_sizes(self.resume_point.batch_size)
 
     @cached_property
     def identity(self) -> RunIdentity:
@@ -107,8 +108,7 @@ class TrainingSetup(Run):
                 "planner": self.planner.costs is not None,
             },
             n_rows=len(data.train_rows),
-            versions={"ftaccum": __version__}
-            | {name: version(name) for name in ("torch", "transformers", "accelerate")},
+            versions=package_versions(),
         )
 
     @cached_property
@@ -178,10 +178,11 @@ class TrainingSetup(Run):
         return MetricsLogger(self.accelerator, Ledger(), bar, self.batch_sizes)
 
     @cached_property
-    def evaluate(self) -> Evaluation | NoEvaluation:
+    def evaluate(self) -> Callable[[nn.Module], tuple[float | None, dict[str, float]]]:
+        """Returns the validation loss and metrics of a model; nothing, where there are no validation rows."""
         data = self.data
         if data.val is None or data.val_rows is None:
-            return NoEvaluation()
+            return lambda _: (None, {})
         return Evaluation(
             self.accelerator,
             data.objective,

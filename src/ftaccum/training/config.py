@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
-from ..errors import SettingsError
+from ..errors import refuse
 from ..fields import shown
 from ..objective.forward import LossFn
 from ..objective.item_counts import IGNORE_INDEX, CountItems
@@ -112,8 +112,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             for name, needed in needs.items()
             if needed
         ]
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
 
 
 def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) -> list[str]:

@@ -42,13 +42,6 @@ def fault_of_metrics(compute_metrics: Any) -> str | None:
     )
 
 
-class NoEvaluation:
-    """Stands where there are no validation rows."""
-
-    def __call__(self, model: nn.Module) -> tuple[None, dict[str, float]]:  # noqa: ARG002
-        return None, {}
-
-
 class Evaluation:
     """Evaluates a model on validation rows, each exactly once, over all processes."""
 

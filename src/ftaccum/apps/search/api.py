@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...data.iterable import is_stream
-from ...errors import SettingsError
+from ...errors import SettingsError, refuse
 from ...fields import find_faults, read_settings
 from ...fine_tuning import test_fine_tuning
 from ...settings import parse_settings
@@ -157,8 +157,7 @@ def _fixed_arguments(arguments: Mapping[str, Any], shared: Mapping[str, Any], se
     """
     faults = [f"There is no argument `{name}`. {nearest(name, _NAMES)}" for name in arguments if name not in _RUN]
     faults += [_REFUSED[name] for name in arguments if name in _REFUSED]
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     fixed = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
     fixed |= {"random_seed": seed, **arguments, **shared}
     return fixed
@@ -172,8 +171,7 @@ def _check(settings: SearchSettings, model_factory: Any, fixed: Mapping[str, Any
     except SettingsError as error:
         faults += error.faults
     faults += _faults_of_runs(model_factory, fixed) + _faults_of_search(settings, output_dir)
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
 
 
 def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:

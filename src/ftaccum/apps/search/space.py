@@ -10,7 +10,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
-from ...errors import SettingsError
+from ...errors import SettingsError, refuse
 from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
 from ...settings import parse_settings
@@ -65,8 +65,7 @@ class Space:
         if callable(self.others):
             others = dict(self.others(trial))
             faults = _faults_of_names(others)
-            if faults:
-                raise SettingsError(faults)
+            refuse(faults)
         else:
             others = {name: _suggest(trial, name, distribution) for name, distribution in self.others.items()}
         ratio = k * batch_size / (self.reference or batch_size)
@@ -98,8 +97,7 @@ def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
                 f"`space` has {word!r}. Say name=lowest:highest, with :log after it for a logarithmic scale, such as "
                 "weight_decay=1e-4:0.1:log; or name=one,two, such as lr_scheduler=linear,cosine."
             )
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     return dimensions
 
 
@@ -232,8 +230,7 @@ def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
                 parse_settings({**fixed, name: value})
             except SettingsError as error:
                 faults += [fault for fault in error.faults if fault not in faults]
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
 
 
 def _extremes(distribution: BaseDistribution) -> list[Any]:

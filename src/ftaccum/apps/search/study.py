@@ -19,7 +19,7 @@ from optuna.study import StudyDirection
 from sqlalchemy import NullPool, event, make_url
 from sqlalchemy.exc import ArgumentError
 
-from ...errors import DataError, SettingsError
+from ...errors import DataError, SettingsError, refuse
 from ...settings import Recipe
 from .definition import Search
 from .retry import GRACE, requeue
@@ -94,8 +94,7 @@ def _check_setup(study: Study, setup: dict[str, Any]) -> None:
         for name, value in setup.items()
         if name in before and before[name] != value
     ]
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
 
 
 def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) -> None:
@@ -111,8 +110,7 @@ def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) 
                     f"this search has {dimensions[name]}. Only the ends of a range may change: give the same, or "
                     "another `study_name`."
                 )
-    if faults:
-        raise SettingsError(list(faults.values()))
+    refuse(faults.values())
 
 
 def check_budget(study: Study, rows: int) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ...data.collator import Collator
 from ...data.convert import as_rows
-from ...errors import SettingsError
+from ...errors import SettingsError, refuse
 from ...fields import find_faults, read_settings
 from ...objective.forward import LossFn
 from ...objective.item_counts import CountItems
@@ -128,6 +128,5 @@ def _read(arguments: Mapping[str, Any]) -> tuple[VerifySettings, RunConfig]:
         config = RunConfig.from_arguments(arguments)
     except SettingsError as error:
         raise SettingsError([*faults, *error.faults]) from error
-    if faults:
-        raise SettingsError(faults)
+    refuse(faults)
     return settings, config

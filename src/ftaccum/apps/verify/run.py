@@ -4,14 +4,13 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 
 import numpy as np
 import torch
 from torch.optim import SGD
 from tqdm import tqdm
 
-from ... import __version__
+from ...checkpoint.compatibility import package_versions
 from ...data.convert import as_rows
 from ...data.loader import Loader
 from ...errors import DataError
@@ -177,8 +176,7 @@ class VerificationRun(Run):
             num_processes=sizes.num_processes,
             effective_batch_size=sizes.effective_batch_size,
             random_seed=self._seed,
-            versions={"ftaccum": __version__}
-            | {name: version(name) for name in ("torch", "transformers", "accelerate")},
+            versions=package_versions(),
             seconds=round(time.perf_counter() - started, 3),
         )
 
