@@ -169,7 +169,11 @@ FAULTS = {
 def told(fault: Callable[[Path], None], folder: Path) -> str:
     """What is printed, warned of and raised, but for what every run prints."""
     printed, ending = io.StringIO(), ""
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        warnings.catch_warnings(record=True) as warned,
+    ):
         warnings.simplefilter("always")
         try:
             fault(folder)
