@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from ftaccum.objective.probe import (
     explain,
     relative,
 )
-from ftaccum.objective.self_check import Sample, measured_objective
+from ftaccum.objective.self_check import Sample, difference_of_packing, measured_objective
 
 Batch = tuple[Tensor, Tensor]
 X = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 2.0, 0.0], [1.0, 1.0, 4.0]])
@@ -265,3 +266,15 @@ def test_scales_and_shifts_of_norms_are_perturbed_and_restored() -> None:
     assert all(torch.equal(p, was) for p, was in zip(outer.parameters(), before, strict=True))
     with perturb_norms([outer]):
         assert all(torch.equal(p, was) for p, was in zip(outer.parameters(), before, strict=True)), "not below"
+
+
+@pytest.mark.parametrize(("mean", "off"), [(3.0, 0.0), (3.3, 0.1)])
+def test_packed_rows_are_compared_by_their_sum_where_they_count_fewer_items(mean: float, off: float) -> None:
+    def forward(_: nn.Module, batch: Any) -> Any:
+        return {"loss": batch["mean"]}, None
+
+    objective = SimpleNamespace(count=lambda batch: {"loss": batch["items"]})
+    padded = {"mean": torch.tensor(2.0, dtype=torch.float64), "items": 3}
+    packed = {"mean": torch.tensor(mean, dtype=torch.float64), "items": 2}
+    arguments: Any = (linear(), forward, objective, padded, packed)
+    assert difference_of_packing(*arguments) == pytest.approx(off, abs=1e-12)
