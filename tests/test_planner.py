@@ -56,17 +56,17 @@ def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypat
 
     def updates(**arguments: Any) -> list[list[int]]:
         seen: list[list[int]] = []
-        share = WindowLoader._share
+        local_rows = WindowLoader._local_rows
 
         def watched(window_loader: WindowLoader, window: Any) -> Any:
-            found = share(window_loader, window)
+            found = local_rows(window_loader, window)
             dealt = window_loader.loader.cut(window.rows, window_loader.planner)
             seen.append(sorted(row for part in dealt for piece in part for row in piece.rows))
             assert sorted(found.window) == seen[-1] == sorted(window.rows)
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(WindowLoader, "_share", watched)
+            patch.setattr(WindowLoader, "_local_rows", watched)
             trained(NAMES[1], arguments.pop("batch_size", 4), **arguments)
         return seen
 
