@@ -155,6 +155,12 @@ def test_a_stream_is_asked_for_what_a_window_still_wants_and_told_what_is_done()
     assert asked == [(0, 1, 0), (0, 2, 0), (0, 3, 0), (0, 3, 3)]
 
 
+def test_a_stream_knows_how_many_rows_each_window_ended_after() -> None:
+    plan = stream([5, 3], 2)
+    assert [len(rows) for _, _, rows in windows_of(plan)] == [2, 2, 1, 2, 1]
+    assert [plan.rows_after(n) for n in range(6)] == [0, 2, 4, 5, 7, 8]
+
+
 def test_updates_of_a_stream_grow_where_k_does() -> None:
     plan = stream([99], 1, max_updates=6)
     plan.batch_sizes = BatchSizes(1, 2, 1, 2, LATER)
