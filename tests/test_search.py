@@ -763,7 +763,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"model": Layer()}, "Give `model_factory`"),
         ({"gradient_accumulation_steps": 4}, "Give the candidates as `accumulation_steps`"),
         ({"effective_batch_size": 64}, "`effective_batch_size` follows from `accumulation_steps`"),
-        ({"max_updates": 100}, "`max_updates` would give trials of different k different rows"),
+        ({"max_updates": 100}, "a trial with more accumulation steps would train on more rows"),
         ({"learning_rate_scaling": "sqrt"}, "Leave it out; `couple_learning_rate` scales the rate of a trial"),
         ({"space": {"remainder": CategoricalDistribution(["flush", "carry"])}}, "`space` cannot vary 'remainder'"),
         ({"weight_decya": 0.1}, "There is no argument `weight_decya`. Did you mean 'weight_decay'?"),

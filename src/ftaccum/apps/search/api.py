@@ -30,8 +30,8 @@ _REFUSED = {
     "model": "`model` is one model, and every trial needs its own. Give `model_factory`, a function that makes it.",
     STEPS: f"The search itself sets `{STEPS}`. Give the candidates as `accumulation_steps`; (1,) for none.",
     "effective_batch_size": "`effective_batch_size` follows from `accumulation_steps` in each trial. Leave it out.",
-    "max_updates": "`max_updates` would give trials of different k different rows. Leave it out: `n_epochs` is their "
-    "budget.",
+    "max_updates": "`max_updates` is not for a search: a trial with more accumulation steps would train on more rows. "
+    "Leave it out: `n_epochs` is the budget of each trial.",
     "learning_rate_scaling": "`learning_rate_scaling` follows a k that changes within a run, and that of a trial does "
     "not. Leave it out; `couple_learning_rate` scales the rate of a trial with its k.",
     "tokens_per_update": "`tokens_per_update` would fix `accumulation_steps`, which is searched. Leave it out.",
