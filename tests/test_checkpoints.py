@@ -373,7 +373,7 @@ def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended:
 
 
 HOLDS = "import sys, time; from ftaccum.runtime.run_dir import RunDir\n" + (
-    "with RunDir.create(sys.argv[1]).lock(): print('held', flush=True); time.sleep(600)"
+    "with RunDir.resolve(sys.argv[1]).lock(): print('held', flush=True); time.sleep(600)"
 )
 
 

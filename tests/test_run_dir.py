@@ -14,7 +14,7 @@ from ftaccum.runtime.run_dir import RunDir
 from ftaccum.tracking import export
 from interrupted import fine_tuned
 
-IS_LOCKED = "import sys; from ftaccum.runtime.run_dir import RunDir; print(RunDir.create(sys.argv[1]).is_locked())"
+IS_LOCKED = "import sys; from ftaccum.runtime.run_dir import RunDir; print(RunDir.resolve(sys.argv[1]).is_locked())"
 
 
 def is_locked_for_others(folder: Path) -> bool:
@@ -45,14 +45,19 @@ def test_a_relative_folder_stays_where_it_was_after_a_change_of_directory(
 
 def test_the_users_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert RunDir.create("~/run").path == tmp_path / "run"
-    assert (tmp_path / "run").is_dir()
+    assert RunDir.resolve("~/run").path == tmp_path / "run"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"`output_dir` .*file/run' cannot be made"):
-        RunDir.create(str(tmp_path / "file" / "run"))
+        RunDir(tmp_path / "file" / "run").make()
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="but are not installed"):
+        fine_tuned(output_dir=str(tmp_path / "run"), log_with="dvclive")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_lock_is_held_until_the_model_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +82,7 @@ def test_a_second_run_in_the_same_process_is_kept_out(tmp_path: Path) -> None:
 HOLDS_WITH_A_CHILD = """
 import os, sys, time
 from ftaccum.runtime.run_dir import RunDir
-with RunDir.create(sys.argv[1]).lock():
+with RunDir.resolve(sys.argv[1]).lock():
     if os.fork() == 0:
         print("locked", flush=True)
         time.sleep(60)

@@ -25,20 +25,27 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, output_dir: str) -> "RunDir":
-        """Make the folder where it is missing; `~` is the user's home.
+    def resolve(cls, output_dir: str) -> "RunDir":
+        """Return the folder as it will be found from any working folder; `~` is the user's home.
 
         Raises:
-            SettingsError: where that cannot be done.
+            SettingsError: if the user has no home.
         """
         try:
-            path = Path(output_dir).expanduser().absolute()
-            path.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError, ValueError) as error:  # no home; a name that the file system cannot spell
-            raise SettingsError(
-                [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
-            ) from error
-        return cls(path)
+            return cls(Path(output_dir).expanduser().absolute())
+        except RuntimeError as error:
+            raise _refused(output_dir, error) from error
+
+    def make(self) -> None:
+        """Make the folder if it is missing.
+
+        Raises:
+            SettingsError: if that cannot be done.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot spell
+            raise _refused(str(self.path), error) from error
 
     @property
     def ledger(self) -> Path:
@@ -103,3 +110,9 @@ class RunDir:
         with suppress(OSError):
             return (self.path / ".lock").read_text().strip() or "another process"
         return "another process"
+
+
+def _refused(output_dir: str, error: Exception) -> SettingsError:
+    return SettingsError(
+        [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
+    )

@@ -52,7 +52,7 @@ class Run:
             SettingsError, CheckpointError: where the processes, the precision or the folder are not to be had.
         """
         recipe, runtime = self.config.recipe, self.config.runtime
-        self.run_dir = None if runtime.output_dir is None else RunDir.create(runtime.output_dir)
+        self.run_dir = None if runtime.output_dir is None else RunDir.resolve(runtime.output_dir)
         project_dir = None if self.run_dir is None else str(self.run_dir.path)
         with ExitStack() as stack:
             enter = stack.enter_context
@@ -62,6 +62,7 @@ class Run:
             self.process_group = enter(open_process_group(processes))
             enter(run_logging(enabled=self.logs and self.process_group.is_main))
             if (run_dir := self.run_dir) is not None:
+                self.process_group.run_on_main(run_dir.make)
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
             enter(self._inner)
             self._prepare_model(self._inner)
