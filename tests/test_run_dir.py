@@ -50,8 +50,9 @@ def test_the_users_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match=r"`output_dir` .*file/run' cannot be made"):
-        RunDir(tmp_path / "file" / "run").make()
+    refused = pytest.raises(SettingsError, match=r"`output_dir` .*file/run' cannot be made")
+    with refused, RunDir(tmp_path / "file" / "run").lock():
+        pass
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:

@@ -36,17 +36,6 @@ class RunDir:
         except RuntimeError as error:
             raise _refused(output_dir, error) from error
 
-    def make(self) -> None:
-        """Make the folder if it is missing.
-
-        Raises:
-            SettingsError: if that cannot be done.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot spell
-            raise _refused(str(self.path), error) from error
-
     @property
     def ledger(self) -> Path:
         return self.path / "ledger.jsonl"
@@ -65,15 +54,20 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the folder. Where the file system has no locks, or nothing can be written, there is
-        none: whoever writes there reports it.
+        """Make the folder if it is missing, and keep other runs out of it. Where the file system has no locks, or
+        nothing can be written, there is none: whoever writes there reports it.
 
         The system releases the lock of a process that is killed, also while its data workers live on: they do not
         inherit it.
 
         Raises:
+            SettingsError: if the folder cannot be made.
             CheckpointError: where another run has the lock.
         """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot spell
+            raise _refused(str(self.path), error) from error
         lock = filelock.FileLock(self.path / ".lock", timeout=_PATIENCE, fallback_to_soft=False)
         try:
             lock.acquire()

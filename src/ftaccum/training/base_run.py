@@ -53,16 +53,15 @@ class Run:
         """
         recipe, runtime = self.config.recipe, self.config.runtime
         self.run_dir = None if runtime.output_dir is None else RunDir.resolve(runtime.output_dir)
-        project_dir = None if self.run_dir is None else str(self.run_dir.path)
         with ExitStack() as stack:
             enter = stack.enter_context
+            project_dir = None if self.run_dir is None else str(self.run_dir.path)
             self.accelerator = enter(accelerator_session(runtime, recipe.random_seed, project_dir))
             processes = self.accelerator.num_processes
             enter(report_lost_process(processes == 1, self.describe_progress))
             self.process_group = enter(open_process_group(processes))
             enter(run_logging(enabled=self.logs and self.process_group.is_main))
             if (run_dir := self.run_dir) is not None:
-                self.process_group.run_on_main(run_dir.make)
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
             enter(self._inner)
             self._prepare_model(self._inner)
