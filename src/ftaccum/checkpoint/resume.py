@@ -80,7 +80,7 @@ class ResumePoint:
         return None if self.checkpoint is None else self.checkpoint.metadata["run_with"]["batch_size"]
 
     def resume_plan(self, plan: BasePlan, identity: RunIdentity) -> "tuple[BasePlan, ResumePoint]":
-        """Return the windows of this run, of which those of the checkpoint are done, and the point to continue from.
+        """Return the windows of this run and the point to continue from, after the windows that the checkpoint holds.
 
         Raises:
             CheckpointError: where this is not the run of the checkpoint, or a stream in updates of another size.

@@ -18,7 +18,7 @@ _RULE = "=" * 64
 
 
 class SearchProgress:
-    """The progress of a study, whoever works on it, on standard output."""
+    """Prints the progress of a study, of all its workers, to standard output."""
 
     def __init__(self, study: Study, search: Search, storage: BaseStorage, num_processes: int) -> None:
         self._study, self._search, self._storage, self._num_processes = study, search, storage, num_processes

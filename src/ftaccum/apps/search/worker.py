@@ -124,7 +124,7 @@ class Worker:
         self._silent: dict[int, float] = {}
 
     def work(self, on_trial: Callable[[], None]) -> None:
-        """Run trials until none is left.
+        """Run trials until all are done.
 
         Args:
             on_trial: called whenever trials may have ended.

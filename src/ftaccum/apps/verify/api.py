@@ -114,7 +114,7 @@ def _read(arguments: Mapping[str, Any]) -> tuple[VerifySettings, RunConfig]:
         **arguments,
         **dict.fromkeys(("val_data", "optimizer", "compute_metrics")),
         "validation_split": 0.0,
-        "on_inexact": "ignore",  # what is inexact is told with the verdict
+        "on_inexact": "ignore",  # the verdict names what is inexact
     }
     if settings.dtype == "float64":
         if arguments["use_amp"] or arguments["mixed_precision"] not in (None, "no"):
