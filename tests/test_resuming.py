@@ -255,12 +255,12 @@ def test_what_is_told_of_rows_and_versions_is_true(
     capsys.readouterr()
     fine_tuned(resume=str(other))
     told = capsys.readouterr().err
-    assert "24 rows are done, none is left out and none comes again." in told
+    assert "24 rows are done, and no row is skipped or repeated." in told
     assert f"Of other versions: torch {torch.__version__} (it was 2.6.0); numbers may differ" in told
     fine_tuned(resume=str(cut_off), random_seed=1, allow_changed=["random_seed", "train_data", "val_data"])
     told = capsys.readouterr().err
     assert "24 rows are done. Allowed to differ: random_seed" in told
-    assert "none comes again" not in told
+    assert "skipped or repeated" not in told
     assert "Of other versions" not in told
 
 
@@ -412,7 +412,7 @@ def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
     assert relative_error(same, weights) < 1e-9
     assert again.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
     assert "Goes on after update 6" in (told := capsys.readouterr().err)
-    assert "44 rows are done, none is left out and none comes again." in told
+    assert "44 rows are done, and no row is skipped or repeated." in told
     name, value = next(iter(arguments.items()))
     assert f"{name} {value} (it was" in told
 

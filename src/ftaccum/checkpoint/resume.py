@@ -139,7 +139,7 @@ class ResumePoint:
             f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
             f"{self.checkpoint.metadata['rows']} rows are done"
         )
-        sentence += "." if self.changed & _OTHER_ROWS else ", none is left out and none comes again."
+        sentence += "." if self.changed & _OTHER_ROWS else ", and no row is skipped or repeated."
         if self.changed:
             sentence += f" Allowed to differ: {', '.join(sorted(self.changed))}."
         others = [f"{name} {now[name]} (it was {was[name]})" for name in now if was.get(name) != now[name]]

@@ -191,7 +191,7 @@ def _doubts(compared: Compared, dtype: torch.dtype) -> list[str]:
     if compared.floor > compared.tolerance:
         doubts.append(
             f"One batch against itself, its rows in another order, differs by {compared.floor:.1e}, which is more than "
-            "counts as rounding: the table cannot tell. Does the model draw by itself (a generator of its own, "
-            "checkpointing of its own around dropout)?"
+            "counts as rounding, so the table is not conclusive. Does the model draw by itself (a generator of its "
+            "own, checkpointing of its own around dropout)?"
         )
     return doubts
