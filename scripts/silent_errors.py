@@ -1,0 +1,48 @@
+"""Prints each kind of use that once came out wrong without a word: its error now, or the message that refuses it.
+
+OMP_NUM_THREADS=1 .venv/bin/python scripts/silent_errors.py [--kind N] [--source SRC]
+
+`--source` takes the package from another checkout's `src`, to see what an earlier version did.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", type=int, action="append", help="run the cases of this kind only")
+    parser.add_argument("--source", type=Path, help="the `src` folder to import ftaccum from")
+    options = parser.parse_args()
+    sys.path.insert(0, str(TESTS))
+    if options.source is not None:
+        sys.path.insert(0, str(options.source.resolve()))
+    import silent_errors
+    from silent_errors.case import CASES
+
+    for module in pkgutil.iter_modules(silent_errors.__path__):
+        importlib.import_module(f"silent_errors.{module.name}")
+    print("| kind | case | result |\n| --- | --- | --- |")
+    for case in sorted(CASES, key=lambda case: case.kind):
+        if options.kind and case.kind not in options.kind:
+            continue
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = f"{case.run():.1e}"
+        except Exception as error:  # the table shows whatever came
+            result = f"{type(error).__name__}: {error}".replace("\n", " ")
+        print(f"| {case.kind} | {case.name} | {result} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
