@@ -28,7 +28,7 @@ SETTINGS: dict[str, tuple[type, Field]] = {f.name: (kind, f) for kind in (Recipe
 
 # Frozen, so that growth is a decision: a new argument is declared, documented, and then named here.
 NAMES = (
-    "accumulate_in_fp32", "allow_changed", "batch_size", "checkpoint_every", "compile", "compute_metrics",
+    "accumulate_in_fp32", "allow_changed", "audit", "batch_size", "checkpoint_every", "compile", "compute_metrics",
     "config", "count_items", "data_collator", "deterministic", "early_stopping_patience",
     "effective_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "gradient_clip_norm",
     "keep_checkpoints", "learning_rate", "learning_rate_scaling", "log_with", "loss_fn", "lr_scheduler",

@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import numbers
-import os
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from .values import LARGEST, plain, shown
 
 T = TypeVar("T")
 
@@ -103,24 +102,8 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda value: value in choices, f"{', '.join(first)} or {last}")
 
 
-class _Shown(reprlib.Repr):
-    """Shows values in messages: cuts long ones in the middle, and names those that cannot be shown."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 200
-        self.maxlist = self.maxtuple = 20
-
-    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002
-        return repr(x) if abs(x) <= _LARGEST else "too large an integer"
-
-
-_LARGEST = 2**63 - 1  # of NumPy's and torch's integers
-shown = _Shown().repr
-
-
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _is_positive_int(value: Any) -> bool:
@@ -201,6 +184,24 @@ Every = Annotated[
         "a positive number of updates, or a time such as '90s', '15min' or '2h'",
     ),
 ]
+
+
+def _read_audit(value: Any) -> Any:
+    """Return a flag or a number written as text, and any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    word = value.lower()
+    return {"true": True, "false": False}.get(word, int(word) if word.isdecimal() else value)
+
+
+Audit = Annotated[
+    int | str,  # a word of a command line; read as a flag or a number
+    Rule(
+        lambda v: isinstance(v, bool) or (_is_int(v) and v > 1),
+        "True, False, or a number of updates of 2 or more",
+        _read_audit,
+    ),
+]
 Names = Annotated[
     str,  # one word of a command line: argparse would read a list element by element
     Rule(
@@ -239,28 +240,6 @@ def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
     rules = rules_of(kind)
     names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
     return kind(**{n: rules[n].read(plain(given[n])) for n in names})
-
-
-def plain(value: Any) -> Any:
-    """Return NumPy's numbers as Python's and paths as strings, and any other value unchanged."""
-    try:
-        return _plain(value)
-    except Exception:  # a list that holds itself, a fraction beyond all floats, a tensor without storage, …
-        return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if hasattr(value, "tolist"):  # a NumPy array
-        return value.tolist()
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def find_faults(settings: Any) -> list[str]:

@@ -59,6 +59,7 @@ def test_fine_tuning(
     restore_best_weights: bool = False,
     random_seed: int = 42,
     on_inexact: str = "warn",
+    audit: bool | int = True,
     on_nonfinite: str = "skip",
     nonfinite_patience: int | None = 25,
     deterministic: bool = False,
@@ -148,6 +149,9 @@ def test_fine_tuning(
         random_seed: of hold-out, order of rows and dropout. The process's own generators are left as they were.
         on_inexact: "error", "warn" or "ignore": what to do where accumulating the loss is seen before training to be
             no more than near one large batch (rows compared with each other, batch norm, a router's balance).
+        audit: whether to compare the gradient of some updates with that of one batch of the same rows, computed without
+            dropout. True: updates 1, 4, 16 and 64, then for 1% of the time. A number: as many updates between two
+            audits. A gradient that is not exact is treated as `on_inexact` says.
         on_nonfinite: what to do with an update whose loss, in any pass on any process, or whose gradient is not finite.
             "skip": leave weights, buffers, optimizer and schedule as they were, tell which rows have such a loss by
             themselves, and go on. "error": end the run there (an overflow that a gradient scaler takes care of is
@@ -179,7 +183,8 @@ def test_fine_tuning(
         CheckpointError: where no checkpoint can be gone on from, or only one of a run with other settings.
         Preempted: where SIGTERM or SIGUSR1 came, after the update that was under way has been taken and saved. A
             `SystemExit` with status 75. (KeyboardInterrupt, where it was SIGINT.)
-        InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact.
+        InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact. If an audit finds that
+            in the middle of a run, checkpoint and model are saved first, and the message names them.
         DataError: data that cannot be trained on, with the row where there is one.
         MetricsError: where `compute_metrics` raises, and there are several processes; one lets through what it raised.
         LostProcessError: where another process of the run has ended, or does not answer.
@@ -240,6 +245,7 @@ def test_fine_tuning(
                 "restore_best_weights": restore_best_weights,
                 "random_seed": random_seed,
                 "on_inexact": on_inexact,
+                "audit": audit,
                 "on_nonfinite": on_nonfinite,
                 "nonfinite_patience": nonfinite_patience,
                 "deterministic": deterministic,

@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import refuse
 from .fields import (
+    Audit,
     BatchSize,
     Costs,
     Count,
@@ -34,8 +35,8 @@ from .fields import (
     names_where,
     read_settings,
     setting,
-    shown,
 )
+from .values import shown
 
 _training = partial(setting, group="length of training")
 _size = partial(setting, group="size of an update")
@@ -168,6 +169,11 @@ class Runtime:
     )
     on_inexact: OnInexact = _check(
         "warn", "what to do if accumulating the loss only approximates a large batch: error, warn or ignore"
+    )
+    audit: Audit = _check(
+        True,
+        "compare the gradient of some updates with that of one batch of their rows: true, false, or the updates "
+        "between two audits",
     )
     on_nonfinite: OnNonfinite = _check(
         "skip", "what to do with an update whose loss or gradient is not finite: skip it, or error to end the run"

@@ -22,7 +22,7 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings import SIZES, Recipe, Runtime
 
-FORMAT = 2  # of a checkpoint's files; another one cannot be read
+FORMAT = 3  # of a checkpoint's files; another one cannot be read
 _LOOKED_AT = 16  # numbers of a weight; numbers of a weight
 _MATTER_TO_ROUNDING = names_where(Runtime, lambda traits: traits.matters_to_rounding)
 _RATES = {"lr", "initial_lr"}  # which the settings and the schedule say

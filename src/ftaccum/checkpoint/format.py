@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..planning.base_plan import Progress
-from ..tracking.ledger import EpochEntry, WindowEntry
+from ..tracking.ledger import Entry, EpochEntry, WindowEntry, read_entry
 from .manifest import damage
 from .serialization import n_bytes_in
 
@@ -23,7 +23,7 @@ class Snapshot:
     """A run's state on the host, which the run does not change any more."""
 
     metadata: dict[str, Any]
-    entries: list[WindowEntry | EpochEntry]
+    entries: list[Entry]
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
     beside: dict[str, Tensor]
@@ -67,12 +67,11 @@ class Checkpoint:
 
     path: Path
     metadata: dict[str, Any]
-    entries: list[WindowEntry | EpochEntry]
+    entries: list[Entry]
 
     @classmethod
     def opened(cls, path: Path) -> "Checkpoint":
-        lines = [json.loads(line) for line in (path / LEDGER).read_text().splitlines()]
-        entries = [WindowEntry(**line) if "window" in line else EpochEntry(**line) for line in lines]
+        entries = [read_entry(line) for line in (path / LEDGER).read_text().splitlines()]
         return cls(path, json.loads((path / STATE).read_text()), entries)
 
     def processes(self) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
-from ..tracking.ledger import WindowEntry
+from ..tracking.ledger import EpochEntry
 from ..tracking.metrics_logger import within
 from .compatibility import FORMAT, RunIdentity, check, recipe_identity
 from .directory import CheckpointDirectory
@@ -173,7 +173,7 @@ def _reopened(checkpoint: Checkpoint, epoch: int) -> Checkpoint:
     for more now."""
     if len(checkpoint.epochs) <= epoch:
         return checkpoint
-    kept = [entry for entry in checkpoint.entries if isinstance(entry, WindowEntry) or entry.epoch < epoch]
+    kept = [entry for entry in checkpoint.entries if not isinstance(entry, EpochEntry) or entry.epoch < epoch]
     saved = checkpoint.metadata["extra_state"]
     extra_state = saved | {"metrics_logger": within(saved["metrics_logger"], epoch)}
     return replace(checkpoint, entries=kept, metadata=checkpoint.metadata | {"extra_state": extra_state})

@@ -57,6 +57,13 @@ class Forward:
         means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
 
+    def unweighted_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of a batch as the model or `loss_fn` gives it, the sum of its terms. Nothing measured takes
+        part in it."""
+        loss = self._read_loss(self._outputs(model, batch), batch)
+        terms = loss if isinstance(loss, Mapping) else {LOSS: loss}
+        return torch.stack([_scalar(term, mean) for term, mean in terms.items()]).sum()
+
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
         balance over its experts is no mean over labels, whatever the rest is.

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .forward import Forward
 from .item_counts import Batch
@@ -38,3 +39,14 @@ class Objective:
         found, outputs = self._forward(model, batch)
         means = means_of_sums(found, counts) if self.report.sums else found
         return {term: means[term] for term in terms}, outputs
+
+    def unweighted_loss(self, model: nn.Module, batch: Batch, counts: Counts) -> Tensor:
+        """Return the loss of one batch as the model or `loss_fn` gives it; a sum is divided by the batch's items.
+
+        Args:
+            counts: the batch's items by term.
+        """
+        if not self.report.sums:
+            return self._forward.unweighted_loss(model, batch)
+        sums, _ = self._forward(model, batch)
+        return torch.stack(list(means_of_sums(sums, counts).values())).sum()

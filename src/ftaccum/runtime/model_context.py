@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from accelerate.utils import has_compiled_regions
 from torch import nn
 
 from ..errors import SettingsError
@@ -35,6 +37,21 @@ def compile_model(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._compiled_call_impl = before
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether any part of a model is compiled."""
+    return has_compiled_regions(model) or any(module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def run_eagerly(model: nn.Module) -> Iterator[None]:
+    """Run a compiled model without its graphs, which would be compiled anew for every mode that it is run in."""
+    if not is_compiled(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

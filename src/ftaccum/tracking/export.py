@@ -50,17 +50,23 @@ def write_outputs(
     return replace(result, unwritten=faults)
 
 
+def write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir, process_group: ProcessGroup) -> list[str]:
+    """Write the model into the folder of a run. Return a sentence if that cannot be done, on all processes alike."""
+    return process_group.run_on_main(lambda: _write_model(model, tokenizer, run_dir))
+
+
 def _write(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any, run_dir: RunDir) -> list[str]:
     """Return a sentence for each thing that could not be written."""
     faults = _tried(run_dir.ledger, lambda _: ledger.write(), "All of its entries are in the result, too.")
     if model is not None:
-        faults += _tried(
-            run_dir.model,
-            lambda path: _save(model, tokenizer, path),
-            f"The weights take {_describe(_bytes_of(model))}. The model in memory is trained: save it elsewhere.",
-        )
+        faults += _write_model(model, tokenizer, run_dir)
     write = replace(result, unwritten=faults).save
     return faults + _tried(run_dir.result, write, "The result is returned: its `save` writes it elsewhere.")
+
+
+def _write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir) -> list[str]:
+    remedy = f"The weights take {_describe(_bytes_of(model))}. The model in memory is trained: save it elsewhere."
+    return _tried(run_dir.model, lambda path: _save(model, tokenizer, path), remedy)
 
 
 def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:

@@ -49,6 +49,45 @@ class EpochEntry:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class AuditEntry:
+    """What an audit found of one update, before it was taken.
+
+    Attributes:
+        audit: number of the update, from 1.
+        epoch: from 0.
+        rows: rows audited, on all processes.
+        reference: what the accumulated gradient was compared with: "one batch" of these rows, or "another cut" of them.
+        error: relative difference of the two gradients.
+        loss_error: relative difference of the two losses.
+        tolerance: the largest difference that counts as rounding.
+        seconds: that the audit took.
+    """
+
+    audit: int
+    epoch: int
+    rows: int
+    reference: str
+    error: float
+    loss_error: float
+    tolerance: float
+    seconds: float
+
+
+Entry = WindowEntry | EpochEntry | AuditEntry
+
+
+def read_entry(line: str) -> Entry:
+    """Return the entry that a line of a ledger's file holds.
+
+    Raises:
+        ValueError, TypeError: where it holds none.
+    """
+    values = json.loads(line)
+    kind = WindowEntry if "window" in values else AuditEntry if "audit" in values else EpochEntry
+    return kind(**values)
+
+
 def best_epoch(epochs: Iterable[EpochEntry]) -> int | None:
     """Return the epoch (from 1) of the lowest validation loss; None where no loss is finite."""
     losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
@@ -73,10 +112,11 @@ class Ledger:
     initial_val_loss: float | None = None
     windows: list[WindowEntry] = field(default_factory=list)
     epochs: list[EpochEntry] = field(default_factory=list)
+    audits: list[AuditEntry] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # An epoch's entry comes after those of its windows.
-        entries: list[WindowEntry | EpochEntry] = [*self.windows, *self.epochs]
+        entries: list[Entry] = [*self.audits, *self.windows, *self.epochs]
         self._entries = sorted(entries, key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
         self._has_warned = False
         self._file: AppendOnlyFile | None = None
@@ -98,7 +138,7 @@ class Ledger:
                 [f"The ledger cannot be written: {error}. Give an `output_dir` that can be written to."]
             ) from error
 
-    def record(self, entry: WindowEntry | EpochEntry) -> None:
+    def record(self, entry: Entry) -> None:
         self._add(entry)
         self.catch_up()
 
@@ -115,11 +155,11 @@ class Ledger:
                     OutputWarning,
                 )
 
-    def entries(self) -> list[WindowEntry | EpochEntry]:
+    def entries(self) -> list[Entry]:
         """All of them in order: an epoch's after those of its windows."""
         return list(self._entries)
 
-    def resume_from(self, entries: Sequence[WindowEntry | EpochEntry]) -> None:
+    def resume_from(self, entries: Sequence[Entry]) -> None:
         """Begins with what an earlier part of the run has recorded."""
         for entry in entries:
             self._add(entry)
@@ -133,9 +173,9 @@ class Ledger:
         if self._file is not None:
             self._file.write(lambda n: map(_as_line, self._entries[n:]))
 
-    def _add(self, entry: WindowEntry | EpochEntry) -> None:
-        kind: list[Any] = self.windows if isinstance(entry, WindowEntry) else self.epochs
-        kind.append(entry)
+    def _add(self, entry: Entry) -> None:
+        kinds: dict[type, list[Any]] = {WindowEntry: self.windows, EpochEntry: self.epochs, AuditEntry: self.audits}
+        kinds[type(entry)].append(entry)
         self._entries.append(entry)
 
     @property
@@ -143,7 +183,7 @@ class Ledger:
         return [e.val_loss for e in self.epochs if e.val_loss is not None]
 
 
-def _as_line(entry: WindowEntry | EpochEntry) -> str:
+def _as_line(entry: Entry) -> str:
     return json.dumps(null_non_finite(vars(entry)), allow_nan=False)
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..objective.normalizer import WeightedMeans, gathered
 from ..planning.batch_size import BatchSizes
-from .ledger import EpochEntry, Ledger, WindowEntry
+from .ledger import AuditEntry, EpochEntry, Ledger, WindowEntry
 from .step import StepResult
 from .throughput import Throughput
 from .trackers import run_trackers
@@ -58,6 +58,14 @@ class MetricsLogger:
             self._ended = self.n_epochs, self._epoch_losses
         self.n_epochs, self._epoch_losses = self.n_epochs + 1, None
         return entry
+
+    def audit(self, entry: AuditEntry) -> None:
+        """Record an audit after the windows before it. Its time does not count as training."""
+        self.drain()
+        self.throughput.seconds -= entry.seconds
+        self.ledger.record(entry)
+        values = {"audit/error": entry.error, "audit/loss_error": entry.loss_error}
+        self._accelerator.log(values, step=entry.audit - 1)
 
     @property
     def n_windows(self) -> int:

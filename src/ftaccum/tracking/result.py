@@ -35,6 +35,7 @@ class Result(Mapping[str, Any]):
         passes_per_update: forward passes on each process; fewer or more than k, as the planner cut the windows.
         out_of_memory: how often memory ran out, and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
+        audits: one entry an audit; the attributes of `AuditEntry`.
         output_dir: where ledger, result and model lie, if anywhere.
         unwritten: a sentence for each of those that could not be written.
     """
@@ -64,6 +65,7 @@ class Result(Mapping[str, Any]):
     final_loss_scale: float | None
     output_dir: str | None
     accumulation_schedule: list[list[int]] | None = None
+    audits: list[dict[str, Any]] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
 
     @classmethod
@@ -110,6 +112,7 @@ class Result(Mapping[str, Any]):
             final_loss_scale=final_loss_scale,
             output_dir=output_dir,
             accumulation_schedule=stages if batch_sizes.later else None,
+            audits=[dict(vars(audit)) for audit in ledger.audits],
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -142,6 +145,8 @@ class Result(Mapping[str, Any]):
         if self.out_of_memory:
             passes += f"; memory ran out {self.out_of_memory} times"
         rows.append(("passes", passes))
+        if self.audits:
+            rows.append(("audits", self._describe_audits()))
         if self.output_dir:
             missing = f", but for {len(self.unwritten)} that could not be written" if self.unwritten else ""
             rows.append(("outputs", f"{self.output_dir}{missing}"))
@@ -154,6 +159,16 @@ class Result(Mapping[str, Any]):
         reached = [k for update, k in self.accumulation_schedule if update < len(self.loss_history)]
         least, most = (k * self.batch_size * self.num_processes for k in (min(reached), max(reached)))
         return str(least) if least == most else f"{least} to {most}"
+
+    def _describe_audits(self) -> str:
+        worst = max(self.audits, key=lambda audit: audit["error"])
+        share = sum(audit["seconds"] for audit in self.audits) / self.training_time
+        n_off = sum(audit["error"] > audit["tolerance"] for audit in self.audits)
+        verdict = f"{n_off} NOT exact, worst" if n_off else "exact, worst"
+        return (
+            f"{len(self.audits)} of {len(self.loss_history):,} updates ({share:.1%} of the time): {verdict} "
+            f"{worst['error']:.0e} (rounding up to {worst['tolerance']:.0e})"
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the result as JSON; non-finite numbers become null. A file that was there is replaced once the new one

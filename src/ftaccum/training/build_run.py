@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..accumulation.audit import GradientAuditor
 from ..checkpoint.compatibility import (
     RunIdentity,
     function_identity,
@@ -29,6 +30,8 @@ from ..checkpoint.resume import ResumePoint
 from ..checkpoint.state import TrainState
 from ..data.prefetch import WindowLoader
 from ..errors import SettingsError
+from ..objective.rounding import Rounding
+from ..planning.audit_schedule import AuditSchedule
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..runtime.gradients.fp32 import gradient_strategy
@@ -36,6 +39,7 @@ from ..runtime.gradients.plain import GradientStrategy
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
+from .audit import AuditHandler
 from .base_run import Run
 from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
@@ -171,6 +175,30 @@ class TrainingSetup(Run):
         )
 
     @cached_property
+    def audits(self) -> AuditHandler:
+        runtime, objective = self.config.runtime, self.data.objective
+        assert not isinstance(runtime.audit, str), "its rule has read it"
+        auditor = GradientAuditor(
+            self.accelerator,
+            self.model,
+            objective,
+            self.gradients,
+            self.process_group,
+            self.new_accumulator(self.prepared[0]),
+            self.window_loader,
+        )
+        dtypes = [p.dtype for p in self.model.parameters() if p.requires_grad]
+        return AuditHandler(
+            auditor,
+            AuditSchedule(runtime.audit, self.plan.n_windows),
+            objective.report,
+            self.process_group,
+            self.metrics_logger.audit,
+            rounding=Rounding.of(dtypes, self.accelerator.mixed_precision),
+            on_inexact=runtime.on_inexact,
+        )
+
+    @cached_property
     def metrics_logger(self) -> MetricsLogger:
         settings = vars(self.config.recipe) | vars(self.config.runtime)
         self._inner.enter_context(tracking(self.accelerator, settings, self.batch_sizes))
@@ -218,6 +246,7 @@ class TrainingSetup(Run):
                 "oom_recovery": self.oom_recovery,
                 "nonfinite": self.nonfinite.counts,
                 "milestones": self.milestones,
+                "audits": self.audits,
             },
         )
 

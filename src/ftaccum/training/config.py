@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
 from ..errors import refuse
-from ..fields import shown
 from ..objective.forward import LossFn
 from ..objective.item_counts import IGNORE_INDEX, CountItems
 from ..settings import Recipe, Runtime, parse_settings
+from ..values import shown
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .optimizer import OptimizerFactory, fault_of_schedule
 

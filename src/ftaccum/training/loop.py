@@ -21,6 +21,7 @@ from .optimizer import scale_learning_rates
 
 # Returns a window in smaller micro-batches, given the pass of this process that ran out of memory.
 Split = Callable[[LocalWindow, FailedPass | None], LocalWindow]
+BeforeUpdate = Callable[[LocalWindow], None]
 OnStep = Callable[[StepResult, NonFiniteUpdate | None], None]
 
 
@@ -57,17 +58,19 @@ class TrainingLoop:
         self._rate_factor, self._max_grad_norm = rate_factor, max_grad_norm
         self.in_update = False
 
-    def train(self, windows: LocalWindows, split: Split, on_step: OnStep) -> None:
+    def train(self, windows: LocalWindows, before_update: BeforeUpdate, split: Split, on_step: OnStep) -> None:
         """Take one update for each window.
 
         Args:
             windows: this process's part of each window.
+            before_update: called with each window, before anything is computed of it.
             split: called where memory runs out.
             on_step: called after each window.
         """
         self._accumulator.zero_gradients()  # whatever came with the model is not the first window's
         with self._strategy.accumulating():
             for window in windows:
+                before_update(window)
                 window, accumulated = self._accumulate(window, split)
                 self.in_update = True
                 windows.read_ahead()  # collate the next window while the device computes this one

@@ -5,10 +5,10 @@ import math
 import torch
 from accelerate import Accelerator
 
-from ..errors import DataError, DivergedError, MetricsError
+from ..errors import DataError, DivergedError, InexactLossError, MetricsError
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
-from ..tracking.export import write_outputs
+from ..tracking.export import write_model, write_outputs
 from ..tracking.ledger import EpochEntry, Ledger
 from ..tracking.result import Result
 from ..tracking.step import StepResult
@@ -49,7 +49,10 @@ class TrainingRun(TrainingSetup):
         self._announce()
         self._restore()
         self._is_training = True
-        self._train_epochs()
+        try:
+            self._train_epochs()
+        except InexactLossError as error:
+            raise InexactLossError([*error.faults, *self._keep_inexact()]) from error
         self._is_training = False
         if self.best.restore(self.model):
             logger.info(f"Restored the weights of the epoch with validation loss {self.best.loss:.4f}.")
@@ -61,6 +64,16 @@ class TrainingRun(TrainingSetup):
         self.accelerator.wait_for_everyone()
         self.console.result(result)
         return result
+
+    def _keep_inexact(self) -> list[str]:
+        """Save the model of a run that an audit has ended, and return sentences that say where the run is kept."""
+        n_updates, saved = self.metrics_logger.n_windows, self.checkpoint_manager.describe()
+        self._inner.close()
+        if not n_updates or self.run_dir is None or not self.callback.saves_model:
+            return [f"The model in memory has {n_updates} updates.", "`on_inexact='warn'` trains all the same."]
+        faults = write_model(self.model, self.config.components.tokenizer, self.run_dir, self.process_group)
+        kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
+        return [*kept, saved, "With `on_inexact='warn'` it trains all the same."]
 
     def describe_progress(self) -> str:
         if not self._is_training:
@@ -118,7 +131,7 @@ class TrainingRun(TrainingSetup):
         with self.checkpoint_manager.saved_on(self._agreed_errors, lambda: not self.loop.in_update):
             windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
             with self.metrics_logger.throughput.timed():
-                self.loop.train(windows, self.oom_recovery.split, self._on_step)
+                self.loop.train(windows, self.audits.before_update, self.oom_recovery.split, self._on_step)
             self.accumulator.sync_buffers()
             val_loss, metrics = self.evaluate(self.model)
         entry = self.metrics_logger.epoch(val_loss, metrics)
@@ -138,7 +151,7 @@ class TrainingRun(TrainingSetup):
     @property
     def _agreed_errors(self) -> tuple[type[Exception], ...]:
         """Errors that all processes raise alike."""
-        on_all = (DataError, DivergedError, MetricsError, AgreedOutOfMemoryError)
+        on_all = (DataError, DivergedError, InexactLossError, MetricsError, AgreedOutOfMemoryError)
         return (Exception,) if self.process_group.is_single else on_all
 
     def _result(self) -> Result:

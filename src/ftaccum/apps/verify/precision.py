@@ -10,16 +10,10 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from ...objective.item_counts import Batch
+from ...objective.rounding import Rounding
 from ...runtime.memory import free_on_host
 from ...runtime.state_guards import cast_tensors
 
-# How many times the floor still counts as rounding: of all heads and precisions that were tried, no split came to more
-# than 1.6 times.
-_TIMES = 4.0
-# The least and the most that counts as rounding, by precision. Below the least nothing is told apart; what is above the
-# most is no rounding, whatever the floor.
-_BOUNDS = {torch.float64: (1e-10, 1e-5), torch.float32: (1e-6, 1e-3)}
-_BOUNDS_IN_HALF = (1e-3, 0.1)
 # Bytes a weight while gradients are compared in float64: the copy, one batch's gradient, the sum and what is added.
 _PER_WEIGHT = 4 * 8
 _LONGEST = 100  # letters
@@ -62,9 +56,7 @@ def cast(batch: Batch, dtype: torch.dtype | None) -> Batch:
 
 def tolerance_for(floor: float, dtype: torch.dtype, autocast: str) -> float:
     """The largest error that counts as rounding, where rounding alone makes `floor`."""
-    halved = autocast != "no" and dtype != torch.float64  # which autocast leaves alone
-    least, most = _BOUNDS_IN_HALF if halved else _BOUNDS.get(dtype, _BOUNDS_IN_HALF)
-    return min(max(least, _TIMES * floor), most)
+    return Rounding.of([dtype], autocast).tolerance(floor)
 
 
 def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:

@@ -1,6 +1,6 @@
 """Gradients of 16-bit weights, summed up in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,10 @@ class Fp32Gradients(GradientStrategy):
 
     def __init__(self, optimizer: Optimizer) -> None:
         super().__init__(_Rounding(optimizer))
+
+    @property
+    def weights(self) -> Sequence[nn.Parameter]:
+        return list(self._optimizer.sums)
 
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return the model without DDP, which would also have made the weights of all processes those of the first."""
@@ -69,7 +73,7 @@ class Fp32Gradients(GradientStrategy):
         for gradient in gradients:
             gradient /= distributed.get_world_size()
 
-    def _add(self, p: Tensor) -> None:
+    def _add(self, p: nn.Parameter) -> None:
         """Takes the gradient of a pass, which may be the rows that it touched of an embedding table."""
         found, total = p.grad, self._optimizer.sums[p]
         assert found is not None, "autograd calls with one"
@@ -93,7 +97,7 @@ class _Rounding(Optimizer):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._rounded = optimizer
-        self.sums: dict[Tensor, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
+        self.sums: dict[nn.Parameter, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

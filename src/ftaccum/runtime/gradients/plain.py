@@ -32,6 +32,11 @@ class GradientStrategy:
         """Those whose `grad` holds the window's gradient after its passes."""
         return parameters_of(self._optimizer)
 
+    @property
+    def weights(self) -> Sequence[nn.Parameter]:
+        """The model's own parameters that `parameters` stand for, in the same order."""
+        return self.parameters
+
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return model and optimizer as they run on several processes."""
         return accelerator.prepare(model, self._optimizer)

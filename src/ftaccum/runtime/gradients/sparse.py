@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import has_compiled_regions
 from torch import Tensor, nn
+
+from ..model_context import is_compiled
 
 
 class SparseEmbeddingGradients:
@@ -20,7 +21,7 @@ class SparseEmbeddingGradients:
     def __init__(self, model: nn.Module) -> None:
         """Tables on accelerators are left alone: nothing is known of a gain, and adding rows up in no certain order
         would cost them their reproducibility. So are those of a compiled model, which knows no sparse gradients."""
-        modules = [] if _is_compiled(model) else list(model.modules())
+        modules = [] if is_compiled(model) else list(model.modules())
         self._tables = [m for m in modules if isinstance(m, nn.Embedding) and _can_be_sparse(m)]
         self._sums: dict[Tensor, Tensor] = {}
 
@@ -61,7 +62,3 @@ def _can_be_sparse(table: nn.Embedding) -> bool:
     # By somebody who expects it to be dense.
     watched = bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
     return trained and weight.device.type == "cpu" and not (watched or table.scale_grad_by_freq)
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return has_compiled_regions(model) or any(module._compiled_call_impl is not None for module in model.modules())

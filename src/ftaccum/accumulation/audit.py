@@ -1,0 +1,283 @@
+"""The gradient of a real window, computed a second time from the same rows, and compared.
+
+Before training, a loss is measured on a few rows; an audit looks at the rows of an update. It accumulates the gradient
+as training does, and holds it against the gradient of one unweighted batch of the same rows, through the model's own
+loss. Where one batch does not fit in memory, the reference is another cut of the window, and faults that both cuts
+share stay invisible. Both gradients are computed without dropout. Only sketches of them are kept.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply, send_to_device
+from torch import Tensor, nn
+
+from ..data.loader import LocalRows, MicroBatch
+from ..data.prefetch import LocalWindow, WindowLoader
+from ..objective.deterministic_forward import DeterministicMode
+from ..objective.item_counts import targets_of
+from ..objective.normalizer import gathered
+from ..objective.objective import Objective
+from ..planning.micro_batches import MicroBatchRows, RowIndices
+from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.memory import WindowOutOfMemoryError, free_on_host, give_back_memory, is_out_of_memory, peak_on_host
+from ..runtime.model_context import run_eagerly
+from ..runtime.process_group import ProcessGroup
+from .accumulator import GradientAccumulator
+from .sketch import GradientDifference, GradientSketch
+
+_PART = 4  # micro-batches that are enough for the first audit
+# How many times as large as a micro-batch one batch may be. Attention over packed rows grows with its square.
+_LARGEST, _LARGEST_PACKED = 8, 4
+
+ONE_BATCH, ANOTHER_CUT = "one batch", "another cut"
+_NO_NAME = "a parameter outside of the model"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        n_rows: rows audited, on all processes.
+        reference: "one batch" or "another cut".
+        gradient: how far the accumulated gradient is from the reference.
+        loss: relative difference of the losses.
+        rounding: how far a gradient is from itself with its rows in reverse order; None where that was not measured.
+        keeps_state: whether a forward pass changes what the next one returns, by state that is in no buffer.
+    """
+
+    n_rows: int
+    reference: str
+    gradient: GradientDifference
+    loss: float
+    rounding: float | None = None
+    keeps_state: bool = False
+
+
+class GradientAuditor:
+    """Audits windows. All processes call it alike. Weights, gradients, buffers and generators are left as they were."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        objective: Objective,
+        strategy: GradientStrategy,
+        process_group: ProcessGroup,
+        accumulator: GradientAccumulator,
+        window_loader: WindowLoader,
+    ) -> None:
+        """Create an auditor.
+
+        Args:
+            model: not wrapped for several processes.
+            accumulator: one that training does not use.
+        """
+        self._accelerator, self._model, self._objective = accelerator, model, objective
+        self._strategy, self._process_group = strategy, process_group
+        self._accumulator, self._window_loader = accumulator, window_loader
+        self._mode: DeterministicMode | None = None
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether rows can be loaded a second time, and run one by one."""
+        return self._window_loader.loader.repeats and self._objective.report.in_training.complaint is None
+
+    def audit(self, local_window: LocalWindow, *, whole: bool, with_rounding: bool) -> Audit | None:
+        """Audit a window, whose gradient has not been accumulated yet.
+
+        Args:
+            whole: whether to audit all of it, or up to four of its micro-batches: those with the rarest labels.
+            with_rounding: whether to measure what the order of the rows changes.
+
+        Returns:
+            None where there is nothing to compare: memory ran out, gradients are not finite, or no row has loss items.
+        """
+        window = local_window.window
+        rows = window.rows if whole else self._part_of(local_window)
+        sample = _Rows(rows, self._cut(rows), (self._window_loader.plan.seed, window.index))
+        with ExitStack() as stack:
+            stack.callback(self._accumulator.zero_gradients)
+            stack.enter_context(run_eagerly(self._model))
+            mode = self._deterministic_mode(sample)
+            stack.enter_context(mode.passes())
+            if (accumulated := self._accumulate(sample)) is None:
+                return None
+            reference, wanted, rounding = self._reference(sample, accumulated, with_rounding=with_rounding)
+        audit = self._process_group.run_on_main(lambda: _compared(len(rows), reference, accumulated, wanted))
+        return None if audit is None else replace(audit, rounding=rounding, keeps_state=mode.keeps_state)
+
+    def _deterministic_mode(self, sample: "_Rows") -> DeterministicMode:
+        """Return how to run the model without dropout, as the main process finds out in the first audit."""
+        if self._mode is None:
+
+            def find() -> tuple[bool, list[str], bool]:
+                micro = self._load(sample)[-1]
+                mode = DeterministicMode.of(self._model, lambda: [self._unweighted_loss(micro).item()])
+                return mode.whole, list(mode.moving), mode.keeps_state
+
+            whole, moving, keeps_state = self._process_group.run_on_main(find)
+            modules = dict(self._model.named_modules())
+            self._mode = DeterministicMode(self._model, whole, {name: modules[name] for name in moving}, keeps_state)
+        return self._mode
+
+    def _accumulate(self, sample: "_Rows") -> "_Measured | None":
+        """Accumulate a gradient as training does."""
+        try:
+            losses = self._accumulator.accumulate(self._load(sample)).losses
+        except WindowOutOfMemoryError:
+            give_back_memory()
+            return None
+        return self._take(gathered([losses], self._accelerator)[0].total())
+
+    def _reference(
+        self, sample: "_Rows", accumulated: "_Measured", *, with_rounding: bool
+    ) -> tuple[str, "_Measured | None", float | None]:
+        """Compute the gradient to compare with. Return what it is of, and what rounding makes of it."""
+        wanted: _Measured | None = None
+
+        def one_batch() -> tuple[bool, float | None]:
+            nonlocal wanted
+            if not self._fits_in_one(sample) or (wanted := self._one_batch(sample.in_one())) is None:
+                return False, None
+            again = self._one_batch(sample.in_one().reversed(), factor=1 / 3) if with_rounding else None
+            return True, None if again is None else again.sketch.difference(wanted.sketch).relative
+
+        fits, rounding = self._process_group.run_on_main(one_batch)
+        if fits:
+            return ONE_BATCH, wanted, rounding
+        wanted = self._accumulate(replace(sample, by_process=self._other_cut(sample.rows)))
+        if with_rounding and (again := self._accumulate(sample.reversed())) is not None:
+            rounding = self._process_group.broadcast(again.sketch.difference(accumulated.sketch).relative)
+        return ANOTHER_CUT, wanted, rounding
+
+    def _one_batch(self, sample: "_Rows", factor: float = 1.0) -> "_Measured | None":
+        """Compute the gradient of one batch, on the main process; None where memory runs out.
+
+        Args:
+            factor: what the loss is multiplied by before the backward pass, and the gradient divided by after it: it
+                changes how numbers are rounded, and nothing else.
+        """
+        (micro,) = self._load(sample)
+        try:
+            loss = self._unweighted_loss(micro)
+            scaled = loss * factor
+            scaler = self._accelerator.scaler
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._accumulator.zero_gradients()
+            give_back_memory()
+            return None
+        return self._take(loss.item(), factor)
+
+    def _unweighted_loss(self, micro: MicroBatch) -> Tensor:
+        batch = send_to_device(micro.batch, self._accelerator.device)
+        return self._objective.unweighted_loss(self._model, batch, micro.counts)
+
+    def _take(self, loss: float, factor: float = 1.0) -> "_Measured":
+        """Sketch the gradient on the main process, divide it by a factor, and drop it."""
+        names = {p: name for name, p in self._model.named_parameters()}
+        weights, parameters = self._strategy.weights, self._strategy.parameters
+        gradients = zip((names.get(p, _NO_NAME) for p in weights), (p.grad for p in parameters), strict=True)
+        sketch = GradientSketch(gradients if self._process_group.is_main else (), factor)
+        self._accumulator.zero_gradients()
+        return _Measured(sketch, loss)
+
+    def _load(self, sample: "_Rows") -> list[MicroBatch]:
+        """Collate this process's micro-batches; a model may change their tensors, since training does not use them."""
+        share = sample.by_process[self._accelerator.process_index]
+        (micro_batches,) = self._window_loader.loader.load([LocalRows(sample.rows, share, sample.seed)])
+        return [
+            replace(micro, batch=recursively_apply(torch.clone, micro.batch)) if micro.is_dummy else micro
+            for micro in micro_batches
+        ]
+
+    def _cut(self, rows: RowIndices) -> "_ByProcess":
+        return self._window_loader.loader.cut(rows, self._window_loader.planner)
+
+    def _other_cut(self, rows: RowIndices) -> "_ByProcess":
+        """Cut rows in order of arrival, into micro-batches half as large; of single rows, twice as large."""
+        planner = self._window_loader.planner
+        largest = max(len(piece.rows) for share in self._cut(rows) for piece in share)
+        n_rows = largest // 2 or 1 if largest > 1 else 2
+        limits = replace(planner.limits, rows=n_rows)
+        return self._window_loader.loader.cut(rows, replace(planner, limits=limits, costs=None))
+
+    def _part_of(self, local_window: LocalWindow) -> RowIndices:
+        """Return the rows of up to four micro-batches of all processes, those with the rarest labels."""
+        own = [(micro.slice.rows, _labels_of(micro)) for micro in local_window.micro_batches if micro.slice.rows]
+        pieces = list(chain.from_iterable(self._process_group.gather(own)))
+        n_with = Counter(chain.from_iterable(labels for _, labels in pieces))
+        pieces.sort(key=lambda piece: -sum(1 / n_with[label] for label in piece[1]))
+        return tuple(chain.from_iterable(rows for rows, _ in pieces[:_PART]))
+
+    def _fits_in_one(self, sample: "_Rows") -> bool:
+        """Return whether one batch is likely to fit. Accelerators raise an error where it does not, and are asked; on a
+        host, the process would be killed."""
+        sizes = [piece.tokens for share in sample.by_process for piece in share]
+        times = -(-sum(sizes) // max(sizes))
+        if times > (_LARGEST_PACKED if self._window_loader.planner.packed else _LARGEST):
+            return False
+        if self._accelerator.device.type != "cpu":
+            return True
+        # No micro-batch so far has taken more than the process had at its peak, weights included.
+        return times * peak_on_host() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+_ByProcess = Sequence[Sequence[MicroBatchRows]]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows, and their micro-batches by process."""
+
+    rows: RowIndices
+    by_process: _ByProcess
+    seed: tuple[int, ...]
+
+    def reversed(self) -> "_Rows":
+        """Return the same micro-batches in reverse, and their rows in reverse."""
+        turned = [[self._of(piece.places[::-1]) for piece in share[::-1]] for share in self.by_process]
+        return replace(self, by_process=turned)
+
+    def in_one(self) -> "_Rows":
+        """Return all rows in one micro-batch of the main process."""
+        return replace(self, by_process=[[self._of(tuple(range(len(self.rows))))]])
+
+    def _of(self, places: RowIndices) -> MicroBatchRows:
+        return MicroBatchRows.of(self.rows, places)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A gradient and a loss; on other processes than the main one the sketch is empty."""
+
+    sketch: GradientSketch
+    loss: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.sketch.norm) and math.isfinite(self.loss)
+
+
+def _labels_of(micro: MicroBatch) -> list[int]:
+    """Return the distinct labels of a micro-batch; none where they are no whole numbers."""
+    targets = None if micro.batch is None else targets_of(micro.batch)
+    return [] if targets is None or targets.is_floating_point() else targets.unique().tolist()
+
+
+def _compared(n_rows: int, reference: str, found: _Measured, wanted: _Measured | None) -> Audit | None:
+    if wanted is None or not (found.is_finite and wanted.is_finite):
+        return None
+    loss = abs(found.loss - wanted.loss) / (abs(wanted.loss) or 1.0)
+    return Audit(n_rows, reference, found.sketch.difference(wanted.sketch), loss)

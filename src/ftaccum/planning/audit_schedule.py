@@ -1,0 +1,64 @@
+"""Which updates are audited. Integers and seconds, no torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+_FIRST = (1, 4, 16, 64)  # updates audited whatever it costs
+_SHORT = 50  # updates; a shorter run has two audits
+_SHARE, _SHARE_ORDINARY = 0.01, 0.005  # of the training time that audits may take after the first ones
+
+
+@dataclass
+class AuditSchedule:
+    """Decides before each update whether to audit it.
+
+    With `audit=True`: updates 1, 4, 16 and 64; later ones while audits have cost less than 0.5% of the training time.
+    Updates with label values or columns that no update had before come first: one of them takes the place of the next
+    planned audit, and up to 1% of the time may go into them. A run of fewer than 50 updates has two audits.
+
+    Attributes:
+        audit: the setting: True, False, or the updates between two audits.
+        n_updates: updates of the whole run.
+        spent: seconds that audits have taken.
+        trained: seconds of training without them.
+    """
+
+    audit: bool | int
+    n_updates: int
+    spent: float = 0.0
+    trained: float = 0.0
+    _ahead: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ahead = [1, max(2, (self.n_updates + 1) // 2)] if self.n_updates < _SHORT else list(_FIRST)
+
+    def is_due(self, update: int) -> bool:
+        """Return whether to audit an update whatever its rows.
+
+        Args:
+            update: its number, from 1.
+        """
+        if self.audit is True:
+            return bool(self._ahead) and update >= self._ahead[0]
+        return self.audit is not False and (update - 1) % self.audit == 0
+
+    def may_take(self, *, is_new: bool) -> bool:
+        """Return whether an audit that is not due may take place.
+
+        Args:
+            is_new: whether the update has label values or columns that no update had before.
+        """
+        if self.audit is not True or self.n_updates < _SHORT or self._ahead:
+            return self.audit is True and bool(self._ahead) and is_new
+        return self.spent < (_SHARE if is_new else _SHARE_ORDINARY) * self.trained
+
+    def done(self, seconds: float) -> None:
+        """Record an audit."""
+        self.spent += seconds
+        self._ahead = self._ahead[1:]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent": self.spent, "trained": self.trained, "ahead": self._ahead}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.spent, self.trained, self._ahead = state_dict["spent"], state_dict["trained"], state_dict["ahead"]

@@ -1,0 +1,115 @@
+"""Audits of a run's updates: when, what they find, and what becomes of it."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..accumulation.audit import Audit, GradientAuditor
+from ..data.novelty import SeenValues
+from ..data.prefetch import LocalWindow
+from ..errors import InexactLossError, InexactLossWarning, warn_user
+from ..objective.report import ExactnessReport
+from ..objective.rounding import Rounding
+from ..planning.audit_schedule import AuditSchedule
+from ..runtime.process_group import ProcessGroup
+from ..tracking.ledger import AuditEntry
+from .audit_report import Cause, cause_of, describe_finding
+
+_LEAST = 1e-9  # below which no difference counts
+
+
+class AuditHandler:
+    """Audits updates before they are taken, and acts on findings as `on_inexact` says. All processes call it alike."""
+
+    def __init__(
+        self,
+        auditor: GradientAuditor,
+        schedule: AuditSchedule,
+        report: ExactnessReport,
+        process_group: ProcessGroup,
+        record: Callable[[AuditEntry], None],
+        *,
+        rounding: Rounding,
+        on_inexact: str,
+    ) -> None:
+        """Create a handler.
+
+        Args:
+            report: what was measured before training.
+            record: called with each audit's entry.
+            rounding: what counts as rounding in the run's precision.
+        """
+        self._auditor, self._schedule, self._report = auditor, schedule, report
+        self._process_group, self._record = process_group, record
+        self._rounding, self._on_inexact = rounding, on_inexact
+        self._seen = SeenValues()
+        self._causes: dict[str, int] = {}  # findings by cause
+        self._floor: float | None = None  # rounding, measured in the first audit
+        self._since = time.perf_counter()
+
+    def before_update(self, local_window: LocalWindow) -> None:
+        """Audit a window if it is due.
+
+        Raises:
+            InexactLossError: on all processes, where the gradient is not exact and `on_inexact` is "error".
+        """
+        started = time.perf_counter()
+        self._schedule.trained += started - self._since
+        if self._is_due(local_window):
+            self._audit(local_window, started)
+        self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        schedule, seen = self._schedule.state_dict(), self._seen.state_dict()
+        return {"schedule": schedule, "seen": seen, "causes": self._causes, "floor": self._floor}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._schedule.load_state_dict(state_dict["schedule"])
+        self._seen.load_state_dict(state_dict["seen"])
+        self._causes, self._floor = state_dict["causes"], state_dict["floor"]
+
+    def _is_due(self, local_window: LocalWindow) -> bool:
+        if self._schedule.audit is False or Cause.STATE.value in self._causes or not self._auditor.is_possible:
+            return False
+        is_new = self._seen.add(local_window.micro_batches)
+        # One clock decides: the main process's.
+        may_take = [self._process_group.is_main and self._schedule.may_take(is_new=new) for new in (True, False)]
+        is_new, if_new, if_not = self._process_group.any_of([is_new, *may_take])
+        return self._schedule.is_due(local_window.window.index + 1) or (if_new if is_new else if_not)
+
+    def _audit(self, local_window: LocalWindow, started: float) -> None:
+        is_first, window = self._floor is None, local_window.window
+        audit = self._auditor.audit(local_window, whole=not is_first, with_rounding=is_first)
+        seconds = time.perf_counter() - started
+        self._schedule.done(seconds)
+        if audit is None:
+            return
+        self._floor = audit.rounding if self._floor is None else self._floor
+        tolerance = max(_LEAST, self._rounding.tolerance(self._floor or 0.0))
+        self._record(
+            AuditEntry(
+                audit=window.index + 1,
+                epoch=window.epoch,
+                rows=audit.n_rows,
+                reference=audit.reference,
+                error=audit.gradient.relative,
+                loss_error=audit.loss,
+                tolerance=tolerance,
+                seconds=seconds,
+            )
+        )
+        cause = cause_of(audit, tolerance, self._rounding.most)
+        if cause is not None:
+            self._report_finding(audit, window.index + 1, tolerance, cause)
+
+    def _report_finding(self, audit: Audit, update: int, tolerance: float, cause: Cause) -> None:
+        """Raise or warn, once for each cause, unless the loss was reported before training."""
+        self._causes[cause.value] = self._causes.get(cause.value, 0) + 1
+        if self._on_inexact == "ignore" or self._causes[cause.value] > 1 or self._report.inexact():
+            return
+        counted_by = " and ".join(dict.fromkeys(self._report.ways.values()))
+        sentences = describe_finding(audit, update, tolerance, cause, counted_by)
+        if self._on_inexact == "error":
+            raise InexactLossError([sentences])
+        if self._process_group.is_main:
+            warn_user(sentences, InexactLossWarning)

@@ -1,0 +1,256 @@
+"""Audits: gradients of real updates, computed a second time and compared."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import IterableDataset
+from torch import Tensor, nn
+
+from ftaccum import InexactLossError, InexactLossWarning, Result, test_fine_tuning
+from ftaccum.accumulation.sketch import GradientSketch
+from ftaccum.planning.audit_schedule import AuditSchedule
+from heads import HEADS
+
+ROWS = [
+    (torch.randn(6, generator=torch.Generator().manual_seed(n)), torch.tensor(int(n % 5 in (0, 1, 4))))
+    for n in range(24)
+]
+LLAMA = HEADS["causal LM, Llama"]
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Net(nn.Module):
+    """A classifier with dropout."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.3), *layers, nn.Linear(5, 2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 9.0]).to(outputs))
+
+
+def train(model: nn.Module, loss_fn: Loss = F.cross_entropy, **arguments: Any) -> Result:
+    defaults: dict[str, Any] = {
+        "train_data": ROWS, "batch_size": 2, "gradient_accumulation_steps": 4, "n_epochs": 2, "validation_split": 0.0,
+    }  # fmt: skip
+    return test_fine_tuning(model, loss_fn=loss_fn, progress=False, **defaults | arguments)
+
+
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every loss counted by rows of equal weight, as if the self-check had seen nothing else."""
+    monkeypatch.setattr("ftaccum.objective.report.ExactnessReport.inexact", lambda _: [])
+
+
+def test_sketches_estimate_the_norm_of_a_difference() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one = {
+        name: torch.randn(size, generator=draw, dtype=torch.float64) for name, size in (("a", 3_000_000), ("b", 700))
+    }
+    other = {name: g + 1e-3 * torch.randn(g.shape, generator=draw, dtype=torch.float64) for name, g in one.items()}
+    found = GradientSketch(one.items()).difference(GradientSketch(other.items()))
+    off = sum((one[name] - other[name]).square().sum() for name in one) ** 0.5
+    size = sum(other[name].square().sum() for name in one) ** 0.5
+    assert found.relative == pytest.approx(float(off / size), rel=0.07)  # three standard errors
+    assert found.by_parameter["a"] > 0.99
+
+
+def test_sketches_see_a_constant_difference_of_a_large_parameter() -> None:
+    one = torch.zeros(5_000_000)
+    found = GradientSketch([("a", one + 1)]).difference(GradientSketch([("a", one)]))
+    assert found.relative == pytest.approx(5_000_000**0.5, rel=0.07)
+
+
+@pytest.mark.parametrize("other", [None, torch.zeros(8, dtype=torch.complex64), torch.zeros(2, 4).to_sparse()])
+def test_small_parameters_are_compared_exactly(other: Tensor | None) -> None:
+    one = torch.full((8,), 2.0) if other is None else torch.full_like(other.to_dense(), 2.0)
+    found = GradientSketch([("a", one)]).difference(GradientSketch([("a", other)]))
+    assert found.relative == pytest.approx(32**0.5, rel=1e-12)
+
+
+def test_a_gradient_equals_itself() -> None:
+    gradient = torch.randn(2_000_000)
+    assert GradientSketch([("a", gradient)]).difference(GradientSketch([("a", gradient)])).relative == 0
+
+
+def audited(
+    schedule: AuditSchedule, seconds: float = 1.0, trained: float = 0.0, new: tuple[int, ...] = ()
+) -> list[int]:
+    updates = []
+    for update in range(1, schedule.n_updates + 1):
+        if schedule.is_due(update) or schedule.may_take(is_new=update in new):
+            updates.append(update)
+            schedule.done(seconds)
+        schedule.trained += trained
+    return updates
+
+
+def test_audits_are_planned_at_powers_of_four() -> None:
+    assert audited(AuditSchedule(True, 400)) == [1, 4, 16, 64]
+
+
+def test_short_runs_have_two_audits() -> None:
+    assert audited(AuditSchedule(True, 49)) == [1, 25]
+    assert audited(AuditSchedule(True, 2)) == [1, 2]
+    assert audited(AuditSchedule(True, 1)) == [1]
+
+
+def test_audits_go_on_while_they_cost_little() -> None:
+    updates = audited(AuditSchedule(True, 4000), seconds=1.0, trained=1.0)
+    assert len(updates) / 4000 == pytest.approx(0.005, rel=0.1)
+
+
+def test_new_values_come_first() -> None:
+    assert audited(AuditSchedule(True, 400), new=(9,)) == [1, 4, 9, 64]
+    ordinary = AuditSchedule(True, 1000, spent=0.7, trained=100.0)
+    ordinary._ahead = []
+    assert ordinary.may_take(is_new=True)
+    assert not ordinary.may_take(is_new=False)
+
+
+def test_audits_can_be_asked_for_every_few_updates() -> None:
+    assert audited(AuditSchedule(3, 8)) == [1, 4, 7]
+    assert audited(AuditSchedule(False, 8)) == []
+
+
+def test_an_exact_run_says_so() -> None:
+    result = train(Net(), audit=2)
+    assert [audit["audit"] for audit in result.audits] == [1, 3, 5]
+    assert all(audit["error"] <= audit["tolerance"] for audit in result.audits)
+    assert all(audit["reference"] == "one batch" for audit in result.audits)
+    assert "3 of 6 updates" in str(result)
+
+
+def test_audits_change_no_bit_of_the_run() -> None:
+    results, weights = [], []
+    for audit in (False, 2):
+        model = Net(nn.LayerNorm(5))
+        model.register_buffer("steps", torch.zeros(()))
+        results.append(train(model, audit=audit))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+    assert results[0].loss_history == results[1].loss_history
+    assert results[0].grad_norm_history == results[1].grad_norm_history
+
+
+def test_class_weights_that_no_measurement_saw_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncounted(monkeypatch)
+    with pytest.raises(InexactLossError, match=r"Audit of update 1.*The losses differ as well.*count_items") as raised:
+        train(Net(), weighted, on_inexact="error")
+    assert "0 updates" in str(raised.value)
+
+
+def test_findings_are_reported_once_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncounted(monkeypatch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = train(Net(), weighted, audit=2)
+    assert len([w for w in caught if w.category is InexactLossWarning]) == 1
+    assert "3 NOT exact" in str(result)
+
+
+def test_findings_can_be_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    uncounted(monkeypatch)
+    result = train(Net(), weighted, audit=2, on_inexact="ignore")
+    assert min(audit["error"] for audit in result.audits) > 0.01
+
+
+def late(model: nn.Module) -> Loss:
+    """Class weights that begin once a weight has moved."""
+    start = model.layers[0].weight.detach().clone()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        moved = not torch.equal(model.layers[0].weight, start)
+        return weighted(outputs, targets) if moved else F.cross_entropy(outputs, targets)
+
+    return loss
+
+
+def test_a_finding_in_mid_run_costs_no_update(tmp_path: Path) -> None:
+    model = Net()
+    arguments = {"output_dir": str(tmp_path), "audit": 2, "learning_rate": 0.01}
+    with pytest.raises(
+        InexactLossError, match=r"Audit of update 3(.|\n)*after 2 updates is in(.|\n)*newest checkpoint"
+    ):
+        train(model, late(model), on_inexact="error", **arguments)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["window"] for line in lines if "window" in line] == [0, 1]
+    assert [line["audit"] for line in lines if "audit" in line] == [1, 3]
+    fresh = Net()
+    result = train(fresh, late(fresh), on_inexact="ignore", resume="auto", allow_changed=["loss_fn"], **arguments)
+    assert result.optimizer_steps == 6
+    assert [audit["audit"] for audit in result.audits] == [1, 3, 3, 5]
+
+
+def test_where_one_batch_does_not_fit_the_reference_is_another_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftaccum.accumulation.audit.free_on_host", lambda: 0)
+    result = train(Net())
+    assert {audit["reference"] for audit in result.audits} == {"another cut"}
+    assert all(audit["error"] <= audit["tolerance"] for audit in result.audits)
+    uncounted(monkeypatch)
+    with pytest.raises(InexactLossError, match="off that of another cut"):
+        train(Net(), weighted, on_inexact="error")
+
+
+def test_padded_rows_packed_rows_and_a_growing_k_are_audited() -> None:
+    for arguments in (
+        {},
+        {"padding_free": True},
+        {"gradient_accumulation_steps": [(0, 1), (2, 3)]},
+        {"num_workers": 1},
+    ):
+        model = LLAMA.model()
+        result = test_fine_tuning(
+            model, train_data=LLAMA.rows(12), audit=2, validation_split=0.0, progress=False, on_inexact="error",
+            **{"batch_size": 2, "gradient_accumulation_steps": 2} | arguments,
+        )  # fmt: skip
+        assert len(result.audits) >= 3
+        assert max(audit["error"] for audit in result.audits) < 1e-6
+
+
+def test_streams_are_audited() -> None:
+    rows = LLAMA.rows(12)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    result = test_fine_tuning(
+        LLAMA.model(), train_data=stream, max_updates=4, batch_size=2, gradient_accumulation_steps=2, audit=2,
+        validation_split=0.0, progress=False, on_inexact="error",
+    )  # fmt: skip
+    assert [audit["audit"] for audit in result.audits] == [1, 3]
+
+
+def test_batch_norm_is_no_finding_of_its_own() -> None:
+    model = Net(nn.BatchNorm1d(5))
+    with pytest.warns(InexactLossWarning) as caught:
+        train(model, audit=2)
+    assert len(caught) == 1
+    assert "Audit" not in str(caught[0].message)
+
+
+def test_rows_that_draw_by_themselves_are_not_audited() -> None:
+    class Noisy(torch.utils.data.Dataset):
+        draw = np.random.default_rng(0)
+
+        def __len__(self) -> int:
+            return len(ROWS)
+
+        def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+            return ROWS[n][0] + float(self.draw.normal()), ROWS[n][1]
+
+    assert train(Net(), train_data=Noisy()).audits == []
+
+
+def test_two_processes_audit_alike(two_processes: Callable[..., str]) -> None:
+    assert two_processes("audits.py").count("audited") == 2
