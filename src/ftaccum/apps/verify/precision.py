@@ -10,7 +10,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from ...objective.item_counts import Batch
-from ...runtime.memory import free_on_host
+from ...runtime.host import free_on_host
 from ...runtime.state_guards import cast_tensors
 
 # How many times the floor still counts as rounding: of all heads and precisions that were tried, no split came to more
