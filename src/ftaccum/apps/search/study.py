@@ -172,8 +172,8 @@ def _check_query(url: str) -> None:
     if "uri" not in names and names - _SQLITE_OPTIONS:
         raise SettingsError(
             [
-                f"`storage` {url!r} would open {path.partition(':///')[2]!r}: what follows the question mark in a URL are "
-                f"options, here {query!r}. Write a question mark that is part of the path as %3F."
+                f"`storage` {url!r} would open {path.partition(':///')[2]!r}: what follows a question mark in a URL "
+                f"are options, here {query!r}. Write a question mark that is part of the path as %3F."
             ]
         )
 
