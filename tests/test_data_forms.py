@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import (
@@ -304,8 +305,17 @@ def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: 
 
 
 def test_a_model_in_float16_and_fp16_is_told() -> None:
-    with pytest.raises(SettingsError, match="the model's weights are float16"):
+    with pytest.raises(SettingsError, match="the weights to train are float16"):
         run(CLASSIFIER.model().half(), ROWS, mixed_precision="fp16")
+
+
+def test_a_frozen_base_in_float16_may_have_adapters_in_float32() -> None:
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(CAUSAL.model().half(), adapters)
+    result = run(model, CAUSAL.rows(), mixed_precision="fp16", effective_batch_size=9)
+    plain = run(get_peft_model(CAUSAL.model().half(), adapters), CAUSAL.rows(), effective_batch_size=9)
+    assert result.optimizer_steps == 1
+    assert result.loss_history == pytest.approx(plain.loss_history, rel=1e-3)
 
 
 ROWS = CLASSIFIER.rows()
