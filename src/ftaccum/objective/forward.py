@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
 from .aux_losses import factors_of, has_parts
+from .inner_gradients import InnerGradients
 from .item_counts import IGNORE_INDEX, Batch, targets_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -39,13 +40,17 @@ class Forward:
             [loss_fn] if isinstance(loss_fn, nn.Module) else []
         )  # those that compute the loss besides the model
         self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
+        self._inner_gradients = InnerGradients()
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
         self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Returns the means by term, scalars, and the model's outputs."""
+        """Return the means by term, scalars, and the model's outputs."""
+        return self._inner_gradients.run(lambda: self._means(model, batch))
+
+    def _means(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         outputs = self._outputs(model, batch)
         loss = self._read_loss(outputs, batch)
         if self.factors:
@@ -97,7 +102,8 @@ class Forward:
         if isinstance(ids, Tensor) and ids.ndim == 3:  # multiple choice: each row has its own number of choices
             return None
         try:
-            logits = logits_of(self._outputs(model, _without_labels(batch)))
+            outputs = self._inner_gradients.run(lambda: self._outputs(model, _without_labels(batch)))
+            logits = logits_of(outputs)
         except Exception:  # an encoder-decoder, for one: whatever it raises says that it needs the labels
             return None
         return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1] > 1 else None
