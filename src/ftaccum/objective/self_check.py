@@ -232,9 +232,11 @@ class _Measurement:
             complaint = self._complaint_of_one_row() if moving else None
             once = self._losses(together)
             again = self._losses(together) if moving else once
+            # The mean of a term without items is NaN, however often it is computed.
+            with_items = [term for term in chosen if not math.isnan(once[term])]
         return InTraining(
             {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
-            max(relative(again[term], once[term]) for term in chosen),
+            max((relative(again[term], once[term]) for term in with_items), default=0.0),
             [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
             complaint,
         )
