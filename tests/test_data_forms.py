@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +26,8 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from ftaccum import DataError, InexactLossWarning, Result, SettingsError, plan, test_fine_tuning
+from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
 from ftaccum.data.convert import synthetic_rows
-from ftaccum.data.dataset import Rows
-from ftaccum.data.probe_rows import sample_positions
 from ftaccum.planning.shuffle import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
 
@@ -392,21 +389,6 @@ def test_faults_in_validation_data_name_it() -> None:
         DataError, match=r"What `validation_split`, 0\.5, holds out of `train_data` has no row with loss"
     ):
         run(CAUSAL.model(), rows, validation_split=0.5)
-
-
-def test_a_fault_outside_the_sample_names_its_row_and_costs_no_update(tmp_path: Path) -> None:
-    rows = CLASSIFIER.rows(100)
-    seen = sample_positions(Rows("train_data", rows))
-    order = [
-        n
-        for window in plan(100, n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
-        for n in window.rows
-    ]
-    place = next(n for n in range(10, 100) if order[n] not in seen)  # two updates and more are taken before
-    rows[order[place]] = {**rows[order[place]], "labels": 7}
-    with pytest.raises(DataError, match=f"row {order[place]} has the label 7"):
-        run(CLASSIFIER.model(), rows, output_dir=str(tmp_path))
-    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == place // 5
 
 
 def test_a_data_set_that_raises_names_the_row() -> None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
@@ -137,6 +138,24 @@ class Rows:
         if isinstance(self.source, list):
             return [length_of(row) for row in self.fetch(range(len(self)))]
         return None
+
+    def column(self, name: str) -> "pa.ChunkedArray | list[Any] | None":
+        """Return a column, row by row, where it can be had without computing the rows; else None.
+
+        Tuples have the columns `inputs` and `targets`.
+        """
+        if isinstance(self.source, Dataset):
+            if name not in self.source.column_names or self.source.format["type"] == "custom":
+                return None
+            column = self.source.select_columns([name]).with_format("arrow")[:][name]
+            return column if self._positions is None else column.take(self._positions)
+        if not isinstance(self.source, list):
+            return None
+        rows = self.fetch(range(len(self)))
+        if all(isinstance(row, Mapping) and name in row for row in rows):
+            return [row[name] for row in rows]
+        place = {"inputs": 0, "targets": 1}.get(name)
+        return [row[place] for row in rows] if place is not None and isinstance(rows[0], tuple) else None
 
     def longest(self, limit: int | None) -> int | None:  # noqa: ARG002
         """Return the length of the longest row; None where it is not known.

@@ -179,6 +179,9 @@ class StreamRows(Rows):
         """The lengths of those rows; None: of those that were looked at."""
         return [length_of(row) for row in self.fetch(range(len(self)) if positions is None else positions)]
 
+    def column(self, name: str) -> None:
+        """Return None: rows are looked at as they come."""
+
     def longest(self, limit: int | None) -> int:
         """Return the length of the longest row that could come."""
         return limit or sys.maxsize

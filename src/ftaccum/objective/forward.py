@@ -42,9 +42,9 @@ class Forward:
         self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
         self._inner_gradients = InnerGradients()
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
-        encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
-        self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
+        self._withheld = set() if self._read_loss is _own_loss or self._needs_labels else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Return the means by term, scalars, and the model's outputs."""
@@ -93,18 +93,19 @@ class Forward:
         return "labels after the shift" if self._read_loss is _next_token_loss else None
 
     def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
-        """How many classes the targets choose from, read off the logits that the model gives without labels; None
-        where the targets are no class numbers, or the model needs them to run."""
+        """Return how many classes the targets choose from, read off the logits that the model gives without labels, or
+        with them if it makes inputs of them. None where the targets are no class numbers, or there are no logits."""
         targets = targets_of(batch)
         if targets is None or targets.is_floating_point():
             return None
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if isinstance(ids, Tensor) and ids.ndim == 3:  # multiple choice: each row has its own number of choices
             return None
+        given = batch if self._needs_labels else _without_labels(batch)
         try:
-            outputs = self._inner_gradients.run(lambda: self._outputs(model, _without_labels(batch)))
+            outputs = self._inner_gradients.run(lambda: self._outputs(model, given))
             logits = logits_of(outputs)
-        except Exception:  # an encoder-decoder, for one: whatever it raises says that it needs the labels
+        except Exception:  # the model needs the labels, or has no logits
             return None
         return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1] > 1 else None
 

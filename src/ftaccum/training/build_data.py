@@ -17,7 +17,8 @@ from ..data.loader import Loader
 from ..data.packing import PackingCollator
 from ..data.probe_rows import labelled_positions, sample_of
 from ..data.tokenize import is_raw_text, most_tokens, tokenize
-from ..data.validation import ValueRanges, check_lengths, check_sample
+from ..data.validation import check_lengths, check_sample
+from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
@@ -27,6 +28,7 @@ from ..objective.self_check import difference_of_packing, measured_objective
 from ..planning.shuffle import hold_out
 from ..runtime.state_guards import inspection_mode
 from ..settings import Recipe
+from .build_ranges import find_ranges
 from .config import Components, RunConfig
 
 _FEW = 4  # rows to see whether a model keeps packed rows apart
@@ -79,7 +81,10 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         val_rows.find_draws()
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
-    ranges = _ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
+    ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
+    for each in (rows, val_rows):
+        if each is not None and components.data_collator is None:  # which may change the numbers
+            ranges.check_all(each)
     check_sample(rows, row_collator, ranges)
     if val_rows is not None:
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
@@ -211,23 +216,6 @@ def _ignore_index(components: Components, rows: Rows) -> int:
     if components.loss_fn is None and labels is not None and np.ndim(labels) > 1:
         return getattr(components.configuration, "semantic_loss_ignore_index", components.ignore_index)
     return components.ignore_index
-
-
-def _ranges(
-    components: Components,
-    forward: Forward,
-    rows: Rows,
-    row_collator: RowCollator,
-    ignore_index: int,
-    device: torch.device,
-) -> ValueRanges:
-    """What the numbers in a batch may be. A `loss_fn` that does not say what it ignores may take any label."""
-    ranges = ValueRanges.of_tokens(components.model)
-    if components.loss_fn is not None and not hasattr(components.loss_fn, "ignore_index"):
-        return ranges
-    first = send_to_device(row_collator.seeded(rows, [0], 0), device)
-    with inspection_mode(components.model):
-        return ranges.with_classes(forward.n_classes(components.model, first), ignore_index)
 
 
 def _check_validation(components: Components, train: Any, val: Any) -> None:
