@@ -330,7 +330,9 @@ ROWS = CLASSIFIER.rows()
             DatasetDict({"train": Dataset.from_list(ROWS)}),
             r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`",
         ),
-        ({"input_ids": [[1, 2]]}, "is a dict instead"),
+        ({"input_ids": [1, 2], "labels": 1}, "is a dict instead"),
+        ({"input_ids": [[1, 2]] * 9, "labels": [1] * 8}, "columns of unequal lengths: 9 in 'input_ids', 8 in 'labels'"),
+        ({"train": ROWS, "test": ROWS}, r"is a dict instead. Give one split, such as `train_data=data\['train'\]`"),
         ([1, 2, 3], "its first row is a int instead"),
         ([{"text": "a film", "label": 1}], "is raw text, but `tokenizer` is None"),
         ([{"input_ids": [1, 2, 3]}] * 4, "has no label column"),
@@ -411,7 +413,7 @@ def test_rows_of_the_hold_out_keep_their_names() -> None:
 def test_a_row_that_a_plain_module_cannot_take_is_named() -> None:
     rows = token_rows()
     rows[3] = torch.tensor([5, 99])
-    with pytest.raises(DataError, match="Of `train_data`, row 3 has the label 99"):
+    with pytest.raises(DataError, match="Of `train_data`, row 3 has the token id 99"):
         run(PlainLM(), rows)
 
 

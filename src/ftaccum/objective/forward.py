@@ -40,6 +40,8 @@ class Forward:
             [loss_fn] if isinstance(loss_fn, nn.Module) else []
         )  # those that compute the loss besides the model
         self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
+        # Some models of Transformers compute a loss without labels, but only if they are asked to.
+        self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
         self._inner_gradients = InnerGradients()
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -115,7 +117,7 @@ class Forward:
             if isinstance(inputs, Mapping):
                 return model(**inputs)
             return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
-        given = {name: value for name, value in batch.items() if name not in self._withheld}
+        given = {**self._flags, **{name: value for name, value in batch.items() if name not in self._withheld}}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         if "input_ids" in given or "input_ids" not in batch:
@@ -146,7 +148,8 @@ class Forward:
         raise DataError(
             f"`train_data` carries {sorted(map(str, batch))}, from which {name} computes no loss: it has "
             f"{'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
-            "Name the labels as `forward` does, or give a `loss_fn`."
+            "Name the labels as `forward` does, or give a `loss_fn`; for a model that computes its loss without "
+            "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
         )
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
 from ..data.collator import PaddingCollator, RowCollator
 from ..data.convert import as_rows, synthetic_rows
 from ..data.dataset import Rows
 from ..data.iterable import Stream, StreamRows
+from ..data.labels import settle_labels
 from ..data.loader import Loader
 from ..data.packing import PackingCollator
 from ..data.probe_rows import labelled_positions, sample_of
@@ -26,10 +26,10 @@ from ..objective.objective import Objective
 from ..objective.probe import EXPLAINED
 from ..objective.self_check import difference_of_packing, measured_objective
 from ..planning.shuffle import hold_out
-from ..runtime.state_guards import inspection_mode
 from ..settings import Recipe
 from .build_ranges import find_ranges
 from .config import Components, RunConfig
+from .loss_faults import loss_fault
 
 _FEW = 4  # rows to see whether a model keeps packed rows apart
 
@@ -139,7 +139,9 @@ def _tokenize(rows: Rows, components: Components, accelerator: Accelerator) -> R
     if not is_raw_text(rows, accepted_arguments(components.model)) or (
         components.tokenizer is None and components.data_collator is not None
     ):
-        return rows
+        if components.data_collator is not None:
+            return rows
+        return settle_labels(rows, components.configuration, own_loss=components.loss_fn is None)
     config = components.configuration
     generates = getattr(components.model, "can_generate", lambda: False)()
     with accelerator.main_process_first():  # the others find the table that it has cached
@@ -253,29 +255,4 @@ def _objective(
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if components.train_data is None:
-            raise DataError(
-                f"`train_data` is None, and {type(components.model).__name__} cannot train on synthetic tokens, "
-                f"each of which is the target of the one before: {error!r}. Give training data."
-            ) from error
-        used = (
-            ", ".join(f"`{name}`" for name in ("loss_fn", "count_items") if getattr(components, name)) or "this model"
-        )
-        raise DataError(
-            f"The loss of {_failing(components, forward, rows, row_collator, labelled)} cannot be computed: "
-            f"{error!r}. Check that its columns, lengths and labels are those that {used} was made for."
-        ) from error
-
-
-def _failing(
-    components: Components, forward: Forward, rows: Rows, row_collator: RowCollator, candidates: list[int]
-) -> str:
-    """The first row that fails by itself, by its name."""
-    device = next(components.model.parameters()).device
-    for position in candidates:
-        try:
-            with inspection_mode(components.model):
-                forward(components.model, send_to_device(row_collator.seeded(rows, [position], 0), device))
-        except Exception:
-            return f"{rows.name_of(position)} of `{rows.argument}`"
-    return f"the first rows of `{rows.argument}`"
+        raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
