@@ -330,7 +330,7 @@ ROWS = CLASSIFIER.rows()
             DatasetDict({"train": Dataset.from_list(ROWS)}),
             r"is a DatasetDict instead. Give one split, such as `train_data=data\['train'\]`",
         ),
-        ({"input_ids": [1, 2], "labels": 1}, "is a dict instead"),
+        ({"input_ids": [1, 2], "labels": 1}, r"is a dict instead\. .* put a single row in a list"),
         ({"input_ids": [[1, 2]] * 9, "labels": [1] * 8}, "columns of unequal lengths: 9 in 'input_ids', 8 in 'labels'"),
         ({"train": ROWS, "test": ROWS}, r"is a dict instead. Give one split, such as `train_data=data\['train'\]`"),
         ([1, 2, 3], "its first row is a int instead"),

@@ -164,6 +164,48 @@ def test_a_collator_may_repair_what_rows_have() -> None:
     assert run(bert(), rows, data_collator=truncating).optimizer_steps
 
 
+class Cutting(nn.Module):
+    """Takes rows of any length, of which it reads the first tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(61, 4), nn.Embedding(8, 4), nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        input_ids = input_ids[:, :8]
+        positions = torch.arange(input_ids.shape[1])
+        logits = self.head((self.tokens(input_ids) + self.positions(positions)).mean(1))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("form", [list, Lazy])
+def test_a_model_that_cuts_its_rows_takes_long_ones(form: Callable[[list[Row]], Any]) -> None:
+    assert run(Cutting(), form([*plain(60), {**LONG, "labels": 1}]), on_inexact="ignore").optimizer_steps
+
+
+class Masked(BertForSequenceClassification):
+    """Leaves labels of -1 out."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Any:
+        outputs = super().forward(input_ids, attention_mask=attention_mask)
+        if labels is not None:
+            known = (labels != -1).float()
+            losses = F.binary_cross_entropy_with_logits(outputs.logits, labels, reduction="none")
+            outputs.loss = (losses * known).mean()
+        return outputs
+
+
+def test_a_loss_that_leaves_labels_out_gets_them() -> None:
+    config = BertConfig(**SIZE, num_labels=3, max_position_embeddings=32, problem_type="multi_label_classification")
+    rows = [{**row, "labels": [1.0, -1.0, 0.0] if n % 9 == 4 else [1.0, 0.0, 0.0]} for n, row in enumerate(plain())]
+    assert run(Masked(config), rows).optimizer_steps
+
+
+def test_probabilities_may_be_rounded() -> None:
+    rows = [{**row, "labels": [1.0000002, 0.0, -1e-7]} for row in plain()]
+    assert run(bert(), rows).optimizer_steps
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_takes_its_rows(name: str) -> None:
     assert run(HEADS[name].model(), HEADS[name].rows(), on_inexact="ignore").optimizer_steps

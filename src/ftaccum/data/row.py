@@ -12,7 +12,7 @@ Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
 
 FORMS = (
-    "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
+    "a datasets.Dataset, a list of dicts, a DataFrame, a dict of columns, a list of 1-D tensors of token ids, "
     "or a torch Dataset of dicts or (inputs, targets) tuples"
 )
 

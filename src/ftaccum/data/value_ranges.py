@@ -13,6 +13,7 @@ from ..objective.embedding_limits import Place, columns_of
 from ..objective.item_counts import Batch, targets_of
 from .dataset import Rows
 
+_ROUNDING = 1e-3  # of labels that were computed
 _IsOutside = Callable[[Any], Any]  # numbers of an array or a tensor → where they are out of range
 
 
@@ -77,7 +78,7 @@ class ValueRanges:
     def _outside_labels(self, is_float: bool) -> _IsOutside | None:
         """Return where labels are out of range; None where any number will do."""
         if is_float:
-            return (lambda labels: (labels < 0) | (labels > 1)) if self.probabilities else None
+            return (lambda labels: (labels < -_ROUNDING) | (labels > 1 + _ROUNDING)) if self.probabilities else None
         if self.n_classes is None:
             return None
         outside = _outside(self.n_classes)
