@@ -39,7 +39,7 @@ from ftaccum.data.convert import as_rows
 from ftaccum.data.dataset import Rows
 from ftaccum.data.loader import Loader
 from ftaccum.data.prefetch import WindowLoader
-from ftaccum.data.validation import ValueRanges
+from ftaccum.data.value_ranges import ValueRanges
 from ftaccum.data.workers import Workers, how_it_ended
 from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -693,6 +694,54 @@ def test_the_best_trial_is_run_again_and_its_model_kept(tmp_path: Path) -> None:
     study = quick(output_dir=str(tmp_path), refit=True, n_trials=5)
     assert Result.load(tmp_path / "best").final_loss == pytest.approx(study.best_value, rel=1e-6)
     assert (tmp_path / "best" / "model" / "model.safetensors").exists()
+
+
+def test_a_finished_refit_is_kept_until_another_trial_is_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def factory() -> nn.Module:
+        made.append(1)
+        return Layer()
+
+    def search(n_trials: int) -> tuple[int, int]:
+        """Return the number of the best trial, and how many models were made."""
+        made.clear()
+        study = quick(model_factory=factory, output_dir=str(tmp_path), refit=True, n_trials=n_trials)
+        return study.best_trial.number, len(made)
+
+    made: list[int] = []
+    best = search(3)[0]
+    weights = (tmp_path / "best" / "model" / "model.safetensors").stat()
+    capsys.readouterr()
+    assert search(3) == (best, 0)
+    assert f"The best trial, {best}, was run again before: its model is in" in capsys.readouterr().out
+    assert (tmp_path / "best" / "model" / "model.safetensors").stat() == weights
+
+    study = optuna.load_study(study_name=tmp_path.name, storage=open_storage(None, tmp_path))
+    study.add_trial(
+        optuna.trial.create_trial(params={**study.best_params}, distributions=study.best_trial.distributions, value=0.0)
+    )
+    assert search(3) == (3, 1)
+    assert search(3) == (3, 0)
+    shutil.rmtree(tmp_path / "best" / "model")
+    assert search(3) == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "a%2Fb", "a{b}", "a b&c=d", "ü@b:c"])
+def test_the_study_lies_in_its_folder_whatever_that_is_called(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    optuna.create_study(storage=open_storage(None, tmp_path / name), study_name="search")
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "study.db"]
+
+
+def test_a_question_mark_in_the_path_of_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"would open 'why': .* here '/study.db'\. Write .* as %3F"):
+        open_storage("sqlite:///why?/study.db", None)
+    assert list(tmp_path.iterdir()) == []
+    open_storage("sqlite:///study.db?timeout=5", None)
+    open_storage("sqlite:///why%3F.db", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"study.db", "why?.db"}
 
 
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

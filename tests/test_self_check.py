@@ -1,6 +1,7 @@
 """Before the first update: what makes accumulation inexact is seen, named with its figure, and leaves no trace."""
 
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,21 @@ class Penalised(Net):
             slopes = torch.autograd.grad(outputs.sum(), self.inner.weight, create_graph=True)[0]
             outputs = outputs + 0 * slopes.sum()
         return outputs
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(6)])
+def test_a_term_without_items_is_no_drift(norm: Any) -> None:
+    def loss_fn(outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        rare = F.cross_entropy(outputs[batch["y"] > 2], batch["y"][batch["y"] > 2])
+        return {"all": F.cross_entropy(outputs, batch["y"]), "rare": rare}
+
+    def count(batch: dict[str, Tensor]) -> dict[str, int]:
+        return {"all": len(batch["y"]), "rare": int((batch["y"] > 2).sum())}
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train(Net(norm()), loss_fn, count_items=count, **TWICE)
+    assert not [w for w in warned if "moves buffers that the next one depends on" in str(w.message)]
 
 
 def test_models_that_differentiate_in_their_forward_pass_are_measured() -> None:

@@ -1,5 +1,6 @@
 """Trackers that raise or hang: the run is the same as without them, and the user is told what they missed."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
-from ftaccum import OutputWarning, Result, test_fine_tuning
+from ftaccum import OutputWarning, Result, SettingsError, test_fine_tuning
 from ftaccum.tracking import trackers
 from heads import HEADS
 
@@ -234,3 +236,27 @@ def test_trackers_are_finished_where_the_run_fails() -> None:
             log_with=tracker, progress=False,
         )  # fmt: skip
     assert tracker.done == ["start", "config", "log", "log", "finish"]  # both updates
+
+
+@pytest.mark.parametrize(
+    ("asked", "absent"),
+    [
+        (["dvclive", "wandb"], "['wandb']"),
+        (["wandb", "dvclive", "mlflow"], "['wandb', 'mlflow']"),
+        ([LoggerType.WANDB, LoggerType.DVCLIVE], "['wandb']"),
+        ("mlflow", "['mlflow']"),
+    ],
+)
+def test_only_trackers_that_are_not_installed_are_called_absent(
+    asked: Any, absent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.DVCLIVE])
+    with pytest.raises(SettingsError, match=re.escape(f"The trackers {absent} were asked for, but are not installed")):
+        run(asked)
+
+
+def test_a_tracker_may_be_named_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.DVCLIVE])
+    with pytest.warns(OutputWarning, match="'dvclive' could not be started") as warned:
+        assert run(["dvclive", "dvclive"]).optimizer_steps
+    assert len(warned) == 1

@@ -81,11 +81,11 @@ def test_fine_tuning(
         model: a `PreTrainedModel`, a PEFT model, or any module.
         config: the model's configuration, or any object with `vocab_size` and `pad_token_id`; `model.config` where
             None.
-        train_data: a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), a list of dicts, a list of 1-D
-            tensors of token ids (next-token loss), or a torch `Dataset` of dicts or, with `loss_fn`, of
-            `(inputs, targets)` tuples. A stream of such rows (`IterableDataset` of `datasets` or torch), with
-            `max_updates`: windows form in its order, the main process reads it for all. None: synthetic token ids
-            below `config.vocab_size`.
+        train_data: a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), a list of dicts, a pandas
+            DataFrame, a dict of columns, a list of 1-D tensors of token ids (next-token loss), or a torch `Dataset` of
+            dicts or, with `loss_fn`, of `(inputs, targets)` tuples. A stream of such rows (`IterableDataset` of
+            `datasets` or torch), with `max_updates`: windows form in its order, the main process reads it for all.
+            None: synthetic token ids below `config.vocab_size`.
         val_data: the same for validation, but no stream.
         validation_split: share of the training rows held out where `val_data` is None; 0 for none. From a stream none
             can be: give `val_data`, or 0.

@@ -27,7 +27,8 @@ from ..objective.normalizer import gathered
 from ..objective.objective import Objective
 from ..planning.micro_batches import MicroBatchRows, RowIndices
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.memory import WindowOutOfMemoryError, free_on_host, give_back_memory, is_out_of_memory, peak_on_host
+from ..runtime.host import free_on_host, peak_of_process
+from ..runtime.memory import WindowOutOfMemoryError, give_back_memory, is_out_of_memory
 from ..runtime.model_context import run_eagerly
 from ..runtime.process_group import ProcessGroup
 from .accumulator import GradientAccumulator
@@ -231,7 +232,7 @@ class GradientAuditor:
         if self._accelerator.device.type != "cpu":
             return True
         # No micro-batch so far has taken more than the process had at its peak, weights included.
-        return times * peak_on_host() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 _ByProcess = Sequence[Sequence[MicroBatchRows]]

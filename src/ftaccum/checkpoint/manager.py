@@ -13,8 +13,8 @@ from pathlib import Path
 from ..errors import Preempted
 from ..fields import seconds_of
 from ..runtime.atomic_files import atomic_directory
+from ..runtime.host import free_on_host
 from ..runtime.log import logger
-from ..runtime.memory import free_on_host
 from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
 from ..tracking.ledger import best_epoch

@@ -10,6 +10,7 @@ from datasets import IterableDataset as StreamingDataset
 
 from ..errors import DataError
 from .dataset import Rows
+from .forms import by_row, without_leading_dimension
 from .row import FORMS
 
 _OF_ITERATORS = (
@@ -30,10 +31,10 @@ def as_rows(data: Any, argument: str) -> Rows:
     """
     if isinstance(data, Rows):
         return data
+    data = by_row(data, argument)
     if isinstance(data, Mapping):
-        splits = f" Give one split, such as `{argument}=data[{next(iter(data), '')!r}]`." if data else ""
         kind = "a DatasetDict" if isinstance(data, DatasetDict) else f"a {type(data).__name__}"
-        raise DataError(f"`{argument}` must be {FORMS}, but is {kind} instead.{splits}")
+        raise DataError(f"`{argument}` must be {FORMS}, but is {kind} instead. {_remedy_for_dict(data, argument)}")
     if isinstance(data, StreamingDataset | torch.utils.data.IterableDataset):
         raise DataError(
             f"`{argument}` must be {FORMS}, but is a stream instead. "
@@ -56,9 +57,15 @@ def as_rows(data: Any, argument: str) -> Rows:
         )
     if not len(data):
         raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
-    rows = Rows(argument, data)
-    rows.fetch([0])
-    return rows
+    Rows(argument, data).fetch([0])  # names it where it is none
+    return Rows(argument, without_leading_dimension(data, len(data)))
+
+
+def _remedy_for_dict(data: Mapping[str, Any], argument: str) -> str:
+    values = list(data.values())
+    if values and all(hasattr(value, "__len__") and not isinstance(value, str) for value in values):
+        return f"Give one split, such as `{argument}=data[{next(iter(data))!r}]`."
+    return "Each column of a dict needs a list with a value for every row; put a single row in a list."
 
 
 def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:

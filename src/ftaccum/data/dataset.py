@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
+from .forms import ChangedRows
 from .row import Row, as_row, check_row, is_row, length_of
 
 # Rows as they came, and the position of the first one → rows. It raises DataErrors that name a row.
@@ -138,6 +140,24 @@ class Rows:
             return [length_of(row) for row in self.fetch(range(len(self)))]
         return None
 
+    def column(self, name: str) -> "pa.ChunkedArray | list[Any] | None":
+        """Return a column, row by row, where it can be had without computing the rows; else None.
+
+        Tuples have the columns `inputs` and `targets`.
+        """
+        if isinstance(self.source, Dataset):
+            if name not in self.source.column_names or self.source.format["type"] == "custom":
+                return None
+            column = self.source.select_columns([name]).with_format("arrow")[:][name]
+            return column if self._positions is None else column.take(self._positions)
+        if not isinstance(self.source, list):
+            return None
+        rows = self.fetch(range(len(self)))
+        if all(isinstance(row, Mapping) and name in row for row in rows):
+            return [row[name] for row in rows]
+        place = {"inputs": 0, "targets": 1}.get(name)
+        return [row[place] for row in rows] if place is not None and isinstance(rows[0], tuple) else None
+
     def longest(self, limit: int | None) -> int | None:  # noqa: ARG002
         """Return the length of the longest row; None where it is not known.
 
@@ -160,6 +180,27 @@ class Rows:
         table = self.as_table()
         table = table.map(encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=name)
         return self.replaced(table)
+
+    def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "Rows":
+        """Return the rows with another column in the place of one.
+
+        Args:
+            convert: makes the new value from the old one and what to call its row, as a sentence on it begins.
+        """
+
+        def changed(row: Row, index: int) -> Row:
+            name_of_row = f"Of `{self.argument}`, row {index if self._names is None else self._names[index]}"
+            return {**row, name: convert(row.get(name), name_of_row)}
+
+        source = self.source
+        if isinstance(source, Dataset) and source.format["type"] != "custom":
+            values = [changed({name: value}, n)[name] for n, value in enumerate(source.with_format(None)[name])]
+            source = source.remove_columns(name).add_column(name, values)
+        elif isinstance(source, list):
+            source = [changed(row, n) for n, row in enumerate(source)]
+        else:
+            source = ChangedRows(source, changed)
+        return Rows(self.argument, source, self._positions, self._names, self._part)
 
     def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> BasePlan:
         """Return the windows of a run over these rows."""
@@ -230,6 +271,8 @@ class Rows:
         name = index if self._names is None else self._names[index]
         try:
             row = as_row(self.source[index])
+        except DataError:  # it names the row
+            raise
         except Exception as error:
             raise DataError(
                 f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."

@@ -17,6 +17,7 @@ from ..runtime.single_process import single_process
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
 from .dataset import Encode, Rows, Step
+from .forms import is_nested, unnested
 from .row import Row, as_row, check_row, length_of
 
 LOOKED_AT = 256  # rows, before training
@@ -150,6 +151,8 @@ class StreamRows(Rows):
         self._taken = 0
         self._held = dict(enumerate(rows))
         self.on_arrival(self._as_rows)
+        if all(map(is_nested, self._held.values())):
+            self.on_arrival(lambda more, _: [unnested(row) if is_nested(row) else row for row in more])
 
     def __len__(self) -> int:
         return self._n_looked_at
@@ -179,6 +182,9 @@ class StreamRows(Rows):
         """The lengths of those rows; None: of those that were looked at."""
         return [length_of(row) for row in self.fetch(range(len(self)) if positions is None else positions)]
 
+    def column(self, name: str) -> None:
+        """Return None: rows are looked at as they come."""
+
     def longest(self, limit: int | None) -> int:
         """Return the length of the longest row that could come."""
         return limit or sys.maxsize
@@ -204,6 +210,16 @@ class StreamRows(Rows):
             return [{name: values[n] for name, values in made.items()} for n in range(len(more))]
 
         self.on_arrival(encode_more)
+        return self
+
+    def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "StreamRows":
+        """Convert a column of the rows that are there, and of all that come."""
+
+        def convert_more(more: list[Row], first: int) -> list[Row]:
+            names = [f"Of `{self.argument}`, {self.name_of(position)}" for position in range(first, first + len(more))]
+            return [{**row, name: convert(row.get(name), of)} for row, of in zip(more, names, strict=True)]
+
+        self.on_arrival(convert_more)
         return self
 
     def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> StreamPlan:

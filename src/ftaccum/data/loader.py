@@ -17,7 +17,7 @@ from ..runtime.log import logger
 from .batches import can_be_taken_apart, take, trimmed
 from .collator import RowCollator
 from .dataset import Rows
-from .validation import ValueRanges
+from .value_ranges import ValueRanges
 from .workers import Workers, how_it_ended
 
 _DEATHS = 3  # of workers, with no window between them, after which no more are started

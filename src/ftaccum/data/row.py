@@ -12,7 +12,7 @@ Row = Any  # a mapping of columns, or a tuple (inputs, targets)
 
 
 FORMS = (
-    "a datasets.Dataset, a list of dicts, a list of 1-D tensors of token ids, "
+    "a datasets.Dataset, a list of dicts, a DataFrame, a dict of columns, a list of 1-D tensors of token ids, "
     "or a torch Dataset of dicts or (inputs, targets) tuples"
 )
 
@@ -33,7 +33,11 @@ def is_row(row: Any) -> bool:
 def length_of(row: Row) -> int:
     """A row's length in tokens, or in whatever its first column has along its first dimension; 1 for a number."""
     column = row[0] if isinstance(row, tuple) else row.get("input_ids", next(iter(row.values()), 0))
-    return len(column) if hasattr(column, "__len__") and not (isinstance(column, Tensor) and not column.ndim) else 1
+    return (
+        len(column)
+        if hasattr(column, "__len__") and not (isinstance(column, Tensor | np.ndarray) and not column.ndim)
+        else 1
+    )
 
 
 def class_of(row: Row) -> int | None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import DataError
 from .dataset import Rows
+from .labels import label_id
 
 _LABELS = ("labels", "label")
 _MEND = "Mend or drop the row."
@@ -61,7 +62,7 @@ def tokenize(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next_
             encoded["labels"] = encoded["input_ids"]
         elif label is not None:
             encoded["labels"] = [
-                _label_id(value, config, name) for value, name in zip(columns[label], names, strict=True)
+                label_id(value, name, config) for value, name in zip(columns[label], names, strict=True)
             ]
         return encoded
 
@@ -121,15 +122,3 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
             break
     limits = (getattr(tokenizer, "model_max_length", None), positions)
     return min((n for n in limits if n and n < _LONGEST_UNBOUNDED), default=None)
-
-
-def _label_id(value: Any, config: Any, name: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    known = getattr(config, "label2id", None) or {}
-    if value not in known:
-        raise DataError(
-            f"{name} has the label {value!r}, but the model's config.label2id knows {sorted(known)}. Set label2id and "
-            "id2label when loading the model, or give the labels as numbers."
-        )
-    return known[value]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
 from .aux_losses import factors_of, has_parts
+from .inner_gradients import InnerGradients
 from .item_counts import IGNORE_INDEX, Batch, targets_of
 
 LossFn = Callable[[Any, Any], Any]
@@ -39,13 +40,19 @@ class Forward:
             [loss_fn] if isinstance(loss_fn, nn.Module) else []
         )  # those that compute the loss besides the model
         self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
+        # Some models of Transformers compute a loss without labels, but only if they are asked to.
+        self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
+        self._inner_gradients = InnerGradients()
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
-        encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
-        self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
+        self._withheld = set() if self._read_loss is _own_loss or self._needs_labels else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Returns the means by term, scalars, and the model's outputs."""
+        """Return the means by term, scalars, and the model's outputs."""
+        return self._inner_gradients.run(lambda: self._means(model, batch))
+
+    def _means(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         outputs = self._outputs(model, batch)
         loss = self._read_loss(outputs, batch)
         if self.factors:
@@ -95,17 +102,19 @@ class Forward:
         return "labels after the shift" if self._read_loss is _next_token_loss else None
 
     def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
-        """How many classes the targets choose from, read off the logits that the model gives without labels; None
-        where the targets are no class numbers, or the model needs them to run."""
+        """Return how many classes the targets choose from, read off the logits that the model gives without labels, or
+        with them if it makes inputs of them. None where the targets are no class numbers, or there are no logits."""
         targets = targets_of(batch)
         if targets is None or targets.is_floating_point():
             return None
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if isinstance(ids, Tensor) and ids.ndim == 3:  # multiple choice: each row has its own number of choices
             return None
+        given = batch if self._needs_labels else _without_labels(batch)
         try:
-            logits = logits_of(self._outputs(model, _without_labels(batch)))
-        except Exception:  # an encoder-decoder, for one: whatever it raises says that it needs the labels
+            outputs = self._inner_gradients.run(lambda: self._outputs(model, given))
+            logits = logits_of(outputs)
+        except Exception:  # the model needs the labels, or has no logits
             return None
         return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1] > 1 else None
 
@@ -115,7 +124,7 @@ class Forward:
             if isinstance(inputs, Mapping):
                 return model(**inputs)
             return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
-        given = {name: value for name, value in batch.items() if name not in self._withheld}
+        given = {**self._flags, **{name: value for name, value in batch.items() if name not in self._withheld}}
         if self.accepted is not None:
             given = {name: value for name, value in given.items() if name in self.accepted}
         if "input_ids" in given or "input_ids" not in batch:
@@ -146,7 +155,8 @@ class Forward:
         raise DataError(
             f"`train_data` carries {sorted(map(str, batch))}, from which {name} computes no loss: it has "
             f"{'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
-            "Name the labels as `forward` does, or give a `loss_fn`."
+            "Name the labels as `forward` does, or give a `loss_fn`; for a model that computes its loss without "
+            "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
         )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 
@@ -187,14 +186,7 @@ class _Measurement:
         return {term: mean.item() for term, mean in found.items()}
 
     def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        batch = self._on_device(batch)
-        try:
-            return self.forward(self.model, batch)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # some models differentiate in their forward pass
-            with torch.enable_grad():
-                return self.forward(self.model, batch)
+        return self.forward(self.model, self._on_device(batch))
 
     def _on_device(self, batch: Batch) -> Batch:
         return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
@@ -240,9 +232,11 @@ class _Measurement:
             complaint = self._complaint_of_one_row() if moving else None
             once = self._losses(together)
             again = self._losses(together) if moving else once
+            # The mean of a term without items is NaN, however often it is computed.
+            with_items = [term for term in chosen if not math.isnan(once[term])]
         return InTraining(
             {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
-            max(relative(again[term], once[term]) for term in chosen),
+            max((relative(again[term], once[term]) for term in with_items), default=0.0),
             [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
             complaint,
         )

@@ -11,7 +11,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import GeneralTracker, filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from ..errors import SettingsError
@@ -161,7 +161,8 @@ def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:
     except ValueError as error:
         remedy = "" if output_dir else " Trackers that write files need `output_dir`."
         raise SettingsError([f"`log_with` is {log_with!r}: {error}{remedy}"]) from error
-    if "all" not in asked and len(found) < len(asked):
-        absent = [name for name in asked if name not in found]
+    names = {str(one) for one in found}  # Accelerate gives names as members of an enumeration
+    absent = [str(one) for one in asked if not isinstance(one, GeneralTracker) and str(one) not in {*names, "all"}]
+    if absent:
         raise SettingsError([f"The trackers {absent} were asked for, but are not installed. Install them with pip."])
     return found

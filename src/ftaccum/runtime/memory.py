@@ -1,13 +1,9 @@
 """Running out of memory: telling it, agreeing on it, and what is learnt from it."""
 
 import gc
-import sys
-from contextlib import suppress
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..planning.micro_batches import BatchLimits
@@ -53,25 +49,6 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.get_device_module().empty_cache()
-
-
-def peak_on_host() -> int:
-    """Return the most bytes that this process has had in memory so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset  # type: ignore[attr-defined]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def free_on_host() -> int:
-    """Bytes that the machine, and the container around the process, if any, have left."""
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import nn
 from ..data.loader import Loader, MicroBatch
 from ..errors import SettingsError
 from ..objective.objective import Objective
-from ..runtime.memory import free_on_host, give_back_memory, is_out_of_memory
+from ..runtime.host import free_on_host
+from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_buffers, preserve_rng
 

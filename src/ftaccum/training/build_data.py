@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
 from ..data.collator import PaddingCollator, RowCollator
 from ..data.convert import as_rows, synthetic_rows
 from ..data.dataset import Rows
 from ..data.iterable import Stream, StreamRows
+from ..data.labels import settle_labels
 from ..data.loader import Loader
 from ..data.packing import PackingCollator
 from ..data.probe_rows import labelled_positions, sample_of
 from ..data.tokenize import is_raw_text, most_tokens, tokenize
-from ..data.validation import ValueRanges, check_lengths, check_sample
+from ..data.validation import check_lengths, check_sample
+from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
@@ -25,9 +26,10 @@ from ..objective.objective import Objective
 from ..objective.probe import EXPLAINED
 from ..objective.self_check import difference_of_packing, measured_objective
 from ..planning.shuffle import hold_out
-from ..runtime.state_guards import inspection_mode
 from ..settings import Recipe
+from .build_ranges import find_ranges
 from .config import Components, RunConfig
+from .loss_faults import loss_fault
 
 _FEW = 4  # rows to see whether a model keeps packed rows apart
 
@@ -79,7 +81,10 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         val_rows.find_draws()
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
-    ranges = _ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
+    ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
+    for each in (rows, val_rows):
+        if each is not None and components.data_collator is None:  # which may change the numbers
+            ranges.check_all(each)
     check_sample(rows, row_collator, ranges)
     if val_rows is not None:
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
@@ -134,7 +139,9 @@ def _tokenize(rows: Rows, components: Components, accelerator: Accelerator) -> R
     if not is_raw_text(rows, accepted_arguments(components.model)) or (
         components.tokenizer is None and components.data_collator is not None
     ):
-        return rows
+        if components.data_collator is not None:
+            return rows
+        return settle_labels(rows, components.configuration, own_loss=components.loss_fn is None)
     config = components.configuration
     generates = getattr(components.model, "can_generate", lambda: False)()
     with accelerator.main_process_first():  # the others find the table that it has cached
@@ -213,23 +220,6 @@ def _ignore_index(components: Components, rows: Rows) -> int:
     return components.ignore_index
 
 
-def _ranges(
-    components: Components,
-    forward: Forward,
-    rows: Rows,
-    row_collator: RowCollator,
-    ignore_index: int,
-    device: torch.device,
-) -> ValueRanges:
-    """What the numbers in a batch may be. A `loss_fn` that does not say what it ignores may take any label."""
-    ranges = ValueRanges.of_tokens(components.model)
-    if components.loss_fn is not None and not hasattr(components.loss_fn, "ignore_index"):
-        return ranges
-    first = send_to_device(row_collator.seeded(rows, [0], 0), device)
-    with inspection_mode(components.model):
-        return ranges.with_classes(forward.n_classes(components.model, first), ignore_index)
-
-
 def _check_validation(components: Components, train: Any, val: Any) -> None:
     if isinstance(train, Mapping) and isinstance(val, Mapping) and train.keys() - val.keys():
         raise DataError(
@@ -265,29 +255,4 @@ def _objective(
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if components.train_data is None:
-            raise DataError(
-                f"`train_data` is None, and {type(components.model).__name__} cannot train on synthetic tokens, "
-                f"each of which is the target of the one before: {error!r}. Give training data."
-            ) from error
-        used = (
-            ", ".join(f"`{name}`" for name in ("loss_fn", "count_items") if getattr(components, name)) or "this model"
-        )
-        raise DataError(
-            f"The loss of {_failing(components, forward, rows, row_collator, labelled)} cannot be computed: "
-            f"{error!r}. Check that its columns, lengths and labels are those that {used} was made for."
-        ) from error
-
-
-def _failing(
-    components: Components, forward: Forward, rows: Rows, row_collator: RowCollator, candidates: list[int]
-) -> str:
-    """The first row that fails by itself, by its name."""
-    device = next(components.model.parameters()).device
-    for position in candidates:
-        try:
-            with inspection_mode(components.model):
-                forward(components.model, send_to_device(row_collator.seeded(rows, [position], 0), device))
-        except Exception:
-            return f"{rows.name_of(position)} of `{rows.argument}`"
-    return f"the first rows of `{rows.argument}`"
+        raise loss_fault(components, forward, rows, row_collator, labelled, error) from error

@@ -281,10 +281,10 @@ class TrainingSetup(Run):
 
 
 def _refuse_float16(model: nn.Module) -> None:
-    if any(p.dtype == torch.float16 for p in model.parameters()):
+    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
         raise SettingsError(
             [
-                "`mixed_precision` is 'fp16', but the model's weights are float16, which gradients cannot be unscaled "
+                "`mixed_precision` is 'fp16', but the weights to train are float16, which gradients cannot be unscaled "
                 "into. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
             ]
         )

@@ -90,6 +90,11 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
             "Load it first, for example with `AutoModelForSequenceClassification.from_pretrained`."
         )
+    elif _has_missing_weights(components.model):
+        faults.append(
+            "`model` has weights on the meta device, which are shapes without numbers. Make the model outside of "
+            "`torch.device('meta')` and `init_empty_weights`, or load it with `from_pretrained`."
+        )
     for name in ("data_collator", "loss_fn", "count_items"):
         part = getattr(components, name)
         if part is not None and not callable(part):
@@ -113,6 +118,13 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             if needed
         ]
     refuse(faults)
+
+
+def _has_missing_weights(model: nn.Module) -> bool:
+    """Return whether weights have no values. Those of a model that was spread over devices may be on the disk; those
+    to train may not."""
+    is_spread = bool(getattr(model, "hf_device_map", None))
+    return any(p.is_meta and (p.requires_grad or not is_spread) for p in model.parameters())
 
 
 def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) -> list[str]:

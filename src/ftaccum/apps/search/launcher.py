@@ -20,6 +20,7 @@ import torch
 from optuna import Study
 
 from ...errors import DataError, SettingsError
+from ...runtime.host import usable_cpus
 from ...runtime.signals import StopSignals
 from .definition import Search
 from .processes import open_trial_processes
@@ -111,7 +112,7 @@ def _share_of_machine(number: int, n_workers: int) -> dict[str, str]:
     """Return the environment variables that give a worker its threads, and where there are GPUs, one of them."""
     share = {"TOKENIZERS_PARALLELISM": "false"}
     if "OMP_NUM_THREADS" not in os.environ:
-        share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_workers))
+        share["OMP_NUM_THREADS"] = str(max(1, usable_cpus() // n_workers))
     if torch.cuda.is_available():
         every_gpu = ",".join(map(str, range(torch.cuda.device_count())))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", every_gpu).split(",")

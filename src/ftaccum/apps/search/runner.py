@@ -1,25 +1,20 @@
 """A search from its beginning to its end."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import optuna
 from optuna import Study
-from optuna.trial import FixedTrial
-from tqdm import tqdm
 
 from ...errors import SettingsError
 from ...runtime.signals import StopSignals
-from ...training.callbacks import Callback
 from .definition import Search
 from .launcher import run_workers
 from .processes import OutOfStepError, open_trial_processes
 from .progress import SearchProgress
+from .refit import refit
 from .reports import write_reports
 from .study import open_study
-from .tables import best_trial
-from .trial import train_new_model
 from .worker import ON_INTERRUPT, TrialExecutor, Worker, follow
 
 
@@ -37,7 +32,7 @@ def run_search(search: Search) -> Study:
         with executor.stop_signals.kept(), _silent_optuna():
             study = _run_main(executor) if processes.is_main else _copy_study(*follow(executor))
         if search.settings.refit:
-            _refit(executor, study)
+            refit(executor, study)
         return study
 
 
@@ -85,16 +80,3 @@ def _copy_study(
     study = optuna.create_study(study_name=name, directions=directions)
     study.add_trials(trials)
     return study
-
-
-def _refit(executor: TrialExecutor, study: Study) -> None:
-    """Run the best trial once more as an ordinary run, which saves its model."""
-    search, processes = executor.search, executor.processes
-    best = processes.orders.run_on_main(lambda: best_trial(study))
-    if best is None or search.folder is None:
-        return
-    if processes.is_main:
-        tqdm.write(f"The best trial, {best.number}, once more:", file=sys.stdout)
-    arguments = executor.arguments_of(FixedTrial(best.params, best.number))
-    arguments |= {"output_dir": str(search.folder / "best"), "progress": search.progress}
-    train_new_model(search.model_factory, arguments, Callback())

@@ -29,6 +29,8 @@ from .space import STEPS
 _SETUP, _BUDGET = "ftaccum", "budget_rows"  # attributes of the study: what it was created with, the rows of a trial
 _HEARTBEAT = 20  # seconds between two signs of life of a running trial
 _TRIES, _PAUSE = 6, 0.5  # where several workers create tables and study at the same time
+_QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
+_SQLITE_OPTIONS = {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements"}
 _EXISTS_ALREADY = ("already exists", "unique", "duplicate")  # as databases say it of tables and rows
 
 
@@ -134,7 +136,7 @@ def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
     if storage is None:
         if folder is None:
             return InMemoryStorage()
-        storage = f"sqlite:///{(folder / 'study.db').resolve()}"
+        storage = sqlite_url(folder / "study.db")
     if not isinstance(storage, str):
         return storage
     kind, separator, rest = storage.partition("://")
@@ -147,6 +149,8 @@ def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
             proxy.wait_server_ready(timeout=30)
             return proxy
         return _open_database(storage)
+    except SettingsError:
+        raise
     except Exception as error:
         raise SettingsError(
             [
@@ -156,10 +160,30 @@ def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
         ) from error
 
 
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a database file. Characters of the path that mean something in a URL are quoted."""
+    return f"sqlite:///{str(path.resolve()).translate(_QUOTED)}"
+
+
+def _check_query(url: str) -> None:
+    """Raise SettingsError where the part after "?" is no list of options: SQLAlchemy would drop it from the path."""
+    path, _, query = url.partition("?")
+    names = {option.partition("=")[0] for option in query.split("&")} if query else set()
+    if "uri" not in names and names - _SQLITE_OPTIONS:
+        raise SettingsError(
+            [
+                f"`storage` {url!r} would open {path.partition(':///')[2]!r}: what follows a question mark in a URL "
+                f"are options, here {query!r}. Write a question mark that is part of the path as %3F."
+            ]
+        )
+
+
 def _open_database(url: str) -> RDBStorage:
     if url.startswith("postgresql://"):  # the driver of this name depends on the version of SQLAlchemy
         url = url.replace("://", "+psycopg://" if importlib.util.find_spec("psycopg") else "+psycopg2://", 1)
     is_sqlite = url.startswith("sqlite")
+    if is_sqlite:
+        _check_query(url)
     # Connections are closed after use, so that none stays open and many workers take few of a server's. SQLite's
     # writers wait for each other, by default not long enough for many of them.
     engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if is_sqlite else {}}

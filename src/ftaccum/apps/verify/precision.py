@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...objective.item_counts import Batch
 from ...objective.rounding import Rounding
-from ...runtime.memory import free_on_host
+from ...runtime.host import free_on_host
 from ...runtime.state_guards import cast_tensors
 
 # Bytes a weight while gradients are compared in float64: the copy, one batch's gradient, the sum and what is added.

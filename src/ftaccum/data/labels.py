@@ -1,0 +1,78 @@
+"""Labels in the form that a loss takes them: strings, truth values and multi-hot vectors as numbers."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import DataError
+from .dataset import Rows
+
+LABELS = ("labels", "label", "label_ids")
+
+_Convert = Callable[[Any, str], Any]  # a label, and what to call its row → the label as a number
+
+
+def settle_labels(rows: Rows, config: Any, *, own_loss: bool) -> Rows:
+    """Return the rows with labels that are numbers, of the type that the model's own loss takes.
+
+    Strings become numbers by the model's `label2id`. For the model's own loss, truth values become class numbers, and
+    whole numbers become floats where the model is for several labels at once (`problem_type`).
+
+    Args:
+        own_loss: whether the model computes the loss. A `loss_fn` gets other labels than strings as they are.
+
+    Raises:
+        DataError: naming a row whose label the model does not know.
+    """
+    row = rows.fetch([0])[0]
+    name = next((name for name in LABELS if isinstance(row, Mapping) and name in row), None)
+    convert = None if name is None else _converter(row[name], config, own_loss)
+    return rows if name is None or convert is None else rows.with_column(name, convert)
+
+
+def label_id(label: Any, name: str, config: Any) -> Any:
+    """Return the number of a label that is a string; of several, theirs; and any other label as it is.
+
+    Args:
+        name: what to call the row, as a sentence on it begins.
+
+    Raises:
+        DataError: where the model does not know the label.
+    """
+    if isinstance(label, list | tuple):
+        return [label_id(each, name, config) for each in label]
+    if not isinstance(label, str):
+        return label
+    known = getattr(config, "label2id", None) or {}
+    if label not in known:
+        raise DataError(
+            f"{name} has the label {label!r}, but the model's config.label2id knows {sorted(known)}. Set label2id and "
+            "id2label when loading the model, or give the labels as numbers."
+        )
+    return known[label]
+
+
+def _converter(label: Any, config: Any, own_loss: bool) -> _Convert | None:
+    """Return what to make of labels like this one; None where they stay."""
+    first = label[0] if isinstance(label, list | tuple) and label else label
+    if isinstance(first, str):
+        return partial(label_id, config=config)
+    if not own_loss or isinstance(first, list | tuple | str) or first is None:
+        return None
+    kind = _kind(label)
+    if getattr(config, "problem_type", None) == "multi_label_classification" and np.ndim(label) and kind in "biu":
+        return lambda label, _: _as_floats(label)
+    if kind == "b" and not np.ndim(label):
+        return lambda label, _: int(label)
+    return None
+
+
+def _kind(label: Any) -> str:
+    return (label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)).dtype.kind
+
+
+def _as_floats(label: Any) -> Any:
+    return label.float() if isinstance(label, Tensor) else [float(each) for each in label]
