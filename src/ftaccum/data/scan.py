@@ -105,8 +105,8 @@ class _List:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows.fetch(range(len(rows)))
         for place, row in enumerate(self._rows):
-            if not isinstance(row, Mapping):
-                raise OddRowError(place, f"it is a {type(row).__name__}, and other rows are dicts")
+            if isinstance(row, tuple):
+                raise OddRowError(place, "it is a tuple, and other rows are dicts")
 
     def check_presence(self, rules: ColumnRules) -> None:
         """Raise OddRowError where some rows lack a column that others have."""

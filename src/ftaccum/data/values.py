@@ -57,5 +57,6 @@ def as_tensor(value: Any) -> Tensor:
         # Python's floats take torch's default dtype; an empty list has no type of its own.
         tensor = torch.tensor(value) if len(value) else torch.empty(0, dtype=torch.long)
     else:
+        value = np.asarray(value) if isinstance(value, np.generic) else value
         tensor = torch.tensor(value) if isinstance(value, float) else torch.as_tensor(value)
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
