@@ -34,10 +34,12 @@ from failing_data import (
 )
 from ftaccum import DataError
 from ftaccum.data import workers
-from ftaccum.data.collator import PaddingCollator, RowCollator
+from ftaccum.data.collator import RowCollator
+from ftaccum.data.columns import ColumnRules
 from ftaccum.data.convert import as_rows
 from ftaccum.data.dataset import Rows
 from ftaccum.data.loader import Loader
+from ftaccum.data.padding import PaddingCollator
 from ftaccum.data.prefetch import WindowLoader
 from ftaccum.data.value_ranges import ValueRanges
 from ftaccum.data.workers import Workers, how_it_ended
@@ -361,14 +363,14 @@ def test_a_collator_is_seen_to_draw_where_nothing_came_of_it() -> None:
         inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
         return inputs + (random.random() < 1e-9), targets
 
-    collations = [RowCollator(PaddingCollator(None)), RowCollator(seldom)]
+    collations = [RowCollator(PaddingCollator(ColumnRules())), RowCollator(seldom)]
     for row_collator in collations:
         row_collator.find_draws(as_rows(Noisy(), "train_data"))
     assert [row_collator.draws for row_collator in collations] == [False, True]
 
 
 def loader_of(data: Any, num_workers: int = 0, collator: Any = None) -> Loader:
-    rows, row_collator = as_rows(data, "train_data"), RowCollator(collator or PaddingCollator(None))
+    rows, row_collator = as_rows(data, "train_data"), RowCollator(collator or PaddingCollator(ColumnRules()))
     row_collator.find_draws(rows)
     objective = SimpleNamespace(padding_sensitive=False, terms=("loss",), count=lambda batch: {"loss": len(batch[0])})
     return Loader(rows, row_collator, cast(Any, objective), ValueRanges(), num_workers=num_workers)
@@ -420,7 +422,7 @@ def test_windows_far_ahead_cost_no_reading_of_what_lies_before() -> None:
 
 def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
     rows = [as_rows(kind(), "train_data") for kind in (Pairs, Noisy, NoisyByItself)]
-    collations = [RowCollator(PaddingCollator(None)) for _ in rows]
+    collations = [RowCollator(PaddingCollator(ColumnRules())) for _ in rows]
     before = Generators.now()
     for each, row_collator in zip(rows, collations, strict=True):
         row_collator.find_draws(each)

@@ -261,10 +261,13 @@ def test_of_labels_and_label_the_exact_name_counts() -> None:
     assert run(CAUSAL.model(), rows).loss_history == run(CAUSAL.model(), CAUSAL.rows()).loss_history
 
 
-def test_multiple_choice_may_have_any_number_of_choices() -> None:
+def test_multiple_choice_must_have_one_number_of_choices() -> None:
+    """A choice made of padding would get a share of the softmax."""
     head = HEADS["multiple choice, BERT"]
-    rows = [{**row, "input_ids": row["input_ids"][:2], "labels": 1} for row in head.rows(4)] + head.rows(4, seed=2)
-    assert run(head.model(), rows).optimizer_steps == 2
+    rows = head.rows(9)
+    rows[5] = {**rows[5], "input_ids": rows[5]["input_ids"][:2], "labels": 1}
+    with pytest.raises(DataError, match=r"row 5 .* 'input_ids' has the shape \(2, \d+\), but must have \(3, \d+\)"):
+        run(head.model(), rows)
 
 
 def test_masked_lm_on_short_rows_with_the_usual_collator(tokenizer: BertTokenizerFast) -> None:
@@ -274,7 +277,7 @@ def test_masked_lm_on_short_rows_with_the_usual_collator(tokenizer: BertTokenize
     assert run(head.model(), rows, data_collator=collator, effective_batch_size=20).skipped_steps == 0
 
 
-def test_images_of_unequal_size_are_padded_with_what_the_head_ignores() -> None:
+def test_images_and_their_labels_must_have_one_size() -> None:
     config = SegformerConfig(
         num_channels=1, num_encoder_blocks=1, depths=[1], sr_ratios=[1], hidden_sizes=[8], patch_sizes=[3], strides=[2],
         num_attention_heads=[1], mlp_ratios=[2], decoder_hidden_size=8, num_labels=CLASSES,
@@ -283,9 +286,12 @@ def test_images_of_unequal_size_are_padded_with_what_the_head_ignores() -> None:
         {"pixel_values": torch.randn(1, 16, width), "labels": torch.randint(CLASSES, (16, width))}
         for width in (16, 24, 16, 24, 16, 24)
     ]
+    with pytest.raises(DataError, match=r"'pixel_values' has the shape \(1, 16, \d+\), but must have .* as in other"):
+        run(SegformerForSemanticSegmentation(config), rows, effective_batch_size=6)
+    same = [row for row in rows if row["labels"].shape == (16, 16)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InexactLossWarning)  # batch norm, and upsampling over the padding
-        assert run(SegformerForSemanticSegmentation(config), rows, effective_batch_size=6).optimizer_steps == 1
+        warnings.simplefilter("ignore", InexactLossWarning)  # batch norm
+        assert run(SegformerForSemanticSegmentation(config), same, effective_batch_size=3).optimizer_steps == 1
 
 
 def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: BertTokenizerFast) -> None:
@@ -346,10 +352,13 @@ ROWS = CLASSIFIER.rows()
             [*ROWS[:3], {**ROWS[3], "input_ids": [5, 61]}],
             "row 3 has the token id 61, but the model's vocabulary is 0 to 60",
         ),
-        ([*ROWS[:3], {"input_ids": [5, 6]}], "row 3 cannot be made part of a batch: it has no column 'labels'"),
+        (
+            [*ROWS[:3], {"input_ids": [5, 6]}],
+            "row 3 cannot be made part of a batch: it has no value in its column 'labels', and 3",
+        ),
         (
             [*ROWS[:3], {**ROWS[3], "labels": None}],
-            "row 3 cannot be made part of a batch: its column 'labels' holds None",
+            "row 3 cannot be made part of a batch: it has no value in its column 'labels', and 3 of 4",
         ),
         ([*ROWS[:3], {**ROWS[3], "input_ids": [[5], [6]]}], "row 3 cannot be made part of a batch: .*dimensions"),
         ([*ROWS[:3], {**ROWS[3], "input_ids": "film"}], "row 3 cannot be made part of a batch: .*'film'"),

@@ -277,7 +277,8 @@ class Rows:
             raise DataError(
                 f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."
             ) from error
-        check_row(row, self.argument, f"row {name}" if name else "its first row")
+        if not is_row(row):
+            check_row(row, self.argument, f"row {name}" if name else "its first row")
         return row
 
 

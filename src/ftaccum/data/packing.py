@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+import torch
 from transformers import DataCollatorWithFlattening
 
 from ..objective.item_counts import Batch
-from .collator import column_name
 from .row import Row
+from .values import OddRowError, as_tensor, column_name
+
+_LEAVE_OUT = "Leave `padding_free` out."
 
 
 class PackingCollator:
@@ -22,15 +25,29 @@ class PackingCollator:
         self._flatten = DataCollatorWithFlattening(return_tensors="pt", separator_id=ignore_index)
 
     def __call__(self, rows: list[Row]) -> Batch:
-        return self._flatten([self._columns(row) for row in rows])
+        """Return the batch of some rows.
 
-    def _columns(self, row: Row) -> Row:
+        Raises:
+            OddRowError: on a row that cannot be laid behind others.
+        """
+        return self._flatten([self._columns(row, place) for place, row in enumerate(rows)])
+
+    def _columns(self, row: Row, place: int) -> Row:
         if not isinstance(row, Mapping):
-            raise ValueError("it has no columns")
+            raise OddRowError(place, "it has no columns")
         columns = {column_name(key): value for key, value in row.items()}
-        missing = {"input_ids", "labels"} - columns.keys()
-        if missing:
-            raise ValueError(f"it has no column {missing.pop()!r}")
-        if not len(columns["input_ids"]):
+        for name in ("input_ids", "labels"):
+            if name not in columns:
+                raise OddRowError(place, f"it has no column {name!r}")
+        n_tokens, n_labels = len(columns["input_ids"]), len(columns["labels"])
+        if n_tokens != n_labels:
+            raise OddRowError(place, f"it has {n_tokens} tokens and {n_labels} `labels`")
+        if not n_tokens:
             return self._nothing
+        plain = {"attention_mask": torch.ones(n_tokens), "position_ids": torch.arange(n_tokens)}
+        for name in plain.keys() & columns.keys():
+            if not torch.equal(as_tensor(columns[name]).to(plain[name].dtype), plain[name]):
+                raise OddRowError(
+                    place, f"it has `{name}` of its own, which rows without padding are not given", _LEAVE_OUT
+                )
         return {name: columns[name] for name in ("input_ids", "labels")}

@@ -27,7 +27,7 @@ def check_row(row: Any, argument: str, name: str) -> None:
 
 
 def is_row(row: Any) -> bool:
-    return isinstance(row, Mapping) or (isinstance(row, tuple) and len(row) == 2)
+    return isinstance(row, dict | Mapping) or (isinstance(row, tuple) and len(row) == 2)  # dicts are seen faster
 
 
 def length_of(row: Row) -> int:

@@ -19,11 +19,7 @@ CountItems = Callable[[Batch], Any]
 
 
 def rows_of(batch: Batch) -> int:
-    """Rows of a collated batch: the first dimension of its first tensor, or, where rows lie one behind the other, as
-    often as positions begin."""
-    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
-    if isinstance(positions, Tensor) and len(positions) == 1 and "attention_mask" not in batch:
-        return max(1, int((positions == 0).sum()))
+    """Return the rows of a collated batch: the first dimension of its first tensor. A packed row is one row."""
     return next(t.shape[0] for t in tensors_of(batch) if t.ndim)
 
 
@@ -102,8 +98,9 @@ class ItemCounter:
 
 
 def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    # A mask for pairs of tokens does not say how many tokens there are.
+    return int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
 
 
 def _targets(batch: Batch) -> Tensor:

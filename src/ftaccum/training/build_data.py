@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..data.collator import PaddingCollator, RowCollator
+from ..data.collator import RowCollator
 from ..data.convert import as_rows, synthetic_rows
 from ..data.dataset import Rows
 from ..data.iterable import Stream, StreamRows
 from ..data.labels import settle_labels
 from ..data.loader import Loader
-from ..data.packing import PackingCollator
 from ..data.probe_rows import labelled_positions, sample_of
 from ..data.tokenize import is_raw_text, most_tokens, tokenize
 from ..data.validation import check_lengths, check_sample
@@ -23,15 +22,13 @@ from ..errors import DataError, SettingsError
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
-from ..objective.probe import EXPLAINED
-from ..objective.self_check import difference_of_packing, measured_objective
+from ..objective.self_check import measured_objective
 from ..planning.shuffle import hold_out
 from ..settings import Recipe
+from .build_collator import build_padding, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
 from .config import Components, RunConfig
 from .loss_faults import loss_fault
-
-_FEW = 4  # rows to see whether a model keeps packed rows apart
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,12 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if runtime.compile:
         longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
     ignore_index = _ignore_index(components, rows)
-    row_collator = _row_collator(components, ignore_index, longest)
+    padding = build_padding(components, rows, val_rows, ignore_index, longest)
+    if padding is not None:
+        row_collator = RowCollator(padding)
+    else:
+        assert components.data_collator is not None, "else rows are padded"
+        row_collator = RowCollator(components.data_collator, accepted_arguments(components.model))
     for each in (rows, val_rows):
         if each is not None and runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
@@ -90,6 +92,11 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
     objective = _objective(components, forward, rows, row_collator, labelled, ignore_index)
+    if padding is not None:
+        check_padded_labels(components, forward, objective, rows, padding, labelled)
+        rows_at_once = 1 if runtime.batch_size == 1 else 2
+        padding.documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
+        check_sample(rows, row_collator, ranges)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -100,7 +107,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
 
     val = None if val_rows is None else loader(val_rows, row_collator)
     if runtime.padding_free:
-        row_collator = _packed(components, forward, objective, rows, row_collator, labelled, ignore_index)
+        row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     train = loader(rows, row_collator, labelled)
     return TrainingData(rows, val_rows, objective, train, val, ignore_index, components.train_data is None)
 
@@ -152,63 +159,6 @@ def _tokenize(rows: Rows, components: Components, accelerator: Accelerator) -> R
             components.model,
             next_token=generates and not getattr(config, "is_encoder_decoder", False),
         )
-
-
-def _row_collator(components: Components, ignore_index: int, bucketed_up_to: int | None) -> RowCollator:
-    accepted = accepted_arguments(components.model)
-    if components.data_collator is not None:
-        return RowCollator(components.data_collator, accepted)
-    return RowCollator(
-        PaddingCollator(
-            accepted,
-            pad_token_id=components.pad_token_id,
-            padding_side=getattr(components.tokenizer, "padding_side", "right"),
-            ignore_index=ignore_index,
-            keep_all=components.loss_fn is not None or components.count_items is not None,
-            bucketed_up_to=bucketed_up_to,
-        )
-    )
-
-
-def _packed(
-    components: Components,
-    forward: Forward,
-    objective: Objective,
-    rows: Rows,
-    padded: RowCollator,
-    labelled: list[int],
-    ignore_index: int,
-) -> RowCollator:
-    """Rows one behind the other, where the model is seen to keep them apart.
-
-    Raises:
-        SettingsError: where it does not, or nobody can tell.
-    """
-    unfit = {
-        "a `data_collator` is given, which pads": components.data_collator is not None,
-        "it is no causal language model (labels are not predicted from the token before)": not objective.shifts,
-        "its `forward` takes no `position_ids`": "position_ids" not in (forward.accepted or ()),
-    }
-    for reason, holds in unfit.items():
-        if holds:
-            raise SettingsError(
-                [
-                    f"`padding_free` is True, but {type(components.model).__name__} cannot do without padding: "
-                    f"{reason}. Leave `padding_free` out: rows are padded to the longest of their micro-batch then."
-                ]
-            )
-    packed = RowCollator(PackingCollator(ignore_index), forward.accepted)
-    few = (labelled * _FEW)[:_FEW]  # one row has nobody to attend to
-    off = difference_of_packing(components.model, forward, objective, padded(rows, few), packed(rows, few))
-    if not off <= EXPLAINED:
-        raise SettingsError(
-            [
-                f"`padding_free` is True, but {type(components.model).__name__} lets rows that lie one behind "
-                f"the other attend to each other: their loss is {100 * off:.2g}% off. Leave `padding_free` "
-                "out, or load the model with another `attn_implementation` ('sdpa', 'flash_attention_2')."
-            ]
-        )
-    return packed
 
 
 def _ignore_index(components: Components, rows: Rows) -> int:

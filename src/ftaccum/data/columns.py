@@ -1,0 +1,252 @@
+"""The columns of a batch: which columns every row must have, and along what each of their dimensions runs."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+from ..objective.forward import is_label
+from .batches import TOKEN_COLUMNS
+from .row import Row
+from .values import OddRowError, column_name, is_numeric, tensor_of
+
+# What counts a row's tokens, and in which dimension: the first of these columns that rows have.
+_TOKEN_BASES = (("input_ids", -1), ("attention_mask", -1), ("inputs_embeds", 0), ("input_values", -1))
+_SOUNDS = ("input_values", "input_features")  # padded with silence
+
+
+class Along(Enum):
+    """What a dimension runs along, where it is not of one size in all rows."""
+
+    TOKENS = "input_ids"
+    TARGETS = "labels"
+    NOTHING = "nothing else"
+
+
+Size = int | Along
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ColumnRules:
+    """Which columns a batch takes from rows.
+
+    Attributes:
+        accepted: the columns that the model takes; None where it takes any.
+        keep_all: whether to keep other columns of numbers, for a `loss_fn` to find.
+        own_targets: whether labels may have a length of their own beside `input_ids`, as for an encoder-decoder.
+    """
+
+    accepted: frozenset[str] | None = None
+    keep_all: bool = False
+    own_targets: bool = True
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The columns that are taken whatever they hold. A plain module may have another name for its ids."""
+        return (self.accepted or frozenset()) | {"input_ids", "labels"}
+
+    def takes(self, name: str, value: Any) -> bool:
+        """Return whether a batch has a column of that name, from a value in a row."""
+        if name in self.names:
+            return True
+        return (self.keep_all or self.accepted is None) and is_numeric(value)
+
+    def may_pad_freely(self, name: str, *, floats: bool, n_dims: int, with_ids: bool) -> bool:
+        """Return whether a column may have a length of its own, so that its padding is known to be left out."""
+        if is_label(name):
+            return name == "labels" and not floats and n_dims == 1 and (self.own_targets or not with_ids)
+        return name.startswith("decoder_") or name in _SOUNDS or (name.endswith("_mask") and name not in TOKEN_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a batch, as rows that were looked at show them.
+
+    Attributes:
+        rules: which columns are taken.
+        keys: by name in a batch, the name in rows.
+        sizes: by name in a batch, what each dimension of a row's value must be.
+        token_base: the column, and the dimension, that counts a row's tokens; None where rows have no tokens.
+        ignored: columns that some rows may have, and that are left out.
+    """
+
+    rules: ColumnRules
+    keys: dict[str, str]
+    sizes: dict[str, tuple[Size, ...]]
+    token_base: tuple[str, int] | None
+    ignored: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], rules: ColumnRules) -> "Columns":
+        """Derive the columns from rows: what most of them show is the rule.
+
+        Raises:
+            OddRowError: where a row lacks a column that others have.
+        """
+        keys = _names({key: None for row in rows for key, value in row.items() if value is not None})
+        keys = {name: key for name, key in keys.items() if rules.takes(name, _first_value(rows, key))}
+        for key in keys.values():
+            check_presence(key, [n for n, row in enumerate(rows) if row.get(key) is None], len(rows))
+        tensors = {name: [tensor_of(rows[n], key, n) for n in range(len(rows))] for name, key in keys.items()}
+        shapes = {name: [tuple(t.shape) for t in column] for name, column in tensors.items()}
+        integers = {name for name, column in tensors.items() if not column[0].is_floating_point()}
+        base = _token_base(shapes, integers)
+        counts = {Along.TOKENS: _counts(shapes, base)}
+        sizes: dict[str, tuple[Size, ...]] = {}
+        for name in sorted(shapes, key=lambda name: name != "labels"):  # what decoders take runs along the labels
+            free = rules.may_pad_freely(
+                name, floats=name not in integers, n_dims=len(shapes[name][0]), with_ids="input_ids" in shapes
+            )
+            sizes[name] = _sizes(name, shapes[name], counts, free=free, integers=name in integers)
+            if name == "labels" and sizes[name] == (Along.NOTHING,):
+                counts[Along.TARGETS] = [shape[0] if shape else 0 for shape in shapes[name]]
+        return cls(rules, keys, {name: sizes[name] for name in keys}, base)
+
+    @property
+    def mask_sizes(self) -> tuple[Size, ...]:
+        """What the dimensions of a mask over the tokens must be."""
+        ids = self.sizes.get("input_ids")
+        return (Along.TOKENS,) if ids is None else ids
+
+    def without(self, name: str) -> "Columns":
+        """Return the other columns."""
+        keys = {other: key for other, key in self.keys.items() if other != name}
+        return replace(self, keys=keys, sizes={other: self.sizes[other] for other in keys})
+
+    def tensors(self, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
+        """Return the columns of some rows, not padded yet.
+
+        Raises:
+            OddRowError: where a row lacks a column, has another one, or has one of another shape.
+        """
+        for place, row in enumerate(rows):
+            self._check_names(place, row)
+        found = {
+            name: [tensor_of(row, key, place) for place, row in enumerate(rows)] for name, key in self.keys.items()
+        }
+        shapes = {name: [tuple(t.shape) for t in column] for name, column in found.items()}
+        counts = self.counts(shapes)
+        for name in found:
+            self._check_shapes(name, shapes[name], counts)
+        return found
+
+    def counts(self, shapes: Mapping[str, Sequence[Shape]]) -> dict[Along, list[int] | None]:
+        """Return how many tokens and how many targets each row has."""
+        targets = [shape[0] if shape else 0 for shape in shapes.get("labels", ())]
+        return {Along.TOKENS: _counts(shapes, self.token_base), Along.TARGETS: targets}
+
+    def problem(self, name: str, shape: Shape, n_tokens: int | None, n_targets: int | None) -> str | None:
+        """Return what is wrong with a row's value, given its tokens and targets; None where nothing is."""
+        sizes = self.sizes[name]
+        if len(shape) != len(sizes):
+            return f"its column {self.keys[name]!r} has {len(shape)} dimensions, and {len(sizes)} in other rows"
+        lengths = {Along.TOKENS: n_tokens, Along.TARGETS: n_targets}
+        wanted = tuple(
+            found if size is Along.NOTHING else lengths[size] if isinstance(size, Along) else size
+            for size, found in zip(sizes, shape, strict=True)
+        )
+        if shape == wanted:
+            return None
+        size = next(size for size, n, m in zip(sizes, shape, wanted, strict=True) if n != m)
+        base = "labels" if size is Along.TARGETS else self.token_base[0] if self.token_base else ""
+        reason = f"to go with its {base!r}" if isinstance(size, Along) else "as in other rows"
+        return f"its column {self.keys[name]!r} has the shape {shape}, but must have {wanted} {reason}"
+
+    def _check_names(self, place: int, row: Row) -> None:
+        if not isinstance(row, Mapping):
+            raise OddRowError(place, "it has no columns, as other rows have")
+        for key in self.keys.values():
+            if row.get(key) is None:
+                raise OddRowError(place, f"it has no value in its column {key!r}, and other rows do", _SAME_COLUMNS)
+        for key in row.keys() - self.keys.values():
+            name = column_name(key)
+            known = name in self.keys or name in self.ignored or row[key] is None
+            if not known and self.rules.takes(name, row[key]):
+                problem = f"it has a value in its column {key!r}, and other rows have none"
+                raise OddRowError(place, problem, _SAME_COLUMNS)
+
+    def _check_shapes(self, name: str, shapes: Sequence[Shape], counts: Mapping[Along, Sequence[int] | None]) -> None:
+        tokens, targets = counts[Along.TOKENS], counts[Along.TARGETS]
+        for place, shape in enumerate(shapes):
+            problem = self.problem(name, shape, tokens[place] if tokens else None, targets[place] if targets else None)
+            if problem is not None:
+                raise OddRowError(place, problem)
+
+
+_SAME_COLUMNS = "Give every row the same columns, drop the row or the column, or give a `data_collator`."
+
+
+def check_presence(key: str, lacking: Sequence[int], n_rows: int) -> None:
+    """Raise OddRowError where some rows have a column and others lack it: on the first of those that are fewer.
+
+    Args:
+        lacking: the places of the rows that lack the column, in ascending order.
+    """
+    n_having = n_rows - len(lacking)
+    if not lacking or not n_having:
+        return
+    if len(lacking) <= n_having:
+        problem = f"it has no value in its column {key!r}, and {n_having} of {n_rows} rows have one"
+        raise OddRowError(lacking[0], problem, _SAME_COLUMNS)
+    absent = set(lacking)
+    first = next(n for n in range(n_rows) if n not in absent)
+    problem = f"it has a value in its column {key!r}, and {len(lacking)} of {n_rows} rows have none"
+    raise OddRowError(first, problem, _SAME_COLUMNS)
+
+
+def _names(keys: Mapping[str, Any]) -> dict[str, str]:
+    return {column_name(key): key for key in keys} | {key: key for key in keys}  # the exact name wins
+
+
+def _first_value(rows: Sequence[Row], key: str) -> Any:
+    return next(value for row in rows if (value := row.get(key)) is not None)
+
+
+def _token_base(shapes: Mapping[str, Sequence[Shape]], integers: set[str]) -> tuple[str, int] | None:
+    known = [(name, dim) for name, dim in _TOKEN_BASES if name in shapes and shapes[name][0]]
+    # A plain module names its token ids as it likes.
+    named = [(name, 0) for name in shapes if name in integers and not is_label(name) and len(shapes[name][0]) == 1]
+    return next(iter([*known, *named]), None)
+
+
+def _counts(shapes: Mapping[str, Sequence[Shape]], base: tuple[str, int] | None) -> list[int] | None:
+    if base is None:
+        return None
+    name, dim = base
+    return [shape[dim] if shape else 0 for shape in shapes[name]]
+
+
+def _sizes(
+    name: str,
+    shapes: Sequence[Shape],
+    counts: Mapping[Along, Sequence[int] | None],
+    *,
+    free: bool,
+    integers: bool,
+) -> tuple[Size, ...]:
+    n_dims = Counter(map(len, shapes)).most_common(1)[0][0]
+    places = [n for n, shape in enumerate(shapes) if len(shape) == n_dims]
+    lengths = {along: [of_all[n] for n in places] for along, of_all in counts.items() if of_all is not None}
+    if n_dims == 1 and name in TOKEN_COLUMNS and Along.TOKENS in lengths:
+        return (Along.TOKENS,)
+    return tuple(
+        _size([shapes[n][dim] for n in places], lengths, free=free, fixed_first=is_label(name) and not integers)
+        for dim in range(n_dims)
+    )
+
+
+def _size(sizes: Sequence[int], lengths: Mapping[Along, Sequence[int]], *, free: bool, fixed_first: bool) -> Size:
+    """Return what most rows show of a dimension: it runs along something, or is of one size, or neither."""
+    size, n_equal = Counter(sizes).most_common(1)[0]
+    agreeing = {along: sum(n == m for n, m in zip(sizes, expected, strict=True)) for along, expected in lengths.items()}
+    along = max(agreeing, key=lambda each: agreeing[each], default=None)
+    n_along = agreeing[along] if along is not None else 0
+    if n_equal == len(sizes) and (fixed_first or n_along < n_equal):
+        return size
+    if along is not None and 2 * n_along >= len(sizes) and n_along >= n_equal:
+        return along
+    return Along.NOTHING if free else size

@@ -1,0 +1,83 @@
+"""Packed rows: several documents in one row, told by positions that start again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .values import OddRowError
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a model and its loss make of packed rows, as far as that was measured.
+
+    Attributes:
+        kept_apart: whether the model keeps the documents of a row apart where there is no attention mask.
+        problem: what the model does instead, as a clause.
+        shifted: whether a label is predicted from the token before it, so that a document's first label must be
+            ignored: the token before it belongs to another document.
+    """
+
+    kept_apart: bool | None = None
+    problem: str = ""
+    shifted: bool = False
+
+    def check(self, columns: Mapping[str, Sequence[Tensor]]) -> bool:
+        """Return whether any row is packed, so that no attention mask may be made.
+
+        Raises:
+            OddRowError: on a packed row whose documents would see each other.
+        """
+        positions = columns.get("position_ids")
+        if positions is None or positions[0].ndim != 1:
+            return False
+        masks = columns.get("attention_mask")
+        for place, of_row in enumerate(positions):
+            if masks is not None:
+                if self.kept_apart and masks[place].ndim == 1:
+                    self._refuse_mask(place, of_row[masks[place] != 0])
+            elif self.kept_apart is False and is_packed(of_row):
+                raise OddRowError(
+                    place,
+                    f"it is packed: its `position_ids` start again at token {first_restart(of_row)}, and "
+                    f"{self.problem}",
+                    "Make each document a row of its own, or load the model with another `attn_implementation`. Where "
+                    "the row is one text, give it an `attention_mask` of ones.",
+                )
+        return masks is None and any(map(is_packed, positions))
+
+    def ignore_starts(self, columns: dict[str, list[Tensor]], ignore_index: int) -> None:
+        """Ignore the first label of each document, where it would be predicted from the document before."""
+        if self.shifted:
+            columns["labels"] = [
+                labels.long().masked_fill(starts_of(positions), ignore_index)
+                for labels, positions in zip(columns["labels"], columns["position_ids"], strict=True)
+            ]
+
+    def _refuse_mask(self, place: int, positions: Tensor) -> None:
+        if is_packed(positions):
+            raise OddRowError(
+                place,
+                f"its `position_ids` start again at token {first_restart(positions)}, but under its `attention_mask` "
+                "the documents attend to each other",
+                "Leave out the column `attention_mask`: without it the model keeps the documents apart.",
+            )
+
+
+def is_packed(positions: Tensor) -> bool:
+    """Return whether positions start again within a row."""
+    return bool((positions[1:] <= positions[:-1]).any())
+
+
+def first_restart(positions: Tensor) -> int:
+    """Return the place of the first token of a row's second document."""
+    return int(starts_of(positions)[1:].nonzero()[0]) + 1
+
+
+def starts_of(positions: Tensor) -> Tensor:
+    """Return which tokens begin a document: the model takes any position that does not follow the last one for one."""
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[1:] = positions.diff() != 1
+    return begins

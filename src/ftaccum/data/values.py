@@ -1,0 +1,62 @@
+"""A value of a row, as a tensor."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .row import Row
+
+
+class OddRowError(ValueError):
+    """A row does not go with the others.
+
+    Attributes:
+        place: of the row among the rows of the batch.
+        remedy: what to do, as a sentence.
+    """
+
+    def __init__(
+        self, place: int, problem: str, remedy: str = "Fix or drop the row, or give a `data_collator`."
+    ) -> None:
+        super().__init__(problem)
+        self.place, self.remedy = place, remedy
+
+
+def column_name(key: str) -> str:
+    """Return what Transformers' models call a column."""
+    return {"label": "labels", "label_ids": "labels"}.get(key, key)
+
+
+def is_numeric(value: Any) -> bool:
+    """Return whether a tensor can be made of a value, as far as its first element shows."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, Tensor | np.ndarray | np.generic | int | float) or value == []
+
+
+def tensor_of(row: Row, key: str, place: int) -> Tensor:
+    """Return a row's value in a column.
+
+    Raises:
+        OddRowError: where the value is no number and no list of numbers.
+    """
+    value = row[key]
+    if not is_numeric(value):
+        raise OddRowError(place, f"its column {key!r} holds {value!r}, which is no number and no list of numbers")
+    try:
+        return as_tensor(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise OddRowError(place, f"its column {key!r} makes no tensor: {error}") from error
+
+
+def as_tensor(value: Any) -> Tensor:
+    """Return a value as a tensor of a type that PyTorch computes with. (It only stores uint16 and wider.)"""
+    if isinstance(value, list | tuple):
+        # Python's floats take torch's default dtype; an empty list has no type of its own.
+        tensor = torch.tensor(value) if len(value) else torch.empty(0, dtype=torch.long)
+    else:
+        value = np.asarray(value) if isinstance(value, np.generic) else value
+        tensor = torch.tensor(value) if isinstance(value, float) else torch.as_tensor(value)
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor

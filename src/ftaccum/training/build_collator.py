@@ -1,0 +1,204 @@
+"""What turns rows into batches, settled by what the rows show and by what the model makes of them."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..data.collator import RowCollator
+from ..data.columns import Along, ColumnRules, Columns, Size
+from ..data.dataset import Rows
+from ..data.documents import Documents, starts_of
+from ..data.packing import PackingCollator
+from ..data.padding import PaddingCollator
+from ..data.probe_rows import sample_positions
+from ..data.row import Row
+from ..data.scan import look_at_columns
+from ..errors import DataError, SettingsError
+from ..objective.forward import Forward, accepted_arguments
+from ..objective.objective import Objective
+from ..objective.probe import EXPLAINED
+from ..objective.self_check import difference_of_packing
+from .config import Components
+
+_FEW = 4  # rows to see what the model makes of packed rows, or the loss of padded labels
+
+
+def build_padding(
+    components: Components, rows: Rows, val_rows: Rows | None, ignore_index: int, bucketed_up_to: int | None
+) -> PaddingCollator | None:
+    """Look at the columns of rows, and return what pads them; None where the user gives a collator.
+
+    Raises:
+        DataError: naming a row whose columns do not go with those of other rows.
+    """
+    if components.data_collator is not None:
+        return None
+    accepted = accepted_arguments(components.model)
+    config = getattr(components.model, "config", None)
+    rules = ColumnRules(
+        None if accepted is None else frozenset(accepted),
+        keep_all=components.loss_fn is not None or components.count_items is not None,
+        own_targets=getattr(
+            config, "is_encoder_decoder", True
+        ),  # nobody knows what a plain module does with its labels
+    )
+    padding = PaddingCollator(
+        rules,
+        pad_token_id=components.pad_token_id,
+        padding_side=getattr(components.tokenizer, "padding_side", "right"),
+        ignore_index=ignore_index,
+        bucketed_up_to=bucketed_up_to,
+    )
+    columns = look_at_columns(rows, rules, sample_positions(rows))
+    if columns is not None and val_rows is not None:
+        of_val = look_at_columns(val_rows, rules, sample_positions(val_rows), like=columns)
+        more = () if of_val is None else of_val.keys.keys() - columns.keys.keys() - rules.names
+        columns = replace(columns, ignored=frozenset(more))
+    padding.columns = columns
+    return padding
+
+
+def measure_documents(
+    components: Components,
+    forward: Forward,
+    objective: Objective,
+    rows: Rows,
+    padding: PaddingCollator,
+    labelled: list[int],
+    rows_at_once: int,
+) -> Documents:
+    """Measure whether the model keeps the documents of packed rows apart.
+
+    Documents are run side by side and one behind the other; packed rows need not be among them.
+
+    Args:
+        rows_at_once: packed rows to run together.
+    """
+    columns, along_tokens = padding.columns, (Along.TOKENS,)
+    if columns is None or {columns.sizes.get(name) for name in ("input_ids", "position_ids")} != {along_tokens}:
+        return Documents()
+    if columns.sizes.get("labels", along_tokens) != along_tokens:
+        return Documents(kept_apart=False, problem="its `labels` do not run along the tokens of each")
+    few = (labelled * _FEW)[:_FEW]  # one row has no other to attend to
+    documents = [document for row in rows.fetch(few) for document in _documents(row, columns)]
+    beside, behind = copy.copy(padding), copy.copy(padding)
+    beside.columns = behind.columns = columns = columns.without("attention_mask")
+    beside.left = False  # a first label would be predicted from padding
+    behind.documents = Documents(shifted=objective.shifts)
+    packed = [_joined(documents[n::rows_at_once], columns) for n in range(rows_at_once)]
+    off = difference_of_packing(components.model, forward, objective, beside(documents), behind(packed))
+    if off <= EXPLAINED:
+        return Documents(kept_apart=True, shifted=objective.shifts)
+    name = type(components.model).__name__
+    problem = f"{name} lets the documents of a row attend to each other: their loss is {100 * off:.2g}% off"
+    return Documents(kept_apart=False, problem=problem)
+
+
+def _documents(row: Row, columns: Columns) -> list[Row]:
+    """Return the documents of a row as rows of their own, without padding and masks."""
+    tensors = {name: column[0] for name, column in columns.tensors([row]).items()}
+    tokens = tensors.pop("attention_mask", torch.ones_like(tensors["input_ids"]))
+    used = tokens.nonzero().flatten() if tokens.ndim == 1 else torch.arange(len(tensors["input_ids"]))
+    starts = starts_of(tensors["position_ids"][used]).nonzero().flatten().tolist()
+    parts = [used[n:m] for n, m in itertools.pairwise([*starts, len(used)])]
+    return [
+        {columns.keys[name]: _at(tensor, columns.sizes[name], part) for name, tensor in tensors.items()}
+        for part in parts
+    ]
+
+
+def _at(tensor: Tensor, sizes: tuple[Size, ...], tokens: Tensor) -> Tensor:
+    """Return a column of a row for some of its tokens."""
+    for dim, size in enumerate(sizes):
+        if size is Along.TOKENS:
+            tensor = tensor.index_select(dim, tokens)
+    return tensor
+
+
+def _joined(documents: list[Row], columns: Columns) -> Row:
+    """Return documents one behind the other, as one packed row."""
+    joined = dict(documents[0])
+    for name, sizes in columns.sizes.items():
+        if Along.TOKENS in sizes:
+            key = columns.keys[name]
+            joined[key] = torch.cat([document[key] for document in documents], dim=sizes.index(Along.TOKENS))
+    return joined
+
+
+def check_padded_labels(
+    components: Components,
+    forward: Forward,
+    objective: Objective,
+    rows: Rows,
+    padding: PaddingCollator,
+    labelled: list[int],
+) -> None:
+    """Check that the loss leaves out what labels along the tokens are padded with.
+
+    Raises:
+        DataError: where it counts that.
+    """
+    columns = padding.columns
+    if columns is None or Along.TOKENS not in columns.sizes.get("labels", ()):
+        return
+    few = rows.fetch(labelled[:_FEW])
+    other = copy.copy(padding)
+    other.ignore_index = padding.ignore_index + 117
+    one, another = padding(few), other(few)
+    labels = one["labels"]
+    if torch.equal(labels, another["labels"]):  # rows of one length
+        return
+    if labels.is_floating_point():
+        counted = difference_of_packing(components.model, forward, objective, one, another) > EXPLAINED
+    else:
+        counted = "elements" in objective.report.ways.values()
+    if counted:
+        raise DataError(
+            f"The `labels` of `{rows.argument}` run along the tokens, and the loss counts those that short rows are "
+            f"padded with ({padding.ignore_index}). Leave out what `attention_mask` hides, in a `loss_fn`, or give "
+            "rows of one length."
+        )
+
+
+def packed_collator(
+    components: Components,
+    forward: Forward,
+    objective: Objective,
+    rows: Rows,
+    padded: RowCollator,
+    labelled: list[int],
+    ignore_index: int,
+) -> RowCollator:
+    """Return what lays rows one behind the other, where the model is seen to keep them apart.
+
+    Raises:
+        SettingsError: where it does not, or nobody can tell.
+    """
+    unfit = {
+        "a `data_collator` is given, which pads": components.data_collator is not None,
+        "it is no causal language model (labels are not predicted from the token before)": not objective.shifts,
+        "its `forward` takes no `position_ids`": "position_ids" not in (forward.accepted or ()),
+    }
+    for reason, holds in unfit.items():
+        if holds:
+            raise SettingsError(
+                [
+                    f"`padding_free` is True, but {type(components.model).__name__} cannot do without padding: "
+                    f"{reason}. Leave `padding_free` out: rows are padded to the longest of their micro-batch then."
+                ]
+            )
+    packed = RowCollator(PackingCollator(ignore_index), forward.accepted)
+    few = (labelled * _FEW)[:_FEW]  # one row has no other to attend to
+    off = difference_of_packing(components.model, forward, objective, padded(rows, few), packed(rows, few))
+    if not off <= EXPLAINED:
+        raise SettingsError(
+            [
+                f"`padding_free` is True, but {type(components.model).__name__} lets rows that lie one behind "
+                f"the other attend to each other: their loss is {100 * off:.2g}% off. Leave `padding_free` "
+                "out, or load the model with another `attn_implementation` ('sdpa', 'flash_attention_2')."
+            ]
+        )
+    return packed

@@ -1,0 +1,242 @@
+"""The columns of a batch: what is padded, what is stacked, and which row is at fault."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exactness import accumulated_gradients
+from ftaccum import DataError, plan, test_fine_tuning
+from ftaccum.data.columns import Along, ColumnRules, Columns
+from ftaccum.data.convert import as_rows
+from ftaccum.data.documents import first_restart, is_packed, starts_of
+from ftaccum.data.packing import PackingCollator
+from ftaccum.data.padding import PaddingCollator
+from ftaccum.data.scan import look_at_columns
+from ftaccum.data.values import OddRowError
+from heads import HEADS, Row, all_in_float64, relative_error
+from silent_errors.packed import causal_lm, documents, packed
+
+TOKENS, TARGETS, NOTHING = (Along.TOKENS,), (Along.TARGETS,), (Along.NOTHING,)
+CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
+
+
+def sizes(rows: Sequence[Row], **rules: Any) -> dict[str, Any]:
+    return Columns.of(rows, ColumnRules(**rules)).sizes
+
+
+def rows_of(*lengths: int, **columns: Any) -> list[Row]:
+    """Rows of so many tokens; each other column is a function of the length."""
+    return [{"input_ids": list(range(n)), **{name: make(n) for name, make in columns.items()}} for n in lengths]
+
+
+def test_a_dimension_runs_along_the_tokens_or_is_of_one_size() -> None:
+    rows = rows_of(3, 4, 6, bbox=lambda n: [[0] * 4] * n, labels=lambda _: 1, grid=lambda n: torch.zeros(3, n))
+    assert sizes(rows) == {"input_ids": TOKENS, "bbox": (Along.TOKENS, 4), "labels": (), "grid": (3, Along.TOKENS)}
+
+
+def test_most_rows_decide_what_a_column_runs_along() -> None:
+    rows = rows_of(3, 4, 6, 5, labels=lambda n: [1] * (n - (n == 4)), classes=lambda n: [1.0] * (3 - (n == 6)))
+    assert sizes(rows, own_targets=False) == {"input_ids": TOKENS, "labels": TOKENS, "classes": (3,)}
+    assert sizes(rows) == sizes(rows, own_targets=False), "what is along the tokens in most rows is no other's length"
+
+
+@pytest.mark.parametrize("name", ["labels", "decoder_input_ids", "input_features", "feature_mask"])
+def test_these_may_have_a_length_of_their_own(name: str) -> None:
+    rows = rows_of(3, 4, 6, **{name: lambda n: [n] * (17 % n)})
+    assert sizes(rows)[name] == NOTHING
+
+
+def test_what_a_decoder_takes_runs_along_the_labels() -> None:
+    rows = rows_of(3, 4, 6, labels=lambda n: [1] * (n * 2 % 7 + 1), decoder_input_ids=lambda n: [0] * (n * 2 % 7 + 1))
+    assert sizes(rows)["decoder_input_ids"] == TARGETS
+    with pytest.raises(OddRowError, match=r"'decoder_input_ids' has the shape \(4,\), but must have \(6,\) .*'labels'"):
+        Columns.of(rows, ColumnRules()).tensors([{**rows[2], "decoder_input_ids": [0] * 4}])
+
+
+def test_rows_without_ids_count_tokens_by_what_they_have() -> None:
+    sounds = [{"input_values": torch.zeros(n), "labels": [1] * (9 - n)} for n in (3, 4, 6)]
+    assert sizes(sounds) == {"input_values": TOKENS, "labels": NOTHING}
+    embedded = [{"inputs_embeds": torch.zeros(n, 2), "attention_mask": [1] * n} for n in (3, 4, 6)]
+    assert sizes(embedded) == {"inputs_embeds": (Along.TOKENS, 2), "attention_mask": TOKENS}
+    assert sizes([{"words": [1] * n, "labels": 1} for n in (3, 4, 6)]) == {"words": TOKENS, "labels": ()}
+
+
+def test_embeddings_get_a_mask_as_ids_do() -> None:
+    batch = PaddingCollator(ColumnRules())([{"inputs_embeds": torch.ones(n, 2)} for n in (1, 3)])
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_wide_unsigned_integers_become_what_pytorch_computes_with() -> None:
+    for dtype in (np.uint16, np.uint32, np.uint64):
+        rows: list[Row] = [{"input_ids": np.arange(3, dtype=dtype), "weight": np.ones((), dtype=dtype)}]
+        batch = PaddingCollator(ColumnRules())(rows)
+        assert {column.dtype for column in batch.values()} == {torch.int64}
+        (inputs, targets) = PaddingCollator(ColumnRules())([(np.arange(3, dtype=dtype), dtype(2))])
+        assert inputs.dtype == targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_hidden_in_masks_of_pairs_of_tokens(left: bool) -> None:
+    real, padding = (1, 0) if left else (0, 2)
+    for mask, hidden in ((torch.full((1, 2, 2), 0.5), torch.finfo().min), (torch.ones(1, 2, 2).bool(), 0)):
+        collator = PaddingCollator(ColumnRules(), padding_side="left" if left else "right")
+        longer = {"input_ids": [1, 2, 3], "attention_mask": mask.new_ones(1, 3, 3)}
+        found = collator([{"input_ids": [1, 2], "attention_mask": mask}, longer])["attention_mask"][0, 0]
+        assert found[real, padding] == hidden
+        assert found[padding].tolist() == [0.0 if mask.is_floating_point() else True] * 3, "padding looks anywhere"
+
+
+class Computed(torch.utils.data.Dataset):
+    """Rows that are not at hand."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+def test_a_column_that_a_late_row_lacks_costs_no_update_before_it(tmp_path: Path) -> None:
+    rows = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in CLASSIFIER.rows(100)]
+    del rows[11]["token_type_ids"]
+    with pytest.raises(DataError, match="row 11 cannot be made part of a batch: it has no value in its column"):
+        test_fine_tuning(
+            CLASSIFIER.model(),
+            train_data=Computed(rows),
+            validation_split=0.0,
+            output_dir=str(tmp_path),
+            progress=False,
+        )
+    assert (tmp_path / "ledger.jsonl").read_text()
+
+
+def test_rows_that_were_left_out_of_a_table_are_not_looked_at() -> None:
+    table = datasets.Dataset.from_dict(
+        {"input_ids": [[1, 2], [1, 2, 3], [4], [5, 6]], "labels": [[1, 2], [1], [4], [5, 6]], "weight": [1, None, 1, 1]}
+    )
+    rules = ColumnRules(own_targets=False)
+    for sound in (table.select([0, 2, 3]), table.filter(lambda row: row["weight"]).shuffle(seed=0)):
+        assert look_at_columns(as_rows(sound, "train_data"), rules, range(3)) is not None
+    part = as_rows(table, "train_data").subset([3, 2, 0])
+    assert look_at_columns(part, rules, range(3)) is not None
+    with pytest.raises(DataError, match=r"row 1 .* 'weight', and 3 of 4 rows have one"):
+        look_at_columns(as_rows(table, "train_data"), rules, range(3))
+    with pytest.raises(DataError, match=r"row 1 .* 'labels' has the shape \(1,\), but .* \(3,\) .*\(1 of 4 rows\)"):
+        look_at_columns(as_rows(table.remove_columns("weight"), "train_data"), rules, range(3))
+
+
+def test_columns_without_values_and_texts_are_no_columns() -> None:
+    rows = [{**row, "token_type_ids": None, "text": "a" if n % 2 else None} for n, row in enumerate(CLASSIFIER.rows(4))]
+    assert (
+        look_at_columns(as_rows(rows, "train_data"), ColumnRules(frozenset({"token_type_ids"})), range(4)) is not None
+    )
+    assert sizes(rows) == {"input_ids": TOKENS, "labels": ()}
+
+
+def test_columns_of_the_validation_rows_alone_are_left_out() -> None:
+    rows = CLASSIFIER.rows()
+    given = {
+        "batch_size": 3,
+        "n_epochs": 1,
+        "progress": False,
+        "loss_fn": lambda outputs, batch: F.cross_entropy(outputs.logits, batch["labels"]),
+    }
+    more = [{**row, "number": n} for n, row in enumerate(rows)]
+    with_numbers = test_fine_tuning(CLASSIFIER.model(), train_data=rows, val_data=more, **given)
+    assert (
+        with_numbers.final_loss
+        == test_fine_tuning(CLASSIFIER.model(), train_data=rows, val_data=rows, **given).final_loss
+    )
+
+
+def test_values_along_the_tokens_are_taken_where_the_loss_leaves_padding_out() -> None:
+    class Rater(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(61, 8).double(), nn.Linear(8, 1).double()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.embed(input_ids)).squeeze(-1)
+
+    def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
+        used = batch["attention_mask"] == 1
+        return F.mse_loss(outputs[used], batch["labels"][used])
+
+    rows = [{**row, "labels": torch.tensor(row["input_ids"]).double().sin()} for row in CAUSAL.rows(6)]
+    found = accumulated_gradients(Rater(), rows, loss_fn=loss_fn, effective_batch_size=6, batch_size=2)
+    model = Rater()
+    all_found = torch.cat([model(torch.tensor(row["input_ids"])) for row in rows])
+    F.mse_loss(all_found, torch.cat([row["labels"] for row in rows])).backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(found[0], wanted) < 1e-10
+
+
+def test_positions_say_where_documents_begin() -> None:
+    assert starts_of(torch.tensor([0, 1, 0, 0, 1, 2])).tolist() == [True, False, True, True, False, False]
+    assert first_restart(torch.tensor([0, 1, 2, 0, 1])) == 3
+    assert [is_packed(torch.tensor(p)) for p in ([], [0], [0, 1, 2], [5, 6], [0, 0], [0, 1, 0])] == [False] * 4 + [
+        True
+    ] * 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_windows_of_packed_rows_are_those_of_their_documents(batch_size: int) -> None:
+    """Seven ragged rows: a window of four, and a remainder of three. Together they are the mean over all documents."""
+    every = documents()
+    order = [window.rows for window in plan(7, n_epochs=1, validation_split=0.0, effective_batch_size=4).windows(0)]
+    with all_in_float64():
+        found = accumulated_gradients(
+            causal_lm(), [packed(row, list) for row in every], batch_size=batch_size, effective_batch_size=4, n_epochs=1
+        )
+        for gradient, window in zip(found, order, strict=True):
+            model = causal_lm()
+            alone = [torch.tensor([document]) for n in window for document in every[n]]
+            losses = [F.cross_entropy(model(input_ids=d).logits[0, :-1], d[0, 1:], reduction="sum") for d in alone]
+            (torch.stack(losses).sum() / sum(d.shape[1] - 1 for d in alone)).backward()
+            wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            assert relative_error(gradient, wanted) < 1e-10
+
+
+def test_positions_that_do_not_start_again_change_nothing() -> None:
+    rows = CAUSAL.rows(7)
+    numbered = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in rows]
+    plain, with_positions, without_padding = (
+        accumulated_gradients(CAUSAL.model(), data, effective_batch_size=7, batch_size=3, **more)[0]
+        for data, more in ((rows, {}), (numbered, {}), (numbered, {"padding_free": True}))
+    )
+    assert relative_error(with_positions, plain) < 1e-6
+    assert relative_error(without_padding, plain) < 1e-6
+
+
+def test_a_text_whose_positions_start_again_is_taken_with_a_mask() -> None:
+    """BERT knows no packed rows: positions are positions to it, with a mask and without."""
+    rows = [{**row, "position_ids": [n % 3 for n in range(len(row["input_ids"]))]} for row in CLASSIFIER.rows(6)]
+    with pytest.raises(DataError, match="Where the row is one text, give it an `attention_mask` of ones"):
+        accumulated_gradients(CLASSIFIER.model(), rows, effective_batch_size=6)
+    masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    assert accumulated_gradients(CLASSIFIER.model(), masked, effective_batch_size=6)
+
+
+def test_rows_with_masks_or_as_many_labels_as_they_like_are_not_laid_one_behind_the_other() -> None:
+    collator = PackingCollator(-100)
+    plain = {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1], "position_ids": [0, 1]}
+    assert collator([plain])["input_ids"].tolist() == [[1, 2]]
+    for change, words in (
+        ({"labels": [1]}, "2 tokens and 1 `labels`"),
+        ({"attention_mask": [1, 0]}, "`attention_mask` of its own"),
+        ({"position_ids": [0, 0]}, "`position_ids` of its own"),
+    ):
+        with pytest.raises(OddRowError, match=words) as caught:
+            collator([plain, {**plain, **change}])
+        assert caught.value.place == 1
