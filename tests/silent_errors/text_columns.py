@@ -21,7 +21,7 @@ from .case import case, update_error
 
 WORDS = ["[PAD]", "[UNK]", "</s>", "a", "the", "good", "bad", "film", "very", "not", "positive", "negative"]
 WORDS += [f"row{n}" for n in range(12)]
-_TINY = {
+TINY = {
     "vocab_size": len(WORDS), "pad_token_id": 0, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3,
 }  # fmt: skip
@@ -41,12 +41,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def classifier() -> nn.Module:
     torch.manual_seed(0)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(**_TINY, **off, num_labels=2)).double()
+    return BertForSequenceClassification(BertConfig(**TINY, **off, num_labels=2)).double()
 
 
 def causal_lm() -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_TINY, num_key_value_heads=2)).double()
+    return LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)).double()
 
 
 def ids_of(text: str) -> Tensor:

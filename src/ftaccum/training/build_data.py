@@ -17,7 +17,7 @@ from ..data.packing import PackingCollator
 from ..data.probe_rows import labelled_positions, sample_of
 from ..data.tokenize import most_tokens
 from ..data.validation import ValueRanges, check_lengths, check_sample
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, refuse
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
@@ -85,6 +85,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
     objective = _objective(components, forward, rows, row_collator, labelled, ignore_index)
+    _check_padding(components, objective)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -108,7 +109,7 @@ def _row_collator(components: Components, ignore_index: int, bucketed_up_to: int
         PaddingCollator(
             accepted,
             pad_token_id=components.pad_token_id,
-            padding_side=getattr(components.tokenizer, "padding_side", "right"),
+            padding_side=components.padding_side,
             ignore_index=ignore_index,
             keep_all=components.loss_fn is not None or components.count_items is not None,
             bucketed_up_to=bucketed_up_to,
@@ -193,6 +194,24 @@ def _check_validation(components: Components, train: Any, val: Any) -> None:
         raise SettingsError(
             ["`compute_metrics` compares with `labels`, of which the validation rows have none. Leave it out."]
         )
+
+
+def _check_padding(components: Components, objective: Objective) -> None:
+    """Raise SettingsError if padding changes the loss because the tokenizer does not pad as the model expects."""
+    if not objective.padding_sensitive:
+        return
+    name, tokenizer = type(components.model).__name__, components.tokenizer
+    ours = getattr(tokenizer, "pad_token_id", None)
+    wanted = getattr(getattr(components.model, "config", None), "pad_token_id", None)
+    faults = {
+        f"`tokenizer.padding_side` is 'left', and padding on the left changes the loss of {name}. Set "
+        "`tokenizer.padding_side = 'right'`.": components.padding_side == "left",
+        f"`tokenizer.pad_token_id` is {ours}, but `model.config.pad_token_id` is {wanted}, so that {name} takes "
+        "padding for text. Set `model.config.pad_token_id = tokenizer.pad_token_id`.": (
+            ours is not None and wanted is not None and ours != wanted
+        ),
+    }
+    refuse([sentence for sentence, holds in faults.items() if holds])
 
 
 def _objective(

@@ -50,14 +50,14 @@ def build_rows(components: Components, recipe: Recipe, accelerator: Accelerator,
     else:
         raw = as_rows(components.train_data, "train_data") if stream is None else StreamRows(stream)
         rows, text = reader.read(raw, recipe.text_columns)
-    if text is None and recipe.text_columns is not None:
-        raise DataError(_no_text(rows, recipe.text_columns))
-    notes = () if text is None else (reader.describe(text),)
+    val, val_text = None, None
     if given is not None:
-        val, _ = reader.read(given, None if text is None else text.texts)
+        val, val_text = reader.read(given, recipe.text_columns if text is None else text.texts)
+    if text is None and val_text is None and recipe.text_columns is not None:
+        raise DataError(_no_text(rows, recipe.text_columns))
+    notes = tuple(reader.describe(columns) for columns in (text or val_text,) if columns)
+    if given is not None or stream is not None:
         return RunRows(rows, val, notes)
-    if stream is not None:
-        return RunRows(rows, None, notes)
     kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
     part = f"What `validation_split`, {recipe.validation_split}, holds out of "
     return RunRows(rows.subset(kept), rows.subset(held, part) if held else None, notes)
@@ -79,7 +79,7 @@ def _no_text(rows: Rows, named: Sequence[str]) -> str:
     carried = f"columns {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "tensors"
     return (
         f"`text_columns` names {', '.join(map(repr, named))}, but `{rows.argument}` is not raw text: its first row has "
-        f"{carried}. Leave `text_columns` out, or drop the columns that the model takes, such as `input_ids`."
+        f"{carried}. Leave `text_columns` out, or drop what the model takes, such as `input_ids`."
     )
 
 
@@ -92,15 +92,9 @@ class _TextReader:
     accelerator: Accelerator
 
     @property
-    def next_token(self) -> bool:
-        """Whether rows predict their own tokens, as for a causal LM."""
-        generates = getattr(self.components.model, "can_generate", lambda: False)()
-        return generates and not getattr(self.components.configuration, "is_encoder_decoder", False)
-
-    @property
     def end(self) -> int | None:
         """The token that a causal LM's rows end in."""
-        if not (self.next_token and self.recipe.add_eos_token):
+        if not (self.components.is_causal_lm and self.recipe.add_eos_token):
             return None
         return getattr(self.components.tokenizer, "eos_token_id", None)
 
@@ -121,15 +115,17 @@ class _TextReader:
                 f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise "
                 "first."
             )
-        columns = choose_columns(rows.table, rows.argument, named, next_token=self.next_token)
+        columns = choose_columns(rows.table, rows.argument, named, next_token=self.components.is_causal_lm)
         encoder = TextEncoder(tokenizer, most_tokens(tokenizer, config, model), self.end)
         is_main = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find the table that it has cached
-            return tokenize(rows, columns, encoder, config, next_token=self.next_token, warns=is_main), columns
+            return tokenize(
+                rows, columns, encoder, config, next_token=self.components.is_causal_lm, warns=is_main
+            ), columns
 
     def describe(self, columns: TextColumns) -> str:
         """Return the line of the banner on the text that is trained on."""
-        if not self.next_token or not self.recipe.add_eos_token:
+        if not self.components.is_causal_lm or not self.recipe.add_eos_token:
             return columns.describe()
         if self.end is None:
             return f"{columns.describe()}; rows have no end-of-text token, because the tokenizer has none"
