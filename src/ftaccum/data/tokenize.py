@@ -70,8 +70,8 @@ class _Report:
         """
         for kind in [kind for kind, flagged in flags.items() if any(flagged) and kind in self._sentences]:
             flagged = list(flags[kind])
-            row = self._rows.name_of(first + flagged.index(True))
-            which = f"{sum(flagged)} of {len(flagged)} rows (the first is {row})"
+            rows = f"the {len(flagged)} rows from row {first} on" if first else f"{len(flagged)} rows"
+            which = f"{sum(flagged)} of {rows} (the first is {self._rows.name_of(first + flagged.index(True))})"
             warn_user(f"Of `{self._rows.argument}`, {which} {self._sentences.pop(kind)}", TextWarning)
 
 
@@ -111,7 +111,7 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
             positions -= module.padding_idx + 1
             break
     limits = (getattr(tokenizer, "model_max_length", None), positions)
-    return min((n for n in limits if n and n < _LONGEST_UNBOUNDED), default=None)
+    return min((n for n in limits if n and 0 < n < _LONGEST_UNBOUNDED), default=None)  # -1 for none, in XLNet
 
 
 def _label_id(value: Any, config: Any, name: str) -> Any:
