@@ -1,5 +1,6 @@
 """Which columns of raw text a run reads: those that the user names, or the only one."""
 
+import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from .dataset import Rows
 
 LABELS = ("labels", "label")
 _FEW = 8  # rows, the first of which may have no text
+_NAMED = 8  # columns, in a message
 _SAMPLE = 100  # rows to see which column has the longest texts
 _STRINGS = ("string", "large_string", "string_view")
 _BYTES = ("binary", "large_binary", "binary_view")
@@ -102,14 +104,15 @@ _PROMPTS = "To train on the answers to prompts, tokenise first, with labels of -
 
 def _ask_for_names(table: Dataset, argument: str, found: Mapping[str, Any], *, next_token: bool) -> str:
     samples = {name: _first_value(table, name) for name in found}
-    listed = ", ".join(f"{name!r} ({show(value)})" for name, value in samples.items())
+    listed = ", ".join(f"{name!r} ({show(value)})" for name, value in itertools.islice(samples.items(), _NAMED))
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     heading = "one column" if len(found) == 1 else f"{len(found)} columns"
     strings = [name for name, feature in found.items() if _is_string(feature)]
     remedies = [_name_one(table, strings, pairs=not next_token)] if strings else []
     if next_token and len(strings) > 1:
         remedies.append(_PROMPTS)
     remedies += filter(None, (_advice(repr(name), value) for name, value in samples.items()))
-    return " ".join([f"`{argument}` has {heading} of text: {listed}.", *remedies])
+    return " ".join([f"`{argument}` has {heading} of text: {listed}{more}.", *remedies])
 
 
 def _name_one(table: Dataset, names: Sequence[str], *, pairs: bool) -> str:
@@ -123,7 +126,10 @@ def _name_one(table: Dataset, names: Sequence[str], *, pairs: bool) -> str:
 def _check_column(table: Dataset, argument: str, name: str, label: str | None) -> None:
     """Raise DataError if a column cannot be read as text."""
     if name not in table.column_names:
-        raise DataError(f"`{argument}` has no column {name!r} to take texts from, only {_listed(table.column_names)}.")
+        raise DataError(
+            f"`{argument}` has no column {name!r} to take texts from, only {_listed(table.column_names)}. Name one of "
+            "these with `text_columns`."
+        )
     if name == label:
         raise DataError(f"`text_columns` names {name!r}, which is the column of the labels. Name the column of texts.")
     value = _first_value(table, name)
@@ -174,4 +180,5 @@ def _holds_text(feature: Any) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more

@@ -1,5 +1,6 @@
 """Texts to token ids: cut at a limit, and ended."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,21 +35,21 @@ class TextEncoder:
             texts: one column of texts, or two for pairs.
         """
         # One token more than fits shows which rows are longer.
-        encoded = self._tokenize(texts, None if self.limit is None else self.limit + 1)
-        rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+        rows = self._tokenize(texts, None if self.limit is None else self.limit + 1)
         cut = [self.limit is not None and self._length(row) > self.limit for row in rows]
-        rows = [
-            self._cut(text) if is_cut else self._with_end(row)
-            for row, text, is_cut in zip(rows, zip(*texts, strict=True), cut, strict=True)
-        ]
-        return {**{name: [row[name] for row in rows] for name in encoded}, CUT: cut}
+        if any(cut):
+            shorter = iter(self._cut([list(itertools.compress(column, cut)) for column in texts]))
+        rows = [next(shorter) if is_cut else self._with_end(row) for row, is_cut in zip(rows, cut, strict=True)]
+        return {**{name: [row[name] for row in rows] for name in rows[0]}, CUT: cut}
 
-    def _cut(self, texts: Sequence[str]) -> _Tokens:
+    def _cut(self, texts: Sequence[list[str]]) -> list[_Tokens]:
+        """Return the tokens of texts that are too long."""
         assert self.limit is not None
-        keeps_end = self.end is not None and getattr(self.tokenizer, "truncation_side", "right") == "left"
-        encoded = self._tokenize([[text] for text in texts], self.limit - int(keeps_end))
-        row = {name: values[0] for name, values in encoded.items()}
-        return self._with_end(row) if keeps_end else self._without_end(row)
+        if self.end is None:
+            return self._tokenize(texts, self.limit)
+        if getattr(self.tokenizer, "truncation_side", "right") == "left":
+            return [self._with_end(row) for row in self._tokenize(texts, self.limit - 1)]
+        return [self._without_end(row) for row in self._tokenize(texts, self.limit)]
 
     def _with_end(self, row: _Tokens) -> _Tokens:
         if not self._lacks_end(row):
@@ -57,9 +58,7 @@ class TextEncoder:
         return {name: [*values, tokens.get(name, 0)] for name, values in row.items()}
 
     def _without_end(self, row: _Tokens) -> _Tokens:
-        if self.end is None or self._lacks_end(row):
-            return row
-        return {name: values[:-1] for name, values in row.items()}
+        return row if self._lacks_end(row) else {name: values[:-1] for name, values in row.items()}
 
     def _length(self, row: _Tokens) -> int:
         return len(row["input_ids"]) + int(self._lacks_end(row))
@@ -67,9 +66,10 @@ class TextEncoder:
     def _lacks_end(self, row: _Tokens) -> bool:
         return self.end is not None and list(row["input_ids"][-1:]) != [self.end]
 
-    def _tokenize(self, texts: Sequence[list[str]], limit: int | None) -> dict[str, list]:
+    def _tokenize(self, texts: Sequence[list[str]], limit: int | None) -> list[_Tokens]:
         with _preserve_truncation(self.tokenizer):
-            return dict(self.tokenizer(*texts, truncation=limit is not None, max_length=limit))
+            encoded = self.tokenizer(*texts, truncation=limit is not None, max_length=limit)
+        return [dict(zip(encoded.keys(), values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
 @contextmanager

@@ -47,18 +47,19 @@ def tokenize(
 
     read = [*columns.texts, *([columns.label] if columns.label is not None else [])]
     encoded = rows.encoded(encode, read, f"Tokenising {rows.argument}")
-    return encoded.take_out((CUT, _BLANK), _Report(rows, encoder) if warns else None)
+    return encoded.take_out((CUT, _BLANK), _Report(rows, columns, encoder) if warns else None)
 
 
 class _Report:
     """Warns of rows that were cut, and of rows without text: once each, with their number."""
 
-    def __init__(self, rows: Rows, encoder: TextEncoder) -> None:
+    def __init__(self, rows: Rows, columns: TextColumns, encoder: TextEncoder) -> None:
         self._rows = rows
+        read = " or ".join(map(repr, columns.texts))
         self._sentences = {
             CUT: f"are longer than the {encoder.limit} tokens that tokenizer and model take, and are cut. Split them "
             "first if what is cut off matters.",
-            _BLANK: "have no text, or nothing but spaces. Drop them if they should not be trained on.",
+            _BLANK: f"have no text in {read}, or nothing but spaces. Drop them if they should not be trained on.",
         }
 
     def __call__(self, flags: Mapping[str, Sequence[bool]], first: int) -> None:

@@ -108,7 +108,7 @@ class _TextReader:
         has_collator = self.components.data_collator is not None
         if not is_raw_text(rows, accepted_arguments(model), named, has_collator=has_collator):
             return rows, None
-        if tokenizer is None and has_collator:  # which may be what tokenises
+        if tokenizer is None and has_collator and named is None:  # the collator may tokenise
             return rows, None
         if tokenizer is None:
             raise DataError(
