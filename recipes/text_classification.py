@@ -3,7 +3,7 @@
     python recipes/text_classification.py                          # packaged encoder and film reviews
     python recipes/text_classification.py --config recipes/text_classification.yaml --learning_rate 5e-5
     python recipes/text_classification.py --model bert-base-uncased --train_data nyu-mll/glue:sst2 \\
-        --text_column sentence --batch_size 16 --effective_batch_size 256
+        --text_columns sentence --batch_size 16 --effective_batch_size 256
     python recipes/text_classification.py --train_data train.csv --val_data val.csv
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/text_classification.py
 

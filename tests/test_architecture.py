@@ -69,6 +69,7 @@ def test_public_names() -> None:
         "Preempted",
         "Result",
         "SettingsError",
+        "TextWarning",
         "Verification",
         "plan",
         "search",

@@ -28,15 +28,15 @@ SETTINGS: dict[str, tuple[type, Field]] = {f.name: (kind, f) for kind in (Recipe
 
 # Frozen, so that growth is a decision: a new argument is declared, documented, and then named here.
 NAMES = (
-    "accumulate_in_fp32", "allow_changed", "audit", "batch_size", "checkpoint_every", "compile", "compute_metrics",
-    "config", "count_items", "data_collator", "deterministic", "early_stopping_patience",
+    "accumulate_in_fp32", "add_eos_token", "allow_changed", "audit", "batch_size", "checkpoint_every", "compile",
+    "compute_metrics", "config", "count_items", "data_collator", "deterministic", "early_stopping_patience",
     "effective_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "gradient_clip_norm",
     "keep_checkpoints", "learning_rate", "learning_rate_scaling", "log_with", "loss_fn", "lr_scheduler",
     "max_tokens", "max_updates", "mixed_precision", "model", "n_epochs", "nonfinite_patience", "num_workers",
     "on_inexact", "on_nonfinite", "optimizer", "output_dir", "padding_free", "planner", "planner_costs",
-    "progress", "random_seed", "reduction", "remainder", "restore_best_weights", "resume", "tokenizer",
-    "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data", "validation_split", "warmup_ratio",
-    "warmup_steps", "weight_decay",
+    "progress", "random_seed", "reduction", "remainder", "restore_best_weights", "resume", "text_columns",
+    "tokenizer", "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data", "validation_split",
+    "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 
 

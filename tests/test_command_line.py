@@ -141,7 +141,7 @@ def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest
     yaml = tmp_path / "settings.yaml"
     yaml.write_text("n_epochs: 1\nbatch_size: 2\nlearning_rate: 1.0e-3\ngradient_clip_norm: 0.5\n")
     words = ["train", "--config", str(yaml), "--model", str(tiny / "model"), "--train_data", str(tiny / "other.csv")]
-    words += ["--text_column", "sentence", "--label_column", "feeling", "--batch_size", "4"]
+    words += ["--text_columns", "sentence", "--label_column", "feeling", "--batch_size", "4"]
     assert (
         main([*words, "--gradient_clip_norm", "none", "--output_dir", str(tmp_path / "out"), "--progress", "no"]) == 0
     )
@@ -150,6 +150,36 @@ def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest
     assert result.lr_history[0] == 1e-3
     assert result.metrics[0].keys() == {"accuracy", "f1", "precision", "recall"}
     assert "FINE-TUNING TEST" in capsys.readouterr().out
+
+
+def test_columns_are_named_by_flags_and_in_files(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, yaml = tmp_path / "rows.csv", tmp_path / "settings.yaml"
+    rows = [(f"x{n}", f"{'good' if n % 2 else 'bad'} film", n % 2, ("no", "yes")[n % 2]) for n in range(12)]
+    with data.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "review", "label", "liked"), *rows])
+    named = ["--model", str(tiny / "model"), "--train_data", str(data), "--progress", "no"]
+    command = ["train", *named, "--n_epochs", "1"]
+    assert main(command) == 2
+    assert "`train_data` has 3 columns of text: 'id' ('x0'), 'review' ('bad film'), 'liked'" in capsys.readouterr().err
+    assert main([*command, "--text_columns", "revue"]) == 2
+    assert "no column 'revue' to take texts from" in capsys.readouterr().err
+    for words, line in (
+        (["--text_columns", "review"], "Text: column 'review'; labels: 'label'; left out: 'id', 'liked'\n"),
+        (
+            ["--text_columns", "review,id"],
+            "Text: pairs of columns 'review', 'id'; labels: 'label'; left out: 'liked'\n",
+        ),
+        (["--text_columns", "review", "--label_column", "liked"], "labels: 'label'; left out: 'id'\n"),
+        (["--text_columns", "review", "--label_column", "label"], "labels: 'label'; left out: 'id', 'liked'\n"),
+    ):
+        assert main([*command, *words]) == 0
+        assert line in capsys.readouterr().out
+    for text in ("text_columns: review", "text_columns: [review]", "text_column: review"):
+        yaml.write_text(text)
+        assert main(["verify", *named, "--config", str(yaml)]) == 0
+        assert "Text: column 'review'; labels: 'label'; left out: 'id', 'liked'\n" in capsys.readouterr().out
 
 
 def test_training_whose_model_cannot_be_saved_has_status_1(

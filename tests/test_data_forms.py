@@ -26,7 +26,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
+from ftaccum import DataError, InexactLossWarning, Result, SettingsError, TextWarning, test_fine_tuning
 from ftaccum.data.convert import synthetic_rows
 from ftaccum.planning.shuffle import hold_out
 from heads import CLASSES, HEADS, Row, one_batch
@@ -156,12 +156,11 @@ def test_raw_text_is_tokenised_and_cut_at_the_limit(tokenizer: BertTokenizerFast
     named = Dataset.from_dict({"text": texts, "label": ["pos", "neg", "pos", "neg"]})
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     numbered = Dataset.from_dict({"text": texts, "label": [1, 0, 1, 0]}, features=features)
-    by_name, by_number = (run(text_classifier(), rows, tokenizer=tokenizer) for rows in (named, numbered))
-    as_list = run(
-        text_classifier(),
-        [{"sentence": t, "label": n} for t, n in zip(texts, [1, 0, 1, 0], strict=True)],
-        tokenizer=tokenizer,
-    )
+    listed = [{"sentence": t, "label": n} for t, n in zip(texts, [1, 0, 1, 0], strict=True)]
+    with pytest.warns(TextWarning, match=r"1 of 4 rows \(the first is row 3\) are longer than the 8 tokens"):
+        by_name, by_number, as_list = (
+            run(text_classifier(), rows, tokenizer=tokenizer) for rows in (named, numbered, listed)
+        )
     assert by_name.loss_history == by_number.loss_history == as_list.loss_history
     # [CLS] and [SEP] around 3, 3, 1 and, cut at 8, 6 words, in micro-batches of (8, 5) and (5, 3)
     assert by_name.padding_fraction == pytest.approx(1 - (8 + 5 + 5 + 3) / (2 * 8 + 2 * 5))
@@ -188,8 +187,9 @@ def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
         def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
             return {"input_ids": [tokenizer.convert_tokens_to_ids(text.split()) for text in texts]}
 
-    rows = [{"text": text} for text in ("", "a good film", "", "the bad film", "")]
-    assert run(CAUSAL.model(), rows, tokenizer=NoSpecial(), batch_size=2).loss_history[0] > 0
+    rows = [{"text": text} for text in (" ", "a good film", "", "the bad film", "")]
+    with pytest.warns(TextWarning, match=r"Of `train_data`, 3 of 5 rows \(the first is row 0\) have no text"):
+        assert run(CAUSAL.model(), rows, tokenizer=NoSpecial(), batch_size=2).loss_history[0] > 0
 
 
 def test_texts_beside_what_the_model_takes_are_left_out(tokenizer: BertTokenizerFast) -> None:
@@ -304,7 +304,8 @@ def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: 
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = 10**30
     rows = [{"text": "a good film " * 9, "label": n % 2} for n in range(4)]
-    assert run(model, rows, tokenizer=tokenizer).optimizer_steps == 1
+    with pytest.warns(TextWarning, match="4 of 4 rows .* are longer than the 10 tokens"):
+        assert run(model, rows, tokenizer=tokenizer).optimizer_steps == 1
 
 
 def test_a_model_in_float16_and_fp16_is_told() -> None:

@@ -331,8 +331,10 @@ def test_parameters_that_the_optimizer_does_not_hold_are_neither_clipped_nor_kep
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_left_padding_and_checkpointing_are_exact() -> None:
-    head = HEADS["causal LM, Llama"]
+@pytest.mark.parametrize(("name", "left"), [("sequence classification, Llama", True), ("causal LM, Llama", False)])
+def test_left_padding_and_checkpointing_are_exact(name: str, left: bool) -> None:
+    """The rows of a causal LM are padded on the right all the same: on the left, padding would predict first tokens."""
+    head = HEADS[name]
 
     class Tokenizer:
         pad_token_id, padding_side = 0, "left"
@@ -343,10 +345,10 @@ def test_left_padding_and_checkpointing_are_exact() -> None:
         model = head.model()
         optimizer = RecordingOptimizer(model)
         rows = head.rows(6)
-        wanted = one_batch_gradient(model, rows, left=True)
+        wanted = one_batch_gradient(model, rows, left=left)
         test_fine_tuning(
             model, train_data=rows, tokenizer=Tokenizer(), optimizer=optimizer, batch_size=2, effective_batch_size=6,
             n_epochs=1, validation_split=0.0, gradient_clip_norm=None, gradient_checkpointing=True, progress=False,
         )  # fmt: skip
-    assert relative_error(optimizer.gradients[0], wanted) < 1e-10
+    assert relative_error(optimizer.gradients[0], wanted) < 1e-9  # angles of shifted positions are computed in float32
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -393,7 +393,7 @@ def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatc
             run(BERT.model(), Stream([*good, odd, *good]))
 
 
-NO_TEXT = r"row {} has no text in its column 'text', but {}\. Mend or drop the row"
+NO_TEXT = r"row {} has no text in its column 'text', but {}\. Fix or drop the row"
 ODD_TEXTS: list[tuple[Any, str, str]] = [
     # the row, what is said of it among those that are looked at, and later
     ({"label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),

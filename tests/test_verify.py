@@ -383,7 +383,7 @@ def test_splits_have_every_row_once_and_as_many_passes_on_every_process() -> Non
 
 def test_rows_keep_their_names_when_some_are_tokenised() -> None:
     rows = as_rows(Dataset.from_dict({"text": [str(n) for n in range(9)]}), "data").subset([2, 5, 8])
-    assert rows.as_table()["text"][:] == ["2", "5", "8"]
+    assert rows.table["text"][:] == ["2", "5", "8"]
     made = rows.replaced([{"input_ids": [n]} for n in range(3)]).subset([1, 2])
     assert made.name_of(0) == "row 5"
     assert as_rows(made, "data") is made

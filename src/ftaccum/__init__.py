@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         PaddingWarning,
         Preempted,
         SettingsError,
+        TextWarning,
     )
     from .fine_tuning import test_fine_tuning
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
@@ -51,6 +52,7 @@ __all__ = [
     "Preempted",
     "Result",
     "SettingsError",
+    "TextWarning",
     "Verification",
     "plan",
     "search",

@@ -76,6 +76,10 @@ class PaddingWarning(UserWarning):
     """Padding counts in a loss of the user's own."""
 
 
+class TextWarning(UserWarning):
+    """Rows of raw text are trained on in part, or have no text."""
+
+
 class OutputWarning(UserWarning):
     """Something that a run was to leave behind is not there: a file could not be written, or a tracker failed."""
 

@@ -202,12 +202,18 @@ Audit = Annotated[
         _read_audit,
     ),
 ]
-Names = Annotated[
-    str,  # one word of a command line: argparse would read a list element by element
+_names = Rule(
+    lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
+    "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
+    lambda v: [name.strip() for name in v.split(",") if name.strip()] if isinstance(v, str) else v,
+)
+Names = Annotated[str, _names]  # one word of a command line: argparse would read a list element by element
+TextNames = Annotated[
+    str,
     Rule(
-        lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
-        "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
-        lambda v: [name.strip() for name in v.split(",") if name.strip()] if isinstance(v, str) else v,
+        lambda v: _names.accepts(v) and len(v) in (1, 2) and len(set(v)) == len(v),
+        "the name of a column, such as 'review', or of two for pairs, such as ('premise', 'hypothesis'),",
+        _names.read,
     ),
 ]
 

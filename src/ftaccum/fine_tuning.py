@@ -24,6 +24,8 @@ def test_fine_tuning(
     val_data: Any = None,
     *,
     validation_split: float = 0.1,
+    text_columns: str | Sequence[str] | None = None,
+    add_eos_token: bool = True,
     n_epochs: int = 3,
     max_updates: int | None = None,
     batch_size: int | str = 4,
@@ -89,6 +91,12 @@ def test_fine_tuning(
         val_data: the same for validation, but no stream.
         validation_split: share of the training rows held out where `val_data` is None; 0 for none. From a stream none
             can be: give `val_data`, or 0.
+        text_columns: the column of raw text to train on, or two columns for pairs of texts, such as
+            ("premise", "hypothesis"). None takes the only column of text besides the labels (`label` or `labels`), and
+            asks for a name if there are several.
+        add_eos_token: end each text of a causal LM in the tokenizer's end-of-text token, so that the model learns to
+            stop. Texts that already end in it, or that are cut, get none. False leaves them as the tokenizer makes
+            them.
         n_epochs: passes over the training rows; of a stream, at most so many.
         max_updates: updates (skipped ones included) after which training ends, if the epochs have not ended it before;
             the schedule then counts on so many. The last epoch is evaluated where it ends.
@@ -210,6 +218,8 @@ def test_fine_tuning(
                 "train_data": train_data,
                 "val_data": val_data,
                 "validation_split": validation_split,
+                "text_columns": text_columns,
+                "add_eos_token": add_eos_token,
                 "n_epochs": n_epochs,
                 "max_updates": max_updates,
                 "batch_size": batch_size,

@@ -30,6 +30,7 @@ from .fields import (
     Seed,
     Steps,
     Text,
+    TextNames,
     Tracker,
     find_faults,
     names_where,
@@ -57,6 +58,8 @@ OWN_ARGUMENT = "it is an argument of the search itself"
 _FROM_STEPS = "`accumulation_steps` says which batches are tried"
 _FIXED_BATCH = "the physical batch of a search is fixed"
 
+_data = partial(setting, group="model and data", in_verify=True, unsearchable=SAME_ROWS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -66,6 +69,12 @@ class Recipe:
     effective batch size, once, at the start. A resumed run has the same Recipe, except for what `allow_changed` names.
     """
 
+    text_columns: TextNames | None = _data(
+        None,
+        "column of the texts, or two for pairs, as in premise,hypothesis; None takes the only one",
+        "--text_column",
+    )
+    add_eos_token: Flag = _data(True, "end each text of a causal LM in the tokenizer's end-of-text token")
     n_epochs: PositiveInt = _training(3, "passes over the training rows", in_plan=True, unsearchable=SAME_ROWS)
     max_updates: PositiveInt | None = _training(
         None,

@@ -1,6 +1,6 @@
 """What a command line can name: rows by file or hub name, and a model for a task by folder or hub name."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,10 +78,8 @@ def _without_reports() -> Iterator[None]:
 
 
 def load_rows(named: TrainArguments) -> tuple[Dataset, Dataset | None]:
-    """Training and validation rows."""
-    columns = {named.text_column: "text"}
-    if named.task == "text-classification":
-        columns[named.label_column] = "label"
+    """Return training and validation rows; those of a classifier have their classes in the column `label`."""
+    columns = {named.label_column: "label"} if named.task == "text-classification" else {}
     train = read_rows(named.train_data, columns=columns)
     if named.max_train_rows is not None:
         train = train.select(range(min(named.max_train_rows, len(train))))
@@ -125,7 +123,15 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
     missing = [old for old in columns or {} if old not in rows.column_names]
     if missing:
         raise DataError(f"Rows {source!r} have no column {missing[0]!r}, only {rows.column_names}. Name one of those.")
-    return rows.rename_columns({old: new for old, new in (columns or {}).items() if old != new})
+    return _renamed(rows, columns or {})
+
+
+def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """Return rows with renamed columns. A column that has such a name already is dropped, also as `labels`."""
+    changed = {old: new for old, new in columns.items() if old != new}
+    synonyms = {"labels"} if "label" in columns.values() else set()
+    dropped = (set(changed.values()) | synonyms) - changed.keys()
+    return rows.remove_columns([name for name in rows.column_names if name in dropped]).rename_columns(changed)
 
 
 def class_names(rows: Dataset, label: str = "label") -> list[str]:

@@ -27,7 +27,6 @@ class NamedArguments:
     model: Text = _data("", "folder or hub name of the model (needed)")
     train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)", "--data")
     task: Text = _data("text-classification", "text-classification or causal-lm")
-    text_column: Text = _data("text", "column of the texts")
     label_column: Text = _data("label", "column of the classes, as names or numbers")
     max_train_rows: PositiveInt | None = _data(None, "train on the first so many rows; none: all")
 

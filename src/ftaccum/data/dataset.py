@@ -1,6 +1,7 @@
 """Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
 
 import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -24,6 +25,8 @@ from .row import Row, as_row, check_row, is_row, length_of
 Step = Callable[[list[Row], int], list[Row]]
 # Columns of a batch of rows, and the positions of these → columns.
 Encode = Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]
+# Columns of rows, and the position of the first one.
+Report = Callable[[Mapping[str, list], int], None]
 
 _LENGTH_SAMPLE = 1000
 _FEW = 8  # rows to see whether fetching them draws
@@ -177,7 +180,7 @@ class Rows:
             columns: those that `encode` reads.
             name: what to call it on a progress bar.
         """
-        table = self.as_table()
+        table = self.table
         table = table.map(encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=name)
         return self.replaced(table)
 
@@ -202,6 +205,17 @@ class Rows:
             source = ChangedRows(source, changed)
         return Rows(self.argument, source, self._positions, self._names, self._part)
 
+    def take_out(self, columns: Sequence[str], report: Report | None) -> "Rows":
+        """Return the rows of a table without some columns.
+
+        Args:
+            report: gets these columns; of a stream, batch by batch as rows come.
+        """
+        table = self.table
+        if report is not None:
+            report({name: table[name][:] for name in columns}, 0)
+        return self.replaced(table.remove_columns(list(columns)))
+
     def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> BasePlan:
         """Return the windows of a run over these rows."""
         return Plan(
@@ -218,7 +232,8 @@ class Rows:
     def subset(self, positions: Sequence[int], part: str = "") -> "Rows":
         return Rows(self.argument, self.source, [self._at(position) for position in positions], self._names, part)
 
-    def as_table(self) -> Dataset:
+    @cached_property
+    def table(self) -> Dataset:
         """The rows, and no others of their source, as a table.
 
         Raises:
@@ -229,15 +244,20 @@ class Rows:
         return self.source if self._positions is None else self.source.select(self._positions)
 
     def _made_table(self, rows: list[Row]) -> Dataset:
+        names = dict.fromkeys(name for row in rows for name in row)
+
+        def as_table(rows: list[Row]) -> Dataset:  # `from_list` takes the columns of the first row alone
+            return Dataset.from_dict({name: _column(name, rows) for name in names})
+
         def fault(n: int) -> Exception | None:
             try:
-                Dataset.from_list([dict(row) for row in rows[:n]])
+                as_table(rows[:n])
             except Exception as error:
                 return error
             return None
 
         try:
-            return Dataset.from_list([dict(row) for row in rows])
+            return as_table(rows)
         except Exception as error:
             first = bisect.bisect_left(range(1, len(rows)), True, key=lambda n: fault(n) is not None)
             raise DataError(
@@ -280,6 +300,14 @@ class Rows:
         if not is_row(row):
             check_row(row, self.argument, f"row {name}" if name else "its first row")
         return row
+
+
+def _column(name: str, rows: Sequence[Row]) -> list[Any]:
+    """Return a column of rows, with None where a row has no such column, or where pandas writes NaN for no text."""
+    values = [row.get(name) for row in rows]
+    if not any(isinstance(value, str) for value in values):
+        return values
+    return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
 
 
 def mean_length(rows: Rows) -> float:

@@ -16,7 +16,7 @@ from ..runtime.process_group import ProcessGroup
 from ..runtime.single_process import single_process
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
-from .dataset import Encode, Rows, Step
+from .dataset import Encode, Report, Rows, Step
 from .forms import is_nested, unnested
 from .row import Row, as_row, check_row, length_of
 
@@ -220,6 +220,17 @@ class StreamRows(Rows):
             return [{**row, name: convert(row.get(name), of)} for row, of in zip(more, names, strict=True)]
 
         self.on_arrival(convert_more)
+        return self
+
+    def take_out(self, columns: Sequence[str], report: Report | None) -> "StreamRows":
+        """Take columns out of the rows that are there, and of all that come, and report them."""
+
+        def take_out_more(more: list[Row], first: int) -> list[Row]:
+            if report is not None:
+                report({name: [row[name] for row in more] for name in columns}, first)
+            return [{name: value for name, value in row.items() if name not in columns} for row in more]
+
+        self.on_arrival(take_out_more)
         return self
 
     def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> StreamPlan:

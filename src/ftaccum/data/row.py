@@ -20,9 +20,10 @@ FORMS = (
 def check_row(row: Any, argument: str, name: str) -> None:
     """Raises DataError where the row of that name is none."""
     if not is_row(row):
+        example = "{'text': '...', 'label': 1}" if isinstance(row, str) else "{'input_ids': [...], 'labels': 1}"
         raise DataError(
             f"`{argument}` must be {FORMS}, but {name} is a {type(row).__name__} instead. "
-            "Turn each row into a dict of columns, such as {'input_ids': [...], 'labels': 1}."
+            f"Turn each row into a dict of columns, such as {example}."
         )
 
 

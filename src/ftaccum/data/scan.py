@@ -156,5 +156,5 @@ class _Table:
         return np.concatenate([pa.compute.list_value_length(part).fill_null(0).to_numpy() for part in parts])
 
     def _read(self, key: str) -> Iterator[pa.ChunkedArray]:
-        table = self._rows.as_table().select_columns([key]).with_format("arrow")
+        table = self._rows.table.select_columns([key]).with_format("arrow")
         return (part[key] for part in table.iter(_BATCH))

@@ -1,79 +1,91 @@
-"""Raw text to token ids."""
+"""Rows of raw text → rows of token ids."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
 
-from ..errors import DataError
+from ..errors import DataError, TextWarning, warn_user
 from .dataset import Rows
 from .labels import label_id
+from .text_columns import TextColumns, show
+from .text_encoder import CUT, TextEncoder
 
-_LABELS = ("labels", "label")
-_MEND = "Mend or drop the row."
+_BLANK = "is_blank"  # a column of encoded rows, like CUT
+_FIX = "Fix or drop the row."
 _LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit give a very large number as their limit
 
 
-def is_raw_text(rows: Rows, accepted: set[str] | None) -> bool:
-    """Whether rows carry text, and nothing that the model takes.
+def tokenize(
+    rows: Rows, columns: TextColumns, encoder: TextEncoder, config: Any, *, next_token: bool, warns: bool
+) -> Rows:
+    """Return the tokens of raw text, with labels. Labels given as strings become numbers by `config.label2id`.
 
     Args:
-        accepted: the columns that the model takes; None where it takes any.
-    """
-    first = rows.fetch([0])[0]
-    if not isinstance(first, Mapping):
-        return False
-    inputs = {key: value for key, value in first.items() if key not in _LABELS}
-    texts = {key for key, value in inputs.items() if isinstance(value, str)}
-    usable = {"input_ids", *(accepted or ())} if accepted is not None else inputs.keys() - texts
-    return bool(texts) and not usable & (inputs.keys() - texts)
-
-
-def tokenize(rows: Rows, tokenizer: Any, config: Any, model: nn.Module, *, next_token: bool) -> Rows:
-    """Tokenises raw text: the column `text`, else the one or two columns that hold strings (a pair).
-
-    Longer texts are cut at the shorter of the tokenizer's and the model's limit. Labels given as strings become
-    numbers by the model's `config.label2id`.
-
-    Args:
-        next_token: whether rows are to predict their own tokens, as for a causal LM; labels of whole rows are then
-            left aside.
+        next_token: whether rows predict their own tokens, as for a causal LM; labels of whole rows are left out then.
+        warns: whether to warn of rows, as one of several processes does.
 
     Raises:
-        DataError: without a tokenizer, and where the text or the labels cannot be made out.
+        DataError: naming the first row whose text cannot be tokenised, or whose label is unknown.
+
+    Warns:
+        TextWarning: for rows that are cut, and for rows without text.
     """
-    if tokenizer is None:
-        raise DataError(
-            f"`{rows.argument}` is raw text, but `tokenizer` is None. Give the model's tokenizer, or tokenise first."
-        )
-    table = rows.as_table()  # of a stream, the rows that are looked at
-    texts = _text_columns(table, rows.argument)
-    label = next((name for name in _LABELS if name in table.column_names), None)
-    limit = most_tokens(tokenizer, config, model)
 
-    def tokens(*columns: list[str]) -> dict[str, list]:
-        return dict(tokenizer(*columns, truncation=limit is not None, max_length=limit))
-
-    def encode(columns: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
+    def encode(table: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
         names = [f"Of `{rows.argument}`, {rows.name_of(position)}" for position in positions]
-        encoded = _encoded(tokens, {name: columns[name] for name in texts}, names)
+        texts = [table[name] for name in columns.texts]
+        for name, values in zip(columns.texts, texts, strict=True):
+            _refuse_other_than_text(name, values, names)
+        encoded = _encode(encoder, texts, names)
+        encoded[_BLANK] = [not all(text.strip() for text in row) for row in zip(*texts, strict=True)]
         if next_token:
             encoded["labels"] = encoded["input_ids"]
-        elif label is not None:
-            encoded["labels"] = [
-                label_id(value, name, config) for value, name in zip(columns[label], names, strict=True)
-            ]
+        elif columns.label is not None:
+            labels = zip(table[columns.label], names, strict=True)
+            encoded["labels"] = [label_id(value, name, config) for value, name in labels]
         return encoded
 
-    columns = [*texts, *([label] if label is not None else [])]
-    return rows.encoded(encode, columns, f"Tokenising {rows.argument}")
+    read = [*columns.texts, *([columns.label] if columns.label is not None else [])]
+    encoded = rows.encoded(encode, read, f"Tokenising {rows.argument}")
+    return encoded.take_out((CUT, _BLANK), _Report(rows, columns, encoder) if warns else None)
 
 
-def _encoded(
-    tokens: Callable[..., dict[str, list]], texts: Mapping[str, list], names: Sequence[str]
-) -> dict[str, list]:
-    """What a tokenizer makes of columns of texts.
+class _Report:
+    """Warns of rows that were cut, and of rows without text: once each, with their number."""
+
+    def __init__(self, rows: Rows, columns: TextColumns, encoder: TextEncoder) -> None:
+        self._rows = rows
+        read = " or ".join(map(repr, columns.texts))
+        self._sentences = {
+            CUT: f"are longer than the {encoder.limit} tokens that tokenizer and model take, and are cut. Split them "
+            "first if what is cut off matters.",
+            _BLANK: f"have no text in {read}, or nothing but spaces. Drop them if they should not be trained on.",
+        }
+
+    def __call__(self, flags: Mapping[str, Sequence[bool]], first: int) -> None:
+        """Warn of rows.
+
+        Args:
+            flags: for each kind, whether a row is of it.
+            first: position of the first row.
+        """
+        for kind in [kind for kind, flagged in flags.items() if any(flagged) and kind in self._sentences]:
+            flagged = list(flags[kind])
+            rows = f"the {len(flagged)} rows from row {first} on" if first else f"{len(flagged)} rows"
+            which = f"{sum(flagged)} of {rows} (the first is {self._rows.name_of(first + flagged.index(True))})"
+            warn_user(f"Of `{self._rows.argument}`, {which} {self._sentences.pop(kind)}", TextWarning)
+
+
+def _refuse_other_than_text(column: str, values: Sequence[Any], names: Sequence[str]) -> None:
+    """Raise DataError for a value that is no string: of a list a tokenizer would make a pair, or tokens of its own."""
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, str):
+            raise DataError(f"{name} has no text in its column {column!r}, but {show(value)}. {_FIX}")
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[list[str]], names: Sequence[str]) -> dict[str, list]:
+    """Return the tokens of columns of texts.
 
     Args:
         names: of the rows, as sentences on them begin.
@@ -81,39 +93,19 @@ def _encoded(
     Raises:
         DataError: naming the first row that cannot be tokenised.
     """
-    for column, values in texts.items():
-        for name, value in zip(names, values, strict=True):
-            if not isinstance(value, str):  # of a list a tokenizer would make a pair, or tokens of its own
-                raise DataError(f"{name} has no text in its column {column!r}, but {value!r}. {_MEND}")
     try:
-        return tokens(*texts.values())
+        return encoder(texts)
     except Exception as error:
-        for name, *row in zip(names, *texts.values(), strict=True):
+        for name, *row in zip(names, *texts, strict=True):
             try:
-                tokens(*([text] for text in row))
+                encoder([[text] for text in row])
             except Exception as alone:
-                raise DataError(f"{name} cannot be tokenised: {alone!r}. {_MEND}") from alone
-        raise DataError(f"{names[0]} and those behind it cannot be tokenised: {error!r}. Tokenise first.") from error
-
-
-def _text_columns(table: Dataset, argument: str) -> list[str]:
-    strings = [
-        name
-        for name, feature in table.features.items()
-        if getattr(feature, "dtype", "") in ("string", "large_string") and name not in _LABELS
-    ]
-    if "text" in strings:
-        return ["text"]
-    if len(strings) in (1, 2):
-        return strings
-    raise DataError(
-        f"`{argument}` has the text columns {strings}; which to read is not clear. Name one `text`, keep one (or two, "
-        "for pairs), or tokenise first."
-    )
+                raise DataError(f"{name} cannot be tokenised: {alone!r}. {_FIX}") from alone
+        raise DataError(f"{names[0]} and those after it cannot be tokenised: {error!r}. Tokenise first.") from error
 
 
 def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
-    """The most tokens of a row that tokenizer and model take; None where neither has a limit."""
+    """Return the most tokens of a row that tokenizer and model take; None if neither has a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     for module in model.modules():
         # RoBERTa and its kin number positions from behind the padding's on.
@@ -121,4 +113,4 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
             positions -= module.padding_idx + 1
             break
     limits = (getattr(tokenizer, "model_max_length", None), positions)
-    return min((n for n in limits if n and n < _LONGEST_UNBOUNDED), default=None)
+    return min((n for n in limits if n and 0 < n < _LONGEST_UNBOUNDED), default=None)  # -1 for none, in XLNet

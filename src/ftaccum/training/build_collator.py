@@ -48,7 +48,7 @@ def build_padding(
     padding = PaddingCollator(
         rules,
         pad_token_id=components.pad_token_id,
-        padding_side=getattr(components.tokenizer, "padding_side", "right"),
+        padding_side=components.padding_side,
         ignore_index=ignore_index,
         bucketed_up_to=bucketed_up_to,
     )

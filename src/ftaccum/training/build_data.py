@@ -9,24 +9,21 @@ import torch
 from accelerate import Accelerator
 
 from ..data.collator import RowCollator
-from ..data.convert import as_rows, synthetic_rows
 from ..data.dataset import Rows
-from ..data.iterable import Stream, StreamRows
-from ..data.labels import settle_labels
+from ..data.iterable import Stream
 from ..data.loader import Loader
 from ..data.probe_rows import labelled_positions, sample_of
-from ..data.tokenize import is_raw_text, most_tokens, tokenize
+from ..data.tokenize import most_tokens
 from ..data.validation import check_lengths, check_sample
 from ..data.value_ranges import ValueRanges
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, refuse
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
 from ..objective.self_check import measured_objective
-from ..planning.shuffle import hold_out
-from ..settings import Recipe
 from .build_collator import build_padding, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
+from .build_rows import build_rows
 from .config import Components, RunConfig
 from .loss_faults import loss_fault
 
@@ -42,12 +39,13 @@ class TrainingData:
     val: Loader | None
     ignore_index: int
     synthetic: bool
+    text_notes: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """What a user should know of the data and the loss before training starts."""
         objective = self.objective
         widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
-        notes = [f"Loss: mean over {objective.report.counted_by}{widths}"]
+        notes = [*self.text_notes, f"Loss: mean over {objective.report.counted_by}{widths}"]
         if self.synthetic:
             notes.insert(0, "Data: SYNTHETIC random tokens, because `train_data` is None; losses mean nothing")
         return notes
@@ -63,8 +61,9 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     Raises:
         DataError: for data that cannot be trained on.
     """
-    components, recipe, runtime = config.components, config.recipe, config.runtime
-    rows, val_rows = _split(components, recipe, accelerator, stream)
+    components, runtime = config.components, config.runtime
+    given = build_rows(components, config.recipe, accelerator, stream)
+    rows, val_rows = given.train, given.val
     longest = None
     if runtime.compile:
         longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
@@ -97,6 +96,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         rows_at_once = 1 if runtime.batch_size == 1 else 2
         padding.documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
         check_sample(rows, row_collator, ranges)
+    _check_padding(components, objective)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -109,56 +109,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if runtime.padding_free:
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     train = loader(rows, row_collator, labelled)
-    return TrainingData(rows, val_rows, objective, train, val, ignore_index, components.train_data is None)
-
-
-def _split(
-    components: Components, recipe: Recipe, accelerator: Accelerator, stream: Stream | None
-) -> tuple[Rows, Rows | None]:
-    """Training and validation rows, tokenised."""
-    given = None if components.val_data is None else as_rows(components.val_data, "val_data")
-    if stream is not None:
-        rows = _tokenize(StreamRows(stream), components, accelerator)
-    elif components.train_data is None:
-        rows = _synthetic(components.configuration, recipe.random_seed)
-    else:
-        rows = _tokenize(as_rows(components.train_data, "train_data"), components, accelerator)
-    if stream is not None or given is not None:
-        return rows, None if given is None else _tokenize(given, components, accelerator)
-    kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
-    part = f"What `validation_split`, {recipe.validation_split}, holds out of "
-    return rows.subset(kept), rows.subset(held, part) if held else None
-
-
-def _synthetic(config: Any, seed: int) -> Rows:
-    vocab_size = getattr(config, "vocab_size", None)
-    if not isinstance(vocab_size, int):
-        raise DataError(
-            "`train_data` is None, and `config` has no `vocab_size` to draw synthetic token ids from. "
-            "Give training data, or a config with a vocab_size."
-        )
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "block_size"))
-    return synthetic_rows(vocab_size, next((n for n in limits if isinstance(n, int)), None), seed)
-
-
-def _tokenize(rows: Rows, components: Components, accelerator: Accelerator) -> Rows:
-    # A collator of the user's own may be what tokenises.
-    if not is_raw_text(rows, accepted_arguments(components.model)) or (
-        components.tokenizer is None and components.data_collator is not None
-    ):
-        if components.data_collator is not None:
-            return rows
-        return settle_labels(rows, components.configuration, own_loss=components.loss_fn is None)
-    config = components.configuration
-    generates = getattr(components.model, "can_generate", lambda: False)()
-    with accelerator.main_process_first():  # the others find the table that it has cached
-        return tokenize(
-            rows,
-            components.tokenizer,
-            config,
-            components.model,
-            next_token=generates and not getattr(config, "is_encoder_decoder", False),
-        )
+    return TrainingData(rows, val_rows, objective, train, val, ignore_index, components.train_data is None, given.notes)
 
 
 def _ignore_index(components: Components, rows: Rows) -> int:
@@ -180,6 +131,24 @@ def _check_validation(components: Components, train: Any, val: Any) -> None:
         raise SettingsError(
             ["`compute_metrics` compares with `labels`, of which the validation rows have none. Leave it out."]
         )
+
+
+def _check_padding(components: Components, objective: Objective) -> None:
+    """Raise SettingsError if padding changes the loss because the tokenizer does not pad as the model expects."""
+    if not objective.padding_sensitive:
+        return
+    name, tokenizer = type(components.model).__name__, components.tokenizer
+    ours = getattr(tokenizer, "pad_token_id", None)
+    wanted = getattr(getattr(components.model, "config", None), "pad_token_id", None)
+    faults = {
+        f"`tokenizer.padding_side` is 'left', and padding on the left changes the loss of {name}. Set "
+        "`tokenizer.padding_side = 'right'`.": components.padding_side == "left",
+        f"`tokenizer.pad_token_id` is {ours}, but `model.config.pad_token_id` is {wanted}, so that {name} takes "
+        "padding for text. Set `model.config.pad_token_id = tokenizer.pad_token_id`.": (
+            ours is not None and wanted is not None and ours != wanted
+        ),
+    }
+    refuse([sentence for sentence, holds in faults.items() if holds])
 
 
 def _objective(

@@ -41,6 +41,20 @@ class Components:
         return self.config or getattr(self.model, "config", None) or SimpleNamespace()
 
     @property
+    def is_causal_lm(self) -> bool:
+        """Whether rows predict their own tokens, each from those before it."""
+        generates = getattr(self.model, "can_generate", lambda: False)()
+        return generates and not getattr(self.configuration, "is_encoder_decoder", False)
+
+    @property
+    def padding_side(self) -> str:
+        """The side that rows are padded on. A causal LM would predict the first token of a row from padding on its
+        left: its rows are padded on the right, wherever its tokenizer pads for generation."""
+        if self.is_causal_lm and self.data_collator is None:
+            return "right"
+        return getattr(self.tokenizer, "padding_side", "right")
+
+    @property
     def ignore_index(self) -> int:
         """The label that the loss leaves out, and that labels are padded with."""
         named = getattr(self.loss_fn, "ignore_index", None)

@@ -124,6 +124,7 @@ class TrialCallback(Callback):
         batch_sizes: Sequence[int],
         n_reports: int,
         title: str,
+        is_first: bool = False,
     ) -> None:
         """Create the callback of one run.
 
@@ -134,13 +135,15 @@ class TrialCallback(Callback):
             batch_sizes: effective batches of all candidates; milestones are where each of them ends an update.
             n_reports: number of evaluations in the trial.
             title: title of the progress bar.
+            is_first: whether to show what data and loss are like, which is the same in all trials.
         """
         self._processes, self._record, self._stop_signals = processes, record, stop_signals
         self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
+        self._is_first = is_first
         self._steps: dict[int, int] = {}
 
     def console(self, is_main: bool, progress: bool) -> Console:
-        return _TrialConsole(is_main, progress, title=self._title)
+        return _TrialConsole(is_main, progress, title=self._title, is_first=self._is_first)
 
     def milestones(self, plan: BasePlan) -> Iterable[int]:
         assert isinstance(plan, Plan), "a search refuses streams"
@@ -166,16 +169,19 @@ class TrialCallback(Callback):
 
 @dataclass
 class _TrialConsole(Console):
-    """One bar for the running trial, and nothing else: the search itself shows the outcome in a line."""
+    """One bar for the running trial, after notes on data and loss if it is the first one. The search itself shows the
+    outcome in a line."""
 
     title: str = ""
+    is_first: bool = False
 
     def bar(self, n_windows: int) -> tqdm:
         hidden = not (self.is_main and self.progress)
         return tqdm(total=n_windows, desc=self.title, disable=hidden, leave=False, position=1)
 
-    def banner(self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str) -> None:
-        pass
+    def banner(self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str) -> None:  # noqa: ARG002
+        if self.is_first:
+            self._print(*notes)
 
     def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
         pass

@@ -100,6 +100,7 @@ class TrialExecutor:
             batch_sizes=[k * batch_size for k in search.space.candidates()],
             n_reports=1 if settings.trade_time else settings.n_reports,  # without pruning, only the last one counts
             title=f"trial {order.number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
+            is_first=order.number == 0,
         )
         outcome = run_trial(search.model_factory, arguments | own | {"progress": search.progress}, callback)
         outcomes = self.processes.gather_outcomes((outcome.kind, outcome.reason))

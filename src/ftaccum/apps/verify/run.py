@@ -155,7 +155,7 @@ class VerificationRun(Run):
             objective.report.padding() or padding: objective.padding_sensitive,
             f"Of the ks that training goes through, this is the largest: {k}.": bool(self.all_batch_sizes.later),
         }
-        return [note for note, holds in notes.items() if holds]
+        return [*self.data.text_notes, *(note for note, holds in notes.items() if holds)]
 
     def _verification(
         self, compared: Compared, precision: tuple[torch.dtype, str], notes: list[str], started: float
