@@ -18,8 +18,8 @@ _MAIN = ("input_ids", "input_values", "input_features")  # what a row is as long
 class PlainCollator:
     """Stacks columns, and pads on one side those that run along the tokens.
 
-    An attention mask is made where ids are padded and none came with them. Nothing else is mended: a column that some
-    rows lack or have in another shape is refused.
+    Ids that came without an attention mask get one of ones. Nothing else is mended: a column that some rows lack or
+    have in another shape is refused.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PlainCollator:
         columns = self._columns([{_RENAMED.get(n, n): v for n, v in (*row.items(), *_exact(row))} for row in rows])
         main = next((columns[name] for name in _MAIN if name in columns), [])
         batch = {name: self._padded(name, values, main) for name, values in columns.items()}
-        if "input_ids" in batch and "attention_mask" not in batch and len({t.shape for t in main}) > 1:
+        if "input_ids" in batch and "attention_mask" not in batch:
             batch["attention_mask"] = self._filled([torch.ones_like(t) for t in main], 0)
         return batch
 

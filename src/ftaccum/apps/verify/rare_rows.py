@@ -87,14 +87,17 @@ def _is_empty(value: Any) -> bool:
 
 
 def _values(label: Any) -> set[Hashable]:
-    """Return the values in a label; of whole numbers in floating point, as labels of several classes are, each with its
-    place."""
+    """Return the values in a label.
+
+    Of floating-point numbers it is the shape, and of whole ones, as labels of several classes are, each with its place.
+    """
     try:
         values = np.asarray(label.tolist() if isinstance(label, Tensor) else label)
     except ValueError:  # lists of unequal lengths
         return set()
     if values.dtype.kind in "iubU":
         return set(values.reshape(-1).tolist())
-    if values.dtype.kind == "f" and np.array_equal(values, np.round(values)):
-        return set(enumerate(values.reshape(-1).tolist()))
-    return set()
+    if values.dtype.kind != "f":
+        return set()
+    are_whole = np.array_equal(values, np.round(values))
+    return {values.shape, *(enumerate(values.reshape(-1).tolist()) if are_whole else ())}
