@@ -1,6 +1,7 @@
 """The gradient of one window, by hand: scale, dummies, errors, buffers."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,10 @@ from ftaccum.data.loader import MicroBatch
 from ftaccum.planning.micro_batches import MicroBatchRows
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.gradients.plain import GradientStrategy
+from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.memory import WindowOutOfMemoryError
 from ftaccum.runtime.process_group import SINGLE
+from ftaccum.runtime.state_guards import preserve_buffers
 from ftaccum.settings import Runtime
 
 
@@ -98,7 +101,7 @@ def test_the_gradient_is_that_of_all_rows_at_once(sizes: tuple[int, ...], accele
         assert p.grad is not None
         torch.testing.assert_close(p.grad, gradient[f"layer.{name}"], rtol=1e-14, atol=1e-15)
     assert accumulated.losses.total() == pytest.approx(loss, rel=1e-14)
-    norm, n_items, parts = accumulated.read_with(torch.tensor(3.0))
+    norm, n_items, parts, _ = accumulated.read_with(torch.tensor(3.0))
     assert (norm, n_items) == (3.0, sum(sum(micro.counts.values()) for micro in window))
     assert sum(parts) == pytest.approx(loss, rel=1e-14)
     assert [micro for micro, _ in accumulated.contributions] == window
@@ -132,7 +135,7 @@ def test_a_dummy_is_passed_only_where_others_may_wait_and_leaves_no_trace(accele
     assert model.passes == 1
     assert model.modes == [True, True]
     assert torch.equal(model.layer.weight.grad, torch.zeros_like(model.layer.weight))
-    _, n_items, parts = accumulated.read_with(torch.tensor(0.0))
+    _, n_items, parts, _ = accumulated.read_with(torch.tensor(0.0))
     assert (n_items, parts) == (0, [0.0])
 
 
@@ -179,24 +182,101 @@ def test_the_start_of_a_window_restores_its_buffers(accelerator: Accelerator) ->
     assert model.passes == 0
 
 
-def test_large_buffers_that_the_first_window_leaves_alone_are_let_go() -> None:
-    model = Net()
-    buffers = MovingBuffers(model, SINGLE)
-    before = buffers.snapshot()
-    assert {name for _, name in before.kept} == {"passes", "table"}
-    buffers.observe(before, has_rows=False)  # tells nothing
-    assert {name for _, name in buffers.snapshot().kept} == {"passes", "table"}
-    buffers.observe(before, has_rows=True)
-    assert {name for _, name in buffers.snapshot().kept} == {"passes"}, "small ones may change later"
+def moved(buffers: MovingBuffers) -> list[bool]:
+    return [bool(flag) for flag in buffers.moved()]
 
 
-def test_large_buffers_that_change_are_kept() -> None:
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda table: table.add_(1),
+        lambda table: table.data[7].fill_(2.5),  # which its version does not count
+        lambda table: table.numpy().__setitem__(7, 2.5),
+    ],
+)
+def test_large_buffers_are_copied_once_they_have_moved(move: Callable[[Tensor], Any]) -> None:
     model = Net()
     buffers = MovingBuffers(model, SINGLE)
-    before = buffers.snapshot()
+    for _ in range(2):
+        buffers.snapshot()
+        assert moved(buffers) == [False]
+        buffers.observe([False], undone=False)
+    start = buffers.snapshot()
+    move(model.table)
+    assert moved(buffers) == [True]
+    start.restore()
+    assert not model.table.any(), "the window in which it first moved can be undone"
+    buffers.observe([True], undone=True)
+    assert moved(buffers) == []
+    model.table += 3
+    start = buffers.snapshot()
     model.table += 1
-    buffers.observe(before, has_rows=True)
-    assert {name for _, name in buffers.snapshot().kept} == {"passes", "table"}
-    later = buffers.snapshot()
-    buffers.observe(later, has_rows=True)  # only the first window tells
-    assert {name for _, name in buffers.snapshot().kept} == {"passes", "table"}
+    start.restore()
+    assert (model.table == 3).all()
+
+
+def test_a_large_buffer_that_is_replaced_has_moved() -> None:
+    model = Net()
+    buffers, table = MovingBuffers(model, SINGLE), model.table
+    start = buffers.snapshot()
+    model.table = torch.zeros(5000)
+    assert moved(buffers) == [True]
+    start.restore()
+    assert model.table is table
+
+
+def test_buffers_too_large_to_be_kept_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ftaccum.accumulation.buffers._KEPT", 1000)
+    model = Net()
+    buffers = MovingBuffers(model, SINGLE)
+    start = buffers.snapshot()
+    model.table += 1
+    with run_logging(enabled=True):
+        buffers.restore(start)
+        assert "The buffer 'table' of Net first changed in an update that was undone" in capsys.readouterr().err
+        buffers.observe([True], undone=False)
+        assert not capsys.readouterr().err
+    start = buffers.snapshot()
+    model.table += 1
+    start.restore()
+    assert (model.table == 1).all(), "once seen to move, it is copied"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.int16, torch.complex64, torch.float64])
+def test_large_buffers_of_any_type_and_layout_are_watched(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.register_buffer("table", torch.zeros(101, 51).to(dtype).T)
+    buffers = MovingBuffers(model, SINGLE)
+    start = buffers.snapshot()
+    model.table[50, 100] = 1
+    assert moved(buffers) == [True]
+    start.restore()
+    assert not model.table.any()
+
+
+def test_a_buffer_that_was_declared_and_not_set_is_unset_again() -> None:
+    model = nn.Module()
+    model.register_buffer("mean", None)
+    with preserve_buffers(model):
+        model.mean = torch.ones(2)
+    assert model.mean is None
+    start = MovingBuffers(model, SINGLE).snapshot()
+    model.mean = torch.ones(2)
+    start.restore()
+    assert model.mean is None
+
+
+@pytest.mark.processes
+def test_buffers_on_two_processes(two_processes: Callable[..., str]) -> None:
+    printed = two_processes("buffers_of_two.py")
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert all(map(all, found["kinds"]))
+    for size in ("1", "5000"):
+        main, other = found["evaluated"][size]
+        assert main == other, "every evaluation is of the same model, also one in the middle of an epoch"
+        assert len(main) == 4, "before training, twice in the epoch, at its end"
+        main, other = found["trained"][size]
+        assert main == other
+        assert len(main) == 1

@@ -18,6 +18,7 @@ from ftaccum import SettingsError, Verification, verify
 from ftaccum.apps.cli import main
 from ftaccum.apps.verify.bench import Bench
 from ftaccum.apps.verify.gradients import WindowGradient
+from ftaccum.apps.verify.reference import Reference
 from ftaccum.apps.verify.splits import splits_of
 from ftaccum.data.convert import as_rows
 from ftaccum.objective.normalizer import LossNormalizer, WeightedMeans
@@ -308,6 +309,21 @@ def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.M
     found = verify(HEADS[BERT].model().float(), HEADS[BERT].rows(30), **SIZES)
     assert (found.dtype, found.exact) == ("float32", True)
     assert "would not fit in memory" in found.notes[0]
+
+
+def test_rows_that_do_not_fit_together_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = Reference.loss
+
+    def of_few(self: Reference, batch: dict[str, Tensor]) -> Tensor:
+        if len(batch["input_ids"]) > 6:
+            raise torch.OutOfMemoryError("no memory for so many rows")
+        return loss(self, batch)
+
+    monkeypatch.setattr(Reference, "loss", of_few)
+    found = verify(HEADS[BERT].model(), HEADS[BERT].rows(30), dtype="model", **SIZES)
+    assert found.exact
+    assert max(measured.rows for measured in found.splits) == 5
+    assert "One batch of the 11 rows of an update does not fit in memory: 5 of them" in found.notes[-1]
 
 
 def test_everything_is_left_as_it_was() -> None:

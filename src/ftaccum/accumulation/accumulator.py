@@ -7,6 +7,7 @@ its mean loss times n / N. Each process makes equally many passes, and gradients
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -72,14 +73,23 @@ class GradientAccumulator:
             window = self._accumulate(micro_batches, start)
         except Exception:  # the run is as it was after the update before
             self.zero_gradients()
-            start.restore()
+            start.generators.restore()
+            self._buffers.restore(start.buffers)
             raise
-        self._buffers.observe(start.buffers, has_rows=not all(micro.is_dummy for micro in micro_batches))
-        return window
+        return replace(window, moved_buffers=self._buffers.moved())
 
     def sync_buffers(self) -> None:
         """Copy the main process's buffers to all processes."""
         self._buffers.sync()
+
+    def observe_buffers(self, moved: Sequence[bool], *, undone: bool) -> None:
+        """Have large buffers copied from the next window on.
+
+        Args:
+            moved: the window's `moved_buffers`, on any process. All processes call this alike.
+            undone: whether the window's update was skipped.
+        """
+        self._buffers.observe(moved, undone=undone)
 
     def zero_gradients(self) -> None:
         """Drop all gradients, also of trainable parameters that no optimizer holds."""

@@ -32,22 +32,25 @@ class AccumulatedWindow:
         losses: mean losses over this process's micro-batches.
         items: the window's loss items by term, on all processes.
         contributions: each micro-batch that was passed, with its part of the window's loss (a scalar).
+        moved_buffers: for each large buffer that no window had changed before, whether this one did.
     """
 
     start: WindowStart
     losses: WeightedMeans
     items: Tensor
     contributions: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
+    moved_buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, micro: MicroBatch, means: Means, contribution: Tensor) -> None:
         """Record one forward and backward pass."""
         self.losses.add(means, micro.counts)
         self.contributions.append((micro, contribution.detach()))
 
-    def read_with(self, norm: Tensor) -> tuple[float, float, list[float]]:
-        """Return the gradient's norm, the number of loss items and each pass's part of the loss, in one wait for the
-        device."""
+    def read_with(self, norm: Tensor) -> tuple[float, float, list[float], list[bool]]:
+        """Return the gradient's norm, the number of loss items, each pass's part of the loss, and which buffers moved,
+        in one wait for the device."""
         losses = torch.stack([contribution for _, contribution in self.contributions])
-        on_device = [norm.reshape(1), self.items.sum().reshape(1).to(norm.device), losses.to(norm.device)]
-        grad_norm, n_items, *contributions = torch.cat(on_device).tolist()
-        return grad_norm, n_items, contributions
+        parts = [norm.reshape(1), self.items.sum().reshape(1), losses, self.moved_buffers]
+        grad_norm, n_items, *others = torch.cat([part.to(norm.device) for part in parts]).tolist()
+        n_passes = len(losses)
+        return grad_norm, n_items, others[:n_passes], [bool(flag) for flag in others[n_passes:]]

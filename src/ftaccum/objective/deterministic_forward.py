@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.state_guards import Buffers, Generators, buffers_of, preserve_buffers, preserve_rng, training_mode
+from ..runtime.state_guards import Buffers, Generators, preserve_buffers, preserve_rng, training_mode
 
 _DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -117,7 +117,7 @@ class DeterministicMode:
     def _tried(self, run: Callable[[], Sequence[float]]) -> tuple[bool, bool, set[nn.Module]]:
         """Return whether a pass can be repeated, whether it draws, and the modules whose buffers it moves."""
         with self.passes():
-            generators, buffers = Generators.now(), Buffers.now(buffers_of(self.model))
+            generators, buffers = Generators.now(), Buffers.of(self.model)
             first = run()
             moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
             buffers.restore()

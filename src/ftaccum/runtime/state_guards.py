@@ -65,16 +65,57 @@ def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is not None]
 
 
+def unset_buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return the buffers that are declared, but None."""
+    return [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is None]
+
+
+def is_expanded(buffer: Tensor) -> bool:
+    """Return whether one number in memory stands for several of the buffer."""
+    if buffer.layout is not torch.strided:
+        return False
+    return any(size > 1 and not stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+
+
+def bytes_of(buffer: Tensor) -> Tensor:
+    """Return the bytes of a strided buffer, one behind the other."""
+    return buffer.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def fingerprint(buffer: Tensor) -> Tensor:
+    """Return a number that is another one when a buffer has changed: the sum of its bytes, eight at a time.
+
+    It takes a third of the time of a copy, and no memory. (Versions do not tell: batch norm, and code that writes to
+    `.data`, do not count theirs. For sparse buffers they have to do.)
+    """
+    if buffer.layout is not torch.strided:
+        return torch.tensor(buffer._version, device=buffer.device)
+    read = bytes_of(buffer)
+    whole = len(read) // 8 * 8
+    return read[:whole].view(torch.int64).sum() + read[whole:].sum()
+
+
 @dataclass(frozen=True)
 class Buffers:
-    """A copy of a model's buffers (batch-norm statistics, for one)."""
+    """A copy of a model's buffers (batch-norm statistics, for one).
+
+    Attributes:
+        kept: each buffer and its copy.
+        unset: those that were declared, but None so far; a forward pass may set them.
+    """
 
     kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]
+    unset: Sequence[tuple[nn.Module, str]] = ()
 
     @classmethod
     def now(cls, buffers: Sequence[tuple[nn.Module, str]]) -> "Buffers":
         found = ((place, place[0]._buffers[place[1]]) for place in buffers)
         return cls({place: (buffer, buffer.clone()) for place, buffer in found if buffer is not None})
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Buffers":
+        """Return a copy of all buffers of a model."""
+        return cls(cls.now(buffers_of(model)).kept, unset_buffers_of(model))
 
     def moved(self, module: nn.Module, name: str) -> bool:
         """Whether a buffer is another one by now, or has other numbers. (Its version does not tell: batch norm writes
@@ -84,10 +125,12 @@ class Buffers:
 
     def restore(self) -> None:
         with torch.no_grad():
+            for module, name in self.unset:
+                module._buffers[name] = None
             for (module, name), (buffer, value) in self.kept.items():
                 module._buffers[name] = buffer  # a forward pass may have put another in its place
-                # One number may stand for many (expanded), which cannot be written to; to compare waits for the device.
-                if buffer.is_contiguous() or not torch.equal(buffer, value):
+                # An expanded one cannot be written to; to compare waits for the device.
+                if not is_expanded(buffer) or not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
@@ -115,7 +158,7 @@ def seed_all(*seed: int) -> None:
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
     """Leaves the model's buffers as they were found."""
-    before = Buffers.now(buffers_of(model))
+    before = Buffers.of(model)
     try:
         yield
     finally:

@@ -1,7 +1,6 @@
 """The parts of a run that trains, each built once, when it is first needed."""
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -206,11 +205,11 @@ class TrainingSetup(Run):
         return MetricsLogger(self.accelerator, Ledger(), bar, self.batch_sizes)
 
     @cached_property
-    def evaluate(self) -> Callable[[nn.Module], tuple[float | None, dict[str, float]]]:
-        """Returns the validation loss and metrics of a model; nothing, where there are no validation rows."""
+    def evaluation(self) -> Evaluation | None:
+        """What evaluates the model; None where there are no validation rows."""
         data = self.data
         if data.val is None or data.val_rows is None:
-            return lambda _: (None, {})
+            return None
         return Evaluation(
             self.accelerator,
             data.objective,
@@ -221,6 +220,14 @@ class TrainingSetup(Run):
             compute_metrics=self.config.components.compute_metrics,
             ignore_index=data.ignore_index,
         )
+
+    def evaluate(self) -> tuple[float | None, dict[str, float]]:
+        """Return the validation loss and metrics now: nothing, where there are no validation rows.
+
+        Buffers are synced first, so that all processes evaluate the same model.
+        """
+        self.accumulator.sync_buffers()
+        return (None, {}) if self.evaluation is None else self.evaluation(self.model)
 
     @cached_property
     def best(self) -> BestEpoch:
@@ -277,7 +284,7 @@ class TrainingSetup(Run):
     def validate(self) -> float | None:
         """Return the validation loss now, between two windows."""
         self.metrics_logger.drain()  # the run may end here, and then all of its updates are in the ledger
-        return self.evaluate(self.model)[0]
+        return self.evaluate()[0]
 
 
 def _refuse_float16(model: nn.Module) -> None:

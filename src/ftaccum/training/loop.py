@@ -90,10 +90,11 @@ class TrainingLoop:
         self._accelerator.unscale_gradients()
         norm = _full(nn.utils.clip_grad_norm_(self._strategy.parameters, self._max_grad_norm))
         # The one wait for the device in an update: all of these decide whether to step.
-        grad_norm, n_items, losses = accumulated.read_with(norm)
+        grad_norm, n_items, losses, moved = accumulated.read_with(norm)
         passes = zip(accumulated.contributions, losses, strict=True)
         suspects = [micro for (micro, _), loss in passes if not math.isfinite(loss)]
-        in_loss = self._process_group.any(bool(suspects))  # the norm is the same on every process, losses are not
+        # The norm is the same on every process, losses and buffers are not.
+        in_loss, *moved = self._process_group.any_of([bool(suspects), *moved])
         finite = math.isfinite(grad_norm) and not in_loss
         skipped = not finite or not n_items > 0
         if skipped:
@@ -102,6 +103,7 @@ class TrainingLoop:
             with scale_learning_rates(self._schedule.optimizer, factor):
                 self._optimizer.step()
             self._schedule.step()
+        self._accumulator.observe_buffers(moved, undone=skipped)
         self._accumulator.zero_gradients()
         rows = len(window.window.rows)
         result = StepResult(window.work, rows, accumulated.losses, grad_norm, rate, skipped)

@@ -101,7 +101,7 @@ class TrainingRun(TrainingSetup):
         _ = self.checkpoint_manager  # from here on, signals wait for the end of an update
         if resume_point.path is None:
             # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
-            ledger.initial_val_loss, metrics = self.evaluate(self.model)
+            ledger.initial_val_loss, metrics = self.evaluate()
             self.console.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), self.plan.n_epochs)
         resume_point.restore_generators(self.state, self.config.recipe.random_seed)
 
@@ -132,8 +132,7 @@ class TrainingRun(TrainingSetup):
             windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
             with self.metrics_logger.throughput.timed():
                 self.loop.train(windows, self.audits.before_update, self.oom_recovery.split, self._on_step)
-            self.accumulator.sync_buffers()
-            val_loss, metrics = self.evaluate(self.model)
+            val_loss, metrics = self.evaluate()
         entry = self.metrics_logger.epoch(val_loss, metrics)
         self.console.epoch(entry, self.plan.n_epochs)
         self.milestones.epoch_done(entry)

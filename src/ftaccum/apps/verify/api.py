@@ -47,12 +47,14 @@ def verify(
     tolerance: float | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Sees whether accumulating is one large batch, on this model and these rows: by the gradients themselves.
+    """Compare accumulating with one large batch, on this model and these rows, by the gradients themselves.
 
-    The rows of one update go through the model in one batch: its own mean loss, one forward and one backward pass. Then
-    the same rows are accumulated by the code that trains, cut as in training, row by row, in random orders and sizes,
-    and short as an epoch's last window is. In train mode, without dropout, which differs with the cut. Model,
-    gradients, generators and the state of the process are left as they were.
+    The reference is one batch of all rows of an update: collated anew, one plain call of the model, its own loss (or
+    `loss_fn`), one backward pass. Nothing that ftaccum measures or infers is in it, so it can disagree. Then the same
+    rows are accumulated by the code that trains, cut as in training, row by row, in random orders and sizes, and short
+    as an epoch's last window is. Rows with rare label values or columns take up to a quarter of the update. The model
+    is in train mode, without dropout, which differs with the cut. Model, gradients, generators and the state of the
+    process are left as they were.
 
     Args:
         data: rows, as `train_data` of `test_fine_tuning`. None: synthetic token ids below `config.vocab_size`.
@@ -71,7 +73,8 @@ def verify(
     Raises:
         SettingsError: arguments that cannot be used, all in one message, before anything is loaded.
         DataError: data that cannot be trained on.
-        torch.OutOfMemoryError: where the rows of an update do not fit in memory together.
+        torch.OutOfMemoryError: where a row or a micro-batch does not fit in memory. (Where the rows of an update do not
+            fit together, fewer of them are measured, and a note says so.)
 
     Example:
         >>> print(verify(model, rows, batch_size=4, gradient_accumulation_steps=8))

@@ -1,12 +1,11 @@
 """Where gradients are made: of a window in one batch, and of the same window accumulated."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import send_to_device
-from torch import Tensor
 
 from ...accumulation.accumulator import GradientAccumulator
 from ...data.batches import can_be_taken_apart, take
@@ -20,6 +19,7 @@ from ...runtime.state_guards import preserve_buffers, preserve_rng
 from ...training.base_run import Run
 from .gradients import WindowGradient, taken
 from .precision import cast
+from .reference import Reference
 from .splits import Split
 
 
@@ -29,37 +29,50 @@ class Bench:
 
     Attributes:
         run: has the model, not wrapped, and the loader of training.
-        padded: the same loader with rows side by side.
+        reference: one batch, that nothing which ftaccum infers is in.
+        padded: the loader of training with rows side by side.
         window: all rows of a full window.
         seed: of what a collator draws.
         dtype: that the model is in; None where it is as it came.
     """
 
     run: Run
+    reference: Reference
     padded: Loader
     window: RowIndices
     seed: tuple[int, ...]
     dtype: torch.dtype | None
 
-    def together(self, rows: RowIndices, order: RowIndices | None = None, factor: float = 1.0) -> WindowGradient:
-        """The gradient of the loss over all rows at once: one forward and one backward pass, and no denominator.
+    def together(self, rows: RowIndices, *, backwards: bool = False, factor: float = 1.0) -> WindowGradient:
+        """Return the gradient of the loss over all rows at once: one forward and one backward pass of the reference.
 
         Args:
             rows: of the window.
-            order: the same in another order.
+            backwards: whether to turn their order around.
             factor: that the loss is multiplied by before the backward pass, and the gradient divided by after it.
 
         Raises:
-            DataError: where none of the rows has loss items.
             torch.OutOfMemoryError: where they do not fit in memory together.
         """
-        micro = self.whole(rows, order)
-        if micro.is_dummy:
-            raise DataError(f"None of the {len(rows)} rows of a window has loss items. Give another `random_seed`.")
         with self.from_the_start():
-            loss = self.loss_of(micro)
+            loss = self.reference.loss(self.reference.batch(rows, backwards=backwards, dtype=self.dtype))
             (loss * factor * self.scale).backward()
         return WindowGradient(taken(self.run.model, factor * self.scale), loss.item())
+
+    def loss(self) -> float:
+        """Return the reference's loss of the full window.
+
+        Raises:
+            DataError: where it is no number, as the mean over no items is.
+        """
+        with torch.no_grad():
+            loss = self.reference.loss(self.reference.batch(self.window, dtype=self.dtype)).item()
+        if math.isnan(loss):
+            raise DataError(
+                f"The loss of the {len(self.window)} rows of a window in one batch is {loss}. If none of them has loss "
+                "items, give another `random_seed`; else look for numbers that are not finite."
+            )
+        return loss
 
     def settle_scale(self) -> None:
         """Lowers the scale of fp16 gradients until they are finite, as training does in its first updates."""
@@ -90,23 +103,14 @@ class Bench:
             return True
         try:
             with self.from_the_start(), torch.no_grad():
-                self.loss_of(self.whole(self.window[:1]))
+                self.reference.loss(self.reference.batch(self.window[:1], dtype=self.dtype))
         except ValueError:
             return False
         return True
 
-    def loss_of(self, micro: MicroBatch) -> Tensor:
-        """The model's loss of a batch, with its graph."""
-        batch = send_to_device(micro.batch, self.run.accelerator.device)
-        means = self.run.data.objective.means(
-            self.run.model, batch, micro.counts, micro.terms or self.run.data.objective.terms
-        )[0]
-        return torch.stack(list(means.values())).sum()
-
-    def whole(self, rows: RowIndices, order: RowIndices | None = None) -> MicroBatch:
-        """Rows in one micro-batch."""
-        places = tuple(rows.index(position) for position in order or rows)
-        return self._loaded(self.padded, rows, [MicroBatchRows.of(rows, places)])[0]
+    def whole(self, rows: RowIndices) -> MicroBatch:
+        """Return rows in one micro-batch, as the loader of training has it."""
+        return self._loaded(self.padded, rows, [MicroBatchRows.of(rows, tuple(range(len(rows))))])[0]
 
     def micro_batches(self, split: Split) -> list[MicroBatch]:
         """Those of all processes, as anybody would have them: padded, and without dummies."""

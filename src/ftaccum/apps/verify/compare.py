@@ -94,12 +94,12 @@ class Comparison:
     ) -> tuple[list[SplitResult], float]:
         """The splits of one window, not judged yet, and what rounding alone does to it."""
         bench = self.bench
-        if bench.whole(rows).is_dummy:
-            return [SplitResult(*split.summary, exact=True, note="(no loss items: no update)") for split in splits], 0.0
         if not any(map(bench.takes, splits)):
             return [SplitResult(*split.summary, exact=False, note=_TOO_SMALL) for split in splits], 0.0
         wanted = bench.together(rows)
-        again = bench.together(rows, order=rows[::-1], factor=1 / 3).error(wanted)
+        if bench.whole(rows).is_dummy and not wanted.is_an_update:
+            return [SplitResult(*split.summary, exact=True, note="(no loss items: no update)") for split in splits], 0.0
+        again = bench.together(rows, backwards=True, factor=1 / 3).error(wanted)
         return [self._accumulated(split, wanted, new_accumulator) for split in splits], max(gather_object([again]))
 
     def _accumulated(
@@ -117,8 +117,9 @@ class Comparison:
         for split in [full, *remainder]:
             if not self.bench.takes(split):
                 yield SplitResult(*split.summary, note=_TOO_SMALL)
-            elif not self.bench.whole(split.rows).is_dummy:
-                wanted = whole if split is full else self.bench.together(split.rows)
+                continue
+            wanted = whole if split is full else self.bench.together(split.rows)
+            if wanted.is_an_update:
                 yield SplitResult(*split.summary, *_errors(divided_by_k(self.bench, split, k), wanted))
 
     def _trainer(self, whole: WindowGradient) -> SplitResult:

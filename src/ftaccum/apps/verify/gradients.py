@@ -24,6 +24,11 @@ class WindowGradient:
     def is_finite(self) -> bool:
         return math.isfinite(_norm(self.gradient))
 
+    @property
+    def is_an_update(self) -> bool:
+        """Whether an optimizer can take it: the mean over no loss items has no gradient, or none that is finite."""
+        return self.is_finite and _norm(self.gradient) > 0
+
     def gradient_error(self, wanted: "WindowGradient") -> float:
         """‖gradient - wanted‖ / ‖wanted‖; ‖gradient‖ where nothing is wanted."""
         off = _norm([_difference(f, w) for f, w in zip(self.gradient, wanted.gradient, strict=True)])

@@ -22,7 +22,7 @@ def divided_by_k(bench: Bench, split: Split, k: int) -> WindowGradient:
     losses = []
     with bench.from_the_start():
         for micro in bench.micro_batches(split):
-            loss = bench.loss_of(micro) / k
+            loss = bench.reference.loss(micro.batch) / k
             (loss * bench.scale).backward()
             losses.append(loss.item())
     return WindowGradient(taken(bench.run.model, bench.scale), sum(losses))

@@ -16,9 +16,10 @@ from ...data.loader import Loader
 from ...errors import DataError
 from ...objective.deterministic_forward import DeterministicMode
 from ...planning.batch_size import BatchSizes, batch_sizes_of
+from ...planning.micro_batches import RowIndices
 from ...planning.plan import Plan
 from ...runtime.gradients.plain import GradientStrategy
-from ...runtime.memory import give_back_memory
+from ...runtime.memory import give_back_memory, is_out_of_memory
 from ...runtime.state_guards import cast_tensors, preserve_gradients
 from ...training.base_run import Run
 from ...training.build_data import build_data
@@ -27,11 +28,14 @@ from ...training.optimizer import trainable_parameters
 from .bench import Bench
 from .compare import Compared, Comparison
 from .precision import candidates, dtype_of, has_room, measured_in, said, tolerance_for
+from .rare_rows import Traits, rarest, traits_of, with_rare_rows
+from .reference import Reference
 from .report import Verification
 from .settings import VerifySettings
 
 _FLOAT64 = 1e-12  # what rounding in float64 stays below
 _ROWS = 1024  # to settle on how the loss is counted; of more, only those of the window are read and tokenised
+_RARE = 64  # rows that are kept beside them, for label values or columns that they lack
 
 
 class VerificationRun(Run):
@@ -40,23 +44,31 @@ class VerificationRun(Run):
     def __init__(self, config: RunConfig, settings: VerifySettings) -> None:
         super().__init__(config)
         self._settings = settings
+        self._traits: Traits = ()
 
     def verify(self) -> Verification:
         """Measure, and return the table and its verdict, on all processes the same."""
         started = time.perf_counter()
         if self.config.components.train_data is not None:
             self._take_rows()
-        window = next(Plan(len(self.data.train_rows), 1, self.batch_sizes, self._seed).windows(0)).rows
-        bench = Bench(self, self._padded_loader, window, (self._seed, 0), None)
+        drawn = next(Plan(len(self.data.train_rows), 1, self.batch_sizes, self._seed).windows(0)).rows
+        window = with_rare_rows(drawn, self._traits, self._seed)
+        seed = (self._seed, 0)
+        reference = Reference(self.config.components, self.data.train_rows, seed, self.accelerator.device)
+        bench = Bench(self, reference, self._padded_loader, window, seed, None)
         dtype, notes = self._choose_dtype(bench)
         bench = replace(bench, dtype=dtype)
         precision = dtype or dtype_of(self.model), self.accelerator.mixed_precision
         with measured_in(self.model, self.config.components.loss_fn, dtype):
-            mode = DeterministicMode.of(self.model, lambda: [bench.loss_of(bench.whole(window)).item()])
+            bench = self._that_fits(bench)
+            mode = DeterministicMode.of(self.model, lambda: [bench.loss()])
             with mode.passes():
                 compared = self._compare(bench, precision)
         return self._verification(
-            compared, precision, [*self._notes(len(window)), *notes, *_doubts(compared, precision[0])], started
+            compared,
+            precision,
+            [*self._notes(drawn, window, len(bench.window)), *notes, *_doubts(compared, precision[0])],
+            started,
         )
 
     @cached_property
@@ -100,7 +112,9 @@ class VerificationRun(Run):
         if not recipe.tokens_per_update:  # else the rows of an update depend on the length of all
             needed = max(_ROWS, batch_sizes_of(recipe, size, self.process_group.size).effective_batch_size)
             order = np.random.RandomState(self._seed).permutation(len(rows))
-            rows = rows.subset(np.sort(order[:needed]).tolist())
+            kept = order[:needed].tolist()
+            rows = rows.subset(sorted([*kept, *rarest(traits_of(rows), _RARE, kept)]))
+        self._traits = traits_of(rows)
         self.config = replace(self.config, components=replace(components, train_data=rows))
 
     def _choose_dtype(self, bench: Bench) -> tuple[torch.dtype | None, list[str]]:
@@ -130,6 +144,28 @@ class VerificationRun(Run):
             return f"{type(self.model).__name__} cannot be run in it ({said(error)})"
         return None
 
+    def _that_fits(self, bench: Bench) -> Bench:
+        """Halve the window until one batch of it fits in the memory of all processes.
+
+        Raises:
+            torch.OutOfMemoryError: where a single row does not.
+        """
+        while True:
+            failed: Exception | None = None
+            try:
+                bench.together(bench.window)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = error.with_traceback(None)  # which would hold the pass
+            if not self.process_group.any(failed is not None):
+                return bench
+            self.model.zero_grad(set_to_none=True)
+            give_back_memory()
+            if len(bench.window) == 1:
+                raise torch.OutOfMemoryError(f"A single row does not fit in memory. The device said: {failed}")
+            bench = replace(bench, window=bench.window[: len(bench.window) // 2])
+
     def _compare(self, bench: Bench, precision: tuple[torch.dtype, str]) -> Compared:
         tolerance = self._settings.tolerance
         comparison = Comparison(
@@ -143,14 +179,24 @@ class VerificationRun(Run):
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             return comparison.results(bar.update)
 
-    def _notes(self, n_rows: int) -> list[str]:
-        """Return what to know of the rows and of how they are cut."""
+    def _notes(self, drawn: RowIndices, window: RowIndices, n_fitting: int) -> list[str]:
+        """Return what to know of the rows and of how they are cut.
+
+        Args:
+            drawn: the window as the seed has it.
+            window: with rare rows.
+            n_fitting: rows of it that fit in one batch.
+        """
+        n_rows, n_rare = len(window), len(set(window).difference(drawn))
         objective, wanted = self.data.objective, self.batch_sizes.effective_batch_size
         max_tokens, k = self.config.runtime.max_tokens, self.batch_sizes.gradient_accumulation_steps
         padding = "Padding matters to this head: the rows of a window are padded to one width, in training as here."
         notes = {
             "Data: SYNTHETIC random tokens, because there are none.": self.data.synthetic,
             f"An update wants {wanted} rows, and there are {n_rows}: these are the window.": n_rows < wanted,
+            f"For {n_rare} of the rows, others with rare label values or columns were taken.": n_rare > 0,
+            f"One batch of the {n_rows} rows of an update does not fit in memory: {n_fitting} of them are the window "
+            "here. What only more rows together would show is not measured.": n_fitting < n_rows,
             f"Micro-batches as trained: at most {max_tokens} tokens.": max_tokens is not None,
             objective.report.padding() or padding: objective.padding_sensitive,
             f"Of the ks that training goes through, this is the largest: {k}.": bool(self.all_batch_sizes.later),

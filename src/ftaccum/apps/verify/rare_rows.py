@@ -1,0 +1,103 @@
+"""Rows with rare label values and columns, for the window that is verified: what no sample shows, goes wrong unseen."""
+
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import Tensor
+
+from ...data.dataset import Rows
+from ...objective.forward import is_label
+from ...planning.micro_batches import RowIndices
+
+Traits = Sequence[Sequence[int]]  # for each label value or column: the positions of the rows that have it
+
+_MOST_ROWS = 100_000  # to look at
+_MOST_VALUES = 1000  # of a label column; one with more is a vocabulary or a measure
+_SHARE = 4  # of a window, one row in so many may be exchanged
+
+
+def traits_of(rows: Rows) -> Traits:
+    """Return for each label value, and each column that only some rows have or have empty, the rows with it.
+
+    Only rows in memory are looked at, and at most 100,000 of them.
+    """
+    by_kind: dict[str, dict[Hashable, list[int]]] = {}
+    n_rows, many = 0, set[str]()
+    for position, row in enumerate(_read(rows)):
+        n_rows += 1
+        for kind, values in _traits_of_row(row):
+            if kind in many:
+                continue
+            known = by_kind.setdefault(kind, {})
+            for value in values:
+                known.setdefault(value, []).append(position)
+            if len(known) > _MOST_VALUES:
+                many.add(kind)
+                known.clear()
+    present = by_kind.get("has", {}).values()
+    lacking = [sorted({*range(n_rows)}.difference(positions)) for positions in present if len(positions) < n_rows]
+    # Where each row has a value of its own, none is rare.
+    told = [known for known in by_kind.values() if len(known) <= max(2, n_rows // 2)]
+    return [*(positions for known in told for positions in known.values()), *lacking]
+
+
+def rarest(traits: Traits, n_rows: int, known: Collection[int] = ()) -> list[int]:
+    """Return rows that have what the known ones lack, rarest first, at most so many."""
+    chosen: list[int] = []
+    for positions in sorted(traits, key=len):
+        if len(chosen) < n_rows and not {*known, *chosen}.intersection(positions):
+            chosen.append(positions[0])
+    return chosen
+
+
+def with_rare_rows(window: RowIndices, traits: Traits, seed: int) -> RowIndices:
+    """Return a window in which rare rows take the places of up to a quarter of its rows, drawn by the seed."""
+    chosen = rarest(traits, max(1, len(window) // _SHARE) if len(window) > 1 else 0, window)
+    places = np.random.RandomState(seed).permutation(len(window))[: len(chosen)]
+    exchanged = dict(zip(places.tolist(), chosen, strict=True))
+    return tuple(exchanged.get(place, position) for place, position in enumerate(window))
+
+
+def _read(rows: Rows) -> Iterator[Any]:
+    """Yield the rows; of a table, only the columns that are labels or have gaps."""
+    positions = range(min(len(rows), _MOST_ROWS))
+    if isinstance(rows.source, Dataset):
+        table = rows.subset(positions).as_table()
+        columns = [n for n in table.column_names if is_label(n) or table.data.column(n).null_count]
+        yield from table.select_columns(columns).with_format("arrow")[:].to_pylist() if columns else ()
+    elif isinstance(rows.source, list):
+        yield from rows.fetch(positions)
+
+
+def _traits_of_row(row: Any) -> Iterator[tuple[str, set[Hashable]]]:
+    if not isinstance(row, Mapping):
+        yield "target", _values(row[1])
+        return
+    yield "has", {name for name, value in row.items() if value is not None}
+    yield "empty", {name for name, value in row.items() if _is_empty(value)}
+    for name, value in row.items():
+        if is_label(name):
+            yield f"label {name}", _values(value)
+
+
+def _is_empty(value: Any) -> bool:
+    return 0 in value.shape if isinstance(value, Tensor | np.ndarray) else isinstance(value, list | tuple) and not value
+
+
+def _values(label: Any) -> set[Hashable]:
+    """Return the values in a label.
+
+    Of floating-point numbers it is the shape, and of whole ones, as labels of several classes are, each with its place.
+    """
+    try:
+        values = np.asarray(label.tolist() if isinstance(label, Tensor) else label)
+    except ValueError:  # lists of unequal lengths
+        return set()
+    if values.dtype.kind in "iubU":
+        return set(values.reshape(-1).tolist())
+    if values.dtype.kind != "f":
+        return set()
+    are_whole = np.array_equal(values, np.round(values))
+    return {values.shape, *(enumerate(values.reshape(-1).tolist()) if are_whole else ())}

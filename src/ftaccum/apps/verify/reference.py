@@ -1,0 +1,192 @@
+"""The loss of many rows in one batch, from the user's model and rows alone.
+
+Nothing that ftaccum measures or infers is in it: no count of loss items, no choice of terms, no taken-apart loss, no
+guess about packing. So it can disagree with what trains. It shares with training only what decides nothing about the
+loss: how rows are read (and raw text is tokenised), the seed of what a collator draws, the device, and the names that
+`forward` takes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from ...data.batches import can_be_taken_apart, first_dimensions, take
+from ...data.dataset import Rows
+from ...errors import DataError
+from ...objective.forward import accepted_arguments, is_label
+from ...runtime.state_guards import preserve_rng, seed_all
+from ...training.config import Components
+from .plain_collation import PlainCollator, documents_of
+from .precision import cast
+
+Batch = Any
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One batch of rows: collated anew, passed to the model in a plain call, its loss as the user has it.
+
+    Attributes:
+        components: the user's model, collator, loss and count.
+        rows: those of training.
+        seed: of what rows and collator draw, as in training.
+        device: that the model is on.
+    """
+
+    components: Components
+    rows: Rows
+    seed: tuple[int, ...]
+    device: torch.device
+
+    def batch(self, positions: Sequence[int], *, backwards: bool = False, dtype: torch.dtype | None = None) -> Batch:
+        """Collate rows with the user's collator, or with a plain one where there is none.
+
+        Args:
+            backwards: whether to turn the order of the rows around.
+            dtype: of the numbers; None for as they are.
+        """
+        with preserve_rng():
+            seed_all(*self.seed)
+            fetched = [self._kept_columns(row) for row in self.rows.fetch(positions, self.seed)]
+            batch = self._collated(fetched)
+        # After the collation, so that a collator draws the same for each row.
+        return cast(_backwards(batch) if backwards else batch, dtype)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch, with its graph.
+
+        A sum is divided by the user's `count_items`. Without it, the division is the documented one: by the labels that
+        are not ignored, by all numbers of a floating-point target, or by rows.
+        """
+        batch = send_to_device(batch, self.device)
+        outputs = self._outputs(batch)
+        loss = self._loss_of(outputs, batch)
+        terms = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
+        if self.components.reduction == "sum":
+            # Counted after the pass, which may have changed the labels that it counts.
+            counts = self._counts(batch, terms)
+            terms = {name: term / counts[name] for name, term in terms.items()}
+        return _added_up([term.reshape(()) for term in terms.values()])
+
+    def _kept_columns(self, row: Any) -> Any:
+        """Return a row without its columns of text, of which no tensor can be made, unless nothing else is in it."""
+        if not isinstance(row, Mapping) or not self._accepted & row.keys():
+            return row
+        return {name: value for name, value in row.items() if name in self._accepted or not _is_text(value)}
+
+    def _collated(self, rows: list[Any]) -> Batch:
+        components = self.components
+        plain = PlainCollator(
+            None if components.loss_fn or components.count_items else accepted_arguments(components.model),
+            pad_token_id=components.pad_token_id,
+            ignore_index=components.ignore_index,
+            on_the_left=getattr(components.tokenizer, "padding_side", "right") == "left",
+        )
+        if components.data_collator is None:
+            return plain([document for row in rows for document in documents_of(row)])
+        batch = components.data_collator(rows)
+        if not isinstance(batch, Mapping):
+            return batch
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) > 1:
+            return batch
+        documents = documents_of({n: v[0] for n, v in batch.items() if isinstance(v, Tensor) and v.shape == ids.shape})
+        return batch if len(documents) == 1 else plain(documents)
+
+    def _outputs(self, batch: Batch) -> Any:
+        model = self.components.model
+        if not isinstance(batch, Mapping):
+            inputs = batch[0]
+            if isinstance(inputs, Mapping):
+                return model(**inputs)
+            return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+        accepted = accepted_arguments(model)
+        given = {name: value for name, value in batch.items() if accepted is None or name in accepted}
+        if self.components.loss_fn is not None and not _is_encoder_decoder(model):
+            given.pop("labels", None)  # an encoder-decoder makes its decoder's inputs of them
+        if "input_ids" in batch and "input_ids" not in given:
+            return model(batch["input_ids"], **given)
+        return model(**given)
+
+    def _loss_of(self, outputs: Any, batch: Batch) -> Any:
+        loss_fn = self.components.loss_fn
+        if loss_fn is not None:
+            return loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
+        if self._takes_labels(batch):
+            return _own_loss(outputs)
+        logits, labels = _logits(outputs), batch["labels"]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+
+    def _takes_labels(self, batch: Batch) -> bool:
+        accepted = accepted_arguments(self.components.model)
+        return any(is_label(name) and (accepted is None or name in accepted) for name in batch)
+
+    def _counts(self, batch: Batch, terms: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        count_items = self.components.count_items
+        counted = _counted_plainly(batch, self.components.ignore_index) if count_items is None else count_items(batch)
+        return counted if isinstance(counted, Mapping) else dict.fromkeys(terms, counted)
+
+    @property
+    def _accepted(self) -> set[str]:
+        return accepted_arguments(self.components.model) or set()
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    """Return `.loss` of a model's outputs, or the one number in a tuple of them.
+
+    Raises:
+        DataError: where a tuple has none, or several.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if loss is not None:
+        return loss
+    several = outputs if isinstance(outputs, list | tuple) else ()
+    numbers = [value for value in several if isinstance(value, Tensor) and value.ndim == 0]
+    if len(numbers) != 1:
+        raise DataError(
+            f"The model returns a {type(outputs).__name__} without a `loss` and with {len(numbers)} single numbers, so "
+            "it is open which is its loss. Give `loss_fn=lambda outputs, batch: outputs[…]`."
+        )
+    return numbers[0]
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs[0] if isinstance(outputs, list | tuple) else outputs["logits"]
+
+
+def _added_up(terms: list[Tensor]) -> Tensor:
+    """Return the sum of the terms that are numbers; the mean over no items at all is none."""
+    known = [term for term in terms if not term.isnan()]
+    return torch.stack(known or terms).sum()
+
+
+def _counted_plainly(batch: Batch, ignore_index: int) -> int:
+    targets = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    if not isinstance(targets, Tensor):
+        return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    return targets.numel() if targets.is_floating_point() else int((targets != ignore_index).sum())
+
+
+def _backwards(batch: Batch) -> Batch:
+    """Return a batch with its rows in the other order; as it is, where not all tensors have equally many rows."""
+    n_rows = max(first_dimensions(batch))
+    return take(batch, range(n_rows)[::-1]) if can_be_taken_apart(batch, n_rows) else batch
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_text(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, str | bytes) or value is None
