@@ -44,7 +44,9 @@ from .evaluation import Evaluation
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
-from .optimizer import make_optimizer, make_schedule, preserve_learning_rates
+from .optimizer import make_optimizer
+from .rates import describe_rates, peak_rates, preserve_learning_rates
+from .schedule import make_schedule
 
 
 class TrainingSetup(Run):
@@ -61,11 +63,15 @@ class TrainingSetup(Run):
     @cached_property
     def optimizer(self) -> Optimizer:
         """The user's optimizer, or what their function makes; its learning rates are restored after the run."""
-        recipe = self.config.recipe
-        chosen = self.config.components.optimizer
-        optimizer = make_optimizer(self.model, chosen, recipe.learning_rate, recipe.weight_decay)
+        config = self.config
+        optimizer = make_optimizer(self.model, config.components.optimizer, config.recipe, config.given)
         self._inner.enter_context(preserve_learning_rates(optimizer))
         return optimizer
+
+    @property
+    def notes(self) -> list[str]:
+        """What the banner says of a user's optimizer, which may bring rates of its own."""
+        return [] if self.config.components.optimizer is None else [describe_rates(self.optimizer)]
 
     @cached_property
     def gradients(self) -> GradientStrategy:
@@ -96,6 +102,7 @@ class TrainingSetup(Run):
                 "val_data": rows_identity(data.val_rows),
                 "model": model_identity(self.model),
                 "optimizer": optimizer_identity(self.optimizer),
+                "learning_rate": peak_rates(self.optimizer),
                 "loss_fn": function_identity(components.loss_fn),
                 "data_collator": function_identity(components.data_collator),
             },

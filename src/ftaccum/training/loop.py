@@ -17,7 +17,7 @@ from ..runtime.memory import FailedPass, WindowOutOfMemoryError, give_back_memor
 from ..runtime.process_group import ProcessGroup
 from ..tracking.step import StepResult
 from .nonfinite import NonFiniteUpdate
-from .optimizer import scale_learning_rates
+from .rates import rate_in_use, scale_learning_rates
 
 # Returns a window in smaller micro-batches, given the pass of this process that ran out of memory.
 Split = Callable[[LocalWindow, FailedPass | None], LocalWindow]
@@ -82,7 +82,7 @@ class TrainingLoop:
         no loss items.
         """
         factor = self._rate_factor(window.window.index)
-        rate = float(self._schedule.optimizer.param_groups[0]["lr"]) * factor  # it may be a tensor
+        rate = rate_in_use(self._schedule.optimizer, factor)
         # Accelerate's `clip_grad_norm_` fails for sharded weights in another order than the model's.
         self._accelerator.unscale_gradients()
         norm = _full(nn.utils.clip_grad_norm_(self._strategy.parameters, self._max_grad_norm))

@@ -74,7 +74,7 @@ class TrainingRun(TrainingSetup):
         knows_lengths = data.train.knows_lengths
         cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)
         precision, device = self.accelerator.mixed_precision, self.accelerator.device.type
-        self.console.banner(plan, [*data.notes(), cut], self.n_warmup, precision, device)
+        self.console.banner(plan, [*data.notes(), *self.notes, cut], self.n_warmup, precision, device)
         if message := self.resumed[1].describe(self.identity, plan.n_windows):
             logger.info(message)
 

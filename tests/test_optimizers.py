@@ -1,0 +1,110 @@
+"""Optimizers that users bring: their rates, their modes, what they hold, how they step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+from transformers import Adafactor
+
+from ftaccum import CheckpointError, SettingsError, search
+from silent_errors.rates import regression, train
+
+
+def test_a_function_may_set_a_rate_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    model, rows = regression()
+    result = train(model, rows, lambda groups: SGD(groups, lr=0.1, weight_decay=0.3))
+    assert result.lr_history == [0.1] * 3
+    assert "Optimizer: SGD, learning rate 0.1, weight decay 0.3 and 0" in capsys.readouterr().out
+
+
+def test_a_function_that_names_no_rate_gets_that_of_the_settings() -> None:
+    for optimizer in (SGD, lambda groups: SGD(groups, momentum=0.9)):
+        model, rows = regression()
+        assert train(model, rows, optimizer, learning_rate=0.2).lr_history == [0.2] * 3
+        assert train(model, rows, optimizer).lr_history == [5e-5] * 3
+
+
+def test_the_default_given_as_an_argument_counts_as_given() -> None:
+    model, rows = regression()
+    with pytest.raises(SettingsError, match=r"`learning_rate` is 5e-05, but SGD was made with `lr=0.1`"):
+        train(model, rows, lambda groups: SGD(groups, lr=0.1), learning_rate=5e-5)
+    with pytest.raises(SettingsError, match=r"`weight_decay` is 0.01, but SGD was made with `weight_decay=0.5`"):
+        train(model, rows, lambda groups: SGD(groups, weight_decay=0.5), weight_decay=0.01)
+
+
+def test_rates_that_the_function_derives_from_the_settings_stay() -> None:
+    def by_layer(groups: Any) -> SGD:
+        return SGD([{**group, "lr": group["lr"] * 0.5**n} for n, group in enumerate(groups)])
+
+    model, rows = regression()
+    optimizers: list[SGD] = []
+    train(model, rows, lambda groups: optimizers.append(by_layer(groups)) or optimizers[0], learning_rate=0.4)
+    assert [group["lr"] for group in optimizers[0].param_groups] == [0.4, 0.2]
+
+
+def test_an_instance_keeps_its_rate_and_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    model, rows = regression()
+    optimizer = SGD(model.parameters(), lr=0.3)
+    assert train(model, rows, optimizer).lr_history == [0.3] * 3
+    assert train(model, rows, optimizer, learning_rate=0.3).lr_history == [0.3] * 3
+    assert "Optimizer: SGD, learning rate 0.3, weight decay 0" in capsys.readouterr().out
+
+
+def test_adafactor_sets_its_own_rate_under_any_schedule() -> None:
+    model, rows = regression()
+    optimizer = Adafactor(model.parameters())
+    result = train(model, rows, optimizer, lr_scheduler="linear", warmup_steps=2)
+    assert result.lr_history == [1e-2] * 3
+    assert optimizer.param_groups[0]["lr"] is None
+
+
+def test_a_group_without_a_rate_is_refused() -> None:
+    model, rows = regression()
+    optimizer = Adafactor(model.parameters(), relative_step=False)
+    with pytest.raises(SettingsError, match="no number as `lr`"):
+        train(model, rows, optimizer)
+
+
+def test_an_optimizer_that_refuses_the_groups_is_an_error_with_a_remedy() -> None:
+    model, rows = regression()
+    with pytest.raises(SettingsError, match=r"`optimizer` failed on the parameter groups: .* `lambda groups"):
+        train(model, rows, torch.optim.LBFGS)
+
+
+def test_a_name_as_optimizer_is_an_error_that_lists_what_is_allowed() -> None:
+    model, rows = regression()
+    with pytest.raises(SettingsError, match="must be a torch Optimizer or a function of the parameter groups"):
+        train(model, rows, "adamw")
+
+
+def test_the_default_optimizer_is_looked_up_when_a_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Replaced(AdamW):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Replaced)
+    model, rows = regression()
+    train(model, rows, None)
+    assert len(made) == 1
+
+
+def test_a_run_does_not_resume_at_another_rate_of_the_function(tmp_path: Path) -> None:
+    model, rows = regression()
+    train(model, rows, lambda groups: SGD(groups, lr=0.1), output_dir=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"`learning_rate` was \[0.1, 0.1\], and is \[0.2, 0.2\]"):
+        train(model, rows, lambda groups: SGD(groups, lr=0.2), output_dir=str(tmp_path), resume="auto")
+
+
+def test_a_search_refuses_a_function_with_a_rate_of_its_own() -> None:
+    model, rows = regression()
+    with pytest.raises(SettingsError, match=r"but SGD was made with `lr=0.1`"):
+        search(
+            lambda: regression()[0], train_data=rows, val_data=rows, loss_fn=nn.MSELoss(), n_trials=1, n_epochs=1,
+            optimizer=lambda groups: SGD(groups, lr=0.1), progress=False,
+        )  # fmt: skip
