@@ -102,7 +102,7 @@ def test_a_run_does_not_resume_at_another_rate_of_the_function(tmp_path: Path) -
 
 
 def test_a_search_refuses_a_function_with_a_rate_of_its_own() -> None:
-    model, rows = regression()
+    _, rows = regression()
     with pytest.raises(SettingsError, match=r"but SGD was made with `lr=0.1`"):
         search(
             lambda: regression()[0], train_data=rows, val_data=rows, loss_fn=nn.MSELoss(), n_trials=1, n_epochs=1,

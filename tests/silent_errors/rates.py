@@ -139,7 +139,7 @@ def relative_step_instance() -> float:
 
 @case(15, "`relative_step` and a `learning_rate`", refused="sets its own")
 def relative_step_and_rate() -> float:
-    return shown_error(lambda groups: Adafactor(groups), lambda update: 1e-2, learning_rate=1e-3)
+    return shown_error(lambda groups: Adafactor(groups), lambda _: 1e-2, learning_rate=1e-3)
 
 
 @case(15, "the rate shown of torch's Adafactor, which bounds it by 1/√t")

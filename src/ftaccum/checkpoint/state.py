@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..runtime.log import logger
+from ..runtime.optimizers import evaluation_weights, switches_weights
 from ..runtime.state_guards import Generators, seed_all
 from ..tracking.ledger import best_epoch
 from ..tracking.metrics_logger import MetricsLogger
@@ -107,6 +108,8 @@ class TrainState:
                 )
         config: Any = getattr(self._model, "config", None)
         extra_state = {name: part.state_dict() for name, part in self._extra_state.items()}
+        with evaluation_weights(self._optimizer):
+            weights = on_host(weights_of(self._model), copy=copy or switches_weights(self._optimizer))
         return Snapshot(
             metadata={
                 **metadata,
@@ -117,7 +120,7 @@ class TrainState:
                 "extra_state": extra_state,
             },
             entries=self.metrics_logger.ledger.entries(),
-            weights=host(weights_of(self._model)),
+            weights=weights,
             buffers=host(passing_of(self._model)),
             beside=host(self._beside()),
             best=self._best.weights,
@@ -190,7 +193,8 @@ class TrainState:
             seed_all(seed, index, len(checkpoint.windows))
 
     def _beside(self) -> dict[str, Tensor]:
-        """What moves with the model and is none of it: weights and buffers of a loss, and what else is optimized."""
+        """Return what moves with the model and is none of it: weights and buffers of a loss, what else is optimized, and
+        the weights in training, where those of the model are others."""
         known = {id(t) for t in (*self._model.parameters(), *self._model.buffers())}
         named: list[tuple[str, Tensor]] = []
         if isinstance(self._loss_fn, nn.Module):
@@ -199,7 +203,8 @@ class TrainState:
         for number, group in enumerate(self._optimizer.param_groups):
             named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
         first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
-        return dict(first_names.values())
+        trained = weights_of(self._model) if switches_weights(self._optimizer) else {}
+        return dict(first_names.values()) | {f"train.{name}": t for name, t in trained.items()}
 
     def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
         """Modules that have a state of their own, beside weights and buffers, by name."""

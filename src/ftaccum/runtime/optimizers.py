@@ -1,9 +1,10 @@
-"""Optimizers that hold other optimizers: those that they hold, and one set of parameter groups for all of them."""
+"""Optimizers that hold other optimizers, and optimizers that evaluate other weights than they train."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 
@@ -39,3 +40,54 @@ def keep_groups(optimizers: Sequence[Optimizer]) -> Iterator[None]:
                 group.clear()
                 group.update(values)
         optimizer.param_groups[:] = groups
+
+
+@contextmanager
+def training_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Have an optimizer with a train and an eval mode be in train mode, and leave it in eval mode.
+
+    Schedule-free optimizers take gradients at one point and average the others: the average is what is evaluated and
+    saved, and the weights hold one or the other.
+    """
+    for each in _with_modes(optimizer):
+        each.train()
+    try:
+        yield
+    finally:
+        for each in _with_modes(optimizer):
+            each.eval()
+
+
+@contextmanager
+def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Have the weights be those to evaluate and save, and then again those to train, to the last bit.
+
+    Going to eval mode and back rounds: a run would depend on how often it is saved. So the weights are copied.
+    """
+    switched = _with_modes(optimizer)
+    weights = [p for group in optimizer.param_groups for p in group["params"]] if switched else []
+    trained = [p.detach().clone() for p in weights]
+    for each in switched:
+        each.eval()
+    try:
+        yield
+    finally:
+        for each in switched:
+            each.train()
+        with torch.no_grad():
+            for p, values in zip(weights, trained, strict=True):
+                p.copy_(values)
+
+
+def switches_weights(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer evaluates other weights than it trains."""
+    return bool(_with_modes(optimizer))
+
+
+def _with_modes(optimizer: Optimizer) -> list[Any]:
+    """Return the optimizer if it has modes, else those that it holds and that have."""
+    return [optimizer] if _has_modes(optimizer) else [each for each in inner_optimizers(optimizer) if _has_modes(each)]
+
+
+def _has_modes(optimizer: Optimizer) -> bool:
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))

@@ -33,6 +33,7 @@ from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.optimizers import evaluation_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
@@ -55,6 +56,7 @@ class TrainingSetup(Run):
     def __init__(self, config: RunConfig, callback: Callback) -> None:
         super().__init__(config)
         self.callback, self.logs = callback, callback.logs
+        self.weights_in_training = ExitStack()  # closed, the model has the weights to evaluate and save
 
     @cached_property
     def console(self) -> Console:
@@ -66,6 +68,8 @@ class TrainingSetup(Run):
         config = self.config
         optimizer = make_optimizer(self.model, config.components.optimizer, config.recipe, config.given)
         self._inner.enter_context(preserve_learning_rates(optimizer))
+        self.weights_in_training.enter_context(training_weights(optimizer))
+        self._inner.callback(self.weights_in_training.close)
         return optimizer
 
     @property
@@ -190,7 +194,7 @@ class TrainingSetup(Run):
         data = self.data
         if data.val is None or data.val_rows is None:
             return lambda _: (None, {})
-        return Evaluation(
+        evaluation = Evaluation(
             self.accelerator,
             data.objective,
             data.val,
@@ -200,6 +204,12 @@ class TrainingSetup(Run):
             compute_metrics=self.config.components.compute_metrics,
             ignore_index=data.ignore_index,
         )
+
+        def evaluate(model: nn.Module) -> tuple[float, dict[str, float]]:
+            with evaluation_weights(self.optimizer):
+                return evaluation(model)
+
+        return evaluate
 
     @cached_property
     def best(self) -> BestEpoch:

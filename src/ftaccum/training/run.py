@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ..errors import DataError, DivergedError, MetricsError
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
+from ..runtime.optimizers import evaluation_weights
 from ..tracking.export import write_outputs
 from ..tracking.ledger import EpochEntry, Ledger
 from ..tracking.result import Result
@@ -51,6 +52,7 @@ class TrainingRun(TrainingSetup):
         self._is_training = True
         self._train_epochs()
         self._is_training = False
+        self.weights_in_training.close()
         if self.best.restore(self.model):
             logger.info(f"Restored the weights of the epoch with validation loss {self.best.loss:.4f}.")
         result = self._result()
@@ -124,7 +126,9 @@ class TrainingRun(TrainingSetup):
         entry = self.metrics_logger.epoch(val_loss, metrics)
         self.console.epoch(entry, self.plan.n_epochs)
         self.milestones.epoch_done(entry)
-        if self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0):
+        with evaluation_weights(self.optimizer):
+            ended = self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0)
+        if ended:
             logger.info(self.best.describe())
         self.checkpoint_manager.after_epoch()
 
