@@ -1,5 +1,7 @@
 """Optimizers that users bring: their rates, their modes, what they hold, how they step."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from transformers import Adafactor
 
-from ftaccum import CheckpointError, SettingsError, search
+from ftaccum import CheckpointError, Preempted, SettingsError, search
+from interrupted import fine_tuned
+from optimizers import Chain
+from schedule_free import ScheduleFreeSGD
 from silent_errors.rates import regression, train
 
 
@@ -108,3 +113,85 @@ def test_a_search_refuses_a_function_with_a_rate_of_its_own() -> None:
             lambda: regression()[0], train_data=rows, val_data=rows, loss_fn=nn.MSELoss(), n_trials=1, n_epochs=1,
             optimizer=lambda groups: SGD(groups, lr=0.1), progress=False,
         )  # fmt: skip
+
+
+def schedule_free(groups: Any) -> ScheduleFreeSGD:
+    return ScheduleFreeSGD(groups)
+
+
+@pytest.mark.parametrize("name", ["update-00000004", "update-00000007-epoch-0001", "update-00000012"])
+def test_a_schedule_free_run_resumes_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    arguments: dict[str, Any] = {"optimizer": schedule_free, "restore_best_weights": True}
+    whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
+    again = fine_tuned(resume=str(tmp_path / "checkpoints" / name), **arguments)
+    assert whole.differences(again) == []
+
+
+def test_how_often_a_schedule_free_run_is_saved_and_evaluated_changes_no_bit(tmp_path: Path) -> None:
+    often = fine_tuned(optimizer=schedule_free, output_dir=str(tmp_path), checkpoint_every=1)
+    never = fine_tuned(optimizer=schedule_free)
+    assert often.differences(never) == []
+
+
+def test_a_schedule_free_optimizer_that_a_chain_holds_is_switched_too() -> None:
+    model, rows = regression()
+    made: list[ScheduleFreeSGD] = []
+
+    def chain(groups: Any) -> Chain:
+        made.append(ScheduleFreeSGD(groups, lr=0.1))
+        return Chain(*made)
+
+    seen: list[tuple[bool, bool]] = []
+    model.register_forward_hook(lambda module, *_: seen.append((module.training, made[0].param_groups[0]["train_mode"])))
+    train(model, rows, chain, val_data=rows)
+    assert set(seen) >= {(True, True), (False, False)}
+    assert (True, False) not in seen
+    assert not made[0].param_groups[0]["train_mode"]
+
+
+def test_an_error_leaves_the_weights_to_evaluate() -> None:
+    model, rows = regression()
+    made: list[ScheduleFreeSGD] = []
+    with pytest.raises(ZeroDivisionError):
+        train(
+            model, rows, lambda groups: made.append(ScheduleFreeSGD(groups)) or made[0], val_data=rows,
+            compute_metrics=lambda _: {"n": 1 / 0},
+        )  # fmt: skip
+    assert not made[0].param_groups[0]["train_mode"]
+
+
+def test_groups_that_no_schedule_reaches_are_refused() -> None:
+    class Apart(Chain):
+        def __init__(self, groups: Any) -> None:
+            super().__init__(SGD([p for group in groups for p in group["params"]], lr=0.1))
+            self.param_groups = [dict(group) for group in groups]
+
+    model, rows = regression()
+    with pytest.raises(SettingsError, match="Apart holds SGD, whose parameter groups are not its own"):
+        train(model, rows, Apart)
+
+
+def test_a_state_that_comes_back_changed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Forgetful(Chain):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            pass
+
+    arguments = {"optimizer": lambda groups: Forgetful(SGD(groups, momentum=0.9))}
+    fine_tuned(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
+    capsys.readouterr()
+    fine_tuned(resume=str(tmp_path / "checkpoints" / "update-00000004"), **arguments)
+    assert "What Forgetful loaded (`load_state_dict`) is not what it had saved" in capsys.readouterr().err
+
+
+def test_a_stop_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    class Unreadable(Chain):
+        def state_dict(self) -> dict[str, Any]:
+            return {"own": object()}
+
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model, rows = regression()
+    with pytest.raises(Preempted, match=r"Stopped after update 1, as asked\. No checkpoint was kept"):
+        train(model, rows, lambda groups: Unreadable(SGD(groups)), output_dir=str(tmp_path))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -40,6 +41,17 @@ def keep_groups(optimizers: Sequence[Optimizer]) -> Iterator[None]:
                 group.clear()
                 group.update(values)
         optimizer.param_groups[:] = groups
+
+
+def place_state(optimizer: Optimizer) -> None:
+    """Move the state of an optimizer that has taken steps, and of those that it holds, to where the weights are."""
+    for each in (optimizer, *inner_optimizers(optimizer)):
+        for group in each.param_groups:
+            on_device = group.get("capturable") or group.get("fused")
+            for p in group["params"]:
+                state = getattr(each, "state", {}).get(p, {})
+                moving = {k: v for k, v in state.items() if isinstance(v, Tensor) and (k != "step" or on_device)}
+                state.update({name: value.to(p.device) for name, value in moving.items()})
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.optimizers import evaluation_weights, training_weights
+from ..runtime.optimizers import evaluation_weights, switches_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
@@ -75,7 +75,11 @@ class TrainingSetup(Run):
     @property
     def notes(self) -> list[str]:
         """What the banner says of a user's optimizer, which may bring rates of its own."""
-        return [] if self.config.components.optimizer is None else [describe_rates(self.optimizer)]
+        if self.config.components.optimizer is None:
+            return []
+        scheduled = switches_weights(self.optimizer) and self.config.recipe.lr_scheduler != "constant"
+        hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
+        return [describe_rates(self.optimizer), *hint]
 
     @cached_property
     def gradients(self) -> GradientStrategy:

@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from ..optimizers import place_state
 from ..process_group import ProcessGroup
 from .plain import GradientStrategy, parameters_of
 
@@ -42,8 +43,10 @@ class Fp32Gradients(GradientStrategy):
                 values = p.data.contiguous()
                 distributed.broadcast(values, src=0)
                 p.data.copy_(values)
+        place_state(self._optimizer.behind)
+        optimizer = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         # "Evaluation" is Accelerate's word for a model without DDP.
-        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(self._optimizer)
+        return accelerator.prepare_model(model, evaluation_mode=True), optimizer
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -88,11 +91,12 @@ class _Rounding(Optimizer):
     those rounded to the type of its weights.
 
     Attributes:
+        behind: the optimizer that takes the step.
         sums: for each weight that stand-in, of its shape and without its memory, whose `grad` is the sum.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._rounded = optimizer
+        self.behind = optimizer
         self.sums: dict[Tensor, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
@@ -100,16 +104,9 @@ class _Rounding(Optimizer):
         for p, total in self.sums.items():
             p.grad = None if total.grad is None else _rounded(total.grad, p)
             total.grad = None  # one after another, so that both are never in memory whole
-        self._rounded.step(closure)
+        self.behind.step(closure)
         for p in self.sums:
             p.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of the optimizer behind: stand-ins have no state. Accelerate moves it to the device by this and the next."""
-        return self._rounded.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rounded.load_state_dict(state_dict)
 
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:

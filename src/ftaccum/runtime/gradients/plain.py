@@ -8,6 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from ..optimizers import place_state
 from ..process_group import ProcessGroup
 
 
@@ -34,7 +35,9 @@ class GradientStrategy:
 
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Return model and optimizer as they run on several processes."""
-        return accelerator.prepare(model, self._optimizer)
+        place_state(self._optimizer)
+        # Accelerate would place it with `load_state_dict`, which parts the groups of an optimizer from those it holds.
+        return accelerator.prepare(model, self._optimizer, device_placement=[None, False])
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
