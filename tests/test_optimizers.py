@@ -1,5 +1,6 @@
 """Optimizers that users bring: their rates, their modes, what they hold, how they step."""
 
+import copy
 import os
 import signal
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import LBFGS, SGD, AdamW
 from transformers import Adafactor
 
 from ftaccum import CheckpointError, Preempted, SettingsError, search
 from interrupted import fine_tuned
-from optimizers import Chain
+from optimizers import SAM, Chain
 from schedule_free import ScheduleFreeSGD
 from silent_errors.rates import regression, train
 
@@ -142,7 +143,11 @@ def test_a_schedule_free_optimizer_that_a_chain_holds_is_switched_too() -> None:
         return Chain(*made)
 
     seen: list[tuple[bool, bool]] = []
-    model.register_forward_hook(lambda module, *_: seen.append((module.training, made[0].param_groups[0]["train_mode"])))
+
+    def see(module: nn.Module, *_: Any) -> None:
+        seen.append((module.training, made[0].param_groups[0]["train_mode"]))
+
+    model.register_forward_hook(see)
     train(model, rows, chain, val_data=rows)
     assert set(seen) >= {(True, True), (False, False)}
     assert (True, False) not in seen
@@ -195,3 +200,142 @@ def test_a_stop_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     model, rows = regression()
     with pytest.raises(Preempted, match=r"Stopped after update 1, as asked\. No checkpoint was kept"):
         train(model, rows, lambda groups: Unreadable(SGD(groups)), output_dir=str(tmp_path))
+
+
+class Dropping(nn.Module):
+    """With dropout and running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.dropout = nn.Linear(5, 2, dtype=torch.float64), nn.Dropout(0.5)
+        self.register_buffer("n_seen", torch.zeros(()))
+        self.register_buffer("large", torch.zeros(5000))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.n_seen += len(inputs)
+            self.large += 1
+        return self.dropout(self.linear(inputs))
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
+def test_a_closure_repeats_rows_and_draws_and_moves_buffers_once(precision: torch.dtype) -> None:
+    """At ρ = 0, sharpness-aware minimization is the optimizer that it steps with, to the last bit."""
+    _, rows = regression()
+    rows = [tuple(t.to(precision) for t in row) for row in rows]
+    arguments: dict[str, Any] = {"learning_rate": 0.1, "gradient_clip_norm": 0.2, "on_inexact": "warn"}
+    plain, sharp = Dropping().to(precision), Dropping().to(precision)
+    one = train(plain, rows, SGD, accumulate_in_fp32=True, **arguments)
+    other = train(sharp, rows, lambda groups: SAM(groups, rho=0.0), accumulate_in_fp32=True, **arguments)
+    assert one.loss_history == other.loss_history
+    assert one.grad_norm_history == other.grad_norm_history
+    assert all(map(torch.equal, plain.state_dict().values(), sharp.state_dict().values()))
+    assert sharp.n_seen == 3 * len(rows)
+
+
+class Explodes(nn.Module):
+    """Gives an infinite loss where its weights have moved from where an update began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(5, 2, dtype=torch.float64)
+        self.register_buffer("n_seen", torch.zeros(()))
+        self.start = self.linear.weight.detach().clone()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            self.n_seen += len(inputs)
+        moved = not torch.equal(self.linear.weight.detach(), self.start)
+        return self.linear(inputs) * (float("inf") if moved else 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
+def test_a_closure_that_is_not_finite_skips_the_update_and_leaves_everything() -> None:
+    _, rows = regression()
+    model = Explodes()
+    optimizers: list[SAM] = []
+
+    def sam(groups: Any) -> SAM:
+        optimizers.append(SAM(groups, lambda groups: SGD(groups, momentum=0.9)))
+        return optimizers[0]
+
+    result = train(model, rows, sam, on_inexact="warn")
+    assert result.skipped_steps == 3
+    assert torch.equal(model.linear.weight, model.start)
+    assert model.n_seen == 0
+    assert not optimizers[0].base.state
+
+
+def test_an_error_in_a_closure_puts_the_weights_back() -> None:
+    model, rows = regression()
+    start = copy.deepcopy(model.state_dict())
+
+    class Failing(SAM):
+        def step(self, closure: Any) -> Any:  # noqa: ARG002
+            def failing() -> None:
+                raise ZeroDivisionError
+
+            return super().step(failing)
+
+    with pytest.raises(ZeroDivisionError):
+        train(model, rows, Failing, learning_rate=0.1)
+    assert all(map(torch.equal, start.values(), model.state_dict().values()))
+
+
+def test_a_closure_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"optimizer": lambda groups: SAM(groups, AdamW)}
+    whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
+    again = fine_tuned(resume=str(tmp_path / "checkpoints" / "update-00000004"), **arguments)
+    assert whole.differences(again) == []
+
+
+def test_an_lbfgs_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    def lbfgs(groups: Any) -> LBFGS:
+        return LBFGS([p for group in groups for p in group["params"]], lr=1e-3, max_iter=3, history_size=3)
+
+    whole = fine_tuned(optimizer=lbfgs, output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9)
+    again = fine_tuned(optimizer=lbfgs, resume=str(tmp_path / "checkpoints" / "update-00000012"))
+    assert whole.differences(again) == []
+
+
+class TwoSteps(SGD):
+    def first_step(self) -> None: ...
+
+    def second_step(self) -> None: ...
+
+
+def test_a_step_that_the_loop_cannot_call_is_refused() -> None:
+    class Argument(SGD):
+        def step(self, loss: Any) -> None:  # type: ignore[override]
+            """Never called."""
+
+    class NoClosure(TwoSteps):
+        def step(self) -> None:  # type: ignore[override]
+            """Never called."""
+
+    for optimizer, words in ((Argument, "`step` of Argument requires 'loss'"), (NoClosure, "takes no `closure`")):
+        model, rows = regression()
+        with pytest.raises(SettingsError, match=words):
+            train(model, rows, optimizer)
+
+
+def test_a_gradient_scaler_and_a_closure_are_refused() -> None:
+    model, rows = regression()
+    rows = [tuple(t.float() for t in row) for row in rows]
+    with pytest.raises(SettingsError, match="SAM steps with a closure, which the gradient scaler"):
+        train(model.float(), rows, SAM, mixed_precision="fp16")
+
+
+def test_a_step_in_two_parts_gets_a_closure_though_it_may_be_left_out() -> None:
+    got: list[Any] = []
+
+    class Optional(TwoSteps):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            got.append(closure())
+
+    model, rows = regression()
+    result = train(model, rows, Optional, learning_rate=0.1)
+    assert [loss.item() for loss in got] == pytest.approx(result.loss_history, rel=1e-12)

@@ -1,5 +1,6 @@
 """Optimizers that hold other optimizers, and optimizers that evaluate other weights than they train."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -103,3 +104,25 @@ def _with_modes(optimizer: Optimizer) -> list[Any]:
 
 def _has_modes(optimizer: Optimizer) -> bool:
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+class OptimizerBackup:
+    """A copy of what an optimizer changes in a step: weights, state and the numbers of its groups."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        every = (optimizer, *inner_optimizers(optimizer))
+        self._groups = [(group, dict(group)) for each in every for group in each.param_groups]
+        weights = dict.fromkeys(p for group, _ in self._groups for p in group["params"])
+        self._weights = {p: p.detach().clone() for p in weights}
+        states = [each.state for each in every if hasattr(each, "state")]
+        self._states = [(state, {key: copy.deepcopy(values) for key, values in state.items()}) for state in states]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            for p, values in self._weights.items():
+                p.copy_(values)
+        kept: list[tuple[dict[Any, Any], dict[Any, Any]]] = [*self._groups, *self._states]
+        for held, before in kept:
+            held.clear()
+            held.update(before)

@@ -40,6 +40,7 @@ from ..tracking.metrics_logger import MetricsLogger, tracking
 from .base_run import Run
 from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
+from .closure import check_step
 from .config import RunConfig
 from .evaluation import Evaluation
 from .loop import TrainingLoop
@@ -67,6 +68,7 @@ class TrainingSetup(Run):
         """The user's optimizer, or what their function makes; its learning rates are restored after the run."""
         config = self.config
         optimizer = make_optimizer(self.model, config.components.optimizer, config.recipe, config.given)
+        check_step(optimizer, scales_gradients=self.accelerator.scaler is not None)
         self._inner.enter_context(preserve_learning_rates(optimizer))
         self.weights_in_training.enter_context(training_weights(optimizer))
         self._inner.callback(self.weights_in_training.close)

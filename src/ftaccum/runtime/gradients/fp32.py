@@ -101,12 +101,25 @@ class _Rounding(Optimizer):
         super().__init__(self.sums.values(), {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def evaluate() -> Any:
+            self._drop()
+            loss = closure()
+            self._round()
+            return loss
+
+        self._round()
+        self.behind.step(None if closure is None else evaluate)
+        self._drop()
+
+    def _drop(self) -> None:
+        for p in self.sums:
+            p.grad = None
+
+    def _round(self) -> None:
+        """Give the weights the sums as their gradients."""
         for p, total in self.sums.items():
             p.grad = None if total.grad is None else _rounded(total.grad, p)
             total.grad = None  # one after another, so that both are never in memory whole
-        self.behind.step(closure)
-        for p in self.sums:
-            p.grad = None
 
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
