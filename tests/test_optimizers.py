@@ -1,15 +1,18 @@
 """Optimizers that users bring: their rates, their modes, what they hold, how they step."""
 
 import copy
+import json
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, AdamW
+from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 from transformers import Adafactor
 
 from ftaccum import CheckpointError, Preempted, SettingsError, search
@@ -17,6 +20,7 @@ from interrupted import fine_tuned
 from optimizers import SAM, Chain
 from schedule_free import ScheduleFreeSGD
 from silent_errors.rates import regression, train
+from silent_errors.sparse import Bag, rows_of_ids
 
 
 def test_a_function_may_set_a_rate_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +94,8 @@ def test_the_default_optimizer_is_looked_up_when_a_run_begins(monkeypatch: pytes
     made = []
 
     class Replaced(AdamW):
-        def __init__(self, params: Any) -> None:
-            super().__init__(params)
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, **options)
             made.append(self)
 
     monkeypatch.setattr(torch.optim, "AdamW", Replaced)
@@ -339,3 +343,60 @@ def test_a_step_in_two_parts_gets_a_closure_though_it_may_be_left_out() -> None:
     model, rows = regression()
     result = train(model, rows, Optional, learning_rate=0.1)
     assert [loss.item() for loss in got] == pytest.approx(result.loss_history, rel=1e-12)
+
+
+class Descent(Optimizer):
+    """Moves the rows that a sparse gradient has, and refuses any other gradient."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        for group in self.param_groups:
+            for p in group["params"]:
+                assert p.grad.is_sparse
+                p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.parametrize("table", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_measured_and_clipped(table: Any) -> None:
+    model, rows = Bag(table, trains_head=False), rows_of_ids()
+    before = model.table.weight.detach().clone()
+    reference = copy.deepcopy(model)
+    inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+    nn.functional.mse_loss(reference(inputs), targets).backward()
+    gradient = reference.table.weight.grad.to_dense()
+    result = train(model, rows, partial(Descent, lr=1.0), n_epochs=1, gradient_clip_norm=0.01)
+    assert result.grad_norm_history == pytest.approx([gradient.norm().item()], rel=1e-12)
+    wanted = before - gradient * 0.01 / (gradient.norm() + 1e-6)  # as torch clips
+    torch.testing.assert_close(model.table.weight.detach(), wanted, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("optimizer", [None, Adafactor, partial(SGD, lr=0.1, weight_decay=0.1)])
+def test_optimizers_that_take_no_sparse_gradients_get_dense_ones(optimizer: Any) -> None:
+    model, rows = Bag(nn.EmbeddingBag), rows_of_ids()
+    assert train(model, rows, optimizer).skipped_steps == 0
+
+
+def test_an_infinite_sparse_gradient_skips_the_update() -> None:
+    model, rows = Bag(nn.EmbeddingBag, trains_head=False), rows_of_ids()
+    model.table.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = model.table.weight.detach().clone()
+    result = train(model, rows, partial(Descent, lr=1.0))
+    assert result.skipped_steps == 3
+    assert torch.equal(model.table.weight, before)
+
+
+def test_sums_in_float32_and_sparse_gradients_are_refused() -> None:
+    model, rows = Bag(nn.EmbeddingBag, trains_head=False).bfloat16(), rows_of_ids()
+    rows = [(ids, target.bfloat16()) for ids, target in rows]
+    with pytest.raises(SettingsError, match="SparseAdam takes sparse ones only"):
+        train(model, rows, SparseAdam, accumulate_in_fp32=True)
+
+
+def test_on_two_processes_all_of_them_are_exact(two_processes: Callable[..., str]) -> None:
+    printed = two_processes("optimizers_of_two.py").splitlines()
+    errors = json.loads(next(line for line in printed if line.startswith('{"')))
+    assert len(errors) > 10
+    assert {name: error for name, error in errors.items() if error > 1e-9} == {}

@@ -19,7 +19,7 @@ def closure_error(factory: Any, **arguments: Any) -> float:
 
     model, rows = regression()
     start, reference = copy.deepcopy(model), copy.deepcopy(model)
-    train_plainly(reference, rows, factory(reference.parameters()))
+    train_plainly(reference, rows, factory(reference.parameters()), with_closure=True)
     train(model, rows, of_groups, **arguments)
     return distance(model, reference, start)
 

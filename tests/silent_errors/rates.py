@@ -44,7 +44,7 @@ def train(model: nn.Module, rows: Any, optimizer: Any, **arguments: Any) -> Resu
     )
 
 
-def train_plainly(model: nn.Module, rows: Any, optimizer: Optimizer) -> None:
+def train_plainly(model: nn.Module, rows: Any, optimizer: Optimizer, *, with_closure: bool = False) -> None:
     """Take the same updates in plain PyTorch."""
     inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
     for _ in range(N_UPDATES):
@@ -56,7 +56,7 @@ def train_plainly(model: nn.Module, rows: Any, optimizer: Optimizer) -> None:
             return loss
 
         closure()
-        optimizer.step(closure)
+        optimizer.step(closure if with_closure else None)  # type: ignore[arg-type]
 
 
 def distance(model: nn.Module, reference: nn.Module, start: nn.Module) -> float:

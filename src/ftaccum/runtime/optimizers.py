@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
@@ -24,6 +24,22 @@ def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
         elif isinstance(value, Mapping):
             waiting += [each for each in value.values() if isinstance(each, Optimizer)]
     return found
+
+
+def takes_sparse_gradients(optimizer: Optimizer) -> set[Tensor]:
+    """Return the parameters of which an optimizer gets sparse gradients as they are.
+
+    SparseAdam takes no others, and optimizers that users write may move only the rows that are in one. For the rest of
+    torch's and Transformers' a dense gradient does the same, where they take a sparse one at all.
+    """
+    every = (optimizer, *inner_optimizers(optimizer))
+    stepping = {p: each for each in every for group in each.param_groups for p in group["params"]}  # the innermost
+    return {p for p, each in stepping.items() if isinstance(each, SparseAdam) or not _is_known(each)}
+
+
+def _is_known(optimizer: Optimizer) -> bool:
+    modules = [kind.__module__ for kind in type(optimizer).__mro__ if kind is not Optimizer]
+    return any(module.startswith(("torch.optim.", "transformers.")) for module in modules)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -118,7 +118,7 @@ class TrainingLoop:
         """Clip the gradient of a window, and return what decides whether to step."""
         # Accelerate's `clip_grad_norm_` fails for sharded weights in another order than the model's.
         self._accelerator.unscale_gradients()
-        norm = _full(nn.utils.clip_grad_norm_(self._strategy.parameters, self._max_grad_norm))
+        norm = _full(self._strategy.clip(self._max_grad_norm))
         # The one wait for the device in an update: all of these decide whether to step.
         grad_norm, n_items, losses = accumulated.read_with(norm)
         passes = zip(accumulated.contributions, losses, strict=True)

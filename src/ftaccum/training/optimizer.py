@@ -70,11 +70,9 @@ def _made(optimizer: OptimizerFactory | None, groups: ParamGroups) -> Optimizer:
 
 
 def _adamw(groups: ParamGroups) -> Optimizer:
-    # One kernel for all weights where the device has it: on a CPU, a fifth of the time of one operation after another.
-    try:
-        return torch.optim.AdamW(groups, fused=True)
-    except (RuntimeError, TypeError):  # a device without, complex weights, or another class that was put in its place
-        return torch.optim.AdamW(groups)
+    # One kernel for all weights (but complex ones): on a CPU, a fifth of the time of one operation after another.
+    is_real = all(p.is_floating_point() for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, fused=True) if is_real else torch.optim.AdamW(groups)
 
 
 class CoupledBeta2:

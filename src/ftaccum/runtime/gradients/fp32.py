@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
-from ..optimizers import place_state
+from ...errors import SettingsError
+from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
 from .plain import GradientStrategy, parameters_of
 
@@ -18,6 +19,13 @@ from .plain import GradientStrategy, parameters_of
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
     """Return float32 sums where they are asked for and any weight is narrower; else autograd's own."""
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
+    if in_float32 and narrow and any(isinstance(o, SparseAdam) for o in (optimizer, *inner_optimizers(optimizer))):
+        raise SettingsError(
+            [
+                "`accumulate_in_fp32` makes dense sums of 16-bit gradients, but SparseAdam takes sparse ones only. "
+                "Leave one of them out."
+            ]
+        )
     return Fp32Gradients(optimizer) if in_float32 and narrow else GradientStrategy(optimizer)
 
 
