@@ -130,12 +130,15 @@ def preserve_learning_rates(optimizer: Optimizer) -> Iterator[None]:
     before: list[dict[str, Any]] = [
         {name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups
     ]
+    tensors = [(rate, rate.clone()) for rates in before for rate in rates.values() if isinstance(rate, Tensor)]
     try:
         yield
     finally:
         for group, rates in zip(optimizer.param_groups, before, strict=True):
             group.pop("initial_lr", None)
             group.update(rates)
+        for rate, value in tensors:  # a schedule writes into them
+            rate.copy_(value)
 
 
 @contextmanager
