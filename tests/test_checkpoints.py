@@ -193,7 +193,7 @@ class WithAState(torch.optim.SGD):
     """Keeps something of its own for each weight, and a function for all of them."""
 
     def __init__(self, params: Any, state: Any) -> None:
-        super().__init__(params, lr=0.1, momentum=0.9)
+        super().__init__(params, momentum=0.9)
         self._own = state
         for group in self.param_groups:
             group["decay"] = lambda n: n / 2

@@ -157,7 +157,7 @@ def test_rates_and_weights_are_those_of_a_plain_loop_that_scales_them(
 
 def test_a_schedule_that_goes_on_from_its_own_rate_is_not_disturbed() -> None:
     """`MultiplicativeLR` and its kin read the rate that they wrote: scaled rates must not be what they find."""
-    from ftaccum.training.optimizer import scale_learning_rates
+    from ftaccum.training.rates import scale_learning_rates
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda _: 0.5)

@@ -215,18 +215,14 @@ def test_a_window_that_ran_out_of_memory_leaves_nothing_in_the_sums() -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_state_that_is_moved_and_kept_is_that_of_the_optimizer_behind_the_sums() -> None:
+def test_the_stand_ins_for_the_sums_take_no_memory() -> None:
     model = CLASSIFIER.model().bfloat16()
     optimizer = torch.optim.AdamW(model.parameters())
     update(model, CLASSIFIER.rows(4), 2, accumulate_in_fp32=True, optimizer=optimizer)
     with accelerator_session(Runtime(), 0, None) as accelerator:
         _, prepared = Fp32Gradients(optimizer).prepare(accelerator, model)
-        kept = prepared.state_dict()
         stand_ins = [s for group in prepared.param_groups for s in group["params"]]
-    assert all(s.untyped_storage().nbytes() == 4 for s in stand_ins), "stand-ins take no memory"
-    moments = [p for p in model.parameters() if p in optimizer.state]
-    assert len(kept["state"]) == len(moments) > 0
-    assert all(group["betas"] == (0.9, 0.999) for group in kept["param_groups"])
+    assert all(s.untyped_storage().nbytes() == 4 for s in stand_ins)
 
 
 def test_rates_that_follow_the_batch_reach_the_optimizer_behind_the_sums() -> None:

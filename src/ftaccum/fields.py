@@ -12,6 +12,10 @@ from .values import LARGEST, plain, shown
 T = TypeVar("T")
 
 
+class DefaultFloat(float):
+    """A default of a signature that can be told from the same number where the user gives it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traits:
     """The metadata of a setting besides its type, default and help.

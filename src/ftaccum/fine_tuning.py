@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .data.collator import Collator
-from .fields import Pairs
+from .fields import DefaultFloat, Pairs
 from .objective.forward import LossFn
 from .objective.item_counts import CountItems
 from .tracking.result import Result
@@ -37,9 +37,9 @@ def test_fine_tuning(
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
-    learning_rate: float = 5e-5,
+    learning_rate: float = DefaultFloat(5e-5),
     learning_rate_scaling: str = "none",
-    weight_decay: float = 0.01,
+    weight_decay: float = DefaultFloat(0.01),
     optimizer: OptimizerFactory | Optimizer | None = None,
     lr_scheduler: str = "linear",
     warmup_steps: int = 0,
@@ -127,8 +127,9 @@ def test_fine_tuning(
             k/k0 ("linear": Goyal et al. 2017, arXiv:1706.02677, for SGD) or by √(k/k0) ("sqrt", for adaptive
             optimizers such as Adam: Malladi et al. 2022, arXiv:2205.10287), k0 being the first k.
         weight_decay: decoupled; biases and norms get none.
-        optimizer: a function of the parameter groups (each with `lr` and `weight_decay`), or an instance, which
-            keeps its own. None: AdamW.
+        optimizer: a function of the parameter groups (each with `lr` and `weight_decay`), or an instance. Where it is
+            made with a rate or a decay (`lambda groups: SGD(groups, lr=0.1)`), that one counts and is printed; it is
+            refused if it differs from a `learning_rate` or `weight_decay` that you give. None: AdamW.
         lr_scheduler: a name that Transformers' `get_scheduler` knows; it steps once a successful update.
         warmup_steps: updates of warm-up.
         warmup_ratio: the same as a share of all updates.

@@ -50,7 +50,7 @@ class GradientAccumulator:
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._embeddings = SparseEmbeddingGradients(model)
+        self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
         self._buffers = MovingBuffers(model, process_group)
 
     def accumulate(self, micro_batches: Sequence[MicroBatch]) -> AccumulatedWindow:

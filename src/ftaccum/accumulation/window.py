@@ -17,6 +17,10 @@ class WindowStart:
     generators: Generators
     buffers: Buffers
 
+    def now(self) -> "WindowStart":
+        """Return both as they are at present."""
+        return WindowStart(Generators.now(), Buffers.now(list(self.buffers.kept)))
+
     def restore(self) -> None:
         """Put both back."""
         self.generators.restore()

@@ -137,7 +137,7 @@ class CheckpointManager:
         """Return what is saved of the run, for its last message."""
         self.close()
         if self._writer is None or self._writer.last is None:
-            return "No checkpoint was kept." if self._directory is None else ""
+            return "" if self._directory and not self._process_group.is_main else "No checkpoint was kept."
         return f"{self._writer.last} is the newest checkpoint: the same call with `resume='auto'` goes on from it."
 
     @property

@@ -29,6 +29,17 @@ def n_bytes_in(value: Any) -> int:
     return sum(map(n_bytes_in, items))
 
 
+def holds_same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, with tensors of the same type and the same numbers."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(holds_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(holds_same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
 def unreadable(value: Any) -> str | None:
     """The kind of the first thing in it that could not be read again without running code; None where all can be."""
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):

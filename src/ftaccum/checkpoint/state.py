@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..runtime.log import logger
+from ..runtime.optimizers import evaluation_weights, switches_weights
 from ..runtime.state_guards import Generators, seed_all
 from ..tracking.ledger import best_epoch
 from ..tracking.metrics_logger import MetricsLogger
 from ..tracking.throughput import Throughput
 from .early_stopping import BestEpoch, fill, passing_of, weights_of
 from .format import BESIDE, BEST, BUFFERS, OPTIMIZER, WEIGHTS, Checkpoint, Snapshot
+from .optimizer_state import load_optimizer_state, optimizer_state
 from .serialization import n_bytes_in, on_host, unreadable
 
 
@@ -69,7 +71,8 @@ class TrainState:
     @property
     def n_bytes(self) -> int:
         """Of weights and the optimizer's moments."""
-        return n_bytes_in([weights_of(self._model), passing_of(self._model), self._beside(), self._optimizer.state])
+        states = optimizer_state(self._optimizer)
+        return n_bytes_in([weights_of(self._model), passing_of(self._model), self._beside(), states])
 
     def snapshot(self, metadata: Mapping[str, Any], *, copy: bool) -> "Snapshot | None":
         """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
@@ -95,7 +98,7 @@ class TrainState:
         host = functools.partial(on_host, copy=copy)
         scaler = self._accelerator.scaler
         steps = {
-            "optimizer": _without_functions(self._optimizer.state_dict()),
+            **optimizer_state(self._optimizer),
             "schedule": self._schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "extra": self._extra_states(),
@@ -107,6 +110,8 @@ class TrainState:
                 )
         config: Any = getattr(self._model, "config", None)
         extra_state = {name: part.state_dict() for name, part in self._extra_state.items()}
+        with evaluation_weights(self._optimizer):
+            weights = on_host(weights_of(self._model), copy=copy or switches_weights(self._optimizer))
         return Snapshot(
             metadata={
                 **metadata,
@@ -117,7 +122,7 @@ class TrainState:
                 "extra_state": extra_state,
             },
             entries=self.metrics_logger.ledger.entries(),
-            weights=host(weights_of(self._model)),
+            weights=weights,
             buffers=host(passing_of(self._model)),
             beside=host(self._beside()),
             best=self._best.weights,
@@ -141,11 +146,7 @@ class TrainState:
             fill(self._beside(), load_file(folder / BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
         steps = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         if not {"model", "optimizer"} & changed:
-            saved = steps["optimizer"]
-            groups = self._optimizer.state_dict()["param_groups"]
-            if not changed:  # functions among their numbers are not in the checkpoint
-                groups = [own | group for own, group in zip(groups, saved["param_groups"], strict=True)]
-            _load_optimizer(self._optimizer, saved["state"], groups)
+            load_optimizer_state(self._optimizer, steps, own_numbers=bool(changed))
         if changed:
             _forward(self._schedule, sum(not entry.skipped for entry in checkpoint.windows))
         else:
@@ -190,7 +191,8 @@ class TrainState:
             seed_all(seed, index, len(checkpoint.windows))
 
     def _beside(self) -> dict[str, Tensor]:
-        """What moves with the model and is none of it: weights and buffers of a loss, and what else is optimized."""
+        """Return what moves with the model and is not in it: weights and buffers of a loss, what else is optimized, and
+        the weights in training where the model is saved with others."""
         known = {id(t) for t in (*self._model.parameters(), *self._model.buffers())}
         named: list[tuple[str, Tensor]] = []
         if isinstance(self._loss_fn, nn.Module):
@@ -199,7 +201,8 @@ class TrainState:
         for number, group in enumerate(self._optimizer.param_groups):
             named += [(f"optimizer.{number}.{index}", p) for index, p in enumerate(group["params"])]
         first_names = {id(t): (name, t) for name, t in reversed(named) if id(t) not in known}
-        return dict(first_names.values())
+        trained = weights_of(self._model) if switches_weights(self._optimizer) else {}
+        return dict(first_names.values()) | {f"train.{name}": t for name, t in trained.items()}
 
     def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
         """Modules that have a state of their own, beside weights and buffers, by name."""
@@ -235,26 +238,6 @@ class TrainState:
         for work in own:
             self.metrics_logger.throughput.merge(Throughput(**work))
         self.metrics_logger.throughput.seconds = by_process[0]["seconds"]
-
-
-def _load_optimizer(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    """`load_state_dict`, which makes moments of the weights' type, and then of the type that they had. Those of a
-    weight that does not lie row by row in memory lie as it does: else sums are rounded otherwise."""
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state.items():
-        weight, own = held[index], optimizer.state[held[index]]
-        for name, value in values.items():
-            if isinstance(value, Tensor) and own[name].dtype != value.dtype:
-                own[name] = value.to(own[name].device)
-            if isinstance(value, Tensor) and value.shape == weight.shape and not weight.is_contiguous():
-                own[name] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
-
-
-def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state without functions among a group's numbers: they come with the optimizer."""
-    groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]
-    return {**state, "param_groups": groups}
 
 
 def _forward(schedule: LRScheduler, n_updates: int) -> None:

@@ -35,6 +35,7 @@ from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.optimizers import evaluation_weights, switches_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
@@ -42,12 +43,15 @@ from .audit import AuditHandler
 from .base_run import Run
 from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
+from .closure import check_step
 from .config import RunConfig
 from .evaluation import Evaluation
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
-from .optimizer import make_optimizer, make_schedule, preserve_learning_rates
+from .optimizer import make_optimizer
+from .rates import describe_rates, peak_rates, preserve_learning_rates
+from .schedule import make_schedule
 
 
 class TrainingSetup(Run):
@@ -56,6 +60,7 @@ class TrainingSetup(Run):
     def __init__(self, config: RunConfig, callback: Callback) -> None:
         super().__init__(config)
         self.callback, self.logs = callback, callback.logs
+        self.weights_in_training = ExitStack()  # closed, the model has the weights to evaluate and save
 
     @cached_property
     def console(self) -> Console:
@@ -64,11 +69,22 @@ class TrainingSetup(Run):
     @cached_property
     def optimizer(self) -> Optimizer:
         """The user's optimizer, or what their function makes; its learning rates are restored after the run."""
-        recipe = self.config.recipe
-        chosen = self.config.components.optimizer
-        optimizer = make_optimizer(self.model, chosen, recipe.learning_rate, recipe.weight_decay)
+        config = self.config
+        optimizer = make_optimizer(self.model, config.components.optimizer, config.recipe, config.given)
+        check_step(optimizer, scales_gradients=self.accelerator.scaler is not None)
         self._inner.enter_context(preserve_learning_rates(optimizer))
+        self.weights_in_training.enter_context(training_weights(optimizer))
+        self._inner.callback(self.weights_in_training.close)
         return optimizer
+
+    @property
+    def notes(self) -> list[str]:
+        """What the banner says of a user's optimizer, which may bring rates of its own."""
+        if self.config.components.optimizer is None:
+            return []
+        scheduled = switches_weights(self.optimizer) and self.config.recipe.lr_scheduler != "constant"
+        hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
+        return [describe_rates(self.optimizer), *hint]
 
     @cached_property
     def gradients(self) -> GradientStrategy:
@@ -99,6 +115,7 @@ class TrainingSetup(Run):
                 "val_data": rows_identity(data.val_rows),
                 "model": model_identity(self.model),
                 "optimizer": optimizer_identity(self.optimizer),
+                "learning_rate": peak_rates(self.optimizer),
                 "loss_fn": function_identity(components.loss_fn),
                 "data_collator": function_identity(components.data_collator),
             },
@@ -227,7 +244,10 @@ class TrainingSetup(Run):
         Buffers are synced first, so that all processes evaluate the same model.
         """
         self.accumulator.sync_buffers()
-        return (None, {}) if self.evaluation is None else self.evaluation(self.model)
+        if self.evaluation is None:
+            return None, {}
+        with evaluation_weights(self.optimizer):
+            return self.evaluation(self.model)
 
     @cached_property
     def best(self) -> BestEpoch:

@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
 from ..errors import refuse
+from ..fields import DefaultFloat
 from ..objective.forward import LossFn
 from ..objective.item_counts import IGNORE_INDEX, CountItems
 from ..settings import Recipe, Runtime, parse_settings
 from ..values import shown
 from .evaluation import ComputeMetrics, fault_of_metrics
-from .optimizer import OptimizerFactory, fault_of_schedule
+from .optimizer import OptimizerFactory
+from .schedule import fault_of_schedule
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ class RunConfig:
         recipe: what is learned.
         runtime: how it is run.
         components: the model, the data and the functions that the user brings.
+        given: `learning_rate` and `weight_decay`, if the user gave them: an optimizer may bring its own.
     """
 
     recipe: Recipe
     runtime: Runtime
     components: Components
+    given: frozenset[str] = frozenset()
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "RunConfig":
@@ -93,7 +97,9 @@ class RunConfig:
         recipe, runtime = parse_settings(arguments)
         components = Components(**{f.name: arguments[f.name] for f in fields(Components)})
         check_components(components, recipe, runtime)
-        return cls(recipe, runtime, components)
+        defaults = {name for name, value in arguments.items() if isinstance(value, DefaultFloat)}
+        given = {"learning_rate", "weight_decay"} & arguments.keys() - defaults
+        return cls(recipe, runtime, components, frozenset(given))
 
 
 def check_components(components: Components, recipe: Recipe, runtime: Runtime) -> None:

@@ -1,90 +1,78 @@
-"""Parameter groups, optimizer, schedule."""
+"""The optimizer: made of the parameter groups, or the user's own, and checked."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
-from transformers.trainer_utils import SchedulerType
 
 from ..errors import SettingsError
+from ..settings import Recipe
+from .parameter_groups import ParamGroups, parameter_groups
+from .rates import check_groups, check_rates_of_instance, settle_rates
 
-ParamGroups = list[dict[str, Any]]
 OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that require a gradient.
-
-    Raises:
-        SettingsError: where every parameter is frozen.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise SettingsError(["`model` has no trainable parameter: all have requires_grad=False. Unfreeze some."])
-    return trainable
-
-
-def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> ParamGroups:
-    """The trainable parameters in two groups: those with weight decay, and biases and norms, without.
-
-    Parameters of fewer than two dimensions are biases, norms' scales and the like; decaying them only shrinks what
-    they scale (the usual practice since GPT-2 and BERT).
-
-    Raises:
-        SettingsError: where every parameter is frozen.
-    """
-    trainable = trainable_parameters(model)
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "lr": learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def make_optimizer(
-    model: nn.Module,
-    optimizer: OptimizerFactory | Optimizer | None,
-    learning_rate: float,
-    weight_decay: float,
+    model: nn.Module, optimizer: OptimizerFactory | Optimizer | None, recipe: Recipe, given: Collection[str]
 ) -> Optimizer:
-    """The user's optimizer, what their function makes of the parameter groups, or AdamW.
+    """Return the user's optimizer, what their function makes of the parameter groups, or AdamW.
+
+    Args:
+        given: `learning_rate` and `weight_decay`, if the user gave them.
 
     Raises:
-        SettingsError: where it is neither, or holds none of the model's trainable parameters.
+        SettingsError: where it is neither, holds none of the model's trainable parameters, or was made with other
+            numbers than those given.
     """
-    made = optimizer
-    if not isinstance(made, Optimizer):
-        factory = _adamw if optimizer is None else optimizer
-        made = factory(parameter_groups(model, learning_rate, weight_decay)) if callable(factory) else None
-    if not isinstance(made, Optimizer):
-        raise SettingsError(
-            [
-                "`optimizer` must be a torch Optimizer or a function of the parameter groups that returns one, but is "
-                f"or returned {optimizer!r} instead. For example `optimizer=lambda groups: torch.optim.SGD(groups)`."
-            ]
-        )
-    if not _held(made) & _ids(p for p in model.parameters() if p.requires_grad):
+    settings = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if isinstance(optimizer, Optimizer):
+        made = optimizer
+        check_rates_of_instance(made, settings, given)
+    else:
+        made = _made(optimizer, parameter_groups(model, **settings))
+        settle_rates(made, settings, given)
+    if not _held(made) & {p for p in model.parameters() if p.requires_grad}:
         raise SettingsError(
             [
                 "`optimizer` holds none of the model's trainable parameters, so no update would change it. "
                 "Build it from this model's parameters, or give a function of the parameter groups."
             ]
         )
+    check_groups(made, given)
     return made
 
 
+def _made(optimizer: OptimizerFactory | None, groups: ParamGroups) -> Optimizer:
+    factory = _adamw if optimizer is None else optimizer
+    if callable(factory):
+        try:
+            made: Any = factory(groups)
+        except (TypeError, ValueError) as error:
+            raise SettingsError(
+                [
+                    f"`optimizer` failed on the parameter groups: {error}. It gets a list of dicts with `params`, `lr` "
+                    "and `weight_decay`, of which the first holds the weights of two dimensions or more. For an "
+                    "optimizer that takes no groups, give `lambda groups: Kind([p for g in groups for p in "
+                    "g['params']])`."
+                ]
+            ) from error
+        if isinstance(made, Optimizer):
+            return made
+    raise SettingsError(
+        [
+            "`optimizer` must be a torch Optimizer or a function of the parameter groups that returns one, but is "
+            f"or returned {optimizer!r} instead. For example `optimizer=lambda groups: torch.optim.SGD(groups)`."
+        ]
+    )
+
+
 def _adamw(groups: ParamGroups) -> Optimizer:
-    # One kernel for all weights where the device has it: on a CPU, a fifth of the time of one operation after another.
-    try:
-        return torch.optim.AdamW(groups, fused=True)
-    except RuntimeError:  # weights on a device without, or complex ones
-        return torch.optim.AdamW(groups)
+    # One kernel for all weights (but complex ones): on a CPU, a fifth of the time of one operation after another.
+    is_real = all(p.is_floating_point() for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, fused=True) if is_real else torch.optim.AdamW(groups)
 
 
 class CoupledBeta2:
@@ -124,65 +112,5 @@ class CoupledBeta2:
         return optimizer
 
 
-@contextmanager
-def preserve_learning_rates(optimizer: Optimizer) -> Iterator[None]:
-    """Leaves an optimizer with the learning rates that it came with, whatever a schedule does to them."""
-    before: list[dict[str, Any]] = [
-        {name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups
-    ]
-    try:
-        yield
-    finally:
-        for group, rates in zip(optimizer.param_groups, before, strict=True):
-            group.pop("initial_lr", None)
-            group.update(rates)
-
-
-@contextmanager
-def scale_learning_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Multiplies the learning rates for the time of one step. A schedule that goes on from the rate before finds it as
-    it left it."""
-    before = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, before, strict=True):
-        group["lr"] = rate * factor
-    try:
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, before, strict=True):
-            group["lr"] = rate
-
-
-def fault_of_schedule(name: str) -> str | None:
-    """The sentence that says why `lr_scheduler` cannot be this name, or None."""
-    usable = _usable_schedules()
-    if name in usable:
-        return None
-    return f"`lr_scheduler` must be one of {', '.join(map(repr, usable))}, but is {name!r} instead."
-
-
-def make_schedule(name: str, optimizer: Optimizer, warmup_updates: int, n_updates: int) -> LRScheduler:
-    """A schedule by its name in Transformers, which `fault_of_schedule` has found usable, in updates."""
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_updates, num_training_steps=n_updates)
-
-
-def _usable_schedules() -> list[str]:
-    # Tried rather than listed: some of Transformers' schedules need arguments of their own, and a schedule on the
-    # validation loss takes it at each step.
-    usable = []
-    for kind in SchedulerType:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        try:
-            schedule = get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=4)
-        except (TypeError, ValueError):
-            continue
-        if all(p.default is not p.empty for p in inspect.signature(schedule.step).parameters.values()):
-            usable.append(kind.value)
-    return usable
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return _ids(p for group in optimizer.param_groups for p in group["params"])
-
-
-def _ids(parameters: Iterable[nn.Parameter]) -> set[int]:
-    return {id(p) for p in parameters}
+def _held(optimizer: Optimizer) -> set[nn.Parameter]:
+    return {p for group in optimizer.param_groups for p in group["params"]}

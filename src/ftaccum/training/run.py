@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ..errors import DataError, DivergedError, InexactLossError, MetricsError
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
+from ..runtime.optimizers import evaluation_weights
 from ..tracking.export import write_model, write_outputs
 from ..tracking.ledger import EpochEntry, Ledger
 from ..tracking.result import Result
@@ -54,6 +55,7 @@ class TrainingRun(TrainingSetup):
         except InexactLossError as error:
             raise InexactLossError([*error.faults, *self._keep_inexact()]) from error
         self._is_training = False
+        self.weights_in_training.close()
         if self.best.restore(self.model):
             logger.info(f"Restored the weights of the epoch with validation loss {self.best.loss:.4f}.")
         result = self._result()
@@ -68,6 +70,7 @@ class TrainingRun(TrainingSetup):
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an audit has ended, and return sentences that say where the run is kept."""
         n_updates, saved = self.metrics_logger.n_windows, self.checkpoint_manager.describe()
+        self.weights_in_training.close()
         self._inner.close()
         if not n_updates or self.run_dir is None or not self.callback.saves_model:
             return [f"The model in memory has {n_updates} updates.", "`on_inexact='warn'` trains all the same."]
@@ -87,7 +90,7 @@ class TrainingRun(TrainingSetup):
         knows_lengths = data.train.knows_lengths
         cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)
         precision, device = self.accelerator.mixed_precision, self.accelerator.device.type
-        self.console.banner(plan, [*data.notes(), cut], self.n_warmup, precision, device)
+        self.console.banner(plan, [*data.notes(), *self.notes, cut], self.n_warmup, precision, device)
         if message := self.resumed[1].describe(self.identity, plan.n_windows):
             logger.info(message)
 
@@ -136,7 +139,9 @@ class TrainingRun(TrainingSetup):
         entry = self.metrics_logger.epoch(val_loss, metrics)
         self.console.epoch(entry, self.plan.n_epochs)
         self.milestones.epoch_done(entry)
-        if self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0):
+        with evaluation_weights(self.optimizer):
+            ended = self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0)
+        if ended:
             logger.info(self.best.describe())
         self.checkpoint_manager.after_epoch()
 

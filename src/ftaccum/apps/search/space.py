@@ -14,7 +14,8 @@ from ...errors import SettingsError, refuse
 from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
 from ...settings import parse_settings
-from ...training.optimizer import CoupledBeta2, fault_of_schedule
+from ...training.optimizer import CoupledBeta2
+from ...training.schedule import fault_of_schedule
 from ..parser import nearest
 from .settings import SearchSettings, reserved
 

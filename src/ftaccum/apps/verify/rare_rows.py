@@ -64,7 +64,7 @@ def _read(rows: Rows) -> Iterator[Any]:
     """Yield the rows; of a table, only the columns that are labels or have gaps."""
     positions = range(min(len(rows), _MOST_ROWS))
     if isinstance(rows.source, Dataset):
-        table = rows.subset(positions).as_table()
+        table = rows.subset(positions).table
         columns = [n for n in table.column_names if is_label(n) or table.data.column(n).null_count]
         yield from table.select_columns(columns).with_format("arrow")[:].to_pylist() if columns else ()
     elif isinstance(rows.source, list):

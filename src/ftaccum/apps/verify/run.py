@@ -24,7 +24,7 @@ from ...runtime.state_guards import cast_tensors, preserve_gradients
 from ...training.base_run import Run
 from ...training.build_data import build_data
 from ...training.config import RunConfig
-from ...training.optimizer import trainable_parameters
+from ...training.parameter_groups import trainable_parameters
 from .bench import Bench
 from .compare import Compared, Comparison
 from .precision import candidates, dtype_of, has_room, measured_in, said, tolerance_for

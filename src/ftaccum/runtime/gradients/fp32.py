@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
+from ...errors import SettingsError
+from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
 from .plain import GradientStrategy, parameters_of
 
@@ -17,6 +19,13 @@ from .plain import GradientStrategy, parameters_of
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
     """Return float32 sums where they are asked for and any weight is narrower; else autograd's own."""
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
+    if in_float32 and narrow and any(isinstance(o, SparseAdam) for o in (optimizer, *inner_optimizers(optimizer))):
+        raise SettingsError(
+            [
+                "`accumulate_in_fp32` makes dense sums of 16-bit gradients, but SparseAdam takes sparse ones only. "
+                "Leave one of them out."
+            ]
+        )
     return Fp32Gradients(optimizer) if in_float32 and narrow else GradientStrategy(optimizer)
 
 
@@ -46,8 +55,10 @@ class Fp32Gradients(GradientStrategy):
                 values = p.data.contiguous()
                 distributed.broadcast(values, src=0)
                 p.data.copy_(values)
+        place_state(self._optimizer.behind)
+        optimizer = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         # "Evaluation" is Accelerate's word for a model without DDP.
-        return accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(self._optimizer)
+        return accelerator.prepare_model(model, evaluation_mode=True), optimizer
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -92,28 +103,35 @@ class _Rounding(Optimizer):
     those rounded to the type of its weights.
 
     Attributes:
+        behind: the optimizer that takes the step.
         sums: for each weight that stand-in, of its shape and without its memory, whose `grad` is the sum.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._rounded = optimizer
+        self.behind = optimizer
         self.sums: dict[nn.Parameter, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for p, total in self.sums.items():
-            p.grad = None if total.grad is None else _rounded(total.grad, p)
-            total.grad = None  # one after another, so that both are never in memory whole
-        self._rounded.step(closure)
+        def evaluate() -> Any:
+            self._drop()
+            loss = closure()
+            self._round()
+            return loss
+
+        self._round()
+        self.behind.step(None if closure is None else evaluate)
+        self._drop()
+
+    def _drop(self) -> None:
         for p in self.sums:
             p.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of the optimizer behind: stand-ins have no state. Accelerate moves it to the device by this and the next."""
-        return self._rounded.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rounded.load_state_dict(state_dict)
+    def _round(self) -> None:
+        """Give the weights the sums as their gradients."""
+        for p, total in self.sums.items():
+            p.grad = None if total.grad is None else _rounded(total.grad, p)
+            total.grad = None  # one after another, so that both are never in memory whole
 
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -1,6 +1,6 @@
 """Gradients of embedding tables, as the few rows that a pass touches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 import torch
@@ -18,11 +18,17 @@ class SparseEmbeddingGradients:
     else sees it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Tables on accelerators are left alone: nothing is known of a gain, and adding rows up in no certain order
-        would cost them their reproducibility. So are those of a compiled model, which knows no sparse gradients."""
+    def __init__(self, model: nn.Module, left_sparse: Set[Tensor]) -> None:
+        """Create an empty sum.
+
+        Tables on accelerators are left alone: nothing is known of a gain, and adding rows up in no certain order would
+        cost them their reproducibility. So are those of a compiled model, which knows no sparse gradients.
+
+        Args:
+            left_sparse: parameters whose sparse gradients the optimizer gets as they are.
+        """
         modules = [] if is_compiled(model) else list(model.modules())
-        self._tables = [m for m in modules if isinstance(m, nn.Embedding) and _can_be_sparse(m)]
+        self._tables = [m for m in modules if isinstance(m, nn.Embedding) and _can_be_sparse(m, left_sparse)]
         self._sums: dict[Tensor, Tensor] = {}
 
     @contextmanager
@@ -56,8 +62,10 @@ class SparseEmbeddingGradients:
         self._sums = {}
 
 
-def _can_be_sparse(table: nn.Embedding) -> bool:
+def _can_be_sparse(table: nn.Embedding, left_sparse: Set[Tensor]) -> bool:
     weight = table.weight
+    if table.sparse and weight in left_sparse:
+        return False
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
     # By somebody who expects it to be dense.
     watched = bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
