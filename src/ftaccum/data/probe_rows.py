@@ -7,8 +7,8 @@ import numpy as np
 
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter
-from ..objective.self_check import Sample
-from .batches import can_be_taken_apart, take
+from ..objective.self_check import Groups, Sample
+from .batches import can_be_taken_apart, take, trimmed
 from .collator import RowCollator
 from .dataset import Rows
 from .row import class_of, length_of
@@ -81,11 +81,15 @@ def sample_of(rows: Rows, row_collator: RowCollator, candidates: Sequence[int]) 
             "`data_collator` draws at random, and gives batches whose tensors do not have the rows along their first "
             "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
         )
+
+    def cut_to_fit(groups: Groups) -> list[Batch]:
+        return [trimmed(take(together, group)) for group in groups]  # the same draws, as in a window
+
     return Sample(
         batch_of([longest]),
         together,
         (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
-        None if row_collator.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
+        cut_to_fit if row_collator.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
         [rows.name_of(position) for position in positions],
     )
 

@@ -19,6 +19,7 @@ from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, difference, explain, relative
 from .report import ExactnessReport, InTraining
+from .span_loss import WITHIN, span_counts
 
 Groups = Sequence[Sequence[int]]
 
@@ -35,8 +36,7 @@ class Sample:
         longest: the longest row of the data, for what it takes to fail now and not in the middle of training.
         together: the four rows.
         cut: such a batch in groups of rows, at its width; None where that cannot be done.
-        collated: the rows in groups that are padded by themselves; None where that would give other rows, because the
-            collator draws at random.
+        collated: the rows in groups that are padded by themselves.
         names: what to call each of the four in a message.
     """
 
@@ -76,6 +76,8 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with inspection_mode(model):
+        if count_items is None:
+            forward.split_spans(model, send_to_device(sample.together, device))
         means, _ = forward(model, send_to_device(sample.longest, device))
         measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, tuple(means))
         try:
@@ -171,6 +173,8 @@ class _Measurement:
         parts = dict.fromkeys(self.forward.parts, self.item_counter.applicable(self.sample.together))
         if self.count_items is not None:
             return {term: {"count_items": _of_term(self.count_items, term, self.terms)} for term in self.terms}
+        if self.forward.has_spans:
+            return {term: {WITHIN: count} for term, count in span_counts().items()}
         if self.sums:
             name = self.item_counter.convention(self.sample.together)
         elif self.forward.counted_by is not None:
