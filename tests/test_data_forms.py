@@ -384,18 +384,31 @@ def test_faults_in_validation_data_name_it() -> None:
         run(CAUSAL.model(), rows, validation_split=0.5)
 
 
-def test_a_fault_outside_the_sample_names_its_row_and_costs_no_update(tmp_path: Path) -> None:
+def test_a_label_outside_the_sample_is_named_before_training() -> None:
     rows = CLASSIFIER.rows(100)
+    unseen = next(n for n in range(10, 100) if n not in sample_positions(Rows("train_data", rows)))
+    rows[unseen] = {**rows[unseen], "labels": 7}
+    with pytest.raises(DataError, match=f"row {unseen} has the label 7"):
+        run(CLASSIFIER.model(), rows)
+
+
+def test_a_fault_in_rows_that_are_computed_names_its_row_and_costs_no_update(tmp_path: Path) -> None:
+    class Computed(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 300
+
+        def __getitem__(self, index: int) -> Any:
+            return {**rows[index], "labels": 7} if index == faulty else rows[index]
+
+    rows = CLASSIFIER.rows(300)
     seen = sample_positions(Rows("train_data", rows))
-    order = [
-        n
-        for window in plan(100, n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
-        for n in window.rows
-    ]
-    place = next(n for n in range(10, 100) if order[n] not in seen)  # two updates and more are taken before
-    rows[order[place]] = {**rows[order[place]], "labels": 7}
-    with pytest.raises(DataError, match=f"row {order[place]} has the label 7"):
-        run(CLASSIFIER.model(), rows, output_dir=str(tmp_path))
+    windows = plan(300, n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
+    order = [n for window in windows for n in window.rows]
+    # Two updates and more are taken before, and the first 256 rows are looked at.
+    place = next(n for n in range(10, 300) if order[n] not in seen and order[n] >= 256)
+    faulty = order[place]
+    with pytest.raises(DataError, match=f"row {faulty} has the label 7"):
+        run(CLASSIFIER.model(), Computed(), output_dir=str(tmp_path))
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == place // 5
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..objective.forward import is_label
-from ..objective.item_counts import IGNORE_INDEX, Batch
+from ..objective.item_counts import IGNORE_INDEX, TOKEN_COLUMNS, Batch
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
-from .batches import TOKEN_COLUMNS, equal_batches, first_dimensions
+from .batches import equal_batches, first_dimensions
 from .dataset import Rows
 from .row import Row
 

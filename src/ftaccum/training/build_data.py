@@ -23,6 +23,7 @@ from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
 from ..objective.probe import EXPLAINED
+from ..objective.sample import Sample
 from ..objective.self_check import difference_of_packing, measured_objective
 from ..planning.shuffle import hold_out
 from ..runtime.state_guards import inspection_mode
@@ -84,7 +85,11 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if val_rows is not None:
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
-    objective = _objective(components, forward, rows, row_collator, labelled, ignore_index)
+    few = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
+    for group in few.rare:
+        ranges.check(group.together, rows, group.positions)
+        labelled += group.positions
+    objective = _objective(components, forward, rows, row_collator, few, labelled, ignore_index)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -247,6 +252,7 @@ def _objective(
     forward: Forward,
     rows: Rows,
     row_collator: RowCollator,
+    few: Sample,
     labelled: list[int],
     ignore_index: int,
 ) -> Objective:
@@ -255,7 +261,7 @@ def _objective(
         return measured_objective(
             components.model,
             forward,
-            sample_of(rows, row_collator, labelled),
+            few,
             item_counter=ItemCounter(
                 ignore_index, weights if isinstance(weights, torch.Tensor) and weights.ndim == 1 else None
             ),

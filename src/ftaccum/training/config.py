@@ -47,6 +47,13 @@ class Components:
         return named if isinstance(named, int) else IGNORE_INDEX
 
     @property
+    def special_tokens(self) -> set[int]:
+        """The ids of padding, ends and the like, as far as tokenizer and model say."""
+        config = vars(self.configuration)
+        named = [value for name, value in config.items() if name.endswith("_token_id")]
+        return {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
+
+    @property
     def pad_token_id(self) -> int:
         named = (getattr(source, "pad_token_id", None) for source in (self.tokenizer, self.configuration))
         return next((pad for pad in named if isinstance(pad, int)), 0)
