@@ -1,5 +1,6 @@
 """Losses that are means over fewer, or other, items than four rows show."""
 
+import functools
 from typing import Any
 
 import torch
@@ -61,6 +62,52 @@ def weights_in_a_tensor_dataset() -> float:
     return _error_of_tuples(_weighted(3, w2=20.0), _labels(400, l2=(317, 390)), data=TensorDataset)
 
 
+@case(6, "class weights bound by functools.partial")
+def weights_in_a_partial() -> float:
+    weight = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64)
+    return _error_of_tuples(functools.partial(F.cross_entropy, weight=weight), _labels(400, l2=(17, 90)))
+
+
+@case(6, "class weights and 255 ignored, in a module around the loss")
+def weights_in_a_module() -> float:
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64)
+            self.inner = nn.CrossEntropyLoss(weight=weight, ignore_index=255)
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return self.inner(outputs, targets)
+
+    return _error_of_tuples(Loss(), _labels(400, l2=(17, 90), l255=(33, 44)))
+
+
+@case(6, "class weights and label smoothing and 255 ignored, in a lambda")
+def weights_and_smoothing() -> float:
+    weight = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64)
+    loss_fn = lambda o, y: F.cross_entropy(o, y, weight=weight, ignore_index=255, label_smoothing=0.1)
+    return _error_of_tuples(loss_fn, _labels(400, l2=(17, 90), l255=(21, 91)))
+
+
+@case(6, "class weights in one term of a dict")
+def weights_in_one_term() -> float:
+    weigh, labels, inputs = _weighted(3, w2=20.0), _labels(400, l2=(17, 90)), _vectors(400)
+    loss_fn = lambda outputs, targets: {"class": weigh(outputs, targets), "size": outputs.pow(2).mean()}
+    return update_error(
+        _linear(3), list(zip(inputs, labels, strict=True)),
+        lambda model: sum(loss_fn(model(inputs), labels).values()), 400, batch_size=4, loss_fn=loss_fn,
+    )  # fmt: skip
+
+
+@case(6, "class weights in a function, `count_items` that leaves them out", refused=r"row 17 20 times.*`count_items`")
+def weights_and_a_wrong_count() -> float:
+    weigh, labels, inputs = _weighted(3, w2=20.0), _labels(400, l2=(17, 90)), _vectors(400)
+    return update_error(
+        _linear(3), list(zip(inputs, labels, strict=True)), lambda model: weigh(model(inputs), labels), 400,
+        batch_size=4, loss_fn=weigh, count_items=lambda batch: len(batch[1]),
+    )  # fmt: skip
+
+
 @case(6, "class weights in a function, more classes than rows to look at", refused="weigh")
 def weights_of_too_many_classes() -> float:
     labels = torch.arange(1000) % 100
@@ -109,6 +156,33 @@ def weights_of_tags() -> float:
 @case(7, "tags that the loss inside the model ignores by a number of its own")
 def tags_ignored() -> float:
     return _error_of_tagger(lambda o, y: F.cross_entropy(o, y.masked_fill(y == 3, -100)), rare=3, n_classes=4)
+
+
+@case(7, "a `keep` column with a flag for each token")
+def keep_tokens() -> float:
+    draw = torch.Generator().manual_seed(1)
+    ids, labels = torch.randint(1, 61, (200, 6), generator=draw), torch.randint(3, (200, 6), generator=draw)
+    keep = torch.ones(200, 6, dtype=torch.long)
+    keep[17, 2:] = keep[90, :3] = 0
+    columns = {"labels": labels, "keep": keep}
+
+    def loss_fn(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        losses = F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        return (losses * batch["keep"].flatten()).sum() / batch["keep"].sum()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(61, 8), nn.Linear(8, 3)).double()
+    rows = [
+        {"input": i.tolist(), "labels": y.tolist(), "keep": k.tolist()}
+        for i, y, k in zip(ids, labels, keep, strict=True)
+    ]
+    return update_error(model, rows, lambda model: loss_fn(model(ids), columns), 200, batch_size=4, loss_fn=loss_fn)
+
+
+@case(7, "two labels left out by their numbers")
+def two_labels_left_out() -> float:
+    labels = _labels(400, l254=(17, 90), l255=(21, 91))
+    return _error_of_tuples(lambda o, y: F.cross_entropy(o[y < 254], y[y < 254]), labels)
 
 
 @case(7, "255 ignored in a lambda")

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -29,6 +28,7 @@ from ..planning.shuffle import hold_out
 from ..runtime.state_guards import inspection_mode
 from ..settings import Recipe
 from .config import Components, RunConfig
+from .declared import class_weights_of, ignore_index_of
 
 _FEW = 4  # rows to see whether a model keeps packed rows apart
 
@@ -70,7 +70,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     longest = None
     if runtime.compile:
         longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
-    ignore_index = _ignore_index(components, rows)
+    ignore_index = ignore_index_of(components, rows)
     row_collator = _row_collator(components, ignore_index, longest)
     for each in (rows, val_rows):
         if each is not None and runtime.max_tokens is not None:
@@ -209,15 +209,6 @@ def _packed(
     return packed
 
 
-def _ignore_index(components: Components, rows: Rows) -> int:
-    """The label that the loss leaves out. Heads that label pixels have one of their own."""
-    row = rows.fetch([0])[0]
-    labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
-    if components.loss_fn is None and labels is not None and np.ndim(labels) > 1:
-        return getattr(components.configuration, "semantic_loss_ignore_index", components.ignore_index)
-    return components.ignore_index
-
-
 def _ranges(
     components: Components,
     forward: Forward,
@@ -256,15 +247,12 @@ def _objective(
     labelled: list[int],
     ignore_index: int,
 ) -> Objective:
-    weights = getattr(components.loss_fn, "weight", None)
     try:
         return measured_objective(
             components.model,
             forward,
             few,
-            item_counter=ItemCounter(
-                ignore_index, weights if isinstance(weights, torch.Tensor) and weights.ndim == 1 else None
-            ),
+            item_counter=ItemCounter(ignore_index, class_weights_of(components)),
             count_items=components.count_items,
             sums=components.reduction == "sum",
         )

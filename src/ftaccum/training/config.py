@@ -13,7 +13,7 @@ from ..data.iterable import is_split, is_stream
 from ..errors import refuse
 from ..fields import shown
 from ..objective.forward import LossFn
-from ..objective.item_counts import IGNORE_INDEX, CountItems
+from ..objective.item_counts import CountItems
 from ..settings import Recipe, Runtime, parse_settings
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .optimizer import OptimizerFactory, fault_of_schedule
@@ -39,12 +39,6 @@ class Components:
     def configuration(self) -> Any:
         """The given config, else the model's, else an empty one."""
         return self.config or getattr(self.model, "config", None) or SimpleNamespace()
-
-    @property
-    def ignore_index(self) -> int:
-        """The label that the loss leaves out, and that labels are padded with."""
-        named = getattr(self.loss_fn, "ignore_index", None)
-        return named if isinstance(named, int) else IGNORE_INDEX
 
     @property
     def special_tokens(self) -> set[int]:
