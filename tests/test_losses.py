@@ -71,3 +71,46 @@ def test_losses_of_labelled_tokens(loss_fn: Any) -> None:
     outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     found = loss_fn(outputs, batch)
     assert one_window(model, rows, sum(found.values()) if isinstance(found, dict) else found, loss_fn=loss_fn) < 1e-12
+
+
+class Tagger(nn.Module):
+    """Ignores a label of its own, and takes no -100."""
+
+    def __init__(self, ignored: int, *, as_module: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(61, 8), nn.Linear(8, CLASSES)
+        self.loss_fct = nn.CrossEntropyLoss(ignore_index=ignored) if as_module else None
+        self.ignored = ignored
+        self.double()
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits_NV, labels_N = self.head(self.embed(input_ids)).flatten(0, 1), labels.flatten()
+        if self.loss_fct is not None:
+            return {"loss": self.loss_fct(logits_NV, labels_N)}
+        return {"loss": F.cross_entropy(logits_NV, labels_N, ignore_index=self.ignored)}
+
+
+@pytest.mark.parametrize("lengths", [(3, 4, 6), (5,)], ids=["unlike", "alike"])
+def test_the_label_that_a_module_of_the_model_ignores_is_read(lengths: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    ids_BL, labels_BL = torch.zeros(30, max(lengths), dtype=torch.long), torch.full((30, max(lengths)), 7)
+    for n, (ids_L, labels_L) in enumerate(zip(ids_BL, labels_BL, strict=True)):
+        length = lengths[n % len(lengths)]
+        ids_L[:length] = torch.randint(1, 61, (length,), generator=draw)
+        labels_L[: length - n % 2] = torch.randint(CLASSES, (length - n % 2,), generator=draw)
+    rows = [
+        {"input_ids": ids_BL[n, : lengths[n % len(lengths)]], "labels": labels_BL[n, : lengths[n % len(lengths)]]}
+        for n in range(30)
+    ]
+    model = Tagger(7, as_module=True)
+    assert one_window(model, rows, model(ids_BL, labels_BL)["loss"]) < 1e-9
+
+
+def test_a_loss_that_takes_no_label_to_ignore_is_counted() -> None:
+    labels_BL = torch.randint(CLASSES, (30, 5), generator=torch.Generator().manual_seed(0))
+    labels_BL[17, 2:] = 7
+    ids_BL = torch.arange(150).reshape(30, 5) % 61
+    model = Tagger(7, as_module=False)
+    rows = [{"input_ids": ids_L, "labels": labels_L} for ids_L, labels_L in zip(ids_BL, labels_BL, strict=True)]
+    assert one_window(model, rows, model(ids_BL, labels_BL)["loss"]) < 1e-9

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
-from ftaccum.data.dataset import Rows
-from ftaccum.data.probe_rows import sample_positions
 from ftaccum.objective.item_counts import ItemCounter
 from ftaccum.objective.perturbation import float32_weights, perturb_head
 from ftaccum.objective.probe import Explanation, choose, explain
@@ -145,25 +143,46 @@ def test_a_loss_that_is_no_number_is_told() -> None:
         test_fine_tuning(Pooled(), train_data=ROWS, loss_fn=lambda outputs, _: outputs, n_epochs=1, progress=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(4))
-def test_class_weights_that_are_not_counted_are_warned_of(seed: int) -> None:
-    weight = torch.tensor([1.0, 9.0])
+def test_class_weights_in_a_function_are_measured(seed: int, dtype: torch.dtype) -> None:
+    weight = torch.tensor([1.0, 1 / 3, 20.0, 100.0, 0.25], dtype=dtype)
     draw = torch.Generator().manual_seed(seed)
-    rows = [(torch.randn(4, generator=draw), torch.tensor(0)) for _ in range(40)]
-    for rare in sample_positions(Rows("train_data", rows))[1:3]:  # not where rows are picked by their length alone
-        rows[rare] = (rows[rare][0], torch.tensor(1))
+    rows = [
+        (torch.randn(4, generator=draw).to(dtype), torch.tensor(n % 2 if n % 20 else 2 + n // 20)) for n in range(60)
+    ]
     torch.manual_seed(seed)
-    loss = lambda outputs, targets: F.cross_entropy(outputs, targets, weight=weight)
-    with pytest.warns(InexactLossWarning):
+    model, loss = nn.Linear(4, 5).to(dtype), lambda outputs, targets: F.cross_entropy(outputs, targets, weight=weight)
+    inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
+    wanted = loss(model(inputs), targets).item()
+    result = test_fine_tuning(
+        model, train_data=rows, loss_fn=loss, effective_batch_size=60, n_epochs=1, validation_split=0.0, progress=False
+    )
+    assert result.loss_history == pytest.approx([wanted], rel=2e-6 if dtype == torch.float32 else 1e-12)
+
+
+def test_the_labels_that_were_not_looked_at_are_told() -> None:
+    rows = [(torch.randn(4), torch.tensor(n % 200)) for n in range(200)]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
         test_fine_tuning(
-            nn.Linear(4, 2),
-            train_data=rows,
-            loss_fn=loss,
-            n_epochs=1,
-            gradient_accumulation_steps=2,
-            validation_split=0.0,
+            nn.Linear(4, 200), train_data=rows, loss_fn=nn.CrossEntropyLoss(), n_epochs=1, validation_split=0.0,
             progress=False,
-        )
+        )  # fmt: skip
+    assert "Loss: mean over labels (measured); 135 of 200 label values not looked at" in shown.getvalue()
+
+
+def test_more_classes_than_rows_to_measure_are_told_with_the_row() -> None:
+    labels = torch.arange(1000) % 100
+    labels[17] = 100
+    weight = torch.ones(101)
+    weight[100] = 50.0
+    rows = [(torch.randn(4, generator=torch.Generator().manual_seed(n)), labels[n]) for n in range(1000)]
+    words = r"for most rows, but not for all: .* \(row 17 50 times\).*`nn.CrossEntropyLoss\(weight=…\)`.*`count_items`"
+    with pytest.warns(InexactLossWarning, match=words):
+        test_fine_tuning(
+            nn.Linear(4, 101), train_data=rows, loss_fn=lambda o, y: F.cross_entropy(o, y, weight=weight), n_epochs=1,
+            effective_batch_size=500, validation_split=0.0, progress=False,
+        )  # fmt: skip
 
 
 def test_class_weights_of_the_usual_loss_are_counted() -> None:

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective.item_counts import Batch
-
-# Columns of one number a token, beside labels; other columns may be of a fixed size.
-TOKEN_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
+from ..objective.item_counts import TOKEN_COLUMNS, Batch
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..objective.forward import is_label
-from .batches import TOKEN_COLUMNS
+from ..objective.item_counts import TOKEN_COLUMNS
 from .row import Row
 from .values import OddRowError, column_name, is_numeric, tensor_of
 

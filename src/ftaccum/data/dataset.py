@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from ..errors import DataError
 from ..planning.base_plan import BasePlan
@@ -120,6 +121,13 @@ class Rows:
     def are_token_ids(self) -> bool:
         """Whether each row is a tensor of token ids and nothing else."""
         return isinstance(self.source[0], Tensor)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all rows can be looked at in no time, since none is computed when it is fetched."""
+        if isinstance(self.source, Dataset):
+            return self.source.format["type"] != "custom"
+        return isinstance(self.source, list | TensorDataset) and not self.draw
 
     @property
     def have_tokens(self) -> bool:

@@ -1,16 +1,17 @@
 """The rows that are looked at before training."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter
-from ..objective.self_check import Sample
-from .batches import can_be_taken_apart, take
+from ..objective.sample import Groups, RowGroup, Sample
+from .batches import can_be_taken_apart, take, trimmed
 from .collator import RowCollator
 from .dataset import Rows
+from .rare_rows import RareRows
 from .row import class_of, length_of
 
 _SAMPLE, _PROBE_ROWS = 32, 4
@@ -20,6 +21,9 @@ _LONG_ENOUGH = 64  # tokens, for rows to be unlike in length, or twice the short
 
 
 _STRIDE = 4
+
+
+_GROUP, _GROUP_TOKENS = 7, 4096  # rare rows in one batch, and their tokens
 
 
 _SHORTEST = 8  # rows to look at, so that some are short enough
@@ -62,7 +66,9 @@ def _extremes(rows: Rows) -> list[int]:
     return [*shortest, max(everyone, key=lengths.__getitem__)]
 
 
-def sample_of(rows: Rows, row_collator: RowCollator, candidates: Sequence[int]) -> Sample:
+def sample_of(
+    rows: Rows, row_collator: RowCollator, candidates: Sequence[int], ignore_index: int, special: Collection[int] = ()
+) -> Sample:
     """A few labelled rows, together and apart, for the objective to measure its loss on.
 
     Raises:
@@ -81,13 +87,44 @@ def sample_of(rows: Rows, row_collator: RowCollator, candidates: Sequence[int]) 
             "`data_collator` draws at random, and gives batches whose tensors do not have the rows along their first "
             "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
         )
+
+    def cut_to_fit(groups: Groups) -> list[Batch]:
+        return [trimmed(take(together, group)) for group in groups]  # the same draws, as in a window
+
+    rare = RareRows.of(rows, ignore_index, special)
     return Sample(
         batch_of([longest]),
         together,
         (lambda batch, groups: [take(batch, group) for group in groups]) if in_rows else None,
-        None if row_collator.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
+        cut_to_fit if row_collator.draws else lambda groups: [batch_of([positions[n] for n in g]) for g in groups],
         [rows.name_of(position) for position in positions],
+        _rare_groups(rows, row_collator, rare),
+        rare.not_looked_at,
     )
+
+
+def _rare_groups(rows: Rows, row_collator: RowCollator, rare: RareRows) -> list[RowGroup]:
+    """The rare rows, a few at a time, each few after the common row."""
+    groups: list[list[int]] = []
+    for position, row in zip(rare.positions[1:], rows.fetch(rare.positions[1:]), strict=True):
+        if not groups or len(groups[-1]) > min(_GROUP, _GROUP_TOKENS // (length_of(row) or 1)):
+            groups.append([rare.positions[0]])
+        groups[-1].append(position)
+    return [_row_group(rows, row_collator, positions) for positions in groups]
+
+
+def _row_group(rows: Rows, row_collator: RowCollator, positions: Sequence[int]) -> RowGroup:
+    together = row_collator.seeded(rows, positions, 0)
+
+    def collated(places: Sequence[int]) -> Batch:
+        return row_collator.seeded(rows, [positions[n] for n in places], 0)
+
+    def cut(places: Sequence[int]) -> Batch:
+        return take(together, places)
+
+    in_rows = can_be_taken_apart(together, len(positions))
+    names = [rows.name_of(position) for position in positions]
+    return RowGroup(together, cut if in_rows else collated, positions, names)
 
 
 def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:

@@ -13,6 +13,7 @@ from ..errors import DataError, SettingsError
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
 from .item_counts import IGNORE_INDEX, Batch, targets_of
+from .span_loss import is_span_loss, span_losses
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -82,6 +83,18 @@ class Forward:
             found = [factors_of(outputs, LOSS) for outputs in (self._outputs(model, batch) for batch in batches)]
         self.factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
 
+    def split_spans(self, model: nn.Module, batch: Batch) -> None:
+        """Make two terms of the loss of a question-answering head, where it is the sum of two means on this batch."""
+        if self.is_own:
+            outputs = self._outputs(model, batch)
+            if is_span_loss(outputs, _own_loss(outputs, batch), batch):
+                self._read_loss = span_losses
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether the terms are the loss of starts and that of ends."""
+        return self._read_loss is span_losses
+
     def may_have_parts(self, outputs: Any) -> bool:
         """Whether the outputs hold numbers that the model's own loss may be the sum of."""
         return self.is_own and has_parts(outputs, LOSS)
@@ -94,7 +107,7 @@ class Forward:
     @property
     def is_own(self) -> bool:
         """Whether the loss is the model's own."""
-        return self._read_loss is _own_loss
+        return self._read_loss in (_own_loss, span_losses)
 
     @property
     def counted_by(self) -> str | None:

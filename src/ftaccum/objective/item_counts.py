@@ -14,6 +14,11 @@ from ..errors import DataError, SettingsError
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and with it all of Transformers, leaves out
 
+OF_USER = "count_items"  # the name of the user's own way to count
+
+# Columns of one number a token, beside labels; other columns may be of a fixed size.
+TOKEN_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
+
 Batch = Any  # a mapping of tensors, or a tuple (inputs, targets)
 CountItems = Callable[[Batch], Any]
 

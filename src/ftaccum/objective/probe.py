@@ -7,7 +7,8 @@ under every way to count.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ class Explanation:
     def padding_sensitive(self) -> bool:
         return self.padding > 0
 
+    def with_differences(self, differences: Mapping[str, float]) -> "Explanation":
+        """Return the same, with these differences where they are larger."""
+        larger = {term: max(found, differences.get(term, 0.0)) for term, found in self.differences.items()}
+        return replace(self, differences=larger)
+
     def worst(self, other: "Explanation") -> "Explanation":
         """The larger differences of two measurements; padding matters where it did in either."""
         differences = {term: max(found, other.differences[term]) for term, found in self.differences.items()}
@@ -78,7 +84,8 @@ def choose(losses: Losses, together: Batch, parts: Cut, ways: Ways, ignore_index
     asking = relabelled(together, ignore_index)
     if asking is not None and any(len(names) > 1 for names in tied.values()):
         asked = {term: {way: ways[term][way] for way in names} for term, names in tied.items()}
-        tied = _closest(losses, asking, parts, asked)
+        with suppress(IndexError):  # a loss of the user's own may not take the label that others leave out
+            tied = _closest(losses, asking, parts, asked)
     return {term: names[0] for term, names in tied.items()}
 
 

@@ -1,11 +1,13 @@
 """What a measurement of the loss came to, and what a user should be told of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from .item_counts import CountItems
 from .probe import Explanation
 
 _NAMED = 3  # modules to name in a sentence
+_OF_WEIGHTS = "Where it weighs classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class ExactnessReport:
         tolerance: the largest difference that is rounding.
         sums: whether the loss is handed over as a sum.
         own_loss: whether it is the model's own.
+        own_rules: the counts that the ways are names for where the loss has rules of its own.
+        at_fault: the rare rows that a way does not explain, in words.
+        not_looked_at: labels that no row has that was measured, in words.
     """
 
     ways: Mapping[str, str]
@@ -54,6 +59,9 @@ class ExactnessReport:
     tolerance: float
     sums: bool
     own_loss: bool
+    own_rules: Mapping[str, CountItems] = field(default_factory=dict)
+    at_fault: Mapping[str, str] = field(default_factory=dict)
+    not_looked_at: str = ""
 
     @property
     def counted_by(self) -> str:
@@ -62,7 +70,8 @@ class ExactnessReport:
         not_exactly |= dict.fromkeys(self._mixed, ", NOT exactly in train mode")
         named = {term: f"{way} for {term!r}" if len(self.ways) > 1 else way for term, way in self.ways.items()}
         words = "; ".join(words + not_exactly.get(term, "") for term, words in named.items())
-        return f"{words} (measured)" if self.measured and not not_exactly else words
+        words = f"{words} (measured)" if self.measured and not not_exactly else words
+        return f"{words}; {self.not_looked_at} not looked at" if self.not_looked_at else words
 
     @property
     def mixes_rows(self) -> bool:
@@ -73,8 +82,9 @@ class ExactnessReport:
         """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
         which the two differ and what can be done. Empty where it is exact."""
         unexplained = self._unexplained
-        wholes = [term for term in unexplained if term not in self.parts]
-        found = [self._of_part(term) for term in unexplained if term in self.parts]
+        found = [self._of_rows_at_fault(term) for term in self.at_fault]
+        wholes = [term for term in unexplained if term not in (*self.parts, *self.at_fault)]
+        found += [self._of_part(term) for term in unexplained if term in self.parts]
         if wholes:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
         found += [self._of_train_mode(self._mixed)] if self._mixed else []
@@ -124,7 +134,15 @@ class ExactnessReport:
         return (
             "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
             "other do this; where yours is a mean over items of your own, give `count_items`; where it is the sum of "
-            "several means, have `loss_fn` give them by name, in a dict."
+            f"several means, have `loss_fn` give them by name, in a dict. {_OF_WEIGHTS}"
+        )
+
+    def _of_rows_at_fault(self, term: str) -> str:
+        return (
+            f"The loss is a mean over {self.ways[term]} for most rows, but not for all: in {term!r}, items of some "
+            f"rows weigh more or less than those of others ({self.at_fault[term]}), and rows apart are up to "
+            f"{_percent(self._unexplained[term])} off all together. Accumulating it only approximates one large batch. "
+            f"{_OF_WEIGHTS} Where it leaves items out or weighs them by another rule, give `count_items`."
         )
 
     def _of_part(self, term: str) -> str:

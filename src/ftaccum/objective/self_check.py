@@ -12,45 +12,30 @@ from ..errors import DataError
 from ..runtime.state_guards import inspection_mode, preserve_buffers
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
-from .item_counts import Batch, CountItems, ItemCounter, counts_from_user
+from .item_counts import OF_USER, Batch, CountItems, ItemCounter, counts_from_user
 from .normalizer import means_of_sums
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
-from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, difference, explain, relative
+from .probe import (
+    EXPLAINED,
+    EXPLAINED_IN_HALF,
+    Cut,
+    Losses,
+    Ways,
+    cache_losses,
+    choose,
+    difference,
+    explain,
+    relative,
+)
+from .recount import Observed, RareCheck, Recount
 from .report import ExactnessReport, InTraining
-
-Groups = Sequence[Sequence[int]]
+from .sample import Sample
+from .span_loss import WITHIN, span_counts
 
 # Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
 _SINGLE, _UNEQUAL, _PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
 _UNCHANGED = 1e-6  # between two passes alike
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Four labelled rows to measure a loss on.
-
-    Attributes:
-        longest: the longest row of the data, for what it takes to fail now and not in the middle of training.
-        together: the four rows.
-        cut: such a batch in groups of rows, at its width; None where that cannot be done.
-        collated: the rows in groups that are padded by themselves; None where that would give other rows, because the
-            collator draws at random.
-        names: what to call each of the four in a message.
-    """
-
-    longest: Batch
-    together: Batch
-    cut: Callable[[Batch, Groups], Sequence[Batch]] | None
-    collated: Callable[[Groups], Sequence[Batch]] | None
-    names: Sequence[str] = ()
-
-    def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
-        """A batch of the four rows in groups, at its width if that can be done."""
-        if self.cut is not None:
-            return self.cut(batch, groups)
-        assert self.collated is not None, "rows are apart in one way at least"
-        return self.collated(groups)
 
 
 def measured_objective(
@@ -75,6 +60,8 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with inspection_mode(model):
+        if count_items is None:
+            forward.split_spans(model, send_to_device(sample.together, device))
         means, _ = forward(model, send_to_device(sample.longest, device))
         measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, tuple(means))
         try:
@@ -85,7 +72,7 @@ def measured_objective(
                 raise
             report = measurement.report(EXPLAINED_IN_HALF)
     report, forward.factors = broadcast_object_list([report, forward.factors])
-    chosen = _chosen(measurement.ways(), report.ways)
+    chosen = _chosen(measurement.ways(), report.ways, report.own_rules)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report)
 
 
@@ -145,12 +132,22 @@ class _Measurement:
             # out.
             others = [part for part in self.forward.parts if unlike.differences[part] > tolerance or not joint[part]]
             names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
-            chosen = _chosen(ways, names)
+            recounts: dict[str, Recount] = {}
+            if tolerance <= EXPLAINED and not self._knows_count:
+                wholes = {term: names[term] for term in self.terms}
+                recounts = self._rare_check(losses, apart).recounts(wholes, ways, tolerance)
+            names |= {term: recount.name for term, recount in recounts.items()}
+            own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
+            chosen = _chosen(ways, names, own_rules)
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
+            unlike = unlike.with_differences({term: recount.difference for term, recount in recounts.items()})
             in_training = self._in_training(mode, chosen, joint)
         losses = cache_losses(self._losses)
         self._check_finite(losses, chosen)
         as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
+        if own_rules:  # seen under noise alone so far
+            check = self._rare_check(losses, apart)
+            as_it_is = as_it_is.with_differences({term: check.difference(term, chosen[term]) for term in own_rules})
         return ExactnessReport(
             ways=names,
             measured=len(ways[self.terms[0]]) > 1,
@@ -163,13 +160,29 @@ class _Measurement:
             tolerance=tolerance,
             sums=self.sums,
             own_loss=self.forward.is_own,
+            own_rules=own_rules,
+            at_fault={term: recount.at_fault for term, recount in recounts.items() if recount.at_fault},
+            not_looked_at="" if self._knows_count else self.sample.not_looked_at,
         )
+
+    def _rare_check(self, losses: Losses, apart: Cut) -> RareCheck:
+        together = self.sample.together
+        first = Observed.of(losses, together, apart(together))
+        return RareCheck(losses, first, self.sample, self.item_counter.ignore_index)
+
+    @property
+    def _knows_count(self) -> bool:
+        if self.count_items is not None:
+            return False  # the user's, which may be wrong
+        return self.sums or self.forward.has_spans or self.forward.counted_by is not None
 
     def ways(self) -> Ways:
         """The ways to count that come into question for each term."""
         parts = dict.fromkeys(self.forward.parts, self.item_counter.applicable(self.sample.together))
         if self.count_items is not None:
-            return {term: {"count_items": _of_term(self.count_items, term, self.terms)} for term in self.terms}
+            return {term: {OF_USER: _of_term(self.count_items, term, self.terms)} for term in self.terms}
+        if self.forward.has_spans:
+            return {term: {WITHIN: count} for term, count in span_counts().items()}
         if self.sums:
             name = self.item_counter.convention(self.sample.together)
         elif self.forward.counted_by is not None:
@@ -270,8 +283,11 @@ class _Measurement:
             )
 
 
-def _chosen(ways: Ways, names: Mapping[str, str]) -> dict[str, CountItems]:
-    return {term: ways[term][name] for term, name in names.items()}
+def _chosen(
+    ways: Ways, names: Mapping[str, str], own_rules: Mapping[str, CountItems] | None = None
+) -> dict[str, CountItems]:
+    own_rules = own_rules or {}
+    return {term: own_rules[term] if term in own_rules else ways[term][name] for term, name in names.items()}
 
 
 def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountItems:

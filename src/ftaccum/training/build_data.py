@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -20,11 +19,13 @@ from ..errors import DataError, SettingsError, refuse
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
+from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
 from .build_collator import build_padding, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
 from .build_rows import build_rows
 from .config import Components, RunConfig
+from .declared import class_weights_of, ignore_index_of
 from .loss_faults import loss_fault
 
 
@@ -67,7 +68,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     longest = None
     if runtime.compile:
         longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
-    ignore_index = _ignore_index(components, rows)
+    ignore_index = ignore_index_of(components, rows)
     padding = build_padding(components, rows, val_rows, ignore_index, longest)
     if padding is not None:
         row_collator = RowCollator(padding)
@@ -90,7 +91,11 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if val_rows is not None:
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
-    objective = _objective(components, forward, rows, row_collator, labelled, ignore_index)
+    few = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
+    for group in few.rare:
+        ranges.check(group.together, rows, group.positions)
+        labelled += group.positions
+    objective = _objective(components, forward, rows, row_collator, few, labelled, ignore_index)
     if padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
@@ -110,15 +115,6 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     train = loader(rows, row_collator, labelled)
     return TrainingData(rows, val_rows, objective, train, val, ignore_index, components.train_data is None, given.notes)
-
-
-def _ignore_index(components: Components, rows: Rows) -> int:
-    """The label that the loss leaves out. Heads that label pixels have one of their own."""
-    row = rows.fetch([0])[0]
-    labels = row.get("labels", row.get("label")) if isinstance(row, Mapping) else None
-    if components.loss_fn is None and labels is not None and np.ndim(labels) > 1:
-        return getattr(components.configuration, "semantic_loss_ignore_index", components.ignore_index)
-    return components.ignore_index
 
 
 def _check_validation(components: Components, train: Any, val: Any) -> None:
@@ -156,18 +152,16 @@ def _objective(
     forward: Forward,
     rows: Rows,
     row_collator: RowCollator,
+    few: Sample,
     labelled: list[int],
     ignore_index: int,
 ) -> Objective:
-    weights = getattr(components.loss_fn, "weight", None)
     try:
         return measured_objective(
             components.model,
             forward,
-            sample_of(rows, row_collator, labelled),
-            item_counter=ItemCounter(
-                ignore_index, weights if isinstance(weights, torch.Tensor) and weights.ndim == 1 else None
-            ),
+            few,
+            item_counter=ItemCounter(ignore_index, class_weights_of(components)),
             count_items=components.count_items,
             sums=components.reduction == "sum",
         )

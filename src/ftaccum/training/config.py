@@ -13,7 +13,7 @@ from ..data.iterable import is_split, is_stream
 from ..errors import refuse
 from ..fields import DefaultFloat
 from ..objective.forward import LossFn
-from ..objective.item_counts import IGNORE_INDEX, CountItems
+from ..objective.item_counts import CountItems
 from ..settings import Recipe, Runtime, parse_settings
 from ..values import shown
 from .evaluation import ComputeMetrics, fault_of_metrics
@@ -57,10 +57,11 @@ class Components:
         return getattr(self.tokenizer, "padding_side", "right")
 
     @property
-    def ignore_index(self) -> int:
-        """The label that the loss leaves out, and that labels are padded with."""
-        named = getattr(self.loss_fn, "ignore_index", None)
-        return named if isinstance(named, int) else IGNORE_INDEX
+    def special_tokens(self) -> set[int]:
+        """The ids of padding, ends and the like, as far as tokenizer and model say."""
+        config = vars(self.configuration)
+        named = [value for name, value in config.items() if name.endswith("_token_id")]
+        return {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
 
     @property
     def pad_token_id(self) -> int:

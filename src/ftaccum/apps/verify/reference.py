@@ -21,6 +21,7 @@ from ...errors import DataError
 from ...objective.forward import accepted_arguments, is_label
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...training.config import Components
+from ...training.declared import ignore_index_of
 from .plain_collation import PlainCollator, documents_of
 from .precision import cast
 
@@ -85,8 +86,8 @@ class Reference:
         plain = PlainCollator(
             None if components.loss_fn or components.count_items else accepted_arguments(components.model),
             pad_token_id=components.pad_token_id,
-            ignore_index=components.ignore_index,
-            on_the_left=getattr(components.tokenizer, "padding_side", "right") == "left",
+            ignore_index=self._ignore_index,
+            on_the_left=components.padding_side == "left",
         )
         if components.data_collator is None:
             return plain([document for row in rows for document in documents_of(row)])
@@ -130,8 +131,12 @@ class Reference:
 
     def _counts(self, batch: Batch, terms: Mapping[str, Tensor]) -> Mapping[str, Any]:
         count_items = self.components.count_items
-        counted = _counted_plainly(batch, self.components.ignore_index) if count_items is None else count_items(batch)
+        counted = _counted_plainly(batch, self._ignore_index) if count_items is None else count_items(batch)
         return counted if isinstance(counted, Mapping) else dict.fromkeys(terms, counted)
+
+    @property
+    def _ignore_index(self) -> int:
+        return ignore_index_of(self.components, self.rows)
 
     @property
     def _accepted(self) -> set[str]:

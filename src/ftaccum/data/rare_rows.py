@@ -1,0 +1,193 @@
+"""Rows that show every value of the labels, and of other columns that tell a few kinds of rows apart."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..objective.forward import is_label
+from ..objective.item_counts import TOKEN_COLUMNS
+from ..objective.own_rules import TARGETS
+from .dataset import Rows
+from .row import Row, length_of
+
+_MOST_ROWS = 64
+_LAZY_ROWS = 256  # to look at, of rows that are computed when they are fetched
+_MOST_NUMBERS = 10_000_000  # of a column; half a second
+_MOST_LABELS, _MOST_KINDS = 1000, 64  # values of labels, and of other columns; there are more in a vocabulary
+_FEW_LABELS = 32  # values, of which each may get a row more
+
+Values = dict[Any, tuple[int, int]]  # value → how often it is there, and the shortest row that has it
+
+
+@dataclass(frozen=True)
+class RareRows:
+    """Rows to measure a loss on, besides the first four.
+
+    Attributes:
+        positions: of a row with the most frequent label, or value of another column, and of up to 64 rare rows,
+            shortest first; none where no column has few values.
+        not_looked_at: the labels that none of these has, in words; empty if there are none.
+    """
+
+    positions: Sequence[int]
+    not_looked_at: str
+
+    @classmethod
+    def of(cls, rows: Rows, ignore_index: int, special: Collection[int]) -> "RareRows":
+        """Choose rows that cover the values of each column, rarest first, labels before other columns.
+
+        Args:
+            ignore_index: the label that the loss is known to leave out.
+            special: the token ids to cover where labels come from a vocabulary.
+        """
+        names = _columns(rows.fetch([0])[0])
+        if not names:
+            return cls((), "")
+        search, unseen = _Search.of(rows), []
+        for name in names:
+            column = search.column(name)
+            if column is None:
+                continue
+            values = column.values(search.lengths)
+            if not is_label(name):
+                search.cover(column, values, min(_MOST_KINDS, search.n_rows // 2))
+                continue
+            values.pop(ignore_index, None)
+            if missing := search.cover(column, values, _MOST_LABELS, special):
+                unseen.append(f"{missing:,} of {len(values):,} {'label' if name == TARGETS else repr(name)} values")
+            if column.numbers.size > search.n_rows and len(values) <= _FEW_LABELS:
+                search.add(len(values))  # so that the weights of labels that share a row can be told apart
+        if search.n_rows < len(rows) and any(map(is_label, names)):
+            unseen.append(f"labels of rows after the first {search.n_rows:,}")
+        positions = [*search.chosen[:1], *sorted(search.chosen[1:], key=lambda row: search.lengths[row])]
+        return cls(positions, " and ".join(unseen))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The rows that are looked at, and those that are chosen of them.
+
+    Attributes:
+        table: where their columns can be had without fetching rows.
+        fetched: the rows, elsewhere.
+    """
+
+    table: Dataset | None
+    fetched: Sequence[Row]
+    lengths: np.ndarray
+    chosen: list[int]
+
+    @classmethod
+    def of(cls, rows: Rows) -> "_Search":
+        n_rows = len(rows) if rows.in_memory else min(_LAZY_ROWS, len(rows))
+        if rows.in_memory and isinstance(rows.source, Dataset):
+            return cls(rows.table, (), np.array(rows.lengths() or [1] * n_rows), [])
+        fetched = rows.fetch(range(n_rows))
+        return cls(None, fetched, np.array([length_of(row) for row in fetched]), [])
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.lengths)
+
+    def column(self, name: str) -> "_Column | None":
+        """Return the numbers of a column; None where it holds something else, or too many."""
+        if self.table is not None:
+            return _Column.of_table(self.table, name)
+        return _Column.of_arrays([_numbers(row, name) for row in self.fetched])
+
+    def cover(self, column: "_Column", values: Values, most: int, special: Collection[int] = ()) -> int:
+        """Choose rows for the values that those chosen before do not have, rarest first after the most frequent, and
+        return how many values are still missing.
+
+        Args:
+            most: values that tell kinds of rows apart. Where there are more, it is only the special ones that do.
+        """
+        if len(values) > most:
+            values = {value: found for value, found in values.items() if value is None or value in special}
+        if values and not self.chosen:
+            self.chosen.append(max(values.values())[1])
+        seen = column.values_of(self.chosen)
+        for value, (_, row) in sorted(values.items(), key=lambda item: item[1]):
+            if len(self.chosen) <= _MOST_ROWS and value not in seen:
+                self.chosen.append(row)
+                seen |= column.values_of([row])
+        return len(values.keys() - seen)
+
+    def add(self, n_rows: int) -> None:
+        """Choose more rows, of the shorter half, until there are this many."""
+        shorter = np.argsort(self.lengths, kind="stable")[: (self.n_rows + 1) // 2]
+        others = [row for row in np.random.RandomState(0).permutation(shorter).tolist() if row not in self.chosen]
+        self.chosen.extend(others[: max(0, n_rows - len(self.chosen))])
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The numbers of a column, row after row; those of row n begin at `starts[n]`."""
+
+    numbers: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[np.ndarray | None]) -> "_Column | None":
+        known = [array.ravel() for array in arrays if array is not None and array.dtype.kind in "iufb"]
+        if len(known) < len(arrays) or sum(array.size for array in known) > _MOST_NUMBERS:
+            return None
+        return cls(np.concatenate(known), np.cumsum([0, *(array.size for array in known)]))
+
+    @classmethod
+    def of_table(cls, table: Dataset, name: str) -> "_Column | None":
+        column = table.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
+        owners = np.arange(len(column))
+        while hasattr(column, "value_parent_indices"):  # lists
+            owners = owners[column.value_parent_indices().to_numpy()]
+            column = column.flatten()
+        numbers = column.to_numpy(zero_copy_only=False)
+        if column.null_count or numbers.dtype.kind not in "iufb" or len(numbers) > _MOST_NUMBERS:
+            return None
+        return cls(numbers, np.searchsorted(owners, np.arange(len(table) + 1)))
+
+    def values(self, lengths: np.ndarray) -> Values:
+        by_length = np.argsort(lengths, kind="stable")
+        ranks = np.empty_like(by_length)
+        ranks[by_length] = np.arange(len(by_length))
+        table = pyarrow.table({"value": self.numbers, "rank": np.repeat(ranks, np.diff(self.starts))})
+        found = table.group_by("value", use_threads=False).aggregate([("rank", "count"), ("rank", "min")])
+        columns = (found[name].to_pylist() for name in ("value", "rank_count", "rank_min"))
+        return {_key(value): (count, int(by_length[rank])) for value, count, rank in zip(*columns, strict=True)}
+
+    def values_of(self, rows: Sequence[int]) -> set[Any]:
+        return {_key(v) for row in rows for v in self.numbers[self.starts[row] : self.starts[row + 1]].tolist()}
+
+
+def _columns(row: Row) -> list[str]:
+    """The names of columns of whole numbers that may tell kinds of rows apart, labels first."""
+    if not isinstance(row, Mapping):
+        return [TARGETS] if _is_whole(_numbers(row, TARGETS)) else []
+    labels = [name for name in row if is_label(name)]
+    sizes = {(), *(np.shape(row[name]) for name in labels)}
+    others = [name for name in row if name not in (*TOKEN_COLUMNS, *labels) and np.shape(row[name]) in sizes]
+    return [name for name in (*labels, *others) if _is_whole(_numbers(row, name))]
+
+
+def _is_whole(numbers: np.ndarray | None) -> bool:
+    return numbers is not None and numbers.dtype.kind in "iufb" and not np.any(numbers % 1 > 0)
+
+
+def _numbers(row: Row, name: str) -> np.ndarray | None:
+    value = row.get(name) if isinstance(row, Mapping) else row[1]
+    if isinstance(value, Tensor):
+        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+    try:
+        return np.asarray(value)
+    except ValueError:  # lists of unlike lengths
+        return None
+
+
+def _key(value: Any) -> Any:
+    return value if value == value else None  # NaN is not itself

@@ -1,0 +1,149 @@
+"""Counts for losses that leave out or weight items by a rule of their own.
+
+All are dataclasses, since processes send them to each other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .item_counts import TOKEN_COLUMNS, Batch, CountItems, targets_of
+
+TARGETS = "labels"  # the name of what a loss compares with, also in a tuple
+_MOST_VALUES = 100  # of a column, to try to leave out
+_SHOWN = 6  # weights, in a message
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items that a batch has before any rule: labels that are not ignored, else the numbers of a column.
+
+    Attributes:
+        column: whose values the rule is about.
+        shifted: whether the first label of a row is no item, since logits predict the next one.
+    """
+
+    column: str
+    shifted: bool
+    ignore_index: int
+
+    def values(self, batch: Batch) -> Tensor:
+        """Return the value of the column for each item; of a column with a number a row, for each label of the row."""
+        values, targets = column_of(batch, self.column), targets_of(batch)
+        if targets is None:
+            return values.flatten()
+        if values.shape != targets.shape:
+            values = values.reshape(-1, *[1] * (targets.ndim - 1)).expand_as(targets)
+        if self.shifted:
+            values, targets = values[:, 1:], targets[:, 1:]
+        return values[targets != self.ignore_index]
+
+    def __str__(self) -> str:
+        return "labels after the shift" if self.shifted else "labels"
+
+
+@dataclass(frozen=True)
+class WithoutValue:
+    """Counts the items whose column has another value."""
+
+    items: Items
+    value: float
+
+    def __call__(self, batch: Batch) -> int:
+        values = self.items.values(batch)
+        return int((values == values if self.value != self.value else values != self.value).sum())
+
+    def __str__(self) -> str:
+        return f"{self.items} {_of(self.items.column)}other than {self.value:g}"
+
+
+@dataclass(frozen=True)
+class ColumnSum:
+    """Adds up a column of weights over the items."""
+
+    items: Items
+
+    def __call__(self, batch: Batch) -> float:
+        return float(self.items.values(batch).double().sum())
+
+    def __str__(self) -> str:
+        return f"{self.items} weighted by {self.items.column!r}"
+
+
+@dataclass(frozen=True)
+class ValueWeights:
+    """Adds up the weights that the loss was seen to give to the values of a column.
+
+    Attributes:
+        values: in ascending order.
+    """
+
+    items: Items
+    values: Sequence[float]
+    weights: Sequence[float]
+
+    def __call__(self, batch: Batch) -> float:
+        found = self.items.values(batch).cpu().double()
+        values = torch.tensor(self.values, dtype=torch.float64)
+        places = torch.searchsorted(values, found).clamp(max=len(values) - 1)
+        if (unknown := values[places] != found).any():
+            raise DataError(
+                f"The value {found[unknown][0].item():g} of {self.items.column!r} is in none of the rows that the "
+                "loss's weights were measured on. Give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`, or `count_items`."
+            )
+        return float(torch.tensor(self.weights, dtype=torch.float64)[places].sum())
+
+    def __str__(self) -> str:
+        pairs = list(zip(self.values, self.weights, strict=True))
+        shown = ", ".join(f"{value:g}: {weight:.4g}" for value, weight in pairs[:_SHOWN])
+        more = ", …" if len(pairs) > _SHOWN else ""
+        return f"{self.items} weighted by {self.items.column!r} ({shown}{more})"
+
+
+def column_of(batch: Batch, name: str) -> Tensor:
+    """Return a column of a batch by its name; the targets of a tuple are `labels`."""
+    return batch[name] if isinstance(batch, Mapping) else batch[1]
+
+
+def items_of(batch: Batch, ignore_index: int) -> list[Items]:
+    """Return what a rule may be about: the labels, and columns with a number for each row or label."""
+    targets = targets_of(batch)
+    shapes = {None if targets is None else targets.shape}
+    n_rows = next(iter(_tensors(batch).values())).shape[:1]
+    names = [
+        name
+        for name, values in _tensors(batch).items()
+        if name not in TOKEN_COLUMNS and (name == TARGETS or values.shape in (*shapes, n_rows))
+    ]
+    names.sort(key=lambda name: name != TARGETS)
+    can_shift = targets is not None and targets.ndim == 2 and targets.shape[1] > 1 and not targets.is_floating_point()
+    return [
+        Items(name, shifted, ignore_index) for name in names for shifted in ((False, True) if can_shift else (False,))
+    ]
+
+
+def candidates(batches: Sequence[Batch], ignore_index: int) -> list[CountItems]:
+    """Return the counts by a single rule that may explain a loss on these batches, likely ones first."""
+    found: list[CountItems] = []
+    for items in items_of(batches[0], ignore_index):
+        values = torch.cat([items.values(batch).cpu().double() for batch in batches])
+        if items.column != TARGETS and bool((values >= 0).all()):
+            found.append(ColumnSum(items))
+        distinct = values[values == values].unique().tolist()
+        distinct += [math.nan] if len(values) > (values == values).sum() else []
+        found += [WithoutValue(items, value) for value in distinct if len(distinct) <= _MOST_VALUES]
+    return found
+
+
+def _tensors(batch: Batch) -> dict[Any, Tensor]:
+    given = batch.items() if isinstance(batch, Mapping) else [(TARGETS, batch[1])]
+    return {name: value for name, value in given if isinstance(value, Tensor) and value.ndim}
+
+
+def _of(column: str) -> str:
+    return "" if column == TARGETS else f"with {column!r} "
