@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
+from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .item_counts import IGNORE_INDEX, Batch, targets_of
+from .own_loss import LOSS, OwnLoss
 
 LossFn = Callable[[Any, Any], Any]
-
-LOSS = "loss"  # the name of the one term of a loss that has no names
 
 
 class Forward:
@@ -39,15 +39,19 @@ class Forward:
             [loss_fn] if isinstance(loss_fn, nn.Module) else []
         )  # those that compute the loss besides the model
         self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
+        self._own_loss = OwnLoss()
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
-        self._withheld = set() if self._read_loss is _own_loss or encoder_decoder else {"labels"}
+        self._withheld = set() if self.is_own or encoder_decoder else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Returns the means by term, scalars, and the model's outputs."""
+        """Return the means by term, scalars, and the model's outputs. The batch may be changed by both."""
         outputs = self._outputs(model, batch)
-        loss = self._read_loss(outputs, batch)
+        if self._read_loss is None:
+            loss = self._own_loss(outputs, training=model.training)
+        else:
+            loss = self._read_loss(outputs, batch)
         if self.factors:
             # In eval mode a model may leave some out.
             given = {
@@ -56,6 +60,17 @@ class Forward:
             loss = {LOSS: loss - sum(given.values()), **{name: given.get(name, 0 * loss) for name in self.factors}}
         means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
+
+    def settle_outputs(self, model: nn.Module, batch: Callable[[], Batch]) -> None:
+        """Settle which of the outputs is the model's own loss, in eval mode and in train mode.
+
+        Args:
+            batch: returns a batch of several rows, so that no prediction is a single number.
+        """
+        for training in (False, True):
+            if self.is_own and not self._own_loss.is_named:
+                with torch.enable_grad(), training_mode(model, training=training):
+                    self._own_loss.settle(self._outputs(model, batch()), training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
@@ -80,7 +95,7 @@ class Forward:
     @property
     def is_own(self) -> bool:
         """Whether the loss is the model's own."""
-        return self._read_loss is _own_loss
+        return self._read_loss is None
 
     @property
     def counted_by(self) -> str | None:
@@ -117,7 +132,8 @@ class Forward:
 
     def _settle(
         self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, token_ids: bool
-    ) -> Callable[[Any, Batch], Any]:
+    ) -> Callable[[Any, Batch], Any] | None:
+        """Return what reads the loss; None where it is the model's own."""
         name = type(model).__name__
         if loss_fn is not None:
             return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
@@ -133,7 +149,7 @@ class Forward:
             )
         labels = [key for key in batch if is_label(key)]
         if any(self.accepted is None or key in self.accepted for key in labels):
-            return _own_loss
+            return None
         if token_ids:
             return _next_token_loss
         raise DataError(
@@ -177,17 +193,6 @@ def logits_of(outputs: Any) -> Tensor:
 
 def _without_labels(batch: Batch) -> Batch:
     return {k: v for k, v in batch.items() if not is_label(k)} if isinstance(batch, Mapping) else batch
-
-
-def _own_loss(outputs: Any, _: Batch) -> Any:
-    loss = outputs.get(LOSS) if isinstance(outputs, Mapping) else getattr(outputs, LOSS, None)
-    if loss is None and isinstance(outputs, list | tuple):  # (loss, logits) or (logits, loss)
-        loss = next((value for value in outputs if isinstance(value, Tensor) and value.numel() == 1), None)
-    if loss is None:
-        raise DataError(
-            "The model was given labels and returned no loss. Give a `loss_fn(outputs, batch)` that computes it."
-        )
-    return loss
 
 
 def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:

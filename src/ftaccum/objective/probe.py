@@ -7,7 +7,7 @@ under every way to count.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class Explanation:
         """The larger differences of two measurements; padding matters where it did in either."""
         differences = {term: max(found, other.differences[term]) for term, found in self.differences.items()}
         return Explanation(differences, max(self.padding, other.padding), self.adds_up and other.adds_up)
+
+    def with_exact(self, terms: Sequence[str]) -> "Explanation":
+        """Return the same with terms that nothing was measured of."""
+        return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
 
 
 def cache_losses(losses: Losses) -> Losses:

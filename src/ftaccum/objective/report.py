@@ -1,7 +1,7 @@
 """What a measurement of the loss came to, and what a user should be told of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .probe import Explanation
 
@@ -24,6 +24,10 @@ class InTraining:
     mixing: Sequence[str] = ()
     complaint: str | None = None
 
+    def with_exact(self, terms: Sequence[str]) -> "InTraining":
+        """Return the same with terms that nothing was measured of."""
+        return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
+
 
 @dataclass(frozen=True)
 class ExactnessReport:
@@ -41,6 +45,9 @@ class ExactnessReport:
         tolerance: the largest difference that is rounding.
         sums: whether the loss is handed over as a sum.
         own_loss: whether it is the model's own.
+        absent_is_zero: the terms that count as 0 where the loss leaves them out.
+        counts_before_changes: whether passes change their batch in place, and the count is right from before.
+        unmeasured: the terms that were 0 in all rows, which any way to count explains.
     """
 
     ways: Mapping[str, str]
@@ -54,6 +61,9 @@ class ExactnessReport:
     tolerance: float
     sums: bool
     own_loss: bool
+    absent_is_zero: Sequence[str] = ()
+    counts_before_changes: bool = False
+    unmeasured: Sequence[str] = ()
 
     @property
     def counted_by(self) -> str:
@@ -78,6 +88,7 @@ class ExactnessReport:
         if wholes:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
         found += [self._of_train_mode(self._mixed)] if self._mixed else []
+        found += [self._of_zero(term) for term in self.unmeasured]
         return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
     def padding(self) -> str | None:
@@ -148,6 +159,12 @@ class ExactnessReport:
             f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Where that is a "
             "batch norm, use a norm over the features of one row (GroupNorm, LayerNorm) or one with fixed statistics "
             "(FrozenBatchNorm2d), or a larger `batch_size`."
+        )
+
+    def _of_zero(self, term: str) -> str:
+        return (
+            f"{term!r} is 0 in all rows that were looked at, so what it is a mean over could not be measured; it is "
+            f"weighted by {self.ways[term]}. Give `count_items`, which returns a dict with the items of every term."
         )
 
     def _of_drift(self) -> str:

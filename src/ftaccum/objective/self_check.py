@@ -1,24 +1,24 @@
 """Settles how a model's loss is counted, and sees whether accumulating it is exact, before anything is trained."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ..errors import DataError
 from ..runtime.state_guards import inspection_mode, preserve_buffers
+from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
 from .item_counts import Batch, CountItems, ItemCounter, counts_from_user
 from .normalizer import means_of_sums
-from .objective import Objective
+from .objective import Objective, refuse_mean_over_nothing
 from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, difference, explain, relative
 from .report import ExactnessReport, InTraining
+from .structure import ROWS, ObservedPasses, check_finite, terms_of, without_items
 
 Groups = Sequence[Sequence[int]]
 
@@ -76,8 +76,9 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with inspection_mode(model):
-        means, _ = forward(model, send_to_device(sample.longest, device))
-        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, tuple(means))
+        forward.settle_outputs(model, lambda: fresh_batch(sample.together, device))
+        terms = terms_of(model, forward, sample.together, sample.longest, count_items)
+        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, terms)
         try:
             with float32_weights(model, *forward.modules) as widened:
                 report = replace(measurement, prepared=widened).report(EXPLAINED)
@@ -99,7 +100,7 @@ def difference_of_packing(
 
     def loss(batch: Batch) -> float:
         counts = objective.count(batch)
-        means, _ = forward(model, send_to_device(batch, device))
+        means, _ = forward(model, fresh_batch(batch, device))
         return sum(float(mean) * counts[term] for term, mean in means.items())
 
     with inspection_mode(model), float32_weights(model), perturb_head(model):
@@ -115,6 +116,7 @@ class _Measurement:
     Attributes:
         terms: of the loss, before it is taken apart.
         prepared: a batch → what the model takes.
+        observed: what the passes show of the loss's structure.
     """
 
     model: nn.Module
@@ -125,6 +127,7 @@ class _Measurement:
     sums: bool
     terms: Sequence[str]
     prepared: Callable[[Batch], Batch] = lambda batch: batch
+    observed: ObservedPasses = field(default_factory=ObservedPasses)
 
     def report(self, tolerance: float) -> ExactnessReport:
         """Measures. Differences up to `tolerance` are taken for rounding."""
@@ -146,24 +149,33 @@ class _Measurement:
             # out.
             others = [part for part in self.forward.parts if unlike.differences[part] > tolerance or not joint[part]]
             names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
-            chosen = _chosen(ways, names)
+            every_term = _chosen(ways, names)
+            empty = without_items(every_term, together)
+            chosen = {term: count for term, count in every_term.items() if term not in empty}
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
             in_training = self._in_training(mode, chosen, joint)
         losses = cache_losses(self._losses)
-        self._check_finite(losses, chosen)
-        as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
+        as_it_is = losses(together)
+        check_finite(losses, self.sample, every_term)
+        for term in empty:
+            refuse_mean_over_nothing(term, as_it_is[term], ROWS)
+        explanation = unlike.worst(explain(losses, together, cut, collated, chosen, tolerance))
+        unexplained = {t for t, off in explanation.differences.items() if off > tolerance}
         return ExactnessReport(
             ways=names,
             measured=len(ways[self.terms[0]]) > 1,
             shifts="labels after the shift" in nearest.values() and not self.sums,
-            explanation=unlike.worst(as_it_is),
-            in_training=in_training,
-            joint=joint,
+            explanation=explanation.with_exact(empty),
+            in_training=in_training.with_exact(empty),
+            joint={term: 0.0 if term in empty else loss for term, loss in joint.items()},
             single_rows={term: max(abs(row[term]) for row in alone) for term in names},
             parts=self.forward.parts,
             tolerance=tolerance,
             sums=self.sums,
             own_loss=self.forward.is_own,
+            absent_is_zero=self.observed.absent_is_zero(chosen, unexplained),
+            counts_before_changes=self.observed.counts_before_changes(chosen, unexplained),
+            unmeasured=[term for term in self.terms if len(ways[term]) > 1 and term not in self.observed.shown],
         )
 
     def ways(self) -> Ways:
@@ -184,20 +196,24 @@ class _Measurement:
         if self.sums:  # there is one way to count each term then
             ways = self.ways()
             found = dict(means_of_sums(found, {t: next(iter(ways[t].values()))(batch) for t in found}))
-        return {term: mean.item() for term, mean in found.items()}
+        known = dict.fromkeys((*self.terms, *self.forward.parts), 0.0)
+        return known | {term: mean.item() for term, mean in found.items()}
 
     def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        batch = self._on_device(batch)
+        watched = WatchedBatch(self._on_device(batch))
         try:
-            return self.forward(self.model, batch)
+            found = self.forward(self.model, watched.batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # some models differentiate in their forward pass
+            watched = WatchedBatch(self._on_device(batch))
             with torch.enable_grad():
-                return self.forward(self.model, batch)
+                found = self.forward(self.model, watched.batch)
+        self.observed.add(batch, watched, found[0], self.terms)
+        return found
 
     def _on_device(self, batch: Batch) -> Batch:
-        return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
+        return self.prepared(fresh_batch(batch, next(self.model.parameters()).device))
 
     def _deterministic_mode(self) -> DeterministicMode:
         """How the model is run as in training; and on the way, in train mode, takes the loss apart."""
@@ -254,26 +270,6 @@ class _Measurement:
         except ValueError as error:
             return str(error)
         return None
-
-    def _check_finite(self, losses: Callable[[Batch], Mapping[str, float]], chosen: Mapping[str, CountItems]) -> None:
-        together = self.sample.together
-
-        def is_faulty(batch: Batch, term: str) -> bool:
-            return not math.isfinite(losses(batch)[term]) and bool(chosen[term](batch))
-
-        for term, loss in losses(together).items():
-            if not is_faulty(together, term):
-                continue
-            singly = self.sample.apart(together, [[n] for n in range(len(self.sample.names))])
-            named = zip(self.sample.names, singly, strict=True)
-            # A row may have been taken more than once.
-            faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))
-            are_some = 0 < len(faulty) < len(set(self.sample.names))
-            looked_at = "in these rows" if are_some else "in the model's weights and in the rows"
-            raise DataError(
-                f"The {term} of {', '.join(faulty) if are_some else 'the first rows'} of `train_data` is {loss} before "
-                f"any update. Look for numbers that are not finite {looked_at}."
-            )
 
 
 def _chosen(ways: Ways, names: Mapping[str, str]) -> dict[str, CountItems]:

@@ -1,7 +1,7 @@
 """What a forward pass moves besides its outputs (generators, buffers, modes): set it, put it back."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +89,17 @@ class Buffers:
                 # One number may stand for many (expanded), which cannot be written to; to compare waits for the device.
                 if buffer.is_contiguous() or not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+class TensorVersions:
+    """The versions of tensors by name, to see later which were changed in place."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._before = {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+
+    def changed(self) -> list[str]:
+        """Return the names of the tensors that were written to since, whatever was written."""
+        return [name for name, (tensor, version) in self._before.items() if tensor._version != version]
 
 
 @contextmanager

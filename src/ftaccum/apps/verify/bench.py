@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ...accumulation.accumulator import GradientAccumulator
 from ...data.batches import can_be_taken_apart, take
 from ...data.loader import Loader, LocalRows, MicroBatch
 from ...errors import DataError
+from ...objective.batch_changes import fresh_batch
 from ...objective.item_counts import Batch, tensors_of
 from ...objective.normalizer import gathered
 from ...planning.micro_batches import MicroBatchRows, RowIndices
@@ -97,7 +97,7 @@ class Bench:
 
     def loss_of(self, micro: MicroBatch) -> Tensor:
         """The model's loss of a batch, with its graph."""
-        batch = send_to_device(micro.batch, self.run.accelerator.device)
+        batch = fresh_batch(micro.batch, self.run.accelerator.device)
         means = self.run.data.objective.means(
             self.run.model, batch, micro.counts, micro.terms or self.run.data.objective.terms
         )[0]
