@@ -23,7 +23,8 @@ from ftaccum.objective.probe import (
     explain,
     relative,
 )
-from ftaccum.objective.self_check import Sample, difference_of_packing, measured_objective
+from ftaccum.objective.sample import Sample
+from ftaccum.objective.self_check import difference_of_packing, measured_objective
 
 Batch = tuple[Tensor, Tensor]
 X = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 2.0, 0.0], [1.0, 1.0, 4.0]])

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter
-from ..objective.self_check import Sample
+from ..objective.sample import Sample
 from .batches import can_be_taken_apart, take
 from .collator import RowCollator
 from .dataset import Rows

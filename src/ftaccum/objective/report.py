@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .gradient_check import GradientDifference
 from .probe import Explanation
 
 _NAMED = 3  # modules to name in a sentence
@@ -47,6 +48,7 @@ class ExactnessReport:
         own_loss: whether it is the model's own.
         absent_is_zero: the terms that count as 0 where the loss leaves them out.
         counts_before_changes: whether passes change their batch in place, and the count is right from before.
+        gradient: how far gradients of rows apart are from that of all together, where the losses agree.
         unmeasured: the terms that were 0 in all rows, which any way to count explains.
     """
 
@@ -63,6 +65,7 @@ class ExactnessReport:
     own_loss: bool
     absent_is_zero: Sequence[str] = ()
     counts_before_changes: bool = False
+    gradient: GradientDifference = GradientDifference()
     unmeasured: Sequence[str] = ()
 
     @property
@@ -88,6 +91,7 @@ class ExactnessReport:
         if wholes:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
         found += [self._of_train_mode(self._mixed)] if self._mixed else []
+        found += [self._of_gradient()] if self.gradient.off else []
         found += [self._of_zero(term) for term in self.unmeasured]
         return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
@@ -159,6 +163,16 @@ class ExactnessReport:
             f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Where that is a "
             "batch norm, use a norm over the features of one row (GroupNorm, LayerNorm) or one with fixed statistics "
             "(FrozenBatchNorm2d), or a larger `batch_size`."
+        )
+
+    def _of_gradient(self) -> str:
+        named = ", ".join(f"'{name}'" for name in self.gradient.tensors[:_NAMED])
+        ways = " and ".join(dict.fromkeys(self.ways.values()))
+        return (
+            f"The gradient of rows apart, weighted by {ways}, is {_percent(self.gradient.off)} off that of all "
+            f"together, although their losses agree. The parameters that differ most: {named}. Hooks, autograd "
+            "functions and layers that clamp, normalise or scale a gradient (`scale_grad_by_freq`) do so for each "
+            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or make `batch_size` as large as the update."
         )
 
     def _of_zero(self, term: str) -> str:

@@ -8,50 +8,19 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ..runtime.state_guards import inspection_mode, preserve_buffers
+from ..runtime.state_guards import inspection_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
 from .item_counts import Batch, CountItems, ItemCounter, counts_from_user
 from .normalizer import means_of_sums
 from .objective import Objective, refuse_mean_over_nothing
-from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
-from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, difference, explain, relative
-from .report import ExactnessReport, InTraining
+from .perturbation import float32_weights, has_narrow_weights, perturb_head
+from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, explain
+from .report import ExactnessReport
+from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 from .structure import ROWS, ObservedPasses, check_finite, terms_of, without_items
-
-Groups = Sequence[Sequence[int]]
-
-# Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
-_SINGLE, _UNEQUAL, _PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
-_UNCHANGED = 1e-6  # between two passes alike
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Four labelled rows to measure a loss on.
-
-    Attributes:
-        longest: the longest row of the data, for what it takes to fail now and not in the middle of training.
-        together: the four rows.
-        cut: such a batch in groups of rows, at its width; None where that cannot be done.
-        collated: the rows in groups that are padded by themselves; None where that would give other rows, because the
-            collator draws at random.
-        names: what to call each of the four in a message.
-    """
-
-    longest: Batch
-    together: Batch
-    cut: Callable[[Batch, Groups], Sequence[Batch]] | None
-    collated: Callable[[Groups], Sequence[Batch]] | None
-    names: Sequence[str] = ()
-
-    def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
-        """A batch of the four rows in groups, at its width if that can be done."""
-        if self.cut is not None:
-            return self.cut(batch, groups)
-        assert self.collated is not None, "rows are apart in one way at least"
-        return self.collated(groups)
+from .train_mode import TrainMode
 
 
 def measured_objective(
@@ -132,8 +101,8 @@ class _Measurement:
     def report(self, tolerance: float) -> ExactnessReport:
         """Measures. Differences up to `tolerance` are taken for rounding."""
         together, item_counter = self.sample.together, self.item_counter
-        cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, _UNEQUAL))
-        collated = [] if self.sample.collated is None else self.sample.collated(_UNEQUAL)
+        cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, UNEQUAL))
+        collated = [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
         apart = cut or (lambda _: collated)
         mode = self._deterministic_mode()
         ways = self.ways()
@@ -153,7 +122,10 @@ class _Measurement:
             empty = without_items(every_term, together)
             chosen = {term: count for term, count in every_term.items() if term not in empty}
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
-            in_training = self._in_training(mode, chosen, joint)
+            train_mode = TrainMode(self.model, mode, self.sample, self._means, self._losses)
+            in_training = train_mode.in_training(chosen, joint)
+            off = max(*unlike.differences.values(), *in_training.differences.values(), in_training.drift)
+            gradient = train_mode.gradient(every_term, exact=off <= tolerance, tolerance=10 * tolerance)
         losses = cache_losses(self._losses)
         as_it_is = losses(together)
         check_finite(losses, self.sample, every_term)
@@ -175,6 +147,7 @@ class _Measurement:
             own_loss=self.forward.is_own,
             absent_is_zero=self.observed.absent_is_zero(chosen, unexplained),
             counts_before_changes=self.observed.counts_before_changes(chosen, unexplained),
+            gradient=gradient,
             unmeasured=[term for term in self.terms if len(ways[term]) > 1 and term not in self.observed.shown],
         )
 
@@ -192,12 +165,16 @@ class _Measurement:
         return {term: {name: self.item_counter.ways[name]} for term in self.terms}
 
     def _losses(self, batch: Batch) -> dict[str, float]:
-        found = self._outputs(batch)[0]
-        if self.sums:  # there is one way to count each term then
-            ways = self.ways()
-            found = dict(means_of_sums(found, {t: next(iter(ways[t].values()))(batch) for t in found}))
+        found = self._means(batch)
         known = dict.fromkeys((*self.terms, *self.forward.parts), 0.0)
         return known | {term: mean.item() for term, mean in found.items()}
+
+    def _means(self, batch: Batch) -> dict[str, Tensor]:
+        found = self._outputs(batch)[0]
+        if not self.sums:
+            return found
+        ways = self.ways()  # one to count each term
+        return means_of_sums(found, {term: next(iter(ways[term].values()))(batch) for term in found})
 
     def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         watched = WatchedBatch(self._on_device(batch))
@@ -227,49 +204,10 @@ class _Measurement:
         mode = DeterministicMode.of(self.model, run)
         # A count of the user's own is of the whole loss, and so is the one that a sum is divided by.
         if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
-            few = self.sample.apart(self.sample.together, _PAIRS if mode.moving else _SINGLE)
+            few = self.sample.apart(self.sample.together, PAIRS if mode.moving else SINGLE)
             with mode.passes():
                 self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
         return mode
-
-    def _in_training(
-        self, mode: DeterministicMode, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
-    ) -> InTraining:
-        """Measures rows apart and together in train mode.
-
-        Args:
-            in_eval: the loss of all together in eval mode. Where train mode changes nothing and moves nothing, it mixes
-                no rows either.
-        """
-        together, moving = self.sample.together, mode.moving
-
-        def from_the_start(batch: Batch) -> dict[str, float]:
-            with preserve_buffers(self.model):
-                return self._losses(batch)
-
-        with mode.passes(), perturb_norms(moving.values()):
-            joint = from_the_start(together)
-            if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
-                return InTraining(dict.fromkeys(chosen, 0.0))
-            apart = self.sample.apart(together, _PAIRS)
-            means = [from_the_start(part) for part in apart]
-            complaint = self._complaint_of_one_row() if moving else None
-            once = self._losses(together)
-            again = self._losses(together) if moving else once
-        return InTraining(
-            {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
-            max(relative(again[term], once[term]) for term in chosen),
-            [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
-            complaint,
-        )
-
-    def _complaint_of_one_row(self) -> str | None:
-        # Batch norm cannot do with a single value.
-        try:
-            self._losses(self.sample.apart(self.sample.together, _SINGLE)[0])
-        except ValueError as error:
-            return str(error)
-        return None
 
 
 def _chosen(ways: Ways, names: Mapping[str, str]) -> dict[str, CountItems]:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,7 @@ from .batch_changes import WatchedBatch, fresh_batch
 from .forward import Forward
 from .item_counts import Batch, CountItems
 from .probe import Losses
-
-if TYPE_CHECKING:
-    from .self_check import Sample
+from .sample import Sample
 
 ROWS = "the first rows"
 
@@ -105,7 +102,7 @@ class ObservedPasses:
         return any(_counted(counts, batch) != _counted(counts, watched.as_seen()) for batch, watched in self.changes)
 
 
-def check_finite(losses: Losses, sample: "Sample", counts: Mapping[str, CountItems]) -> None:
+def check_finite(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]) -> None:
     """Raise DataError where a term that has items is not finite, naming the rows."""
 
     def is_faulty(batch: Batch, term: str) -> bool:

@@ -159,6 +159,20 @@ def preserve_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the hooks off that run after a gradient is accumulated, and put them back: some step an optimizer."""
+    found = [hooks for p in model.parameters() if (hooks := p._post_accumulate_grad_hooks)]
+    before = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in zip(found, before, strict=True):
+            hooks.update(kept)
+
+
+@contextmanager
 def cast_tensors(
     tensors: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Iterator[None]:

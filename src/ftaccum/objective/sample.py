@@ -1,0 +1,38 @@
+"""The rows that a loss is measured on, together and apart."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .item_counts import Batch
+
+Groups = Sequence[Sequence[int]]
+
+# Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
+SINGLE, UNEQUAL, PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Four labelled rows to measure a loss on.
+
+    Attributes:
+        longest: the longest row of the data, for what it takes to fail now and not in the middle of training.
+        together: the four rows.
+        cut: such a batch in groups of rows, at its width; None where that cannot be done.
+        collated: the rows in groups that are padded by themselves; None where that would give other rows, because the
+            collator draws at random.
+        names: what to call each of the four in a message.
+    """
+
+    longest: Batch
+    together: Batch
+    cut: Callable[[Batch, Groups], Sequence[Batch]] | None
+    collated: Callable[[Groups], Sequence[Batch]] | None
+    names: Sequence[str] = ()
+
+    def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
+        """A batch of the four rows in groups, at its width if that can be done."""
+        if self.cut is not None:
+            return self.cut(batch, groups)
+        assert self.collated is not None, "rows are apart in one way at least"
+        return self.collated(groups)
