@@ -172,7 +172,7 @@ class ExactnessReport:
             f"The gradient of rows apart, weighted by {ways}, is {_percent(self.gradient.off)} off that of all "
             f"together, although their losses agree. The parameters that differ most: {named}. Hooks, autograd "
             "functions and layers that clamp, normalise or scale a gradient (`scale_grad_by_freq`) do so for each "
-            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or make `batch_size` as large as the update."
+            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or raise `batch_size` to the size of the update."
         )
 
     def _of_zero(self, term: str) -> str:
