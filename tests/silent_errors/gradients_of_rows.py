@@ -85,6 +85,17 @@ def clamping_hook() -> float:
     return update_error(model, rows, loss_of_all, N_ROWS, loss_fn=loss_fn)
 
 
+@case(9, "a hook that clamps a gradient after it was accumulated", refused="post_accumulate_grad_hook")
+def clamping_hook_after_accumulation() -> float:
+    def clamp(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            parameter.grad.clamp_(-0.01, 0.01)
+
+    model = Net()
+    model.inner.weight.register_post_accumulate_grad_hook(clamp)
+    return error_of(model)
+
+
 class Bag(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,14 +9,15 @@ from torch import nn
 
 from ..errors import SettingsError
 from ..runtime.memory import is_out_of_memory
+from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import preserve_buffers
 from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, CountItems
 from .normalizer import Means, weighted_sum
 
-# A tensor differs where its gradient is off by more than the tolerance relative to itself, by more than a thousandth of
+# A tensor differs where its gradient is off by more than the tolerance relative to itself, by more than a hundredth of
 # the tolerance relative to the whole gradient, and by ten times what another order of the rows changes.
-_OF_ALL, _OF_ROUNDING = 1e-3, 10
+_OF_ALL, _OF_ROUNDING = 1e-2, 10
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class GradientCheck:
         items = {term: sum(each[term] for each in counts) for term in self.counts}
         with torch.enable_grad(), sketch_gradients(self.model) as sketch:
             for batch, counted in zip(batches, counts, strict=True):
-                with preserve_buffers(self.model):  # until after the backward pass, which may need them
+                with (
+                    preserve_buffers(self.model),
+                    preserve_attributes(self.model),
+                ):  # until after the backward pass, which may need them
                     means = {term: mean for term, mean in self.run(batch).items() if counted.get(term)}
                     loss = weighted_sum(means, counted, items) if means else torch.zeros(())
                     if loss.requires_grad:

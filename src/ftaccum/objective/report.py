@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .gradient_check import GradientDifference
+from .hidden_state import HiddenState
 from .probe import Explanation
 
 _NAMED = 3  # modules to name in a sentence
@@ -49,6 +50,8 @@ class ExactnessReport:
         absent_is_zero: the terms that count as 0 where the loss leaves them out.
         counts_before_changes: whether passes change their batch in place, and the count is right from before.
         gradient: how far gradients of rows apart are from that of all together, where the losses agree.
+        gradient_hooks: the parameters with hooks that run after each accumulated gradient.
+        hidden_state: what a pass leaves behind outside of buffers.
         unmeasured: the terms that were 0 in all rows, which any way to count explains.
     """
 
@@ -66,6 +69,8 @@ class ExactnessReport:
     absent_is_zero: Sequence[str] = ()
     counts_before_changes: bool = False
     gradient: GradientDifference = GradientDifference()
+    gradient_hooks: Sequence[str] = ()
+    hidden_state: HiddenState = HiddenState()
     unmeasured: Sequence[str] = ()
 
     @property
@@ -85,6 +90,8 @@ class ExactnessReport:
     def inexact(self) -> list[str]:
         """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
         which the two differ and what can be done. Empty where it is exact."""
+        if self.hidden_state.off:  # rows together and apart differ for it, whatever else they do
+            return [self._of_hidden_state()]
         unexplained = self._unexplained
         wholes = [term for term in unexplained if term not in self.parts]
         found = [self._of_part(term) for term in unexplained if term in self.parts]
@@ -92,6 +99,7 @@ class ExactnessReport:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
         found += [self._of_train_mode(self._mixed)] if self._mixed else []
         found += [self._of_gradient()] if self.gradient.off else []
+        found += [self._of_hooks()] if self.gradient_hooks else []
         found += [self._of_zero(term) for term in self.unmeasured]
         return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
@@ -172,13 +180,34 @@ class ExactnessReport:
             f"The gradient of rows apart, weighted by {ways}, is {_percent(self.gradient.off)} off that of all "
             f"together, although their losses agree. The parameters that differ most: {named}. Hooks, autograd "
             "functions and layers that clamp, normalise or scale a gradient (`scale_grad_by_freq`) do so for each "
-            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or raise `batch_size` to the size of the update."
+            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or raise `batch_size` to the rows of an "
+            "update."
+        )
+
+    def _of_hooks(self) -> str:
+        named = ", ".join(f"'{name}'" for name in self.gradient_hooks[:_NAMED])
+        return (
+            f"Hooks run whenever a gradient is accumulated (`register_post_accumulate_grad_hook`, on {named}): once a "
+            "micro-batch, where one large batch runs them once. Remove those that change a gradient or step an "
+            "optimizer."
         )
 
     def _of_zero(self, term: str) -> str:
         return (
             f"{term!r} is 0 in all rows that were looked at, so what it is a mean over could not be measured; it is "
             f"weighted by {self.ways[term]}. Give `count_items`, which returns a dict with the items of every term."
+        )
+
+    def _of_hidden_state(self) -> str:
+        off, places = _percent(self.hidden_state.off), self.hidden_state.places
+        if places:
+            named = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
+            found = f"A forward pass changes {named}, which the next one depends on: the same rows, passed again, "
+        else:
+            found = "`forward` or `loss_fn` keeps something from call to call: the same rows, passed again, "
+        return (
+            f"{found}differ by {off}. An update of k passes changes it k times, one large batch once. Change it once "
+            "an update instead, outside of the forward pass."
         )
 
     def _of_drift(self) -> str:

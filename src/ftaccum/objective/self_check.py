@@ -8,18 +8,20 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ..runtime.state_guards import inspection_mode
+from ..runtime.module_attributes import preserve_attributes
+from ..runtime.state_guards import gradient_hooks, inspection_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
+from .hidden_state import find_hidden_state
 from .item_counts import Batch, CountItems, ItemCounter, counts_from_user
 from .normalizer import means_of_sums
-from .objective import Objective, refuse_mean_over_nothing
+from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Ways, cache_losses, choose, explain
 from .report import ExactnessReport
 from .sample import PAIRS, SINGLE, UNEQUAL, Sample
-from .structure import ROWS, ObservedPasses, check_finite, terms_of, without_items
+from .structure import ObservedPasses, check_means, terms_of, without_items
 from .train_mode import TrainMode
 
 
@@ -104,6 +106,7 @@ class _Measurement:
         cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, UNEQUAL))
         collated = [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
         apart = cut or (lambda _: collated)
+        hidden = find_hidden_state(self.model, self.forward.modules, self._losses_together, tolerance)
         mode = self._deterministic_mode()
         ways = self.ways()
         with perturb_head(self.model):
@@ -124,13 +127,10 @@ class _Measurement:
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
             train_mode = TrainMode(self.model, mode, self.sample, self._means, self._losses)
             in_training = train_mode.in_training(chosen, joint)
-            off = max(*unlike.differences.values(), *in_training.differences.values(), in_training.drift)
+            off = max(hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift)
             gradient = train_mode.gradient(every_term, exact=off <= tolerance, tolerance=10 * tolerance)
         losses = cache_losses(self._losses)
-        as_it_is = losses(together)
-        check_finite(losses, self.sample, every_term)
-        for term in empty:
-            refuse_mean_over_nothing(term, as_it_is[term], ROWS)
+        check_means(losses, self.sample, every_term)
         explanation = unlike.worst(explain(losses, together, cut, collated, chosen, tolerance))
         unexplained = {t for t, off in explanation.differences.items() if off > tolerance}
         return ExactnessReport(
@@ -148,6 +148,8 @@ class _Measurement:
             absent_is_zero=self.observed.absent_is_zero(chosen, unexplained),
             counts_before_changes=self.observed.counts_before_changes(chosen, unexplained),
             gradient=gradient,
+            gradient_hooks=gradient_hooks(self.model),
+            hidden_state=hidden,
             unmeasured=[term for term in self.terms if len(ways[term]) > 1 and term not in self.observed.shown],
         )
 
@@ -165,9 +167,13 @@ class _Measurement:
         return {term: {name: self.item_counter.ways[name]} for term in self.terms}
 
     def _losses(self, batch: Batch) -> dict[str, float]:
-        found = self._means(batch)
+        with preserve_attributes(self.model, *self.forward.modules):
+            found = self._means(batch)
         known = dict.fromkeys((*self.terms, *self.forward.parts), 0.0)
         return known | {term: mean.item() for term, mean in found.items()}
+
+    def _losses_together(self) -> dict[str, float]:
+        return {term: mean.item() for term, mean in self._outputs(self.sample.together)[0].items()}
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         found = self._outputs(batch)[0]
@@ -198,7 +204,8 @@ class _Measurement:
 
         def run() -> list[float]:
             nonlocal outputs
-            means, outputs = self._outputs(self.sample.together)
+            with preserve_attributes(self.model, *self.forward.modules):
+                means, outputs = self._outputs(self.sample.together)
             return [mean.item() for mean in means.values()]
 
         mode = DeterministicMode.of(self.model, run)

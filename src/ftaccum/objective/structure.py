@@ -12,6 +12,7 @@ from ..runtime.state_guards import training_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .forward import Forward
 from .item_counts import Batch, CountItems
+from .objective import refuse_mean_over_nothing
 from .probe import Losses
 from .sample import Sample
 
@@ -30,12 +31,22 @@ def terms_of(
     """
     device = next(model.parameters()).device
     forward.settle_outputs(model, lambda: fresh_batch(together, device))
-    found = dict.fromkeys(forward(model, fresh_batch(longest, device))[0])
+    found = dict.fromkeys(forward(model, fresh_batch(longest, device))[0], 0.0)
     for training in (False, True):
         with torch.enable_grad(), training_mode(model, training=training):  # some models differentiate in `forward`
-            found |= dict.fromkeys(forward(model, fresh_batch(together, device))[0])
+            means = forward(model, fresh_batch(together, device))[0]
+        found |= {term: mean.item() for term, mean in means.items()}
     counted = None if count_items is None else count_items(together)
-    return tuple(found | dict.fromkeys(counted if isinstance(counted, Mapping) else ()))
+    if not isinstance(counted, Mapping):
+        return tuple(found)
+    if any(loss and math.isfinite(loss) and term not in counted for term, loss in found.items()):
+        raise SettingsError(
+            [
+                f"`count_items` must count every term of the loss, {sorted(found)}, but counts {sorted(counted)} "
+                "instead. Return a dict with those keys, or one number for all."
+            ]
+        )
+    return tuple(dict.fromkeys((*found, *counted)))
 
 
 def without_items(counts: Mapping[str, CountItems], batch: Batch) -> list[str]:
@@ -102,13 +113,15 @@ class ObservedPasses:
         return any(_counted(counts, batch) != _counted(counts, watched.as_seen()) for batch, watched in self.changes)
 
 
-def check_finite(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]) -> None:
-    """Raise DataError where a term that has items is not finite, naming the rows."""
+def check_means(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]) -> None:
+    """Raise DataError where a term that has items is not finite, naming the rows, or one without items is not 0."""
 
     def is_faulty(batch: Batch, term: str) -> bool:
         return not math.isfinite(losses(batch)[term]) and bool(counts[term](batch))
 
     for term, loss in losses(sample.together).items():
+        if not counts[term](sample.together):
+            refuse_mean_over_nothing(term, loss, ROWS)
         if not is_faulty(sample.together, term):
             continue
         singly = sample.apart(sample.together, [[n] for n in range(len(sample.names))])

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .module_attributes import preserve_attributes
+
 
 @dataclass(frozen=True)
 class Generators:
@@ -158,6 +160,11 @@ def preserve_gradients(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
+def gradient_hooks(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that have hooks which run after a gradient is accumulated."""
+    return [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
+
+
 @contextmanager
 def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
     """Take the hooks off that run after a gradient is accumulated, and put them back: some step an optimizer."""
@@ -193,7 +200,7 @@ def inspection_mode(model: nn.Module) -> Iterator[None]:
     labels for as they were afterwards."""
     with (
         torch.no_grad(), preserve_rng(), preserve_buffers(model), training_mode(model, training=False),
-        _preserve_problem_type(model),
+        _preserve_problem_type(model), preserve_attributes(model),
     ):  # fmt: skip
         yield
 
