@@ -107,6 +107,29 @@ def zero_without_items() -> float:
     return error_of(rows_with_boxes({2, 3, 7}), loss_fn, count_items=counts)
 
 
+@case(8, "a term is 0 in all rows but rare ones", refused="'box' is 0 in all rows that were looked at")
+def zero_but_in_rare_rows() -> float:
+    def loss_fn(outputs: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"box": 0 * outputs[1].sum()} | two_terms(outputs, batch)
+
+    return error_of(rows_with_boxes(RARE, 200), loss_fn)
+
+
+@case(8, "a loss without any term for some rows, which are counted", refused=None)
+def no_term_at_all() -> float:
+    draw = torch.Generator().manual_seed(3)
+    rows = [(torch.randn(5, generator=draw).double(), torch.tensor(n % 3)) for n in range(8)]
+    x, y = (torch.stack(column) for column in zip(*rows, strict=True))
+
+    def loss_fn(outputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        counted = targets == 2
+        if not counted.any():
+            return {}
+        return {"cls": F.cross_entropy(outputs[0][counted], targets[counted], reduction="sum") / len(targets)}
+
+    return update_error(Detector(), rows, lambda model: loss_fn(model(x), y)["cls"], 8, batch_size=1, loss_fn=loss_fn)
+
+
 @case(8, "`count_items` counts rows for a term of rows with boxes", refused="'box'")
 def a_term_is_missing_where_it_is_counted() -> float:
     return error_of(rows_with_boxes(RARE, 200), count_items=lambda b: {"cls": len(b["y"]), "box": len(b["y"])})

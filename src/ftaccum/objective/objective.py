@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import DataError
@@ -51,8 +52,8 @@ class Objective:
             refuse_other_counts(watched, self.count, counts, rows)
         self._check_terms(found, counts, terms, rows)
         means = means_of_sums(found, counts) if self.report.sums else found
-        nothing = next(iter(found.values())).new_zeros(()) if found else None
-        return {term: mean for term in terms if (mean := means.get(term, nothing)) is not None}, outputs
+        nothing = torch.zeros((), device=next(model.parameters()).device)
+        return {term: means.get(term, nothing) for term in terms}, outputs
 
     def _check_terms(self, found: Means, counts: Counts, terms: Sequence[str], rows: str) -> None:
         for term in (term for term in found if term not in self.terms):

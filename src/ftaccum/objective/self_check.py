@@ -150,7 +150,7 @@ class _Measurement:
             gradient=gradient,
             gradient_hooks=gradient_hooks(self.model),
             hidden_state=hidden,
-            unmeasured=[term for term in self.terms if len(ways[term]) > 1 and term not in self.observed.shown],
+            unmeasured=[] if self.count_items or self.sums else [t for t in self.terms if t not in self.observed.shown],
         )
 
     def ways(self) -> Ways:

@@ -70,7 +70,8 @@ class _Kept:
     def holds(self, value: Any) -> bool:
         """Return whether a value is this one, unchanged."""
         if isinstance(value, Tensor):
-            return value is self.value and (value.is_inference() or value._version == self._version)
+            written = not value.is_inference() and value._version != self._version
+            return value is self.value and not (written and (self._copy is None or not torch.equal(value, self._copy)))
         if self._copy is not None and value is self.value:
             return _same_items(value, self._copy)
         return value is self.value or (isinstance(value, bool | int | float | str) and value == self.value)
