@@ -53,7 +53,9 @@ class SquaredError:
     def __init__(self, complaint: str | None = None) -> None:
         self.report = SimpleNamespace(in_training=SimpleNamespace(complaint=complaint))
 
-    def means(self, model: nn.Module, batch: Any, _: Any, terms: Sequence[str]) -> tuple[dict[str, Tensor], None]:
+    def means(
+        self, model: nn.Module, batch: Any, _: Any, terms: Sequence[str], __: str
+    ) -> tuple[dict[str, Tensor], None]:
         errors = (model(batch[0]) - batch[1]) ** 2
         means = {"all": errors.mean(), "even": errors[::2].mean()}
         return {term: means[term] for term in terms}, None

@@ -325,3 +325,71 @@ def test_a_factor_that_changes_from_batch_to_batch_is_left_in_the_loss() -> None
     forward = Forward(model, batches[0], None)
     forward.take_apart(model, batches)
     assert forward.factors == {}
+
+
+def settled(model: nn.Module, several: Any, one: Any) -> Any:
+    """The loss of `one` after the place of the loss was settled on `several`."""
+    forward = Forward(model, one, None)
+    forward.settle_outputs(model, lambda: several)
+    return forward(model, one)[0]["loss"]
+
+
+class Returns(nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.names = nn.Linear(2, 1).double(), names
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        prediction = self.linear(x)[:, 0]
+        penalty = prediction.square().mean()
+        found = {
+            "prediction": prediction, "squeezed": prediction.squeeze(), "penalty": penalty,
+            "metric": prediction.detach().mean(), "loss": (prediction - labels).square().mean(),
+        }  # fmt: skip
+        found["total"] = found["loss"] + penalty
+        return tuple(found[name] for name in self.names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("loss", "prediction"), ("prediction", "loss"), ("squeezed", "loss"), ("metric", "prediction", "loss"),
+     ("loss", "metric"), ("penalty", "total"), ("total", "penalty"), ("loss", "loss")],
+)  # fmt: skip
+def test_which_output_is_the_loss_is_settled_on_several_rows(names: tuple[str, ...]) -> None:
+    model = Returns(*names)
+    several = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
+    one = {"x": several["x"][:1], "labels": several["labels"][:1]}
+    wanted = dict(zip(names, model(**one), strict=True))
+    assert number(settled(model, several, one)) == number(wanted.get("loss", wanted.get("total")))
+
+
+def test_two_numbers_that_do_not_depend_on_each_other_are_an_error() -> None:
+    batch = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
+    with pytest.raises(SettingsError, match=r"at the places 1, 2 of its outputs, .* names it `loss`"):
+        settled(Returns("prediction", "penalty", "loss"), batch, batch)
+
+
+def test_a_place_may_differ_between_train_mode_and_eval_mode() -> None:
+    class Model(Returns):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            outputs = super().forward(x, labels)
+            return outputs if self.training else outputs[::-1]
+
+    model = Model("penalty", "prediction", "total")
+    batch = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
+    forward = Forward(model, batch, None)
+    forward.settle_outputs(model, lambda: batch)
+    for mode in (model.train(), model.eval()):
+        total = mode(**batch)[2 if mode.training else 0]
+        assert number(forward(mode, batch)[0]["loss"]) == number(total)
+
+
+def test_an_output_that_is_a_number_is_the_loss() -> None:
+    class Bare(Returns):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return super().forward(x, labels)[0]
+
+    batch = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
+    model = Bare("loss")
+    assert number(settled(model, batch, batch)) == number(model(**batch))

@@ -45,8 +45,9 @@ with all_in_float64():
             errors = window_errors(model, structure.rows(), accumulate_in_fp32=wide, **SIZES, **structure.arguments)
             found[f"{name}, {'apart' if wide else 'by DDP'}"] = max(gather_object(errors))
             if name == "conditional branches":
-                # Once to have the gradient to compare with, and once in training, on one of the two.
-                assert sorted(gather_object([len(rare)])) == [1, 2]
+                # In training on one of the two; before it, to compare gradients, equally often on both.
+                fewer, more = sorted(gather_object([len(rare)]))
+                assert more == fewer + 1
 
     # Weights that differ are made those of the first process.
     structure = STRUCTURES["frozen weights"]

@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..data.loader import MicroBatch
+from ..errors import DataError
+from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, WeightedMeans
 from ..objective.objective import Objective
 from ..runtime.gradients.plain import GradientStrategy
@@ -157,12 +158,26 @@ class GradientAccumulator:
         with accelerator.accumulate(self._model), self._leaving_no_trace(micro):
             if micro.is_dummy and not (accelerator.sync_gradients or isinstance(self._model, FSDPModule)):
                 return
-            batch = send_to_device(micro.batch, accelerator.device, non_blocking=True)
+            batch = fresh_batch(micro.batch, accelerator.device)
             # Without a name for the outputs, which would keep the logits through the backward pass.
-            means = self._objective.means(self._model, batch, micro.counts, micro.terms)[0]
+            means = self._objective.means(self._model, batch, micro.counts, micro.terms, micro.names)[0]
             contribution = normalizer.contribution(means, micro.counts)
-            accelerator.backward(normalizer.for_backward(contribution))
+            if self._has_gradient(contribution, micro):
+                accelerator.backward(normalizer.for_backward(contribution))
         window.add(micro, means, contribution)
+
+    def _has_gradient(self, contribution: Tensor, micro: MicroBatch) -> bool:
+        """Return whether there is anything to backpropagate: a loss may be a constant 0 for some rows.
+
+        Raises:
+            DataError: where it is, and other processes may wait in the backward pass.
+        """
+        if not contribution.requires_grad and not self._process_group.is_single:
+            raise DataError(
+                f"The loss of {micro.names} does not depend on any trainable parameter. On several processes every "
+                "pass needs a gradient: return 0 times the sum of an output in place of a constant."
+            )
+        return contribution.requires_grad
 
     def _leaving_no_trace(self, micro: MicroBatch) -> ExitStack:
         """Preserve random state and buffers around a dummy's pass."""

@@ -50,6 +50,7 @@ class MicroBatch:
             a real row, whose terms are counted 0 times.
         slice: the rows that it stands for.
         tokens, positions: of these rows, token positions without and with padding; 0 where there are no tokens.
+        names: what to call the rows in a message.
     """
 
     batch: Batch
@@ -58,6 +59,7 @@ class MicroBatch:
     slice: MicroBatchRows
     tokens: int
     positions: int
+    names: str = "these rows"
 
     @property
     def is_dummy(self) -> bool:
@@ -214,7 +216,8 @@ class Loader:
                 f"The loss items of {self._rows.names_of(piece.rows)} of `{self._rows.argument}` cannot be counted: "
                 f"{error!r}. Check their labels, or `count_items`."
             ) from error
-        return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch))
+        names = f"{self._rows.names_of(piece.rows)} of `{self._rows.argument}`"
+        return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch), names)
 
     def halves(self, micro: MicroBatch) -> list[MicroBatch]:
         """A micro-batch in two, at its width."""

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import DataError, SettingsError
+from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
 from .item_counts import IGNORE_INDEX, Batch, targets_of
+from .own_loss import LOSS, OwnLoss
 from .span_loss import is_span_loss, span_losses
 
 LossFn = Callable[[Any, Any], Any]
-
-LOSS = "loss"  # the name of the one term of a loss that has no names
 
 
 class Forward:
@@ -44,18 +44,20 @@ class Forward:
         # Some models of Transformers compute a loss without labels, but only if they are asked to.
         self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
         self._inner_gradients = InnerGradients()
+        self._own_loss = OwnLoss()
+        self.has_spans = False  # whether the terms are the loss of starts and that of ends
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
-        self._withheld = set() if self._read_loss is _own_loss or self._needs_labels else {"labels"}
+        self._withheld = set() if self.is_own or self._needs_labels else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Return the means by term, scalars, and the model's outputs."""
+        """Return the means by term, scalars, and the model's outputs. The batch may be changed by both."""
         return self._inner_gradients.run(lambda: self._means(model, batch))
 
     def _means(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         outputs = self._outputs(model, batch)
-        loss = self._read_loss(outputs, batch)
+        loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
         if self.factors:
             # In eval mode a model may leave some out.
             given = {
@@ -68,9 +70,29 @@ class Forward:
     def unweighted_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of a batch as the model or `loss_fn` gives it, the sum of its terms. Nothing measured takes
         part in it."""
-        loss = self._read_loss(self._outputs(model, batch), batch)
+        loss = self._loss_of(model, self._outputs(model, batch), batch)
         terms = loss if isinstance(loss, Mapping) else {LOSS: loss}
         return torch.stack([_scalar(term, mean) for term, mean in terms.items()]).sum()
+
+    def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
+        """Return the loss as it is given: a number, or a mapping of them."""
+        if self._read_loss is None:
+            return self._own_loss(outputs, training=model.training)
+        return self._read_loss(outputs, batch)
+
+    def settle_outputs(self, model: nn.Module, batch: Callable[[], Batch]) -> None:
+        """Settle which of the outputs is the model's own loss, in eval mode and in train mode.
+
+        Args:
+            batch: returns a batch of several rows, so that no prediction is a single number.
+        """
+        for training in (False, True):
+            with training_mode(model, training=training):
+                outputs = self._inner_gradients.run(lambda: self._outputs(model, batch())) if self.is_own else None
+                if isinstance(outputs, list | tuple):
+                    with torch.enable_grad():  # of several numbers, one is computed from the others
+                        outputs = self._outputs(model, batch())
+                    self._own_loss.settle(outputs, training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
@@ -87,13 +109,7 @@ class Forward:
         """Make two terms of the loss of a question-answering head, where it is the sum of two means on this batch."""
         if self.is_own:
             outputs = self._outputs(model, batch)
-            if is_span_loss(outputs, _own_loss(outputs, batch), batch):
-                self._read_loss = span_losses
-
-    @property
-    def has_spans(self) -> bool:
-        """Whether the terms are the loss of starts and that of ends."""
-        return self._read_loss is span_losses
+            self.has_spans = is_span_loss(outputs, self._loss_of(model, outputs, batch), batch)
 
     def may_have_parts(self, outputs: Any) -> bool:
         """Whether the outputs hold numbers that the model's own loss may be the sum of."""
@@ -107,7 +123,7 @@ class Forward:
     @property
     def is_own(self) -> bool:
         """Whether the loss is the model's own."""
-        return self._read_loss in (_own_loss, span_losses)
+        return self._read_loss is None
 
     @property
     def counted_by(self) -> str | None:
@@ -146,7 +162,8 @@ class Forward:
 
     def _settle(
         self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, token_ids: bool
-    ) -> Callable[[Any, Batch], Any]:
+    ) -> Callable[[Any, Batch], Any] | None:
+        """Return what reads the loss; None where it is the model's own."""
         name = type(model).__name__
         if loss_fn is not None:
             return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
@@ -162,7 +179,7 @@ class Forward:
             )
         labels = [key for key in batch if is_label(key)]
         if any(self.accepted is None or key in self.accepted for key in labels):
-            return _own_loss
+            return None
         if token_ids:
             return _next_token_loss
         raise DataError(
@@ -207,17 +224,6 @@ def logits_of(outputs: Any) -> Tensor:
 
 def _without_labels(batch: Batch) -> Batch:
     return {k: v for k, v in batch.items() if not is_label(k)} if isinstance(batch, Mapping) else batch
-
-
-def _own_loss(outputs: Any, _: Batch) -> Any:
-    loss = outputs.get(LOSS) if isinstance(outputs, Mapping) else getattr(outputs, LOSS, None)
-    if loss is None and isinstance(outputs, list | tuple):  # (loss, logits) or (logits, loss)
-        loss = next((value for value in outputs if isinstance(value, Tensor) and value.numel() == 1), None)
-    if loss is None:
-        raise DataError(
-            "The model was given labels and returned no loss. Give a `loss_fn(outputs, batch)` that computes it."
-        )
-    return loss
 
 
 def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:

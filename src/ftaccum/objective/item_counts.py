@@ -116,20 +116,20 @@ def _targets(batch: Batch) -> Tensor:
 
 
 def counts_from_user(counted: Any, terms: Sequence[str]) -> dict[str, float]:
-    """What `count_items` gave, by term.
+    """Return what `count_items` gave, by term; a term that it leaves out has no items.
 
     Raises:
-        SettingsError: where it is not a number, or a dict with one for each term.
+        SettingsError: where it is not a number or a dict of numbers, or counts a term that is not known.
     """
     by_term = dict(counted) if isinstance(counted, Mapping) else dict.fromkeys(terms, counted)
-    if set(by_term) != set(terms):
+    if unknown := sorted(set(by_term) - set(terms)):
         raise SettingsError(
             [
-                f"`count_items` must count every term of the loss, {sorted(terms)}, but counts {sorted(by_term)} "
-                "instead. Return a dict with those keys, or one number for all."
+                f"`count_items` counts {unknown}, but the terms of the loss are {sorted(terms)}. Return a dict with "
+                "all of its terms for every batch, and 0 for those without items."
             ]
         )
-    return {term: _as_count(by_term[term]) for term in terms}
+    return {term: _as_count(by_term.get(term, 0)) for term in terms}
 
 
 def _as_count(value: Any) -> float:

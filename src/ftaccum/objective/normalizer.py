@@ -42,9 +42,7 @@ class LossNormalizer:
             means: of the terms that have a mean; one over no items must be left out.
             counts: n by term. A dummy's are 0, and its contribution is an exact zero with a gradient of zeros.
         """
-        items = dict(zip(self.terms, self.items_T, strict=True))
-        parts = [widened(mean) * (counts[term] / items[term] if counts[term] else 0.0) for term, mean in means.items()]
-        return torch.stack(parts).sum()
+        return weighted_sum(means, counts, dict(zip(self.terms, self.items_T, strict=True)))
 
     def for_backward(self, contribution: Tensor) -> Tensor:
         """The contribution times what it will be divided by: Accelerate divides by the passes of the window, and
@@ -83,6 +81,12 @@ class WeightedMeans:
 
     def _pairs(self) -> list[tuple[float, float]]:
         return list(zip(self.sums_T.tolist(), self.items_T.tolist(), strict=True))
+
+
+def weighted_sum(means: Means, counts: Counts, items: Mapping[str, float | Tensor]) -> Tensor:
+    """Return Σ over terms of mean × n / N, with n from `counts` and N from `items`."""
+    parts = [widened(mean) * (counts[term] / items[term] if counts[term] else 0.0) for term, mean in means.items()]
+    return torch.stack(parts).sum()
 
 
 def means_of_sums(sums: Means, counts: Counts) -> dict[str, Tensor]:

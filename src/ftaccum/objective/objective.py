@@ -1,11 +1,14 @@
 """Mean losses of a model on micro-batches, and the loss items that they are means over."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
+from .batch_changes import WatchedBatch
 from .forward import Forward
 from .item_counts import Batch
 from .normalizer import Counts, Means, means_of_sums
@@ -18,7 +21,7 @@ class Objective:
     Attributes:
         terms: the names of the means.
         count: a collated batch → its loss items, by term.
-        findings: how that was measured, and how exact it is.
+        report: how that was measured, and how exact it is.
     """
 
     def __init__(self, forward: Forward, count: Callable[[Batch], Counts], report: ExactnessReport) -> None:
@@ -29,16 +32,28 @@ class Objective:
         self.padding_sensitive = report.explanation.padding_sensitive
         self.shifts = report.shifts
 
-    def means(self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str]) -> tuple[Means, Any]:
-        """The means of these terms over the batch's own items, and the model's outputs.
+    def means(
+        self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str], rows: str = "these rows"
+    ) -> tuple[Means, Any]:
+        """Return the means of these terms over the batch's own items, and the model's outputs.
 
         Args:
+            batch: the pass may change it, so it should be a copy (`fresh_batch`).
             counts: the batch's items by term.
             terms: those that the batch has items of; the mean of any other would be NaN.
+            rows: what to call the rows in a message.
+
+        Raises:
+            DataError: where the loss has other terms, or other items, than were counted.
         """
+        watched = WatchedBatch(batch)
         found, outputs = self._forward(model, batch)
+        if any(counts.values()) and not self.report.counts_before_changes:
+            refuse_other_counts(watched, self.count, counts, rows)
+        self._check_terms(found, counts, terms, rows)
         means = means_of_sums(found, counts) if self.report.sums else found
-        return {term: means[term] for term in terms}, outputs
+        nothing = torch.zeros((), device=next(model.parameters()).device)
+        return {term: means.get(term, nothing) for term in terms}, outputs
 
     def unweighted_loss(self, model: nn.Module, batch: Batch, counts: Counts) -> Tensor:
         """Return the loss of one batch as the model or `loss_fn` gives it; a sum is divided by the batch's items.
@@ -50,3 +65,42 @@ class Objective:
             return self._forward.unweighted_loss(model, batch)
         sums, _ = self._forward(model, batch)
         return torch.stack(list(means_of_sums(sums, counts).values())).sum()
+
+    def _check_terms(self, found: Means, counts: Counts, terms: Sequence[str], rows: str) -> None:
+        for term in (term for term in found if term not in self.terms):
+            raise DataError(
+                f"The loss of {rows} has a term {term!r}, which no row has that was looked at before training: its "
+                "items cannot be counted. Give `count_items`, which returns a dict with the items of every term, "
+                f"{[*self.terms, term]}: 0 where there are none."
+            )
+        absent = [term for term in terms if term not in found and counts[term]]
+        for term in (term for term in absent if term not in self.report.absent_is_zero):
+            raise DataError(
+                f"The loss of {rows} has no term {term!r}, but {counts[term]:g} items of it are counted "
+                f"({self.report.ways[term]}). Give a `count_items` that returns 0 for it there, or return the term."
+            )
+        for term in (term for term in found if term not in terms and not counts[term]):
+            refuse_mean_over_nothing(term, found[term].item(), rows)
+
+
+def refuse_other_counts(watched: WatchedBatch, count: Callable[[Batch], Counts], counts: Counts, rows: str) -> None:
+    """Raise DataError where a pass changed its batch so that other loss items are left than were counted."""
+    if not (changed := watched.changed()):
+        return
+    left = count(watched.as_seen())
+    for term in (term for term in counts if not math.isclose(left[term], counts[term])):
+        raise DataError(
+            f"The forward pass of {rows} changes {', '.join(f'`{name}`' for name in changed)} of a batch in place, and "
+            f"{left[term]:g} loss items are left of {counts[term]:g}. Items are counted before the pass, so that the "
+            "gradient would be wrong. Make the change in the data or in `data_collator`, or give a `count_items` that "
+            "counts what is left."
+        )
+
+
+def refuse_mean_over_nothing(term: str, mean: float, rows: str) -> None:
+    """Raise DataError where a term that has no items in a batch has a mean other than 0."""
+    if math.isfinite(mean) and mean:
+        raise DataError(
+            f"The term {term!r} of the loss of {rows} is {mean:.3g}, but no items of it are counted there, so that it "
+            "would not be trained on. Give a `count_items` that counts it."
+        )

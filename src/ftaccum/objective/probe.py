@@ -55,6 +55,10 @@ class Explanation:
         differences = {term: max(found, other.differences[term]) for term, found in self.differences.items()}
         return Explanation(differences, max(self.padding, other.padding), self.adds_up and other.adds_up)
 
+    def with_exact(self, terms: Sequence[str]) -> "Explanation":
+        """Return the same with terms that nothing was measured of."""
+        return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
+
 
 def cache_losses(losses: Losses) -> Losses:
     """The same, a batch met again answered from memory: for as long as the weights stay."""

@@ -1,8 +1,10 @@
 """What a measurement of the loss came to, and what a user should be told of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from .gradient_check import GradientDifference
+from .hidden_state import HiddenState
 from .item_counts import CountItems
 from .probe import Explanation
 
@@ -26,6 +28,10 @@ class InTraining:
     mixing: Sequence[str] = ()
     complaint: str | None = None
 
+    def with_exact(self, terms: Sequence[str]) -> "InTraining":
+        """Return the same with terms that nothing was measured of."""
+        return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
+
 
 @dataclass(frozen=True)
 class ExactnessReport:
@@ -46,6 +52,12 @@ class ExactnessReport:
         own_rules: the counts that the ways are names for where the loss has rules of its own.
         at_fault: the rare rows that a way does not explain, in words.
         not_looked_at: labels that no row has that was measured, in words.
+        absent_is_zero: the terms that count as 0 where the loss leaves them out.
+        counts_before_changes: whether passes change their batch in place, and the count is right from before.
+        gradient: how far gradients of rows apart are from that of all together, where the losses agree.
+        gradient_hooks: the parameters with hooks that run after each accumulated gradient.
+        hidden_state: what a pass leaves behind outside of buffers.
+        unmeasured: the terms that were 0 in all rows, which any way to count explains.
     """
 
     ways: Mapping[str, str]
@@ -62,6 +74,12 @@ class ExactnessReport:
     own_rules: Mapping[str, CountItems] = field(default_factory=dict)
     at_fault: Mapping[str, str] = field(default_factory=dict)
     not_looked_at: str = ""
+    absent_is_zero: Sequence[str] = ()
+    counts_before_changes: bool = False
+    gradient: GradientDifference = GradientDifference()
+    gradient_hooks: Sequence[str] = ()
+    hidden_state: HiddenState = HiddenState()
+    unmeasured: Sequence[str] = ()
 
     @property
     def counted_by(self) -> str:
@@ -81,6 +99,8 @@ class ExactnessReport:
     def inexact(self) -> list[str]:
         """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
         which the two differ and what can be done. Empty where it is exact."""
+        if self.hidden_state.off:  # rows together and apart differ for it, whatever else they do
+            return [self._of_hidden_state()]
         unexplained = self._unexplained
         found = [self._of_rows_at_fault(term) for term in self.at_fault]
         wholes = [term for term in unexplained if term not in (*self.parts, *self.at_fault)]
@@ -88,6 +108,9 @@ class ExactnessReport:
         if wholes:
             found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
         found += [self._of_train_mode(self._mixed)] if self._mixed else []
+        found += [self._of_gradient()] if self.gradient.off else []
+        found += [self._of_hooks()] if self.gradient_hooks else []
+        found += [self._of_zero(term) for term in self.unmeasured]
         return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
     def padding(self) -> str | None:
@@ -166,6 +189,43 @@ class ExactnessReport:
             f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Where that is a "
             "batch norm, use a norm over the features of one row (GroupNorm, LayerNorm) or one with fixed statistics "
             "(FrozenBatchNorm2d), or a larger `batch_size`."
+        )
+
+    def _of_gradient(self) -> str:
+        named = ", ".join(f"'{name}'" for name in self.gradient.tensors[:_NAMED])
+        ways = " and ".join(dict.fromkeys(self.ways.values()))
+        return (
+            f"The gradient of rows apart, weighted by {ways}, is {_percent(self.gradient.off)} off that of all "
+            f"together, although their losses agree. The parameters that differ most: {named}. Hooks, autograd "
+            "functions and layers that clamp, normalise or scale a gradient (`scale_grad_by_freq`) do so for each "
+            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or raise `batch_size` to the rows of an "
+            "update."
+        )
+
+    def _of_hooks(self) -> str:
+        named = ", ".join(f"'{name}'" for name in self.gradient_hooks[:_NAMED])
+        return (
+            f"Hooks run whenever a gradient is accumulated (`register_post_accumulate_grad_hook`, on {named}): once a "
+            "micro-batch, where one large batch runs them once. Remove those that change a gradient or step an "
+            "optimizer."
+        )
+
+    def _of_zero(self, term: str) -> str:
+        return (
+            f"{term!r} is 0 in all rows that were looked at, so what it is a mean over could not be measured; it is "
+            f"weighted by {self.ways[term]}. Give `count_items`, which returns a dict with the items of every term."
+        )
+
+    def _of_hidden_state(self) -> str:
+        off, places = _percent(self.hidden_state.off), self.hidden_state.places
+        if places:
+            named = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
+            found = f"A forward pass changes {named}, which the next one depends on: the same rows, passed again, "
+        else:
+            found = "`forward` or `loss_fn` keeps something from call to call: the same rows, passed again, "
+        return (
+            f"{found}differ by {off}. An update of k passes changes it k times, one large batch once. Change it once "
+            "an update instead, outside of the forward pass."
         )
 
     def _of_drift(self) -> str:

@@ -1,4 +1,4 @@
-"""The rows that a loss is measured on."""
+"""The rows that a loss is measured on, together and apart."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from .item_counts import Batch
 
 Groups = Sequence[Sequence[int]]
+
+# Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
+SINGLE, UNEQUAL, PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,29 @@
 """Settles how a model's loss is counted, and sees whether accumulating it is exact, before anything is trained."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ..errors import DataError
-from ..runtime.state_guards import inspection_mode, preserve_buffers
+from ..runtime.module_attributes import preserve_attributes
+from ..runtime.state_guards import gradient_hooks, inspection_mode
+from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .forward import Forward
+from .hidden_state import find_hidden_state
 from .item_counts import OF_USER, Batch, CountItems, ItemCounter, counts_from_user
 from .normalizer import means_of_sums
 from .objective import Objective
-from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
-from .probe import (
-    EXPLAINED,
-    EXPLAINED_IN_HALF,
-    Cut,
-    Losses,
-    Ways,
-    cache_losses,
-    choose,
-    difference,
-    explain,
-    relative,
-)
+from .perturbation import float32_weights, has_narrow_weights, perturb_head
+from .probe import EXPLAINED, EXPLAINED_IN_HALF, Cut, Losses, Ways, cache_losses, choose, explain
 from .recount import Observed, RareCheck, Recount
-from .report import ExactnessReport, InTraining
-from .sample import Sample
+from .report import ExactnessReport
+from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 from .span_loss import WITHIN, span_counts
-
-# Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
-_SINGLE, _UNEQUAL, _PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
-_UNCHANGED = 1e-6  # between two passes alike
+from .structure import ObservedPasses, check_means, terms_of, without_items
+from .train_mode import TrainMode
 
 
 def measured_objective(
@@ -60,10 +48,12 @@ def measured_objective(
     """
     device = next(model.parameters()).device
     with inspection_mode(model):
+        forward.settle_outputs(model, lambda: fresh_batch(sample.together, device))
         if count_items is None:
-            forward.split_spans(model, send_to_device(sample.together, device))
-        means, _ = forward(model, send_to_device(sample.longest, device))
-        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, tuple(means))
+            forward.split_spans(model, fresh_batch(sample.together, device))
+        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums)
+        terms = terms_of(model, lambda batch: measurement.outputs(batch)[0], sample, count_items)
+        measurement = replace(measurement, terms=terms)
         try:
             with float32_weights(model, *forward.modules) as widened:
                 report = replace(measurement, prepared=widened).report(EXPLAINED)
@@ -85,7 +75,7 @@ def difference_of_packing(
 
     def loss(batch: Batch) -> float:
         counts = objective.count(batch)
-        means, _ = forward(model, send_to_device(batch, device))
+        means, _ = forward(model, fresh_batch(batch, device))
         return sum(float(mean) * counts[term] for term, mean in means.items())
 
     with inspection_mode(model), float32_weights(model), perturb_head(model):
@@ -101,6 +91,7 @@ class _Measurement:
     Attributes:
         terms: of the loss, before it is taken apart.
         prepared: a batch → what the model takes.
+        observed: what the passes show of the loss's structure.
     """
 
     model: nn.Module
@@ -109,15 +100,17 @@ class _Measurement:
     item_counter: ItemCounter
     count_items: CountItems | None
     sums: bool
-    terms: Sequence[str]
+    terms: Sequence[str] = ()
     prepared: Callable[[Batch], Batch] = lambda batch: batch
+    observed: ObservedPasses = field(default_factory=ObservedPasses)
 
     def report(self, tolerance: float) -> ExactnessReport:
         """Measures. Differences up to `tolerance` are taken for rounding."""
         together, item_counter = self.sample.together, self.item_counter
-        cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, _UNEQUAL))
-        collated = [] if self.sample.collated is None else self.sample.collated(_UNEQUAL)
+        cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, UNEQUAL))
+        collated = [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
         apart = cut or (lambda _: collated)
+        hidden = find_hidden_state(self.model, self.forward.modules, self._losses_together, tolerance)
         mode = self._deterministic_mode()
         ways = self.ways()
         with perturb_head(self.model):
@@ -138,28 +131,41 @@ class _Measurement:
                 recounts = self._rare_check(losses, apart).recounts(wholes, ways, tolerance)
             names |= {term: recount.name for term, recount in recounts.items()}
             own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
-            chosen = _chosen(ways, names, own_rules)
+            every_term = _chosen(ways, names, own_rules)
+            empty = without_items(every_term, together)
+            chosen = {term: count for term, count in every_term.items() if term not in empty}
             unlike = explain(losses, together, cut, collated, chosen, tolerance)
             unlike = unlike.with_differences({term: recount.difference for term, recount in recounts.items()})
-            in_training = self._in_training(mode, chosen, joint)
+            train_mode = TrainMode(self.model, mode, self.sample, self._means, self._losses)
+            in_training = train_mode.in_training(chosen, joint)
+            off = max(hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift)
+            gradient = train_mode.gradient(every_term, exact=off <= tolerance, tolerance=10 * tolerance)
         losses = cache_losses(self._losses)
-        self._check_finite(losses, chosen)
+        check_means(losses, self.sample, every_term)
         as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
         if own_rules:  # seen under noise alone so far
             check = self._rare_check(losses, apart)
             as_it_is = as_it_is.with_differences({term: check.difference(term, chosen[term]) for term in own_rules})
+        explanation = unlike.worst(as_it_is)
+        unexplained = {t for t, off in explanation.differences.items() if off > tolerance}
         return ExactnessReport(
             ways=names,
             measured=len(ways[self.terms[0]]) > 1,
             shifts="labels after the shift" in nearest.values() and not self.sums,
-            explanation=unlike.worst(as_it_is),
-            in_training=in_training,
-            joint=joint,
+            explanation=explanation.with_exact(empty),
+            in_training=in_training.with_exact(empty),
+            joint={term: 0.0 if term in empty else loss for term, loss in joint.items()},
             single_rows={term: max(abs(row[term]) for row in alone) for term in names},
             parts=self.forward.parts,
             tolerance=tolerance,
             sums=self.sums,
             own_loss=self.forward.is_own,
+            absent_is_zero=self.observed.absent_is_zero(chosen, unexplained),
+            counts_before_changes=self.observed.counts_before_changes(chosen, unexplained),
+            gradient=gradient,
+            gradient_hooks=gradient_hooks(self.model),
+            hidden_state=hidden,
+            unmeasured=[] if self.count_items or self.sums else [t for t in self.terms if t not in self.observed.shown],
             own_rules=own_rules,
             at_fault={term: recount.at_fault for term, recount in recounts.items() if recount.at_fault},
             not_looked_at="" if self._knows_count else self.sample.not_looked_at,
@@ -192,17 +198,30 @@ class _Measurement:
         return {term: {name: self.item_counter.ways[name]} for term in self.terms}
 
     def _losses(self, batch: Batch) -> dict[str, float]:
-        found = self._outputs(batch)[0]
-        if self.sums:  # there is one way to count each term then
-            ways = self.ways()
-            found = dict(means_of_sums(found, {t: next(iter(ways[t].values()))(batch) for t in found}))
-        return {term: mean.item() for term, mean in found.items()}
+        with preserve_attributes(self.model, *self.forward.modules):
+            found = self._means(batch)
+        known = dict.fromkeys((*self.terms, *self.forward.parts), 0.0)
+        return known | {term: mean.item() for term, mean in found.items()}
 
-    def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        return self.forward(self.model, self._on_device(batch))
+    def _losses_together(self) -> dict[str, float]:
+        return {term: mean.item() for term, mean in self.outputs(self.sample.together)[0].items()}
+
+    def _means(self, batch: Batch) -> dict[str, Tensor]:
+        found = self.outputs(batch)[0]
+        if not self.sums:
+            return found
+        ways = self.ways()  # one to count each term
+        return means_of_sums(found, {term: next(iter(ways[term].values()))(batch) for term in found})
+
+    def outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        """Return the means of a batch by term, and the model's outputs."""
+        watched = WatchedBatch(self._on_device(batch))
+        found = self.forward(self.model, watched.batch)
+        self.observed.add(batch, watched, found[0], self.terms)
+        return found
 
     def _on_device(self, batch: Batch) -> Batch:
-        return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
+        return self.prepared(fresh_batch(batch, next(self.model.parameters()).device))
 
     def _deterministic_mode(self) -> DeterministicMode:
         """How the model is run as in training; and on the way, in train mode, takes the loss apart."""
@@ -210,77 +229,17 @@ class _Measurement:
 
         def run() -> list[float]:
             nonlocal outputs
-            means, outputs = self._outputs(self.sample.together)
+            with preserve_attributes(self.model, *self.forward.modules):
+                means, outputs = self.outputs(self.sample.together)
             return [mean.item() for mean in means.values()]
 
         mode = DeterministicMode.of(self.model, run)
         # A count of the user's own is of the whole loss, and so is the one that a sum is divided by.
         if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
-            few = self.sample.apart(self.sample.together, _PAIRS if mode.moving else _SINGLE)
+            few = self.sample.apart(self.sample.together, PAIRS if mode.moving else SINGLE)
             with mode.passes():
                 self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
         return mode
-
-    def _in_training(
-        self, mode: DeterministicMode, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]
-    ) -> InTraining:
-        """Measures rows apart and together in train mode.
-
-        Args:
-            in_eval: the loss of all together in eval mode. Where train mode changes nothing and moves nothing, it mixes
-                no rows either.
-        """
-        together, moving = self.sample.together, mode.moving
-
-        def from_the_start(batch: Batch) -> dict[str, float]:
-            with preserve_buffers(self.model):
-                return self._losses(batch)
-
-        with mode.passes(), perturb_norms(moving.values()):
-            joint = from_the_start(together)
-            if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
-                return InTraining(dict.fromkeys(chosen, 0.0))
-            apart = self.sample.apart(together, _PAIRS)
-            means = [from_the_start(part) for part in apart]
-            complaint = self._complaint_of_one_row() if moving else None
-            once = self._losses(together)
-            again = self._losses(together) if moving else once
-            # The mean of a term without items is NaN, however often it is computed.
-            with_items = [term for term in chosen if not math.isnan(once[term])]
-        return InTraining(
-            {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
-            max((relative(again[term], once[term]) for term in with_items), default=0.0),
-            [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
-            complaint,
-        )
-
-    def _complaint_of_one_row(self) -> str | None:
-        # Batch norm cannot do with a single value.
-        try:
-            self._losses(self.sample.apart(self.sample.together, _SINGLE)[0])
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _check_finite(self, losses: Callable[[Batch], Mapping[str, float]], chosen: Mapping[str, CountItems]) -> None:
-        together = self.sample.together
-
-        def is_faulty(batch: Batch, term: str) -> bool:
-            return not math.isfinite(losses(batch)[term]) and bool(chosen[term](batch))
-
-        for term, loss in losses(together).items():
-            if not is_faulty(together, term):
-                continue
-            singly = self.sample.apart(together, [[n] for n in range(len(self.sample.names))])
-            named = zip(self.sample.names, singly, strict=True)
-            # A row may have been taken more than once.
-            faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))
-            are_some = 0 < len(faulty) < len(set(self.sample.names))
-            looked_at = "in these rows" if are_some else "in the model's weights and in the rows"
-            raise DataError(
-                f"The {term} of {', '.join(faulty) if are_some else 'the first rows'} of `train_data` is {loss} before "
-                f"any update. Look for numbers that are not finite {looked_at}."
-            )
 
 
 def _chosen(

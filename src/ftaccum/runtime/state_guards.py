@@ -1,7 +1,7 @@
 """What a forward pass moves besides its outputs (generators, buffers, modes): set it, put it back."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .module_attributes import preserve_attributes
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,17 @@ class Buffers:
                     buffer.copy_(value)
 
 
+class TensorVersions:
+    """The versions of tensors by name, to see later which were changed in place."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._before = {name: (tensor, tensor._version) for name, tensor in tensors.items()}
+
+    def changed(self) -> list[str]:
+        """Return the names of the tensors that were written to since, whatever was written."""
+        return [name for name, (tensor, version) in self._before.items() if tensor._version != version]
+
+
 @contextmanager
 def preserve_rng() -> Iterator[None]:
     """Leaves every generator as it was found."""
@@ -190,6 +203,25 @@ def preserve_gradients(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
+def gradient_hooks(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that have hooks which run after a gradient is accumulated."""
+    return [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
+
+
+@contextmanager
+def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the hooks off that run after a gradient is accumulated, and put them back: some step an optimizer."""
+    found = [hooks for p in model.parameters() if (hooks := p._post_accumulate_grad_hooks)]
+    before = [dict(hooks) for hooks in found]
+    for hooks in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in zip(found, before, strict=True):
+            hooks.update(kept)
+
+
 @contextmanager
 def cast_tensors(
     tensors: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -211,7 +243,7 @@ def inspection_mode(model: nn.Module) -> Iterator[None]:
     labels for as they were afterwards."""
     with (
         torch.no_grad(), preserve_rng(), preserve_buffers(model), training_mode(model, training=False),
-        _preserve_problem_type(model),
+        _preserve_problem_type(model), preserve_attributes(model),
     ):  # fmt: skip
         yield
 

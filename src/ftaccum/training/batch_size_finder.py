@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.loader import Loader, MicroBatch
 from ..errors import SettingsError
+from ..objective.batch_changes import fresh_batch
 from ..objective.objective import Objective
 from ..runtime.host import free_on_host
 from ..runtime.memory import give_back_memory, is_out_of_memory
@@ -93,7 +93,7 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
 
 def _pass(model: nn.Module, objective: Objective, micro: MicroBatch, accelerator: Accelerator) -> None:
     with accelerator.autocast():
-        batch = send_to_device(micro.batch, accelerator.device)
+        batch = fresh_batch(micro.batch, accelerator.device)
         # Where no label counts, the mean is NaN, and takes the same memory.
         means = objective.means(model, batch, micro.counts, objective.terms)[0]
     torch.stack(list(means.values())).sum().backward()

@@ -7,13 +7,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from evaluate import CombinedEvaluations, EvaluationModule
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from ..data.loader import Loader, LocalRows, MicroBatch
 from ..errors import MetricsError, SettingsError
+from ..objective.batch_changes import fresh_batch
 from ..objective.forward import logits_of
 from ..objective.item_counts import IGNORE_INDEX, targets_of
 from ..objective.normalizer import WeightedMeans, gathered
@@ -89,8 +90,8 @@ class Evaluation:
     ) -> None:
         """One batch, or where memory runs out, its halves."""
         try:
-            batch = send_to_device(micro.batch, self._accelerator.device, non_blocking=True)
-            means, outputs = self._objective.means(model, batch, micro.counts, micro.terms)
+            batch = fresh_batch(micro.batch, self._accelerator.device)
+            means, outputs = self._objective.means(model, batch, micro.counts, micro.terms, micro.names)
             kept = [] if self._metrics is None else [self._metrics.keep(micro.slice.rows, outputs, batch)]
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(micro.slice.rows) < 2:

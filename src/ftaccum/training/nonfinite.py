@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.loader import Loader, MicroBatch
 from ..errors import DivergedError
+from ..objective.batch_changes import fresh_batch
 from ..objective.objective import Objective
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
@@ -205,7 +205,7 @@ class NonFiniteHandler:
         """The loss of one of its rows by itself; None where it has none, or cannot be run so."""
         try:
             row = self._loader.row_of(micro, place)
-            batch = send_to_device(row.batch, self._device)
+            batch = fresh_batch(row.batch, self._device)
             means = self._objective.means(self._model, batch, row.counts, row.terms)[0]
             return sum(mean.item() for mean in means.values()) if means else None
         except Exception:  # a head that takes no single row, or not this one: the run must not end for it

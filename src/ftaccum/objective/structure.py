@@ -1,0 +1,135 @@
+"""The structure of a loss, as a few passes show it: its terms, when they are there, and what becomes of the batch."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..errors import DataError, SettingsError
+from ..runtime.state_guards import training_mode
+from .batch_changes import WatchedBatch
+from .item_counts import Batch, CountItems
+from .normalizer import Means
+from .objective import refuse_mean_over_nothing
+from .probe import Losses
+from .sample import Sample
+
+ROWS = "the first rows"
+
+
+def terms_of(
+    model: nn.Module, run: Callable[[Batch], Means], sample: Sample, count_items: CountItems | None
+) -> tuple[str, ...]:
+    """Return every term that the loss has in eval mode or in train mode, or that `count_items` counts.
+
+    Args:
+        run: a batch → the means of its loss by term.
+    """
+    found = dict.fromkeys(run(sample.longest), 0.0)
+    for training in (False, True):
+        with training_mode(model, training=training):
+            found |= {term: mean.item() for term, mean in run(sample.together).items()}
+    counted = None if count_items is None else count_items(sample.together)
+    if not isinstance(counted, Mapping):
+        return tuple(found)
+    if any(loss and math.isfinite(loss) and term not in counted for term, loss in found.items()):
+        raise SettingsError(
+            [
+                f"`count_items` must count every term of the loss, {sorted(found)}, but counts {sorted(counted)} "
+                "instead. Return a dict with those keys, or one number for all."
+            ]
+        )
+    return tuple(dict.fromkeys((*found, *counted)))
+
+
+def without_items(counts: Mapping[str, CountItems], batch: Batch) -> list[str]:
+    """Return the terms that a batch has no items of."""
+    return [term for term, count in counts.items() if not count(batch)]
+
+
+@dataclass
+class ObservedPasses:
+    """What passes on a few rows show besides the loss.
+
+    Attributes:
+        absent: for each pass whose loss lacked terms, these and its batch.
+        changes: for each pass that changed its batch, the batch from before and the watch on it.
+        shown: the terms that were other than 0 in a pass.
+    """
+
+    absent: list[tuple[list[str], Batch]] = field(default_factory=list)
+    changes: list[tuple[Batch, WatchedBatch]] = field(default_factory=list)
+    shown: set[str] = field(default_factory=set)
+
+    def add(self, batch: Batch, watched: WatchedBatch, found: Mapping[str, Tensor], terms: Sequence[str]) -> None:
+        """Record one pass."""
+        if absent := [term for term in terms if term not in found]:
+            self.absent.append((absent, batch))
+        if watched.changed():
+            self.changes.append((batch, watched))
+        self.shown |= {term for term, mean in found.items() if mean.item()}
+
+    def absent_is_zero(self, counts: Mapping[str, CountItems], unexplained: Collection[str]) -> list[str]:
+        """Return the terms that stand for 0 where they are left out, which explains the loss.
+
+        Args:
+            counts: how each term is counted that has items.
+            unexplained: the terms whose loss this count does not explain.
+
+        Raises:
+            SettingsError: where one of these is left out although it has items by its count.
+        """
+        absent = {term for terms, batch in self.absent for term in terms if term in counts and counts[term](batch)}
+        for term in (term for term in sorted(absent) if term in unexplained or term not in self.shown):
+            raise SettingsError(
+                [
+                    f"The loss has the term {term!r} for some rows and not for others, and no way to count its items "
+                    "explains it. Give `count_items`, which returns a dict with the items of every term, "
+                    f"{[*counts]}: 0 where there are none."
+                ]
+            )
+        return sorted(absent)
+
+    def counts_before_changes(self, counts: Mapping[str, CountItems], unexplained: Collection[str]) -> bool:
+        """Return whether passes change what is counted, while the count from before explains the loss.
+
+        Raises:
+            DataError: where it does not.
+        """
+        for batch, watched in self.changes if unexplained else []:
+            if targets := watched.changed_targets(batch):
+                raise DataError(
+                    f"The forward pass changes {targets} of a batch in place, and no way to count the loss items from "
+                    "before explains the loss. Make the change in the data or in `data_collator`, or give a "
+                    "`count_items` that counts what is left."
+                )
+        return any(_counted(counts, batch) != _counted(counts, watched.as_seen()) for batch, watched in self.changes)
+
+
+def check_means(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]) -> None:
+    """Raise DataError where a term that has items is not finite, naming the rows, or one without items is not 0."""
+
+    def is_faulty(batch: Batch, term: str) -> bool:
+        return not math.isfinite(losses(batch)[term]) and bool(counts[term](batch))
+
+    for term, loss in losses(sample.together).items():
+        if not counts[term](sample.together):
+            refuse_mean_over_nothing(term, loss, ROWS)
+        if not is_faulty(sample.together, term):
+            continue
+        singly = sample.apart(sample.together, [[n] for n in range(len(sample.names))])
+        named = zip(sample.names, singly, strict=True)
+        # A row may have been taken more than once.
+        faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))
+        are_some = 0 < len(faulty) < len(set(sample.names))
+        looked_at = "in these rows" if are_some else "in the model's weights and in the rows"
+        of_others = " Where it has no items in them, give `count_items`." if len(counts) > 1 else ""
+        raise DataError(
+            f"The {term} of {', '.join(faulty) if are_some else ROWS} of `train_data` is {loss} before any update. "
+            f"Look for numbers that are not finite {looked_at}.{of_others}"
+        )
+
+
+def _counted(counts: Mapping[str, CountItems], batch: Batch) -> dict[str, float]:
+    return {term: count(batch) for term, count in counts.items()}

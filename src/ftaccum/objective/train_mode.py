@@ -1,0 +1,96 @@
+"""What train mode does to a loss and to its gradient, on rows together and apart."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.state_guards import preserve_buffers
+from .deterministic_forward import DeterministicMode
+from .gradient_check import GradientCheck, GradientDifference
+from .item_counts import Batch, CountItems
+from .perturbation import perturb_norms
+from .probe import difference, relative
+from .report import InTraining
+from .sample import PAIRS, SINGLE, UNEQUAL, Sample
+
+_UNCHANGED = 1e-6  # between two equal passes
+
+
+@dataclass(frozen=True)
+class TrainMode:
+    """A model as it is trained, but for what it draws.
+
+    Attributes:
+        means: a batch → the means of its loss by term.
+        losses: the same as numbers, 0 for a term that the loss leaves out.
+    """
+
+    model: nn.Module
+    mode: DeterministicMode
+    sample: Sample
+    means: Callable[[Batch], Mapping[str, Tensor]]
+    losses: Callable[[Batch], Mapping[str, float]]
+
+    def in_training(self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]) -> InTraining:
+        """Measure the losses of rows apart and together.
+
+        Args:
+            chosen: how each term is counted.
+            in_eval: the loss of all together in eval mode. Where train mode changes nothing and moves nothing, it mixes
+                no rows either.
+        """
+        together, moving = self.sample.together, self.mode.moving
+
+        def from_the_start(batch: Batch) -> Mapping[str, float]:
+            with preserve_buffers(self.model):
+                return self.losses(batch)
+
+        with self.mode.passes(), perturb_norms(moving.values()):
+            joint = from_the_start(together)
+            if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
+                return InTraining(dict.fromkeys(chosen, 0.0))
+            apart = self.sample.apart(together, PAIRS)
+            means = [from_the_start(part) for part in apart]
+            complaint = self._complaint_of_one_row() if moving else None
+            once = self.losses(together)
+            again = self.losses(together) if moving else once
+        return InTraining(
+            {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
+            max(relative(again[term], once[term]) for term in chosen),
+            [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
+            complaint,
+        )
+
+    def gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
+        """Measure the gradients of rows apart and together, as far as memory allows.
+
+        Args:
+            exact: whether their losses agree; else it is seen only whether there is a gradient.
+        """
+        try:
+            return self._gradient(counts, exact=exact, tolerance=tolerance)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        give_back_memory()  # a few long rows may need more than a micro-batch
+        return GradientDifference()
+
+    def _gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
+        together, groups = self.sample.together, PAIRS if self.mode.moving else UNEQUAL
+        check = GradientCheck(self.model, self.means, counts)
+        with self.mode.passes():
+            joint = check.together(together)
+            if not exact:
+                return GradientDifference()
+            reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
+            return check.difference(joint, self.sample.apart(together, groups), reordered, tolerance)
+
+    def _complaint_of_one_row(self) -> str | None:
+        # Batch norm cannot do with a single value.
+        try:
+            self.losses(self.sample.apart(self.sample.together, SINGLE)[0])
+        except ValueError as error:
+            return str(error)
+        return None

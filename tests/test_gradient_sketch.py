@@ -1,0 +1,118 @@
+"""Sketches of gradients, and the comparison of rows together with rows apart by them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ftaccum.errors import SettingsError
+from ftaccum.objective.gradient_check import GradientCheck, GradientDifference
+from ftaccum.objective.gradient_sketch import GradientSketch, sketch_gradients
+
+X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+
+
+def sketch_of(**gradients: Tensor) -> GradientSketch:
+    sketch = GradientSketch()
+    for name, gradient in gradients.items():
+        sketch.add(name, gradient)
+    return sketch
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2).double()
+
+
+def mean_square(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    return {"loss": model(batch).square().mean()}
+
+
+def check_of(model: nn.Module, run: Any = mean_square) -> GradientCheck:
+    return GradientCheck(model, lambda batch: run(model, batch), {"loss": len})
+
+
+@pytest.mark.parametrize("shape", [(1,), (255,), (256,), (16, 16)])
+def test_the_norm_of_a_small_gradient_is_exact(shape: tuple[int, ...]) -> None:
+    gradient = torch.randn(shape, dtype=torch.float64)
+    assert sketch_of(a=gradient).norm() == pytest.approx(gradient.norm().item(), rel=1e-14)
+
+
+@pytest.mark.parametrize("n", [257, 1000, 300_000])
+def test_the_norm_of_a_large_gradient_is_estimated(n: int) -> None:
+    for seed in range(10):
+        gradient = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+        assert sketch_of(a=gradient).norm() == pytest.approx(gradient.norm().item(), rel=0.2)
+
+
+def test_sketches_add_up_and_subtract() -> None:
+    one, other = torch.randn(2, 1000, dtype=torch.float64)
+    both = sketch_of(a=one)
+    both.add("a", other)
+    assert both.minus(sketch_of(a=one + other)).norm() < 1e-12
+    missing = sketch_of(a=one, b=other).minus(sketch_of(a=one))
+    assert missing.norms() == {"a": 0.0, "b": pytest.approx(sketch_of(b=other).norm())}
+
+
+def test_gradients_of_any_kind_are_sketched() -> None:
+    sparse = torch.sparse_coo_tensor(torch.tensor([[1, 1, 3]]), torch.ones(3, 2), (5, 2), check_invariants=True)
+    assert sketch_of(a=sparse).norm() == pytest.approx(10**0.5)
+    assert sketch_of(a=torch.tensor([3 + 4j, 0j])).norm() == pytest.approx(5.0)
+    assert sketch_of(a=torch.full((4,), 2.0, dtype=torch.bfloat16)).norm() == 4.0
+
+
+def test_gradients_and_hooks_are_left_as_they_were() -> None:
+    model, called = linear(), []
+    model.weight.grad = torch.full_like(model.weight, 7.0)
+    model.weight.register_post_accumulate_grad_hook(lambda _: called.append(1))
+    with sketch_gradients(model) as sketch:
+        mean_square(model, X)["loss"].backward()
+    assert set(sketch.sums) == {"weight", "bias"}
+    assert model.weight.grad.unique().tolist() == [7.0]
+    assert model.bias.grad is None
+    assert not called
+    mean_square(model, X)["loss"].backward()
+    assert called == [1]
+
+
+def test_a_mean_over_rows_has_no_difference() -> None:
+    check = check_of(linear())
+    found = check.difference(check.together(X), [X[:1], X[1:]], X.flip(0), 1e-10)
+    assert found == GradientDifference()
+
+
+def test_a_clamped_gradient_differs_and_its_parameter_is_named() -> None:
+    model = linear()
+    model.bias.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    check = check_of(model)
+    found = check.difference(check.together(X), [X[:1], X[1:]], X.flip(0), 1e-4)
+    assert found.tensors == ["bias"]
+    assert 0 < found.off < 1
+
+
+def test_what_the_order_of_rows_changes_as_well_is_rounding() -> None:
+    noise = torch.Generator().manual_seed(0)
+
+    def noisy(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": (model(batch) + 1e-3 * torch.randn(len(batch), 2, generator=noise)).square().mean()}
+
+    check = check_of(linear(), noisy)
+    parts = [X[:1], X[1:]]
+    assert check.difference(check.together(X), parts, X.flip(0), 1e-6) == GradientDifference()
+    assert check.difference(check.together(X), parts, None, 1e-6).off > 0
+
+
+def test_a_loss_without_a_gradient_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="does not depend on any trainable parameter"):
+        check_of(linear(), lambda model, batch: {"loss": model(batch).mean().detach()}).together(X)
+
+
+def test_a_backward_pass_that_fails_is_an_error() -> None:
+    def in_place(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        outputs = model(batch).exp()
+        outputs += 1
+        return {"loss": outputs.mean()}
+
+    with pytest.raises(SettingsError, match=r"backward pass of the loss fails: .*make a new one instead"):
+        check_of(linear(), in_place).together(X)

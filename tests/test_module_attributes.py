@@ -1,0 +1,114 @@
+"""Plain attributes of modules: seen to change, and put back."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ftaccum.objective.hidden_state import HiddenState, find_hidden_state
+from ftaccum.runtime.module_attributes import ModuleAttributes, preserve_attributes
+
+
+class Keeps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.name, self.average = 0, "a", torch.zeros(2)
+        self.bank: list[Any] = [1]
+        self.by_name: dict[str, int] = {"x": 1}
+
+
+def changes(module: Any) -> dict[str, Any]:
+    """Return ways to change it, by the attribute that is changed."""
+    return {
+        "calls": lambda: setattr(module, "calls", module.calls + 1),
+        "name": lambda: setattr(module, "name", "b"),
+        "average": lambda: module.average.add_(1),
+        "bank": lambda: module.bank.append(2),
+        "by_name": lambda: module.by_name.update(x=300),
+        "new": lambda: setattr(module, "new", 1),
+    }
+
+
+@pytest.mark.parametrize("name", list(changes(None)))
+def test_a_change_is_seen_and_undone(name: str) -> None:
+    module = Keeps()
+    outer = nn.Sequential(module)
+    before = ModuleAttributes(outer)
+    bank, average = module.bank, module.average
+    assert before.changed() == []
+    changes(module)[name]()
+    assert before.changed() == [f"`{name}` of Keeps"]
+    before.restore()
+    assert before.changed() == []
+    assert (module.calls, module.name, module.bank, module.by_name) == (0, "a", [1], {"x": 1})
+    assert module.average.tolist() == [0, 0]
+    assert not hasattr(module, "new")
+    assert module.bank is bank
+    assert module.average is average
+
+
+def test_equal_values_are_no_change() -> None:
+    module = Keeps()
+    before = ModuleAttributes(module)
+    module.calls, module.name = 1000 - 1000, "".join(["a"])
+    assert before.changed() == []
+
+
+def test_attributes_are_restored_after_an_error() -> None:
+    module = Keeps()
+    with pytest.raises(ZeroDivisionError), preserve_attributes(module):
+        module.calls = 1 // 0 if module.__dict__.update(calls=7) is None else 0
+    assert module.calls == 0
+
+
+def test_generators_are_noticed() -> None:
+    module = Keeps()
+    assert not ModuleAttributes(module).hold_generators()
+    module.draws = np.random.default_rng(0)
+    assert ModuleAttributes(module).hold_generators()
+
+
+def hidden(model: Any, run: Any) -> HiddenState:
+    return find_hidden_state(model, [], lambda: {"loss": run(model)}, 1e-6)
+
+
+def test_a_counter_that_the_next_pass_depends_on_is_found() -> None:
+    model = Keeps()
+
+    def run(model: Any) -> float:
+        model.calls += 1
+        return 1.0 + model.calls
+
+    assert hidden(model, run) == HiddenState(0.5, ["`calls` of Keeps"])
+    assert model.calls == 0
+
+
+def test_a_counter_that_nothing_depends_on_is_left_alone() -> None:
+    model = Keeps()
+
+    def run(model: Any) -> float:
+        model.calls += 1
+        return 1.0
+
+    assert hidden(model, run) == HiddenState()
+
+
+def test_a_counter_elsewhere_is_found_without_a_place() -> None:
+    calls = [0]
+
+    def run(_: Any) -> float:
+        calls[0] += 1
+        return float(calls[0])
+
+    found = hidden(Keeps(), run)
+    assert found.off > 0
+    assert found.places == ()
+
+
+def test_what_is_drawn_is_no_state() -> None:
+    model = Keeps()
+    model.draws = np.random.default_rng(0)
+    assert hidden(model, lambda model: float(model.draws.random())) == HiddenState()
+    assert hidden(Keeps(), lambda _: float(torch.rand(()))) == HiddenState()
