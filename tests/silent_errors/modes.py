@@ -47,7 +47,9 @@ def saved_model() -> float:
         paths = [next(Path(folder).glob(f"{where}/model.safetensors")) for where in ("model", "checkpoints/*3/model")]
         saved = [load_file(path) for path in paths]
     names = dict(reference.named_parameters())
-    return max(float((weights[name] - p).detach().norm() / p.norm()) for weights in saved for name, p in names.items())
+    return max(
+        float((weights[name] - p).detach().norm() / p.detach().norm()) for weights in saved for name, p in names.items()
+    )
 
 
 @case(14, "the validation loss under a schedule-free optimizer")

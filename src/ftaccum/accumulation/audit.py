@@ -14,13 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor, nn
 
 from ..data.loader import LocalRows, MicroBatch
 from ..data.prefetch import LocalWindow, WindowLoader
+from ..objective.batch_changes import fresh_batch
 from ..objective.deterministic_forward import DeterministicMode
 from ..objective.item_counts import targets_of
 from ..objective.normalizer import gathered
@@ -30,6 +29,7 @@ from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host, peak_of_process
 from ..runtime.memory import WindowOutOfMemoryError, give_back_memory, is_out_of_memory
 from ..runtime.model_context import run_eagerly
+from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from .accumulator import GradientAccumulator
 from .sketch import GradientDifference, GradientSketch
@@ -108,6 +108,7 @@ class GradientAuditor:
         with ExitStack() as stack:
             stack.callback(self._accumulator.zero_gradients)
             stack.enter_context(run_eagerly(self._model))
+            stack.enter_context(preserve_attributes(self._model))
             mode = self._deterministic_mode(sample)
             stack.enter_context(mode.passes())
             if (accumulated := self._accumulate(sample)) is None:
@@ -172,7 +173,8 @@ class GradientAuditor:
             loss = self._unweighted_loss(micro)
             scaled = loss * factor
             scaler = self._accelerator.scaler
-            (scaled if scaler is None else scaler.scale(scaled)).backward()
+            if loss.requires_grad:  # it may be a constant for these rows
+                (scaled if scaler is None else scaler.scale(scaled)).backward()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -182,7 +184,7 @@ class GradientAuditor:
         return self._take(loss.item(), factor)
 
     def _unweighted_loss(self, micro: MicroBatch) -> Tensor:
-        batch = send_to_device(micro.batch, self._accelerator.device)
+        batch = fresh_batch(micro.batch, self._accelerator.device)
         return self._objective.unweighted_loss(self._model, batch, micro.counts)
 
     def _take(self, loss: float, factor: float = 1.0) -> "_Measured":
@@ -195,13 +197,10 @@ class GradientAuditor:
         return _Measured(sketch, loss)
 
     def _load(self, sample: "_Rows") -> list[MicroBatch]:
-        """Collate this process's micro-batches; a model may change their tensors, since training does not use them."""
+        """Collate this process's micro-batches."""
         share = sample.by_process[self._accelerator.process_index]
         (micro_batches,) = self._window_loader.loader.load([LocalRows(sample.rows, share, sample.seed)])
-        return [
-            replace(micro, batch=recursively_apply(torch.clone, micro.batch)) if micro.is_dummy else micro
-            for micro in micro_batches
-        ]
+        return micro_batches
 
     def _cut(self, rows: RowIndices) -> "_ByProcess":
         return self._window_loader.loader.cut(rows, self._window_loader.planner)

@@ -72,7 +72,8 @@ class Forward:
         part in it."""
         loss = self._loss_of(model, self._outputs(model, batch), batch)
         terms = loss if isinstance(loss, Mapping) else {LOSS: loss}
-        return torch.stack([_scalar(term, mean) for term, mean in terms.items()]).sum()
+        means = [_scalar(term, mean) for term, mean in terms.items()]
+        return torch.stack(means).sum() if means else torch.zeros(())
 
     def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
         """Return the loss as it is given: a number, or a mapping of them."""
@@ -91,8 +92,7 @@ class Forward:
                 outputs = self._inner_gradients.run(lambda: self._outputs(model, batch())) if self.is_own else None
                 if isinstance(outputs, list | tuple):
                     with torch.enable_grad():  # of several numbers, one is computed from the others
-                        outputs = self._outputs(model, batch())
-                    self._own_loss.settle(outputs, training=training)
+                        self._own_loss.settle(self._outputs(model, batch()), training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's

@@ -132,8 +132,9 @@ class RareCheck:
             values = np.unique(np.concatenate(of_rows))
             counts = np.array([[np.sum(row == value) for value in values] for row in of_rows], dtype=float)
             solved, _, rank, _ = np.linalg.lstsq(counts, wanted, rcond=None)
-            weights_V = solved / solved[counts.sum(0).argmax()]
-            if rank == len(values) and weights_V.min() > -_NOTHING:
+            common = solved[counts.sum(0).argmax()]  # the weight of the most common value
+            if rank == len(values) and common > 0 and solved.min() > -_NOTHING * common:
+                weights_V = solved / common
                 weights_V[weights_V < _NOTHING] = 0.0
                 rounded_V = np.array([float(f"{weight:.3g}") for weight in weights_V])
                 near_V = np.where(np.isclose(rounded_V, weights_V, rtol=EXPLAINED, atol=0), rounded_V, weights_V)

@@ -29,10 +29,10 @@ class Rounding:
         Args:
             autocast: "no", or the 16-bit type that operations on float32 weights are run in.
         """
-        coarsest = max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda d: torch.finfo(d).eps)
-        if coarsest == torch.float64:  # which autocast leaves alone
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
+        if eps <= torch.finfo(torch.float64).eps:  # which autocast leaves alone
             return cls(1e-10, 1e-5)
-        return cls(1e-6, 1e-3) if coarsest == torch.float32 and autocast == "no" else cls(1e-3, 0.1)
+        return cls(1e-6, 1e-3) if eps <= torch.finfo(torch.float32).eps and autocast == "no" else cls(1e-3, 0.1)
 
     def tolerance(self, floor: float) -> float:
         """Return the largest error that counts as rounding.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..data.collator import RowCollator
@@ -15,6 +14,7 @@ from ..data.dataset import Rows
 from ..data.probe_rows import sample_positions
 from ..data.row import length_of
 from ..data.value_ranges import ValueRanges
+from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import find_embedding_limits
 from ..objective.forward import Forward, logits_of
 from ..objective.item_counts import Batch, targets_of
@@ -38,7 +38,7 @@ def find_ranges(
 ) -> ValueRanges:
     """Return what the numbers in a batch may be. A `loss_fn` that does not say what it ignores may take any label."""
     model, loss_fn = components.model, components.loss_fn
-    few = [send_to_device(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
+    few = [fresh_batch(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
     sizes, longest = dict(ValueRanges.of_tokens(model).limits), []
     with inspection_mode(model):
         for row in few:  # one may be at fault itself, and end the pass before all is seen

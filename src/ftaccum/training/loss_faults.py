@@ -3,12 +3,12 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from accelerate.utils import send_to_device
 from torch import nn
 
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..errors import DataError
+from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import columns_of
 from ..objective.forward import Forward
 from ..objective.item_counts import Batch, targets_of
@@ -56,7 +56,7 @@ def _failing_row(
     for position in candidates:
         try:
             with inspection_mode(components.model):
-                forward(components.model, send_to_device(row_collator.seeded(rows, [position], 0), device))
+                forward(components.model, fresh_batch(row_collator.seeded(rows, [position], 0), device))
         except Exception:
             return position
     return None

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ...data.batches import can_be_taken_apart, first_dimensions, take
 from ...data.dataset import Rows
 from ...errors import DataError
+from ...objective.batch_changes import fresh_batch
 from ...objective.forward import accepted_arguments, is_label
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...training.config import Components
@@ -65,7 +65,7 @@ class Reference:
         A sum is divided by the user's `count_items`. Without it, the division is the documented one: by the labels that
         are not ignored, by all numbers of a floating-point target, or by rows.
         """
-        batch = send_to_device(batch, self.device)
+        batch = fresh_batch(batch, self.device)
         outputs = self._outputs(batch)
         loss = self._loss_of(outputs, batch)
         terms = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}

@@ -1,6 +1,6 @@
 """Prints each kind of use that once came out wrong without a word: its error now, or the message that refuses it.
 
-OMP_NUM_THREADS=1 .venv/bin/python scripts/silent_errors.py [--kind N] [--source SRC]
+OMP_NUM_THREADS=1 .venv/bin/python scripts/silent_error_table.py [--kind N] [--source SRC]
 
 `--source` takes the package from another checkout's `src`, to see what an earlier version did.
 """
