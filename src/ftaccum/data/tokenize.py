@@ -107,7 +107,7 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
     """Return the most tokens of a row that tokenizer and model take; None if neither has a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     for module in model.modules():
-        # RoBERTa and its kin number positions from behind the padding's on.
+        # Models like RoBERTa begin to count positions after that of the padding.
         if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx is not None:
             positions -= module.padding_idx + 1
             break
@@ -122,6 +122,6 @@ def _label_id(value: Any, config: Any, name: str) -> Any:
     if value not in known:
         raise DataError(
             f"{name} has the label {value!r}, but the model's config.label2id knows {sorted(known)}. Set label2id and "
-            "id2label when loading the model, or give the labels as numbers."
+            "id2label when you load the model, or give the labels as numbers."
         )
     return known[value]
