@@ -1,6 +1,7 @@
 """Raw text: which columns are read, how texts end, and what is said of those that are cut."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ftaccum import DataError, Result, SettingsError, TextWarning, search, test_fine_tuning, verify
+from ftaccum.apps.load import load_model
 from ftaccum.data.text_encoder import CUT, TextEncoder
 from silent_errors.text_columns import LABELS, REVIEWS, WORDS, causal_lm, classifier, ids_of, word_tokenizer
+from silent_errors.tokenizer_padding import llama_classifier
 
 END = WORDS.index("</s>")
 LABELLED = [{"review": text, "label": label} for text, label in zip(REVIEWS, LABELS, strict=True)]
@@ -196,7 +199,14 @@ def test_the_end_counts_where_it_is_the_padding_token_as_well() -> None:
     assert run(causal_lm(), rows, tokenizer=tokenizer).loss_history == run(causal_lm(), rows).loss_history
 
 
-def test_rows_that_are_cut_are_counted_also_when_their_tokens_are_cached(tmp_path: Any) -> None:
+def test_a_loaded_model_knows_the_padding_of_its_tokenizer(tmp_path: Path) -> None:
+    llama_classifier(pad_token_id=2).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model("text-classification", str(tmp_path), ["bad", "good"])
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+
+
+def test_rows_that_are_cut_are_counted_also_when_their_tokens_are_cached(tmp_path: Path) -> None:
     Dataset.from_list([{"text": "a film"}] * 5 + [{"text": LONG}] * 3).to_json(tmp_path / "rows.jsonl")
     for _ in range(2):
         rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")

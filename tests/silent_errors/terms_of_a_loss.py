@@ -107,7 +107,7 @@ def zero_without_items() -> float:
     return error_of(rows_with_boxes({2, 3, 7}), loss_fn, count_items=counts)
 
 
-@case(
+@case(8, "a term is 0 in all rows but rare ones", refused="in 'box', items of some rows weigh more or less")
     8, "a term is 0 in all rows but rare ones", refused="in 'box', items of some rows weigh more or less.*count_items"
 )
 def zero_but_in_rare_rows() -> float:

@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ftaccum {words[0]}: {error}", file=sys.stderr)
         return _DIVERGED
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it was" if words[0] == "search" else ""
-        print(f"ftaccum {words[0]}: interrupted{goes_on}", file=sys.stderr)
+        resumes = ". The same command resumes the search." if words[0] == "search" else "."
+        print(f"ftaccum {words[0]}: interrupted{resumes}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -192,7 +192,7 @@ def _check_named(named: NamedArguments, command: str) -> None:
     needed = [name for name in ("model", "train_data") if not getattr(named, name)]
     if needed:
         raise SettingsError(
-            [f"`--{name}` is needed. `ftaccum {command} --help` says what it may be." for name in needed]
+            [f"`--{name}` is needed. `ftaccum {command} --help` lists what it may be." for name in needed]
         )
     refuse(find_faults(named))
 

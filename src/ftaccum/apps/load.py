@@ -1,4 +1,4 @@
-"""What a command line can name: rows by file or hub name, and a model for a task by folder or hub name."""
+"""Load what a command line names: rows by file or hub name, and a model for a task by folder or hub name."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class Loaded:
 
 
 def load(named: TrainArguments, seed: int) -> Loaded:
-    """Loads rows and model. A new head gets its weights from the seed, so that a run can be repeated.
+    """Load rows and model. A new head gets its weights from the seed, so that a run can be repeated.
 
     Raises:
         DataError: for rows that cannot be read.
@@ -49,7 +49,7 @@ def load(named: TrainArguments, seed: int) -> Loaded:
 
 
 def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
-    """The same without the model, and a function that makes it again and again, which can be sent to other processes.
+    """Load everything but the model, and return a function that makes a new model at each call. It can be pickled.
 
     Raises:
         DataError, SettingsError: as `load`.
@@ -65,7 +65,7 @@ def _new_model(*named: Any) -> Any:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Without what Transformers prints each time that it loads weights: it was said the first time."""
+    """Silence what Transformers prints whenever it loads weights: it has printed it before."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -92,15 +92,15 @@ def _classes(named: TrainArguments, train: Dataset) -> list[str]:
 
 
 def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | None = None) -> Dataset:
-    """Reads a CSV, TSV, JSON, JSON-lines, Parquet or text file, a folder that `save_to_disk` wrote, or a hub data set.
+    """Read a CSV, TSV, JSON, JSON-lines, Parquet or text file, a folder that `save_to_disk` wrote, or a hub data set.
 
     Args:
-        source: a path, or a hub name, with `:config` behind it where there are several.
-        split: of a hub data set or a saved DatasetDict.
+        source: a path or a hub name, followed by `:config` if the hub has several.
+        split: the split to read of a hub data set or a saved DatasetDict.
         columns: new names for columns, {old: new}.
 
     Raises:
-        DataError: where it cannot be read, with what was tried.
+        DataError: if it cannot be read, with the reason.
     """
     path = Path(source)
     try:
@@ -117,12 +117,12 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
             rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:
         raise DataError(
-            f"Rows {source!r} cannot be read: {error}. Name a {', '.join(_READERS)} file, a folder that `save_to_disk` "
+            f"Rows {source!r} cannot be read: {error}. Give a {', '.join(_READERS)} file, a folder that `save_to_disk` "
             "wrote, or a data set of the hub."
         ) from error
     missing = [old for old in columns or {} if old not in rows.column_names]
     if missing:
-        raise DataError(f"Rows {source!r} have no column {missing[0]!r}, only {rows.column_names}. Name one of those.")
+        raise DataError(f"Rows {source!r} have no column {missing[0]!r}, only {rows.column_names}. Give one of those.")
     return _renamed(rows, columns or {})
 
 
@@ -135,49 +135,54 @@ def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
 
 
 def class_names(rows: Dataset, label: str = "label") -> list[str]:
-    """The classes of a label column, in the order of their numbers.
+    """Return the classes of a label column, in the order of their numbers.
 
     Raises:
-        DataError: where the column is missing, or its labels are neither names nor numbers from 0 on.
+        DataError: if the column is missing, or its labels are neither names nor numbers from 0 on.
     """
     if label not in rows.column_names:
-        raise DataError(f"The rows have no label column {label!r}, only {rows.column_names}. Name the one to use.")
+        raise DataError(
+            f"The rows have no label column {label!r}, only {rows.column_names}. Give one with `--label_column`."
+        )
     feature = rows.features[label]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     found = rows.unique(label)
     if None in found:
-        raise DataError(f"Some rows have no {label!r}. Drop them, or give them one.")
+        raise DataError(f"Some rows have no label in {label!r}. Drop these rows, or give them a label.")
     found.sort()
     if all(isinstance(value, str) for value in found):
         return found
     if all(isinstance(value, int) and value >= 0 for value in found):
         return [str(number) for number in range(found[-1] + 1)]
-    raise DataError(f"The labels in {label!r} are {found[:5]}; they must be names, or whole numbers from 0 on.")
+    raise DataError(
+        f"Labels must be names or whole numbers from 0 on, but {label!r} has {found[:5]}. Convert them first."
+    )
 
 
 def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, Any]:
-    """A model with the head for a task, and its tokenizer, by folder or hub name.
+    """Return a model with the head for a task, and its tokenizer.
 
     Args:
+        name: a folder, or a name on the hub.
         classes: for classification, the names of the classes in the order of their numbers.
 
     Raises:
-        SettingsError: where it cannot be loaded.
+        SettingsError: if it cannot be loaded.
     """
     heads: dict[str, Any] = {}
     if classes:
         heads = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
-        heads["ignore_mismatched_sizes"] = True  # a classifier of other classes gets a new head, and is told so
+        heads["ignore_mismatched_sizes"] = True  # other classes get a new head, and Transformers says so
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = TASKS[task].from_pretrained(name, **heads)
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingsError(
-            [f"`model` {name!r} cannot be loaded: {error} Name a folder that `save_pretrained` wrote, or a hub model."]
+            [f"`model` {name!r} cannot be loaded: {error} Give a folder that `save_pretrained` wrote, or a hub model."]
         ) from error
     if tokenizer.pad_token_id is None:  # models made for generation often have none; padding is masked anyway
         tokenizer.pad_token = tokenizer.eos_token
-    if getattr(model.config, "pad_token_id", None) is None:
+    if tokenizer.pad_token_id is not None:  # classifiers look for the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

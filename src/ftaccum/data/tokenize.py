@@ -108,7 +108,7 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
     """Return the most tokens of a row that tokenizer and model take; None if neither has a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     for module in model.modules():
-        # RoBERTa and its kin number positions from behind the padding's on.
+        # Models like RoBERTa begin to count positions after that of the padding.
         if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx is not None:
             positions -= module.padding_idx + 1
             break
