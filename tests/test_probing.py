@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from ftaccum import DataError, InexactLossWarning, SettingsError, test_fine_tuning
+from ftaccum.data.dataset import Rows
+from ftaccum.data.rare_rows import RareRows
 from ftaccum.objective.item_counts import ItemCounter
 from ftaccum.objective.perturbation import float32_weights, perturb_head
 from ftaccum.objective.probe import Explanation, choose, explain
@@ -159,6 +162,17 @@ def test_class_weights_in_a_function_are_measured(seed: int, dtype: torch.dtype)
         model, train_data=rows, loss_fn=loss, effective_batch_size=60, n_epochs=1, validation_split=0.0, progress=False
     )
     assert result.loss_history == pytest.approx([wanted], rel=2e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_rare_rows_have_every_value_of_labels_and_flags_and_are_the_shortest(as_table: bool) -> None:
+    rows = [{"input_ids": [1] * (2 + n % 3), "labels": [n % 2, 0], "keep": 1} for n in range(60)]
+    rows[17]["labels"], rows[40]["labels"], rows[42]["labels"] = [0, 5], [7, 7], [7, 0]
+    rows[33]["keep"] = 0
+    found = RareRows.of(Rows("train_data", Dataset.from_list(rows) if as_table else rows), -100, ())
+    assert {17, 42, 33} <= set(found.positions)  # row 40 is longer than row 42
+    assert 40 not in found.positions
+    assert not found.not_looked_at
 
 
 def test_the_labels_that_were_not_looked_at_are_told() -> None:

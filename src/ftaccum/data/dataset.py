@@ -130,6 +130,11 @@ class Rows:
         return isinstance(self.source, list | TensorDataset) and not self.draw
 
     @property
+    def are_endless(self) -> bool:
+        """Whether more rows come than `len` says."""
+        return False
+
+    @property
     def have_tokens(self) -> bool:
         """Whether the length of a row counts tokens, or whatever its first column has, and not letters."""
         row = self.fetch([0])[0]

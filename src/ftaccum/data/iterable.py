@@ -175,6 +175,10 @@ class StreamRows(Rows):
         return [self._held[position] for position in positions]
 
     @property
+    def are_endless(self) -> bool:
+        return len(self) == LOOKED_AT
+
+    @property
     def are_token_ids(self) -> bool:
         return self._are_token_ids
 

@@ -18,6 +18,7 @@ from .row import Row, length_of
 
 _MOST_ROWS = 64
 _LAZY_ROWS = 256  # to look at, of rows that are computed when they are fetched
+_FETCHED_ROWS = 50_000  # to look at, of others that are no table
 _MOST_NUMBERS = 10_000_000  # of a column; half a second
 _MOST_LABELS, _MOST_KINDS = 1000, 64  # values of labels, and of other columns; there are more in a vocabulary
 _FEW_LABELS = 32  # values, of which each may get a row more
@@ -63,7 +64,7 @@ class RareRows:
                 unseen.append(f"{missing:,} of {len(values):,} {'label' if name == TARGETS else repr(name)} values")
             if column.numbers.size > search.n_rows and len(values) <= _FEW_LABELS:
                 search.add(len(values))  # so that the weights of labels that share a row can be told apart
-        if search.n_rows < len(rows) and any(map(is_label, names)):
+        if (search.n_rows < len(rows) or rows.are_endless) and any(map(is_label, names)):
             unseen.append(f"labels of rows after the first {search.n_rows:,}")
         positions = [*search.chosen[:1], *sorted(search.chosen[1:], key=lambda row: search.lengths[row])]
         return cls(positions, " and ".join(unseen))
@@ -85,11 +86,11 @@ class _Search:
 
     @classmethod
     def of(cls, rows: Rows) -> "_Search":
-        n_rows = len(rows) if rows.in_memory else min(_LAZY_ROWS, len(rows))
         if rows.in_memory and isinstance(rows.source, Dataset):
-            return cls(rows.table, (), np.array(rows.lengths() or [1] * n_rows), [])
-        fetched = rows.fetch(range(n_rows))
-        return cls(None, fetched, np.array([length_of(row) for row in fetched]), [])
+            return cls(rows.table, (), np.array(rows.lengths() or [1] * len(rows)), [])
+        fetched = rows.fetch(range(min(len(rows), _FETCHED_ROWS if rows.in_memory else _LAZY_ROWS)))
+        lengths = rows.lengths(range(len(fetched))) or [length_of(row) for row in fetched]
+        return cls(None, fetched, np.array(lengths), [])
 
     @property
     def n_rows(self) -> int:
@@ -99,7 +100,10 @@ class _Search:
         """Return the numbers of a column; None where it holds something else, or too many."""
         if self.table is not None:
             return _Column.of_table(self.table, name)
-        return _Column.of_arrays([_numbers(row, name) for row in self.fetched])
+        are_mappings = isinstance(self.fetched[0], Mapping)
+        return _Column.of_values(
+            [row.get(name) for row in self.fetched] if are_mappings else [y for _, y in self.fetched]
+        )
 
     def cover(self, column: "_Column", values: Values, most: int, special: Collection[int] = ()) -> int:
         """Choose rows for the values that those chosen before do not have, rarest first after the most frequent, and
@@ -134,7 +138,11 @@ class _Column:
     starts: np.ndarray
 
     @classmethod
-    def of_arrays(cls, arrays: Sequence[np.ndarray | None]) -> "_Column | None":
+    def of_values(cls, values: Sequence[Any]) -> "_Column | None":
+        """Return None where a row holds something else than numbers, or all together hold too many."""
+        if len({type(value) for value in values}) == 1 and isinstance(values[0], int | float):
+            return cls(np.array(values), np.arange(len(values) + 1))  # in one go, which is faster
+        arrays = [_numbers(value) for value in values]
         known = [array.ravel() for array in arrays if array is not None and array.dtype.kind in "iufb"]
         if len(known) < len(arrays) or sum(array.size for array in known) > _MOST_NUMBERS:
             return None
@@ -168,21 +176,20 @@ class _Column:
 def _columns(row: Row) -> list[str]:
     """The names of columns of whole numbers that may tell kinds of rows apart, labels first."""
     if not isinstance(row, Mapping):
-        return [TARGETS] if _is_whole(_numbers(row, TARGETS)) else []
+        return [TARGETS] if _is_whole(_numbers(row[1])) else []
     labels = [name for name in row if is_label(name)]
     sizes = {(), *(np.shape(row[name]) for name in labels)}
     others = [name for name in row if name not in (*TOKEN_COLUMNS, *labels) and np.shape(row[name]) in sizes]
-    return [name for name in (*labels, *others) if _is_whole(_numbers(row, name))]
+    return [name for name in (*labels, *others) if _is_whole(_numbers(row[name]))]
 
 
 def _is_whole(numbers: np.ndarray | None) -> bool:
     return numbers is not None and numbers.dtype.kind in "iufb" and not np.any(numbers % 1 > 0)
 
 
-def _numbers(row: Row, name: str) -> np.ndarray | None:
-    value = row.get(name) if isinstance(row, Mapping) else row[1]
+def _numbers(value: Any) -> np.ndarray | None:
     if isinstance(value, Tensor):
-        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+        return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
     try:
         return np.asarray(value)
     except ValueError:  # lists of unlike lengths
