@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "capped": {"max_updates": 11, "n_epochs": 9},
     "by tokens": {"max_tokens": 24},
-    "another optimizer": {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)},
+    "another optimizer": {"optimizer": lambda groups: torch.optim.SGD(groups, momentum=0.9)},
     "without validation": {"validation_split": 0.0},
 }  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
         trained, loss_fn, lone = model(), Centres(), nn.Parameter(torch.ones(2))
         lone.register_post_accumulate_grad_hook(lambda _: None)
         trained.register_forward_pre_hook(lambda *_: setattr(lone, "grad", torch.ones(2)))
-        optimizer = torch.optim.AdamW([*trained.parameters(), *loss_fn.parameters(), lone], lr=0.01)
+        optimizer = torch.optim.AdamW([*trained.parameters(), *loss_fn.parameters(), lone], lr=1e-3)
         ended = fine_tuned(trained, loss_fn=loss_fn, optimizer=optimizer, on_inexact="ignore", **more)
         return ended, [loss_fn.scale, loss_fn.mean, lone]
 
