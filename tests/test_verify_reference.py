@@ -14,7 +14,9 @@ from ftaccum import DataError, verify
 from ftaccum.apps.verify.plain_collation import PlainCollator, documents_of
 from ftaccum.apps.verify.rare_rows import rarest, traits_of, with_rare_rows
 from ftaccum.apps.verify.reference import Reference
+from ftaccum.data.collator import RowCollator
 from ftaccum.data.convert import as_rows
+from ftaccum.objective.forward import Forward
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 CPU = torch.device("cpu")
@@ -176,3 +178,24 @@ def test_a_rare_row_far_from_the_sample_is_in_the_update() -> None:
     found = verify(model, rows, loss_fn=loss_fn, batch_size=2, effective_batch_size=8, progress=False)
     assert not found.exact
     assert "For 1 of the rows, others with rare label values or columns were taken." in found.notes
+
+
+def test_faults_of_batches_and_of_the_forward_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cut has them, so that cuts agree with each other."""
+    head, sizes = HEADS["token classification, BERT"], {"batch_size": 3, "effective_batch_size": 11, "progress": False}
+    collate, outputs = RowCollator.__call__, Forward._outputs
+
+    def with_padding_as_labels(*arguments: Any, **named: Any) -> dict[str, Tensor]:
+        batch = collate(*arguments, **named)
+        return {**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, 0)}
+
+    def without_mask(self: Forward, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return outputs(self, model, {name: value for name, value in batch.items() if name != "attention_mask"})
+
+    for owner, name, faulty in (
+        (RowCollator, "__call__", with_padding_as_labels),
+        (Forward, "_outputs", without_mask),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, faulty)
+            assert not verify(head.model(), head.rows(30), **sizes).exact

@@ -43,7 +43,7 @@ class MovingBuffers:
     def __init__(self, model: nn.Module, process_group: ProcessGroup) -> None:
         self._model, self._process_group = model, process_group
         self._specs: dict[str, Any] | None = None
-        self._shared: dict[Place, str] = {}  # on several processes: buffers that are alike on all, and their names
+        self._shared: list[Place] = []  # on several processes: buffers of one name, shape and dtype on all
         self._still: dict[Place, _Still] = {}
         self._seen: set[Place] = set()  # large ones that are, or were, in `_still`
 
@@ -69,7 +69,8 @@ class MovingBuffers:
     def snapshot(self) -> Buffers:
         """Return a copy of the buffers, to restore them from. Of those that have not moved so far, it is the first."""
         places = buffers_of(self._model)
-        self._watch(places)
+        # The order of the still ones is the same on all processes, which a lazily registered one's place may not be.
+        self._watch(places if self._process_group.is_single else self._shared)
         copied = Buffers.now([place for place in places if place not in self._still])
         still = {p: (s.buffer, s.value) for p, s in self._still.items() if s.value is not None}
         return Buffers(copied.kept | still, unset_buffers_of(self._model))
@@ -104,8 +105,7 @@ class MovingBuffers:
         room = _KEPT - sum(still.value.nbytes for still in self._still.values() if still.value is not None)
         for place in places:
             buffer = _at(place)
-            is_shared = self._process_group.is_single or place in self._shared
-            if buffer.numel() <= _SMALL or place in self._seen or not is_shared:
+            if buffer.numel() <= _SMALL or place in self._seen:
                 continue
             self._seen.add(place)
             is_kept = buffer.nbytes <= room
@@ -126,7 +126,7 @@ class MovingBuffers:
         self._specs = specs
         everyone: list[Mapping[str, Any]] = self._process_group.gather(specs)
         alike = [name for name, spec in everyone[0].items() if all(other.get(name) == spec for other in everyone)]
-        self._shared = {places[name]: name for name in alike}
+        self._shared = [places[name] for name in alike]
         self._still = {place: still for place, still in self._still.items() if place in self._shared}
 
 

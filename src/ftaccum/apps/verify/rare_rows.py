@@ -14,6 +14,7 @@ from ...planning.micro_batches import RowIndices
 Traits = Sequence[Sequence[int]]  # for each label value or column: the positions of the rows that have it
 
 _MOST_ROWS = 100_000  # to look at
+_BATCH = 1000  # rows of a table that are read at a time
 _MOST_VALUES = 1000  # of a label column; one with more is a vocabulary or a measure
 _SHARE = 4  # of a window, one row in so many may be exchanged
 
@@ -27,9 +28,7 @@ def traits_of(rows: Rows) -> Traits:
     n_rows, many = 0, set[str]()
     for position, row in enumerate(_read(rows)):
         n_rows += 1
-        for kind, values in _traits_of_row(row):
-            if kind in many:
-                continue
+        for kind, values in _traits_of_row(row, many):
             known = by_kind.setdefault(kind, {})
             for value in values:
                 known.setdefault(value, []).append(position)
@@ -45,10 +44,13 @@ def traits_of(rows: Rows) -> Traits:
 
 def rarest(traits: Traits, n_rows: int, known: Collection[int] = ()) -> list[int]:
     """Return rows that have what the known ones lack, rarest first, at most so many."""
-    chosen: list[int] = []
+    chosen, covered = list[int](), set(known)
     for positions in sorted(traits, key=len):
-        if len(chosen) < n_rows and not {*known, *chosen}.intersection(positions):
+        if len(chosen) == n_rows:
+            break
+        if covered.isdisjoint(positions):
             chosen.append(positions[0])
+            covered.add(positions[0])
     return chosen
 
 
@@ -66,20 +68,23 @@ def _read(rows: Rows) -> Iterator[Any]:
     if isinstance(rows.source, Dataset):
         table = rows.subset(positions).table
         columns = [n for n in table.column_names if is_label(n) or table.data.column(n).null_count]
-        yield from table.select_columns(columns).with_format("arrow")[:].to_pylist() if columns else ()
+        if columns:
+            for batch in table.select_columns(columns).with_format("arrow").iter(_BATCH):
+                yield from batch.to_pylist()
     elif isinstance(rows.source, list):
         yield from rows.fetch(positions)
 
 
-def _traits_of_row(row: Any) -> Iterator[tuple[str, set[Hashable]]]:
+def _traits_of_row(row: Any, without: Collection[str]) -> Iterator[tuple[str, set[Hashable]]]:
     if not isinstance(row, Mapping):
-        yield "target", _values(row[1])
+        if "target" not in without:
+            yield "target", _values(row[1])
         return
     yield "has", {name for name, value in row.items() if value is not None}
     yield "empty", {name for name, value in row.items() if _is_empty(value)}
     for name, value in row.items():
-        if is_label(name):
-            yield f"label {name}", _values(value)
+        if is_label(name) and (kind := f"label {name}") not in without:
+            yield kind, _values(value)
 
 
 def _is_empty(value: Any) -> bool:
