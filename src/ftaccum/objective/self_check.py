@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..runtime.state_guards import inspection_mode, preserve_buffers
 from .deterministic_forward import DeterministicMode
+from .equal_draws import equal_draws
 from .forward import Forward
-from .item_counts import Batch, CountItems, ItemCounter, counts_from_user
+from .item_counts import Batch, CountItems, ItemCounter, counts_from_user, rows_of
 from .normalizer import means_of_sums
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
@@ -186,7 +187,11 @@ class _Measurement:
         return {term: mean.item() for term, mean in found.items()}
 
     def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        return self.forward(self.model, self._on_device(batch))
+        batch = self._on_device(batch)
+        if any(module.training for module in self.model.modules()):
+            return self.forward(self.model, batch)
+        with equal_draws(rows_of(batch)):
+            return self.forward(self.model, batch)
 
     def _on_device(self, batch: Batch) -> Batch:
         return self.prepared(send_to_device(batch, next(self.model.parameters()).device))
