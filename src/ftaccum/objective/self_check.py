@@ -1,6 +1,7 @@
 """Settles how a model's loss is counted, and sees whether accumulating it is exact, before anything is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +12,10 @@ from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import gradient_hooks, inspection_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
+from .equal_draws import equal_draws
 from .forward import Forward
 from .hidden_state import find_hidden_state
-from .item_counts import OF_USER, Batch, CountItems, ItemCounter, counts_from_user
+from .item_counts import OF_USER, Batch, CountItems, ItemCounter, counts_from_user, rows_of
 from .normalizer import means_of_sums
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head
@@ -216,7 +218,9 @@ class _Measurement:
     def outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Return the means of a batch by term, and the model's outputs."""
         watched = WatchedBatch(self._on_device(batch))
-        found = self.forward(self.model, watched.batch)
+        trains = any(module.training for module in self.model.modules())
+        with nullcontext() if trains else equal_draws(rows_of(batch)):
+            found = self.forward(self.model, watched.batch)
         self.observed.add(batch, watched, found[0], self.terms)
         return found
 
