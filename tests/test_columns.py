@@ -208,6 +208,21 @@ def test_windows_of_packed_rows_are_those_of_their_documents(batch_size: int) ->
             assert relative_error(gradient, wanted) < 1e-10
 
 
+def test_packed_rows_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [packed(row, list) for row in documents()]
+    test_fine_tuning(causal_lm(), train_data=rows, n_epochs=1, validation_split=0.0, progress=False)
+    assert "Rows: packed; `position_ids` keep their documents apart" in capsys.readouterr().out
+
+
+def test_positions_that_jump_are_not_taken_beside_packed_rows() -> None:
+    collator = PaddingCollator(ColumnRules())
+    jumping, restarting = ({"input_ids": [1, 2, 3], "position_ids": places} for places in ([0, 1, 5], [0, 1, 0]))
+    assert "attention_mask" in collator([jumping, jumping])
+    assert "attention_mask" not in collator([restarting, restarting])
+    with pytest.raises(OddRowError, match="its `position_ids` jump at token 2"):
+        collator([restarting, jumping])
+
+
 def test_positions_that_do_not_start_again_change_nothing() -> None:
     rows = CAUSAL.rows(7)
     numbered = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in rows]

@@ -46,7 +46,16 @@ class Documents:
                     "Make each document a row of its own, or load the model with another `attn_implementation`. Where "
                     "the row is one text, give it an `attention_mask` of ones.",
                 )
-        return masks is None and any(map(is_packed, positions))
+        packed = [masks is None and is_packed(of_row) for of_row in positions]
+        for place, of_row in enumerate(positions):
+            if any(packed) and not packed[place] and starts_of(of_row)[1:].any():
+                raise OddRowError(
+                    place,
+                    f"its `position_ids` jump at token {first_restart(of_row)}, where a model sees another document, "
+                    "unless no row of a batch is packed",
+                    "Give every row an `attention_mask` with a place for each pair of tokens.",
+                )
+        return any(packed)
 
     def ignore_starts(self, columns: dict[str, list[Tensor]], ignore_index: int) -> None:
         """Ignore the first label of each document, where it would be predicted from the document before."""

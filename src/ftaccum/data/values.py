@@ -18,7 +18,10 @@ class OddRowError(ValueError):
     """
 
     def __init__(
-        self, place: int, problem: str, remedy: str = "Fix or drop the row, or give a `data_collator`."
+        self,
+        place: int,
+        problem: str,
+        remedy: str = "Fix or drop the row, drop the column if nothing needs it, or give a `data_collator`.",
     ) -> None:
         super().__init__(problem)
         self.place, self.remedy = place, remedy

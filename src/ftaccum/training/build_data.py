@@ -31,7 +31,11 @@ from .config import Components, RunConfig
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on: `train` and `val` load the micro-batches of `train_rows` and `val_rows`."""
+    """What a run trains on: `train` and `val` load the micro-batches of `train_rows` and `val_rows`.
+
+    Attributes:
+        packed: whether rows hold several documents each.
+    """
 
     train_rows: Rows
     val_rows: Rows | None
@@ -40,12 +44,15 @@ class TrainingData:
     val: Loader | None
     ignore_index: int
     synthetic: bool
+    packed: bool = False
 
     def notes(self) -> list[str]:
         """What a user should know of the data and the loss before training starts."""
         objective = self.objective
         widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
         notes = [f"Loss: mean over {objective.report.counted_by}{widths}"]
+        if self.packed:
+            notes.append("Rows: packed; `position_ids` keep their documents apart")
         if self.synthetic:
             notes.insert(0, "Data: SYNTHETIC random tokens, because `train_data` is None; losses mean nothing")
         return notes
@@ -91,7 +98,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
         padding.documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
-        check_sample(rows, row_collator, ranges)
+        sample = check_sample(rows, row_collator, ranges)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
 
@@ -104,7 +111,16 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if runtime.padding_free:
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     train = loader(rows, row_collator, labelled)
-    return TrainingData(rows, val_rows, objective, train, val, ignore_index, components.train_data is None)
+    return TrainingData(
+        rows,
+        val_rows,
+        objective,
+        train,
+        val,
+        ignore_index,
+        synthetic=components.train_data is None,
+        packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
+    )
 
 
 def _split(
