@@ -53,6 +53,12 @@ def test_these_may_have_a_length_of_their_own(name: str) -> None:
     assert sizes(rows)[name] == NOTHING
 
 
+def test_labels_of_one_size_in_most_rows_are_no_targets_of_their_own_length() -> None:
+    rows = [{"x": [0.5] * 4, "labels": [0, 1, 1][n // 7 :]} for n in range(9)]
+    assert sizes(rows)["labels"] == (3,)
+    assert sizes(rows, own_targets=True)["labels"] == NOTHING, "as of an encoder-decoder"
+
+
 def test_what_a_decoder_takes_runs_along_the_labels() -> None:
     rows = rows_of(3, 4, 6, labels=lambda n: [1] * (n * 2 % 7 + 1), decoder_input_ids=lambda n: [0] * (n * 2 % 7 + 1))
     assert sizes(rows)["decoder_input_ids"] == TARGETS

@@ -47,8 +47,11 @@ class ColumnRules:
 
     @property
     def names(self) -> frozenset[str]:
-        """The columns that are taken whatever they hold. A plain module may have another name for its ids."""
-        return (self.accepted or frozenset()) | {"input_ids", "labels"}
+        """The columns that are taken whatever they hold.
+
+        A plain module may have another name for its ids; positions tell packed rows, also for a model that takes none.
+        """
+        return (self.accepted or frozenset()) | {"input_ids", "labels", "position_ids"}
 
     def takes(self, name: str, value: Any) -> bool:
         """Return whether a batch has a column of that name, from a value in a row."""
@@ -63,7 +66,8 @@ class ColumnRules:
         """
         if is_label(name):
             fits = name == "labels" and not floats and (with_ids or n_dims == 1)
-            return fits and (self.own_targets if with_ids else self.own_targets or None)
+            known = with_ids or self.own_targets is None
+            return fits and (self.own_targets if known else True)  # without ids: a transcript, as for CTC
         if name.startswith("decoder_") or name in _SOUNDS:
             return True
         return None if name.endswith("_mask") and name not in TOKEN_COLUMNS else False
@@ -247,7 +251,11 @@ def _sizes(
 
 
 def _size(
-    sizes: Sequence[int], lengths: Mapping[Along, Sequence[int]], *, free: bool | None, fixed_first: bool
+    sizes: Sequence[int],
+    lengths: Mapping[Along, Sequence[int]],
+    *,
+    free: bool | None,
+    fixed_first: bool,
 ) -> Size:
     """Return what most rows show of a dimension: it runs along something, or is of one size, or neither."""
     size, n_equal = Counter(sizes).most_common(1)[0]
