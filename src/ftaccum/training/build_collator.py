@@ -59,6 +59,14 @@ def build_padding(
     return padding
 
 
+def build_row_collator(components: Components, padding: PaddingCollator | None) -> RowCollator:
+    """Return what collates rows by position: by padding them, or by the user's collator."""
+    if padding is not None:
+        return RowCollator(padding)
+    assert components.data_collator is not None, "else rows are padded"
+    return RowCollator(components.data_collator, accepted_arguments(components.model))
+
+
 def measure_documents(
     components: Components,
     forward: Forward,

@@ -25,7 +25,7 @@ from ..objective.self_check import measured_objective
 from ..planning.shuffle import hold_out
 from ..runtime.state_guards import inspection_mode
 from ..settings import Recipe
-from .build_collator import build_padding, check_padded_labels, measure_documents, packed_collator
+from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
 from .config import Components, RunConfig
 
 
@@ -75,11 +75,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
     ignore_index = _ignore_index(components, rows)
     padding = build_padding(components, rows, val_rows, ignore_index, longest)
-    if padding is not None:
-        row_collator = RowCollator(padding)
-    else:
-        assert components.data_collator is not None, "else rows are padded"
-        row_collator = RowCollator(components.data_collator, accepted_arguments(components.model))
+    row_collator = build_row_collator(components, padding)
     for each in (rows, val_rows):
         if each is not None and runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
