@@ -53,6 +53,12 @@ def test_these_may_have_a_length_of_their_own(name: str) -> None:
     assert sizes(rows)[name] == NOTHING
 
 
+def test_labels_of_one_size_in_most_rows_are_no_targets_of_their_own_length() -> None:
+    rows = [{"x": [0.5] * 4, "labels": [0, 1, 1][n // 7 :]} for n in range(9)]
+    assert sizes(rows)["labels"] == (3,)
+    assert sizes(rows, own_targets=True)["labels"] == NOTHING, "as of an encoder-decoder"
+
+
 def test_what_a_decoder_takes_runs_along_the_labels() -> None:
     rows = rows_of(3, 4, 6, labels=lambda n: [1] * (n * 2 % 7 + 1), decoder_input_ids=lambda n: [0] * (n * 2 % 7 + 1))
     assert sizes(rows)["decoder_input_ids"] == TARGETS
@@ -206,6 +212,21 @@ def test_windows_of_packed_rows_are_those_of_their_documents(batch_size: int) ->
             (torch.stack(losses).sum() / sum(d.shape[1] - 1 for d in alone)).backward()
             wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             assert relative_error(gradient, wanted) < 1e-10
+
+
+def test_packed_rows_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [packed(row, list) for row in documents()]
+    test_fine_tuning(causal_lm(), train_data=rows, n_epochs=1, validation_split=0.0, progress=False)
+    assert "Rows: packed; `position_ids` keep their documents apart" in capsys.readouterr().out
+
+
+def test_positions_that_jump_are_not_taken_beside_packed_rows() -> None:
+    collator = PaddingCollator(ColumnRules())
+    jumping, restarting = ({"input_ids": [1, 2, 3], "position_ids": places} for places in ([0, 1, 5], [0, 1, 0]))
+    assert "attention_mask" in collator([jumping, jumping])
+    assert "attention_mask" not in collator([restarting, restarting])
+    with pytest.raises(OddRowError, match="its `position_ids` jump at token 2"):
+        collator([restarting, jumping])
 
 
 def test_positions_that_do_not_start_again_change_nothing() -> None:

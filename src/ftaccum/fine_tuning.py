@@ -144,7 +144,7 @@ def test_fine_tuning(
         num_workers: processes that collate ahead, for rows that take long to make (images to decode). Without, the
             next window is collated while the device computes. One that dies is replaced. None with a stream.
         tokenizer: tokenises raw text, and says how to pad. Saved with the model.
-        data_collator: a list of rows → a batch of tensors, rows first. None: columns are padded.
+        data_collator: a list of rows → a batch of tensors, rows first. None: columns along the tokens are padded.
         loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on dicts; gives a mean, or a dict of
             named means, each logged, their sum trained on. The model is not given the labels then (but for an
             encoder-decoder, which makes its decoder's inputs from them). None: the model's own loss.

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertForTokenClassification, LlamaForCausalLM
+from transformers import (
+    BertForTokenClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from heads import CLASSES, HEADS, IGNORED, VOCABULARY, Row, all_in_float64
 
@@ -14,6 +21,7 @@ from .case import case, update_error
 
 LLAMA, TAGGER = HEADS["causal LM, Llama"], HEADS["token classification, Llama"]
 N_ROWS = 7
+NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 
 def documents(n_rows: int = N_ROWS) -> list[list[list[int]]]:
@@ -135,6 +143,23 @@ def forgotten_positions() -> float:
     )
 
 
+@case(2, "packed rows for a model without positions", refused="MambaForCausalLM lets the documents of a row attend")
+def without_positions() -> float:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+    rows = [packed(row, list) for row in documents()]
+    return error_in_float64(MambaForCausalLM(config).double(), rows, next_tokens_alone, N_ROWS)
+
+
+@case(2, "packed rows with a mask, for a model without positions", refused="lets the documents of a row attend")
+def masked_without_positions() -> float:
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, **NO_DROPOUT)
+    rows = [packed(row, list) for row in documents()]
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return error_in_float64(BloomForCausalLM(config).double(), rows, next_tokens_alone, N_ROWS)
+
+
 @case(2, "packed rows with one label each", refused="its `labels` do not run along the tokens")
 def one_label_a_row() -> float:
     def loss_of_all(model: nn.Module) -> Tensor:  # of the last document of each row
@@ -143,9 +168,3 @@ def one_label_a_row() -> float:
 
     rows = [{**packed(row, list), "labels": n % CLASSES} for n, row in enumerate(documents())]
     return error_in_float64(HEADS["sequence classification, Llama"].model(), rows, loss_of_all, N_ROWS)
-
-
-@case(2, "packed rows, and `padding_free`", refused="Leave `padding_free` out")
-def packed_twice() -> float:
-    rows = [packed(row, list) for row in documents()]
-    return error_in_float64(causal_lm(), rows, next_tokens_alone, N_ROWS, padding_free=True)

@@ -108,8 +108,6 @@ def zero_without_items() -> float:
 
 
 @case(8, "a term is 0 in all rows but rare ones", refused="in 'box', items of some rows weigh more or less")
-    8, "a term is 0 in all rows but rare ones", refused="in 'box', items of some rows weigh more or less.*count_items"
-)
 def zero_but_in_rare_rows() -> float:
     def loss_fn(outputs: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"box": 0 * outputs[1].sum()} | two_terms(outputs, batch)

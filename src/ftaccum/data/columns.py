@@ -37,17 +37,21 @@ class ColumnRules:
     Attributes:
         accepted: the columns that the model takes; None where it takes any.
         keep_all: whether to keep other columns of numbers, for a `loss_fn` to find.
-        own_targets: whether labels may have a length of their own beside `input_ids`, as for an encoder-decoder.
+        own_targets: whether labels may have a length of their own beside `input_ids`, as for an encoder-decoder; None
+            where nobody knows.
     """
 
     accepted: frozenset[str] | None = None
     keep_all: bool = False
-    own_targets: bool = True
+    own_targets: bool | None = None
 
     @property
     def names(self) -> frozenset[str]:
-        """The columns that are taken whatever they hold. A plain module may have another name for its ids."""
-        return (self.accepted or frozenset()) | {"input_ids", "labels"}
+        """The columns that are taken whatever they hold.
+
+        A plain module may have another name for its ids; positions tell packed rows, also for a model that takes none.
+        """
+        return (self.accepted or frozenset()) | {"input_ids", "labels", "position_ids"}
 
     def takes(self, name: str, value: Any) -> bool:
         """Return whether a batch has a column of that name, from a value in a row."""
@@ -55,11 +59,18 @@ class ColumnRules:
             return True
         return (self.keep_all or self.accepted is None) and is_numeric(value)
 
-    def may_pad_freely(self, name: str, *, floats: bool, n_dims: int, with_ids: bool) -> bool:
-        """Return whether a column may have a length of its own, so that its padding is known to be left out."""
+    def may_pad_freely(self, name: str, *, floats: bool, n_dims: int, with_ids: bool) -> bool | None:
+        """Return whether a column may have a length of its own, so that its padding is known to be left out.
+
+        None: it may, unless most rows have one length.
+        """
         if is_label(name):
-            return name == "labels" and not floats and n_dims == 1 and (self.own_targets or not with_ids)
-        return name.startswith("decoder_") or name in _SOUNDS or (name.endswith("_mask") and name not in TOKEN_COLUMNS)
+            fits = name == "labels" and not floats and (with_ids or n_dims == 1)
+            known = with_ids or self.own_targets is None
+            return fits and (self.own_targets if known else True)  # without ids: a transcript, as for CTC
+        if name.startswith("decoder_") or name in _SOUNDS:
+            return True
+        return None if name.endswith("_mask") and name not in TOKEN_COLUMNS else False
 
 
 @dataclass(frozen=True)
@@ -225,7 +236,7 @@ def _sizes(
     shapes: Sequence[Shape],
     counts: Mapping[Along, Sequence[int] | None],
     *,
-    free: bool,
+    free: bool | None,
     integers: bool,
 ) -> tuple[Size, ...]:
     n_dims = Counter(map(len, shapes)).most_common(1)[0][0]
@@ -239,7 +250,13 @@ def _sizes(
     )
 
 
-def _size(sizes: Sequence[int], lengths: Mapping[Along, Sequence[int]], *, free: bool, fixed_first: bool) -> Size:
+def _size(
+    sizes: Sequence[int],
+    lengths: Mapping[Along, Sequence[int]],
+    *,
+    free: bool | None,
+    fixed_first: bool,
+) -> Size:
     """Return what most rows show of a dimension: it runs along something, or is of one size, or neither."""
     size, n_equal = Counter(sizes).most_common(1)[0]
     agreeing = {along: sum(n == m for n, m in zip(sizes, expected, strict=True)) for along, expected in lengths.items()}
@@ -249,4 +266,4 @@ def _size(sizes: Sequence[int], lengths: Mapping[Along, Sequence[int]], *, free:
         return size
     if along is not None and 2 * n_along >= len(sizes) and n_along >= n_equal:
         return along
-    return Along.NOTHING if free else size
+    return Along.NOTHING if free or (free is None and 2 * n_equal <= len(sizes)) else size

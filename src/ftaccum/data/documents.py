@@ -35,18 +35,20 @@ class Documents:
             return False
         masks = columns.get("attention_mask")
         for place, of_row in enumerate(positions):
-            if masks is not None:
-                if self.kept_apart and masks[place].ndim == 1:
-                    self._refuse_mask(place, of_row[masks[place] != 0])
-            elif self.kept_apart is False and is_packed(of_row):
+            if masks is None:
+                self._check_row(place, of_row, masked=False)
+            elif masks[place].ndim == 1:
+                self._check_row(place, of_row[masks[place] != 0], masked=True)
+        packed = [masks is None and is_packed(of_row) for of_row in positions]
+        for place, of_row in enumerate(positions):
+            if any(packed) and not packed[place] and starts_of(of_row)[1:].any():
                 raise OddRowError(
                     place,
-                    f"it is packed: its `position_ids` start again at token {first_restart(of_row)}, and "
-                    f"{self.problem}",
-                    "Make each document a row of its own, or load the model with another `attn_implementation`. Where "
-                    "the row is one text, give it an `attention_mask` of ones.",
+                    f"its `position_ids` jump at token {first_restart(of_row)}, where a model sees another document, "
+                    "unless no row of a batch is packed",
+                    "Give every row an `attention_mask` with a place for each pair of tokens.",
                 )
-        return masks is None and any(map(is_packed, positions))
+        return any(packed)
 
     def ignore_starts(self, columns: dict[str, list[Tensor]], ignore_index: int) -> None:
         """Ignore the first label of each document, where it would be predicted from the document before."""
@@ -56,13 +58,28 @@ class Documents:
                 for labels, positions in zip(columns["labels"], columns["position_ids"], strict=True)
             ]
 
-    def _refuse_mask(self, place: int, positions: Tensor) -> None:
-        if is_packed(positions):
+    def _check_row(self, place: int, positions: Tensor, *, masked: bool) -> None:
+        """Check that the documents of a row do not see each other.
+
+        Args:
+            positions: of the tokens that the row's mask does not hide.
+        """
+        if self.kept_apart is None or not is_packed(positions):
+            return
+        found = f"it is packed: its `position_ids` start again at token {first_restart(positions)}"
+        if self.kept_apart and masked:
             raise OddRowError(
                 place,
-                f"its `position_ids` start again at token {first_restart(positions)}, but under its `attention_mask` "
-                "the documents attend to each other",
+                f"{found}, but under its `attention_mask` the documents attend to each other",
                 "Leave out the column `attention_mask`: without it the model keeps the documents apart.",
+            )
+        if not self.kept_apart and (self.shifted or not masked):
+            is_text = "" if self.shifted else " Where the row is one text, give it an `attention_mask` of ones."
+            raise OddRowError(
+                place,
+                f"{found}, and {self.problem}",
+                "Make each document a row of its own, or load the model with another `attn_implementation` or class."
+                + is_text,
             )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .row import Row
 
+_REMEDY = "Fix or drop the row, drop the column if nothing needs it, or give a `data_collator`."
+
 
 class OddRowError(ValueError):
     """A row does not go with the others.
@@ -17,11 +19,9 @@ class OddRowError(ValueError):
         remedy: what to do, as a sentence.
     """
 
-    def __init__(
-        self, place: int, problem: str, remedy: str = "Fix or drop the row, or give a `data_collator`."
-    ) -> None:
+    def __init__(self, place: int, problem: str, remedy: str | None = None) -> None:
         super().__init__(problem)
-        self.place, self.remedy = place, remedy
+        self.place, self.remedy = place, remedy or _REMEDY
 
 
 def column_name(key: str) -> str:

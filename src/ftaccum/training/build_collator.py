@@ -41,9 +41,7 @@ def build_padding(
     rules = ColumnRules(
         None if accepted is None else frozenset(accepted),
         keep_all=components.loss_fn is not None or components.count_items is not None,
-        own_targets=getattr(
-            config, "is_encoder_decoder", True
-        ),  # nobody knows what a plain module does with its labels
+        own_targets=getattr(config, "is_encoder_decoder", None),
     )
     padding = PaddingCollator(
         rules,
@@ -59,6 +57,14 @@ def build_padding(
         columns = replace(columns, ignored=frozenset(more))
     padding.columns = columns
     return padding
+
+
+def build_row_collator(components: Components, padding: PaddingCollator | None) -> RowCollator:
+    """Return what collates rows by position: by padding them, or by the user's collator."""
+    if padding is not None:
+        return RowCollator(padding)
+    assert components.data_collator is not None, "else rows are padded"
+    return RowCollator(components.data_collator, accepted_arguments(components.model))
 
 
 def measure_documents(
@@ -94,7 +100,7 @@ def measure_documents(
         return Documents(kept_apart=True, shifted=objective.shifts)
     name = type(components.model).__name__
     problem = f"{name} lets the documents of a row attend to each other: their loss is {100 * off:.2g}% off"
-    return Documents(kept_apart=False, problem=problem)
+    return Documents(kept_apart=False, problem=problem, shifted=objective.shifts)
 
 
 def _documents(row: Row, columns: Columns) -> list[Row]:

@@ -16,12 +16,12 @@ from ..data.tokenize import most_tokens
 from ..data.validation import check_lengths, check_sample
 from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
-from ..objective.forward import Forward, accepted_arguments
+from ..objective.forward import Forward
 from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
-from .build_collator import build_padding, check_padded_labels, measure_documents, packed_collator
+from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
 from .build_rows import build_rows
 from .config import Components, RunConfig
@@ -31,7 +31,11 @@ from .loss_faults import loss_fault
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on: `train` and `val` load the micro-batches of `train_rows` and `val_rows`."""
+    """What a run trains on: `train` and `val` load the micro-batches of `train_rows` and `val_rows`.
+
+    Attributes:
+        packed: whether rows hold several documents each.
+    """
 
     train_rows: Rows
     val_rows: Rows | None
@@ -41,12 +45,15 @@ class TrainingData:
     ignore_index: int
     synthetic: bool
     text_notes: tuple[str, ...] = ()
+    packed: bool = False
 
     def notes(self) -> list[str]:
         """What a user should know of the data and the loss before training starts."""
         objective = self.objective
         widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
         notes = [*self.text_notes, f"Loss: mean over {objective.report.counted_by}{widths}"]
+        if self.packed:
+            notes.append("Rows: packed; `position_ids` keep their documents apart")
         if self.synthetic:
             notes.insert(0, "Data: SYNTHETIC random tokens, because `train_data` is None; losses mean nothing")
         return notes
@@ -70,11 +77,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
     ignore_index = ignore_index_of(components, rows)
     padding = build_padding(components, rows, val_rows, ignore_index, longest)
-    if padding is not None:
-        row_collator = RowCollator(padding)
-    else:
-        assert components.data_collator is not None, "else rows are padded"
-        row_collator = RowCollator(components.data_collator, accepted_arguments(components.model))
+    row_collator = build_row_collator(components, padding)
     for each in (rows, val_rows):
         if each is not None and runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
@@ -100,7 +103,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
         padding.documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
-        check_sample(rows, row_collator, ranges)
+        sample = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
     on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
     pin_memory = accelerator.device.type == "cuda" and on_host
@@ -114,7 +117,17 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     if runtime.padding_free:
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     train = loader(rows, row_collator, labelled)
-    return TrainingData(rows, val_rows, objective, train, val, ignore_index, components.train_data is None, given.notes)
+    return TrainingData(
+        rows,
+        val_rows,
+        objective,
+        train,
+        val,
+        ignore_index,
+        synthetic=components.train_data is None,
+        text_notes=given.notes,
+        packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
+    )
 
 
 def _check_validation(components: Components, train: Any, val: Any) -> None:
