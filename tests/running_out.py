@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training_passes import is_training_pass
+
 
 @dataclass
 class Limit:
@@ -31,7 +33,7 @@ def limited(model: nn.Module, most: int, where: str = "forward") -> Limit:
 
     def forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        limit.passed = ids.shape[0] > limit.most and torch.is_grad_enabled()
+        limit.passed = ids.shape[0] > limit.most and is_training_pass()
         if limit.passed and where == "forward":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 

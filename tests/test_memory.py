@@ -17,6 +17,7 @@ from ftaccum.training.batch_size_finder import largest
 from heads import HEADS
 from invariance import difference, trained
 from running_out import limited
+from training_passes import is_training_pass
 
 NAME = "sequence classification, BERT"
 
@@ -100,7 +101,7 @@ def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pyte
 def test_other_errors_are_not_taken_for_it() -> None:
     head = HEADS[NAME]
     model = head.model()
-    model.register_forward_pre_hook(lambda *_: 1 / 0 if torch.is_grad_enabled() else None)
+    model.register_forward_pre_hook(lambda *_: 1 / 0 if is_training_pass() else None)
     with pytest.raises(ZeroDivisionError):
         test_fine_tuning(model, train_data=head.rows(9), progress=False)
 
@@ -198,7 +199,7 @@ def test_auto_tries_rows_without_labels_at_their_full_length() -> None:
     model = head.model()
     widths: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(
-        lambda _, __, given: widths.append(tuple(given["input_ids"].shape)) if torch.is_grad_enabled() else None,
+        lambda _, __, given: widths.append(tuple(given["input_ids"].shape)) if is_training_pass() else None,
         with_kwargs=True,
     )
     test_fine_tuning(
@@ -212,7 +213,7 @@ def test_auto_finds_the_gradients_of_the_try_before_and_leaves_none() -> None:
     model = HEADS[NAME].model()
     found: list[bool] = []
     model.register_forward_pre_hook(
-        lambda m, _: found.append(any(p.grad is not None for p in m.parameters())) if torch.is_grad_enabled() else None
+        lambda m, _: found.append(any(p.grad is not None for p in m.parameters())) if is_training_pass() else None
     )
     limited(model, 4)
     test_fine_tuning(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ftaccum import DivergedError, Result, plan, test_fine_tuning
 from heads import HEADS
+from training_passes import is_training_pass
 
 ROWS, BAD = 24, 13  # a row that no check before training happens to look at
 Row = tuple[Tensor, int]
@@ -145,7 +146,7 @@ def overflowing(updates: Sequence[int]) -> tuple[nn.Module, Any]:
 
     def loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
         found = nn.functional.cross_entropy(logits_BC, labels)
-        return _Overflows.apply(found) if logits_BC.requires_grad and next(passes) in updates else found
+        return _Overflows.apply(found) if is_training_pass() and next(passes) in updates else found
 
     return model, loss
 
@@ -213,7 +214,7 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
     def loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> Tensor:
         if model.looked and len(logits_BC) == 1:
             raise ValueError("more than one row, please")
-        model.looked = model.looked or torch.is_grad_enabled()
+        model.looked = model.looked or is_training_pass()
         found = nn.functional.cross_entropy(logits_BC, batch["labels"])
         return found * math.nan if BAD in batch["n"] else found
 
@@ -237,7 +238,7 @@ def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFi
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n else row for n, row in enumerate(head.rows(3))]
 
     def poison(_: nn.Module, __: Any, outputs: Any) -> None:
-        trained.append(torch.is_grad_enabled())
+        trained.append(is_training_pass())
         outputs.loss = outputs.loss * (math.nan if any(trained) else 1)
 
     model.register_forward_hook(poison)
@@ -274,7 +275,7 @@ def test_the_row_is_found_however_rows_lie_in_a_batch(
         row["input_ids"][0] = 60 if n == 11 else row["input_ids"][0]
 
     def poison(_: nn.Module, __: Any, given: dict[str, Any], outputs: Any) -> None:
-        trained.append(torch.is_grad_enabled())
+        trained.append(is_training_pass())
         if any(trained) and (given["input_ids"] == 60).any():
             outputs.loss = outputs.loss * math.nan
 
@@ -304,7 +305,7 @@ class TestOverflowInFp16:
         model, self.trained, self.looked = HEADS["sequence classification, BERT"].model().float(), False, 0
 
         def watch(model: nn.Module, _: Any) -> None:
-            self.trained |= torch.is_grad_enabled()
+            self.trained |= is_training_pass()
             self.looked += self.trained and not model.training
 
         model.register_forward_pre_hook(watch)
@@ -343,7 +344,7 @@ def test_buffers_that_begin_to_move_later_are_kept_from_a_nan() -> None:
             self.register_buffer("average", torch.zeros(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.training and torch.is_grad_enabled():
+            if self.training and is_training_pass():
                 self.passes += 1
                 if self.passes > 3:
                     self.average.lerp_(x.mean(0), 0.5)

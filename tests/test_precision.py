@@ -20,6 +20,7 @@ from ftaccum.settings import Runtime
 from heads import HEADS, RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 from running_out import limited
 from structures import Branching
+from training_passes import in_self_check
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -288,7 +289,8 @@ def test_a_model_is_given_back_without_its_sums() -> None:
         passes: list[int] = []
 
         def in_the_third(*_: Any) -> None:
-            passes.append(1)
+            if not in_self_check():
+                passes.append(1)
             if fails and len(passes) == 3:
                 raise ZeroDivisionError
 

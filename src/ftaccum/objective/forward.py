@@ -68,9 +68,12 @@ class Forward:
             batch: returns a batch of several rows, so that no prediction is a single number.
         """
         for training in (False, True):
-            if self.is_own and not self._own_loss.is_named:
-                with torch.enable_grad(), training_mode(model, training=training):
-                    self._own_loss.settle(self._outputs(model, batch()), training=training)
+            with training_mode(model, training=training):
+                outputs = self._outputs(model, batch()) if self.is_own else None
+                if isinstance(outputs, list | tuple):
+                    with torch.enable_grad():  # of several numbers, one is computed from the others
+                        outputs = self._outputs(model, batch())
+                    self._own_loss.settle(outputs, training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..runtime.memory import is_out_of_memory
@@ -46,8 +46,11 @@ class GradientCheck:
     run: Callable[[Batch], Means]
     counts: Mapping[str, CountItems]
 
-    def gradient(self, batches: Sequence[Batch]) -> GradientSketch:
+    def gradient(self, batches: Sequence[Batch], *, needs_gradient: bool = False) -> GradientSketch:
         """Return the sketch of the gradient accumulated over batches.
+
+        Args:
+            needs_gradient: whether each of them must have one.
 
         Raises:
             SettingsError: where the loss has no gradient, or the backward pass fails.
@@ -64,6 +67,8 @@ class GradientCheck:
                     loss = weighted_sum(means, counted, items) if means else torch.zeros(())
                     if loss.requires_grad:
                         _backward(loss)
+                    elif needs_gradient:
+                        raise SettingsError([_NO_GRADIENT])
         return sketch
 
     def together(self, batch: Batch) -> GradientSketch:
@@ -72,10 +77,7 @@ class GradientCheck:
         Raises:
             SettingsError: where there is none.
         """
-        sketch = self.gradient([batch])
-        if not sketch.sums:
-            raise SettingsError([_NO_GRADIENT])
-        return sketch
+        return self.gradient([batch], needs_gradient=True)
 
     def difference(
         self, together: GradientSketch, apart: Sequence[Batch], reordered: Batch | None, tolerance: float
@@ -102,7 +104,9 @@ class GradientCheck:
         return GradientDifference(math.hypot(*off.values()) / size, sorted(suspects, key=lambda name: -off[name]))
 
 
-def _backward(loss: torch.Tensor) -> None:
+def _backward(loss: Tensor) -> None:
+    """Run the backward pass, and leave the gradients of weights outside of the model as they were."""
+    before = [(leaf, leaf.grad) for leaf in _leaves(loss)]
     try:
         loss.backward()
     except RuntimeError as error:
@@ -114,6 +118,22 @@ def _backward(loss: torch.Tensor) -> None:
                 "a function that ends in `_`), make a new one instead."
             ]
         ) from error
+    finally:
+        for leaf, gradient in before:
+            leaf.grad = gradient
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Return the tensors that the backward pass accumulates gradients in."""
+    found, seen, ahead = [], set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node.variable] if hasattr(node, "variable") else []
+        ahead += [following for following, _ in node.next_functions]
+    return found
 
 
 _NO_GRADIENT = (

@@ -18,7 +18,6 @@ class OwnLoss:
     """
 
     def __init__(self) -> None:
-        self.is_named = False  # whether the outputs name it
         self._places: dict[bool, int] = {}  # by whether the model is in train mode
 
     def settle(self, outputs: Any, *, training: bool) -> None:
@@ -31,8 +30,7 @@ class OwnLoss:
         Raises:
             SettingsError: where several outputs may be the loss.
         """
-        self.is_named = _named(outputs) is not None
-        if not self.is_named and isinstance(outputs, list | tuple):
+        if _named(outputs) is None and isinstance(outputs, list | tuple):
             self._places[training] = _place(outputs)
 
     def __call__(self, outputs: Any, *, training: bool) -> Any:

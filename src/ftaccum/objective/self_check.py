@@ -48,8 +48,9 @@ def measured_objective(
     device = next(model.parameters()).device
     with inspection_mode(model):
         forward.settle_outputs(model, lambda: fresh_batch(sample.together, device))
-        terms = terms_of(model, forward, sample.together, sample.longest, count_items)
-        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums, terms)
+        measurement = _Measurement(model, forward, sample, item_counter, count_items, sums)
+        terms = terms_of(model, lambda batch: measurement.outputs(batch)[0], sample, count_items)
+        measurement = replace(measurement, terms=terms)
         try:
             with float32_weights(model, *forward.modules) as widened:
                 report = replace(measurement, prepared=widened).report(EXPLAINED)
@@ -96,7 +97,7 @@ class _Measurement:
     item_counter: ItemCounter
     count_items: CountItems | None
     sums: bool
-    terms: Sequence[str]
+    terms: Sequence[str] = ()
     prepared: Callable[[Batch], Batch] = lambda batch: batch
     observed: ObservedPasses = field(default_factory=ObservedPasses)
 
@@ -173,16 +174,17 @@ class _Measurement:
         return known | {term: mean.item() for term, mean in found.items()}
 
     def _losses_together(self) -> dict[str, float]:
-        return {term: mean.item() for term, mean in self._outputs(self.sample.together)[0].items()}
+        return {term: mean.item() for term, mean in self.outputs(self.sample.together)[0].items()}
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
-        found = self._outputs(batch)[0]
+        found = self.outputs(batch)[0]
         if not self.sums:
             return found
         ways = self.ways()  # one to count each term
         return means_of_sums(found, {term: next(iter(ways[term].values()))(batch) for term in found})
 
-    def _outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+    def outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        """Return the means of a batch by term, and the model's outputs."""
         watched = WatchedBatch(self._on_device(batch))
         try:
             found = self.forward(self.model, watched.batch)
@@ -205,7 +207,7 @@ class _Measurement:
         def run() -> list[float]:
             nonlocal outputs
             with preserve_attributes(self.model, *self.forward.modules):
-                means, outputs = self._outputs(self.sample.together)
+                means, outputs = self.outputs(self.sample.together)
             return [mean.item() for mean in means.values()]
 
         mode = DeterministicMode.of(self.model, run)

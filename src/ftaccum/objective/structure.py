@@ -1,17 +1,16 @@
 """The structure of a loss, as a few passes show it: its terms, when they are there, and what becomes of the batch."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, SettingsError
 from ..runtime.state_guards import training_mode
-from .batch_changes import WatchedBatch, fresh_batch
-from .forward import Forward
+from .batch_changes import WatchedBatch
 from .item_counts import Batch, CountItems
+from .normalizer import Means
 from .objective import refuse_mean_over_nothing
 from .probe import Losses
 from .sample import Sample
@@ -20,23 +19,18 @@ ROWS = "the first rows"
 
 
 def terms_of(
-    model: nn.Module, forward: Forward, together: Batch, longest: Batch, count_items: CountItems | None
+    model: nn.Module, run: Callable[[Batch], Means], sample: Sample, count_items: CountItems | None
 ) -> tuple[str, ...]:
     """Return every term that the loss has in eval mode or in train mode, or that `count_items` counts.
 
     Args:
-        model: in eval mode.
-        together: a batch of several rows.
-        longest: of the longest row.
+        run: a batch → the means of its loss by term.
     """
-    device = next(model.parameters()).device
-    forward.settle_outputs(model, lambda: fresh_batch(together, device))
-    found = dict.fromkeys(forward(model, fresh_batch(longest, device))[0], 0.0)
+    found = dict.fromkeys(run(sample.longest), 0.0)
     for training in (False, True):
-        with torch.enable_grad(), training_mode(model, training=training):  # some models differentiate in `forward`
-            means = forward(model, fresh_batch(together, device))[0]
-        found |= {term: mean.item() for term, mean in means.items()}
-    counted = None if count_items is None else count_items(together)
+        with training_mode(model, training=training):
+            found |= {term: mean.item() for term, mean in run(sample.together).items()}
+    counted = None if count_items is None else count_items(sample.together)
     if not isinstance(counted, Mapping):
         return tuple(found)
     if any(loss and math.isfinite(loss) and term not in counted for term, loss in found.items()):

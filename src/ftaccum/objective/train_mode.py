@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.state_guards import preserve_buffers
 from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, GradientDifference
@@ -63,11 +64,20 @@ class TrainMode:
         )
 
     def gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
-        """Measure the gradients of rows apart and together.
+        """Measure the gradients of rows apart and together, as far as memory allows.
 
         Args:
             exact: whether their losses agree; else it is seen only whether there is a gradient.
         """
+        try:
+            return self._gradient(counts, exact=exact, tolerance=tolerance)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        give_back_memory()  # a few long rows may need more than a micro-batch
+        return GradientDifference()
+
+    def _gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
         together, groups = self.sample.together, PAIRS if self.mode.moving else UNEQUAL
         check = GradientCheck(self.model, self.means, counts)
         with self.mode.passes():
