@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
 from heads import HEADS, all_in_float64
+from training_passes import is_training_pass
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 
@@ -32,7 +33,7 @@ def model() -> nn.Module:
 
 
 def _counts_passes(module: Any, *_: Any) -> None:
-    if torch.is_grad_enabled() and module.training:
+    if is_training_pass() and module.training:
         module.n_passes += 1
         module.n_seen += 1
 
@@ -55,7 +56,7 @@ def _cut_off(trained: nn.Module, window: int) -> None:
     """By the passes that windows of 8 rows in four passes take."""
 
     def end(module: nn.Module, *_: Any) -> None:
-        if torch.is_grad_enabled() and module.training and module.n_seen >= 4 * window + 2:
+        if is_training_pass() and module.training and module.n_seen >= 4 * window + 2:
             raise CutOff
 
     trained.register_forward_pre_hook(end)

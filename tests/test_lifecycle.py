@@ -24,6 +24,7 @@ from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
 from ftaccum.tracking.throughput import Throughput
 from heads import HEADS, one_batch
+from training_passes import is_training_pass
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
 
@@ -208,7 +209,7 @@ def test_a_failed_run_leaves_nothing_behind_either() -> None:
     model = CLASSIFIER.model().float().eval()
 
     def fails(outputs: Any, batch: Any) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if is_training_pass():
             raise RuntimeError("in the middle")
         return nn.functional.cross_entropy(outputs.logits, batch["labels"])
 

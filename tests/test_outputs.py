@@ -16,6 +16,7 @@ from torch import nn
 from ftaccum import DataError, OutputWarning, Result, SettingsError, test_fine_tuning
 from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
 from heads import HEADS
+from training_passes import is_training_pass
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 
@@ -161,7 +162,7 @@ def test_a_working_folder_that_is_removed_in_training_costs_nothing(
         """Its forward pass removes the folder, once there is a checkpoint in it."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.training and torch.is_grad_enabled():
+            if self.training and is_training_pass():
                 shutil.rmtree(tmp_path / "cwd", ignore_errors=True)
             return super().forward(x)
 

@@ -7,6 +7,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ftaccum import plan, test_fine_tuning
 from heads import HEADS, all_in_float64, one_batch
+from training_passes import is_training_pass
 
 
 def test_weights_and_histories_are_those_of_a_plain_loop_over_large_batches() -> None:
@@ -71,7 +72,7 @@ def test_between_updates_the_weights_do_not_move() -> None:
     model = head.model()
     seen = []
     model.register_forward_pre_hook(
-        lambda *_: seen.append(model.classifier.weight.detach().clone()) if torch.is_grad_enabled() else None
+        lambda *_: seen.append(model.classifier.weight.detach().clone()) if is_training_pass() else None
     )
     test_fine_tuning(
         model, train_data=head.rows(12), n_epochs=1, validation_split=0.0, batch_size=2,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import ftaccum.runtime.signals
 from ftaccum import Preempted
 from ftaccum.runtime.signals import StopSignals
 from interrupted import checkpoints_of, fine_tuned, ledger_of, model
+from training_passes import is_training_pass
 
 
 def asked_to_stop(number: int, at_pass: int, times: int = 1) -> nn.Module:
@@ -21,7 +21,7 @@ def asked_to_stop(number: int, at_pass: int, times: int = 1) -> nn.Module:
     trained = model()
 
     def ask(module: Any, *_: Any) -> None:
-        if torch.is_grad_enabled() and module.training and module.n_seen == at_pass:
+        if is_training_pass() and module.training and module.n_seen == at_pass:
             for _ in range(times):
                 os.kill(os.getpid(), number)
 

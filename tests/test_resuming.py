@@ -22,6 +22,7 @@ from ftaccum.planning.shuffle import hold_out, order_of
 from ftaccum.settings import parse_settings
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
+from training_passes import is_training_pass
 
 
 def test_from_any_update_of_a_run(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ class Centres(nn.Module):
 
     def forward(self, outputs: Any, batch: Any) -> torch.Tensor:
         logits = outputs.logits * self.scale
-        if torch.is_grad_enabled():
+        if is_training_pass():
             self.mean += 0.1 * logits.detach().mean(0)
         return nn.functional.cross_entropy(logits + self.mean, batch["labels"])
 
@@ -168,7 +169,7 @@ class Fading(nn.Module):
         self.n, self.other = 0, other
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        self.n += torch.is_grad_enabled()
+        self.n += is_training_pass()
         return logits * (1 + 1 / (1 + self.n))
 
     def get_extra_state(self) -> Any:
@@ -265,7 +266,7 @@ def test_what_is_told_of_rows_and_versions_is_true(
 
 
 def _refuse_to_train(module: nn.Module, *_: Any) -> None:
-    assert not (torch.is_grad_enabled() and module.training)
+    assert not (is_training_pass() and module.training)
 
 
 def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -472,7 +473,7 @@ def test_an_error_costs_no_update(tmp_path: Path) -> None:
     kept, _ = hold_out(60, 0.1, 42)
     in_fifth_window = kept[order_of(0, 54, 42)[35]]
     trained, data = model(), Rows()
-    trained.register_forward_hook(lambda *_: setattr(data, "bad", in_fifth_window if torch.is_grad_enabled() else -1))
+    trained.register_forward_hook(lambda *_: setattr(data, "bad", in_fifth_window if is_training_pass() else -1))
     with pytest.raises(DataError, match=f"Row {in_fifth_window} of `train_data`"):
         fine_tuned(trained, train_data=data, output_dir=str(tmp_path))
     assert checkpoints_of(tmp_path) == ["update-00000004"]
@@ -485,7 +486,7 @@ def test_an_error_in_the_middle_of_a_window_leaves_what_the_update_before_left(f
     whole, trained = fine_tuned(), model()
 
     def fail(module: Any, *_: Any) -> None:
-        if torch.is_grad_enabled() and module.training and module.n_seen == 4 * 4 + 2:
+        if is_training_pass() and module.training and module.n_seen == 4 * 4 + 2:
             raise {"forward": RuntimeError, "read": ValueError}[fails]("something is wrong")
 
     trained.register_forward_hook(fail)
@@ -579,7 +580,7 @@ def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path
         trained.register_forward_hook(
             lambda module, _, outputs: (
                 setattr(outputs, "loss", outputs.loss * torch.nan)
-                if torch.is_grad_enabled() and module.training and 17 <= module.n_seen < 40
+                if is_training_pass() and module.training and 17 <= module.n_seen < 40
                 else None
             )
         )

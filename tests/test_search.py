@@ -36,6 +36,7 @@ from ftaccum.apps.search.samplers import make_pruner
 from ftaccum.apps.search.study import hide_password, open_storage
 from ftaccum.apps.search.tables import format_table, trial_rows
 from searching import N_ROWS, Layer, points, quick
+from training_passes import is_training_pass
 
 TRAINED = N_ROWS - 8
 BUDGET = 2 * TRAINED
@@ -68,7 +69,7 @@ class Kept:
         return model
 
     def _see(self, model: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        if model.training and torch.is_grad_enabled():
+        if model.training and is_training_pass():
             self.points[-1] += inputs[0][:, 0].tolist()
 
 
@@ -273,12 +274,12 @@ def test_failures_cost_a_trial_each_with_their_reason_and_leave_nothing_behind(t
 
 
 def _run_out(*_: Any) -> None:
-    if torch.is_grad_enabled():
+    if is_training_pass():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def _diverged_once_trained(model: nn.Module, _: Any, outputs: torch.Tensor) -> torch.Tensor | None:
-    if torch.is_grad_enabled():
+    if is_training_pass():
         model.trained = True
     return outputs * math.nan if hasattr(model, "trained") and not model.training else None
 
@@ -295,7 +296,7 @@ def test_a_trial_whose_updates_are_not_finite_has_diverged() -> None:
 
 
 def _in_training(model: nn.Module) -> bool:
-    model.trained = getattr(model, "trained", False) or torch.is_grad_enabled()
+    model.trained = getattr(model, "trained", False) or is_training_pass()
     return model.trained
 
 
