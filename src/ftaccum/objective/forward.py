@@ -72,8 +72,7 @@ class Forward:
                 outputs = self._outputs(model, batch()) if self.is_own else None
                 if isinstance(outputs, list | tuple):
                     with torch.enable_grad():  # of several numbers, one is computed from the others
-                        outputs = self._outputs(model, batch())
-                    self._own_loss.settle(outputs, training=training)
+                        self._own_loss.settle(self._outputs(model, batch()), training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
