@@ -31,8 +31,9 @@ import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.load import load_model, read_rows
 from ftaccum.apps.parser import parse
-from ftaccum.fields import PositiveInt, Text, find_faults, setting
-from ftaccum.settings import Recipe, Runtime, parse_settings
+from ftaccum.arguments import find_faults, parse_settings
+from ftaccum.fields import PositiveInt, Text, setting
+from ftaccum.settings import Recipe, Runtime
 
 
 @dataclass

@@ -21,7 +21,8 @@ import packaged
 from ftaccum import ClassificationMetrics, DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.load import load
 from ftaccum.apps.parser import TrainArguments, parse
-from ftaccum.settings import Recipe, Runtime, parse_settings
+from ftaccum.arguments import parse_settings
+from ftaccum.settings import Recipe, Runtime
 
 
 @dataclass

@@ -14,7 +14,6 @@ from datasets import IterableDataset
 from torch import Tensor, nn
 
 from ftaccum import InexactLossError, InexactLossWarning, Result, test_fine_tuning
-from ftaccum.accumulation.sketch import GradientSketch
 from ftaccum.planning.audit_schedule import AuditSchedule
 from heads import HEADS
 
@@ -52,37 +51,6 @@ def train(model: nn.Module, loss_fn: Loss = F.cross_entropy, **arguments: Any) -
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have every loss counted by rows of equal weight, as if the self-check had seen nothing else."""
     monkeypatch.setattr("ftaccum.objective.report.ExactnessReport.inexact", lambda _: [])
-
-
-def test_sketches_estimate_the_norm_of_a_difference() -> None:
-    draw = torch.Generator().manual_seed(0)
-    one = {
-        name: torch.randn(size, generator=draw, dtype=torch.float64) for name, size in (("a", 3_000_000), ("b", 700))
-    }
-    other = {name: g + 1e-3 * torch.randn(g.shape, generator=draw, dtype=torch.float64) for name, g in one.items()}
-    found = GradientSketch(one.items()).difference(GradientSketch(other.items()))
-    off = sum((one[name] - other[name]).square().sum() for name in one) ** 0.5
-    size = sum(other[name].square().sum() for name in one) ** 0.5
-    assert found.relative == pytest.approx(float(off / size), rel=0.07)  # three standard errors
-    assert found.by_parameter["a"] > 0.99
-
-
-def test_sketches_see_a_constant_difference_of_a_large_parameter() -> None:
-    one = torch.zeros(5_000_000)
-    found = GradientSketch([("a", one + 1)]).difference(GradientSketch([("a", one)]))
-    assert found.relative == pytest.approx(5_000_000**0.5, rel=0.07)
-
-
-@pytest.mark.parametrize("other", [None, torch.zeros(8, dtype=torch.complex64), torch.zeros(2, 4).to_sparse()])
-def test_small_parameters_are_compared_exactly(other: Tensor | None) -> None:
-    one = torch.full((8,), 2.0) if other is None else torch.full_like(other.to_dense(), 2.0)
-    found = GradientSketch([("a", one)]).difference(GradientSketch([("a", other)]))
-    assert found.relative == pytest.approx(32**0.5, rel=1e-12)
-
-
-def test_a_gradient_equals_itself() -> None:
-    gradient = torch.randn(2_000_000)
-    assert GradientSketch([("a", gradient)]).difference(GradientSketch([("a", gradient)])).relative == 0
 
 
 def audited(

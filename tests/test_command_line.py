@@ -15,7 +15,8 @@ from transformers import BertTokenizerFast, pipeline
 from ftaccum import OutputWarning, Result, SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import NamedArguments, parse
-from ftaccum.settings import Recipe, Runtime, parse_settings
+from ftaccum.arguments import parse_settings
+from ftaccum.settings import Recipe, Runtime
 from heads import HEADS, relative_error
 
 RECIPES = Path(__file__).parent.parent / "recipes"

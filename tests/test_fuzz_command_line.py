@@ -13,7 +13,8 @@ from hypothesis import example, given
 from ftaccum import SettingsError, plan
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import parse
-from ftaccum.settings import Recipe, Runtime, parse_settings
+from ftaccum.arguments import parse_settings
+from ftaccum.settings import Recipe, Runtime
 from fuzzing import fuzz
 
 

@@ -18,8 +18,8 @@ from torch import nn
 from ftaccum import SettingsError, plan, verify
 from ftaccum.apps.search.settings import SearchSettings
 from ftaccum.apps.verify.settings import VerifySettings
-from ftaccum.fields import find_faults, read_settings
-from ftaccum.settings import Recipe, Runtime, parse_settings
+from ftaccum.arguments import find_faults, parse_settings, read_settings
+from ftaccum.settings import Recipe, Runtime
 from fuzzing import fuzz
 
 SETTINGS = [

@@ -33,21 +33,25 @@ def check_of(model: nn.Module, run: Any = mean_square) -> GradientCheck:
     return GradientCheck(model, lambda batch: run(model, batch), {"loss": len})
 
 
-@pytest.mark.parametrize("shape", [(1,), (255,), (256,), (16, 16)])
+@pytest.mark.parametrize("shape", [(1,), (1023,), (1024,), (32, 32)])
 def test_the_norm_of_a_small_gradient_is_exact(shape: tuple[int, ...]) -> None:
     gradient = torch.randn(shape, dtype=torch.float64)
     assert sketch_of(a=gradient).norm() == pytest.approx(gradient.norm().item(), rel=1e-14)
 
 
-@pytest.mark.parametrize("n", [257, 1000, 300_000])
+@pytest.mark.parametrize("n", [1025, 5000, 300_000])
 def test_the_norm_of_a_large_gradient_is_estimated(n: int) -> None:
     for seed in range(10):
         gradient = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-        assert sketch_of(a=gradient).norm() == pytest.approx(gradient.norm().item(), rel=0.2)
+        assert sketch_of(a=gradient).norm() == pytest.approx(gradient.norm().item(), rel=0.09)
+
+
+def test_the_norm_of_a_large_gradient_of_equal_numbers_is_estimated() -> None:
+    assert sketch_of(a=torch.ones(5_000_000)).norm() == pytest.approx(5_000_000**0.5, rel=0.09)  # four standard errors
 
 
 def test_sketches_add_up_and_subtract() -> None:
-    one, other = torch.randn(2, 1000, dtype=torch.float64)
+    one, other = torch.randn(2, 5000, dtype=torch.float64)
     both = sketch_of(a=one)
     both.add("a", other)
     assert both.minus(sketch_of(a=one + other)).norm() < 1e-12

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ftaccum.objective import self_check
 from ftaccum.objective.forward import Forward
 from ftaccum.objective.item_counts import ItemCounter
+from ftaccum.objective.packing_check import difference_of_packing
 from ftaccum.objective.perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
 from ftaccum.objective.probe import (
     EXPLAINED,
@@ -24,7 +25,7 @@ from ftaccum.objective.probe import (
     relative,
 )
 from ftaccum.objective.sample import Sample
-from ftaccum.objective.self_check import difference_of_packing, measured_objective
+from ftaccum.objective.self_check import measured_objective
 
 Batch = tuple[Tensor, Tensor]
 X = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [2.0, 2.0, 0.0], [1.0, 1.0, 4.0]])

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from ftaccum import CheckpointError, DataError, DivergedError, SettingsError
+from ftaccum.arguments import parse_settings
 from ftaccum.checkpoint.manifest import seal
 from ftaccum.planning.shuffle import hold_out, order_of
-from ftaccum.settings import parse_settings
 from heads import relative_error
 from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model
 from training_passes import is_training_pass

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ftaccum import SettingsError, plan
-from ftaccum.settings import Recipe, Runtime, parse_settings
+from ftaccum.arguments import parse_settings
+from ftaccum.settings import Recipe, Runtime
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "4", None])

@@ -1,9 +1,27 @@
 """What ftaccum raises at its users: one sentence each, with the argument, what came and the remedy."""
 
+import reprlib
 import sys
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+LARGEST = 2**63 - 1  # of NumPy's and torch's integers
+
+
+class _Shown(reprlib.Repr):
+    """Shows values in messages: cuts long ones in the middle, and names those that cannot be shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlist = self.maxtuple = 20
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002
+        return repr(x) if abs(x) <= LARGEST else "too large an integer"
+
+
+shown = _Shown().repr
 
 
 class SettingsError(ValueError):

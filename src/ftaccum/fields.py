@@ -3,11 +3,11 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .values import LARGEST, plain, shown
+from .errors import LARGEST, shown
 
 T = TypeVar("T")
 
@@ -245,23 +245,6 @@ Costs = Annotated[
 ]
 
 
-def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Build a settings dataclass from those of its fields that are given, each read by its rule."""
-    rules = rules_of(kind)
-    names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
-    return kind(**{n: rules[n].read(plain(given[n])) for n in names})
-
-
-def find_faults(settings: Any) -> list[str]:
-    """Return a sentence for each field of a settings dataclass that breaks its rule."""
-    declared = type(settings).__dataclass_fields__
-    found = (
-        rule.fault(name, getattr(settings, name), _remedy(declared[name]))
-        for name, rule in rules_of(type(settings)).items()
-    )
-    return [fault for fault in found if fault]
-
-
 def rules_of(kind: type) -> dict[str, Rule]:
     """Return the rules of a dataclass by field; a field without a rule is left out."""
     found = {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
@@ -273,7 +256,3 @@ def _rule(hint: Any) -> Rule | None:
         return next(note for note in get_args(hint) if isinstance(note, Rule))
     rules = [_rule(each) for each in get_args(hint) if get_origin(each) is Annotated]
     return rules[0].or_none() if rules and rules[0] else None
-
-
-def _remedy(declared: Field) -> str:
-    return f"It means: {declared.metadata['help']}; the default is {declared.default!r}."

@@ -9,7 +9,7 @@ share stay invisible. Both gradients are computed without dropout. Only sketches
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,6 +21,7 @@ from ..data.loader import LocalRows, MicroBatch
 from ..data.prefetch import LocalWindow, WindowLoader
 from ..objective.batch_changes import fresh_batch
 from ..objective.deterministic_forward import DeterministicMode
+from ..objective.gradient_sketch import GradientSketch
 from ..objective.item_counts import targets_of
 from ..objective.normalizer import gathered
 from ..objective.objective import Objective
@@ -32,7 +33,6 @@ from ..runtime.model_context import run_eagerly
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from .accumulator import GradientAccumulator
-from .sketch import GradientDifference, GradientSketch
 
 _PART = 4  # micro-batches that are enough for the first audit
 # How many times as large as a micro-batch one batch may be. Attention over packed rows grows with its square.
@@ -49,16 +49,18 @@ class Audit:
     Attributes:
         n_rows: rows audited, on all processes.
         reference: "one batch" or "another cut".
-        gradient: how far the accumulated gradient is from the reference.
-        loss: relative difference of the losses.
+        error: ‖accumulated gradient − reference‖ / ‖reference‖.
+        parameters: the share of each parameter in the square of the difference, largest first.
+        loss_error: relative difference of the losses.
         rounding: how far a gradient is from itself with its rows in reverse order; None where that was not measured.
         keeps_state: whether a forward pass changes what the next one returns, by state that is in no buffer.
     """
 
     n_rows: int
     reference: str
-    gradient: GradientDifference
-    loss: float
+    error: float
+    parameters: Mapping[str, float]
+    loss_error: float
     rounding: float | None = None
     keeps_state: bool = False
 
@@ -151,14 +153,14 @@ class GradientAuditor:
             if not self._fits_in_one(sample) or (wanted := self._one_batch(sample.in_one())) is None:
                 return False, None
             again = self._one_batch(sample.in_one().reversed(), factor=1 / 3) if with_rounding else None
-            return True, None if again is None else again.sketch.difference(wanted.sketch).relative
+            return True, None if again is None else again.error(wanted)
 
         fits, rounding = self._process_group.run_on_main(one_batch)
         if fits:
             return ONE_BATCH, wanted, rounding
         wanted = self._accumulate(replace(sample, by_process=self._other_cut(sample.rows)))
         if with_rounding and (again := self._accumulate(sample.reversed())) is not None:
-            rounding = self._process_group.broadcast(again.sketch.difference(accumulated.sketch).relative)
+            rounding = self._process_group.broadcast(again.error(accumulated))
         return ANOTHER_CUT, wanted, rounding
 
     def _one_batch(self, sample: "_Rows", factor: float = 1.0) -> "_Measured | None":
@@ -190,9 +192,11 @@ class GradientAuditor:
     def _take(self, loss: float, factor: float = 1.0) -> "_Measured":
         """Sketch the gradient on the main process, divide it by a factor, and drop it."""
         names = {p: name for name, p in self._model.named_parameters()}
-        weights, parameters = self._strategy.weights, self._strategy.parameters
-        gradients = zip((names.get(p, _NO_NAME) for p in weights), (p.grad for p in parameters), strict=True)
-        sketch = GradientSketch(gradients if self._process_group.is_main else (), factor)
+        sketch = GradientSketch()
+        pairs = zip(self._strategy.weights, self._strategy.parameters, strict=True)
+        for weight, parameter in pairs if self._process_group.is_main else ():
+            if parameter.grad is not None:
+                sketch.add(names.get(weight, _NO_NAME), parameter.grad / factor)
         self._accumulator.zero_gradients()
         return _Measured(sketch, loss)
 
@@ -265,9 +269,13 @@ class _Measured:
     sketch: GradientSketch
     loss: float
 
+    def error(self, wanted: "_Measured") -> float:
+        """Return how far the gradient is from another one, relative to the norm of that."""
+        return self.sketch.minus(wanted.sketch).norm() / (wanted.sketch.norm() or 1.0)
+
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.sketch.norm) and math.isfinite(self.loss)
+        return math.isfinite(self.sketch.norm()) and math.isfinite(self.loss)
 
 
 def _labels_of(micro: MicroBatch) -> list[int]:
@@ -279,5 +287,9 @@ def _labels_of(micro: MicroBatch) -> list[int]:
 def _compared(n_rows: int, reference: str, found: _Measured, wanted: _Measured | None) -> Audit | None:
     if wanted is None or not (found.is_finite and wanted.is_finite):
         return None
+    norms = found.sketch.minus(wanted.sketch).norms()
+    total = sum(norm**2 for norm in norms.values()) or 1.0
+    by_size = sorted(norms, key=lambda name: -norms[name])
+    shares = {name: norms[name] ** 2 / total for name in by_size if norms[name]}
     loss = abs(found.loss - wanted.loss) / (abs(wanted.loss) or 1.0)
-    return Audit(n_rows, reference, found.sketch.difference(wanted.sketch), loss)
+    return Audit(n_rows, reference, found.error(wanted), shares, loss)

@@ -7,9 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..arguments import find_faults, parse_settings
 from ..errors import DataError, DivergedError, SettingsError, refuse
-from ..fields import find_faults
-from ..settings import Recipe, Runtime, parse_settings
+from ..settings import Recipe, Runtime
 from .parser import NamedArguments, TrainArguments, parse
 from .plan import PlanArguments, PlanRecipe, plan
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe

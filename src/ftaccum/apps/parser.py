@@ -12,9 +12,8 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
-from ..errors import SettingsError, refuse
+from ..errors import SettingsError, refuse, shown
 from ..fields import PositiveInt, Text, rules_of, setting, traits_of
-from ..values import shown
 from .yaml import read_mapping
 
 _data = partial(setting, group="model and data")

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from ..arguments import faults_of_schedule, find_faults, read_settings
 from ..errors import refuse
-from ..fields import Length, Pairs, PositiveInt, find_faults, read_settings, select_settings, setting
+from ..fields import Length, Pairs, PositiveInt, select_settings, setting
 from ..planning.batch_size import batch_sizes_of
 from ..planning.plan import Plan
 from ..planning.shuffle import n_held_out
-from ..settings import Recipe, faults_of_schedule
+from ..settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

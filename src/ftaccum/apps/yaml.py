@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import SettingsError
-from ..values import shown
+from ..errors import SettingsError, shown
 
 _TAG = "tag:yaml.org,2002:"
 # The scalars of YAML 1.2. PyYAML reads YAML 1.1, where `no` is False, 1e-5 a word, and 1:30 a number of seconds.

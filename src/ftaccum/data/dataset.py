@@ -1,7 +1,5 @@
 """Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
 
-import bisect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -21,6 +19,7 @@ from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
 from .forms import ChangedRows
 from .row import Row, as_row, check_row, is_row, length_of
+from .table import make_table
 
 # Rows as they came, and the position of the first one → rows. It raises DataErrors that name a row.
 Step = Callable[[list[Row], int], list[Row]]
@@ -253,30 +252,8 @@ class Rows:
             DataError: naming the first row that has no place in it.
         """
         if not isinstance(self.source, Dataset):
-            return self._made_table(self.fetch(range(len(self))))
+            return make_table(self.fetch(range(len(self))), self.argument, self.name_of)
         return self.source if self._positions is None else self.source.select(self._positions)
-
-    def _made_table(self, rows: list[Row]) -> Dataset:
-        names = dict.fromkeys(name for row in rows for name in row)
-
-        def as_table(rows: list[Row]) -> Dataset:  # `from_list` takes the columns of the first row alone
-            return Dataset.from_dict({name: _column(name, rows) for name in names})
-
-        def fault(n: int) -> Exception | None:
-            try:
-                as_table(rows[:n])
-            except Exception as error:
-                return error
-            return None
-
-        try:
-            return as_table(rows)
-        except Exception as error:
-            first = bisect.bisect_left(range(1, len(rows)), True, key=lambda n: fault(n) is not None)
-            raise DataError(
-                f"Of `{self.argument}`, {self.name_of(first)} makes no table with the rows before it: "
-                f"{fault(first + 1)}. Give all rows the same columns, and each column values of one type."
-            ) from error
 
     def replaced(self, source: Any) -> "Rows":
         """Something else made of each of these rows, under their names."""
@@ -313,14 +290,6 @@ class Rows:
         if not is_row(row):
             check_row(row, self.argument, f"row {name}" if name else "its first row")
         return row
-
-
-def _column(name: str, rows: Sequence[Row]) -> list[Any]:
-    """Return a column of rows, with None where a row has no such column, or where pandas writes NaN for no text."""
-    values = [row.get(name) for row in rows]
-    if not any(isinstance(value, str) for value in values):
-        return values
-    return [None if isinstance(value, float) and math.isnan(value) else value for value in values]
 
 
 def mean_length(rows: Rows) -> float:

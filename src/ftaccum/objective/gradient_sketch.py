@@ -1,5 +1,6 @@
 """Summaries of gradients, by which two gradients can be compared without a copy of either."""
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,22 +11,26 @@ from torch import Tensor, nn
 
 from ..runtime.state_guards import preserve_gradients, suspend_gradient_hooks
 
-_SUMS = 256  # a tensor
+_SUMS = 1024  # a parameter
+_SIGNS = 1 << 20
+_SEED = 0
 
 
 @dataclass
 class GradientSketch:
-    """For each parameter, 256 sums over the entries of its gradient, with random signs.
+    """A gradient folded to 1,024 sums a parameter.
 
-    Sketches are linear: the sketches of two gradients add up to that of their sum. The root of the squared sums
-    estimates the norm to about 9% (√(1 / 2·256) of the square's spread), and is exact up to 256 entries.
+    The numbers of a parameter's gradient get random signs, and those at equal positions modulo 1,024 are added up
+    (Charikar, Chen and Farach-Colton, 2002). Sketching is linear: the difference of two sketches is the sketch of the
+    difference, and the expected square of its norm is that of the difference itself. The estimated norm has a relative
+    standard error of at most 1 / sqrt(2 · 1,024) = 2.2%; parameters of up to 1,024 numbers are exact.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add a gradient of one parameter."""
-        sums = _signed_sums(gradient).double().cpu()
+        sums = _fold(gradient.detach(), _random_signs(gradient.device)).double().cpu()
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def norms(self) -> dict[str, float]:
@@ -65,14 +70,21 @@ def sketch_gradients(model: nn.Module) -> Iterator[GradientSketch]:
                 handle.remove()
 
 
-def _signed_sums(gradient: Tensor) -> Tensor:
-    """Return the sums of a matrix's columns, with a random sign for each of its rows."""
-    dense = gradient.detach().to_dense()
-    entries = (torch.view_as_real(dense) if dense.is_complex() else dense).flatten()
-    entries = entries.to(torch.promote_types(entries.dtype, torch.float32))
-    n_whole = len(entries) // _SUMS
-    draw = torch.Generator().manual_seed(len(entries))
-    signs = (2 * torch.randint(0, 2, (n_whole,), generator=draw) - 1).to(entries)
-    sums = signs @ entries[: n_whole * _SUMS].view(n_whole, _SUMS)
-    rest = entries[n_whole * _SUMS :]
-    return torch.cat([sums[: len(rest)] + rest, sums[len(rest) :]])
+def _fold(gradient: Tensor, signs: Tensor) -> Tensor:
+    """Return the sums of one parameter's gradient."""
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    flat = (torch.view_as_real(dense) if dense.is_complex() else dense).reshape(-1)
+    sums = torch.zeros(_SUMS, dtype=signs.dtype, device=flat.device)
+    for turn, chunk in enumerate(flat.split(_SIGNS)):
+        signed = chunk.to(signs.dtype) * signs[: len(chunk)]
+        padded = torch.nn.functional.pad(signed, (0, -len(signed) % _SUMS))
+        # Turned, so that numbers with one sign in all chunks do not meet.
+        sums += padded.view(-1, _SUMS).sum(0).roll(turn)
+    return sums
+
+
+@functools.lru_cache(maxsize=8)
+def _random_signs(device: torch.device) -> Tensor:
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has nothing wider
+    drawn = torch.randint(0, 2, (_SIGNS,), generator=torch.Generator().manual_seed(_SEED), dtype=torch.int8)
+    return (2 * drawn - 1).to(device=device, dtype=dtype)

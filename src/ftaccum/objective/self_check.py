@@ -19,7 +19,7 @@ from .item_counts import OF_USER, Batch, CountItems, ItemCounter, counts_from_us
 from .normalizer import means_of_sums
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head
-from .probe import EXPLAINED, EXPLAINED_IN_HALF, Cut, Losses, Ways, cache_losses, choose, explain
+from .probe import EXPLAINED, EXPLAINED_IN_HALF, Cut, Explanation, Losses, Ways, cache_losses, choose, explain
 from .recount import Observed, RareCheck, Recount
 from .report import ExactnessReport
 from .sample import PAIRS, SINGLE, UNEQUAL, Sample
@@ -68,24 +68,6 @@ def measured_objective(
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report)
 
 
-def difference_of_packing(
-    model: nn.Module, forward: Forward, objective: Objective, padded: Batch, packed: Batch
-) -> float:
-    """How far the loss of rows that lie one behind the other is from that of the same rows side by side, relative to
-    the latter: more than rounding where the rows attend to each other. All processes take the main process's figure."""
-    device = next(model.parameters()).device
-
-    def loss(batch: Batch) -> float:
-        counts = objective.count(batch)
-        means, _ = forward(model, fresh_batch(batch, device))
-        return sum(float(mean) * counts[term] for term, mean in means.items())
-
-    with inspection_mode(model), float32_weights(model), perturb_head(model):
-        off = abs(loss(packed) / loss(padded) - 1)
-    (off,) = broadcast_object_list([off])
-    return off
-
-
 @dataclass(frozen=True)
 class _Measurement:
     """What is measured on what; for the fields see `measured_objective`.
@@ -107,75 +89,97 @@ class _Measurement:
     observed: ObservedPasses = field(default_factory=ObservedPasses)
 
     def report(self, tolerance: float) -> ExactnessReport:
-        """Measures. Differences up to `tolerance` are taken for rounding."""
-        together, item_counter = self.sample.together, self.item_counter
-        cut = None if self.sample.cut is None else (lambda batch: self.sample.apart(batch, UNEQUAL))
-        collated = [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
-        apart = cut or (lambda _: collated)
+        """Measure the loss, and take differences up to `tolerance` for rounding."""
         hidden = find_hidden_state(self.model, self.forward.modules, self._losses_together, tolerance)
         mode = self._deterministic_mode()
-        ways = self.ways()
         with perturb_head(self.model):
             losses = cache_losses(self._losses)
-            names = choose(losses, together, apart, ways, item_counter.ignore_index)
-            # Of a count of the user's own it does not show whether labels are shifted; of the loss it does.
-            every = dict.fromkeys(ways, item_counter.applicable(together))
-            nearest = choose(losses, together, apart, every, item_counter.ignore_index)
-            joint, alone = losses(together), [losses(row) for row in apart(together)[:2]]
-            unlike = explain(losses, together, cut, collated, _chosen(ways, names), tolerance)
-            # What no count explains looks at all tokens together, as far as one can say; so may what eval mode leaves
-            # out.
-            others = [part for part in self.forward.parts if unlike.differences[part] > tolerance or not joint[part]]
-            names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
-            recounts: dict[str, Recount] = {}
-            if tolerance <= EXPLAINED and not self._knows_count:
-                wholes = {term: names[term] for term in self.terms}
-                recounts = self._rare_check(losses, apart).recounts(wholes, ways, tolerance)
-            names |= {term: recount.name for term, recount in recounts.items()}
-            own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
-            every_term = _chosen(ways, names, own_rules)
-            empty = without_items(every_term, together)
-            chosen = {term: count for term, count in every_term.items() if term not in empty}
-            unlike = explain(losses, together, cut, collated, chosen, tolerance)
-            unlike = unlike.with_differences({term: recount.difference for term, recount in recounts.items()})
+            counts = self._count(losses, tolerance)
+            joint, alone = losses(self.sample.together), [losses(row) for row in self._apart(self.sample.together)[:2]]
+            unlike = self._explain(losses, counts.with_items, tolerance).with_differences(
+                {term: recount.difference for term, recount in counts.recounts.items()}
+            )
             train_mode = TrainMode(self.model, mode, self.sample, self._means, self._losses)
-            in_training = train_mode.in_training(chosen, joint)
+            in_training = train_mode.in_training(counts.with_items, joint)
             off = max(hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift)
-            gradient = train_mode.gradient(every_term, exact=off <= tolerance, tolerance=10 * tolerance)
-        losses = cache_losses(self._losses)
-        check_means(losses, self.sample, every_term)
-        as_it_is = explain(losses, together, cut, collated, chosen, tolerance)
-        if own_rules:  # seen under noise alone so far
-            check = self._rare_check(losses, apart)
-            as_it_is = as_it_is.with_differences({term: check.difference(term, chosen[term]) for term in own_rules})
-        explanation = unlike.worst(as_it_is)
-        unexplained = {t for t, off in explanation.differences.items() if off > tolerance}
+            gradient = train_mode.gradient(counts.by_term, exact=off <= tolerance, tolerance=10 * tolerance)
+        explanation = unlike.worst(self._explain_as_it_is(counts, tolerance))
+        unexplained = {term for term, off in explanation.differences.items() if off > tolerance}
+        measures = self.count_items is None and not self.sums
         return ExactnessReport(
-            ways=names,
-            measured=len(ways[self.terms[0]]) > 1,
-            shifts="labels after the shift" in nearest.values() and not self.sums,
-            explanation=explanation.with_exact(empty),
-            in_training=in_training.with_exact(empty),
-            joint={term: 0.0 if term in empty else loss for term, loss in joint.items()},
-            single_rows={term: max(abs(row[term]) for row in alone) for term in names},
+            ways=counts.names,
+            measured=len(self.ways()[self.terms[0]]) > 1,
+            shifts=counts.shifts and not self.sums,
+            explanation=explanation.with_exact(counts.empty),
+            in_training=in_training.with_exact(counts.empty),
+            joint={term: 0.0 if term in counts.empty else loss for term, loss in joint.items()},
+            single_rows={term: max(abs(row[term]) for row in alone) for term in counts.names},
             parts=self.forward.parts,
             tolerance=tolerance,
             sums=self.sums,
             own_loss=self.forward.is_own,
-            absent_is_zero=self.observed.absent_is_zero(chosen, unexplained),
-            counts_before_changes=self.observed.counts_before_changes(chosen, unexplained),
+            absent_is_zero=self.observed.absent_is_zero(counts.with_items, unexplained),
+            counts_before_changes=self.observed.counts_before_changes(counts.with_items, unexplained),
             gradient=gradient,
             gradient_hooks=gradient_hooks(self.model),
             hidden_state=hidden,
-            unmeasured=[] if self.count_items or self.sums else [t for t in self.terms if t not in self.observed.shown],
-            own_rules=own_rules,
-            at_fault={term: recount.at_fault for term, recount in recounts.items() if recount.at_fault},
+            unmeasured=[term for term in self.terms if term not in self.observed.shown] if measures else [],
+            own_rules=counts.own_rules,
+            at_fault={term: recount.at_fault for term, recount in counts.recounts.items() if recount.at_fault},
             not_looked_at="" if self._knows_count else self.sample.not_looked_at,
         )
 
-    def _rare_check(self, losses: Losses, apart: Cut) -> RareCheck:
+    def _count(self, losses: Losses, tolerance: float) -> "_Counts":
+        """Choose how to count each term."""
+        together, item_counter, ways = self.sample.together, self.item_counter, self.ways()
+        names = choose(losses, together, self._apart, ways, item_counter.ignore_index)
+        # A user's count does not show whether labels are shifted; the loss does.
+        every = dict.fromkeys(ways, item_counter.applicable(together))
+        nearest = choose(losses, together, self._apart, every, item_counter.ignore_index)
+        unlike = self._explain(losses, _chosen(ways, names), tolerance)
+        # What no count explains looks at all tokens together, as far as one can say; so may what eval mode leaves out.
+        parts = self.forward.parts
+        others = [part for part in parts if unlike.differences[part] > tolerance or not losses(together)[part]]
+        names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
+        recounts: dict[str, Recount] = {}
+        if tolerance <= EXPLAINED and not self._knows_count:
+            recounts = self._rare_check(losses).recounts({term: names[term] for term in self.terms}, ways, tolerance)
+        names |= {term: recount.name for term, recount in recounts.items()}
+        own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
+        by_term = _chosen(ways, names, own_rules)
+        shifts = "labels after the shift" in nearest.values()
+        return _Counts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
+
+    def _explain(self, losses: Losses, chosen: Mapping[str, CountItems], tolerance: float) -> Explanation:
+        return explain(losses, self.sample.together, self._cut, self._collated, chosen, tolerance)
+
+    def _explain_as_it_is(self, counts: "_Counts", tolerance: float) -> Explanation:
+        """Explain the loss of the model's own weights, without noise on its head."""
+        losses = cache_losses(self._losses)
+        check_means(losses, self.sample, counts.by_term)
+        explanation = self._explain(losses, counts.with_items, tolerance)
+        if not counts.own_rules:
+            return explanation
+        check = self._rare_check(losses)
+        return explanation.with_differences(
+            {term: check.difference(term, count) for term, count in counts.own_rules.items()}
+        )
+
+    @property
+    def _cut(self) -> Cut | None:
+        return None if self.sample.cut is None else lambda batch: self.sample.apart(batch, UNEQUAL)
+
+    @property
+    def _collated(self) -> Sequence[Batch]:
+        return [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
+
+    def _apart(self, batch: Batch) -> Sequence[Batch]:
+        """Return the rows in unequal groups, at the width of the batch if they can be cut."""
+        return self.sample.apart(batch, UNEQUAL)
+
+    def _rare_check(self, losses: Losses) -> RareCheck:
         together = self.sample.together
-        first = Observed.of(losses, together, apart(together))
+        first = Observed.of(losses, together, self._apart(together))
         return RareCheck(losses, first, self.sample, self.item_counter.ignore_index)
 
     @property
@@ -244,6 +248,32 @@ class _Measurement:
             with mode.passes():
                 self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
         return mode
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """How each term is counted.
+
+    Attributes:
+        names: of the counts.
+        by_term: the counts themselves.
+        empty: the terms that the first rows have no items of.
+        recounts: what all rows say of each term.
+        own_rules: counts that are none of the named ways, because the loss has a rule of its own.
+        shifts: whether logits predict the next label.
+    """
+
+    names: dict[str, str]
+    by_term: dict[str, CountItems]
+    empty: Sequence[str]
+    recounts: Mapping[str, Recount]
+    own_rules: Mapping[str, CountItems]
+    shifts: bool
+
+    @property
+    def with_items(self) -> dict[str, CountItems]:
+        """The counts of the terms that the first rows have items of."""
+        return {term: count for term, count in self.by_term.items() if term not in self.empty}
 
 
 def _chosen(

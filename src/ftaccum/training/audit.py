@@ -92,8 +92,8 @@ class AuditHandler:
                 epoch=window.epoch,
                 rows=audit.n_rows,
                 reference=audit.reference,
-                error=audit.gradient.relative,
-                loss_error=audit.loss,
+                error=audit.error,
+                loss_error=audit.loss_error,
                 tolerance=tolerance,
                 seconds=seconds,
             )

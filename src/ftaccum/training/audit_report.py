@@ -45,9 +45,9 @@ def cause_of(audit: Audit, tolerance: float, largest_rounding: float) -> Cause |
     """
     if audit.keeps_state or (audit.rounding or 0.0) > largest_rounding:
         return Cause.STATE
-    if audit.gradient.relative <= tolerance:
+    if audit.error <= tolerance:
         return None
-    return Cause.COUNTS if audit.loss > tolerance else Cause.BACKWARD
+    return Cause.COUNTS if audit.loss_error > tolerance else Cause.BACKWARD
 
 
 def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, counted_by: str) -> str:
@@ -57,15 +57,15 @@ def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, 
         update: its number, from 1.
         counted_by: what the loss is counted as a mean over.
     """
-    remedy = _REMEDIES[cause].format(loss=_percent(audit.loss), counted_by=counted_by)
+    remedy = _REMEDIES[cause].format(loss=_percent(audit.loss_error), counted_by=counted_by)
     if cause is Cause.STATE:
         return f"Audit of update {update}: {remedy[0].lower()}{remedy[1:]}"
-    parts = list(audit.gradient.by_parameter.items())
+    parts = list(audit.parameters.items())
     named = ", ".join(f"{name} ({share:.0%})" for name, share in parts[:_NAMED])
     other = "one batch of them" if audit.reference != ANOTHER_CUT else "another cut of them"
     return (
         f"Audit of update {update}: the accumulated gradient of {audit.n_rows} rows is "
-        f"{_percent(audit.gradient.relative)} off that of {other} (up to {tolerance:.0e} is rounding). Shares of the "
+        f"{_percent(audit.error)} off that of {other} (up to {tolerance:.0e} is rounding). Shares of the "
         f"difference: {named}. {remedy}"
     )
 

@@ -19,8 +19,8 @@ from ..data.scan import look_at_columns
 from ..errors import DataError, SettingsError
 from ..objective.forward import Forward, accepted_arguments
 from ..objective.objective import Objective
+from ..objective.packing_check import difference_of_packing
 from ..objective.probe import EXPLAINED
-from ..objective.self_check import difference_of_packing
 from .config import Components
 
 _FEW = 4  # rows to see what the model makes of packed rows, or the loss of padded labels

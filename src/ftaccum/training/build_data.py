@@ -1,7 +1,8 @@
 """From what the user brought along to rows, an objective and loaders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,14 +73,11 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     components, runtime = config.components, config.runtime
     given = build_rows(components, config.recipe, accelerator, stream)
     rows, val_rows = given.train, given.val
-    longest = None
-    if runtime.compile:
-        longest = rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
     ignore_index = ignore_index_of(components, rows)
-    padding = build_padding(components, rows, val_rows, ignore_index, longest)
+    padding = build_padding(components, rows, val_rows, ignore_index, _longest(config, rows))
     row_collator = build_row_collator(components, padding)
-    for each in (rows, val_rows):
-        if each is not None and runtime.max_tokens is not None:
+    for each in given.all:
+        if runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
     row_collator.find_draws(rows)
     if val_rows is not None:
@@ -87,9 +85,8 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
-    for each in (rows, val_rows):
-        if each is not None and components.data_collator is None:  # which may change the numbers
-            ranges.check_all(each)
+    for each in given.all if components.data_collator is None else ():  # a collator may change the numbers
+        ranges.check_all(each)
     check_sample(rows, row_collator, ranges)
     if val_rows is not None:
         _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
@@ -105,29 +102,30 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         padding.documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
         sample = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
-    on_host = all(t.device.type == "cpu" for t in tensors_of(sample))
-    pin_memory = accelerator.device.type == "cuda" and on_host
-
-    def loader(rows: Rows, row_collator: RowCollator, labelled: Sequence[int] = ()) -> Loader:
-        return Loader(
-            rows, row_collator, objective, ranges, labelled, num_workers=runtime.num_workers, pin_memory=pin_memory
-        )
-
-    val = None if val_rows is None else loader(val_rows, row_collator)
+    pin_memory = accelerator.device.type == "cuda" and all(t.device.type == "cpu" for t in tensors_of(sample))
+    load = partial(Loader, objective=objective, ranges=ranges, num_workers=runtime.num_workers, pin_memory=pin_memory)
+    val = None if val_rows is None else load(val_rows, row_collator)
     if runtime.padding_free:
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
-    train = loader(rows, row_collator, labelled)
     return TrainingData(
         rows,
         val_rows,
         objective,
-        train,
+        load(rows, row_collator, dummy_candidates=labelled),
         val,
         ignore_index,
         synthetic=components.train_data is None,
         text_notes=given.notes,
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
     )
+
+
+def _longest(config: RunConfig, rows: Rows) -> int | None:
+    """Return the length of the longest row where widths are bucketed, as for a compiled model; else None."""
+    if not config.runtime.compile:
+        return None
+    components = config.components
+    return rows.longest(most_tokens(components.tokenizer, components.configuration, components.model))
 
 
 def _check_validation(components: Components, train: Any, val: Any) -> None:

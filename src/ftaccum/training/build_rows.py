@@ -34,6 +34,11 @@ class RunRows:
     val: Rows | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def all(self) -> list[Rows]:
+        """Those that there are of the two."""
+        return [rows for rows in (self.train, self.val) if rows is not None]
+
 
 def build_rows(components: Components, recipe: Recipe, accelerator: Accelerator, stream: Stream | None) -> RunRows:
     """Return training and validation rows, tokenised.

@@ -11,17 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..accumulation.audit import GradientAuditor
-from ..checkpoint.compatibility import (
-    RunIdentity,
-    function_identity,
-    model_identity,
-    optimizer_identity,
-    package_versions,
-    recipe_identity,
-    rounding_settings,
-    rows_identity,
-    size_identity,
-)
+from ..checkpoint.compatibility import RunIdentity
 from ..checkpoint.directory import CheckpointDirectory
 from ..checkpoint.early_stopping import BestEpoch
 from ..checkpoint.manager import CheckpointManager, SavePolicy
@@ -41,6 +31,7 @@ from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
 from .audit import AuditHandler
 from .base_run import Run
+from .build_identity import build_identity
 from .build_plan import refuse_single_rows, report_inexact
 from .callbacks import Callback, Milestones
 from .closure import check_step
@@ -50,7 +41,7 @@ from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
 from .optimizer import make_optimizer
-from .rates import describe_rates, peak_rates, preserve_learning_rates
+from .rates import describe_rates, preserve_learning_rates
 from .schedule import make_schedule
 
 
@@ -106,29 +97,13 @@ class TrainingSetup(Run):
     @cached_property
     def identity(self) -> RunIdentity:
         """What a checkpoint says about the run, to be resumed by the same one."""
-        components, sizes, data = self.config.components, self.batch_sizes, self.data
-        return RunIdentity(
-            recipe=recipe_identity(self.config.recipe),
-            trained_on={
-                "effective_batch_size": size_identity(sizes),
-                "train_data": rows_identity(data.train_rows),
-                "val_data": rows_identity(data.val_rows),
-                "model": model_identity(self.model),
-                "optimizer": optimizer_identity(self.optimizer),
-                "learning_rate": peak_rates(self.optimizer),
-                "loss_fn": function_identity(components.loss_fn),
-                "data_collator": function_identity(components.data_collator),
-            },
-            run_with={
-                "processes": sizes.num_processes,
-                "batch_size": sizes.batch_size,
-                "mixed_precision": self.accelerator.mixed_precision,
-                "device": self.accelerator.device.type,
-                **rounding_settings(self.config.runtime),
-                "planner": self.planner.costs is not None,
-            },
-            n_rows=len(data.train_rows),
-            versions=package_versions(),
+        return build_identity(
+            self.config,
+            self.data,
+            self.optimizer,
+            self.batch_sizes,
+            self.accelerator,
+            plans=self.planner.costs is not None,
         )
 
     @cached_property

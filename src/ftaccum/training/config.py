@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..arguments import parse_settings
 from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
-from ..errors import refuse
+from ..errors import refuse, shown
 from ..fields import DefaultFloat
 from ..objective.forward import LossFn
 from ..objective.item_counts import CountItems
-from ..settings import Recipe, Runtime, parse_settings
-from ..values import shown
+from ..settings import Recipe, Runtime
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .optimizer import OptimizerFactory
 from .schedule import fault_of_schedule

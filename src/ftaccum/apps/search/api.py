@@ -13,11 +13,10 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from torch import nn
 from torch.optim import Optimizer
 
+from ...arguments import find_faults, parse_settings, read_settings
 from ...data.iterable import is_stream
 from ...errors import SettingsError, refuse
-from ...fields import find_faults, read_settings
 from ...fine_tuning import test_fine_tuning
-from ...settings import parse_settings
 from ..parser import nearest
 from .definition import Search
 from .runner import run_search

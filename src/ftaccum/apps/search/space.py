@@ -10,10 +10,10 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
+from ...arguments import parse_settings
 from ...errors import SettingsError, refuse
 from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
-from ...settings import parse_settings
 from ...training.optimizer import CoupledBeta2
 from ...training.schedule import fault_of_schedule
 from ..parser import nearest

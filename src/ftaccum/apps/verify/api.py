@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from ...arguments import find_faults, read_settings
 from ...data.collator import Collator
 from ...data.convert import as_rows
 from ...errors import SettingsError, refuse
-from ...fields import find_faults, read_settings
 from ...objective.forward import LossFn
 from ...objective.item_counts import CountItems
 from ...training.config import RunConfig

@@ -1,0 +1,138 @@
+"""From keyword arguments to a Recipe and a Runtime: settings are read, and checked against each other."""
+
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import Field
+from typing import Any, TypeVar
+
+from .errors import refuse, shown
+from .fields import rules_of
+from .settings import CHANGEABLE, Recipe, Runtime
+
+T = TypeVar("T")
+
+
+def parse_settings(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
+    """Sort keyword arguments into a Recipe and a Runtime.
+
+    Args:
+        given: settings by name. A setting that is left out takes its default; other names are ignored.
+
+    Raises:
+        SettingsError: with a sentence for each fault, all of them at once.
+    """
+    recipe, runtime = read_settings(Recipe, given), read_settings(Runtime, given)
+    # The joint rules compare values, and need sound ones.
+    faults = find_faults(recipe) + find_faults(runtime) or _joint_faults(recipe, runtime)
+    refuse(faults)
+    return recipe, runtime
+
+
+def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
+    unknown = [name for name in runtime.allow_changed if name not in CHANGEABLE]
+    faults = {
+        "`use_amp` is True, but `mixed_precision` is 'no'. "
+        "Leave `mixed_precision` out to have bf16 or fp16 chosen, or drop `use_amp`.": (
+            runtime.use_amp and runtime.mixed_precision == "no"
+        ),
+        f"`use_wandb` is True, but `log_with` is {shown(runtime.log_with)}. "
+        "Give one of the two; `log_with='all'` uses every tracker that is installed.": (
+            runtime.use_wandb and runtime.log_with not in (None, "wandb")
+        ),
+        f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
+        "Give the warm-up once, as a number of updates or as a share of them.": (
+            recipe.warmup_steps > 0 and recipe.warmup_ratio > 0
+        ),
+        "`planner_costs` is given, but `planner` is False. Drop one of them.": (
+            runtime.planner_costs is not None and not runtime.planner
+        ),
+        f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.": bool(unknown),
+        "`resume` is 'auto', but `output_dir` is None, so that there is nowhere to look for checkpoints. "
+        "Give `output_dir`, or the folder of a checkpoint.": runtime.resume == "auto" and runtime.output_dir is None,
+    }
+    found = [sentence for sentence, holds in faults.items() if holds]
+    return found + _faults_of_auto(recipe, runtime) + faults_of_schedule(recipe)
+
+
+def faults_of_schedule(recipe: Recipe) -> list[str]:
+    """Return a sentence for each setting that contradicts a k that changes, or one that does not."""
+    k, scaling = recipe.gradient_accumulation_steps, recipe.learning_rate_scaling
+    if isinstance(k, int):
+        if scaling == "none":
+            return []
+        return [
+            f"`learning_rate_scaling` is {scaling!r}, but k is {k} from beginning to end, so that there is nothing to "
+            "follow. Give `gradient_accumulation_steps` as pairs, such as '0:2,100:8', or leave it out."
+        ]
+    return [
+        f"`gradient_accumulation_steps` is {k}, which says how large every update is, and so does `{name}`, "
+        f"{getattr(recipe, name)}. Give one of the two."
+        for name in ("effective_batch_size", "tokens_per_update")
+        if getattr(recipe, name) is not None
+    ]
+
+
+def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
+    if runtime.batch_size != "auto":
+        return []
+    found = []
+    if runtime.max_tokens is not None:
+        found.append(
+            "`batch_size` is 'auto', and `max_tokens` cuts micro-batches by tokens, not by rows. Give one of them."
+        )
+    if recipe.gradient_accumulation_steps != 1:
+        found.append(
+            f"`batch_size` is 'auto', so that `gradient_accumulation_steps` follows from it, but is given as "
+            f"{recipe.gradient_accumulation_steps}. Give the size of an update as `effective_batch_size` or "
+            "`tokens_per_update` instead: it must not depend on what fits in memory."
+        )
+    elif not (recipe.effective_batch_size or recipe.tokens_per_update):
+        found.append(
+            "`batch_size` is 'auto', which needs the size of an update: it must not depend on what fits in memory. Add "
+            "`effective_batch_size=32`, say, or `tokens_per_update`."
+        )
+    return found
+
+
+def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Build a settings dataclass from those of its fields that are given, each read by its rule."""
+    rules = rules_of(kind)
+    names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
+    return kind(**{n: rules[n].read(plain(given[n])) for n in names})
+
+
+def find_faults(settings: Any) -> list[str]:
+    """Return a sentence for each field of a settings dataclass that breaks its rule."""
+    declared = type(settings).__dataclass_fields__
+    found = (
+        rule.fault(name, getattr(settings, name), _remedy(declared[name]))
+        for name, rule in rules_of(type(settings)).items()
+    )
+    return [fault for fault in found if fault]
+
+
+def _remedy(declared: Field) -> str:
+    return f"It means: {declared.metadata['help']}; the default is {declared.default!r}."
+
+
+def plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's and paths as strings, and any other value unchanged."""
+    try:
+        return _plain(value)
+    except Exception:  # a list that holds itself, a fraction beyond all floats, a tensor without storage, …
+        return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if hasattr(value, "tolist"):  # a NumPy array
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,32 @@
+"""Whether a model keeps rows apart that lie one behind the other."""
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from ..runtime.state_guards import inspection_mode
+from .batch_changes import fresh_batch
+from .forward import Forward
+from .item_counts import Batch
+from .objective import Objective
+from .perturbation import float32_weights, perturb_head
+
+
+def difference_of_packing(
+    model: nn.Module, forward: Forward, objective: Objective, padded: Batch, packed: Batch
+) -> float:
+    """Return how far the loss of rows one behind the other is from that of the same rows side by side, relative to the
+    latter.
+
+    It is more than rounding where the rows attend to each other. All processes take the main process's figure.
+    """
+    device = next(model.parameters()).device
+
+    def loss(batch: Batch) -> float:
+        counts = objective.count(batch)
+        means, _ = forward(model, fresh_batch(batch, device))
+        return sum(float(mean) * counts[term] for term, mean in means.items())
+
+    with inspection_mode(model), float32_weights(model), perturb_head(model):
+        off = abs(loss(packed) / loss(padded) - 1)
+    (off,) = broadcast_object_list([off])
+    return off

@@ -1,0 +1,60 @@
+"""What a checkpoint says about its run, so that only the same run resumes from it."""
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from ..checkpoint.compatibility import (
+    RunIdentity,
+    function_identity,
+    model_identity,
+    optimizer_identity,
+    package_versions,
+    recipe_identity,
+    rounding_settings,
+    rows_identity,
+    size_identity,
+)
+from ..planning.batch_size import BatchSizes
+from .build_data import TrainingData
+from .config import RunConfig
+from .rates import peak_rates
+
+
+def build_identity(
+    config: RunConfig,
+    data: TrainingData,
+    optimizer: Optimizer,
+    batch_sizes: BatchSizes,
+    accelerator: Accelerator,
+    *,
+    plans: bool,
+) -> RunIdentity:
+    """Return the identity of a run.
+
+    Args:
+        plans: whether windows are cut where it costs least.
+    """
+    components, sizes = config.components, batch_sizes
+    return RunIdentity(
+        recipe=recipe_identity(config.recipe),
+        trained_on={
+            "effective_batch_size": size_identity(sizes),
+            "train_data": rows_identity(data.train_rows),
+            "val_data": rows_identity(data.val_rows),
+            "model": model_identity(components.model),
+            "optimizer": optimizer_identity(optimizer),
+            "learning_rate": peak_rates(optimizer),
+            "loss_fn": function_identity(components.loss_fn),
+            "data_collator": function_identity(components.data_collator),
+        },
+        run_with={
+            "processes": sizes.num_processes,
+            "batch_size": sizes.batch_size,
+            "mixed_precision": accelerator.mixed_precision,
+            "device": accelerator.device.type,
+            **rounding_settings(config.runtime),
+            "planner": plans,
+        },
+        n_rows=len(data.train_rows),
+        versions=package_versions(),
+    )
