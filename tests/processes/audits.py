@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftaccum import InexactLossError, test_fine_tuning
+from ftaccum.objective.recount import RareCheck
 from ftaccum.objective.report import ExactnessReport
 from heads import HEADS
 
@@ -22,7 +23,10 @@ for head in (HEADS["causal LM, Llama"], HEADS["question answering, BERT"]):
     assert len(result.audits) >= 2
     assert max(audit["error"] for audit in result.audits) < 1e-6
 
-rows = [(torch.randn(6, generator=torch.Generator().manual_seed(n)), torch.tensor(n % 2)) for n in range(24)]
+rows = [
+    (torch.randn(6, generator=torch.Generator().manual_seed(n)), torch.tensor(int(n % 5 in (0, 1, 4))))
+    for n in range(24)
+]
 weights = torch.tensor([1.0, 9.0])
 
 
@@ -30,7 +34,9 @@ def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, weight=weights)
 
 
-ExactnessReport.inexact = lambda _: []  # as if nothing had been seen before training
+# As if nothing had been seen before training.
+ExactnessReport.inexact = lambda _: []
+RareCheck.recounts = lambda *_: {}
 torch.manual_seed(0)
 with pytest.raises(InexactLossError, match="Audit of update 1"):
     test_fine_tuning(

@@ -35,17 +35,17 @@ def resumed_error(optimizer: Any, **arguments: Any) -> float:
     return max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-9)) for one, other in pairs)
 
 
-@case(31, "Muon and AdamW in one optimizer with a state dict of its own: resumed")
+@case(21, "Muon and AdamW in one optimizer with a state dict of its own: resumed")
 def chain_resumes() -> float:
     return resumed_error(muon_and_adamw)
 
 
-@case(31, "an optimizer that steps with another one, whose moments torch does not save: resumed")
+@case(21, "an optimizer that steps with another one, whose moments torch does not save: resumed")
 def inner_moments() -> float:
     return resumed_error(Holding, learning_rate=0.05, lr_scheduler="constant", warmup_steps=0)
 
 
-@case(31, "a schedule for an optimizer that steps with another one")
+@case(21, "a schedule for an optimizer that steps with another one")
 def schedule_of_inner() -> float:
     model, rows = regression()
     start, reference = copy.deepcopy(model), copy.deepcopy(model)

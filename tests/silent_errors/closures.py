@@ -24,16 +24,16 @@ def closure_error(factory: Any, **arguments: Any) -> float:
     return distance(model, reference, start)
 
 
-@case(32, "LBFGS")
+@case(22, "LBFGS")
 def lbfgs() -> float:
     return closure_error(lambda params: LBFGS(params, lr=0.5, max_iter=4))
 
 
-@case(32, "LBFGS with a line search")
+@case(22, "LBFGS with a line search")
 def lbfgs_with_a_line_search() -> float:
     return closure_error(lambda params: LBFGS(params, line_search_fn="strong_wolfe"))
 
 
-@case(32, "sharpness-aware minimization, `step(closure)`")
+@case(22, "sharpness-aware minimization, `step(closure)`")
 def sam() -> float:
     return closure_error(lambda params: SAM([{"params": params, "lr": 0.2}], rho=0.5))

@@ -66,32 +66,32 @@ def class_error(model: nn.Module, **arguments: object) -> float:
     return update_error(model, CLASSIFIED, loss_on_reviews, len(REVIEWS), **arguments)
 
 
-@case(18, "a causal LM (Llama) whose tokenizer pads on the left", tolerance=1e-6)  # its loss is computed in float32
+@case(19, "a causal LM (Llama) whose tokenizer pads on the left", tolerance=1e-6)  # its loss is computed in float32
 def llama_on_the_left() -> float:
     return next_token_error(causal_lm(), tokenizer=left_padding())
 
 
-@case(18, "a causal LM (GPT-2) whose tokenizer pads on the left", tolerance=1e-6)
+@case(19, "a causal LM (GPT-2) whose tokenizer pads on the left", tolerance=1e-6)
 def gpt2_on_the_left() -> float:
     return next_token_error(gpt2(), tokenizer=left_padding())
 
 
-@case(18, "a causal LM whose collator pads on the left", refused="`tokenizer.padding_side` is 'left'")
+@case(19, "a causal LM whose collator pads on the left", refused="`tokenizer.padding_side` is 'left'")
 def collator_on_the_left() -> float:
     tokenizer = left_padding()
     return next_token_error(causal_lm(), tokenizer=tokenizer, data_collator=DataCollatorForSeq2Seq(tokenizer))
 
 
-@case(18, "a classifier (GPT-2) whose tokenizer pads on the left", refused="`tokenizer.padding_side` is 'left'")
+@case(19, "a classifier (GPT-2) whose tokenizer pads on the left", refused="`tokenizer.padding_side` is 'left'")
 def gpt2_classifier_on_the_left() -> float:
     return class_error(gpt2_classifier(), tokenizer=left_padding())
 
 
-@case(18, "a classifier (BERT) whose tokenizer pads on the left", refused="`tokenizer.padding_side` is 'left'")
+@case(19, "a classifier (BERT) whose tokenizer pads on the left", refused="`tokenizer.padding_side` is 'left'")
 def bert_on_the_left() -> float:
     return class_error(classifier(), tokenizer=left_padding())
 
 
-@case(19, "a classifier (Llama) whose tokenizer has another padding token", refused="`model.config.pad_token_id` is 2")
+@case(20, "a classifier (Llama) whose tokenizer has another padding token", refused="`model.config.pad_token_id` is 2")
 def another_padding_token() -> float:
     return class_error(llama_classifier(2), tokenizer=word_tokenizer())
