@@ -8,11 +8,9 @@ share stay invisible. Both gradients are computed without dropout. Only sketches
 
 import math
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,10 +20,9 @@ from ..data.prefetch import LocalWindow, WindowLoader
 from ..objective.batch_changes import fresh_batch
 from ..objective.deterministic_forward import DeterministicMode
 from ..objective.gradient_sketch import GradientSketch
-from ..objective.item_counts import targets_of
+from ..objective.hidden_state import find_hidden_state
 from ..objective.normalizer import gathered
 from ..objective.objective import Objective
-from ..planning.micro_batches import MicroBatchRows, RowIndices
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host, peak_of_process
 from ..runtime.memory import WindowOutOfMemoryError, give_back_memory, is_out_of_memory
@@ -33,8 +30,8 @@ from ..runtime.model_context import run_eagerly
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from .accumulator import GradientAccumulator
+from .audit_rows import AuditRows, part_of
 
-_PART = 4  # micro-batches that are enough for the first audit
 # How many times as large as a micro-batch one batch may be. Attention over packed rows grows with its square.
 _LARGEST, _LARGEST_PACKED = 8, 4
 
@@ -88,6 +85,7 @@ class GradientAuditor:
         self._strategy, self._process_group = strategy, process_group
         self._accumulator, self._window_loader = accumulator, window_loader
         self._mode: DeterministicMode | None = None
+        self._keeps_state = False
 
     @property
     def is_possible(self) -> bool:
@@ -104,53 +102,55 @@ class GradientAuditor:
         Returns:
             None where there is nothing to compare: memory ran out, gradients are not finite, or no row has loss items.
         """
-        window = local_window.window
-        rows = window.rows if whole else self._part_of(local_window)
-        sample = _Rows(rows, self._cut(rows), (self._window_loader.plan.seed, window.index))
+        rows = local_window.window.rows if whole else part_of(local_window, self._process_group)
+        sample = AuditRows.of(rows, local_window.window, self._window_loader)
         with ExitStack() as stack:
             stack.callback(self._accumulator.zero_gradients)
             stack.enter_context(run_eagerly(self._model))
-            stack.enter_context(preserve_attributes(self._model))
-            mode = self._deterministic_mode(sample)
-            stack.enter_context(mode.passes())
+            stack.enter_context(preserve_attributes(self._model, *self._objective.modules))
+            stack.enter_context(self._deterministic_mode(sample).passes())
             if (accumulated := self._accumulate(sample)) is None:
                 return None
             reference, wanted, rounding = self._reference(sample, accumulated, with_rounding=with_rounding)
         audit = self._process_group.run_on_main(lambda: _compared(len(rows), reference, accumulated, wanted))
-        return None if audit is None else replace(audit, rounding=rounding, keeps_state=mode.keeps_state)
+        return None if audit is None else replace(audit, rounding=rounding, keeps_state=self._keeps_state)
 
-    def _deterministic_mode(self, sample: "_Rows") -> DeterministicMode:
+    def _deterministic_mode(self, sample: AuditRows) -> DeterministicMode:
         """Return how to run the model without dropout, as the main process finds out in the first audit."""
         if self._mode is None:
 
             def find() -> tuple[bool, list[str], bool]:
                 micro = self._load(sample)[-1]
-                mode = DeterministicMode.of(self._model, lambda: [self._unweighted_loss(micro).item()])
-                return mode.whole, list(mode.moving), mode.keeps_state
+                mode = DeterministicMode.of(self._model, lambda: list(self._losses(micro).values()))
+                hidden = find_hidden_state(
+                    self._model, self._objective.modules, lambda: self._losses(micro), self._objective.report.tolerance
+                )
+                return mode.whole, list(mode.moving), bool(hidden.off)
 
-            whole, moving, keeps_state = self._process_group.run_on_main(find)
+            whole, moving, self._keeps_state = self._process_group.run_on_main(find)
             modules = dict(self._model.named_modules())
-            self._mode = DeterministicMode(self._model, whole, {name: modules[name] for name in moving}, keeps_state)
+            self._mode = DeterministicMode(self._model, whole, {name: modules[name] for name in moving})
         return self._mode
 
-    def _accumulate(self, sample: "_Rows") -> "_Measured | None":
+    def _accumulate(self, sample: AuditRows) -> "_Measured | None":
         """Accumulate a gradient as training does."""
+        micro_batches = self._process_group.run_on_all(lambda: self._load(sample))
         try:
-            losses = self._accumulator.accumulate(self._load(sample)).losses
+            losses = self._accumulator.accumulate(micro_batches).losses
         except WindowOutOfMemoryError:
             give_back_memory()
             return None
         return self._take(gathered([losses], self._accelerator)[0].total())
 
     def _reference(
-        self, sample: "_Rows", accumulated: "_Measured", *, with_rounding: bool
+        self, sample: AuditRows, accumulated: "_Measured", *, with_rounding: bool
     ) -> tuple[str, "_Measured | None", float | None]:
         """Compute the gradient to compare with. Return what it is of, and what rounding makes of it."""
         wanted: _Measured | None = None
 
         def one_batch() -> tuple[bool, float | None]:
             nonlocal wanted
-            if not self._fits_in_one(sample) or (wanted := self._one_batch(sample.in_one())) is None:
+            if not self._fits(sample) or (wanted := self._one_batch(sample.in_one())) is None:
                 return False, None
             again = self._one_batch(sample.in_one().reversed(), factor=1 / 3) if with_rounding else None
             return True, None if again is None else again.error(wanted)
@@ -158,12 +158,12 @@ class GradientAuditor:
         fits, rounding = self._process_group.run_on_main(one_batch)
         if fits:
             return ONE_BATCH, wanted, rounding
-        wanted = self._accumulate(replace(sample, by_process=self._other_cut(sample.rows)))
+        wanted = self._accumulate(sample.cut_otherwise(self._window_loader))
         if with_rounding and (again := self._accumulate(sample.reversed())) is not None:
             rounding = self._process_group.broadcast(again.error(accumulated))
         return ANOTHER_CUT, wanted, rounding
 
-    def _one_batch(self, sample: "_Rows", factor: float = 1.0) -> "_Measured | None":
+    def _one_batch(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
         """Compute the gradient of one batch, on the main process; None where memory runs out.
 
         Args:
@@ -185,6 +185,20 @@ class GradientAuditor:
             return None
         return self._take(loss.item(), factor)
 
+    def _fits(self, sample: AuditRows) -> bool:
+        """Return whether one batch is likely to fit. Accelerators raise an error where it does not, and are asked; on a
+        host, the process would be killed."""
+        times = sample.times_largest
+        if times > (_LARGEST_PACKED if self._window_loader.planner.packed else _LARGEST):
+            return False
+        if self._accelerator.device.type != "cpu":
+            return True
+        # No micro-batch so far has taken more than the process had at its peak, weights included.
+        return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def _losses(self, micro: MicroBatch) -> dict[str, float]:
+        return {"loss": self._unweighted_loss(micro).item()}
+
     def _unweighted_loss(self, micro: MicroBatch) -> Tensor:
         batch = fresh_batch(micro.batch, self._accelerator.device)
         return self._objective.unweighted_loss(self._model, batch, micro.counts)
@@ -196,72 +210,15 @@ class GradientAuditor:
         pairs = zip(self._strategy.weights, self._strategy.parameters, strict=True)
         for weight, parameter in pairs if self._process_group.is_main else ():
             if parameter.grad is not None:
-                sketch.add(names.get(weight, _NO_NAME), parameter.grad / factor)
+                sketch.add(names.get(weight, _NO_NAME), parameter.grad if factor == 1 else parameter.grad / factor)
         self._accumulator.zero_gradients()
         return _Measured(sketch, loss)
 
-    def _load(self, sample: "_Rows") -> list[MicroBatch]:
+    def _load(self, sample: AuditRows) -> list[MicroBatch]:
         """Collate this process's micro-batches."""
         share = sample.by_process[self._accelerator.process_index]
         (micro_batches,) = self._window_loader.loader.load([LocalRows(sample.rows, share, sample.seed)])
         return micro_batches
-
-    def _cut(self, rows: RowIndices) -> "_ByProcess":
-        return self._window_loader.loader.cut(rows, self._window_loader.planner)
-
-    def _other_cut(self, rows: RowIndices) -> "_ByProcess":
-        """Cut rows in order of arrival, into micro-batches half as large; of single rows, twice as large."""
-        planner = self._window_loader.planner
-        largest = max(len(piece.rows) for share in self._cut(rows) for piece in share)
-        n_rows = largest // 2 or 1 if largest > 1 else 2
-        limits = replace(planner.limits, rows=n_rows)
-        return self._window_loader.loader.cut(rows, replace(planner, limits=limits, costs=None))
-
-    def _part_of(self, local_window: LocalWindow) -> RowIndices:
-        """Return the rows of up to four micro-batches of all processes: two with the rarest labels, two with the most
-        common ones. (Micro-batches that are alike have the right weights however items are counted.)"""
-        own = [(micro.slice.rows, _labels_of(micro)) for micro in local_window.micro_batches if micro.slice.rows]
-        pieces = list(chain.from_iterable(self._process_group.gather(own)))
-        n_with = Counter(chain.from_iterable(labels for _, labels in pieces))
-        pieces.sort(key=lambda piece: -sum(1 / n_with[label] for label in piece[1]))
-        chosen = pieces if len(pieces) <= _PART else [*pieces[: _PART // 2], *pieces[-_PART // 2 :]]
-        return tuple(chain.from_iterable(rows for rows, _ in chosen))
-
-    def _fits_in_one(self, sample: "_Rows") -> bool:
-        """Return whether one batch is likely to fit. Accelerators raise an error where it does not, and are asked; on a
-        host, the process would be killed."""
-        sizes = [piece.tokens for share in sample.by_process for piece in share]
-        times = -(-sum(sizes) // max(sizes))
-        if times > (_LARGEST_PACKED if self._window_loader.planner.packed else _LARGEST):
-            return False
-        if self._accelerator.device.type != "cpu":
-            return True
-        # No micro-batch so far has taken more than the process had at its peak, weights included.
-        return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-_ByProcess = Sequence[Sequence[MicroBatchRows]]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows, and their micro-batches by process."""
-
-    rows: RowIndices
-    by_process: _ByProcess
-    seed: tuple[int, ...]
-
-    def reversed(self) -> "_Rows":
-        """Return the same micro-batches in reverse, and their rows in reverse."""
-        turned = [[self._of(piece.places[::-1]) for piece in share[::-1]] for share in self.by_process]
-        return replace(self, by_process=turned)
-
-    def in_one(self) -> "_Rows":
-        """Return all rows in one micro-batch of the main process."""
-        return replace(self, by_process=[[self._of(tuple(range(len(self.rows))))]])
-
-    def _of(self, places: RowIndices) -> MicroBatchRows:
-        return MicroBatchRows.of(self.rows, places)
 
 
 @dataclass(frozen=True)
@@ -278,12 +235,6 @@ class _Measured:
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.sketch.norm()) and math.isfinite(self.loss)
-
-
-def _labels_of(micro: MicroBatch) -> list[int]:
-    """Return the distinct labels of a micro-batch; none where they are no whole numbers."""
-    targets = None if micro.batch is None else targets_of(micro.batch)
-    return [] if targets is None or targets.is_floating_point() else targets.unique().tolist()
 
 
 def _compared(n_rows: int, reference: str, found: _Measured, wanted: _Measured | None) -> Audit | None:

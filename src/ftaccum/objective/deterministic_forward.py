@@ -75,14 +75,11 @@ class DeterministicMode:
     Attributes:
         whole: whether all modules are in train mode.
         moving: by name, those that move buffers.
-        keeps_state: whether a pass changes what the next one returns, although no generator draws and buffers are
-            restored.
     """
 
     model: nn.Module
     whole: bool
     moving: Mapping[str, nn.Module]
-    keeps_state: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, run: Callable[[], Sequence[float]]) -> "DeterministicMode":
@@ -92,12 +89,12 @@ class DeterministicMode:
             run: one pass of the model, to its losses.
         """
         everything = dict(model.named_modules())
-        repeats, draws, moved = cls(model, True, {})._tried(run)
+        repeats, moved = cls(model, True, {})._tried(run)
         moving = {name: module for name, module in everything.items() if module in moved}
         if repeats:
             return cls(model, True, moving)
-        partly = cls(model, False, moving, not draws)
-        return partly if partly._tried(run)[0] else cls(model, False, {}, not draws)
+        partly = cls(model, False, moving)
+        return partly if partly._tried(run)[0] else cls(model, False, {})
 
     @contextmanager
     def passes(self) -> Iterator[None]:
@@ -114,13 +111,12 @@ class DeterministicMode:
                 module.training = True
             yield
 
-    def _tried(self, run: Callable[[], Sequence[float]]) -> tuple[bool, bool, set[nn.Module]]:
-        """Return whether a pass can be repeated, whether it draws, and the modules whose buffers it moves."""
+    def _tried(self, run: Callable[[], Sequence[float]]) -> tuple[bool, set[nn.Module]]:
+        """Return whether a pass can be repeated, and the modules whose buffers it moves."""
         with self.passes():
             generators, buffers = Generators.now(), Buffers.of(self.model)
             first = run()
             moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
             buffers.restore()
-            draws = not generators.unchanged()
-            repeats = not draws and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
-        return repeats, draws, moved
+            repeats = generators.unchanged() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
+        return repeats, moved

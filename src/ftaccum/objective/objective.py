@@ -32,6 +32,11 @@ class Objective:
         self.padding_sensitive = report.explanation.padding_sensitive
         self.shifts = report.shifts
 
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that compute the loss besides the model."""
+        return self._forward.modules
+
     def means(
         self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str], rows: str = "these rows"
     ) -> tuple[Means, Any]:

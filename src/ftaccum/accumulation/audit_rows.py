@@ -1,0 +1,76 @@
+"""The rows that an audit looks at, and the ways to cut them into micro-batches."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from ..data.loader import MicroBatch
+from ..data.prefetch import LocalWindow, WindowLoader
+from ..objective.item_counts import targets_of
+from ..planning.base_plan import Window
+from ..planning.micro_batches import MicroBatchRows, RowIndices
+from ..runtime.process_group import ProcessGroup
+
+_PART = 4  # micro-batches that are enough for the first audit
+
+
+@dataclass(frozen=True)
+class AuditRows:
+    """Rows, and their micro-batches by process.
+
+    Attributes:
+        seed: settles what rows and collator draw.
+    """
+
+    rows: RowIndices
+    by_process: Sequence[Sequence[MicroBatchRows]]
+    seed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: RowIndices, window: Window, window_loader: WindowLoader) -> "AuditRows":
+        """Cut rows of a window as training does."""
+        by_process = window_loader.loader.cut(rows, window_loader.planner)
+        return cls(rows, by_process, (window_loader.plan.seed, window.index))
+
+    @property
+    def times_largest(self) -> int:
+        """How many times as large as the largest micro-batch all of them are together, rounded up."""
+        sizes = [piece.tokens for share in self.by_process for piece in share]
+        return -(-sum(sizes) // max(sizes))
+
+    def cut_otherwise(self, window_loader: WindowLoader) -> "AuditRows":
+        """Return the rows in order of arrival, in micro-batches half as large; of single rows, twice as large."""
+        largest = max(len(piece.rows) for share in self.by_process for piece in share)
+        limits = replace(window_loader.planner.limits, rows=2 if largest == 1 else largest // 2)
+        planner = replace(window_loader.planner, limits=limits, costs=None)
+        return replace(self, by_process=window_loader.loader.cut(self.rows, planner))
+
+    def reversed(self) -> "AuditRows":
+        """Return the same micro-batches in reverse, and their rows in reverse."""
+        turned = [[self._of(piece.places[::-1]) for piece in share[::-1]] for share in self.by_process]
+        return replace(self, by_process=turned)
+
+    def in_one(self) -> "AuditRows":
+        """Return all rows in one micro-batch of the main process."""
+        return replace(self, by_process=[[self._of(tuple(range(len(self.rows))))]])
+
+    def _of(self, places: RowIndices) -> MicroBatchRows:
+        return MicroBatchRows.of(self.rows, places)
+
+
+def part_of(local_window: LocalWindow, process_group: ProcessGroup) -> RowIndices:
+    """Return the rows of up to four micro-batches of all processes: two with the rarest labels, two with the most
+    common ones. (Micro-batches that are alike have the right weights however items are counted.)"""
+    own = [(micro.slice.rows, _labels_of(micro)) for micro in local_window.micro_batches if micro.slice.rows]
+    pieces = list(chain.from_iterable(process_group.gather(own)))
+    n_with = Counter(chain.from_iterable(labels for _, labels in pieces))
+    pieces.sort(key=lambda piece: -sum(1 / n_with[label] for label in piece[1]))
+    chosen = pieces if len(pieces) <= _PART else [*pieces[: _PART // 2], *pieces[-_PART // 2 :]]
+    return tuple(chain.from_iterable(rows for rows, _ in chosen))
+
+
+def _labels_of(micro: MicroBatch) -> list[int]:
+    """Return the distinct labels of a micro-batch; none where they are no whole numbers."""
+    targets = None if micro.batch is None else targets_of(micro.batch)
+    return [] if targets is None or targets.is_floating_point() else targets.unique().tolist()
