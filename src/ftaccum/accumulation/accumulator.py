@@ -54,7 +54,7 @@ class GradientAccumulator:
         self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
         self._buffers = MovingBuffers(model, process_group)
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch]) -> AccumulatedWindow:
+    def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
         """Add the gradient of the mean over all loss items of a window, on all processes, to `grad`.
 
         Where that fails, gradients are dropped, and random state and buffers are as they were before the call.
@@ -62,6 +62,7 @@ class GradientAccumulator:
         Args:
             micro_batches: this process's part of the window. All processes have equally many; a dummy stands in where
                 there are no rows.
+            factor: what the gradient is multiplied by, to see what rounding makes of it.
 
         Raises:
             WindowOutOfMemoryError: on all processes, where memory ran out on one of them before the gradients were
@@ -71,7 +72,7 @@ class GradientAccumulator:
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
         try:
-            window = self._accumulate(micro_batches, start)
+            window = self._accumulate(micro_batches, start, factor)
         except Exception:  # the run is as it was after the update before
             self.zero_gradients()
             start.generators.restore()
@@ -98,9 +99,9 @@ class GradientAccumulator:
         for p in (*self._strategy.parameters, *self._trained):
             p.grad = None
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> AccumulatedWindow:
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], start: WindowStart, factor: float) -> AccumulatedWindow:
         terms = self._objective.terms
-        normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator)
+        normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator, factor)
         window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer.items_T)
         # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of it.
         self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0

@@ -35,6 +35,8 @@ from .audit_rows import AuditRows, part_of
 # How many times as large as a micro-batch one batch may be. Attention over packed rows grows with its square.
 _LARGEST, _LARGEST_PACKED = 8, 4
 
+_THIRD = 1 / 3  # a factor that rounds every number anew
+
 ONE_BATCH, ANOTHER_CUT = "one batch", "another cut"
 _NO_NAME = "a parameter outside of the model"
 
@@ -92,12 +94,12 @@ class GradientAuditor:
         """Whether rows can be loaded a second time, and run one by one."""
         return self._window_loader.loader.repeats and self._objective.report.in_training.complaint is None
 
-    def audit(self, local_window: LocalWindow, *, whole: bool, with_rounding: bool) -> Audit | None:
+    def audit(self, local_window: LocalWindow, *, whole: bool, tolerance: float | None) -> Audit | None:
         """Audit a window, whose gradient has not been accumulated yet.
 
         Args:
             whole: whether to audit all of it, or up to four of its micro-batches.
-            with_rounding: whether to measure what the order of the rows changes.
+            tolerance: the error beyond which rounding is measured on these rows; None to measure it in any case.
 
         Returns:
             None where there is nothing to compare: memory ran out, gradients are not finite, or no row has loss items.
@@ -108,60 +110,83 @@ class GradientAuditor:
             stack.callback(self._accumulator.zero_gradients)
             stack.enter_context(run_eagerly(self._model))
             stack.enter_context(preserve_attributes(self._model, *self._objective.modules))
-            stack.enter_context(self._deterministic_mode(sample).passes())
+            if (mode := self._deterministic_mode(sample)) is None:
+                return None
+            stack.enter_context(mode.passes())
             if (accumulated := self._accumulate(sample)) is None:
                 return None
-            reference, wanted, rounding = self._reference(sample, accumulated, with_rounding=with_rounding)
-        audit = self._process_group.run_on_main(lambda: _compared(len(rows), reference, accumulated, wanted))
-        return None if audit is None else replace(audit, rounding=rounding, keeps_state=self._keeps_state)
+            reference, wanted = self._reference(sample)
+            audit = self._process_group.run_on_main(lambda: _compared(len(rows), reference, accumulated, wanted))
+            if audit is None:
+                return None
+            rounding = None
+            if tolerance is None or audit.error > tolerance:
+                rounding = self._rounding(sample, reference, accumulated, wanted)
+        return replace(audit, rounding=rounding, keeps_state=self._keeps_state)
 
-    def _deterministic_mode(self, sample: AuditRows) -> DeterministicMode:
-        """Return how to run the model without dropout, as the main process finds out in the first audit."""
+    def _deterministic_mode(self, sample: AuditRows) -> DeterministicMode | None:
+        """Return how to run the model without dropout, as the main process finds out in the first audit; None where
+        memory runs out."""
         if self._mode is None:
-
-            def find() -> tuple[bool, list[str], bool]:
-                micro = self._load(sample)[-1]
-                mode = DeterministicMode.of(self._model, lambda: list(self._losses(micro).values()))
-                hidden = find_hidden_state(
-                    self._model, self._objective.modules, lambda: self._losses(micro), self._objective.report.tolerance
-                )
-                return mode.whole, list(mode.moving), bool(hidden.off)
-
-            whole, moving, self._keeps_state = self._process_group.run_on_main(find)
+            found = self._process_group.run_on_main(lambda: self._find_mode(sample))
+            if found is None:
+                return None
+            whole, moving, self._keeps_state = found
             modules = dict(self._model.named_modules())
             self._mode = DeterministicMode(self._model, whole, {name: modules[name] for name in moving})
         return self._mode
 
-    def _accumulate(self, sample: AuditRows) -> "_Measured | None":
-        """Accumulate a gradient as training does."""
+    def _find_mode(self, sample: AuditRows) -> tuple[bool, list[str], bool] | None:
+        micro, tolerance = self._load(sample)[-1], self._objective.report.tolerance
+
+        def losses() -> dict[str, float]:
+            return {"loss": self._unweighted_loss(micro).item()}
+
+        try:
+            mode = DeterministicMode.of(self._model, lambda: list(losses().values()))
+            hidden = find_hidden_state(self._model, self._objective.modules, losses, tolerance)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        return mode.whole, list(mode.moving), bool(hidden.off)
+
+    def _accumulate(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
+        """Accumulate a gradient as training does; None on all processes where memory runs out."""
         micro_batches = self._process_group.run_on_all(lambda: self._load(sample))
         try:
-            losses = self._accumulator.accumulate(micro_batches).losses
+            losses = self._accumulator.accumulate(micro_batches, factor).losses
         except WindowOutOfMemoryError:
             give_back_memory()
             return None
-        return self._take(gathered([losses], self._accelerator)[0].total())
+        return self._take(gathered([losses], self._accelerator)[0].total(), factor)
 
-    def _reference(
-        self, sample: AuditRows, accumulated: "_Measured", *, with_rounding: bool
-    ) -> tuple[str, "_Measured | None", float | None]:
-        """Compute the gradient to compare with. Return what it is of, and what rounding makes of it."""
+    def _reference(self, sample: AuditRows) -> tuple[str, "_Measured | None"]:
+        """Compute the gradient to compare with, and say what it is of."""
         wanted: _Measured | None = None
 
-        def one_batch() -> tuple[bool, float | None]:
+        def one_batch() -> bool:
             nonlocal wanted
-            if not self._fits(sample) or (wanted := self._one_batch(sample.in_one())) is None:
-                return False, None
-            again = self._one_batch(sample.in_one().reversed(), factor=1 / 3) if with_rounding else None
-            return True, None if again is None else again.error(wanted)
+            wanted = self._one_batch(sample.in_one()) if self._fits(sample) else None
+            return wanted is not None
 
-        fits, rounding = self._process_group.run_on_main(one_batch)
-        if fits:
-            return ONE_BATCH, wanted, rounding
-        wanted = self._accumulate(sample.cut_otherwise(self._window_loader))
-        if with_rounding and (again := self._accumulate(sample.reversed())) is not None:
-            rounding = self._process_group.broadcast(again.error(accumulated))
-        return ANOTHER_CUT, wanted, rounding
+        if self._process_group.run_on_main(one_batch):
+            return ONE_BATCH, wanted
+        return ANOTHER_CUT, self._accumulate(sample.cut_otherwise(self._window_loader))
+
+    def _rounding(
+        self, sample: AuditRows, reference: str, accumulated: "_Measured", wanted: "_Measured | None"
+    ) -> float | None:
+        """Measure what rounding makes of a gradient: its rows in reverse order, and the loss times a third."""
+        if reference == ONE_BATCH:
+
+            def again() -> float | None:
+                turned = self._one_batch(sample.in_one().reversed(), _THIRD)
+                return None if turned is None or wanted is None else turned.error(wanted)
+
+            return self._process_group.run_on_main(again)
+        turned = self._accumulate(sample.reversed(), _THIRD)
+        return None if turned is None else self._process_group.broadcast(turned.error(accumulated))
 
     def _one_batch(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
         """Compute the gradient of one batch, on the main process; None where memory runs out.
@@ -195,9 +220,6 @@ class GradientAuditor:
             return True
         # No micro-batch so far has taken more than the process had at its peak, weights included.
         return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-    def _losses(self, micro: MicroBatch) -> dict[str, float]:
-        return {"loss": self._unweighted_loss(micro).item()}
 
     def _unweighted_loss(self, micro: MicroBatch) -> Tensor:
         batch = fresh_batch(micro.batch, self._accelerator.device)

@@ -50,7 +50,7 @@ class GradientCheck:
         """Return the sketch of the gradient accumulated over batches.
 
         Args:
-            needs_gradient: whether each of them must have one.
+            needs_gradient: whether each of them that has loss items must have one.
 
         Raises:
             SettingsError: where the loss has no gradient, or the backward pass fails.
@@ -67,7 +67,7 @@ class GradientCheck:
                     loss = weighted_sum(means, counted, items) if means else torch.zeros(())
                     if loss.requires_grad:
                         _backward(loss)
-                    elif needs_gradient:
+                    elif needs_gradient and any(counted.values()):
                         raise SettingsError([_NO_GRADIENT])
         return sketch
 

@@ -20,11 +20,17 @@ Means = Mapping[str, Tensor]  # mean loss by term, each a scalar
 class LossNormalizer:
     """N of one window, counted over all processes before its first forward pass."""
 
-    def __init__(self, counts: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator) -> None:
+    def __init__(
+        self, counts: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator, factor: float = 1.0
+    ) -> None:
         """Sum the items of this process's micro-batches, then of all processes.
 
         On several processes N stays on the device, so that counting does not wait for it.
+
+        Args:
+            factor: what the window's gradient is multiplied by.
         """
+        self._factor = factor
         self.terms = tuple(terms)
         self._passes = len(counts)
         self._processes = accelerator.num_processes
@@ -47,7 +53,7 @@ class LossNormalizer:
     def for_backward(self, contribution: Tensor) -> Tensor:
         """The contribution times what it will be divided by: Accelerate divides by the passes of the window, and
         DDP averages over processes."""
-        return contribution * (self._passes * self._processes)
+        return contribution * (self._passes * self._processes * self._factor)
 
 
 class WeightedMeans:

@@ -124,7 +124,7 @@ class RareCheck:
     def _weighted(self, weights: Sequence[np.ndarray], term: str) -> list[CountItems]:
         """Return the weights of the values of each column that would make the rows weigh as they do."""
         rows = [(g, n) for g in self._groups for n in range(len(g.names))]
-        if not self._has_all_labels or not np.isfinite(wanted := np.concatenate(weights)).all():
+        if not (weights and self._has_all_labels) or not np.isfinite(wanted := np.concatenate(weights)).all():
             return []
         found: list[CountItems] = []
         for items in items_of(self._groups[0].together, self._ignore_index):

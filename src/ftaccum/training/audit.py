@@ -78,14 +78,15 @@ class AuditHandler:
         return self._schedule.is_due(local_window.window.index + 1) or (if_new if is_new else if_not)
 
     def _audit(self, local_window: LocalWindow, started: float) -> None:
-        is_first, window = self._floor is None, local_window.window
-        audit = self._auditor.audit(local_window, whole=not is_first, with_rounding=is_first)
+        floor, window = self._floor, local_window.window
+        known = None if floor is None else self._tolerance(floor)
+        audit = self._auditor.audit(local_window, whole=floor is not None, tolerance=known)
         seconds = time.perf_counter() - started
         self._schedule.done(seconds)
         if audit is None:
             return
-        self._floor = audit.rounding if self._floor is None else self._floor
-        tolerance = max(_LEAST, self._rounding.tolerance(self._floor or 0.0))
+        self._floor = audit.rounding if floor is None else floor
+        tolerance = self._tolerance(max(self._floor or 0.0, audit.rounding or 0.0))
         self._record(
             AuditEntry(
                 audit=window.index + 1,
@@ -101,6 +102,9 @@ class AuditHandler:
         cause = cause_of(audit, tolerance, self._rounding.most)
         if cause is not None:
             self._report_finding(audit, window.index + 1, tolerance, cause)
+
+    def _tolerance(self, floor: float) -> float:
+        return max(_LEAST, self._rounding.tolerance(floor))
 
     def _report_finding(self, audit: Audit, update: int, tolerance: float, cause: Cause) -> None:
         """Raise or warn, once for each cause, unless the loss was reported before training."""

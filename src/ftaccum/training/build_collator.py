@@ -28,14 +28,15 @@ _FEW = 4  # rows to see what the model makes of packed rows, or the loss of padd
 
 def build_padding(
     components: Components, rows: Rows, val_rows: Rows | None, ignore_index: int, bucketed_up_to: int | None
-) -> PaddingCollator | None:
-    """Look at the columns of rows, and return what pads them; None where the user gives a collator.
+) -> tuple[PaddingCollator | None, PaddingCollator | None]:
+    """Look at the columns of rows, and return what pads training and validation rows; None where the user gives a
+    collator.
 
     Raises:
         DataError: naming a row whose columns do not go with those of other rows.
     """
     if components.data_collator is not None:
-        return None
+        return None, None
     accepted = accepted_arguments(components.model)
     config = getattr(components.model, "config", None)
     rules = ColumnRules(
@@ -50,13 +51,15 @@ def build_padding(
         ignore_index=ignore_index,
         bucketed_up_to=bucketed_up_to,
     )
-    columns = look_at_columns(rows, rules, sample_positions(rows))
-    if columns is not None and val_rows is not None:
-        of_val = look_at_columns(val_rows, rules, sample_positions(val_rows), like=columns)
-        more = () if of_val is None else of_val.keys.keys() - columns.keys.keys() - rules.names
-        columns = replace(columns, ignored=frozenset(more))
-    padding.columns = columns
-    return padding
+    padding.columns = look_at_columns(rows, rules, sample_positions(rows))
+    if val_rows is None or padding.columns is None:
+        return padding, padding
+    validation = copy.copy(padding)  # which may have columns more, such as a mask
+    of_val = look_at_columns(val_rows, rules, sample_positions(val_rows), like=padding.columns)
+    more = () if of_val is None else of_val.keys.keys() - padding.columns.keys.keys() - rules.names
+    padding.columns = replace(padding.columns, ignored=frozenset(more))
+    validation.columns = padding.columns if of_val is None else of_val
+    return padding, validation
 
 
 def build_row_collator(components: Components, padding: PaddingCollator | None) -> RowCollator:

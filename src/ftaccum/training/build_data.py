@@ -74,8 +74,8 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     given = build_rows(components, config.recipe, accelerator, stream)
     rows, val_rows = given.train, given.val
     ignore_index = ignore_index_of(components, rows)
-    padding = build_padding(components, rows, val_rows, ignore_index, _longest(config, rows))
-    row_collator = build_row_collator(components, padding)
+    padding, val_padding = build_padding(components, rows, val_rows, ignore_index, _longest(config, rows))
+    row_collator, val_collator = (build_row_collator(components, each) for each in (padding, val_padding))
     for each in given.all:
         if runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
@@ -89,22 +89,23 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         ranges.check_all(each)
     check_sample(rows, row_collator, ranges)
     if val_rows is not None:
-        _check_validation(components, sample, check_sample(val_rows, row_collator, ranges))
+        _check_validation(components, sample, check_sample(val_rows, val_collator, ranges))
     labelled = labelled_positions(rows, row_collator, ignore_index)
     few = sample_of(rows, row_collator, labelled, ignore_index, components.special_tokens)
     for group in few.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
     objective = _objective(components, forward, rows, row_collator, few, labelled, ignore_index)
-    if padding is not None:
+    if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
-        padding.documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
+        documents = measure_documents(components, forward, objective, rows, padding, labelled, rows_at_once)
+        padding.documents = val_padding.documents = documents
         sample = check_sample(rows, row_collator, ranges)
     _check_padding(components, objective)
     pin_memory = accelerator.device.type == "cuda" and all(t.device.type == "cpu" for t in tensors_of(sample))
     load = partial(Loader, objective=objective, ranges=ranges, num_workers=runtime.num_workers, pin_memory=pin_memory)
-    val = None if val_rows is None else load(val_rows, row_collator)
+    val = None if val_rows is None else load(val_rows, val_collator)
     if runtime.padding_free:
         row_collator = packed_collator(components, forward, objective, rows, row_collator, labelled, ignore_index)
     return TrainingData(
