@@ -284,7 +284,7 @@ def test_rows_that_a_loss_mixes_are_not_cut_by_their_lengths() -> None:
         model.norm = norm.double()
         test_fine_tuning(
             model, train_data=rows, loss_fn=loss, batch_size=4, effective_batch_size=8, on_inexact="ignore",
-            planner_costs=[1, 1, 0], **ONCE,
+            audit=False, planner_costs=[1, 1, 0], **ONCE,
         )  # fmt: skip
         assert set(sizes) <= wanted
         assert (set(sizes) == {4}) == (wanted == {4})
@@ -323,7 +323,7 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(TrainingBeginsError):
         train(Net(nn.LayerNorm(6)))
     assert passes
-    assert len(passes) <= 24
+    assert len(passes) <= 26
     assert max(passes) <= 4
 
 

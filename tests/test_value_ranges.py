@@ -1,5 +1,6 @@
 """Numbers out of range are named: before training where a column can be looked through, else when they come."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,19 @@ FAULTS: list[tuple[Callable[[], nn.Module], Callable[[], list[Row]], Row, str]] 
 ]
 
 
-def faulty(rows: list[Row], change: Row) -> tuple[list[Row], int, int]:
-    """Return the rows with a fault in one that is not looked at before training, its index, and that of its update."""
+def faulty(rows: list[Row], change: Row, first: int = 0) -> tuple[list[Row], int, int]:
+    """Return the rows with a fault in one that is not looked at before training, its index, and that of its update.
+
+    Args:
+        first: the first row that may have it.
+    """
     seen = sample_positions(Rows("train_data", rows))
-    windows = plan(N_ROWS, n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
+    windows = plan(len(rows), n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
     update, index = next(
-        (n, row) for n, window in enumerate(windows) for row in window.rows if n > 2 and row not in seen
+        (n, row)
+        for n, window in enumerate(windows)
+        for row in window.rows
+        if n > 2 and row >= first and row not in seen
     )
     return [{**row, **change} if n == index else row for n, row in enumerate(rows)], index, update
 
@@ -130,16 +138,17 @@ def test_a_bad_row_far_from_the_start_is_named(
     words: str,
     tmp_path: Path,
 ) -> None:
-    data, index, update = faulty(rows(), change)
+    data, index, _ = faulty(rows(), change)
     arrays = [{name: np.asarray(value) for name, value in row.items()} for row in data]
     for form in (data, arrays, Dataset.from_list(data), Dataset.from_list(data).with_format("torch")):
         with pytest.raises(DataError, match=rf"Of `train_data`, row {index} .*{words}"):
             run(model(), form, output_dir=str(tmp_path / "before"))
     assert not (tmp_path / "before" / "ledger.jsonl").exists()
-    with pytest.raises(DataError, match=rf"Of `train_data`, row {index} .*{words}"):
-        run(model(), Lazy(data), output_dir=str(tmp_path / "run"))
+    more, index_of_more, update = faulty(rows() * 3, change, first=256)  # so many are looked at before training
+    with pytest.raises(DataError, match=rf"Of `train_data`, row {index_of_more} .*{words}"):
+        run(model(), Lazy(more), output_dir=str(tmp_path / "run"))
     entries = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
-    assert len(entries) == update
+    assert sum("window" in json.loads(entry) for entry in entries) == update
     with pytest.raises(DataError, match=rf"Of `val_data`, row {index} .*{words}"):
         run(model(), rows(), val_data=data)
     with pytest.raises(DataError, match=rf"Of `train_data`, row {index} .*{words}"):

@@ -24,7 +24,14 @@ CPU = torch.device("cpu")
 
 def reference(model: nn.Module, rows: list[Any], **components: Any) -> Reference:
     absent = dict.fromkeys(("data_collator", "loss_fn", "count_items", "tokenizer"))
-    given = {"model": model, "reduction": "mean", "pad_token_id": 0, "ignore_index": -100}
+    given = {
+        "model": model,
+        "reduction": "mean",
+        "pad_token_id": 0,
+        "padding_side": "right",
+        "configuration": SimpleNamespace(),
+        "ignore_index": -100,
+    }
     return Reference(SimpleNamespace(**absent | given | components), as_rows(rows, "data"), (0, 0), CPU)  # type: ignore[arg-type]
 
 

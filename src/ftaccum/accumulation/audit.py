@@ -23,12 +23,14 @@ from ..objective.gradient_sketch import GradientSketch
 from ..objective.hidden_state import find_hidden_state
 from ..objective.normalizer import gathered
 from ..objective.objective import Objective
+from ..objective.probe import relative
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host, peak_of_process
 from ..runtime.memory import WindowOutOfMemoryError, give_back_memory, is_out_of_memory
 from ..runtime.model_context import run_eagerly
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
+from ..runtime.state_guards import Generators
 from .accumulator import GradientAccumulator
 from .audit_rows import AuditRows, part_of
 
@@ -87,12 +89,14 @@ class GradientAuditor:
         self._strategy, self._process_group = strategy, process_group
         self._accumulator, self._window_loader = accumulator, window_loader
         self._mode: DeterministicMode | None = None
-        self._keeps_state = False
+        self._keeps_state, self._repeats = False, True
 
     @property
     def is_possible(self) -> bool:
-        """Whether rows can be loaded a second time, and run one by one."""
-        return self._window_loader.loader.repeats and self._objective.report.in_training.complaint is None
+        """Whether rows can be loaded a second time and run one by one, with the same outputs: a model may draw in eval
+        mode as well."""
+        takes_single_rows = self._objective.report.in_training.complaint is None
+        return takes_single_rows and self._window_loader.loader.repeats and (self._repeats or self._keeps_state)
 
     def audit(self, local_window: LocalWindow, *, whole: bool, tolerance: float | None) -> Audit | None:
         """Audit a window, whose gradient has not been accumulated yet.
@@ -110,7 +114,7 @@ class GradientAuditor:
             stack.callback(self._accumulator.zero_gradients)
             stack.enter_context(run_eagerly(self._model))
             stack.enter_context(preserve_attributes(self._model, *self._objective.modules))
-            if (mode := self._deterministic_mode(sample)) is None:
+            if (mode := self._deterministic_mode(sample)) is None or not self.is_possible:
                 return None
             stack.enter_context(mode.passes())
             if (accumulated := self._accumulate(sample)) is None:
@@ -131,12 +135,14 @@ class GradientAuditor:
             found = self._process_group.run_on_main(lambda: self._find_mode(sample))
             if found is None:
                 return None
-            whole, moving, self._keeps_state = found
+            whole, moving, self._keeps_state, self._repeats = found
             modules = dict(self._model.named_modules())
             self._mode = DeterministicMode(self._model, whole, {name: modules[name] for name in moving})
         return self._mode
 
-    def _find_mode(self, sample: AuditRows) -> tuple[bool, list[str], bool] | None:
+    def _find_mode(self, sample: AuditRows) -> tuple[bool, list[str], bool, bool] | None:
+        """Return what there is to know of the mode: whether it is train mode, the modules that move buffers, whether
+        passes keep state, and whether they can be repeated."""
         micro, tolerance = self._load(sample)[-1], self._objective.report.tolerance
 
         def losses() -> dict[str, float]:
@@ -145,11 +151,14 @@ class GradientAuditor:
         try:
             mode = DeterministicMode.of(self._model, lambda: list(losses().values()))
             hidden = find_hidden_state(self._model, self._objective.modules, losses, tolerance)
+            with mode.passes():
+                generators, first = Generators.now(), losses()["loss"]
+                repeats = generators.unchanged() and relative(losses()["loss"], first) <= tolerance
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return mode.whole, list(mode.moving), bool(hidden.off)
+        return mode.whole, list(mode.moving), bool(hidden.off), repeats or bool(mode.moving)
 
     def _accumulate(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
         """Accumulate a gradient as training does; None on all processes where memory runs out."""

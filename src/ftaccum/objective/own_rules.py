@@ -130,7 +130,7 @@ def items_of(batch: Batch, ignore_index: int) -> list[Items]:
 def candidates(batches: Sequence[Batch], ignore_index: int) -> list[CountItems]:
     """Return the counts by a single rule that may explain a loss on these batches, likely ones first."""
     found: list[CountItems] = []
-    for items in items_of(batches[0], ignore_index):
+    for items in items_of(batches[0], ignore_index) if batches else ():
         values = torch.cat([items.values(batch).cpu().double() for batch in batches])
         if items.column != TARGETS and bool((values >= 0).all()):
             found.append(ColumnSum(items))
