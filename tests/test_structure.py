@@ -75,3 +75,10 @@ def test_private_names_of_other_packages_are_used_in_runtime_alone() -> None:
 def test_private_names_of_others_are_told_from_a_modules_own() -> None:
     text = "class A:\n    def __init__(self):\n        self._x = 1\ndef f(a, model):\n    return a._x, model._buffers\n"
     assert foreign_private_names(Module("m", text, ast.parse(text))) == {"_buffers"}
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"\w+", page[page.index("### Files") : page.index("## One composition root")]))
+    inner = [module.name for module in MODULES if "." in module.name]
+    assert [name for name in inner if name.rsplit(".", 1)[1] not in {*files, "__init__", "__main__"}] == []
