@@ -52,7 +52,7 @@ def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     if not holds_same(saved, optimizer.state_dict()):
         logger.warning(
             f"What {type(optimizer).__name__} loaded (`load_state_dict`) is not what it had saved (`state_dict`). "
-            "The run may go on otherwise than it would have without the interruption."
+            "The resumed run may differ from an uninterrupted one without the interruption."
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows one behind the other in one long sequence, without padding."""
+"""Rows concatenated to one long sequence, without padding."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ _LEAVE_OUT = "Leave `padding_free` out."
 
 
 class PackingCollator:
-    """Lays the rows of a micro-batch one behind the other, in a batch of one row.
+    """Concatenates the rows of a micro-batch, in a batch of one row.
 
     `position_ids` start anew with each row; by them a model of Transformers keeps rows from attending to each other.
     The first label of each row is ignored: after the shift it would be predicted from the row before.

@@ -73,7 +73,7 @@ def check_lengths(rows: Rows, every: "_List | _Table", columns: Columns) -> None
 
 
 def _odd(every: "_List | _Table", columns: Columns, *, exact: bool) -> np.ndarray:
-    """Return the places of rows at odds with the columns in their first dimension.
+    """Return the places of rows whose first dimension differs from what their columns must have.
 
     Args:
         exact: whether to look at no other rows of the table.

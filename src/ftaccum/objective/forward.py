@@ -95,8 +95,8 @@ class Forward:
                         self._own_loss.settle(self._outputs(model, batch()), training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Makes terms of their own of what the model's loss is the sum of, where it says so in its outputs: a router's
-        balance over its experts is no mean over labels, whatever the rest is.
+        """Split the model's loss into the terms that its outputs name: a router's balance over its experts is no mean
+        over labels, whatever the rest is.
 
         Args:
             batches: a few small ones, to run with gradients. Outputs whose factor is not the same in all are left in.

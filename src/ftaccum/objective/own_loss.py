@@ -14,7 +14,7 @@ LOSS = "loss"  # the name of the one term of a loss that has no names
 class OwnLoss:
     """Reads a model's own loss: by the name `loss`, or at its place among the outputs.
 
-    A place is settled on a batch of several rows, where no prediction is a single number, and holds for all batches.
+    A place is settled on a batch of several rows, where no prediction is a single number, and is used for every batch.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ def _named(outputs: Any) -> Any:
 def _place(outputs: Sequence[Any]) -> int:
     """Return the index of the one number among outputs that may be the loss.
 
-    Of several numbers, those with a gradient come into question, and of these the one that is computed from the others.
+    Of several numbers, those with a gradient are candidates, and of these the one that is computed from the others.
     """
     numbers = [n for n, value in enumerate(outputs) if isinstance(value, Tensor) and value.numel() == 1]
     numbers = [n for n in numbers if outputs[n].requires_grad] or numbers

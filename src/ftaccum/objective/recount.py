@@ -1,4 +1,4 @@
-"""Whether a count explains the loss of rows that the first four do not resemble, too, and which one does if not.
+"""Check the chosen count on rare rows, and replace it where it does not explain their loss.
 
 Four rows rarely have all labels. A loss that leaves one out, or weights it, looks like a plain mean on them.
 """

@@ -33,7 +33,7 @@ class Sample:
     """Four labelled rows to measure a loss on.
 
     Attributes:
-        longest: the longest row of the data, for what it takes to fail now and not in the middle of training.
+        longest: the longest row of the data. It is run first, so that memory runs out before training.
         together: the four rows.
         cut: such a batch in groups of rows, at its width; None where that cannot be done.
         collated: the rows in groups that are padded by themselves.

@@ -1,4 +1,4 @@
-"""Settles how a model's loss is counted, and sees whether accumulating it is exact, before anything is trained."""
+"""Measure how a loss is counted and whether accumulating it is exact, before anything is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext

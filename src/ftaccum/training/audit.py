@@ -45,6 +45,7 @@ class AuditHandler:
         self._seen = SeenValues()
         self._causes: dict[str, int] = {}  # findings by cause
         self._floor: float | None = None  # rounding, measured in the first audit
+        self._has_audited = False
         self._since = time.perf_counter()
 
     def before_update(self, local_window: LocalWindow) -> None:
@@ -61,12 +62,19 @@ class AuditHandler:
 
     def state_dict(self) -> dict[str, Any]:
         schedule, seen = self._schedule.state_dict(), self._seen.state_dict()
-        return {"schedule": schedule, "seen": seen, "causes": self._causes, "floor": self._floor}
+        return {
+            "schedule": schedule,
+            "seen": seen,
+            "causes": self._causes,
+            "floor": self._floor,
+            "audited": self._has_audited,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._seen.load_state_dict(state_dict["seen"])
         self._causes, self._floor = state_dict["causes"], state_dict["floor"]
+        self._has_audited = state_dict["audited"]
 
     def _is_due(self, local_window: LocalWindow) -> bool:
         if self._schedule.audit is False or Cause.STATE.value in self._causes or not self._auditor.is_possible:
@@ -80,11 +88,12 @@ class AuditHandler:
     def _audit(self, local_window: LocalWindow, started: float) -> None:
         floor, window = self._floor, local_window.window
         known = None if floor is None else self._tolerance(floor)
-        audit = self._auditor.audit(local_window, whole=floor is not None, tolerance=known)
+        audit = self._auditor.audit(local_window, whole=self._has_audited, tolerance=known)
         seconds = time.perf_counter() - started
         self._schedule.done(seconds)
         if audit is None:
             return
+        self._has_audited = True
         self._floor = audit.rounding if floor is None else floor
         tolerance = self._tolerance(max(self._floor or 0.0, audit.rounding or 0.0))
         self._record(

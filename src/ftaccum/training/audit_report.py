@@ -25,7 +25,7 @@ _REMEDIES = {
     Cause.COUNTS: (
         "The losses differ as well, by {loss}: the loss does not weight these rows by {counted_by}. It may have class "
         "weights, leave out labels by a rule of its own, or change labels. Give `count_items`, a function that returns "
-        "what the loss of a batch divides by, or pass a loss that says so, such as "
+        "what the loss of a batch divides by, or pass a loss that declares them, such as "
         "`torch.nn.CrossEntropyLoss(weight=…, ignore_index=…)`, as `loss_fn`."
     ),
     Cause.BACKWARD: (
@@ -62,10 +62,10 @@ def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, 
         return f"Audit of update {update}: {remedy[0].lower()}{remedy[1:]}"
     parts = list(audit.parameters.items())
     named = ", ".join(f"{name} ({share:.0%})" for name, share in parts[:_NAMED])
-    other = "one batch of them" if audit.reference != ANOTHER_CUT else "another cut of them"
+    other = "one batch of the same rows" if audit.reference != ANOTHER_CUT else "another cut of the same rows"
     return (
         f"Audit of update {update}: the accumulated gradient of {audit.n_rows} rows is "
-        f"{_percent(audit.error)} off that of {other} (up to {tolerance:.0e} is rounding). Shares of the "
+        f"{_percent(audit.error)} off that of {other} (tolerance {tolerance:.0e}). Shares of the "
         f"difference: {named}. {remedy}"
     )
 

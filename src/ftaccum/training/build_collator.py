@@ -81,7 +81,7 @@ def measure_documents(
 ) -> Documents:
     """Measure whether the model keeps the documents of packed rows apart.
 
-    Documents are run side by side and one behind the other; packed rows need not be among them.
+    Documents are run side by side and concatenated; packed rows need not be among them.
 
     Args:
         rows_at_once: packed rows to run together.
@@ -128,7 +128,7 @@ def _at(tensor: Tensor, sizes: tuple[Size, ...], tokens: Tensor) -> Tensor:
 
 
 def _joined(documents: list[Row], columns: Columns) -> Row:
-    """Return documents one behind the other, as one packed row."""
+    """Return documents concatenated to one packed row."""
     joined = dict(documents[0])
     for name, sizes in columns.sizes.items():
         if Along.TOKENS in sizes:
@@ -181,7 +181,7 @@ def packed_collator(
     labelled: list[int],
     ignore_index: int,
 ) -> RowCollator:
-    """Return what lays rows one behind the other, where the model is seen to keep them apart.
+    """Return what concatenates rows, where the model is seen to keep them apart.
 
     Raises:
         SettingsError: where it does not, or nobody can tell.

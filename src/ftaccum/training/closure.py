@@ -1,4 +1,4 @@
-"""Optimizers that evaluate a window again in their step (LBFGS, SAM): which ones do, and what they call."""
+"""Support for optimizers that evaluate a window again in `step`, such as LBFGS and SAM."""
 
 import inspect
 import math
