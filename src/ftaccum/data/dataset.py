@@ -167,11 +167,13 @@ class Rows:
             return column if self._positions is None else column.take(self._positions)
         if not isinstance(self.source, list):
             return None
+        first = self.fetch([0])[0]
+        if name not in (first if isinstance(first, Mapping) else ("inputs", "targets")):
+            return None
         rows = self.fetch(range(len(self)))
-        if all(isinstance(row, Mapping) and name in row for row in rows):
-            return [row[name] for row in rows]
-        place = {"inputs": 0, "targets": 1}.get(name)
-        return [row[place] for row in rows] if place is not None and isinstance(rows[0], tuple) else None
+        if isinstance(first, tuple):
+            return [row[("inputs", "targets").index(name)] for row in rows]
+        return [row[name] for row in rows] if all(name in row for row in rows) else None
 
     def longest(self, limit: int | None) -> int | None:  # noqa: ARG002
         """Return the length of the longest row; None where it is not known.

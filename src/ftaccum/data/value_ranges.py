@@ -1,11 +1,13 @@
 """What the numbers of a row may be, so that one out of range is named before the model meets it."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from ..errors import DataError
@@ -14,6 +16,7 @@ from ..objective.item_counts import Batch, targets_of
 from .dataset import Rows
 
 _ROUNDING = 1e-3  # of labels that were computed
+_AT_ONCE = 1024  # rows
 _IsOutside = Callable[[Any], Any]  # numbers of an array or a tensor → where they are out of range
 
 
@@ -162,12 +165,33 @@ def _first_outside(
         if place is None and not _any_outside(_flattened(values), is_outside, kinds):
             return None
         values = values.to_pylist()
-    for row, value in enumerate(values):
-        numbers = _array(value)
-        numbers = numbers if place is None or numbers.ndim == 0 else numbers[place : place + 1]
-        if _any_outside(numbers, is_outside, kinds):
-            return row, numbers[is_outside(numbers)].flat[0].item()
+    values = list(values)
+    for start in range(0, len(values), _AT_ONCE):
+        chunk = values[start : start + _AT_ONCE]
+        together = _together(chunk) if place is None else None
+        if together is not None and not _any_outside(together, is_outside, kinds):
+            continue
+        for row, value in enumerate(chunk, start):
+            numbers = _array(value)
+            numbers = numbers if place is None or numbers.ndim == 0 else numbers[place : place + 1]
+            if _any_outside(numbers, is_outside, kinds):
+                return row, numbers[is_outside(numbers)].flat[0].item()
     return None
+
+
+def _together(values: Sequence[Any]) -> np.ndarray | None:
+    """Return the numbers of many rows in one array, which takes a fraction of the time of one array a row; None for
+    rows of other kinds than flat lists and numbers."""
+    try:
+        if all(type(value) is list for value in values):
+            return np.asarray(list(itertools.chain.from_iterable(values)))
+        if all(isinstance(value, Tensor) and value.device.type == "cpu" for value in values):
+            return torch.cat([value.reshape(-1) for value in values]).numpy()
+        if all(isinstance(value, np.ndarray) for value in values):
+            return np.concatenate([value.reshape(-1) for value in values])
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):  # lists in lists, or rows of several types
+        return None
 
 
 def _any_outside(numbers: np.ndarray, is_outside: _IsOutside, kinds: str) -> bool:
