@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import silent_errors
 from ftaccum import InexactLossError, InexactLossWarning, Result, test_fine_tuning
+from ftaccum.data.novelty import SeenValues
 from ftaccum.objective.hidden_state import HiddenState
 from ftaccum.objective.own_loss import OwnLoss
 from ftaccum.objective.recount import RareCheck
@@ -41,6 +43,17 @@ class Net(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers(inputs)
+
+
+class Named(nn.Module):
+    """A model of rows that are dicts."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -77,7 +90,7 @@ def audited(
     for update in range(1, schedule.n_updates + 1):
         if schedule.is_due(update) or schedule.may_take(is_new=update in new):
             updates.append(update)
-            schedule.done(seconds)
+            schedule.done(seconds, is_new=update in new)
         schedule.trained += trained
     return updates
 
@@ -99,10 +112,47 @@ def test_audits_go_on_while_they_cost_little() -> None:
 
 def test_new_values_come_first() -> None:
     assert audited(AuditSchedule(True, 400), new=(9,)) == [1, 4, 9, 64]
-    ordinary = AuditSchedule(True, 1000, spent=0.7, trained=100.0)
+    ordinary = AuditSchedule(True, 1000, spent=0.7, trained=100.0, extra=0)
     ordinary._ahead = []
     assert ordinary.may_take(is_new=True)
     assert not ordinary.may_take(is_new=False)
+
+
+def test_new_values_are_audited_eight_times_whatever_it_costs() -> None:
+    late = tuple(range(100, 120))
+    assert audited(AuditSchedule(True, 400), new=late) == [1, 4, 16, 64, *late[:8]]
+    assert audited(AuditSchedule(True, 20), new=(15, 18)) == [1, 10, 15, 18]
+
+
+def windows_of_labels(*windows: list[float]) -> list[bool]:
+    seen = SeenValues()
+    return [seen.add([SimpleNamespace(batch=(None, torch.tensor(labels)))]) for labels in windows]  # type: ignore[list-item]
+
+
+def test_label_values_that_come_late_are_new() -> None:
+    assert windows_of_labels([0, 1, 0, 1], [1, 1, 0, 0], [0, 2, 1, 0], [2, 2, 2, 2]) == [True, False, True, False]
+    assert windows_of_labels([0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [50.0, 1.0, 1.0]) == [True, False, True]
+
+
+def test_measurements_are_never_new() -> None:
+    assert windows_of_labels([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]) == [True, False, False]
+
+
+def test_a_label_that_comes_late_in_a_stream_is_audited() -> None:
+    rows = [(x, torch.tensor(2 if n >= 560 and n % 5 == 0 else n % 2)) for n, (x, _) in enumerate(ROWS * 30)]
+
+    def late_weights(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 1.0, 9.0]).to(outputs))
+
+    model = nn.Linear(6, 3)
+    stream = IterableDataset.from_generator(
+        lambda: ({"x": x, "labels": y} for x, y in ((x.tolist(), int(y)) for x, y in rows))
+    )
+    with pytest.raises(InexactLossError, match=r"Audit of update (7[0-9])"):
+        train(
+            Named(model), lambda outputs, batch: late_weights(outputs, batch["labels"]), train_data=stream,
+            max_updates=80, on_inexact="error",
+        )  # fmt: skip
 
 
 def test_audits_can_be_asked_for_every_few_updates() -> None:

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 from ..data.loader import MicroBatch
+from ..data.novelty import kinds_of
 from ..data.prefetch import LocalWindow, WindowLoader
-from ..objective.item_counts import targets_of
 from ..planning.base_plan import Window
 from ..planning.micro_batches import MicroBatchRows, RowIndices
 from ..runtime.process_group import ProcessGroup
@@ -60,17 +61,16 @@ class AuditRows:
 
 
 def part_of(local_window: LocalWindow, process_group: ProcessGroup) -> RowIndices:
-    """Return the rows of up to four micro-batches of all processes: two with the rarest labels, two with the most
-    common ones. (Micro-batches that are alike have the right weights however items are counted.)"""
-    own = [(micro.slice.rows, _labels_of(micro)) for micro in local_window.micro_batches if micro.slice.rows]
+    """Return the rows of up to four micro-batches of all processes: two with the rarest labels and flags, two with
+    the most common ones. (Micro-batches that are alike have the right weights however items are counted.)"""
+    own = [(micro.slice.rows, _kinds_of(micro)) for micro in local_window.micro_batches if micro.slice.rows]
     pieces = list(chain.from_iterable(process_group.gather(own)))
-    n_with = Counter(chain.from_iterable(labels for _, labels in pieces))
-    pieces.sort(key=lambda piece: -sum(1 / n_with[label] for label in piece[1]))
+    n_with = Counter(chain.from_iterable(kinds for _, kinds in pieces))
+    pieces.sort(key=lambda piece: -sum(1 / n_with[kind] for kind in piece[1]))
     chosen = pieces if len(pieces) <= _PART else [*pieces[: _PART // 2], *pieces[-_PART // 2 :]]
     return tuple(chain.from_iterable(rows for rows, _ in chosen))
 
 
-def _labels_of(micro: MicroBatch) -> list[int]:
-    """Return the distinct labels of a micro-batch; none where they are no whole numbers."""
-    targets = None if micro.batch is None else targets_of(micro.batch)
-    return [] if targets is None or targets.is_floating_point() else targets.unique().tolist()
+def _kinds_of(micro: MicroBatch) -> list[tuple[str, Any]]:
+    """Return the values of each column of labels, flags and the like."""
+    return [(name, value) for name, kinds in kinds_of(micro.batch).items() for value in kinds.values]

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import DataError
@@ -71,7 +72,9 @@ def _converter(label: Any, config: Any, own_loss: bool) -> _Convert | None:
 
 
 def _kind(label: Any) -> str:
-    return (label.numpy(force=True) if isinstance(label, Tensor) else np.asarray(label)).dtype.kind
+    if isinstance(label, Tensor):
+        return "b" if label.dtype == torch.bool else "f" if label.is_floating_point() else "i"
+    return np.asarray(label).dtype.kind
 
 
 def _as_floats(label: Any) -> Any:

@@ -1,43 +1,84 @@
-"""Label values and columns that no window had before."""
+"""The values by which rows differ in kind, and those that no window had before."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..objective.item_counts import targets_of
+from ..objective.item_counts import TOKEN_COLUMNS, Batch
 from .loader import MicroBatch
 
-_MOST = 1000  # label values, beyond which they are a vocabulary
+# With more values than these, of one a row and of one a token, a column is a vocabulary or a measurement.
+_MOST_OF_ROWS, _MOST_OF_TOKENS = 1000, 64
+_LARGEST = 1 << 16  # numbers of a column of a micro-batch
+
+
+@dataclass(frozen=True)
+class ColumnKinds:
+    """The values of one column in a micro-batch.
+
+    Attributes:
+        values: distinct ones; None among them for a row without labels.
+        n_numbers: how many numbers the column has.
+        most: values beyond which they are no kinds of rows.
+    """
+
+    values: set[Any]
+    n_numbers: int
+    most: int
+
+
+def kinds_of(batch: Batch) -> dict[str, ColumnKinds]:
+    """Return the values of labels, flags and the like in a collated batch, by column.
+
+    Token ids and their masks are left out, and columns of more than two dimensions. A row whose numbers all equal the
+    smallest one, as the labels of an ignored row do, is a kind of its own.
+    """
+    columns = batch.items() if isinstance(batch, Mapping) else [] if batch is None else [("targets", batch[1])]
+    found = {}
+    for name, values in columns:
+        if not isinstance(values, Tensor) or name in TOKEN_COLUMNS or not 1 <= values.ndim <= 2:
+            continue
+        if values.is_complex() or values.numel() > _LARGEST or not values.numel():
+            continue
+        is_of_tokens = values.ndim == 2 and values.shape[1] > 1
+        distinct = set(values.unique().tolist())
+        if is_of_tokens and bool((values == values.min()).all(1).any()):
+            distinct.add(None)
+        most = _MOST_OF_TOKENS if is_of_tokens else _MOST_OF_ROWS
+        found[str(name)] = ColumnKinds(distinct, values.numel(), most)
+    return found
 
 
 class SeenValues:
-    """The label values and columns of the windows so far, on this process."""
+    """The kinds of rows in the windows so far, on this process."""
 
     def __init__(self) -> None:
-        self._columns: set[str] = set()
-        self._labels: set[int] = set()
+        self._values: dict[str, set[Any]] = {}
+        self._n_numbers: Counter[str] = Counter()
 
     def add(self, micro_batches: Iterable[MicroBatch]) -> bool:
         """Add those of a window, and return whether any is new.
 
-        Labels that are no whole numbers, or have more than 1,000 values, are left out.
+        A column in which most numbers differ from each other is a measurement, whose values are never new.
         """
-        columns: set[str] = set()
-        labels: set[int] = set()
+        is_new = False
         for micro in micro_batches:
-            if isinstance(micro.batch, Mapping):
-                columns |= set(map(str, micro.batch))
-            targets = None if micro.batch is None else targets_of(micro.batch)
-            if isinstance(targets, Tensor) and not targets.is_floating_point() and len(self._labels) <= _MOST:
-                labels |= set(targets.unique().tolist())
-        is_new = bool(columns - self._columns or (labels - self._labels and len(self._labels) <= _MOST))
-        self._columns |= columns
-        self._labels |= labels
+            for name, kinds in kinds_of(micro.batch).items():
+                seen, n_numbers = self._values.setdefault(name, set()), self._n_numbers[name]
+                are_kinds = len(seen) <= kinds.most and 2 * len(seen) <= n_numbers
+                is_new |= bool(kinds.values - seen) and (are_kinds or not n_numbers)
+                if len(seen) <= kinds.most:
+                    seen |= kinds.values
+                self._n_numbers[name] += kinds.n_numbers
         return is_new
 
     def state_dict(self) -> dict[str, Any]:
-        return {"columns": sorted(self._columns), "labels": sorted(self._labels)}
+        values = {name: list(values) for name, values in self._values.items()}
+        return {"values": values, "n_numbers": dict(self._n_numbers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._columns, self._labels = set(state_dict["columns"]), set(state_dict["labels"])
+        self._values = {name: set(values) for name, values in state_dict["values"].items()}
+        self._n_numbers = Counter(state_dict["n_numbers"])

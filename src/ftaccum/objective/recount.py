@@ -116,7 +116,7 @@ class RareCheck:
         for _ in range(2):  # the second time with about as much of one as of the other, which rounding hurts least
             times, times_n = (int(np.clip(np.rint(w), 1, _REPEATS)) for w in (weight, 1 / max(weight, 1e-9)))
             both = self._losses(group.take([0] * times + [n] * times_n))[term]
-            if both == alone:
+            if both == alone or not math.isfinite(first + both):
                 return np.inf
             weight = times / times_n * (first - both) / (both - alone)
         return weight

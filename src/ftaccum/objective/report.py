@@ -1,5 +1,6 @@
 """What a measurement of the loss came to, and what a user should be told of it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -199,7 +200,7 @@ class ExactnessReport:
             f"together, although their losses agree. The parameters that differ most: {named}. Hooks, autograd "
             "functions and layers that clamp, normalise or scale a gradient (`scale_grad_by_freq`) do so for each "
             "micro-batch. Do it once an update, as `gradient_clip_norm` does, or raise `batch_size` to the rows of an "
-            "update."
+            "update. If there is none, the items may be counted wrong: give `count_items`."
         )
 
     def _of_hooks(self) -> str:
@@ -238,4 +239,6 @@ class ExactnessReport:
 
 
 def _percent(share: float) -> str:
+    if math.isinf(share):
+        return "infinitely far"
     return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"

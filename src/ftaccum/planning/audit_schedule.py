@@ -6,6 +6,7 @@ from typing import Any
 _FIRST = (1, 4, 16, 64)  # updates audited whatever it costs
 _SHORT = 50  # updates; a shorter run has two audits
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # of the training time that audits may take after the first ones
+_EXTRA = 8  # audits of updates with new values, whatever they cost
 
 
 @dataclass
@@ -13,20 +14,23 @@ class AuditSchedule:
     """Decides before each update whether to audit it.
 
     With `audit=True`: updates 1, 4, 16 and 64; later ones while audits have cost less than 0.5% of the training time.
-    Updates with label values or columns that no update had before come first: one of them takes the place of the next
-    planned audit, and up to 1% of the time may go into them. A run of fewer than 50 updates has two audits.
+    Updates with label values or flags that no update had before come first: one of them takes the place of the next
+    planned audit, eight more are audited whatever it costs, and then up to 1% of the time may go into them. A run of
+    fewer than 50 updates has two audits, and those eight.
 
     Attributes:
         audit: the setting: True, False, or the updates between two audits.
         n_updates: updates of the whole run.
         spent: seconds that audits have taken.
         trained: seconds of training without them.
+        extra: audits of updates with new values that are left whatever they cost.
     """
 
     audit: bool | int
     n_updates: int
     spent: float = 0.0
     trained: float = 0.0
+    extra: int = _EXTRA
     _ahead: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,17 +52,23 @@ class AuditSchedule:
         Args:
             is_new: whether the update has label values or columns that no update had before.
         """
-        if self.audit is not True or self.n_updates < _SHORT or self._ahead:
-            return self.audit is True and bool(self._ahead) and is_new
-        return self.spent < (_SHARE if is_new else _SHARE_ORDINARY) * self.trained
+        if self.audit is not True:
+            return False
+        if is_new and (self._ahead or self.extra):
+            return True
+        is_short = self.n_updates < _SHORT
+        return not (self._ahead or is_short) and self.spent < (_SHARE if is_new else _SHARE_ORDINARY) * self.trained
 
-    def done(self, seconds: float) -> None:
+    def done(self, seconds: float, *, is_new: bool) -> None:
         """Record an audit."""
         self.spent += seconds
+        if not self._ahead and is_new and self.extra:
+            self.extra -= 1
         self._ahead = self._ahead[1:]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent": self.spent, "trained": self.trained, "ahead": self._ahead}
+        return {"spent": self.spent, "trained": self.trained, "ahead": self._ahead, "extra": self.extra}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.spent, self.trained, self._ahead = state_dict["spent"], state_dict["trained"], state_dict["ahead"]
+        self.spent, self.trained = state_dict["spent"], state_dict["trained"]
+        self._ahead, self.extra = state_dict["ahead"], state_dict["extra"]

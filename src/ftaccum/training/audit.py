@@ -56,9 +56,25 @@ class AuditHandler:
         """
         started = time.perf_counter()
         self._schedule.trained += started - self._since
-        if self._is_due(local_window):
-            self._audit(local_window, started)
+        if self._may_audit:
+            is_new = self._process_group.any(self._seen.add(local_window.micro_batches))
+            is_planned = self._schedule.is_due(local_window.window.index + 1)
+            # One clock decides: the main process's.
+            may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
+            if is_planned or self._process_group.any(may_take):
+                self._audit(local_window, started, is_new=is_new, whole=self._is_whole and (is_planned or not is_new))
         self._since = time.perf_counter()
+
+    @property
+    def _may_audit(self) -> bool:
+        """Whether any audit is to come. It is the same on all processes."""
+        has_state = Cause.STATE.value in self._causes
+        return self._schedule.audit is not False and not has_state and self._auditor.is_possible
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether to audit all of a window: not in the first audit, unless it is the only one."""
+        return self._has_audited or self._schedule.n_updates == 1
 
     def state_dict(self) -> dict[str, Any]:
         schedule, seen = self._schedule.state_dict(), self._seen.state_dict()
@@ -76,21 +92,12 @@ class AuditHandler:
         self._causes, self._floor = state_dict["causes"], state_dict["floor"]
         self._has_audited = state_dict["audited"]
 
-    def _is_due(self, local_window: LocalWindow) -> bool:
-        if self._schedule.audit is False or Cause.STATE.value in self._causes or not self._auditor.is_possible:
-            return False
-        is_new = self._seen.add(local_window.micro_batches)
-        # One clock decides: the main process's.
-        may_take = [self._process_group.is_main and self._schedule.may_take(is_new=new) for new in (True, False)]
-        is_new, if_new, if_not = self._process_group.any_of([is_new, *may_take])
-        return self._schedule.is_due(local_window.window.index + 1) or (if_new if is_new else if_not)
-
-    def _audit(self, local_window: LocalWindow, started: float) -> None:
+    def _audit(self, local_window: LocalWindow, started: float, *, is_new: bool, whole: bool) -> None:
         floor, window = self._floor, local_window.window
         known = None if floor is None else self._tolerance(floor)
-        audit = self._auditor.audit(local_window, whole=self._has_audited, tolerance=known)
+        audit = self._auditor.audit(local_window, whole=whole, tolerance=known)
         seconds = time.perf_counter() - started
-        self._schedule.done(seconds)
+        self._schedule.done(seconds, is_new=is_new)
         if audit is None:
             return
         self._has_audited = True
