@@ -1,7 +1,7 @@
 """The reported loss, update by update, at batch 32 and at 8 × 4 accumulated: ftaccum beside Transformers' Trainer.
 
 Packaged MiniLM encoder with a new head, film reviews, dropout off, float32, AdamW; the same rows in the same order for
-all four runs. Prints the table of the README.
+all four runs. Prints the table of docs/exactness.md.
 
     .venv/bin/python scripts/compare_trainer.py
 """
