@@ -429,7 +429,7 @@ def test_another_effective_batch_sees_every_row_once_an_epoch(remainder: str, tm
         return _padded(some)
 
     recording = False
-    common: dict[str, Any] = {"train_data": rows, "data_collator": collate, "validation_split": 0.0}
+    common: dict[str, Any] = {"train_data": rows, "data_collator": collate, "validation_split": 0.0, "audit": False}
     fine_tuned(**common, remainder=remainder, output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
     first = order_of(0, 54, 42)[:24]
     recording = True
