@@ -4,8 +4,8 @@ Small runs (scripts/storm_runs.py) are struck by SIGKILL at random moments, some
 some blows a file of the newest checkpoint is cut short or has one bit turned; some are asked to stop instead (SIGTERM,
 SIGINT or SIGUSR1 to one of the processes). Each is started again with `resume="auto"`, in a process that begins with
 other weights and other random numbers, until it ends. What it came to is held against a run of the same settings that
-nothing happened to: every weight and buffer on every process and every number of the result but times, to the last
-bit, and every line of the ledger.
+nothing happened to: every weight and buffer on every process and every number of the result and of the ledger, but
+times, to the last bit.
 
 Looked at as well: that each start goes on from the newest checkpoint that is sound, and tells of those that are not;
 that a run that was asked to stop has lost no update; that of two processes the one that is left ends by itself, and how

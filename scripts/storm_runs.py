@@ -7,6 +7,7 @@ whenever they are read, a remainder that is carried over an epoch's end, updates
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,9 @@ def train(kind: Kind, folder: Path, *, rank: int, workers: int, born: int) -> No
         output_dir=str(folder / "outputs"), checkpoint_every=3, resume="auto", progress=False,
         **{"validation_split": 0.15, **kind.settings()},
     )  # fmt: skip
-    numbers = {name: repr(value) for name, value in result.items() if name not in TIMES | {"output_dir"}}
+    audits = [audit | {"seconds": 0} for audit in result.audits]
+    values = {**result, "audits": audits}.items()
+    numbers = {name: repr(value) for name, value in values if name not in TIMES | {"output_dir"}}
     tensors = {name: _checksum(t) for name, t in [*model.named_parameters(), *model.named_buffers()]}
     (folder / f"came-to.{rank}.json").write_text(json.dumps({"numbers": numbers, "weights": tensors}))
 
@@ -167,12 +170,17 @@ class Differences:
             first, second = (json.loads((folder / f"came-to.{rank}.json").read_text()) for folder in (one, other))
             n_weights += _n_unlike(first["weights"], second["weights"])
             n_numbers += _n_unlike(first["numbers"], second["numbers"])
-        lines, others = ((folder / "outputs" / "ledger.jsonl").read_text().splitlines() for folder in (one, other))
+        lines, others = (_lines(folder / "outputs" / "ledger.jsonl") for folder in (one, other))
         n_entries = _n_unlike(dict(enumerate(lines)), dict(enumerate(others)))
         return cls(n_weights, n_entries, n_numbers)
 
     def __add__(self, other: "Differences") -> "Differences":
         return Differences(self.weights + other.weights, self.entries + other.entries, self.numbers + other.numbers)
+
+
+def _lines(ledger: Path) -> list[str]:
+    """Return the lines of a ledger without the seconds that audits took."""
+    return [re.sub(r', "seconds": [^,}]*', "", line) for line in ledger.read_text().splitlines()]
 
 
 def _n_unlike(one: dict[Any, str], other: dict[Any, str]) -> int:

@@ -98,5 +98,10 @@ def trained(rows: Any, **arguments: Any) -> tuple[dict[str, Tensor], Result]:
     return model.state_dict(), result
 
 
+def updates_in(folder: Path) -> int:
+    """Return how many updates a run's ledger has."""
+    return sum('"window"' in line for line in (folder / "ledger.jsonl").read_text().splitlines())
+
+
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())

@@ -1,5 +1,6 @@
 """Runs that are cut off, and what they are held against."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,32 @@ class Ended:
         self.weights, self.result = weights, result
 
     def differences(self, other: "Ended") -> list[str]:
-        """Names of weights that differ in any bit, and of numbers of the result that do."""
+        """Return the names of weights that differ in any bit, and of numbers of the result that do."""
         found = [name for name, t in self.weights.items() if not torch.equal(t, other.weights[name])]
         for name in ("loss", "grad_norm", "lr", "train_loss", "val_loss"):
             one, two = (getattr(run.result, f"{name}_history") for run in (self, other))
             found += [f"{name}_history"] if repr(one) != repr(two) else []
         for name in ("final_loss", "initial_loss", "best_val_loss", "metrics", "optimizer_steps", "padding_fraction"):
             found += [name] if repr(self.result[name]) != repr(other.result[name]) else []
-        return found
+        return found + (["audits"] if self._audits() != other._audits() else [])
+
+    def _audits(self) -> list[dict[str, Any]]:
+        return [audit | {"seconds": 0} for audit in self.result.audits]
 
 
 def ledger_of(folder: Path) -> str:
-    return (folder / "ledger.jsonl").read_text()
+    """Return a run's ledger without the seconds that audits took, which differ between any two runs."""
+    return re.sub(r', "seconds": [^,}]*', "", (folder / "ledger.jsonl").read_text())
+
+
+def updates_of(folder: Path) -> list[str]:
+    """Return the lines of a ledger that are of updates, without those of audits and epochs."""
+    return [line for line in ledger_of(folder).splitlines() if '"window"' in line]
+
+
+def without_audits(ledger: str) -> list[str]:
+    """Return the lines of a ledger that are of updates and epochs."""
+    return [line for line in ledger.splitlines() if '"audit"' not in line]
 
 
 def checkpoints_of(folder: Path) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ftaccum.accumulation.accumulator import GradientAccumulator
+from ftaccum.data.prefetch import LocalWindow
+from ftaccum.training.loop import TrainingLoop
 
 
 class Stream(IterableDataset[Any]):
@@ -67,22 +68,22 @@ class Plane(nn.Module):
 
 
 class Seen:
-    """The numbers of the points that this process trains on, window by window, dummies left out."""
+    """The numbers of the points that this process trains on, update by update, without dummies and audits."""
 
     def __init__(self) -> None:
         self.windows: list[list[int]] = []
-        self._kept = GradientAccumulator.accumulate
+        self._kept = TrainingLoop.update
 
     def __enter__(self) -> "Seen":
         kept, windows = self._kept, self.windows
 
-        def accumulate(accumulator: GradientAccumulator, share: Any) -> Any:
-            real = [micro.batch[0][:, 0] for micro in share if not micro.is_dummy]
+        def update(loop: TrainingLoop, window: LocalWindow, *others: Any) -> Any:
+            real = [micro.batch[0][:, 0] for micro in window.micro_batches if not micro.is_dummy]
             windows.append([int(number) for numbers in real for number in numbers])
-            return kept(accumulator, share)
+            return kept(loop, window, *others)
 
-        GradientAccumulator.accumulate = accumulate  # type: ignore[method-assign]
+        TrainingLoop.update = update  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        GradientAccumulator.accumulate = self._kept  # type: ignore[method-assign]
+        TrainingLoop.update = self._kept  # type: ignore[method-assign]

@@ -31,6 +31,7 @@ from failing_data import (
     pair,
     same_bits,
     trained,
+    updates_in,
 )
 from ftaccum import DataError
 from ftaccum.data import workers
@@ -104,7 +105,7 @@ def test_a_row_that_cannot_be_had_goes_by_its_index_in_what_was_handed_over(form
 def test_updates_before_a_row_that_cannot_be_had_are_in_the_ledger(num_workers: int, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Row 17 of `train_data` cannot be read: OSError\('disk on fire'\)"):
         trained(Raising(), num_workers=num_workers, output_dir=str(tmp_path))
-    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == BEFORE_17
+    assert updates_in(tmp_path) == BEFORE_17
 
 
 def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
@@ -221,7 +222,7 @@ def test_workers_that_die_again_and_again_end_the_run_with_a_sentence(tmp_path: 
         "/dev/shm",
     ):
         assert words in str(raised.value)
-    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == BEFORE_17
+    assert updates_in(tmp_path / "run") == BEFORE_17
     assert len(list(tmp_path.glob("life *"))) in (99 - 3, 99 - 4)  # one when it was read far ahead, perhaps
     assert multiprocessing.active_children() == []
 

@@ -12,7 +12,7 @@ from torch import nn
 import ftaccum.runtime.signals
 from ftaccum import Preempted
 from ftaccum.runtime.signals import StopSignals
-from interrupted import checkpoints_of, fine_tuned, ledger_of, model
+from interrupted import checkpoints_of, fine_tuned, model, updates_of
 from training_passes import is_training_pass
 
 
@@ -44,7 +44,7 @@ def test_a_signal_is_heard_after_the_update_under_way(
     )
     assert number == signal.SIGINT or ended.value.code == 75  # type: ignore[attr-defined]
     assert checkpoints_of(tmp_path) == [there.name]
-    assert len(ledger_of(tmp_path).splitlines()) == 5
+    assert len(updates_of(tmp_path)) == 5
     assert (
         "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
         in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
     monkeypatch.setattr(ftaccum.runtime.signals, "_TWICE", -1.0)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         fine_tuned(asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2, times=2), output_dir=str(tmp_path / "at once"))
-    assert len(ledger_of(tmp_path / "at once")) == 0
+    assert updates_of(tmp_path / "at once") == []
 
 
 def test_without_a_folder_ctrl_c_is_heard_after_the_update_and_other_signals_as_ever() -> None:

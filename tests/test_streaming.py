@@ -34,6 +34,7 @@ from heads import (
 )
 from running_out import limited
 from streams import Plane, Seen, Stream, point
+from training_passes import is_training_pass
 
 BERT, LLAMA = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
 HEADS_TRIED = ["causal LM, Llama", "sequence classification, BERT", "question answering, BERT", "seq2seq, T5"]
@@ -239,8 +240,8 @@ def test_a_stream_that_fails_costs_no_update_that_was_taken(tmp_path: Path, monk
         DataError, match=r"`train_data` cannot be read on, after 23 rows: OSError\('the line is dead'\)"
     ):
         run(model, Stream(BERT.rows(40), fails_after=23), learning_rate=1e-2, output_dir=str(tmp_path))
-    windows = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
-    assert [window["rows"] for window in windows] == [5, 5, 5, 5]
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["rows"] for line in lines if "window" in line] == [5, 5, 5, 5]
     other = BERT.model()
     run(other, Stream(BERT.rows(20)), learning_rate=1e-2, max_updates=99)
     assert relative_error(model.state_dict(), other.state_dict()) == 0
@@ -300,7 +301,8 @@ def test_a_compiled_model_gets_widths_from_buckets_that_it_has_positions_for(mon
     model = BERT.model()
 
     def note(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
-        widths.add(given["input_ids"].shape[1])
+        if is_training_pass():
+            widths.add(given["input_ids"].shape[1])
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     monkeypatch.setattr(model.config, "max_position_embeddings", 60)  # the heads share it
@@ -425,9 +427,7 @@ def test_a_stream_is_said_to_have_been_looked_at_as_far_as_it_was(monkeypatch: p
         row["labels"] = [-100] * len(row["input_ids"])
     with pytest.raises(DataError, match=r"as far as its first 4 rows tell, has no label that counts: .* shuffle the"):
         run(LLAMA.model(), Stream(rows))
-    with pytest.raises(
-        DataError, match=r"as far as its first 4 rows tell, has no row with loss items\. .* shuffle the"
-    ):
+    with pytest.raises(DataError, match=r"The term 'loss' of .* but no items of it are counted there"):
         run(LLAMA.model(), Stream(LLAMA.rows(9)), count_items=lambda _: 0, on_inexact="ignore")
 
 

@@ -66,7 +66,7 @@ def failing_in(name: str, in_nth: Callable[[int], object] = lambda _: True) -> C
 
 
 def run(log_with: Any = None) -> Result:
-    """12 updates in 2 epochs: 14 entries."""
+    """12 updates in 2 epochs, of which two are audited: 16 entries."""
     return test_fine_tuning(
         CLASSIFIER.model().double(), train_data=CLASSIFIER.rows(24), validation_split=0.0, n_epochs=2, batch_size=2,
         gradient_accumulation_steps=2, log_with=log_with, progress=False,
@@ -86,8 +86,8 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tracker_is_told_everything_in_order_from_one_thread_of_its_own(alone: Result) -> None:
     tracker = Told()
     assert run(tracker).loss_history == alone.loss_history == tracker.losses
-    assert tracker.done == ["start", "config", *14 * ["log"], "finish"]
-    assert tracker.steps == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]  # an epoch's with its last update's
+    assert tracker.done == ["start", "config", *16 * ["log"], "finish"]
+    assert tracker.steps == [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]  # an audit's with the update before it
     assert tracker.config["n_epochs"] == 2
     (thread,) = set(tracker.threads.values())  # MLflow's current run is that of a thread
     assert thread is not threading.main_thread()
@@ -116,8 +116,8 @@ def test_one_that_raises_is_told_of_once_and_tried_again(alone: Result) -> None:
     assert [str(w.message) for w in told] == ["The tracker 'mine' raised in `log`: ConnectionError: no line in log"]
     assert {w.filename for w in told} == {__file__}
     assert result.loss_history == alone.loss_history
-    assert tracker.done == ["start", "config", *14 * ["log"], "finish"]
-    assert tracker.steps == [5, 9]
+    assert tracker.done == ["start", "config", *16 * ["log"], "finish"]
+    assert tracker.steps == [4, 7, 12]  # of every fifth entry
 
 
 @pytest.mark.parametrize("name", ["config", "finish"])
@@ -142,7 +142,7 @@ def test_one_that_always_raises_is_dropped_and_finished(alone: Result) -> None:
     assert result.loss_history == alone.loss_history == other.losses
 
 
-@pytest.mark.parametrize(("name", "lost"), [("log", 14), ("finish", 0)])
+@pytest.mark.parametrize(("name", "lost"), [("log", 16), ("finish", 0)])
 @pytest.mark.usefixtures("short_wait")
 def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost: int, alone: Result) -> None:
     waits = threading.Event()
@@ -157,7 +157,7 @@ def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost
     assert other.done[-1] == "finish"
     waits.set()  # what wakes up after its run must not disturb the next one
     tracker.threads[name].join(5)
-    assert tracker.done.count("log") == (1 if name == "log" else 14)
+    assert tracker.done.count("log") == (1 if name == "log" else 16)
     assert tracker.done.count("finish") == (name == "finish")
 
 
@@ -175,13 +175,13 @@ def test_one_that_hangs_in_its_start_is_told_what_it_missed(
     assert [str(w.message) for w in told] == [
         "The tracker 'mine' has not started within 0.2 s, and the run goes on. What it is told waits until it has.",
         "The tracker 'mine' was waited for until 0.2 s after the end of the run, and is still in `start`. It is left "
-        "behind: 15 entries are lost, and it is not finished.",
+        "behind: 17 entries are lost, and it is not finished.",
     ][: 1 + comes_too_late]
     assert {w.filename for w in told} == {__file__}
     assert result.loss_history == alone.loss_history == other.losses
     waits.set()
     hangs.threads["start"].join(5)
-    assert hangs.done == ["start"] + ([] if comes_too_late else ["config", *14 * ["log"], "finish"])
+    assert hangs.done == ["start"] + ([] if comes_too_late else ["config", *16 * ["log"], "finish"])
 
 
 def test_one_that_cannot_start_after_long_is_told_of_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_trackers_are_finished_where_the_run_fails() -> None:
             CLASSIFIER.model(), train_data=rows, val_data=rows, compute_metrics=lambda _: metrics.pop(),
             log_with=tracker, progress=False,
         )  # fmt: skip
-    assert tracker.done == ["start", "config", "log", "log", "finish"]  # both updates
+    assert tracker.done == ["start", "config", *3 * ["log"], "finish"]  # an audit and both updates
 
 
 @pytest.mark.parametrize(

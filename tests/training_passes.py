@@ -1,18 +1,20 @@
-"""Tells the passes of training from those that look at a loss before it."""
+"""Tells the passes of training from those that look at a loss, or at what a model takes, before it."""
 
 import sys
 
 import torch
 
+_BEFORE_TRAINING = {"measured_objective", "find_ranges"}
+
 
 def in_self_check() -> bool:
-    """Return whether the caller runs in a pass of the self-check."""
+    """Return whether the caller runs in a pass of the self-check, or of what finds the range of ids and lengths."""
     frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_name != "measured_objective":
+    while frame.f_back is not None and frame.f_code.co_name not in _BEFORE_TRAINING:
         frame = frame.f_back
-    return frame.f_code.co_name == "measured_objective"
+    return frame.f_code.co_name in _BEFORE_TRAINING
 
 
 def is_training_pass() -> bool:
-    """Return whether the caller runs in a forward pass with gradients that is none of the self-check's."""
+    """Return whether the caller runs in a forward pass with gradients of training, audits included."""
     return torch.is_grad_enabled() and not in_self_check()

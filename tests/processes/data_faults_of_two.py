@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from failing_data import Deadly, Noisy, Pairs, Raising, trained
+from failing_data import Deadly, Noisy, Pairs, Raising, trained, updates_in
 from ftaccum import DataError
 from heads import relative_error
 
@@ -41,11 +41,7 @@ errors = {
 }
 weights, result = trained(Noisy(), val_data=Noisy(), batch_size=2)
 if state.is_main_process:
-    ledgers = {
-        case: len((folder / case / "ledger.jsonl").read_text().splitlines())
-        for case in errors
-        if case != "validation row"
-    }
+    ledgers = {case: updates_in(folder / case) for case in errors if case != "validation row"}
     found = {
         "errors": errors,
         "ledgers": ledgers,

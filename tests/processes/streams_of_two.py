@@ -64,7 +64,7 @@ with tempfile.TemporaryDirectory() as folder:
             "differences": differences,
             "seen": seen,
             "errors": errors,
-            "ledger": [line["rows"] for line in lines],
+            "ledger": [line["rows"] for line in lines if "window" in line],
             "alone again": [torch.distributed.get_rank(), int(os.environ["WORLD_SIZE"])],
         }
         print("FOUND", json.dumps(found))
