@@ -270,6 +270,7 @@ def test_a_buffer_that_was_declared_and_not_set_is_unset_again() -> None:
     assert model.mean is None
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_buffers_on_two_processes(two_processes: Callable[..., str]) -> None:
     printed = two_processes("buffers_of_two.py")

@@ -84,6 +84,7 @@ def test_public_names() -> None:
         _ = ftaccum.nothing
 
 
+@pytest.mark.slow
 def test_pytest_does_not_collect_it(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("from ftaccum import test_fine_tuning\ndef test_of_the_user(): pass\n")
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)

@@ -306,5 +306,6 @@ def test_rows_that_draw_by_themselves_are_not_audited() -> None:
     assert train(Net(), train_data=Noisy()).audits == []
 
 
+@pytest.mark.slow
 def test_two_processes_audit_alike(two_processes: Callable[..., str]) -> None:
     assert two_processes("audits.py").count("audited") == 2

@@ -70,6 +70,7 @@ def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> Non
     run(Callback())
 
 
+@pytest.mark.slow
 def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 

@@ -240,6 +240,7 @@ def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
     assert fine_tuned().differences(run) == []
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, trained = Snapshot.write, model()
     release, passes = threading.Event(), []
@@ -260,6 +261,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert fine_tuned(resume=there).differences(run) == []
 
 
+@pytest.mark.slow
 def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     available = psutil.virtual_memory()._replace(available=10)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)

@@ -153,6 +153,7 @@ def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest
     assert "FINE-TUNING TEST" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_columns_are_named_by_flags_and_in_files(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +271,7 @@ def test_every_recipe_has_a_settings_file() -> None:
     assert programs == {file.stem for file in RECIPES.glob("*.yaml")} - {"two_cpu_processes"}
 
 
+@pytest.mark.slow
 def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
     command = [
         "search", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--n_epochs", "1",

@@ -165,6 +165,7 @@ def test_what_was_made_of_a_row_goes_by_the_rows_name() -> None:
     assert rows.subset(range(20, 40)).names_of(range(20)).endswith("126, 127 and 12 more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"val_data": Pairs()}], ids=["training", "with validation"])
 def test_a_worker_that_is_killed_costs_nothing(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -188,6 +189,7 @@ def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
     assert "making a batch of `val_data`, was killed by SIGKILL" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_had_made_already_is_made_again() -> None:
     """Its batches lie in memory that it alone could have handed over. All workers are killed, in every third update."""
 
@@ -324,6 +326,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Noisy, SeldomNoisy])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str, kind: type[Noisy]) -> None:
@@ -334,6 +337,7 @@ def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str, kind: typ
     assert other.val_loss_history == pytest.approx(result.val_loss_history, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
     _, result = trained(Noisy(), val_data=Noisy(), learning_rate=1e-300, weight_decay=0.0, n_epochs=3)
     assert len({result.initial_loss, *result.val_loss_history}) == 1
@@ -433,6 +437,7 @@ def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
     assert [row_collator.repeats for row_collator in collations] == [True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
     two_processes: Callable[..., str], tmp_path: Path

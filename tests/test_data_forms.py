@@ -122,6 +122,7 @@ def test_small_regression_learns_as_from_full_batches() -> None:
     assert full[-1] < full[0]
 
 
+@pytest.mark.slow
 def test_without_data_it_trains_on_synthetic_tokens_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(PlainLM(), None, config=SimpleNamespace(vocab_size=61, pad_token_id=0), effective_batch_size=500)
     assert result.optimizer_steps == 2

@@ -159,6 +159,7 @@ def test_bf16_outputs_reach_the_metrics() -> None:
     assert found.metrics == [{"finite": 1.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str]) -> None:
     printed = two_processes("evaluation_of_two.py")

@@ -23,6 +23,7 @@ from heads import RecordingOptimizer, all_in_float64, relative_error
 _ARGUMENTS = inspect.signature(test_fine_tuning).parameters.keys()
 
 
+@pytest.mark.slow
 @fuzz(examples=80)
 @given(case=cases())
 def test_any_run_is_refused_before_training_or_exact(case: Case) -> None:

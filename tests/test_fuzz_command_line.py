@@ -54,6 +54,7 @@ _YAML = st.lists(st.tuples(_YAML_KEYS, _YAML_VALUES), max_size=4).map(
 )
 
 
+@pytest.mark.slow
 @fuzz(examples=50)
 @given(content=_YAML | st.binary() | st.text().map(lambda text: text.encode(errors="surrogatepass")))
 @example(b"[" * 3000)

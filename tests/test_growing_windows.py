@@ -35,6 +35,7 @@ def cut_otherwise(arguments: dict[str, Any], batch_size: int, num_processes: int
     return arguments | {"batch_size": batch_size, "gradient_accumulation_steps": cut}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS_TRIED)
 def test_gradient_of_every_window_of_several_epochs_is_that_of_one_batch(name: str) -> None:
     head = HEADS[name]
@@ -57,6 +58,7 @@ def test_gradient_of_every_window_of_several_epochs_is_that_of_one_batch(name: s
     assert max(carried + growing + flushed) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", CHANGING)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_physical_batch_changes_nothing(name: str, arguments: dict[str, Any]) -> None:

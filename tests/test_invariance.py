@@ -12,6 +12,7 @@ from invariance import CUTS, NAMES, difference, trained
 from test_growing_windows import CHANGING, cut_otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_physical_batch_changes_nothing(name: str) -> None:
     runs = {batch_size: trained(name, batch_size) for batch_size in CUTS}
@@ -36,6 +37,7 @@ def test_the_recipe_does_change_it() -> None:
     assert difference(one, other) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
     """Nor where windows are carried over an epoch's end, or grow, nor where the tracker and the disk fail."""

@@ -247,6 +247,7 @@ def test_runs_with_one_seed_are_the_same_and_dropout_is_on() -> None:
     assert one(1, 0.3) != one(1, 0.0)
 
 
+@pytest.mark.slow
 def test_twenty_runs_do_not_grow_in_memory() -> None:
     model = CLASSIFIER.model().float()
     sizes, objects = [], []

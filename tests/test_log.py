@@ -40,6 +40,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_results_go_to_standard_output_and_messages_to_standard_error() -> None:
     done = run("plain")
     assert "FINE-TUNING TEST" in done.stdout
@@ -48,6 +49,7 @@ def test_results_go_to_standard_output_and_messages_to_standard_error() -> None:
     assert "is skipped: its loss is nan" in done.stderr
 
 
+@pytest.mark.slow
 def test_messages_go_to_the_handlers_of_the_application(tmp_path: Any) -> None:
     done = run("configured", tmp_path / "log")
     assert "is skipped" not in done.stdout + done.stderr

@@ -22,6 +22,7 @@ from training_passes import is_training_pass
 NAME = "sequence classification, BERT"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "most", "where"),
     [
@@ -274,6 +275,7 @@ def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest
     assert result.batch_size == 9  # 10 rows would take all of it, and an optimizer needs some, too
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str], tmp_path: Path) -> None:
     torch.save(trained(NAME, 12), tmp_path / "alone.pt")

@@ -132,6 +132,7 @@ def test_a_schedule_free_run_resumes_to_the_last_bit(tmp_path: Path, name: str) 
     assert whole.differences(again) == []
 
 
+@pytest.mark.slow
 def test_how_often_a_schedule_free_run_is_saved_and_evaluated_changes_no_bit(tmp_path: Path) -> None:
     often = fine_tuned(optimizer=schedule_free, output_dir=str(tmp_path), checkpoint_every=1)
     never = fine_tuned(optimizer=schedule_free)
@@ -395,6 +396,7 @@ def test_sums_in_float32_and_sparse_gradients_are_refused() -> None:
         train(model, rows, SparseAdam, accumulate_in_fp32=True)
 
 
+@pytest.mark.slow
 def test_on_two_processes_all_of_them_are_exact(two_processes: Callable[..., str]) -> None:
     printed = two_processes("optimizers_of_two.py").splitlines()
     errors = json.loads(next(line for line in printed if line.startswith('{"')))

@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_way_to_cut_changes_the_update(name: str) -> None:
     in_one = trained(name, 12, planner=False)
@@ -333,6 +334,7 @@ def test_a_masked_lm_is_cut_by_length_and_keeps_its_draws() -> None:
     assert runs[1][1].padding_fraction < 0.6 * runs[0][1].padding_fraction
 
 
+@pytest.mark.slow
 def test_workers_leave_no_files_open() -> None:
     rows = HEADS[NAMES[1]].rows(300)
     most = []
@@ -350,6 +352,7 @@ def test_workers_leave_no_files_open() -> None:
     assert max(most) < before + 120
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_cut_alike_and_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
     ways = {"planner off": WAYS["planner off"], "max_tokens": WAYS["max_tokens"], "workers": WAYS["workers"]}

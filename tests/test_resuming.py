@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_cut_off_in_the_middle_of_an_update(name: str, tmp_path: Path) -> None:
     arguments = {"checkpoint_every": 2} | SETTINGS[name]
@@ -66,6 +67,7 @@ def test_cut_off_in_the_middle_of_an_update(name: str, tmp_path: Path) -> None:
     assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_sixteen_bit_weights_with_moments_of_another_type(tmp_path: Path) -> None:
     """`load_state_dict` would make moments of the weights' type."""
 
@@ -89,6 +91,7 @@ def test_sixteen_bit_weights_with_moments_of_another_type(tmp_path: Path) -> Non
         assert whole.differences(again) == []
 
 
+@pytest.mark.slow
 def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
     def adapted() -> nn.Module:
         torch.manual_seed(0)
@@ -107,6 +110,7 @@ def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
         fine_tuned(other, resume=str(there), restore_best_weights=True)
 
 
+@pytest.mark.slow
 def test_the_best_weights_of_a_model_whose_weights_lie_otherwise_in_memory(tmp_path: Path) -> None:
     """A weight that is a view of another's transpose cannot be written as it is."""
 
@@ -143,6 +147,7 @@ class Centres(nn.Module):
         return nn.functional.cross_entropy(logits + self.mean, batch["labels"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
 def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
     def run(**more: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -179,6 +184,7 @@ class Fading(nn.Module):
         self.n = int(state)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ftaccum.errors.OutputWarning")  # nor does `save_pretrained` take a path
 def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(other: Any = None, **more: Any) -> Any:
@@ -211,6 +217,7 @@ def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
     assert whole.differences(run("cut")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
 @pytest.mark.parametrize("streams", [False, True])
 def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remainder: str, tmp_path: Path) -> None:
@@ -246,6 +253,7 @@ def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:
         fine_tuned(**common, resume=str(tmp_path), effective_batch_size=4, allow_changed=["effective_batch_size"])
 
 
+@pytest.mark.slow
 def test_what_is_told_of_rows_and_versions_is_true(
     cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,10 +277,12 @@ def _refuse_to_train(module: nn.Module, *_: Any) -> None:
     assert not (is_training_pass() and module.training)
 
 
+@pytest.mark.slow
 def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
     assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +320,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "checkpoints" / "update-00000003"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_run_is_refused_unless_the_change_is_allowed(name: str, cut_off: Path) -> None:
     arguments, shown = OTHERS[name]
@@ -322,6 +333,7 @@ def test_another_run_is_refused_unless_the_change_is_allowed(name: str, cut_off:
     assert len(ended.result.loss_history) == {"n_epochs": 21, "effective_batch_size": 3 + 5 + 9}.get(name, 14)
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_however_alike(cut_off: Path) -> None:
     rows = CLASSIFIER.rows(60)
     others = {
@@ -372,6 +384,7 @@ def test_a_checkpoint_of_another_device_is_gone_on_with(
     assert "Run otherwise: device cpu (it was tpu); sums are rounded otherwise, and dropout draws anew." in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_best_weights_that_are_wanted_from_now_on(
     kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -395,6 +408,7 @@ def test_best_weights_that_are_wanted_from_now_on(
         assert f"Restored the weights of the epoch with validation loss {min(losses[1:]):.4f}." in told
 
 
+@pytest.mark.slow
 def test_best_weights_that_are_wanted_no_more(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
     fine_tuned(output_dir=str(tmp_path), keep_checkpoints=9, restore_best_weights=True, **arguments)
@@ -455,6 +469,7 @@ def _padded(rows: list[Any]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+@pytest.mark.slow
 def test_an_error_costs_no_update(tmp_path: Path) -> None:
     """What can be mended is gone on with from the last update before it."""
     rows = CLASSIFIER.rows(60)
@@ -481,6 +496,7 @@ def test_an_error_costs_no_update(tmp_path: Path) -> None:
     assert fine_tuned(train_data=Rows()).differences(again) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", ["forward", "read"])
 def test_an_error_in_the_middle_of_a_window_leaves_what_the_update_before_left(fails: str, tmp_path: Path) -> None:
     whole, trained = fine_tuned(), model()
@@ -529,6 +545,7 @@ def test_off_and_auto_are_read_as_meant() -> None:
         assert parse_settings({"resume": on, "output_dir": "o"})[1].resume == "auto"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_on_two_processes_and_from_one_to_two_and_back(
     two_processes: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -550,6 +567,7 @@ def test_on_two_processes_and_from_one_to_two_and_back(
     assert whole.padding_fraction == pytest.approx(result.padding_fraction, abs=0.2)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_half_done_is_not_saved(tmp_path: Path) -> None:
     whole, steps = fine_tuned(), []
 
@@ -573,6 +591,7 @@ def test_a_step_that_is_half_done_is_not_saved(tmp_path: Path) -> None:
     assert whole.differences(run()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(60)
 

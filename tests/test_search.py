@@ -76,6 +76,7 @@ class Kept:
 # --- what a study holds
 
 
+@pytest.mark.slow
 def test_twelve_trials_bear_the_arguments_names_and_say_what_they_were(tmp_path: Path) -> None:
     study = quick(n_trials=12, output_dir=str(tmp_path))
     assert len(study.trials) == len(ended(study)) == 12
@@ -95,6 +96,7 @@ def test_twelve_trials_bear_the_arguments_names_and_say_what_they_were(tmp_path:
         assert (trial.user_attrs["rows"] == BUDGET) == (trial.state == FINISHED)
 
 
+@pytest.mark.slow
 def test_a_trials_value_is_the_final_loss_of_that_run_by_itself() -> None:
     kept = Kept()
     study = quick(model_factory=kept.model, n_trials=3, pruner="none")
@@ -108,6 +110,7 @@ def test_a_trials_value_is_the_final_loss_of_that_run_by_itself() -> None:
         assert result.final_loss == pytest.approx(trial.value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_one_seed_proposes_alike_and_another_otherwise() -> None:
     assert proposals(quick()) == proposals(quick())
     assert proposals(quick()) != proposals(quick(seed=7))
@@ -138,6 +141,7 @@ def test_every_trial_sees_the_same_rows_in_the_same_order_from_the_same_weights(
     assert all(seen == kept.points[0] for seen in kept.points[:6])
 
 
+@pytest.mark.slow
 def test_trials_report_at_the_same_rows_whatever_their_batch(tmp_path: Path) -> None:
     study = quick(n_trials=6, pruner="none", n_reports=4, output_dir=str(tmp_path))
     assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 2
@@ -156,6 +160,7 @@ def test_a_pruned_trial_ends_at_a_milestone_and_says_wthis_worker() -> None:
         assert list(trial.intermediate_values) == [32, 64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median", PercentilePruner(25, 2)])
 def test_bad_trials_are_pruned(pruner: str | BasePruner) -> None:
     def rates(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
@@ -209,6 +214,7 @@ def test_a_function_of_the_trial_can_give_any_argument() -> None:
     assert len(ended(study)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("coupling", "power"), [("none", 0), ("sqrt", 0.5), ("linear", 1)])
 def test_a_coupled_rate_is_scaled_with_the_effective_batch(tmp_path: Path, coupling: str, power: float) -> None:
     study = quick(couple_learning_rate=coupling, reference_batch_size=8, output_dir=str(tmp_path), pruner="none")
@@ -322,6 +328,7 @@ def test_a_function_of_the_trial_that_gives_what_nobody_takes_ends_the_search() 
         quick(space=lambda _: {"weight_decya": 0.1})
 
 
+@pytest.mark.slow
 def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
     folder = str(tmp_path)
     kept, bad = Kept(), points()
@@ -377,6 +384,7 @@ def interrupted(after: int) -> Callable[[], nn.Module]:
     return factory
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole = quick(n_trials=8)
     for after in (0, 3, 2):
@@ -426,6 +434,7 @@ def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert [trial.state for trial in quick(output_dir=str(tmp_path), n_trials=1).trials] == [FAILED, FINISHED]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_search_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
     code = (
@@ -604,6 +613,7 @@ def test_what_a_worker_raises_is_raised_by_the_search(tmp_path: Path) -> None:
         quick(train_data=bad, n_workers=2, output_dir=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_processes: Callable[..., str]) -> None:
     printed = two_processes("search_of_two.py", str(tmp_path))
@@ -618,6 +628,7 @@ def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_proces
     assert seen[0]["value"] == seen[1]["value"]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("failing", ["0", "1"])
 def test_a_process_that_fails_by_itself_ends_the_others_soon(
@@ -697,6 +708,7 @@ def test_the_best_trial_is_run_again_and_its_model_kept(tmp_path: Path) -> None:
     assert (tmp_path / "best" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_refit_is_kept_until_another_trial_is_best(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -745,6 +757,7 @@ def test_a_question_mark_in_the_path_of_a_url_is_refused(tmp_path: Path, monkeyp
     assert {path.name for path in tmp_path.iterdir()} == {"study.db", "why?.db"}
 
 
+@pytest.mark.slow
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = quick(output_dir=str(tmp_path), n_trials=10, pruner="none", progress=True)
     for name in ("history", "curves", "contour", "importance"):

@@ -166,6 +166,7 @@ def test_a_password_is_not_shown_where_the_server_cannot_be_reached() -> None:
 # --- Optuna's proxy
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_study_behind_optunas_proxy_says_that_deaths_go_unnoticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -54,6 +54,7 @@ def gradient_errors(name: str, windows: list[list[int]], rows: list[Row], **argu
     return [relative_error(f, w) for f, w in zip(optimizer.gradients, wanted, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS_TRIED)
 def test_gradient_of_every_window_is_that_of_one_batch_in_the_order_of_the_stream(name: str) -> None:
     rows, order = HEADS[name].rows(9), [*range(9), *range(9), *range(9)]
@@ -150,6 +151,7 @@ def test_windows_of_a_stream_that_are_passed_over_are_read(remainder: str) -> No
         assert windows(start) == (whole[start:], 0)
 
 
+@pytest.mark.slow
 def test_the_physical_batch_the_cut_and_memory_change_nothing() -> None:
     def trained(prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any) -> Any:
         model = BERT.model()
@@ -436,6 +438,7 @@ def test_a_search_takes_no_stream() -> None:
         search(BERT.model, train_data=Stream(BERT.rows()), val_data=BERT.rows(3))
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_see_every_row_once_between_them(two_processes: Callable[..., str], tmp_path: Path) -> None:
     alone = {}

@@ -53,6 +53,7 @@ def verdicts() -> list[Verdict]:
     return [check(_cases(task, name)[0]) for task, names in SAMPLE.items() for name in names.split()]
 
 
+@pytest.mark.slow
 def test_the_sample_has_a_class_of_every_task(verdicts: list[Verdict]) -> None:
     assert {verdict.task for verdict in verdicts} | INEXACT.keys() == set(TASKS)
 

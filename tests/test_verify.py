@@ -123,6 +123,7 @@ def test_parts_that_a_head_computes_in_float32_count_as_rounding() -> None:
     assert 1e-9 < alone.floor < 1e-6
 
 
+@pytest.mark.slow
 def test_what_others_make_of_it_stands_beside() -> None:
     """`Trainer` 5.23 hands the count of items to any model that takes keywords, and leaves the division to it."""
     named = {m.split.split(",")[0]: m for m in of_head(BERT, batch_size=2, effective_batch_size=8).others[:1]}
@@ -209,6 +210,7 @@ def test_dropout_does_not_show_in_what_checkpointing_runs_again_either() -> None
     assert found.others[-1].gradient_error == pytest.approx(3.18, abs=0.1), "of four micro-batches of up to 3 rows"
 
 
+@pytest.mark.slow
 def test_layers_that_train_mode_leaves_out_do_not_show_in_any_row() -> None:
     head = HEADS["seq2seq, BART"]
     columns = []
@@ -254,6 +256,7 @@ def test_a_collator_that_draws_is_seen_drawing_once() -> None:
     assert of_head("masked LM, BERT", data_collator=hides_some).exact
 
 
+@pytest.mark.slow
 def test_windows_without_loss_items_are_no_update_and_rows_without_contribute_nothing() -> None:
     head = HEADS["token classification, BERT"]
     rows = head.rows(30)
@@ -290,6 +293,7 @@ def test_a_model_that_cannot_be_run_in_float64_is_measured_as_it_is() -> None:
         verify(Single(), FEATURES, dtype="float64", **arguments)
 
 
+@pytest.mark.slow
 def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEADS[BERT]
     bf16, fp16 = (verify(head.model().float(), head.rows(30), mixed_precision=p, **SIZES) for p in ("bf16", "fp16"))
@@ -438,6 +442,7 @@ def test_the_command(named: list[str], tmp_path: Path, capfd: pytest.CaptureFixt
     assert main(["verify"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_on_two_processes(two_processes: Callable[..., str]) -> None:
     printed = two_processes("verify_of_two.py")
