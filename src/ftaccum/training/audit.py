@@ -71,11 +71,14 @@ class AuditHandler:
     def _is_due(self, local_window: LocalWindow) -> bool:
         if self._schedule.audit is False or Cause.STATE.value in self._causes or not self._auditor.is_possible:
             return False
+        is_due = self._schedule.is_due(local_window.window.index + 1)
+        if not self._schedule.takes_others:
+            return is_due
         is_new = self._seen.add(local_window.micro_batches)
         # One clock decides: the main process's.
         may_take = [self._process_group.is_main and self._schedule.may_take(is_new=new) for new in (True, False)]
         is_new, if_new, if_not = self._process_group.any_of([is_new, *may_take])
-        return self._schedule.is_due(local_window.window.index + 1) or (if_new if is_new else if_not)
+        return is_due or (if_new if is_new else if_not)
 
     def _audit(self, local_window: LocalWindow, started: float) -> None:
         floor, window = self._floor, local_window.window
