@@ -35,7 +35,7 @@ class _Still:
 
 
 class MovingBuffers:
-    """The buffers of a model and its loss that forward passes change: the small ones, and each large one once it has moved.
+    """The buffers of model and loss that forward passes change: the small ones, and each large one once it has moved.
 
     Large buffers are read once a window, which takes a fraction of the time of one pass, and not copied.
     """

@@ -99,8 +99,9 @@ class _Kept:
         self._copy: Any = None
         self._inner: list[_Kept] = []
         if isinstance(value, Tensor | np.ndarray):
-            if value.nbytes <= keeper.room:
-                keeper.room -= value.nbytes
+            n_bytes = value.numel() * value.element_size() if isinstance(value, Tensor) else value.nbytes
+            if n_bytes <= keeper.room:
+                keeper.room -= n_bytes
                 self._copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
         elif depth and (items := _items_of(value)) is not None:
             self._copy = dict(items) if isinstance(items, dict) else set(items) if isinstance(items, set) else [*items]
