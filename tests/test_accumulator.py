@@ -19,7 +19,7 @@ from ftaccum.runtime.gradients.plain import GradientStrategy
 from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.memory import WindowOutOfMemoryError
 from ftaccum.runtime.process_group import SINGLE
-from ftaccum.runtime.state_guards import preserve_buffers
+from ftaccum.runtime.state_guards import fingerprint, preserve_buffers
 from ftaccum.settings import Runtime
 
 
@@ -49,6 +49,7 @@ class SquaredError:
     """Mean squared error, and beside it a mean over one row in two."""
 
     terms = ("all", "even")
+    modules: Sequence[nn.Module] = ()
 
     def __init__(self, complaint: str | None = None) -> None:
         self.report = SimpleNamespace(in_training=SimpleNamespace(complaint=complaint))
@@ -88,8 +89,11 @@ def accelerator() -> Iterator[Accelerator]:
         yield made
 
 
-def accumulator_of(accelerator: Accelerator, model: Net, complaint: str | None = None) -> GradientAccumulator:
+def accumulator_of(
+    accelerator: Accelerator, model: Net, complaint: str | None = None, loss: nn.Module | None = None
+) -> GradientAccumulator:
     objective: Any = SquaredError(complaint)
+    objective.modules = () if loss is None else (loss,)
     strategy = GradientStrategy(torch.optim.SGD(model.layer.parameters()))
     return GradientAccumulator(accelerator, model, objective, strategy, SINGLE)
 
@@ -268,6 +272,28 @@ def test_a_buffer_that_was_declared_and_not_set_is_unset_again() -> None:
     model.mean = torch.ones(2)
     start.restore()
     assert model.mean is None
+
+
+@pytest.mark.parametrize("buffer", [torch.arange(8192), torch.randn(100, 128), torch.arange(400_000)])
+def test_numbers_that_change_places_change_the_fingerprint(buffer: Tensor) -> None:
+    before = fingerprint(buffer)
+    assert before == fingerprint(buffer.clone())
+    assert before != fingerprint(buffer.roll(1, 0))
+    assert before != fingerprint(buffer.flip(0))
+
+
+def test_an_expanded_buffer_is_read_as_it_lies_in_memory() -> None:
+    buffer = torch.ones(3, 1).expand(3, 10**12)
+    assert fingerprint(buffer) == fingerprint(torch.ones(3, 1))
+
+
+def test_the_buffers_of_the_loss_are_restored(accelerator: Accelerator) -> None:
+    model, loss = Net(), nn.BatchNorm1d(2)
+    accumulator = accumulator_of(accelerator, model, loss=loss)
+    start = accumulator.accumulate([micro_batch(2, 0)]).start
+    loss.running_mean += 1  # type: ignore[operator]
+    start.restore()
+    assert not loss.running_mean.any()  # type: ignore[union-attr, operator]
 
 
 @pytest.mark.slow

@@ -155,6 +155,16 @@ def test_a_label_that_comes_late_in_a_stream_is_audited() -> None:
         )  # fmt: skip
 
 
+def test_only_schedules_with_room_look_at_other_updates() -> None:
+    assert AuditSchedule(True, 400).takes_others
+    assert not AuditSchedule(3, 400).takes_others
+    short = AuditSchedule(True, 8, extra=0)
+    assert short.takes_others
+    for _ in range(2):
+        short.done(1.0, is_new=False)
+    assert not short.takes_others
+
+
 def test_audits_can_be_asked_for_every_few_updates() -> None:
     assert audited(AuditSchedule(3, 8)) == [1, 4, 7]
     assert audited(AuditSchedule(False, 8)) == []
@@ -178,6 +188,30 @@ def test_audits_change_no_bit_of_the_run() -> None:
     assert torch.equal(*weights)
     assert results[0].loss_history == results[1].loss_history
     assert results[0].grad_norm_history == results[1].grad_norm_history
+
+
+class Centred(nn.Module):
+    """A loss that keeps an average in a buffer, and is not the same for it."""
+
+    centre: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(2))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs - self.centre.clone(), targets)
+        self.centre.mul_(0.9).add_(outputs.detach().mean(0), alpha=0.1)
+        return loss
+
+
+def test_audits_leave_the_buffers_of_the_loss_alone() -> None:
+    found = []
+    for audit in (False, 2):
+        model, loss_fn = Net(), Centred()
+        train(model, loss_fn, audit=audit, on_inexact="ignore")
+        found.append(torch.cat([*(p.detach().flatten() for p in model.parameters()), loss_fn.centre]))
+    assert torch.equal(*found)
 
 
 @pytest.mark.usefixtures("_without_rules")

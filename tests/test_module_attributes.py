@@ -1,5 +1,7 @@
 """Plain attributes of modules: seen to change, and put back."""
 
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from ftaccum.objective.hidden_state import HiddenState, find_hidden_state
+from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.module_attributes import ModuleAttributes, preserve_attributes
 
 
@@ -17,6 +20,9 @@ class Keeps(nn.Module):
         self.calls, self.name, self.average = 0, "a", torch.zeros(2)
         self.bank: list[Any] = [1]
         self.by_name: dict[str, int] = {"x": 1}
+        self.counter, self.nested = Counter({"x": 1}), {"seen": [1]}
+        self.config, self.array = SimpleNamespace(calls=0, inner=[1]), np.zeros(3)
+        self.large = torch.zeros(70_000)
 
 
 def changes(module: Any) -> dict[str, Any]:
@@ -27,6 +33,11 @@ def changes(module: Any) -> dict[str, Any]:
         "average": lambda: module.average.add_(1),
         "bank": lambda: module.bank.append(2),
         "by_name": lambda: module.by_name.update(x=300),
+        "counter": lambda: module.counter.update("x"),
+        "nested": lambda: module.nested["seen"].append(2),
+        "config": lambda: module.config.inner.append(vars(module.config).update(calls=1)),
+        "array": lambda: module.array.__iadd__(1),
+        "large": lambda: module.large.add_(1),
         "new": lambda: setattr(module, "new", 1),
     }
 
@@ -44,6 +55,13 @@ def test_a_change_is_seen_and_undone(name: str) -> None:
     assert before.changed() == []
     assert (module.calls, module.name, module.bank, module.by_name) == (0, "a", [1], {"x": 1})
     assert module.average.tolist() == [0, 0]
+    assert (module.counter, module.nested, module.config) == (
+        Counter({"x": 1}),
+        {"seen": [1]},
+        SimpleNamespace(calls=0, inner=[1]),
+    )
+    assert not module.array.any()
+    assert not module.large.any()
     assert not hasattr(module, "new")
     assert module.bank is bank
     assert module.average is average
@@ -112,3 +130,14 @@ def test_what_is_drawn_is_no_state() -> None:
     model.draws = np.random.default_rng(0)
     assert hidden(model, lambda model: float(model.draws.random())) == HiddenState()
     assert hidden(Keeps(), lambda _: float(torch.rand(()))) == HiddenState()
+
+
+def test_what_cannot_be_put_back_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("ftaccum.runtime.module_attributes._BUDGET", 1000)
+    module = Keeps()
+    before = ModuleAttributes(module)
+    module.large += 1
+    with run_logging(enabled=True):
+        before.restore()
+    assert "`large` of Keeps changes in passes that are undone, and stays changed" in capsys.readouterr().err
+    assert before.changed() == ["`large` of Keeps"]

@@ -24,7 +24,7 @@ from ..runtime.gradients.sparse import SparseEmbeddingGradients
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, training_mode
-from .buffers import MovingBuffers
+from .buffers import MovingBuffers, SyncedBuffers
 from .window import AccumulatedWindow, WindowStart
 
 
@@ -41,18 +41,20 @@ class GradientAccumulator:
         objective: Objective,
         strategy: GradientStrategy,
         process_group: ProcessGroup,
+        buffers: MovingBuffers | SyncedBuffers | None = None,
     ) -> None:
         """Create an accumulator.
 
         Args:
             model: as `strategy.prepare_model` returned it.
             strategy: where a window's gradients are summed.
+            buffers: those that passes change; None for all of the model and the loss.
         """
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
-        self._buffers = MovingBuffers(model, process_group)
+        self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
         """Add the gradient of the mean over all loss items of a window, on all processes, to `grad`.
@@ -79,6 +81,11 @@ class GradientAccumulator:
             self._buffers.restore(start.buffers)
             raise
         return replace(window, moved_buffers=self._buffers.moved())
+
+    def synced_buffers(self) -> SyncedBuffers:
+        """Return the same buffers for an accumulator whose passes are undone by its caller."""
+        assert isinstance(self._buffers, MovingBuffers), "only what trains keeps copies"
+        return SyncedBuffers(self._buffers)
 
     def sync_buffers(self) -> None:
         """Copy the main process's buffers to all processes."""
@@ -185,7 +192,7 @@ class GradientAccumulator:
         stack = ExitStack()
         if micro.is_dummy:
             stack.enter_context(preserve_rng())
-            stack.enter_context(preserve_buffers(self._model))
+            stack.enter_context(preserve_buffers(self._model, *self._objective.modules))
             if self._objective.report.in_training.complaint is not None:  # of a single row, as a dummy has
                 stack.enter_context(training_mode(self._model, training=False))
         return stack

@@ -136,8 +136,9 @@ class GradientAuditor:
             if found is None:
                 return None
             whole, moving, self._keeps_state, self._repeats = found
-            modules = dict(self._model.named_modules())
-            self._mode = DeterministicMode(self._model, whole, {name: modules[name] for name in moving})
+            mode = DeterministicMode(self._model, whole, {}, self._objective.modules)
+            modules = mode.named_modules()
+            self._mode = replace(mode, moving={name: modules[name] for name in moving})
         return self._mode
 
     def _find_mode(self, sample: AuditRows) -> tuple[bool, list[str], bool, bool] | None:
@@ -149,7 +150,7 @@ class GradientAuditor:
             return {"loss": self._unweighted_loss(micro).item()}
 
         try:
-            mode = DeterministicMode.of(self._model, lambda: list(losses().values()))
+            mode = DeterministicMode.of(self._model, lambda: list(losses().values()), self._objective.modules)
             hidden = find_hidden_state(self._model, self._objective.modules, losses, tolerance)
             with mode.passes():
                 generators, first = Generators.now(), losses()["loss"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import Buffers, buffers_of, bytes_of, fingerprint, is_expanded, unset_buffers_of
+from ..runtime.state_guards import Buffers, buffers_of, bytes_of, fingerprint, in_memory, is_expanded, unset_buffers_of
 
 Place = tuple[nn.Module, str]
 
@@ -35,13 +35,16 @@ class _Still:
 
 
 class MovingBuffers:
-    """The buffers of a model that forward passes change: the small ones, and each large one once it was seen to move.
+    """The buffers of model and loss that forward passes change: the small ones, and each large one once it has moved.
 
     Large buffers are read once a window, which takes a fraction of the time of one pass, and not copied.
     """
 
-    def __init__(self, model: nn.Module, process_group: ProcessGroup) -> None:
-        self._model, self._process_group = model, process_group
+    def __init__(self, model: nn.Module, process_group: ProcessGroup, modules: Sequence[nn.Module] = ()) -> None:
+        """Args:
+        modules: those that compute the loss besides the model.
+        """
+        self._modules, self._process_group = (model, *modules), process_group
         self._specs: dict[str, Any] | None = None
         self._shared: list[Place] = []  # on several processes: buffers of one name, shape and dtype on all
         self._still: dict[Place, _Still] = {}
@@ -60,20 +63,21 @@ class MovingBuffers:
         places = [place for place in self._shared if place not in self._still]
         if not places:
             return
-        parts = [bytes_of(_at(place)) for place in places]
+        parts = [bytes_of(in_memory(_at(place))) for place in places]
         received = broadcast(torch.cat(parts)).split([len(part) for part in parts])
         with torch.no_grad():
             for place, values in zip(places, received, strict=True):
-                _write(place, values.clone().view(_at(place).dtype).view(_at(place).shape))  # clones are aligned
+                value = values.clone().view(_at(place).dtype).view(in_memory(_at(place)).shape)  # clones are aligned
+                _write(place, value.expand(_at(place).shape))
 
     def snapshot(self) -> Buffers:
         """Return a copy of the buffers, to restore them from. Of those that have not moved so far, it is the first."""
-        places = buffers_of(self._model)
+        places = buffers_of(*self._modules)
         # The order of the still ones is the same on all processes, which a lazily registered one's place may not be.
         self._watch(places if self._process_group.is_single else self._shared)
         copied = Buffers.now([place for place in places if place not in self._still])
         still = {p: (s.buffer, s.value) for p, s in self._still.items() if s.value is not None}
-        return Buffers(copied.kept | still, unset_buffers_of(self._model))
+        return Buffers(copied.kept | still, unset_buffers_of(*self._modules))
 
     def moved(self) -> Tensor:
         """Return for each large buffer that had not moved before whether it has now, without waiting for the device."""
@@ -114,13 +118,18 @@ class MovingBuffers:
 
     def _agree(self) -> None:
         """Find out which buffers are alike on all processes, whenever they have changed on one."""
+        seen: set[nn.Module] = set()
         places = {
             f"{prefix}.{name}": (module, name)
-            for prefix, module in self._model.named_modules()
+            for n, root in enumerate(self._modules)
+            for prefix, module in root.named_modules(seen, str(n))
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.layout is torch.strided
         }
-        specs = {name: (tuple(_at(place).shape), str(_at(place).dtype)) for name, place in places.items()}
+        specs = {
+            name: (tuple(_at(place).shape), tuple(in_memory(_at(place)).shape), str(_at(place).dtype))
+            for name, place in places.items()
+        }
         if not self._process_group.any(specs != self._specs):
             return
         self._specs = specs
@@ -128,6 +137,25 @@ class MovingBuffers:
         alike = [name for name, spec in everyone[0].items() if all(other.get(name) == spec for other in everyone)]
         self._shared = [places[name] for name in alike]
         self._still = {place: still for place, still in self._still.items() if place in self._shared}
+
+
+class SyncedBuffers:
+    """The buffers of passes that are undone by whoever asks for them: the same on all processes, and not copied."""
+
+    def __init__(self, buffers: MovingBuffers) -> None:
+        self.sync = buffers.sync
+
+    def snapshot(self) -> Buffers:
+        return Buffers({})
+
+    def moved(self) -> Tensor:
+        return torch.zeros(0)
+
+    def observe(self, moved: Sequence[bool], *, undone: bool) -> None:
+        pass
+
+    def restore(self, start: Buffers) -> None:
+        pass
 
 
 def _warn_if_lost(place: Place, still: _Still) -> None:

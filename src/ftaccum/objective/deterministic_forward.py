@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -75,46 +75,59 @@ class DeterministicMode:
     Attributes:
         whole: whether all modules are in train mode.
         moving: by name, those that move buffers.
+        modules: those that compute the loss besides the model. They keep their mode; their buffers are put back.
     """
 
     model: nn.Module
     whole: bool
     moving: Mapping[str, nn.Module]
+    modules: Sequence[nn.Module] = ()
 
     @classmethod
-    def of(cls, model: nn.Module, run: Callable[[], Sequence[float]]) -> "DeterministicMode":
+    def of(
+        cls, model: nn.Module, run: Callable[[], Sequence[float]], modules: Sequence[nn.Module] = ()
+    ) -> "DeterministicMode":
         """Finds out, in two passes, or four where train mode draws.
 
         Args:
             run: one pass of the model, to its losses.
+            modules: those that compute the loss besides the model.
         """
-        everything = dict(model.named_modules())
-        repeats, moved = cls(model, True, {})._tried(run)
-        moving = {name: module for name, module in everything.items() if module in moved}
+        whole = cls(model, True, {}, modules)
+        repeats, moved = whole._tried(run)
+        moving = {name: module for name, module in whole.named_modules().items() if module in moved}
         if repeats:
-            return cls(model, True, moving)
-        partly = cls(model, False, moving)
-        return partly if partly._tried(run)[0] else cls(model, False, {})
+            return replace(whole, moving=moving)
+        partly = cls(model, False, moving, modules)
+        return partly if partly._tried(run)[0] else cls(model, False, {}, modules)
+
+    def named_modules(self) -> dict[str, nn.Module]:
+        """Return all modules by name, also those of the loss."""
+        seen: set[nn.Module] = set()
+        found = dict(self.model.named_modules(seen))
+        for module in self.modules:
+            found |= dict(module.named_modules(seen, "loss_fn"))
+        return found
 
     @contextmanager
     def passes(self) -> Iterator[None]:
         """Around such passes. Generators, buffers and modes are afterwards as they were."""
         with (
             preserve_rng(),
-            preserve_buffers(self.model),
+            preserve_buffers(self.model, *self.modules),
             training_mode(self.model, training=self.whole),
             _also_in_what_is_run_again(self.model),
             _without_rates(self.model),
             _WithoutDropout(),
         ):
-            for module in () if self.whole else self.moving.values():
-                module.training = True
+            for module in () if self.whole else self.model.modules():
+                module.training = module in self.moving.values()
             yield
 
     def _tried(self, run: Callable[[], Sequence[float]]) -> tuple[bool, set[nn.Module]]:
         """Return whether a pass can be repeated, and the modules whose buffers it moves."""
         with self.passes():
-            generators, buffers = Generators.now(), Buffers.of(self.model)
+            generators, buffers = Generators.now(), Buffers.of(self.model, *self.modules)
             first = run()
             moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
             buffers.restore()

@@ -40,11 +40,13 @@ class GradientCheck:
     Attributes:
         run: a batch → the means of its loss by term, with their graph; the same each time.
         counts: how each term is counted that has items.
+        modules: those that compute the loss besides the model.
     """
 
     model: nn.Module
     run: Callable[[Batch], Means]
     counts: Mapping[str, CountItems]
+    modules: Sequence[nn.Module] = ()
 
     def gradient(self, batches: Sequence[Batch], *, needs_gradient: bool = False) -> GradientSketch:
         """Return the sketch of the gradient accumulated over batches.
@@ -60,8 +62,8 @@ class GradientCheck:
         with torch.enable_grad(), sketch_gradients(self.model) as sketch:
             for batch, counted in zip(batches, counts, strict=True):
                 with (
-                    preserve_buffers(self.model),
-                    preserve_attributes(self.model),
+                    preserve_buffers(self.model, *self.modules),
+                    preserve_attributes(self.model, *self.modules),
                 ):  # until after the backward pass, which may need them
                     means = {term: mean for term, mean in self.run(batch).items() if counted.get(term)}
                     loss = weighted_sum(means, counted, items) if means else torch.zeros(())

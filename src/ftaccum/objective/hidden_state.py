@@ -39,16 +39,20 @@ def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, 
     """
     attributes = ModuleAttributes(model, *modules)
 
+    def from_the_start() -> Mapping[str, float]:
+        with preserve_rng(), preserve_buffers(model, *modules):
+            return run()
+
     def off(training: bool) -> tuple[float, list[str], float]:
         """Return how far a second pass is from the first, what the first changed, and how far a third is off that
         starts from the same attributes."""
-        with DeterministicMode(model, training, {}).passes():
+        with DeterministicMode(model, training, {}, modules).passes():
             try:
-                first, changed, second = _from_the_start(model, run), attributes.changed(), _from_the_start(model, run)
+                first, changed, second = from_the_start(), attributes.changed(), from_the_start()
                 if (found := _difference(first, second)) <= tolerance:
                     return 0.0, [], 0.0
                 attributes.restore()
-                return found, changed, _difference(first, _from_the_start(model, run))
+                return found, changed, _difference(first, from_the_start())
             finally:
                 attributes.restore()
 
@@ -58,11 +62,6 @@ def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, 
     if changed and left <= tolerance:
         return HiddenState(found, changed)
     return HiddenState() if attributes.hold_generators() else HiddenState(off(training=False)[0])
-
-
-def _from_the_start(model: nn.Module, run: Run) -> Mapping[str, float]:
-    with preserve_rng(), preserve_buffers(model):
-        return run()
 
 
 def _difference(one: Mapping[str, float], other: Mapping[str, float]) -> float:

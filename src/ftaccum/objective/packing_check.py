@@ -26,7 +26,7 @@ def difference_of_packing(
         means, _ = forward(model, fresh_batch(batch, device))
         return sum(float(mean) * counts[term] for term, mean in means.items())
 
-    with inspection_mode(model), float32_weights(model), perturb_head(model):
+    with inspection_mode(model, *forward.modules), float32_weights(model), perturb_head(model):
         off = abs(loss(packed) / loss(padded) - 1)
     (off,) = broadcast_object_list([off])
     return off

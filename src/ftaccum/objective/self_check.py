@@ -49,7 +49,7 @@ def measured_objective(
         sums: whether the loss is handed over as a sum instead of a mean.
     """
     device = next(model.parameters()).device
-    with inspection_mode(model):
+    with inspection_mode(model, *forward.modules):
         forward.settle_outputs(model, lambda: fresh_batch(sample.together, device))
         if count_items is None:
             forward.split_spans(model, fresh_batch(sample.together, device))
@@ -241,7 +241,7 @@ class _Measurement:
                 means, outputs = self.outputs(self.sample.together)
             return [mean.item() for mean in means.values()]
 
-        mode = DeterministicMode.of(self.model, run)
+        mode = DeterministicMode.of(self.model, run, self.forward.modules)
         # A count of the user's own is of the whole loss, and so is the one that a sum is divided by.
         if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
             few = self.sample.apart(self.sample.together, PAIRS if mode.moving else SINGLE)

@@ -44,7 +44,7 @@ class TrainMode:
         together, moving = self.sample.together, self.mode.moving
 
         def from_the_start(batch: Batch) -> Mapping[str, float]:
-            with preserve_buffers(self.model):
+            with preserve_buffers(self.model, *self.mode.modules):
                 return self.losses(batch)
 
         with self.mode.passes(), perturb_norms(moving.values()):
@@ -79,7 +79,7 @@ class TrainMode:
 
     def _gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
         together, groups = self.sample.together, PAIRS if self.mode.moving else UNEQUAL
-        check = GradientCheck(self.model, self.means, counts)
+        check = GradientCheck(self.model, self.means, counts, self.mode.modules)
         with self.mode.passes():
             joint = check.together(together)
             if not exact:

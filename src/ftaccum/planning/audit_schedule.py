@@ -46,6 +46,11 @@ class AuditSchedule:
             return bool(self._ahead) and update >= self._ahead[0]
         return self.audit is not False and (update - 1) % self.audit == 0
 
+    @property
+    def takes_others(self) -> bool:
+        """Whether an update that is not due may be audited."""
+        return self.audit is True and (bool(self._ahead or self.extra) or self.n_updates >= _SHORT)
+
     def may_take(self, *, is_new: bool) -> bool:
         """Return whether an audit that is not due may take place.
 

@@ -1,18 +1,26 @@
 """What modules keep besides parameters and buffers: counters, averages, lists."""
 
+import functools
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .log import logger
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_SMALL = 65536  # numbers of a tensor up to which a copy is kept
+_BUDGET = 2**28  # bytes of tensors and arrays that copies are kept of
+_DEPTH = 3  # how far to look into containers and objects
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# What is not looked into: modules are listed themselves; the others hold no state, or restore it elsewhere.
+_WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
+_PLAIN = (int, float, str, bytes, type(None))  # items that nothing is inside of
 
 
 class ModuleAttributes:
@@ -20,7 +28,10 @@ class ModuleAttributes:
 
     def __init__(self, *modules: nn.Module) -> None:
         everything = dict.fromkeys(inner for module in modules for inner in module.modules())
-        self._kept = {module: {name: _Kept(value) for name, value in _attributes(module)} for module in everything}
+        keeper = _Keeper()
+        self._kept = {
+            module: {name: keeper.keep(value) for name, value in _attributes(module)} for module in everything
+        }
 
     def changed(self) -> list[str]:
         """Return what to call the attributes that have other values by now."""
@@ -32,17 +43,27 @@ class ModuleAttributes:
         ]
 
     def restore(self) -> None:
-        """Put all attributes back, and remove those that are new."""
+        """Put all attributes back, and remove those that are new. Warn of what could not be put back."""
         for module, kept in self._kept.items():
             for name, _ in _attributes(module):
                 if name not in kept:
                     del vars(module)[name]
             for name, value in kept.items():
                 vars(module)[name] = value.restored()
+        for place in self.changed():
+            _warn_if_lost(place)
 
     def hold_generators(self) -> bool:
         """Return whether one of them draws at random."""
         return any(isinstance(value.value, _GENERATORS) for kept in self._kept.values() for value in kept.values())
+
+
+@functools.cache
+def _warn_if_lost(place: str) -> None:
+    logger.warning(
+        f"{place} changes in passes that are undone, and stays changed: it is too large to copy, or holds what cannot "
+        "be copied. Make it a buffer (`register_buffer`)."
+    )
 
 
 @contextmanager
@@ -55,38 +76,90 @@ def preserve_attributes(*modules: nn.Module) -> Iterator[None]:
         before.restore()
 
 
-class _Kept:
-    """One value, with a copy of what it holds where that may change."""
+class _Keeper:
+    """Keeps values, each object once, however many modules share it."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self) -> None:
+        self.room = _BUDGET
+        self._known: dict[tuple[int, int], _Kept] = {}
+
+    def keep(self, value: Any, depth: int = _DEPTH) -> "_Kept":
+        key = id(value), 0 if isinstance(value, Tensor | np.ndarray) else depth
+        if key not in self._known:
+            self._known[key] = _Kept(value, self, depth)
+        return self._known[key]
+
+
+class _Kept:
+    """One value, with a copy of what it holds where that may change: as far as there is room, and down to a depth."""
+
+    def __init__(self, value: Any, keeper: _Keeper, depth: int) -> None:
         self.value = value
         self._version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
         self._copy: Any = None
-        if isinstance(value, Tensor):
-            self._copy = value.detach().clone() if value.numel() <= _SMALL else None
-        elif type(value) in (list, dict, set, deque):
-            self._copy = value.copy()
+        self._inner: list[_Kept] = []
+        if isinstance(value, Tensor | np.ndarray):
+            n_bytes = value.numel() * value.element_size() if isinstance(value, Tensor) else value.nbytes
+            if n_bytes <= keeper.room:
+                keeper.room -= n_bytes
+                self._copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
+        elif depth and (items := _items_of(value)) is not None:
+            self._copy = dict(items) if isinstance(items, dict) else set(items) if isinstance(items, set) else [*items]
+            inner = items.values() if isinstance(items, dict) else items
+            self._inner = [keeper.keep(item, depth - 1) for item in inner if not isinstance(item, _PLAIN)]
 
     def holds(self, value: Any) -> bool:
         """Return whether a value is this one, unchanged."""
+        if value is not self.value:
+            return _same(value, self.value)
         if isinstance(value, Tensor):
             written = not value.is_inference() and value._version != self._version
-            return value is self.value and not (written and (self._copy is None or not torch.equal(value, self._copy)))
-        if self._copy is not None and value is self.value:
-            return _same_items(value, self._copy)
-        return value is self.value or (isinstance(value, bool | int | float | str) and value == self.value)
+            return not written or (self._copy is not None and torch.equal(value, self._copy))
+        if self._copy is None:
+            return True
+        if isinstance(value, np.ndarray):
+            return value.tobytes() == self._copy.tobytes()
+        return _same_items(_items_of(value), self._copy) and all(kept.holds(kept.value) for kept in self._inner)
 
     def restored(self) -> Any:
-        """Return the value as it was."""
-        if self._copy is None or self.holds(self.value):
-            return self.value
-        if isinstance(self.value, Tensor):
+        """Return the value as it was.
+
+        A tensor that there was no room to copy stays as it is, which `holds` goes on to tell.
+        """
+        value, copy = self.value, self._copy
+        if copy is None or self.holds(value):
+            return value
+        if isinstance(value, Tensor):
             with torch.no_grad():
-                self.value.copy_(self._copy)
-            return self.value
-        self.value.clear()
-        (self.value.update if isinstance(self.value, dict | set) else self.value.extend)(self._copy)
-        return self.value
+                value.copy_(copy)
+        elif isinstance(value, np.ndarray):
+            value[...] = copy
+        else:
+            _fill(_items_of(value), copy)
+            for kept in self._inner:
+                kept.restored()
+        return value
+
+
+def _items_of(value: Any) -> Any:
+    """Return what holds the items of a container, or the attributes of a plain object; None for all else."""
+    if isinstance(value, dict | list | tuple | deque | set):
+        return value
+    return None if isinstance(value, _WHOLE) else getattr(value, "__dict__", None)
+
+
+def _fill(items: Any, copy: Any) -> None:
+    """Put items back in place, whatever a class of the user's makes of that."""
+    if isinstance(items, tuple) or _same_items(items, copy):
+        return
+    if isinstance(items, dict):
+        kind: Any = OrderedDict if isinstance(items, OrderedDict) else dict
+        kind.clear(items)
+        for key, item in copy.items():
+            kind.__setitem__(items, key, item)
+    else:
+        items.clear()
+        (items.update if isinstance(items, set) else items.extend)(copy)
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
@@ -94,8 +167,12 @@ def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _same_items(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(value is other[key] for key, value in one.items())
     if isinstance(one, set):
         return one == other
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .module_attributes import preserve_attributes
+
+_CHUNK = 2**17  # words that a fingerprint weighs at a time
+_ODD = 0x1E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,18 @@ def _device() -> Any:
     return torch.get_device_module() if at_hand else None
 
 
-def buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every buffer, by the module that has it and its name there."""
-    return [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is not None]
+def buffers_of(*modules: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return every buffer, by the module that has it and its name there."""
+    return [(inner, name) for inner in _inside(modules) for name, b in inner._buffers.items() if b is not None]
 
 
-def unset_buffers_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def unset_buffers_of(*modules: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return the buffers that are declared, but None."""
-    return [(module, name) for module in model.modules() for name, b in module._buffers.items() if b is None]
+    return [(inner, name) for inner in _inside(modules) for name, b in inner._buffers.items() if b is None]
+
+
+def _inside(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return list(dict.fromkeys(inner for module in modules for inner in module.modules()))
 
 
 def is_expanded(buffer: Tensor) -> bool:
@@ -79,27 +87,44 @@ def is_expanded(buffer: Tensor) -> bool:
     return any(size > 1 and not stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
 
+def in_memory(buffer: Tensor) -> Tensor:
+    """Return a buffer without the repetitions that take no memory."""
+    return buffer[tuple(slice(0, 1) if not stride else slice(None) for stride in buffer.stride())]
+
+
 def bytes_of(buffer: Tensor) -> Tensor:
     """Return the bytes of a strided buffer, one behind the other."""
     return buffer.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def fingerprint(buffer: Tensor) -> Tensor:
-    """Return a number that is another one when a buffer has changed: the sum of its bytes, eight at a time.
+    """Return a number that is another one when a buffer has changed: the weighted sum of its bytes, eight at a time.
 
-    It takes a third of the time of a copy, and no memory. (Versions do not tell: batch norm, and code that writes to
-    `.data`, do not count theirs. For sparse buffers they have to do.)
+    Odd weights, drawn for each place, also tell a buffer whose numbers have changed places. It takes little memory.
+    (Versions do not tell: batch norm, and code that writes to `.data`, do not count theirs. For sparse buffers they
+    have to do.)
     """
     if buffer.layout is not torch.strided:
         return torch.tensor(buffer._version, device=buffer.device)
-    read = bytes_of(buffer)
+    read, weights = bytes_of(in_memory(buffer)), _weights(buffer.device)
     whole = len(read) // 8 * 8
-    return read[:whole].view(torch.int64).sum() + read[whole:].sum()
+    total = (read[whole:] * weights[: len(read) - whole]).sum()
+    for n, part in enumerate(read[:whole].split(8 * _CHUNK)):
+        words = (part.clone() if part.storage_offset() % 8 else part).view(torch.int64)
+        total += (words * weights[: len(words)]).sum() * (_ODD * (2 * n + 1) % 2**63)
+    return total
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """Return odd numbers, the same in each process."""
+    draw = torch.Generator().manual_seed(0)
+    return (torch.randint(2**62, (_CHUNK,), generator=draw) * 2 + 1).to(device)
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """A copy of a model's buffers (batch-norm statistics, for one).
+    """A copy of buffers (batch-norm statistics, for one).
 
     Attributes:
         kept: each buffer and its copy.
@@ -115,9 +140,9 @@ class Buffers:
         return cls({place: (buffer, buffer.clone()) for place, buffer in found if buffer is not None})
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Buffers":
-        """Return a copy of all buffers of a model."""
-        return cls(cls.now(buffers_of(model)).kept, unset_buffers_of(model))
+    def of(cls, *modules: nn.Module) -> "Buffers":
+        """Return a copy of all buffers of modules."""
+        return cls(cls.now(buffers_of(*modules)).kept, unset_buffers_of(*modules))
 
     def moved(self, module: nn.Module, name: str) -> bool:
         """Whether a buffer is another one by now, or has other numbers. (Its version does not tell: batch norm writes
@@ -169,9 +194,9 @@ def seed_all(*seed: int) -> None:
 
 
 @contextmanager
-def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Leaves the model's buffers as they were found."""
-    before = Buffers.of(model)
+def preserve_buffers(*modules: nn.Module) -> Iterator[None]:
+    """Leave the buffers of modules as they were."""
+    before = Buffers.of(*modules)
     try:
         yield
     finally:
@@ -238,12 +263,16 @@ def cast_tensors(
 
 
 @contextmanager
-def inspection_mode(model: nn.Module) -> Iterator[None]:
+def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
     """For trying a model out: eval mode, no gradients, and generators, buffers, modes and what the model takes its
-    labels for as they were afterwards."""
+    labels for as they were afterwards.
+
+    Args:
+        modules: those that compute the loss besides the model.
+    """
     with (
-        torch.no_grad(), preserve_rng(), preserve_buffers(model), training_mode(model, training=False),
-        _preserve_problem_type(model), preserve_attributes(model),
+        torch.no_grad(), preserve_rng(), preserve_buffers(model, *modules), training_mode(model, training=False),
+        _preserve_problem_type(model), preserve_attributes(model, *modules),
     ):  # fmt: skip
         yield
 

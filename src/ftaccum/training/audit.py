@@ -57,11 +57,12 @@ class AuditHandler:
         started = time.perf_counter()
         self._schedule.trained += started - self._since
         if self._may_audit:
-            is_new = self._process_group.any(self._seen.add(local_window.micro_batches))
+            looks = self._schedule.takes_others  # what is new need not be known otherwise
+            is_new = looks and self._process_group.any(self._seen.add(local_window.micro_batches))
             is_planned = self._schedule.is_due(local_window.window.index + 1)
             # One clock decides: the main process's.
             may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
-            if is_planned or self._process_group.any(may_take):
+            if is_planned or (looks and self._process_group.any(may_take)):
                 self._audit(local_window, started, is_new=is_new, whole=self._is_whole and (is_planned or not is_new))
         self._since = time.perf_counter()
 

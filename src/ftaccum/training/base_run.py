@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from ..accumulation.accumulator import GradientAccumulator
+from ..accumulation.buffers import SyncedBuffers
 from ..data.iterable import open_stream
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
@@ -139,10 +140,10 @@ class Run:
             self._inner.enter_context(compile_model(self.model))
         return self.gradients.prepare(self.accelerator, self.model)
 
-    def new_accumulator(self, wrapped: nn.Module) -> GradientAccumulator:
+    def new_accumulator(self, wrapped: nn.Module, buffers: SyncedBuffers | None = None) -> GradientAccumulator:
         """Return an accumulator that has seen no window yet."""
         objective = self.data.objective
-        return GradientAccumulator(self.accelerator, wrapped, objective, self.gradients, self.process_group)
+        return GradientAccumulator(self.accelerator, wrapped, objective, self.gradients, self.process_group, buffers)
 
     def _prepare_model(self, stack: ExitStack) -> None:
         """Put the model on its device, in train mode."""

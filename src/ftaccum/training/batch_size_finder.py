@@ -55,7 +55,7 @@ def largest_batch(
     def fits(n_rows: int) -> bool:
         if host is not None and not host.has_room_for(n_rows):
             return False
-        with preserve_rng(), preserve_buffers(model):
+        with preserve_rng(), preserve_buffers(model, *objective.modules):
             try:
                 _pass(model, objective, loader.longest_rows(n_rows), accelerator)
             except RuntimeError as error:

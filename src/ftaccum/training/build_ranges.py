@@ -40,7 +40,7 @@ def find_ranges(
     model, loss_fn = components.model, components.loss_fn
     few = [fresh_batch(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
     sizes, longest = dict(ValueRanges.of_tokens(model).limits), []
-    with inspection_mode(model):
+    with inspection_mode(model, *forward.modules):
         for row in few:  # one may be at fault itself, and end the pass before all is seen
             limits = find_embedding_limits(partial(forward, model, row), row)
             sizes |= limits.sizes

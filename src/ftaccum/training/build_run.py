@@ -175,7 +175,7 @@ class TrainingSetup(Run):
             objective,
             self.gradients,
             self.process_group,
-            self.new_accumulator(self.prepared[0]),
+            self.new_accumulator(self.prepared[0], self.accumulator.synced_buffers()),
             self.window_loader,
         )
         dtypes = [p.dtype for p in self.model.parameters() if p.requires_grad]

@@ -55,7 +55,7 @@ def _failing_row(
     device = next(components.model.parameters()).device
     for position in candidates:
         try:
-            with inspection_mode(components.model):
+            with inspection_mode(components.model, *forward.modules):
                 forward(components.model, fresh_batch(row_collator.seeded(rows, [position], 0), device))
         except Exception:
             return position

@@ -189,7 +189,7 @@ class NonFiniteHandler:
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0
-        with inspection_mode(self._model):
+        with inspection_mode(self._model, *self._objective.modules):
             for micro, place in places:
                 loss = self._loss_of(micro, place)
                 n_tried += loss is not None
