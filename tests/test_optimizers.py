@@ -16,6 +16,8 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 from transformers import Adafactor
 
 from ftaccum import CheckpointError, Preempted, SettingsError, search
+from ftaccum.settings import Recipe
+from ftaccum.training.optimizer import make_optimizer
 from interrupted import fine_tuned
 from optimizers import SAM, Chain
 from schedule_free import ScheduleFreeSGD
@@ -35,6 +37,56 @@ def test_a_function_that_names_no_rate_gets_that_of_the_settings() -> None:
         model, rows = regression()
         assert train(model, rows, optimizer, learning_rate=0.2).lr_history == [0.2] * 3
         assert train(model, rows, optimizer).lr_history == [5e-5] * 3
+
+
+class Passing(SGD):
+    """Passes on what it gets."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+class Own(AdamW):
+    """Has no option for the decay."""
+
+    def __init__(self, params: Any, lr: float = 0.5) -> None:
+        super().__init__(params, lr, weight_decay=0)
+
+
+RECIPE = Recipe()
+RATE, DECAY = RECIPE.learning_rate, RECIPE.weight_decay
+DEFAULT = torch.tensor(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "rate", "decay"),
+    [
+        (lambda groups: SGD(groups, 1, weight_decay=0), 1, 0),
+        (lambda groups: SGD(groups, 1e-3, 0.9, 0, 0), 1e-3, 0),
+        (lambda groups: SGD(groups, lr=DEFAULT), 1e-3, DECAY),
+        (partial(AdamW, lr=1e-3, weight_decay=0.01), 1e-3, 0.01),
+        (partial(AdamW, weight_decay=0), RATE, 0),
+        (lambda groups: Passing(groups, weight_decay=0), RATE, 0),
+        (Passing, RATE, DECAY),
+        (Own, RATE, 0),
+        (lambda groups: Chain(SGD(groups[:1], weight_decay=0), SGD(groups[1:])), RATE, 0),
+        (lambda groups: SAM(groups, partial(SGD, weight_decay=0)), RATE, 0),
+        (lambda groups: SAM(groups, SGD), RATE, DECAY),
+        (lambda groups: copy.copy(SGD(groups, momentum=0.9)), RATE, DECAY),
+    ],
+)
+def test_what_the_call_names_counts_even_if_it_is_the_default(factory: Any, rate: float, decay: float) -> None:
+    model, _ = regression()
+    optimizer = make_optimizer(model, factory, RECIPE, ())
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([rate, rate])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0]
+
+
+def test_constructors_are_left_as_they_were() -> None:
+    before = SGD.__init__, Optimizer.__init__
+    with pytest.raises(ZeroDivisionError):
+        make_optimizer(regression()[0], lambda groups: SGD(groups, lr=1 / 0), RECIPE, ())
+    assert (SGD.__init__, Optimizer.__init__) == before
 
 
 def test_the_default_given_as_an_argument_counts_as_given() -> None:

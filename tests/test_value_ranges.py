@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from ftaccum import DataError, Result, plan, test_fine_tuning
@@ -218,3 +219,69 @@ def test_probabilities_may_be_rounded() -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_takes_its_rows(name: str) -> None:
     assert run(HEADS[name].model(), HEADS[name].rows(), on_inexact="ignore").optimizer_steps
+
+
+class Kernels(TorchDispatchMode):
+    """Notes whether a kernel gets an index out of range. On a GPU, that ends the use of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_range: list[bool] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if operation in (aten.embedding.default, aten.gather.default, aten.nll_loss_forward.default):
+            sizes = {aten.embedding.default: lambda: len(args[0]), aten.gather.default: lambda: args[0].shape[args[1]]}
+            size = sizes.get(operation, lambda: args[0].shape[-1])()
+            indices = args[2] if operation is aten.gather.default else args[1]
+            self.in_range.append(bool((((indices >= 0) & (indices < size)) | (indices == -100)).all()))
+        return operation(*args, **(kwargs or {}))
+
+
+def widths_of(model: nn.Module) -> list[int]:
+    """Return a list that gets the width of each batch that the model runs on."""
+    widths: list[int] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        widths.append((args[0] if args else kwargs["input_ids"]).shape[-1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return widths
+
+
+@pytest.mark.parametrize("make", [bert, roberta, Cutting])
+def test_no_pass_is_wider_than_the_rows(make: Callable[[], nn.Module]) -> None:
+    model, rows = make(), [{"input_ids": [5, 6, 7, 8][: 2 + n % 3], "labels": n % 3} for n in range(20)]
+    widths = widths_of(model)
+    run(model, rows, on_inexact="ignore")
+    assert max(widths) == 4
+
+
+@pytest.mark.parametrize("make", [bert, roberta])
+@pytest.mark.parametrize("form", [list, Lazy])
+def test_a_long_row_is_refused_without_a_lookup_out_of_range(
+    make: Callable[[], nn.Module], form: Callable[[list[Row]], Any]
+) -> None:
+    kernels = Kernels()
+    with kernels, pytest.raises(DataError, match="row 60 has 40 tokens, but the model has positions for 32"):
+        run(make(), form([*plain(60), {"input_ids": [5] * 40, "labels": 1}]))
+    assert all(kernels.in_range)
+
+
+@pytest.mark.parametrize(("change", "words"), [({"city": 5}, "the number 5 in `city`"), ({"labels": 3}, "the label 3")])
+def test_a_number_out_of_range_in_every_row_reaches_no_kernel(change: Row, words: str) -> None:
+    kernels = Kernels()
+    with kernels, pytest.raises(DataError, match=f"row 0 has {words}"):
+        run(Shop(), [{**row, **change} for row in shop()])
+    assert all(kernels.in_range)
+
+
+def test_a_model_that_clamps_positions_takes_a_long_row_in_mid_run() -> None:
+    class Clamping(Cutting):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            positions = torch.arange(input_ids.shape[1]).clamp(max=7)
+            logits = self.head((self.tokens(input_ids) + self.positions(positions)).mean(1))
+            return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    rows, _, _ = faulty([{"input_ids": [5, 6], "labels": n % 3} for n in range(3 * N_ROWS)], LONG, first=256)
+    assert run(Clamping(), Lazy(rows), on_inexact="ignore").optimizer_steps

@@ -94,6 +94,21 @@ def decay_of_the_function() -> float:
     return error_of(lambda groups: SGD(groups, lr=0.1, weight_decay=0.5))
 
 
+@case(15, "no weight decay in the function: `AdamW(groups, lr=0.1, weight_decay=0)`")
+def no_decay_of_adamw() -> float:
+    return error_of(lambda groups: AdamW(groups, lr=0.1, weight_decay=0))
+
+
+@case(15, "no weight decay in the function: `SGD(groups, lr=0.1, weight_decay=0)`")
+def no_decay_of_sgd() -> float:
+    return error_of(lambda groups: SGD(groups, lr=0.1, weight_decay=0))
+
+
+@case(15, "no weight decay in the function, and a `weight_decay`", refused="SGD was made with `weight_decay=0`")
+def no_decay_and_decay() -> float:
+    return error_of(lambda groups: SGD(groups, lr=0.1, weight_decay=0), weight_decay=0.1)
+
+
 @case(15, "a rate in the function, and another one as `learning_rate`", refused="`learning_rate` is 1, but SGD was")
 def two_rates() -> float:
     return error_of(lambda groups: SGD(groups, lr=0.1), learning_rate=1.0, weight_decay=0.0)

@@ -26,7 +26,8 @@ class ValueRanges:
 
     Attributes:
         limits: by column, what its numbers are below.
-        longest: the most tokens of a row; None where there is no limit.
+        longest: the number of positions in the model's table of them; None if it has none.
+        takes_longer: whether the model takes a longer row, because it cuts rows or clamps positions.
         n_classes: labels are below this, or the ignored one; None where labels are no class numbers.
         ignore_index: the label that is left out of the loss.
         probabilities: whether labels are probabilities, as in binary cross entropy.
@@ -34,6 +35,7 @@ class ValueRanges:
 
     limits: Mapping[Place, int] = field(default_factory=dict)
     longest: int | None = None
+    takes_longer: Callable[[], bool] = lambda: False
     n_classes: int | None = None
     ignore_index: int = -100
     probabilities: bool = False
@@ -102,7 +104,7 @@ class ValueRanges:
         if self.longest is None:
             return
         for position, length in zip(positions, lengths, strict=True):
-            if length > self.longest:
+            if length > self.longest and not self.takes_longer():
                 raise DataError(
                     f"Of `{rows.argument}`, {rows.name_of(position)} has {length} tokens, but the model has positions "
                     f"for {self.longest}. Truncate the row, or load a model with a larger `max_position_embeddings`."

@@ -1,8 +1,8 @@
 """The ranges of the numbers that a model and its loss can take, as a forward pass shows them."""
 
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..data.value_ranges import ValueRanges
 from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import find_embedding_limits
 from ..objective.forward import Forward, logits_of
+from ..objective.index_guard import IndexGuard
 from ..objective.item_counts import Batch, targets_of
 from ..runtime.state_guards import inspection_mode
 from .config import Components
@@ -39,23 +40,31 @@ def find_ranges(
     """Return what the numbers in a batch may be. A `loss_fn` that does not say what it ignores may take any label."""
     model, loss_fn = components.model, components.loss_fn
     few = [fresh_batch(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
-    sizes, longest = dict(ValueRanges.of_tokens(model).limits), []
-    with inspection_mode(model, *forward.modules):
+    sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
+    with inspection_mode(model, *forward.modules), IndexGuard():
         for row in few:  # one may be at fault itself, and end the pass before all is seen
             limits = find_embedding_limits(partial(forward, model, row), row)
             sizes |= limits.sizes
-            if limits.longest is not None and not _takes(forward, model, _stretched(row, limits.longest + 1)):
-                longest.append(limits.longest)
+            lengths += [] if limits.longest is None else [limits.longest]
         is_binary = _is_binary_module(loss_fn) or (loss_fn is None and _computes_binary(forward, model, few[0]))
         says_what_it_ignores = loss_fn is None or hasattr(loss_fn, "ignore_index")
         n_classes = forward.n_classes(model, few[0]) if says_what_it_ignores else None
-    return ValueRanges(sizes, min(longest, default=None), n_classes, ignore_index, is_binary)
+    longest = min(lengths, default=None)
+    # Asked once, for the first row that is longer: no pass is wider than the data.
+    takes_longer = cache(lambda: longest is None or _takes_any(forward, model, few, longest + 1))
+    return ValueRanges(sizes, longest, takes_longer, n_classes, ignore_index, is_binary)
+
+
+def _takes_any(forward: Forward, model: nn.Module, few: Sequence[Batch], length: int) -> bool:
+    """Return whether a forward pass of one of these rows succeeds at a length."""
+    return any(_takes(forward, model, _stretched(row, length)) for row in few)
 
 
 def _takes(forward: Forward, model: nn.Module, row: Batch) -> bool:
     """Return whether a forward pass of a row succeeds."""
     try:
-        forward(model, row)
+        with inspection_mode(model, *forward.modules), IndexGuard():
+            forward(model, row)
     except Exception:
         return False
     return True

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ..errors import SettingsError
 from ..settings import Recipe
+from .named_options import record_named_options
 from .parameter_groups import ParamGroups, parameter_groups
 from .rates import check_groups, check_rates_of_instance, settle_rates
 
@@ -32,8 +33,9 @@ def make_optimizer(
         made = optimizer
         check_rates_of_instance(made, settings, given)
     else:
-        made = _made(optimizer, parameter_groups(model, **settings))
-        settle_rates(made, settings, given)
+        with record_named_options() as named:
+            made = _made(optimizer, parameter_groups(model, **settings))
+        settle_rates(made, settings, given, named)
     if not _held(made) & {p for p in model.parameters() if p.requires_grad}:
         raise SettingsError(
             [

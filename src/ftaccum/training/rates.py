@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 from ..errors import refuse
 from ..runtime.optimizers import inner_optimizers
+from .named_options import NamedOptions
 
 # The settings, and the names that parameter groups have for them.
 _NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay"}
 
 
-def settle_rates(optimizer: Optimizer, settings: dict[str, float], given: Collection[str]) -> None:
+def settle_rates(optimizer: Optimizer, settings: dict[str, float], given: Collection[str], named: NamedOptions) -> None:
     """Give an optimizer that a function of the parameter groups has made the numbers that it was made with.
 
     The groups carry those of the settings, so that `SGD(groups, lr=0.1)` would leave 0.1 unused.
@@ -25,6 +26,7 @@ def settle_rates(optimizer: Optimizer, settings: dict[str, float], given: Collec
     Args:
         settings: `learning_rate` and `weight_decay`.
         given: those that the user gave.
+        named: the options that the function named, of this optimizer and those that it holds.
 
     Raises:
         SettingsError: where the user gave one, and the optimizer was made with another.
@@ -36,7 +38,7 @@ def settle_rates(optimizer: Optimizer, settings: dict[str, float], given: Collec
             if not _is_number(own) or float(own) == wanted:
                 continue
             key, groups = _NAMES[name], made.param_groups
-            chosen = not _is_default_of_class(made, key, own)
+            chosen = key in named.get(made, ()) or not _is_default_of_class(made, key, own)
             unset = [group for group in groups if group.get(key) is own]
             if (chosen or unset) and name in given:
                 faults.append(_contradiction(name, wanted, f"{type(made).__name__} was made with `{key}={own:g}`"))
@@ -160,9 +162,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_default_of_class(optimizer: Optimizer, key: str, value: Any) -> bool:
-    # The very object, and not only an equal one: `SGD(groups, lr=1e-3)` asks for what happens to be SGD's default.
-    signatures = [inspect.signature(kind) for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer)]
-    return any(key in s.parameters and s.parameters[key].default is value for s in signatures)
+    """Return whether a value is the default in the signature of the class, or of the nearest base class that has one:
+    the very object, as an equal one may be chosen in the constructor."""
+    for kind in type(optimizer).__mro__:
+        if issubclass(kind, Optimizer) and key in (options := inspect.signature(kind).parameters):
+            return options[key].default is value
+    return False
 
 
 def _contradiction(name: str, wanted: float, other: str) -> str:
