@@ -6,13 +6,14 @@ its mean loss times n / N. Each process makes equally many passes, and gradients
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
 from ..errors import DataError
@@ -169,14 +170,20 @@ class GradientAccumulator:
         Args:
             failure: that of an earlier pass of this process.
         """
+        ddp = self._model if isinstance(self._model, DistributedDataParallel) else None
         with self._accelerator.accumulate(self._model), self._leaving_no_trace(micro):
             try:
                 if failure is None:
-                    means, contribution = self._forward(micro, normalizer)
+                    # From its forward pass on, DDP would count on the backward pass.
+                    with nullcontext() if ddp is None else ddp.no_sync():
+                        means, contribution = self._forward(micro, normalizer)
             except (DataError, RuntimeError) as error:
                 if (failure := self._failure(index, error)) is None:
                     raise
             self._leave_after(failure)
+            if ddp is not None:
+                ddp.reducer.prepare_for_forward()
+                ddp.reducer.prepare_for_backward([contribution])
             self._backward(contribution, normalizer)
         window.add(micro, means, contribution)
 
