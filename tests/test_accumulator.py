@@ -1,7 +1,9 @@
 """The gradient of one window, by hand: scale, dummies, errors, buffers."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -309,3 +311,27 @@ def test_buffers_on_two_processes(two_processes: Callable[..., str]) -> None:
         main, other = found["trained"][size]
         assert main == other
         assert len(main) == 1
+
+
+@pytest.mark.processes
+def test_a_pass_that_one_process_cannot_train_on_ends_both_with_one_sentence(
+    two_processes: Callable[..., str], tmp_path: Path
+) -> None:
+    printed = two_processes("passes_of_two.py", str(tmp_path))
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    sharded, constant = found.pop("sharded"), "does not depend on any trainable parameter"
+    sentences = {
+        "late_term": r"has a term 'b', .* Give `count_items`",
+        "constant": constant + r"\. .* return 0 times the sum of an output",
+        "changed_in_place": r"changes `targets` of a batch in place, and 1 loss items are left of 2\. .* Make the",
+    }
+    assert len(found) == 8
+    for case, ((one, other), kept, n_updates, difference) in found.items():
+        assert one == other
+        assert re.search(r"rows \d+, \d+ of `train_data` " + sentences[case.split()[0]], one), one
+        assert "(Process 1 met it, and all of them end alike.)" in one
+        assert kept == ["update-00000005"]
+        assert n_updates == 5
+        assert difference == 0, "resumed with another loss, the run ends as one that was never interrupted"
+    assert sharded[0] == sharded[1]
+    assert constant in sharded[0]

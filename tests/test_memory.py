@@ -283,6 +283,8 @@ def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str]
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
     assert found["out_of_memory"] > 0
     assert found["difference"] < 1e-9
+    assert found["last"] > 0
+    assert found["last_difference"] < 1e-9
     assert found["before the pass"] < 1e-9
     assert found["apart"] > 0
     assert found["apart_difference"] < 1e-9

@@ -1,6 +1,6 @@
 """Two processes, of which the second runs out of memory: prints a JSON line of what came of it.
 
-With the argument `synced`, it does so in the only pass of a window, in which gradients are synced.
+With the argument `synced`, it does so in the backward pass in which gradients are synced.
 """
 
 import json
@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 
+from ftaccum.objective.batch_changes import fresh_batch
 from invariance import difference, trained
 from running_out import limited
 from structures import with_a_narrow_weight
@@ -23,28 +23,30 @@ assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 
 
-def on_the_second(most: int) -> dict[str, object]:
-    return {"prepare": lambda model: limited(model, most if state.process_index else 99)}
+def on_the_second(most: int, where: str = "forward") -> dict[str, object]:
+    return {"prepare": lambda model: limited(model, most if state.process_index else 99, where)}
 
 
 if sys.argv[1] == "synced":
-    trained(NAME, 6, planner=False, **on_the_second(3))
+    trained(NAME, 6, planner=False, **on_the_second(3, "backward"))
 
 alone = torch.load(sys.argv[1], weights_only=False)
 scarce = trained(NAME, 3, planner=False, **on_the_second(2))
 auto = trained(NAME, "auto", **on_the_second(2))
-sends: list[int] = []
+# In the only pass of a window: gradients are synced in its backward pass.
+last = trained(NAME, 6, planner=False, **on_the_second(3))
+loads: list[int] = []
 
 
-def send(*args: Any, **kwargs: Any) -> Any:
+def load(*args: Any) -> Any:
     """Fails before the forward pass that DDP would have synced buffers in."""
-    sends.append(1)
-    if state.process_index and len(sends) == 1:
+    loads.append(1)
+    if state.process_index and len(loads) == 1:
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    return send_to_device(*args, **kwargs)
+    return fresh_batch(*args)
 
 
-with patch("ftaccum.accumulation.accumulator.send_to_device", send):
+with patch("ftaccum.accumulation.accumulator.fresh_batch", load):
     before = trained(NAME, 3, planner=False)
 # In the only pass of a window, in which nothing is synced where gradients are summed up apart.
 most = 3 if state.process_index else 99
@@ -63,6 +65,8 @@ if state.is_main_process:
     found = {
         "out_of_memory": scarce[1].out_of_memory,
         "difference": difference(alone, scarce),
+        "last": last[1].out_of_memory,
+        "last_difference": difference(alone, last),
         "before the pass": difference(alone, before),
         "apart": apart[1].out_of_memory,
         "apart_difference": difference(alone, apart),

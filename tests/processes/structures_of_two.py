@@ -1,7 +1,6 @@
 """Every structure on two processes: prints a JSON line {structure, how gradients are summed: largest relative error}.
 
-One process alone has the row that takes the other branch. And two models with their weights sharded over both, which
-Accelerate does on GPUs alone: it is made to believe that it was asked for on these CPUs.
+One process alone has the row that takes the other branch. And two models with their weights sharded over both.
 """
 
 import copy
@@ -11,15 +10,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from exactness import window_errors
 from ftaccum import DivergedError, test_fine_tuning
 from heads import HEADS, all_in_float64, relative_error, unsharded
-from structures import STRUCTURES, with_a_narrow_weight
+from structures import STRUCTURES, sharding, with_a_narrow_weight
 from test_nonfinite import BAD, Normed, infinite_loss, infinite_rows, points, run
 from training_passes import in_self_check, is_training_pass
 
@@ -103,17 +101,6 @@ def trained(name: str) -> dict[str, Tensor]:
     return {**weights, "norms": torch.tensor(result.grad_norm_history)}
 
 
-def sharding(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> Any:
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="transformer_based_wrap"
-    )
-    prepared = prepare(accelerator, model, optimizer)
-    assert sum(isinstance(module, FSDPModule) for module in prepared[0].modules()) > 2
-    return prepared
-
-
-prepare = Accelerator.prepare
 for name in ("causal LM, Llama", "causal LM, GPT-2"):  # the second with tied weights
     with all_in_float64():
         replicated = trained(name)
