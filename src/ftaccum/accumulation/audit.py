@@ -11,7 +11,9 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -40,7 +42,6 @@ _LARGEST, _LARGEST_PACKED = 8, 4
 _THIRD = 1 / 3  # a factor that rounds every number anew
 
 ONE_BATCH, ANOTHER_CUT = "one batch", "another cut"
-_NO_NAME = "a parameter outside of the model"
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ class GradientAuditor:
         except WindowOutOfMemoryError:
             give_back_memory()
             return None
-        return self._take(gathered([losses], self._accelerator)[0].total(), factor)
+        loss = gathered([losses], self._accelerator)[0].total()
+        return self._take(loss, self._accumulated_gradients(), factor)
 
     def _reference(self, sample: AuditRows) -> tuple[str, "_Measured | None"]:
         """Compute the gradient to compare with, and say what it is of."""
@@ -208,17 +210,35 @@ class GradientAuditor:
         (micro,) = self._load(sample)
         try:
             loss = self._unweighted_loss(micro)
-            scaled = loss * factor
-            scaler = self._accelerator.scaler
-            if loss.requires_grad:  # it may be a constant for these rows
-                (scaled if scaler is None else scaler.scale(scaled)).backward()
+            gradients = self._gradients(loss * factor) if loss.requires_grad else {}  # it may be a constant
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if self._process_group.is_single and not is_out_of_memory(error):
                 raise
             self._accumulator.zero_gradients()
             give_back_memory()
             return None
-        return self._take(loss.item(), factor)
+        return self._take(loss.item(), gradients, factor)
+
+    def _gradients(self, loss: Tensor) -> dict[str, Tensor | None]:
+        """Return the gradient of a loss by parameter, on the main process.
+
+        On several processes `backward` would run DDP's hooks, which take note of every parameter that is used.
+        """
+        scaled = loss if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss)
+        if self._process_group.is_single:
+            scaled.backward()
+            return self._accumulated_gradients()
+        weights = self._strategy.weights
+        return dict(zip(self._names, torch.autograd.grad(scaled, weights, allow_unused=True), strict=True))
+
+    def _accumulated_gradients(self) -> dict[str, Tensor | None]:
+        return dict(zip(self._names, (p.grad for p in self._strategy.parameters), strict=True))
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """The names of the strategy's weights."""
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        return [names.get(id(p), f"parameter {n} outside of the model") for n, p in enumerate(self._strategy.weights)]
 
     def _fits(self, sample: AuditRows) -> bool:
         """Return whether one batch is likely to fit. Accelerators raise an error where it does not, and are asked; on a
@@ -235,14 +255,12 @@ class GradientAuditor:
         batch = fresh_batch(micro.batch, self._accelerator.device)
         return self._objective.unweighted_loss(self._model, batch, micro.counts)
 
-    def _take(self, loss: float, factor: float = 1.0) -> "_Measured":
-        """Sketch the gradient on the main process, divide it by a factor, and drop it."""
-        names = {p: name for name, p in self._model.named_parameters()}
+    def _take(self, loss: float, gradients: Mapping[str, Tensor | None], factor: float) -> "_Measured":
+        """Sketch a gradient on the main process, divided by a factor, and drop it."""
         sketch = GradientSketch()
-        pairs = zip(self._strategy.weights, self._strategy.parameters, strict=True)
-        for weight, parameter in pairs if self._process_group.is_main else ():
-            if parameter.grad is not None:
-                sketch.add(names.get(weight, _NO_NAME), parameter.grad if factor == 1 else parameter.grad / factor)
+        for name, gradient in gradients.items() if self._process_group.is_main else ():
+            if gradient is not None:
+                sketch.add(name, gradient if factor == 1 else gradient / factor)
         self._accumulator.zero_gradients()
         return _Measured(sketch, loss)
 
