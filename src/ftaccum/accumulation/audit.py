@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..data.loader import LocalRows, MicroBatch
 from ..data.prefetch import LocalWindow, WindowLoader
@@ -40,7 +41,6 @@ from .audit_rows import AuditRows, part_of
 _LARGEST, _LARGEST_PACKED = 8, 4
 
 _THIRD = 1 / 3  # a factor that rounds every number anew
-
 ONE_BATCH, ANOTHER_CUT = "one batch", "another cut"
 
 
@@ -96,6 +96,8 @@ class GradientAuditor:
     def is_possible(self) -> bool:
         """Whether rows can be loaded a second time and run one by one, with the same outputs: a model may draw in eval
         mode as well."""
+        if isinstance(self._model, FSDPModule):  # the main process cannot run it alone
+            return False
         takes_single_rows = self._objective.report.in_training.complaint is None
         return takes_single_rows and self._window_loader.loader.repeats and (self._repeats or self._keeps_state)
 
