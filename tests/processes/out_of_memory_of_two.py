@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
 
+from ftaccum.objective.batch_changes import fresh_batch
 from invariance import difference, trained
 from running_out import limited
 from structures import with_a_narrow_weight
@@ -36,16 +36,16 @@ auto = trained(NAME, "auto", **on_the_second(2))
 sends: list[int] = []
 
 
-def send(*args: Any, **kwargs: Any) -> Any:
+def fresh(*args: Any) -> Any:
     """Fails before the forward pass that DDP would have synced buffers in."""
     sends.append(1)
     if state.process_index and len(sends) == 1:
         raise torch.OutOfMemoryError("CUDA out of memory.")
-    return send_to_device(*args, **kwargs)
+    return fresh_batch(*args)
 
 
-with patch("ftaccum.accumulation.accumulator.send_to_device", send):
-    before = trained(NAME, 3, planner=False)
+with patch("ftaccum.accumulation.accumulator.fresh_batch", fresh):
+    before = trained(NAME, 3, planner=False, audit=False)
 # In the only pass of a window, in which nothing is synced where gradients are summed up apart.
 most = 3 if state.process_index else 99
 apart = trained(
