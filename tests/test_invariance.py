@@ -25,7 +25,7 @@ def test_the_physical_batch_changes_nothing(name: str) -> None:
 def test_sorting_rows_by_length_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "token classification, BERT"
     in_order_of_length = trained(name, 3)
-    monkeypatch.setattr("ftaccum.data.dataset.Rows.lengths", lambda _: None)
+    monkeypatch.setattr("ftaccum.data.dataset.Rows.lengths", lambda *_: None)
     in_order_of_arrival = trained(name, 3)
     assert in_order_of_length[1].padding_fraction < in_order_of_arrival[1].padding_fraction
     assert difference(in_order_of_arrival, in_order_of_length) < 1e-9

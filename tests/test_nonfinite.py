@@ -311,7 +311,7 @@ class TestOverflowInFp16:
         model.register_forward_pre_hook(watch)
         return run(
             model, HEADS["sequence classification, BERT"].rows(8), mixed_precision="fp16", batch_size=4,
-            effective_batch_size=4, n_epochs=20,
+            effective_batch_size=4, n_epochs=20, audit=False,
             loss_fn=lambda outputs, batch: factor * nn.functional.cross_entropy(outputs.logits, batch["labels"]),
             **arguments,
         )  # fmt: skip

@@ -76,7 +76,7 @@ def test_between_updates_the_weights_do_not_move() -> None:
     )
     test_fine_tuning(
         model, train_data=head.rows(12), n_epochs=1, validation_split=0.0, batch_size=2,
-        gradient_accumulation_steps=3, lr_scheduler="constant", progress=False,
+        gradient_accumulation_steps=3, lr_scheduler="constant", progress=False, audit=False,
     )  # fmt: skip
     assert len(seen) == 6
     assert all(torch.equal(w, seen[0]) for w in seen[:3])

@@ -231,7 +231,7 @@ def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_w
     with pytest.raises(DataError, match="the disk is gone"):
         test_fine_tuning(
             HEADS[NAMES[1]].model(), train_data=Breaking(), batch_size=4, effective_batch_size=8, n_epochs=1,
-            validation_split=0.0, optimizer=lambda groups: ItemCounter(groups), progress=False,
+            validation_split=0.0, optimizer=lambda groups: ItemCounter(groups), progress=False, audit=False,
         )  # fmt: skip
     # The second window was read before the first update was counted; two more came, and the fourth was read in vain
     # before the third update.
