@@ -81,7 +81,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
             check_lengths(each, runtime.max_tokens, row_collator)
     row_collator.find_draws(rows)
     if val_rows is not None:
-        val_rows.find_draws()
+        val_collator.find_draws(val_rows)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
