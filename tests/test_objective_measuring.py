@@ -275,6 +275,7 @@ def test_packed_rows_are_compared_by_their_sum_where_they_count_fewer_items(mean
     def forward(_: nn.Module, batch: Any) -> Any:
         return {"loss": batch["mean"]}, None
 
+    forward.modules = ()  # type: ignore[attr-defined]
     objective = SimpleNamespace(count=lambda batch: {"loss": batch["items"]})
     padded = {"mean": torch.tensor(2.0, dtype=torch.float64), "items": 3}
     packed = {"mean": torch.tensor(mean, dtype=torch.float64), "items": 2}

@@ -2,14 +2,15 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from torch.optim import Optimizer
 
 # By optimizer, the names of the options in the call that made it.
-NamedOptions: TypeAlias = dict[Optimizer, set[str]]
+NamedOptions: TypeAlias = MutableMapping[Optimizer, set[str]]
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def record_named_options() -> Iterator[NamedOptions]:
     An option that is equal to its default cannot be told from the optimizer itself. So the constructors of all classes
     of optimizers are wrapped meanwhile. Those of classes that are defined meanwhile are not.
     """
-    named: NamedOptions = {}
+    named: NamedOptions = weakref.WeakKeyDictionary()
     constructors = {kind: vars(kind)["__init__"] for kind in _kinds(Optimizer) if "__init__" in vars(kind)}
     try:
         for kind, constructor in constructors.items():
