@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from heads import CLASSES, IGNORED, PAD, VOCABULARY, one_batch
+from lazy_rows import LazyRows
 
 _LENGTHS = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 7, 12, 40])
 _COUNTED = st.sampled_from(["all", "all", "all", "some", "none"])  # of a row's labels
@@ -89,19 +90,6 @@ KINDS = {
 }  # fmt: skip
 
 
-class _Indexed(torch.utils.data.Dataset):
-    """Rows that do not tell their lengths before they are fetched."""
-
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._rows[position]
-
-
 def _stream(rows: Sequence[Any]) -> Any:
     return IterableDataset.from_generator(lambda: iter(rows))
 
@@ -129,7 +117,7 @@ class Case:
         """The rows, as a user might hand them over."""
         if self.form == "ids":
             return [torch.tensor(row["input_ids"], dtype=torch.int64) for row in self.rows]
-        forms = {"list": list, "table": Dataset.from_list, "torch": _Indexed, "stream": _stream}
+        forms = {"list": list, "table": Dataset.from_list, "torch": LazyRows, "stream": _stream}
         return forms[self.form](self.rows)
 
     def validation_data(self) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from exactness import accumulated_gradients
 from ftaccum import DataError, plan, test_fine_tuning
@@ -21,6 +21,8 @@ from ftaccum.data.padding import PaddingCollator
 from ftaccum.data.scan import look_at_columns
 from ftaccum.data.values import OddRowError
 from heads import HEADS, Row, all_in_float64, relative_error
+from lazy_rows import LazyRows
+from silent_errors.columns import Rater
 from silent_errors.packed import causal_lm, documents, packed
 
 TOKENS, TARGETS, NOTHING = (Along.TOKENS,), (Along.TARGETS,), (Along.NOTHING,)
@@ -99,26 +101,13 @@ def test_padding_is_hidden_in_masks_of_pairs_of_tokens(left: bool) -> None:
         assert found[padding].tolist() == [0.0 if mask.is_floating_point() else True] * 3, "padding looks anywhere"
 
 
-class Computed(torch.utils.data.Dataset):
-    """Rows that are not at hand."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.rows[index]
-
-
 def test_a_column_that_a_late_row_lacks_costs_no_update_before_it(tmp_path: Path) -> None:
     rows = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in CLASSIFIER.rows(100)]
     del rows[11]["token_type_ids"]
     with pytest.raises(DataError, match="row 11 cannot be made part of a batch: it has no value in its column"):
         test_fine_tuning(
             CLASSIFIER.model(),
-            train_data=Computed(rows),
+            train_data=LazyRows(rows),
             validation_split=0.0,
             output_dir=str(tmp_path),
             progress=False,
@@ -166,15 +155,6 @@ def test_columns_of_the_validation_rows_alone_are_left_out() -> None:
 
 
 def test_values_along_the_tokens_are_taken_where_the_loss_leaves_padding_out() -> None:
-    class Rater(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.head = nn.Embedding(61, 8).double(), nn.Linear(8, 1).double()
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.head(self.embed(input_ids)).squeeze(-1)
-
     def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
         used = batch["attention_mask"] == 1
         return F.mse_loss(outputs[used], batch["labels"][used])

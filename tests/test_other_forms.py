@@ -26,6 +26,7 @@ from transformers import (
 
 from ftaccum import DataError, InexactLossWarning, Result, SettingsError, test_fine_tuning
 from heads import HEADS, Row
+from lazy_rows import LazyRows
 
 CLASSIFIER, CAUSAL = HEADS["sequence classification, BERT"], HEADS["causal LM, Llama"]
 TOKENS = HEADS["token classification, BERT"]
@@ -45,17 +46,6 @@ def plain(n: int = 10) -> list[Row]:
 def bert(**settings: Any) -> Any:
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(vocab_size=61, **SIZE, **WITHOUT_DROPOUT, num_labels=3, **settings))
-
-
-class Lazy(torch.utils.data.Dataset):
-    def __init__(self, rows: list[Any]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._rows[index]
 
 
 ROWS = plain()
@@ -117,7 +107,7 @@ def nested(rows: list[Row]) -> list[Row]:
         nested(ROWS),
         [BatchEncoding(row) for row in nested(ROWS)],
         [{**row, "input_ids": [row["input_ids"]]} for row in ROWS],
-        Lazy(nested(ROWS)),
+        LazyRows(nested(ROWS)),
         Dataset.from_list([{**row, "input_ids": [row["input_ids"]]} for row in ROWS]),
         Dataset.from_list([{**row, "input_ids": [row["input_ids"]]} for row in ROWS]).with_format("torch"),
         Dataset.from_list(ROWS).with_transform(
@@ -168,7 +158,7 @@ def named_labels() -> Any:
     return bert(label2id={"a": 0, "b": 1, "c": 2}, id2label={0: "a", 1: "b", 2: "c"})
 
 
-@pytest.mark.parametrize("form", [list, Dataset.from_list, Lazy, pd.DataFrame])
+@pytest.mark.parametrize("form", [list, Dataset.from_list, LazyRows, pd.DataFrame])
 def test_labels_that_are_strings_become_numbers(form: Callable[[list[Row]], Any]) -> None:
     rows = form([{**row, "labels": "abc"[row["labels"]]} for row in ROWS])
     assert run(named_labels(), rows).loss_history == pytest.approx(run(named_labels(), ROWS).loss_history, rel=1e-6)
@@ -199,7 +189,7 @@ def hot(row: Row, kind: Callable[[bool], Any]) -> list[Any]:
     return [kind(row["labels"] == n) for n in range(3)]
 
 
-@pytest.mark.parametrize("form", [list, Dataset.from_list, Lazy])
+@pytest.mark.parametrize("form", [list, Dataset.from_list, LazyRows])
 @pytest.mark.parametrize("kind", [int, bool])
 def test_whole_numbers_for_several_labels_at_once_are_floats(kind: Any, form: Callable[[list[Row]], Any]) -> None:
     several = {"problem_type": "multi_label_classification"}

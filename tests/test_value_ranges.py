@@ -18,6 +18,7 @@ from ftaccum import DataError, Result, plan, test_fine_tuning
 from ftaccum.data.dataset import Rows
 from ftaccum.data.probe_rows import sample_positions
 from heads import HEADS, Row
+from lazy_rows import LazyRows
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 N_ROWS = 100
@@ -27,19 +28,6 @@ SIZE = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "int
 def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
     defaults = {"n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5, "progress": False}
     return test_fine_tuning(model, train_data=data, **(defaults | arguments))
-
-
-class Lazy(torch.utils.data.Dataset):
-    """Rows that are made when they are asked for."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._rows[index]
 
 
 class Shop(nn.Module):
@@ -109,7 +97,7 @@ FAULTS: list[tuple[Callable[[], nn.Module], Callable[[], list[Row]], Row, str]] 
     (bert, multi_hot, {"labels": [1.0, -100.0, 0.0]}, "has the label -100.0, but the loss is a binary cross entropy"),
     (t5, pairs, {"labels": [5, 61]}, "has the label 61, but the model tells 61 classes apart"),
     (bart, pairs, {"labels": [5, 61]}, "has the label 61, but the model tells 61 classes apart"),
-    (Shop, shop, {"city": 5}, "number 5 in `city`, but the model has 5 embeddings for it, 0 to 4. Mend the row"),
+    (Shop, shop, {"city": 5}, "number 5 in `city`, but the model has 5 embeddings for it, 0 to 4. Fix the row"),
     (Shop, shop, {"kinds": [9, 3]}, "number 3 in place 1 of `kinds`, but the model has 3 embeddings for it"),
 ]
 
@@ -147,7 +135,7 @@ def test_a_bad_row_far_from_the_start_is_named(
     assert not (tmp_path / "before" / "ledger.jsonl").exists()
     more, index_of_more, update = faulty(rows() * 3, change, first=256)  # so many are looked at before training
     with pytest.raises(DataError, match=rf"Of `train_data`, row {index_of_more} .*{words}"):
-        run(model(), Lazy(more), output_dir=str(tmp_path / "run"))
+        run(model(), LazyRows(more), output_dir=str(tmp_path / "run"))
     entries = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert sum("window" in json.loads(entry) for entry in entries) == update
     with pytest.raises(DataError, match=rf"Of `val_data`, row {index} .*{words}"):
@@ -188,7 +176,7 @@ class Cutting(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-@pytest.mark.parametrize("form", [list, Lazy])
+@pytest.mark.parametrize("form", [list, LazyRows])
 def test_a_model_that_cuts_its_rows_takes_long_ones(form: Callable[[list[Row]], Any]) -> None:
     assert run(Cutting(), form([*plain(60), {**LONG, "labels": 1}]), on_inexact="ignore").optimizer_steps
 
@@ -258,7 +246,7 @@ def test_no_pass_is_wider_than_the_rows(make: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("make", [bert, roberta])
-@pytest.mark.parametrize("form", [list, Lazy])
+@pytest.mark.parametrize("form", [list, LazyRows])
 def test_a_long_row_is_refused_without_a_lookup_out_of_range(
     make: Callable[[], nn.Module], form: Callable[[list[Row]], Any]
 ) -> None:
@@ -284,4 +272,4 @@ def test_a_model_that_clamps_positions_takes_a_long_row_in_mid_run() -> None:
             return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
     rows, _, _ = faulty([{"input_ids": [5, 6], "labels": n % 3} for n in range(3 * N_ROWS)], LONG, first=256)
-    assert run(Clamping(), Lazy(rows), on_inexact="ignore").optimizer_steps
+    assert run(Clamping(), LazyRows(rows), on_inexact="ignore").optimizer_steps

@@ -18,6 +18,7 @@ from ftaccum.data.collator import RowCollator
 from ftaccum.data.convert import as_rows
 from ftaccum.objective.forward import Forward
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
+from lazy_rows import LazyRows
 
 CPU = torch.device("cpu")
 
@@ -107,22 +108,10 @@ def test_a_loss_that_cannot_be_told_is_refused() -> None:
 
 
 def test_rows_without_loss_items_are_told() -> None:
-    class Unread(torch.utils.data.Dataset):
-        """Rows that are not looked through for rare ones."""
-
-        def __init__(self, rows: list[Any]) -> None:
-            self.rows = rows
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, n: int) -> Any:
-            return self.rows[n]
-
     head = HEADS["token classification, BERT"]
     rows = [row if n == 1 else {**row, "labels": [-100] * len(row["labels"])} for n, row in enumerate(head.rows(30))]
     with pytest.raises(DataError, match=r"The loss of the 2 rows of a window in one batch is nan"):
-        verify(head.model(), Unread(rows * 9), batch_size=2, progress=False)
+        verify(head.model(), LazyRows(rows * 9), batch_size=2, progress=False)
 
 
 def test_columns_are_padded_as_heads_want_them() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration
 
 from heads import CLASSES, HEADS, Row, all_in_float64, one_batch
+from lazy_rows import LazyRows
 
 from .case import case, update_error
 
@@ -140,18 +141,21 @@ def decoder_input_one_short() -> float:
         )
 
 
+class Rater(nn.Module):
+    """A value for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(61, 8).double(), nn.Linear(8, 1).double()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids)).squeeze(-1)
+
+
 @case(3, "values along the tokens, padded with −100.0", refused="the loss counts those that short rows are padded with")
 def padded_values() -> float:
     """A value for each token."""
-
-    class Rater(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.head = nn.Embedding(61, 8).double(), nn.Linear(8, 1).double()
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return self.head(self.embed(input_ids)).squeeze(-1)
 
     draw = torch.Generator().manual_seed(0)
     rows = [
@@ -211,17 +215,7 @@ def none_for_token_types() -> float:
 
 @case(4, "token types in few rows of a torch data set", refused=r"row \d+ .*'token_type_ids', and")
 def token_types_in_few_rows_of_a_data_set() -> float:
-    class Listed(torch.utils.data.Dataset):
-        def __init__(self, rows: list[Row]) -> None:
-            self.rows = rows
-
-        def __len__(self) -> int:
-            return len(self.rows)
-
-        def __getitem__(self, index: int) -> Row:
-            return self.rows[index]
-
-    return error_of_some(Listed, 400, FEW)
+    return error_of_some(LazyRows, 400, FEW)
 
 
 @case(4, "token types in few rows of a stream", refused="row 17 .*'token_type_ids', and")

@@ -93,11 +93,11 @@ class ValueRanges:
         if self.probabilities:
             return (
                 "label {}, but the loss is a binary cross entropy, whose labels are probabilities from 0 to 1. "
-                "Mend the label, or give a `loss_fn` for other numbers."
+                "Fix the label, or give a `loss_fn` for other numbers."
             )
         return (
             f"label {{}}, but the model tells {self.n_classes} classes apart, 0 to {(self.n_classes or 0) - 1}. "
-            f"Load the model with `num_labels` to fit, or mend the label ({self.ignore_index} is ignored)."
+            f"Load the model with `num_labels` to fit, or fix the label ({self.ignore_index} is ignored)."
         )
 
     def _check_lengths(self, lengths: Sequence[int], rows: Rows, positions: Sequence[int]) -> None:
@@ -148,7 +148,7 @@ def _of_column(name: str, place: int | None, size: int) -> str:
         )
     where = f"`{name}`" if place is None else f"place {place} of `{name}`"
     return (
-        f"number {{}} in {where}, but the model has {size} embeddings for it, 0 to {size - 1}. Mend the row, or load a "
+        f"number {{}} in {where}, but the model has {size} embeddings for it, 0 to {size - 1}. Fix the row, or load a "
         "model with more of them."
     )
 
