@@ -31,7 +31,7 @@ def encoded(messages: Any, tokenizer: Any, max_length: int) -> dict[str, list[in
     except DataError:
         raise
     except Exception as error:  # templates raise what they like
-        raise DataError(f"The chat template cannot write these messages: {error}. Mend or drop them.") from error
+        raise DataError(f"The chat template cannot write these messages: {error}. Fix or drop them.") from error
     labels = [token if answer else IGNORED for token, answer in zip(ids, answers, strict=True)]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 

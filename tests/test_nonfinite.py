@@ -185,7 +185,7 @@ def test_the_first_one_ends_the_run_where_it_is_an_error(tmp_path: Path) -> None
     model, last = Normed(), next(n for n, window in enumerate(windows()) if BAD in window)
     with pytest.raises(
         DivergedError,
-        match=r"\(nan\)\. The run ends here, since `on_nonfinite` is 'error'\. Mend or drop these rows\.$",
+        match=r"\(nan\)\. The run ends here, since `on_nonfinite` is 'error'\. Fix or drop these rows\.$",
     ) as raised:
         run(model, points(), on_nonfinite="error", output_dir=str(tmp_path))
     assert (raised.value.update, raised.value.rows) == (last + 1, (f"row {BAD} of `train_data`",))
@@ -226,7 +226,7 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
     (line,) = told(capsys)
     names = [f"row {n} of `train_data`" for n in pass_]
     assert line.endswith(
-        "its loss is nan, although no row's is by itself. One of its passes with such a loss had "
+        "its loss is nan, although each row alone has a finite loss. One pass with such a loss had "
         f"{', '.join(names[:-1])} and {names[-1]}."
     )
 
@@ -245,8 +245,8 @@ def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFi
     run(model, rows, loss_fn=None, batch_size=1, effective_batch_size=1)
     lines = sorted(line.partition("its loss is ")[2] for line in told(capsys))
     assert lines == [
-        "nan, although no row's is by itself.",
-        "nan, although no row's is by itself.",
+        "nan, although each row alone has a finite loss.",
+        "nan, although each row alone has a finite loss.",
         "nan. Rows whose own loss is not finite: row 0 of `train_data` (nan).",
     ]
 

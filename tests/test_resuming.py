@@ -471,7 +471,7 @@ def _padded(rows: list[Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_an_error_costs_no_update(tmp_path: Path) -> None:
-    """What can be mended is gone on with from the last update before it."""
+    """After a fault that can be fixed, the run resumes from the last update before it."""
     rows = CLASSIFIER.rows(60)
 
     class Rows(torch.utils.data.Dataset):

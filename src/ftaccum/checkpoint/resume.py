@@ -163,7 +163,7 @@ def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
             [
                 f"`resume` found {checkpoint.path}, of a run that was ended at update {len(checkpoint.windows)}, "
                 f"which was not finite: {ended} To go on behind that, name in `allow_changed` what you have "
-                "changed (`['train_data']` for rows that were mended)."
+                "changed (`['train_data']` for rows that were fixed)."
             ]
         )
 

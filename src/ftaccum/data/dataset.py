@@ -287,7 +287,7 @@ class Rows:
             raise
         except Exception as error:
             raise DataError(
-                f"Row {name} of `{self.argument}` cannot be read: {error!r}. Mend or drop it, or what makes it."
+                f"Row {name} of `{self.argument}` cannot be read: {error!r}. Fix or drop the row."
             ) from error
         if not is_row(row):
             check_row(row, self.argument, f"row {name}" if name else "its first row")

@@ -114,7 +114,7 @@ class Stream:
                     self._n_read += 1
         except Exception as error:
             raise DataError(
-                f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}. Mend what it reads from, "
+                f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}. Fix what it reads from, "
                 "or have it pass over what cannot be read."
             ) from error
         if len(rows) < n:

@@ -280,7 +280,7 @@ def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def _preserve_problem_type(model: Any) -> Iterator[None]:
     """Heads of Transformers settle in their first forward pass, by the labels, what problem they are for. Labels that
-    are refused must not decide that for those that are mended."""
+    are refused must not decide that for those that are fixed."""
     config = getattr(model, "config", None)
     before = getattr(config, "problem_type", None)
     try:

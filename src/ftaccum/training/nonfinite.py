@@ -219,8 +219,8 @@ class NonFiniteHandler:
             )
         if not looked.found:
             rows = [self._loader.name_of(row) for row in looked.together]
-            of_pass = f" One of its passes with such a loss had {_listed(rows)}." if rows else ""
-            return f"its loss is {looked.loss}, although no row's is by itself.{of_pass}"
+            of_pass = f" One pass with such a loss had {_listed(rows)}." if rows else ""
+            return f"its loss is {looked.loss}, although each row alone has a finite loss.{of_pass}"
         rows = [f"{self._loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
         every = " That is every row that was tried, as if weights were not finite." if looked.blames_the_model else ""
         return f"its loss is {looked.loss}. Rows whose own loss is not finite: {_listed(rows)}.{every}"
@@ -238,6 +238,6 @@ def _fewer(nth: int) -> str:
 
 def _remedy(fault: NonFiniteUpdate, looked: _Looked) -> str:
     if looked.found and not looked.blames_the_model:
-        return "Mend or drop these rows."
+        return "Fix or drop these rows."
     bf16 = "" if fault.scale is None else ", or use `mixed_precision='bf16'`, which does not overflow as fp16 does"
     return f"{_CALM}{bf16}."

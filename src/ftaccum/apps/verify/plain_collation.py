@@ -18,7 +18,7 @@ _MAIN = ("input_ids", "input_values", "input_features")  # what a row is as long
 class PlainCollator:
     """Stacks columns, and pads on one side those that run along the tokens.
 
-    Ids that came without an attention mask get one of ones. Nothing else is mended: a column that some rows lack or
+    Ids that came without an attention mask get one of ones. Nothing else is fixed: a column that some rows lack or
     have in another shape is refused.
     """
 
