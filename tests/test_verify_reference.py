@@ -1,6 +1,6 @@
 """What `verify` holds training against: one batch that nothing inferred is in, and the rows that are in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ftaccum import DataError, verify
+from ftaccum import DataError, Verification, verify
 from ftaccum.apps.verify.plain_collation import PlainCollator, documents_of
 from ftaccum.apps.verify.rare_rows import rarest, traits_of, with_rare_rows
 from ftaccum.apps.verify.reference import Reference
@@ -165,15 +165,29 @@ def test_what_is_rare_is_read_off_tables_and_tuples_and_labels_of_tokens() -> No
     assert with_rare_rows(tuple(range(4)), traits_of(as_rows(measures, "data")), 0) == tuple(range(4))
 
 
-def test_a_rare_row_far_from_the_sample_is_in_the_update() -> None:
+@pytest.mark.parametrize("seed", [0, 3, 21, 36])  # of the model: 21 and 36 give two rows nearly the same loss
+def test_a_rare_row_far_from_the_sample_is_in_the_update(seed: int) -> None:
     rows = [({"x": torch.ones(4) * (n % 7)}, 2 if n == 2900 else n % 2) for n in range(3000)]
-    model = nn.Linear(4, 3)
-    model.forward = lambda x: F.linear(x, model.weight, model.bias)  # type: ignore[method-assign]
-    weight = torch.tensor([1.0, 1.0, 50.0])
-    loss_fn = lambda outputs, y: F.cross_entropy(outputs, y, weight=weight.to(outputs.dtype))
-    found = verify(model, rows, loss_fn=loss_fn, batch_size=2, effective_batch_size=8, progress=False)
+    found = verify_weighted(rows, torch.tensor([1.0, 1.0, 50.0]), seed)
     assert found.exact  # the weight of its class has been measured
     assert "For 1 of the rows, others with rare label values or columns were taken." in found.notes
+
+
+@pytest.mark.parametrize("seed", range(4))  # in some, the first row that is measured weighs nothing
+def test_a_class_that_weighs_nothing_is_measured(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    classes = torch.multinomial(torch.tensor([0.4, 0.5, 0.1]), 600, replacement=True, generator=draw)
+    rows = [({"x": torch.randn(4, generator=draw)}, int(label)) for label in classes]
+    assert verify_weighted(rows, torch.tensor([1.0, 0.0, 5.0]), seed).exact
+
+
+def verify_weighted(rows: Sequence[Any], weight: Tensor, seed: int) -> Verification:
+    """Verify a linear classifier of three classes whose loss weights them in a function of its own."""
+    torch.manual_seed(seed)
+    model = nn.Linear(4, 3)
+    model.forward = lambda x: F.linear(x, model.weight, model.bias)  # type: ignore[method-assign]
+    loss_fn = lambda outputs, y: F.cross_entropy(outputs, y, weight=weight.to(outputs.dtype))
+    return verify(model, rows, loss_fn=loss_fn, batch_size=2, effective_batch_size=8, progress=False)
 
 
 def test_faults_of_batches_and_of_the_forward_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,19 +4,20 @@ Four rows rarely have all labels. A loss that leaves one out, or weights it, loo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .item_counts import OF_USER, Batch, CountItems
 from .own_rules import ValueWeights, candidates, items_of
-from .probe import EXPLAINED, Losses, Ways, difference
+from .probe import Losses, Ways, difference
+from .row_weights import Weights, weigh_rows, weigh_values
 from .sample import RowGroup, Sample
 
 _NAMED = 3  # rows in a sentence
-_REPEATS = 16  # of a row, to weigh it against one that weighs more
-_NOTHING = 1e-6  # a weight that is 0, relative to the most common one
+_UNCERTAIN = 1e-2  # the error, relative, of a weight that is not known well enough to be used
+_DIGITS = 3  # of a round weight, at most
 _UNLIKE = 1e-3  # relative: rows whose items weigh differently from the others'
 
 
@@ -88,7 +89,7 @@ class RareCheck:
         if kept.difference <= tolerance:
             return kept
         weights = [self._weights(group, term) for group in self._groups]
-        others = [*self._candidates(), *self._weighted(weights, term)] if name != OF_USER else []
+        others = [*self._candidates(), *self._weighted(weights)] if name != OF_USER else []
         for other, count in [*ways.items(), *((str(count), count) for count in others)]:
             if (found := self.difference(term, count)) <= tolerance:
                 return Recount(other, count, found)
@@ -103,54 +104,41 @@ class RareCheck:
     def _candidates(self) -> list[CountItems]:
         return candidates([group.together for group in self._groups], self._ignore_index)
 
-    def _weights(self, group: RowGroup, term: str) -> np.ndarray:
-        """Return what each row weighs in a mean, relative to the first."""
-        return np.array([1.0, *(self._weight(group, n, term) for n in range(1, len(group.names)))])
+    def _weights(self, group: RowGroup, term: str) -> Weights:
+        return weigh_rows(lambda rows: self._losses(group.take(rows)).get(term, math.nan), group)
 
-    def _weight(self, group: RowGroup, n: int, term: str) -> float:
-        """Return w_n / w_0, from  m(k · row 0 ∪ row n) = (k · w_0 · m(row 0) + w_n · m(row n)) / (k · w_0 + w_n)."""
-        first, alone = (self._losses(group.take([row])).get(term, math.nan) for row in (0, n))
-        if np.isnan(alone):
-            return 0.0  # none of its items counts
-        weight = 1.0
-        for _ in range(2):  # the second time with about as much of one as of the other, which rounding hurts least
-            times, times_n = (int(np.clip(np.rint(w), 1, _REPEATS)) for w in (weight, 1 / max(weight, 1e-9)))
-            both = self._losses(group.take([0] * times + [n] * times_n))[term]
-            if both == alone or not math.isfinite(first + both):
-                return np.inf
-            weight = times / times_n * (first - both) / (both - alone)
-        return weight
-
-    def _weighted(self, weights: Sequence[np.ndarray], term: str) -> list[CountItems]:
-        """Return the weights of the values of each column that would make the rows weigh as they do."""
-        rows = [(g, n) for g in self._groups for n in range(len(g.names))]
-        if not (weights and self._has_all_labels) or not np.isfinite(wanted := np.concatenate(weights)).all():
-            return []
-        found: list[CountItems] = []
-        for items in items_of(self._groups[0].together, self._ignore_index):
+    def _weighted(self, weights: Sequence[Weights]) -> Iterator[CountItems]:
+        """Yield the weights of the values of each column that would make the rows weigh as they do, round ones first
+        where these are within the error of measurement."""
+        rows = [(g, n) for g in self._groups for n in range(len(g.names))] if self._has_all_labels else []
+        for items in items_of(self._groups[0].together, self._ignore_index) if rows else ():
             of_rows = [items.values(group.take([n])).cpu().double().numpy() for group, n in rows]
             values = np.unique(np.concatenate(of_rows))
-            counts = np.array([[np.sum(row == value) for value in values] for row in of_rows], dtype=float)
-            solved, _, rank, _ = np.linalg.lstsq(counts, wanted, rcond=None)
-            common = solved[counts.sum(0).argmax()]  # the weight of the most common value
-            if rank == len(values) and common > 0 and solved.min() > -_NOTHING * common:
-                weights_V = solved / common
-                weights_V[weights_V < _NOTHING] = 0.0
-                rounded_V = np.array([float(f"{weight:.3g}") for weight in weights_V])
-                near_V = np.where(np.isclose(rounded_V, weights_V, rtol=EXPLAINED, atol=0), rounded_V, weights_V)
-                both = [ValueWeights(items, values.tolist(), each.tolist()) for each in (near_V, weights_V)]
-                found.append(min(both, key=lambda count: self.difference(term, count)))
-        return found
+            counts_NV = np.array([[np.sum(row == value) for value in values] for row in of_rows], dtype=float)
+            solved = weigh_values(weights, counts_NV)
+            if solved is None or (solved.errors > _UNCERTAIN * np.maximum(solved.values, 1.0)).any():
+                continue
+            for each_V in (_round(solved), solved.values):
+                yield ValueWeights(items, values.tolist(), each_V.tolist())
 
-    def _at_fault(self, weights: Sequence[np.ndarray], count: CountItems) -> str:
+    def _at_fault(self, weights: Sequence[Weights], count: CountItems) -> str:
         """Return the rows whose items weigh otherwise than those of the first, in words."""
         named = []
         for group, of_group in zip(self._groups, weights, strict=True):
             counts = np.array([count(group.take([n])) for n in range(len(group.names))])
             with np.errstate(divide="ignore", invalid="ignore"):
-                each = of_group / counts * counts[0]
+                each = of_group.values / counts * counts[0]
             named += [
                 f"{name} {each[n]:.3g} times" for n, name in enumerate(group.names) if not abs(each[n] - 1) <= _UNLIKE
             ]
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         return ", ".join(named[:_NAMED]) + more
+
+
+def _round(weights: Weights) -> np.ndarray:
+    """Return for each weight the roundest number within its error, else itself."""
+    found = weights.values
+    for digits in range(_DIGITS, 0, -1):
+        rounded = np.array([float(f"{weight:.{digits}g}") for weight in weights.values])
+        found = np.where(np.abs(rounded - weights.values) <= weights.errors, rounded, found)
+    return found
