@@ -20,7 +20,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from accelerate.utils import set_seed  # noqa: E402
+
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start each test from the same random numbers, so that it gives the same result alone, in any order, and again."""
+    set_seed(0)
 
 
 @pytest.fixture(autouse=True)
