@@ -1,4 +1,4 @@
-"""The quickstart's task in plain PyTorch at batch 32: what its held-out accuracy is to be held against.
+"""The quickstart's task in plain PyTorch at batch 32: the held-out accuracy to compare with.
 
 The same rows, model, rate, schedule, clipping and epochs as recipes/text_classification.yaml; no accumulation, no
 ftaccum in the loop.
@@ -50,8 +50,7 @@ def main() -> None:
     order = torch.randperm(len(train)).tolist()
     model.train()
     for n, start in enumerate(starts):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**pad([train[i] for i in order[start : start + BATCH]])).loss
+        loss = model(**pad([train[i] for i in order[start : start + BATCH]])).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -62,7 +61,7 @@ def main() -> None:
 
     model.eval()
     right = 0
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad():
         for start in range(0, len(val), BATCH):
             batch = pad([val[i] for i in range(start, min(start + BATCH, len(val)))])
             right += int((model(**batch).logits.argmax(-1) == batch["labels"]).sum())
