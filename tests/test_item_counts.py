@@ -99,7 +99,7 @@ def test_a_number_of_the_users_counts_for_every_term() -> None:
 
 @pytest.mark.parametrize("counted", [-1, True, float("inf"), float("nan"), "3", None, torch.ones(2)])
 def test_a_count_that_is_no_number_of_items_is_an_error(counted: Any) -> None:
-    with pytest.raises(SettingsError, match="must give a finite number of 0 or more for a batch, but gave"):
+    with pytest.raises(SettingsError, match="must return a finite number of 0 or more for a batch, but returned"):
         counts_from_user(counted, ["loss"])
 
 

@@ -87,7 +87,9 @@ def test_a_term_that_no_row_had_is_an_error_that_names_the_rows() -> None:
 
 
 def test_a_term_that_comes_and_goes_and_cannot_be_counted_is_an_error() -> None:
-    with pytest.raises(SettingsError, match=r"term 'box' for some rows and not for others.*\['cls', 'box'\]: 0 where"):
+    with pytest.raises(
+        SettingsError, match=r"term 'box' for some rows and not for others.*\['cls', 'box'\], and 0 for"
+    ):
         objective_of([0, 1, 0, 1])
 
 

@@ -110,14 +110,14 @@ def test_logits_of_another_shape_give_no_next_token_loss(shape: tuple[int, ...])
             return torch.zeros(shape)
 
     batch = {"input_ids": IDS, "labels": IDS}
-    with pytest.raises(DataError, match=r"logits of shape \(rows, length, vocabulary\), but gives"):
+    with pytest.raises(DataError, match=r"logits of shape \(rows, length, vocabulary\), but returns"):
         Forward(Wrong(), batch, None, token_ids=True)(Wrong(), batch)
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ([{"a": 1}, {"a": 2}], "gives a list of 2 dicts instead"),
+        ([{"a": 1}, {"a": 2}], "returns a list of 2 dicts instead"),
         ([], r"gives \(inputs, targets\) tuples, but `loss_fn` is None"),
         ((IDS, IDS), r"gives \(inputs, targets\) tuples, but `loss_fn` is None"),
         ({"input_ids": IDS}, "no label column"),
@@ -366,7 +366,7 @@ def test_which_output_is_the_loss_is_settled_on_several_rows(names: tuple[str, .
 
 def test_two_numbers_that_do_not_depend_on_each_other_are_an_error() -> None:
     batch = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
-    with pytest.raises(SettingsError, match=r"at the places 1, 2 of its outputs, .* names it `loss`"):
+    with pytest.raises(SettingsError, match=r"at positions 1, 2 of its outputs, .* names it `loss`"):
         settled(Returns("prediction", "penalty", "loss"), batch, batch)
 
 

@@ -72,7 +72,7 @@ def test_a_mean_is_explained_by_rows_that_are_apart_in_either_way(cut: bool, col
 
     parts = [[1.0], [2.0], [4.0, 5.0]]
     if not (cut or collated):
-        with pytest.raises(AssertionError, match="apart in one way at least"):
+        with pytest.raises(AssertionError, match="`cut` or `padded_apart` is given"):
             explain(losses, [1.0, 2.0, 4.0, 5.0], None, [], {"a": len})
         return
     found = explain(
@@ -168,7 +168,7 @@ def test_a_count_of_the_users_is_taken_and_checked() -> None:
     assert not objective.report.inexact()
     wrong = measured(linear(), count_items=lambda batch: len(batch[1]))
     (sentence,) = wrong.report.inexact()
-    assert "'loss' of rows apart, weighted by count_items, is up to" in sentence
+    assert "'loss' over separate micro-batches, weighted by count_items, is up to" in sentence
 
 
 @pytest.mark.parametrize("given", ["cut", "collated"])
@@ -180,7 +180,7 @@ def test_rows_apart_in_one_way_are_enough(given: str) -> None:
 def test_a_sample_without_cuts_is_collated() -> None:
     of = sample(cut=None)
     assert [len(part[1]) for part in of.apart((X, Y), ([0], [1, 2]))] == [1, 2]
-    with pytest.raises(AssertionError, match="apart in one way at least"):
+    with pytest.raises(AssertionError, match="`cut` or `collated` is given"):
         sample(cut=None, collated=None).apart((X, Y), ([0],))
 
 

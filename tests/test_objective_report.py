@@ -51,7 +51,9 @@ def test_terms_are_named_where_there_are_several() -> None:
 
 def test_a_loss_that_no_count_explains_is_told_with_its_figure() -> None:
     (sentence,) = report({"loss": 0.5}).inexact()
-    assert sentence.startswith("The loss is not a mean over countable items: 'loss' of rows apart, weighted by labels,")
+    assert sentence.startswith(
+        "The loss is not a mean over countable items: 'loss' over separate micro-batches, weighted"
+    )
     assert "is up to 50% off" in sentence
     assert "Accumulating it only approximates one large batch." in sentence
     assert "is up to 2% off" in report({"loss": 0.02}).inexact()[0]
@@ -60,7 +62,7 @@ def test_a_loss_that_no_count_explains_is_told_with_its_figure() -> None:
 
 
 def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
-    assert "say so with `reduction='sum'`" in report({"loss": 0.5}, adds_up=True).inexact()[0]
+    assert "give `reduction='sum'`" in report({"loss": 0.5}, adds_up=True).inexact()[0]
     assert "reduction='sum'" not in report({"loss": 0.5}, adds_up=True, sums=True).inexact()[0]
 
 
@@ -92,7 +94,7 @@ def test_a_part_of_the_loss_is_told_with_its_share() -> None:
 def test_a_part_that_only_train_mode_mixes_is_a_part() -> None:
     found = report({"loss": 0.0, "balance": 0.0}, InTraining({"loss": 0.0, "balance": 0.4}), parts=("balance",))
     (sentence,) = found.inexact()
-    assert "'balance' of rows apart, weighted by labels, is up to 40% off" in sentence
+    assert "'balance' over separate micro-batches, weighted by labels, is up to 40% off" in sentence
     assert not found.mixes_rows
 
 
@@ -102,11 +104,11 @@ def test_what_train_mode_mixes_is_told_with_modules() -> None:
         (sentence,) = report(dict.fromkeys(differences, 0.0), InTraining(differences, 0.0, mixing, complaint)).inexact()
         return sentence
 
-    assert "'b' of rows apart is up to 60% off that of all together" in told([])
-    assert "something there mixes rows, and" in told([])
-    assert ": A there takes in the rows given at a time, and" in told(["A"])
-    assert ": A, B, C there take in the rows" in told(["A", "B", "C"])
-    assert ": A, B, C, … there take in the rows" in told(["A", "B", "C", "D"])
+    assert "'b' over separate micro-batches is up to 60% off its value over one batch" in told([])
+    assert ": something mixes the rows of a batch, so" in told([])
+    assert ": A mixes the rows of a batch, so" in told(["A"])
+    assert ": A, B, C mix the rows" in told(["A", "B", "C"])
+    assert ": A, B, C, … mix the rows" in told(["A", "B", "C", "D"])
     assert "cannot be computed" not in told(["A"])
     assert "A micro-batch of a single row cannot be computed at all (too few)." in told(["A"], "too few")
     assert report(None, InTraining({"loss": 0.2})).mixes_rows

@@ -71,7 +71,7 @@ def test_a_factor_that_is_learnt_is_not_taken_for_a_constant() -> None:
     def learnt(model: TwoHeads, of_tokens: Tensor, of_rows: Tensor) -> dict[str, Tensor]:
         return {"loss": of_tokens + (-model.scale).exp() * of_rows + model.scale, "rows": of_rows}
 
-    with pytest.warns(InexactLossWarning, match="have `loss_fn` give them by name"):
+    with pytest.warns(InexactLossWarning, match="have `loss_fn` return them by name"):
         two_heads_error(learnt)
 
 

@@ -125,7 +125,9 @@ def in_batch(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 def test_the_user_is_warned_with_the_figure_also_of_a_count_of_their_own() -> None:
     arguments = {"train_data": ROWS, "n_epochs": 1, "validation_split": 0.0, "progress": False}
     arguments |= {"gradient_accumulation_steps": 2}
-    with pytest.warns(InexactLossWarning, match=r"'loss' of rows apart, weighted by rows, is up to \d+% off"):
+    with pytest.warns(
+        InexactLossWarning, match=r"'loss' over separate micro-batches, weighted by rows, is up to \d+% off"
+    ):
         test_fine_tuning(Pooled(), loss_fn=in_batch, **arguments)
     with pytest.warns(InexactLossWarning, match="weighted by count_items"):
         test_fine_tuning(Pooled(), loss_fn=in_batch, count_items=lambda b: len(b["y"]), **arguments)
@@ -141,7 +143,7 @@ def test_a_count_that_is_none_is_told(counted: Any) -> None:
 
 def test_a_loss_that_is_no_number_is_told() -> None:
     with pytest.raises(
-        SettingsError, match=r"`loss_fn` must give one number, or a dict of them, but 'loss' is \(8, 3\)|\(\d, 3\)"
+        SettingsError, match=r"`loss_fn` or the model must return one number, .* but 'loss' is \(8, 3\)|\(\d, 3\)"
     ):
         test_fine_tuning(Pooled(), train_data=ROWS, loss_fn=lambda outputs, _: outputs, n_epochs=1, progress=False)
 
@@ -182,7 +184,7 @@ def test_the_labels_that_were_not_looked_at_are_told() -> None:
             nn.Linear(4, 200), train_data=rows, loss_fn=nn.CrossEntropyLoss(), n_epochs=1, validation_split=0.0,
             progress=False,
         )  # fmt: skip
-    assert "Loss: mean over labels (measured); 135 of 200 label values not looked at" in shown.getvalue()
+    assert "Loss: mean over labels (measured); 135 of 200 label values not measured" in shown.getvalue()
 
 
 def test_more_classes_than_rows_to_measure_are_told_with_the_row() -> None:
@@ -191,7 +193,7 @@ def test_more_classes_than_rows_to_measure_are_told_with_the_row() -> None:
     weight = torch.ones(101)
     weight[100] = 50.0
     rows = [(torch.randn(4, generator=torch.Generator().manual_seed(n)), labels[n]) for n in range(1000)]
-    words = r"for most rows, but not for all: .* \(row 17 50 times\).*`nn.CrossEntropyLoss\(weight=…\)`.*`count_items`"
+    words = r"for most rows, but not for all: .* \(row 17: 50 times\).*`nn.CrossEntropyLoss\(weight=…\)`.*`count_items`"
     with pytest.warns(InexactLossWarning, match=words):
         test_fine_tuning(
             nn.Linear(4, 101), train_data=rows, loss_fn=lambda o, y: F.cross_entropy(o, y, weight=weight), n_epochs=1,
@@ -267,7 +269,7 @@ def test_terms_of_unlike_means_are_not_taken_for_one() -> None:
     torch.manual_seed(0)
     model = BertForPreTraining(HEADS["masked LM, BERT"].config)
     rows = [{**row, "next_sentence_label": n % 2} for n, row in enumerate(HEADS["masked LM, BERT"].rows())]
-    with pytest.warns(InexactLossWarning, match="'loss' of rows apart"):
+    with pytest.warns(InexactLossWarning, match="'loss' over separate micro-batches"):
         test_fine_tuning(
             model, train_data=rows, n_epochs=1, gradient_accumulation_steps=2, validation_split=0.0, progress=False
         )
@@ -343,7 +345,7 @@ def test_a_plain_modules_next_token_loss_is_known() -> None:
 
 def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
     with pytest.warns(
-        InexactLossWarning, match="The parts add up, so the loss is a sum: say so with `reduction='sum'`"
+        InexactLossWarning, match="The losses of the micro-batches add up, so the loss is a sum: give `reduction='sum'`"
     ):
         test_fine_tuning(
             Pooled(), train_data=ROWS, loss_fn=lambda o, b: F.cross_entropy(o, b["y"], reduction="sum"), n_epochs=1,

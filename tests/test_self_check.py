@@ -57,7 +57,7 @@ def train(model: nn.Module, loss_fn: Any = cross_entropy, **arguments: Any) -> N
 
 @pytest.mark.parametrize("kind", [Net, LeavesLayersOut])
 def test_batch_norm_in_train_mode_is_seen_although_eval_mode_hides_it(kind: type[Net]) -> None:
-    words = r"In train mode, 'loss' of rows apart is up to [\d.]+% off .* BatchNorm1d 'norm' there takes in the rows"
+    words = r"In train mode, 'loss' over .* is up to [\d.]+% off .* BatchNorm1d 'norm' mixes the rows of a batch"
     with pytest.warns(InexactLossWarning, match=words):
         train(kind(nn.BatchNorm1d(6)), **TWICE)
 
@@ -112,9 +112,11 @@ def test_an_exact_loss_is_no_error() -> None:
 
 
 def test_rows_that_are_compared_with_each_other_are_named() -> None:
-    with pytest.warns(InexactLossWarning, match=r"A row by itself costs 0, a few together [\d.]+: rows are compared"):
+    with pytest.warns(
+        InexactLossWarning, match=r"A single row has a loss of 0, .* one batch [\d.]+: rows are compared"
+    ):
         train(Net(nn.LayerNorm(6)), in_batch, **TWICE)
-    with pytest.raises(InexactLossError, match="make `batch_size` as large"):
+    with pytest.raises(InexactLossError, match="Make `batch_size` as large"):
         train(Net(nn.LayerNorm(6)), in_batch, on_inexact="error", **TWICE)
 
 
@@ -178,7 +180,7 @@ class Residual(Net):
 def test_batch_norm_that_has_no_say_yet_is_seen() -> None:
     model = Residual(nn.BatchNorm1d(6))
     nn.init.zeros_(model.norm.weight)
-    with pytest.warns(InexactLossWarning, match="BatchNorm1d 'norm' there takes in the rows"):
+    with pytest.warns(InexactLossWarning, match="BatchNorm1d 'norm' mixes the rows of a batch"):
         train(model, **TWICE)
 
 
@@ -224,7 +226,7 @@ class Annealed(Net):
 
 
 def test_passes_that_move_what_the_next_one_depends_on_are_told() -> None:
-    words = r"a pass moves buffers that the next one depends on \(Annealed ''\): the same rows, passed again, differ by"
+    words = r"a pass moves buffers that the next one depends on \(Annealed ''\): two passes of the same rows differ by"
     with pytest.warns(InexactLossWarning, match=words):
         train(Annealed(nn.LayerNorm(6)), **TWICE)
 

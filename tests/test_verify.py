@@ -168,7 +168,7 @@ def in_batch(outputs: Tensor, _: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("loss_fn", "reason"),
-    [(cross_entropy, "BatchNorm1d 'norm' there takes in"), (in_batch, "compared with each other")],
+    [(cross_entropy, "BatchNorm1d 'norm' mixes"), (in_batch, "compared with each other")],
 )
 def test_losses_that_no_weighting_makes_exact_are_told(loss_fn: Callable[..., Tensor], reason: str) -> None:
     model = Normed() if loss_fn is cross_entropy else nn.Sequential(nn.Linear(4, 8))

@@ -99,7 +99,7 @@ def weights_in_one_term() -> float:
     )  # fmt: skip
 
 
-@case(6, "class weights in a function, `count_items` that leaves them out", refused=r"row 17 20 times.*`count_items`")
+@case(6, "class weights in a function, `count_items` that leaves them out", refused=r"row 17: 20 times.*`count_items`")
 def weights_and_a_wrong_count() -> float:
     weigh, labels, inputs = _weighted(3, w2=20.0), _labels(400, l2=(17, 90)), _vectors(400)
     return update_error(

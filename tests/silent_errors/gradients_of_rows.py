@@ -60,17 +60,17 @@ def error_of(model: nn.Module, loss: Any = loss_fn, **arguments: Any) -> float:
     return update_error(model, rows, lambda model: loss_fn(model(x), y), N_ROWS, loss_fn=loss, **arguments)
 
 
-@case(9, "a term that an autograd function adds to the gradient", refused="gradient of rows apart")
+@case(9, "a term that an autograd function adds to the gradient", refused="gradient over separate micro-batches")
 def hidden_term() -> float:
     return error_of(Net(_HiddenTerm))
 
 
-@case(9, "a layer that normalises its gradient", refused="gradient of rows apart")
+@case(9, "a layer that normalises its gradient", refused="gradient over separate micro-batches")
 def normalised_gradient() -> float:
     return error_of(Net(_Normalised))
 
 
-@case(9, "a hook that clamps the gradient of a weight", refused="gradient of rows apart")
+@case(9, "a hook that clamps the gradient of a weight", refused="gradient over separate micro-batches")
 def clamping_hook() -> float:
     model = Net()
     model.inner.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
@@ -107,7 +107,7 @@ class Bag(nn.Module):
         return self.outer(self.embed(x).tanh().mean(1))
 
 
-@case(9, "`scale_grad_by_freq`", refused="gradient of rows apart")
+@case(9, "`scale_grad_by_freq`", refused="gradient over separate micro-batches")
 def scaled_by_frequency() -> float:
     draw = torch.Generator().manual_seed(3)
     rows = [(torch.randint(0, 7, (5,), generator=draw), torch.tensor(n % CLASSES)) for n in range(N_ROWS)]

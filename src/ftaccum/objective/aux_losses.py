@@ -1,4 +1,4 @@
-"""What a loss is the sum of, read off the graph that it was computed by."""
+"""The outputs that a model adds up to its loss, read off the autograd graph."""
 
 import math
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def has_parts(outputs: Any, loss: str) -> bool:
-    """Whether there are scalars among a model's outputs beside the loss."""
+    """Return whether a model's outputs hold scalars besides the loss."""
     return isinstance(outputs, Mapping) and any(_is_scalar(value) for name, value in outputs.items() if name != loss)
 
 
 def factors_of(outputs: Any, loss: str) -> dict[str, float]:
-    """The scalar outputs that a model's loss has added to it, with their factors: ∂ loss / ∂ output.
+    """Return the scalar outputs that a model's loss adds up, with their factors: ∂ loss / ∂ output.
 
-    A factor that is no constant (one that is learnt, or depends on the batch) is NaN. Where one such output was
-    computed from another, the other stands for both. No parameter gets a gradient.
+    A factor that is not constant, because it is learned or depends on the batch, is NaN. If one output was computed
+    from another, only the other is returned. No parameter gets a gradient.
 
     Args:
-        outputs: as the model gave them, computed with gradients.
+        outputs: the model's outputs, computed with gradients.
         loss: the name of the loss among them.
     """
     if not outputs[loss].requires_grad:
@@ -34,7 +34,7 @@ def factors_of(outputs: Any, loss: str) -> dict[str, float]:
 
 
 def _slopes(of: Tensor, by: list[Tensor]) -> list[float]:
-    # The slope's own graph tells whether it is a constant.
+    # A slope that has a graph of its own is not a constant.
     found = torch.autograd.grad(of, by, create_graph=True, allow_unused=True) if by else ()
     return [0.0 if slope is None else math.nan if slope.requires_grad else slope.item() for slope in found]
 

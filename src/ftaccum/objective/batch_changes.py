@@ -1,4 +1,4 @@
-"""What a forward pass does to its batch: copies to protect the rows, and a watch on what the pass writes."""
+"""Changes that a forward pass makes to its batch: copies that protect the rows, and a watch on the changes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,19 +13,19 @@ from .item_counts import Batch
 
 
 def fresh_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return a copy of a batch on a device, for one forward pass: the pass may change it, and the batch stays as it is.
+    """Return a copy of a batch on a device for one forward pass, so that the pass cannot change the batch itself.
 
     The batch may be needed again (memory runs out, an update is audited), and its tensors may be the user's own rows.
     """
     copied = recursively_apply(lambda t: t.to(device, non_blocking=True, copy=True), batch)
-    return send_to_device(copied, device)  # what is not made of tensors but knows how to move
+    return send_to_device(copied, device)  # moves other objects that have a `to` method
 
 
 class WatchedBatch:
-    """Shows what a forward pass changes in the batch that it is given.
+    """A batch that shows what a forward pass changed in it.
 
     Attributes:
-        batch: that batch.
+        batch: the batch to run the pass on.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -34,19 +34,19 @@ class WatchedBatch:
         self._versions = TensorVersions(_named_tensors(batch))
 
     def changed(self) -> list[str]:
-        """Return the names of the tensors that the pass wrote to or replaced. (Those it took out are as they were.)"""
+        """Return the names of the tensors that the pass wrote to or replaced. Removing a tensor is no change."""
         now = self.batch if isinstance(self.batch, Mapping) else {}
         replaced = [name for name, value in now.items() if self._columns.get(name, value) is not value]
         return list(dict.fromkeys([*self._versions.changed(), *replaced]))
 
     def changed_targets(self, before: Batch) -> str:
-        """Return the names of the targets that have other values than before, as a list in words."""
+        """Return, for a message, the names of the targets whose values differ from those before the pass."""
         then, now = _named_tensors(before), _named_tensors(self.as_seen())
         changed = [name for name in now if name in then and _is_target(name) and not _equal(then[name], now[name])]
         return ", ".join(f"`{name}`" for name in changed)
 
     def as_seen(self) -> Batch:
-        """Return the batch as the loss saw it, on the host."""
+        """Return the batch as the loss saw it, on the CPU."""
         seen = {**self._columns, **self.batch} if isinstance(self.batch, Mapping) else self.batch
         return send_to_device(seen, "cpu")
 

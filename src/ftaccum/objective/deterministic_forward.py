@@ -1,4 +1,4 @@
-"""Passes as in training, but for what they draw at random."""
+"""Forward passes as in training, but without random draws."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,11 +18,11 @@ _DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(torch.dropout, torch.dropout_, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
 }
-_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}  # where the rate of dropout stands
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}  # the position of the dropout rate
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Turns dropout off in torch's own functions, whoever calls them and with whatever rate."""
+    """A mode that turns off dropout in torch's own functions, for any caller and at any rate."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -37,9 +37,11 @@ class _WithoutDropout(TorchFunctionMode):
 
 @contextmanager
 def _also_in_what_is_run_again(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing runs parts of the forward pass again in the backward pass, inside of which no mode is on:
-    it is told to put this one on."""
-    name = "_gradient_checkpointing_func"  # Transformers', a partial of torch's
+    """Turn off dropout in the parts of the forward pass that gradient checkpointing runs again.
+
+    It runs them in the backward pass, where no torch function mode is active, so it has to enter this one itself.
+    """
+    name = "_gradient_checkpointing_func"  # set by Transformers; a partial of torch's function
     found = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
     for module, run_again in found:
         again = partial(run_again, use_reentrant=False, context_fn=lambda: (nullcontext(), _WithoutDropout()))
@@ -53,7 +55,7 @@ def _also_in_what_is_run_again(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_rates(model: nn.Module) -> Iterator[None]:
-    """Modules of dropout at a rate of 0: their passes are also run again where somebody else checkpoints them."""
+    """Hold the rate of dropout modules at 0, also when other checkpointing code runs them again."""
     found = [(module, module.p) for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     for module, _ in found:
         module.p = 0.0
@@ -66,16 +68,16 @@ def _without_rates(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DeterministicMode:
-    """How to run a model as in training, and with the same outputs each time: in train mode, without dropout.
+    """A way to run a model as in training, with the same outputs each time: in train mode, without dropout.
 
-    Where train mode draws at random in other ways (layers left out, spectrograms masked), it is eval mode, but for the
-    modules that move a buffer of their own in train mode: those take in the rows of a batch together, as batch norm
-    does. A module that both moves a buffer and draws stays in eval mode.
+    If train mode draws at random in other ways (skipped layers, masked spectrograms), the model runs in eval mode,
+    except for the modules that move a buffer of their own in train mode: like batch norm, they compute with all rows of
+    a batch. If such a module draws as well, all modules stay in eval mode.
 
     Attributes:
         whole: whether all modules are in train mode.
-        moving: by name, those that move buffers.
-        modules: those that compute the loss besides the model. They keep their mode; their buffers are put back.
+        moving: the modules that move buffers, by name.
+        modules: the modules that compute the loss, besides the model. They keep their mode; their buffers are restored.
     """
 
     model: nn.Module
@@ -87,11 +89,11 @@ class DeterministicMode:
     def of(
         cls, model: nn.Module, run: Callable[[], Sequence[float]], modules: Sequence[nn.Module] = ()
     ) -> "DeterministicMode":
-        """Finds out, in two passes, or four where train mode draws.
+        """Find the mode for a model in two passes, or up to four if train mode draws.
 
         Args:
-            run: one pass of the model, to its losses.
-            modules: those that compute the loss besides the model.
+            run: runs one pass of the model, and returns its losses.
+            modules: the modules that compute the loss, besides the model.
         """
         whole = cls(model, True, {}, modules)
         repeats, moved = whole._tried(run)
@@ -102,7 +104,7 @@ class DeterministicMode:
         return partly if partly._tried(run)[0] else cls(model, False, {}, modules)
 
     def named_modules(self) -> dict[str, nn.Module]:
-        """Return all modules by name, also those of the loss."""
+        """Return all modules by name, including those of the loss."""
         seen: set[nn.Module] = set()
         found = dict(self.model.named_modules(seen))
         for module in self.modules:
@@ -111,7 +113,7 @@ class DeterministicMode:
 
     @contextmanager
     def passes(self) -> Iterator[None]:
-        """Around such passes. Generators, buffers and modes are afterwards as they were."""
+        """Hold this mode for passes, and restore generators, buffers and modes afterwards."""
         with (
             preserve_rng(),
             preserve_buffers(self.model, *self.modules),

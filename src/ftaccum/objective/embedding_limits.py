@@ -1,4 +1,4 @@
-"""How large the numbers may be that a model looks up in its tables of embeddings, as a forward pass shows."""
+"""Limits on the numbers that a model looks up in its embedding tables, as a forward pass shows them."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,17 +11,17 @@ from torch.overrides import TorchFunctionMode
 
 from .item_counts import Batch
 
-# A column of a batch, and a place in its rows where the model takes that place by itself.
+# A column of a batch, and one position of its rows if the model looks up that position separately.
 Place: TypeAlias = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
 class EmbeddingLimits:
-    """What a model's tables of embeddings allow.
+    """The limits that a model's embedding tables set.
 
     Attributes:
-        sizes: by column, the number of entries of the table that its numbers are looked up in.
-        longest: the most tokens of a row for which there are positions; None where no table of positions was seen.
+        sizes: for each column, the number of entries in the table that the model looks its numbers up in.
+        longest: the most tokens of a row for which there are positions; None if the model used no position table.
     """
 
     sizes: Mapping[Place, int] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class EmbeddingLimits:
 
 
 class _Lookups(TorchFunctionMode):
-    """Records what is looked up in embeddings, and how many these are."""
+    """A mode that records which numbers are looked up in embedding tables, and the sizes of the tables."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,9 +45,9 @@ class _Lookups(TorchFunctionMode):
 
 
 def find_embedding_limits(forward_pass: Callable[[], object], row: Batch) -> EmbeddingLimits:
-    """Run a forward pass of one row, and see which of its columns are looked up in embeddings, and in how many.
+    """Run a forward pass of one row, and return the sizes of the embedding tables that it looks its columns up in.
 
-    A pass that fails shows what it looked up before.
+    If the pass fails, the lookups before the failure still count.
     """
     with _Lookups() as lookups, suppress(Exception):
         forward_pass()
@@ -65,7 +65,7 @@ def find_embedding_limits(forward_pass: Callable[[], object], row: Batch) -> Emb
 
 
 def columns_of(batch: Batch) -> dict[str, Tensor]:
-    """Return the tensors of a batch by name; those of tuples are `inputs` and `targets`."""
+    """Return the tensors of a batch by name. Those of a tuple are named `inputs` and `targets`."""
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     inputs, targets = batch if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
@@ -74,7 +74,7 @@ def columns_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def _places(numbers: Tensor, name: str, column: Tensor) -> list[Place]:
-    """Return the part of the column that these numbers are, if they are a view of it."""
+    """Return which part of a column these numbers are; an empty list if they are no view of it."""
     if numbers.untyped_storage().data_ptr() != column.untyped_storage().data_ptr():
         return []
     if numbers.numel() == column.numel():
@@ -85,7 +85,7 @@ def _places(numbers: Tensor, name: str, column: Tensor) -> list[Place]:
 
 
 def _first_position(numbers: Tensor) -> int | None:
-    """Return the first of consecutive numbers, as positions are; None for others."""
+    """Return the first number if the numbers are consecutive, as positions are; else None."""
     row = numbers.reshape(-1)
     if not 1 < len(row) == numbers.shape[-1] or not bool((row.diff() == 1).all()):
         return None

@@ -1,4 +1,4 @@
-"""Forward passes in which all rows draw the same numbers, so that it makes no difference which rows are together."""
+"""Forward passes in which all rows draw the same random numbers, whichever other rows are in the batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _LIKE = {torch.rand_like, torch.randn_like}
 
 
 class _EqualRows(TorchFunctionMode):
-    """Draws numbers for one row, and gives them to all."""
+    """A mode that draws random numbers for one row and repeats them for all rows."""
 
     def __init__(self, n_rows: int) -> None:
         super().__init__()
@@ -36,9 +36,9 @@ class _EqualRows(TorchFunctionMode):
 
 @contextmanager
 def equal_draws(n_rows: int) -> Iterator[None]:
-    """Give all rows of a pass the same draws, and all passes the same; generators are then as before.
+    """Give all rows the same random draws in every pass, and restore the generators afterwards.
 
-    Models that mask at random in eval mode as well would otherwise have another loss in every pass.
+    Models that mask at random even in eval mode would otherwise have a different loss in every pass.
     """
     with preserve_rng(), _EqualRows(n_rows):
         seed_all(0)

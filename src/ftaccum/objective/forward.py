@@ -1,4 +1,4 @@
-"""From a model and a batch to the named means of the loss."""
+"""The forward pass, from a model and a batch to the named means of the loss."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -21,45 +21,45 @@ LossFn = Callable[[Any, Any], Any]
 
 
 class Forward:
-    """Runs a model on a batch and reads its loss: the model's own, the user's `loss_fn`, or the next-token loss.
+    """A forward pass with its loss: the model's own, the user's `loss_fn`, or the next-token loss.
 
-    Which of them is settled once, from what `forward` takes and the batch carries.
+    Which of the three to use is decided once, from the arguments of `forward` and the columns of a batch.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, *, token_ids: bool = False) -> None:
         """Args:
-            model: before it is wrapped for several processes.
-            batch: a collated batch, to see what it carries.
-            loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on mappings, or None.
-            token_ids: whether the rows were token ids and nothing else, each the target of the one before.
+            model: the model, not yet wrapped for several processes.
+            batch: a collated batch, whose columns decide which loss to use.
+            loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for mappings, or None.
+            token_ids: whether rows are nothing but token ids, each of which is the target of the one before.
 
         Raises:
-            DataError: where no loss can come of model and batch, with what is missing.
+            DataError: if the model and the batch give no loss. The message says what is missing.
         """
         self.accepted = accepted_arguments(model)
         self.modules = (
             [loss_fn] if isinstance(loss_fn, nn.Module) else []
-        )  # those that compute the loss besides the model
-        self.factors: dict[str, float] = {}  # of outputs that the model's own loss has added to it, by name
-        # Some models of Transformers compute a loss without labels, but only if they are asked to.
+        )  # the modules that compute the loss, besides the model
+        self.factors: dict[str, float] = {}  # the outputs that the model's own loss adds up, with their factors
+        # Some Transformers models compute a loss without labels, but only on request.
         self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
         self._inner_gradients = InnerGradients()
         self._own_loss = OwnLoss()
-        self.has_spans = False  # whether the terms are the loss of starts and that of ends
+        self.has_spans = False  # whether the terms are the losses of start and end positions
         self._read_loss = self._settle(model, batch, loss_fn, token_ids)
         self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        # An encoder-decoder makes its decoder's inputs from the labels, so it gets them beside a `loss_fn`, too.
+        # An encoder-decoder makes its decoder's inputs from the labels, so it needs them even with a `loss_fn`.
         self._withheld = set() if self.is_own or self._needs_labels else {"labels"}
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Return the means by term, scalars, and the model's outputs. The batch may be changed by both."""
+        """Return the means by term, as scalars, and the model's outputs. The model or the loss may change the batch."""
         return self._inner_gradients.run(lambda: self._means(model, batch))
 
     def _means(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         outputs = self._outputs(model, batch)
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
         if self.factors:
-            # In eval mode a model may leave some out.
+            # A model may omit some of them in eval mode.
             given = {
                 name: factor * outputs[name] for name, factor in self.factors.items() if outputs.get(name) is not None
             }
@@ -68,21 +68,23 @@ class Forward:
         return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
 
     def unweighted_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of a batch as the model or `loss_fn` gives it, the sum of its terms. Nothing measured takes
-        part in it."""
+        """Return the loss of a batch as the model or `loss_fn` returns it, with its terms added up.
+
+        It uses no counts or factors that were measured.
+        """
         loss = self._loss_of(model, self._outputs(model, batch), batch)
         terms = loss if isinstance(loss, Mapping) else {LOSS: loss}
         means = [_scalar(term, mean) for term, mean in terms.items()]
         return torch.stack(means).sum() if means else torch.zeros(())
 
     def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
-        """Return the loss as it is given: a number, or a mapping of them."""
+        """Return the loss as given: a number, or a mapping from terms to numbers."""
         if self._read_loss is None:
             return self._own_loss(outputs, training=model.training)
         return self._read_loss(outputs, batch)
 
     def settle_outputs(self, model: nn.Module, batch: Callable[[], Batch]) -> None:
-        """Settle which of the outputs is the model's own loss, in eval mode and in train mode.
+        """Find the model's own loss among its outputs, in eval mode and in train mode.
 
         Args:
             batch: returns a batch of several rows, so that no prediction is a single number.
@@ -91,33 +93,35 @@ class Forward:
             with training_mode(model, training=training):
                 outputs = self._inner_gradients.run(lambda: self._outputs(model, batch())) if self.is_own else None
                 if isinstance(outputs, list | tuple):
-                    with torch.enable_grad():  # of several numbers, one is computed from the others
+                    with torch.enable_grad():  # the graph shows which number is computed from the others
                         self._own_loss.settle(self._outputs(model, batch()), training=training)
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        """Split the model's loss into the terms that its outputs name: a router's balance over its experts is no mean
-        over labels, whatever the rest is.
+        """Split off the terms that the model's own loss adds up and its outputs name.
+
+        For example, a router's balance over its experts is no mean over labels, even if the rest of the loss is.
 
         Args:
-            batches: a few small ones, to run with gradients. Outputs whose factor is not the same in all are left in.
+            batches: a few small batches to run with gradients. Outputs whose factor differs between them stay in the
+                main term.
         """
         with torch.enable_grad():
             found = [factors_of(outputs, LOSS) for outputs in (self._outputs(model, batch) for batch in batches)]
         self.factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
 
     def split_spans(self, model: nn.Module, batch: Batch) -> None:
-        """Make two terms of the loss of a question-answering head, where it is the sum of two means on this batch."""
+        """Split the loss of a question-answering head into two terms, if it is the sum of two means on this batch."""
         if self.is_own:
             outputs = self._outputs(model, batch)
             self.has_spans = is_span_loss(outputs, self._loss_of(model, outputs, batch), batch)
 
     def may_have_parts(self, outputs: Any) -> bool:
-        """Whether the outputs hold numbers that the model's own loss may be the sum of."""
+        """Return whether the outputs hold numbers that the model's own loss may add up."""
         return self.is_own and has_parts(outputs, LOSS)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The terms that are outputs of the model's, which its loss has added."""
+        """The terms that are outputs of the model and that its own loss adds up."""
         return tuple(self.factors)
 
     @property
@@ -127,12 +131,15 @@ class Forward:
 
     @property
     def counted_by(self) -> str | None:
-        """The way to count, where the loss is computed here and needs no measuring."""
+        """The way to count, if it is known: only for the next-token loss, which is computed here."""
         return "labels after the shift" if self._read_loss is _next_token_loss else None
 
     def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
-        """Return how many classes the targets choose from, read off the logits that the model gives without labels, or
-        with them if it makes inputs of them. None where the targets are no class numbers, or there are no logits."""
+        """Return how many classes the targets choose from, read off the model's logits.
+
+        The model runs without labels, unless it makes inputs from them. Return None if the targets are no class
+        numbers, or if there are no logits.
+        """
         targets = targets_of(batch)
         if targets is None or targets.is_floating_point():
             return None
@@ -158,24 +165,24 @@ class Forward:
             given = {name: value for name, value in given.items() if name in self.accepted}
         if "input_ids" in given or "input_ids" not in batch:
             return model(**given)
-        return model(batch["input_ids"], **given)  # a plain module may name its token ids as it likes
+        return model(batch["input_ids"], **given)  # a plain module may give its token ids any name
 
     def _settle(
         self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, token_ids: bool
     ) -> Callable[[Any, Batch], Any] | None:
-        """Return what reads the loss; None where it is the model's own."""
+        """Return the function that reads the loss; None for the model's own loss."""
         name = type(model).__name__
         if loss_fn is not None:
             return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
         if isinstance(batch, list) and batch and isinstance(batch[0], Mapping):
             raise DataError(
-                f"`data_collator` must give a dict of tensors, or (inputs, targets), but gives a list of {len(batch)} "
-                "dicts instead. Have it stack them, as `transformers.DataCollatorWithPadding` does."
+                "`data_collator` must return a dict of tensors, or (inputs, targets), but returns a list of "
+                f"{len(batch)} dicts instead. Let it stack them, as `transformers.DataCollatorWithPadding` does."
             )
         if not isinstance(batch, Mapping):
             raise DataError(
                 "`train_data` gives (inputs, targets) tuples, but `loss_fn` is None. "
-                "Give the loss that compares them, such as `loss_fn=torch.nn.CrossEntropyLoss()`."
+                "Give a loss that compares outputs with targets, such as `loss_fn=torch.nn.CrossEntropyLoss()`."
             )
         labels = [key for key in batch if is_label(key)]
         if any(self.accepted is None or key in self.accepted for key in labels):
@@ -183,17 +190,17 @@ class Forward:
         if token_ids:
             return _next_token_loss
         raise DataError(
-            f"`train_data` carries {sorted(map(str, batch))}, from which {name} computes no loss: it has "
+            f"`train_data` has the columns {sorted(map(str, batch))}, and {name} computes no loss from them: they have "
             f"{'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
-            "Name the labels as `forward` does, or give a `loss_fn`; for a model that computes its loss without "
+            "Name the labels as in `forward`, or give a `loss_fn`; for a model that computes its loss without "
             "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
         )
 
 
 def accepted_arguments(model: nn.Module) -> set[str] | None:
-    """The names that `forward` takes; None where it takes any. A PEFT model takes what its base model takes.
+    """Return the argument names that `forward` takes; None if it takes any. For a PEFT model, ask its base model.
 
-    A model of Transformers names what it uses; what its `**kwargs` take goes on to its attention.
+    A Transformers model names the arguments that it uses, and passes its `**kwargs` on to the attention.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     parameters = inspect.signature(base.forward).parameters.values()
@@ -203,12 +210,16 @@ def accepted_arguments(model: nn.Module) -> set[str] | None:
 
 
 def is_label(column: str) -> bool:
-    """Whether Transformers' heads would name a target so (`labels`, `start_positions`, …)."""
+    """Return whether a column has the name of a target in Transformers (`labels`, `start_positions`, …)."""
     return "label" in column or column in ("start_positions", "end_positions")
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits in a model's outputs: the tensor itself, `.logits`, or the first tensor that is no number."""
+    """Return the logits in a model's outputs: the tensor itself, `.logits`, or the first tensor with dimensions.
+
+    Raises:
+        DataError: if there is no such tensor.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
@@ -218,7 +229,7 @@ def logits_of(outputs: Any) -> Tensor:
         outputs = [value for key, value in outputs.items() if key != LOSS]
     found = [value for value in outputs if isinstance(value, Tensor) and value.ndim]
     if not found:
-        raise DataError("The model's outputs hold no logits. Give a `loss_fn` that reads what they hold.")
+        raise DataError("The model's outputs hold no logits. Give a `loss_fn` that uses what they hold.")
     return found[0]
 
 
@@ -227,11 +238,11 @@ def _without_labels(batch: Batch) -> Batch:
 
 
 def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:
-    """Mean cross entropy of token t+1 under the logits at t, ignored labels left out."""
+    """Return the mean cross entropy of token t+1 under the logits at t, without ignored labels."""
     logits_BLV, labels_BL = logits_of(outputs), batch["labels"]
     if logits_BLV.ndim != 3 or logits_BLV.shape[:2] != labels_BL.shape:
         raise DataError(
-            f"For the next-token loss the model must give logits of shape (rows, length, vocabulary), but gives "
+            f"For the next-token loss, the model must return logits of shape (rows, length, vocabulary), but returns "
             f"{tuple(logits_BLV.shape)} for token ids of shape {tuple(labels_BL.shape)}. Give a `loss_fn`."
         )
     logits_NV = logits_BLV[:, :-1].flatten(0, 1)
@@ -244,8 +255,8 @@ def _scalar(term: str, mean: Any) -> Tensor:
         shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
         raise SettingsError(
             [
-                f"`loss_fn` must give one number, or a dict of them, but {term!r} is {shape} instead. "
-                "Reduce it to a mean, or to a sum with `reduction='sum'`."
+                f"`loss_fn` or the model must return one number, or a dict of numbers, but {term!r} is {shape} "
+                "instead. Reduce it to a mean, or to a sum with `reduction='sum'`."
             ]
         )
     return mean.reshape(())

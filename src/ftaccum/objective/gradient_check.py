@@ -1,4 +1,4 @@
-"""Compares the gradient of a few rows together with the weighted gradients of the same rows apart."""
+"""A comparison of the gradient of a few rows in one batch with that accumulated over separate batches."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,18 +15,18 @@ from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, CountItems
 from .normalizer import Means, weighted_sum
 
-# A tensor differs where its gradient is off by more than the tolerance relative to itself, by more than a hundredth of
-# the tolerance relative to the whole gradient, and by ten times what another order of the rows changes.
+# A parameter's gradient differs if its error exceeds three bounds: the tolerance times its own norm, a hundredth of the
+# tolerance times the norm of the whole gradient, and ten times the change from another order of the rows.
 _OF_ALL, _OF_ROUNDING = 1e-2, 10
 
 
 @dataclass(frozen=True)
 class GradientDifference:
-    """How far the gradient of rows apart is from that of all together.
+    """The difference between the gradient accumulated over separate batches and that of one batch.
 
     Attributes:
-        off: the norm of the difference, relative to that of the gradient; 0 where it is rounding.
-        tensors: the parameters that differ most, in order.
+        off: the norm of the difference, relative to that of the gradient; 0 if the difference is rounding.
+        tensors: the names of the parameters that differ, the largest difference first.
     """
 
     off: float = 0.0
@@ -35,12 +35,12 @@ class GradientDifference:
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """Gradients of rows together and apart, as sketches.
+    """A comparison of gradients of rows in one batch and in separate batches, as sketches.
 
     Attributes:
-        run: a batch → the means of its loss by term, with their graph; the same each time.
-        counts: how each term is counted that has items.
-        modules: those that compute the loss besides the model.
+        run: maps a batch to the means of its loss by term, with their graph. It must return the same each time.
+        counts: how to count each term that has items.
+        modules: the modules that compute the loss, besides the model.
     """
 
     model: nn.Module
@@ -52,10 +52,10 @@ class GradientCheck:
         """Return the sketch of the gradient accumulated over batches.
 
         Args:
-            needs_gradient: whether each of them that has loss items must have one.
+            needs_gradient: whether the loss of every batch with loss items must have a gradient.
 
         Raises:
-            SettingsError: where the loss has no gradient, or the backward pass fails.
+            SettingsError: if such a loss has no gradient, or the backward pass fails.
         """
         counts = [{term: count(batch) for term, count in self.counts.items()} for batch in batches]
         items = {term: sum(each[term] for each in counts) for term in self.counts}
@@ -77,17 +77,20 @@ class GradientCheck:
         """Return the sketch of the gradient of one batch.
 
         Raises:
-            SettingsError: where there is none.
+            SettingsError: if it has none, or the backward pass fails.
         """
         return self.gradient([batch], needs_gradient=True)
 
     def difference(
         self, together: GradientSketch, apart: Sequence[Batch], reordered: Batch | None, tolerance: float
     ) -> GradientDifference:
-        """Return how far the gradient accumulated over parts is from that of all rows.
+        """Return how far the gradient accumulated over separate batches is from that of one batch.
 
         Args:
-            reordered: the rows in another order, to measure rounding with; None where they have to stay in order.
+            together: the sketch of the gradient of one batch.
+            apart: the same rows in separate batches.
+            reordered: the rows in another order, to measure rounding with; None if their order is fixed.
+            tolerance: the largest relative difference that counts as rounding.
         """
         size, sizes = together.norm(), together.norms()
         off = together.minus(self.gradient(apart)).norms()
@@ -107,7 +110,7 @@ class GradientCheck:
 
 
 def _backward(loss: Tensor) -> None:
-    """Run the backward pass, and leave the gradients of weights outside of the model as they were."""
+    """Run the backward pass, and restore the gradients of all weights, also of those outside the model."""
     before = [(leaf, leaf.grad) for leaf in _leaves(loss)]
     try:
         loss.backward()
@@ -116,7 +119,7 @@ def _backward(loss: Tensor) -> None:
             raise
         raise SettingsError(
             [
-                f"The backward pass of the loss fails: {error} Where a tensor was changed in place (`+=`, `x[...] =`, "
+                f"The backward pass of the loss fails: {error} If a tensor is changed in place (`+=`, `x[...] =`, "
                 "a function that ends in `_`), make a new one instead."
             ]
         ) from error
@@ -126,7 +129,7 @@ def _backward(loss: Tensor) -> None:
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
-    """Return the tensors that the backward pass accumulates gradients in."""
+    """Return the tensors in which the backward pass accumulates gradients."""
     found, seen, ahead = [], set(), [loss.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -139,6 +142,6 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 
 _NO_GRADIENT = (
-    "The loss does not depend on any trainable parameter, so that there is no gradient. Look for `detach()`, `item()`, "
-    "`no_grad`, `argmax` or NumPy between the model's outputs and the loss, and for parameters that are frozen."
+    "The loss does not depend on any trainable parameter, so there is no gradient. Look for `detach()`, `item()`, "
+    "`no_grad`, `argmax` or NumPy between the model's outputs and the loss, and for frozen parameters."
 )

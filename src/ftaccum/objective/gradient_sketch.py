@@ -1,4 +1,4 @@
-"""Summaries of gradients, by which two gradients can be compared without a copy of either."""
+"""Summaries of gradients that allow comparing two gradients without a copy of either."""
 
 import functools
 import math
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from ..runtime.state_guards import preserve_gradients, suspend_gradient_hooks
 
-_SUMS = 1024  # a parameter
+_SUMS = 1024  # per parameter
 _SIGNS = 1 << 20
 _SEED = 0
 
 
 @dataclass
 class GradientSketch:
-    """A gradient folded to 1,024 sums a parameter.
+    """A gradient reduced to 1,024 sums per parameter.
 
-    The numbers of a parameter's gradient get random signs, and those at equal positions modulo 1,024 are added up
+    The numbers of a parameter's gradient get random signs, and those at equal positions modulo 1,024 are summed
     (Charikar, Chen and Farach-Colton, 2002). Sketching is linear: the difference of two sketches is the sketch of the
     difference, and the expected square of its norm is that of the difference itself. The estimated norm has a relative
     standard error of at most 1 / sqrt(2 · 1,024) = 2.2%; parameters of up to 1,024 numbers are exact.
@@ -29,7 +29,7 @@ class GradientSketch:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Add a gradient of one parameter."""
+        """Add to the gradient of one parameter."""
         sums = _fold(gradient.detach(), _random_signs(gradient.device)).double().cpu()
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
@@ -50,11 +50,11 @@ class GradientSketch:
 
 @contextmanager
 def sketch_gradients(model: nn.Module) -> Iterator[GradientSketch]:
-    """Sketch the gradients of backward passes as they come, and keep none: `grad` is afterwards as it was."""
+    """Sketch the gradients of backward passes as they come without keeping them, and restore `grad` afterwards."""
     sketch = GradientSketch()
 
     def sketch_and_drop(name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "the hook comes after it was accumulated"
+        assert parameter.grad is not None, "the hook runs after the gradient is accumulated"
         sketch.add(name, parameter.grad)
         parameter.grad = None
 
@@ -78,13 +78,13 @@ def _fold(gradient: Tensor, signs: Tensor) -> Tensor:
     for turn, chunk in enumerate(flat.split(_SIGNS)):
         signed = chunk.to(signs.dtype) * signs[: len(chunk)]
         padded = torch.nn.functional.pad(signed, (0, -len(signed) % _SUMS))
-        # Turned, so that numbers with one sign in all chunks do not meet.
+        # Rotate each chunk, because equal positions have equal signs in all chunks and must not share a sum.
         sums += padded.view(-1, _SUMS).sum(0).roll(turn)
     return sums
 
 
 @functools.lru_cache(maxsize=8)
 def _random_signs(device: torch.device) -> Tensor:
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has nothing wider
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no wider type
     drawn = torch.randint(0, 2, (_SIGNS,), generator=torch.Generator().manual_seed(_SEED), dtype=torch.int8)
     return (2 * drawn - 1).to(device=device, dtype=dtype)

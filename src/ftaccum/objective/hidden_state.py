@@ -1,4 +1,4 @@
-"""State that a forward pass keeps outside of parameters, buffers and generators, seen by its effect on the next one."""
+"""State that a forward pass keeps outside parameters, buffers and generators, detected by its effect on the next."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ Run = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class HiddenState:
-    """What a pass leaves behind that the next one depends on.
+    """State that one forward pass leaves behind and the next one depends on.
 
     Attributes:
-        off: the relative difference in loss between two passes that should be equal; 0 where there is no such state.
-        places: where it is; empty where that does not show.
+        off: the relative difference in loss between two passes that should be equal; 0 if there is no such state.
+        places: where the state is; empty if unknown.
     """
 
     off: float = 0.0
@@ -27,15 +27,16 @@ class HiddenState:
 
 
 def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, tolerance: float) -> HiddenState:
-    """Run the same rows again and again, with generators and buffers put back before each pass.
+    """Run the same rows several times, with generators and buffers restored each time, and compare the losses.
 
-    In train mode, where passes differ for what they keep in attributes of modules. What is kept elsewhere (a closure,
-    a global) shows in eval mode too; in train mode alone it may be a generator of the model's own.
+    If passes in train mode differ, and restoring the attributes of modules makes them equal, the state is in these
+    attributes. Otherwise it is elsewhere (a closure, a global), and counts only if passes differ in eval mode too. It
+    does not count if the model holds random generators of its own, which may cause the difference.
 
     Args:
-        modules: the modules that compute the loss besides the model.
+        modules: the modules that compute the loss, besides the model.
         run: runs a few rows, and returns the loss by term.
-        tolerance: the largest difference that is rounding.
+        tolerance: the largest difference that counts as rounding.
     """
     attributes = ModuleAttributes(model, *modules)
 
@@ -44,8 +45,8 @@ def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, 
             return run()
 
     def off(training: bool) -> tuple[float, list[str], float]:
-        """Return how far a second pass is from the first, what the first changed, and how far a third is off that
-        starts from the same attributes."""
+        """Return how far a second pass is from the first, the attributes that the first changed, and how far a third
+        pass is from the first after they are restored."""
         with DeterministicMode(model, training, {}, modules).passes():
             try:
                 first, changed, second = from_the_start(), attributes.changed(), from_the_start()

@@ -1,4 +1,4 @@
-"""Passes that try a model out never hand a kernel an index out of range."""
+"""A guard against indices out of range in forward passes that try out a model."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# An index tensor, and the range of the numbers in it: from the first to below the second.
+# An index tensor, and the range that its numbers must be in: from the first number to below the second.
 _Indices: TypeAlias = tuple[Tensor, int, int]
 
 
 class IndexGuard(TorchDispatchMode):
-    """Raises IndexError for a lookup out of range before it reaches a kernel.
+    """A mode that raises IndexError for a lookup out of range before it reaches a kernel.
 
-    On a CPU the kernel raises it anyway. On a GPU it fails an assertion, after which the process cannot use the device.
+    On a CPU, the kernel would raise it anyway. On a GPU, an assertion would fail in the kernel, and the process could
+    not use the device any more.
     """
 
     supports_higher_order_operators = True  # such as flex attention
@@ -22,7 +23,7 @@ class IndexGuard(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for indices, lowest, end in _INDICES_OF.get(operation, _none)(*args):
             if bool(((indices < lowest) | (indices >= end)).any()):
-                raise IndexError(f"An index is out of range in {operation}: allowed are {lowest} to {end - 1}.")
+                raise IndexError(f"An index is out of range in {operation}: it must be between {lowest} and {end - 1}.")
         return operation(*args, **(kwargs or {}))
 
 

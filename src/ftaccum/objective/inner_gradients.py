@@ -1,4 +1,4 @@
-"""Models and losses that differentiate inside their forward pass: forces of an energy, a gradient penalty."""
+"""Models and losses that differentiate inside their forward pass, such as forces of an energy or gradient penalties."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 class InnerGradients:
-    """Runs forward passes without gradients where the caller wants none, unless the model needs them inside.
+    """A runner of forward passes that turns gradients on if the model needs them inside the pass.
 
     Evaluation and measurements run under `torch.no_grad`, in which `torch.autograd.grad` and tensor hooks raise. A pass
-    that raises there runs again with gradients, and so do all that come after it.
+    that raises there runs again with gradients, and all later passes run with gradients at once.
     """
 
     def __init__(self) -> None:
         self._are_needed = False
 
     def run(self, forward_pass: Callable[[], T]) -> T:
-        """Return what the pass returns. Its tensors may be part of a graph."""
+        """Return the result of a pass. Its tensors may be part of a graph."""
         if not self._are_needed:
             try:
                 return forward_pass()

@@ -1,7 +1,7 @@
-"""What a loss can be a mean over, and how many of it a micro-batch holds.
+"""Ways to count the loss items of a micro-batch.
 
-A head does not say what its mean runs over, so each way to count is a candidate here, and `probing` measures which
-one explains the head's loss.
+A model's head does not declare what its mean runs over, so each way to count is a candidate here. `probe` measures
+which one explains the head's loss.
 """
 
 import math
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import DataError, SettingsError
 
-IGNORE_INDEX = -100  # the label that PyTorch's cross entropy, and with it all of Transformers, leaves out
+IGNORE_INDEX = -100  # the label that PyTorch's cross entropy ignores, and with it all of Transformers
 
-OF_USER = "count_items"  # the name of the user's own way to count
+OF_USER = "count_items"  # the name of the user's way to count
 
-# Columns of one number a token, beside labels; other columns may be of a fixed size.
+# Columns with one number per token, besides labels. Other columns may have a fixed size.
 TOKEN_COLUMNS = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"}
 
 Batch = Any  # a mapping of tensors, or a tuple (inputs, targets)
@@ -24,12 +24,12 @@ CountItems = Callable[[Batch], Any]
 
 
 def rows_of(batch: Batch) -> int:
-    """Return the rows of a collated batch: the first dimension of its first tensor. A packed row is one row."""
+    """Return the number of rows of a collated batch: the first dimension of its first tensor. A packed row is one."""
     return next(t.shape[0] for t in tensors_of(batch) if t.ndim)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """Every tensor of a batch, in order."""
+    """Return all tensors of a batch, in order."""
     if isinstance(batch, Tensor):
         return [batch]
     if isinstance(batch, Mapping):
@@ -40,17 +40,17 @@ def tensors_of(batch: Batch) -> list[Tensor]:
 
 
 def targets_of(batch: Batch) -> Tensor | None:
-    """The tensor that the loss compares with: `labels` of a mapping, the second of a tuple, None where absent."""
+    """Return the targets: `labels` of a mapping, or the second element of a tuple; None if there are none."""
     found = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
     return found if isinstance(found, Tensor) else None
 
 
 class ItemCounter:
-    """The ways to count a batch's loss items, by name, in the order in which ties are settled."""
+    """The ways to count a batch's loss items, by name. If several explain a loss equally well, the first is used."""
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, class_weights: Tensor | None = None) -> None:
         """Args:
-        class_weights: of a loss that says that it weights classes: its mean is over these.
+        class_weights: the class weights that the loss declares. Its mean is over the weights of the labels.
         """
         self.ignore_index = ignore_index
         self._class_weights = None if class_weights is None else class_weights.detach().cpu()
@@ -64,7 +64,7 @@ class ItemCounter:
         }
 
     def applicable(self, batch: Batch) -> dict[str, CountItems]:
-        """The ways that mean something for this batch."""
+        """Return the ways that apply to this batch."""
         targets = targets_of(batch)
         if targets is None:
             return self.of_inputs(batch)
@@ -77,13 +77,16 @@ class ItemCounter:
         return {name: self.ways[name] for name in names} | self.of_inputs(batch)
 
     def of_inputs(self, batch: Batch) -> dict[str, CountItems]:
-        """Those of them that ask nothing of the labels, the finest last."""
+        """Return the ways that do not use labels, the finest last."""
         has_tokens = isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor)
         return {name: self.ways[name] for name in ("rows", *(("tokens",) if has_tokens else ()))}
 
     def convention(self, batch: Batch) -> str:
-        """For a loss handed over as a sum, of which no mean can be measured: labels where they are integers, else
-        elements, as PyTorch's own mean reductions count; rows where there are no targets."""
+        """Return how to count the items of a loss that is given as a sum, for which nothing can be measured.
+
+        As PyTorch's own mean reductions do, count labels if they are integers, else elements. Without targets, count
+        rows.
+        """
         targets = targets_of(batch)
         return "rows" if targets is None else "elements" if targets.is_floating_point() else "labels"
 
@@ -104,29 +107,29 @@ class ItemCounter:
 
 def _tokens(batch: Batch) -> int:
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    # A mask for pairs of tokens does not say how many tokens there are.
+    # A mask over pairs of tokens does not show how many tokens there are.
     return int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
 
 
 def _targets(batch: Batch) -> Tensor:
     targets = targets_of(batch)
     if targets is None:
-        raise DataError("Rows without `labels` came among rows with them. Give every row its labels (-100 to ignore).")
+        raise DataError("Rows without `labels` came with rows that have them. Give every row labels (-100 to ignore).")
     return targets
 
 
 def counts_from_user(counted: Any, terms: Sequence[str]) -> dict[str, float]:
-    """Return what `count_items` gave, by term; a term that it leaves out has no items.
+    """Return the result of `count_items` by term; a term that it leaves out has no items.
 
     Raises:
-        SettingsError: where it is not a number or a dict of numbers, or counts a term that is not known.
+        SettingsError: if the result is not a number or a dict of numbers, or counts an unknown term.
     """
     by_term = dict(counted) if isinstance(counted, Mapping) else dict.fromkeys(terms, counted)
     if unknown := sorted(set(by_term) - set(terms)):
         raise SettingsError(
             [
                 f"`count_items` counts {unknown}, but the terms of the loss are {sorted(terms)}. Return a dict with "
-                "all of its terms for every batch, and 0 for those without items."
+                "every term of the loss for every batch, and 0 for a term without items."
             ]
         )
     return {term: _as_count(by_term.get(term, 0)) for term in terms}
@@ -136,17 +139,17 @@ def _as_count(value: Any) -> float:
     number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
         raise SettingsError(
-            [f"`count_items` must give a finite number of 0 or more for a batch, but gave {value!r} instead."]
+            [f"`count_items` must return a finite number of 0 or more for a batch, but returned {value!r} instead."]
         )
     return number
 
 
 def relabelled(batch: Batch, ignore_index: int) -> Batch | None:
-    """A copy with other labels, on which ways to count differ widely that agree on the batch as it is.
+    """Return a copy with other labels, on which ways to count disagree even if they agree on the batch itself.
 
-    In odd rows two labels count, the first of the row and one more: two labels, one of them after the shift. In even
-    rows all do that did, and the first. Where that would be two labels in each, odd rows keep the first alone, none
-    after the shift. None where the labels cannot be ignored in part.
+    In every row, the first position gets a label that counts. Even rows keep all their other labels. Odd rows keep
+    only one of them, so that they have two labels, and one after the shift. If even rows have at most one other label
+    as well, odd rows keep none. Return None if single labels of a row cannot be ignored.
     """
     targets = targets_of(batch)
     if targets is None or targets.is_floating_point() or targets.ndim != 2 or not isinstance(batch, Mapping):

@@ -1,10 +1,10 @@
-"""The denominator of the loss, and its only owner.
+"""The denominator of the loss.
 
-A window's gradient is ∇ Σ ℓ(item) / N, with N its loss items on all processes. A micro-batch yields a mean over its
-own n items, so its part of the window's loss is mean × n / N. Nothing outside this file divides or multiplies a
-loss: what Accelerate and DDP divide by later is multiplied in here beforehand.
+The gradient of a window is ∇ Σ ℓ(item) / N, where N is the number of its loss items on all processes. A micro-batch
+yields a mean over its own n items, so its part of the window's loss is mean × n / N. Only this file scales a loss for
+accumulation: Accelerate and DDP divide it later, so this file multiplies it by the same factors first.
 
-A loss may have several terms, each a mean over items of its own kind; each has its own n and N.
+A loss may have several terms, each a mean over its own kind of items. Each term has its own n and N.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,22 +13,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-Counts = Mapping[str, float]  # loss items by term; whole, unless the user counts weights
+Counts = Mapping[str, float]  # loss items by term; whole numbers, unless the count adds up weights
 Means = Mapping[str, Tensor]  # mean loss by term, each a scalar
 
 
 class LossNormalizer:
-    """N of one window, counted over all processes before its first forward pass."""
+    """The number N of loss items in one window, counted over all processes before its first forward pass."""
 
     def __init__(
         self, counts: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator, factor: float = 1.0
     ) -> None:
-        """Sum the items of this process's micro-batches, then of all processes.
+        """Sum the items of this process's micro-batches, then those of all processes.
 
-        On several processes N stays on the device, so that counting does not wait for it.
+        On several processes, N stays on the device, so that the host does not wait for it.
 
         Args:
-            factor: what the window's gradient is multiplied by.
+            factor: the factor to multiply the window's gradient by.
         """
         self._factor = factor
         self.terms = tuple(terms)
@@ -40,24 +40,26 @@ class LossNormalizer:
             self.items_T = accelerator.reduce(self.items_T.to(accelerator.device), "sum")
 
     def contribution(self, means: Means, counts: Counts) -> Tensor:
-        """A micro-batch's part of the window's loss: Σ over terms of mean × n / N.
+        """Return a micro-batch's part of the window's loss: Σ over terms of mean × n / N.
 
-        The contributions of a window add up to its loss, over passes and processes.
+        The contributions of all micro-batches of a window, on all processes, add up to its loss.
 
         Args:
-            means: of the terms that have a mean; one over no items must be left out.
-            counts: n by term. A dummy's are 0, and its contribution is an exact zero with a gradient of zeros.
+            means: the mean of each term. Leave out a mean over no items, which would be NaN.
+            counts: n by term. It is 0 for a dummy micro-batch, which contributes exactly 0, with a gradient of zeros.
         """
         return weighted_sum(means, counts, dict(zip(self.terms, self.items_T, strict=True)))
 
     def for_backward(self, contribution: Tensor) -> Tensor:
-        """The contribution times what it will be divided by: Accelerate divides by the passes of the window, and
-        DDP averages over processes."""
+        """Return the contribution times `factor` and times the numbers that it is divided by later.
+
+        Accelerate divides by the number of passes in the window, and DDP averages over processes.
+        """
         return contribution * (self._passes * self._processes * self._factor)
 
 
 class WeightedMeans:
-    """Means over loss items, gathered as (sum, count) pairs until they are read."""
+    """Running means over loss items, kept as (sum, count) pairs."""
 
     def __init__(self, terms: Sequence[str], device: torch.device) -> None:
         self.terms = tuple(terms)
@@ -65,7 +67,7 @@ class WeightedMeans:
         self.items_T = torch.zeros_like(self.sums_T)
 
     def add(self, means: Means, counts: Counts) -> None:
-        """Adds a micro-batch of this process, without waiting for the device."""
+        """Add a micro-batch of this process without waiting for the device."""
         for t, term in enumerate(self.terms):
             if counts[term]:
                 self.sums_T[t] += widened(means[term].detach()) * counts[term]
@@ -76,12 +78,14 @@ class WeightedMeans:
         self.items_T += other.items_T
 
     def read(self) -> dict[str, float]:
-        """The mean of each term, NaN where it has no items."""
+        """Return the mean of each term; NaN for a term without items."""
         return {term: s / n if n else float("nan") for term, (s, n) in zip(self.terms, self._pairs(), strict=True)}
 
     def total(self) -> float:
-        """The loss that is trained on: the sum of the means. A term without items is left out; NaN where all are, and
-        where a mean is NaN."""
+        """Return the loss that is trained on: the sum of the means of all terms with items.
+
+        It is NaN if no term has items, or if a mean is NaN.
+        """
         known = [s / n for s, n in self._pairs() if n]
         return sum(known) if known else float("nan")
 
@@ -96,12 +100,12 @@ def weighted_sum(means: Means, counts: Counts, items: Mapping[str, float | Tenso
 
 
 def means_of_sums(sums: Means, counts: Counts) -> dict[str, Tensor]:
-    """What a loss handed over as Σℓ is as a mean over the batch's items; a term without items stays 0."""
+    """Divide a loss that is given as a sum Σℓ by the batch's items; a term without items stays 0."""
     return {term: widened(found) / (counts[term] or 1) for term, found in sums.items()}
 
 
 def gathered(means: Sequence[WeightedMeans], accelerator: Accelerator) -> list[WeightedMeans]:
-    """Each of `means` summed over all processes and brought to the host: one collective and one wait for all."""
+    """Sum each of `means` over all processes and copy it to the host, with a single collective and a single wait."""
     if not means:
         return []
     pairs_M2T = torch.stack([torch.stack([m.sums_T, m.items_T]) for m in means])
@@ -115,10 +119,10 @@ def gathered(means: Sequence[WeightedMeans], accelerator: Accelerator) -> list[W
 
 
 def widened(mean: Tensor) -> Tensor:
-    """At least float32: in bf16 a weight such as 1/3 would be off by 0.2%."""
+    """Return the mean in at least float32: in bf16, a weight such as 1/3 would be off by 0.2%."""
     return mean.to(torch.promote_types(mean.dtype, torch.float32))
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    # float32 carries whole numbers to 2**24 only, fewer than the tokens of a large window; MPS has nothing wider.
+    # float32 is exact for whole numbers up to 2**24, fewer than the tokens of a large window. MPS has no wider type.
     return torch.float32 if device.type == "mps" else torch.float64

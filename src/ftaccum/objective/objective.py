@@ -1,4 +1,4 @@
-"""Mean losses of a model on micro-batches, and the loss items that they are means over."""
+"""The objective of training: mean losses of a model on micro-batches, and the number of loss items in each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from .report import ExactnessReport
 
 
 class Objective:
-    """What is minimised: named mean losses, and how many items each is a mean over.
+    """The named mean losses that training minimizes, and how to count the loss items of each.
 
     Attributes:
         terms: the names of the means.
-        count: a collated batch → its loss items, by term.
-        report: how that was measured, and how exact it is.
+        count: maps a collated batch to its number of loss items, by term.
+        report: how the counts were found, and how exact they are.
     """
 
     def __init__(self, forward: Forward, count: Callable[[Batch], Counts], report: ExactnessReport) -> None:
@@ -34,7 +34,7 @@ class Objective:
 
     @property
     def modules(self) -> Sequence[nn.Module]:
-        """The modules that compute the loss besides the model."""
+        """The modules that compute the loss, besides the model."""
         return self._forward.modules
 
     def means(
@@ -43,13 +43,13 @@ class Objective:
         """Return the means of these terms over the batch's own items, and the model's outputs.
 
         Args:
-            batch: the pass may change it, so it should be a copy (`fresh_batch`).
-            counts: the batch's items by term.
-            terms: those that the batch has items of; the mean of any other would be NaN.
-            rows: what to call the rows in a message.
+            batch: a copy (`fresh_batch`), because the forward pass may change it.
+            counts: the batch's number of loss items, by term.
+            terms: the terms of which the batch has items; the mean of any other would be NaN.
+            rows: the name of the rows in messages.
 
         Raises:
-            DataError: where the loss has other terms, or other items, than were counted.
+            DataError: if the loss has other terms, or other items, than were counted.
         """
         watched = WatchedBatch(batch)
         found, outputs = self._forward(model, batch)
@@ -61,10 +61,10 @@ class Objective:
         return {term: means.get(term, nothing) for term in terms}, outputs
 
     def unweighted_loss(self, model: nn.Module, batch: Batch, counts: Counts) -> Tensor:
-        """Return the loss of one batch as the model or `loss_fn` gives it; a sum is divided by the batch's items.
+        """Return the loss of one batch as the model or `loss_fn` returns it; divide a sum by the batch's items.
 
         Args:
-            counts: the batch's items by term.
+            counts: the batch's number of loss items, by term.
         """
         if not self.report.sums:
             return self._forward.unweighted_loss(model, batch)
@@ -74,38 +74,38 @@ class Objective:
     def _check_terms(self, found: Means, counts: Counts, terms: Sequence[str], rows: str) -> None:
         for term in (term for term in found if term not in self.terms):
             raise DataError(
-                f"The loss of {rows} has a term {term!r}, which no row has that was looked at before training: its "
-                "items cannot be counted. Give `count_items`, which returns a dict with the items of every term, "
-                f"{[*self.terms, term]}: 0 where there are none."
+                f"The loss of {rows} has a term {term!r}, which none of the rows checked before training had, so its "
+                "items cannot be counted. Give `count_items`: a function that returns a dict with the number of items "
+                f"of every term, {[*self.terms, term]}, and 0 for a term without items."
             )
         absent = [term for term in terms if term not in found and counts[term]]
         for term in (term for term in absent if term not in self.report.absent_is_zero):
             raise DataError(
-                f"The loss of {rows} has no term {term!r}, but {counts[term]:g} items of it are counted "
-                f"({self.report.ways[term]}). Give a `count_items` that returns 0 for it there, or return the term."
+                f"The loss of {rows} has no term {term!r}, but {counts[term]:g} items of it are counted there "
+                f"({self.report.ways[term]}). Return the term, or give a `count_items` that returns 0 for it."
             )
         for term in (term for term in found if term not in terms and not counts[term]):
             refuse_mean_over_nothing(term, found[term].item(), rows)
 
 
 def refuse_other_counts(watched: WatchedBatch, count: Callable[[Batch], Counts], counts: Counts, rows: str) -> None:
-    """Raise DataError where a pass changed its batch so that other loss items are left than were counted."""
+    """Raise DataError if a forward pass changed its batch and with it the number of loss items."""
     if not (changed := watched.changed()):
         return
     left = count(watched.as_seen())
     for term in (term for term in counts if not math.isclose(left[term], counts[term])):
         raise DataError(
             f"The forward pass of {rows} changes {', '.join(f'`{name}`' for name in changed)} of a batch in place, and "
-            f"{left[term]:g} loss items are left of {counts[term]:g}. Items are counted before the pass, so that the "
-            "gradient would be wrong. Make the change in the data or in `data_collator`, or give a `count_items` that "
-            "counts what is left."
+            f"{left[term]:g} loss items are left of {counts[term]:g}. Items are counted before the pass, so the "
+            "gradient would be wrong. Make the change in the data or in `data_collator` instead, or give a "
+            "`count_items` that counts only the items that are left."
         )
 
 
 def refuse_mean_over_nothing(term: str, mean: float, rows: str) -> None:
-    """Raise DataError where a term that has no items in a batch has a mean other than 0."""
+    """Raise DataError if a term without items in a batch has a mean other than 0."""
     if math.isfinite(mean) and mean:
         raise DataError(
-            f"The term {term!r} of the loss of {rows} is {mean:.3g}, but no items of it are counted there, so that it "
-            "would not be trained on. Give a `count_items` that counts it."
+            f"The term {term!r} of the loss of {rows} is {mean:.3g}, but no items of it are counted there, so "
+            "training would ignore it. Give a `count_items` that counts its items."
         )

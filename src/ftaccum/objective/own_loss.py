@@ -1,4 +1,4 @@
-"""Finds the loss in the outputs of a model that computes it."""
+"""The loss among the outputs of a model that computes it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,27 +8,28 @@ from torch import Tensor
 
 from ..errors import DataError, SettingsError
 
-LOSS = "loss"  # the name of the one term of a loss that has no names
+LOSS = "loss"  # the name of the only term of a loss without named terms
 
 
 class OwnLoss:
-    """Reads a model's own loss: by the name `loss`, or at its place among the outputs.
+    """A reader of a model's own loss, by the name `loss` or by its position among the outputs.
 
-    A place is settled on a batch of several rows, where no prediction is a single number, and is used for every batch.
+    The position is found on a batch of several rows, where no prediction is a single number, and used for every batch.
     """
 
     def __init__(self) -> None:
-        self._places: dict[bool, int] = {}  # by whether the model is in train mode
+        self._places: dict[bool, int] = {}  # the keys say whether the model is in train mode
 
     def settle(self, outputs: Any, *, training: bool) -> None:
-        """Find the place of the loss among outputs without names.
+        """Find the position of the loss among outputs without names.
 
         Args:
-            outputs: of several rows, computed with gradients.
+            outputs: the outputs for several rows, computed with gradients.
             training: whether the model was in train mode.
 
         Raises:
-            SettingsError: where several outputs may be the loss.
+            DataError: if no output may be the loss.
+            SettingsError: if several outputs may be the loss.
         """
         if _named(outputs) is None and isinstance(outputs, list | tuple):
             self._places[training] = _place(outputs)
@@ -37,7 +38,7 @@ class OwnLoss:
         """Return the loss.
 
         Raises:
-            DataError: where the outputs hold none.
+            DataError: if the outputs hold none.
         """
         loss = _named(outputs)
         if loss is None and isinstance(outputs, list | tuple):
@@ -55,9 +56,10 @@ def _named(outputs: Any) -> Any:
 
 
 def _place(outputs: Sequence[Any]) -> int:
-    """Return the index of the one number among outputs that may be the loss.
+    """Return the index of the output that is the loss.
 
-    Of several numbers, those with a gradient are candidates, and of these the one that is computed from the others.
+    Candidates are single numbers; if any has a gradient, only those that do. The loss is the candidate from which no
+    other is computed.
     """
     numbers = [n for n, value in enumerate(outputs) if isinstance(value, Tensor) and value.numel() == 1]
     numbers = [n for n in numbers if outputs[n].requires_grad] or numbers
@@ -68,9 +70,9 @@ def _place(outputs: Sequence[Any]) -> int:
     if len(roots) != 1:
         raise SettingsError(
             [
-                f"The model returns several numbers, at the places {', '.join(map(str, numbers))} of its outputs, and "
-                "it does not show which of them is the loss. Return a dict or a dataclass that names it `loss`, or "
-                "give a `loss_fn`."
+                f"The model returns several numbers, at positions {', '.join(map(str, numbers))} of its outputs, and "
+                "it is unclear which of them is the loss. Return a dict or a dataclass that names it `loss`, or give "
+                "a `loss_fn`."
             ]
         )
     return roots[0]

@@ -1,6 +1,6 @@
-"""Counts for losses that leave out or weight items by a rule of their own.
+"""Counts for losses that ignore or weight items by a rule of their own.
 
-All are dataclasses, since processes send them to each other.
+All are dataclasses, so that processes can send them to each other.
 """
 
 import math
@@ -14,18 +14,19 @@ from torch import Tensor
 from ..errors import DataError
 from .item_counts import TOKEN_COLUMNS, Batch, CountItems, targets_of
 
-TARGETS = "labels"  # the name of what a loss compares with, also in a tuple
-_MOST_VALUES = 100  # of a column, to try to leave out
+TARGETS = "labels"  # the name of the targets, also of those in a tuple
+_MOST_VALUES = 100  # distinct values in a column, to try each as the one that the loss ignores
 _SHOWN = 6  # weights, in a message
 
 
 @dataclass(frozen=True)
 class Items:
-    """The items that a batch has before any rule: labels that are not ignored, else the numbers of a column.
+    """The items of a batch before any rule: the labels that are not ignored or, without labels, a column's numbers.
 
     Attributes:
-        column: whose values the rule is about.
-        shifted: whether the first label of a row is no item, since logits predict the next one.
+        column: the column that the rule depends on.
+        shifted: whether the first label of a row is no item, because logits predict the next one.
+        ignore_index: the label that the loss is known to ignore.
     """
 
     column: str
@@ -33,7 +34,7 @@ class Items:
     ignore_index: int
 
     def values(self, batch: Batch) -> Tensor:
-        """Return the value of the column for each item; of a column with a number a row, for each label of the row."""
+        """Return the column's value for each item. A single number per row is repeated for each label of the row."""
         values, targets = column_of(batch, self.column), targets_of(batch)
         if targets is None:
             return values.flatten()
@@ -49,7 +50,7 @@ class Items:
 
 @dataclass(frozen=True)
 class WithoutValue:
-    """Counts the items whose column has another value."""
+    """A count of the items whose column does not have this value."""
 
     items: Items
     value: float
@@ -64,7 +65,7 @@ class WithoutValue:
 
 @dataclass(frozen=True)
 class ColumnSum:
-    """Adds up a column of weights over the items."""
+    """A count that adds up a column of weights over the items."""
 
     items: Items
 
@@ -77,10 +78,11 @@ class ColumnSum:
 
 @dataclass(frozen=True)
 class ValueWeights:
-    """Adds up the weights that the loss was seen to give to the values of a column.
+    """A count that adds up the weights that the loss gives to the values of a column, as measured.
 
     Attributes:
-        values: in ascending order.
+        values: the values, in ascending order.
+        weights: the weight of each.
     """
 
     items: Items
@@ -93,8 +95,8 @@ class ValueWeights:
         places = torch.searchsorted(values, found).clamp(max=len(values) - 1)
         if (unknown := values[places] != found).any():
             raise DataError(
-                f"The value {found[unknown][0].item():g} of {self.items.column!r} is in none of the rows that the "
-                "loss's weights were measured on. Give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`, or `count_items`."
+                f"The value {found[unknown][0].item():g} of {self.items.column!r} is in none of the rows on which the "
+                "loss's weights were measured. Give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`, or `count_items`."
             )
         return float(torch.tensor(self.weights, dtype=torch.float64)[places].sum())
 
@@ -106,12 +108,12 @@ class ValueWeights:
 
 
 def column_of(batch: Batch, name: str) -> Tensor:
-    """Return a column of a batch by its name; the targets of a tuple are `labels`."""
+    """Return a column of a batch by name. The targets of a tuple are its column `labels`."""
     return batch[name] if isinstance(batch, Mapping) else batch[1]
 
 
 def items_of(batch: Batch, ignore_index: int) -> list[Items]:
-    """Return what a rule may be about: the labels, and columns with a number for each row or label."""
+    """Return items for each column that a rule may depend on: labels, and columns with a number per row or label."""
     targets = targets_of(batch)
     shapes = {None if targets is None else targets.shape}
     n_rows = next(iter(_tensors(batch).values())).shape[:1]

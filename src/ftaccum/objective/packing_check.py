@@ -1,4 +1,4 @@
-"""Whether a model keeps rows apart that lie one behind the other."""
+"""A check that the packed rows of a batch do not attend to each other."""
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -14,10 +14,9 @@ from .perturbation import float32_weights, perturb_head
 def difference_of_packing(
     model: nn.Module, forward: Forward, objective: Objective, padded: Batch, packed: Batch
 ) -> float:
-    """Return how far the loss of rows one behind the other is from that of the same rows side by side, relative to the
-    latter.
+    """Return the relative difference between the loss of packed rows and that of the same rows padded.
 
-    It is more than rounding where the rows attend to each other. All processes take the main process's figure.
+    It exceeds rounding if packed rows attend to each other. All processes use the main process's result.
     """
     device = next(model.parameters()).device
 

@@ -1,4 +1,4 @@
-"""A model's weights, for the time of a measurement: such that rows differ in loss, and without rounding to 16 bits."""
+"""Temporary changes of a model's weights for a measurement: noise, so that rows differ in loss, and float32."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +17,11 @@ from .item_counts import Batch
 def perturb_head(model: nn.Module) -> Iterator[None]:
     """Add noise to the model's last weights, and restore them afterwards.
 
-    Which way to count is right does not depend on the weights; but rows must differ in loss for it to show, and under
-    a new head they hardly do.
+    The right way to count does not depend on the weights. But it shows only if rows differ in loss, and with a new head
+    they hardly do.
     """
     weight = _last_weight(model)
-    # Logits of a few units: the inputs of a last layer are about 1 each, or normalised to it.
+    # This makes logits of a few units, because the inputs of a last layer are about 1 each, or normalized to that.
     scale = 1.0 if weight is None else 3 / math.sqrt(weight.numel() / weight.shape[0])
     with _noise([] if weight is None else [weight], scale):
         yield
@@ -29,12 +29,12 @@ def perturb_head(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def float32_weights(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
-    """Models of 16-bit weights in float32, and float32 products without shortcuts (TF32, bf16), for the time being.
+    """Hold 16-bit weights and buffers in float32, and compute float32 products without shortcuts (TF32, bf16).
 
-    Rounded to 16 bits, the losses of two ways to count cannot be told apart.
+    Losses that are rounded to 16 bits cannot tell two ways to count apart.
 
     Yields:
-        What puts the 16-bit numbers of a batch in float32 as well, where it does so with the weights.
+        A function that converts the 16-bit tensors of a batch to float32 too, if any weights were converted.
     """
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if _is_narrow(t)]
     products = torch.get_float32_matmul_precision()
@@ -50,13 +50,16 @@ def float32_weights(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
 
 
 def has_narrow_weights(model: nn.Module) -> bool:
-    """Whether `float32_weights` has something to do."""
+    """Return whether `float32_weights` would convert weights of a model."""
     return any(map(_is_narrow, model.parameters()))
 
 
 def perturb_norms(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Add noise to the scales and shifts of these modules, and restore them afterwards: a norm whose scale is 0, as the
-    last of a new residual branch is, has a gradient but no say in the loss."""
+    """Add noise to the scales and shifts of these modules, and restore them afterwards.
+
+    Otherwise a norm whose scale is 0, as the last one of a new residual branch has, would not affect the loss, although
+    it has a gradient.
+    """
     return _noise(
         [p for module in modules for p in module.parameters(recurse=False) if p.ndim == 1 and p.is_floating_point()]
     )

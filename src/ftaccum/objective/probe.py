@@ -1,8 +1,8 @@
-"""Which items a head's mean runs over, measured.
+"""Measure which items a head's mean runs over.
 
 A mean over items of any kind obeys  mean(A ∪ B) = (n_A · mean(A) + n_B · mean(B)) / (n_A + n_B)  for the right way
-to count n and, in general, for no other. So the loss of a few rows together is compared with their losses apart
-under every way to count.
+to count n and, in general, for no other. So this module compares the loss of a few rows in one batch with their losses
+in separate batches, weighted by every way to count.
 """
 
 import math
@@ -15,10 +15,11 @@ import torch
 
 from .item_counts import Batch, CountItems, relabelled, tensors_of
 
-# Relative difference up to which a way to count explains a loss. Heads compute parts of a float64 model's loss in
-# float32, so the two are taken alike. 16 bits are tried only where memory does not allow more.
+# The largest relative difference at which a way to count still explains a loss. It is the same for float32 and float64,
+# because heads compute parts of a float64 model's loss in float32. The second is for models measured in 16 bits, which
+# happens only if memory does not allow float32.
 EXPLAINED, EXPLAINED_IN_HALF = 1e-5, 2e-2
-# Ways that count in the same proportions differ by this much at most.
+# Two ways to count whose differences are this close fit equally well.
 _TIE = 1e-9
 
 Losses = Callable[[Batch], Mapping[str, float]]
@@ -28,13 +29,14 @@ Cut = Callable[[Batch], Sequence[Batch]]
 
 @dataclass(frozen=True)
 class Explanation:
-    """How well the chosen ways to count explain the losses.
+    """The differences that the chosen ways to count leave between the loss of one batch and that of separate ones.
 
     Attributes:
-        differences: by term, the relative difference between the loss of rows together and that of rows apart.
-        padding: the same for rows that are padded to their own width, where padding is all that makes a difference:
-            rows must be padded to one width then for the loss to be explained. 0 where it makes none.
-        adds_up: whether the losses of the parts, unweighted, add up to the joint one: a sum, not a mean.
+        differences: for each term, the relative difference between the loss of one batch and the weighted losses of
+            separate batches.
+        padding: the same difference for batches that are padded to their own width, if the loss is explained only when
+            all are padded to one width; else 0.
+        adds_up: whether the unweighted losses of separate batches add up to that of one batch: a sum, not a mean.
     """
 
     differences: dict[str, float]
@@ -46,22 +48,22 @@ class Explanation:
         return self.padding > 0
 
     def with_differences(self, differences: Mapping[str, float]) -> "Explanation":
-        """Return the same, with these differences where they are larger."""
+        """Return a copy with these differences where they are larger."""
         larger = {term: max(found, differences.get(term, 0.0)) for term, found in self.differences.items()}
         return replace(self, differences=larger)
 
     def worst(self, other: "Explanation") -> "Explanation":
-        """The larger differences of two measurements; padding matters where it did in either."""
+        """Return the larger differences of two measurements. Padding matters if it did in either of them."""
         differences = {term: max(found, other.differences[term]) for term, found in self.differences.items()}
         return Explanation(differences, max(self.padding, other.padding), self.adds_up and other.adds_up)
 
     def with_exact(self, terms: Sequence[str]) -> "Explanation":
-        """Return the same with terms that nothing was measured of."""
+        """Return a copy with a difference of 0 for terms that were not measured."""
         return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
 
 
 def cache_losses(losses: Losses) -> Losses:
-    """The same, a batch met again answered from memory: for as long as the weights stay."""
+    """Return a function that remembers the losses of each batch. It is valid as long as the weights stay the same."""
     known: dict[Any, Mapping[str, float]] = {}
 
     def answered(batch: Batch) -> Mapping[str, float]:
@@ -74,21 +76,22 @@ def cache_losses(losses: Losses) -> Losses:
 
 
 def choose(losses: Losses, together: Batch, parts: Cut, ways: Ways, ignore_index: int) -> dict[str, str]:
-    """For each term, the way to count that explains the loss of `together` best from the losses of its parts.
+    """Return, for each term, the way to count that best explains the loss of `together` from the losses of its parts.
 
-    Ways that agree on the rows as they are get asked again with other labels; of those that agree even then, the first
-    is taken.
+    If several ways fit equally well, compare them again with other labels. If they still do, take the first.
 
     Args:
-        losses: the means of a batch by term.
-        together: a few labelled rows of different lengths.
-        parts: such a batch in unequal groups of rows.
+        losses: maps a batch to its means by term.
+        together: a batch of a few labelled rows of different lengths.
+        parts: splits such a batch into groups of rows of unequal size.
+        ways: the ways to count each term.
+        ignore_index: the label that the loss is known to ignore.
     """
     tied = _closest(losses, together, parts, ways)
     asking = relabelled(together, ignore_index)
     if asking is not None and any(len(names) > 1 for names in tied.values()):
         asked = {term: {way: ways[term][way] for way in names} for term, names in tied.items()}
-        with suppress(IndexError):  # a loss of the user's own may not take the label that others leave out
+        with suppress(IndexError):  # the user's loss may not accept the label that others ignore
             tied = _closest(losses, asking, parts, asked)
     return {term: names[0] for term, names in tied.items()}
 
@@ -111,17 +114,19 @@ def explain(
     chosen: Mapping[str, CountItems],
     tolerance: float = EXPLAINED,
 ) -> Explanation:
-    """Measures how well the chosen ways to count explain the loss, and whether padding matters to it.
+    """Measure how well the chosen ways to count explain the loss, and whether padding matters to it.
 
     Args:
-        cut: `together` in unequal groups of rows; None where that cannot be done.
-        padded_apart: the same groups collated by themselves; empty where that would give other rows, because the
-            collator draws at random.
-        chosen: the way to count, by term.
+        losses: maps a batch to its means by term.
+        together: a batch of a few rows.
+        cut: splits `together` into groups of rows of unequal size; None if that is impossible.
+        padded_apart: the same groups, each padded to its own width; empty if there are none.
+        chosen: the way to count each term.
+        tolerance: the largest difference that counts as rounding.
     """
     joint = losses(together)
     groups = [group for group in (cut(together) if cut else [], padded_apart) if group]
-    assert groups, "rows are apart in one way at least"
+    assert groups, "`cut` or `padded_apart` is given"
     found, adds_up = [], False
     for apart in groups:
         means = [losses(part) for part in apart]
@@ -129,7 +134,7 @@ def explain(
         sums = {term: sum(mean[term] for mean in means) for term in joint}
         adds_up = adds_up or all(relative(sums[term], joint[term]) <= tolerance for term in joint)
     alike, apart_ = found[0], found[-1]
-    # Terms that are explained only where all groups are padded alike: a softmax over padding.
+    # Terms that are explained only if all groups have the same width: a softmax over padding, for example.
     sensitive = [apart_[term] for term in chosen if alike[term] <= tolerance < apart_[term]]
     return Explanation(alike if sensitive else apart_, max(sensitive, default=0.0), adds_up)
 
@@ -141,13 +146,13 @@ def difference(
     term: str,
     count: CountItems,
 ) -> float:
-    """|Σ n·mean / Σ n - joint mean| / |joint mean| over the parts."""
+    """Return |Σ n·mean / Σ n - joint mean| / |joint mean| over the parts; infinite if they have no items."""
     counts = [count(part) for part in parts]
     weighted = sum(n * mean[term] for n, mean in zip(counts, means, strict=True) if n)
     return relative(weighted / sum(counts), joint[term]) if sum(counts) else math.inf
 
 
 def relative(found: float, wanted: float) -> float:
-    """|found - wanted| / |wanted|; infinite where that is no number."""
+    """Return |found - wanted| / |wanted|, or |found| if `wanted` is 0; infinite instead of NaN."""
     off = abs(found - wanted) / abs(wanted) if wanted else abs(found)
     return off if math.isfinite(off) else math.inf

@@ -1,6 +1,7 @@
-"""Check the chosen count on rare rows, and replace it where it does not explain their loss.
+"""Check the chosen count on rare rows, and replace it if it does not explain their loss.
 
-Four rows rarely have all labels. A loss that leaves one out, or weights it, looks like a plain mean on them.
+Four rows rarely have all label values. On rows without a certain value, a loss that ignores or weights that value looks
+like a plain mean.
 """
 
 import math
@@ -15,15 +16,15 @@ from .probe import Losses, Ways, difference
 from .row_weights import Weights, weigh_rows, weigh_values
 from .sample import RowGroup, Sample
 
-_NAMED = 3  # rows in a sentence
-_UNCERTAIN = 1e-2  # the error, relative, of a weight that is not known well enough to be used
-_DIGITS = 3  # of a round weight, at most
-_UNLIKE = 1e-3  # relative: rows whose items weigh differently from the others'
+_NAMED = 3  # rows to name in a message
+_UNCERTAIN = 1e-2  # relative; a weight with a larger error is too uncertain to use
+_DIGITS = 3  # at most, of a round weight
+_UNLIKE = 1e-3  # relative; messages name rows whose items weigh more or less than others by more than this
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The loss of rows together, and of parts of them."""
+    """The loss of a batch, and of its parts."""
 
     joint: Mapping[str, float]
     means: Sequence[Mapping[str, float]]
@@ -31,11 +32,11 @@ class Observed:
 
     @classmethod
     def of(cls, losses: Losses, joint: Batch, parts: Sequence[Batch]) -> "Observed":
-        """Measure rows together and apart."""
+        """Measure a batch and its parts."""
         return cls(losses(joint), [losses(part) for part in parts], parts)
 
     def difference(self, term: str, count: CountItems) -> float:
-        """Return how far a count is from explaining a term; 0 where the term is not finite, or not there."""
+        """Return how far a count is from explaining a term; 0 if the term is not finite or is missing."""
         if not math.isfinite(self.joint.get(term, math.nan)):
             return 0.0
         means = [{term: mean.get(term, math.nan)} for mean in self.means]
@@ -44,13 +45,13 @@ class Observed:
 
 @dataclass(frozen=True)
 class Recount:
-    """What all rows say of one term.
+    """The count of one term after a check on all rows.
 
     Attributes:
-        name: of the count that explains it best.
+        name: the name of the count that explains the term best.
         count: that count.
         difference: how far it is from explaining the loss.
-        at_fault: the rows that it does not explain although it explains the first four, in words.
+        at_fault: the rows that it does not explain, for a message, if it explains the first four.
     """
 
     name: str
@@ -60,11 +61,13 @@ class Recount:
 
 
 class RareCheck:
-    """Counts a loss again on rare rows.
+    """A check of counts on rare rows.
 
     Args:
-        first: what was observed on the first four rows.
-        ignore_index: the label that the loss is known to leave out.
+        losses: maps a batch to its losses by term.
+        first: the losses of the first four rows.
+        sample: the rows, with the rare ones.
+        ignore_index: the label that the loss is known to ignore.
     """
 
     def __init__(self, losses: Losses, first: Observed, sample: Sample, ignore_index: int) -> None:
@@ -74,16 +77,18 @@ class RareCheck:
         self._observed = [first, *rare]
 
     def recounts(self, names: Mapping[str, str], ways: Ways, tolerance: float) -> dict[str, Recount]:
-        """Count each term again that one of these ways was chosen for."""
+        """Check the way that was chosen for each term, and return the count to use instead."""
         return {term: self.recount(term, name, ways[term], tolerance) for term, name in names.items()}
 
     def recount(self, term: str, name: str, ways: Mapping[str, CountItems], tolerance: float) -> Recount:
-        """Return the count that explains a term on all rows: the one it has, else another of the ways, else one by a
-        rule of the loss's own, else the weights of its labels.
+        """Return the count that explains a term on all rows.
+
+        Try the current way first, then the others, then rules that the loss may have, and last measured weights. If
+        none explains the loss, return the current way.
 
         Args:
-            name: of the way that the first four rows were explained by.
-            ways: to count the term; the user's is the only one.
+            name: the name of the way that was chosen on the first four rows.
+            ways: the ways to count the term. The user's own is the only one.
         """
         kept = Recount(name, ways[name], self.difference(term, ways[name]))
         if kept.difference <= tolerance:
@@ -108,8 +113,10 @@ class RareCheck:
         return weigh_rows(lambda rows: self._losses(group.take(rows)).get(term, math.nan), group)
 
     def _weighted(self, weights: Sequence[Weights]) -> Iterator[CountItems]:
-        """Yield the weights of the values of each column that would make the rows weigh as they do, round ones first
-        where these are within the error of measurement."""
+        """Yield counts that weight the values of one column such that the rows weigh as measured.
+
+        Each count comes twice: first with weights rounded within their error, then with the weights as measured.
+        """
         rows = [(g, n) for g in self._groups for n in range(len(g.names))] if self._has_all_labels else []
         for items in items_of(self._groups[0].together, self._ignore_index) if rows else ():
             of_rows = [items.values(group.take([n])).cpu().double().numpy() for group, n in rows]
@@ -122,21 +129,21 @@ class RareCheck:
                 yield ValueWeights(items, values.tolist(), each_V.tolist())
 
     def _at_fault(self, weights: Sequence[Weights], count: CountItems) -> str:
-        """Return the rows whose items weigh otherwise than those of the first, in words."""
+        """Return, for a message, the rows whose items weigh more or less than those of the first row."""
         named = []
         for group, of_group in zip(self._groups, weights, strict=True):
             counts = np.array([count(group.take([n])) for n in range(len(group.names))])
             with np.errstate(divide="ignore", invalid="ignore"):
                 each = of_group.values / counts * counts[0]
             named += [
-                f"{name} {each[n]:.3g} times" for n, name in enumerate(group.names) if not abs(each[n] - 1) <= _UNLIKE
+                f"{name}: {each[n]:.3g} times" for n, name in enumerate(group.names) if not abs(each[n] - 1) <= _UNLIKE
             ]
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         return ", ".join(named[:_NAMED]) + more
 
 
 def _round(weights: Weights) -> np.ndarray:
-    """Return for each weight the roundest number within its error, else itself."""
+    """Return for each weight the roundest number within its error; the weight itself if there is none."""
     found = weights.values
     for digits in range(_DIGITS, 0, -1):
         rounded = np.array([float(f"{weight:.{digits}g}") for weight in weights.values])

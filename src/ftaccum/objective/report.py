@@ -1,4 +1,4 @@
-"""What a measurement of the loss came to, and what a user should be told of it."""
+"""The result of measuring a loss, and the messages about it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,19 +9,20 @@ from .hidden_state import HiddenState
 from .item_counts import CountItems
 from .probe import Explanation
 
-_NAMED = 3  # modules to name in a sentence
-_OF_WEIGHTS = "Where it weighs classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
+_NAMED = 3  # modules or parameters to name in a message
+_OF_WEIGHTS = "If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
 
 
 @dataclass(frozen=True)
 class InTraining:
-    """What train mode does to a loss.
+    """The effects of train mode on a loss.
 
     Attributes:
-        differences: by term, the relative difference between the loss of rows together and that of rows apart.
-        drift: the same between two passes of the same rows, one after the other.
+        differences: for each term, the relative difference between the loss of one batch and the weighted losses of
+            separate batches.
+        drift: the relative difference between two successive passes of the same rows.
         mixing: the modules whose buffers a pass moves.
-        complaint: the model's, of a single row; None where it takes one.
+        complaint: the model's error message for a batch of a single row; None if it accepts one.
     """
 
     differences: Mapping[str, float]
@@ -30,35 +31,35 @@ class InTraining:
     complaint: str | None = None
 
     def with_exact(self, terms: Sequence[str]) -> "InTraining":
-        """Return the same with terms that nothing was measured of."""
+        """Return a copy with a difference of 0 for terms that were not measured."""
         return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
 
 
 @dataclass(frozen=True)
 class ExactnessReport:
-    """By term: how a loss is counted, and how far accumulating it so is from one batch.
+    """How a loss is counted, and how far accumulating it with that count is from one batch. Mappings are by term.
 
     Attributes:
         ways: the name of the way to count.
-        measured: whether there were several to choose from.
+        measured: whether there were several ways to choose from.
         shifts: whether logits predict the next label.
         explanation: how well the ways explain the loss, in eval mode.
-        in_training: what train mode changes.
-        joint: the loss of a few rows together.
-        single_rows: the largest loss of one of them by itself.
-        parts: the terms that are outputs of the model's, which its loss has added.
-        tolerance: the largest difference that is rounding.
-        sums: whether the loss is handed over as a sum.
-        own_loss: whether it is the model's own.
-        own_rules: the counts that the ways are names for where the loss has rules of its own.
-        at_fault: the rare rows that a way does not explain, in words.
-        not_looked_at: labels that no row has that was measured, in words.
-        absent_is_zero: the terms that count as 0 where the loss leaves them out.
-        counts_before_changes: whether passes change their batch in place, and the count is right from before.
-        gradient: how far gradients of rows apart are from that of all together, where the losses agree.
+        in_training: the effects of train mode.
+        joint: the loss of a few rows in one batch.
+        single_rows: the largest loss of a batch of one of these rows.
+        parts: the terms that are outputs of the model and that its own loss adds up.
+        tolerance: the largest difference that counts as rounding.
+        sums: whether the loss is given as a sum.
+        own_loss: whether the loss is the model's own.
+        own_rules: the counts for terms whose loss has rules of its own. `ways` has their names.
+        at_fault: the rare rows that the way to count does not explain, for a message.
+        not_looked_at: the labels that no measured row has, for a message.
+        absent_is_zero: the terms that count as 0 if the loss leaves them out.
+        counts_before_changes: whether passes change their batch in place, and the count before the change is right.
+        gradient: the difference between gradients of separate batches and of one batch, if the losses agree.
         gradient_hooks: the parameters with hooks that run after each accumulated gradient.
-        hidden_state: what a pass leaves behind outside of buffers.
-        unmeasured: the terms that were 0 in all rows, which any way to count explains.
+        hidden_state: the state that a pass leaves behind outside buffers.
+        unmeasured: the terms that were 0 in all rows, so that any way to count explains them.
     """
 
     ways: Mapping[str, str]
@@ -84,23 +85,25 @@ class ExactnessReport:
 
     @property
     def counted_by(self) -> str:
-        """What the loss is a mean over, in words."""
+        """The description of what the loss is a mean over, for a message."""
         not_exactly = dict.fromkeys(self._unexplained, ", NOT exactly")
         not_exactly |= dict.fromkeys(self._mixed, ", NOT exactly in train mode")
         named = {term: f"{way} for {term!r}" if len(self.ways) > 1 else way for term, way in self.ways.items()}
         words = "; ".join(words + not_exactly.get(term, "") for term, words in named.items())
         words = f"{words} (measured)" if self.measured and not not_exactly else words
-        return f"{words}; {self.not_looked_at} not looked at" if self.not_looked_at else words
+        return f"{words}; {self.not_looked_at} not measured" if self.not_looked_at else words
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether the main loss of a row depends on what it is batched with."""
+        """Whether the main loss of a row depends on the other rows of its batch."""
         return any(term not in self.parts for term in self._unexplained) or bool(self._mixed)
 
     def inexact(self) -> list[str]:
-        """Why accumulating this loss only approximates one large batch: a sentence for each reason, with the figure by
-        which the two differ and what can be done. Empty where it is exact."""
-        if self.hidden_state.off:  # rows together and apart differ for it, whatever else they do
+        """Return the reasons why accumulating this loss only approximates one large batch; empty if it is exact.
+
+        Each is a message with the size of the difference and a remedy.
+        """
+        if self.hidden_state.off:  # passes differ because of it, so other differences show nothing
             return [self._of_hidden_state()]
         unexplained = self._unexplained
         found = [self._of_rows_at_fault(term) for term in self.at_fault]
@@ -115,20 +118,22 @@ class ExactnessReport:
         return [*found, *([self._of_drift()] if self.in_training.drift > self.tolerance else [])]
 
     def padding(self) -> str | None:
-        """What to know of a loss of the user's own that counts padding; None where it does not. (In heads of
-        Transformers' it is meant so: the softmax of question answering runs over all positions.)"""
+        """Return a warning that a loss counts padding; None if it does not, or if it is the model's own.
+
+        Heads of Transformers count padding on purpose: the softmax of question answering runs over all positions.
+        """
         if self.own_loss or not self.explanation.padding_sensitive:
             return None
         return (
-            f"Padding counts in the loss: rows padded to their own width instead of that of others differ by up to "
-            f"{_percent(self.explanation.padding)}. Every window is padded to one width, so that accumulating it is "
-            "exact; but what a row adds depends on the longest that it meets. Where that is not meant, leave positions "
-            "at which `attention_mask` is 0 out of account, in the loss or in the model."
+            "Padding counts in the loss: rows padded to their own width, and to the width of longer rows, differ by up "
+            f"to {_percent(self.explanation.padding)}. Every window is padded to one width, so accumulating it is "
+            "exact. But the loss of a row depends on the longest row of its window. If this is not intended, ignore "
+            "positions where `attention_mask` is 0, in the loss or in the model."
         )
 
     @property
     def _mixed(self) -> dict[str, float]:
-        """What train mode alone mixes."""
+        """The differences of the terms that are exact in eval mode, but not in train mode."""
         off = self.in_training.differences
         return {term: off[term] for term in off if off[term] > self.tolerance and term not in self._unexplained}
 
@@ -140,101 +145,102 @@ class ExactnessReport:
 
     def _clauses(self, terms: Sequence[str]) -> str:
         return "; ".join(
-            f"{term!r} of rows apart, weighted by {self.ways[term]}, is up to {_percent(self._unexplained[term])} off "
-            "that of all together"
+            f"{term!r} over separate micro-batches, weighted by {self.ways[term]}, is up to "
+            f"{_percent(self._unexplained[term])} off its value over one batch"
             for term in terms
         )
 
     def _cure(self, terms: Sequence[str]) -> str:
         if self.explanation.adds_up and not self.sums:
-            return "The parts add up, so the loss is a sum: say so with `reduction='sum'`."
+            return "The losses of the micro-batches add up, so the loss is a sum: give `reduction='sum'`."
         term = terms[0]
         if abs(self.single_rows[term]) < 1e-3 * abs(self.joint[term]):
             return (
-                f"A row by itself costs {self.single_rows[term]:.2g}, a few together {self.joint[term]:.2g}: rows are "
-                "compared with each other, as in-batch negatives are. No weighting makes up for the rows that a "
-                "micro-batch has not; make `batch_size` as large as the comparison has to be."
+                f"A single row has a loss of {self.single_rows[term]:.2g}, a few rows in one batch "
+                f"{self.joint[term]:.2g}: rows are compared with each other, as in-batch negatives are. No weighting "
+                "replaces the rows that a micro-batch lacks. Make `batch_size` as large as the comparison needs."
             )
         return (
-            "Accumulating it only approximates one large batch. Losses that compare the rows of a batch with each "
-            "other do this; where yours is a mean over items of your own, give `count_items`; where it is the sum of "
-            f"several means, have `loss_fn` give them by name, in a dict. {_OF_WEIGHTS}"
+            "Accumulating it only approximates one large batch. This is so for losses that compare the rows of a batch "
+            "with each other. If yours is a mean over other items, give `count_items`. If it is the sum of several "
+            f"means, have `loss_fn` return them by name, in a dict. {_OF_WEIGHTS}"
         )
 
     def _of_rows_at_fault(self, term: str) -> str:
         return (
             f"The loss is a mean over {self.ways[term]} for most rows, but not for all: in {term!r}, items of some "
-            f"rows weigh more or less than those of others ({self.at_fault[term]}), and rows apart are up to "
-            f"{_percent(self._unexplained[term])} off all together. Accumulating it only approximates one large batch. "
-            f"{_OF_WEIGHTS} Where it leaves items out or weighs them by another rule, give `count_items`."
+            f"rows weigh more or less than those of others ({self.at_fault[term]}), and the loss over separate "
+            f"micro-batches is up to {_percent(self._unexplained[term])} off its value over one batch. Accumulating it "
+            f"only approximates one large batch. {_OF_WEIGHTS} If it ignores or weights items by another rule, give "
+            "`count_items`."
         )
 
     def _of_part(self, term: str) -> str:
         share = abs(self.joint[term]) / (sum(map(abs, self.joint.values())) or 1)
         of_loss = f", {_percent(share)} of the loss," if share else ""
         return (
-            f"{term!r}{of_loss} looks at the rows of a batch together, as a router's balance "
-            f"over its experts does: {self._clauses([term])}. It is trained on as that weighted mean, the nearest to "
-            "one large batch that micro-batches can have; the more tokens a micro-batch has, the nearer it comes."
+            f"{term!r}{of_loss} looks at the rows of a batch together, as a router's balance over its experts does: "
+            f"{self._clauses([term])}. Training uses that weighted mean, which is as close to one large batch as "
+            "micro-batches come. More tokens per micro-batch make it closer."
         )
 
     def _of_train_mode(self, mixed: Mapping[str, float]) -> str:
         (term, off), *_ = sorted(mixed.items(), key=lambda item: -item[1])
         mixing, complaint = self.in_training.mixing, self.in_training.complaint
         named = ", ".join(mixing[:_NAMED]) + (", …" if len(mixing) > _NAMED else "")
-        verb = "takes" if len(mixing) == 1 else "take"
-        cause = f"{named} there {verb} in the rows given at a time" if mixing else "something there mixes rows"
+        verb = "mixes" if len(mixing) == 1 else "mix"
+        cause = f"{named} {verb} the rows of a batch" if mixing else "something mixes the rows of a batch"
         alone = f" A micro-batch of a single row cannot be computed at all ({complaint})." if complaint else ""
         return (
-            f"In train mode, {term!r} of rows apart is up to {_percent(off)} off that of all together, and in eval "
-            f"mode it is not: {cause}, and accumulating only approximates one large batch.{alone} Where that is a "
-            "batch norm, use a norm over the features of one row (GroupNorm, LayerNorm) or one with fixed statistics "
-            "(FrozenBatchNorm2d), or a larger `batch_size`."
+            f"In train mode, {term!r} over separate micro-batches is up to {_percent(off)} off its value over one "
+            f"batch, although the two agree in eval mode: {cause}, so accumulating only approximates one large batch."
+            f"{alone} If this is a batch norm, use a norm over the features of one row (GroupNorm, LayerNorm), one "
+            "with fixed statistics (FrozenBatchNorm2d), or a larger `batch_size`."
         )
 
     def _of_gradient(self) -> str:
         named = ", ".join(f"'{name}'" for name in self.gradient.tensors[:_NAMED])
         ways = " and ".join(dict.fromkeys(self.ways.values()))
         return (
-            f"The gradient of rows apart, weighted by {ways}, is {_percent(self.gradient.off)} off that of all "
-            f"together, although their losses agree. The parameters that differ most: {named}. Hooks, autograd "
-            "functions and layers that clamp, normalise or scale a gradient (`scale_grad_by_freq`) do so for each "
-            "micro-batch. Do it once an update, as `gradient_clip_norm` does, or raise `batch_size` to the rows of an "
-            "update. If there is none, the items may be counted wrong: give `count_items`."
+            f"The gradient over separate micro-batches, weighted by {ways}, is {_percent(self.gradient.off)} off that "
+            f"of one batch, although the losses agree. The parameters that differ most: {named}. Hooks, autograd "
+            "functions and layers that clamp, normalize or scale a gradient (`scale_grad_by_freq`) act on every "
+            "micro-batch. Do this once per update, as `gradient_clip_norm` does, or raise `batch_size` to the rows of "
+            "an update. If there is nothing of the kind, the items may be counted wrong: give `count_items`."
         )
 
     def _of_hooks(self) -> str:
         named = ", ".join(f"'{name}'" for name in self.gradient_hooks[:_NAMED])
         return (
-            f"Hooks run whenever a gradient is accumulated (`register_post_accumulate_grad_hook`, on {named}): once a "
-            "micro-batch, where one large batch runs them once. Remove those that change a gradient or step an "
-            "optimizer."
+            f"Hooks on {named} (`register_post_accumulate_grad_hook`) run once per micro-batch, but would run only "
+            "once for one large batch. Remove those that change a gradient or step an optimizer."
         )
 
     def _of_zero(self, term: str) -> str:
         return (
-            f"{term!r} is 0 in all rows that were looked at, so what it is a mean over could not be measured; it is "
-            f"weighted by {self.ways[term]}. Give `count_items`, which returns a dict with the items of every term."
+            f"{term!r} is 0 in all rows that were measured, so it is unknown which items it is a mean over, and it is "
+            f"weighted by {self.ways[term]}. Give `count_items`: a function that returns a dict with the number of "
+            "items of every term."
         )
 
     def _of_hidden_state(self) -> str:
         off, places = _percent(self.hidden_state.off), self.hidden_state.places
         if places:
             named = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
-            found = f"A forward pass changes {named}, which the next one depends on: the same rows, passed again, "
+            found = f"A forward pass changes {named}, which the next one depends on: two passes of the same rows "
         else:
-            found = "`forward` or `loss_fn` keeps something from call to call: the same rows, passed again, "
+            found = "`forward` or `loss_fn` keeps state from one call to the next: two passes of the same rows "
         return (
-            f"{found}differ by {off}. An update of k passes changes it k times, one large batch once. Change it once "
-            "an update instead, outside of the forward pass."
+            f"{found}differ by {off}. An update of k passes changes the state k times, and one large batch only once. "
+            "Change it once per update instead, outside the forward pass."
         )
 
     def _of_drift(self) -> str:
         named = ", ".join(self.in_training.mixing[:_NAMED])
         return (
-            f"In train mode, a pass moves buffers that the next one depends on ({named}): the same rows, passed again, "
-            f"differ by {_percent(self.in_training.drift)}. An update of k passes moves them k times, one large batch "
-            "once. Move them once an update instead, outside of `forward`."
+            f"In train mode, a pass moves buffers that the next one depends on ({named}): two passes of the same rows "
+            f"differ by {_percent(self.in_training.drift)}. An update of k passes moves them k times, and one large "
+            "batch only once. Move them once per update instead, outside `forward`."
         )
 
 

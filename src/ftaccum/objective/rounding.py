@@ -1,12 +1,12 @@
-"""What rounding may make of a gradient, by precision."""
+"""Bounds on the rounding error of a gradient, by precision."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-# How many times the measured rounding still counts as rounding: of all heads and precisions that were tried, no split
-# came to more than 1.6 times.
+# Errors up to this multiple of the measured rounding count as rounding. Of all heads and precisions that were tried, no
+# split had an error of more than 1.6 times the measured rounding.
 _TIMES = 4.0
 
 
@@ -15,8 +15,8 @@ class Rounding:
     """The relative errors that count as rounding.
 
     Attributes:
-        least: what always counts. Below it nothing is told apart.
-        most: what never counts is above it, whatever was measured.
+        least: errors up to this one always count.
+        most: errors above this one never count, whatever rounding was measured.
     """
 
     least: float
@@ -27,10 +27,11 @@ class Rounding:
         """Return the bounds for weights of these types.
 
         Args:
-            autocast: "no", or the 16-bit type that operations on float32 weights are run in.
+            dtypes: the types of the weights.
+            autocast: "no", or the 16-bit type in which autocast runs operations on float32 weights.
         """
         eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
-        if eps <= torch.finfo(torch.float64).eps:  # which autocast leaves alone
+        if eps <= torch.finfo(torch.float64).eps:  # autocast does not change float64
             return cls(1e-10, 1e-5)
         return cls(1e-6, 1e-3) if eps <= torch.finfo(torch.float32).eps and autocast == "no" else cls(1e-3, 0.1)
 
@@ -38,6 +39,6 @@ class Rounding:
         """Return the largest error that counts as rounding.
 
         Args:
-            floor: the error that rounding alone was measured to make.
+            floor: the measured error of rounding alone.
         """
         return min(max(self.least, _TIMES * floor), self.most)

@@ -1,4 +1,4 @@
-"""What rows weigh in the mean that a loss takes, measured from their losses together and alone."""
+"""The weights of rows in the mean that a loss takes, measured from their losses in one batch and alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ import numpy as np
 
 from .sample import RowGroup
 
-_REPEATS = 16  # of a row, to weigh it against one that weighs more
-_NOTHING = 1e-6  # a weight that is 0, relative to others
-_ROUNDING = 5e-7  # of a loss, relative: a few units in the last place of float32, which many heads compute in
+_REPEATS = 16  # of a row, at most, to weigh it against a heavier one
+_NOTHING = 1e-6  # relative; a smaller weight counts as 0
+_ROUNDING = 5e-7  # of a loss, relative; a few units in the last place of float32, in which many heads compute
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What each of some rows or values weighs in a mean.
+    """The weights of some rows or values in a mean.
 
     Attributes:
-        values: relative to one of them. Not finite where they cannot be measured.
-        errors: how far these may be off through rounding.
+        values: the weights, relative to one of them. A weight that cannot be measured is not finite.
+        errors: how far rounding may put each weight off.
     """
 
     values: np.ndarray
@@ -26,18 +26,19 @@ class Weights:
 
 
 def weigh_rows(loss: Callable[[Sequence[int]], float], group: RowGroup) -> Weights:
-    """Return what N rows weigh, relative to the first, or to another where the first weighs nothing.
+    """Return the weights of N rows, relative to the first row, or to another one if the first weighs nothing.
 
-    Rows of nearly the same loss hardly show what they weigh, so all are compared with the row whose loss is the
-    farthest from that of its nearest.
+    Two rows with nearly the same loss hardly show their weights. So all rows are compared with the one whose loss is
+    farthest from the nearest loss of another row.
 
     Args:
-        loss: the mean over some of the rows, which may come more than once.
+        loss: returns the loss of some of the rows in one batch. A row may be repeated.
+        group: the rows.
     """
     alone_N = np.array([loss([n]) for n in range(len(group.names))])
     gaps_NN = np.abs(alone_N[:, None] - alone_N)
     np.fill_diagonal(gaps_NN, np.inf)
-    counted = np.flatnonzero(np.isfinite(alone_N)).tolist()  # a row without a loss has no item that counts
+    counted = np.flatnonzero(np.isfinite(alone_N)).tolist()  # a row without a finite loss has no item that counts
     reference = max(counted, key=lambda n: gaps_NN[n, counted].min(), default=0)
     values_N, errors_N = np.zeros_like(alone_N), np.zeros_like(alone_N)
     for n in counted:
@@ -49,14 +50,15 @@ def weigh_rows(loss: Callable[[Sequence[int]], float], group: RowGroup) -> Weigh
 
 
 def weigh_values(weights: Sequence[Weights], counts_NV: np.ndarray) -> Weights | None:
-    """Return the weights of V values that make the rows weigh as they do, relative to the most common that weighs.
+    """Return the weights of V values that explain the weights of N rows.
 
     Args:
-        weights: of the rows of each group. All groups have the same first row.
-        counts_NV: how often each row has each value.
+        weights: the weights of the rows of each group. All groups have the same first row.
+        counts_NV: how often row n has value v.
 
     Returns:
-        None where the rows do not tell.
+        The weights, relative to that of the most frequent value whose weight is not 0; None if the rows do not
+        determine them.
     """
     wanted_N = np.concatenate([each.values for each in weights])
     errors_N = np.concatenate([each.errors for each in weights]) + _ROUNDING * np.abs(wanted_N) + _ROUNDING
@@ -64,7 +66,7 @@ def weigh_values(weights: Sequence[Weights], counts_NV: np.ndarray) -> Weights |
     is_known = np.isfinite(wanted_N + errors_N).all() and np.linalg.matrix_rank(counts_NV) == counts_NV.shape[1]
     if not (is_comparable and is_known):
         return None
-    inverse_VN = np.linalg.pinv(counts_NV / errors_N[:, None])  # so that rows count for less that are known less well
+    inverse_VN = np.linalg.pinv(counts_NV / errors_N[:, None])  # rows with larger errors count for less
     values_V, errors_V = inverse_VN @ (wanted_N / errors_N), np.abs(inverse_VN).sum(1)
     values_V = np.where(np.abs(values_V) < np.maximum(errors_V, _NOTHING * values_V.max()), 0.0, values_V)
     if (values_V < 0).any() or not values_V.any():
@@ -74,13 +76,13 @@ def weigh_values(weights: Sequence[Weights], counts_NV: np.ndarray) -> Weights |
 
 
 def _weight(loss: Callable[[Sequence[int]], float], alone_N: np.ndarray, reference: int, n: int) -> tuple[float, float]:
-    """Return w_n / w_r and its error.
+    """Return the weight of row n relative to the reference row r, w_n / w_r, and its error.
 
-    It follows from  m(k · row r ∪ row n) = (k · w_r · m(row r) + w_n · m(row n)) / (k · w_r + w_n).
+    It solves  m(k · row r ∪ row n) = (k · w_r · m(row r) + w_n · m(row n)) / (k · w_r + w_n).
     """
     of_reference, alone = alone_N[reference], alone_N[n]
     weight = 1.0
-    for _ in range(2):  # the second time with about as much of one as of the other, which rounding hurts least
+    for _ in range(2):  # the second time with about equal weight on both rows, where rounding matters least
         times, times_n = (int(np.clip(np.rint(w), 1, _REPEATS)) for w in (weight, 1 / max(weight, 1e-9)))
         both = loss([reference] * times + [n] * times_n)
         if both == alone or not np.isfinite(both):

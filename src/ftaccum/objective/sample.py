@@ -1,4 +1,4 @@
-"""The rows that a loss is measured on, together and apart."""
+"""The rows on which a loss is measured, in one batch and in separate batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from .item_counts import Batch
 
 Groups = Sequence[Sequence[int]]
 
-# Four rows, apart: groups that differ in size tell ways to count apart. Batch norm cannot do with a single row.
+# Groups of four rows. Unequal sizes show which way to count is right. Batch norm needs more than a single row.
 SINGLE, UNEQUAL, PAIRS = ([0], [1]), ([0], [1], [2, 3]), ([0, 1], [2, 3])
 
 
@@ -17,9 +17,9 @@ class RowGroup:
 
     Attributes:
         together: the rows as one batch.
-        take: some of them, at the same width.
-        positions: of the rows in the data.
-        names: what to call each in a message.
+        take: returns some of them as a batch of the same width.
+        positions: the positions of the rows in the data.
+        names: the name of each row in messages.
     """
 
     together: Batch
@@ -33,13 +33,13 @@ class Sample:
     """Four labelled rows to measure a loss on.
 
     Attributes:
-        longest: the longest row of the data. It is run first, so that memory runs out before training.
-        together: the four rows.
-        cut: such a batch in groups of rows, at its width; None where that cannot be done.
-        collated: the rows in groups that are padded by themselves.
-        names: what to call each of the four in a message.
-        rare: groups of rows that the four do not resemble.
-        not_looked_at: the labels that none of these has, in words.
+        longest: the longest row of the data. It runs first, so that a lack of memory shows before training.
+        together: the four rows as one batch.
+        cut: splits such a batch into groups of rows of its width; None if that is impossible.
+        collated: returns the four rows in groups, each padded to its own width.
+        names: the name of each of the four rows in messages.
+        rare: groups of rows with values that the four lack.
+        not_looked_at: the labels that none of these rows has, for a message.
     """
 
     longest: Batch
@@ -51,8 +51,8 @@ class Sample:
     not_looked_at: str = ""
 
     def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
-        """A batch of the four rows in groups, at its width if that can be done."""
+        """Return a batch of the four rows in groups, at the width of the batch if possible."""
         if self.cut is not None:
             return self.cut(batch, groups)
-        assert self.collated is not None, "rows are apart in one way at least"
+        assert self.collated is not None, "`cut` or `collated` is given"
         return self.collated(groups)

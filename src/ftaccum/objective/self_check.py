@@ -1,4 +1,4 @@
-"""Measure how a loss is counted and whether accumulating it is exact, before anything is trained."""
+"""Measure how to count a loss and whether accumulating it is exact, before training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -37,16 +37,21 @@ def measured_objective(
     count_items: CountItems | None = None,
     sums: bool = False,
 ) -> Objective:
-    """Settles how the loss is counted: by the user's `count_items`, by what is known of the loss, else by measurement;
-    and measures in any case whether that explains the loss, in eval mode and in train mode, and whether padding
-    matters to it.
+    """Decide how to count the loss, and measure whether accumulating it is exact.
 
-    Some twenty forward passes of at most four rows; no parameter gets a gradient, and weights, modes, random-number
-    states and buffers are put back. All processes take the main process's findings.
+    The count is the user's `count_items`, or follows from what is known about the loss, or is measured. In any case,
+    measure whether it explains the loss, in eval mode and in train mode, and whether padding matters.
+
+    This takes some twenty forward passes of at most four rows. No parameter gets a gradient; weights, modes,
+    random-number states and buffers are restored. All processes use the main process's findings.
 
     Args:
-        model: on its device, before it is wrapped.
-        sums: whether the loss is handed over as a sum instead of a mean.
+        model: the model on its device, before it is wrapped.
+        forward: its forward pass with the loss.
+        sample: the rows to measure on.
+        item_counter: the ways to count.
+        count_items: the user's way to count, if there is one.
+        sums: whether the loss is given as a sum instead of a mean.
     """
     device = next(model.parameters()).device
     with inspection_mode(model, *forward.modules):
@@ -59,7 +64,7 @@ def measured_objective(
         try:
             with float32_weights(model, *forward.modules) as widened:
                 report = replace(measurement, prepared=widened).report(EXPLAINED)
-        except RuntimeError:  # memory, or a model that insists on its type
+        except RuntimeError:  # memory ran out, or the model needs its own type
             if not has_narrow_weights(model):
                 raise
             report = measurement.report(EXPLAINED_IN_HALF)
@@ -70,12 +75,12 @@ def measured_objective(
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What is measured on what; for the fields see `measured_objective`.
+    """A measurement of a loss; for the other fields see `measured_objective`.
 
     Attributes:
-        terms: of the loss, before it is taken apart.
-        prepared: a batch → what the model takes.
-        observed: what the passes show of the loss's structure.
+        terms: the terms of the loss, before terms that the model adds up are split off.
+        prepared: converts a batch to the types that the model takes.
+        observed: a record of the passes.
     """
 
     model: nn.Module
@@ -89,7 +94,7 @@ class _Measurement:
     observed: ObservedPasses = field(default_factory=ObservedPasses)
 
     def report(self, tolerance: float) -> ExactnessReport:
-        """Measure the loss, and take differences up to `tolerance` for rounding."""
+        """Measure the loss; differences up to `tolerance` count as rounding."""
         hidden = find_hidden_state(self.model, self.forward.modules, self._losses_together, tolerance)
         mode = self._deterministic_mode()
         with perturb_head(self.model):
@@ -133,11 +138,11 @@ class _Measurement:
         """Choose how to count each term."""
         together, item_counter, ways = self.sample.together, self.item_counter, self.ways()
         names = choose(losses, together, self._apart, ways, item_counter.ignore_index)
-        # A user's count does not show whether labels are shifted; the loss does.
+        # The user's count does not show whether labels are shifted, but the loss does.
         every = dict.fromkeys(ways, item_counter.applicable(together))
         nearest = choose(losses, together, self._apart, every, item_counter.ignore_index)
         unlike = self._explain(losses, _chosen(ways, names), tolerance)
-        # What no count explains looks at all tokens together, as far as one can say; so may what eval mode leaves out.
+        # A term that no count explains probably looks at all tokens together. So may a term that eval mode leaves out.
         parts = self.forward.parts
         others = [part for part in parts if unlike.differences[part] > tolerance or not losses(together)[part]]
         names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
@@ -154,7 +159,7 @@ class _Measurement:
         return explain(losses, self.sample.together, self._cut, self._collated, chosen, tolerance)
 
     def _explain_as_it_is(self, counts: "_Counts", tolerance: float) -> Explanation:
-        """Explain the loss of the model's own weights, without noise on its head."""
+        """Explain the loss with the model's own weights, without noise on its head."""
         losses = cache_losses(self._losses)
         check_means(losses, self.sample, counts.by_term)
         explanation = self._explain(losses, counts.with_items, tolerance)
@@ -174,7 +179,7 @@ class _Measurement:
         return [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
 
     def _apart(self, batch: Batch) -> Sequence[Batch]:
-        """Return the rows in unequal groups, at the width of the batch if they can be cut."""
+        """Return the rows in groups of unequal size, at the width of the batch if possible."""
         return self.sample.apart(batch, UNEQUAL)
 
     def _rare_check(self, losses: Losses) -> RareCheck:
@@ -185,11 +190,11 @@ class _Measurement:
     @property
     def _knows_count(self) -> bool:
         if self.count_items is not None:
-            return False  # the user's, which may be wrong
+            return False  # the user's count may be wrong
         return self.sums or self.forward.has_spans or self.forward.counted_by is not None
 
     def ways(self) -> Ways:
-        """The ways to count that come into question for each term."""
+        """Return the ways to count that are possible for each term."""
         parts = dict.fromkeys(self.forward.parts, self.item_counter.applicable(self.sample.together))
         if self.count_items is not None:
             return {term: {OF_USER: _of_term(self.count_items, term, self.terms)} for term in self.terms}
@@ -216,7 +221,7 @@ class _Measurement:
         found = self.outputs(batch)[0]
         if not self.sums:
             return found
-        ways = self.ways()  # one to count each term
+        ways = self.ways()  # exactly one for each term
         return means_of_sums(found, {term: next(iter(ways[term].values()))(batch) for term in found})
 
     def outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
@@ -232,7 +237,7 @@ class _Measurement:
         return self.prepared(fresh_batch(batch, next(self.model.parameters()).device))
 
     def _deterministic_mode(self) -> DeterministicMode:
-        """How the model is run as in training; and on the way, in train mode, takes the loss apart."""
+        """Return how to run the model as in training, and split off the terms that its loss adds up in train mode."""
         outputs: Any = None
 
         def run() -> list[float]:
@@ -242,7 +247,7 @@ class _Measurement:
             return [mean.item() for mean in means.values()]
 
         mode = DeterministicMode.of(self.model, run, self.forward.modules)
-        # A count of the user's own is of the whole loss, and so is the one that a sum is divided by.
+        # The user's count is of the whole loss, and so is the count that divides a sum.
         if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
             few = self.sample.apart(self.sample.together, PAIRS if mode.moving else SINGLE)
             with mode.passes():
@@ -255,11 +260,11 @@ class _Counts:
     """How each term is counted.
 
     Attributes:
-        names: of the counts.
+        names: the names of the counts.
         by_term: the counts themselves.
-        empty: the terms that the first rows have no items of.
-        recounts: what all rows say of each term.
-        own_rules: counts that are none of the named ways, because the loss has a rule of its own.
+        empty: the terms of which the first rows have no items.
+        recounts: the counts of all terms after the check on rare rows, if there was one.
+        own_rules: the counts that are none of the named ways, because the loss has a rule of its own.
         shifts: whether logits predict the next label.
     """
 
@@ -272,7 +277,7 @@ class _Counts:
 
     @property
     def with_items(self) -> dict[str, CountItems]:
-        """The counts of the terms that the first rows have items of."""
+        """The counts of the terms of which the first rows have items."""
         return {term: count for term, count in self.by_term.items() if term not in self.empty}
 
 

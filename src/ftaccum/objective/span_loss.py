@@ -1,7 +1,7 @@
-"""The two means that the loss of a question-answering head is half of each.
+"""The two terms of the loss of a question-answering head: half its mean over starts and half its mean over ends.
 
-Such a head leaves out positions beyond the width of the batch, starts and ends each by themselves. So the two means may
-run over different numbers of rows, and no single count weights their sum right.
+Such a head ignores positions beyond the width of the batch, separately for starts and ends. So the two means may run
+over different numbers of rows, and no single count weights their sum correctly.
 """
 
 import math
@@ -15,13 +15,13 @@ from torch import Tensor
 from .item_counts import Batch
 
 _SPANS = {"start_positions": "start_logits", "end_positions": "end_logits"}
-_EQUAL = 1e-6  # relative; the same sums, computed the same way
+_EQUAL = 1e-6  # relative; both sides compute the same sums in the same way
 
 WITHIN = "answers within the width"
 
 
 def span_losses(outputs: Any, batch: Batch) -> dict[str, Tensor] | None:
-    """Return half the mean loss of the start positions and of the end positions, by column; None for other heads."""
+    """Return half the mean loss of the starts and half that of the ends, by column; None for other heads."""
     if not isinstance(outputs, Mapping) or not isinstance(batch, Mapping):
         return None
     means = {}
@@ -44,7 +44,7 @@ def is_span_loss(outputs: Any, loss: Tensor, batch: Batch) -> bool:
 
 
 def span_counts() -> dict[str, Callable[[Batch], int]]:
-    """Return how to count the items of each of `span_losses`."""
+    """Return functions that count the items of a batch for each of `span_losses`."""
     return {column: partial(_within, column) for column in _SPANS}
 
 

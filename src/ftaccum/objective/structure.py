@@ -1,4 +1,4 @@
-"""The structure of a loss, as a few passes show it: its terms, when they are there, and what becomes of the batch."""
+"""The structure of a loss, as a few passes show it: its terms, when they are missing, and changes of the batch."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +24,10 @@ def terms_of(
     """Return every term that the loss has in eval mode or in train mode, or that `count_items` counts.
 
     Args:
-        run: a batch → the means of its loss by term.
+        run: maps a batch to the means of its loss by term.
+
+    Raises:
+        SettingsError: if `count_items` leaves out a term of the loss.
     """
     found = dict.fromkeys(run(sample.longest), 0.0)
     for training in (False, True):
@@ -37,25 +40,25 @@ def terms_of(
         raise SettingsError(
             [
                 f"`count_items` must count every term of the loss, {sorted(found)}, but counts {sorted(counted)} "
-                "instead. Return a dict with those keys, or one number for all."
+                "instead. Return a dict with a number for every term, or one number for all of them."
             ]
         )
     return tuple(dict.fromkeys((*found, *counted)))
 
 
 def without_items(counts: Mapping[str, CountItems], batch: Batch) -> list[str]:
-    """Return the terms that a batch has no items of."""
+    """Return the terms of which a batch has no items."""
     return [term for term, count in counts.items() if not count(batch)]
 
 
 @dataclass
 class ObservedPasses:
-    """What passes on a few rows show besides the loss.
+    """A record of forward passes on a few rows, besides their losses.
 
     Attributes:
-        absent: for each pass whose loss lacked terms, these and its batch.
-        changes: for each pass that changed its batch, the batch from before and the watch on it.
-        shown: the terms that were other than 0 in a pass.
+        absent: for each pass whose loss lacked terms, those terms and its batch.
+        changes: for each pass that changed its batch, the batch as it was before and the one that was watched.
+        shown: the terms that were not 0 in at least one pass.
     """
 
     absent: list[tuple[list[str], Batch]] = field(default_factory=list)
@@ -63,7 +66,7 @@ class ObservedPasses:
     shown: set[str] = field(default_factory=set)
 
     def add(self, batch: Batch, watched: WatchedBatch, found: Mapping[str, Tensor], terms: Sequence[str]) -> None:
-        """Record one pass."""
+        """Record one forward pass."""
         if absent := [term for term in terms if term not in found]:
             self.absent.append((absent, batch))
         if watched.changed():
@@ -71,44 +74,44 @@ class ObservedPasses:
         self.shown |= {term for term, mean in found.items() if mean.item()}
 
     def absent_is_zero(self, counts: Mapping[str, CountItems], unexplained: Collection[str]) -> list[str]:
-        """Return the terms that stand for 0 where they are left out, which explains the loss.
+        """Return the terms that the loss leaves out for batches that have items of them, and that count as 0 there.
 
         Args:
-            counts: how each term is counted that has items.
+            counts: how to count each term that has items.
             unexplained: the terms whose loss this count does not explain.
 
         Raises:
-            SettingsError: where one of these is left out although it has items by its count.
+            SettingsError: if the count does not explain such a term, or the term was 0 in all passes.
         """
         absent = {term for terms, batch in self.absent for term in terms if term in counts and counts[term](batch)}
         for term in (term for term in sorted(absent) if term in unexplained or term not in self.shown):
             raise SettingsError(
                 [
                     f"The loss has the term {term!r} for some rows and not for others, and no way to count its items "
-                    "explains it. Give `count_items`, which returns a dict with the items of every term, "
-                    f"{[*counts]}: 0 where there are none."
+                    "explains the loss. Give `count_items`: a function that returns a dict with the number of items "
+                    f"of every term, {[*counts]}, and 0 for a term without items."
                 ]
             )
         return sorted(absent)
 
     def counts_before_changes(self, counts: Mapping[str, CountItems], unexplained: Collection[str]) -> bool:
-        """Return whether passes change what is counted, while the count from before explains the loss.
+        """Return whether forward passes change the number of items, although the count before them is right.
 
         Raises:
-            DataError: where it does not.
+            DataError: if passes change the targets, and the count before them does not explain the loss.
         """
         for batch, watched in self.changes if unexplained else []:
             if targets := watched.changed_targets(batch):
                 raise DataError(
-                    f"The forward pass changes {targets} of a batch in place, and no way to count the loss items from "
-                    "before explains the loss. Make the change in the data or in `data_collator`, or give a "
-                    "`count_items` that counts what is left."
+                    f"The forward pass changes {targets} of a batch in place, and no way to count the loss items "
+                    "before the pass explains the loss. Make the change in the data or in `data_collator` instead, or "
+                    "give a `count_items` that counts only the items that are left."
                 )
         return any(_counted(counts, batch) != _counted(counts, watched.as_seen()) for batch, watched in self.changes)
 
 
 def check_means(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]) -> None:
-    """Raise DataError where a term that has items is not finite, naming the rows, or one without items is not 0."""
+    """Raise DataError if a term with items is not finite, or a term without items is not 0. Name the rows."""
 
     def is_faulty(batch: Batch, term: str) -> bool:
         return not math.isfinite(losses(batch)[term]) and bool(counts[term](batch))
@@ -120,14 +123,14 @@ def check_means(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]
             continue
         singly = sample.apart(sample.together, [[n] for n in range(len(sample.names))])
         named = zip(sample.names, singly, strict=True)
-        # A row may have been taken more than once.
+        # The sample may contain a row more than once.
         faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))
         are_some = 0 < len(faulty) < len(set(sample.names))
         looked_at = "in these rows" if are_some else "in the model's weights and in the rows"
-        of_others = " Where it has no items in them, give `count_items`." if len(counts) > 1 else ""
+        of_others = " If the term has no items in these rows, give `count_items`." if len(counts) > 1 else ""
         raise DataError(
             f"The {term} of {', '.join(faulty) if are_some else ROWS} of `train_data` is {loss} before any update. "
-            f"Look for numbers that are not finite {looked_at}.{of_others}"
+            f"Look for infinite or NaN values {looked_at}.{of_others}"
         )
 
 

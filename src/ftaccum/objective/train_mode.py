@@ -1,4 +1,4 @@
-"""What train mode does to a loss and to its gradient, on rows together and apart."""
+"""The effects of train mode on a loss and its gradient, for rows in one batch and in separate batches."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,11 +20,13 @@ _UNCHANGED = 1e-6  # between two equal passes
 
 @dataclass(frozen=True)
 class TrainMode:
-    """A model as it is trained, but for what it draws.
+    """A model in train mode, without random draws.
 
     Attributes:
-        means: a batch → the means of its loss by term.
-        losses: the same as numbers, 0 for a term that the loss leaves out.
+        mode: how to run the model in this way.
+        sample: the rows to measure on.
+        means: maps a batch to the means of its loss by term.
+        losses: returns the same as numbers, with 0 for a term that the loss leaves out.
     """
 
     model: nn.Module
@@ -34,12 +36,12 @@ class TrainMode:
     losses: Callable[[Batch], Mapping[str, float]]
 
     def in_training(self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]) -> InTraining:
-        """Measure the losses of rows apart and together.
+        """Compare the losses of separate batches with that of one batch.
 
         Args:
-            chosen: how each term is counted.
-            in_eval: the loss of all together in eval mode. Where train mode changes nothing and moves nothing, it mixes
-                no rows either.
+            chosen: how to count each term.
+            in_eval: the loss of one batch in eval mode. If the loss in train mode is equal, and no buffers move, train
+                mode does not mix rows, and nothing else is measured.
         """
         together, moving = self.sample.together, self.mode.moving
 
@@ -64,10 +66,12 @@ class TrainMode:
         )
 
     def gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
-        """Measure the gradients of rows apart and together, as far as memory allows.
+        """Compare the gradient accumulated over separate batches with that of one batch, if memory allows.
 
         Args:
-            exact: whether their losses agree; else it is seen only whether there is a gradient.
+            counts: how to count each term.
+            exact: whether the losses agree. If not, only check that there is a gradient.
+            tolerance: the largest relative difference that counts as rounding.
         """
         try:
             return self._gradient(counts, exact=exact, tolerance=tolerance)
@@ -88,7 +92,7 @@ class TrainMode:
             return check.difference(joint, self.sample.apart(together, groups), reordered, tolerance)
 
     def _complaint_of_one_row(self) -> str | None:
-        # Batch norm cannot do with a single value.
+        # Batch norm raises for a single value.
         try:
             self.losses(self.sample.apart(self.sample.together, SINGLE)[0])
         except ValueError as error:
