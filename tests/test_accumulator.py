@@ -314,6 +314,7 @@ def test_buffers_on_two_processes(two_processes: Callable[..., str]) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_pass_that_one_process_cannot_train_on_ends_both_with_one_sentence(
     two_processes: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -293,6 +293,7 @@ def test_audits_find_what_no_rule_foresees(kind: int) -> None:
         case.run()
 
 
+@pytest.mark.slow
 def test_padded_rows_packed_rows_and_a_growing_k_are_audited() -> None:
     for arguments in (
         {},

@@ -60,6 +60,7 @@ def test_looking_on_changes_nothing() -> None:
     assert watched_result.val_loss_history == alone_result.val_loss_history
 
 
+@pytest.mark.slow
 def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> None:
     class Stopper(Recorder):
         def reached(self, milestone: int, rows: int, val_loss: float) -> None:

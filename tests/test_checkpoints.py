@@ -36,6 +36,7 @@ def copied(ended: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(ended, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_newest_stay_and_that_of_the_best_epoch(tmp_path: Path) -> None:
     result = fine_tuned(output_dir=str(tmp_path), checkpoint_every=2, keep_checkpoints=2, n_epochs=4).result
     best = 1 + result.val_loss_history.index(min(result.val_loss_history))
@@ -43,6 +44,7 @@ def test_the_newest_stay_and_that_of_the_best_epoch(tmp_path: Path) -> None:
     assert checkpoints_of(tmp_path) == sorted({*stay, f"update-{7 * best:08d}-epoch-{best:04d}"})
 
 
+@pytest.mark.slow
 def test_by_time(tmp_path: Path) -> None:
     fine_tuned(output_dir=str(tmp_path), checkpoint_every="0.000001s", keep_checkpoints=100)
     assert len(checkpoints_of(tmp_path)) == 16
@@ -116,6 +118,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     assert named_so == ["damaged-update-00000014-epoch-0002"]  # one is enough
 
 
+@pytest.mark.slow
 def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
     ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +181,7 @@ def test_a_full_disk_costs_no_update_and_no_older_checkpoint(
     assert all(not path.name.startswith(".") for path in (tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_no_room_is_not_filled_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +211,7 @@ class WithAState(torch.optim.SGD):
                 self.state[p]["own"] = self._own
 
 
+@pytest.mark.slow
 def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +226,7 @@ def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_functions_among_an_optimizers_numbers_are_its_own(tmp_path: Path) -> None:
     arguments = {"optimizer": lambda groups: WithAState(groups, (torch.ones(2), {"n": 3}))}
     whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, **arguments)
@@ -228,6 +234,7 @@ def test_functions_among_an_optimizers_numbers_are_its_own(tmp_path: Path) -> No
     assert whole.differences(again) == []
 
 
+@pytest.mark.slow
 def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +336,7 @@ def test_a_checkpoint_is_the_runs_own_however_it_is_spelled(
     assert aside == ["update-00000012", "update-00000014-epoch-0002"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_put_aside_can_be_gone_on_from(ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path)
     arguments: dict[str, Any] = {"output_dir": str(folder), "checkpoint_every": 3, "restore_best_weights": True}
@@ -381,6 +389,7 @@ HOLDS = "import sys, time; from ftaccum.runtime.run_dir import RunDir\n" + (
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of files")
+@pytest.mark.slow
 def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
     fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
     before, ledger = checkpoints_of(tmp_path), (tmp_path / "ledger.jsonl").read_text()

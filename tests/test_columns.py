@@ -209,6 +209,7 @@ def test_positions_that_jump_are_not_taken_beside_packed_rows() -> None:
         collator([restarting, jumping])
 
 
+@pytest.mark.slow
 def test_positions_that_do_not_start_again_change_nothing() -> None:
     rows = CAUSAL.rows(7)
     numbered = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in rows]

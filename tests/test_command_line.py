@@ -184,6 +184,7 @@ def test_columns_are_named_by_flags_and_in_files(
         assert "Text: column 'review'; labels: 'label'; left out: 'id', 'liked'\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_whose_model_cannot_be_saved_has_status_1(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +294,7 @@ def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
     assert "was created with `batch_size` 4, and this search has 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_search_recipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
 ) -> None:

@@ -179,6 +179,7 @@ def test_a_worker_that_is_killed_costs_nothing(
     assert capsys.readouterr().err.count(told) == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,6 +347,7 @@ def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
     assert relative_error(trained(Noisy())[0], trained(Noisy(), random_seed=43)[0]) > 1e-2
 
 
+@pytest.mark.slow
 def test_what_a_collator_draws_for_one_row_alone_does_not_depend_on_who_makes_the_batch() -> None:
     def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         is_17 = any(torch.equal(x, pair(17)[0]) for x, _ in rows)
@@ -394,6 +396,7 @@ def batches_from(data: Any, start: int, num_workers: int = 0, collator: Any = No
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.slow
 def test_a_feed_that_begins_anywhere_gives_what_it_gave_when_it_came_there(num_workers: int) -> None:
     whole = batches_from(Noisy(), 0)
     for start in (1, 11, 12, 17, 35, 36):

@@ -69,6 +69,7 @@ def test_lists_of_dicts_and_datasets_are_the_same_rows() -> None:
     assert as_list.padding_fraction == as_dataset.padding_fraction
 
 
+@pytest.mark.slow
 def test_torch_datasets_of_dicts() -> None:
     class Wrapped(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -104,6 +105,7 @@ def test_pairs_of_inputs_and_targets_with_a_loss_function() -> None:
     assert result.loss_history == pytest.approx([wanted], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_small_regression_learns_as_from_full_batches() -> None:
     """10 → 5 → 2 by MSE on 32 rows: 4 × 8 accumulated and the full batch give the same losses epoch by epoch."""
     draw = torch.Generator().manual_seed(0)
@@ -193,6 +195,7 @@ def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
         assert run(CAUSAL.model(), rows, tokenizer=NoSpecial(), batch_size=2).loss_history[0] > 0
 
 
+@pytest.mark.slow
 def test_texts_beside_what_the_model_takes_are_left_out(tokenizer: BertTokenizerFast) -> None:
     rows = [{**row, "sentence": "a film", "id": "x", "tokens": ["a", "film"]} for row in CLASSIFIER.rows()]
     for collator in (None, DataCollatorWithPadding(tokenizer)):
@@ -222,6 +225,7 @@ def test_several_inputs_before_a_target() -> None:
     assert run(Two(), rows, loss_fn=nn.MSELoss()).optimizer_steps == 2
 
 
+@pytest.mark.slow
 def test_a_wrapper_that_takes_anything_gets_everything() -> None:
     class Wrapper(nn.Module):
         def __init__(self) -> None:
@@ -250,6 +254,7 @@ def test_whole_numbers_among_fractions_are_fractions(batch_size: int) -> None:
     assert found == pytest.approx([wanted], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_narrow_integers_are_taken() -> None:
     rows = [{"input_ids": np.array(r["input_ids"], dtype=np.int32), "labels": np.int32(r["labels"])} for r in ROWS]
     assert run(CLASSIFIER.model(), rows).loss_history == run(CLASSIFIER.model(), ROWS).loss_history
@@ -314,6 +319,7 @@ def test_a_model_in_float16_and_fp16_is_told() -> None:
         run(CLASSIFIER.model().half(), ROWS, mixed_precision="fp16")
 
 
+@pytest.mark.slow
 def test_a_frozen_base_in_float16_may_have_adapters_in_float32() -> None:
     adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(CAUSAL.model().half(), adapters)

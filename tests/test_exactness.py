@@ -16,10 +16,11 @@ from ftaccum import InexactLossWarning, plan, test_fine_tuning
 from ftaccum.data.dataset import Rows
 from ftaccum.data.probe_rows import sample_positions
 from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
+from slow_parameters import FAST_HEADS, some_slow
 from structures import RARE, STRUCTURES, Branching, with_a_narrow_weight
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", some_slow(HEADS, FAST_HEADS))
 def test_gradient_of_every_window_is_that_of_one_batch(name: str) -> None:
     head = HEADS[name]
     with all_in_float64():
@@ -60,6 +61,7 @@ def test_weights_that_some_passes_leave_out_are_exact_however_gradients_are_summ
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_weights_that_a_process_leaves_out_are_exact_on_two(two_processes: Callable[..., str]) -> None:
     printed = two_processes("structures_of_two.py")
     errors = json.loads(next(line for line in printed.splitlines() if line.startswith("ERRORS "))[7:])
@@ -276,6 +278,7 @@ def test_question_answering_keeps_one_width_under_a_count_of_the_users_own() -> 
     assert max(errors) < 1e-10
 
 
+@pytest.mark.slow
 def test_padding_is_seen_to_matter_where_few_rows_are_short() -> None:
     head = HEADS["question answering, BERT"]
     same = [row for row in head.rows(400) if len(row["input_ids"]) == 9]

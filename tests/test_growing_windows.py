@@ -16,6 +16,7 @@ from ftaccum.tracking.result import Result
 from ftaccum.training.loop import TrainingLoop
 from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch
 from invariance import NAMES, difference, trained
+from slow_parameters import some_slow
 
 HEADS_TRIED = ["causal LM, Llama", "sequence classification, BERT", "question answering, BERT", "seq2seq, T5"]
 BERT = HEADS["sequence classification, BERT"]
@@ -67,6 +68,7 @@ def test_the_physical_batch_changes_nothing(name: str, arguments: dict[str, Any]
     assert all(difference(one, other) < 1e-9 for other in others)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_twice_in_a_window_is_drawn_for_twice() -> None:
     """A collator that draws gets the window whole, and each place of it is trained on once, however it is cut."""
     sizes: dict[str, Any] = {"n_epochs": 4, "effective_batch_size": 4, "remainder": "carry", "validation_split": 0.0}
@@ -94,7 +96,7 @@ def test_a_row_that_is_twice_in_a_window_is_drawn_for_twice() -> None:
         assert result.loss_history == pytest.approx(of_windows, rel=1e-9)
 
 
-@pytest.mark.parametrize("rule", ["none", "sqrt", "linear"])
+@pytest.mark.parametrize("rule", some_slow(["none", "sqrt", "linear"], ["sqrt"]))
 def test_rates_and_weights_are_those_of_a_plain_loop_that_scales_them(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +185,7 @@ def test_a_rate_that_is_a_tensor_is_recorded_as_a_number_and_put_back(tmp_path: 
     assert held.param_groups[0]["lr"] == torch.tensor(1e-3)
 
 
+@pytest.mark.slow
 def test_epochs_without_an_update_are_evaluated_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

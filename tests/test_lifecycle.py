@@ -36,6 +36,7 @@ def run(model: nn.Module | None = None, n_rows: int = 24, **arguments: Any) -> R
 
 
 @pytest.mark.parametrize(("micro_batches", "k", "updates"), [(100, 4, 25), (10, 3, 4), (5, 8, 1)])
+@pytest.mark.slow
 def test_one_norm_an_update(micro_batches: int, k: int, updates: int) -> None:
     result = run(n_rows=micro_batches * 2, gradient_accumulation_steps=k, effective_batch_size=None)
     assert len(result.grad_norm_history) == len(result.loss_history) == len(result.lr_history) == updates
@@ -81,6 +82,7 @@ def test_without_validation_rows_the_losses_are_those_of_training() -> None:
     assert result.val_loss_history == []
 
 
+@pytest.mark.slow
 def test_screen(capsys: pytest.CaptureFixture[str]) -> None:
     run(n_rows=1000, batch_size=4, gradient_accumulation_steps=8, effective_batch_size=None)
     lines = capsys.readouterr().out.splitlines()
@@ -126,6 +128,7 @@ def test_a_plain_module_with_tied_weights_is_saved(tmp_path: Path) -> None:
     assert torch.equal(again.head.weight, model.head.weight)
 
 
+@pytest.mark.slow
 def test_precisions_follow_each_other_in_one_process() -> None:
     runs = [run(mixed_precision=precision) for precision in ("no", "bf16", "no", "fp16", None)]
     assert [r.amp_enabled for r in runs] == [False, True, False, True, False]
@@ -282,6 +285,7 @@ def test_a_run_leaves_nothing_for_the_garbage_collector() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_optimizers_of_the_users_own() -> None:
     model = CLASSIFIER.model().float()
     kept = torch.optim.SGD(model.parameters(), lr=0.25)

@@ -41,6 +41,7 @@ def test_running_out_of_memory_changes_no_update(name: str, most: int, where: st
     assert scarce[1].passes_per_update > in_plenty[1].passes_per_update
 
 
+@pytest.mark.slow
 def test_windows_that_workers_took_ahead_follow_what_was_learnt() -> None:
     """They were cut before memory ran out, and would run out of it again."""
     alone, with_workers = (
@@ -166,6 +167,7 @@ def test_the_largest_number_that_fits_is_found_in_few_tries(at_most: int) -> Non
 
 
 @pytest.mark.parametrize("most", [1, 5, 99])
+@pytest.mark.slow
 def test_auto_takes_the_most_rows_that_fit_and_keeps_the_update(most: int) -> None:
     given = trained(NAME, 12)
     found = trained(NAME, "auto", prepare=lambda model: limited(model, most))
@@ -225,6 +227,7 @@ def test_auto_finds_the_gradients_of_the_try_before_and_leaves_none() -> None:
     assert found == [False, True, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_evaluation_goes_on_in_halves() -> None:
     plain = trained(NAME, 12)
     refused: list[int] = []

@@ -23,6 +23,7 @@ from optimizers import SAM, Chain
 from schedule_free import ScheduleFreeSGD
 from silent_errors.rates import regression, train
 from silent_errors.sparse import Bag, rows_of_ids
+from slow_parameters import some_slow
 
 
 def test_a_function_may_set_a_rate_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +177,9 @@ def schedule_free(groups: Any) -> ScheduleFreeSGD:
     return ScheduleFreeSGD(groups)
 
 
-@pytest.mark.parametrize("name", ["update-00000004", "update-00000007-epoch-0001", "update-00000012"])
+@pytest.mark.parametrize(
+    "name", some_slow(["update-00000004", "update-00000007-epoch-0001", "update-00000012"], ["update-00000004"])
+)
 def test_a_schedule_free_run_resumes_to_the_last_bit(tmp_path: Path, name: str) -> None:
     arguments: dict[str, Any] = {"optimizer": schedule_free, "restore_best_weights": True}
     whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
@@ -233,6 +236,7 @@ def test_groups_that_no_schedule_reaches_are_refused() -> None:
         train(model, rows, Apart)
 
 
+@pytest.mark.slow
 def test_a_state_that_comes_back_changed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Forgetful(Chain):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -342,6 +346,7 @@ def test_an_error_in_a_closure_puts_the_weights_back() -> None:
     assert all(map(torch.equal, start.values(), model.state_dict().values()))
 
 
+@pytest.mark.slow
 def test_a_closure_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"optimizer": lambda groups: SAM(groups, AdamW)}
     whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)

@@ -80,6 +80,7 @@ def test_tables_and_columns_are_rows(data: Any) -> None:
     assert run(CLASSIFIER.model(), data).loss_history == WANTED
 
 
+@pytest.mark.slow
 def test_columns_of_arrays_are_rows() -> None:
     ids = np.arange(50).reshape(10, 5)
     rows = [{"input_ids": row, "labels": n % 3} for n, row in enumerate(ids)]
@@ -131,6 +132,7 @@ def test_labels_of_tokens_lose_the_dimension_as_well() -> None:
     assert run(CAUSAL.model(), both).loss_history == run(CAUSAL.model(), rows).loss_history
 
 
+@pytest.mark.slow
 def test_a_stream_of_such_rows() -> None:
     def of(rows: list[Row]) -> IterableDataset:
         return IterableDataset.from_generator(lambda: iter(rows))
@@ -158,7 +160,9 @@ def named_labels() -> Any:
     return bert(label2id={"a": 0, "b": 1, "c": 2}, id2label={0: "a", 1: "b", 2: "c"})
 
 
-@pytest.mark.parametrize("form", [list, Dataset.from_list, LazyRows, pd.DataFrame])
+@pytest.mark.parametrize(
+    "form", [list, Dataset.from_list, pytest.param(LazyRows, marks=pytest.mark.slow), pd.DataFrame]
+)
 def test_labels_that_are_strings_become_numbers(form: Callable[[list[Row]], Any]) -> None:
     rows = form([{**row, "labels": "abc"[row["labels"]]} for row in ROWS])
     assert run(named_labels(), rows).loss_history == pytest.approx(run(named_labels(), ROWS).loss_history, rel=1e-6)
@@ -189,7 +193,7 @@ def hot(row: Row, kind: Callable[[bool], Any]) -> list[Any]:
     return [kind(row["labels"] == n) for n in range(3)]
 
 
-@pytest.mark.parametrize("form", [list, Dataset.from_list, LazyRows])
+@pytest.mark.parametrize("form", [list, Dataset.from_list, pytest.param(LazyRows, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [int, bool])
 def test_whole_numbers_for_several_labels_at_once_are_floats(kind: Any, form: Callable[[list[Row]], Any]) -> None:
     several = {"problem_type": "multi_label_classification"}

@@ -114,6 +114,7 @@ _CHECKPOINTS = ("checkpoints", "checkpoints.previous")
 
 
 @pytest.mark.usefixtures("capsys")  # what is printed would go to a file otherwise, and be cut off, too
+@pytest.mark.slow
 def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path) -> None:
     def files(name: str) -> dict[str, bytes]:
         return {str(f): f.read_bytes() for f in sorted(tmp_path.glob(name)) if f.is_file()}
@@ -141,6 +142,7 @@ def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path)
     assert f"{tmp_path}, except for 3 that could not be written" in str(result)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         (folder / "half").write_text("of a model")

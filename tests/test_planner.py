@@ -52,6 +52,7 @@ def test_no_way_to_cut_changes_the_update(name: str) -> None:
     assert len(passes) >= 3  # they were cut differently
 
 
+@pytest.mark.slow
 def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the cut, the rows that reach an update are the plan's."""
 
@@ -77,6 +78,7 @@ def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypat
     assert updates(batch_size=3) == planned
 
 
+@pytest.mark.slow
 def test_padding_shrinks_with_the_planner() -> None:
     with_it, without = (trained(NAMES[1], 3, planner=planner)[1] for planner in (True, False))
     assert with_it.padding_fraction < 0.7 * without.padding_fraction
@@ -126,7 +128,9 @@ def test_max_tokens_needs_lengths() -> None:
         test_fine_tuning(HEADS[CAUSAL].model(), train_data=Unknown(), max_tokens=400)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 12])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(12, marks=pytest.mark.slow)]
+)
 def test_padding_free_batches_change_nothing(batch_size: int) -> None:
     padded, packed = trained(CAUSAL, 4), trained(CAUSAL, batch_size, padding_free=True)
     assert packed[1].padding_fraction == 0 < padded[1].padding_fraction

@@ -58,6 +58,7 @@ def norm(gradient: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("head", [CLASSIFIER, CAUSAL], ids=["classifier", "causal LM"])
+@pytest.mark.slow
 def test_under_bf16_autocast_accumulating_is_no_less_exact_than_one_batch(head: Any) -> None:
     rows = head.rows(23)
     wanted = one_batch_gradient(head.model(), rows)
@@ -99,6 +100,7 @@ def test_updates_that_overflow_are_recorded_and_the_first_finite_one_is_exact(tm
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.slow
 def test_sums_in_float32_are_those_of_the_passes_and_rounded_once(dtype: torch.dtype) -> None:
     rows, model = CLASSIFIER.rows(64), CLASSIFIER.model().to(dtype)
     model.bert.embeddings.requires_grad_(False)  # summed up as rows, which rounds less than the hand does
@@ -122,6 +124,7 @@ def unlike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", ["causal LM, Llama", "sequence classification, BERT"])
+@pytest.mark.slow
 def test_sums_in_float32_do_not_grow_worse_with_k(name: str) -> None:
     """Against one batch in float64, of the same weights: without, the error doubles up to k = 64."""
     head = HEADS[name]
@@ -201,6 +204,7 @@ def test_rows_of_an_embedding_are_added_to_its_sum_in_float32(monkeypatch: pytes
     assert sum(sparse) == 4 * sum(isinstance(module, nn.Embedding) for module in model.modules())
 
 
+@pytest.mark.slow
 def test_a_window_that_ran_out_of_memory_leaves_nothing_in_the_sums() -> None:
     rows = [{**row, "input_ids": row["input_ids"][:3]} for row in CLASSIFIER.rows(24)]
     weights = []

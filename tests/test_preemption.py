@@ -29,7 +29,9 @@ def asked_to_stop(number: int, at_pass: int, times: int = 1) -> nn.Module:
     return trained
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_is_heard_after_the_update_under_way(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +56,7 @@ def test_a_signal_is_heard_after_the_update_under_way(
     assert fine_tuned().differences(again) == []
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation_is_heard_behind_it(tmp_path: Path) -> None:
     trained, asked = model(), []
 
@@ -69,6 +72,7 @@ def test_a_signal_during_evaluation_is_heard_behind_it(tmp_path: Path) -> None:
     assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
 
 
+@pytest.mark.slow
 def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +84,7 @@ def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
     assert updates_of(tmp_path / "at once") == []
 
 
+@pytest.mark.slow
 def test_without_a_folder_ctrl_c_is_heard_after_the_update_and_other_signals_as_ever() -> None:
     trained = asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2)
     with pytest.raises(KeyboardInterrupt, match=r"Stopped after update 5, as asked. No checkpoint was kept.$"):
@@ -104,6 +109,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     assert ended.result.optimizer_steps == 14
 
 
+@pytest.mark.slow
 def test_in_a_thread_nothing_is_kept(tmp_path: Path) -> None:
     ended: list[Any] = []
     thread = threading.Thread(target=lambda: ended.append(fine_tuned(output_dir=str(tmp_path))))

@@ -187,6 +187,7 @@ def test_the_labels_that_were_not_looked_at_are_told() -> None:
     assert "Loss: mean over labels (measured); 135 of 200 label values not measured" in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_more_classes_than_rows_to_measure_are_told_with_the_row() -> None:
     labels = torch.arange(1000) % 100
     labels[17] = 100

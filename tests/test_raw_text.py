@@ -55,6 +55,7 @@ def test_a_named_column_is_read_and_the_others_are_left_out(capsys: pytest.Captu
         assert "Text: column 'review'; labels: 'label'; left out: 'id', 'label_text'\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pairs_are_read_in_the_order_in_which_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{**row, "other": "the bad film row7"} for row in LABELLED]
     tokenizer = word_tokenizer()
@@ -80,6 +81,7 @@ def test_a_stream_is_read_by_the_same_rules() -> None:
         run(classifier(), stream, max_updates=2)
 
 
+@pytest.mark.slow
 def test_verify_and_search_read_text_by_the_same_rules(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {"tokenizer": word_tokenizer(), "progress": False}
     searched = {**arguments, "n_trials": 2, "n_epochs": 1}
@@ -177,6 +179,7 @@ def test_a_tokenizer_keeps_the_truncation_that_it_came_with() -> None:
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 7
 
 
+@pytest.mark.slow
 def test_the_banner_says_how_texts_end(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": text} for text in REVIEWS]
     ended = run(causal_lm(), rows)
@@ -206,6 +209,7 @@ def test_a_loaded_model_knows_the_padding_of_its_tokenizer(tmp_path: Path) -> No
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
 
 
+@pytest.mark.slow
 def test_rows_that_are_cut_are_counted_also_when_their_tokens_are_cached(tmp_path: Path) -> None:
     Dataset.from_list([{"text": "a film"}] * 5 + [{"text": LONG}] * 3).to_json(tmp_path / "rows.jsonl")
     for _ in range(2):

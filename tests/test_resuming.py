@@ -25,6 +25,7 @@ from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned,
 from training_passes import is_training_pass
 
 
+@pytest.mark.slow
 def test_from_any_update_of_a_run(tmp_path: Path) -> None:
     whole = fine_tuned(output_dir=str(tmp_path / "whole"), checkpoint_every=1, keep_checkpoints=100, planner_costs=None)
     names = checkpoints_of(tmp_path / "whole")
@@ -200,6 +201,7 @@ def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert told.count("The extra state of `model.classifier.1` is not in the checkpoints: it holds a PosixPath") == 1
 
 
+@pytest.mark.slow
 def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(54)
 
@@ -237,6 +239,7 @@ def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remaind
     assert without_audits(ledger_of(tmp_path / "cut")) == without_audits(ledger_of(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = fine_tuned(output_dir=str(tmp_path))
     trained = model()
@@ -245,6 +248,7 @@ def test_a_finished_run_trains_no_more(tmp_path: Path, capsys: pytest.CaptureFix
     assert "This run has ended, with update 14" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:
     stream = StreamingDataset.from_generator(lambda: iter(CLASSIFIER.rows(54)))
     common: dict[str, Any] = {"train_data": stream, "validation_split": 0.0, "max_updates": 5}
@@ -352,6 +356,7 @@ def _plain(row: Any) -> Any:
     return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_and_where_allowed_gets_what_fits(cut_off: Path) -> None:
     trained = model()
     trained.classifier = nn.Linear(trained.classifier.in_features, trained.config.num_labels, bias=False)
@@ -360,6 +365,7 @@ def test_another_model_is_refused_and_where_allowed_gets_what_fits(cut_off: Path
     assert fine_tuned(trained, resume=str(cut_off), allow_changed="model,optimizer").result.optimizer_steps == 14
 
 
+@pytest.mark.slow
 def test_a_rate_that_may_differ_is_the_new_one_as_far_as_the_schedule_has_come(cut_off: Path) -> None:
     before = fine_tuned()
     ended = fine_tuned(resume=str(cut_off), learning_rate=2e-3, allow_changed=["learning_rate"])
@@ -433,6 +439,7 @@ def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
+@pytest.mark.slow
 def test_another_effective_batch_sees_every_row_once_an_epoch(remainder: str, tmp_path: Path) -> None:
     rows = [{**row, "number": n} for n, row in enumerate(CLASSIFIER.rows(54))]
     seen: list[int] = []

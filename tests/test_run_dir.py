@@ -22,6 +22,7 @@ def is_locked_for_others(folder: Path) -> bool:
     return asked.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 def test_a_relative_folder_stays_where_it_was_after_a_change_of_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_lock_is_held_until_the_model_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     save = export._save

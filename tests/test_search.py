@@ -119,6 +119,7 @@ def test_one_seed_proposes_alike_and_another_otherwise() -> None:
 # --- fair
 
 
+@pytest.mark.slow
 def test_trials_that_carry_what_is_left_of_an_epoch_meet_where_their_updates_end() -> None:
     """64 rows an epoch, updates of 3, 6 and 12: none ends at the epoch's end, all do after 72 rows and 84."""
     never = ThresholdPruner(upper=1e-9, n_warmup_steps=65)
@@ -175,6 +176,7 @@ def test_bad_trials_are_pruned(pruner: str | BasePruner) -> None:
     assert rows < 12 * BUDGET
 
 
+@pytest.mark.slow
 def test_nothing_is_pruned_where_nobody_prunes() -> None:
     assert {trial.state for trial in quick(pruner="none", n_trials=8).trials} == {FINISHED}
 
@@ -187,6 +189,7 @@ def test_one_is_always_among_the_candidates() -> None:
     assert study.trials[0].distributions["gradient_accumulation_steps"] == CategoricalDistribution([1, 2, 4])
 
 
+@pytest.mark.slow
 def test_k_can_be_an_integer_and_other_arguments_dimensions() -> None:
     study = quick(
         accumulation_steps=IntDistribution(1, 6),
@@ -228,6 +231,7 @@ def test_a_coupled_rate_is_scaled_with_the_effective_batch(tmp_path: Path, coupl
         assert f'"learning_rate": {trial.user_attrs["learning_rate"]}' in first
 
 
+@pytest.mark.slow
 def test_a_coupled_beta2_keeps_its_half_life_in_rows() -> None:
     made: list[torch.optim.Optimizer] = []
 
@@ -307,6 +311,7 @@ def _in_training(model: nn.Module) -> bool:
     return model.trained
 
 
+@pytest.mark.slow
 def test_a_final_loss_that_is_no_number_is_no_value() -> None:
     def factory() -> nn.Module:
         model = Layer()
@@ -318,6 +323,7 @@ def test_a_final_loss_that_is_no_number_is_no_value() -> None:
     assert all(trial.user_attrs["reason"].startswith("diverged") for trial in study.trials)
 
 
+@pytest.mark.slow
 def test_a_factory_that_returns_a_trained_model_is_told() -> None:
     model = Layer()
     with pytest.raises(SettingsError, match="returned a model that an earlier trial has trained"):
@@ -347,6 +353,7 @@ def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
     assert proposals(study)[0]["gradient_accumulation_steps"] == 1  # what was to be tried first was not lost
 
 
+@pytest.mark.slow
 def test_a_loop_written_by_hand_needs_nothing_cleaned_up() -> None:
     def objective(trial: optuna.Trial) -> float:
         result = test_fine_tuning(
@@ -399,6 +406,7 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
     assert len(ended(quick(n_trials=10, output_dir=str(tmp_path)))) == 10
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
     def factory() -> nn.Module:
         signal.raise_signal(signal.SIGTERM)  # as in the middle of a word with the storage
@@ -420,6 +428,7 @@ def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ftaccum.runtime.signals, "_TWICE", 0.05)
 
@@ -459,6 +468,7 @@ def test_a_search_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
     assert again.params == lost.params
 
 
+@pytest.mark.slow
 def test_a_trial_whose_workers_die_is_given_up_and_counts(tmp_path: Path) -> None:
     folder = str(tmp_path)
     study = quick(n_trials=1, output_dir=folder)
@@ -474,6 +484,7 @@ def test_a_trial_whose_workers_die_is_given_up_and_counts(tmp_path: Path) -> Non
     assert len(quick(n_trials=3, output_dir=folder).trials) == 6
 
 
+@pytest.mark.slow
 def test_interrupting_a_trial_often_does_not_give_it_up(tmp_path: Path) -> None:
     for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
@@ -483,6 +494,7 @@ def test_interrupting_a_trial_often_does_not_give_it_up(tmp_path: Path) -> None:
     assert len({tuple(trial.params.items()) for trial in study.trials}) == 1
 
 
+@pytest.mark.slow
 def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     folder = str(tmp_path)
     quick(output_dir=folder, n_trials=2)
@@ -495,6 +507,7 @@ def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_the_very_end_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ftaccum.apps.search.runner, "write_reports", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -502,6 +515,7 @@ def test_an_interrupt_at_the_very_end_is_heard(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "best").exists()
 
 
+@pytest.mark.slow
 def test_dimensions_that_optuna_cannot_join_are_refused(tmp_path: Path) -> None:
     folder, schedules = str(tmp_path), CategoricalDistribution(["linear"])
     quick(output_dir=folder, n_trials=1, space={"lr_scheduler": schedules})
@@ -511,6 +525,7 @@ def test_dimensions_that_optuna_cannot_join_are_refused(tmp_path: Path) -> None:
     assert len(ended(wider)) == 2
 
 
+@pytest.mark.slow
 def test_two_workers_of_one_machine_do_not_take_one_queued_trial(tmp_path: Path) -> None:
     study = quick(output_dir=str(tmp_path), n_trials=1)
     for _ in range(30):
@@ -534,6 +549,7 @@ def asked(study: optuna.Study) -> optuna.Trial:
         return study.ask()
 
 
+@pytest.mark.slow
 def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path)
     study = quick(output_dir=folder, n_trials=3)
@@ -549,6 +565,7 @@ def _go_once(look: Callable[[Any], str]) -> Callable[[Any], str]:
     return lambda worker: next(looks, None) or look(worker)
 
 
+@pytest.mark.slow
 def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) -> None:
     given_up = 0
 
@@ -569,6 +586,7 @@ def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) 
     assert not others.parent.exists()
 
 
+@pytest.mark.slow
 def test_a_trial_that_will_run_again_keeps_its_checkpoints(tmp_path: Path) -> None:
     made = 0
 
@@ -683,6 +701,7 @@ def test_pruning_begins_at_a_quarter(budget: int, n_reports: int, first: int) ->
     assert make_pruner("successive_halving", steps)._min_resource == first  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
     storage = str(tmp_path / "study.journal")
     quick(storage=storage, study_name="mine", n_trials=2)
@@ -694,6 +713,7 @@ def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
 # --- what comes of it
 
 
+@pytest.mark.slow
 def test_time_can_be_a_second_objective() -> None:
     study = quick(trade_time=True, n_trials=5)
     assert len(study.directions) == 2
@@ -701,6 +721,7 @@ def test_time_can_be_a_second_objective() -> None:
     assert min(trial.values[0] for trial in study.trials) in [trial.values[0] for trial in study.best_trials]
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_run_again_and_its_model_kept(tmp_path: Path) -> None:
     from ftaccum import Result
 

@@ -149,6 +149,7 @@ def worker_of(trial: FrozenTrial) -> int | None:
     return trial.user_attrs.get(WORKER, {}).get("process")
 
 
+@pytest.mark.slow
 def test_dead_workers_of_a_server_are_noticed(postgres: Postgres) -> None:
     assert has_heartbeat(open_storage(postgres.empty_database(), None))
 

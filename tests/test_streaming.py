@@ -235,6 +235,7 @@ def test_a_stream_that_cannot_be_gone_through_again_ends_the_run(remainder: str)
     assert not math.isnan(result.final_loss)
 
 
+@pytest.mark.slow
 def test_a_stream_that_fails_costs_no_update_that_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 8)
     model = BERT.model()
@@ -272,6 +273,7 @@ def test_what_a_stream_draws_follows_the_seed_and_not_the_cut(monkeypatch: pytes
     assert seen() != seen(random_seed=1)
 
 
+@pytest.mark.slow
 def test_a_collator_that_draws_gets_each_window_whole() -> None:
     head = HEADS["masked LM, BERT"]
 
@@ -338,6 +340,7 @@ def test_streams_of_datasets_are_trained_on_as_their_rows_would_be(tmp_path: Pat
     assert result.loss_history[:3] != result.loss_history[3:]
 
 
+@pytest.mark.slow
 def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 6)
     tokenizer = tokenizer_of(tmp_path)
@@ -384,6 +387,7 @@ def test_what_cannot_be_used_is_told_before_training(given: dict[str, Any], word
         test_fine_tuning(BERT.model(), **(arguments | given))
 
 
+@pytest.mark.slow
 def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
     good = BERT.rows(12)

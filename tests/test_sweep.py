@@ -68,6 +68,7 @@ def test_the_heads_of_the_sample_are_exact(verdicts: list[Verdict]) -> None:
 
 
 @pytest.mark.parametrize(("task", "name"), INEXACT.items())
+@pytest.mark.slow
 def test_batch_norm_in_train_mode_is_caught(task: str, name: str) -> None:
     assert check(_cases(task, name)[0]).kind == "caught"
 
@@ -77,11 +78,13 @@ def test_a_router_loss_is_caught() -> None:
     assert check(case).kind == "caught"
 
 
+@pytest.mark.slow
 def test_padding_that_matters_at_some_lengths_alone_is_seen() -> None:
     (case,) = [c for c in cases("SEQUENCE_CLASSIFICATION", "CanineFor") if c.variant == "regression"]
     assert check(case).kind in ("exact with a remedy", "caught")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_a_sum_is_caught_and_exact_as_one() -> None:
     (as_sum,) = [case for case in _cases("CTC", "Wav2Vec2BertForCTC") if case.variant == "sum"]
     verdict = check(as_sum)
@@ -97,6 +100,7 @@ def test_a_head_that_is_exact_lets_the_sweep_pass(
     assert "| masked lm | 1 | 1 | 1 | 0 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_denominator_that_divides_by_the_passes_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,7 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "_SECONDS_AT_THE_END", 0.3)
 
 
+@pytest.mark.slow
 def test_a_tracker_is_told_everything_in_order_from_one_thread_of_its_own(alone: Result) -> None:
     tracker = Told()
     assert run(tracker).loss_history == alone.loss_history == tracker.losses

@@ -19,6 +19,7 @@ from ftaccum.data.dataset import Rows
 from ftaccum.data.probe_rows import sample_positions
 from heads import HEADS, Row
 from lazy_rows import LazyRows
+from slow_parameters import FAST_HEADS, some_slow
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 N_ROWS = 100
@@ -204,7 +205,7 @@ def test_probabilities_may_be_rounded() -> None:
     assert run(bert(), rows).optimizer_steps
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", some_slow(HEADS, FAST_HEADS))
 def test_every_head_takes_its_rows(name: str) -> None:
     assert run(HEADS[name].model(), HEADS[name].rows(), on_inexact="ignore").optimizer_steps
 

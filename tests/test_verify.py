@@ -24,6 +24,7 @@ from ftaccum.data.convert import as_rows
 from ftaccum.objective.normalizer import LossNormalizer, WeightedMeans
 from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
+from slow_parameters import FAST_HEADS, some_slow
 
 SIZES: dict[str, Any] = {"batch_size": 3, "effective_batch_size": 11, "progress": False}
 BERT, QUESTIONS, CAUSAL = "sequence classification, BERT", "question answering, BERT", "causal LM, Llama"
@@ -43,7 +44,7 @@ def of_head(name: str, **arguments: Any) -> Verification:
         return verify(HEADS[name].model(), HEADS[name].rows(30), **(SIZES | arguments))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", some_slow(KINDS, FAST_HEADS))
 def test_every_split_of_a_mean_over_items_is_exact(name: str) -> None:
     found = of_head(name)
     assert found.exact
@@ -103,6 +104,7 @@ def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
+@pytest.mark.slow
 def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     total = WeightedMeans.total
     monkeypatch.setattr("ftaccum.objective.normalizer.WeightedMeans.total", lambda means: factor * total(means))
@@ -112,6 +114,7 @@ def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch, factor: fl
     assert json.loads(found.to_json())["splits"][0]["loss_error"] == (None if factor != factor else pytest.approx(1e-3))
 
 
+@pytest.mark.slow
 def test_parts_that_a_head_computes_in_float32_count_as_rounding() -> None:
     found = verify(HEADS[CAUSAL].model(), HEADS[CAUSAL].rows(30), **SIZES)
     assert found.exact
@@ -203,6 +206,7 @@ def with_dropout() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(**config))
 
 
+@pytest.mark.slow
 def test_dropout_does_not_show_in_what_checkpointing_runs_again_either() -> None:
     found = verify(with_dropout(), HEADS[BERT].rows(30), gradient_checkpointing=True, **SIZES)
     assert found.exact
@@ -240,6 +244,7 @@ def test_a_count_that_is_not_the_losses_is_found() -> None:
 @pytest.mark.parametrize(
     "more", [{"padding_free": True}, {"max_tokens": 30}, {"planner": False}, {"gradient_checkpointing": True}]
 )
+@pytest.mark.slow
 def test_other_ways_to_run_are_exact(more: dict[str, Any]) -> None:
     found = of_head(CAUSAL, **more)
     assert found.exact
@@ -267,6 +272,7 @@ def test_windows_without_loss_items_are_no_update_and_rows_without_contribute_no
     assert every[0].others[0].loss_error is None, "the mean over nothing is no number"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_run_in_float64_is_measured_as_it_is() -> None:
     class Single(nn.Module):
         def __init__(self) -> None:
@@ -308,6 +314,7 @@ def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.Mon
     assert not verify(head.model().float(), head.rows(30), mixed_precision="bf16", **SIZES).exact
 
 
+@pytest.mark.slow
 def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftaccum.apps.verify.precision.free_on_host", lambda: 200_000)
     found = verify(HEADS[BERT].model().float(), HEADS[BERT].rows(30), **SIZES)
@@ -315,6 +322,7 @@ def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.M
     assert "would not fit in memory" in found.notes[0]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_together_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Reference.loss
 
@@ -362,6 +370,7 @@ def test_everything_is_left_as_it_was() -> None:
     assert torch.equal(states[2], torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_it_reads_as_a_table_and_as_json(tmp_path: Path) -> None:
     found = of_head(BERT)
     assert "Rows of an update: 11 (3 × 4)" in str(found)

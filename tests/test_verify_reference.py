@@ -190,6 +190,7 @@ def verify_weighted(rows: Sequence[Any], weight: Tensor, seed: int) -> Verificat
     return verify(model, rows, loss_fn=loss_fn, batch_size=2, effective_batch_size=8, progress=False)
 
 
+@pytest.mark.slow
 def test_faults_of_batches_and_of_the_forward_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cut has them, so that cuts agree with each other."""
     head, sizes = HEADS["token classification, BERT"], {"batch_size": 3, "effective_batch_size": 11, "progress": False}
