@@ -1,19 +1,20 @@
-"""Fine-tunes a chat model on conversations with exact gradient accumulation: SFT, the loss on the answers alone.
+"""Fine-tune a chat model on conversations (SFT, loss on the answers only), with exact gradient accumulation.
 
     python recipes/causal_lm.py --config recipes/causal_lm.yaml      # packaged model, some packaged conversations
-    python recipes/causal_lm.py --use_amp --output_dir outputs/chat  # all of them, three times: not for a CPU
+    python recipes/causal_lm.py --use_amp --output_dir outputs/chat  # all of them for three epochs; too slow on a CPU
     python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-360M-Instruct --train_data trl-lib/Capybara \\
         --max_length 2048 --batch_size 2 --effective_batch_size 64
     python recipes/causal_lm.py --train_data train.jsonl --val_data val.jsonl
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/causal_lm.py
 
-Any model with a chat template and a tokenizer of the `tokenizers` library that `AutoModelForCausalLM` loads; files or
-hub data with a column of conversations, each a list of {"role": ..., "content": ...}. What it saves in OUTPUT_DIR/model
-loads with `pipeline("text-generation", model=...)`. The packaged model and conversations are prepared when first used.
+The recipe takes any model that `AutoModelForCausalLM` loads and that has a chat template and a fast tokenizer. The data
+are files or Hub data sets with a column of conversations, each a list of {"role": ..., "content": ...}. The saved model
+in OUTPUT_DIR/model loads with `pipeline("text-generation", model=...)`. The recipe prepares the packaged model and
+conversations on first use.
 
-With the settings in causal_lm.yaml (SmolLM2-135M-Instruct, 160 conversations of up to 384 tokens, 20 updates of 8, in
-bf16 autocast): held-out perplexity of the answers 48.3 before and 30.1 after, at most 6 GB of memory. It takes about 7
-minutes on one CPU core with bf16 units; on two an update takes 8 s instead of 14, and the whole about 4 minutes.
+With the settings in causal_lm.yaml (SmolLM2-135M-Instruct, 160 conversations of up to 384 tokens, 20 updates of 8 rows,
+bf16 autocast), the held-out perplexity of the answers falls from 48.3 to 30.1, with at most 6 GB of memory. This takes
+about 7 minutes on one CPU core with bf16 units. On two cores it takes about 4 minutes: 8 s per update instead of 14 s.
 """
 
 import math
@@ -38,17 +39,17 @@ from ftaccum.settings import Recipe, Runtime
 
 @dataclass
 class Sources:
-    """What to fine-tune on what; the packaged model and conversations are the defaults."""
+    """Model and data, by default the packaged model and conversations."""
 
     model: Text = setting(str(packaged.SMOLLM), "folder or hub name of a model with a chat template")
     train_data: Text = setting(
         str(packaged.CHATS_TRAIN), "JSON-lines or Parquet file, saved folder or hub name[:config] of conversations"
     )
-    val_data: Text | None = setting(None, "the same for validation; none: some are held out")
+    val_data: Text | None = setting(None, "validation data in the same forms; none: hold out some of the training data")
     messages_column: Text = setting("messages", "column of the conversations: lists of {role, content}")
-    max_train_rows: PositiveInt | None = setting(None, "train on the first so many conversations; none: all")
-    max_val_rows: PositiveInt | None = setting(None, "validate on the first so many of `val_data`; none: all")
-    max_length: PositiveInt = setting(1024, "tokens of a conversation; what goes beyond is cut off at its end")
+    max_train_rows: PositiveInt | None = setting(None, "use only the first N rows of `train_data`; none: all")
+    max_val_rows: PositiveInt | None = setting(None, "use only the first N rows of `val_data`; none: all")
+    max_length: PositiveInt = setting(1024, "most tokens of a conversation; the rest is cut off")
 
     def __post_init__(self) -> None:
         if self.train_data == str(packaged.CHATS_TRAIN) and self.val_data is None:
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> None:
         raise SettingsError(faults)
     parse_settings(settings)  # before anything is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with state.main_process_first():  # the others find what it has prepared
+    with state.main_process_first():  # the other processes reuse its files
         packaged.prepare_named(sources.model, sources.train_data, sources.val_data)
     model, tokenizer = load_model("causal-lm", sources.model)
     check_fit(sources, model, tokenizer)
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> None:
 
     if state.is_main_process:
         if result.val_loss_history:
-            # Of the model that is saved: the best epoch's, or the last one's.
+            # The saved model is that of the best or the last epoch.
             after = min(result.val_loss_history) if recipe.restore_best_weights else result.final_loss
             print(f"Held-out perplexity: {perplexity(result.initial_loss):.2f} before, {perplexity(after):.2f} after")
         if runtime.output_dir:
@@ -82,25 +83,25 @@ def main(arguments: list[str]) -> None:
 
 
 def check_fit(sources: Sources, model: Any, tokenizer: Any) -> None:
-    """Whether conversations can be written for this model.
+    """Check that the model and its tokenizer can be used for conversations.
 
     Raises:
-        SettingsError: where they cannot, with the remedy.
+        SettingsError: if they cannot.
     """
     longest = getattr(model.config, "max_position_embeddings", None) or sources.max_length
     if tokenizer.chat_template is None:
-        fault = f"`model` {sources.model!r} has no chat template. Name one made for chat, often called -Instruct."
+        fault = f"`model` {sources.model!r} has no chat template. Choose a chat model, often named -Instruct."
     elif not tokenizer.is_fast:
-        fault = f"`model` {sources.model!r} has a tokenizer in Python, which does not say where in a text tokens lie."
+        fault = f"`model` {sources.model!r} has no fast tokenizer, needed for token positions. Choose one that has."
     elif sources.max_length > longest:
-        fault = f"`max_length` must be at most {longest}, which the model takes, but is {sources.max_length} instead."
+        fault = f"`max_length` must be at most {longest}, the model's limit, but is {sources.max_length} instead."
     else:
         return
     raise SettingsError([fault])
 
 
 def load_conversations(sources: Sources, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
-    """Training and, where named, validation rows, as token ids and labels."""
+    """Return the rows for training and, if named, for validation, as token ids and labels."""
     columns = {sources.messages_column: "messages"}
     train = first(read_rows(sources.train_data, columns=columns), sources.max_train_rows)
     train = as_tokens(train, "train_data", tokenizer, sources.max_length)
@@ -115,37 +116,37 @@ def first(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def as_tokens(rows: Dataset, argument: str, tokenizer: Any, max_length: int) -> Dataset:
-    """Token ids and labels of conversations, without those that have no answer within `max_length` tokens.
+    """Return the token ids and labels of conversations, without those with no answer within `max_length` tokens.
 
     Raises:
-        DataError: naming the first conversation that cannot be written, and where none has an answer.
+        DataError: if the chat template cannot format a conversation, or if no conversation has an answer.
     """
 
     def encode(messages: Any, index: int) -> dict[str, list[int]]:
         try:
             return chat.encoded(messages, tokenizer, max_length)
         except DataError as error:
-            raise DataError(f"Of `{argument}`, row {index}: {error}") from error
+            raise DataError(f"Row {index} of `{argument}`: {error}") from error
 
     tokens = rows.map(
         encode,
         with_indices=True,
         input_columns="messages",
         remove_columns=rows.column_names,
-        desc=f"Writing {argument}",
+        desc=f"Tokenising {argument}",
     )
-    answered = tokens.filter(chat.has_answer, input_columns="labels", desc="Looking for answers")
+    answered = tokens.filter(chat.has_answer, input_columns="labels", desc="Finding answers")
     if dropped := len(rows) - len(answered):
-        told = f"Of `{argument}`, {dropped} of {len(rows)} rows have no answer within {max_length} tokens"
+        told = f"{dropped} of {len(rows)} rows of `{argument}` have no answer within {max_length} tokens"
         if not len(answered):
-            raise DataError(f"{told}. Raise `max_length`, or check the roles: answers are the role 'assistant'.")
+            raise DataError(f"{told}. Raise `max_length`, or check the roles: the role of an answer is 'assistant'.")
         if PartialState().is_main_process:
-            print(f"{told}, and are left out.")
+            print(f"{told} and are skipped.")
     return answered
 
 
 def perplexity(loss: float) -> float:
-    return math.inf if loss > 700 else math.exp(loss)  # beyond, `exp` raises
+    return math.inf if loss > 700 else math.exp(loss)  # `exp` raises for larger values
 
 
 if __name__ == "__main__":

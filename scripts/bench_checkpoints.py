@@ -1,12 +1,13 @@
-"""What checkpoints cost, and how soon a run goes on from one.
+"""Measure the cost of checkpoints, and how long a run takes to resume from one.
 
-Saving: MiniLM on film reviews, as in the quickstart, with a checkpoint every 50 updates and with none, interleaved in
-rounds, the order rotating. Seconds are those of training alone, with whatever saving adds to them: the time for which
-training is held up, and what the thread that writes takes from it. All on one thread but that one.
+Saving: MiniLM on film reviews, as in the quickstart, with a checkpoint every 50 updates and without checkpoints. The
+runs are interleaved in rounds, in rotating order. Seconds are those of training, including all that saving adds: the
+time for which training waits, and the time that the writing thread takes from it. Everything except that thread runs on
+one thread.
 
-Going on: a tiny model on 100,000 rows in updates of 4 × 4, so that update 10,000 lies in the second epoch. ftaccum and
-Transformers' Trainer each train so far, once, and keep a checkpoint of their own there; timed is what comes then, from
-the call that resumes to the end of the first new update, the weights already in memory.
+Resuming: a tiny model on 100,000 rows in updates of 4 × 4, so that update 10,000 is in the second epoch. ftaccum and
+Transformers' Trainer each train up to there once and keep their own checkpoint. The benchmark times what follows, from
+the call that resumes to the end of the first new update, with the weights already in memory.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_checkpoints.py            # both
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_checkpoints.py --only saving --every 10
@@ -52,8 +53,8 @@ from ftaccum.checkpoint.manager import CheckpointManager, CheckpointWriter
 from measuring import DEVICE, machine, now, quiet
 from workloads import Row, Workload, movies
 
-BATCH, K = 8, 4  # of the quickstart
-COSTS = (64.0, 1.0, 0.0005)  # to cut all contenders' windows by: on a CPU, they are measured where nothing is saved
+BATCH, K = 8, 4  # as in the quickstart
+COSTS = (64.0, 1.0, 0.0005)  # so that all contenders split windows in the same way
 N_ROWS, LONGEST, VOCABULARY = 100_000, 24, 100
 SLOW = 0.001  # seconds to make a row
 SAVING = ("no folder", "a folder", "checkpoints")
@@ -61,7 +62,7 @@ SAVING = ("no folder", "a folder", "checkpoints")
 
 @dataclass
 class Saves:
-    """What saving took, in seconds and bytes, save by save."""
+    """Seconds and bytes of each save."""
 
     held_up: list[float] = field(default_factory=list)
     written: list[float] = field(default_factory=list)
@@ -90,7 +91,7 @@ class Saves:
 
 
 def saving(options: argparse.Namespace) -> None:
-    """Prints what checkpoints cost."""
+    """Print the cost of checkpoints."""
     workload, seconds = movies(options.seed), dict[str, list[float]]()
     saves = Saves()
     for number in range(options.rounds):
@@ -99,18 +100,18 @@ def saving(options: argparse.Namespace) -> None:
             seconds.setdefault(name, []).append(_training_seconds(workload, name, options, saves))
             _progress(f"round {number + 1} of {options.rounds}, {name}: {seconds[name][-1]:.1f} s")
     print(f"\n{options.updates} updates of {BATCH} × {K} reviews, a checkpoint every {options.every}:\n")
-    print("| what is kept | seconds of training | against no folder (range) |\n| --- | --- | --- |")
+    print("| what is saved | seconds of training | relative to no folder (range) |\n| --- | --- | --- |")
     for name, times in seconds.items():
         ratios = [one / other for one, other in zip(times, seconds["no folder"], strict=True)]
         cells = [name, f"{median(times):.1f}", f"{_percent(median(ratios))} ({_percents(ratios)})"]
         print(f"| {' | '.join(cells)} |")
     held_up = f"{1000 * median(saves.held_up):.0f} ms (at most {1000 * max(saves.held_up):.0f})"
-    print(f"\nA checkpoint of {median(saves.sizes) / 1e6:.0f} MB holds training up for {held_up}, ", end="")
+    print(f"\nA checkpoint of {median(saves.sizes) / 1e6:.0f} MB delays training by {held_up}, ", end="")
     print(f"and is written in {median(saves.written):.1f} s.")
 
 
 def _training_seconds(workload: Workload, name: str, options: argparse.Namespace, saves: Saves) -> float:
-    """Of one run. Where there is a folder, a checkpoint of the epoch's end is saved after training, and not counted."""
+    """Return the training seconds of one run, without the checkpoint at the end of the epoch."""
     model, rows = workload.new_model(), workload.rows.select(range(options.updates * BATCH * K))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         given: dict[str, Any] = {} if name == "no folder" else {"output_dir": folder, "checkpoint_every": None}
@@ -126,10 +127,10 @@ def _training_seconds(workload: Workload, name: str, options: argparse.Namespace
 
 
 class MadeRows(torch.utils.data.Dataset[Row]):
-    """Rows that each take a while to make.
+    """Rows that are slow to make.
 
     Attributes:
-        seconds: that a row takes.
+        seconds: seconds to make one row.
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
@@ -146,25 +147,25 @@ class MadeRows(torch.utils.data.Dataset[Row]):
 
 
 class _EnoughError(BaseException):
-    """All that was wanted of a run has been seen. No `Exception`, for a run that ends with one saves itself first."""
+    """Ends a run early. It is not an `Exception`, because a run saves itself before it raises one."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """One contender on one kind of rows: trains to a position, and from there on."""
+    """One contender on one kind of rows, which trains up to a position and then resumes there."""
 
-    train: Callable[[Any, Path, int, bool], None]  # rows, folder, position, whether it goes on
+    train: Callable[[Any, Path, int, bool], None]  # rows, folder, position, whether to resume
     rows: Any
     folder: Path
     position: int
 
     def prepare(self) -> None:
-        """Trains, for real, until the checkpoint of the position is there."""
+        """Train until the checkpoint at the position exists."""
         with quiet(0), contextlib.suppress(_EnoughError):
             self.train(self.rows, self.folder, self.position, False)
 
     def seconds(self) -> float:
-        """From the call that resumes to the end of the first new update."""
+        """Return the seconds from the call that resumes to the end of the first new update."""
         ended: list[float] = []
 
         def end(*_: Any) -> None:
@@ -210,7 +211,7 @@ def with_trainer(rows: Any, folder: Path, position: int, goes_on: bool) -> None:
 
 
 def resuming(options: argparse.Namespace) -> None:
-    """Prints how soon runs go on."""
+    """Print how long runs take to resume."""
     table = datasets.Dataset.from_list([row(n) for n in range(N_ROWS)])
     made = MadeRows(table)
     kinds: dict[str, Any] = {"a `datasets.Dataset`": table}
@@ -233,7 +234,7 @@ def resuming(options: argparse.Namespace) -> None:
             seconds[key].append(runs[key].seconds())
             _progress(f"round {number + 1} of {options.rounds}, {key[1]} on {key[0]}: {seconds[key][-1]:.2f} s")
     shutil.rmtree(folder)
-    print(f"\nSeconds to the end of the first update behind update {options.position}, of {N_ROWS} rows (range):\n")
+    print(f"\nSeconds to the end of the first update after update {options.position}, of {N_ROWS} rows (range):\n")
     print(f"| rows | {' | '.join(contenders)} |\n| --- |{' --- |' * len(contenders)}")
     for kind in kinds:
         print(f"| {kind} | {' | '.join(_seconds(seconds[kind, name]) for name in contenders)} |")
@@ -280,13 +281,13 @@ PARTS = {"saving": saving, "resuming": resuming}
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS, help="one of the two")
-    parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
-    parser.add_argument("--updates", type=int, default=150, help="of each run that saves (default 150)")
-    parser.add_argument("--every", type=int, default=50, help="updates between its checkpoints (default 50)")
-    parser.add_argument("--position", type=int, default=10_000, help="the update to go on behind (default 10000)")
+    parser.add_argument("--only", choices=PARTS, help="run only one of the two parts")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default 5)")
+    parser.add_argument("--updates", type=int, default=150, help="updates of each run of the saving part (default 150)")
+    parser.add_argument("--every", type=int, default=50, help="updates between checkpoints (default 50)")
+    parser.add_argument("--position", type=int, default=10_000, help="the update to resume after (default 10000)")
     parser.add_argument(
-        "--quick", action="store_true", help="go on on one kind of rows alone, which halves the training"
+        "--quick", action="store_true", help="resume with only one kind of rows, which halves the training"
     )
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()

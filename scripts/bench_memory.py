@@ -1,12 +1,12 @@
-"""Peak memory of fine-tuning against the number of micro-batches, and against their size.
+"""Measure the peak memory of fine-tuning for different numbers and sizes of micro-batches.
 
-Each setting runs in a process of its own. On a CPU the figure is the peak of the bytes that torch's allocator has given
-out (weights, gradients, optimizer and batches included), from the profiler's record of every allocation; beside it, by
-how much the process's resident memory grew at most, in another run without the profiler. On CUDA it is
-`torch.cuda.max_memory_allocated`. Models are small and have random weights, rows are all of one length.
+Each setting runs in its own process. On a CPU, the peak is the most bytes that torch's allocator had handed out
+(including weights, gradients, optimizer and batches), from the profiler's record of every allocation. A second run
+without the profiler gives the largest growth of the process's resident memory. On CUDA, the peak is
+`torch.cuda.max_memory_allocated`. Models are small and have random weights; all rows have the same length.
 
-Against k, memory is held to that at k = 2: from there on a forward pass finds the gradients of earlier ones in memory,
-which at k = 1 it never does.
+Memory at each k is compared with k = 2, not k = 1: from k = 2 on, forward passes run while the gradients of earlier
+micro-batches are in memory.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_memory.py      # all tables; about four minutes on one thread
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler tells of its every start
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs every start
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import psutil
@@ -38,7 +38,7 @@ from ftaccum import test_fine_tuning
 from measuring import DEVICE, machine
 
 MB = 1e6
-ROW_LENGTH, VOCABULARY, UPDATES = 64, 4096, 2  # two updates: from the second on there is an optimizer's state
+ROW_LENGTH, VOCABULARY, UPDATES = 64, 4096, 2  # in the second update the optimizer has a state
 K, BATCH = (1, 2, 4, 8, 16, 32, 64), 4
 BATCHES, EFFECTIVE = (1, 2, 4, 8, 16, 32), 32
 IMAGES, IMAGE_EPOCHS = 100, 2
@@ -48,7 +48,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes given out by torch's allocator at most, and by how much the process grew at most (None on a GPU)."""
+    """Peak bytes of torch's allocator, and the largest growth of the process (None on a GPU)."""
 
     allocated: int
     resident: int | None
@@ -69,7 +69,7 @@ def image_run(batch_size: int, k: int) -> dict[str, Any]:
 
 
 def zeroing_run(k: int, set_to_none: bool) -> int:
-    """A bare loop. Returns the bytes that live on between its updates."""
+    """Run a bare loop, and return the bytes that it keeps between updates."""
     model = llama().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(UPDATES):
@@ -92,7 +92,7 @@ def llama() -> Any:
 
 
 def conv_net() -> nn.Module:
-    """Without batch norm, which would mix the rows of a micro-batch."""
+    """Return a network without batch norm, which would mix the rows of a micro-batch."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.ReLU(), nn.MaxPool2d(2)]
@@ -106,7 +106,7 @@ def _trained(model: nn.Module, rows: Sequence[Any], batch_size: int, k: int, **o
 
 
 def measured(run: Callable[..., Any], *given: Any) -> tuple[Peak, Any]:
-    """The peak of a run, and what it returns."""
+    """Return the peak memory of a run, and its result."""
     if DEVICE.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -125,7 +125,7 @@ def _allocated_at_most(run: Callable[..., Any], *given: Any) -> tuple[int, Any]:
     changes = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
-        now += change.nbytes()  # below 0 where memory is given back
+        now += change.nbytes()  # negative for freed memory
         most = max(most, now)
     return most, found
 
@@ -138,7 +138,7 @@ def _grown_at_most(run: Callable[..., Any], *given: Any) -> int:
 
 
 def _apart(function: Callable[..., Any], *given: Any) -> Any:
-    """What the function returns in a process of its own, forked, so that nothing need be imported again."""
+    """Return the result of a function that runs in a forked process, which need not import anything again."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(function(*given)))
@@ -151,7 +151,7 @@ def _apart(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def check_gauge() -> None:
-    """30 MB at most in a run that takes 10, takes 20, gives 10 back and takes 5."""
+    """Check that the peak is 30 MB for a run that allocates 10 and 20 MB, frees 10 and allocates 5."""
 
     def known() -> None:
         first = torch.empty(10_000_000, dtype=torch.uint8, device=DEVICE)
@@ -161,7 +161,7 @@ def check_gauge() -> None:
         del second
 
     peak, _ = measured(known)
-    assert abs(peak.allocated - 30_000_000) < 10_000, f"30 MB were allocated, and {peak.allocated / MB} MB measured"
+    assert abs(peak.allocated - 30_000_000) < 10_000, f"allocated 30 MB, but measured {peak.allocated / MB} MB"
 
 
 def against_k() -> Iterator[str]:
@@ -217,7 +217,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     print(machine())
     if DEVICE.type == "cpu":
-        text_run(1, 1, False)  # what is imported at the first use is no part of any figure
+        text_run(1, 1, False)  # so that imports at first use do not count
     check_gauge()
     for table in (against_k, against_batch, images, zeroing):
         print()

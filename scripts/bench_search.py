@@ -1,4 +1,4 @@
-"""What pruning is worth in a search: the best validation loss against the rows trained on.
+"""Measure what pruning gains in a search: the best validation loss against the rows trained on.
 
     OMP_NUM_THREADS=1 python scripts/bench_search.py                     # 3 seeds; an hour or two on one CPU thread
     python scripts/bench_search.py --seeds 0 --rows 512 --trials 4       # a quick look
@@ -6,13 +6,13 @@
 The quickstart's task: MiniLM with a new head on film reviews, bf16 autocast, one epoch; k from 1, 2, 4, 8 at a physical
 batch of 8, learning rate from 1e-5 to 1e-3. All contenders get the same rows and budget, `--trials` full trials:
 
-- random: proposals at random, nothing pruned;
-- pruned: `ftaccum.search` as it comes; it takes trials until the rows of the budget are used up;
-- trainer: `Trainer.hyperparameter_search` as it comes (Optuna's TPE; it evaluates after each epoch, so that what it
-  prunes of one epoch has been trained to its end).
+- random: random proposals, no pruning;
+- pruned: `ftaccum.search` with its defaults, which runs trials until the budget of rows is used up;
+- trainer: `Trainer.hyperparameter_search` with its defaults (Optuna's TPE). It evaluates after each epoch, so in a run
+  of one epoch it prunes only trials that are already complete.
 
-For each seed: the loss that random search ends with, and after what share of its rows the others had finished a trial
-as good. Studies are kept in `--output_dir`, and what is there already is not run again.
+For each seed, the table has the final loss of random search, and the share of its rows after which the others had
+finished an equally good trial. Studies are kept in `--output_dir`; existing trials are not run again.
 """
 
 import argparse
@@ -88,7 +88,7 @@ CONTENDERS: dict[str, Callable[..., Curve]] = {
 
 
 class Task:
-    """Rows of an order of the seed, and a model that is new each time."""
+    """Training and validation rows in an order that depends on the seed, and a factory of new models."""
 
     def __init__(self, workload: Workload, rows: int, val_rows: int) -> None:
         self._workload = workload
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rows", type=int, default=1024, help="training rows of a full trial")
     parser.add_argument("--val_rows", type=int, default=512)
-    parser.add_argument("--trials", type=int, default=16, help="full trials of the budget")
+    parser.add_argument("--trials", type=int, default=16, help="budget, in full trials")
     parser.add_argument("--output_dir", default="outputs/bench_search")
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Seconds for the same updates: ftaccum beside Transformers' Trainer, Accelerate's documented loop and a bare loop.
+"""Time the same updates with ftaccum, Transformers' Trainer, Accelerate's documented loop and a bare PyTorch loop.
 
-Same rows per update, initial weights, precision, AdamW, schedule and clipping; every contender trains one epoch over
-the same rows, interleaved in rounds, the order rotating, after a round in which waits and padding are counted and
-nothing is timed. All on one thread.
+All contenders have the same rows per update, initial weights, precision, AdamW, schedule and clipping. Each trains one
+epoch over the same rows. A first round counts waits and padding without timing; the timed rounds then interleave the
+contenders, in rotating order. Everything runs on one thread.
 
-What "seconds" are, for everyone: from the first forward pass in training mode to the return of the call (`train()`,
-`test_fine_tuning`, or the loop's function). What comes before it, with the weights already in memory, is the column
-"before": objects made, lengths read, the first rows collated, and in ftaccum's case the loss measured. The two columns
-together are the whole call. Nobody evaluates, saves or shows progress.
+For all contenders, "seconds" run from the first forward pass in training mode to the return of the call (`train()`,
+`test_fine_tuning`, or the loop's function). The column "before" has the time until then, with the weights already in
+memory: it creates objects, reads lengths, collates the first rows and, in ftaccum, measures the loss. The two columns
+add up to the whole call. No contender evaluates, saves or shows progress.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py                                # both workloads
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --k 32 --workload long-tailed  # windows of 256 rows
@@ -42,10 +42,10 @@ from workloads import WORKLOADS, equal_lengths
 
 TRAINERS = ("trainer", "trainer-group", "trainer-rebalance")
 SWEEP_K, SWEEP_BATCH, SWEEP_LENGTH = (1, 4, 16, 64), 8, 256
-# What is on the host also where there is a GPU, which cannot be told on a CPU: ftaccum's batches before they are sent
-# to the device, and AdamW's count of its steps.
+# Code that reads tensors which stay on the host even with a GPU. On a CPU they cannot be recognised: ftaccum's batches
+# before they are sent to the device, and AdamW's step count.
 ON_HOST = ("ftaccum/data/", "torch/optim/adam.py")
-# Places where the models themselves wait, whoever trains them, once or twice a pass.
+# Places where the models themselves wait once or twice per forward pass, in every contender.
 IN_MODEL = ("transformers/masking_utils.py", "transformers/models/")
 
 
@@ -59,8 +59,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one run: positions with and without padding, forward passes, and waits for values of tensors, where they were
-    and how many of them the model's own."""
+    """Counts of one run: positions with and without padding, forward passes, and waits for tensor values, in total, in
+    the model's own code, and by place."""
 
     positions: int
     tokens: int
@@ -81,8 +81,10 @@ def timed(contender: Contender, job: Job) -> Timing:
 
 
 def counted(contender: Contender, job: Job) -> Counts:
-    """A run that is not timed. Waits are counted from the first forward pass on, as they would be on a GPU, where
-    ftaccum leaves the gradients of embedding tables alone."""
+    """Run a contender without timing, and count.
+
+    Waits count from the first forward pass on, as on a GPU: there, ftaccum keeps the gradients of embeddings dense.
+    """
     model = job.workload.new_model()
     with (
         patch("ftaccum.runtime.gradients.sparse._can_be_sparse", return_value=False),
@@ -113,7 +115,7 @@ def compare(job: Job, names: Sequence[str], rounds: int) -> tuple[dict[str, Coun
 
 
 def table(job: Job, counts: dict[str, Counts], timings: list[dict[str, Timing]]) -> Iterator[str]:
-    """How many times as fast as others each contender is: medians of the rounds' ratios."""
+    """Yield a table of how fast each contender is relative to the others, as medians of the rounds' ratios."""
     medians = {name: median(times[name].seconds for times in timings) for name in counts}
     best = min((name for name in TRAINERS if name in medians), key=medians.__getitem__, default="")
     headings = [
@@ -164,7 +166,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sweep_k(options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a row in training, of ftaccum and of the bare loop: the same rows, in fewer and fewer updates."""
+    """Measure training time per row, for ftaccum and the bare loop, with the same rows in fewer and fewer updates."""
     workload = equal_lengths(options.seed, SWEEP_LENGTH)
     rows = workload.rows.select(range(SWEEP_BATCH * max(SWEEP_K)))
     jobs = {k: Job(workload, rows, SWEEP_BATCH, k, options.seed, options.precision) for k in SWEEP_K}
@@ -178,7 +180,7 @@ def sweep_k(options: argparse.Namespace) -> dict[str, Any]:
             for name in names:
                 found[name][k].append(1000 * timed(CONTENDERS[name], jobs[k]).seconds / len(rows))
                 _progress(f"round {number + 1} of {options.rounds}, k = {k}, {name}: {found[name][k][-1]:.2f} ms a row")
-    print(f"\n{len(rows)} rows of {SWEEP_LENGTH} tokens, {SWEEP_BATCH} a micro-batch: milliseconds a row\n")
+    print(f"\n{len(rows)} rows of {SWEEP_LENGTH} tokens, {SWEEP_BATCH} per micro-batch: milliseconds per row\n")
     print(f"| k | {' | '.join(f'{NAMES[name]} | against k = 1' for name in names)} |\n| --- |" + " --- |" * 4)
     for k in SWEEP_K:
         ms = {name: median(found[name][k]) for name in names}
@@ -188,17 +190,17 @@ def sweep_k(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def start_up(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from calling `test_fine_tuning`, on all rows, to the first forward pass of training, where it ends."""
+    """Measure the seconds from the call of `test_fine_tuning` on all rows to the first forward pass of training."""
     found: dict[str, list[float]] = {}
     for name in options.workload:
         workload = WORKLOADS[name](options.seed)
         job = Job(workload, workload.rows, *_sizes(options), options.seed, options.precision)
-        # One pass of validation rows: how long more of them take is no matter of starting up.
+        # Enough validation rows for one forward pass: the time for more is not part of starting up.
         validation = {"without validation": {}, "with validation": {"val_data": job.rows.select(range(job.batch_size))}}
         for number in range(options.rounds + 1):
             for kind, given in validation.items():
                 seconds = _until_first_pass(job, given)
-                if number:  # the first warms up
+                if number:  # the first round is a warm-up
                     found.setdefault(f"{name}, {len(job.rows)} rows, {kind}", []).append(seconds)
     print("\n| until the first forward pass of training | seconds | range |\n| --- | --- | --- |")
     for label, times in found.items():
@@ -229,7 +231,7 @@ def _job(options: argparse.Namespace, name: str) -> Job:
     n_rows = (options.updates or workload.updates) * batch_size * k
     if n_rows > len(workload.rows):
         sys.exit(
-            f"{name} has {len(workload.rows)} rows, and {n_rows} are needed. Lower --updates, --k or --batch-size."
+            f"{name} has {len(workload.rows)} rows, but {n_rows} are needed. Lower --updates, --k or --batch-size."
         )
     return Job(workload, workload.rows.select(range(n_rows)), batch_size, k, options.seed, options.precision)
 
@@ -247,15 +249,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, help="of each contender in each round; by default as the workload says")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a micro-batch")
-    parser.add_argument("--k", type=int, default=8, help="micro-batches of an update")
+    parser.add_argument("--updates", type=int, help="updates per contender and round (default: set by the workload)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per micro-batch")
+    parser.add_argument("--k", type=int, default=8, help="micro-batches per update")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every figure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all figures to")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--sweep-k", action="store_true", help="time per row against k instead")
-    instead.add_argument("--start-up", action="store_true", help="time until training begins instead")
+    instead.add_argument("--sweep-k", action="store_true", help="measure the time per row for several k instead")
+    instead.add_argument("--start-up", action="store_true", help="measure the time until training begins instead")
     return parser.parse_args()
 
 

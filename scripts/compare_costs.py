@@ -1,13 +1,13 @@
-"""What measuring the cost of a pass would gain over the default costs, on both workloads and one thread.
+"""Measure what fitted costs of a pass would gain over the planner's default costs, on both workloads and one thread.
 
-First, passes of many shapes are timed inside `test_fine_tuning`, from one forward pass to the next of the same update,
-and three costs are fitted: per pass, per padded token, per row of squared width. Then the same updates are timed with
-`planner_costs` being (a) the default, (b) the fitted costs, (c) these rounded to powers of two; interleaved in rounds,
-the order rotating. Ratios are medians of the rounds' ratios to (a); below 1 is faster than the default. Seconds of the
-processor leave out those in which other programs had the core.
+First, the script times passes of many shapes inside `test_fine_tuning`, from one forward pass to the next in the same
+update, and fits three costs: per pass, per padded token, and per row × squared width. Then it times the same updates
+with `planner_costs` set to (a) the default, (b) the fitted costs, (c) these rounded to powers of two, interleaved in
+rounds, in rotating order. Ratios are medians of the rounds' ratios to (a); below 1 is faster than the default.
+Processor seconds exclude the time in which other programs used the core.
 
-Last, without a clock: what the default's cut of an epoch costs against the cheapest cut, if passes cost what was fitted
-or another number of tokens each (on a GPU, many). No costs whatever can gain more than that.
+Last, it computes without timing what the default split of an epoch costs relative to the cheapest split, if passes have
+the fitted costs or other fixed costs (on a GPU, many tokens). No other costs can gain more than that.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/compare_costs.py
 """
@@ -43,16 +43,18 @@ from workloads import WORKLOADS, Workload
 Costs = tuple[float, float, float]
 
 DEFAULT: Costs = astuple(DEFAULT_COSTS)
-# Cuts to fit in: as the default cuts, into narrow micro-batches, and into full ones.
+# Costs that give various shapes for the fit: the default split, narrow micro-batches and full micro-batches.
 SHAPES: tuple[Costs, ...] = (DEFAULT, (4.0, 1.0, 0.0), (1e6, 1.0, 0.0))
-PER_PASS = (16.0, 32.0, 128.0, 256.0, 1024.0, 4096.0)  # for the bound, the rest as in the default
-UPDATES = {"movies": 6, "long-tailed": 3}  # of a timed run
+PER_PASS = (16.0, 32.0, 128.0, 256.0, 1024.0, 4096.0)  # costs per pass for the bound; the other costs are the defaults
+UPDATES = {"movies": 6, "long-tailed": 3}  # per timed run
 BATCH, K, SEED = 8, 8, 42
 
 
 class PassTimes:
-    """The least seconds of each shape of pass, as other programs only add to them; those of the processor on a CPU.
-    Without the last pass of an update, which ends in clipping."""
+    """The shortest time of each shape of pass, because other programs can only lengthen it.
+
+    On a CPU these are processor seconds. The last pass of an update does not count, because clipping follows it.
+    """
 
     def __init__(self) -> None:
         self.least: dict[tuple[int, int], float] = {}
@@ -72,7 +74,7 @@ class PassTimes:
 
 
 def fitted(workload: Workload, updates: int) -> Costs:
-    """In units of a token's time, by non-negative least squares of relative errors."""
+    """Fit costs, in units of one token's time, by non-negative least squares of relative errors."""
     times = PassTimes()
     with register_optimizer_step_pre_hook(times.forget):
         for costs in SHAPES * 3:
@@ -127,7 +129,7 @@ def bound(workload: Workload, found: Costs) -> None:
         f"{BATCH * max(lengths)} tokens": BatchLimits(None, BATCH * max(lengths)),
     }
     columns = {f"{BATCH * k} rows, at most {name} a pass": (k, at) for name, at in limits.items() for k in (8, 32)}
-    print(f"\n{workload.name}: cost of the default's cut over that of the cheapest\n")
+    print(f"\n{workload.name}: cost of the default split relative to the cheapest split\n")
     print(f"| if passes cost | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
     for costs in (found, *((per_pass, *DEFAULT[1:]) for per_pass in PER_PASS)):
         label = ", ".join(f"{cost:.3g}" for cost in costs) + (" (fitted)" if costs is found else "")
@@ -136,7 +138,7 @@ def bound(workload: Workload, found: Costs) -> None:
 
 
 def _cost(lengths: list[int], k: int, limits: BatchLimits, cut_by: Costs, costs: Costs) -> float:
-    """Of an epoch in windows of BATCH × k rows, by the planner's own arithmetic."""
+    """Return the cost of an epoch in windows of BATCH × k rows, by the planner's own arithmetic."""
     windows = plan(len(lengths), effective_batch_size=BATCH * k, validation_split=0.0, random_seed=SEED).windows(0)
     planner, model = MicroBatchPlanner(limits, CostModel(*cut_by)), CostModel(*costs)
     cuts = (planner.split(window.rows, [lengths[row] for row in window.rows])[0] for window in windows)
@@ -150,7 +152,7 @@ def _job(workload: Workload, updates: int) -> Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, help="of a timed run; by default another number for each workload")
+    parser.add_argument("--updates", type=int, help="updates per timed run (default: set by the workload)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()

@@ -1,6 +1,6 @@
-"""What the cheapest cut of a window gains over other cuts of the same rows, those of the benchmark. Nothing is timed.
+"""Compare the cheapest split of a window with other splits of the same rows, on the benchmark's rows, without timing.
 
-"Cost" is in tokens, 64 + padded tokens + 0.0005 × tokens × width a pass, as the planner guesses it before it measures.
+"Cost" is in tokens, with the planner's default costs: 64 + padded tokens + 0.0005 × tokens × width per pass.
 
     .venv/bin/python scripts/compare_cuts.py
 """
@@ -22,7 +22,7 @@ Cut = Callable[[Sequence[int]], list[MicroBatchRows]]
 
 
 def equal_slices(lengths: Sequence[int]) -> list[MicroBatchRows]:
-    """Sorted by length, then every micro-batch full but the last."""
+    """Sort rows by length, and fill every micro-batch except the last."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = [rows[n : n + BATCH] for n in range(0, len(rows), BATCH)]
     return [MicroBatchRows(tuple(p), len(p) * lengths[p[0]], lengths[p[0]]) for p in parts]

@@ -1,7 +1,7 @@
-"""The reported loss, update by update, at batch 32 and at 8 × 4 accumulated: ftaccum beside Transformers' Trainer.
+"""Compare the loss that ftaccum and Transformers' Trainer report for each update, at batch 32 × 1 and at batch 4 × 8.
 
-Packaged MiniLM encoder with a new head, film reviews, dropout off, float32, AdamW; the same rows in the same order for
-all four runs. Prints the table of docs/exactness.md.
+The packaged MiniLM encoder with a new head trains on film reviews, without dropout, in float32, with AdamW. All four
+runs have the same rows in the same order. The script prints the table of docs/exactness.md.
 
     .venv/bin/python scripts/compare_trainer.py
 """
@@ -31,7 +31,7 @@ SIZES = {"32 × 1": (32, 1), "4 × 8": (4, 8)}  # physical batch × k
 
 
 class InOrder(Trainer):
-    """Draws rows in the order of the data set."""
+    """A Trainer that takes rows in the order of the data set."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)

@@ -1,4 +1,4 @@
-"""Makes each fault happen once, to a small run, and prints what its user is told.
+"""Cause each fault once in a small run, and print what the user sees.
 
 OMP_NUM_THREADS=1 .venv/bin/python scripts/faults.py
 """
@@ -32,7 +32,7 @@ from forking import Team
 from ftaccum.checkpoint.format import Snapshot
 from storm_runs import N_ROWS, Row, Wavering, row
 
-# How lines begin that a run prints when all goes well.
+# Beginnings of the lines that every run prints.
 _USUAL = (
     *("===", "FINE-TUNING", "Training samples", "Batch size", "Gradient acc", "Processes", "Effective", "Updates per"),
     *("Epochs", "Validation samples", "Loss:", "Micro-batches", "Precision", "   ", "final loss", "best val", "time"),
@@ -41,7 +41,7 @@ _USUAL = (
 
 
 class Rows(Dataset[Row]):
-    """Rows, of which one does something when it is read in training."""
+    """Rows of which one has a side effect when it is read."""
 
     def __init__(self, bad: int = -1, does: Callable[[], None] = lambda: None) -> None:
         self.bad, self.does = bad, does
@@ -56,7 +56,7 @@ class Rows(Dataset[Row]):
 
 
 class Failing(GeneralTracker):
-    """A tracker whose server is gone."""
+    """A tracker whose server is down."""
 
     name, requires_logging_directory, tracker = "failing", False, None
 
@@ -136,14 +136,14 @@ def asked_to_stop(folder: Path) -> None:
 
 
 def lost_process(folder: Path) -> None:
-    """Two processes, one of which is killed in the middle of training."""
+    """Train on two processes, and kill one of them during training."""
     logs = [folder.with_suffix(f".{rank}") for rank in (0, 1)]
 
     def work(_: int) -> int:
         run(folder, n_epochs=500, checkpoint_every=3)
         return 0
 
-    with contextlib.redirect_stdout(sys.__stdout__):  # they redirect it by themselves
+    with contextlib.redirect_stdout(sys.__stdout__):  # the processes redirect it themselves
         team = Team(work, logs)
     assert team.until(lambda: any((folder / "checkpoints").glob("update-*")), within=120), logs[0].read_text()
     team.send(1, signal.SIGKILL)
@@ -154,7 +154,7 @@ def lost_process(folder: Path) -> None:
 
 
 FAULTS = {
-    "A process of two that dies": lost_process,  # first: processes are forked while there has been no run yet
+    "A process of two that dies": lost_process,  # must come first: it forks processes, which no run may precede
     "A loss that is not finite": not_finite,
     "A disk that is full": full_disk,
     "A checkpoint that is damaged": damaged,
@@ -167,7 +167,7 @@ FAULTS = {
 
 
 def told(fault: Callable[[Path], None], folder: Path) -> str:
-    """What is printed, warned of and raised, but for what every run prints."""
+    """Return what a fault prints, warns and raises, without the lines that every run prints."""
     printed, ending = io.StringIO(), ""
     with (
         contextlib.redirect_stdout(printed),

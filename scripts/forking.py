@@ -1,6 +1,7 @@
-"""Processes that have imported everything already: forks of this one, which has, and does nothing else.
+"""Start processes as forks of this one, which has already imported everything.
 
-Importing torch and Transformers takes eight seconds, and a run that is killed a hundred times is started as often.
+Importing torch and Transformers takes eight seconds, which is too long for a run that is killed and restarted a hundred
+times.
 """
 
 import os
@@ -16,28 +17,28 @@ _LOOK_EVERY = 0.002  # seconds
 
 
 class Team:
-    """The processes of one start, with what a launcher would have told them.
+    """The processes of one start, with the environment variables that a launcher would set.
 
     Attributes:
-        statuses: of those that have ended, by rank: the exit status, or minus the signal that ended it.
+        statuses: exit statuses of the processes that have ended, by rank; minus the signal number for a signal.
     """
 
     def __init__(self, work: Callable[[int], int], logs: Sequence[Path]) -> None:
         """Args:
-        work: what each of them does, given its rank. Returns its exit status.
-        logs: a file for what each of them says.
+        work: function that each process runs with its rank; returns the exit status.
+        logs: output file of each process.
         """
         self.statuses: dict[int, int] = {}
         launched = {"WORLD_SIZE": str(len(logs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         sys.stdout.flush()
         self._ids: list[int] = []
         for rank, log in enumerate(logs):
-            log.touch()  # for whoever reads it before the process has got so far
+            log.touch()  # may be read before the process has opened it
             ranked = {"RANK": str(rank), "LOCAL_RANK": str(rank), **launched} if len(logs) > 1 else {}
             self._ids.append(os.fork() or _worked(work, rank, ranked, log))
 
     def send(self, rank: int, number: int) -> bool:
-        """Sends a signal, and says whether there was still somebody to get it."""
+        """Send a signal to a process, and return whether the process was still running."""
         self._look()
         if rank in self.statuses:
             return False
@@ -45,17 +46,20 @@ class Team:
         return True
 
     def end(self) -> None:
-        """Kills what is left of them."""
+        """Kill all processes that still run."""
         for rank in range(len(self._ids)):
             self.send(rank, signal.SIGKILL)
 
     def over(self, within: float) -> bool:
-        """Waits until all have ended, or for as many seconds, and says whether they have."""
+        """Wait until all processes have ended, for at most this many seconds. Return whether they have."""
         return self.until(lambda: False, within) or self._all_ended
 
     def until(self, reached: Callable[[], bool], within: float) -> bool:
-        """Waits until something is so, and says whether it is: all have ended before, or the seconds are over, where it
-        is not."""
+        """Wait until `reached` returns true, all processes have ended, or the seconds are over.
+
+        Returns:
+            The last value of `reached`.
+        """
         deadline = time.monotonic() + within
         while not (now := reached()) and time.monotonic() < deadline:
             self._look()
@@ -77,7 +81,7 @@ class Team:
 
 
 def _worked(work: Callable[[int], int], rank: int, launched: dict[str, str], log: Path) -> int:
-    """The life of a fork; never returns."""
+    """Run a forked process. Never returns."""
     status = 1
     try:
         os.environ.update(launched)

@@ -1,11 +1,11 @@
-"""The gradient of every head against one batch in plain PyTorch, as a table: relative error, the largest of any window.
+"""Compare the gradient of every head with that of one batch in plain PyTorch, and print the largest relative error.
 
-Tiny models in float64, 9 ragged rows in windows of 6 and 3 (micro-batches of 1 or 2). "as it is": the head may compute
-a part in float32 whatever the model's precision; "all float64": it may not. `loss / k` is the usual way, on one window
-of 7 rows in micro-batches of 2, 2, 2, 1.
+The models are tiny and in float64, with 9 ragged rows in windows of 6 and 3 (micro-batches of 1 or 2). "as it is": the
+head may compute parts in float32, whatever the model's precision. "all float64": it may not. `loss / k` is the usual
+method, on one window of 7 rows in micro-batches of 2, 2, 2 and 1.
 
-With `--precisions`: two heads in every precision, a window of 64 rows in k micro-batches, against one batch in float64
-with the same weights; the mean of 8 windows.
+With `--precisions`, two heads run in every precision on a window of 64 rows in k micro-batches, and are compared with
+one batch in float64 with the same weights. Errors are means over 8 windows.
 
     .venv/bin/python scripts/gradient_errors.py
     .venv/bin/torchrun --nproc_per_node 2 scripts/gradient_errors.py
@@ -32,7 +32,7 @@ from exactness import window_errors
 from ftaccum import test_fine_tuning
 from heads import HEADS, Head, RecordingOptimizer, all_in_float64, one_batch, one_batch_gradient, relative_error
 
-# The type of the weights, and what to call `test_fine_tuning` with.
+# Type of the weights, and arguments of `test_fine_tuning`.
 PRECISIONS = {
     "float32": (torch.float32, {}),
     "bf16 autocast": (torch.float32, {"mixed_precision": "bf16"}),

@@ -1,10 +1,10 @@
-"""How often Python waits for values of tensors, and from where: on a GPU each such wait is a synchronisation.
+"""Count how often Python waits for tensor values, and where. On a GPU, each such wait is a synchronisation.
 
     with HostSyncs() as syncs:
         train()
     syncs.total, syncs.where.most_common(5)
 
-Where it is run as a program, it shows what it counts, call by call:
+As a script, it prints what it counts for each kind of call:
 
     .venv/bin/python scripts/host_syncs.py
 """
@@ -28,10 +28,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 _aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
 
-# Calls of Python's that reach no kernel which only they use: seen as calls.
+# Python calls that no kernel identifies, so they are counted as calls.
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__repr__}
-# Kernels that hand a value, or a size that depends on values, to the host, whoever calls them. `item`, `bool`, `int`
-# and `float` all end in the first one.
+# Kernels that return a value, or a size that depends on values, to the host. `item`, `bool`, `int` and `float` all call
+# the first one.
 _KERNELS = {
     _aten._local_scalar_dense, _aten.equal, _aten.allclose, _aten.nonzero, _aten.masked_select, _aten._unique2,
     _aten.unique_dim, _aten.unique_consecutive, _aten.bincount, _aten.repeat_interleave,
@@ -41,39 +41,40 @@ _WRITES_BY_INDEX = {_aten.index_put_, _aten.index_put, _aten._index_put_impl_}
 
 
 class HostSyncs:
-    """Counts, while it is entered, the calls that make Python wait for the values of tensors of one kind of device.
+    """A context manager that counts the calls that make Python wait for tensor values on one kind of device.
 
-    Counted are `item`, `bool`, `int`, `float`, `tolist`, `numpy`, `np.asarray`, printing, `cpu`, blocking copies to the
-    host, and kernels whose result's size depends on values (`nonzero`, `unique`, masks as indices); each once, however
-    many others it is made of. It can be entered again, also while it is entered, and goes on counting.
+    It counts `item`, `bool`, `int`, `float`, `tolist`, `numpy`, `np.asarray`, printing, `cpu`, blocking copies to the
+    host, and kernels whose result's size depends on values (`nonzero`, `unique`, masks as indices). A call counts once,
+    however many other calls it makes. The context can be entered again, also nested, and continues counting.
 
-    On a CPU it counts the calls that would wait if the tensors were on a GPU. Two things cannot be told apart there:
-    what would be on the host in any case (a batch that was not sent to the device yet, AdamW's count of its steps) from
-    what would be on the device, so that reading it counts as well (`except_under` leaves it out); and moving to the
-    device from moving to the host, so that `to("cpu")` counts and `to(torch.device("cpu"))`, which is what loops write
-    for "to the device", does not. What was moved to the host is taken to be there, with its views: `x.cpu().tolist()`
-    is one wait. But that holds for `x`, too, of which there is no copy on a CPU, and not for what is computed from it.
+    On a CPU, it counts the calls that would wait if the tensors were on a GPU, with two limits:
 
-    It does not see: waits that read nothing (`torch.cuda.synchronize`, events, an allocator that has run out, blocking
-    copies *to* the device); storages that are read whole (`torch.save`), and DLPack; kernels that wait inside (some of
-    `torch.linalg` do, and extensions may); what is compiled; other threads, such as a loader's workers. Of what
-    `backward()` calls in Python (hooks, recomputed layers) it sees the kernels, but not `tolist`, `numpy` and `cpu` on
-    a CPU.
+    - It cannot distinguish tensors that are always on the host (a batch that is not on the device yet, AdamW's step
+      count) from others, so reads of them count too. `except_under` excludes them.
+    - It cannot distinguish moves to the device from moves to the host. `to("cpu")` counts, but
+      `to(torch.device("cpu"))`, which loops use to move to the device, does not. A tensor that was moved to the host
+      counts as being there, with its views, so `x.cpu().tolist()` is one wait. As a CPU makes no copy, this also holds
+      for `x` itself, but not for results computed from it.
+
+    It does not see waits that read nothing (`torch.cuda.synchronize`, events, a full allocator, blocking copies *to*
+    the device), reads of whole storages (`torch.save`), DLPack, waits inside kernels (in parts of `torch.linalg`,
+    perhaps in extensions), compiled code, and other threads, such as a loader's workers. In Python code that
+    `backward()` calls (hooks, recomputed layers), it sees the kernels, but on a CPU not `tolist`, `numpy` and `cpu`.
 
     Attributes:
-        where: how often by the place that it came from, "path/file.py:line": the innermost one outside of torch.
+        where: number of waits by place, "path/file.py:line"; the place is the innermost frame outside of torch.
     """
 
     def __init__(self, device_type: str | None = None, except_under: Sequence[str] = ()) -> None:
         """Args:
-        device_type: of the tensors that are watched; that of the accelerator where there is one, else "cpu".
-        except_under: parts of paths of files; what these call, directly or not, is not counted.
+        device_type: device type of the watched tensors. None: that of the accelerator if there is one, else "cpu".
+        except_under: parts of file paths. Calls from these files, direct or indirect, do not count.
         """
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.where: Counter[str] = Counter()
         self._device_type = device_type or ("cpu" if accelerator is None else accelerator.type)
         self._except_under = tuple(except_under)
-        self._depth, self._counting = 0, False  # whether a call is under way that has been counted already
+        self._depth, self._counting = 0, False  # the second is True inside a call that has been counted
         self._on_host = WeakIdKeyDictionary(ref_type=weakref.ref)
         self._entered = ExitStack()
 
@@ -94,7 +95,7 @@ class HostSyncs:
             self._entered.close()
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], waits: bool) -> Any:
-        """Calls the function; where it waits, counts it, and nothing that it calls in turn."""
+        """Call the function. If it waits, count it, but none of the calls inside it."""
         if not waits or self._counting:
             return function(*args, **kwargs)
         self._count()
@@ -110,7 +111,7 @@ class HostSyncs:
         return value.layout != torch.strided or value.untyped_storage() not in self._on_host
 
     def moved_to_host(self, value: Tensor) -> None:
-        if value.layout == torch.strided:  # others have no one storage
+        if value.layout == torch.strided:  # other layouts have no single storage
             self._on_host[value.untyped_storage()] = True
 
     def _count(self) -> None:
@@ -127,7 +128,7 @@ class HostSyncs:
 
 
 class _Calls(TorchFunctionMode):
-    """Sees what Python calls."""
+    """A mode that intercepts calls from Python."""
 
     def __init__(self, syncs: HostSyncs) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Kernels(TorchDispatchMode):
-    """Sees what is computed, also where C++ asks for it."""
+    """A mode that intercepts kernels, including those that C++ code calls."""
 
     def __init__(self, syncs: HostSyncs) -> None:
         super().__init__()
@@ -175,8 +176,8 @@ def _in_passing(kwargs: dict[str, Any]) -> bool:
 
 
 def _masks(kernel: Any, args: Sequence[Any]) -> bool:
-    """Whether a mask is used as an index, and its true places have to be counted."""
-    writes = kernel in _WRITES_BY_INDEX and args[2].numel() != 1  # one value is filled in under the mask
+    """Return whether a kernel uses a mask as an index, so that it must count the mask's true elements."""
+    writes = kernel in _WRITES_BY_INDEX and args[2].numel() != 1  # filling in a single value does not wait
     by_index = writes or kernel is _aten.index
     return by_index and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 

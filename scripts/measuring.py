@@ -1,4 +1,4 @@
-"""What the benchmarks share: what they watch, the clock, and the line that says where figures come from."""
+"""Shared code of the benchmarks: hooks, the clock, and a line that describes the machine."""
 
 import contextlib
 import gc
@@ -22,7 +22,7 @@ DEVICE = (torch.accelerator.is_available() and torch.accelerator.current_acceler
 
 
 class Passes:
-    """Sees the forward passes of training through a hook on the model."""
+    """A counter of the forward passes of training, by a hook on the model."""
 
     def __init__(self, model: Any, on_first: Callable[[], None]) -> None:
         self.positions, self.passes, self._masks = 0, 0, list[Tensor]()
@@ -46,7 +46,7 @@ class Passes:
 
 @contextlib.contextmanager
 def quiet(seed: int) -> Iterator[None]:
-    """As in a process of its own: Accelerate's state and the generators as new, no garbage of the last contender."""
+    """Reset Accelerate's state, the random generators and garbage, as in a new process, and hide standard output."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     set_seed(seed)
@@ -62,12 +62,12 @@ def now() -> float:
 
 
 def short(place: str) -> str:
-    """A place in a file, without the folders that differ between machines."""
+    """Return a place in a file without the leading folders, which differ between machines."""
     return "/".join(Path(place).parts[-3:])
 
 
 def machine() -> str:
-    """Versions, processor, threads and command, to print above figures."""
+    """Return versions, processor, threads and command, to print above the figures."""
     modules = (torch, transformers, accelerate)
     versions = [f"Python {platform.python_version()}", *(f"{m.__name__} {m.__version__}" for m in modules)]
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else _processor()

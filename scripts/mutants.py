@@ -1,7 +1,7 @@
-"""Mutants of source files: mutmut makes them, a seed draws some, and a file names the equivalent ones.
+"""Mutants of source files: mutmut makes them, a seed draws some, and a file lists the equivalent ones.
 
-Only mutmut's operators are used. Its runner neither draws by seed nor keeps a list of equivalent mutants, and it swaps
-every function for a trampoline, which pickling, `torch.compile` and the architecture tests would notice.
+This uses only mutmut's operators. Its runner cannot draw by seed, keeps no list of equivalent mutants, and replaces
+every function by a trampoline, which breaks pickling, `torch.compile` and the architecture tests.
 """
 
 import difflib
@@ -22,14 +22,14 @@ class Mutant:
     """One changed file.
 
     Attributes:
-        package: the package or module that it is drawn for.
-        file: relative to the repository's root.
-        function: the top-level function or method that holds the change.
-        lines: of the expression or statement that changes, first and last.
-        function_lines: of that function, first and last.
-        kind: the syntax node that changes.
-        removed, added: the source lines that change, stripped.
-        source: the whole file, changed.
+        package: package or module that the mutant is drawn for.
+        file: path relative to the repository's root.
+        function: top-level function or method that contains the change.
+        lines: first and last line of the expression or statement that changes.
+        function_lines: first and last line of that function.
+        kind: syntax node that changes.
+        removed, added: source lines that change, stripped.
+        source: the whole changed file.
     """
 
     package: str
@@ -52,7 +52,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Equivalent:
-    """A mutant that no test can kill. It is matched by its text, so that it outlives a shift of lines."""
+    """A mutant that no test can kill. It is matched by its text, so that it still matches if lines move."""
 
     file: str
     function: str
@@ -74,9 +74,9 @@ class Exclusions:
     """Code whose mutants say nothing about the tests.
 
     Attributes:
-        functions: that only make text.
-        calls: that only log or warn.
-        arguments: keyword arguments that assert something or change time only.
+        functions: functions that only make text.
+        calls: calls that only log or warn.
+        arguments: keyword arguments that only assert something or affect time.
     """
 
     functions: Sequence[str] = ()
@@ -84,7 +84,7 @@ class Exclusions:
     arguments: Sequence[str] = ()
 
     def roots(self, module: cst.Module) -> Iterator[cst.CSTNode]:
-        """Yield the nodes that are left out, with everything below them."""
+        """Yield the excluded nodes. Everything below them is excluded too."""
         for node in _walk(module):
             if (
                 isinstance(node, cst.BaseString | cst.Annotation)
@@ -95,7 +95,7 @@ class Exclusions:
                 yield node
 
     def only_touches_arguments(self, module: cst.Module, mutation: Mutation) -> bool:
-        """Whether the mutation changes nothing of a call but excluded arguments."""
+        """Return whether the mutation changes only excluded arguments of a call."""
         before, after = mutation.original_node, mutation.mutated_node
         if not (isinstance(before, cst.Call) and isinstance(after, cst.Call)):
             return False
@@ -111,7 +111,7 @@ class Exclusions:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A parsed file and the mutations that count."""
+    """A parsed file and its mutations, without excluded ones."""
 
     package: str
     name: str
@@ -123,7 +123,7 @@ class SourceFile:
         return MetadataWrapper(self.module, unsafe_skip_copy=True).resolve(PositionProvider)
 
     def mutant(self, mutation: Mutation) -> Mutant | None:
-        """Return the file with one mutation, or None where that is the same program or none at all."""
+        """Return the file with one mutation, or None if that is the same program or does not compile."""
         node, function, code = mutation.original_node, mutation.contained_by_top_level_function, self.module.code
         changed = self.module.deep_replace(node, mutation.mutated_node)
         assert isinstance(changed, cst.Module)
@@ -138,7 +138,7 @@ class SourceFile:
 
 
 def files_of(root: Path, package: str, exclusions: Exclusions) -> list[SourceFile]:
-    """Return the files of a package or module, with their mutations in the order of the source."""
+    """Return the files of a package or module, with their mutations in source order."""
     path = root / "src" / package
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return [_read(root, package, file, exclusions) for file in files]
@@ -184,7 +184,7 @@ def _qualified_name(module: cst.Module, function: cst.FunctionDef) -> str:
 
 
 def _difference(before: str, after: str) -> tuple[str, str]:
-    """Return the changed lines before and after, each joined to one line."""
+    """Return the changed lines before and after the change, each joined into one line."""
     changes = [
         line
         for line in difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
@@ -196,9 +196,9 @@ def _difference(before: str, after: str) -> tuple[str, str]:
 
 
 def draw(packages: Mapping[str, Sequence[SourceFile]], n: int, seed: int) -> list[Mutant]:
-    """Draw `n` mutants, from each package in proportion to how many it has (largest remainders).
+    """Draw `n` mutants, from each package in proportion to its number of mutants (largest remainder method).
 
-    A smaller drawing by the same seed is, package by package, the beginning of a larger one.
+    With the same seed, a smaller draw from a package is the beginning of a larger one.
     """
     candidates = {
         package: [(file, mutation) for file in files for mutation in file.mutations]

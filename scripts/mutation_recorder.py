@@ -1,4 +1,4 @@
-"""Pytest plugins for mutation tests: which test runs which line, and chosen tests in a chosen order."""
+"""Pytest plugins for mutation tests: record which test runs which line, and run chosen tests in a given order."""
 
 import time
 from collections.abc import Generator, Sequence
@@ -9,11 +9,11 @@ from coverage import Coverage
 
 
 class Recorder:
-    """Records the duration and outcome of each test, and the lines of the target files that it runs.
+    """A plugin that records the duration and outcome of each test, and which lines of the target files it runs.
 
     Attributes:
-        seconds: of CPU by test, with setup and teardown; without tests that failed, were skipped or are slow.
-        lines: by file, by line, the tests.
+        seconds: CPU seconds by test, with setup and teardown. Tests that failed, were skipped or are slow are missing.
+        lines: tests that run a line, by file and line.
     """
 
     def __init__(self, targets: Sequence[Path], scratch: Path, slowest: float) -> None:
@@ -63,10 +63,10 @@ class Recorder:
 
 
 class Selection:
-    """Keeps the chosen tests, in the order given.
+    """A plugin that runs only the chosen tests, in the given order.
 
     Attributes:
-        failed: those that failed.
+        failed: the tests that failed.
     """
 
     def __init__(self, tests: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Mutation tests: `scripts/mutation --seed 0 --n 200 --workers 2`.
 
 One process imports torch and Transformers once. Each mutant is tested in a fork of it, which imports `ftaccum` from a
-private copy of the tree with one file changed. Results are written as they come, and a second start resumes.
+private copy of the tree with one changed file. Each result is written at once, so that a restart can resume.
 """
 
 import argparse
@@ -26,14 +26,14 @@ import yaml
 from mutants import Equivalent, Exclusions, Mutant, draw, files_of
 
 ROOT = Path(__file__).parents[1]
-PASSING = 0.95  # of the mutants that are not equivalent
-_KILLED = ("killed", "on two", "timeout")  # verdicts: by a fast test, by one on two processes, by time
+PASSING = 0.95  # share of the non-equivalent mutants that must be killed
+_KILLED = ("killed", "on two", "timeout")  # killed by a fast test, a test on two processes, a time limit
 _LOOK_EVERY = 0.05  # seconds
-_STARTING = 60.0  # seconds a fork may take to import ftaccum and collect tests
-_TEST_TIMEOUT = 30  # seconds of one test; a mutant that loops for ever fails by it
+_STARTING = 60.0  # seconds for a fork to import ftaccum and collect tests
+_TEST_TIMEOUT = 30  # seconds per test; fails a mutant that loops forever
 _TWO_PROCESSES_TIMEOUT = 180.0
 _UNCHANGED_TIMEOUT = 1800.0
-_HARNESS_FAILED, _NO_TESTS = 70, 5  # exit statuses; the second is pytest's
+_HARNESS_FAILED, _NO_TESTS = 70, 5  # exit statuses; the second is from pytest
 _THIRD_PARTY = (
     "pytest",
     "_pytest",
@@ -50,7 +50,7 @@ _COPIED = ("src", "tests", "scripts", "recipes", "docs", "pyproject.toml", "READ
 
 @dataclass(frozen=True)
 class Settings:
-    """`mutation.yaml`."""
+    """The contents of `mutation.yaml` and `mutation_equivalent.yaml`."""
 
     packages: list[str]
     tests: list[str]
@@ -75,12 +75,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the unchanged tree does.
+    """Measurements on the unchanged tree.
 
     Attributes:
-        seconds: by test that passed.
-        lines: by file, by line (as text, as JSON has it), the tests that run it.
-        modules: of third parties, that the tests imported.
+        seconds: CPU seconds of each test that passed.
+        lines: tests that run a line, by file and line (as text, because JSON keys are text).
+        modules: third-party modules that the tests imported.
     """
 
     seconds: dict[str, float]
@@ -89,8 +89,8 @@ class Baseline:
     failed: list[str]
 
     def tests_for(self, mutant: Mutant, seconds: float) -> list[str]:
-        """Return the tests that run a line of the mutant, the fastest first, for at most so many seconds."""
-        # A default of a parameter lies on a line that no test runs.
+        """Return the tests that run a line of the mutant, fastest first, for at most this many seconds in total."""
+        # Parameter defaults are on lines that no test runs; fall back to the whole function.
         found = self._running(mutant.file, mutant.lines) or self._running(mutant.file, mutant.function_lines)
         chosen: list[str] = []
         for test in self.in_order(found & self.seconds.keys()):
@@ -110,7 +110,7 @@ class Baseline:
 
 @dataclass
 class Fork:
-    """A child process at work on one tree."""
+    """A child process that works on one tree."""
 
     tree: Path
     process: int
@@ -121,7 +121,7 @@ class Fork:
     timed_out: bool = False
 
     def ended(self) -> int | None:
-        """Return the exit status once the process is gone; kill it when its time is up."""
+        """Return the exit status if the process has ended, else None. Kill it when its time is up."""
         process, status = os.waitpid(self.process, os.WNOHANG)
         if process:
             self._kill_group()
@@ -137,7 +137,7 @@ class Fork:
 
 
 def fork(tree: Path, work: Callable[[], int], log: Path, timeout: float, mutant: Mutant | None = None) -> Fork:
-    """Start `work` in a child with its own process group, in `tree`."""
+    """Start `work` in a child process with its own process group, in the folder `tree`."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -165,14 +165,14 @@ def _live_as_child(tree: Path, work: Callable[[], int], log: Path) -> None:
 
 
 def run_pytest(tree: Path, arguments: Sequence[str], plugin: object) -> int:
-    """Run pytest in this process, on the tree's own `ftaccum`."""
+    """Run pytest in this process, on the tree's copy of `ftaccum`."""
     import pytest
 
     ignored = ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     base = tree / "tmp"
     status = int(pytest.main([*ignored, "-q", "--basetemp", str(base), *arguments], plugins=[plugin]))
     where = sys.modules["ftaccum"].__file__ if "ftaccum" in sys.modules else None
-    assert where is None or Path(where).is_relative_to(tree), f"tested {where}, not {tree}"
+    assert where is None or Path(where).is_relative_to(tree), f"tested {where} instead of {tree}"
     return status
 
 
@@ -195,9 +195,9 @@ def record(tree: Path, settings: Settings, answer: Path) -> int:
 
 
 def control(tree: Path, baseline: Baseline, answer: Path) -> int:
-    """Run the tests on the unchanged tree in the order that mutants meet them in; write those that fail to `answer`.
+    """Run the tests on the unchanged tree in the order used for mutants, and write the failing ones to `answer`.
 
-    A test that depends on what ran before it would pass for a kill of any mutant.
+    A test that depends on earlier tests would seem to kill every mutant.
     """
     from mutation_recorder import Selection
 
@@ -213,17 +213,17 @@ def _files(tests: Iterable[str]) -> list[str]:
 
 
 def check(tree: Path, mutant: Mutant, tests: Sequence[str], stamp: int) -> int:
-    """Put the mutant into the tree, and run its tests until one fails."""
+    """Write the mutant into the tree, and run its tests until one fails."""
     from mutation_recorder import Selection
 
     path = tree / mutant.file
     path.write_text(mutant.source)
-    os.utime(path, (stamp, stamp))  # or byte code of another mutant, as long and as old, would pass for this one's
+    os.utime(path, (stamp, stamp))  # else Python may reuse the byte code of a mutant of equal size and age
     return run_pytest(tree, ["-x", "-o", f"timeout={_TEST_TIMEOUT}", *_files(tests)], Selection(tests))
 
 
 def check_on_two(tree: Path, tests: Sequence[str]) -> int:
-    """Run tests of several processes on the mutant that `check` left in the tree."""
+    """Run the tests on two processes on the mutant that `check` wrote into the tree."""
     return run_pytest(tree, ["-x", "-m", "processes", *tests], object())
 
 
@@ -247,7 +247,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def import_third_parties(modules: Iterable[str]) -> None:
-    """Import what the tests will need, so that forks need not."""
+    """Import the modules that the tests need, so that forks need not."""
     for name in modules:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
@@ -255,17 +255,17 @@ def import_third_parties(modules: Iterable[str]) -> None:
 
 @dataclass
 class Campaign:
-    """The mutants of one drawing, their verdicts so far, and the trees that they are tested in."""
+    """The mutants of one draw, their verdicts so far, and the trees that they are tested in."""
 
     settings: Settings
     baseline: Baseline
     results: Path
     scratch: Path
     verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _stamp: int = 10**9  # the time of a changed file: another for each mutant
+    _stamp: int = 10**9  # modification time of the changed file, different for each mutant
 
     def run(self, mutants: Sequence[Mutant], workers: int) -> None:
-        """Test those mutants that have no verdict yet."""
+        """Test the mutants that have no verdict yet."""
         waiting = [mutant for mutant in mutants if mutant.key not in self.verdicts]
         free = [copy_tree(self.scratch / f"tree{n}") for n in range(min(workers, len(waiting)))]
         running: list[Fork] = []
@@ -290,7 +290,7 @@ class Campaign:
         return fork(tree, lambda: check(tree, mutant, tests, stamp), tree / "log", 3 * expected + _STARTING, mutant)
 
     def _go_on(self, child: Fork, status: int) -> Fork | None:
-        """Note the verdict, or start the tests on two processes, which a mutant meets where the others pass."""
+        """Record the verdict or, if all fast tests passed, start the tests on two processes."""
         mutant, tree = child.mutant, child.tree
         assert mutant is not None
         log = (tree / "log").read_text(errors="replace")
@@ -314,7 +314,7 @@ class Campaign:
         print(f"{len(self.verdicts):4} {verdict:8} {seconds:5.1f} s  {mutant.file}:{mutant.lines[0]}", flush=True)
 
     def report(self, mutants: Sequence[Mutant]) -> bool:
-        """Print the table and the survivors. Return whether enough were killed."""
+        """Print the table and the survivors, and return whether enough mutants were killed."""
         equivalent = {m.key: e for m in mutants for e in self.settings.equivalent if e.matches(m)}
         survived = [m for m in mutants if self.verdicts[m.key]["verdict"] == "survived"]
         print(
@@ -334,19 +334,19 @@ class Campaign:
                 print(f"\nsurvived ({self.verdicts[mutant.key]['by']}): {mutant}")
         counted = [m for m in mutants if m not in survived or m.key not in equivalent]
         killed = len(mutants) - len(survived)
-        print(f"\n{killed} of {len(counted)} that are not equivalent were killed: {killed / len(counted):.1%}")
+        print(f"\n{killed} of {len(counted)} non-equivalent mutants were killed: {killed / len(counted):.1%}")
         return killed >= PASSING * len(counted)
 
 
 def measure_baseline(settings: Settings, scratch: Path, cache: Path) -> Baseline:
-    """Return what the unchanged tree does, measured once for each version of source and tests."""
+    """Return the baseline, which is measured once for each version of the source and the tests."""
     if not cache.exists():
         tree, answer, log = copy_tree(scratch / "unchanged"), scratch / "answer.json", scratch / "unchanged.log"
         print("Measuring which test runs which line …", flush=True)
         wait(fork(tree, lambda: record(tree, settings, answer), log, _UNCHANGED_TIMEOUT), log)
         baseline = Baseline(**json.loads(answer.read_text()))
         import_third_parties(baseline.modules)
-        print("Running the tests in the order that mutants meet them in …", flush=True)
+        print("Running the tests in the order used for mutants …", flush=True)
         wait(fork(tree, lambda: control(tree, baseline, answer), log, _UNCHANGED_TIMEOUT), log)
         failed = json.loads(answer.read_text())
         seconds = {test: took for test, took in baseline.seconds.items() if test not in failed}
@@ -355,7 +355,7 @@ def measure_baseline(settings: Settings, scratch: Path, cache: Path) -> Baseline
 
 
 def wait(child: Fork, log: Path) -> None:
-    """Wait for a child that must succeed."""
+    """Wait for a child, and raise RuntimeError if it fails."""
     while (status := child.ended()) is None:
         time.sleep(_LOOK_EVERY)
     if status != 0:
@@ -363,13 +363,13 @@ def wait(child: Fork, log: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/mutation", description="Test the fast tests by mutants.")
+    parser = argparse.ArgumentParser(prog="scripts/mutation", description="Check how many mutants the fast tests kill.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=int, default=200, help="mutants to draw")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--package", help="draw from this one alone, such as ftaccum/planning")
+    parser.add_argument("--package", help="draw from this package only, such as ftaccum/planning")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "mutation")
-    parser.add_argument("--retry", action="store_true", help="test survivors again, on tests that have changed since")
+    parser.add_argument("--retry", action="store_true", help="test survivors again, after changes to the tests")
     return parser.parse_args()
 
 
@@ -395,7 +395,7 @@ def main() -> int:
         baseline = measure_baseline(settings, Path(scratch), arguments.results / f"{src}-{tests}.json")
         import_third_parties(baseline.modules)
         for test in baseline.failed:
-            print(f"fails or is skipped on the unchanged tree, and is left out: {test}")
+            print(f"ignored, because it fails or is skipped on the unchanged tree: {test}")
         campaign = Campaign(settings, baseline, results, Path(scratch), verdicts)
         campaign.run(mutants, arguments.workers)
     return 0 if campaign.report(mutants) else 1

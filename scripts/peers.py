@@ -1,4 +1,4 @@
-"""The contenders of scripts/bench_trainer.py: the same rows, model, optimizer, schedule and clipping in each."""
+"""The contenders of scripts/bench_trainer.py. All use the same rows, model, optimizer, schedule and clipping."""
 
 import sys
 from collections.abc import Callable
@@ -27,7 +27,7 @@ RATE, DECAY, CLIP = 2e-5, 0.01, 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """One epoch over `rows`: as many updates, of batch_size × k rows each, for whoever does it.
+    """One epoch over `rows`, with the same number of updates of batch_size × k rows for every contender.
 
     Attributes:
         precision: "no" for float32, or "bf16".
@@ -53,7 +53,7 @@ Contender = Callable[[Any, Job], None]
 
 
 def trainer(strategy: str) -> Contender:
-    """Transformers' Trainer with one of its `train_sampling_strategy`s."""
+    """Return a contender that runs Transformers' Trainer with a `train_sampling_strategy`."""
 
     def run(model: Any, job: Job) -> None:
         with TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def trainer(strategy: str) -> Contender:
 
 
 def accelerate_loop(model: Any, job: Job) -> None:
-    """The loop of Accelerate's guide to gradient accumulation, with clipping. It divides by k, not by items."""
+    """Run the loop of Accelerate's guide to gradient accumulation, with clipping. It divides by k, not by items."""
     accelerator = Accelerator(
         cpu=DEVICE.type == "cpu", mixed_precision=job.precision, gradient_accumulation_steps=job.k
     )
@@ -88,8 +88,11 @@ def accelerate_loop(model: Any, job: Job) -> None:
 
 
 def bare_loop(model: Any, job: Job) -> None:
-    """What an expert writes by hand, with nothing around it: rows in memory, ftaccum's windows in the order of arrival,
-    equal slices, each mean weighted by its loss items."""
+    """Run a minimal loop as an expert writes it by hand.
+
+    Rows are in memory. The windows are ftaccum's, in equal slices in order of arrival. Each mean is weighted by its
+    number of loss items.
+    """
     rows = job.rows.to_list()
     windows = list(plan(len(rows), validation_split=0.0, n_epochs=1, random_seed=job.seed, **sizes(job)).windows(0))
     model.to(DEVICE).train()
@@ -115,7 +118,7 @@ def bare_loop(model: Any, job: Job) -> None:
 
 
 def ours(options: Callable[[Job], dict[str, Any]]) -> Contender:
-    """`test_fine_tuning` with options that depend on the job."""
+    """Return a contender that runs `test_fine_tuning` with options that depend on the job."""
 
     def run(model: Any, job: Job) -> None:
         fine_tune(model, job, **options(job))
@@ -133,7 +136,7 @@ def fine_tune(model: Any, job: Job, **options: Any) -> Any:
 
 
 def ours_dense(model: Any, job: Job) -> None:
-    """The loop alone: nothing that a bare loop does not do, the gradients of embedding tables dense as there."""
+    """Run ftaccum with no more than a bare loop does: no planner, and dense gradients of embedding tables."""
     with patch("ftaccum.runtime.gradients.sparse._can_be_sparse", return_value=False):
         fine_tune(model, job, planner=False)
 
@@ -170,7 +173,7 @@ def _optimizer(model: Any, updates: int) -> tuple[Any, Any]:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)  # as Trainer and ftaccum do
+    optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)  # like Trainer and ftaccum
     return optimizer, get_linear_schedule_with_warmup(optimizer, 0, updates)
 
 

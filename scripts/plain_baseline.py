@@ -1,7 +1,7 @@
-"""The quickstart's task in plain PyTorch at batch 32: the held-out accuracy to compare with.
+"""Train the quickstart's task in plain PyTorch at batch 32, and print the held-out accuracy to compare with.
 
-The same rows, model, rate, schedule, clipping and epochs as recipes/text_classification.yaml; no accumulation, no
-ftaccum in the loop.
+The rows, model, learning rate, schedule, clipping and epochs are those of recipes/text_classification.yaml. The loop
+uses neither gradient accumulation nor ftaccum.
 
     .venv/bin/python scripts/plain_baseline.py
 """

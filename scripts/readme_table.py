@@ -1,7 +1,7 @@
-"""One update of 32 rows at k = 1 and k = 8: plain PyTorch, ftaccum and Transformers' Trainer. Prints README's table.
+"""Compare one update of 32 rows at k = 1 and k = 8 in plain PyTorch, ftaccum and Transformers' Trainer.
 
-A tiny BERT classifier built from a config, ragged rows, no dropout, float32. All runs start from the same weights and
-see the same rows.
+The script prints the table of the README. The model is a tiny BERT classifier built from a config, without dropout, in
+float32. All runs start from the same weights and use the same rows of different lengths.
 
     .venv/bin/python scripts/readme_table.py
 """
@@ -53,7 +53,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def with_pytorch(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return loss and gradient norm of one batch of all rows."""
+    """Return the loss and the gradient norm of one batch of all rows."""
     model = new_model()
     loss = model(**collate(rows)).loss
     loss.backward()

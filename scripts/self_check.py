@@ -1,8 +1,8 @@
-"""What the self-check before the first update costs, and what it says of three losses that are seeded with a fault.
+"""Measure the cost of the self-check before the first update, and print its warnings for three faulty losses.
 
     .venv/bin/python scripts/self_check.py
 
-The cost is that of the film reviews' model (MiniLM, batch 8 × 4), in forward passes and as a share of 100 updates.
+The cost is for MiniLM on film reviews at batch 8 × 4, in forward passes and as a share of the time of 100 updates.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _UPDATES, _BATCH_SIZE, _K = 100, 8, 4
 
 
 def cost(workload: Workload, rounds: int) -> None:
-    """Prints forward passes and seconds of the check, beside those of a run."""
+    """Print the forward passes and the seconds of the check, and the seconds of a run."""
     rows = workload.rows.select(range(_UPDATES * _BATCH_SIZE * _K))
     shares, checks = [], []
     for number in range(rounds):
@@ -53,7 +53,7 @@ def cost(workload: Workload, rounds: int) -> None:
 
 
 class Classifier(nn.Module):
-    """Embeds, averages over all positions or those that are no padding, normalises, classifies."""
+    """A classifier on the normalised mean embedding, over all positions or only those that are not padding."""
 
     def __init__(self, norm: nn.Module, heed_mask: bool = True) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def classes(outputs: Tensor, batch: Any) -> Tensor:
 
 
 def faults() -> None:
-    """Prints what three faulty losses are told."""
+    """Print the warnings for three faulty losses."""
     draw = torch.Generator().manual_seed(0)
     rows = [
         {"input_ids": torch.randint(100, (n % 9 + 2,), generator=draw), "labels": n % 3} for n in range(_BATCH_SIZE)
@@ -101,7 +101,7 @@ def faults() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only-faults", action="store_true", help="leave the cost out")
+    parser.add_argument("--only-faults", action="store_true", help="skip the cost")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()

@@ -1,8 +1,8 @@
-"""Prints each kind of use that once came out wrong without a word: its error now, or the message that refuses it.
+"""Print, for each kind of use that once gave silently wrong results, its error now or the message that rejects it.
 
 OMP_NUM_THREADS=1 .venv/bin/python scripts/silent_error_table.py [--kind N] [--source SRC]
 
-`--source` takes the package from another checkout's `src`, to see what an earlier version did.
+`--source` imports the package from another checkout's `src`, for example to see the results of an earlier version.
 """
 
 import argparse
@@ -19,8 +19,8 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", type=int, action="append", help="run the cases of this kind only")
-    parser.add_argument("--source", type=Path, help="the `src` folder to import ftaccum from")
+    parser.add_argument("--kind", type=int, action="append", help="run only the cases of this kind; can be repeated")
+    parser.add_argument("--source", type=Path, help="`src` folder to import ftaccum from")
     options = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     if options.source is not None:
@@ -34,7 +34,7 @@ def main() -> None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 result = f"{case.run():.1e}"
-        except Exception as error:  # the table shows whatever came
+        except Exception as error:  # the table shows any error
             result = f"{type(error).__name__}: {error}".replace("\n", " ")
         print(f"| {case.kind} | {case.name} | {result} |", flush=True)
 

@@ -1,20 +1,19 @@
-"""A storm: runs that are killed at any moment, again and again, and must end as if nothing had happened to them.
+"""Kill runs repeatedly at random moments, and check that they end exactly like undisturbed runs.
 
-Small runs (scripts/storm_runs.py) are struck by SIGKILL at random moments, some of them in the middle of a save; after
-some blows a file of the newest checkpoint is cut short or has one bit turned; some are asked to stop instead (SIGTERM,
-SIGINT or SIGUSR1 to one of the processes). Each is started again with `resume="auto"`, in a process that begins with
-other weights and other random numbers, until it ends. What it came to is held against a run of the same settings that
-nothing happened to: every weight and buffer on every process and every number of the result and of the ledger, but
-times, to the last bit.
+The script kills small runs (scripts/storm_runs.py) with SIGKILL at random moments, some in the middle of a save. After
+some kills it truncates a file of the newest checkpoint or flips one bit in it. It asks some runs to stop instead (with
+SIGTERM, SIGINT or SIGUSR1 to one of the processes). It restarts each run with `resume="auto"` until the run ends, in
+processes with other initial weights and random numbers. Then it compares the run with an undisturbed run of the same
+settings, to the last bit: every weight and buffer on every process, and every number of the result and the ledger
+except times.
 
-Looked at as well: that each start goes on from the newest checkpoint that is sound, and tells of those that are not;
-that a run that was asked to stop has lost no update; that of two processes the one that is left ends by itself, and how
-long that takes.
+It also checks that each start resumes from the newest sound checkpoint and reports damaged ones, that a run asked to
+stop loses no update, and that the other of two processes ends on its own. It measures how long that takes.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/storm.py                               # 100 kills on one process
     OMP_NUM_THREADS=1 .venv/bin/python scripts/storm.py --processes 1 2 --workers 2   # and 100 on two
 
-Prints a table, and exits with 1 where anything differs or went otherwise than it should.
+Prints a table, and exits with status 1 if anything differs or goes wrong.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from storm_runs import KINDS
 
 
 def storm(weather: Weather, kills: int, kinds: list[str], draw: random.Random, folder: Path) -> Tally:
-    """Runs of all kinds in turn, until so many kills are counted."""
+    """Run all kinds in turn until this many kills have been made."""
     tally, references = Tally(), dict[str, float]()
     while tally.kills < kills:
         kind = kinds[tally.runs % len(kinds)]
@@ -64,16 +63,16 @@ def table(weathers: list[Weather], tallies: list[Tally]) -> str:
         "in the middle of a save": [t.in_saves for t in tallies],
         "before the first checkpoint": [t.before_any for t in tallies],
         "checkpoints damaged": [t.damaged for t in tallies],
-        "stopped, as asked by a signal": [t.stopped for t in tallies],
-        "gone on from a checkpoint": [t.resumed for t in tallies],
-        "begun anew": [t.anew for t in tallies],
-        "damaged checkpoints passed over": [t.passed_over for t in tallies],
-        "seconds until the other process had ended, at most": longest,
+        "stopped on request by a signal": [t.stopped for t in tallies],
+        "resumed from a checkpoint": [t.resumed for t in tallies],
+        "started anew": [t.anew for t in tallies],
+        "damaged checkpoints skipped": [t.passed_over for t in tallies],
+        "most seconds until the other process ended": longest,
         "runs": [t.runs for t in tallies],
         "**differing weights and buffers**": [t.unlike.weights for t in tallies],
         "**differing ledger entries**": [t.unlike.entries for t in tallies],
         "**differing numbers of the result**": [t.unlike.numbers for t in tallies],
-        "**anything amiss, these included**": [len(t.faults) for t in tallies],
+        "**faults in total, including these**": [len(t.faults) for t in tallies],
     }
     lines = [["", *columns[0]], ["---", *columns[1]], *([name, *map(str, cells)] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -85,17 +84,17 @@ def _progress(line: str) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="over as many runs as it takes (default 100)")
+    parser.add_argument("--kills", type=int, default=100, help="kills in total, over all runs (default 100)")
     parser.add_argument(
-        "--processes", type=int, nargs="+", choices=(1, 2), default=[1], help="of each run; 1 2 for both"
+        "--processes", type=int, nargs="+", choices=(1, 2), default=[1], help="of each run (default 1); 1 2 for both"
     )
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of runs, in turn; all")
-    parser.add_argument("--workers", type=int, default=0, help="processes of a run that collate rows (default 0)")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of runs (default: all)")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes that collate rows (default 0)")
     parser.add_argument("--saves", type=float, default=0.3, help="share of kills aimed at a save (default 0.3)")
-    parser.add_argument("--asks", type=float, default=0.15, help="share of blows that ask to stop (default 0.15)")
+    parser.add_argument("--asks", type=float, default=0.15, help="share of signals that ask to stop (default 0.15)")
     parser.add_argument("--damages", type=float, default=0.2, help="share of kills that damage a file (default 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and blows; the machine has a say in it, too")
-    parser.add_argument("--folder", type=Path, help="for the runs; what went amiss stays there (default: a new one)")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and signals; the machine's timing still varies")
+    parser.add_argument("--folder", type=Path, help="folder for the runs; failed runs stay there (default: a new one)")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""One run through the storm: struck, looked at, and started again, until it has come to its end."""
+"""Kill one run, check it and restart it, until it ends."""
 
 import random
 import re
@@ -17,24 +17,26 @@ from storm_runs import KINDS, Differences, train
 
 _PREEMPTED, _BY_HAND, LOST = 75, 130, 3  # exit statuses
 _ASKING: dict[int, int] = {signal.SIGTERM: _PREEMPTED, signal.SIGUSR1: _PREEMPTED, signal.SIGINT: _BY_HAND}
-_PATIENCE = 60.0  # seconds after which what should have ended by itself is taken to hang
+_PATIENCE = 60.0  # seconds after which a process that should have ended counts as hanging
 _SAVE = 0.03  # seconds that a save takes
-_JOINED = "The processes have found each other."
-_MARK = "struck"  # an empty file in a checkpoint that has been damaged
+_JOINED = "The processes are connected."
+_MARK = "struck"  # an empty file that marks a damaged checkpoint
 
-_GOES_ON = re.compile(r"^Goes on after update \d+, from (.+?): ", re.MULTILINE)
-_BEGINS_ANEW = re.compile(r"^ *0/\d+ ", re.MULTILINE)  # the table's line of the loss before the first update
-_PASSED_OVER = re.compile(r"^(.+?) is damaged \(.+\), and is passed over\.$", re.MULTILINE)
-_STOPPED = re.compile(r"^Stopped after update (\d+), as asked", re.MULTILINE)
+_GOES_ON = re.compile(r"^Resuming after update \d+, from (.+?): ", re.MULTILINE)
+_BEGINS_ANEW = re.compile(r"^ *0/\d+ ", re.MULTILINE)  # the table's line for the loss before the first update
+_PASSED_OVER = re.compile(r"^Skipped (.+?), which is damaged: .+\.$", re.MULTILINE)
+_STOPPED = re.compile(r"^Stopped after update (\d+), as requested", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Weather:
-    """
+    """The configuration of a storm.
+
     Attributes:
-        processes, workers: of each run.
-        saves, asks, damages: the shares of blows that are aimed at a save, that ask to stop instead of killing, and
-            after which the newest checkpoint is damaged.
+        processes, workers: numbers of processes and of workers of each run.
+        saves: share of kills that aim at a save.
+        asks: share of signals that ask to stop instead of killing.
+        damages: share of kills after which the newest checkpoint is damaged.
     """
 
     processes: int
@@ -46,11 +48,11 @@ class Weather:
 
 @dataclass
 class Tally:
-    """What has happened.
+    """Counts of everything that happened.
 
     Attributes:
-        waits: seconds until the other process had ended by itself, for each time that one was killed.
-        faults: sentences about what should not have happened.
+        waits: for each kill of one process, the seconds until the other had ended on its own.
+        faults: one sentence for each thing that went wrong.
     """
 
     kills: int = 0
@@ -69,7 +71,7 @@ class Tally:
 
 @dataclass
 class Run:
-    """A run of one kind in a folder of its own."""
+    """A run of one kind in its own folder."""
 
     kind: str
     folder: Path
@@ -79,44 +81,48 @@ class Run:
     _starts: int = 0
 
     def undisturbed(self) -> float:
-        """The whole run at once. Returns the seconds that it took."""
+        """Do the whole run without signals, and return its seconds."""
         started = time.monotonic()
         self._start(None)
         return time.monotonic() - started
 
     def struck(self, kills: int, seconds: float, reference: Path) -> None:
-        """The run, with blows until so many kills are counted, and what it came to held against another's.
+        """Do the run with signals until this many kills have been made, and compare it with an undisturbed run.
 
         Args:
-            seconds: that a run takes.
-            reference: the folder of a run that nothing happened to.
+            kills: the number of kills after which the run is left alone.
+            seconds: seconds that a whole run takes.
+            reference: folder of the undisturbed run.
         """
         self.tally.runs += 1
         try:
             while not self._start(seconds if self.tally.kills < kills else None):
-                seconds *= 1.05  # with other work on the machine, a start may take longer than the whole run did
+                seconds *= 1.05  # on a busy machine, a start may take longer than the whole run did
         except RuntimeError as error:
             self._fault(str(error))
             return
         unlike = Differences.between(reference, self.folder, self.weather.processes)
         self.tally.unlike += unlike
         if unlike != Differences():
-            self._fault(f"ended otherwise than one that nothing happened to: {unlike}.")
+            self._fault(f"ended differently from an undisturbed run: {unlike}.")
 
     def _start(self, seconds: float | None) -> bool:
-        """One start, with a blow within these seconds, if any.
+        """Start the run once.
+
+        Args:
+            seconds: send a signal within these seconds; None for no signal.
 
         Returns:
-            Whether the run came to its end.
+            Whether the run ended.
 
         Raises:
-            RuntimeError: where it has not, and nothing happened to it: it would not the next time, either.
+            RuntimeError: if a start without a signal did not end the run, because no later start would either.
         """
         marked = [path for path in self._checkpoints() if (path / _MARK).exists()]
         sound = [path for path in self._checkpoints() if path not in marked]
         self._starts += 1
         logs = [self.folder / f"start-{self._starts}.{rank}.log" for rank in range(self.weather.processes)]
-        # What goes on from a checkpoint must not depend on what the process and the model were before.
+        # A resumed run must not depend on the process's and the model's earlier state.
         born = self._starts if sound else 0
         team = Team(partial(work, self.kind, self.folder, self.weather.workers, born), logs)
         try:
@@ -129,7 +135,7 @@ class Run:
         is_over = not any(team.statuses.values())
         if blow is None:
             if not is_over:
-                raise RuntimeError(f"A start that nothing happened to has not come to the run's end: see {logs[0]}.")
+                raise RuntimeError(f"A start without a signal did not end the run: see {logs[0]}.")
             return True
         expected = self._after_kill(blow) if blow.number == signal.SIGKILL else self._after_asking(blow, said)
         for rank, status in team.statuses.items():
@@ -138,7 +144,7 @@ class Run:
         return is_over
 
     def _blow(self, team: Team, logs: list[Path], seconds: float) -> "_Blow | None":
-        """Strikes at a moment within these seconds. Returns None where the run had ended before."""
+        """Send a signal within these seconds. Return None if the run had ended before."""
         draw, folder = self.draw, self.folder / "outputs" / "checkpoints"
         asks = draw.random() < self.weather.asks
         number = draw.choice(list(_ASKING)) if asks else signal.SIGKILL
@@ -149,13 +155,13 @@ class Run:
         if aimed and team.until(lambda: any(folder.glob(".*.partial")), seconds):
             team.over(draw.uniform(0, _SAVE))
         if not all(_JOINED in log.read_text() for log in logs):
-            # One process would wait for the others to come; a launcher ends it.
+            # A single process would wait for its peers to connect, until a launcher ends it.
             number, victims = signal.SIGKILL, ranks
         hit = [rank for rank in victims if team.send(rank, number)]
         return _Blow(number, hit) if hit else None
 
     def _waited(self, team: Team, blow: "_Blow | None") -> "_Blow | None":
-        """Waits for the end of a start. Returns the blow, if it hit anything that had not ended in that moment."""
+        """Wait for the end of a start. Return the signal, if it reached a process that was still running."""
         struck = time.monotonic()
         if not team.over(_PATIENCE):
             self._fault(f"did not end within {_PATIENCE:.0f} s in start {self._starts}, after {blow}.")
@@ -170,7 +176,7 @@ class Run:
         return _Blow(blow.number, hit) if hit else None
 
     def _check_beginning(self, said: str, sound: list[Path], marked: list[Path]) -> None:
-        """Whether a start, as far as it got, went on from the newest sound checkpoint, and told of damaged ones."""
+        """Check that a start resumed from the newest sound checkpoint and reported damaged ones, if it got so far."""
         went_on = _GOES_ON.search(said)
         began_anew = went_on is None and _BEGINS_ANEW.search(said) is not None
         if not went_on and not began_anew:
@@ -180,12 +186,12 @@ class Run:
         told = {Path(path) for path in _PASSED_OVER.findall(said)}
         self.tally.passed_over += len(told)
         if (Path(went_on[1]) if went_on else None) != (sound[-1] if sound else None):
-            self._fault(f"began in start {self._starts} at {went_on and went_on[1]}, and {sound[-1:]} was sound.")
+            self._fault(f"start {self._starts} resumed from {went_on and went_on[1]} instead of {sound[-1:]}.")
         if told != {path for path in marked if not sound or path > sound[-1]}:
-            self._fault(f"told in start {self._starts} of damage to {told}, and {marked} were damaged.")
+            self._fault(f"start {self._starts} reported damage to {told}, but {marked} were damaged.")
 
     def _after_kill(self, blow: "_Blow") -> dict[int, set[int]]:
-        """Counts it, and perhaps damages something. Returns the statuses that processes may have ended with."""
+        """Count a kill, and perhaps damage a checkpoint. Return the allowed exit statuses by rank."""
         there, tally = self._checkpoints(), self.tally
         tally.kills += 1
         tally.in_saves += any((self.folder / "outputs" / "checkpoints").glob(".*.partial"))
@@ -196,28 +202,27 @@ class Run:
         return {rank: {-signal.SIGKILL} if rank in blow.hit else {LOST, 0} for rank in ranks}
 
     def _after_asking(self, blow: "_Blow", said: str) -> dict[int, set[int]]:
-        """Sees to it that a run that was asked to stop has lost nothing. Returns the statuses that processes may have
-        ended with."""
+        """Check that a run that was asked to stop has lost no update. Return the allowed exit statuses by rank."""
         ranks = range(self.weather.processes)
         stopped = _STOPPED.search(said)
-        if stopped is None:  # before anybody listened, or after the last update
+        if stopped is None:  # before a handler was installed, or after the last update
             return {rank: {-blow.number, _BY_HAND, 0} if rank in blow.hit else {LOST, 0} for rank in ranks}
         self.tally.stopped += 1
         newest, done = self._checkpoints()[-1:], int(stopped[1])
         lines = (self.folder / "outputs" / "ledger.jsonl").read_text().splitlines()
         if not newest or not newest[0].name.startswith(f"update-{done:08d}"):
-            self._fault(f"stopped in start {self._starts} after update {done}, and {newest} is the newest checkpoint.")
+            self._fault(f"start {self._starts} stopped after update {done}, but the newest checkpoint is {newest}.")
         if (recorded := sum('"window"' in line for line in lines)) != done:
-            self._fault(f"stopped in start {self._starts} after update {done}, of which {recorded} are in the ledger.")
+            self._fault(f"start {self._starts} stopped after update {done}, but the ledger has {recorded} updates.")
         return {rank: {_ASKING[blow.number]} for rank in ranks}
 
     def _damage(self, checkpoint: Path) -> None:
-        """Cuts off some of one of its files, or turns one bit of it."""
+        """Truncate a random file of a checkpoint, or flip one bit in it."""
         draw = self.draw
         file = draw.choice([path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MARK])
         content = bytearray(file.read_bytes())
         if draw.random() < 0.5:
-            del content[draw.randrange(len(content) - 1) :]  # the manifest means the same without its last byte
+            del content[draw.randrange(len(content) - 1) :]  # without its last byte, the manifest is still valid
         else:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
@@ -225,7 +230,7 @@ class Run:
         self.tally.damaged += 1
 
     def _checkpoints(self) -> list[Path]:
-        """The oldest first: their names sort so."""
+        """Return the checkpoints, oldest first, which is the order of their names."""
         return sorted((self.folder / "outputs" / "checkpoints").glob("update-*"))
 
     def _fault(self, sentence: str) -> None:
@@ -234,15 +239,15 @@ class Run:
 
 @dataclass(frozen=True)
 class _Blow:
-    """A signal, and the processes that were there to get it."""
+    """A signal, and the ranks of the processes that it reached."""
 
     number: int
     hit: list[int]
 
 
 def work(kind: str, folder: Path, workers: int, born: int, rank: int) -> int:
-    """What a process of a start does. Returns its exit status."""
-    PartialState(cpu=not torch.accelerator.is_available())  # waits for the others
+    """Run one process of a start, and return its exit status."""
+    PartialState(cpu=not torch.accelerator.is_available())  # waits for the other processes
     print(_JOINED)
     try:
         train(KINDS[kind], folder, rank=rank, workers=workers, born=born)

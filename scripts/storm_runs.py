@@ -1,7 +1,7 @@
-"""What the storm is let loose on: small runs, with everything in them that a checkpoint could forget.
+"""The runs of the storm: small ones, with everything that a checkpoint could forget.
 
-Each is over in seconds. Among them: dropout, batch norm, buffers that no `state_dict` has, rows that are drawn anew
-whenever they are read, a remainder that is carried over an epoch's end, updates that grow, a gradient scaler, a stream.
+Each takes seconds. They have dropout, batch norm, a buffer outside of the `state_dict`, rows that change each time they
+are read, a remainder carried over the end of an epoch, growing updates, a gradient scaler, and a stream.
 """
 
 import hashlib
@@ -28,14 +28,13 @@ TIMES = {
     "training_time",
     "samples_per_second",
     "tokens_per_second",
-}  # and rates by time, which differ between any two runs
+}  # times and rates, which differ between any two runs
 
 Row = dict[str, Any]
 
 
 class Wavering(nn.Module):
-    """Words to a class, through batch norm and dropout, with a level that follows what it has seen and that no
-    `state_dict` has."""
+    """A classifier with batch norm, dropout, and a running mean of its inputs outside of the `state_dict`."""
 
     level: Tensor
 
@@ -59,7 +58,7 @@ class Wavering(nn.Module):
 
 
 class NoisyRows(Dataset[Row]):
-    """Ragged rows, each with a number that is drawn whenever it is read, from three generators in turn."""
+    """Rows of different lengths, with noise drawn anew at each read, from three generators in turn."""
 
     def __len__(self) -> int:
         return N_ROWS
@@ -71,7 +70,7 @@ class NoisyRows(Dataset[Row]):
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, rows and settings."""
+    """A kind of run: its model, rows and settings."""
 
     model: Callable[[], nn.Module]
     settings: Callable[[], dict[str, Any]]
@@ -79,7 +78,7 @@ class Kind:
 
 
 def row(index: int) -> Row:
-    """Tokens of which some speak for the row's class, a different number of them in each row."""
+    """Return a row of random length in which some tokens indicate the class."""
     draw = random.Random(index)
     label = draw.randrange(CLASSES)
     length = draw.randint(3, LONGEST)
@@ -130,12 +129,11 @@ KINDS = {
 
 
 def train(kind: Kind, folder: Path, *, rank: int, workers: int, born: int) -> None:
-    """A run, or what is left of it. Leaves in `folder` what it came to, on each process.
+    """Start or resume a run. Each process writes its final weights and numbers to `folder`.
 
     Args:
-        workers: processes that collate.
-        born: seeds the weights that the model comes with, and the process's generators. What goes on from a checkpoint
-            must not depend on them.
+        workers: number of processes that collate.
+        born: seed of the model's initial weights and the process's generators. A resumed run must not depend on it.
     """
     seed_all(born)
     model = kind.model()
@@ -154,7 +152,7 @@ def train(kind: Kind, folder: Path, *, rank: int, workers: int, born: int) -> No
 
 @dataclass(frozen=True)
 class Differences:
-    """How many of each are not the same to the last bit, over all processes."""
+    """How many weights, ledger entries and numbers of the result differ in any bit, over all processes."""
 
     weights: int = 0
     entries: int = 0
@@ -163,7 +161,7 @@ class Differences:
     @classmethod
     def between(cls, one: Path, other: Path, processes: int) -> "Differences":
         """Args:
-        one, other: folders of two runs that have ended.
+        one, other: folders of two finished runs.
         """
         n_weights = n_numbers = 0
         for rank in range(processes):

@@ -1,4 +1,4 @@
-"""The structure of a source tree in figures: layers, modules, statements, the longest functions and constructors.
+"""Print figures about a source tree: layers, modules, statements, and the longest functions and constructors.
 
 .venv/bin/python scripts/structure.py                 # this checkout
 .venv/bin/python scripts/structure.py OTHER/src/ftaccum
@@ -19,7 +19,7 @@ class Module:
     """One file of a package.
 
     Attributes:
-        name: dotted, relative to the package.
+        name: dotted name relative to the package.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Module:
 
     @property
     def n_statements(self) -> int:
-        """Statements, docstrings not counted."""
+        """Number of statements, without docstrings."""
         docstrings = sum(ast.get_docstring(node, clean=False) is not None for node in _documented(self.tree))
         return sum(isinstance(node, ast.stmt) for node in ast.walk(self.tree)) - docstrings
 
@@ -43,8 +43,7 @@ class Module:
                 yield f"{self.name}.{node.name}", node
 
     def constructors(self) -> Iterator[tuple[str, int]]:
-        """Yield each class with behaviour and the number of its constructor's parameters. Frozen dataclasses are
-        records."""
+        """Yield the name and number of constructor parameters of each class, except frozen dataclasses."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ClassDef) and not _is_frozen(node):
                 yield f"{self.name}.{node.name}", _n_parameters(node)
@@ -61,7 +60,7 @@ def modules(source: Path = SOURCE) -> list[Module]:
 
 
 def body_lines(function: Function) -> int:
-    """Return the lines of a function's body, without signature and docstring."""
+    """Return the number of lines in a function's body, without signature and docstring."""
     body = function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
     return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
 

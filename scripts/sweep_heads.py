@@ -1,8 +1,9 @@
-"""Every head of Transformers' auto classes, built tiny: is its accumulated gradient that of one batch?
+"""Check for every head of Transformers' auto classes that its accumulated gradient is that of one batch.
 
-Walks the mappings of the auto classes, by task. Each class is built from a tiny configuration in float64 with dropout
-off, and trained on 9 ragged rows in windows of 6 and 3 (micro-batches of 1 or 2), weights fixed. What the windows leave
-in the gradients is held against plain PyTorch on one batch. Exits with 1 where one is silently wrong, or crashed.
+The script goes through the auto classes by task. It builds each class from a tiny configuration in float64 without
+dropout, and trains it on 9 ragged rows in windows of 6 and 3 (micro-batches of 1 or 2), with fixed weights. It compares
+the gradient of each window with that of one batch in plain PyTorch. It exits with status 1 if any class is silently
+wrong or crashes.
 
     .venv/bin/python scripts/sweep_heads.py
     .venv/bin/python scripts/sweep_heads.py --task CAUSAL_LM --only Mixtral
@@ -46,7 +47,7 @@ def main() -> int:
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """A line for each task, and then one for each class that is not plainly exact."""
+    """Return a table of tasks, followed by a line for each class that is not simply exact."""
     lines = [_line("task", "classes", "runs", *KINDS), _line(*["---"] * (3 + len(KINDS)))]
     for task in [*dict.fromkeys(verdict.task for verdict in verdicts), ""]:
         of_task = [verdict for verdict in verdicts if task in ("", verdict.task)]
@@ -91,10 +92,10 @@ def _shortened(verdict: Verdict, most: int = 240) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="again for another one; default: all")
-    parser.add_argument("--only", default="", metavar="NAME", help="classes with this in their names")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every verdict")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="task to check, repeatable (default: all)")
+    parser.add_argument("--only", default="", metavar="NAME", help="check only classes whose names contain this")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all verdicts to")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks train on: a model and real rows that come inside Python packages (recipes/packaged.py)."""
+"""Workloads of the benchmarks: models, and real rows from Python packages (recipes/packaged.py)."""
 
 import copy
 import itertools
@@ -32,13 +32,14 @@ _VOCABULARY, _LONGEST = 4096, 1024
 
 @dataclass(frozen=True)
 class Workload:
-    """
+    """A model and its rows.
+
     Attributes:
-        model: with its initial weights; never trained itself.
-        rows: tokenised, in an order of the seed.
-        collate: pads rows to a batch, as Transformers' documentation does it for this task.
-        n_items: what the loss of these rows is a mean over.
-        updates: of a timed run, where nobody says how many.
+        model: model with its initial weights, which is never trained itself.
+        rows: tokenised rows, in an order that depends on the seed.
+        collate: pads rows to a batch, as in Transformers' documentation for this task.
+        n_items: returns the number of loss items of rows.
+        updates: default number of updates of a timed run.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Workload:
 
 
 def movies(seed: int) -> Workload:
-    """Film reviews, short and of similar lengths: MiniLM (22.7M parameters) with a new head for two classes."""
+    """Return MiniLM (22.7M parameters) with a new head for two classes, and short film reviews of similar lengths."""
     packaged.prepare()
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     rows = Dataset.from_csv(str(packaged.MOVIES_TRAIN)).rename_column("label", "labels")
@@ -64,7 +65,7 @@ def movies(seed: int) -> Workload:
 
 
 def long_tailed(seed: int) -> Workload:
-    """Conversations of 3 to 1,024 tokens, half of them shorter than 61: a Llama of 2 × 128 with random weights."""
+    """Return a Llama of 2 × 128 with random weights, and conversations of 3 to 1,024 tokens, half under 61."""
     tokenizer = AutoTokenizer.from_pretrained(_minilm())
     rows = conversations(tokenizer)
     set_seed(seed)
@@ -78,7 +79,7 @@ def long_tailed(seed: int) -> Workload:
 
 
 def equal_lengths(seed: int, length: int) -> Workload:
-    """The same model on conversations that are all cut to one length."""
+    """Return the model of `long_tailed`, and conversations that are all cut to one length."""
     workload = long_tailed(seed)
     rows = workload.rows.filter(lambda row: len(row["input_ids"]) >= length)
     rows = rows.map(lambda row: {name: values[:length] for name, values in row.items()})
@@ -89,10 +90,10 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {"movies": movies, "long-taile
 
 
 def conversations(tokenizer: Any) -> Dataset:
-    """Every conversation as one row of token ids, which are the labels as well.
+    """Return each conversation as a row of token ids, which are also the labels.
 
-    The tokenizer's 30,522 ids are folded to 4,096: with random weights they mean nothing, and the output layer of a
-    small model would otherwise be most of its work. 0 stays the padding's.
+    The tokenizer's 30,522 ids are mapped to 4,096. With random weights the ids have no meaning, and a larger output
+    layer would dominate the cost of a small model. Padding keeps id 0.
     """
     texts = [json.loads(line) for line in _texts().read_text(encoding="utf-8").splitlines()]
     encoded = tokenizer(texts, truncation=True, max_length=_LONGEST)["input_ids"]
@@ -102,7 +103,7 @@ def conversations(tokenizer: Any) -> Dataset:
 
 
 def n_targets(rows: Sequence[Row]) -> int:
-    """The tokens that a causal LM is asked for: all but each row's first."""
+    """Return the number of tokens that a causal LM predicts: all except the first of each row."""
     return sum(len(row["labels"]) - 1 for row in rows)
 
 
@@ -113,7 +114,7 @@ def _minilm() -> Path:
 
 
 def _texts() -> Path:
-    """A file with the text of each conversation, a JSON string a line; the short ones, too, that make the tail long."""
+    """Return a file with the text of each conversation, one JSON string per line, including short conversations."""
     if not _CONVERSATIONS.exists():
         with packaged.unpacked(packaged.CHATS_PACKAGE) as folder:
             raw = json.loads((folder / packaged.CHATS_FILE).read_text(encoding="utf-8"))

@@ -119,9 +119,9 @@ def test_what_is_too_long_loses_its_end(encoded: Any, template: str) -> None:
 
 def test_what_the_template_cannot_show_is_told(encoded: Any) -> None:
     for template, messages, words in (
-        (FORGETS_THOUGHTS, TWO_TURNS, "writes the messages before message 2 otherwise once more follow"),
-        (REFUSES, TWO_TURNS, "cannot write these messages: roles must alternate"),
-        (PLAIN, TWO_TURNS[2:], "The first message is the assistant's"),
+        (FORGETS_THOUGHTS, TWO_TURNS, "formats the messages before message 2 differently if more follow"),
+        (REFUSES, TWO_TURNS, "cannot format these messages: roles must alternate"),
+        (PLAIN, TWO_TURNS[2:], "The first message has the role 'assistant'"),
         (PLAIN, [], r"must be a list such as .* but are \[\] instead"),
         (PLAIN, "Hello", "but are 'Hello' instead"),
     ):
@@ -195,8 +195,8 @@ def test_the_recipe_from_json_lines_to_a_model_that_answers(
     words += ["--output_dir", str(tmp_path / "o")]
     recipe.main(words)
     shown = capfd.readouterr().out
-    assert "Of `train_data`, 1 of 18 rows have no answer within 80 tokens, and are left out." in shown
-    assert "Of `val_data`" not in shown
+    assert "1 of 18 rows of `train_data` have no answer within 80 tokens and are skipped." in shown
+    assert "rows of `val_data`" not in shown
     assert "Training samples: 17\n" in shown
     assert "Validation samples: 4\n" in shown
     result = Result.load(tmp_path / "o")
@@ -218,9 +218,9 @@ def test_bad_input_is_one_sentence(recipe: ModuleType, model: str, tmp_path: Pat
     for words, error, sentence in (
         (["--max_length", "0"], SettingsError, "`max_length` must be a positive integer, but is 0 instead"),
         (["--n_epochs", "0"], SettingsError, "`n_epochs` must be a positive integer"),
-        (["--max_length", "129"], SettingsError, "`max_length` must be at most 128, which the model takes"),
-        (["--max_length", "10"], DataError, "Of `train_data`, 6 of 6 rows have no answer within 10 tokens. Raise"),
-        (["--train_data", str(spoiled)], DataError, "Of `train_data`, row 6: The first message is the assistant's"),
+        (["--max_length", "129"], SettingsError, "`max_length` must be at most 128, the model's limit"),
+        (["--max_length", "10"], DataError, "6 of 6 rows of `train_data` have no answer within 10 tokens. Raise"),
+        (["--train_data", str(spoiled)], DataError, "Row 6 of `train_data`: The first message has the role"),
         (["--messages_column", "talk"], DataError, "have no column 'talk', only"),
         (["--model", mute], SettingsError, "has no chat template"),
         (["--model", str(tmp_path / "absent")], SettingsError, "cannot be loaded"),

@@ -108,10 +108,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     arguments: dict[str, Any] = {"checkpoint_every": 3, "restore_best_weights": True}
     again = fine_tuned(output_dir=str(folder), resume="auto", **arguments)
     told = capsys.readouterr().err
-    assert f"{newest} is damaged (its optimizer.pt has other contents than its manifest.json says)" in told
-    assert "update-00000012 is damaged (its state.json has another size" in told
-    assert f"{half} was not written to its end, and is removed." in told
-    assert "Goes on after update 9, from" in told
+    assert f"Skipped {newest}, which is damaged: its optimizer.pt has other contents than in its manifest.json." in told
+    assert "update-00000012, which is damaged: its state.json has another size" in told
+    assert f"Removed {half}, which was not written completely." in told
+    assert "Resuming after update 9, from" in told
     assert fine_tuned(**arguments).differences(again) == []
     assert damage(newest) is None  # written anew when the run came there again
     named_so = [name for name in checkpoints_of(folder) if name.startswith("damaged-")]
@@ -127,10 +127,10 @@ def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="which has no sound checkpoint"):
         fine_tuned(resume=str(folder))
-    with pytest.raises(CheckpointError, match=r"update-00000012', which is no checkpoint .*: it has no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"update-00000012', which is not a checkpoint .* has no manifest.json"):
         fine_tuned(resume=str(folder / "checkpoints" / "update-00000012"))
     again = fine_tuned(output_dir=str(folder), resume="auto", restore_best_weights=True)
-    assert "None of the checkpoints is sound: the run starts anew." in capsys.readouterr().err
+    assert "None of the checkpoints is sound. Starting a new run." in capsys.readouterr().err
     assert fine_tuned(restore_best_weights=True).differences(again) == []
 
 
@@ -173,10 +173,8 @@ def test_a_full_disk_costs_no_update_and_no_older_checkpoint(
     told = capsys.readouterr().err
     assert whole.differences(run) == []
     for name in ("update-00000006", "update-00000007-epoch-0001"):
-        assert (
-            f"The checkpoint {name}, of 0 MB, could not be written: No space left on device. Training goes on" in told
-        )
-    assert "update-00000003 is the newest that there is." in told
+        assert f"The checkpoint {name} (0 MB) could not be written: No space left on device. Training continues" in told
+    assert f"the newest checkpoint is {tmp_path / 'checkpoints' / 'update-00000003'}." in told
     assert checkpoints_of(tmp_path)[-1] == "update-00000014-epoch-0002"
     assert all(not path.name.startswith(".") for path in (tmp_path / "checkpoints").iterdir())
 
@@ -187,7 +185,7 @@ def test_a_disk_that_has_no_room_is_not_filled_up(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10, 5, 5))
     fine_tuned(output_dir=str(tmp_path))
-    assert "No space left on device, which has 0 MB. Training goes on" in capsys.readouterr().err
+    assert "No space left on device (0 MB free). Training continues" in capsys.readouterr().err
     assert checkpoints_of(tmp_path) == []
 
 
@@ -222,7 +220,7 @@ def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
     told = capsys.readouterr().err
     assert run.result.optimizer_steps == 14
     assert told.count("No checkpoint could be taken") == 1
-    assert "the optimizer's state holds a Moments, which cannot be read again without running code. Training" in told
+    assert "the optimizer's state contains a Moments, which cannot be loaded without running code. Training" in told
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -312,7 +310,7 @@ def test_what_is_only_read_stays_as_it_is(
     assert CheckpointDirectory(folder / "checkpoints").newest_sound()[1] == [
         folder / "checkpoints" / "update-00000014-epoch-0002"
     ]
-    assert f"{newest} cannot be read ([Errno {errno.ESTALE}] Stale file handle), and is passed over." in (
+    assert f"Skipped {newest}, which cannot be read: [Errno {errno.ESTALE}] Stale file handle" in (
         capsys.readouterr().err
     )
 
@@ -372,8 +370,8 @@ def of_another_version(folder: Path, what: str) -> None:
     ("what", "said"),
     [
         ("no files", "its manifest.json does not list buffers.safetensors"),
-        ("fields", "unexpected keyword argument 'hue'. It may be of another version"),
-        ("format", f"its format is 1, and not {FORMAT}"),
+        ("fields", "unexpected keyword argument 'hue'. Another version of ftaccum may have written it"),
+        ("format", f"its format is 1 instead of {FORMAT}"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused(what: str, said: str, ended: Path, tmp_path: Path) -> None:

@@ -382,4 +382,4 @@ def test_stopping_where_no_validation_loss_was_finite_is_told_as_that(capsys: py
         loss_fn=nn.CrossEntropyLoss(), early_stopping_patience=1, restore_best_weights=True, progress=False,
     )  # fmt: skip
     assert len(result.val_loss_history) == 1
-    assert "Stopped early: no finite validation loss in 1 epochs, so none is the best." in capsys.readouterr().err
+    assert "Stopped early: no finite validation loss in 1 epochs, so there is no best epoch." in capsys.readouterr().err

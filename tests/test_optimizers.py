@@ -246,7 +246,7 @@ def test_a_state_that_comes_back_changed_is_told(tmp_path: Path, capsys: pytest.
     fine_tuned(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9, **arguments)
     capsys.readouterr()
     fine_tuned(resume=str(tmp_path / "checkpoints" / "update-00000004"), **arguments)
-    assert "What Forgetful loaded (`load_state_dict`) is not what it had saved" in capsys.readouterr().err
+    assert "The state that Forgetful loaded (`load_state_dict`) differs from the one" in capsys.readouterr().err
 
 
 def test_a_stop_without_a_checkpoint_says_so(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_stop_without_a_checkpoint_says_so(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     model, rows = regression()
-    with pytest.raises(Preempted, match=r"Stopped after update 1, as asked\. No checkpoint was kept"):
+    with pytest.raises(Preempted, match=r"Stopped after update 1, as requested\. No checkpoint was kept"):
         train(model, rows, lambda groups: Unreadable(SGD(groups)), output_dir=str(tmp_path))
 
 

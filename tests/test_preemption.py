@@ -41,8 +41,8 @@ def test_a_signal_is_heard_after_the_update_under_way(
         fine_tuned(asked_to_stop(number, at_pass=4 * 4 + 2), output_dir=str(tmp_path))
     there = tmp_path / "checkpoints" / "update-00000005"
     assert str(ended.value) == (
-        f"Stopped after update 5, as asked. {there} is the newest checkpoint: the same call with `resume='auto'` goes "
-        "on from it."
+        f"Stopped after update 5, as requested. The newest checkpoint is {there}. To resume, make the same call with "
+        "`resume='auto'`."
     )
     assert number == signal.SIGINT or ended.value.code == 75  # type: ignore[attr-defined]
     assert checkpoints_of(tmp_path) == [there.name]
@@ -87,7 +87,7 @@ def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
 @pytest.mark.slow
 def test_without_a_folder_ctrl_c_is_heard_after_the_update_and_other_signals_as_ever() -> None:
     trained = asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2)
-    with pytest.raises(KeyboardInterrupt, match=r"Stopped after update 5, as asked. No checkpoint was kept.$"):
+    with pytest.raises(KeyboardInterrupt, match=r"Stopped after update 5, as requested. No checkpoint was kept.$"):
         fine_tuned(trained)
     assert all(p.grad is None for p in trained.parameters())
     heard = []

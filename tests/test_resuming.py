@@ -198,7 +198,7 @@ def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert whole.result.loss_history == again.result.loss_history
     run(other=tmp_path, output_dir=str(tmp_path / "other"), checkpoint_every=4)
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("The extra state of `model.classifier.1` is not in the checkpoints: it holds a PosixPath") == 1
+    assert told.count("extra state of `model.classifier.1` is not saved in checkpoints: it contains a PosixPath") == 1
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_a_finished_run_trains_no_more(tmp_path: Path, capsys: pytest.CaptureFix
     trained = model()
     trained.register_forward_pre_hook(_refuse_to_train)
     assert whole.differences(fine_tuned(trained, output_dir=str(tmp_path), resume="auto")) == []
-    assert "This run has ended, with update 14" in capsys.readouterr().err
+    assert "This run already ended with update 14" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -253,7 +253,7 @@ def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:
     stream = StreamingDataset.from_generator(lambda: iter(CLASSIFIER.rows(54)))
     common: dict[str, Any] = {"train_data": stream, "validation_split": 0.0, "max_updates": 5}
     fine_tuned(**common, output_dir=str(tmp_path))
-    with pytest.raises(CheckpointError, match="a stream can only be read again in updates of the size"):
+    with pytest.raises(CheckpointError, match="On a stream, the size of an update cannot change"):
         fine_tuned(**common, resume=str(tmp_path), effective_batch_size=4, allow_changed=["effective_batch_size"])
 
 
@@ -269,12 +269,12 @@ def test_what_is_told_of_rows_and_versions_is_true(
     fine_tuned(resume=str(other))
     told = capsys.readouterr().err
     assert "24 rows are done, and no row is skipped or repeated." in told
-    assert f"Of other versions: torch {torch.__version__} (it was 2.6.0); numbers may differ" in told
+    assert f"Changed versions: torch {torch.__version__} (was 2.6.0). Numbers may differ" in told
     fine_tuned(resume=str(cut_off), random_seed=1, allow_changed=["random_seed", "train_data", "val_data"])
     told = capsys.readouterr().err
-    assert "24 rows are done. Allowed to differ: random_seed" in told
+    assert "24 rows are done. Changes allowed by `allow_changed`: random_seed" in told
     assert "skipped or repeated" not in told
-    assert "Of other versions" not in told
+    assert "Changed versions" not in told
 
 
 def _refuse_to_train(module: nn.Module, *_: Any) -> None:
@@ -294,7 +294,7 @@ def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
     before = checkpoints_of(tmp_path)
     whole = fine_tuned(output_dir=str(tmp_path))
     aside = tmp_path / "checkpoints.previous"
-    assert f"Checkpoints of an earlier run are put aside, in {aside}." in capsys.readouterr().err
+    assert f"Moved checkpoints of an earlier run to {aside}." in capsys.readouterr().err
     assert sorted(path.name for path in aside.iterdir()) == before
     assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
     named = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
@@ -304,15 +304,15 @@ def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
 
 # The argument that differs, and what the message shows of it.
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "learning_rate": ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, and is 0.002"),
-    "n_epochs": ({"n_epochs": 3}, "`n_epochs` was 2, and is 3"),
-    "random_seed": ({"random_seed": 1}, "`random_seed` was 42, and is 1"),
-    "effective_batch_size": ({"effective_batch_size": 6}, "`effective_batch_size` was 8, and is 6"),
-    "gradient_clip_norm": ({"gradient_clip_norm": None}, "`gradient_clip_norm` was 1.0, and is None"),
+    "learning_rate": ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, but is 0.002"),
+    "n_epochs": ({"n_epochs": 3}, "`n_epochs` was 2, but is 3"),
+    "random_seed": ({"random_seed": 1}, "`random_seed` was 42, but is 1"),
+    "effective_batch_size": ({"effective_batch_size": 6}, "`effective_batch_size` was 8, but is 6"),
+    "gradient_clip_norm": ({"gradient_clip_norm": None}, "`gradient_clip_norm` was 1.0, but is None"),
     "optimizer": (
         {"optimizer": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99))}, r"`optimizer` was 'AdamW\(.*0\.999",
     ),
-    "loss_fn": ({"loss_fn": lambda outputs, _: outputs.logits.square().mean()}, "`loss_fn` was None, and is '.*lambda"),
+    "loss_fn": ({"loss_fn": lambda outputs, _: outputs.logits.square().mean()}, "`loss_fn` was None, but is '.*lambda"),
 }  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def test_another_run_is_refused_unless_the_change_is_allowed(name: str, cut_off:
     with pytest.raises(CheckpointError, match=shown) as refused:
         fine_tuned(resume=str(cut_off), **arguments)
     assert f"allow_changed=['{name}']" in str(refused.value)
-    assert ("stay as large with `effective_batch_size=8`" in str(refused.value)) == (name == "effective_batch_size")
+    assert ("set `effective_batch_size=8`" in str(refused.value)) == (name == "effective_batch_size")
     follows = ["train_data", "val_data"] if name == "random_seed" else []  # other rows are held out
     ended = fine_tuned(resume=str(cut_off), allow_changed=[name, *follows], **arguments)
     assert len(ended.result.loss_history) == {"n_epochs": 21, "effective_batch_size": 3 + 5 + 9}.get(name, 14)
@@ -346,7 +346,7 @@ def test_other_data_are_refused_however_alike(cut_off: Path) -> None:
         "another seed": CLASSIFIER.rows(60, seed=8),
     }
     for what, data in others.items():
-        with pytest.raises(CheckpointError, match=r"`train_data` was '54 rows \(\w+\)', and is '\d+ rows"):
+        with pytest.raises(CheckpointError, match=r"`train_data` was '54 rows \(\w+\)', but is '\d+ rows"):
             fine_tuned(train_data=data, resume=str(cut_off))
         assert fine_tuned(train_data=data, resume=str(cut_off), allow_changed=["train_data", "val_data"]), what
     assert fine_tuned(train_data=Dataset.from_list([_plain(row) for row in rows]), n_epochs=2)
@@ -387,7 +387,7 @@ def test_a_checkpoint_of_another_device_is_gone_on_with(
     seal(folder)
     assert fine_tuned(resume=str(folder)).result.optimizer_steps == 14
     told = " ".join(capsys.readouterr().err.split())
-    assert "Run otherwise: device cpu (it was tpu); sums are rounded otherwise, and dropout draws anew." in told
+    assert "Changed settings: device cpu (was tpu). Sums may round differently, and dropout draws differ." in told
 
 
 @pytest.mark.slow
@@ -406,8 +406,8 @@ def test_best_weights_that_are_wanted_from_now_on(
     capsys.readouterr()
     again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
     told = " ".join(capsys.readouterr().err.split())
-    assert (f"The weights of epoch 1, the best so far, are those in {first}." in told) == kept
-    assert ("not kept: `restore_best_weights` takes the best of the epochs to come." in told) == (not kept)
+    assert (f"Loaded the weights of epoch 1, the best so far, from {first}." in told) == kept
+    assert ("not kept. `restore_best_weights` will use the best of the remaining epochs." in told) == (not kept)
     if kept:
         assert whole.differences(again) == []
     else:
@@ -432,10 +432,10 @@ def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
     again, same = elastic(resume=str(tmp_path / "checkpoints" / "update-00000006"), **arguments)
     assert relative_error(same, weights) < 1e-9
     assert again.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
-    assert "Goes on after update 6" in (told := capsys.readouterr().err)
+    assert "Resuming after update 6" in (told := capsys.readouterr().err)
     assert "44 rows are done, and no row is skipped or repeated." in told
     name, value = next(iter(arguments.items()))
-    assert f"{name} {value} (it was" in told
+    assert f"{name} {value} (was" in told
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
@@ -533,7 +533,7 @@ def test_a_checkpoints_model_loads_as_any_other(tmp_path: Path) -> None:
     [
         ({"resume": "auto"}, "`resume` is 'auto', but `output_dir` is None"),
         ({"resume": "/no/such/folder"}, "`resume` is '/no/such/folder', which .*there is no such folder"),
-        ({"resume": "auto", "allow_changed": ["learning_rates"]}, r"`allow_changed` has \['learning_rates'\]"),
+        ({"resume": "auto", "allow_changed": ["learning_rates"]}, r"`allow_changed` contains \['learning_rates'\]"),
         ({"checkpoint_every": 0}, "`checkpoint_every` must be a positive number of updates, or a time such as"),
         ({"checkpoint_every": "15 fortnights"}, "`checkpoint_every` must be a positive number of updates"),
         ({"checkpoint_every": "0min"}, "`checkpoint_every` must be a positive number of updates"),
@@ -563,11 +563,11 @@ def test_on_two_processes_and_from_one_to_two_and_back(
     assert found.pop("heard") == [[75, "Stopped after update 4"]] * 2  # though one of them alone was asked
     assert len(found) == 7
     assert not any(found.values()), found
-    assert "Run otherwise: processes 2 (it was 1); sums are rounded otherwise, and dropout draws anew." in printed
+    assert "Changed settings: processes 2 (was 1). Sums may round differently, and dropout draws differ." in printed
     assert relative_error(torch.load(tmp_path / "gone_on.pt"), weights) < 1e-9
     capsys.readouterr()
     result, same = elastic(resume=str(tmp_path / "two" / "checkpoints" / "update-00000006"))
-    assert "Run otherwise: processes 1 (it was 2)" in capsys.readouterr().err
+    assert "Changed settings: processes 1 (was 2)" in capsys.readouterr().err
     assert relative_error(same, weights) < 1e-9
     assert result.loss_history == pytest.approx(whole.loss_history, rel=1e-9)
     assert result.padding_fraction is not None
@@ -620,7 +620,7 @@ def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path
         fine_tuned(spoilt(model()), nonfinite_patience=3, **common, resume="auto")
     with pytest.raises(DivergedError, match="`on_nonfinite` is 'error'"):
         fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
-    with pytest.raises(CheckpointError, match="was ended at update 5, which was not finite"):
+    with pytest.raises(CheckpointError, match="ended at update 5, which was not finite"):
         fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
     ended = fine_tuned(on_nonfinite="error", **common, resume="auto", learning_rate=5e-4, allow_changed="learning_rate")
     assert ended.result.skipped_steps == 1

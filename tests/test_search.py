@@ -833,7 +833,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"learning_rate": -0.1}, "`learning_rate` must be a positive number, but is -0.1"),
         (
             {"space": {"n_epochs": IntDistribution(1, 3)}},
-            "`space` cannot vary 'n_epochs': every trial has the same rows",
+            "`space` cannot vary 'n_epochs': every trial trains on the same rows",
         ),
         (
             {"space": {"weight_decy": FloatDistribution(0, 1)}},

@@ -48,7 +48,7 @@ def test_steps_are_a_positive_integer_or_pairs_that_ascend(value: Any) -> None:
 def test_steps_that_an_error_recommends_are_accepted() -> None:
     with pytest.raises(SettingsError, match="such as '0:2,100:8', but is 0 instead"):
         parse_settings({"gradient_accumulation_steps": 0})
-    with pytest.raises(SettingsError, match="as pairs, such as '0:2,100:8', or leave"):
+    with pytest.raises(SettingsError, match="to pairs, such as '0:2,100:8', or omit"):
         parse_settings({"learning_rate_scaling": "sqrt"})
     assert parse_settings({"gradient_accumulation_steps": "0:2,100:8"})[0].gradient_accumulation_steps == [
         [0, 2],
@@ -62,9 +62,9 @@ def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
     pairs = np.array([(0, 2), (100, 8)])
     assert parse_settings({"gradient_accumulation_steps": pairs})[0].gradient_accumulation_steps == [[0, 2], [100, 8]]
     for name in ("effective_batch_size", "tokens_per_update"):
-        with pytest.raises(SettingsError, match=rf"is \[\[0, 2\], \[100, 8\]\], which .* and so does `{name}`, 64"):
+        with pytest.raises(SettingsError, match=rf"is \[\[0, 2\], \[100, 8\]\] and `{name}` is 64, but both"):
             parse_settings({"gradient_accumulation_steps": pairs, name: 64})
-    with pytest.raises(SettingsError, match=r"`batch_size` is 'auto', so that `gradient_accumulation_steps` follows"):
+    with pytest.raises(SettingsError, match=r"is 'auto', which determines k, but `gradient_accumulation_steps`"):
         parse_settings({"gradient_accumulation_steps": pairs, "batch_size": "auto"})
     with pytest.raises(SettingsError, match=r"`learning_rate_scaling` is 'sqrt', but k is 4 from beginning to end"):
         parse_settings({"gradient_accumulation_steps": 4, "learning_rate_scaling": "sqrt"})
@@ -76,8 +76,8 @@ def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
         ("batch_size", 0, "a positive integer or 'auto'"),
         ("batch_size", "most", "a positive integer or 'auto'"),
         ("max_tokens", 0, "a positive integer or None"),
-        ("planner_costs", [1, 2], "three numbers of 0 or more"),
-        ("planner_costs", [0, 0, 0], "three numbers of 0 or more"),
+        ("planner_costs", [1, 2], "three non-negative numbers"),
+        ("planner_costs", [0, 0, 0], "three non-negative numbers"),
         ("max_updates", 0, "a positive integer or None"),
         ("remainder", "drop", "'flush' or 'carry'"),
         ("learning_rate_scaling", "cube", "'none', 'sqrt' or 'linear'"),
@@ -116,12 +116,12 @@ def test_one_error_reports_all_faults() -> None:
     [
         ({"use_amp": True, "mixed_precision": "no"}, "`use_amp` is True, but `mixed_precision` is 'no'"),
         ({"use_wandb": True, "log_with": "tensorboard"}, "`use_wandb` is True, but `log_with` is 'tensorboard'"),
-        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "Give the warm-up once"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "Set only one of the two"),
         ({"planner": False, "planner_costs": [1, 1, 0]}, "`planner_costs` is given, but `planner` is False"),
-        ({"batch_size": "auto"}, "which needs the size of an update"),
+        ({"batch_size": "auto"}, "but the size of an update is not set"),
         (
             {"batch_size": "auto", "effective_batch_size": 8, "max_tokens": 99},
-            "cuts micro-batches by tokens, not by rows",
+            "limits micro-batches by tokens, not rows",
         ),
     ],
 )

@@ -60,7 +60,7 @@ __all__ = [
     "verify",
 ]
 
-# Loaded on first use, so that commands that need no torch start at once.
+# Modules are imported on first use, so that commands that do not need torch start at once.
 _MODULES = {
     **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning")) or name == "Preempted"], "errors"),
     **dict.fromkeys(["Accuracy", "ClassificationMetrics", "F1", "MeanSquaredError"], "metrics"),

@@ -1,4 +1,4 @@
-"""`python -m ftaccum`, and with it `accelerate launch -m ftaccum`."""
+"""Entry point of `python -m ftaccum` and `accelerate launch -m ftaccum`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From keyword arguments to a Recipe and a Runtime: settings are read, and checked against each other."""
+"""Parse keyword arguments into a Recipe and a Runtime, and check them."""
 
 import numbers
 import os
@@ -17,13 +17,13 @@ def parse_settings(given: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     """Sort keyword arguments into a Recipe and a Runtime.
 
     Args:
-        given: settings by name. A setting that is left out takes its default; other names are ignored.
+        given: settings by name. Missing settings take their defaults; other names are ignored.
 
     Raises:
-        SettingsError: with a sentence for each fault, all of them at once.
+        SettingsError: if any setting is invalid. Lists every fault, one sentence each.
     """
     recipe, runtime = read_settings(Recipe, given), read_settings(Runtime, given)
-    # The joint rules compare values, and need sound ones.
+    # The joint rules compare values, so each value must be valid first.
     faults = find_faults(recipe) + find_faults(runtime) or _joint_faults(recipe, runtime)
     refuse(faults)
     return recipe, runtime
@@ -33,41 +33,39 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
     unknown = [name for name in runtime.allow_changed if name not in CHANGEABLE]
     faults = {
         "`use_amp` is True, but `mixed_precision` is 'no'. "
-        "Leave `mixed_precision` out to have bf16 or fp16 chosen, or drop `use_amp`.": (
+        "Omit `mixed_precision` to choose bf16 or fp16 automatically, or drop `use_amp`.": (
             runtime.use_amp and runtime.mixed_precision == "no"
         ),
         f"`use_wandb` is True, but `log_with` is {shown(runtime.log_with)}. "
-        "Give one of the two; `log_with='all'` uses every tracker that is installed.": (
+        "Use only one of the two; `log_with='all'` uses every installed tracker.": (
             runtime.use_wandb and runtime.log_with not in (None, "wandb")
         ),
         f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
-        "Give the warm-up once, as a number of updates or as a share of them.": (
-            recipe.warmup_steps > 0 and recipe.warmup_ratio > 0
-        ),
+        "Set only one of the two.": (recipe.warmup_steps > 0 and recipe.warmup_ratio > 0),
         "`planner_costs` is given, but `planner` is False. Drop one of them.": (
             runtime.planner_costs is not None and not runtime.planner
         ),
-        f"`allow_changed` has {unknown}. What can be allowed to differ: {', '.join(CHANGEABLE)}.": bool(unknown),
-        "`resume` is 'auto', but `output_dir` is None, so that there is nowhere to look for checkpoints. "
-        "Give `output_dir`, or the folder of a checkpoint.": runtime.resume == "auto" and runtime.output_dir is None,
+        f"`allow_changed` contains {unknown}. It may contain only: {', '.join(CHANGEABLE)}.": bool(unknown),
+        "`resume` is 'auto', but `output_dir` is None, so it cannot look for checkpoints. Set `output_dir`, or set "
+        "`resume` to the folder of a checkpoint.": runtime.resume == "auto" and runtime.output_dir is None,
     }
     found = [sentence for sentence, holds in faults.items() if holds]
     return found + _faults_of_auto(recipe, runtime) + faults_of_schedule(recipe)
 
 
 def faults_of_schedule(recipe: Recipe) -> list[str]:
-    """Return a sentence for each setting that contradicts a k that changes, or one that does not."""
+    """Return one sentence for each setting that contradicts a changing k or a constant k."""
     k, scaling = recipe.gradient_accumulation_steps, recipe.learning_rate_scaling
     if isinstance(k, int):
         if scaling == "none":
             return []
         return [
-            f"`learning_rate_scaling` is {scaling!r}, but k is {k} from beginning to end, so that there is nothing to "
-            "follow. Give `gradient_accumulation_steps` as pairs, such as '0:2,100:8', or leave it out."
+            f"`learning_rate_scaling` is {scaling!r}, but k is {k} from beginning to end, so the rate has no change to "
+            "follow. Set `gradient_accumulation_steps` to pairs, such as '0:2,100:8', or omit `learning_rate_scaling`."
         ]
     return [
-        f"`gradient_accumulation_steps` is {k}, which says how large every update is, and so does `{name}`, "
-        f"{getattr(recipe, name)}. Give one of the two."
+        f"`gradient_accumulation_steps` is {k} and `{name}` is {getattr(recipe, name)}, but both set the size of every "
+        "update. Set only one of the two."
         for name in ("effective_batch_size", "tokens_per_update")
         if getattr(recipe, name) is not None
     ]
@@ -79,31 +77,31 @@ def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
     found = []
     if runtime.max_tokens is not None:
         found.append(
-            "`batch_size` is 'auto', and `max_tokens` cuts micro-batches by tokens, not by rows. Give one of them."
+            "`batch_size` is 'auto', but `max_tokens` limits micro-batches by tokens, not rows. Set only one of them."
         )
     if recipe.gradient_accumulation_steps != 1:
         found.append(
-            f"`batch_size` is 'auto', so that `gradient_accumulation_steps` follows from it, but is given as "
-            f"{recipe.gradient_accumulation_steps}. Give the size of an update as `effective_batch_size` or "
-            "`tokens_per_update` instead: it must not depend on what fits in memory."
+            f"`batch_size` is 'auto', which determines k, but `gradient_accumulation_steps` is "
+            f"{recipe.gradient_accumulation_steps}. The size of an update must not depend on what fits in memory: set "
+            "`effective_batch_size` or `tokens_per_update` instead."
         )
     elif not (recipe.effective_batch_size or recipe.tokens_per_update):
         found.append(
-            "`batch_size` is 'auto', which needs the size of an update: it must not depend on what fits in memory. Add "
-            "`effective_batch_size=32`, say, or `tokens_per_update`."
+            "`batch_size` is 'auto', but the size of an update is not set. It must not depend on what fits in memory: "
+            "add `tokens_per_update` or, for example, `effective_batch_size=32`."
         )
     return found
 
 
 def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
-    """Build a settings dataclass from those of its fields that are given, each read by its rule."""
+    """Build a settings dataclass from the fields in `given`, and parse each value by its rule."""
     rules = rules_of(kind)
     names = [name for name in kind.__dataclass_fields__ if name in given]  # type: ignore[attr-defined]
     return kind(**{n: rules[n].read(plain(given[n])) for n in names})
 
 
 def find_faults(settings: Any) -> list[str]:
-    """Return a sentence for each field of a settings dataclass that breaks its rule."""
+    """Return one sentence for each field of a settings dataclass that breaks its rule."""
     declared = type(settings).__dataclass_fields__
     found = (
         rule.fault(name, getattr(settings, name), _remedy(declared[name]))
@@ -117,10 +115,10 @@ def _remedy(declared: Field) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return NumPy's numbers as Python's and paths as strings, and any other value unchanged."""
+    """Convert NumPy numbers to Python numbers and paths to strings, and return any other value unchanged."""
     try:
         return _plain(value)
-    except Exception:  # a list that holds itself, a fraction beyond all floats, a tensor without storage, …
+    except Exception:  # a list that contains itself, a fraction too large for a float, a tensor without storage, …
         return value
 
 

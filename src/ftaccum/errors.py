@@ -1,4 +1,4 @@
-"""What ftaccum raises at its users: one sentence each, with the argument, what came and the remedy."""
+"""Exceptions and warnings of ftaccum. Each message names the argument, the value it got and the remedy."""
 
 import reprlib
 import sys
@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-LARGEST = 2**63 - 1  # of NumPy's and torch's integers
+LARGEST = 2**63 - 1  # the largest integer of NumPy and torch
 
 
 class _Shown(reprlib.Repr):
-    """Shows values in messages: cuts long ones in the middle, and names those that cannot be shown."""
+    """Formatter of values in messages. It shortens long values in the middle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,41 +25,41 @@ shown = _Shown().repr
 
 
 class SettingsError(ValueError):
-    """One or more arguments cannot be used. `faults` holds a sentence for each."""
+    """One or more arguments are invalid. `faults` has one sentence for each."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
         super().__init__("\n".join(self.faults))
 
     def __reduce__(self) -> tuple[type["SettingsError"], tuple[tuple[str, ...]]]:
-        return type(self), (self.faults,)  # it may be sent to another process
+        return type(self), (self.faults,)  # so that it can be pickled and sent to another process
 
 
 def refuse(faults: Collection[str]) -> None:
-    """Raise SettingsError with a sentence for each fault, if there are any."""
+    """Raise SettingsError if there are any faults, with one sentence for each."""
     if faults:
         raise SettingsError(list(faults))
 
 
 class InexactLossError(SettingsError):
-    """Accumulating this loss only approximates the large batch, and `on_inexact` is 'error'."""
+    """Accumulating this loss only approximates one large batch, and `on_inexact` is 'error'."""
 
 
 class CheckpointError(SettingsError):
-    """There is no checkpoint to go on from, or it is that of another run."""
+    """There is no checkpoint to resume from, or it belongs to a different run."""
 
 
 class MetricsError(RuntimeError):
-    """`compute_metrics` raised on the main of several processes: raised on all of them alike."""
+    """`compute_metrics` failed on the main process. With several processes, all of them raise this error."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended, or does not answer."""
+    """Another process of the run has died or does not respond."""
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop, and did after an update; `code`, the process's exit status, is 75 (`EX_TEMPFAIL` of
-    sysexits.h: to be tried again)."""
+    """A signal asked the run to stop, and it stopped after an update. The exit status `code` is 75 (`EX_TEMPFAIL` in
+    sysexits.h: try again later)."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(75)
@@ -70,15 +70,15 @@ class Preempted(SystemExit):
 
 
 class DataError(ValueError):
-    """The data cannot be trained on; the message names the argument and, where there is one, the row."""
+    """The data cannot be used for training. The message names the argument and, if possible, the row."""
 
 
 class DivergedError(RuntimeError):
-    """Losses or gradients are not finite, and the run ends: on all processes alike, and with its ledger complete.
+    """Non-finite losses or gradients ended the run. All processes raise this error, and the ledger is complete.
 
     Attributes:
-        update: the number of the last one, from 1; None where it was not an update's.
-        rows: the names of those whose own loss is not finite, as far as they were looked for.
+        update: the number of the last update, from 1; None if the error did not come from an update.
+        rows: names of the rows found to have a non-finite loss of their own.
     """
 
     def __init__(self, sentence: str, update: int | None = None, rows: Sequence[str] = ()) -> None:
@@ -87,23 +87,23 @@ class DivergedError(RuntimeError):
 
 
 class InexactLossWarning(UserWarning):
-    """Accumulating this loss only approximates the large batch."""
+    """Accumulating this loss only approximates one large batch."""
 
 
 class PaddingWarning(UserWarning):
-    """Padding counts in a loss of the user's own."""
+    """The user's loss depends on padding."""
 
 
 class TextWarning(UserWarning):
-    """Rows of raw text are trained on in part, or have no text."""
+    """Some rows of raw text are truncated or empty."""
 
 
 class OutputWarning(UserWarning):
-    """Something that a run was to leave behind is not there: a file could not be written, or a tracker failed."""
+    """An output of the run is missing: a file could not be written, or a tracker failed."""
 
 
 def warn_user(sentence: str, category: type[UserWarning]) -> None:
-    """Warns at the line that called ftaccum, not at one of ftaccum's own, nor of what lies between those."""
+    """Issue a warning that points at the line that called ftaccum, not at a line inside ftaccum or its callbacks."""
     frame, depth, last = sys._getframe(), 1, 1
     while frame.f_back is not None:
         if Path(__file__).parent in Path(frame.f_code.co_filename).parents:

@@ -1,4 +1,4 @@
-"""Declarations of settings: defaults, metadata, rules, and the sentence for a value that breaks its rule."""
+"""Declarations of settings: defaults, metadata, rules, and the message for a value that breaks its rule."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class DefaultFloat(float):
-    """A default of a signature that can be told from the same number where the user gives it."""
+    """A default value in a signature. Its type distinguishes it from an equal number that the user passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,14 @@ class Traits:
     """The metadata of a setting besides its type, default and help.
 
     Attributes:
-        group: the heading under which help pages and the table of arguments list it.
-        sizes_update: it sizes an update. Runs compare the effective batch size that such settings give.
-        matters_to_rounding: it changes the order of sums, so that results differ by rounding.
-        in_plan: `plan` takes it.
-        in_verify: `verify` takes it.
-        decided_by_search: `search` sets it in each trial and does not take it as an argument.
-        unsearchable: the reason why `search` cannot vary it; empty if it can.
+        group: heading under which help pages and the table of arguments list the setting.
+        sizes_update: whether it determines the size of an update. A resumed run compares the resulting effective
+            batch size instead of these settings.
+        matters_to_rounding: whether it changes the order of sums, so that results differ by rounding.
+        in_plan: whether `plan` accepts it.
+        in_verify: whether `verify` accepts it.
+        decided_by_search: whether `search` sets it in each trial instead of accepting it as an argument.
+        unsearchable: why `search` cannot vary it; empty if it can.
     """
 
     group: str = ""
@@ -43,9 +44,9 @@ def setting(default: Any, help: str, *aliases: str, **traits: Any) -> Any:
     """Declare a field of a settings dataclass.
 
     Args:
-        default: a list is copied for each instance.
-        help: the meaning, for help pages, error messages and the table of arguments.
-        aliases: other flags for it on the command line.
+        default: the default value; a list is copied for each instance.
+        help: meaning of the setting, for help pages, error messages and the table of arguments.
+        aliases: further command-line flags for the setting.
         **traits: the fields of `Traits`.
     """
     metadata = {"help": help, "aliases": list(aliases), "traits": Traits(**traits)}
@@ -55,17 +56,17 @@ def setting(default: Any, help: str, *aliases: str, **traits: Any) -> Any:
 
 
 def traits_of(declared: Field) -> Traits:
-    """Return the traits of a field; those of a field that `setting` did not declare are the defaults."""
+    """Return the traits of a field, or default traits if the field was not declared with `setting`."""
     return declared.metadata.get("traits", Traits())
 
 
 def names_where(kind: type, wanted: Callable[[Traits], bool]) -> tuple[str, ...]:
-    """Return the names of those settings of a dataclass whose traits are wanted."""
+    """Return the names of the settings of a dataclass whose traits satisfy `wanted`."""
     return tuple(f.name for f in fields(kind) if wanted(traits_of(f)))
 
 
 def select_settings(name: str, kind: type, wanted: Callable[[Traits], bool]) -> type:
-    """Return a dataclass of those settings of `kind` whose traits are wanted, with the same declarations."""
+    """Return a dataclass with the settings of `kind` whose traits satisfy `wanted`. It keeps their declarations."""
     hints = get_type_hints(kind, include_extras=True)
     chosen = [
         (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
@@ -77,10 +78,12 @@ def select_settings(name: str, kind: type, wanted: Callable[[Traits], bool]) -> 
 
 @dataclass(frozen=True)
 class Rule:
-    """The values that a setting may have: a test, and the words for it in "must be …".
+    """The rule for the values of a setting.
 
     Attributes:
-        read: turns the ways to write a value into the value.
+        accepts: returns whether a value is allowed.
+        words: description of the allowed values, which completes the sentence "must be …".
+        read: parses other notations of a value, such as text, into the value.
     """
 
     accepts: Callable[[Any], bool]
@@ -88,11 +91,11 @@ class Rule:
     read: Callable[[Any], Any] = lambda value: value
 
     def fault(self, name: str, value: Any, remedy: str) -> str | None:
-        """Return the sentence that says how `value` breaks this rule, or None if it does not."""
+        """Return a sentence on how `value` breaks this rule, or None if it does not."""
         try:
             if self.accepts(value):
                 return None
-        except Exception:  # users' objects may raise when they are compared, or asked whether they are true
+        except Exception:  # users' objects may raise in comparisons or in `bool`
             pass
         return f"`{name}` must be {self.words}, but is {shown(value)} instead. {remedy}"
 
@@ -101,7 +104,7 @@ class Rule:
 
 
 def one_of(*choices: str) -> Rule:
-    """Return the rule of a setting with a few named values."""
+    """Return a rule that accepts only these values."""
     *first, last = map(repr, choices)
     return Rule(lambda value: value in choices, f"{', '.join(first)} or {last}")
 
@@ -120,7 +123,7 @@ def _is_number(value: Any) -> bool:
 
 PositiveInt = Annotated[int, Rule(_is_positive_int, "a positive integer")]
 Count = Annotated[int, Rule(lambda v: _is_int(v) and v >= 0, "a non-negative integer")]
-# torch seeds with 64 bits and NumPy with 32; the smaller bound serves both.
+# torch takes 64-bit seeds and NumPy 32-bit seeds; the smaller bound fits both.
 Seed = Annotated[int, Rule(lambda v: _is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
 Positive = Annotated[float, Rule(lambda v: _is_number(v) and v > 0, "a positive number")]
 Length = Annotated[float, Rule(lambda v: _is_number(v) and v >= 1, "a number of 1 or more")]
@@ -154,7 +157,7 @@ def _is_schedule(value: Any) -> bool:
 
 
 def _read_steps(value: Any) -> Any:
-    """Return text such as '0:2,100:8' as pairs, and any other value unchanged."""
+    """Parse text such as '0:2,100:8' into pairs, and return any other value unchanged."""
     if not isinstance(value, str) or ":" not in value:
         return value
     try:
@@ -167,8 +170,8 @@ Steps = Annotated[
     int | str | Pairs,
     Rule(
         lambda v: _is_positive_int(v) or _is_schedule(v),
-        "a positive integer, or pairs (from_update, k) with the first from update 0, ascending, and every k positive, "
-        "such as '0:2,100:8'",
+        "a positive integer, or pairs (from_update, k) in ascending order, with the first from update 0 and every k "
+        "positive, such as '0:2,100:8'",
         _read_steps,
     ),
 ]
@@ -176,7 +179,7 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def seconds_of(text: str) -> float | None:
-    """Return a time such as '90s', '15min' or '1.5h' in seconds; None if the text is no time."""
+    """Convert a time such as '90s', '15min' or '1.5h' to seconds; return None for other text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h)", text)
     return float(found[1]) * _SECONDS[found[2]] or None if found else None
 
@@ -191,7 +194,7 @@ Every = Annotated[
 
 
 def _read_audit(value: Any) -> Any:
-    """Return a flag or a number written as text, and any other value unchanged."""
+    """Parse a flag or a number from text, and return any other value unchanged."""
     if not isinstance(value, str):
         return value
     word = value.lower()
@@ -199,10 +202,10 @@ def _read_audit(value: Any) -> Any:
 
 
 Audit = Annotated[
-    int | str,  # a word of a command line; read as a flag or a number
+    int | str,  # str on the command line; `_read_audit` parses it
     Rule(
         lambda v: isinstance(v, bool) or (_is_int(v) and v > 1),
-        "True, False, or a number of updates of 2 or more",
+        "True, False, or a number of updates that is at least 2",
         _read_audit,
     ),
 ]
@@ -211,7 +214,7 @@ _names = Rule(
     "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
     lambda v: [name.strip() for name in v.split(",") if name.strip()] if isinstance(v, str) else v,
 )
-Names = Annotated[str, _names]  # one word of a command line: argparse would read a list element by element
+Names = Annotated[str, _names]  # one command-line word: for a list, argparse would parse each element separately
 TextNames = Annotated[
     str,
     Rule(
@@ -223,7 +226,7 @@ TextNames = Annotated[
 
 
 def _read_resume(value: Any) -> Any:
-    """Return None or 'auto' for the words that other tools and YAML have for them, and any other value unchanged."""
+    """Convert synonyms of None and 'auto' from YAML and other tools, and return any other value unchanged."""
     if isinstance(value, str | bool):
         word = str(value).lower()
         return {"off": None, "false": None, "no": None, "auto": "auto", "true": "auto", "on": "auto"}.get(word, value)
@@ -240,13 +243,13 @@ Costs = Annotated[
         lambda v: (
             isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and 0 <= c < 1e30 for c in v) and any(v)
         ),
-        "three numbers of 0 or more (and below 1e30), one at least above 0, such as [64, 1, 0.0005]",
+        "three non-negative numbers below 1e30, at least one of them above 0, such as [64, 1, 0.0005]",
     ),
 ]
 
 
 def rules_of(kind: type) -> dict[str, Rule]:
-    """Return the rules of a dataclass by field; a field without a rule is left out."""
+    """Return the rules of a dataclass by field name, without fields that have no rule."""
     found = {name: _rule(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
     return {name: rule for name, rule in found.items() if rule is not None}
 

@@ -1,4 +1,4 @@
-"""`test_fine_tuning`: what users call."""
+"""`test_fine_tuning`, the main entry point of ftaccum."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -74,113 +74,117 @@ def test_fine_tuning(
     use_wandb: bool = False,
     progress: bool = True,
 ) -> Result:
-    """Fine-tunes a model with gradient accumulation that is exactly a large batch.
+    """Fine-tune a model with gradient accumulation that is exactly a large batch.
 
-    For every update the gradient, before clipping, is that of the mean loss over all loss items (tokens, rows, …) of
-    the effective batch, on all processes, however it is cut into micro-batches. The model is trained in place.
+    For every update, the gradient before clipping is that of the mean loss over all loss items (tokens, rows, …) of the
+    effective batch, on all processes. How the batch is split into micro-batches makes no difference. The model is
+    trained in place.
 
     Args:
         model: a `PreTrainedModel`, a PEFT model, or any module.
-        config: the model's configuration, or any object with `vocab_size` and `pad_token_id`; `model.config` where
-            None.
+        config: the model's configuration, or any object with `vocab_size` and `pad_token_id`. None: `model.config`.
         train_data: a `datasets.Dataset` (tokenised, or raw text with `tokenizer`), a list of dicts, a pandas
-            DataFrame, a dict of columns, a list of 1-D tensors of token ids (next-token loss), or a torch `Dataset` of
-            dicts or, with `loss_fn`, of `(inputs, targets)` tuples. A stream of such rows (`IterableDataset` of
-            `datasets` or torch), with `max_updates`: windows form in its order, the main process reads it for all.
-            None: synthetic token ids below `config.vocab_size`.
-        val_data: the same for validation, but no stream.
-        validation_split: share of the training rows held out where `val_data` is None; 0 for none. From a stream none
-            can be: give `val_data`, or 0.
-        text_columns: the column of raw text to train on, or two columns for pairs of texts, such as
-            ("premise", "hypothesis"). None takes the only column of text besides the labels (`label` or `labels`), and
-            asks for a name if there are several.
-        add_eos_token: end each text of a causal LM in the tokenizer's end-of-text token, so that the model learns to
-            stop. Texts that already end in it, or that are cut, get none. False leaves them as the tokenizer makes
-            them.
-        n_epochs: passes over the training rows; of a stream, at most so many.
-        max_updates: updates (skipped ones included) after which training ends, if the epochs have not ended it before;
-            the schedule then counts on so many. The last epoch is evaluated where it ends.
-        batch_size: rows of a micro-batch on one process; at most as many, where the planner finds fewer cheaper.
-            "auto": the most of the longest rows that fit in memory, found by trying before the first update; give
-            `effective_batch_size` or `tokens_per_update` with it.
-        gradient_accumulation_steps: k, micro-batches per update on each process; or pairs (from_update, k), such as
-            [(0, 2), (100, 8)] or the text "0:2,100:8", for updates that are four times as large from the 101st on.
-            1 leaves the size of an update to the next two, where one is given.
-        effective_batch_size: rows per update over all processes; k = ⌈it / (batch_size × processes)⌉, and a last
-            micro-batch may be short.
-        tokens_per_update: tokens per update over all processes; divided by the mean row length it gives the rows.
-            (Of a stream, that of the first 256 rows.)
-        remainder: what happens to the rows that are left of an epoch, fewer than an update wants. "flush": they make an
-            update of their own. "carry": the first rows of the next epoch fill it up, and only at the end of training
-            an update may be short. It counts to the epoch of its last row, and an epoch may have none.
-        max_tokens: the most positions of a micro-batch, padding included. Where given, micro-batches are cut by these
-            and may have any number of rows; `batch_size` then only helps to say how large an update is.
-        planner: whether each window, once its rows are drawn, is cut where it costs least. False: into equal slices
-            in the order of arrival. Either way the update is the same.
-        planner_costs: what a forward and backward pass costs: a number per pass, per padded token, per row of squared
-            width, in any unit. None: 64, 1 and 0.0005. On a device where a pass costs as much as many hundred tokens
-            whatever is in it, larger costs per pass give fewer passes.
-        padding_free: lay the rows of a micro-batch one behind the other instead of padding them. For causal language
-            models that keep such rows apart by `position_ids`, which is tried before training.
-        learning_rate: the peak rate.
-        learning_rate_scaling: how the rate follows a k that changes: the schedule's is multiplied by 1 ("none"), by
-            k/k0 ("linear": Goyal et al. 2017, arXiv:1706.02677, for SGD) or by √(k/k0) ("sqrt", for adaptive
-            optimizers such as Adam: Malladi et al. 2022, arXiv:2205.10287), k0 being the first k.
-        weight_decay: decoupled; biases and norms get none.
-        optimizer: a function of the parameter groups (each with `lr` and `weight_decay`), or an instance. Where it is
-            made with a rate or a decay (`lambda groups: SGD(groups, lr=0.1)`), that one counts and is printed; it is
-            refused if it differs from a `learning_rate` or `weight_decay` that you give. None: AdamW.
-        lr_scheduler: a name that Transformers' `get_scheduler` knows; it steps once a successful update.
-        warmup_steps: updates of warm-up.
-        warmup_ratio: the same as a share of all updates.
-        gradient_clip_norm: largest total norm of an update's gradient; None for no clipping (norms are recorded).
+            DataFrame, a dict of columns, a list of 1-D tensors of token ids (trained on next-token loss), or a torch
+            `Dataset` of dicts or, with `loss_fn`, of `(inputs, targets)` tuples. A stream of such rows
+            (`IterableDataset` of `datasets` or torch) needs `max_updates`; the main process reads it for all
+            processes, and updates take its rows in order. None: synthetic token ids below `config.vocab_size`.
+        val_data: validation data, in any of these forms except a stream.
+        validation_split: share of the training rows to hold out for validation if `val_data` is None; 0 holds out
+            none. A stream cannot hold out rows: pass `val_data`, or set this to 0.
+        text_columns: the column of raw text to train on, or two columns for text pairs, such as
+            ("premise", "hypothesis"). None takes the only text column besides the labels (`label` or `labels`), and
+            raises an error if there are several.
+        add_eos_token: end each text of a causal LM with the tokenizer's end-of-text token, so that the model learns to
+            stop. Texts that already end with it, and texts that are truncated, get none. False adds no token.
+        n_epochs: passes over the training rows; for a stream, the maximum number of passes.
+        max_updates: updates (including skipped ones) after which training ends, unless the epochs end it earlier. The
+            learning rate schedule is planned for this end. An unfinished last epoch is evaluated too.
+        batch_size: rows per micro-batch on one process. This is an upper limit: the planner may use fewer rows if that
+            is cheaper. "auto" finds by trial, before the first update, how many of the longest rows fit in memory; it
+            requires `effective_batch_size` or `tokens_per_update`.
+        gradient_accumulation_steps: k, the number of micro-batches per update on each process. Pairs (from_update, k)
+            change k during training: [(0, 2), (100, 8)], or "0:2,100:8" as text, makes updates four times as large
+            from the 101st update on. Leave it at 1 if you set `effective_batch_size` or `tokens_per_update`.
+        effective_batch_size: rows per update over all processes. Sets k to ⌈rows / (batch_size × processes)⌉; the last
+            micro-batch may be smaller.
+        tokens_per_update: tokens per update over all processes. Divided by the mean row length (for a stream, that of
+            the first 256 rows), it gives the rows per update.
+        remainder: what to do with the rows at the end of an epoch that are too few for a full update. "flush" makes a
+            smaller update of them. "carry" fills the update up with the first rows of the next epoch, so that only the
+            last update of the run may be smaller. Such an update counts towards the epoch of its last row, and an
+            epoch may have no update.
+        max_tokens: maximum positions per micro-batch, padding included. If set, it limits micro-batches instead of
+            `batch_size`, which then only helps to determine the size of an update.
+        planner: split each window where it costs least, once its rows are drawn. False splits it into equal slices in
+            order of arrival. The update is the same either way.
+        planner_costs: costs of a forward and backward pass, in any unit: per pass, per padded token, and per row ×
+            squared width. None: 64, 1 and 0.0005. Raise the first on a device where any pass, however small, costs as
+            much as many hundred tokens: the planner then makes fewer passes.
+        padding_free: concatenate the rows of a micro-batch instead of padding them. For causal language models that
+            keep such rows apart by `position_ids`; this is checked before training.
+        learning_rate: peak learning rate.
+        learning_rate_scaling: how the learning rate follows a changing k. The rate of the schedule is multiplied by 1
+            ("none"), by k/k0 ("linear", for SGD: Goyal et al. 2017, arXiv:1706.02677) or by √(k/k0) ("sqrt", for
+            adaptive optimizers such as Adam: Malladi et al. 2022, arXiv:2205.10287), where k0 is the first k.
+        weight_decay: decoupled weight decay; none for biases and norms.
+        optimizer: an optimizer, or a function that builds one from parameter groups (each with `lr` and
+            `weight_decay`). A rate or decay set there (`lambda groups: SGD(groups, lr=0.1)`) takes effect and is
+            printed. It is an error if it differs from a `learning_rate` or `weight_decay` that you pass. None: AdamW.
+        lr_scheduler: a name that Transformers' `get_scheduler` accepts. The schedule steps once per successful update.
+        warmup_steps: number of warm-up updates.
+        warmup_ratio: share of all updates used for warm-up, instead of `warmup_steps`.
+        gradient_clip_norm: largest total norm of an update's gradient. None disables clipping; norms are still
+            recorded.
         use_amp: autocast to bf16 where the device supports it, else to fp16 with a gradient scaler.
-        mixed_precision: "no", "bf16" or "fp16"; None for what `accelerate launch` was told, else "no".
-        accumulate_in_fp32: for weights in bf16 or fp16, whose gradients would be summed up in 16 bits: sum them up over
-            passes and processes, measure and clip them in float32, and round them once, for the optimizer. Takes 2
-            bytes more a trainable weight on one process, none on several. With wider weights it changes nothing.
-        gradient_checkpointing: recompute activations in the backward pass (Transformers' models).
-        compile: `torch.compile` the model. Widths are padded to one of eight an octave, so that few are met.
-        num_workers: processes that collate ahead, for rows that take long to make (images to decode). Without, the
-            next window is collated while the device computes. One that dies is replaced. None with a stream.
-        tokenizer: tokenises raw text, and says how to pad. Saved with the model.
-        data_collator: a list of rows → a batch of tensors, rows first. None: columns along the tokens are padded.
-        loss_fn: `loss_fn(outputs, targets)` on tuples, `loss_fn(outputs, batch)` on dicts; gives a mean, or a dict of
-            named means, each logged, their sum trained on. The model is not given the labels then (but for an
-            encoder-decoder, which makes its decoder's inputs from them). None: the model's own loss.
-        reduction: "sum" where the loss is Σ ℓ, which ftaccum divides by the number of items; else "mean".
-        count_items: the number of loss items in a batch, or a dict of them by term. None: measured, or for a sum the
-            labels that are not ignored (elements, where targets are not integers).
-        compute_metrics: as `Trainer`'s, `EvalPrediction` → dict; or an `evaluate` module, such as
+        mixed_precision: "no", "bf16" or "fp16". None takes the value of `accelerate launch`, else "no".
+        accumulate_in_fp32: for weights in bf16 or fp16, whose gradients are otherwise summed in 16 bits: sum them over
+            micro-batches and processes, measure and clip them in float32, and round them once, for the optimizer. Takes
+            2 more bytes per trainable weight on a single process, none on several. No effect on wider weights.
+        gradient_checkpointing: recompute activations in the backward pass to save memory (Transformers models).
+        compile: `torch.compile` the model. Widths are padded to one of eight per octave, to limit the number of shapes.
+        num_workers: processes that collate batches ahead, for rows that are slow to make, such as images to decode.
+            With 0, the next window is collated while the device computes. A worker that dies is replaced. Must be 0 for
+            a stream.
+        tokenizer: tokenises raw text and defines the padding. Saved with the model.
+        data_collator: function from a list of rows to a batch of tensors, with rows as the first dimension. None pads
+            columns along the tokens.
+        loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for dicts. Returns a mean, or a dict
+            of named means, which are logged separately and summed for training. The model then gets no labels, except
+            an encoder-decoder, which makes its decoder's inputs from them. None: the model's own loss.
+        reduction: "sum" if the loss is a sum over loss items, which ftaccum divides by their number; otherwise "mean".
+        count_items: function from a batch to its number of loss items, or to a dict of these numbers by loss term. None
+            measures it; for a sum, it counts labels that are not ignored (for non-integer targets, elements).
+        compute_metrics: function from `EvalPrediction` to a dict, as for `Trainer`; or an `evaluate` module, such as
             `ftaccum.Accuracy()`, which gets the arg-max of the logits and the labels that are not ignored.
-        early_stopping_patience: epochs without a better validation loss after which to stop.
-        restore_best_weights: end with the weights of the epoch of best validation loss.
-        random_seed: of hold-out, order of rows and dropout. The process's own generators are left as they were.
-        on_inexact: "error", "warn" or "ignore": what to do where accumulating the loss is seen before training to be
-            no more than near one large batch (rows compared with each other, batch norm, a router's balance).
-        audit: whether to compare the gradient of some updates with that of one batch of the same rows, computed without
-            dropout. True: updates 1, 4, 16 and 64, then for 1% of the time. A number: as many updates between two
-            audits. A gradient that is not exact is treated as `on_inexact` says.
-        on_nonfinite: what to do with an update whose loss, in any pass on any process, or whose gradient is not finite.
-            "skip": leave weights, buffers, optimizer and schedule as they were, tell which rows have such a loss by
-            themselves, and go on. "error": end the run there (an overflow that a gradient scaler takes care of is
-            skipped all the same).
-        nonfinite_patience: so many skipped updates in a row end the run; None: none do. (The scale of fp16 gradients
-            falls from 2^16 to 2^-9 in 25.)
-        deterministic: deterministic algorithms only.
-        output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. Where it cannot be
-            written to any more, the run goes on, and says so.
-        checkpoint_every: updates between two checkpoints, or the time, such as "90s", "15min" or "2h"; None for none
-            but those at the ends of epochs. They are written in the background.
-        keep_checkpoints: how many of the newest ones stay, beside that of the epoch of best validation loss.
-        resume: "auto" goes on from the newest sound checkpoint in `output_dir`, or starts where there is none; or the
-            folder of a checkpoint, or of a run; None (or "off") starts anew. With the same settings, the run ends as
-            if it had never stopped, to the last bit; on other processes or with another `batch_size` it goes on behind
-            the rows that are done.
+        early_stopping_patience: stop after this many epochs without a better validation loss. None: never.
+        restore_best_weights: end with the weights of the epoch with the best validation loss.
+        random_seed: seed of the hold-out, the row order and dropout. The run restores the global random generators.
+        on_inexact: what to do if a check before training finds that accumulating the loss only approximates one large
+            batch (a loss that compares rows, batch norm, a router's balance): "error", "warn" or "ignore".
+        audit: compare the gradient of some updates with the gradient of one batch of the same rows, without dropout.
+            True: updates 1, 4, 16 and 64, then up to 1% of the training time. An integer: the number of updates
+            between two audits. `on_inexact` determines what happens if a gradient is not exact.
+        on_nonfinite: what to do with an update if its gradient, or its loss in any micro-batch on any process, is not
+            finite. "skip": leave weights, buffers, optimizer and schedule unchanged, report which rows have a
+            non-finite loss of their own, and continue. "error": end the run; only an overflow that the gradient scaler
+            handles is still skipped.
+        nonfinite_patience: end the run after this many consecutive skipped updates. None: never. (25 skips lower the
+            gradient scale of fp16 from 2^16 to 2^-9.)
+        deterministic: use only deterministic algorithms.
+        output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. If it becomes unwritable, the
+            run warns and continues.
+        checkpoint_every: updates between two checkpoints, or a time such as "90s", "15min" or "2h". None saves only at
+            the ends of epochs. Checkpoints are written in the background.
+        keep_checkpoints: number of newest checkpoints to keep, besides the one of the epoch with the best validation
+            loss.
+        resume: "auto" resumes from the newest sound checkpoint in `output_dir`, or starts a new run if there is none.
+            The folder of a checkpoint or of a run resumes from it. None (or "off") starts a new run. With the same
+            settings, the run ends as if it had never stopped, to the last bit. On a different number of processes or
+            with another `batch_size`, it continues after the rows that are done.
         allow_changed: names of settings (`learning_rate`, `n_epochs`, `effective_batch_size`, `train_data`, …) that may
-            differ from those of the run that is gone on with. Any other difference is refused.
-        log_with: an Accelerate tracker, or its name, or a list of those. Each is told from a thread of its own, and
-            may raise or hang without harm to the run.
+            differ from those of the resumed run. Any other difference is an error.
+        log_with: an Accelerate tracker, its name, or a list of these. Each tracker runs in its own thread, and the run
+            continues if it raises or hangs.
         use_wandb: short for `log_with="wandb"`.
         progress: show a progress bar.
 
@@ -188,24 +192,26 @@ def test_fine_tuning(
         The losses, norms, rates and metrics of the run; see `Result`.
 
     Raises:
-        SettingsError: arguments that cannot be used, all in one message, before anything is loaded.
-        CheckpointError: where no checkpoint can be gone on from, or only one of a run with other settings.
-        Preempted: where SIGTERM or SIGUSR1 came, after the update that was under way has been taken and saved. A
-            `SystemExit` with status 75. (KeyboardInterrupt, where it was SIGINT.)
-        InexactLossError: where `on_inexact` is "error", and accumulating the loss is not exact. If an audit finds that
-            in the middle of a run, checkpoint and model are saved first, and the message names them.
-        DataError: data that cannot be trained on, with the row where there is one.
-        MetricsError: where `compute_metrics` raises, and there are several processes; one lets through what it raised.
-        LostProcessError: where another process of the run has ended, or does not answer.
-        DivergedError: where `on_nonfinite` is "error", or `nonfinite_patience` has run out, with the rows at fault.
-        torch.OutOfMemoryError: where memory runs out for a single row. For more rows, the window is run again in
-            smaller micro-batches, with the same update.
+        SettingsError: if arguments are invalid. One message lists them all, before anything is loaded.
+        CheckpointError: if there is no checkpoint to resume from, or only one of a run with different settings.
+        Preempted: after SIGTERM or SIGUSR1, once the current update is finished and saved. A `SystemExit` with status
+            75. (SIGINT raises KeyboardInterrupt instead.)
+        InexactLossError: if `on_inexact` is "error" and accumulating the loss is not exact. If an audit finds this
+            during training, the checkpoint and the model are saved first, and the message names them.
+        DataError: if the data cannot be used for training; names the row, if possible.
+        MetricsError: if `compute_metrics` raises and there are several processes. A single process raises the original
+            error.
+        LostProcessError: if another process of the run has died or does not respond.
+        DivergedError: if an update is not finite and `on_nonfinite` is "error", or `nonfinite_patience` is exhausted;
+            names the rows at fault.
+        torch.OutOfMemoryError: if a single row does not fit in memory. If several rows do not fit, the window runs
+            again in smaller micro-batches, with the same update.
 
     Warns:
-        InexactLossWarning: where accumulating the loss only approximates one large batch, with the figure, the likely
-            cause and the remedy.
-        PaddingWarning: where padding counts in a loss of the user's own.
-        OutputWarning: where a file could not be written, or a tracker failed.
+        InexactLossWarning: if accumulating the loss only approximates one large batch; gives the size of the error,
+            its likely cause and the remedy.
+        PaddingWarning: if a user's loss depends on padding.
+        OutputWarning: if a file could not be written, or a tracker failed.
 
     Example:
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
@@ -273,5 +279,5 @@ def test_fine_tuning(
     )
 
 
-# pytest collects whatever is named `test_*` where a user imports it.
+# Otherwise pytest would collect this function from test modules that import it.
 test_fine_tuning.__test__ = False  # type: ignore[attr-defined]

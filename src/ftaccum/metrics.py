@@ -1,7 +1,7 @@
-"""Metrics as `evaluate` modules that need no hub: `compute_metrics=ftaccum.Accuracy()`.
+"""Metrics that work without access to the Hugging Face Hub, for example `compute_metrics=ftaccum.Accuracy()`.
 
-They subclass `evaluate.Metric`, so that `compute`, `add_batch` and `evaluate.combine` work as for any other, and
-compute with scikit-learn, as the hub's modules of the same names do.
+They subclass `evaluate.Metric`, so `compute`, `add_batch` and `evaluate.combine` work as for any other metric. Like the
+Hub's metrics of the same names, they compute with scikit-learn.
 """
 
 from collections.abc import Mapping
@@ -36,13 +36,13 @@ class Accuracy(_Metric):
 
 
 class F1(_Metric):
-    """F1, precision and recall, averaged over classes (`average="macro"` unless told otherwise)."""
+    """F1, precision and recall, averaged over classes."""
 
     _description = "Harmonic mean of precision and recall, averaged over classes."
 
     def __init__(self, average: str = "macro", **kwargs: Any) -> None:
         """Args:
-        average: as scikit-learn's: "macro", "micro", "weighted" or "binary".
+        average: how to average, as in scikit-learn: "macro", "micro", "weighted" or "binary".
         """
         super().__init__(**kwargs)
         self._average = average
@@ -54,7 +54,7 @@ class F1(_Metric):
 
 
 class ClassificationMetrics(F1):
-    """Accuracy, F1, precision and recall at once."""
+    """Accuracy, F1, precision and recall."""
 
     _description = "Accuracy, and F1, precision and recall averaged over classes."
 

@@ -1,6 +1,6 @@
-"""Recipe and Runtime: the one declaration of each setting.
+"""Recipe and Runtime: the only declaration of each setting.
 
-A run is decided by its Recipe. The Runtime may change time and memory, never the result.
+The Recipe determines the result of a run. The Runtime affects time and memory, never the result.
 """
 
 from dataclasses import dataclass
@@ -46,10 +46,10 @@ _repeat = partial(setting, group="reproducibility")
 _output = partial(setting, group="checkpoints and output")
 _logging = partial(setting, group="logging")
 
-# Why `search` cannot vary an argument.
-SAME_ROWS = "every trial has the same rows in the same order and the same budget of them"
+# Reasons why `search` cannot vary an argument.
+SAME_ROWS = "every trial trains on the same rows, in the same order and within the same budget of rows"
 OWN_ARGUMENT = "it is an argument of the search itself"
-_FROM_STEPS = "`accumulation_steps` says which batches are tried"
+_FROM_STEPS = "`accumulation_steps` sets which effective batches are tried"
 _FIXED_BATCH = "the physical batch of a search is fixed"
 
 _data = partial(setting, group="model and data", in_verify=True, unsearchable=SAME_ROWS)
@@ -57,30 +57,32 @@ _data = partial(setting, group="model and data", in_verify=True, unsearchable=SA
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is learned. Two runs with the same Recipe reach the same weights, up to rounding.
+    """The settings that determine what a model learns. Two runs with the same Recipe reach the same weights, up to
+    rounding.
 
-    Three settings size an update: k, rows, tokens. With the physical batch and the number of processes they give one
-    effective batch size, once, at the start. A resumed run has the same Recipe, except for what `allow_changed` names.
+    Three settings can set the size of an update: k, rows or tokens. At the start of a run, they determine the effective
+    batch size together with the physical batch and the number of processes. A resumed run must have the same Recipe,
+    except for settings that `allow_changed` names.
     """
 
     text_columns: TextNames | None = _data(
         None,
-        "column of the texts, or two for pairs, as in premise,hypothesis; None takes the only one",
+        "column of raw text, or two columns for text pairs (premise,hypothesis); None takes the only text column",
         "--text_column",
     )
-    add_eos_token: Flag = _data(True, "end each text of a causal LM in the tokenizer's end-of-text token")
+    add_eos_token: Flag = _data(True, "end each text of a causal LM with the tokenizer's end-of-text token")
     n_epochs: PositiveInt = _training(3, "passes over the training rows", in_plan=True, unsearchable=SAME_ROWS)
     max_updates: PositiveInt | None = _training(
         None,
-        "updates after which training ends, if the epochs have not ended it before; None: the epochs alone",
+        "updates after which training ends, unless the epochs end it earlier; None trains all epochs",
         in_plan=True,
         decided_by_search=True,
         unsearchable=SAME_ROWS,
     )
     gradient_accumulation_steps: Steps = _asked_size(
         1,
-        "micro-batches per update on each process (k); 0:2,100:8 for 2 at first and 8 from update 100 on; 1 leaves it "
-        "to the two below, if one is given",
+        "micro-batches per update on each process (k); 0:2,100:8 means 2 at first and 8 from update 100 on; leave at 1 "
+        "to set effective_batch_size or tokens_per_update",
         unsearchable=OWN_ARGUMENT,
     )
     effective_batch_size: PositiveInt | None = _asked_size(
@@ -91,7 +93,7 @@ class Recipe:
     )
     remainder: Remainder = _size(
         "flush",
-        "rows left at the end of an epoch: flush makes a short update of them, carry completes it from the next epoch",
+        "rows left at the end of an epoch: flush makes a smaller update of them, carry fills it up from the next epoch",
         in_plan=True,
         unsearchable=SAME_ROWS,
     )
@@ -100,32 +102,32 @@ class Recipe:
     )
     learning_rate_scaling: Scaling = _optimization(
         "none",
-        "how the rate follows a k that changes: none, sqrt (adaptive optimizers) or linear (SGD)",
+        "how the learning rate scales with a changing k: none, sqrt (adaptive optimizers) or linear (SGD)",
         in_plan=True,
         decided_by_search=True,
         unsearchable=_FROM_STEPS,
     )
-    weight_decay: NonNegative = _optimization(0.01, "decoupled weight decay; biases and norms get none")
-    lr_scheduler: Text = _optimization("linear", "name of a schedule that transformers' get_scheduler knows")
-    warmup_steps: Count = _optimization(0, "updates of warm-up")
-    warmup_ratio: Fraction = _optimization(0.0, "share of all updates that is warm-up, instead of a number of them")
-    gradient_clip_norm: Positive | None = _optimization(1.0, "largest total gradient norm; None clips nothing")
+    weight_decay: NonNegative = _optimization(0.01, "decoupled weight decay; none for biases and norms")
+    lr_scheduler: Text = _optimization("linear", "name of a schedule that transformers' get_scheduler accepts")
+    warmup_steps: Count = _optimization(0, "number of warm-up updates")
+    warmup_ratio: Fraction = _optimization(0.0, "share of all updates used for warm-up, instead of warmup_steps")
+    gradient_clip_norm: Positive | None = _optimization(1.0, "largest total gradient norm; None disables clipping")
     validation_split: Fraction = _evaluation(
         0.1,
-        "share of the training rows held out if there is no validation data; 0 holds out none",
+        "share of the training rows to hold out if there is no validation data; 0 holds out none",
         in_plan=True,
         unsearchable=SAME_ROWS,
     )
     early_stopping_patience: PositiveInt | None = _evaluation(
         None,
-        "epochs without a better validation loss after which training stops; None never stops",
+        "stop after this many epochs without a better validation loss; None never stops early",
         decided_by_search=True,
-        unsearchable="it would give trials unlike budgets; a pruner ends the bad ones",
+        unsearchable="it would give trials different budgets; a pruner ends bad trials instead",
     )
-    restore_best_weights: Flag = _evaluation(False, "end with the weights of the epoch of best validation loss")
+    restore_best_weights: Flag = _evaluation(False, "end with the weights of the epoch with the best validation loss")
     random_seed: Seed = _repeat(
         42,
-        "seed of the hold-out, the order of the rows and dropout",
+        "seed of the hold-out, the row order and dropout",
         in_plan=True,
         in_verify=True,
         decided_by_search=True,
@@ -135,79 +137,77 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How it is run: time and memory, not the result. A resumed run may have any other Runtime."""
+    """The settings that affect time and memory, not the result. A resumed run may have a different Runtime."""
 
     batch_size: BatchSize = _size(
         4,
-        "rows of a micro-batch on one process (the physical batch); auto takes the most that fit in memory",
+        "rows per micro-batch on one process (the physical batch); auto takes as many as fit in memory",
         in_verify=True,
         unsearchable=_FIXED_BATCH,
     )
     max_tokens: PositiveInt | None = _cut(
         None,
-        "most positions of a micro-batch, padding included; sizes micro-batches by these instead of by rows",
+        "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows",
         unsearchable=_FIXED_BATCH,
     )
-    planner: Flag = _cut(True, "cut each window where it costs least; without, equal slices in order of arrival")
+    planner: Flag = _cut(True, "split each window where it costs least; False: equal slices in order of arrival")
     planner_costs: Costs | None = _cut(
         None,
-        "cost of a pass: fixed, per padded token, per row of squared width; None takes 64, 1 and 0.0005",
+        "costs of a pass: fixed, per padded token, and per row × squared width; None takes 64, 1 and 0.0005",
     )
-    padding_free: Flag = _cut(
-        False, "put the rows of a micro-batch one behind the other instead of padding them (causal LMs)"
-    )
-    gradient_checkpointing: Flag = _cut(False, "recompute activations instead of keeping them")
+    padding_free: Flag = _cut(False, "concatenate the rows of a micro-batch instead of padding them (causal LMs)")
+    gradient_checkpointing: Flag = _cut(False, "recompute activations in the backward pass to save memory")
     compile: Flag = _speed(
-        False, "torch.compile the model; widths are padded to buckets, to bound their number", matters_to_rounding=True
+        False, "torch.compile the model; widths are padded to buckets to limit the shapes", matters_to_rounding=True
     )
-    num_workers: Count = _speed(0, "processes that collate ahead, for rows that take long to make; 0 for none")
+    num_workers: Count = _speed(0, "processes that collate batches ahead, for rows that are slow to make; 0 for none")
     use_amp: Flag = _precision(
         False, "autocast: bf16 where the device supports it, else fp16 with a scaler", in_verify=True
     )
     mixed_precision: Precision | None = _precision(
-        None, "no, bf16 or fp16; None takes what `accelerate launch` was told, else no", in_verify=True
+        None, "no, bf16 or fp16; None takes the value of `accelerate launch`, else no", in_verify=True
     )
     accumulate_in_fp32: Flag = _precision(
-        False, "sum the gradients of 16-bit weights in float32, and round them once", matters_to_rounding=True
+        False, "sum the gradients of 16-bit weights in float32 and round them once", matters_to_rounding=True
     )
     on_inexact: OnInexact = _check(
         "warn", "what to do if accumulating the loss only approximates a large batch: error, warn or ignore"
     )
     audit: Audit = _check(
         True,
-        "compare the gradient of some updates with that of one batch of their rows: true, false, or the updates "
-        "between two audits",
+        "compare the gradient of some updates with the gradient of one batch of the same rows: true, false, or the "
+        "number of updates between two audits",
     )
     on_nonfinite: OnNonfinite = _check(
         "skip", "what to do with an update whose loss or gradient is not finite: skip it, or error to end the run"
     )
     nonfinite_patience: PositiveInt | None = _check(
-        25, "updates in a row that are not finite after which the run ends; None for any number"
+        25, "end the run after this many consecutive updates that are not finite; None never ends it"
     )
     deterministic: Flag = _repeat(
-        False, "use deterministic algorithms only, which are slower", matters_to_rounding=True, in_verify=True
+        False, "use only deterministic algorithms, which are slower", matters_to_rounding=True, in_verify=True
     )
     output_dir: Text | None = _output(
         None,
-        "folder for the ledger, the result, checkpoints and the trained model",
+        "folder for the ledger, the result, the checkpoints and the trained model",
         unsearchable=OWN_ARGUMENT,
     )
     checkpoint_every: Every | None = _output(
-        "15min", "updates, or time (90s, 15min, 2h), between checkpoints; None: only at the ends of epochs"
+        "15min", "number of updates, or time (90s, 15min, 2h), between checkpoints; None saves only after each epoch"
     )
-    keep_checkpoints: PositiveInt = _output(2, "newest checkpoints to keep, besides that of the best epoch")
+    keep_checkpoints: PositiveInt = _output(2, "number of newest checkpoints to keep, besides the best epoch's")
     resume: Resume | None = _output(
-        None, "auto resumes from the newest sound checkpoint in output_dir, if any; or a folder; off starts anew"
+        None, "auto resumes from the newest sound checkpoint in output_dir, if any; or a folder to resume from; or off"
     )
-    allow_changed: Names = _output((), "settings that may differ from those of the run that is resumed")
-    log_with: Tracker | None = _logging(None, "tracker that Accelerate knows, such as tensorboard, or all")
+    allow_changed: Names = _output((), "settings that may differ from those of the resumed run")
+    log_with: Tracker | None = _logging(None, "name of a tracker that Accelerate supports, such as tensorboard, or all")
     use_wandb: Flag = _logging(False, "short for log_with=wandb")
     progress: Flag = _logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)
 
 
-# Three ways to size an update; runs compare the effective batch size that they give.
+# Alternative ways to set the size of an update; runs compare the resulting effective batch size.
 SIZES = names_where(Recipe, lambda traits: traits.sizes_update)
-# The names that `allow_changed` knows: what a resumed run must share with the run before.
+# The names that `allow_changed` accepts: what a resumed run must otherwise share with the previous run.
 CHANGEABLE = (
     *names_where(Recipe, lambda traits: not traits.sizes_update),
     *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator"),

@@ -1,4 +1,4 @@
-"""Whether a run is the one that a checkpoint was made in: what it learns, on what, and how."""
+"""Compare a run with the run that wrote a checkpoint: settings, data, model and software."""
 
 import hashlib
 import re
@@ -22,22 +22,22 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings import SIZES, Recipe, Runtime
 
-FORMAT = 3  # of a checkpoint's files; another one cannot be read
-_LOOKED_AT = 16  # numbers of a weight; numbers of a weight
+FORMAT = 3  # version of the checkpoint files; other versions cannot be read
+_LOOKED_AT = 16  # leading numbers of each frozen weight that identify it
 _MATTER_TO_ROUNDING = names_where(Runtime, lambda traits: traits.matters_to_rounding)
-_RATES = {"lr", "initial_lr"}  # which the settings and the schedule say
+_RATES = {"lr", "initial_lr"}  # compared through the settings instead
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes a run the same run when it is resumed, and what may differ.
+    """The properties of a run that must not change when it resumes, and those that may.
 
     Attributes:
-        recipe: what is learned, by setting.
-        trained_on: the rest of what must not change, by the names that `allow_changed` knows.
-        run_with: what may change: time and memory.
-        n_rows: training rows.
-        versions: versions of the packages that compute it.
+        recipe: values of the Recipe, by setting, without those that set the size of an update.
+        trained_on: everything else that must not change, by the names that `allow_changed` accepts.
+        run_with: what may change, because it affects only time and memory.
+        n_rows: number of training rows.
+        versions: versions of the packages that compute the run.
     """
 
     recipe: dict[str, Any]
@@ -47,17 +47,17 @@ class RunIdentity:
     versions: dict[str, str]
 
     def as_metadata(self) -> dict[str, Any]:
-        """Return what a checkpoint says about its run."""
+        """Return the metadata that a checkpoint stores about its run."""
         return {"format": FORMAT, **asdict(self)}
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """What is learned, by setting, but for the size of an update."""
+    """Return the settings of a Recipe, without those that set the size of an update."""
     return {name: value for name, value in asdict(recipe).items() if name not in SIZES}
 
 
 def size_identity(batch_sizes: BatchSizes) -> Any:
-    """Rows of an update; where they change, pairs [from_update, rows]."""
+    """Return the rows per update or, if they change during the run, pairs [from_update, rows]."""
     stages = [[update, sizes.effective_batch_size] for update, sizes in batch_sizes.stages()]
     return stages if len(stages) > 1 else stages[0][1]
 
@@ -73,8 +73,10 @@ def rounding_settings(runtime: Runtime) -> dict[str, Any]:
 
 
 def rows_identity(rows: Rows | None) -> str | None:
-    """How many rows, and a checksum of those that are looked at before training and of the lengths of all. (Rows that
-    are drawn anew each time they are fetched have none of themselves.)"""
+    """Return the number of rows and a checksum of all row lengths and of a sample of rows.
+
+    Rows that differ each time they are fetched contribute only their lengths.
+    """
     if rows is None:
         return None
     checksum = hashlib.sha256(np.array(rows.lengths() or []).tobytes())
@@ -85,10 +87,10 @@ def rows_identity(rows: Rows | None) -> str | None:
 
 
 def model_identity(model: nn.Module) -> str:
-    """The shapes, types and names of its weights, and how many are trained."""
+    """Return a model's class, its numbers of weights and a checksum of their names, shapes and types."""
     weights = list(model.named_parameters())
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
-    if hasattr(model, "peft_config"):  # those that are not trained are not in the checkpoint
+    if hasattr(model, "peft_config"):  # frozen weights are not in the checkpoint
         shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for _, p in weights if not p.requires_grad])
     trained = sum(p.numel() for _, p in weights if p.requires_grad)
     total = sum(p.numel() for _, p in weights)
@@ -97,7 +99,7 @@ def model_identity(model: nn.Module) -> str:
 
 
 def optimizer_identity(optimizer: Optimizer) -> str:
-    """Its kind and its numbers, group by group, but for the rates."""
+    """Return an optimizer's class and its hyperparameters by group, without learning rates."""
     groups = [
         {name: v for name, v in group.items() if name not in {"params", *_RATES}} for group in optimizer.param_groups
     ]
@@ -106,31 +108,31 @@ def optimizer_identity(optimizer: Optimizer) -> str:
 
 
 def function_identity(function: Any) -> str | None:
-    """The name of a function, or of what kind of thing is called."""
+    """Return the name of a function, or the class name of another callable."""
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
 
 def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str], checkpoint: Path) -> set[str]:
-    """The names under which a run differs from that of a checkpoint, if all of them are allowed.
+    """Return the names in which a run differs from a checkpoint, if all of them are allowed to differ.
 
     Args:
-        was, now: values by name; a name that is not in `was` is not compared.
+        was, now: values by name. Only names in both are compared.
 
     Raises:
-        CheckpointError: showing each pair of values that is not allowed to differ.
+        CheckpointError: if other values differ; the message shows both values of each.
     """
     changed = {name for name in was.keys() & now.keys() if _plain(was[name]) != _plain(now[name])}
     if refused := sorted(changed - set(allowed)):
-        pairs = [f"`{name}` was {was[name]!r}, and is {now[name]!r}." for name in refused]
+        pairs = [f"`{name}` was {was[name]!r}, but is {now[name]!r} now." for name in refused]
         if isinstance(was.get("effective_batch_size"), int) and "effective_batch_size" in refused:
             pairs.append(
-                "On other processes, or with another `batch_size`, updates stay as large with "
+                "To keep the size of an update with another number of processes or another `batch_size`, set "
                 f"`effective_batch_size={was['effective_batch_size']}`."
             )
         wanted = ", ".join(map(repr, refused))
         raise CheckpointError(
             [
-                f"`resume` found {checkpoint}, but of a run with other settings. Give the same ones, or start anew "
+                f"`resume` found {checkpoint}, but that run had other settings. Use the same settings, start a new run "
                 f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]`.",
                 *pairs,
             ]
@@ -139,12 +141,12 @@ def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[st
 
 
 def _named(value: Any) -> str:
-    """Without the address in memory, which what is no number is shown with."""
+    """Return the repr of a value without memory addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """Return a value as it looks after a round trip through JSON."""
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 

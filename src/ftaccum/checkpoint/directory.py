@@ -1,4 +1,4 @@
-"""The checkpoints of a run, on the disk: which there are, which is sound, which go."""
+"""The checkpoint folder of a run: list, find, move and remove checkpoints."""
 
 import os
 import re
@@ -11,68 +11,75 @@ from ..runtime.log import logger
 from .manifest import damage
 
 _NAME = re.compile(r"update-(\d{8,})(?:-epoch-(\d{4,}))?")
-_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.(?:partial|gone|replaced)")  # what a kill leaves of ours
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.(?:partial|gone|replaced)")  # ours, left by a killed process
 _DAMAGED = "damaged-"
-# One for what is put aside, and one for while the run goes on from a checkpoint that lies in the other.
+# Folders for older checkpoints. The second is for runs that resume from a checkpoint in the first.
 _PREVIOUS = ("checkpoints.previous", "checkpoints.previous-2")
 
 
 class CheckpointDirectory:
-    """The folder `checkpoints` of a run's output folder. A name sorts by the number of updates; where an epoch has
-    ended with an update, the checkpoint that has its validation loss comes after the one that has not."""
+    """The folder `checkpoints` in a run's output folder.
+
+    Checkpoints sort by their number of updates. If an epoch ended with an update, the checkpoint with the epoch's
+    validation loss sorts after the one without it.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Args:
-        folder: `checkpoints` in a run's output folder.
+        folder: the folder `checkpoints` in a run's output folder.
         """
         self.folder = folder
 
     def place(self, n_updates: int, n_epochs: int | None = None) -> Path:
-        """Where a checkpoint goes.
+        """Return the path of a checkpoint.
 
         Args:
-            n_epochs: where the last update ended an epoch that has been evaluated, the epochs so far.
+            n_epochs: number of epochs so far, if the last update ended an epoch that has been evaluated.
         """
         return self.folder / (f"update-{n_updates:08d}" + ("" if n_epochs is None else f"-epoch-{n_epochs:04d}"))
 
     def checkpoints(self) -> list[Path]:
-        """Those that are there, sound or not, the newest first."""
+        """Return all checkpoints, sound or damaged, newest first."""
         named = [path for path in self._all() if _NAME.fullmatch(path.name)]
         return sorted(named, key=_order, reverse=True)
 
     def newest_sound(self) -> tuple[Path | None, list[Path]]:
-        """The newest checkpoint without damage, and those that are newer and will never be sound. Each that is passed
-        over is logged. Nothing is moved: the folder may be another run's."""
+        """Return the newest sound checkpoint, if any, and the newer checkpoints that are damaged.
+
+        Logs each checkpoint that it skips. Moves nothing, because the folder may belong to another run.
+        """
         damaged: list[Path] = []
         for path in self.checkpoints():
             try:
                 wrong = damage(path)
-            except OSError as error:  # which may pass
-                logger.warning(f"{path} cannot be read ({error}), and is passed over.")
+            except OSError as error:  # may be temporary
+                logger.warning(f"Skipped {path}, which cannot be read: {error}")
                 continue
             if wrong is None:
                 return path, damaged
-            logger.warning(f"{path} is damaged ({wrong}), and is passed over.")
+            logger.warning(f"Skipped {path}, which is damaged: {wrong}.")
             damaged.append(path)
         return None, damaged
 
     def prune(self, keep: int, best_epoch: int | None) -> None:
-        """Removes all but the newest ones and that of the best epoch (counted from 1)."""
+        """Remove all checkpoints except the newest `keep` and that of the best epoch (counted from 1)."""
         for path in self.checkpoints()[keep:]:
             if best_epoch is None or _order(path)[1] != best_epoch:
                 _remove(path)
 
     def set_aside(self, behind: Path | None, damaged: Collection[Path]) -> None:
-        """Makes room for a run that goes on behind a checkpoint, or starts anew: what another one left that is newer is
-        put into a folder beside, in place of what was there. What is removed or put aside is logged.
+        """Clear the folder for a run that resumes from a checkpoint or starts anew.
+
+        Moves newer checkpoints of an earlier run to a sibling folder, which loses its previous contents. Removes
+        unfinished checkpoints. Logs both.
 
         Args:
-            behind: in this folder or anywhere else. It stays where it is.
-            damaged: of this folder or of another. The newest of its own keeps another name, the others are removed.
+            behind: the checkpoint to resume from, in this folder or elsewhere; it stays in place. None for a new run.
+            damaged: damaged checkpoints. Of those in this folder, the newest is renamed and the others are removed.
         """
         for path in self._all():
             if _UNFINISHED.fullmatch(path.name):
-                logger.warning(f"{path} was not written to its end, and is removed.")
+                logger.warning(f"Removed {path}, which was not written completely.")
                 shutil.rmtree(path, ignore_errors=True)
         behind = None if behind is None else behind.resolve()
         own = [path for path in damaged if _same(path.parent, self.folder)]
@@ -88,15 +95,15 @@ class CheckpointDirectory:
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
-        logger.warning(f"Checkpoints of an earlier run are put aside, in {aside}.")
+        logger.warning(f"Moved checkpoints of an earlier run to {aside}.")
 
     def clear(self) -> None:
-        """Removes them all, and those that were put aside."""
+        """Remove all checkpoints, including those that `set_aside` moved."""
         for folder in (self.folder, *self._beside()):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _mark_damaged(self, paths: Collection[Path]) -> None:
-        """It would take the place of a sound one among the newest."""
+        """Rename the newest of these checkpoints and remove the others, so that `prune` does not count them."""
         for path in self._all():
             if path.name.startswith(_DAMAGED):
                 shutil.rmtree(path, ignore_errors=True)
@@ -119,15 +126,15 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _same(path: Path, other: Path | None) -> bool:
-    """Whether both lead to the same folder, however they are spelled."""
+    """Return whether both paths lead to the same folder."""
     try:
         return other is not None and os.path.samefile(path, other)
-    except OSError:  # one of them is not there
+    except OSError:  # one of them does not exist
         return False
 
 
 def _remove(path: Path) -> None:
-    """Under a name that nobody takes for a checkpoint's, for it may not be removed in one go."""
+    """Remove a checkpoint. It is renamed first, because a partly removed one must not look like a checkpoint."""
     gone = path.with_name(f".{path.name}.gone")
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""When to stop, and which epoch's weights to end with."""
+"""Early stopping, and the weights of the best epoch."""
 
 import math
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class BestEpoch:
-    """Follows the validation loss from epoch to epoch."""
+    """The epoch with the best validation loss so far, which decides when to stop early."""
 
     def __init__(self, patience: int | None, keep_weights: bool) -> None:
         """Args:
-        patience: epochs without a better loss after which to stop; None for never.
-        keep_weights: whether to keep a copy of the best epoch's weights, in host memory.
+        patience: stop after this many epochs without a better loss; None for never.
+        keep_weights: whether to keep a copy of the best epoch's weights in host memory.
 
         Attributes:
-            loss: the best so far, infinite before the first.
-            weights: of that epoch, where they are kept.
-            keeps_weights: whether they are, once there was one.
+            loss: the best validation loss so far; infinite before the first.
+            weights: weights of the best epoch; None before it or if they are not kept.
+            keeps_weights: whether the weights of the best epoch are kept.
         """
         self._patience = math.inf if patience is None else patience
         self.keeps_weights = keep_weights
@@ -28,10 +28,10 @@ class BestEpoch:
         self.weights: dict[str, Tensor] | None = None
 
     def ends_after(self, val_loss: float | None, model: nn.Module, *, updated: bool) -> bool:
-        """Takes an epoch's validation loss, and says whether training should stop. A NaN is never better.
+        """Record an epoch's validation loss, and return whether training should stop. NaN never counts as better.
 
         Args:
-            updated: whether the epoch had an update. One without says nothing for training to stop by.
+            updated: whether the epoch had an update. An epoch without one does not count towards the patience.
         """
         if val_loss is None:
             return False
@@ -47,24 +47,24 @@ class BestEpoch:
 
     @property
     def has_ended(self) -> bool:
-        """Whether training should have stopped by now."""
+        """Whether training should stop."""
         return self._epochs_since >= self._patience
 
     def describe(self) -> str:
-        """Why it did."""
+        """Return a message on why training stopped."""
         if self.loss == math.inf:
-            return f"Stopped early: no finite validation loss in {self._patience} epochs, so none is the best."
+            return f"Stopped early: no finite validation loss in {self._patience} epochs, so there is no best epoch."
         return f"Stopped early: no better validation loss in {self._patience} epochs."
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the weights, which are large."""
+        """Return the state without the weights, which a checkpoint stores separately."""
         return {"loss": self.loss, "epochs_since": self._epochs_since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.loss, self._epochs_since = state_dict["loss"], state_dict["epochs_since"]
 
     def restore(self, model: nn.Module) -> bool:
-        """Puts the best epoch's weights back, where they were kept, and says whether they were."""
+        """Load the best epoch's weights into the model, and return whether they had been kept."""
         if self.weights is None:
             return False
         fill(weights_of(model), self.weights)
@@ -72,8 +72,10 @@ class BestEpoch:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What makes a model what it has learnt: weights, and buffers of its `state_dict`. A weight that is tied is there
-    once. Of an adapted model (PEFT), the base weights that are not trained are left out: they come with the model."""
+    """Return the weights and persistent buffers of a model by name, with tied weights only once.
+
+    For a PEFT model, frozen base weights are left out, because they come with the model.
+    """
     adapted = hasattr(model, "peft_config")
     weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
     passing = passing_of(model)
@@ -81,7 +83,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def passing_of(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are none of its `state_dict`."""
+    """Return the buffers that are not in a model's `state_dict`."""
     names = {
         f"{prefix}.{name}".lstrip(".") for prefix, m in model.named_modules() for name in m._non_persistent_buffers_set
     }
@@ -89,10 +91,10 @@ def passing_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """Has tensors hold what was saved by their names; where not `strict`, of those that have a shape as saved."""
+    """Copy saved values into tensors of the same names. Unless `strict`, skip tensors whose saved shape differs."""
     for name, tensor in own.items():
         if not strict and (name not in saved or saved[name].shape != tensor.shape):
             continue
-        # One number may stand for many (expanded), which cannot be written to, and need not be.
+        # An expanded tensor cannot be written to. It need not be if its values are equal already.
         if tensor.is_contiguous() or not torch.equal(tensor.cpu(), saved[name]):
             tensor.detach().copy_(saved[name])

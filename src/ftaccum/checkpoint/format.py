@@ -1,4 +1,4 @@
-"""A checkpoint as files: written from a run's state on the host, and opened again."""
+"""The files of a checkpoint: write them from a snapshot, and read them."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ OPTIMIZER, PROCESSES, BEST, BESIDE = "optimizer.pt", "processes.pt", "best.safet
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state on the host, which the run does not change any more."""
+    """A copy of a run's state in host memory, which the run no longer changes."""
 
     metadata: dict[str, Any]
     entries: list[Entry]
@@ -34,18 +34,18 @@ class Snapshot:
 
     @property
     def n_bytes(self) -> int:
-        """About what it takes on the disk."""
+        """Approximate size on disk."""
         return n_bytes_in([self.weights, self.buffers, self.beside, self.best, self.steps]) + 300 * len(self.entries)
 
     def write(self, folder: Path) -> None:
-        """Into a folder that is there and empty.
+        """Write the files of a checkpoint into an empty folder.
 
         Raises:
-            OSError: where there is no room, among others.
-            pickle.UnpicklingError: where the optimizer's state could not be read again without running code.
+            OSError: if the disk is full, among other causes.
+            pickle.UnpicklingError: if reading the optimizer's state would require running code.
         """
         (folder / WEIGHTS).parent.mkdir()
-        save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})  # as Transformers marks its own
+        save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})  # as Transformers writes it
         if self.config is not None:
             (folder / WEIGHTS).with_name("config.json").write_text(self.config)
         save_file(self.buffers, folder / BUFFERS)
@@ -63,7 +63,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has been opened: what is known of the run, and what it has recorded."""
+    """An opened checkpoint: the run's metadata and ledger. The tensors are still on disk."""
 
     path: Path
     metadata: dict[str, Any]
@@ -75,7 +75,7 @@ class Checkpoint:
         return cls(path, json.loads((path / STATE).read_text()), entries)
 
     def processes(self) -> list[dict[str, Any]]:
-        """Generators and work of each process."""
+        """Return the random generators and the throughput of each process."""
         return torch.load(self.path / PROCESSES, weights_only=True)
 
     @property
@@ -95,6 +95,6 @@ class Checkpoint:
         return Progress(rows, last_epoch, metadata["n_rows"], metadata["recipe"]["max_updates"])
 
     def of_epoch(self, epoch: int) -> Path | None:
-        """The checkpoint beside this one of the end of an epoch, if there is a sound one."""
+        """Return the sound checkpoint of an epoch in the same folder, if there is one."""
         there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
         return next((path for path in there if damage(path) is None), None)

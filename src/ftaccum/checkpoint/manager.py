@@ -1,4 +1,4 @@
-"""When a run is saved, and when it stops on request: between two windows, on all processes alike."""
+"""Save a run, and stop it on request. Both happen between two windows, on all processes together."""
 
 import errno
 import shutil
@@ -24,18 +24,18 @@ from .format import Snapshot
 from .manifest import seal
 from .state import TrainState
 
-_ROOM = 1.2  # times what a copy takes
+_ROOM = 1.2  # free host memory that a copy requires, as a multiple of its size
 
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """When to save, and what to keep.
+    """The policy of when to save and which checkpoints to keep.
 
     Attributes:
-        every: updates between two checkpoints, or the time, such as "15min"; None for none in between.
+        every: updates between two checkpoints, or a time such as "15min"; None for none within an epoch.
         at_epochs: whether to save at the end of each epoch.
-        keep: how many of the newest checkpoints stay.
-        endings: errors that end a run for good, so that nobody will resume it.
+        keep: number of newest checkpoints to keep.
+        endings: errors after which a run will not be resumed, so that nothing is saved.
     """
 
     every: int | str | None
@@ -45,7 +45,7 @@ class SavePolicy:
 
 
 class CheckpointManager:
-    """Saves a run every so often, at the end of each epoch, and where it is asked to stop."""
+    """The manager that saves a run at intervals, at the ends of epochs, and when a signal asks it to stop."""
 
     def __init__(
         self,
@@ -62,8 +62,9 @@ class CheckpointManager:
         """Create a manager.
 
         Args:
-            directory: None where nothing is saved.
-            is_healthy: whether the weights can be trained on, on all processes alike; else they are not saved.
+            directory: where to save; None saves nothing.
+            is_healthy: returns whether training can continue from the weights, the same on all processes. If not,
+                nothing is saved.
             resumed_from: the checkpoint that the run resumed from, if any.
         """
         self._state, self._identity, self._directory, self._policy = state, identity, directory, policy
@@ -73,10 +74,10 @@ class CheckpointManager:
         self._saved, self._saved_at = self._n_updates, time.monotonic()
 
     def after_update(self) -> None:
-        """Save where it is due, and stop where any process was asked to.
+        """Save if a checkpoint is due, and stop if any process was asked to.
 
         Raises:
-            Preempted, KeyboardInterrupt: on all processes, once everything is saved.
+            Preempted, KeyboardInterrupt: on all processes, once the run is saved.
         """
         stop, by_hand, due = self._process_group.any_of([*self._stop_requests(), self._is_due()])
         if stop or due:
@@ -85,7 +86,7 @@ class CheckpointManager:
             raise self._stopped(by_hand)
 
     def after_epoch(self) -> None:
-        """Save an epoch that has been evaluated, and stop where any process was asked to."""
+        """Save after an epoch has been evaluated, and stop if any process was asked to."""
         stop, by_hand = self._process_group.any_of(self._stop_requests())
         if stop or self._policy.at_epochs:
             self.save(self._state.metrics_logger.n_epochs)
@@ -93,16 +94,16 @@ class CheckpointManager:
             raise self._stopped(by_hand)
 
     def save(self, n_epochs: int | None = None) -> None:
-        """Begin to write a checkpoint, where any are written. All processes call this alike.
+        """Begin to write a checkpoint, if the run saves any. All processes must call this together.
 
         Args:
-            n_epochs: where the last update ended an epoch that has been evaluated, the epochs so far.
+            n_epochs: number of epochs so far, if the last update ended an epoch that has been evaluated.
         """
         if self._directory is None or not self._is_healthy():
             return
         self._state.metrics_logger.drain()
         self._saved, self._saved_at = self._n_updates, time.monotonic()
-        self.close()  # before the next copy is made: two would be one too many
+        self.close()  # two copies at once could exceed the memory
         fits = self._state.n_bytes * _ROOM < free_on_host()
         snapshot = self._state.snapshot(self._identity.as_metadata(), copy=fits)
         if self._writer is not None and snapshot is not None:
@@ -113,10 +114,11 @@ class CheckpointManager:
 
     @contextmanager
     def saved_on(self, errors: tuple[type[Exception], ...], is_whole: Callable[[], bool]) -> Iterator[None]:
-        """Save the run where an error ends it that all processes raise alike.
+        """Save the run if an error ends it that all processes raise together.
 
         Args:
-            is_whole: whether the last update was taken to its end, or not begun.
+            errors: these errors.
+            is_whole: returns whether the last update was completed or not begun.
         """
         try:
             yield
@@ -129,23 +131,23 @@ class CheckpointManager:
             raise
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Wait until the current checkpoint is written."""
         if self._writer is not None:
             self._writer.finish()
 
     def describe(self) -> str:
-        """Return what is saved of the run, for its last message."""
+        """Return a sentence on the newest checkpoint, for the run's last message."""
         self.close()
         if self._writer is None or self._writer.last is None:
             return "" if self._directory and not self._process_group.is_main else "No checkpoint was kept."
-        return f"{self._writer.last} is the newest checkpoint: the same call with `resume='auto'` goes on from it."
+        return f"The newest checkpoint is {self._writer.last}. To resume, make the same call with `resume='auto'`."
 
     @property
     def _n_updates(self) -> int:
         return self._state.metrics_logger.n_windows
 
     def _stop_requests(self) -> list[bool]:
-        """Return whether this process was asked to stop, and whether by Ctrl-C."""
+        """Return whether this process was asked to stop, and whether that was by Ctrl-C."""
         return [self._stop_signals.asked is not None, self._stop_signals.asked == signal.SIGINT]
 
     def _is_due(self) -> bool:
@@ -154,23 +156,23 @@ class CheckpointManager:
             return False
         if isinstance(every, int):
             return self._n_updates // every > self._saved // every
-        # One clock decides: the main process's.
+        # Only the main process's clock decides.
         seconds = None if every is None or self._writer is None else seconds_of(every)
         return seconds is not None and time.monotonic() - self._saved_at >= seconds
 
     def _stopped(self, by_hand: bool) -> BaseException:
         self.close()
-        # A launcher kills the others when the first process ends, and the main one may be writing.
+        # A launcher kills all processes when the first one ends, while the main process may still write.
         self._process_group.any(False)
-        message = f"Stopped after update {self._n_updates}, as asked. {self.describe()}"
+        message = f"Stopped after update {self._n_updates}, as requested. {self.describe()}"
         logger.warning(message)
         return KeyboardInterrupt(message) if by_hand else Preempted(message)
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after the other in a thread, and removes old ones.
+    """The writer that saves checkpoints in a thread, one at a time, and removes old ones.
 
-    A checkpoint that cannot be written is logged, and costs neither the run nor the checkpoints before it.
+    If a checkpoint cannot be written, it logs a warning. The run and earlier checkpoints are not affected.
 
     Attributes:
         last: the newest sound checkpoint of this run, or the one that it resumed from.
@@ -182,16 +184,16 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
-        """Begin to write; the checkpoint before must be finished.
+        """Begin to write a checkpoint. The previous one must be finished.
 
         Args:
-            best_epoch: the epoch (from 1) whose checkpoint stays, however many come after.
+            best_epoch: the epoch (from 1) whose checkpoint is always kept.
         """
         self._thread = threading.Thread(target=self._write, args=(snapshot, place, best_epoch), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written."""
+        """Wait until the current checkpoint is written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -200,8 +202,8 @@ class CheckpointWriter:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(place.parent).free
-            if free < snapshot.n_bytes:  # not to fill up what others write to as well
-                raise OSError(errno.ENOSPC, f"No space left on device, which has {_megabytes(free)}")
+            if free < snapshot.n_bytes:  # do not fill up a disk that others write to
+                raise OSError(errno.ENOSPC, f"No space left on device ({_megabytes(free)} free)")
             with atomic_directory(place) as folder:
                 snapshot.write(folder)
                 seal(folder)
@@ -209,10 +211,10 @@ class CheckpointWriter:
             self._directory.prune(self._keep, best_epoch)
         except Exception as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-            there = f"{self.last} is the newest that there is" if self.last else "there is none yet"
+            there = f"the newest checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
             logger.warning(
-                f"The checkpoint {place.name}, of {_megabytes(snapshot.n_bytes)}, could not be written: {why}. "
-                f"Training goes on, and the next one will be tried; {there}."
+                f"The checkpoint {place.name} ({_megabytes(snapshot.n_bytes)}) could not be written: {why}. "
+                f"Training continues and will try again at the next checkpoint; {there}."
             )
 
 

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint must be: a list of their sizes and checksums, written last."""
+"""The manifest of a checkpoint, written last: the size and checksum of every file."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ _REQUIRED = {
 
 
 def seal(folder: Path) -> None:
-    """Lists every file in the folder."""
+    """Write a manifest of all files in the folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / _NAME]
     listed = {path.relative_to(folder).as_posix(): _listed(path) for path in files}
     (folder / _NAME).write_text(json.dumps({"files": listed}, indent=2) + "\n")
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in half a sentence, or None for a sound one.
+    """Return a clause on what is wrong with a checkpoint, or None if it is sound.
 
     Raises:
-        OSError: where a file is there and cannot be read now.
+        OSError: if a file exists but cannot be read at the moment.
     """
     try:
         wanted = json.loads((folder / _NAME).read_text())["files"]
@@ -41,7 +41,7 @@ def damage(folder: Path) -> str | None:
             return f"its {name} is missing"
         if found != listed:
             short = found["bytes"] != listed.get("bytes") if isinstance(listed, dict) else True
-            return f"its {name} " + ("has another size" if short else "has other contents") + f" than its {_NAME} says"
+            return f"its {name} " + ("has another size" if short else "has other contents") + f" than in its {_NAME}"
     return None
 
 

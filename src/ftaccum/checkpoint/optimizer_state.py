@@ -1,4 +1,4 @@
-"""The state of an optimizer, and of those that it holds, as a checkpoint has it."""
+"""Save and load the state of an optimizer and of the optimizers that it contains."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from .serialization import holds_same
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the state of an optimizer, and beside it (`inner`) of those that it holds, unless its own has it.
+    """Return the state of an optimizer and, under `inner`, of the optimizers that it contains.
 
-    An optimizer whose class has a `state_dict` of its own says itself what is in it. torch's leaves out what an
-    optimizer holds: the moments of the optimizer that a SAM steps with.
+    A class that overrides `state_dict` is trusted to include inner optimizers, so `inner` is empty then. torch's
+    `state_dict` leaves them out, for example the moments of the optimizer that a SAM optimizer wraps.
     """
     holds_all = type(optimizer).state_dict is not Optimizer.state_dict
     inner = [] if holds_all else inner_optimizers(optimizer)
@@ -30,7 +30,7 @@ def load_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any], *, own_
     """Load what `optimizer_state` returned.
 
     Args:
-        own_numbers: whether the numbers of the parameter groups stay those of this run.
+        own_numbers: whether to keep the hyperparameters of this run's parameter groups.
     """
     inner = inner_optimizers(optimizer)
     numbers = [(group, dict(group)) for each in (optimizer, *inner) for group in each.param_groups]
@@ -44,23 +44,23 @@ def load_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any], *, own_
 
 def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     if _is_of_torch(saved):
-        own = optimizer.state_dict()["param_groups"]  # functions among their numbers are not in the checkpoint
+        own = optimizer.state_dict()["param_groups"]  # functions in the groups are not in the checkpoint
         groups = [mine | group for mine, group in zip(own, saved["param_groups"], strict=True)]
         _load_exactly(optimizer, saved["state"], groups)
         return
     optimizer.load_state_dict(saved)
     if not holds_same(saved, optimizer.state_dict()):
         logger.warning(
-            f"What {type(optimizer).__name__} loaded (`load_state_dict`) is not what it had saved (`state_dict`). "
-            "The resumed run may differ from an uninterrupted one without the interruption."
+            f"The state that {type(optimizer).__name__} loaded (`load_state_dict`) differs from the one that it saved "
+            "(`state_dict`). The resumed run may differ from an uninterrupted one. Fix these two methods."
         )
 
 
 def _load_exactly(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-    """Load a state whose tensors keep their type and their order in memory.
+    """Load a state exactly, with the tensors' types and memory layout.
 
-    `load_state_dict` makes moments of the weights' type. Those of a weight that does not lie row by row in memory must
-    lie as it does: else sums are rounded differently.
+    `load_state_dict` casts the moments to the weight's type. The moments of a non-contiguous weight must have its
+    memory layout, or sums round differently.
     """
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -74,7 +74,7 @@ def _load_exactly(optimizer: Optimizer, state: dict[int, Any], groups: list[dict
 
 
 def _without_functions(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state without functions among a group's numbers: they come with the optimizer."""
+    """Return a state without functions in its parameter groups; they come with the optimizer."""
     if not _is_of_torch(state):
         return state
     groups = [{k: v for k, v in group.items() if not callable(v)} for group in state["param_groups"]]

@@ -1,4 +1,4 @@
-"""Where a run goes on from, if anywhere."""
+"""Find the checkpoint that a run resumes from, check it, and restore it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,18 +21,18 @@ from .format import Checkpoint
 from .manifest import damage
 from .state import TrainState
 
-# Where one of these differs, the rows that are done are no part of this run's order, and some may come again.
+# If one of these differs, the rows are in another order, and rows that are done may be repeated.
 _OTHER_ROWS = {"train_data", "random_seed"}
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to resume from, or none, for a run that starts anew.
+    """The checkpoint that a run resumes from, or None for a new run.
 
     Attributes:
-        allowed: names of what may differ from the run that the checkpoint is of.
-        damaged: newer checkpoints that were passed over for it.
-        changed: names of what differs, as far as it has been compared.
+        allowed: names of what may differ from the checkpoint's run.
+        damaged: newer checkpoints that were skipped because they are damaged.
+        changed: names of the differences found so far.
     """
 
     checkpoint: Checkpoint | None
@@ -44,14 +44,14 @@ class ResumePoint:
     def find(
         cls, recipe: Recipe, runtime: Runtime, directory: CheckpointDirectory | None, process_group: ProcessGroup
     ) -> "ResumePoint":
-        """Find what `resume` asks for. All processes call it alike.
+        """Find the checkpoint that the setting `resume` refers to. All processes must call this together.
 
         Args:
-            directory: of the run's own checkpoints.
+            directory: the folder of the run's own checkpoints.
 
         Raises:
-            CheckpointError: on all processes, where a folder that is named has no sound checkpoint, or one of a run
-                with another Recipe; and where not all processes can see it.
+            CheckpointError: on all processes, if a named folder has no sound checkpoint, if the checkpoint's run had
+                another Recipe, or if not all processes can see the checkpoint.
         """
         if (resume := runtime.resume) is None:
             return cls(None)
@@ -61,13 +61,13 @@ class ResumePoint:
         if process_group.any(not path.is_dir()):
             raise CheckpointError(
                 [
-                    f"`resume` found {path}, which not all processes can see. Have `output_dir` on a disk that all "
+                    f"`resume` found {path}, which not all processes can see. Put `output_dir` on a disk that all "
                     "machines share."
                 ]
             )
         checkpoint, allowed = _opened(path), tuple(runtime.allow_changed)
         _check_ended(checkpoint, allowed)
-        changed = check(checkpoint.metadata["recipe"], recipe_identity(recipe), allowed, path)  # before data are loaded
+        changed = check(checkpoint.metadata["recipe"], recipe_identity(recipe), allowed, path)  # before data is loaded
         return cls(checkpoint, allowed, damaged, frozenset(changed))
 
     @property
@@ -76,14 +76,15 @@ class ResumePoint:
 
     @property
     def batch_size(self) -> int | None:
-        """The physical batch of that run, which is not measured again where it was "auto"."""
+        """Physical batch of the checkpoint's run, so that "auto" is not measured again."""
         return None if self.checkpoint is None else self.checkpoint.metadata["run_with"]["batch_size"]
 
     def resume_plan(self, plan: BasePlan, identity: RunIdentity) -> "tuple[BasePlan, ResumePoint]":
-        """Return the windows of this run and the point to continue from, after the windows that the checkpoint holds.
+        """Return the plan and the resume point of this run, which continues after the checkpoint's windows.
 
         Raises:
-            CheckpointError: where this is not the run of the checkpoint, or a stream in updates of another size.
+            CheckpointError: if this run differs from the checkpoint's run in what must not change, or reads a stream in
+                updates of another size.
         """
         checkpoint = self.checkpoint
         if checkpoint is None:
@@ -92,19 +93,18 @@ class ResumePoint:
         if not plan.can_resize and "effective_batch_size" in differ:
             raise CheckpointError(
                 [
-                    f"`resume` found {self.path}, with updates of another size, and a stream can only be read again in "
-                    "updates of the size that it was read in. Give the same `effective_batch_size`, or start anew "
-                    "(`resume=None`)."
+                    f"`resume` found {self.path}, whose updates have another size. On a stream, the size of an update "
+                    "cannot change. Use the same `effective_batch_size`, or start a new run (`resume=None`)."
                 ]
             )
         plan, epoch = plan.resume_after(checkpoint.progress)
         return plan, replace(self, checkpoint=_reopened(checkpoint, epoch), changed=self.changed | differ)
 
     def restore(self, state: TrainState) -> None:
-        """Has a run that is ready for its first window be where the checkpoint was taken.
+        """Restore the checkpoint, if any, into a run that is ready for its first window.
 
         Raises:
-            CheckpointError: where the files are sound, and hold something else than a checkpoint of this version.
+            CheckpointError: if the files are undamaged, but are not a checkpoint of this version.
         """
         if self.checkpoint is None:
             return
@@ -114,15 +114,15 @@ class ResumePoint:
             raise _unreadable(self.checkpoint.path, error) from error
 
     def restore_generators(self, state: TrainState, seed: int) -> None:
-        """The last thing before the next window: whatever came before may have drawn."""
+        """Restore the random generators. Call this right before the next window: other steps may draw numbers."""
         if self.checkpoint is not None:
             state.restore_generators(self.checkpoint, seed)
 
     def describe(self, identity: RunIdentity, n_windows: int) -> str | None:
-        """Return a message on where the run resumes and what differs from before; None where it starts anew.
+        """Return a message on where the run resumes and what has changed; None for a new run.
 
         Args:
-            n_windows: of the whole run.
+            n_windows: number of windows in the whole run.
         """
         if self.checkpoint is None:
             return None
@@ -131,46 +131,48 @@ class ResumePoint:
             and len(self.checkpoint.epochs) > self.checkpoint.windows[-1].epoch
         ):
             return (
-                f"This run has ended, with update {len(self.checkpoint.windows)} ({self.path}): there is nothing left "
-                "to train. A larger `n_epochs`, named in `allow_changed`, extends it."
+                f"This run already ended with update {len(self.checkpoint.windows)} ({self.path}). To extend it, "
+                "raise `n_epochs` and name it in `allow_changed`."
             )
         was, now = self.checkpoint.metadata["run_with"], identity.run_with
         sentence = (
-            f"Goes on after update {len(self.checkpoint.windows)}, from {self.path}: "
+            f"Resuming after update {len(self.checkpoint.windows)}, from {self.path}: "
             f"{self.checkpoint.metadata['rows']} rows are done"
         )
         sentence += "." if self.changed & _OTHER_ROWS else ", and no row is skipped or repeated."
         if self.changed:
-            sentence += f" Allowed to differ: {', '.join(sorted(self.changed))}."
-        others = [f"{name} {now[name]} (it was {was[name]})" for name in now if was.get(name) != now[name]]
+            sentence += f" Changes allowed by `allow_changed`: {', '.join(sorted(self.changed))}."
+        others = [f"{name} {now[name]} (was {was[name]})" for name in now if was.get(name) != now[name]]
         if others:
-            draws = ", and dropout draws anew" if any(was[n] != now[n] for n in ("processes", "device")) else ""
-            sentence += f" Run otherwise: {', '.join(others)}; sums are rounded otherwise{draws}."
+            draws = ", and dropout draws differ" if any(was[n] != now[n] for n in ("processes", "device")) else ""
+            sentence += f" Changed settings: {', '.join(others)}. Sums may round differently{draws}."
         before, here = self.checkpoint.metadata["versions"], identity.versions
         if moved := [
-            f"{name} {here[name]} (it was {before.get(name)})" for name in here if before.get(name) != here[name]
+            f"{name} {here[name]} (was {before.get(name)})" for name in here if before.get(name) != here[name]
         ]:
-            sentence += f" Of other versions: {', '.join(moved)}; numbers may differ in the last digits."
+            sentence += f" Changed versions: {', '.join(moved)}. Numbers may differ in the last digits."
         return sentence
 
 
 def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
-    """Refuse to resume a run that its numbers have ended, unless something has changed: else starting it again and
-    again would step over one bad update after another."""
+    """Refuse to resume a run that non-finite updates ended, unless a change is allowed.
+
+    Otherwise, restarting the run repeatedly would skip one bad update after another.
+    """
     ended = checkpoint.metadata["extra_state"]["nonfinite"]["ended"]
     if ended and not allowed:
         raise CheckpointError(
             [
-                f"`resume` found {checkpoint.path}, of a run that was ended at update {len(checkpoint.windows)}, "
-                f"which was not finite: {ended} To go on behind that, name in `allow_changed` what you have "
-                "changed (`['train_data']` for rows that were fixed)."
+                f"`resume` found {checkpoint.path}, but that run ended at update {len(checkpoint.windows)}, which was "
+                f"not finite: {ended} To continue after it, fix the cause and name in `allow_changed` what you have "
+                "changed (`['train_data']` for fixed rows)."
             ]
         )
 
 
 def _reopened(checkpoint: Checkpoint, epoch: int) -> Checkpoint:
-    """Return a checkpoint without the end of an epoch that continues: `max_updates`, say, had cut it off, and allows
-    for more now."""
+    """Return a checkpoint without the end of an epoch that now continues, for example because `max_updates` cut the
+    epoch off and has been raised."""
     if len(checkpoint.epochs) <= epoch:
         return checkpoint
     kept = [entry for entry in checkpoint.entries if not isinstance(entry, EpochEntry) or entry.epoch < epoch]
@@ -180,13 +182,13 @@ def _reopened(checkpoint: Checkpoint, epoch: int) -> Checkpoint:
 
 
 def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | None, tuple[Path, ...]]:
-    """Return a checkpoint, and newer ones that are damaged."""
+    """Return the checkpoint to resume from, if any, and newer damaged checkpoints."""
     damaged: list[Path] = []
     if resume == "auto":
         assert directory is not None, "`output_dir` is checked with the settings"
         path, damaged = directory.newest_sound()
         if path is None and directory.checkpoints():
-            logger.warning("None of the checkpoints is sound: the run starts anew.")
+            logger.warning("None of the checkpoints is sound. Starting a new run.")
         return path, tuple(damaged)
     named = Path(resume).expanduser()
     if RunDir(named).checkpoints.is_dir():
@@ -196,12 +198,12 @@ def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | No
         )
     else:
         fault = _fault(named)
-        path, wrong = (None if fault else named), f"is no checkpoint that can be gone on from: {fault}"
+        path, wrong = (None if fault else named), f"is not a checkpoint to resume from: {fault}"
     if path is None:
         raise CheckpointError(
             [
-                f"`resume` is {str(named)!r}, which {wrong}. Name the folder of a checkpoint, or of a run that has "
-                "some, or give 'auto'."
+                f"`resume` is {str(named)!r}, which {wrong}. Set it to 'auto', or to the folder of a checkpoint or of "
+                "a run that has checkpoints."
             ]
         )
     return path, tuple(damaged)
@@ -220,7 +222,7 @@ def _opened(path: Path) -> Checkpoint:
     try:
         checkpoint = Checkpoint.opened(path)
         if checkpoint.metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {checkpoint.metadata.get('format')!r}, and not {FORMAT}")
+            raise ValueError(f"its format is {checkpoint.metadata.get('format')!r} instead of {FORMAT}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
     return checkpoint
@@ -229,7 +231,7 @@ def _opened(path: Path) -> Checkpoint:
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         [
-            f"`resume` found {path}, which cannot be read: {error}. It may be of another version of ftaccum. Go on "
-            "with the version that wrote it, name another checkpoint, or start anew (`resume=None`)."
+            f"`resume` found {path}, which cannot be read: {error}. Another version of ftaccum may have written it. "
+            "Resume with that version, name another checkpoint, or start a new run (`resume=None`)."
         ]
     )

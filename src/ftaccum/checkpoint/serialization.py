@@ -1,4 +1,4 @@
-"""What can be kept on the host and on the disk, and read again without running anybody's code."""
+"""Copy state to the host, measure and compare it, and check that it can be loaded without running code."""
 
 import io
 from collections import OrderedDict
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def on_host(value: Any, copy: bool) -> Any:
-    """The same with its tensors on the host; with `copy`, nobody else's."""
+    """Return a nested value with its tensors in host memory; with `copy`, always as copies."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=copy).contiguous()
     if isinstance(value, Mapping):
@@ -22,7 +22,7 @@ def on_host(value: Any, copy: bool) -> Any:
 
 
 def n_bytes_in(value: Any) -> int:
-    """Of all tensors in it."""
+    """Return the total bytes of all tensors in a nested value."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -30,7 +30,7 @@ def n_bytes_in(value: Any) -> int:
 
 
 def holds_same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal, with tensors of the same type and the same numbers."""
+    """Return whether two nested values are equal; their tensors must have equal types and numbers."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -41,7 +41,7 @@ def holds_same(one: Any, other: Any) -> bool:
 
 
 def unreadable(value: Any) -> str | None:
-    """The kind of the first thing in it that could not be read again without running code; None where all can be."""
+    """Return the type name of the first item in a nested value that cannot be loaded without running code, or None."""
     if value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str):
         return None
     if type(value) in (dict, OrderedDict):
@@ -59,6 +59,6 @@ def _comes_back(value: Any) -> bool:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception:  # whatever it raises when it is pickled
+    except Exception:  # pickling may raise anything
         return False
     return True

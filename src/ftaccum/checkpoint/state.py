@@ -1,4 +1,4 @@
-"""What a checkpoint holds: taken from a run between two windows, and put back into one."""
+"""The state that a checkpoint holds: take it from a run between two windows, and restore it."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ from .serialization import n_bytes_in, on_host, unreadable
 
 
 class Stateful(Protocol):
-    """What has a state of numbers, texts and lists of them, as JSON takes them."""
+    """An object whose state can be stored as JSON."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -36,11 +36,11 @@ class Stateful(Protocol):
 
 
 class _UnreadableError(Exception):
-    """Part of a run could be written, but not read again."""
+    """Part of the run's state could be written, but not read again."""
 
 
 class TrainState:
-    """Everything that the rest of a run depends on, between two windows."""
+    """Everything that the rest of a run depends on, taken between two windows."""
 
     def __init__(
         self,
@@ -56,31 +56,32 @@ class TrainState:
         """Create a train state.
 
         Args:
-            model: not wrapped.
-            loss_fn: the user's, if any; it may have weights and buffers of its own.
-            best: the weights to end with, where they are those of an earlier epoch.
+            model: the model, not wrapped.
+            loss_fn: the user's loss, if any; it may have its own weights and buffers.
+            best: the best epoch so far, with its weights if they are kept.
             extra_state: all other state, by name.
         """
         self.metrics_logger = metrics_logger
         self._accelerator, self._model, self._loss_fn = accelerator, model, loss_fn
         self._optimizer, self._schedule, self._best = optimizer, schedule, best
-        # In the order in which they are restored: others may ask the first two.
+        # Restored in this order, because others may read the first two.
         self._extra_state: dict[str, Stateful] = {"metrics_logger": metrics_logger, "best": best, **extra_state}
         self._logged: set[str] = set()
 
     @property
     def n_bytes(self) -> int:
-        """Of weights and the optimizer's moments."""
+        """Total bytes of weights, buffers and optimizer state."""
         states = optimizer_state(self._optimizer)
         return n_bytes_in([weights_of(self._model), passing_of(self._model), self._beside(), states])
 
     def snapshot(self, metadata: Mapping[str, Any], *, copy: bool) -> "Snapshot | None":
-        """It on the host. All processes call it alike; the main one gets it, unless it cannot be had: that is told, and
-        training goes on.
+        """Return a snapshot in host memory on the main process, and None on the others.
+
+        If it fails, logs a warning and returns None. All processes must call this together.
 
         Args:
-            metadata: what else the checkpoint is to say of the run.
-            copy: whether it is copied, for the run to go on. Else it must wait until the snapshot is written.
+            metadata: further metadata for the checkpoint.
+            copy: whether to copy tensors. Otherwise training must wait until the snapshot is written.
         """
         processes = gather_object(
             [{"generators": Generators.now().state_dict(), "work": asdict(self.metrics_logger.throughput)}]
@@ -89,9 +90,9 @@ class TrainState:
             return None
         try:
             return self._snapshot(metadata, processes, copy)
-        except Exception as error:  # the other processes have gone on
+        except Exception as error:  # the other processes have continued; so must this one
             why = str(error) if isinstance(error, _UnreadableError) else repr(error)
-            self._log_once(f"No checkpoint could be taken: {why}. Training goes on, and it is tried again each time.")
+            self._log_once(f"No checkpoint could be taken: {why}. Training continues and will try again.")
             return None
 
     def _snapshot(self, metadata: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":
@@ -106,7 +107,7 @@ class TrainState:
         for name, state in steps.items():
             if kind := unreadable(state):
                 raise _UnreadableError(
-                    f"the {name}'s state holds a {kind}, which cannot be read again without running code"
+                    f"the {name}'s state contains a {kind}, which cannot be loaded without running code"
                 )
         config: Any = getattr(self._model, "config", None)
         extra_state = {name: part.state_dict() for name, part in self._extra_state.items()}
@@ -132,12 +133,12 @@ class TrainState:
         )
 
     def restore(self, checkpoint: "Checkpoint", changed: Set[str]) -> None:
-        """Has a run go on where the checkpoint was taken, but for the generators. All processes call it alike.
+        """Restore everything except the random generators. All processes must call this together.
 
         Args:
-            changed: the settings in which it differs from that run. Then the optimizer's numbers and the schedule are
-                those of this run, and the schedule has come as far; of a changed model, what has the shapes that it
-                had is put back, and the optimizer begins anew.
+            changed: the settings in which this run differs from the checkpoint's run. If any differ, this run's
+                optimizer hyperparameters and schedule are used, and the schedule is advanced to the same update. If the
+                model differs, only tensors of unchanged shape are restored, and the optimizer starts fresh.
         """
         folder = checkpoint.path
         fill(weights_of(self._model), load_file(folder / WEIGHTS), strict="model" not in changed)
@@ -164,7 +165,7 @@ class TrainState:
         self._restore_work([process["work"] for process in checkpoint.processes()])
 
     def _restore_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
-        """The best epoch's weights, if wanted. Where that run kept none, those of that epoch's checkpoint."""
+        """Restore the best epoch's weights, if this run keeps them: the kept ones, or those of its checkpoint."""
         epoch = best_epoch(checkpoint.epochs)
         if not self._best.keeps_weights or epoch is None:
             return
@@ -173,17 +174,19 @@ class TrainState:
             self._best.weights = load_file(kept)
         elif of_this_model and of_epoch is not None:
             self._best.weights = load_file(of_epoch / WEIGHTS)
-            self._log_once(f"The weights of epoch {epoch}, the best so far, are those in {of_epoch}.")
+            self._log_once(f"Loaded the weights of epoch {epoch}, the best so far, from {of_epoch}.")
         else:
             self._best.loss = math.inf
             self._log_once(
-                f"The weights of epoch {epoch}, the best so far, were not kept: `restore_best_weights` takes the best "
-                "of the epochs to come."
+                f"The weights of epoch {epoch}, the best so far, were not kept. `restore_best_weights` will use the "
+                "best of the remaining epochs."
             )
 
     def restore_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
-        """The last thing before the next window: whatever came before may have drawn. With other processes than there
-        were, they are seeded anew."""
+        """Restore the random generators, or seed them anew if the number of processes has changed.
+
+        Call this right before the next window: other steps may draw numbers.
+        """
         processes, index = checkpoint.processes(), self._accelerator.process_index
         if len(processes) == self._accelerator.num_processes:
             Generators.of_state(processes[index]["generators"]).restore()
@@ -191,8 +194,11 @@ class TrainState:
             seed_all(seed, index, len(checkpoint.windows))
 
     def _beside(self) -> dict[str, Tensor]:
-        """Return what moves with the model and is not in it: weights and buffers of a loss, what else is optimized, and
-        the weights in training where the model is saved with others."""
+        """Return the tensors outside the model that training changes, by name.
+
+        These are weights and buffers of the loss, other optimized tensors and, for an optimizer that evaluates with
+        other weights than it trains, the weights in training.
+        """
         known = {id(t) for t in (*self._model.parameters(), *self._model.buffers())}
         named: list[tuple[str, Tensor]] = []
         if isinstance(self._loss_fn, nn.Module):
@@ -205,7 +211,7 @@ class TrainState:
         return dict(first_names.values()) | {f"train.{name}": t for name, t in trained.items()}
 
     def _with_extra_state(self) -> list[tuple[str, nn.Module]]:
-        """Modules that have a state of their own, beside weights and buffers, by name."""
+        """Return the modules that override `get_extra_state`, by name."""
         roots = {"model": self._model, "loss_fn": self._loss_fn}
         named = [
             (f"{root}.{name}".rstrip("."), module)
@@ -221,8 +227,8 @@ class TrainState:
             if kind := unreadable(state):
                 del found[name]
                 self._log_once(
-                    f"The extra state of `{name}` is not in the checkpoints: it holds a {kind}, which cannot be read "
-                    "again without running code. A run that goes on from one begins it anew."
+                    f"The extra state of `{name}` is not saved in checkpoints: it contains a {kind}, which cannot be "
+                    "loaded without running code. A resumed run starts with fresh extra state."
                 )
         return found
 
@@ -232,7 +238,10 @@ class TrainState:
             logger.warning(sentence)
 
     def _restore_work(self, by_process: list[dict[str, Any]]) -> None:
-        """With other processes than there were, all of it is the main one's; the time is everybody's."""
+        """Restore the throughput. If the number of processes has changed, the main process gets all counts.
+
+        The seconds are the same on all processes.
+        """
         index, n = self._accelerator.process_index, self._accelerator.num_processes
         own = by_process[index : index + 1] if len(by_process) == n else by_process if index == 0 else []
         for work in own:
@@ -241,8 +250,8 @@ class TrainState:
 
 
 def _forward(schedule: LRScheduler, n_updates: int) -> None:
-    """As far as it would have come."""
+    """Advance a schedule by this many updates."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the optimizer has taken those steps in another life
+        warnings.simplefilter("ignore")  # the optimizer took these steps in the earlier run
         for _ in range(n_updates):
             schedule.step()
