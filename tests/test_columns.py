@@ -104,7 +104,7 @@ def test_padding_is_hidden_in_masks_of_pairs_of_tokens(left: bool) -> None:
 def test_a_column_that_a_late_row_lacks_costs_no_update_before_it(tmp_path: Path) -> None:
     rows = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in CLASSIFIER.rows(100)]
     del rows[11]["token_type_ids"]
-    with pytest.raises(DataError, match="row 11 cannot be made part of a batch: it has no value in its column"):
+    with pytest.raises(DataError, match="row 11 cannot be batched: it has no value in its column"):
         test_fine_tuning(
             CLASSIFIER.model(),
             train_data=LazyRows(rows),
@@ -124,7 +124,7 @@ def test_rows_that_were_left_out_of_a_table_are_not_looked_at() -> None:
         assert look_at_columns(as_rows(sound, "train_data"), rules, range(3)) is not None
     part = as_rows(table, "train_data").subset([3, 2, 0])
     assert look_at_columns(part, rules, range(3)) is not None
-    with pytest.raises(DataError, match=r"row 1 .* 'weight', and 3 of 4 rows have one"):
+    with pytest.raises(DataError, match=r"row 1 .* 'weight', but 3 of 4 rows have one"):
         look_at_columns(as_rows(table, "train_data"), rules, range(3))
     with pytest.raises(DataError, match=r"row 1 .* 'labels' has the shape \(1,\), but .* \(3,\) .*\(1 of 4 rows\)"):
         look_at_columns(as_rows(table.remove_columns("weight"), "train_data"), rules, range(3))
@@ -224,7 +224,7 @@ def test_positions_that_do_not_start_again_change_nothing() -> None:
 def test_a_text_whose_positions_start_again_is_taken_with_a_mask() -> None:
     """BERT knows no packed rows: positions are positions to it, with a mask and without."""
     rows = [{**row, "position_ids": [n % 3 for n in range(len(row["input_ids"]))]} for row in CLASSIFIER.rows(6)]
-    with pytest.raises(DataError, match="Where the row is one text, give it an `attention_mask` of ones"):
+    with pytest.raises(DataError, match="If the row is one text, give it an `attention_mask` of ones"):
         accumulated_gradients(CLASSIFIER.model(), rows, effective_batch_size=6)
     masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
     assert accumulated_gradients(CLASSIFIER.model(), masked, effective_batch_size=6)
@@ -235,9 +235,9 @@ def test_rows_with_masks_or_as_many_labels_as_they_like_are_not_laid_one_behind_
     plain = {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1], "position_ids": [0, 1]}
     assert collator([plain])["input_ids"].tolist() == [[1, 2]]
     for change, words in (
-        ({"labels": [1]}, "2 tokens and 1 `labels`"),
-        ({"attention_mask": [1, 0]}, "`attention_mask` of its own"),
-        ({"position_ids": [0, 0]}, "`position_ids` of its own"),
+        ({"labels": [1]}, "2 tokens but 1 `labels`"),
+        ({"attention_mask": [1, 0]}, "its `attention_mask` is not the one"),
+        ({"position_ids": [0, 0]}, "its `position_ids` is not the one"),
     ):
         with pytest.raises(OddRowError, match=words) as caught:
             collator([plain, {**plain, **change}])

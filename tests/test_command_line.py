@@ -166,7 +166,7 @@ def test_columns_are_named_by_flags_and_in_files(
     assert main(command) == 2
     assert "`train_data` has 3 columns of text: 'id' ('x0'), 'review' ('bad film'), 'liked'" in capsys.readouterr().err
     assert main([*command, "--text_columns", "revue"]) == 2
-    assert "no column 'revue' to take texts from" in capsys.readouterr().err
+    assert "no column 'revue' to read texts from" in capsys.readouterr().err
     for words, line in (
         (["--text_columns", "review"], "Text: column 'review'; labels: 'label'; left out: 'id', 'liked'\n"),
         (

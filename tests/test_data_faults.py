@@ -118,7 +118,7 @@ def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
     row_collator = RowCollator(lambda rows: torch.stack([x for x, _ in rows]))
     for known in (False, True):  # whether a sound row is, beforehand
         for positions in ([17, 30, 31], [30, 31, 17], [17, 30], [30, 17])[: 4 if known else 2]:
-            with pytest.raises(DataError, match="Of `train_data`, row 17 cannot be made part of a batch"):
+            with pytest.raises(DataError, match="In `train_data`, row 17 cannot be batched"):
                 row_collator(rows, positions)
         row_collator.find_draws(rows)
 
@@ -175,7 +175,9 @@ def test_a_worker_that_is_killed_costs_nothing(
     weights, after_death = trained(Deadly(tmp_path, 2), num_workers=2, **arguments)
     assert same_bits(weights, undisturbed)
     assert after_death.loss_history == result.loss_history
-    told = "A worker process, making a batch of `train_data`, was killed by SIGKILL. New ones make what is missing"
+    told = (
+        "A worker process that was making a batch of `train_data` was killed by SIGKILL. New workers make the missing"
+    )
     assert capsys.readouterr().err.count(told) == 2
 
 
@@ -187,7 +189,7 @@ def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
     weights, after_death = trained(Pairs(), val_data=Deadly(tmp_path, 1), num_workers=2)
     assert same_bits(weights, undisturbed)
     assert after_death.val_loss_history == result.val_loss_history
-    assert "making a batch of `val_data`, was killed by SIGKILL" in capsys.readouterr().err
+    assert "making a batch of `val_data` was killed by SIGKILL" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -218,8 +220,8 @@ def test_workers_that_die_again_and_again_end_the_run_with_a_sentence(tmp_path: 
         trained(Deadly(tmp_path, 99), num_workers=2, output_dir=str(tmp_path / "run"))
     assert time.monotonic() - started < 20
     for words in (
-        "killed by SIGKILL, as 2 did before it",
-        "was to be of rows",
+        "killed by SIGKILL, and 2 others died before it",
+        "was of rows",
         "17",
         "lower `num_workers`",
         "/dev/shm",
@@ -455,7 +457,7 @@ def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
         assert "(Process 1 raised this, so all processes stop.)" in one
     assert "Row 17 of `train_data` cannot be read: OSError('disk on fire')." in found["errors"]["row"][0]
     assert "Row 17 of `val_data` cannot be read" in found["errors"]["validation row"][0]
-    assert "killed by SIGKILL, as 2 did before it" in found["errors"]["dying workers"][0]
+    assert "killed by SIGKILL, and 2 others died before it" in found["errors"]["dying workers"][0]
     assert found["ledgers"] == {"row": BEFORE_17, "row, with workers": BEFORE_17, "dying workers": BEFORE_17}
     assert found["difference"] < 1e-9
     assert found["val losses"] == pytest.approx(result.val_loss_history, rel=1e-9)

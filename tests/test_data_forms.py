@@ -191,7 +191,7 @@ def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
             return {"input_ids": [tokenizer.convert_tokens_to_ids(text.split()) for text in texts]}
 
     rows = [{"text": text} for text in (" ", "a good film", "", "the bad film", "")]
-    with pytest.warns(TextWarning, match=r"Of `train_data`, 3 of 5 rows \(the first is row 0\) have no text"):
+    with pytest.warns(TextWarning, match=r"In `train_data`, 3 of 5 rows \(the first is row 0\) have no text"):
         assert run(CAUSAL.model(), rows, tokenizer=NoSpecial(), batch_size=2).loss_history[0] > 0
 
 
@@ -353,7 +353,7 @@ ROWS = CLASSIFIER.rows()
         ([(torch.ones(3), torch.ones(()))] * 4, r"\(inputs, targets\) tuples, but `loss_fn` is None"),
         (
             [*ROWS[:3], {**ROWS[3], "labels": CLASSES}],
-            f"Of `train_data`, row 3 has the label {CLASSES}, but the model tells 3 classes apart",
+            f"In `train_data`, row 3 has the label {CLASSES}, but the model has 3 classes",
         ),
         ([*ROWS[:3], {**ROWS[3], "labels": -1}], "row 3 has the label -1"),
         (
@@ -362,14 +362,14 @@ ROWS = CLASSIFIER.rows()
         ),
         (
             [*ROWS[:3], {"input_ids": [5, 6]}],
-            "row 3 cannot be made part of a batch: it has no value in its column 'labels', and 3",
+            "row 3 cannot be batched: it has no value in its column 'labels', but 3",
         ),
         (
             [*ROWS[:3], {**ROWS[3], "labels": None}],
-            "row 3 cannot be made part of a batch: it has no value in its column 'labels', and 3 of 4",
+            "row 3 cannot be batched: it has no value in its column 'labels', but 3 of 4",
         ),
-        ([*ROWS[:3], {**ROWS[3], "input_ids": [[5], [6]]}], "row 3 cannot be made part of a batch: .*dimensions"),
-        ([*ROWS[:3], {**ROWS[3], "input_ids": "film"}], "row 3 cannot be made part of a batch: .*'film'"),
+        ([*ROWS[:3], {**ROWS[3], "input_ids": [[5], [6]]}], "row 3 cannot be batched: .*dimensions"),
+        ([*ROWS[:3], {**ROWS[3], "input_ids": "film"}], "row 3 cannot be batched: .*'film'"),
         ([{**row, "labels": -100} for row in ROWS], "has no label that counts"),
         ([{**row, "labels": 0.5} for row in ROWS], "The loss of row 0 of `train_data` cannot be computed"),
     ],
@@ -400,7 +400,7 @@ def test_faults_in_validation_data_name_it() -> None:
         run(CLASSIFIER.model(), ROWS, val_data=[])
     with pytest.raises(DataError, match=r"`val_data` lacks the columns \['labels'\] that `train_data` has"):
         run(CLASSIFIER.model(), ROWS, val_data=[{"input_ids": [1, 2]}])
-    with pytest.raises(DataError, match="Of `val_data`, row 1 has the label 9"):
+    with pytest.raises(DataError, match="In `val_data`, row 1 has the label 9"):
         run(CLASSIFIER.model(), ROWS, val_data=[ROWS[0], {**ROWS[1], "labels": 9}])
     _, held = hold_out(9, 0.5, seed=42)
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n in held else row for n, row in enumerate(CAUSAL.rows())]
@@ -430,7 +430,7 @@ def test_rows_of_the_hold_out_keep_their_names() -> None:
 def test_a_row_that_a_plain_module_cannot_take_is_named() -> None:
     rows = token_rows()
     rows[3] = torch.tensor([5, 99])
-    with pytest.raises(DataError, match="Of `train_data`, row 3 has the token id 99"):
+    with pytest.raises(DataError, match="In `train_data`, row 3 has the token id 99"):
         run(PlainLM(), rows)
 
 

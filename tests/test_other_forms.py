@@ -91,7 +91,7 @@ def test_columns_of_arrays_are_rows() -> None:
 def test_rows_of_a_frame_go_by_their_place() -> None:
     frame = pd.DataFrame(ROWS, index=range(90, 100))
     frame.loc[93, "labels"] = 7
-    with pytest.raises(DataError, match="Of `val_data`, row 3 has the label 7"):
+    with pytest.raises(DataError, match="In `val_data`, row 3 has the label 7"):
         run(CLASSIFIER.model(), ROWS, val_data=frame)
 
 

@@ -112,7 +112,7 @@ def test_max_tokens_is_refused_with_a_collator_that_pads_further() -> None:
 def test_max_tokens_below_a_row_is_an_error_with_the_row() -> None:
     rows = HEADS[CAUSAL].rows(9)
     longest = max(range(9), key=lambda n: len(rows[n]["input_ids"]))
-    with pytest.raises(DataError, match=rf"row {longest} has \d+ tokens, and `max_tokens` is 4"):
+    with pytest.raises(DataError, match=rf"row {longest} has \d+ tokens, but `max_tokens` is 4"):
         test_fine_tuning(HEADS[CAUSAL].model(), train_data=rows, max_tokens=4, validation_split=0.0)
 
 
@@ -246,7 +246,7 @@ def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_w
 def test_a_row_that_cannot_be_collated_is_named_with_workers_as_without(num_workers: int) -> None:
     rows = HEADS[NAMES[1]].rows(200)
     rows[180] = {**rows[180], "labels": "spam"}
-    with pytest.raises(DataError, match=r"^Of `train_data`, row 180 cannot be made part of a batch"):
+    with pytest.raises(DataError, match=r"^In `train_data`, row 180 cannot be batched"):
         test_fine_tuning(
             HEADS[NAMES[1]].model(), train_data=rows, validation_split=0.0, num_workers=num_workers, progress=False
         )

@@ -108,10 +108,10 @@ def test_validation_rows_may_be_the_only_raw_text() -> None:
 @pytest.mark.parametrize(
     ("rows", "names", "words"),
     [
-        (LABELLED, "revue", "`train_data` has no column 'revue' to take texts from, only 'review', 'label'"),
+        (LABELLED, "revue", "`train_data` has no column 'revue' to read texts from, only 'review', 'label'"),
         (LABELLED, "label", "`text_columns` names 'label', which is the column of the labels"),
-        ([{**row, "n": 7} for row in LABELLED], "n", "Column 'n' of `train_data` holds no text, but 7"),
-        ([{**row, "words": ["a"]} for row in LABELLED], "words", r"but \['a'\]. To train on it, .*is_split_into_words"),
+        ([{**row, "n": 7} for row in LABELLED], "n", "Column 'n' of `train_data` holds 7 instead of text"),
+        ([{**row, "words": ["a"]} for row in LABELLED], "words", r"\['a'\] instead of text. To train .*is_split_into"),
         ([{**row, "chat": [{"role": "a"}]} for row in LABELLED], "chat", "To train on it, .*apply_chat_template"),
         ([{**row, "raw": b"a"} for row in LABELLED], None, "2 columns of text: .* To train on 'raw', decode the bytes"),
         ([{"input_ids": [3, 4], **row} for row in LABELLED], "review", "`train_data` is not raw text: .* 'input_ids'"),
@@ -119,8 +119,8 @@ def test_validation_rows_may_be_the_only_raw_text() -> None:
         ([{"chat": [{"content": "a"}], "label": 0}], None, "one column of text: 'chat' .*apply_chat_template"),
         ([{"words": ["a", "film"], "label": 0}], None, "one column of text: 'words' .*is_split_into_words"),
         ([{"id": "a", "pair": {"de": "a", "en": "b"}, "label": 0}], None, "2 columns of text: 'id' .* 'pair'"),
-        ([{**LABELLED[0], "review": None}, *LABELLED], None, "row 0 has no text in its column 'review', but None"),
-        ([*LABELLED, {"review": float("nan"), "label": 0}], None, "row 7 has no text in its column 'review', but None"),
+        ([{**LABELLED[0], "review": None}, *LABELLED], None, "row 0 has None instead of text in its column 'review'"),
+        ([*LABELLED, {"review": float("nan"), "label": 0}], None, "row 7 has None instead of text in its column"),
         (REVIEWS, None, r"its first row is a str instead. Turn each row into a dict of columns, such as \{'text'"),
     ],
 )  # fmt: skip
@@ -215,7 +215,7 @@ def test_rows_that_are_cut_are_counted_also_when_their_tokens_are_cached(tmp_pat
     for _ in range(2):
         rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
         with pytest.warns(
-            TextWarning, match=r"Of `train_data`, 3 of 8 rows \(the first is row 5\) are longer than the 32 tokens"
+            TextWarning, match=r"In `train_data`, 3 of 8 rows \(the first is row 5\) are longer than the 32 tokens"
         ):
             run(causal_lm(), rows)
 

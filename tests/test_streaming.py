@@ -240,7 +240,7 @@ def test_a_stream_that_fails_costs_no_update_that_was_taken(tmp_path: Path, monk
     monkeypatch.setattr(streaming, "LOOKED_AT", 8)
     model = BERT.model()
     with pytest.raises(
-        DataError, match=r"`train_data` cannot be read on, after 23 rows: OSError\('the line is dead'\)"
+        DataError, match=r"`train_data` cannot be read further, after 23 rows: OSError\('the line is dead'\)"
     ):
         run(model, Stream(BERT.rows(40), fails_after=23), learning_rate=1e-2, output_dir=str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
@@ -370,15 +370,15 @@ def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
         ({"train_data": Stream([*BERT.rows(3), 1])}, "but row 3 is a int instead"),
         (
             {"train_data": iter(BERT.rows())},
-            r"gone through only once\. .* `train_data=datasets\.IterableDataset\.from_gen",
+            r"read only once\. .* `train_data=datasets\.IterableDataset\.from_gen",
         ),
         ({"train_data": Stream(TEXTS)}, "`train_data` is raw text, but `tokenizer` is None"),
-        ({"train_data": Stream(BERT.rows(), fails_after=2)}, "cannot be read on, after 2 rows"),
+        ({"train_data": Stream(BERT.rows(), fails_after=2)}, "cannot be read further, after 2 rows"),
         (
             {"train_data": Stream([*BERT.rows(3), {**BERT.rows(1)[0], "labels": CLASSES}])},
-            f"Of `train_data`, row 3 has the label {CLASSES}",
+            f"In `train_data`, row 3 has the label {CLASSES}",
         ),
-        ({"max_tokens": 2}, r"has \d+ tokens, and `max_tokens` is 2"),
+        ({"max_tokens": 2}, r"has \d+ tokens, but `max_tokens` is 2"),
     ],
 )
 def test_what_cannot_be_used_is_told_before_training(given: dict[str, Any], words: str) -> None:
@@ -392,24 +392,24 @@ def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
     good = BERT.rows(12)
     long = {**good[0], "input_ids": list(range(1, 60))}
-    with pytest.raises(DataError, match=r"Of `train_data`, row 12 has 59 tokens, and `max_tokens` is 50"):
+    with pytest.raises(DataError, match=r"In `train_data`, row 12 has 59 tokens, but `max_tokens` is 50"):
         run(BERT.model(), Stream([*good, long]), max_tokens=50)
-    with pytest.raises(DataError, match=r"Of `train_data`, row 12 has the label 7"):
+    with pytest.raises(DataError, match=r"In `train_data`, row 12 has the label 7"):
         run(BERT.model(), Stream([*good, {**good[0], "labels": 7}]))
     for odd in (3, torch.ones(4)):
         with pytest.raises(DataError, match=rf"`train_data` must be .*, but row 12 is a {type(odd).__name__} instead"):
             run(BERT.model(), Stream([*good, odd, *good]))
 
 
-NO_TEXT = r"row {} has no text in its column 'text', but {}\. Fix or drop the row"
+NO_TEXT = r"row {} has {} instead of text in its column 'text'\. Fix or drop the row"
 ODD_TEXTS: list[tuple[Any, str, str]] = [
     # the row, what is said of it among those that are looked at, and later
     ({"label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
     ({"text": None, "label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
-    ({"text": ["a", "film"], "label": 1}, "row 3 makes no table with the rows", NO_TEXT.format(9, r"\['a', 'film'\]")),
-    ({"text": "\ud800", "label": 1}, "row 3 makes no table with the rows", "row 9 cannot be tokenised: TypeError"),
-    ({"text": "a", "label": "odd"}, "row 3 makes no table with the rows", "row 9 has the label 'odd', but the model's"),
-    ({"text": "a"}, "row 3 cannot be made part of a batch", "row 9 cannot be made part of a batch"),
+    ({"text": ["a", "film"], "label": 1}, "row 3 does not fit into a table", NO_TEXT.format(9, r"\['a', 'film'\]")),
+    ({"text": "\ud800", "label": 1}, "row 3 does not fit into a table", "row 9 cannot be tokenised: TypeError"),
+    ({"text": "a", "label": "odd"}, "row 3 does not fit into a table", "row 9 has the label 'odd', but the model's"),
+    ({"text": "a"}, "row 3 cannot be batched", "row 9 cannot be batched"),
     (7, "row 3 is a int instead", "row 9 is a int instead"),
 ]
 
@@ -431,7 +431,7 @@ def test_a_stream_is_said_to_have_been_looked_at_as_far_as_it_was(monkeypatch: p
     rows = LLAMA.rows(9)
     for row in rows[:4]:
         row["labels"] = [-100] * len(row["input_ids"])
-    with pytest.raises(DataError, match=r"as far as its first 4 rows tell, has no label that counts: .* shuffle the"):
+    with pytest.raises(DataError, match=r"judging by its first 4 rows, has no label that counts: .* shuffle the"):
         run(LLAMA.model(), Stream(rows))
     with pytest.raises(DataError, match=r"The term 'loss' of .* but no items of it are counted there"):
         run(LLAMA.model(), Stream(LLAMA.rows(9)), count_items=lambda _: 0, on_inexact="ignore")
@@ -462,7 +462,7 @@ def test_two_processes_see_every_row_once_between_them(two_processes: Callable[.
             assert sorted(number for window in one_pass for number in window) == list(range(40)), kind
         assert all(any(windows) for windows in both), "one process did all the work"
     assert found["errors"][0] == found["errors"][1]
-    assert "cannot be read on, after 23 rows: OSError" in found["errors"][0][0]
+    assert "cannot be read further, after 23 rows: OSError" in found["errors"][0][0]
     assert "cannot be sent to other processes" in found["errors"][0][1]
     assert found["ledger"] == [5, 5, 5, 5]
     assert found["alone again"] == [0, 2]

@@ -89,17 +89,17 @@ LONG = {"input_ids": [5] * 33}
 FAULTS: list[tuple[Callable[[], nn.Module], Callable[[], list[Row]], Row, str]] = [
     (bert, plain, {"input_ids": [5, 61]}, "has the token id 61, but the model's vocabulary is 0 to 60"),
     (bert, plain, {"input_ids": [5, -1]}, "has the token id -1"),
-    (bert, plain, {"labels": 3}, "has the label 3, but the model tells 3 classes apart, 0 to 2"),
+    (bert, plain, {"labels": 3}, "has the label 3, but the model has 3 classes, 0 to 2"),
     (bert, plain, LONG, "has 33 tokens, but the model has positions for 32. Truncate the row"),
     (roberta, plain, LONG, "has 33 tokens, but the model has positions for 32. Truncate the row"),
     (bert, with_types, {"input_ids": [5, 6], "token_type_ids": [0, 2]}, "number 2 in `token_type_ids`, but the model"),
     (bert, with_positions, {"input_ids": [5, 6], "position_ids": [0, 32]}, "has the number 32 in `position_ids`"),
     (bert, multi_hot, {"labels": [1.0, 2.0, 0.0]}, "label 2.0, but the loss is a binary cross entropy, whose labels"),
     (bert, multi_hot, {"labels": [1.0, -100.0, 0.0]}, "has the label -100.0, but the loss is a binary cross entropy"),
-    (t5, pairs, {"labels": [5, 61]}, "has the label 61, but the model tells 61 classes apart"),
-    (bart, pairs, {"labels": [5, 61]}, "has the label 61, but the model tells 61 classes apart"),
+    (t5, pairs, {"labels": [5, 61]}, "has the label 61, but the model has 61 classes"),
+    (bart, pairs, {"labels": [5, 61]}, "has the label 61, but the model has 61 classes"),
     (Shop, shop, {"city": 5}, "number 5 in `city`, but the model has 5 embeddings for it, 0 to 4. Fix the row"),
-    (Shop, shop, {"kinds": [9, 3]}, "number 3 in place 1 of `kinds`, but the model has 3 embeddings for it"),
+    (Shop, shop, {"kinds": [9, 3]}, "number 3 in element 1 of `kinds`, but the model has 3 embeddings for it"),
 ]
 
 
@@ -131,24 +131,24 @@ def test_a_bad_row_far_from_the_start_is_named(
     data, index, _ = faulty(rows(), change)
     arrays = [{name: np.asarray(value) for name, value in row.items()} for row in data]
     for form in (data, arrays, Dataset.from_list(data), Dataset.from_list(data).with_format("torch")):
-        with pytest.raises(DataError, match=rf"Of `train_data`, row {index} .*{words}"):
+        with pytest.raises(DataError, match=rf"In `train_data`, row {index} .*{words}"):
             run(model(), form, output_dir=str(tmp_path / "before"))
     assert not (tmp_path / "before" / "ledger.jsonl").exists()
     more, index_of_more, update = faulty(rows() * 3, change, first=256)  # so many are looked at before training
-    with pytest.raises(DataError, match=rf"Of `train_data`, row {index_of_more} .*{words}"):
+    with pytest.raises(DataError, match=rf"In `train_data`, row {index_of_more} .*{words}"):
         run(model(), LazyRows(more), output_dir=str(tmp_path / "run"))
     entries = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
     assert sum("window" in json.loads(entry) for entry in entries) == update
-    with pytest.raises(DataError, match=rf"Of `val_data`, row {index} .*{words}"):
+    with pytest.raises(DataError, match=rf"In `val_data`, row {index} .*{words}"):
         run(model(), rows(), val_data=data)
-    with pytest.raises(DataError, match=rf"Of `train_data`, row {index} .*{words}"):
+    with pytest.raises(DataError, match=rf"In `train_data`, row {index} .*{words}"):
         run(model(), data, validation_split=0.3)
 
 
 @pytest.mark.parametrize("loss_fn", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits])
 def test_targets_of_a_binary_cross_entropy_are_probabilities(loss_fn: Any) -> None:
     rows = [(torch.randn(4), torch.tensor([0.0, 0.3, 2.0 if n == 77 else 1.0])) for n in range(N_ROWS)]
-    with pytest.raises(DataError, match=r"Of `train_data`, row 77 has the label 2\.0, but the loss is a binary"):
+    with pytest.raises(DataError, match=r"In `train_data`, row 77 has the label 2\.0, but the loss is a binary"):
         run(nn.Linear(4, 3), rows, loss_fn=loss_fn)
     assert run(nn.Linear(4, 3), rows[:77], loss_fn=loss_fn).optimizer_steps
     assert run(nn.Linear(4, 3), rows, loss_fn=nn.MSELoss()).optimizer_steps

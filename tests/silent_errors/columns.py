@@ -50,17 +50,17 @@ def multi_hot_one_short() -> float:
     )
 
 
-@case(3, "a label of a token missing", refused=rf"row {ODD} .*'labels' has the shape .* to go with its 'input_ids'")
+@case(3, "a label of a token missing", refused=rf"row {ODD} .*'labels' has the shape .* to match its 'input_ids'")
 def token_labels_one_short() -> float:
     return error_of("token classification, BERT", lambda row: {"labels": row["labels"][:-1]})
 
 
-@case(3, "a label of a token too many", refused=rf"row {ODD} .*'labels' has the shape .* to go with its 'input_ids'")
+@case(3, "a label of a token too many", refused=rf"row {ODD} .*'labels' has the shape .* to match its 'input_ids'")
 def token_labels_one_long() -> float:
     return error_of("token classification, BERT", lambda row: {"labels": [*row["labels"], 1]})
 
 
-@case(3, "next tokens one short", refused=rf"row {ODD} .*'labels' has the shape .* to go with its 'input_ids'")
+@case(3, "next tokens one short", refused=rf"row {ODD} .*'labels' has the shape .* to match its 'input_ids'")
 def next_tokens_one_short() -> float:
     return error_of("causal LM, Llama", lambda row: {"labels": row["labels"][1:]})
 
@@ -70,7 +70,7 @@ def next_tokens_one_short_without_padding() -> float:
     return error_of("causal LM, Llama", lambda row: {"labels": row["labels"][1:]}, padding_free=True)
 
 
-@case(3, "a mask one short", refused=rf"row {ODD} .*'attention_mask' has the shape .* to go with its 'input_ids'")
+@case(3, "a mask one short", refused=rf"row {ODD} .*'attention_mask' has the shape .* to match its 'input_ids'")
 def mask_one_short() -> float:
     head = HEADS["sequence classification, BERT"]
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in head.rows(N_ROWS)]
@@ -126,7 +126,7 @@ def target_missing() -> float:
     )
 
 
-@case(3, "a decoder's input one short", refused=rf"row {ODD} .*'decoder_input_ids' has the shape .* with its 'labels'")
+@case(3, "a decoder's input one short", refused=rf"row {ODD} .*'decoder_input_ids' has the shape .* match its 'labels'")
 def decoder_input_one_short() -> float:
     head = HEADS["seq2seq, T5"]
     rows = [{**row, "decoder_input_ids": [0, *row["labels"][:-1]]} for row in head.rows(N_ROWS)]
@@ -194,17 +194,17 @@ def error_of_some(as_data: Callable[[list[Row]], Any], n_rows: int, having: set[
 FEW = {17, 130, 200, 399}
 
 
-@case(4, "token types in 4 of 400 rows", refused="row 17 .*'token_type_ids', and 396 of 400 rows have none")
+@case(4, "token types in 4 of 400 rows", refused="row 17 .*'token_type_ids', but 396 of 400 rows have none")
 def token_types_in_few_rows() -> float:
     return error_of_some(list, 400, FEW)
 
 
-@case(4, "token types in all of 400 rows but 4", refused="row 17 .*'token_type_ids', and 396 of 400 rows have one")
+@case(4, "token types in all of 400 rows but 4", refused="row 17 .*'token_type_ids', but 396 of 400 rows have one")
 def token_types_in_most_rows() -> float:
     return error_of_some(list, 400, set(range(400)) - FEW)
 
 
-@case(4, "None for token types in 396 of 400 rows", refused="row 17 .*'token_type_ids', and 396 of 400 rows have none")
+@case(4, "None for token types in 396 of 400 rows", refused="row 17 .*'token_type_ids', but 396 of 400 rows have none")
 def none_for_token_types() -> float:
     def table(rows: list[Row]) -> datasets.Dataset:
         names = ("input_ids", "labels", "token_type_ids")
@@ -213,12 +213,12 @@ def none_for_token_types() -> float:
     return error_of_some(table, 400, FEW)
 
 
-@case(4, "token types in few rows of a torch data set", refused=r"row \d+ .*'token_type_ids', and")
+@case(4, "token types in few rows of a torch data set", refused=r"row \d+ .*'token_type_ids', but")
 def token_types_in_few_rows_of_a_data_set() -> float:
     return error_of_some(LazyRows, 400, FEW)
 
 
-@case(4, "token types in few rows of a stream", refused="row 17 .*'token_type_ids', and")
+@case(4, "token types in few rows of a stream", refused="row 17 .*'token_type_ids', but")
 def token_types_in_few_rows_of_a_stream() -> float:
     def stream(rows: list[Row]) -> datasets.IterableDataset:
         return datasets.IterableDataset.from_generator(lambda: iter(rows))

@@ -1,4 +1,4 @@
-"""Collated batches: cut, trimmed, compared."""
+"""Split, trim and compare collated batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from ..objective.item_counts import TOKEN_COLUMNS, Batch
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some rows of a collated batch, at its width."""
+    """Return some rows of a collated batch, at its width."""
     if isinstance(batch, Mapping):
         return {key: take(value, rows) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
@@ -19,7 +19,7 @@ def take(batch: Batch, rows: Sequence[int]) -> Batch:
 
 
 def trimmed(batch: Batch) -> Batch:
-    """Without the columns that are padding in every row, as far as an attention mask tells."""
+    """Return a batch without the token positions that are padding in every row, if it has an attention mask."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
         return batch
@@ -41,7 +41,7 @@ def trimmed(batch: Batch) -> Batch:
 
 
 def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
-    """Whether every tensor of the batch has its rows along the first dimension."""
+    """Return whether every tensor of the batch has the rows along its first dimension."""
     if isinstance(batch, Mapping):
         return all(can_be_taken_apart(value, n_rows) for value in batch.values())
     if isinstance(batch, list | tuple):
@@ -50,7 +50,7 @@ def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
 
 
 def first_dimensions(batch: Batch) -> set[int]:
-    """The sizes of a batch's tensors along their first dimension."""
+    """Return the sizes of a batch's tensors along their first dimension."""
     if isinstance(batch, Mapping):
         return first_dimensions(list(batch.values()))
     if isinstance(batch, list | tuple):
@@ -65,4 +65,4 @@ def equal_batches(one: Batch, other: Batch) -> bool:
         return all(map(equal_batches, one, other))
     if not isinstance(one, Tensor):
         return True
-    return one.shape == other.shape and bool(((one == other) | (one != one)).all())  # NaN is itself
+    return one.shape == other.shape and bool(((one == other) | (one != one)).all())  # NaN counts as equal to NaN

@@ -1,4 +1,4 @@
-"""Rows by position to a batch, with the faulty row named."""
+"""Collate the rows at some positions into a batch, and name the row at fault if that fails."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -16,34 +16,34 @@ Collator = Callable[[list[Row]], Batch]
 
 
 class RowCollator:
-    """The one way from rows to a batch: the user's collator or the padding one, with the faulty row named.
+    """The user's collator or the padding one, applied to rows by position. Errors name the row at fault.
 
     Attributes:
-        draws: whether the collator draws at random (masked LM), so that rows must be collated a window at a time
-            for the draws not to depend on how the window is cut.
-        repeats: whether rows and collator give the same batch again from the same seed: those with a generator of their
-            own do not.
-        width: of a batch, from the length of its longest row.
+        draws: whether the collator draws at random (masked LM). If so, rows must be collated a window at a time, so
+            that the random numbers do not depend on how the window is split.
+        repeats: whether rows and collator give the same batch again from the same seed. They do not if they have their
+            own generator.
+        width: returns the width of a batch, given the length of its longest row.
     """
 
     def __init__(self, collator: Collator, accepted: set[str] | None = None) -> None:
         """Args:
-        collator: the user's, or the padding one.
-        accepted: the columns that the model takes. Beside any of them, others that are no numbers are left out:
-            no tensor can be made of them.
+        collator: the user's collator, or the padding one.
+        accepted: the columns that the model takes. If a row has any of them, its other columns are dropped unless they
+            hold numbers: they could not become tensors.
         """
         self._collator = collator
         self._accepted = accepted or set()
         self.draws, self.repeats = False, True
-        self._sound: list[Row] = []  # a row that others were collated with, if one is known
+        self._sound: list[Row] = []  # one row that is known to collate with others, if there is one
         self._has_a_row_each = False
         self.width: Callable[[int], int] = getattr(collator, "width", lambda length: length)
 
     def __call__(self, rows: Rows, positions: Sequence[int], seed: Sequence[int] = ()) -> Batch:
-        """Collates the rows at these positions.
+        """Collate the rows at these positions.
 
         Args:
-            seed: of what rows draw, where they do.
+            seed: seeds the random numbers of rows, if they draw any.
 
         Raises:
             DataError: naming the first row that cannot be collated with the others.
@@ -57,25 +57,25 @@ class RowCollator:
             raise DataError(self._explained(rows, positions, fetched, error)) from error
         if self._has_a_row_each and len(fetched) not in (sizes := first_dimensions(batch)):
             raise DataError(
-                f"`data_collator` was given {len(fetched)} rows and made a batch of {max(sizes, default=0)} of them, "
-                f"while others had all of theirs: it was given {rows.names_of(positions)} of `{rows.argument}`. Have "
-                "it keep every row, and drop those that are not to be trained on beforehand."
+                f"`data_collator` was given {len(fetched)} rows and made a batch of {max(sizes, default=0)} from "
+                f"{rows.names_of(positions)} of `{rows.argument}`, while another batch has all its rows. Make it keep "
+                "every row, and drop rows that should not be trained on beforehand."
             )
         return batch
 
     def seeded(self, rows: Rows, positions: Sequence[int], *seed: int, rows_seed: Sequence[int] | None = None) -> Batch:
-        """The same, with every draw settled by the seed, and no generator moved.
+        """Collate with random numbers that follow the seed alone, and leave all generators unchanged.
 
         Args:
-            rows_seed: of what rows draw, where that is to be another one.
+            rows_seed: the seed for rows, if it is not the collator's.
         """
         with preserve_rng():
             seed_all(*seed)
             return self(rows, positions, seed if rows_seed is None else rows_seed)
 
     def find_draws(self, rows: Rows) -> None:
-        """Sees whether rows draw, whether the collator does, of a few of them, and whether these make the same batch
-        again from one seed."""
+        """Find out from a few rows whether rows draw, whether the collator does, and whether one seed gives the same
+        batch again."""
         rows.find_draws()
         positions = range(min(_FEW, len(rows)))
         one, again, other = (self.seeded(rows, positions, seed, rows_seed=(0,)) for seed in (1, 1, 2))
@@ -83,13 +83,13 @@ class RowCollator:
         if len(positions) > 1:
             self._sound = self._fetched(rows, positions[:1], (0,))
             self._has_a_row_each = len(positions) in first_dimensions(one)
-        # What it draws may come to nothing in most batches.
+        # Its random numbers may have no effect in most batches, so check the generators, too.
         self.draws = self._moves_generators(rows, positions) or not equal_batches(one, other)
 
     def _moves_generators(self, rows: Rows, positions: Sequence[int]) -> bool:
         with preserve_rng():
             before = Generators.now()
-            self(rows, positions, (0,))  # rows leave them as they were
+            self(rows, positions, (0,))  # fetching rows leaves them unchanged
             return not before.unchanged()
 
     def _fetched(self, rows: Rows, positions: Sequence[int], seed: Sequence[int]) -> list[Row]:
@@ -101,22 +101,22 @@ class RowCollator:
         return {key: value for key, value in row.items() if key in self._accepted or is_numeric(value)}
 
     def _explained(self, rows: Rows, positions: Sequence[int], fetched: list[Row], error: Exception) -> str:
-        # Any of them may be the odd one: fewest are at odds with a sound one.
+        # Any of these may be the odd row. The one that the fewest rows fail with is sound.
         if found := [misfits for row in [*self._sound, *fetched[:_FEW]] if (misfits := self._misfits(row, fetched))]:
             misfits = min(found, key=len)
             first = min(misfits)
             return self._describe(rows, positions[first], OddRowError(first, str(misfits[first])))
         return (
             f"The {rows.names_of(positions)} of `{rows.argument}` cannot be collated together: {error}. "
-            "Give a `data_collator` that can."
+            "Give a `data_collator` that can collate them."
         )
 
     @staticmethod
     def _describe(rows: Rows, position: int, odd: OddRowError) -> str:
-        return f"Of `{rows.argument}`, {rows.name_of(position)} cannot be made part of a batch: {odd}. {odd.remedy}"
+        return f"In `{rows.argument}`, {rows.name_of(position)} cannot be batched: {odd}. {odd.remedy}"
 
     def _misfits(self, sound: Row, fetched: Sequence[Row]) -> dict[int, Exception]:
-        """Which of the rows, by place, cannot be collated alone or with a sound one, and why."""
+        """Return the errors of rows that cannot be collated alone or with a sound row, by place."""
         found: dict[int, Exception] = {}
         for n, row in enumerate(fetched):
             try:

@@ -1,4 +1,4 @@
-"""The columns of a batch: which columns every row must have, and along what each of their dimensions runs."""
+"""The columns of a batch: which ones every row must have, and what sets the size of each of their dimensions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from ..objective.item_counts import TOKEN_COLUMNS
 from .row import Row
 from .values import OddRowError, column_name, is_numeric, tensor_of
 
-# What counts a row's tokens, and in which dimension: the first of these columns that rows have.
+# The first of these columns that rows have shows a row's number of tokens, in this dimension.
 _TOKEN_BASES = (("input_ids", -1), ("attention_mask", -1), ("inputs_embeds", 0), ("input_values", -1))
 _SOUNDS = ("input_values", "input_features")  # padded with silence
 
 
 class Along(Enum):
-    """What a dimension runs along, where it is not of one size in all rows."""
+    """What sets the size of a dimension that differs from row to row."""
 
     TOKENS = "input_ids"
     TARGETS = "labels"
@@ -32,13 +32,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ColumnRules:
-    """Which columns a batch takes from rows.
+    """The rules by which a batch takes columns from rows.
 
     Attributes:
-        accepted: the columns that the model takes; None where it takes any.
-        keep_all: whether to keep other columns of numbers, for a `loss_fn` to find.
-        own_targets: whether labels may have a length of their own beside `input_ids`, as for an encoder-decoder; None
-            where nobody knows.
+        accepted: the columns that the model takes; None if it takes any.
+        keep_all: whether to keep other columns of numbers, for a `loss_fn`.
+        own_targets: whether labels may have another length than `input_ids`, as for an encoder-decoder; None if this is
+            unknown.
     """
 
     accepted: frozenset[str] | None = None
@@ -49,20 +49,20 @@ class ColumnRules:
     def names(self) -> frozenset[str]:
         """The columns that are taken whatever they hold.
 
-        A plain module may have another name for its ids; positions tell packed rows, also for a model that takes none.
+        A plain module may have another name for its ids. Positions identify packed rows, also for models without them.
         """
         return (self.accepted or frozenset()) | {"input_ids", "labels", "position_ids"}
 
     def takes(self, name: str, value: Any) -> bool:
-        """Return whether a batch has a column of that name, from a value in a row."""
+        """Return whether a batch takes a column of this name, given a row's value."""
         if name in self.names:
             return True
         return (self.keep_all or self.accepted is None) and is_numeric(value)
 
     def may_pad_freely(self, name: str, *, floats: bool, n_dims: int, with_ids: bool) -> bool | None:
-        """Return whether a column may have a length of its own, so that its padding is known to be left out.
+        """Return whether a column may have a length of its own, because its padding is known to be ignored.
 
-        None: it may, unless most rows have one length.
+        Return None if it may unless most rows have the same length.
         """
         if is_label(name):
             fits = name == "labels" and not floats and (with_ids or n_dims == 1)
@@ -75,14 +75,14 @@ class ColumnRules:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a batch, as rows that were looked at show them.
+    """The columns of a batch, derived from a few rows.
 
     Attributes:
         rules: which columns are taken.
-        keys: by name in a batch, the name in rows.
-        sizes: by name in a batch, what each dimension of a row's value must be.
-        token_base: the column, and the dimension, that counts a row's tokens; None where rows have no tokens.
-        ignored: columns that some rows may have, and that are left out.
+        keys: the name in rows, by name in a batch.
+        sizes: the required size of each dimension of a row's value, by name in a batch.
+        token_base: the column, and its dimension, whose size is the number of tokens; None if rows have no tokens.
+        ignored: columns that rows may have, and that are left out.
     """
 
     rules: ColumnRules
@@ -93,10 +93,10 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Sequence[Row], rules: ColumnRules) -> "Columns":
-        """Derive the columns from rows: what most of them show is the rule.
+        """Derive the columns from rows. What most of the rows have is required.
 
         Raises:
-            OddRowError: where a row lacks a column that others have.
+            OddRowError: if a row lacks a column that others have.
         """
         keys = _names({key: None for row in rows for key, value in row.items() if value is not None})
         keys = {name: key for name, key in keys.items() if rules.takes(name, _first_value(rows, key))}
@@ -108,7 +108,7 @@ class Columns:
         base = _token_base(shapes, integers)
         counts = {Along.TOKENS: _counts(shapes, base)}
         sizes: dict[str, tuple[Size, ...]] = {}
-        for name in sorted(shapes, key=lambda name: name != "labels"):  # what decoders take runs along the labels
+        for name in sorted(shapes, key=lambda name: name != "labels"):  # decoder inputs run along labels
             free = rules.may_pad_freely(
                 name, floats=name not in integers, n_dims=len(shapes[name][0]), with_ids="input_ids" in shapes
             )
@@ -119,20 +119,20 @@ class Columns:
 
     @property
     def mask_sizes(self) -> tuple[Size, ...]:
-        """What the dimensions of a mask over the tokens must be."""
+        """The required sizes of the dimensions of a mask over the tokens."""
         ids = self.sizes.get("input_ids")
         return (Along.TOKENS,) if ids is None else ids
 
     def without(self, name: str) -> "Columns":
-        """Return the other columns."""
+        """Return the columns except one."""
         keys = {other: key for other, key in self.keys.items() if other != name}
         return replace(self, keys=keys, sizes={other: self.sizes[other] for other in keys})
 
     def tensors(self, rows: Sequence[Row]) -> dict[str, list[Tensor]]:
-        """Return the columns of some rows, not padded yet.
+        """Return the columns of some rows as tensors that are not padded yet.
 
         Raises:
-            OddRowError: where a row lacks a column, has another one, or has one of another shape.
+            OddRowError: if a row lacks a column, has one more, or has one of another shape.
         """
         for place, row in enumerate(rows):
             self._check_names(place, row)
@@ -146,15 +146,15 @@ class Columns:
         return found
 
     def counts(self, shapes: Mapping[str, Sequence[Shape]]) -> dict[Along, list[int] | None]:
-        """Return how many tokens and how many targets each row has."""
+        """Return the number of tokens and of targets of each row."""
         targets = [shape[0] if shape else 0 for shape in shapes.get("labels", ())]
         return {Along.TOKENS: _counts(shapes, self.token_base), Along.TARGETS: targets}
 
     def problem(self, name: str, shape: Shape, n_tokens: int | None, n_targets: int | None) -> str | None:
-        """Return what is wrong with a row's value, given its tokens and targets; None where nothing is."""
+        """Return what is wrong with the shape of a row's value, given its numbers of tokens and targets; or None."""
         sizes = self.sizes[name]
         if len(shape) != len(sizes):
-            return f"its column {self.keys[name]!r} has {len(shape)} dimensions, and {len(sizes)} in other rows"
+            return f"its column {self.keys[name]!r} has {len(shape)} dimensions, but {len(sizes)} in other rows"
         lengths = {Along.TOKENS: n_tokens, Along.TARGETS: n_targets}
         wanted = tuple(
             found if size is Along.NOTHING else lengths[size] if isinstance(size, Along) else size
@@ -164,20 +164,20 @@ class Columns:
             return None
         size = next(size for size, n, m in zip(sizes, shape, wanted, strict=True) if n != m)
         base = "labels" if size is Along.TARGETS else self.token_base[0] if self.token_base else ""
-        reason = f"to go with its {base!r}" if isinstance(size, Along) else "as in other rows"
+        reason = f"to match its {base!r}" if isinstance(size, Along) else "as in other rows"
         return f"its column {self.keys[name]!r} has the shape {shape}, but must have {wanted} {reason}"
 
     def _check_names(self, place: int, row: Row) -> None:
         if not isinstance(row, Mapping):
-            raise OddRowError(place, "it has no columns, as other rows have")
+            raise OddRowError(place, "it has no columns, but other rows do")
         for key in self.keys.values():
             if row.get(key) is None:
-                raise OddRowError(place, f"it has no value in its column {key!r}, and other rows do", _SAME_COLUMNS)
+                raise OddRowError(place, f"it has no value in its column {key!r}, but other rows do", _SAME_COLUMNS)
         for key in row.keys() - self.keys.values():
             name = column_name(key)
             known = name in self.keys or name in self.ignored or row[key] is None
             if not known and self.rules.takes(name, row[key]):
-                problem = f"it has a value in its column {key!r}, and other rows have none"
+                problem = f"it has a value in its column {key!r}, but other rows have none"
                 raise OddRowError(place, problem, _SAME_COLUMNS)
 
     def _check_shapes(self, name: str, shapes: Sequence[Shape], counts: Mapping[Along, Sequence[int] | None]) -> None:
@@ -192,7 +192,7 @@ _SAME_COLUMNS = "Give every row the same columns, drop the row or the column, or
 
 
 def check_presence(key: str, lacking: Sequence[int], n_rows: int) -> None:
-    """Raise OddRowError where some rows have a column and others lack it: on the first of those that are fewer.
+    """Raise OddRowError if some rows have a column and others lack it, for the first row of the smaller group.
 
     Args:
         lacking: the places of the rows that lack the column, in ascending order.
@@ -201,11 +201,11 @@ def check_presence(key: str, lacking: Sequence[int], n_rows: int) -> None:
     if not lacking or not n_having:
         return
     if len(lacking) <= n_having:
-        problem = f"it has no value in its column {key!r}, and {n_having} of {n_rows} rows have one"
+        problem = f"it has no value in its column {key!r}, but {n_having} of {n_rows} rows have one"
         raise OddRowError(lacking[0], problem, _SAME_COLUMNS)
     absent = set(lacking)
     first = next(n for n in range(n_rows) if n not in absent)
-    problem = f"it has a value in its column {key!r}, and {len(lacking)} of {n_rows} rows have none"
+    problem = f"it has a value in its column {key!r}, but {len(lacking)} of {n_rows} rows have none"
     raise OddRowError(first, problem, _SAME_COLUMNS)
 
 
@@ -219,7 +219,7 @@ def _first_value(rows: Sequence[Row], key: str) -> Any:
 
 def _token_base(shapes: Mapping[str, Sequence[Shape]], integers: set[str]) -> tuple[str, int] | None:
     known = [(name, dim) for name, dim in _TOKEN_BASES if name in shapes and shapes[name][0]]
-    # A plain module names its token ids as it likes.
+    # A plain module may give its token ids any name.
     named = [(name, 0) for name in shapes if name in integers and not is_label(name) and len(shapes[name][0]) == 1]
     return next(iter([*known, *named]), None)
 
@@ -257,7 +257,7 @@ def _size(
     free: bool | None,
     fixed_first: bool,
 ) -> Size:
-    """Return what most rows show of a dimension: it runs along something, or is of one size, or neither."""
+    """Return the size of a dimension in most rows: that of the tokens or targets, a fixed one, or any."""
     size, n_equal = Counter(sizes).most_common(1)[0]
     agreeing = {along: sum(n == m for n, m in zip(sizes, expected, strict=True)) for along, expected in lengths.items()}
     along = max(agreeing, key=lambda each: agreeing[each], default=None)

@@ -1,4 +1,4 @@
-"""What users bring as data → rows."""
+"""Turn the user's data into rows."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ from .row import FORMS
 
 _OF_ITERATORS = (
     "Give a list of its rows. To train on them as a stream, give "
-    "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`; `make_rows` is the function "
-    "that yields the rows, from the first one on whenever it is called."
+    "`train_data=datasets.IterableDataset.from_generator(make_rows)` and `max_updates`, where `make_rows` is a "
+    "function that yields the rows from the first one on each time it is called."
 )
 
 
@@ -24,10 +24,10 @@ _SYNTHETIC_ROWS, _SYNTHETIC_LENGTHS = 1000, (8, 32)
 
 
 def as_rows(data: Any, argument: str) -> Rows:
-    """Takes data in any of the forms of `test_fine_tuning`; rows stay what they are.
+    """Return data in any form that `test_fine_tuning` takes as rows; rows stay as they are.
 
     Raises:
-        DataError: where the form is none of them, or there are no rows, with the remedy.
+        DataError: if the data have another form or no rows. The message says what to do.
     """
     if isinstance(data, Rows):
         return data
@@ -43,11 +43,11 @@ def as_rows(data: Any, argument: str) -> Rows:
     if isinstance(data, torch.utils.data.DataLoader):
         raise DataError(
             f"`{argument}` must be {FORMS}, but is a DataLoader instead. Give its `.dataset`, its `.collate_fn` as "
-            "`data_collator`, and `batch_size`: rows are drawn, cut and padded here."
+            "`data_collator`, and `batch_size`: ftaccum shuffles, splits and pads the rows itself."
         )
     if isinstance(data, Iterator):
         raise DataError(
-            f"`{argument}` must be {FORMS}, but is {type(data).__name__} instead, which can be gone through only "
+            f"`{argument}` must be {FORMS}, but is {type(data).__name__} instead, which can be read only "
             f"once. {_OF_ITERATORS}"
         )
     if isinstance(data, str | bytes) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
@@ -57,7 +57,7 @@ def as_rows(data: Any, argument: str) -> Rows:
         )
     if not len(data):
         raise DataError(f"`{argument}` has no rows. Give at least one; check the split or filter it came from.")
-    Rows(argument, data).fetch([0])  # names it where it is none
+    Rows(argument, data).fetch([0])  # raises an error that names it if it is not a row
     return Rows(argument, without_leading_dimension(data, len(data)))
 
 
@@ -69,10 +69,10 @@ def _remedy_for_dict(data: Mapping[str, Any], argument: str) -> str:
 
 
 def synthetic_rows(vocab_size: int, longest: int | None, seed: int) -> Rows:
-    """Seeded random token ids of ragged lengths, for a run without data.
+    """Return rows of random token ids of different lengths, for a run without data.
 
     Args:
-        longest: the most tokens that the model takes in a row, where that is known.
+        longest: the most tokens that the model takes in a row, if that is known.
     """
     draw = np.random.RandomState(seed)
     shortest, most = (min(length, longest or length) for length in _SYNTHETIC_LENGTHS)

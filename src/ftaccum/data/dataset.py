@@ -1,4 +1,4 @@
-"""Whatever the user hands over, as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
+"""The user's data as rows: a sized, indexable collection of mappings or (inputs, targets) tuples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,27 +21,27 @@ from .forms import ChangedRows
 from .row import Row, as_row, check_row, is_row, length_of
 from .table import make_table
 
-# Rows as they came, and the position of the first one → rows. It raises DataErrors that name a row.
+# Takes rows and the position of the first one, and returns rows. May raise a DataError that names a row.
 Step = Callable[[list[Row], int], list[Row]]
-# Columns of a batch of rows, and the positions of these → columns.
+# Takes the columns of a batch of rows, and the rows' positions, and returns new columns.
 Encode = Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]
-# Columns of rows, and the position of the first one.
+# Takes columns of rows, and the position of the first row.
 Report = Callable[[Mapping[str, list], int], None]
 
 _LENGTH_SAMPLE = 1000
-_FEW = 8  # rows to see whether fetching them draws
-_NAMED = 8  # rows, in a message on several
-_ROW = 0xA6  # keeps what a row draws apart from other uses of the seed
+_FEW = 8  # rows to fetch, to find out whether fetching draws random numbers
+_NAMED = 8  # the most rows to name in one message
+_ROW = 0xA6  # separates the random numbers of rows from other uses of the seed
 
 
 class Rows:
-    """Rows by position. Fetching one that cannot be had names it.
+    """Rows, fetched by position. The error for a row that cannot be fetched names that row.
 
     Attributes:
-        draw: whether fetching any of them was seen to draw from the generators of Python, NumPy or torch, as random
-            crops do. From then on, each row is fetched by itself and from a seed of its own: what it draws does not
-            depend on what is fetched with it, nor on which process fetches it, and moves no one else's draws. It does
-            not depend on when it was seen either: what was fetched with the first draw is fetched once more.
+        draw: whether fetching a row has drawn random numbers from the generators of Python, NumPy or torch, as random
+            crops do. Once it has, each row is fetched separately with its own seed, beginning with the rows of that
+            fetch. A row's random numbers then depend neither on the rows fetched with it nor on the process that
+            fetches it, and the generators keep their state.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Rows:
         part: str = "",
     ) -> None:
         """Args:
-        argument: what the user calls them, for messages.
+        argument: the name of the argument that the rows came from, for messages.
         source: anything with `__len__` and `__getitem__`.
-        positions: the rows of `source` that these are; all, where None.
-        names: by position in `source`, the index in what the user handed over; the position itself, where None.
-        part: which of the rows of that name they are, for messages about all of them: words before the name.
+        positions: the indices of these rows in `source`; None for all.
+        names: for each index in `source`, the index in the user's data; None if they are the same.
+        part: words that say which part of the data these rows are, put before `argument` in messages about all of them.
         """
         self.argument = argument
         self.source = source
@@ -70,38 +70,38 @@ class Rows:
         return len(self.source) if self._positions is None else len(self._positions)
 
     def name_of(self, position: int) -> str:
-        """What to call a row in a message: its index in what the user handed over."""
+        """Return how messages name a row: by its index in the user's data."""
         return f"row {self._name(position)}"
 
     def names_of(self, positions: Sequence[int]) -> str:
-        """What to call several rows, of which one is at fault."""
+        """Return how messages name several rows, one of which is at fault."""
         named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
         more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
         return f"rows {named}{more}"
 
     @property
     def describe_all(self) -> str:
-        """What to call all of them in a message, that is, those that were looked at."""
+        """How messages name all the rows that were checked."""
         return f"{self._part}`{self.argument}`"
 
     @property
     def if_none_is_fit(self) -> str:
-        """What else to do where none of those that were looked at will do: a sentence, or nothing."""
+        """More advice if none of the checked rows is usable: a sentence with a space before it, or an empty string."""
         return ""
 
     def find_draws(self) -> None:
-        """Sees whether a few rows, spread evenly over all, draw, so that workers mostly know it from the start."""
+        """Set `draw` from a few rows, spread evenly over all, so that it is usually right before workers start."""
         n = min(_FEW, len(self))
         self.fetch([i * len(self) // n for i in range(n)])
 
     def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:
-        """The rows at these positions, in that order.
+        """Return the rows at these positions, in that order.
 
         Args:
-            seed: with a row's position, settles its draws, where rows draw.
+            seed: seeds a row's random numbers, together with its position, if rows draw any.
 
         Raises:
-            DataError: naming the row, where the source raises, or it is none.
+            DataError: if the source raises, or returns something that is not a row. It names the row.
         """
         indices = [self._at(position) for position in positions]
         if not self.draw:
@@ -123,25 +123,25 @@ class Rows:
 
     @property
     def in_memory(self) -> bool:
-        """Whether all rows can be looked at in no time, since none is computed when it is fetched."""
+        """Whether all rows can be read quickly, because fetching a row computes nothing."""
         if isinstance(self.source, Dataset):
             return self.source.format["type"] != "custom"
         return isinstance(self.source, list | TensorDataset) and not self.draw
 
     @property
     def are_endless(self) -> bool:
-        """Whether more rows come than `len` says."""
+        """Whether more rows may follow than `len` counts."""
         return False
 
     @property
     def have_tokens(self) -> bool:
-        """Whether the length of a row counts tokens, or whatever its first column has, and not letters."""
+        """Whether a row's length counts tokens, or elements of its first column, and not characters of a string."""
         row = self.fetch([0])[0]
         return not (isinstance(row, Mapping) and isinstance(row.get("input_ids", next(iter(row.values()), None)), str))
 
     def lengths(self, positions: Sequence[int] | None = None) -> list[int] | None:
-        """The lengths of those rows in tokens (None: of every row), where they can be told without computing the rows;
-        else None."""
+        """Return the lengths in tokens of the rows at these positions (None: of all rows); None if the rows would have
+        to be computed for it."""
         every = self._lengths
         return every if every is None or positions is None else [every[position] for position in positions]
 
@@ -156,7 +156,7 @@ class Rows:
         return None
 
     def column(self, name: str) -> "pa.ChunkedArray | list[Any] | None":
-        """Return a column, row by row, where it can be had without computing the rows; else None.
+        """Return a column, row by row; None if there is none, or if the rows would have to be computed for it.
 
         Tuples have the columns `inputs` and `targets`.
         """
@@ -176,37 +176,37 @@ class Rows:
         return [row[name] for row in rows] if all(name in row for row in rows) else None
 
     def longest(self, limit: int | None) -> int | None:  # noqa: ARG002
-        """Return the length of the longest row; None where it is not known.
+        """Return the length of the longest row; None if it is unknown.
 
         Args:
-            limit: the most tokens of a row that model and tokenizer take.
+            limit: the most tokens that the model and the tokenizer accept in a row.
         """
         lengths = self.lengths()
         return max(lengths) if lengths else None
 
     def on_arrival(self, step: Step) -> None:
-        """Apply a step to rows as they come: here they are all there, and have been looked at."""
+        """Apply a step to rows as they arrive. Here, it does nothing: all rows are present, and were checked."""
 
     def encoded(self, encode: Encode, columns: Sequence[str], name: str) -> "Rows":  # noqa: ARG002
         """Return the rows that `encode` makes of these, batch by batch.
 
         Args:
-            columns: those that `encode` reads.
-            name: what to call it on a progress bar.
+            columns: the columns that `encode` reads.
+            name: the title of the progress bar.
         """
         table = self.table
         table = table.map(encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=name)
         return self.replaced(table)
 
     def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "Rows":
-        """Return the rows with another column in the place of one.
+        """Return the rows with one column converted.
 
         Args:
-            convert: makes the new value from the old one and what to call its row, as a sentence on it begins.
+            convert: returns the new value, given the old one and the name of the row to begin a message with.
         """
 
         def changed(row: Row, index: int) -> Row:
-            name_of_row = f"Of `{self.argument}`, row {index if self._names is None else self._names[index]}"
+            name_of_row = f"In `{self.argument}`, row {index if self._names is None else self._names[index]}"
             return {**row, name: convert(row.get(name), name_of_row)}
 
         source = self.source
@@ -220,10 +220,10 @@ class Rows:
         return Rows(self.argument, source, self._positions, self._names, self._part)
 
     def take_out(self, columns: Sequence[str], report: Report | None) -> "Rows":
-        """Return the rows of a table without some columns.
+        """Return the rows as a table without some columns.
 
         Args:
-            report: gets these columns; of a stream, batch by batch as rows come.
+            report: is called with these columns; for a stream, with those of each batch of rows that arrives.
         """
         table = self.table
         if report is not None:
@@ -231,7 +231,7 @@ class Rows:
         return self.replaced(table.remove_columns(list(columns)))
 
     def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> BasePlan:
-        """Return the windows of a run over these rows."""
+        """Return the plan of a run over these rows."""
         return Plan(
             len(self),
             recipe.n_epochs,
@@ -248,17 +248,17 @@ class Rows:
 
     @cached_property
     def table(self) -> Dataset:
-        """The rows, and no others of their source, as a table.
+        """These rows as a table, without other rows of their source.
 
         Raises:
-            DataError: naming the first row that has no place in it.
+            DataError: if the rows do not form a table. It names the first row that does not fit.
         """
         if not isinstance(self.source, Dataset):
             return make_table(self.fetch(range(len(self))), self.argument, self.name_of)
         return self.source if self._positions is None else self.source.select(self._positions)
 
     def replaced(self, source: Any) -> "Rows":
-        """Something else made of each of these rows, under their names."""
+        """Return rows made from these, one from each, that keep their names in messages."""
         return Rows(self.argument, source, names=[self._name(position) for position in range(len(self))])
 
     def _name(self, position: int) -> int:
@@ -268,8 +268,8 @@ class Rows:
         return position if self._positions is None else self._positions[position]
 
     def _as_they_are(self, indices: Sequence[int]) -> list[Row]:
-        if hasattr(self.source, "__getitems__"):  # one read of the table instead of one a row
-            with suppress(Exception):  # read one by one below, the faulty row gets its name
+        if hasattr(self.source, "__getitems__"):  # reads a table once, not once per row
+            with suppress(Exception):  # the rows are read one by one below, to name the faulty one
                 rows = [as_row(row) for row in self.source.__getitems__(indices)]
                 if len(rows) == len(indices) and all(map(is_row, rows)):
                     return rows
@@ -283,7 +283,7 @@ class Rows:
         name = index if self._names is None else self._names[index]
         try:
             row = as_row(self.source[index])
-        except DataError:  # it names the row
+        except DataError:  # already names the row
             raise
         except Exception as error:
             raise DataError(
@@ -295,6 +295,6 @@ class Rows:
 
 
 def mean_length(rows: Rows) -> float:
-    """Mean length in tokens, of up to 1,000 rows spread evenly over all."""
+    """Return the mean length in tokens of up to 1,000 rows, spread evenly over all."""
     n = min(_LENGTH_SAMPLE, len(rows))
     return sum(map(length_of, rows.fetch([i * len(rows) // n for i in range(n)]))) / n

@@ -1,4 +1,4 @@
-"""Packed rows: several documents in one row, told by positions that start again."""
+"""Packed rows: several documents in one row, recognised by positions that restart."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from .values import OddRowError
 
 @dataclass(frozen=True)
 class Documents:
-    """What a model and its loss make of packed rows, as far as that was measured.
+    """How a model and its loss treat packed rows.
 
     Attributes:
-        kept_apart: whether the model keeps the documents of a row apart where there is no attention mask.
+        kept_apart: whether the model keeps the documents of a row separate without an attention mask; None if this was
+            not measured.
         problem: what the model does instead, as a clause.
-        shifted: whether a label is predicted from the token before it, so that a document's first label must be
-            ignored: the token before it belongs to another document.
+        shifted: whether a label is predicted from the token before it. A document's first label must then be ignored,
+            since the token before it belongs to another document.
     """
 
     kept_apart: bool | None = None
@@ -25,10 +26,10 @@ class Documents:
     shifted: bool = False
 
     def check(self, columns: Mapping[str, Sequence[Tensor]]) -> bool:
-        """Return whether any row is packed, so that no attention mask may be made.
+        """Return whether any row is packed. The batch must then get no attention mask.
 
         Raises:
-            OddRowError: on a packed row whose documents would see each other.
+            OddRowError: for a packed row whose documents would attend to each other.
         """
         positions = columns.get("position_ids")
         if positions is None or positions[0].ndim != 1:
@@ -44,14 +45,14 @@ class Documents:
             if any(packed) and not packed[place] and starts_of(of_row)[1:].any():
                 raise OddRowError(
                     place,
-                    f"its `position_ids` jump at token {first_restart(of_row)}, where a model sees another document, "
-                    "unless no row of a batch is packed",
-                    "Give every row an `attention_mask` with a place for each pair of tokens.",
+                    f"its `position_ids` jump at token {first_restart(of_row)}. The model takes that for another "
+                    "document if any row of its batch is packed",
+                    "Give every row an `attention_mask` with an entry for each pair of tokens.",
                 )
         return any(packed)
 
     def ignore_starts(self, columns: dict[str, list[Tensor]], ignore_index: int) -> None:
-        """Ignore the first label of each document, where it would be predicted from the document before."""
+        """Ignore the first label of each document if it would be predicted from the document before."""
         if self.shifted:
             columns["labels"] = [
                 labels.long().masked_fill(starts_of(positions), ignore_index)
@@ -59,26 +60,26 @@ class Documents:
             ]
 
     def _check_row(self, place: int, positions: Tensor, *, masked: bool) -> None:
-        """Check that the documents of a row do not see each other.
+        """Raise OddRowError if the documents of a row would attend to each other.
 
         Args:
-            positions: of the tokens that the row's mask does not hide.
+            positions: those of the tokens that the row's mask does not hide.
         """
         if self.kept_apart is None or not is_packed(positions):
             return
-        found = f"it is packed: its `position_ids` start again at token {first_restart(positions)}"
+        found = f"it is packed: its `position_ids` restart at token {first_restart(positions)}"
         if self.kept_apart and masked:
             raise OddRowError(
                 place,
-                f"{found}, but under its `attention_mask` the documents attend to each other",
-                "Leave out the column `attention_mask`: without it the model keeps the documents apart.",
+                f"{found}, but with its `attention_mask` the documents attend to each other",
+                "Leave out the column `attention_mask`: without it, the model keeps the documents separate.",
             )
         if not self.kept_apart and (self.shifted or not masked):
-            is_text = "" if self.shifted else " Where the row is one text, give it an `attention_mask` of ones."
+            is_text = "" if self.shifted else " If the row is one text, give it an `attention_mask` of ones."
             raise OddRowError(
                 place,
                 f"{found}, and {self.problem}",
-                "Make each document a row of its own, or load the model with another `attn_implementation` or class."
+                "Make each document a separate row, or load the model with another `attn_implementation` or class."
                 + is_text,
             )
 
@@ -89,12 +90,12 @@ def is_packed(positions: Tensor) -> bool:
 
 
 def first_restart(positions: Tensor) -> int:
-    """Return the place of the first token of a row's second document."""
+    """Return the index of the first token of a row's second document."""
     return int(starts_of(positions)[1:].nonzero()[0]) + 1
 
 
 def starts_of(positions: Tensor) -> Tensor:
-    """Return which tokens begin a document: the model takes any position that does not follow the last one for one."""
+    """Return a mask of the tokens that begin a document: those whose position is not one more than the previous one."""
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[1:] = positions.diff() != 1
     return begins

@@ -1,4 +1,4 @@
-"""Tables, columns, and rows with a dimension too many, as rows that `Rows` takes."""
+"""Turn tables, columns, and rows with an extra dimension into rows that `Rows` takes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DataError
 from .row import Row
 
-_FEW = 8  # rows to see what form they have
+_FEW = 8  # rows to look at, to find out their form
 
 
 class ChangedRows:
@@ -21,7 +21,7 @@ class ChangedRows:
 
     def __init__(self, source: Any, change: Callable[[Row, int], Row]) -> None:
         """Args:
-        change: makes the new row from the old one and its index.
+        change: returns the new row, given the old one and its index.
         """
         self._source, self._change = source, change
 
@@ -36,7 +36,7 @@ def by_row(data: Any, argument: str) -> Any:
     """Return a DataFrame, an Arrow table or a dict of columns as rows, and anything else as it is.
 
     Raises:
-        DataError: for columns of unequal lengths.
+        DataError: if the columns of a dict have unequal lengths.
     """
     if isinstance(data, pd.DataFrame):
         return _rows_of_frame(data)
@@ -46,8 +46,8 @@ def by_row(data: Any, argument: str) -> Any:
 
 
 def without_leading_dimension(data: Any, n_rows: int) -> Any:
-    """Return the rows with token ids of shape (length,) where all have the shape (1, length), as a tokenizer makes them
-    with `return_tensors="pt"`. Where rows are computed, a few of them decide."""
+    """Return the rows with token ids of shape (length,) if all have the shape (1, length), as from a tokenizer with
+    `return_tensors="pt"`. If fetching a row computes it, look at a few only."""
     if isinstance(data, Dataset) and data.format["type"] != "custom":
         return _unnested_table(data)
     if isinstance(data, list):
@@ -59,12 +59,12 @@ def without_leading_dimension(data: Any, n_rows: int) -> Any:
 
 
 def is_nested(row: Row) -> bool:
-    """Return whether the token ids of a row have a dimension of 1 before their length."""
+    """Return whether a row's token ids have a leading dimension of size 1."""
     return isinstance(row, Mapping) and _has_leading_one(row.get("input_ids"))
 
 
 def unnested(row: Row) -> Row:
-    """Return a row without the dimension of 1 that its columns begin with."""
+    """Return a row whose columns have no leading dimension of size 1."""
     return {name: value[0] if _has_leading_one(value) else value for name, value in row.items()}
 
 
@@ -104,7 +104,7 @@ def _rows_of_frame(frame: pd.DataFrame) -> Any:
 
 
 def _are_columns(data: Any) -> bool:
-    """Return whether data are a dict of columns, and neither one row nor a dict of splits."""
+    """Return whether data are a dict of columns, and not one row or a dict of splits."""
     if not isinstance(data, Mapping) or isinstance(data, DatasetDict) or not data:
         return False
     return all(map(_is_column, data.values()))

@@ -1,4 +1,4 @@
-"""A stream as rows: read by the main process alone, and handed to all."""
+"""A stream as rows. The main process alone reads it, and sends its rows to all processes."""
 
 import itertools
 import sys
@@ -20,27 +20,27 @@ from .dataset import Encode, Report, Rows, Step
 from .forms import is_nested, unnested
 from .row import Row, as_row, check_row, length_of
 
-LOOKED_AT = 256  # rows, before training
-_DRAWS = 0x57  # keeps what a stream draws apart from other uses of the seed
+LOOKED_AT = 256  # rows to check before training
+_DRAWS = 0x57  # separates the random numbers of a stream from other uses of the seed
 
-# Calls a function on the main process alone, and comes to what it came to there, on all processes.
+# Calls a function on the main process alone, and returns its result, or raises its error, on all processes.
 FromMain = Callable[[Callable[[], list[Row]]], list[Row]]
 
 
 def is_stream(data: Any) -> bool:
-    """Whether data come one row after the other, and cannot be asked for by position."""
+    """Return whether data can only be read in order, not by position."""
     return isinstance(data, StreamingDataset | torch.utils.data.IterableDataset)
 
 
 def is_split(stream: Any) -> bool:
-    """Whether a stream of `datasets` gives each process a part of its own."""
+    """Return whether a stream of `datasets` gives each process another part of its rows."""
     split = getattr(stream, "_distributed", None)
     return split is not None and split.world_size > 1
 
 
 @contextmanager
 def open_stream(data: Any, seed: int, process_group: ProcessGroup) -> Iterator["Stream | None"]:
-    """Open training data as a stream, where they are one. All processes call it alike."""
+    """Open training data as a stream; yield None if they are not one. All processes must call it."""
     if not is_stream(data):
         yield None
         return
@@ -49,10 +49,10 @@ def open_stream(data: Any, seed: int, process_group: ProcessGroup) -> Iterator["
 
 
 class Stream:
-    """Reads a stream on the main process, for all: whatever it draws, and by whatever it would deal its rows to
-    processes, none comes twice and none is lost.
+    """A stream that the main process reads for all processes.
 
-    What it draws from the generators of Python, NumPy and torch follows the seed, and moves no one else's draws.
+    No row is lost or repeated, however the stream shuffles its rows or splits them between processes. Its random
+    numbers, from the generators of Python, NumPy and torch, follow the seed. Outside of it, these keep their state.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Stream:
         as_single: Callable[[], AbstractContextManager],
     ) -> None:
         """Args:
-        argument: what the user calls it, for messages.
-        as_single: a context in which this process seems to be the only one.
+        argument: the name of the argument that the stream came from, for messages.
+        as_single: returns a context in which this process seems to be the only one.
         """
         self.argument, self._source = argument, source
         self._process_group, self._as_single = process_group, as_single
@@ -78,10 +78,10 @@ class Stream:
             self._generators = Generators.now()
 
     def read(self, epoch: int, n: int) -> list[Row]:
-        """Up to `n` more rows of an epoch, on all processes; fewer only where it has ended.
+        """Return up to `n` more rows of an epoch, on all processes; fewer only if it has ended.
 
         Raises:
-            DataError: on all processes, where the stream raises, or one of the steps.
+            DataError: if the stream or one of the steps raises; on all processes.
         """
         try:
             return self._process_group.run_on_main(lambda: self._rows_on_main(epoch, n))
@@ -89,8 +89,8 @@ class Stream:
             raise
         except Exception as error:
             raise DataError(
-                f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Give tensors, arrays, "
-                "numbers and text."
+                f"Rows of `{self.argument}` cannot be sent to other processes: {error!r}. Make them of tensors, "
+                "arrays, numbers and text."
             ) from error
 
     def _rows_on_main(self, epoch: int, n: int) -> list[Row]:
@@ -114,8 +114,8 @@ class Stream:
                     self._n_read += 1
         except Exception as error:
             raise DataError(
-                f"`{self.argument}` cannot be read on, after {self._n_read} rows: {error!r}. Fix what it reads from, "
-                "or have it pass over what cannot be read."
+                f"`{self.argument}` cannot be read further, after {self._n_read} rows: {error!r}. Fix what it reads "
+                "from, or make it skip what cannot be read."
             ) from error
         if len(rows) < n:
             self._rows = None
@@ -131,15 +131,15 @@ class Stream:
 
 
 class StreamRows(Rows):
-    """The rows of a stream, by the order in which they come, over all epochs.
+    """The rows of a stream, in the order in which they arrive, over all epochs.
 
-    The first ones are there from the beginning, to be looked at: `len` counts these. They are trained on when their
-    turn comes, as all others; those of windows that are done are let go.
+    The first rows are read at once, to be checked, and `len` counts these alone. They are trained on in their turn,
+    like all others. Rows of finished windows are dropped.
     """
 
     def __init__(self, stream: Stream) -> None:
         """Raises:
-        DataError: where there are no rows, or they are no rows.
+        DataError: if the stream has no rows, or has items that are not rows.
         """
         super().__init__(stream.argument, stream)
         self._stream = stream
@@ -159,17 +159,17 @@ class StreamRows(Rows):
 
     @property
     def describe_all(self) -> str:
-        return f"`{self.argument}`, as far as its first {len(self)} rows tell,"
+        return f"`{self.argument}`, judging by its first {len(self)} rows,"
 
     @property
     def if_none_is_fit(self) -> str:
         return (
-            f" Only these {len(self)} rows are looked at before training. Where later ones are fit, shuffle the stream "
-            "(`.shuffle(buffer_size=10_000)`), or have it begin with such a row."
+            f" Only these {len(self)} rows are checked before training. If later ones are usable, shuffle the stream "
+            "(`.shuffle(buffer_size=10_000)`), or make it begin with such a row."
         )
 
     def find_draws(self) -> None:
-        """They are there: what the stream drew for them is drawn."""
+        """Do nothing: the rows were read already, so fetching them draws nothing."""
 
     def fetch(self, positions: Sequence[int], seed: Sequence[int] = ()) -> list[Row]:  # noqa: ARG002
         return [self._held[position] for position in positions]
@@ -183,27 +183,27 @@ class StreamRows(Rows):
         return self._are_token_ids
 
     def lengths(self, positions: Sequence[int] | None = None) -> list[int]:
-        """The lengths of those rows; None: of those that were looked at."""
+        """Return the lengths of the rows at these positions; None: of the first rows."""
         return [length_of(row) for row in self.fetch(range(len(self)) if positions is None else positions)]
 
     def column(self, name: str) -> None:
-        """Return None: rows are looked at as they come."""
+        """Return None: rows are checked as they arrive."""
 
     def longest(self, limit: int | None) -> int:
-        """Return the length of the longest row that could come."""
+        """Return the length of the longest row that could arrive."""
         return limit or sys.maxsize
 
     def on_arrival(self, step: Step) -> None:
-        """Apply a step to the rows that are there, and to all that come.
+        """Apply a step to the rows that were read, and to all that follow.
 
         Raises:
-            DataError: what the step raises; for a row that comes later, where rows are taken.
+            DataError: if the step raises. For a later row, the error comes when the row is read.
         """
         self._held = dict(enumerate(step(list(self._held.values()), 0)))
         self._stream.steps.append(step)
 
     def encoded(self, encode: Encode, columns: Sequence[str], name: str) -> "StreamRows":  # noqa: ARG002
-        """Encode the rows that are there, and all that come."""
+        """Encode the rows that were read, and all that follow."""
 
         def encode_more(more: list[Row], first: int) -> list[Row]:
             if not more:
@@ -217,17 +217,17 @@ class StreamRows(Rows):
         return self
 
     def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "StreamRows":
-        """Convert a column of the rows that are there, and of all that come."""
+        """Convert a column of the rows that were read, and of all that follow."""
 
         def convert_more(more: list[Row], first: int) -> list[Row]:
-            names = [f"Of `{self.argument}`, {self.name_of(position)}" for position in range(first, first + len(more))]
+            names = [f"In `{self.argument}`, {self.name_of(position)}" for position in range(first, first + len(more))]
             return [{**row, name: convert(row.get(name), of)} for row, of in zip(more, names, strict=True)]
 
         self.on_arrival(convert_more)
         return self
 
     def take_out(self, columns: Sequence[str], report: Report | None) -> "StreamRows":
-        """Take columns out of the rows that are there, and of all that come, and report them."""
+        """Take columns out of the rows that were read, and of all that follow, and report them."""
 
         def take_out_more(more: list[Row], first: int) -> list[Row]:
             if report is not None:
@@ -238,7 +238,7 @@ class StreamRows(Rows):
         return self
 
     def plan(self, recipe: Recipe, batch_sizes: BatchSizes, n_validation_rows: int) -> StreamPlan:
-        """Return the windows that the stream gives."""
+        """Return the plan of a run over the stream."""
         assert recipe.max_updates is not None, "checked before training"
         return StreamPlan(
             recipe.n_epochs,
@@ -252,11 +252,11 @@ class StreamRows(Rows):
         )
 
     def take(self, epoch: int, n: int, needed_from: int) -> int:
-        """Gets up to `n` more rows of an epoch for training, and says how many there are: fewer only where it has
-        ended. All processes call it alike.
+        """Get up to `n` more rows of an epoch for training, and return how many there are: fewer only if it has ended.
+        All processes must call it with the same arguments.
 
         Args:
-            needed_from: rows before this position are let go.
+            needed_from: rows before this position are dropped.
         """
         for position in [position for position in self._held if position < needed_from]:
             del self._held[position]

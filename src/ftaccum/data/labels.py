@@ -1,4 +1,4 @@
-"""Labels in the form that a loss takes them: strings, truth values and multi-hot vectors as numbers."""
+"""Turn labels into numbers that a loss takes: strings, booleans and multi-hot vectors."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,20 +13,20 @@ from .dataset import Rows
 
 LABELS = ("labels", "label", "label_ids")
 
-_Convert = Callable[[Any, str], Any]  # a label, and what to call its row → the label as a number
+_Convert = Callable[[Any, str], Any]  # takes a label and the name of its row, returns the label as a number
 
 
 def settle_labels(rows: Rows, config: Any, *, own_loss: bool) -> Rows:
     """Return the rows with labels that are numbers, of the type that the model's own loss takes.
 
-    Strings become numbers by the model's `label2id`. For the model's own loss, truth values become class numbers, and
-    whole numbers become floats where the model is for several labels at once (`problem_type`).
+    Strings become numbers by the model's `label2id`. For the model's own loss, booleans become class numbers, and
+    multi-hot vectors become floats if `problem_type` is "multi_label_classification".
 
     Args:
-        own_loss: whether the model computes the loss. A `loss_fn` gets other labels than strings as they are.
+        own_loss: whether the model computes the loss. A `loss_fn` gets labels as they are, except for strings.
 
     Raises:
-        DataError: naming a row whose label the model does not know.
+        DataError: if a label is not in `label2id`. It names the row.
     """
     row = rows.fetch([0])[0]
     name = next((name for name in LABELS if isinstance(row, Mapping) and name in row), None)
@@ -35,13 +35,13 @@ def settle_labels(rows: Rows, config: Any, *, own_loss: bool) -> Rows:
 
 
 def label_id(label: Any, name: str, config: Any) -> Any:
-    """Return the number of a label that is a string; of several, theirs; and any other label as it is.
+    """Return the number of a label that is a string, the numbers of a list of labels, and any other label as it is.
 
     Args:
-        name: what to call the row, as a sentence on it begins.
+        name: the name of the row, to begin a message with.
 
     Raises:
-        DataError: where the model does not know the label.
+        DataError: if the label is not in the config's `label2id`.
     """
     if isinstance(label, list | tuple):
         return [label_id(each, name, config) for each in label]
@@ -57,7 +57,7 @@ def label_id(label: Any, name: str, config: Any) -> Any:
 
 
 def _converter(label: Any, config: Any, own_loss: bool) -> _Convert | None:
-    """Return what to make of labels like this one; None where they stay."""
+    """Return a function that converts labels like this one; None if they stay as they are."""
     first = label[0] if isinstance(label, list | tuple) and label else label
     if isinstance(first, str):
         return partial(label_id, config=config)

@@ -1,4 +1,4 @@
-"""A process's shares of windows, as collated and counted micro-batches."""
+"""Load a process's share of each window, as collated micro-batches with counted loss items."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,18 +20,18 @@ from .dataset import Rows
 from .value_ranges import ValueRanges
 from .workers import Workers, how_it_ended
 
-_DEATHS = 3  # of workers, with no window between them, after which no more are started
-_DRAWS = 3  # of a collator that draws its labels, before a data set is said to have none
+_DEATHS = 3  # deaths of workers, with no window finished in between, that end the run
+_DRAWS = 3  # tries with a collator that draws its labels, before the data count as having none
 
 
 @dataclass(frozen=True)
 class LocalRows:
-    """What of a window one process works on, by position.
+    """The part of a window that one process works on, by position.
 
     Attributes:
         window: all rows of the window, on all processes.
         slices: the micro-batches of this process.
-        seed: settles what the collator and the rows draw.
+        seed: seeds the random numbers of the collator and the rows.
     """
 
     window: RowIndices
@@ -44,13 +44,13 @@ class MicroBatch:
     """The rows of one forward and backward pass.
 
     Attributes:
-        batch: collated, on the host.
-        counts: its loss items by term.
-        terms: the terms that `batch` has items of. A dummy stands in for a micro-batch without any: its `batch` is
-            a real row, whose terms are counted 0 times.
-        slice: the rows that it stands for.
-        tokens, positions: of these rows, token positions without and with padding; 0 where there are no tokens.
-        names: what to call the rows in a message.
+        batch: the collated batch, on the host.
+        counts: the number of its loss items, by term.
+        terms: the terms that `batch` has items of. A dummy replaces a micro-batch without any: its `batch` is a real
+            row, but its `counts` are 0.
+        slice: the rows of the micro-batch, also if a dummy replaces it.
+        tokens, positions: the token positions of these rows, without and with padding; 0 if there are no tokens.
+        names: how messages name the rows.
     """
 
     batch: Batch
@@ -63,19 +63,19 @@ class MicroBatch:
 
     @property
     def is_dummy(self) -> bool:
-        """Whether it must leave no trace: no gradient, no draw, no buffer moved."""
+        """Whether it must have no effect on gradients, random number generators and buffers."""
         return not any(self.counts.values())
 
 
 class Loader:
-    """Turns positions into micro-batches.
+    """A loader that makes micro-batches from the positions of rows.
 
     Attributes:
-        by_window: whether the rows of a window are collated together and then cut, because the collator draws at
+        by_window: whether the rows of a window are collated together and then split, because the collator draws at
             random or padding matters.
-        knows_lengths: whether micro-batches can be cut by the lengths of their rows.
-        repeats: whether the same rows are the same batch again, from the same seed. Where they have a generator of
-            their own, a run that is resumed draws otherwise.
+        knows_lengths: whether windows can be split by the lengths of their rows.
+        repeats: whether the same rows and seed give the same batch again. They do not if the rows or the collator have
+            their own generator: a resumed run then draws other numbers.
     """
 
     def __init__(
@@ -90,25 +90,25 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         """Args:
-        dummy_candidates: where to look first for a row with loss items; all others come after.
-        num_workers: processes that collate ahead; 0 for none.
-        pin_memory: whether batches are put where a GPU copies them from without waiting.
+        dummy_candidates: the rows to try first as the dummy, before all others.
+        num_workers: the number of processes that collate ahead; 0 for none.
+        pin_memory: whether to put batches in pinned memory, from which a GPU copies without waiting.
         """
         self._rows, self._row_collator, self._objective, self._ranges = rows, row_collator, objective, ranges
         self._num_workers, self._pin_memory = num_workers, pin_memory
-        self._deaths = 0  # of workers, since a window was made
+        self._deaths = 0  # of workers, since the last finished window
         self.by_window = row_collator.draws or objective.padding_sensitive
         lengths = rows.lengths()
         self._has_lengths = lengths is not None
         self.knows_lengths = self._has_lengths and not objective.padding_sensitive
         self.repeats = row_collator.repeats
-        # A dummy costs a pass, so it had better be short.
+        # A dummy costs a forward and a backward pass, so a short row is best.
         self._dummy = self._find_dummy(
             sorted(dummy_candidates, key=lengths.__getitem__) if lengths else dummy_candidates
         )
 
     def cut(self, window: RowIndices, planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
-        """A window's micro-batches, by process. Where padding matters, all rows are as wide as the longest."""
+        """Return a window's micro-batches, by process. If padding matters, all rows are as wide as the longest."""
         known = self._rows.lengths(window) if self._has_lengths else None
         if known is None:
             return planner.split(window)
@@ -116,14 +116,16 @@ class Loader:
         return planner.split(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
 
     def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
-        """Collates the micro-batches of each share. An empty one becomes a dummy, and so does one without loss items;
-        dummies come first, so that the last pass is one of the process's own rows, if it has any.
+        """Yield the micro-batches of each share.
+
+        A dummy replaces each micro-batch without rows or loss items. Dummies come first, so that the last pass is over
+        the process's own rows, if it has any.
 
         Args:
-            ahead: whether workers, where there are any, take shares before they are asked for.
+            ahead: whether workers, if there are any, collate shares before they are asked for.
 
         Raises:
-            DataError: naming a row that cannot be read, padded or used; or where workers die again and again.
+            DataError: if a row cannot be read, padded or used, naming it, or if workers die repeatedly.
         """
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, ahead=ahead)
@@ -133,7 +135,7 @@ class Loader:
             yield sorted(loaded, key=lambda micro: not micro.is_dummy)
 
     def stream(self, shares: Iterable[LocalRows]) -> Iterator[MicroBatch]:
-        """The same, one micro-batch after the other, and as they are: without dummies, for looking and not learning."""
+        """Yield the micro-batches of all shares one by one, without dummies: for evaluation, not for training."""
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, ahead=True)
         for share in given:
@@ -141,12 +143,12 @@ class Loader:
             self._deaths = 0
 
     def name_of(self, position: int) -> str:
-        """What to call a row in a message."""
+        """Return how messages name a row."""
         return f"{self._rows.name_of(position)} of `{self._rows.argument}`"
 
     def longest_rows(self, n_rows: int, *seed: int) -> MicroBatch:
-        """A micro-batch of as many of the longest rows, or of the first ones where lengths are unknown, again and
-        again where there are too few: the most that a micro-batch of as many rows can need."""
+        """Return a micro-batch of the longest rows, which needs the most memory of all with `n_rows` rows. If there are
+        too few rows, repeat them; if lengths are unknown, take the first ones."""
         everyone, lengths = range(len(self._rows)), self._rows.lengths()
         by_length = everyone if lengths is None else sorted(everyone, key=lambda position: -lengths[position])
         rows = tuple(itertools.islice(itertools.cycle(by_length), n_rows))
@@ -154,13 +156,13 @@ class Loader:
         return self._micro_batch(batch, MicroBatchRows(rows))
 
     def _collated(self, shares: Iterable[LocalRows], *, ahead: bool) -> Iterator[Batch]:
-        """The batch of each micro-batch, or where rows are collated by the window, of each window."""
+        """Yield the batch of each micro-batch; or that of each window, if rows are collated by the window."""
         jobs = (job for share in shares for job in self._jobs(share))
         if not ahead or not self._num_workers:
             made = map(self._collate, jobs)
             yield from (recursively_apply(Tensor.pin_memory, batch) for batch in made) if self._pin_memory else made
             return
-        # What a worker made lies in shared memory, an open file a tensor, of which a process has a thousand.
+        # A worker's tensors are in shared memory. Each is an open file, and a process may have only about 1,000.
         copied = Tensor.pin_memory if self._pin_memory else torch.clone
         workers = Workers(self._collate, jobs, self._num_workers, self._worker_died)
         try:
@@ -178,20 +180,20 @@ class Loader:
         positions, seed = job
         if self.by_window:
             return self._row_collator.seeded(self._rows, positions, *seed)
-        # Rows draw from seeds of their own. A collator may draw for some rows only, and for none that were looked at.
+        # Each row has its own seed. The collator gets one too: it may draw for some rows only, none of them checked.
         return self._row_collator.seeded(self._rows, positions, *seed, positions[0], rows_seed=seed)
 
     def _worker_died(self, job: "_Job", exit_code: int) -> None:
         self._deaths += 1
-        death = f"A worker process, making a batch of `{self._rows.argument}`, {how_it_ended(exit_code)}"
+        death = f"A worker process that was making a batch of `{self._rows.argument}` {how_it_ended(exit_code)}"
         if self._deaths == _DEATHS:
             raise DataError(
-                f"{death}, as {_DEATHS - 1} did before it, and none of them finished a window. The batch was to be of "
-                f"{self._rows.names_of(job[0])}. Where memory ran out, lower `num_workers` or free some; where shared "
-                "memory did (SIGBUS), have /dev/shm enlarged. `num_workers=0` makes batches without other processes, "
-                "and shows what a row does to the one that reads it."
+                f"{death}, and {_DEATHS - 1} others died before it, with no window finished in between. The batch was "
+                f"of {self._rows.names_of(job[0])}. If memory ran out, lower `num_workers` or free some. If shared "
+                "memory ran out (SIGBUS), enlarge /dev/shm. `num_workers=0` makes batches in the main process, which "
+                "shows whether a row ends the process that reads it."
             )
-        logger.warning(f"{death}. New ones make what is missing: no row is lost, and none comes twice.")
+        logger.warning(f"{death}. New workers make the missing batches: no row is lost or repeated.")
 
     def _micro_batches(self, share: LocalRows, batches: Iterator[Batch]) -> Iterator[MicroBatch]:
         if self.by_window and any(piece.rows for piece in share.slices):
@@ -220,12 +222,12 @@ class Loader:
         return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch), names)
 
     def halves(self, micro: MicroBatch) -> list[MicroBatch]:
-        """A micro-batch in two, at its width."""
+        """Return the two halves of a micro-batch, at its width."""
         n_rows = len(micro.slice.rows)
         return [self._part(micro, part) for part in (range(n_rows // 2), range(n_rows // 2, n_rows))]
 
     def row_of(self, micro: MicroBatch, place: int) -> MicroBatch:
-        """One row of a micro-batch by itself: at its width, where rows lie one beside the other in it."""
+        """Return one row of a micro-batch as a micro-batch, at its width if the batch can be split into rows."""
         rows = micro.slice.rows
         if can_be_taken_apart(micro.batch, len(rows)):
             return self._part(micro, [place])
@@ -256,7 +258,7 @@ class Loader:
         )
 
 
-_Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, and the seed of what is drawn
+_Job = tuple[Sequence[int], tuple[int, ...]]  # positions to collate together, and the seed of their random numbers
 
 
 def _counted(counts: Counts) -> tuple[str, ...]:
@@ -264,7 +266,7 @@ def _counted(counts: Counts) -> tuple[str, ...]:
 
 
 def _sizes(batch: Batch) -> tuple[int, int]:
-    """Tokens without and with padding."""
+    """Return the number of token positions without and with padding."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor):
         return 0, 0

@@ -1,4 +1,4 @@
-"""The values by which rows differ in kind, and those that no window had before."""
+"""The values that tell kinds of rows apart, such as labels and flags, and which of them are new in a window."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,9 +10,9 @@ from torch import Tensor
 from ..objective.item_counts import TOKEN_COLUMNS, Batch
 from .loader import MicroBatch
 
-# With more values than these, of one a row and of one a token, a column is a vocabulary or a measurement.
+# A column with more distinct values than this, with one value per row or per token, is a vocabulary or a measurement.
 _MOST_OF_ROWS, _MOST_OF_TOKENS = 1000, 64
-_LARGEST = 1 << 16  # numbers of a column of a micro-batch
+_LARGEST = 1 << 16  # the most numbers of a micro-batch's column to look at
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class ColumnKinds:
     """The values of one column in a micro-batch.
 
     Attributes:
-        values: distinct ones; None among them for a row without labels.
-        n_numbers: how many numbers the column has.
-        most: values beyond which they are no kinds of rows.
+        values: the distinct values, including None if a row has no labels.
+        n_numbers: the number of elements of the column.
+        most: the most distinct values with which a column tells kinds of rows apart.
     """
 
     values: set[Any]
@@ -31,10 +31,10 @@ class ColumnKinds:
 
 
 def kinds_of(batch: Batch) -> dict[str, ColumnKinds]:
-    """Return the values of labels, flags and the like in a collated batch, by column.
+    """Return the distinct values of the labels, flags and similar columns of a collated batch, by column.
 
-    Token ids and their masks are left out, and columns of more than two dimensions. A row whose numbers all equal the
-    smallest one, as the labels of an ignored row do, is a kind of its own.
+    Leave out token ids, their masks, and columns of more than two dimensions. A row of several numbers that all equal
+    the column's smallest one, as the labels of an ignored row do, counts as a separate kind.
     """
     columns = batch.items() if isinstance(batch, Mapping) else [] if batch is None else [("targets", batch[1])]
     found = {}
@@ -53,16 +53,16 @@ def kinds_of(batch: Batch) -> dict[str, ColumnKinds]:
 
 
 class SeenValues:
-    """The kinds of rows in the windows so far, on this process."""
+    """The values in the windows so far, on this process."""
 
     def __init__(self) -> None:
         self._values: dict[str, set[Any]] = {}
         self._n_numbers: Counter[str] = Counter()
 
     def add(self, micro_batches: Iterable[MicroBatch]) -> bool:
-        """Add those of a window, and return whether any is new.
+        """Add the values of a window, and return whether any is new.
 
-        A column in which most numbers differ from each other is a measurement, whose values are never new.
+        A column in which most numbers are distinct is a measurement. Its values never count as new.
         """
         is_new = False
         for micro in micro_batches:

@@ -1,4 +1,4 @@
-"""Rows concatenated to one long sequence, without padding."""
+"""Concatenate rows into one long sequence, without padding."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from ..objective.item_counts import Batch
 from .row import Row
 from .values import OddRowError, as_tensor, column_name
 
-_LEAVE_OUT = "Leave `padding_free` out."
+_LEAVE_OUT = "Leave out `padding_free`."
 
 
 class PackingCollator:
-    """Concatenates the rows of a micro-batch, in a batch of one row.
+    """A collator that concatenates the rows of a micro-batch into a batch of one row.
 
-    `position_ids` start anew with each row; by them a model of Transformers keeps rows from attending to each other.
-    The first label of each row is ignored: after the shift it would be predicted from the row before.
-    A row without tokens gets one that nothing is predicted from: it has its place, and a label for it to ignore.
+    `position_ids` restart with each row. By them, Transformers' models keep rows from attending to each other.
+    The first label of each row is ignored: after the shift, it would be predicted from the row before.
+    A row without tokens gets one token with an ignored label, so that it keeps its place in the batch.
     """
 
     def __init__(self, ignore_index: int) -> None:
@@ -28,7 +28,7 @@ class PackingCollator:
         """Return the batch of some rows.
 
         Raises:
-            OddRowError: on a row that cannot be laid behind others.
+            OddRowError: for a row that cannot be concatenated with others.
         """
         return self._flatten([self._columns(row, place) for place, row in enumerate(rows)])
 
@@ -41,13 +41,11 @@ class PackingCollator:
                 raise OddRowError(place, f"it has no column {name!r}")
         n_tokens, n_labels = len(columns["input_ids"]), len(columns["labels"])
         if n_tokens != n_labels:
-            raise OddRowError(place, f"it has {n_tokens} tokens and {n_labels} `labels`")
+            raise OddRowError(place, f"it has {n_tokens} tokens but {n_labels} `labels`")
         if not n_tokens:
             return self._nothing
         plain = {"attention_mask": torch.ones(n_tokens), "position_ids": torch.arange(n_tokens)}
         for name in plain.keys() & columns.keys():
             if not torch.equal(as_tensor(columns[name]).to(plain[name].dtype), plain[name]):
-                raise OddRowError(
-                    place, f"it has `{name}` of its own, which rows without padding are not given", _LEAVE_OUT
-                )
+                raise OddRowError(place, f"its `{name}` is not the one that `padding_free` gives every row", _LEAVE_OUT)
         return {name: columns[name] for name in ("input_ids", "labels")}

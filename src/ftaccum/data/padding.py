@@ -1,4 +1,4 @@
-"""Rows to a batch: columns that run along the tokens are padded, all others are stacked."""
+"""Collate rows: pad the columns that run along the tokens or the targets, and stack all others."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,22 @@ from .documents import Documents
 from .row import Row
 from .values import OddRowError, as_tensor
 
-_NEED_MASK = (("input_ids", -1), ("inputs_embeds", 0))  # tokens that a model attends to unless a mask hides them
+_NEED_MASK = (("input_ids", -1), ("inputs_embeds", 0))  # models attend to padding in these unless a mask hides it
 _NARROW = (torch.int8, torch.int16, torch.int32, torch.uint8)
 
 
 class PaddingCollator:
-    """Pads columns that run along the tokens to the longest row of the batch, on the tokenizer's side.
+    """A collator that pads columns along the tokens to the longest row of the batch, on the tokenizer's side.
 
-    Token ids are padded with `pad_token_id`, labels with `ignore_index`, additive masks with the lowest number, and
-    everything else with 0. An attention mask is made where there is none, unless rows are packed: there the model takes
+    It pads token ids with `pad_token_id`, labels with `ignore_index`, additive masks with the lowest number, and
+    everything else with 0. It adds an attention mask if there is none, unless rows are packed: the model then takes
     the documents from `position_ids`.
 
     Attributes:
-        columns: those of a batch; None where each batch tells its own.
-        documents: what to do with packed rows.
-        ignore_index: what labels are padded with.
-        left: whether padding comes before the tokens. Packed rows are padded on the right in any case.
+        columns: the columns of a batch; None to derive them from each batch.
+        documents: how the model treats packed rows.
+        ignore_index: the value to pad labels with.
+        left: whether padding comes before the tokens. Packed rows are always padded on the right.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class PaddingCollator:
     ) -> None:
         """Args:
         rules: which columns a batch takes.
-        ignore_index: what labels are padded with.
-        bucketed_up_to: the length of the longest row, to pad on to one of a few widths, of which this is the largest;
-            None to pad to the longest row of the batch.
+        ignore_index: the value to pad labels with.
+        bucketed_up_to: the length of the longest row of all. Batches are then padded to one of a few widths, of which
+            this is the largest. None to pad to the longest row of the batch.
         """
         self.rules = rules
         self.columns: Columns | None = None
@@ -53,13 +53,13 @@ class PaddingCollator:
         self._pad_token_id, self.ignore_index = pad_token_id, ignore_index
         self.left = padding_side == "left"
         self._bucketed_up_to = bucketed_up_to
-        self._dtypes: dict[str, torch.dtype] = {}  # of each column, the widest met so far
+        self._dtypes: dict[str, torch.dtype] = {}  # the widest of each column so far
 
     def __call__(self, rows: list[Row]) -> Batch:
         """Return the batch of some rows.
 
         Raises:
-            OddRowError: naming the first row that does not go with the others.
+            OddRowError: for the first row that does not fit the others.
         """
         if isinstance(rows[0], tuple):
             return _stacked_pairs(rows)
@@ -71,19 +71,19 @@ class PaddingCollator:
         elif "attention_mask" not in tensors and columns.token_base in _NEED_MASK:
             name = columns.token_base[0]
             tensors["attention_mask"] = [_ones(t if name == "input_ids" else t[:, 0]) for t in tensors[name]]
-        left = self.left and not packed  # positions of padding must not lead on to those of a document
+        left = self.left and not packed  # padding's positions must not continue into a document's
         sizes = {"attention_mask": columns.mask_sizes} | columns.sizes
         return {name: self._padded(name, column, sizes[name], left=left) for name, column in tensors.items()}
 
     def width(self, length: int) -> int:
-        """Return what rows of tokens are padded to, where the longest of them has this length."""
-        length = max(1, length)  # models cannot do with no token at all, which a row may have
+        """Return the width of a batch whose longest row has this length."""
+        length = max(1, length)  # a row may have no tokens, but models need at least one
         return length if self._bucketed_up_to is None else min(_bucket(length), max(length, self._bucketed_up_to))
 
     def _padded(self, name: str, tensors: Sequence[Tensor], sizes: Sequence[int | Along], *, left: bool) -> Tensor:
         if is_label(name) or name.endswith("_ids"):
             tensors = [t.long() if t.dtype in _NARROW else t for t in tensors]  # as losses and embeddings take them
-        # 5 and 3.8 make a column of floats, also in a batch that has the 5 alone; an empty list has no type of its own.
+        # A column with 5 and 3.8 is one of floats, also in a batch with the 5 alone. An empty list has no dtype.
         seen = [self._dtypes[name]] if name in self._dtypes else []
         dtypes = [*seen, *(t.dtype for t in tensors if t.numel())] or [tensors[0].dtype]
         dtype = self._dtypes[name] = functools.reduce(torch.promote_types, dtypes)
@@ -106,14 +106,14 @@ def _ones(ids: Tensor) -> Tensor:
 
 
 def _hide_padding(mask: Tensor, place: tuple[slice, ...]) -> None:
-    """Let no token attend to padding, in a mask with a place for each pair of tokens. Padding attends to all."""
+    """Hide padding from all tokens, in a mask with an entry for each pair of tokens. Padding itself attends to all."""
     hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
     mask.fill_(0 if mask.is_floating_point() else 1)
     mask[place[:-1]] = hidden
 
 
 def _bucket(length: int) -> int:
-    """Return the next of eight widths an octave (at most an eighth more), a multiple of 8, as matrix units like it."""
+    """Round a length up to one of at most eight widths per power of two: multiples of 8, as matrix units prefer."""
     step = max(8, 1 << max(0, length.bit_length() - 4))
     return -(-length // step) * step
 
@@ -121,7 +121,7 @@ def _bucket(length: int) -> int:
 def _stacked_pairs(rows: Sequence[Row]) -> Batch:
     for place, row in enumerate(rows):
         if not isinstance(row, tuple):
-            raise OddRowError(place, f"it is a {type(row).__name__}, and other rows are tuples")
+            raise OddRowError(place, f"it is a {type(row).__name__}, but other rows are tuples")
     return _stacked(rows)
 
 
@@ -130,7 +130,7 @@ def _stacked(values: Sequence[Any]) -> Batch:
     if isinstance(first, Mapping):
         for place, value in enumerate(values):
             if odd := value.keys() ^ first.keys():
-                raise OddRowError(place, f"its inputs have other names than those of other rows: {sorted(odd)}")
+                raise OddRowError(place, f"its inputs have other names than in other rows: {sorted(odd)}")
         return {key: _stacked([value[key] for value in values]) for key in first}
     if isinstance(first, tuple):
         return tuple(_stacked(part) for part in zip(*values, strict=True))

@@ -1,4 +1,4 @@
-"""One window after the other for one process, read ahead, and cut anew where it has to be."""
+"""Load one window after the other on a process: ahead of time, and again if it must be split differently."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class LocalWindow:
     """This process's micro-batches of a window.
 
     Attributes:
-        planner: cut the window.
+        planner: the planner that split the window.
     """
 
     window: Window
@@ -24,7 +24,7 @@ class LocalWindow:
 
     @property
     def work(self) -> Throughput:
-        """What there is to do in it."""
+        """The numbers of passes, rows, tokens and positions in it."""
         everything = Throughput(passes=len(self.micro_batches))
         for micro in self.micro_batches:
             everything.merge(Throughput(len(micro.slice.rows), micro.tokens, micro.positions))
@@ -33,11 +33,11 @@ class LocalWindow:
 
 @dataclass
 class WindowLoader:
-    """Where windows come from.
+    """The source of a process's windows.
 
     Attributes:
-        planner: may be replaced between windows; those that were read ahead are cut anew.
-        process_group: agrees on whether each process has its part of a window.
+        planner: splits windows. It may be replaced between windows; those that were read ahead are then split again.
+        process_group: the processes that must all have their part of a window before any of them uses it.
     """
 
     plan: BasePlan
@@ -47,21 +47,21 @@ class WindowLoader:
     process_index: int = 0
 
     def epoch(self, epoch: int, start: int = 0) -> "LocalWindows":
-        """This process's windows of an epoch (from 0), without windows whose index in the run is below `start`."""
+        """Return this process's windows of an epoch (from 0), without those whose index in the run is below `start`."""
         return LocalWindows(self, self._cut_as_it_comes(epoch, start))
 
     def again(self, local_window: LocalWindow) -> LocalWindow:
-        """The same window, cut by the planner as it now is. All processes call it alike."""
+        """Return the same window, split by the current planner. All processes must call it."""
         return self.process_group.run_on_all(lambda: self.cut_anew(local_window))
 
     def cut_anew(self, local_window: LocalWindow) -> LocalWindow:
-        """What `again` does, on this process alone."""
+        """Do the same as `again`, but on this process alone."""
         share, planner = self._local_rows(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
         return LocalWindow(local_window.window, planner, micro_batches)
 
     def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[LocalWindow]:
-        # Workers take shares earlier than these are asked for, so what each was cut by goes with it.
+        # Workers take shares ahead of time, so each window is kept with the planner that split it.
         cut: list[tuple[Window, MicroBatchPlanner]] = []
 
         def shares() -> Iterator[LocalRows]:
@@ -79,22 +79,22 @@ class WindowLoader:
 
 @dataclass
 class LocalWindows(Iterator[LocalWindow]):
-    """Windows in order; one can be read ahead while the device computes the one before."""
+    """Windows in order; the next one can be read while the device computes the current one."""
 
     window_loader: WindowLoader
     _coming: Iterator[LocalWindow]
     _read: list[LocalWindow | Exception] = field(default_factory=list)
 
     def read_ahead(self) -> None:
-        """Collates the next window now. What goes wrong is raised when it is asked for: not before the update that
-        is being computed is taken."""
+        """Load the next window now. If that fails, raise the error only when the window is asked for, which is after
+        the current update."""
         try:
             self._read.append(next(self._coming))
-        except Exception as error:  # the end of the epoch, too
+        except Exception as error:  # StopIteration at the end of the epoch, too
             self._read.append(error)
 
     def __next__(self) -> LocalWindow:
-        """Raises DataError on all processes, where one of them cannot have its part."""
+        """Return the next window. Raise DataError on all processes if one of them cannot load its part."""
         local_window = self.window_loader.process_group.run_on_all(self._next)
         if local_window is None:
             raise StopIteration
@@ -108,7 +108,7 @@ class LocalWindows(Iterator[LocalWindow]):
             return None
         if isinstance(local_window, Exception):
             raise local_window
-        # Processes read ahead unequally far: of what was learnt meanwhile, some cut by it and others did not.
+        # Processes read ahead unequally far, so some may have split this window by an older planner than others.
         return (
             local_window
             if local_window.planner == self.window_loader.planner

@@ -1,4 +1,4 @@
-"""The rows that are looked at before training."""
+"""The choice of rows to check, and to measure the loss on, before training."""
 
 import heapq
 from collections.abc import Collection, Sequence
@@ -17,29 +17,34 @@ from .row import class_of, length_of
 _SAMPLE, _PROBE_ROWS = 32, 4
 
 
-_LONG_ENOUGH = 64  # tokens, for rows to be unlike in length, or twice the shortest
+_LONG_ENOUGH = 64  # tokens: a row up to this length, or twice the shortest, is quick to measure
 
 
 _STRIDE = 4
 
 
-_GROUP, _GROUP_TOKENS = 7, 4096  # rare rows in one batch, and their tokens
+_GROUP, _GROUP_TOKENS = 7, 4096  # the most rare rows, and the most tokens, in one batch
 
 
-_SHORTEST = 8  # rows to look at, so that some are short enough
+_SHORTEST = 8  # the shortest rows, which are candidates besides the sample
 
 
 def sample_positions(rows: Rows) -> list[int]:
-    """Up to 32 positions, in ascending order: at random, since rows may repeat with a period, but always the same."""
+    """Return up to 32 positions in ascending order.
+
+    They are random, since rows may repeat with a period, but always the same.
+    """
     return sorted(np.random.RandomState(0).permutation(len(rows))[:_SAMPLE].tolist())
 
 
 def labelled_positions(rows: Rows, row_collator: RowCollator, ignore_index: int) -> list[int]:
-    """Positions of rows with at least one label that counts: those of the sample, a few shortest and the longest row;
-    where none of these has one, the first such row. A collator that draws may give any row a label.
+    """Return the positions of rows with at least one label that counts.
+
+    The candidates are the sample, the shortest rows and the longest one. If none of them has such a label, return the
+    first row that has one. If the collator draws at random, return all candidates: it may give any row a label.
 
     Raises:
-        DataError: where no row has one.
+        DataError: if no row has a label that counts.
     """
     positions = sorted({*sample_positions(rows), *_extremes(rows)})
     if row_collator.draws:
@@ -52,8 +57,8 @@ def labelled_positions(rows: Rows, row_collator: RowCollator, ignore_index: int)
         if _has_items(row_collator(rows, [position]), item_counter):
             return [position]
     raise DataError(
-        f"{rows.describe_all} has no label that counts: all are {ignore_index}, which the loss leaves out. Check how "
-        f"the labels were made, and that truncation leaves some.{rows.if_none_is_fit}"
+        f"{rows.describe_all} has no label that counts: all are {ignore_index}, which the loss ignores. Check how "
+        f"the labels were made, and whether truncation removed them.{rows.if_none_is_fit}"
     )
 
 
@@ -69,27 +74,27 @@ def _extremes(rows: Rows) -> list[int]:
 def sample_of(
     rows: Rows, row_collator: RowCollator, candidates: Sequence[int], ignore_index: int, special: Collection[int] = ()
 ) -> Sample:
-    """A few labelled rows, together and apart, for the objective to measure its loss on.
+    """Return a few labelled rows, in one batch and in separate ones, for the objective to measure its loss on.
 
     Raises:
-        DataError: where the collator draws at random and its batches cannot be taken apart: then what a row
-            contributes depends on the batch it is in.
+        DataError: if the collator draws at random and its batches cannot be split into rows: what a row contributes
+            then depends on the batch that it is in.
     """
     positions, longest = _unlike(rows, candidates)
 
     def batch_of(chosen: Sequence[int]) -> Batch:
-        return row_collator.seeded(rows, chosen, 0)  # rows that draw are to be the same rows each time
+        return row_collator.seeded(rows, chosen, 0)  # one seed, so that rows that draw are the same each time
 
     together = batch_of(positions)
     in_rows = can_be_taken_apart(together, len(positions))
     if row_collator.draws and not in_rows:
         raise DataError(
-            "`data_collator` draws at random, and gives batches whose tensors do not have the rows along their first "
-            "dimension, so that no window can be drawn once and then cut. Give one tensor row for each row."
+            "`data_collator` draws at random, so each window must be collated once and then split. But some tensors of "
+            "its batches do not have the rows along their first dimension. Make it return one tensor row for each row."
         )
 
     def cut_to_fit(groups: Groups) -> list[Batch]:
-        return [trimmed(take(together, group)) for group in groups]  # the same draws, as in a window
+        return [trimmed(take(together, group)) for group in groups]  # keeps the random numbers, as in a window
 
     rare = RareRows.of(rows, ignore_index, special)
     return Sample(
@@ -104,7 +109,7 @@ def sample_of(
 
 
 def _rare_groups(rows: Rows, row_collator: RowCollator, rare: RareRows) -> list[RowGroup]:
-    """The rare rows, a few at a time, each few after the common row."""
+    """Return the rare rows in small groups, each of which begins with the common row."""
     groups: list[list[int]] = []
     for position, row in zip(rare.positions[1:], rows.fetch(rare.positions[1:]), strict=True):
         if not groups or len(groups[-1]) > min(_GROUP, _GROUP_TOKENS // (length_of(row) or 1)):
@@ -128,11 +133,11 @@ def _row_group(rows: Rows, row_collator: RowCollator, positions: Sequence[int]) 
 
 
 def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
-    """The rows to measure a loss on, and the longest of all.
+    """Return four rows to measure a loss on, and the longest candidate.
 
-    The shortest, the longest that takes no time, and two between, of other classes, and of lengths that leave another
-    rest when divided by 4: the more the groups differ, the more is told. (A model that takes tokens four by four may
-    mind padding only where four are not whole.)
+    The four are the shortest row, the longest that is quick to measure, and two in between. These two have other
+    classes, and lengths with other remainders modulo 4, if there are any: the more the rows differ, the more a
+    measurement can find. (A model that takes tokens in fours may be sensitive to padding at other lengths only.)
     """
     fetched = dict(zip(candidates, rows.fetch(candidates), strict=True))
     by_length = sorted(candidates, key=lambda position: length_of(fetched[position]))
@@ -147,7 +152,7 @@ def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
         others = [kinds[p] for i, p in enumerate(chosen) if i != place]
         classes, rests = {kind for kind, _ in others}, {rest for _, rest in others}
         chosen[place] = min(by_length, key=lambda p: (kinds[p][0] in classes, kinds[p][1] in rests, p != chosen[place]))
-    # With other labels, a row and its copies can still tell something.
+    # Copies of a row still help: they are measured with other labels, too.
     return (chosen * _PROBE_ROWS)[:_PROBE_ROWS], longest
 
 

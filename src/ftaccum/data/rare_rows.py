@@ -1,4 +1,4 @@
-"""Rows that show every value of the labels, and of other columns that tell a few kinds of rows apart."""
+"""The choice of rows that cover every value of the labels, and of other columns with few distinct values."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ from .dataset import Rows
 from .row import Row, length_of
 
 _MOST_ROWS = 64
-_LAZY_ROWS = 256  # to look at, of rows that are computed when they are fetched
-_FETCHED_ROWS = 50_000  # to look at, of others that are no table
-_MOST_NUMBERS = 10_000_000  # of a column; half a second
-_MOST_LABELS, _MOST_KINDS = 1000, 64  # values of labels, and of other columns; there are more in a vocabulary
-_FEW_LABELS = 32  # values, of which each may get a row more
+_LAZY_ROWS = 256  # to look at, if fetching a row computes it
+_FETCHED_ROWS = 50_000  # to look at, if they are in memory, but not in a table
+_MOST_NUMBERS = 10_000_000  # a column with more is left out; this many take half a second
+_MOST_LABELS, _MOST_KINDS = 1000, 64  # distinct values of labels, and of other columns; a vocabulary has more
+_FEW_LABELS = 32  # values of labels, for each of which one more row may be chosen
 
-Values = dict[Any, tuple[int, int]]  # value → how often it is there, and the shortest row that has it
+Values = dict[Any, tuple[int, int]]  # value → how often it occurs, and the shortest row that has it
 
 
 @dataclass(frozen=True)
 class RareRows:
-    """Rows to measure a loss on, besides the first four.
+    """Rows to measure a loss on, besides the four of `sample_of`.
 
     Attributes:
-        positions: of a row with the most frequent label, or value of another column, and of up to 64 rare rows,
-            shortest first; none where no column has few values.
-        not_looked_at: the labels that none of these has, in words; empty if there are none.
+        positions: those of a row with the most frequent label (or value of another column), and of up to 64 rare rows,
+            shortest first; empty if no column has few values.
+        not_looked_at: a description of the labels that none of these rows has; empty if there are none.
     """
 
     positions: Sequence[int]
@@ -44,8 +44,8 @@ class RareRows:
         """Choose rows that cover the values of each column, rarest first, labels before other columns.
 
         Args:
-            ignore_index: the label that the loss is known to leave out.
-            special: the token ids to cover where labels come from a vocabulary.
+            ignore_index: the label that the loss is known to ignore.
+            special: the token ids to cover if the labels come from a vocabulary.
         """
         names = _columns(rows.fetch([0])[0])
         if not names:
@@ -63,7 +63,7 @@ class RareRows:
             if missing := search.cover(column, values, _MOST_LABELS, special):
                 unseen.append(f"{missing:,} of {len(values):,} {'label' if name == TARGETS else repr(name)} values")
             if column.numbers.size > search.n_rows and len(values) <= _FEW_LABELS:
-                search.add(len(values))  # so that the weights of labels that share a row can be told apart
+                search.add(len(values))  # enough rows to separate the weights of labels that share a row
         if (search.n_rows < len(rows) or rows.are_endless) and any(map(is_label, names)):
             unseen.append(f"labels of rows after the first {search.n_rows:,}")
         positions = [*search.chosen[:1], *sorted(search.chosen[1:], key=lambda row: search.lengths[row])]
@@ -72,11 +72,11 @@ class RareRows:
 
 @dataclass(frozen=True)
 class _Search:
-    """The rows that are looked at, and those that are chosen of them.
+    """The rows to choose from, and those chosen so far.
 
     Attributes:
-        table: where their columns can be had without fetching rows.
-        fetched: the rows, elsewhere.
+        table: the rows as a table, if their columns can be read without fetching rows; else None.
+        fetched: the rows, if there is no table.
     """
 
     table: Dataset | None
@@ -97,7 +97,7 @@ class _Search:
         return len(self.lengths)
 
     def column(self, name: str) -> "_Column | None":
-        """Return the numbers of a column; None where it holds something else, or too many."""
+        """Return the numbers of a column; None if it holds anything else, or too many."""
         if self.table is not None:
             return _Column.of_table(self.table, name)
         are_mappings = isinstance(self.fetched[0], Mapping)
@@ -106,11 +106,12 @@ class _Search:
         )
 
     def cover(self, column: "_Column", values: Values, most: int, special: Collection[int] = ()) -> int:
-        """Choose rows for the values that those chosen before do not have, rarest first after the most frequent, and
-        return how many values are still missing.
+        """Choose rows for the values that no chosen row has yet, and return how many values are still missing.
+
+        If nothing was chosen yet, begin with the most frequent value. Then go from the rarest value up.
 
         Args:
-            most: values that tell kinds of rows apart. Where there are more, it is only the special ones that do.
+            most: the most values to cover. If there are more, cover only the special ones.
         """
         if len(values) > most:
             values = {value: found for value, found in values.items() if value is None or value in special}
@@ -124,7 +125,7 @@ class _Search:
         return len(values.keys() - seen)
 
     def add(self, n_rows: int) -> None:
-        """Choose more rows, of the shorter half, until there are this many."""
+        """Choose more rows at random, from the shorter half, until there are `n_rows`."""
         shorter = np.argsort(self.lengths, kind="stable")[: (self.n_rows + 1) // 2]
         others = [row for row in np.random.RandomState(0).permutation(shorter).tolist() if row not in self.chosen]
         self.chosen.extend(others[: max(0, n_rows - len(self.chosen))])
@@ -139,9 +140,9 @@ class _Column:
 
     @classmethod
     def of_values(cls, values: Sequence[Any]) -> "_Column | None":
-        """Return None where a row holds something else than numbers, or all together hold too many."""
+        """Return the column; None if a row holds anything but numbers, or if there are too many numbers."""
         if len({type(value) for value in values}) == 1 and isinstance(values[0], int | float):
-            return cls(np.array(values), np.arange(len(values) + 1))  # in one go, which is faster
+            return cls(np.array(values), np.arange(len(values) + 1))  # one conversion for all, which is faster
         arrays = [_numbers(value) for value in values]
         known = [array.ravel() for array in arrays if array is not None and array.dtype.kind in "iufb"]
         if len(known) < len(arrays) or sum(array.size for array in known) > _MOST_NUMBERS:
@@ -174,7 +175,7 @@ class _Column:
 
 
 def _columns(row: Row) -> list[str]:
-    """The names of columns of whole numbers that may tell kinds of rows apart, labels first."""
+    """Return the names of the columns of whole numbers that may tell kinds of rows apart, labels first."""
     if not isinstance(row, Mapping):
         return [TARGETS] if _is_whole(_numbers(row[1])) else []
     labels = [name for name in row if is_label(name)]
@@ -192,9 +193,9 @@ def _numbers(value: Any) -> np.ndarray | None:
         return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).cpu().numpy()
     try:
         return np.asarray(value)
-    except ValueError:  # lists of unlike lengths
+    except ValueError:  # lists of unequal lengths
         return None
 
 
 def _key(value: Any) -> Any:
-    return value if value == value else None  # NaN is not itself
+    return value if value == value else None  # NaN does not equal itself

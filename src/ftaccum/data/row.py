@@ -1,4 +1,4 @@
-"""One row of the data, in whatever form the user has it."""
+"""One row of the user's data."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ FORMS = (
 
 
 def check_row(row: Any, argument: str, name: str) -> None:
-    """Raises DataError where the row of that name is none."""
+    """Raise DataError if an item of the data, which messages call `name`, is not a row."""
     if not is_row(row):
         example = "{'text': '...', 'label': 1}" if isinstance(row, str) else "{'input_ids': [...], 'labels': 1}"
         raise DataError(
@@ -28,11 +28,11 @@ def check_row(row: Any, argument: str, name: str) -> None:
 
 
 def is_row(row: Any) -> bool:
-    return isinstance(row, dict | Mapping) or (isinstance(row, tuple) and len(row) == 2)  # dicts are seen faster
+    return isinstance(row, dict | Mapping) or (isinstance(row, tuple) and len(row) == 2)  # checking for dict is faster
 
 
 def length_of(row: Row) -> int:
-    """A row's length in tokens, or in whatever its first column has along its first dimension; 1 for a number."""
+    """Return a row's length in tokens, or else the first dimension of its first column; 1 for a number."""
     column = row[0] if isinstance(row, tuple) else row.get("input_ids", next(iter(row.values()), 0))
     return (
         len(column)
@@ -42,14 +42,14 @@ def length_of(row: Row) -> int:
 
 
 def class_of(row: Row) -> int | None:
-    """A row's one class number; None where its target is something else."""
+    """Return a row's class number; None if its target is anything else."""
     target = row[1] if isinstance(row, tuple) else row.get("labels", row.get("label"))
     number = target.item() if isinstance(target, Tensor | np.generic) and np.ndim(target) == 0 else target
     return number if isinstance(number, int) else None
 
 
 def as_row(item: Any) -> Row:
-    """A row in whatever form the user has it; a tensor of token ids is one."""
+    """Return an item of the data as a row: a tensor of token ids becomes a dict, anything else stays as it is."""
     if isinstance(item, Tensor) and item.ndim == 1 and not item.is_floating_point():
-        return {"input_ids": item, "labels": item}  # token ids: each token is the one before's target
+        return {"input_ids": item, "labels": item}  # each token is the target of the one before it
     return item

@@ -1,4 +1,4 @@
-"""What all rows of a table or a list show of their columns, before any is trained on."""
+"""Check the columns of all rows of a table or a list before training."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,23 +14,22 @@ from .dataset import Rows
 from .iterable import StreamRows
 from .values import OddRowError, column_name
 
-_BATCH = 10_000  # rows of a table to read at a time, where values must be read
+_BATCH = 10_000  # rows of a table to read at a time, if values must be read
 
 
 def look_at_columns(
     rows: Rows, rules: ColumnRules, positions: Sequence[int], like: Columns | None = None
 ) -> Columns | None:
-    """Return the columns of rows; None where rows are tuples.
+    """Return the columns of rows; None if rows are tuples.
 
-    Rows in a list or a table are all looked at, and so are the first ones of a stream. Others are looked at when their
-    turn comes.
+    Check all rows of a list or a table, and the first ones of a stream. Other rows are checked when they are loaded.
 
     Args:
         positions: the rows to derive the columns from.
-        like: the columns that the rows are to have, where they are known.
+        like: the columns that the rows must have, if they are known.
 
     Raises:
-        DataError: naming a row that has other columns than most rows, or a column of another length.
+        DataError: if a row has other columns than most rows, or a column of another length. It names the row.
     """
     few = rows.fetch(positions)
     if not all(isinstance(row, Mapping) for row in few):
@@ -52,7 +51,7 @@ def look_at_columns(
             check_lengths(rows, every, like or columns)
     except OddRowError as error:
         raise DataError(
-            f"Of `{rows.argument}`, {rows.name_of(error.place)} cannot be made part of a batch: {error}. {error.remedy}"
+            f"In `{rows.argument}`, {rows.name_of(error.place)} cannot be batched: {error}. {error.remedy}"
         ) from error
     return columns
 
@@ -61,7 +60,7 @@ def check_lengths(rows: Rows, every: "_List | _Table", columns: Columns) -> None
     """Check the first dimension of every column.
 
     Raises:
-        OddRowError: on the first row of another length than its tokens, or than other rows.
+        OddRowError: for the first row with a column that does not have the length of its tokens, or of other rows.
     """
     if not len(_odd(every, columns, exact=False)) or not len(odd := _odd(every, columns, exact=True)):
         return
@@ -73,15 +72,15 @@ def check_lengths(rows: Rows, every: "_List | _Table", columns: Columns) -> None
 
 
 def _odd(every: "_List | _Table", columns: Columns, *, exact: bool) -> np.ndarray:
-    """Return the places of rows whose first dimension differs from what their columns must have.
+    """Return the places of rows with a column whose first dimension has another size than required.
 
     Args:
-        exact: whether to look at no other rows of the table.
+        exact: whether to leave out other rows of the same table.
     """
     lengths = {name: every.lengths(key, exact=exact) for name, key in columns.keys.items()}
     base, dim = columns.token_base or ("", 0)
     known: dict[Along, np.ndarray | None] = {Along.TARGETS: lengths.get("labels"), Along.NOTHING: None}
-    counts_first = dim % len(columns.sizes[base]) == 0 if base else False  # the choices of a question come first
+    counts_first = dim % len(columns.sizes[base]) == 0 if base else False  # for multiple choice, choices come first
     known[Along.TOKENS] = lengths[base] if counts_first else None
     odd = np.zeros(0, dtype=np.int64)
     for name, found in lengths.items():
@@ -106,10 +105,10 @@ class _List:
         self._rows = rows.fetch(range(len(rows)))
         for place, row in enumerate(self._rows):
             if isinstance(row, tuple):
-                raise OddRowError(place, "it is a tuple, and other rows are dicts")
+                raise OddRowError(place, "it is a tuple, but other rows are dicts")
 
     def check_presence(self, rules: ColumnRules) -> None:
-        """Raise OddRowError where some rows lack a column that others have."""
+        """Raise OddRowError if some rows lack a column that others have."""
         for key in dict.fromkeys(itertools.chain.from_iterable(self._rows)):
             lacking = [place for place, row in enumerate(self._rows) if row.get(key) is None]
             if lacking and len(lacking) < len(self._rows):
@@ -118,7 +117,7 @@ class _List:
                     check_presence(key, lacking, len(self._rows))
 
     def lengths(self, key: str, *, exact: bool) -> np.ndarray | None:  # noqa: ARG002
-        """Return the length of each row's value; None where values have none."""
+        """Return the length of each row's value; None if values have no length."""
         try:
             return np.fromiter((len(row[key]) for row in self._rows), dtype=np.int64, count=len(self._rows))
         except TypeError:
@@ -126,13 +125,13 @@ class _List:
 
 
 class _Table:
-    """Rows of a table, of which only the offsets and the marks of missing values are read, as long as all is well."""
+    """Rows of a table. Unless they are faulty, only their offsets and their marks of missing values are read."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def check_presence(self, rules: ColumnRules) -> None:
-        """Raise OddRowError where some rows lack a column that others have."""
+        """Raise OddRowError if some rows lack a column that others have."""
         source = self._rows.source
         for key in source.format["columns"]:
             if not source.data.column(key).null_count:
@@ -144,10 +143,10 @@ class _Table:
                     check_presence(key, lacking.tolist(), len(self._rows))
 
     def lengths(self, key: str, *, exact: bool) -> np.ndarray | None:
-        """Return the length of each row's value; None where values have none.
+        """Return the length of each row's value; None if values have no length.
 
         Args:
-            exact: whether to leave out rows of the same table that belong to others. They must be read for it.
+            exact: whether to leave out other rows of the same table. For this, values must be read.
         """
         column = self._rows.source.data.column(key)
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):

@@ -1,4 +1,4 @@
-"""Rows as a table of columns."""
+"""Turn rows into a table of columns."""
 
 import bisect
 import math
@@ -15,15 +15,15 @@ def make_table(rows: Sequence[Row], argument: str, name_of: Callable[[int], str]
     """Return rows as a table with every column that any of them has.
 
     Args:
-        argument: what the user calls the rows.
-        name_of: returns what to call a row in a message.
+        argument: the name of the argument that the rows came from, for messages.
+        name_of: returns how messages name a row.
 
     Raises:
-        DataError: naming the first row that makes no table with the rows before it.
+        DataError: if the rows do not form a table. It names the first row that does not fit the rows before it.
     """
     names = dict.fromkeys(name for row in rows for name in row)
 
-    def table_of(rows: Sequence[Row]) -> Dataset:  # `from_list` takes the columns of the first row alone
+    def table_of(rows: Sequence[Row]) -> Dataset:  # `from_list` takes only the columns of the first row
         return Dataset.from_dict({name: _column(name, rows) for name in names})
 
     def fault(n: int) -> Exception | None:
@@ -38,13 +38,13 @@ def make_table(rows: Sequence[Row], argument: str, name_of: Callable[[int], str]
     except Exception as error:
         first = bisect.bisect_left(range(1, len(rows)), True, key=lambda n: fault(n) is not None)
         raise DataError(
-            f"Of `{argument}`, {name_of(first)} makes no table with the rows before it: {fault(first + 1)}. Give all "
-            "rows the same columns, and each column values of one type."
+            f"In `{argument}`, {name_of(first)} does not fit into a table with those before: {fault(first + 1)}. Give "
+            "all rows the same columns, and each column values of one type."
         ) from error
 
 
 def _column(name: str, rows: Sequence[Row]) -> list[Any]:
-    """Return a column of rows, with None where a row has no such column, or where pandas writes NaN for no text."""
+    """Return a column of rows, with None for a row without this column, or where pandas has NaN for missing text."""
     values = [row.get(name) for row in rows]
     if not any(isinstance(value, str) for value in values):
         return values

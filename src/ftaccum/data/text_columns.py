@@ -1,4 +1,4 @@
-"""Which columns of raw text a run reads: those that the user names, or the only one."""
+"""The choice of the columns of raw text that a run reads: those that the user names, or the only one."""
 
 import itertools
 import reprlib
@@ -12,15 +12,15 @@ from ..errors import DataError
 from .dataset import Rows
 
 LABELS = ("labels", "label")
-_FEW = 8  # rows, the first of which may have no text
-_NAMED = 8  # columns, in a message
-_SAMPLE = 100  # rows to see which column has the longest texts
+_FEW = 8  # rows to look at, since the first may have no text
+_NAMED = 8  # the most columns to name in a message
+_SAMPLE = 100  # rows to find the column with the longest texts
 _STRINGS = ("string", "large_string", "string_view")
 _BYTES = ("binary", "large_binary", "binary_view")
 
 
 class _Sample(reprlib.Repr):
-    """Shows a value of a column in a few words."""
+    """A `repr` that shortens a value of a column."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TextColumns:
     left_out: tuple[str, ...]
 
     def describe(self) -> str:
-        """Return the line of the banner that says which columns are read."""
+        """Return the banner's line about the columns."""
         columns = f"column {self.texts[0]!r}" if len(self.texts) == 1 else f"pairs of columns {_listed(self.texts)}"
         label = f"; labels: {self.label!r}" if self.label else ""
         left_out = f"; left out: {_listed(self.left_out)}" if self.left_out else ""
@@ -54,12 +54,12 @@ class TextColumns:
 
 
 def is_raw_text(rows: Rows, accepted: set[str] | None, named: Sequence[str] | None, *, has_collator: bool) -> bool:
-    """Return whether rows carry text, and nothing that the model takes.
+    """Return whether rows hold text, and nothing that the model takes.
 
     Args:
         accepted: the columns that the model takes; None if it takes any.
         named: the user's `text_columns`.
-        has_collator: whether a collator of the user's own may read words and conversations.
+        has_collator: whether the user gives a collator, which may read lists of words or conversations.
     """
     few = rows.fetch(range(min(_FEW, len(rows))))
     if not all(isinstance(row, Mapping) for row in few):
@@ -73,7 +73,7 @@ def is_raw_text(rows: Rows, accepted: set[str] | None, named: Sequence[str] | No
 
 
 def choose_columns(table: Dataset, argument: str, named: Sequence[str] | None, *, next_token: bool) -> TextColumns:
-    """Return the columns to read: those that are named, or the only one that holds text.
+    """Return the columns to read: those that the user names, or the only one that holds text.
 
     Args:
         argument: the argument that the table came from, for messages.
@@ -99,7 +99,7 @@ def choose_columns(table: Dataset, argument: str, named: Sequence[str] | None, *
     return TextColumns(texts, label, others)
 
 
-_PROMPTS = "To train on the answers to prompts, tokenise first, with labels of -100 on the prompt."
+_PROMPTS = "To train only on the answers to prompts, tokenise first, with labels of -100 on the prompt."
 
 
 def _ask_for_names(table: Dataset, argument: str, found: Mapping[str, Any], *, next_token: bool) -> str:
@@ -116,7 +116,7 @@ def _ask_for_names(table: Dataset, argument: str, found: Mapping[str, Any], *, n
 
 
 def _name_one(table: Dataset, names: Sequence[str], *, pairs: bool) -> str:
-    """Return the advice to name a column, with the longest texts as the example."""
+    """Return advice to name a column. Its example is the column with the longest texts."""
     sample = table.select_columns(list(names))[:_SAMPLE]
     longest = max(names, key=lambda name: sum(len(text) for text in sample[name] if isinstance(text, str)))
     or_two = ", or two for pairs of texts" if pairs and len(names) > 1 else ""
@@ -127,7 +127,7 @@ def _check_column(table: Dataset, argument: str, name: str, label: str | None) -
     """Raise DataError if a column cannot be read as text."""
     if name not in table.column_names:
         raise DataError(
-            f"`{argument}` has no column {name!r} to take texts from, only {_listed(table.column_names)}. Name one of "
+            f"`{argument}` has no column {name!r} to read texts from, only {_listed(table.column_names)}. Name one of "
             "these with `text_columns`."
         )
     if name == label:
@@ -135,7 +135,7 @@ def _check_column(table: Dataset, argument: str, name: str, label: str | None) -
     value = _first_value(table, name)
     if value is not None and not isinstance(value, str):
         remedy = _advice("it", value) or "Name the column of texts."
-        raise DataError(f"Column {name!r} of `{argument}` holds no text, but {show(value)}. {remedy}")
+        raise DataError(f"Column {name!r} of `{argument}` holds {show(value)} instead of text. {remedy}")
 
 
 def _first_value(table: Dataset, name: str) -> Any:
@@ -144,12 +144,12 @@ def _first_value(table: Dataset, name: str) -> Any:
 
 
 def _advice(what: str, value: Any) -> str:
-    """Return a sentence on how to train on values that hold text and are no strings; else nothing."""
+    """Return a sentence on how to train on values that hold text but are not strings; for others, an empty string."""
     inner = value[0] if isinstance(value, list) and value else value
     if isinstance(value, str):
         return ""
     if isinstance(inner, Mapping):
-        return f"To train on {what}, make text of it first: conversations with `tokenizer.apply_chat_template`."
+        return f"To train on {what}, turn it into text first: conversations with `tokenizer.apply_chat_template`."
     if isinstance(inner, str):
         return f"To train on {what}, tokenise first, with `tokenizer(words, is_split_into_words=True)`."
     return f"To train on {what}, decode the bytes first." if isinstance(value, bytes) else ""
@@ -169,7 +169,7 @@ def _is_string(feature: Any) -> bool:
 
 
 def _holds_text(feature: Any) -> bool:
-    """Return whether a column holds text, be it in lists or under names."""
+    """Return whether a column holds text, also if it is nested in lists or dicts."""
     if isinstance(feature, Value):
         return feature.dtype in _STRINGS + _BYTES
     if isinstance(feature, List | LargeList):

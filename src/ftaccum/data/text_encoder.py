@@ -1,4 +1,4 @@
-"""Texts to token ids: cut at a limit, and ended."""
+"""Turn texts into token ids, truncated at a limit and ended by an end-of-text token."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,22 +6,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-CUT = "was_cut"  # a column of `TextEncoder`, beside those of the tokenizer
+CUT = "was_cut"  # a column that `TextEncoder` adds to the tokenizer's
 
 _Tokens = dict[str, list]  # of one row, by column
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Turns texts into token ids, in rows that are no longer than the model takes.
+    """An encoder of texts to token ids, in rows that are no longer than the model accepts.
 
-    A causal LM's row ends in the end-of-text token, so that the model learns to stop. A row whose end was cut off has
-    none.
+    The rows of a causal LM end in the end-of-text token, so that the model learns to stop. Rows whose end was cut off
+    do not.
 
     Attributes:
-        tokenizer: the user's.
+        tokenizer: the user's tokenizer.
         limit: the most tokens of a row; None for no limit.
-        end: id of the token that rows end in; None leaves the end as the tokenizer makes it.
+        end: the id of the token that rows end in; None to end them as the tokenizer does.
     """
 
     tokenizer: Callable[..., Mapping[str, list]]
@@ -29,12 +29,12 @@ class TextEncoder:
     end: int | None
 
     def __call__(self, texts: Sequence[list[str]]) -> dict[str, list]:
-        """Return the tokenizer's columns, and whether each row was cut.
+        """Return the tokenizer's columns, and a column `CUT`: whether each row was truncated.
 
         Args:
             texts: one column of texts, or two for pairs.
         """
-        # One token more than fits shows which rows are longer.
+        # Allow one token more than fits, to see which rows are too long.
         rows = self._tokenize(texts, None if self.limit is None else self.limit + 1)
         cut = [self.limit is not None and self._length(row) > self.limit for row in rows]
         if any(cut):
@@ -43,7 +43,7 @@ class TextEncoder:
         return {**{name: [row[name] for row in rows] for name in rows[0]}, CUT: cut}
 
     def _cut(self, texts: Sequence[list[str]]) -> list[_Tokens]:
-        """Return the tokens of texts that are too long."""
+        """Return the tokens of texts that are too long, truncated."""
         assert self.limit is not None
         if self.end is None:
             return self._tokenize(texts, self.limit)
@@ -74,7 +74,7 @@ class TextEncoder:
 
 @contextmanager
 def _preserve_truncation(tokenizer: Any) -> Iterator[None]:
-    """Keep what a fast tokenizer truncates to, which it would otherwise take from each call and save with itself."""
+    """Keep the truncation setting of a fast tokenizer, which each call would change, and which is saved with it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         yield

@@ -1,4 +1,4 @@
-"""Rows of raw text → rows of token ids."""
+"""Tokenise rows of raw text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,27 +13,27 @@ from .text_encoder import CUT, TextEncoder
 
 _BLANK = "is_blank"  # a column of encoded rows, like CUT
 _FIX = "Fix or drop the row."
-_LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit give a very large number as their limit
+_LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit report a very large number
 
 
 def tokenize(
     rows: Rows, columns: TextColumns, encoder: TextEncoder, config: Any, *, next_token: bool, warns: bool
 ) -> Rows:
-    """Return the tokens of raw text, with labels. Labels given as strings become numbers by `config.label2id`.
+    """Return the rows as token ids, with labels. String labels become numbers by `config.label2id`.
 
     Args:
-        next_token: whether rows predict their own tokens, as for a causal LM; labels of whole rows are left out then.
-        warns: whether to warn of rows, as one of several processes does.
+        next_token: whether rows predict their own tokens, as for a causal LM. Labels of whole rows are then dropped.
+        warns: whether this process warns about rows. One of several processes should.
 
     Raises:
         DataError: naming the first row whose text cannot be tokenised, or whose label is unknown.
 
     Warns:
-        TextWarning: for rows that are cut, and for rows without text.
+        TextWarning: if rows are truncated or have no text.
     """
 
     def encode(table: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
-        names = [f"Of `{rows.argument}`, {rows.name_of(position)}" for position in positions]
+        names = [f"In `{rows.argument}`, {rows.name_of(position)}" for position in positions]
         texts = [table[name] for name in columns.texts]
         for name, values in zip(columns.texts, texts, strict=True):
             _refuse_other_than_text(name, values, names)
@@ -52,43 +52,43 @@ def tokenize(
 
 
 class _Report:
-    """Warns of rows that were cut, and of rows without text: once each, with their number."""
+    """Warnings about truncated rows and rows without text: one of each, with the number of rows."""
 
     def __init__(self, rows: Rows, columns: TextColumns, encoder: TextEncoder) -> None:
         self._rows = rows
         read = " or ".join(map(repr, columns.texts))
         self._sentences = {
-            CUT: f"are longer than the {encoder.limit} tokens that tokenizer and model take, and are cut. Split them "
-            "first if what is cut off matters.",
-            _BLANK: f"have no text in {read}, or nothing but spaces. Drop them if they should not be trained on.",
+            CUT: f"are longer than the {encoder.limit} tokens that the tokenizer and the model accept, and are "
+            "truncated. Split them first if the lost part matters.",
+            _BLANK: f"have no text in {read}, or only spaces. Drop them if the model should not train on them.",
         }
 
     def __call__(self, flags: Mapping[str, Sequence[bool]], first: int) -> None:
-        """Warn of rows.
+        """Warn about rows.
 
         Args:
-            flags: for each kind, whether a row is of it.
-            first: position of the first row.
+            flags: for each kind of warning, whether each row needs it.
+            first: the position of the first row.
         """
         for kind in [kind for kind, flagged in flags.items() if any(flagged) and kind in self._sentences]:
             flagged = list(flags[kind])
             rows = f"the {len(flagged)} rows from row {first} on" if first else f"{len(flagged)} rows"
             which = f"{sum(flagged)} of {rows} (the first is {self._rows.name_of(first + flagged.index(True))})"
-            warn_user(f"Of `{self._rows.argument}`, {which} {self._sentences.pop(kind)}", TextWarning)
+            warn_user(f"In `{self._rows.argument}`, {which} {self._sentences.pop(kind)}", TextWarning)
 
 
 def _refuse_other_than_text(column: str, values: Sequence[Any], names: Sequence[str]) -> None:
-    """Raise DataError for a value that is no string: of a list a tokenizer would make a pair, or tokens of its own."""
+    """Raise DataError for a value that is not a string. A tokenizer takes a list for a pair, or for words."""
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):
-            raise DataError(f"{name} has no text in its column {column!r}, but {show(value)}. {_FIX}")
+            raise DataError(f"{name} has {show(value)} instead of text in its column {column!r}. {_FIX}")
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[list[str]], names: Sequence[str]) -> dict[str, list]:
     """Return the tokens of columns of texts.
 
     Args:
-        names: of the rows, as sentences on them begin.
+        names: the names of the rows, to begin messages with.
 
     Raises:
         DataError: naming the first row that cannot be tokenised.
@@ -101,16 +101,16 @@ def _encode(encoder: TextEncoder, texts: Sequence[list[str]], names: Sequence[st
                 encoder([[text] for text in row])
             except Exception as alone:
                 raise DataError(f"{name} cannot be tokenised: {alone!r}. {_FIX}") from alone
-        raise DataError(f"{names[0]} and those after it cannot be tokenised: {error!r}. Tokenise first.") from error
+        raise DataError(f"{names[0]} and later ones cannot be tokenised together: {error!r}. Tokenise them.") from error
 
 
 def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
-    """Return the most tokens of a row that tokenizer and model take; None if neither has a limit."""
+    """Return the most tokens that the tokenizer and the model accept in a row; None if neither has a limit."""
     positions = getattr(config, "max_position_embeddings", None)
     for module in model.modules():
-        # Models like RoBERTa begin to count positions after that of the padding.
+        # Models like RoBERTa count positions from the one after `padding_idx`.
         if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx is not None:
             positions -= module.padding_idx + 1
             break
     limits = (getattr(tokenizer, "model_max_length", None), positions)
-    return min((n for n in limits if n and 0 < n < _LONGEST_UNBOUNDED), default=None)  # -1 for none, in XLNet
+    return min((n for n in limits if n and 0 < n < _LONGEST_UNBOUNDED), default=None)  # XLNet has -1 for no limit

@@ -1,4 +1,4 @@
-"""What can be wrong with rows, found before training, in a sample where they are too many or come later."""
+"""Check rows before training: all of them, or a sample if there are many or they arrive later."""
 
 from collections.abc import Mapping
 
@@ -14,13 +14,13 @@ from .value_ranges import ValueRanges
 
 
 def check_lengths(rows: Rows, max_tokens: int, row_collator: RowCollator) -> None:
-    """Raises DataError where rows cannot be kept under a cap on tokens, naming the longest; of a stream, when it
-    comes."""
+    """Raise DataError if micro-batches of these rows cannot be kept below a cap on tokens. It names the longest row; in
+    a stream, the first one that is too long, when it arrives."""
     lengths = rows.lengths()
     if lengths is None or not rows.have_tokens:
         raise DataError(
-            f"`max_tokens` needs the lengths of the rows, and those of `{rows.argument}` are not known before they are "
-            "made. Give a `datasets.Dataset` with `input_ids`, or a list; or cut by rows (`batch_size`)."
+            f"`max_tokens` needs the lengths of the rows, but those of `{rows.argument}` are unknown until they are "
+            "computed. Give a `datasets.Dataset` with `input_ids`, or a list; or give `batch_size` instead."
         )
     longest = max(range(len(rows)), key=lengths.__getitem__)
     _refuse_longer(rows, longest, lengths[longest], max_tokens)
@@ -36,25 +36,25 @@ def check_lengths(rows: Rows, max_tokens: int, row_collator: RowCollator) -> Non
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if isinstance(ids, Tensor) and ids.numel() > row_collator.width(lengths[shortest]):
         raise DataError(
-            "`max_tokens` counts on rows that are padded to the longest of their micro-batch, but `data_collator` "
+            "`max_tokens` requires rows that are padded to the longest of their micro-batch, but `data_collator` "
             f"makes {ids.numel()} tokens of {rows.name_of(shortest)} of `{rows.argument}`, which has "
-            f"{lengths[shortest]}. Have it pad to the longest, or cut by rows (`batch_size`)."
+            f"{lengths[shortest]}. Make it pad to the longest, or give `batch_size` instead."
         )
 
 
 def _refuse_longer(rows: Rows, position: int, length: int, max_tokens: int) -> None:
     if length > max_tokens:
         raise DataError(
-            f"Of `{rows.argument}`, {rows.name_of(position)} has {length} tokens, and `max_tokens` is {max_tokens}: "
-            f"no micro-batch could hold it. Give at least {length}, or truncate the rows."
+            f"In `{rows.argument}`, {rows.name_of(position)} has {length} tokens, but `max_tokens` is {max_tokens}: "
+            f"no micro-batch can hold it. Set `max_tokens` to at least {length}, or truncate the rows."
         )
 
 
 def check_sample(rows: Rows, row_collator: RowCollator, ranges: ValueRanges) -> Batch:
-    """Collates a sample of rows, looks at their numbers, and returns the batch.
+    """Collate a sample of rows, check their numbers, and return the batch.
 
     Raises:
-        DataError: naming the first row at fault.
+        DataError: if a row cannot be collated, or has a number out of range. It names the first such row.
     """
     positions = sample_positions(rows)
     batch = row_collator.seeded(rows, positions, 0)

@@ -1,4 +1,4 @@
-"""What the numbers of a row may be, so that one out of range is named before the model meets it."""
+"""The numbers that a model accepts, to name a row that is out of range before the model gets it."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,21 +15,21 @@ from ..objective.embedding_limits import Place, columns_of
 from ..objective.item_counts import Batch, targets_of
 from .dataset import Rows
 
-_ROUNDING = 1e-3  # of labels that were computed
-_AT_ONCE = 1024  # rows
-_IsOutside = Callable[[Any], Any]  # numbers of an array or a tensor → where they are out of range
+_ROUNDING = 1e-3  # tolerance for labels that were computed
+_AT_ONCE = 1024  # rows to check together
+_IsOutside = Callable[[Any], Any]  # takes an array or a tensor, returns where its numbers are out of range
 
 
 @dataclass(frozen=True)
 class ValueRanges:
-    """The numbers that the model can take.
+    """The numbers that the model accepts.
 
     Attributes:
-        limits: by column, what its numbers are below.
-        longest: the number of positions in the model's table of them; None if it has none.
-        takes_longer: whether the model takes a longer row, because it cuts rows or clamps positions.
-        n_classes: labels are below this, or the ignored one; None where labels are no class numbers.
-        ignore_index: the label that is left out of the loss.
+        limits: for each column, or each place in a column, the number that its numbers must be below.
+        longest: the number of the model's position embeddings; None if it has none.
+        takes_longer: returns whether the model accepts longer rows, because it truncates rows or clamps positions.
+        n_classes: the number that labels must be below, unless they are ignored; None if labels are not class numbers.
+        ignore_index: the label that the loss ignores.
         probabilities: whether labels are probabilities, as in binary cross entropy.
     """
 
@@ -42,7 +42,7 @@ class ValueRanges:
 
     @classmethod
     def of_tokens(cls, model: Any) -> "ValueRanges":
-        """Return the range of token ids alone, from the model's input embeddings."""
+        """Return the range of token ids, and of nothing else, from the model's input embeddings."""
         try:
             embeddings = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # a plain module; a model of images
@@ -51,8 +51,8 @@ class ValueRanges:
         return cls() if size is None else cls({("input_ids", None): size})
 
     def check(self, batch: Batch, rows: Rows, positions: Sequence[int]) -> None:
-        """Raise DataError naming the first row with a number out of range. (On a GPU the model's own error would name
-        nothing, and leave the device unusable.)"""
+        """Raise DataError if a number is out of range, naming the first such row. On a GPU, the model's own error names
+        no row, and leaves the device unusable."""
         columns = columns_of(batch)
         for (name, place), size in self.limits.items():
             if (numbers := columns.get(name)) is not None and not numbers.is_floating_point():
@@ -68,8 +68,8 @@ class ValueRanges:
             self._check_lengths(list(map(int, lengths)), rows, positions)
 
     def check_all(self, rows: Rows) -> None:
-        """Raise DataError naming the first row at fault, of rows that can be looked through without computing them. All
-        others are looked at as they come."""
+        """Raise DataError if a number is out of range, naming the first such row. This checks rows that need not be
+        computed; others are checked when they are loaded."""
         for (name, place), size in self.limits.items():
             self._check_column(rows, name, place, _outside(size), _of_column(name, place, size))
         for name in ("labels", "label", "label_ids", "targets"):
@@ -81,7 +81,7 @@ class ValueRanges:
             self._check_lengths(lengths, rows, range(len(rows)))
 
     def _outside_labels(self, is_float: bool) -> _IsOutside | None:
-        """Return where labels are out of range; None where any number will do."""
+        """Return a function that finds labels out of range; None if any number is allowed."""
         if is_float:
             return (lambda labels: (labels < -_ROUNDING) | (labels > 1 + _ROUNDING)) if self.probabilities else None
         if self.n_classes is None:
@@ -96,8 +96,8 @@ class ValueRanges:
                 "Fix the label, or give a `loss_fn` for other numbers."
             )
         return (
-            f"label {{}}, but the model tells {self.n_classes} classes apart, 0 to {(self.n_classes or 0) - 1}. "
-            f"Load the model with `num_labels` to fit, or fix the label ({self.ignore_index} is ignored)."
+            f"label {{}}, but the model has {self.n_classes} classes, 0 to {(self.n_classes or 0) - 1}. "
+            f"Load the model with a `num_labels` that fits, or fix the label ({self.ignore_index} is ignored)."
         )
 
     def _check_lengths(self, lengths: Sequence[int], rows: Rows, positions: Sequence[int]) -> None:
@@ -106,7 +106,7 @@ class ValueRanges:
         for position, length in zip(positions, lengths, strict=True):
             if length > self.longest and not self.takes_longer():
                 raise DataError(
-                    f"Of `{rows.argument}`, {rows.name_of(position)} has {length} tokens, but the model has positions "
+                    f"In `{rows.argument}`, {rows.name_of(position)} has {length} tokens, but the model has positions "
                     f"for {self.longest}. Truncate the row, or load a model with a larger `max_position_embeddings`."
                 )
 
@@ -119,7 +119,7 @@ class ValueRanges:
             return
         found = _first_outside(values, place, is_outside, "f" if is_float else "iu")
         if found is not None:
-            raise DataError(f"Of `{rows.argument}`, {rows.name_of(found[0])} has the {message.format(found[1])}")
+            raise DataError(f"In `{rows.argument}`, {rows.name_of(found[0])} has the {message.format(found[1])}")
 
     @staticmethod
     def _check_batch(
@@ -130,10 +130,10 @@ class ValueRanges:
             first = outside.nonzero()[0]
             row, value = int(first[0]), values[tuple(first)].item()
             if len(outside) == 1 < len(positions) and isinstance(batch, Mapping) and "position_ids" in batch:
-                # Rows lie one behind the other, and each begins with position 0.
+                # The rows are concatenated, and each begins with position 0.
                 row = int((batch["position_ids"][0, : first[1] + 1] == 0).sum()) - 1
             name = rows.name_of(positions[row]) if row < len(positions) else f"one of {rows.names_of(positions)}"
-            raise DataError(f"Of `{rows.argument}`, {name} has the {message.format(value)}")
+            raise DataError(f"In `{rows.argument}`, {name} has the {message.format(value)}")
 
 
 def _outside(size: int) -> _IsOutside:
@@ -146,22 +146,22 @@ def _of_column(name: str, place: int | None, size: int) -> str:
             f"token id {{}}, but the model's vocabulary is 0 to {size - 1}. "
             "Tokenise with the model's own tokenizer, or resize its embeddings."
         )
-    where = f"`{name}`" if place is None else f"place {place} of `{name}`"
+    where = f"`{name}`" if place is None else f"element {place} of `{name}`"
     return (
         f"number {{}} in {where}, but the model has {size} embeddings for it, 0 to {size - 1}. Fix the row, or load a "
-        "model with more of them."
+        "model with more embeddings."
     )
 
 
 def _first_outside(
     values: "pa.ChunkedArray | Iterable[Any]", place: int | None, is_outside: _IsOutside, kinds: str
 ) -> tuple[int, Any] | None:
-    """Return the row, and its first number out of range.
+    """Return the first row with a number out of range, and that number; None if there is none.
 
     Args:
-        values: of a column, row by row.
-        place: in each row; None for all of it.
-        kinds: of numbers that are looked at, as NumPy calls them; others are passed over.
+        values: the values of a column, row by row.
+        place: the element of each row to check; None for all.
+        kinds: the kinds of numbers to check, as in NumPy's `dtype.kind`; others are skipped.
     """
     if isinstance(values, pa.ChunkedArray):
         if place is None and not _any_outside(_flattened(values), is_outside, kinds):
@@ -182,8 +182,8 @@ def _first_outside(
 
 
 def _together(values: Sequence[Any]) -> np.ndarray | None:
-    """Return the numbers of many rows in one array, which takes a fraction of the time of one array a row; None for
-    rows of other kinds than flat lists and numbers."""
+    """Return the numbers of many rows in one array, which is much faster than an array for each row; None if the rows
+    are of several types, or do not fit into one array."""
     try:
         if all(type(value) is list for value in values):
             return np.asarray(list(itertools.chain.from_iterable(values)))
@@ -192,7 +192,7 @@ def _together(values: Sequence[Any]) -> np.ndarray | None:
         if all(isinstance(value, np.ndarray) for value in values):
             return np.concatenate([value.reshape(-1) for value in values])
         return np.asarray(values)
-    except (ValueError, TypeError, RuntimeError):  # lists in lists, or rows of several types
+    except (ValueError, TypeError, RuntimeError):  # ragged lists, or rows of several types
         return None
 
 
@@ -201,7 +201,7 @@ def _any_outside(numbers: np.ndarray, is_outside: _IsOutside, kinds: str) -> boo
 
 
 def _flattened(column: pa.ChunkedArray) -> np.ndarray:
-    """Return all numbers of a column of numbers or lists of them."""
+    """Return all numbers of a column of numbers or of lists of numbers."""
     array = column.combine_chunks()
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()

@@ -1,4 +1,4 @@
-"""A value of a row, as a tensor."""
+"""Turn a row's value into a tensor."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ _REMEDY = "Fix or drop the row, drop the column if nothing needs it, or give a `
 
 
 class OddRowError(ValueError):
-    """A row does not go with the others.
+    """The error for a row that does not fit the other rows of its batch.
 
     Attributes:
-        place: of the row among the rows of the batch.
+        place: the index of the row in the batch.
         remedy: what to do, as a sentence.
     """
 
@@ -25,12 +25,12 @@ class OddRowError(ValueError):
 
 
 def column_name(key: str) -> str:
-    """Return what Transformers' models call a column."""
+    """Return the name that Transformers' models have for a column."""
     return {"label": "labels", "label_ids": "labels"}.get(key, key)
 
 
 def is_numeric(value: Any) -> bool:
-    """Return whether a tensor can be made of a value, as far as its first element shows."""
+    """Return whether a value can become a tensor, judging by its first element."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, Tensor | np.ndarray | np.generic | int | float) or value == []
@@ -40,21 +40,21 @@ def tensor_of(row: Row, key: str, place: int) -> Tensor:
     """Return a row's value in a column.
 
     Raises:
-        OddRowError: where the value is no number and no list of numbers.
+        OddRowError: if the value is neither a number nor a list of numbers.
     """
     value = row[key]
     if not is_numeric(value):
-        raise OddRowError(place, f"its column {key!r} holds {value!r}, which is no number and no list of numbers")
+        raise OddRowError(place, f"its column {key!r} holds {value!r}, which is neither a number nor a list of numbers")
     try:
         return as_tensor(value)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise OddRowError(place, f"its column {key!r} makes no tensor: {error}") from error
+        raise OddRowError(place, f"its column {key!r} cannot become a tensor: {error}") from error
 
 
 def as_tensor(value: Any) -> Tensor:
-    """Return a value as a tensor of a type that PyTorch computes with. (It only stores uint16 and wider.)"""
+    """Return a value as a tensor of a dtype that PyTorch computes with. (It can only store uint16 and wider.)"""
     if isinstance(value, list | tuple):
-        # Python's floats take torch's default dtype; an empty list has no type of its own.
+        # Python's floats get torch's default dtype; an empty list has no dtype.
         tensor = torch.tensor(value) if len(value) else torch.empty(0, dtype=torch.long)
     else:
         value = np.asarray(value) if isinstance(value, np.generic) else value

@@ -1,4 +1,4 @@
-"""Processes that make batches before they are asked for, and whose deaths lose none."""
+"""Worker processes that make batches ahead of time. If a worker dies, no batch is lost."""
 
 import os
 import queue
@@ -19,53 +19,53 @@ from torch.utils.data._utils import worker as _of_torch
 
 from ..errors import DataError
 
-# Forked workers find rows and collators in memory, lambdas and all; elsewhere these must be picklable.
+# Forked workers inherit rows and collators, even lambdas. On other systems, these must be picklable.
 _PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-_AHEAD = 16  # batches that each worker may have made before they are asked for
-_DYING = 5  # seconds that a process has to be gone, after its pipe broke
-# A scheduler may send these to every process of a run. The run ends when it sees fit, and its workers with it.
+_AHEAD = 16  # batches that each worker may make ahead of time
+_DYING = 5  # seconds to wait for a process to end, after its pipe broke
+# A scheduler may send these to every process of a run. Workers ignore them: the run decides when to end them.
 _NOT_FOR_WORKERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-Job = Any  # what a batch is made from; it can be pickled
+Job = Any  # what a batch is made from; must be picklable
 Make = Callable[[Job], Any]
-# Told of each death: what was being made, and the exit code. It may raise, and no new worker is started.
+# Called on each death, with the job in progress and the exit code. If it raises, no new worker is started.
 Died = Callable[[Job, int], None]
 
 
 class _DeadError(Exception):
-    """A worker is gone."""
+    """The error for a worker that has died."""
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """What a worker hands back instead of raising: the sentence, without the worker's traceback around it."""
+    """An error message that a worker returns instead of raising, without its traceback."""
 
     sentence: str
 
 
 class Workers(Iterator[Any]):
-    """What `make` makes of each job, in the order of the jobs.
+    """The result of `make` for each job, in the order of the jobs.
 
-    torch's DataLoader would do, but that it raises wherever the main process happens to be when a worker dies, be it in
-    the middle of an update, and that the batches which were on their way are lost. Here, a death shows when a batch is
-    asked for that it leaves missing, and new workers make what is missing.
+    When a worker of torch's DataLoader dies, the main process raises wherever it happens to be, even in the middle of
+    an update, and the batches in progress are lost. Here, a death is noticed only when a missing batch is asked for,
+    and new workers make the missing batches.
     """
 
     def __init__(self, make: Make, jobs: Iterable[Job], num_workers: int, died: Died) -> None:
         self._make, self._jobs, self._died = make, iter(jobs), died
         self._dealt = self._taken = 0
         self._workers: list[_Worker] = []
-        # When nobody refers to it any more, and before multiprocessing waits for its children at exit.
+        # Called when this object is deleted, or at exit, before multiprocessing waits for its children.
         self.end = Finalize(self, _end, (self._workers,), exitpriority=0)
         try:
             for place in range(num_workers):
                 self._workers.append(_Worker(make, place, num_workers))
         except BaseException:
-            self.end()  # those that were started; nobody else knows of them
+            self.end()  # ends the workers that did start
             raise
 
     def __next__(self) -> Any:
-        """Raises DataError where `make` does, and where a batch cannot be sent."""
+        """Return the next result. Raise DataError if `make` failed, or if the result cannot be sent."""
         self._deal()
         if self._taken == self._dealt:
             raise StopIteration
@@ -77,7 +77,7 @@ class Workers(Iterator[Any]):
         return made
 
     def _deal(self) -> None:
-        """Jobs are dealt by turns, so that who has the next batch needs no telling."""
+        """Give jobs to the workers in turn, so that their order alone shows which worker has the next batch."""
         while self._dealt - self._taken < _AHEAD * len(self._workers):
             try:
                 job = next(self._jobs)
@@ -94,23 +94,23 @@ class Workers(Iterator[Any]):
             self._replace_the_dead(worker)
 
     def _replace_the_dead(self, first: "_Worker") -> None:
-        """All at once: what kills one often kills others with it, and that is one death to be told of."""
+        """Replace all dead workers, but report one death: the same cause often kills several at once."""
         self._died(first.given[0], first.process.exitcode or 0)
         for place, worker in enumerate(self._workers):
             if worker.process.exitcode is not None:
                 worker.end()
-                # One at a time, so that if a batch kills whoever makes it, those before it are in use by then.
+                # One job at a time: if a batch kills its worker again, all batches before it were delivered.
                 self._workers[place] = _Worker(self._make, place, len(self._workers), ahead=1)
                 for job in worker.given:
                     self._workers[place].give(job)
 
 
 class _Worker:
-    """A process, its pipes, and the jobs that it was given and has not been relieved of."""
+    """A worker process, its pipes, and its jobs whose results were not taken yet."""
 
     def __init__(self, make: Make, place: int, num_workers: int, ahead: int = _AHEAD) -> None:
         """Args:
-        ahead: jobs that it may have at once; others wait here.
+        ahead: the most jobs to send to it at once; others wait in the main process.
         """
         self._ahead, self._n_sent = ahead, 0
         jobs, self._jobs = _PROCESSES.Pipe(duplex=False)
@@ -123,27 +123,27 @@ class _Worker:
             self.process.start()
         except OSError as error:
             raise DataError(
-                f"A worker cannot be started: {error}. Where memory ran out, or there may be no more processes, lower "
+                f"A worker cannot be started: {error}. If memory or the number of allowed processes ran out, lower "
                 "`num_workers`."
             ) from error
         jobs.close()
-        results.close()  # from now on the pipe is broken as soon as the process is gone
+        results.close()  # from now on, the pipe breaks as soon as the process ends
 
     def give(self, job: Job) -> None:
         self.given.append(job)
         self._send()
 
     def take(self) -> Any:
-        """The result of the job that was given first. Raises _DeadError where it is not going to come."""
+        """Return the result of the oldest job. Raise _DeadError if the worker died before it sent it."""
         try:
             made = self._results.recv()
-        except Exception as error:  # what a broken pipe leads to depends on how far a tensor had come through it
+        except Exception as error:  # its type depends on how much of a tensor had arrived when the pipe broke
             self.process.join(_DYING)
             if self.process.exitcode is not None:
                 raise _DeadError from error
             raise DataError(
-                f"A batch cannot be taken from the worker that made it: {error!r}. `num_workers=0` makes batches "
-                "without other processes; for more open files, see `ulimit -n`."
+                f"A batch cannot be received from the worker that made it: {error!r}. If there are too many open "
+                "files, raise the limit (`ulimit -n`). `num_workers=0` makes batches in the main process."
             ) from error
         self.given.popleft()
         self._n_sent -= 1
@@ -152,7 +152,7 @@ class _Worker:
 
     def _send(self) -> None:
         while self._n_sent < min(self._ahead, len(self.given)):
-            with suppress(BrokenPipeError):  # it is dead, which shows when its results are asked for
+            with suppress(BrokenPipeError):  # it is dead, which `take` will notice
                 self._jobs.send(self.given[self._n_sent])
             self._n_sent += 1
 
@@ -169,12 +169,12 @@ def _end(workers: list[_Worker]) -> None:
 
 
 def _work(make: Make, jobs: connection.Connection, results: connection.Connection, **place: int) -> None:
-    """What a worker does until it is killed."""
+    """Make batches, until the process is killed."""
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     told: dict[str, Any] = {**place, "seed": torch.initial_seed() + place["id"], "dataset": make}
-    _of_torch._worker_info = _of_torch.WorkerInfo(**told)  # what a data set asks `get_worker_info` for
+    _of_torch._worker_info = _of_torch.WorkerInfo(**told)  # what `get_worker_info` returns to a data set
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(jobs, todo), daemon=True).start()
     while True:
@@ -184,21 +184,21 @@ def _work(make: Make, jobs: connection.Connection, results: connection.Connectio
         except Exception as error:
             results.send(
                 _Fault(
-                    f"A batch cannot be sent by the worker that made it: {error!r}. Where shared memory (/dev/shm) ran "
-                    "out, have it enlarged, or lower `num_workers`; where the batch holds what cannot be pickled, have "
-                    "`data_collator` leave it out, or give `num_workers=0`."
+                    f"A batch cannot be sent by the worker that made it: {error!r}. If shared memory (/dev/shm) ran "
+                    "out, enlarge it or lower `num_workers`. If the batch holds objects that cannot be pickled, have "
+                    "`data_collator` leave them out, or give `num_workers=0`."
                 )
             )
 
 
 def _receive(jobs: connection.Connection, todo: "queue.SimpleQueue[Job]") -> None:
-    """Takes jobs at once, so that who gives them never waits for who waits for a result to be taken."""
+    """Receive jobs at once, so that sending a job never blocks, even while this worker waits to send a result."""
     parent = parent_process()
     assert parent is not None, "workers are started by a process"
     with suppress(EOFError):
         while parent.sentinel not in connection.wait([jobs, parent.sentinel]):
             todo.put(jobs.recv())
-    os._exit(0)  # nobody is left to make anything for
+    os._exit(0)  # the main process is gone
 
 
 def _made(make: Make, job: Job) -> Any:
@@ -211,7 +211,7 @@ def _made(make: Make, job: Job) -> Any:
 
 
 def how_it_ended(exit_code: int) -> str:
-    """A process's end in words: "was killed by SIGKILL"."""
+    """Return how a process ended, such as "was killed by SIGKILL"."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     with suppress(ValueError):
