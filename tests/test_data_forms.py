@@ -315,7 +315,7 @@ def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: 
 
 
 def test_a_model_in_float16_and_fp16_is_told() -> None:
-    with pytest.raises(SettingsError, match="the weights to train are float16"):
+    with pytest.raises(SettingsError, match="the trainable weights are float16"):
         run(CLASSIFIER.model().half(), ROWS, mixed_precision="fp16")
 
 
@@ -405,7 +405,7 @@ def test_faults_in_validation_data_name_it() -> None:
     _, held = hold_out(9, 0.5, seed=42)
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n in held else row for n, row in enumerate(CAUSAL.rows())]
     with pytest.raises(
-        DataError, match=r"What `validation_split`, 0\.5, holds out of `train_data` has no row with loss"
+        DataError, match=r"The part that `validation_split` \(0\.5\) holds out of `train_data` has no row with loss"
     ):
         run(CAUSAL.model(), rows, validation_split=0.5)
 

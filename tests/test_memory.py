@@ -94,10 +94,10 @@ def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pyte
     limited(model, 0)
     with pytest.raises(
         torch.OutOfMemoryError,
-        match=r"a single row \(row \d+ of `train_data`\)\. Truncate the rows.*The device said: CUDA out of memory",
+        match=r"a single row \(row \d+ of `train_data`\)\. Truncate the rows.*The device reported: CUDA out of memory",
     ):
         test_fine_tuning(model, train_data=head.rows(9), batch_size=4, progress=False)
-    assert "Out of memory: update 1 is run again in" in capsys.readouterr().err
+    assert "Out of memory: update 1 is run again with the same rows, in" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_taken_for_it() -> None:

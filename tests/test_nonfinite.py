@@ -158,8 +158,8 @@ def test_a_gradient_that_overflows_while_the_loss_is_finite_names_no_row(capsys:
     assert all(map(math.isfinite, result.loss_history))
     (line,) = told(capsys)
     assert re.fullmatch(
-        r"Update 2 is skipped: the norm of its gradient is (nan|inf), while its loss, [\d.]+, is finite\. "
-        r"So it came of the backward pass, and no row can be named\.",
+        r"Update 2 is skipped: the norm of its gradient is (nan|inf), but its loss, [\d.]+, is finite\. "
+        r"The fault is in the backward pass, so no row can be named\.",
         line,
     )
 
@@ -169,7 +169,7 @@ def test_many_in_a_row_end_the_run_with_all_of_them_in_the_ledger(tmp_path: Path
     model, loss = overflowing([2, 3, 5, 6, 7])
     with pytest.raises(
         DivergedError,
-        match=r"^Update 7 is skipped: .* It is number 3 in a row, at which the run ends \(`nonfinite_patience`\)\. "
+        match=r"^Update 7 is skipped: .* It is number 3 in a row, so the run ends \(`nonfinite_patience`\)\. "
         r"Lower `learning_rate` or `gradient_clip_norm`, or lengthen the warm-up\.$",
     ) as raised:
         run(
@@ -185,7 +185,7 @@ def test_the_first_one_ends_the_run_where_it_is_an_error(tmp_path: Path) -> None
     model, last = Normed(), next(n for n, window in enumerate(windows()) if BAD in window)
     with pytest.raises(
         DivergedError,
-        match=r"\(nan\)\. The run ends here, since `on_nonfinite` is 'error'\. Fix or drop these rows\.$",
+        match=r"\(nan\)\. The run ends here because `on_nonfinite` is 'error'\. Fix or drop these rows\.$",
     ) as raised:
         run(model, points(), on_nonfinite="error", output_dir=str(tmp_path))
     assert (raised.value.update, raised.value.rows) == (last + 1, (f"row {BAD} of `train_data`",))
@@ -203,9 +203,9 @@ def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.skipped_steps == 72
     lines = told(capsys)
     assert [int(re.findall(r"\d+", line)[0]) for line in lines] == [*range(1, 11), 16, 32, 64]
-    assert [line for line in lines if line.endswith("Of those to come, the 16th is told, the 32nd, and so on.")] == [
-        lines[9]
-    ]
+    assert [
+        line for line in lines if line.endswith("From now on, only the 16th, the 32nd and so on are reported.")
+    ] == [lines[9]]
 
 
 def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +226,7 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
     (line,) = told(capsys)
     names = [f"row {n} of `train_data`" for n in pass_]
     assert line.endswith(
-        "its loss is nan, although each row alone has a finite loss. One pass with such a loss had "
+        "its loss is nan, but no row has such a loss when run separately. A micro-batch with such a loss contains "
         f"{', '.join(names[:-1])} and {names[-1]}."
     )
 
@@ -245,8 +245,8 @@ def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFi
     run(model, rows, loss_fn=None, batch_size=1, effective_batch_size=1)
     lines = sorted(line.partition("its loss is ")[2] for line in told(capsys))
     assert lines == [
-        "nan, although each row alone has a finite loss.",
-        "nan, although each row alone has a finite loss.",
+        "nan, but no row has such a loss when run separately.",
+        "nan, but no row has such a loss when run separately.",
         "nan. Rows whose own loss is not finite: row 0 of `train_data` (nan).",
     ]
 
@@ -259,9 +259,11 @@ def test_weights_that_are_not_finite_are_not_blamed_on_rows(capsys: pytest.Captu
 
     run(Normed(), points(()), optimizer=lambda groups: Breaking(groups))
     first, _ = told(capsys)
-    assert "and 1 more. That is every row" not in first
-    assert re.search(r"row \d+ of `train_data` \(nan\)\. That is every row that was tried, as if weights", first)
-    assert first.count("row ") == 8 + 1  # looked for no further
+    assert "and 1 more. These are all the rows" not in first
+    assert re.search(
+        r"row \d+ of `train_data` \(nan\)\. These are all the rows tried, so the weights may not be finite", first
+    )
+    assert first.count("row ") == 8  # looked for no further
 
 
 @pytest.mark.parametrize("arguments", [{}, {"padding_free": True}, {"planner": False}])
@@ -321,7 +323,7 @@ class TestOverflowInFp16:
         updates = [n for n, norm in enumerate(result.grad_norm_history, 1) if not math.isfinite(norm)]
         assert 3 <= len(updates) <= 10
         assert told(capsys) == [
-            f"Update {update} is skipped: its gradient overflowed in fp16. The scale is {2 ** (16 - n)} now."
+            f"Update {update} is skipped: its gradient overflowed in fp16. The loss scale is now {2 ** (16 - n)}."
             for n, update in enumerate(updates, 1)
         ]
         assert self.trained

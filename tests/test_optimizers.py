@@ -139,7 +139,7 @@ def test_an_optimizer_that_refuses_the_groups_is_an_error_with_a_remedy() -> Non
 
 def test_a_name_as_optimizer_is_an_error_that_lists_what_is_allowed() -> None:
     model, rows = regression()
-    with pytest.raises(SettingsError, match="must be a torch Optimizer or a function of the parameter groups"):
+    with pytest.raises(SettingsError, match="must be a torch Optimizer or a function that takes the parameter groups"):
         train(model, rows, "adamw")
 
 

@@ -217,7 +217,7 @@ def test_without_a_problem_type_the_message_names_it(kind: Any) -> None:
 @pytest.mark.parametrize("kind", [int, bool])
 def test_a_binary_cross_entropy_of_the_users_names_floats(kind: Any) -> None:
     rows = [(torch.randn(4), torch.tensor(hot(row, kind))) for row in ROWS]
-    with pytest.raises(DataError, match=r"compares floats, and the labels are whole numbers or truth values\."):
+    with pytest.raises(DataError, match=r"compares floats, but the labels are integers or booleans\."):
         run(nn.Linear(4, 3), rows, loss_fn=nn.BCEWithLogitsLoss())
     assert run(nn.Linear(4, 3), [(x, y.float()) for x, y in rows], loss_fn=nn.BCEWithLogitsLoss()).optimizer_steps
 

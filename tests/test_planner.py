@@ -154,14 +154,14 @@ def test_padding_free_is_refused_where_rows_would_see_each_other() -> None:
             del position_ids  # forgets where rows begin
             return super().forward(input_ids, labels=labels, **rest)
 
-    with pytest.raises(SettingsError, match="lets rows that lie one behind the other attend to each other: their loss"):
+    with pytest.raises(SettingsError, match="lets concatenated rows attend to each other, which changes their loss"):
         test_fine_tuning(Blurring(head.model().config), train_data=head.rows(9), padding_free=True)
 
 
 def test_padding_free_is_refused_for_other_heads() -> None:
     head = HEADS["sequence classification, BERT"]
     with pytest.raises(
-        SettingsError, match="BertForSequenceClassification cannot do without padding: it is no causal language"
+        SettingsError, match="BertForSequenceClassification cannot do without padding: it is not a causal language"
     ):
         test_fine_tuning(head.model(), train_data=head.rows(9), padding_free=True)
 

@@ -48,7 +48,7 @@ def test_a_signal_is_heard_after_the_update_under_way(
     assert checkpoints_of(tmp_path) == [there.name]
     assert len(updates_of(tmp_path)) == 5
     assert (
-        "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
+        "Asked to stop: finishing the current update first. Press Ctrl-C (again) to stop at once."
         in capsys.readouterr().err
     )
     assert signal.getsignal(number) == handler

@@ -332,13 +332,13 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("n_rows", "arguments", "words"),
     [
-        (9, {"batch_size": 4}, "those of update 3 have 1.*or give `remainder='carry'`"),
-        (4, {"batch_size": 1}, "those of update 1 have 1. Give a `batch_size` of 2"),
-        (5, {"batch_size": 4, "remainder": "carry", "n_epochs": 5}, r"those of update 7 have 1\.[^']*$"),
+        (9, {"batch_size": 4}, "micro-batches of update 3 have these numbers of rows: 1.*or give `remainder='carry'`"),
+        (4, {"batch_size": 1}, "update 1 have these numbers of rows: 1. Use a `batch_size` of at least 2"),
+        (5, {"batch_size": 4, "remainder": "carry", "n_epochs": 5}, r"update 7 have these numbers of rows: 1\.[^']*$"),
         (
             4,
             {"batch_size": 3, "effective_batch_size": 10, "remainder": "carry", "n_epochs": 3},
-            "those of update 1 have 3, 3, 3, 1",
+            "update 1 have these numbers of rows: 3, 3, 3, 1",
         ),
     ],
 )

@@ -362,7 +362,7 @@ def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
         ({"num_workers": 2}, "`num_workers` is 2. Leave it out"),
         (
             {"train_data": split_dataset_by_node(Dataset.from_list(TEXTS).to_iterable_dataset(), 0, 2)},
-            "of which each process has a part",
+            "that `split_dataset_by_node` has divided among processes",
         ),
         ({"val_data": Stream(TEXTS)}, "`val_data` must be .*, but is a stream instead. Take the rows you want first"),
         ({"train_data": Stream([])}, "`train_data` has no rows"),

@@ -1,8 +1,9 @@
-"""The gradient of one window, accumulated over its micro-batches.
+"""Gradient accumulation: the gradient of one window, summed over its micro-batches.
 
-With N the loss items of the window on all processes, the gradient is ∇ Σ ℓ(item) / N, whatever the split. Count first:
-N is summed over all processes before the first forward pass. Then scale: a micro-batch of n items adds the gradient of
-its mean loss times n / N. Each process makes equally many passes, and gradients are synced once, in the last one.
+With N loss items in the window on all processes, the gradient is ∇ Σ ℓ(item) / N, however the window is split. The
+accumulator first counts: it sums N over all processes before the first forward pass. Then it scales: a micro-batch of n
+items adds the gradient of its mean loss times n / N. All processes run the same number of passes, and sync gradients
+once, in the last pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,13 +29,13 @@ from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, t
 from .buffers import MovingBuffers, SyncedBuffers
 from .window import AccumulatedWindow, WindowStart
 
-Failure = DataError | WindowOutOfMemoryError  # what all processes can leave a window with
+Failure = DataError | WindowOutOfMemoryError  # errors with which all processes leave a window together
 
 
 class GradientAccumulator:
-    """Accumulates the gradients of windows in `grad` of the strategy's parameters.
+    """Accumulates the gradient of a window in the `grad` of the strategy's parameters.
 
-    It neither clips nor steps: training, verification and any other loop do with the gradient what they like.
+    It neither clips the gradient nor steps the optimizer; its caller does.
     """
 
     def __init__(
@@ -49,9 +50,9 @@ class GradientAccumulator:
         """Create an accumulator.
 
         Args:
-            model: as `strategy.prepare_model` returned it.
-            strategy: where a window's gradients are summed.
-            buffers: those that passes change; None for all of the model and the loss.
+            model: the model, as `strategy.prepare` returned it.
+            strategy: sums the gradients of a window.
+            buffers: the buffers that passes may change; None for all buffers of the model and the loss.
         """
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
@@ -61,26 +62,26 @@ class GradientAccumulator:
         self._gathers_weights = isinstance(model, FSDPModule) and not process_group.is_single
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
-        """Add the gradient of the mean over all loss items of a window, on all processes, to `grad`.
+        """Add the gradient of a window's loss, the mean over its loss items on all processes, to `grad`.
 
-        Where that fails, gradients are dropped, and random state and buffers are as they were before the call.
+        If this fails, drop gradients and restore random state and buffers.
 
         Args:
-            micro_batches: this process's part of the window. All processes have equally many; a dummy stands in where
-                there are no rows.
-            factor: what the gradient is multiplied by, to see what rounding makes of it.
+            micro_batches: this process's part of the window. All processes must have the same number; dummy
+                micro-batches stand in for missing rows.
+            factor: multiplies the gradient, to measure the effect of rounding.
 
         Raises:
             DataError: on all processes, if the rows of one of them cannot be trained on.
             WindowOutOfMemoryError: on all processes, if memory ran out on one of them before the gradients were
                 synced.
-            torch.OutOfMemoryError: if memory ran out where other processes wait.
+            torch.OutOfMemoryError: if memory ran out in a pass that other processes wait in.
         """
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
         try:
             window = self._accumulate(micro_batches, start, factor)
-        except Exception:  # the run is as it was after the update before
+        except Exception:  # restore the state after the previous update
             self.zero_gradients()
             start.generators.restore()
             self._buffers.restore(start.buffers)
@@ -88,8 +89,8 @@ class GradientAccumulator:
         return replace(window, moved_buffers=self._buffers.moved())
 
     def synced_buffers(self) -> SyncedBuffers:
-        """Return the same buffers for an accumulator whose passes are undone by its caller."""
-        assert isinstance(self._buffers, MovingBuffers), "only what trains keeps copies"
+        """Return the same buffers for an accumulator whose caller undoes its passes."""
+        assert isinstance(self._buffers, MovingBuffers), "only the accumulator that trains keeps copies"
         return SyncedBuffers(self._buffers)
 
     def sync_buffers(self) -> None:
@@ -97,16 +98,18 @@ class GradientAccumulator:
         self._buffers.sync()
 
     def observe_buffers(self, moved: Sequence[bool], *, undone: bool) -> None:
-        """Have large buffers copied from the next window on.
+        """Copy large buffers that have changed before each of the following windows.
+
+        All processes must make the same call.
 
         Args:
-            moved: the window's `moved_buffers`, on any process. All processes call this alike.
+            moved: for each of the window's `moved_buffers`, whether it is true on any process.
             undone: whether the window's update was skipped.
         """
         self._buffers.observe(moved, undone=undone)
 
     def zero_gradients(self) -> None:
-        """Drop all gradients, also of trainable parameters that no optimizer holds."""
+        """Drop all gradients, including those of trainable parameters that the optimizer does not hold."""
         self._embeddings.drop()
         for p in (*self._strategy.parameters, *self._trained):
             p.grad = None
@@ -115,7 +118,7 @@ class GradientAccumulator:
         terms = self._objective.terms
         normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator, factor)
         window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer.items_T)
-        # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of it.
+        # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of that number.
         self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0
         n_local = self._n_local_passes(micro_batches)
         with self._embeddings.sparse():
@@ -130,8 +133,10 @@ class GradientAccumulator:
         return window
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:
-        """Return how many passes, from the first on, a process can leave without the others noticing: in the rest it
-        gathers weights or syncs gradients."""
+        """Return the number of passes at the start of a window that need no other process.
+
+        In the remaining passes, processes gather weights or sync gradients.
+        """
         if self._process_group.is_single or self._strategy.reduces_after_passes:
             return len(micro_batches)
         return 0 if self._gathers_weights else len(micro_batches) - 1
@@ -139,7 +144,7 @@ class GradientAccumulator:
     def _run_local(
         self, micro_batches: Sequence[MicroBatch], normalizer: LossNormalizer, window: AccumulatedWindow
     ) -> Failure | None:
-        """Run passes until one fails, and return its failure."""
+        """Run passes until one fails; return its failure, or None if all succeed."""
         for index, micro in enumerate(micro_batches):
             try:
                 self._run(micro, normalizer, window)
@@ -153,8 +158,8 @@ class GradientAccumulator:
     def _run(self, micro: MicroBatch, normalizer: LossNormalizer, window: AccumulatedWindow) -> None:
         """Run one forward and backward pass.
 
-        A dummy's pass is left out unless it ends the window: weights that no row of the window uses would get a
-        gradient of zeros, and optimizers move weights that have a gradient.
+        Skip a dummy micro-batch unless it is the last one. Its zero gradients would reach weights that no row of the
+        window uses, and optimizers may change any weight that has a gradient.
         """
         with self._accelerator.accumulate(self._model), self._leaving_no_trace(micro):
             if micro.is_dummy and not self._accelerator.sync_gradients:
@@ -171,17 +176,19 @@ class GradientAccumulator:
         window: AccumulatedWindow,
         failure: Failure | None,
     ) -> None:
-        """Run a pass that processes wait for each other in. Before they do, in its backward pass, all of them leave the
-        window if one has failed.
+        """Run a pass in which processes wait for each other.
+
+        If one process has failed, all of them leave the window before the backward pass, in which they would wait.
 
         Args:
-            failure: that of an earlier pass of this process.
+            index: the position of the pass in the window.
+            failure: the failure of an earlier pass of this process, if any.
         """
         ddp = self._model if isinstance(self._model, DistributedDataParallel) else None
         with self._accelerator.accumulate(self._model), self._leaving_no_trace(micro):
             try:
                 if failure is None:
-                    # From its forward pass on, DDP would count on the backward pass.
+                    # Without `no_sync`, DDP would expect a backward pass after this forward pass.
                     with nullcontext() if ddp is None else ddp.no_sync():
                         means, contribution = self._forward(micro, normalizer)
             except (DataError, RuntimeError) as error:
@@ -195,65 +202,65 @@ class GradientAccumulator:
         window.add(micro, means, contribution)
 
     def _failure(self, index: int, error: Exception) -> Failure | None:
-        """Return what all processes raise after an error in one pass of this one; None if it has to raise it alone."""
+        """Return the failure that all processes raise after an error in this one; None if this one raises it alone."""
         if isinstance(error, DataError):
             return error
-        # Where memory runs out in a forward pass that gathers weights, the other processes wait in it.
+        # If memory runs out in a forward pass that gathers weights, the other processes are waiting in that pass.
         recoverable = is_out_of_memory(error) and not self._gathers_weights
         return WindowOutOfMemoryError(FailedPass(index, str(error))) if recoverable else None
 
     def _leave_after(self, failure: Failure | None) -> None:
-        """Raise an error on all processes if one of them has a failure: its DataError, or else that memory ran out."""
+        """Raise an error on all processes if any of them has a failure: its DataError, or an out-of-memory error."""
         if not self._process_group.any(failure is not None):
             return
         self._process_group.run_on_all(lambda: _raise_data_error(failure))
         raise failure or WindowOutOfMemoryError(None)
 
     def _forward(self, micro: MicroBatch, normalizer: LossNormalizer) -> tuple[Means, Tensor]:
-        """Return a micro-batch's mean losses, and its part of the window's loss.
+        """Return a micro-batch's mean loss by term, and its part of the window's loss (a scalar).
 
         Raises:
-            DataError: if there is nothing to backpropagate, and other processes may wait in the backward pass.
+            DataError: on several processes, if there is nothing to backpropagate: others may wait in the backward pass.
         """
         batch = fresh_batch(micro.batch, self._accelerator.device)
-        # Without a name for the outputs, which would keep the logits through the backward pass.
+        # Do not assign the outputs to a variable, which would keep the logits in memory during the backward pass.
         means = self._objective.means(self._model, batch, micro.counts, micro.terms, micro.names)[0]
         contribution = normalizer.contribution(means, micro.counts)
         if not contribution.requires_grad and not self._process_group.is_single:
             raise DataError(
-                f"The loss of {micro.names} does not depend on any trainable parameter. On several processes every "
-                "pass needs a gradient: return 0 times the sum of an output in place of a constant."
+                f"The loss of {micro.names} does not depend on any trainable parameter. On several processes, every "
+                "micro-batch needs a gradient: return 0 times the sum of an output instead of a constant."
             )
         return means, contribution
 
     def _backward(self, contribution: Tensor, normalizer: LossNormalizer) -> None:
-        """Backpropagate a micro-batch's loss, unless it is a constant for these rows."""
+        """Run the backward pass of a micro-batch, unless its loss is a constant."""
         if contribution.requires_grad:
             self._accelerator.backward(normalizer.for_backward(contribution))
 
     def _leaving_no_trace(self, micro: MicroBatch) -> ExitStack:
-        """Preserve random state and buffers around a dummy's pass."""
+        """Return a context manager that restores random state and buffers after the pass of a dummy micro-batch."""
         stack = ExitStack()
         if micro.is_dummy:
             stack.enter_context(preserve_rng())
             stack.enter_context(preserve_buffers(self._model, *self._objective.modules))
-            if self._objective.report.in_training.complaint is not None:  # of a single row, as a dummy has
+            if self._objective.report.in_training.complaint is not None:  # cannot run single rows, as in a dummy
                 stack.enter_context(training_mode(self._model, training=False))
         return stack
 
 
 @contextmanager
 def _synced_pass() -> Iterator[None]:
-    """Say what to do if memory runs out where processes wait for each other."""
+    """Extend an out-of-memory error with a remedy, in a pass where processes wait for each other."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(
-            "Memory ran out in a pass in which gradients are synced, or weights gathered: the other processes are "
-            "in the middle of it, and none can go on. Lower `batch_size` or `max_tokens` (the size of an update "
-            f"stays what it is), or use `gradient_checkpointing`. The device said: {error}"
+            "Memory ran out in a pass in which gradients are synced or weights are gathered. The other processes are "
+            "in the middle of this pass, so the run cannot continue. Lower `batch_size` or `max_tokens`, which leaves "
+            f"the effective batch unchanged, or set `gradient_checkpointing`. The device reported: {error}"
         ) from error
 
 

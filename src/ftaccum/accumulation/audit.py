@@ -1,9 +1,9 @@
-"""The gradient of a real window, computed a second time from the same rows, and compared.
+"""Audits, which check the gradient of a real window during training.
 
-Before training, a loss is measured on a few rows; an audit looks at the rows of an update. It accumulates the gradient
-as training does, and holds it against the gradient of one unweighted batch of the same rows, through the model's own
-loss. Where one batch does not fit in memory, the reference is another cut of the window, and faults that both cuts
-share stay invisible. Both gradients are computed without dropout. Only sketches of them are kept.
+Before training, the self-check measures the loss on a few rows. An audit checks the rows of an update: it accumulates
+their gradient as training does, and compares it with the gradient of one unweighted batch of the same rows. If one
+batch does not fit in memory, the reference is another split of the window, and the audit misses faults that both splits
+share. Both gradients are computed without dropout, and only their sketches are kept.
 """
 
 import math
@@ -37,25 +37,25 @@ from ..runtime.state_guards import Generators
 from .accumulator import GradientAccumulator
 from .audit_rows import AuditRows, part_of
 
-# How many times as large as a micro-batch one batch may be. Attention over packed rows grows with its square.
+# The maximum size of one batch, in micro-batches. The attention over packed rows grows with the square of their length.
 _LARGEST, _LARGEST_PACKED = 8, 4
 
-_THIRD = 1 / 3  # a factor that rounds every number anew
+_THIRD = 1 / 3  # a factor that makes every number round differently
 ONE_BATCH, ANOTHER_CUT = "one batch", "another cut"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """The result of an audit.
 
     Attributes:
-        n_rows: rows audited, on all processes.
-        reference: "one batch" or "another cut".
+        n_rows: the number of rows audited, on all processes.
+        reference: "one batch" or "another cut" (another split into micro-batches).
         error: ‖accumulated gradient − reference‖ / ‖reference‖.
-        parameters: the share of each parameter in the square of the difference, largest first.
-        loss_error: relative difference of the losses.
-        rounding: how far a gradient is from itself with its rows in reverse order; None where that was not measured.
-        keeps_state: whether a forward pass changes what the next one returns, by state that is in no buffer.
+        parameters: the share of each parameter in the squared norm of the difference, largest first.
+        loss_error: the relative difference of the losses.
+        rounding: the relative error of a gradient recomputed with its rows in reverse order; None if not measured.
+        keeps_state: whether a forward pass changes the result of the next one through state outside of buffers.
     """
 
     n_rows: int
@@ -68,7 +68,7 @@ class Audit:
 
 
 class GradientAuditor:
-    """Audits windows. All processes call it alike. Weights, gradients, buffers and generators are left as they were."""
+    """Audits windows. All processes must make the same calls. Weights, buffers and generators stay unchanged."""
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class GradientAuditor:
         """Create an auditor.
 
         Args:
-            model: not wrapped for several processes.
-            accumulator: one that training does not use.
+            model: the model, not wrapped for several processes.
+            accumulator: a separate accumulator, which training does not use.
         """
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
@@ -94,22 +94,22 @@ class GradientAuditor:
 
     @property
     def is_possible(self) -> bool:
-        """Whether rows can be loaded a second time and run one by one, with the same outputs: a model may draw in eval
-        mode as well."""
+        """Whether windows can be audited: rows can be loaded again and run as single rows, and passes are repeatable
+        (a model may draw random numbers even in eval mode)."""
         if isinstance(self._model, FSDPModule):  # the main process cannot run it alone
             return False
         takes_single_rows = self._objective.report.in_training.complaint is None
         return takes_single_rows and self._window_loader.loader.repeats and (self._repeats or self._keeps_state)
 
     def audit(self, local_window: LocalWindow, *, whole: bool, tolerance: float | None) -> Audit | None:
-        """Audit a window, whose gradient has not been accumulated yet.
+        """Audit a window before its gradient is accumulated for training.
 
         Args:
-            whole: whether to audit all of it, or up to four of its micro-batches.
-            tolerance: the error beyond which rounding is measured on these rows; None to measure it in any case.
+            whole: whether to audit the whole window; if not, up to four of its micro-batches.
+            tolerance: measure rounding only if the error exceeds this value; None to measure it always.
 
         Returns:
-            None where there is nothing to compare: memory ran out, gradients are not finite, or no row has loss items.
+            None if memory ran out, gradients are not finite, no row has loss items or passes are not repeatable.
         """
         rows = local_window.window.rows if whole else part_of(local_window, self._process_group)
         sample = AuditRows.of(rows, local_window.window, self._window_loader)
@@ -132,8 +132,7 @@ class GradientAuditor:
         return replace(audit, rounding=rounding, keeps_state=self._keeps_state)
 
     def _deterministic_mode(self, sample: AuditRows) -> DeterministicMode | None:
-        """Return how to run the model without dropout, as the main process finds out in the first audit; None where
-        memory runs out."""
+        """Return the mode that runs the model without dropout, found in the first audit; None if memory runs out."""
         if self._mode is None:
             found = self._process_group.run_on_main(lambda: self._find_mode(sample))
             if found is None:
@@ -145,8 +144,8 @@ class GradientAuditor:
         return self._mode
 
     def _find_mode(self, sample: AuditRows) -> tuple[bool, list[str], bool, bool] | None:
-        """Return what there is to know of the mode: whether it is train mode, the modules that move buffers, whether
-        passes keep state, and whether they can be repeated."""
+        """Return whether the mode is train mode, the modules that change buffers, whether passes keep hidden state, and
+        whether they are repeatable; None if memory runs out."""
         micro, tolerance = self._load(sample)[-1], self._objective.report.tolerance
 
         def losses() -> dict[str, float]:
@@ -165,7 +164,7 @@ class GradientAuditor:
         return mode.whole, list(mode.moving), bool(hidden.off), repeats or bool(mode.moving)
 
     def _accumulate(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
-        """Accumulate a gradient as training does; None on all processes where memory runs out."""
+        """Accumulate a gradient as training does; return None on all processes if memory runs out."""
         micro_batches = self._process_group.run_on_all(lambda: self._load(sample))
         try:
             losses = self._accumulator.accumulate(micro_batches, factor).losses
@@ -176,7 +175,7 @@ class GradientAuditor:
         return self._take(loss, self._accumulated_gradients(), factor)
 
     def _reference(self, sample: AuditRows) -> tuple[str, "_Measured | None"]:
-        """Compute the gradient to compare with, and say what it is of."""
+        """Return the kind of reference, and the gradient to compare with."""
         wanted: _Measured | None = None
 
         def one_batch() -> bool:
@@ -191,7 +190,7 @@ class GradientAuditor:
     def _rounding(
         self, sample: AuditRows, reference: str, accumulated: "_Measured", wanted: "_Measured | None"
     ) -> float | None:
-        """Measure what rounding makes of a gradient: its rows in reverse order, and the loss times a third."""
+        """Measure the rounding of a gradient: compute it again with its rows in reverse and a third of the loss."""
         if reference == ONE_BATCH:
 
             def again() -> float | None:
@@ -203,16 +202,15 @@ class GradientAuditor:
         return None if turned is None else self._process_group.broadcast(turned.error(accumulated))
 
     def _one_batch(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
-        """Compute the gradient of one batch, on the main process; None where memory runs out.
+        """Compute the gradient of one batch, on the main process; return None if memory runs out.
 
         Args:
-            factor: what the loss is multiplied by before the backward pass, and the gradient divided by after it: it
-                changes how numbers are rounded, and nothing else.
+            factor: multiplies the loss and divides the gradient, which changes nothing but rounding.
         """
         (micro,) = self._load(sample)
         try:
             loss = self._unweighted_loss(micro)
-            gradients = self._gradients(loss * factor) if loss.requires_grad else {}  # it may be a constant
+            gradients = self._gradients(loss * factor) if loss.requires_grad else {}  # the loss may be a constant
         except RuntimeError as error:
             if self._process_group.is_single and not is_out_of_memory(error):
                 raise
@@ -224,7 +222,7 @@ class GradientAuditor:
     def _gradients(self, loss: Tensor) -> dict[str, Tensor | None]:
         """Return the gradient of a loss by parameter, on the main process.
 
-        On several processes `backward` would run DDP's hooks, which take note of every parameter that is used.
+        On several processes, do not call `backward`, which would trigger DDP's hooks.
         """
         scaled = loss if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss)
         if self._process_group.is_single:
@@ -243,14 +241,13 @@ class GradientAuditor:
         return [names.get(id(p), f"parameter {n} outside of the model") for n, p in enumerate(self._strategy.weights)]
 
     def _fits(self, sample: AuditRows) -> bool:
-        """Return whether one batch is likely to fit. Accelerators raise an error where it does not, and are asked; on a
-        host, the process would be killed."""
+        """Return whether to try one batch. On an accelerator, trying is safe; on a CPU, the process could be killed."""
         times = sample.times_largest
         if times > (_LARGEST_PACKED if self._window_loader.planner.packed else _LARGEST):
             return False
         if self._accelerator.device.type != "cpu":
             return True
-        # No micro-batch so far has taken more than the process had at its peak, weights included.
+        # The peak memory of the process is an upper bound for each micro-batch so far.
         return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _unweighted_loss(self, micro: MicroBatch) -> Tensor:
@@ -258,7 +255,7 @@ class GradientAuditor:
         return self._objective.unweighted_loss(self._model, batch, micro.counts)
 
     def _take(self, loss: float, gradients: Mapping[str, Tensor | None], factor: float) -> "_Measured":
-        """Sketch a gradient on the main process, divided by a factor, and drop it."""
+        """Sketch a gradient, divided by a factor, on the main process, and then drop the gradient."""
         sketch = GradientSketch()
         for name, gradient in gradients.items() if self._process_group.is_main else ():
             if gradient is not None:
@@ -275,13 +272,13 @@ class GradientAuditor:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A gradient and a loss; on other processes than the main one the sketch is empty."""
+    """The sketch of a gradient, and a loss. The sketch is empty on all but the main process."""
 
     sketch: GradientSketch
     loss: float
 
     def error(self, wanted: "_Measured") -> float:
-        """Return how far the gradient is from another one, relative to the norm of that."""
+        """Return the norm of the difference from another gradient, relative to the norm of that gradient."""
         return self.sketch.minus(wanted.sketch).norm() / (wanted.sketch.norm() or 1.0)
 
     @property

@@ -1,4 +1,4 @@
-"""The rows that an audit looks at, and the ways to cut them into micro-batches."""
+"""The rows of an audit, and the ways to cut them into micro-batches."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,15 +13,17 @@ from ..planning.base_plan import Window
 from ..planning.micro_batches import MicroBatchRows, RowIndices
 from ..runtime.process_group import ProcessGroup
 
-_PART = 4  # micro-batches that are enough for the first audit
+_PART = 4  # micro-batches in the first audit
 
 
 @dataclass(frozen=True)
 class AuditRows:
-    """Rows, and their micro-batches by process.
+    """Rows to audit, cut into micro-batches.
 
     Attributes:
-        seed: settles what rows and collator draw.
+        rows: the indices of the rows.
+        by_process: the micro-batches of each process.
+        seed: the seed for random draws of the rows and the collator.
     """
 
     rows: RowIndices
@@ -36,19 +38,19 @@ class AuditRows:
 
     @property
     def times_largest(self) -> int:
-        """How many times as large as the largest micro-batch all of them are together, rounded up."""
+        """The total size of all micro-batches, in multiples of the largest one, rounded up."""
         sizes = [piece.tokens for share in self.by_process for piece in share]
         return -(-sum(sizes) // max(sizes))
 
     def cut_otherwise(self, window_loader: WindowLoader) -> "AuditRows":
-        """Return the rows in order of arrival, in micro-batches half as large; of single rows, twice as large."""
+        """Return the rows in order of arrival, in micro-batches of half the size, or of two rows if all have one."""
         largest = max(len(piece.rows) for share in self.by_process for piece in share)
         limits = replace(window_loader.planner.limits, rows=2 if largest == 1 else largest // 2)
         planner = replace(window_loader.planner, limits=limits, costs=None)
         return replace(self, by_process=window_loader.loader.cut(self.rows, planner))
 
     def reversed(self) -> "AuditRows":
-        """Return the same micro-batches in reverse, and their rows in reverse."""
+        """Return the same micro-batches in reverse order, with their rows in reverse order."""
         turned = [[self._of(piece.places[::-1]) for piece in share[::-1]] for share in self.by_process]
         return replace(self, by_process=turned)
 
@@ -61,8 +63,11 @@ class AuditRows:
 
 
 def part_of(local_window: LocalWindow, process_group: ProcessGroup) -> RowIndices:
-    """Return the rows of up to four micro-batches of all processes: two with the rarest labels and flags, two with
-    the most common ones. (Micro-batches that are alike have the right weights however items are counted.)"""
+    """Return the rows of up to four micro-batches from all processes.
+
+    Two have the rarest labels and flags, two the most common ones: between similar micro-batches, wrong item counts
+    would not show.
+    """
     own = [(micro.slice.rows, _kinds_of(micro)) for micro in local_window.micro_batches if micro.slice.rows]
     pieces = list(chain.from_iterable(process_group.gather(own)))
     n_with = Counter(chain.from_iterable(kinds for _, kinds in pieces))
@@ -72,5 +77,5 @@ def part_of(local_window: LocalWindow, process_group: ProcessGroup) -> RowIndice
 
 
 def _kinds_of(micro: MicroBatch) -> list[tuple[str, Any]]:
-    """Return the values of each column of labels, flags and the like."""
+    """Return (column, value) pairs of labels, flags and similar columns."""
     return [(name, value) for name, kinds in kinds_of(micro.batch).items() for value in kinds.values]

@@ -1,4 +1,4 @@
-"""Buffers that forward passes change: the same on all processes before a window, restored where it is undone."""
+"""Buffers that forward passes change: synced over processes before each window, and restored if it is undone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ from ..runtime.state_guards import Buffers, buffers_of, bytes_of, fingerprint, i
 
 Place = tuple[nn.Module, str]
 
-# Buffers of up to so many numbers count as moving from the start: to copy them costs nothing.
+# Buffers of at most this many numbers are copied before each window, since that costs almost nothing.
 _SMALL = 4096
-# Bytes of large buffers that a copy is kept of, in case they begin to move in a window that is undone.
+# Total bytes of unchanged large buffers to keep copies of, in case they first change in a window that is undone.
 _KEPT = 2**28
 
 
 @dataclass(frozen=True)
 class _Still:
-    """A large buffer that has not moved so far.
+    """A large buffer that has not changed so far.
 
     Attributes:
-        fingerprint: of its bytes.
-        value: a copy; None where that would be too large.
+        buffer: the buffer.
+        fingerprint: the fingerprint of its bytes.
+        value: a copy; None if that would be too large.
     """
 
     buffer: Tensor
@@ -35,27 +36,28 @@ class _Still:
 
 
 class MovingBuffers:
-    """The buffers of model and loss that forward passes change: the small ones, and each large one once it has moved.
+    """The buffers of the model and the loss that forward passes may change.
 
-    Large buffers are read once a window, which takes a fraction of the time of one pass, and not copied.
+    All small buffers count as moving, and each large one does after its first change. Moving buffers are copied before
+    each window. The others are only read to detect changes, which takes a fraction of the time of one pass.
     """
 
     def __init__(self, model: nn.Module, process_group: ProcessGroup, modules: Sequence[nn.Module] = ()) -> None:
         """Args:
-        modules: those that compute the loss besides the model.
+        modules: further modules that compute the loss.
         """
         self._modules, self._process_group = (model, *modules), process_group
         self._specs: dict[str, Any] | None = None
-        self._shared: list[Place] = []  # on several processes: buffers of one name, shape and dtype on all
+        self._shared: list[Place] = []  # on several processes: buffers with the same name, shape and dtype on all
         self._still: dict[Place, _Still] = {}
         self._seen: set[Place] = set()  # large ones that are, or were, in `_still`
 
     def sync(self) -> None:
-        """Copy the main process's buffers to all processes, in one collective: as bytes, since gloo takes no int16 and
-        no float8.
+        """Copy the main process's buffers to all processes, in one collective, as bytes (gloo has no int16 or float8).
 
-        DDP would do so in the first forward pass, which a process may leave before the others enter it. Buffers of
-        another shape on another process (tables that grow with the longest row seen) stay each process's own.
+        DDP would copy them in the first forward pass, but a process that fails may leave that pass before the others
+        enter it. Buffers whose shapes differ between processes, such as tables that grow with the longest row, are not
+        copied.
         """
         if self._process_group.is_single:
             return
@@ -71,25 +73,25 @@ class MovingBuffers:
                 _write(place, value.expand(_at(place).shape))
 
     def snapshot(self) -> Buffers:
-        """Return a copy of the buffers, to restore them from. Of those that have not moved so far, it is the first."""
+        """Return a copy of the buffers to restore them from. Those that have never changed share their first copy."""
         places = buffers_of(*self._modules)
-        # The order of the still ones is the same on all processes, which a lazily registered one's place may not be.
+        # `_still` must have the same order on all processes, but modules may register buffers in different orders.
         self._watch(places if self._process_group.is_single else self._shared)
         copied = Buffers.now([place for place in places if place not in self._still])
         still = {p: (s.buffer, s.value) for p, s in self._still.items() if s.value is not None}
         return Buffers(copied.kept | still, unset_buffers_of(*self._modules))
 
     def moved(self) -> Tensor:
-        """Return for each large buffer that had not moved before whether it has now, without waiting for the device."""
+        """Return which large buffers that had not changed before have changed, without waiting for the device."""
         flags = [_has_moved(place, still) for place, still in self._still.items()]
         return torch.stack([flag.to(flags[0].device) for flag in flags]) if flags else torch.zeros(0)
 
     def observe(self, moved: Sequence[bool], *, undone: bool) -> None:
-        """Count large buffers as moving from now on.
+        """Treat large buffers that have changed as moving from now on. All processes must make the same call.
 
         Args:
-            moved: what `moved` said, on any process. All processes call this alike.
-            undone: whether the window in which they moved was undone.
+            moved: for each element that `moved` returned, whether it was true on any process.
+            undone: whether the window in which they changed was undone.
         """
         for (place, still), has_moved in zip(list(self._still.items()), moved, strict=True):
             if has_moved:
@@ -98,14 +100,14 @@ class MovingBuffers:
                     _warn_if_lost(place, still)
 
     def restore(self, start: Buffers) -> None:
-        """Restore the buffers of a window that is run again, and warn of those that cannot be."""
+        """Restore the buffers at the start of a window that is undone, and warn of those that have no copy."""
         for place, still in self._still.items():
             if still.value is None and _has_moved(place, still):
                 _warn_if_lost(place, still)
         start.restore()
 
     def _watch(self, places: Sequence[Place]) -> None:
-        """Take large buffers for still that were not there before."""
+        """Add new large buffers to those that have not changed."""
         room = _KEPT - sum(still.value.nbytes for still in self._still.values() if still.value is not None)
         for place in places:
             buffer = _at(place)
@@ -117,7 +119,7 @@ class MovingBuffers:
             self._still[place] = _Still(buffer, fingerprint(buffer), buffer.clone() if is_kept else None)
 
     def _agree(self) -> None:
-        """Find out which buffers are alike on all processes, whenever they have changed on one."""
+        """Find the buffers with the same name, shape and dtype on all processes; again when these change on any."""
         seen: set[nn.Module] = set()
         places = {
             f"{prefix}.{name}": (module, name)
@@ -140,7 +142,7 @@ class MovingBuffers:
 
 
 class SyncedBuffers:
-    """The buffers of passes that are undone by whoever asks for them: the same on all processes, and not copied."""
+    """Buffers that are synced over processes but not copied, for passes that the caller undoes."""
 
     def __init__(self, buffers: MovingBuffers) -> None:
         self.sync = buffers.sync
@@ -161,20 +163,20 @@ class SyncedBuffers:
 def _warn_if_lost(place: Place, still: _Still) -> None:
     if still.value is None:
         logger.warning(
-            f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was undone, and "
-            f"stays as that update left it: it is too large ({still.buffer.nbytes:,} bytes) for a copy to have been "
-            "kept. From now on it is copied before each update."
+            f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was undone, but it "
+            f"cannot be restored: at {still.buffer.nbytes:,} bytes, it was too large to keep a copy of. From now on, "
+            "it is copied before each update."
         )
 
 
 def _at(place: Place) -> Tensor:
     buffer = place[0]._buffers[place[1]]
-    assert buffer is not None, "looked at when the places were listed"
+    assert buffer is not None, "only buffers that are set are listed"
     return buffer
 
 
 def _write(place: Place, value: Tensor) -> None:
-    """Change a buffer in place, or where one number of it stands for several, put another in its place."""
+    """Set the values of a buffer: in place or, for an expanded one, by replacing it if they differ."""
     buffer = _at(place)
     if not is_expanded(buffer):
         buffer.copy_(value)

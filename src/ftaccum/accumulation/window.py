@@ -1,4 +1,4 @@
-"""What accumulating a window yields besides the gradient."""
+"""The results of accumulating a window, besides the gradient."""
 
 from dataclasses import dataclass, field
 
@@ -18,11 +18,11 @@ class WindowStart:
     buffers: Buffers
 
     def now(self) -> "WindowStart":
-        """Return both as they are at present."""
+        """Return the current random state and the current values of the same buffers."""
         return WindowStart(Generators.now(), Buffers.now(list(self.buffers.kept)))
 
     def restore(self) -> None:
-        """Put both back."""
+        """Restore the random state and the buffers."""
         self.generators.restore()
         self.buffers.restore()
 
@@ -32,11 +32,11 @@ class AccumulatedWindow:
     """The losses of this process's passes over a window; tensors stay on the device.
 
     Attributes:
-        start: what to restore where the window's update is skipped.
-        losses: mean losses over this process's micro-batches.
-        items: the window's loss items by term, on all processes.
-        contributions: each micro-batch that was passed, with its part of the window's loss (a scalar).
-        moved_buffers: for each large buffer that no window had changed before, whether this one did.
+        start: the state to restore if the window's update is skipped.
+        losses: the mean losses over this process's micro-batches.
+        items: the window's loss items on all processes, of shape (terms,).
+        contributions: each micro-batch that was run, with its part of the window's loss (a scalar).
+        moved_buffers: for each large buffer that no earlier window had changed, whether this one did.
     """
 
     start: WindowStart
@@ -51,8 +51,10 @@ class AccumulatedWindow:
         self.contributions.append((micro, contribution.detach()))
 
     def read_with(self, norm: Tensor) -> tuple[float, float, list[float], list[bool]]:
-        """Return the gradient's norm, the number of loss items, each pass's part of the loss, and which buffers moved,
-        in one wait for the device."""
+        """Return the gradient's norm, the number of loss items, each micro-batch's part of the loss, and moved buffers.
+
+        Read all of them from the device at once.
+        """
         losses = torch.stack([contribution for _, contribution in self.contributions])
         parts = [norm.reshape(1), self.items.sum().reshape(1), losses, self.moved_buffers]
         grad_norm, n_items, *others = torch.cat([part.to(norm.device) for part in parts]).tolist()

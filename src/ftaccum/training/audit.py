@@ -1,4 +1,4 @@
-"""Audits of a run's updates: when, what they find, and what becomes of it."""
+"""Audits of a run's updates: when they take place, what they find, and how the run reacts."""
 
 import time
 from collections.abc import Callable
@@ -15,11 +15,14 @@ from ..runtime.process_group import ProcessGroup
 from ..tracking.ledger import AuditEntry
 from .audit_report import Cause, cause_of, describe_finding
 
-_LEAST = 1e-9  # below which no difference counts
+_LEAST = 1e-9  # relative errors up to this are always tolerated
 
 
 class AuditHandler:
-    """Audits updates before they are taken, and acts on findings as `on_inexact` says. All processes call it alike."""
+    """Audits windows before their updates, and handles findings as `on_inexact` says.
+
+    All processes must make the same calls.
+    """
 
     def __init__(
         self,
@@ -35,16 +38,17 @@ class AuditHandler:
         """Create a handler.
 
         Args:
-            report: what was measured before training.
-            record: called with each audit's entry.
-            rounding: what counts as rounding in the run's precision.
+            report: the measurements made before training.
+            record: called with the ledger entry of each audit.
+            rounding: the errors that count as rounding in the run's precision.
+            on_inexact: "error", "warn" or "ignore".
         """
         self._auditor, self._schedule, self._report = auditor, schedule, report
         self._process_group, self._record = process_group, record
         self._rounding, self._on_inexact = rounding, on_inexact
         self._seen = SeenValues()
         self._causes: dict[str, int] = {}  # findings by cause
-        self._floor: float | None = None  # rounding, measured in the first audit
+        self._floor: float | None = None  # rounding error, measured in the first audit
         self._has_audited = False
         self._since = time.perf_counter()
 
@@ -52,15 +56,15 @@ class AuditHandler:
         """Audit a window if it is due.
 
         Raises:
-            InexactLossError: on all processes, where the gradient is not exact and `on_inexact` is "error".
+            InexactLossError: on all processes, if the gradient is not exact and `on_inexact` is "error".
         """
         started = time.perf_counter()
         self._schedule.trained += started - self._since
         if self._may_audit:
-            looks = self._schedule.takes_others  # what is new need not be known otherwise
+            looks = self._schedule.takes_others  # if not, nobody needs to know which values are new
             is_new = looks and self._process_group.any(self._seen.add(local_window.micro_batches))
             is_planned = self._schedule.is_due(local_window.window.index + 1)
-            # One clock decides: the main process's.
+            # Only the main process's clock decides, so that all processes agree.
             may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
             if is_planned or (looks and self._process_group.any(may_take)):
                 self._audit(local_window, started, is_new=is_new, whole=self._is_whole and (is_planned or not is_new))
@@ -68,13 +72,13 @@ class AuditHandler:
 
     @property
     def _may_audit(self) -> bool:
-        """Whether any audit is to come. It is the same on all processes."""
+        """Whether more audits can take place; the same on all processes."""
         has_state = Cause.STATE.value in self._causes
         return self._schedule.audit is not False and not has_state and self._auditor.is_possible
 
     @property
     def _is_whole(self) -> bool:
-        """Whether to audit all of a window: not in the first audit, unless it is the only one."""
+        """Whether to audit the whole window: in every audit but the first, and always in a run of one update."""
         return self._has_audited or self._schedule.n_updates == 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +128,7 @@ class AuditHandler:
         return max(_LEAST, self._rounding.tolerance(floor))
 
     def _report_finding(self, audit: Audit, update: int, tolerance: float, cause: Cause) -> None:
-        """Raise or warn, once for each cause, unless the loss was reported before training."""
+        """Raise or warn, once per cause, unless the loss was already reported as inexact before training."""
         self._causes[cause.value] = self._causes.get(cause.value, 0) + 1
         if self._on_inexact == "ignore" or self._causes[cause.value] > 1 or self._report.inexact():
             return

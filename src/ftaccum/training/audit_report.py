@@ -1,10 +1,10 @@
-"""What an audit found, in sentences: the figures, the likely cause, the remedy."""
+"""The message about an audit's finding: the figures, the likely cause and the remedy."""
 
 from enum import Enum
 
 from ..accumulation.audit import ANOTHER_CUT, Audit
 
-_NAMED = 3  # parameters
+_NAMED = 3  # the maximum number of parameters to name in a message
 
 
 class Cause(str, Enum):
@@ -17,31 +17,32 @@ class Cause(str, Enum):
 
 _REMEDIES = {
     Cause.STATE: (
-        "The same rows, passed again, give another loss: forward passes change state outside of the model's buffers, "
-        "such as a counter in `forward` or in `loss_fn`, or a generator of random numbers. An update of k passes "
-        "changes it k times, and one large batch once. Change it once an update, outside of `forward`. This run is "
-        "not audited any more."
+        "Running the same rows again gives a different loss: forward passes change state outside the model's buffers, "
+        "such as a counter in `forward` or `loss_fn`, or a random number generator. An update of k micro-batches "
+        "changes it k times, but one large batch changes it once. Change it once per update, outside `forward`. There "
+        "will be no more audits in this run."
     ),
     Cause.COUNTS: (
-        "The losses differ as well, by {loss}: the loss does not weight these rows by {counted_by}. It may have class "
-        "weights, leave out labels by a rule of its own, or change labels. Give `count_items`, a function that returns "
-        "what the loss of a batch divides by, or pass a loss that declares them, such as "
-        "`torch.nn.CrossEntropyLoss(weight=…, ignore_index=…)`, as `loss_fn`."
+        "The losses differ as well, by {loss}: the loss does not weight these rows by {counted_by}. It may use class "
+        "weights, ignore labels by its own rule, or change labels. Pass `count_items`, a function that returns the "
+        "number that the loss of a batch divides by, or pass as `loss_fn` a loss that declares its weights and ignored "
+        "label, such as `torch.nn.CrossEntropyLoss(weight=…, ignore_index=…)`."
     ),
     Cause.BACKWARD: (
-        "The losses agree, so the backward pass is not linear in the loss: a hook clips or normalizes gradients, an "
-        "autograd function adds to them, or an embedding has `scale_grad_by_freq`. Remove it, or apply it to the "
-        "whole gradient of an update; `gradient_clip_norm` clips that."
+        "The losses agree, so the backward pass is not linear in the loss. For example, a hook clips or normalizes "
+        "gradients, an autograd function adds to them, or an embedding has `scale_grad_by_freq`. Remove it, or apply "
+        "it to the whole gradient of an update, as `gradient_clip_norm` does."
     ),
 }
 
 
 def cause_of(audit: Audit, tolerance: float, largest_rounding: float) -> Cause | None:
-    """Return the likely cause of a difference; None where the gradient is exact.
+    """Return the likely cause of a difference, or None if the gradient is exact.
 
     Args:
-        tolerance: the largest difference that counts as rounding.
-        largest_rounding: what rounding never exceeds.
+        audit: the finding.
+        tolerance: the largest relative error that counts as rounding.
+        largest_rounding: the largest relative error that rounding can make in this precision.
     """
     if audit.keeps_state or (audit.rounding or 0.0) > largest_rounding:
         return Cause.STATE
@@ -51,22 +52,25 @@ def cause_of(audit: Audit, tolerance: float, largest_rounding: float) -> Cause |
 
 
 def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, counted_by: str) -> str:
-    """Return the sentences that report a gradient which is not exact.
+    """Return the message about a gradient that is not exact.
 
     Args:
-        update: its number, from 1.
-        counted_by: what the loss is counted as a mean over.
+        audit: the finding.
+        update: the number of the update, from 1.
+        tolerance: the largest relative error that counts as rounding.
+        cause: the likely cause.
+        counted_by: the name of the items that the loss is taken to be a mean over.
     """
     remedy = _REMEDIES[cause].format(loss=_percent(audit.loss_error), counted_by=counted_by)
     if cause is Cause.STATE:
         return f"Audit of update {update}: {remedy[0].lower()}{remedy[1:]}"
     parts = list(audit.parameters.items())
     named = ", ".join(f"{name} ({share:.0%})" for name, share in parts[:_NAMED])
-    other = "one batch of the same rows" if audit.reference != ANOTHER_CUT else "another cut of the same rows"
+    other = "one batch of the same rows" if audit.reference != ANOTHER_CUT else "another split of the same rows"
     return (
-        f"Audit of update {update}: the accumulated gradient of {audit.n_rows} rows is "
-        f"{_percent(audit.error)} off that of {other} (tolerance {tolerance:.0e}). Shares of the "
-        f"difference: {named}. {remedy}"
+        f"Audit of update {update}: the accumulated gradient of {audit.n_rows} rows differs by "
+        f"{_percent(audit.error)} from the gradient of {other} (tolerance {tolerance:.0e}). Parameters with the "
+        f"largest share of the squared difference: {named}. {remedy}"
     )
 
 

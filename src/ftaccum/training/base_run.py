@@ -1,6 +1,6 @@
-"""The composition root: what training and verification have in common, built from a configuration.
+"""The composition root: builds the components that training and verification share from a configuration.
 
-Each part is built once, when it is first needed, from the parts that it needs.
+Each component is built once, on first use, from the components that it depends on.
 """
 
 from contextlib import ExitStack
@@ -31,13 +31,13 @@ RunType = TypeVar("RunType", bound="Run")
 
 
 class Run:
-    """The parts of one run. A context manager: leaving it gives the model and the process back as they were.
+    """The components of one run, as a context manager that restores the state of the model and the process on exit.
 
     Attributes:
-        config: what the run is given.
-        run_dir: the folder for its outputs, locked until the run is left; None where nothing is written.
-        accelerator: of the wanted precision and the launched processes.
-        process_group: those processes.
+        config: the arguments of the run.
+        run_dir: the output folder, locked until exit; None if the run writes nothing.
+        accelerator: the accelerator, set up for the requested precision and the launched processes.
+        process_group: the processes of the run.
     """
 
     logs = True  # whether the run logs messages
@@ -47,10 +47,10 @@ class Run:
         self._outer, self._inner = ExitStack(), ExitStack()
 
     def __enter__(self: RunType) -> RunType:
-        """Start the session, lock the output folder and put the model in train mode.
+        """Set up the processes, lock the output folder and put the model in train mode.
 
         Raises:
-            SettingsError, CheckpointError: where the processes, the precision or the folder are not to be had.
+            SettingsError, CheckpointError: if the processes, the precision or the folder are not available.
         """
         recipe, runtime = self.config.recipe, self.config.runtime
         self.run_dir = None if runtime.output_dir is None else RunDir.resolve(runtime.output_dir)
@@ -75,21 +75,21 @@ class Run:
         try:
             return self._outer.__exit__(kind, error, trace)
         finally:
-            # Parts refer to each other in circles, which would keep the model in memory until they are collected.
+            # Components refer to each other in cycles, which would keep the model in memory until garbage collection.
             vars(self).clear()
 
     def describe_progress(self) -> str:
-        """Return what is known of the run where another process is lost, in sentences."""
+        """Return a description of the run's progress for the error message when another process is lost."""
         return ""
 
     @property
     def model(self) -> nn.Module:
-        """The user's model, not wrapped."""
+        """The user's model, unwrapped."""
         return self.config.components.model
 
     @cached_property
     def data(self) -> TrainingData:
-        """Rows, loss and loaders."""
+        """The rows, the loss and the loaders."""
         recipe, components = self.config.recipe, self.config.components
         check_batch_sizes(recipe, self.config.runtime, self.process_group.size)
         stream = open_stream(components.train_data, recipe.random_seed, self.process_group)
@@ -101,21 +101,24 @@ class Run:
         return self.new_batch_sizes()
 
     def new_batch_sizes(self, known: int | None = None) -> BatchSizes:
-        """Resolve the sizes of updates, and measure the physical batch where that is "auto".
+        """Resolve the sizes of an update; measure the physical batch size if it is "auto".
 
         Args:
-            known: what "auto" was found to be before.
+            known: the size that "auto" was resolved to earlier, if any.
         """
         return build_batch_sizes(self.config, self.data, self.accelerator, self.process_group, known)
 
     @cached_property
     def planner(self) -> MicroBatchPlanner:
-        """What cuts windows into micro-batches; `WindowLoader.planner` follows it within the memory that there is."""
+        """The planner that cuts windows into micro-batches.
+
+        `WindowLoader.planner` starts as this one and gets smaller limits when memory runs out.
+        """
         return build_planner(self.config.runtime, self.batch_sizes, self.data.objective.report)
 
     @cached_property
     def plan(self) -> BasePlan:
-        """The windows."""
+        """The windows of the run."""
         return self.new_plan()
 
     def new_plan(self) -> BasePlan:
@@ -125,30 +128,30 @@ class Run:
 
     @cached_property
     def gradients(self) -> GradientStrategy:
-        """Where the gradients of a window are summed."""
+        """The strategy that sums the gradients of a window."""
         raise NotImplementedError
 
     @cached_property
     def accumulator(self) -> GradientAccumulator:
-        """What accumulates the gradient of a window."""
+        """The accumulator of a window's gradient."""
         return self.new_accumulator(self.prepared[0])
 
     @cached_property
     def prepared(self) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Model and optimizer as they run on all processes: compiled, cast and synced as the settings say."""
+        """The model and the optimizer, prepared for all processes: compiled, cast and synced as the settings say."""
         if self.config.runtime.compile:
             self._inner.enter_context(compile_model(self.model))
         return self.gradients.prepare(self.accelerator, self.model)
 
     def new_accumulator(self, wrapped: nn.Module, buffers: SyncedBuffers | None = None) -> GradientAccumulator:
-        """Return an accumulator that has seen no window yet."""
+        """Return an accumulator that has accumulated no window yet."""
         objective = self.data.objective
         return GradientAccumulator(self.accelerator, wrapped, objective, self.gradients, self.process_group, buffers)
 
     def _prepare_model(self, stack: ExitStack) -> None:
-        """Put the model on its device, in train mode."""
+        """Move the model to its device and put it in train mode."""
         runtime = self.config.runtime
-        if not getattr(self.model, "hf_device_map", None):  # a model that was spread over devices stays so
+        if not getattr(self.model, "hf_device_map", None):  # a model spread over devices stays where it is
             self._place_model(stack)
         stack.enter_context(model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing))
 

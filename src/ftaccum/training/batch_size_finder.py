@@ -1,4 +1,4 @@
-"""The largest physical batch that fits, by trying."""
+"""The search for the largest physical batch that fits in memory."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_buffers, preserve_rng
 
-# Of the memory that a host says is free: running out there gets the process killed, not told.
+# Share of the host's free memory to use. When a host runs out of memory, it kills the process without an error.
 _SHARE_OF_HOST = 0.8
 
 
@@ -32,19 +32,19 @@ def largest_batch(
     at_most: int,
     wide: bool,
 ) -> int:
-    """The most rows, all as long as the longest, whose forward and backward pass fits on every process.
+    """Return the largest number of rows whose forward and backward pass fits in memory on every process.
 
-    What an update needs besides (two moments of an optimizer for each weight, and where there are several processes a
-    bucket of gradients to sync, or instead the second half of float32 sums) is set aside meanwhile. Gradients are
-    dropped; weights, generators and buffers stay as they are.
+    The search tries the longest rows. Meanwhile it reserves the other memory that an update needs: two optimizer
+    moments per trainable weight, and a third number per weight on several processes or with float32 sums of 16-bit
+    gradients. It drops gradients, and leaves weights, random number generators and buffers unchanged.
 
     Args:
-        model: on its device, before it is wrapped.
-        at_most: rows of an update on one process.
-        wide: whether gradients of 16 bits will be summed up in float32.
+        model: the model on its device, before it is wrapped.
+        at_most: the number of rows of an update on one process.
+        wide: whether 16-bit gradients will be summed in float32.
 
     Raises:
-        SettingsError: where not even one row fits.
+        SettingsError: if not even one row fits.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     copies = 2 + (wide or not process_group.is_single)
@@ -66,7 +66,7 @@ def largest_batch(
             host.took(n_rows)
         return True
 
-    # The gradients of one try are in the next one's way, as those of one micro-batch are in the way of the next.
+    # Each trial keeps the gradients of the one before in memory, as each micro-batch does in training.
     most = largest(fits, at_most)
     model.zero_grad(set_to_none=True)
     del aside
@@ -75,15 +75,18 @@ def largest_batch(
     if not agreed:
         raise SettingsError(
             [
-                "`batch_size` is 'auto', but not even one row of the longest fits in memory. Truncate the rows, use "
-                "`gradient_checkpointing`, or a smaller model."
+                "`batch_size` is 'auto', but not even one row of the maximum length fits in memory. Truncate the rows, "
+                "set `gradient_checkpointing`, or use a smaller model."
             ]
         )
     return agreed
 
 
 def largest(fits: Callable[[int], bool], at_most: int) -> int:
-    """The largest number from 1 to `at_most` that fits, or 0, in about 2·log2 tries: doubled, then halved in."""
+    """Return the largest number from 1 to `at_most` that fits, or 0 if none does.
+
+    The trial number doubles until it no longer fits; then a bisection finds the limit, in about 2·log2(limit) trials.
+    """
     good, bad = 0, at_most + 1
     while bad - good > 1:
         trial = min(max(1, 2 * good), at_most) if bad > at_most else (good + bad) // 2
@@ -94,17 +97,19 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
 def _pass(model: nn.Module, objective: Objective, micro: MicroBatch, accelerator: Accelerator) -> None:
     with accelerator.autocast():
         batch = fresh_batch(micro.batch, accelerator.device)
-        # Where no label counts, the mean is NaN, and takes the same memory.
+        # If no label counts, the mean is NaN, but takes the same memory.
         means = objective.means(model, batch, micro.counts, objective.terms)[0]
     torch.stack(list(means.values())).sum().backward()
 
 
 class _Host:
-    """Memory of a machine without an accelerator, where nothing raises in time: a batch is tried only where what the
-    smaller one took, in proportion, is free."""
+    """The memory of a machine without an accelerator, which may kill the process before anything raises an error.
+
+    So a batch is tried only if the memory per row of a smaller one predicts that it fits.
+    """
 
     def __init__(self, set_aside: int) -> None:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
         self._free = _SHARE_OF_HOST * free_on_host() / here - set_aside
         self._per_row = 0.0
         _forget_peak()
@@ -118,7 +123,7 @@ class _Host:
 
 
 def _forget_peak() -> None:
-    with suppress(OSError):  # where the system has no such file, the peak is that of the process's whole life
+    with suppress(OSError):  # on systems without this file, the peak is that of the process's whole life
         Path("/proc/self/clear_refs").write_text("5")
 
 

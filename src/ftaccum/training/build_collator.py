@@ -1,4 +1,4 @@
-"""What turns rows into batches, settled by what the rows show and by what the model makes of them."""
+"""The collators of a run, chosen by looking at the rows and at what the model does with them."""
 
 import copy
 import itertools
@@ -23,17 +23,18 @@ from ..objective.packing_check import difference_of_packing
 from ..objective.probe import EXPLAINED
 from .config import Components
 
-_FEW = 4  # rows to see what the model makes of packed rows, or the loss of padded labels
+_FEW = 4  # rows to measure how the model treats packed rows, and the loss padded labels
 
 
 def build_padding(
     components: Components, rows: Rows, val_rows: Rows | None, ignore_index: int, bucketed_up_to: int | None
 ) -> tuple[PaddingCollator | None, PaddingCollator | None]:
-    """Look at the columns of rows, and return what pads training and validation rows; None where the user gives a
-    collator.
+    """Inspect the columns of the rows, and return the padding collators for training and validation rows.
+
+    Both are None if the user gives a collator.
 
     Raises:
-        DataError: naming a row whose columns do not go with those of other rows.
+        DataError: if the columns of a row do not match those of other rows. The message names the row.
     """
     if components.data_collator is not None:
         return None, None
@@ -54,7 +55,7 @@ def build_padding(
     padding.columns = look_at_columns(rows, rules, sample_positions(rows))
     if val_rows is None or padding.columns is None:
         return padding, padding
-    validation = copy.copy(padding)  # which may have columns more, such as a mask
+    validation = copy.copy(padding)  # validation rows may have more columns, such as a mask
     of_val = look_at_columns(val_rows, rules, sample_positions(val_rows), like=padding.columns)
     more = () if of_val is None else of_val.keys.keys() - padding.columns.keys.keys() - rules.names
     padding.columns = replace(padding.columns, ignored=frozenset(more))
@@ -63,10 +64,10 @@ def build_padding(
 
 
 def build_row_collator(components: Components, padding: PaddingCollator | None) -> RowCollator:
-    """Return what collates rows by position: by padding them, or by the user's collator."""
+    """Return a collator of rows by position, which pads them or calls the user's collator."""
     if padding is not None:
         return RowCollator(padding)
-    assert components.data_collator is not None, "else rows are padded"
+    assert components.data_collator is not None, "without a collator, rows are padded"
     return RowCollator(components.data_collator, accepted_arguments(components.model))
 
 
@@ -79,35 +80,37 @@ def measure_documents(
     labelled: list[int],
     rows_at_once: int,
 ) -> Documents:
-    """Measure whether the model keeps the documents of packed rows apart.
+    """Measure whether the model keeps the documents of a packed row from attending to each other.
 
-    Documents are run side by side and concatenated; packed rows need not be among them.
+    Compare the loss of documents in rows of their own with the loss of the same documents, concatenated. The rows of
+    the data need not be packed for that.
 
     Args:
-        rows_at_once: packed rows to run together.
+        labelled: positions of rows with labels that count.
+        rows_at_once: the number of concatenated rows to run together.
     """
     columns, along_tokens = padding.columns, (Along.TOKENS,)
     if columns is None or {columns.sizes.get(name) for name in ("input_ids", "position_ids")} != {along_tokens}:
         return Documents()
     if columns.sizes.get("labels", along_tokens) != along_tokens:
-        return Documents(kept_apart=False, problem="its `labels` do not run along the tokens of each")
-    few = (labelled * _FEW)[:_FEW]  # one row has no other to attend to
+        return Documents(kept_apart=False, problem="its `labels` are not one per token")
+    few = (labelled * _FEW)[:_FEW]  # repeated if there are too few: a single row has no other row to attend to
     documents = [document for row in rows.fetch(few) for document in _documents(row, columns)]
     beside, behind = copy.copy(padding), copy.copy(padding)
     beside.columns = behind.columns = columns = columns.without("attention_mask")
-    beside.left = False  # a first label would be predicted from padding
+    beside.left = False  # with padding on the left, the first label would be predicted from padding
     behind.documents = Documents(shifted=objective.shifts)
     packed = [_joined(documents[n::rows_at_once], columns) for n in range(rows_at_once)]
     off = difference_of_packing(components.model, forward, objective, beside(documents), behind(packed))
     if off <= EXPLAINED:
         return Documents(kept_apart=True, shifted=objective.shifts)
     name = type(components.model).__name__
-    problem = f"{name} lets the documents of a row attend to each other: their loss is {100 * off:.2g}% off"
+    problem = f"{name} lets the documents of a row attend to each other, which changes their loss by {100 * off:.2g}%"
     return Documents(kept_apart=False, problem=problem, shifted=objective.shifts)
 
 
 def _documents(row: Row, columns: Columns) -> list[Row]:
-    """Return the documents of a row as rows of their own, without padding and masks."""
+    """Return each document of a row as a separate row, without padding and masks."""
     tensors = {name: column[0] for name, column in columns.tensors([row]).items()}
     tokens = tensors.pop("attention_mask", torch.ones_like(tensors["input_ids"]))
     used = tokens.nonzero().flatten() if tokens.ndim == 1 else torch.arange(len(tensors["input_ids"]))
@@ -120,7 +123,7 @@ def _documents(row: Row, columns: Columns) -> list[Row]:
 
 
 def _at(tensor: Tensor, sizes: tuple[Size, ...], tokens: Tensor) -> Tensor:
-    """Return a column of a row for some of its tokens."""
+    """Return the part of a row's column that belongs to some of its tokens."""
     for dim, size in enumerate(sizes):
         if size is Along.TOKENS:
             tensor = tensor.index_select(dim, tokens)
@@ -128,7 +131,7 @@ def _at(tensor: Tensor, sizes: tuple[Size, ...], tokens: Tensor) -> Tensor:
 
 
 def _joined(documents: list[Row], columns: Columns) -> Row:
-    """Return documents concatenated to one packed row."""
+    """Return the documents, concatenated to one packed row."""
     joined = dict(documents[0])
     for name, sizes in columns.sizes.items():
         if Along.TOKENS in sizes:
@@ -145,10 +148,10 @@ def check_padded_labels(
     padding: PaddingCollator,
     labelled: list[int],
 ) -> None:
-    """Check that the loss leaves out what labels along the tokens are padded with.
+    """Check that the loss ignores the padding of labels that run along the tokens.
 
     Raises:
-        DataError: where it counts that.
+        DataError: if it counts padded labels.
     """
     columns = padding.columns
     if columns is None or Along.TOKENS not in columns.sizes.get("labels", ()):
@@ -167,8 +170,8 @@ def check_padded_labels(
     if counted:
         raise DataError(
             f"The `labels` of `{rows.argument}` run along the tokens, and the loss counts those that short rows are "
-            f"padded with ({padding.ignore_index}). Leave out what `attention_mask` hides, in a `loss_fn`, or give "
-            "rows of one length."
+            f"padded with ({padding.ignore_index}). Pass a `loss_fn` that ignores positions where `attention_mask` is "
+            "0, or give rows of equal length."
         )
 
 
@@ -181,33 +184,33 @@ def packed_collator(
     labelled: list[int],
     ignore_index: int,
 ) -> RowCollator:
-    """Return what concatenates rows, where the model is seen to keep them apart.
+    """Return a collator that concatenates rows, after measuring that the model keeps them apart.
 
     Raises:
-        SettingsError: where it does not, or nobody can tell.
+        SettingsError: if the model does not keep them apart, or cannot be given rows without padding.
     """
     unfit = {
         "a `data_collator` is given, which pads": components.data_collator is not None,
-        "it is no causal language model (labels are not predicted from the token before)": not objective.shifts,
-        "its `forward` takes no `position_ids`": "position_ids" not in (forward.accepted or ()),
+        "it is not a causal language model (labels are not predicted from the previous token)": not objective.shifts,
+        "its `forward` does not accept `position_ids`": "position_ids" not in (forward.accepted or ()),
     }
     for reason, holds in unfit.items():
         if holds:
             raise SettingsError(
                 [
                     f"`padding_free` is True, but {type(components.model).__name__} cannot do without padding: "
-                    f"{reason}. Leave `padding_free` out: rows are padded to the longest of their micro-batch then."
+                    f"{reason}. Leave `padding_free` out to pad rows to the longest of their micro-batch."
                 ]
             )
     packed = RowCollator(PackingCollator(ignore_index), forward.accepted)
-    few = (labelled * _FEW)[:_FEW]  # one row has no other to attend to
+    few = (labelled * _FEW)[:_FEW]  # repeated if there are too few: a single row has no other row to attend to
     off = difference_of_packing(components.model, forward, objective, padded(rows, few), packed(rows, few))
     if not off <= EXPLAINED:
         raise SettingsError(
             [
-                f"`padding_free` is True, but {type(components.model).__name__} lets rows that lie one behind "
-                f"the other attend to each other: their loss is {100 * off:.2g}% off. Leave `padding_free` "
-                "out, or load the model with another `attn_implementation` ('sdpa', 'flash_attention_2')."
+                f"`padding_free` is True, but {type(components.model).__name__} lets concatenated rows attend "
+                f"to each other, which changes their loss by {100 * off:.2g}%. Leave `padding_free` out, or load "
+                "the model with another `attn_implementation` ('sdpa', 'flash_attention_2')."
             ]
         )
     return packed

@@ -1,4 +1,4 @@
-"""From what the user brought along to rows, an objective and loaders."""
+"""The rows, the objective and the loaders, built from the user's data, model and loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,10 +32,18 @@ from .loss_faults import loss_fault
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on: `train` and `val` load the micro-batches of `train_rows` and `val_rows`.
+    """The data that a run trains and validates on.
 
     Attributes:
-        packed: whether rows hold several documents each.
+        train_rows: the training rows.
+        val_rows: the validation rows, if any.
+        objective: the loss and how to count its items.
+        train: loads micro-batches of `train_rows`.
+        val: loads micro-batches of `val_rows`, if there are any.
+        ignore_index: the label that the loss ignores.
+        synthetic: whether the rows are random tokens.
+        text_notes: lines for the banner about raw text.
+        packed: whether a row may hold several documents.
     """
 
     train_rows: Rows
@@ -49,7 +57,7 @@ class TrainingData:
     packed: bool = False
 
     def notes(self) -> list[str]:
-        """What a user should know of the data and the loss before training starts."""
+        """Return the banner's lines about the data and the loss."""
         objective = self.objective
         widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
         notes = [*self.text_notes, f"Loss: mean over {objective.report.counted_by}{widths}"]
@@ -61,14 +69,15 @@ class TrainingData:
 
 
 def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | None) -> TrainingData:
-    """Make rows of the data, check a sample of them, and measure how the loss is counted.
+    """Convert the data to rows, check a sample of them, and measure how the loss is counted.
 
     Args:
-        config: with the model on its device, and not wrapped yet.
-        stream: the training data, where they are a stream.
+        config: the configuration; its model must be on its device, and not wrapped yet.
+        accelerator: the accelerator of the run.
+        stream: the training data, if they are a stream.
 
     Raises:
-        DataError: for data that cannot be trained on.
+        DataError: if the data cannot be trained on.
     """
     components, runtime = config.components, config.runtime
     given = build_rows(components, config.recipe, accelerator, stream)
@@ -85,7 +94,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
-    for each in given.all if components.data_collator is None else ():  # a collator may change the numbers
+    for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
     check_sample(rows, row_collator, ranges)
     if val_rows is not None:
@@ -122,7 +131,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
 
 
 def _longest(config: RunConfig, rows: Rows) -> int | None:
-    """Return the length of the longest row where widths are bucketed, as for a compiled model; else None."""
+    """Return the length of the longest row for a compiled model, whose batches have bucketed widths; else None."""
     if not config.runtime.compile:
         return None
     components = config.components
@@ -133,16 +142,16 @@ def _check_validation(components: Components, train: Any, val: Any) -> None:
     if isinstance(train, Mapping) and isinstance(val, Mapping) and train.keys() - val.keys():
         raise DataError(
             f"`val_data` lacks the columns {sorted(train.keys() - val.keys())} that `train_data` has. "
-            "Give it the same columns."
+            "Give it the same columns as `train_data`."
         )
     if components.compute_metrics is not None and targets_of(val) is None:
         raise SettingsError(
-            ["`compute_metrics` compares with `labels`, of which the validation rows have none. Leave it out."]
+            ["`compute_metrics` compares with `labels`, but the validation rows have none. Add labels or leave it out."]
         )
 
 
 def _check_padding(components: Components, objective: Objective) -> None:
-    """Raise SettingsError if padding changes the loss because the tokenizer does not pad as the model expects."""
+    """Raise SettingsError if the tokenizer does not pad as the model expects, which changes the loss."""
     if not objective.padding_sensitive:
         return
     name, tokenizer = type(components.model).__name__, components.tokenizer
@@ -151,8 +160,8 @@ def _check_padding(components: Components, objective: Objective) -> None:
     faults = {
         f"`tokenizer.padding_side` is 'left', and padding on the left changes the loss of {name}. Set "
         "`tokenizer.padding_side = 'right'`.": components.padding_side == "left",
-        f"`tokenizer.pad_token_id` is {ours}, but `model.config.pad_token_id` is {wanted}, so that {name} takes "
-        "padding for text. Set `model.config.pad_token_id = tokenizer.pad_token_id`.": (
+        f"`tokenizer.pad_token_id` is {ours}, but `model.config.pad_token_id` is {wanted}, so {name} treats padding "
+        "as text. Set `model.config.pad_token_id = tokenizer.pad_token_id`.": (
             ours is not None and wanted is not None and ours != wanted
         ),
     }

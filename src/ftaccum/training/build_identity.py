@@ -1,4 +1,4 @@
-"""What a checkpoint says about its run, so that only the same run resumes from it."""
+"""The identity of a run, which checkpoints save so that only the same run resumes from them."""
 
 from accelerate import Accelerator
 from torch.optim import Optimizer
@@ -32,7 +32,7 @@ def build_identity(
     """Return the identity of a run.
 
     Args:
-        plans: whether windows are cut where it costs least.
+        plans: whether the planner chooses where to cut windows.
     """
     components, sizes = config.components, batch_sizes
     return RunIdentity(

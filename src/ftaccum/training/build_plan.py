@@ -1,4 +1,4 @@
-"""What is resolved from a run's settings and its data: the sizes of its updates, and how their windows are cut."""
+"""The sizes of updates, and the planner that cuts their windows, resolved from the settings and the data."""
 
 import math
 
@@ -18,7 +18,7 @@ from .config import RunConfig
 
 
 def check_batch_sizes(recipe: Recipe, runtime: Runtime, num_processes: int) -> None:
-    """Raise SettingsError where sizes of an update disagree, as far as that shows without the data."""
+    """Raise SettingsError if the sizes of an update contradict each other, as far as can be checked without data."""
     if not recipe.tokens_per_update and isinstance(runtime.batch_size, int):
         batch_sizes_of(recipe, runtime.batch_size, num_processes)
 
@@ -26,10 +26,10 @@ def check_batch_sizes(recipe: Recipe, runtime: Runtime, num_processes: int) -> N
 def build_batch_sizes(
     config: RunConfig, data: TrainingData, accelerator: Accelerator, process_group: ProcessGroup, known: int | None
 ) -> BatchSizes:
-    """Resolve the sizes of a run's updates, and find its physical batch where that is "auto".
+    """Resolve the sizes of a run's updates; measure the physical batch size if it is "auto".
 
     Args:
-        known: the physical batch that "auto" was found to be, where the run is resumed.
+        known: the physical batch size that "auto" was resolved to before the run was resumed, if any.
     """
     recipe, size, processes = config.recipe, config.runtime.batch_size, accelerator.num_processes
     length = mean_length(data.train_rows) if recipe.tokens_per_update else None
@@ -48,10 +48,10 @@ def build_batch_sizes(
 
 
 def build_planner(runtime: Runtime, batch_sizes: BatchSizes, report: ExactnessReport) -> MicroBatchPlanner:
-    """Return what cuts windows.
+    """Return the planner that cuts windows into micro-batches.
 
-    Rows stay together as the user sized a micro-batch where a loss compares them, or where one micro-batch is the whole
-    update of an inexact loss.
+    It keeps micro-batches at the size that the user chose if the loss compares rows, or if the loss is inexact and one
+    micro-batch is a whole update.
     """
     whole = bool(report.inexact()) and not _splits(runtime, batch_sizes)
     costs = DEFAULT_COSTS if runtime.planner_costs is None else CostModel(*runtime.planner_costs)
@@ -66,12 +66,12 @@ def build_planner(runtime: Runtime, batch_sizes: BatchSizes, report: ExactnessRe
 def report_inexact(
     report: ExactnessReport, runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchPlanner, *, is_main: bool
 ) -> None:
-    """Raise or warn, as `on_inexact` says, where updates take several micro-batches and that is not exact."""
+    """Raise or warn, as `on_inexact` says, if updates take several micro-batches and accumulation is not exact."""
     if planner.costs is None and not _splits(runtime, batch_sizes):
         return
     sentences = report.inexact()
     if sentences and runtime.on_inexact == "error":
-        raise InexactLossError([*sentences, "`on_inexact='warn'` trains all the same."])
+        raise InexactLossError([*sentences, "Set `on_inexact='warn'` to train anyway."])
     if not is_main or runtime.on_inexact == "ignore":
         return
     for sentence in sentences:
@@ -81,8 +81,10 @@ def report_inexact(
 
 
 def refuse_single_rows(data: TrainingData, plan: BasePlan, planner: MicroBatchPlanner) -> None:
-    """Raise DataError where a model that takes no single row in train mode would get one: in the first or the last
-    window of the first epoch, or in the last one of the run."""
+    """Raise DataError if a model that cannot process a single row in train mode would get one.
+
+    Only check the first and the last window of the first epoch, and the last window of the run.
+    """
     complaint = data.objective.report.in_training.complaint
     if complaint is None:
         return
@@ -92,29 +94,29 @@ def refuse_single_rows(data: TrainingData, plan: BasePlan, planner: MicroBatchPl
         if 1 not in sizes:
             continue
         carry = "" if plan.remainder == "carry" else ", or give `remainder='carry'`"
-        left_over = f"Choose `batch_size` and the size of an update so that none is left over, drop a row{carry}."
+        left_over = f"Choose `batch_size` and the update size so that no single row is left over, drop a row{carry}."
         raise DataError(
-            f"In train mode the model takes no micro-batch of a single row ({complaint}), and those of update "
-            f"{window.index + 1} have {', '.join(map(str, sizes))}. "
-            + ("Give a `batch_size` of 2 at least." if planner.limits.rows == 1 else left_over)
+            f"In train mode, the model cannot process a micro-batch of a single row ({complaint}), but the "
+            f"micro-batches of update {window.index + 1} have these numbers of rows: {', '.join(map(str, sizes))}. "
+            + ("Use a `batch_size` of at least 2." if planner.limits.rows == 1 else left_over)
         )
 
 
 def describe_cut(runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchPlanner, *, knows_lengths: bool) -> str:
-    """Return the line of the banner that says what a micro-batch may hold, and how windows are cut."""
+    """Return the banner's lines about the limits of a micro-batch and how windows are cut."""
     most = f"{batch_sizes.batch_size} rows" if runtime.max_tokens is None else f"{runtime.max_tokens} tokens"
-    found = ", as many as fit or an update has" if runtime.batch_size == "auto" else ""
-    layout = "; rows one behind the other, without padding" if runtime.padding_free else ""
-    # Where all rows are as wide as the longest, or nobody knows, full micro-batches cost least.
-    cut = "where it costs least" if planner.costs is not None and knows_lengths else "in the order of arrival"
+    found = " (the most that fit in memory or in an update)" if runtime.batch_size == "auto" else ""
+    layout = "; rows concatenated, without padding" if runtime.padding_free else ""
+    # If all rows are as wide as the longest, or lengths are unknown, full micro-batches cost least.
+    cut = "to minimize cost" if planner.costs is not None and knows_lengths else "in order of arrival"
     line = f"Micro-batches: at most {most}{found}; windows cut {cut}{layout}"
     if runtime.max_tokens is not None and batch_sizes.gradient_accumulation_steps == 1 and not batch_sizes.later:
         rows = batch_sizes.effective_batch_size
-        line += f"\nNote: an update has {rows} rows, by `batch_size`; `effective_batch_size` makes it larger"
+        line += f"\nNote: an update has {rows} rows, as `batch_size` says; set `effective_batch_size` for more"
     return line
 
 
 def _splits(runtime: Runtime, batch_sizes: BatchSizes) -> bool:
-    """Return whether an update takes more than one micro-batch, without the planner."""
+    """Return whether an update takes more than one micro-batch even without the planner."""
     largest = max(sizes.effective_batch_size for _, sizes in batch_sizes.stages())
     return runtime.max_tokens is not None or largest > batch_sizes.batch_size

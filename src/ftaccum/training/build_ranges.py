@@ -1,4 +1,4 @@
-"""The ranges of the numbers that a model and its loss can take, as a forward pass shows them."""
+"""The ranges of numbers that a model and its loss accept, found by forward passes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from ..runtime.state_guards import inspection_mode
 from .config import Components
 
 _FEW = 3
-_SAME = 1e-3  # two losses, in 16 bits as well
+_SAME = 1e-3  # relative difference up to which two losses are equal, also in 16 bits
 _BINARY_MODULES = (nn.BCELoss, nn.BCEWithLogitsLoss)
 _NO_PROBABILITIES = (2.0, -1.0, -100.0)
 _BINARY_FUNCTIONS = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
@@ -37,12 +37,15 @@ def find_ranges(
     ignore_index: int,
     device: torch.device,
 ) -> ValueRanges:
-    """Return what the numbers in a batch may be. A `loss_fn` that does not say what it ignores may take any label."""
+    """Return the ranges of the numbers in a batch.
+
+    A `loss_fn` without an attribute `ignore_index` may accept any label, so its labels have no range.
+    """
     model, loss_fn = components.model, components.loss_fn
     few = [fresh_batch(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
     sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
     with inspection_mode(model, *forward.modules), IndexGuard():
-        for row in few:  # one may be at fault itself, and end the pass before all is seen
+        for row in few:  # several, since a faulty row may end its pass before it reaches all embeddings
             limits = find_embedding_limits(partial(forward, model, row), row)
             sizes |= limits.sizes
             lengths += [] if limits.longest is None else [limits.longest]
@@ -50,18 +53,18 @@ def find_ranges(
         says_what_it_ignores = loss_fn is None or hasattr(loss_fn, "ignore_index")
         n_classes = forward.n_classes(model, few[0]) if says_what_it_ignores else None
     longest = min(lengths, default=None)
-    # Asked once, for the first row that is longer: no pass is wider than the data.
+    # Run at most once, when the first longer row comes: no pass gets wider than the data require.
     takes_longer = cache(lambda: longest is None or _takes_any(forward, model, few, longest + 1))
     return ValueRanges(sizes, longest, takes_longer, n_classes, ignore_index, is_binary)
 
 
 def _takes_any(forward: Forward, model: nn.Module, few: Sequence[Batch], length: int) -> bool:
-    """Return whether a forward pass of one of these rows succeeds at a length."""
+    """Return whether the forward pass of any of these rows succeeds at the given length."""
     return any(_takes(forward, model, _stretched(row, length)) for row in few)
 
 
 def _takes(forward: Forward, model: nn.Module, row: Batch) -> bool:
-    """Return whether a forward pass of a row succeeds."""
+    """Return whether the forward pass of a row succeeds."""
     try:
         with inspection_mode(model, *forward.modules), IndexGuard():
             forward(model, row)
@@ -71,7 +74,7 @@ def _takes(forward: Forward, model: nn.Module, row: Batch) -> bool:
 
 
 def _stretched(row: Batch, length: int) -> Batch:
-    """Return a row with its tokens again and again, up to a length."""
+    """Return a row with its tokens repeated up to the given length."""
     width = row["input_ids"].shape[-1]
 
     def stretch(column: Any) -> Any:
@@ -88,8 +91,7 @@ def _is_binary_module(loss_fn: Any) -> bool:
 
 
 def _computes_binary(forward: Forward, model: nn.Module, row: Batch) -> bool:
-    """Return whether the model's own loss is a binary cross entropy of all labels, whatever numbers they are: a loss
-    that leaves some of them out is not."""
+    """Return whether the model's own loss is a binary cross entropy that ignores no label, whatever its value."""
     labels = targets_of(row)
     if labels is None or not labels.is_floating_point() or not isinstance(row, Mapping):
         return False
@@ -99,7 +101,7 @@ def _computes_binary(forward: Forward, model: nn.Module, row: Batch) -> bool:
         try:
             means, outputs = forward(model, {**row, "labels": changed})
             expected = F.binary_cross_entropy_with_logits(logits_of(outputs), changed)
-        except Exception:  # logits of another shape, or none
+        except Exception:  # the outputs have no logits, or logits of another shape
             return False
         if not math.isclose(sum(map(float, means.values())), float(expected), rel_tol=_SAME):
             return False
@@ -107,7 +109,7 @@ def _computes_binary(forward: Forward, model: nn.Module, row: Batch) -> bool:
 
 
 def _short_rows(rows: Rows) -> list[int]:
-    """Return the positions of a few short rows, of at least two tokens, among those that are looked at."""
+    """Return the positions of the shortest sampled rows, preferring those of at least two tokens."""
     positions = sample_positions(rows)
     lengths = {position: length_of(row) for position, row in zip(positions, rows.fetch(positions), strict=True)}
     return sorted(positions, key=lambda position: (lengths[position] < 2, lengths[position]))[:_FEW]

@@ -1,4 +1,4 @@
-"""From what the user brought to training and validation rows: text tokenised, some rows held out."""
+"""The training and validation rows: converts the user's data, tokenises text and holds out validation rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from .config import Components
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run, as numbers.
+    """The rows of a run, with text converted to tokens.
 
     Attributes:
         train: rows to train on.
         val: rows to validate on, if any.
-        notes: lines for the banner: what of raw text is read.
+        notes: lines for the banner: which text columns are read.
     """
 
     train: Rows
@@ -36,18 +36,18 @@ class RunRows:
 
     @property
     def all(self) -> list[Rows]:
-        """Those that there are of the two."""
+        """The training rows, and the validation rows if there are any."""
         return [rows for rows in (self.train, self.val) if rows is not None]
 
 
 def build_rows(components: Components, recipe: Recipe, accelerator: Accelerator, stream: Stream | None) -> RunRows:
-    """Return training and validation rows, tokenised.
+    """Return the training and validation rows, tokenised.
 
     Args:
         stream: the training data, if they are a stream.
 
     Raises:
-        DataError: for data that are not rows, and for raw text that cannot be tokenised.
+        DataError: if the data are not rows, or are raw text that cannot be tokenised.
     """
     reader = _TextReader(components, recipe, accelerator)
     given = None if components.val_data is None else as_rows(components.val_data, "val_data")
@@ -65,7 +65,7 @@ def build_rows(components: Components, recipe: Recipe, accelerator: Accelerator,
     if given is not None or stream is not None:
         return RunRows(rows, val, notes)
     kept, held = hold_out(len(rows), recipe.validation_split, recipe.random_seed)
-    part = f"What `validation_split`, {recipe.validation_split}, holds out of "
+    part = f"The part that `validation_split` ({recipe.validation_split}) holds out of "
     return RunRows(rows.subset(kept), rows.subset(held, part) if held else None, notes)
 
 
@@ -74,7 +74,7 @@ def _synthetic(config: Any, seed: int) -> Rows:
     if not isinstance(vocab_size, int):
         raise DataError(
             "`train_data` is None, and `config` has no `vocab_size` to draw synthetic token ids from. "
-            "Give training data, or a config with a vocab_size."
+            "Give training data, or a config with a `vocab_size`."
         )
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "block_size"))
     return synthetic_rows(vocab_size, next((n for n in limits if isinstance(n, int)), None), seed)
@@ -85,13 +85,13 @@ def _no_text(rows: Rows, named: Sequence[str]) -> str:
     carried = f"columns {', '.join(map(repr, row))}" if isinstance(row, Mapping) else "tensors"
     return (
         f"`text_columns` names {', '.join(map(repr, named))}, but `{rows.argument}` is not raw text: its first row has "
-        f"{carried}. Leave `text_columns` out, or drop what the model takes, such as `input_ids`."
+        f"{carried}. Leave `text_columns` out, or drop the columns that the model takes, such as `input_ids`."
     )
 
 
 @dataclass(frozen=True)
 class _TextReader:
-    """Tokenises those rows of a run that are raw text."""
+    """Tokenises the rows of a run that are raw text."""
 
     components: Components
     recipe: Recipe
@@ -99,23 +99,23 @@ class _TextReader:
 
     @property
     def end(self) -> int | None:
-        """The token that a causal LM's rows end in."""
+        """The token that ends each row of a causal LM; None if there is none."""
         if not (self.components.is_causal_lm and self.recipe.add_eos_token):
             return None
         return getattr(self.components.tokenizer, "eos_token_id", None)
 
     def read(self, rows: Rows, named: Sequence[str] | None) -> tuple[Rows, TextColumns | None]:
-        """Return the rows as tokens, and the columns that they come from; other rows than text stay what they are.
+        """Return the rows, tokenised, and their text columns; None for the columns if the rows are not raw text.
 
         Args:
-            named: the columns of the texts; None if they have to be found.
+            named: the names of the text columns; None to find them.
         """
         tokenizer, model, config = self.components.tokenizer, self.components.model, self.components.configuration
         has_collator = self.components.data_collator is not None
         if not is_raw_text(rows, accepted_arguments(model), named, has_collator=has_collator):
             own_loss = self.components.loss_fn is None
             return rows if has_collator else settle_labels(rows, config, own_loss=own_loss), None
-        if tokenizer is None and has_collator and named is None:  # the collator may tokenise
+        if tokenizer is None and has_collator and named is None:  # the user's collator may tokenise
             return rows, None
         if tokenizer is None:
             raise DataError(
@@ -125,13 +125,13 @@ class _TextReader:
         columns = choose_columns(rows.table, rows.argument, named, next_token=self.components.is_causal_lm)
         encoder = TextEncoder(tokenizer, most_tokens(tokenizer, config, model), self.end)
         is_main = self.accelerator.is_main_process
-        with self.accelerator.main_process_first():  # the others find the table that it has cached
+        with self.accelerator.main_process_first():  # the other processes then find the cached table
             return tokenize(
                 rows, columns, encoder, config, next_token=self.components.is_causal_lm, warns=is_main
             ), columns
 
     def describe(self, columns: TextColumns) -> str:
-        """Return the line of the banner on the text that is trained on."""
+        """Return the banner's line about the text columns."""
         if not self.components.is_causal_lm or not self.recipe.add_eos_token:
             return columns.describe()
         if self.end is None:

@@ -1,4 +1,4 @@
-"""The parts of a run that trains, each built once, when it is first needed."""
+"""The components of a training run, each built once, on first use."""
 
 import math
 from contextlib import ExitStack
@@ -46,12 +46,12 @@ from .schedule import make_schedule
 
 
 class TrainingSetup(Run):
-    """What takes part in training. `TrainingRun` trains with it."""
+    """The components of a training run. `TrainingRun` trains with them."""
 
     def __init__(self, config: RunConfig, callback: Callback) -> None:
         super().__init__(config)
         self.callback, self.logs = callback, callback.logs
-        self.weights_in_training = ExitStack()  # closed, the model has the weights to evaluate and save
+        self.weights_in_training = ExitStack()  # closing it leaves the model with the weights to evaluate and save
 
     @cached_property
     def console(self) -> Console:
@@ -59,7 +59,7 @@ class TrainingSetup(Run):
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """The user's optimizer, or what their function makes; its learning rates are restored after the run."""
+        """The optimizer. Its learning rates are restored after the run, since it may be the user's own object."""
         config = self.config
         optimizer = make_optimizer(self.model, config.components.optimizer, config.recipe, config.given)
         check_step(optimizer, scales_gradients=self.accelerator.scaler is not None)
@@ -70,7 +70,7 @@ class TrainingSetup(Run):
 
     @property
     def notes(self) -> list[str]:
-        """What the banner says of a user's optimizer, which may bring rates of its own."""
+        """The banner's lines about a user's optimizer, which may have rates of its own."""
         if self.config.components.optimizer is None:
             return []
         scheduled = switches_weights(self.optimizer) and self.config.recipe.lr_scheduler != "constant"
@@ -87,7 +87,7 @@ class TrainingSetup(Run):
 
     @cached_property
     def resume_point(self) -> ResumePoint:
-        """Where the run continues from, if it is resumed."""
+        """The checkpoint that the run continues from, if it is resumed."""
         return ResumePoint.find(self.config.recipe, self.config.runtime, self.checkpoints, self.process_group)
 
     @cached_property
@@ -96,7 +96,7 @@ class TrainingSetup(Run):
 
     @cached_property
     def identity(self) -> RunIdentity:
-        """What a checkpoint says about the run, to be resumed by the same one."""
+        """The identity of the run, which its checkpoints save so that only the same run resumes from them."""
         return build_identity(
             self.config,
             self.data,
@@ -108,12 +108,12 @@ class TrainingSetup(Run):
 
     @cached_property
     def plan(self) -> BasePlan:
-        """The windows; where the run is resumed, with those that are done."""
+        """The windows of the run; if it is resumed, including those already trained on."""
         return self.resumed[0]
 
     @cached_property
     def resumed(self) -> tuple[BasePlan, ResumePoint]:
-        """The windows, and the point that the run continues from once these are known."""
+        """The windows of the run, and the point among them that it continues from."""
         fresh, report = self.new_plan(), self.data.objective.report
         is_main = self.process_group.is_main
         report_inexact(report, self.config.runtime, self.batch_sizes, self.planner, is_main=is_main)
@@ -153,7 +153,7 @@ class TrainingSetup(Run):
 
     @cached_property
     def loop(self) -> TrainingLoop:
-        schedule = self.schedule  # before Accelerate wraps the optimizer's step, which a schedule wraps as well
+        schedule = self.schedule  # made before Accelerate wraps the optimizer's step, which a schedule wraps too
         return TrainingLoop(
             self.accelerator,
             self.accumulator,
@@ -168,7 +168,7 @@ class TrainingSetup(Run):
     @cached_property
     def audits(self) -> AuditHandler:
         runtime, objective = self.config.runtime, self.data.objective
-        assert not isinstance(runtime.audit, str), "its rule has read it"
+        assert not isinstance(runtime.audit, str), "the settings have parsed it"
         auditor = GradientAuditor(
             self.accelerator,
             self.model,
@@ -198,7 +198,7 @@ class TrainingSetup(Run):
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """What evaluates the model; None where there are no validation rows."""
+        """The evaluation of the model; None if there are no validation rows."""
         data = self.data
         if data.val is None or data.val_rows is None:
             return None
@@ -214,9 +214,9 @@ class TrainingSetup(Run):
         )
 
     def evaluate(self) -> tuple[float | None, dict[str, float]]:
-        """Return the validation loss and metrics now: nothing, where there are no validation rows.
+        """Return the current validation loss and metrics; None and an empty dict if there are no validation rows.
 
-        Buffers are synced first, so that all processes evaluate the same model.
+        Sync buffers first, so that all processes evaluate the same model.
         """
         self.accumulator.sync_buffers()
         if self.evaluation is None:
@@ -234,7 +234,7 @@ class TrainingSetup(Run):
 
     @cached_property
     def state(self) -> TrainState:
-        """Everything that the next window depends on."""
+        """The state that later windows depend on, which checkpoints save."""
         components = self.config.components
         return TrainState(
             self.accelerator,
@@ -273,12 +273,12 @@ class TrainingSetup(Run):
     def _prepare_model(self, stack: ExitStack) -> None:
         if self.accelerator.mixed_precision == "fp16" and not self.config.runtime.accumulate_in_fp32:
             _refuse_float16(self.model)
-        _ = self.optimizer  # made before the model moves to its device
+        _ = self.optimizer  # must be made before the model moves to its device
         super()._prepare_model(stack)
 
     def validate(self) -> float | None:
-        """Return the validation loss now, between two windows."""
-        self.metrics_logger.drain()  # the run may end here, and then all of its updates are in the ledger
+        """Return the current validation loss, between two windows."""
+        self.metrics_logger.drain()  # the run may end here, and the ledger must then have all of its updates
         return self.evaluate()[0]
 
 
@@ -286,7 +286,7 @@ def _refuse_float16(model: nn.Module) -> None:
     if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
         raise SettingsError(
             [
-                "`mixed_precision` is 'fp16', but the weights to train are float16, which gradients cannot be unscaled "
-                "into. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
+                "`mixed_precision` is 'fp16', but the trainable weights are float16, whose gradients cannot be "
+                "unscaled. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
             ]
         )

@@ -1,4 +1,4 @@
-"""Callbacks: code that follows a run, and may end it."""
+"""Callbacks, which follow a run and may end it."""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -12,12 +12,12 @@ from ..tracking.throughput import Throughput
 
 
 class Callback:
-    """Follows one run. This one does nothing; a search brings its own.
+    """A callback that does nothing. Subclasses follow one run, as the search does.
 
     Attributes:
         logs: whether the run logs messages.
         saves_model: whether the run saves its model, and a checkpoint at the end of each epoch.
-        endings: errors that it raises to end a run for good.
+        endings: types of errors that the callback raises to end a run for good.
     """
 
     logs = True
@@ -29,8 +29,8 @@ class Callback:
         return Console(is_main, progress)
 
     def stop_signals(self, *, saves: bool) -> StopSignals:
-        """Return what handles the signals that ask to stop; only Ctrl-C, where nothing of the run is saved."""
-        sentence = "Asked to stop: the update under way is finished first. Ctrl-C (again) stops at once."
+        """Return the handler of the signals that ask to stop; it handles only Ctrl-C if the run is not saved."""
+        sentence = "Asked to stop: finishing the current update first. Press Ctrl-C (again) to stop at once."
         return StopSignals(sentence, ASKING if saves else (signal.SIGINT,))
 
     def milestones(self, plan: BasePlan) -> Iterable[int]:  # noqa: ARG002
@@ -38,17 +38,19 @@ class Callback:
         return ()
 
     def reached(self, milestone: int, rows: int, val_loss: float) -> None:
-        """Receive the validation loss at a milestone, on all processes alike. An error ends the run.
+        """Receive the validation loss at a milestone, on every process. An error raised here ends the run.
 
         Args:
-            rows: trained on by now: those of the first update that reached the milestone.
+            milestone: the number of trained rows to evaluate after.
+            rows: the number of rows trained on by now, after the first update that reached the milestone.
+            val_loss: the validation loss.
         """
 
 
 class Milestones:
-    """Evaluates where a callback asks for the validation loss, at the first update that gets there.
+    """Reports the validation loss to a callback after the first update that reaches each milestone.
 
-    Evaluating draws no random numbers and changes no state, so that a run is the same with and without.
+    An evaluation draws no random numbers and changes no state, so milestones do not change the run.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Milestones:
 
         Args:
             evaluate: returns the validation loss.
-            throughput: measures the time of training, which evaluating is no part of.
+            throughput: measures the training time, which does not include evaluations.
         """
         self._callback, self._plan = callback, plan
         self._evaluate, self._throughput = evaluate, throughput
@@ -67,7 +69,7 @@ class Milestones:
         self._reported: list[tuple[int, int, float]] = []
 
     def window_done(self) -> None:
-        """Evaluate after an update that reached a milestone, unless it ends an epoch, which is evaluated anyway."""
+        """Evaluate if an update has reached a milestone, unless it ends the epoch, which is evaluated anyway."""
         self._windows += 1
         if not self._ahead or self._ahead[0] > self._rows or self._plan.ends_epoch(self._windows):
             return
@@ -84,7 +86,7 @@ class Milestones:
         return {"windows": self._windows, "reported": self._reported}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Report again what was reported: the callback of this process may not have heard it."""
+        """Report the restored milestones again, since the callback of this process may not know them."""
         self._windows = state_dict["windows"]
         for milestone, rows, val_loss in state_dict["reported"]:
             self._report(milestone, rows, val_loss)

@@ -1,4 +1,4 @@
-"""Support for optimizers that evaluate a window again in `step`, such as LBFGS and SAM."""
+"""Support for optimizers whose `step` evaluates a window again through a closure, such as LBFGS and SAM."""
 
 import inspect
 import math
@@ -16,13 +16,15 @@ from ..runtime.optimizers import inner_optimizers
 
 @dataclass(frozen=True)
 class ClippedGradient:
-    """A window's gradient as it was before clipping, in numbers.
+    """Numbers that describe a window's gradient; the gradient itself has been clipped.
 
     Attributes:
-        losses: each pass's part of the window's loss.
-        suspects: passes of this process whose loss is not finite.
-        of_loss: whether any process has such a pass.
-        moved_buffers: for each large buffer that no window had changed before, whether this one did, on any process.
+        norm: the norm of the gradient before clipping.
+        n_items: the window's loss items on all processes.
+        losses: each micro-batch's part of the window's loss, on this process.
+        suspects: the micro-batches of this process whose loss is not finite.
+        of_loss: whether the loss of a micro-batch on any process is not finite.
+        moved_buffers: for each large buffer that no earlier window had changed, whether this one did on any process.
     """
 
     norm: float
@@ -38,7 +40,7 @@ class ClippedGradient:
 
 
 class NonFiniteStepError(Exception):
-    """Ends the step of an optimizer that asked for a loss or a gradient which is not finite."""
+    """Ends an optimizer's step because its closure computed a loss or a gradient that is not finite."""
 
     def __init__(self, gradient: ClippedGradient) -> None:
         super().__init__()
@@ -46,10 +48,10 @@ class NonFiniteStepError(Exception):
 
 
 def closure_of(evaluate: Callable[[], ClippedGradient], total: Callable[[float], float]) -> Callable[[], Tensor]:
-    """Return the closure to call `step` with.
+    """Return the closure to call `step` with. It returns the window's loss on all processes.
 
     Args:
-        evaluate: leaves the window's gradient at the present weights where the optimizer looks for it.
+        evaluate: computes the window's gradient at the current weights, and leaves it where the optimizer reads it.
         total: sums a number over all processes.
     """
 
@@ -64,31 +66,31 @@ def closure_of(evaluate: Callable[[], ClippedGradient], total: Callable[[float],
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer, or one that it passes its closure on to, steps with a closure only."""
+    """Return whether an optimizer, or one that it holds and may pass its closure to, cannot step without a closure."""
     return _takes_closure(optimizer) and any(map(_requires_closure, (optimizer, *inner_optimizers(optimizer))))
 
 
 def check_step(optimizer: Optimizer, *, scales_gradients: bool) -> None:
-    """Raise SettingsError where the loop cannot call an optimizer's `step`.
+    """Raise SettingsError if the training loop cannot call an optimizer's `step`.
 
     Args:
-        scales_gradients: whether a gradient scaler is at work (fp16).
+        scales_gradients: whether a gradient scaler is in use (fp16).
     """
     kind, faults = type(optimizer).__name__, []
     required = [p.name for p in _parameters(optimizer) if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if set(required) - {"closure"}:
         faults.append(
-            f"`step` of {kind} requires {', '.join(map(repr, required))}, but is called with a `closure` or with "
-            "nothing. Have it take `closure`, a function that computes the gradient again and returns the loss."
+            f"`step` of {kind} requires {', '.join(map(repr, required))}, but it is called with a `closure` or without "
+            "arguments. Let it take `closure`, a function that computes the gradient again and returns the loss."
         )
     elif _steps_twice(optimizer) and not _takes_closure(optimizer):
         faults.append(
-            f"{kind} takes two steps an update (`first_step`, `second_step`), but its `step` takes no `closure`. "
-            "Give it a `step(closure)` that calls them, with `closure()` in between."
+            f"{kind} takes two steps per update (`first_step`, `second_step`), but its `step` takes no `closure`. "
+            "Give it a `step(closure)` that calls both, with `closure()` in between."
         )
     elif needs_closure(optimizer) and scales_gradients:
         faults.append(
-            f"{kind} steps with a closure, which the gradient scaler of `mixed_precision='fp16'` cannot pass on. "
+            f"{kind} steps with a closure, which the gradient scaler of `mixed_precision='fp16'` does not support. "
             "Use 'bf16' or 'no'."
         )
     refuse(faults)
@@ -104,7 +106,7 @@ def _takes_closure(optimizer: Optimizer) -> bool:
 
 
 def _steps_twice(optimizer: Optimizer) -> bool:
-    """Return whether it is a SAM as it is often written: `step(closure=None)` fails without."""
+    """Return whether the optimizer looks like a common SAM, whose `step(closure=None)` fails without a closure."""
     return all(hasattr(optimizer, name) for name in ("first_step", "second_step"))
 
 

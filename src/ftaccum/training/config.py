@@ -1,4 +1,4 @@
-"""What a run is given: settings, and the model, the data and the functions that the user brings."""
+"""The configuration of a run: its settings, and the user's model, data and functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -23,7 +23,7 @@ from .schedule import fault_of_schedule
 
 @dataclass(frozen=True)
 class Components:
-    """The arguments of `test_fine_tuning` that are no settings; it says what each may be."""
+    """The arguments of `test_fine_tuning` that are not settings; its documentation describes each."""
 
     model: Any
     config: Any
@@ -39,26 +39,29 @@ class Components:
 
     @property
     def configuration(self) -> Any:
-        """The given config, else the model's, else an empty one."""
+        """The given config, or the model's, or an empty one."""
         return self.config or getattr(self.model, "config", None) or SimpleNamespace()
 
     @property
     def is_causal_lm(self) -> bool:
-        """Whether rows predict their own tokens, each from those before it."""
+        """Whether the model predicts each token of a row from the tokens before it."""
         generates = getattr(self.model, "can_generate", lambda: False)()
         return generates and not getattr(self.configuration, "is_encoder_decoder", False)
 
     @property
     def padding_side(self) -> str:
-        """The side that rows are padded on. A causal LM would predict the first token of a row from padding on its
-        left: its rows are padded on the right, wherever its tokenizer pads for generation."""
+        """The side that rows are padded on.
+
+        Rows of a causal LM are padded on the right, even if its tokenizer pads on the left for generation: with padding
+        on the left, the model would predict a row's first token from padding.
+        """
         if self.is_causal_lm and self.data_collator is None:
             return "right"
         return getattr(self.tokenizer, "padding_side", "right")
 
     @property
     def special_tokens(self) -> set[int]:
-        """The ids of padding, ends and the like, as far as tokenizer and model say."""
+        """The ids of padding, end-of-text and other special tokens, as the tokenizer and the config declare them."""
         config = vars(self.configuration)
         named = [value for name, value in config.items() if name.endswith("_token_id")]
         return {n for n in (*named, *getattr(self.tokenizer, "all_special_ids", ())) if isinstance(n, int)}
@@ -74,10 +77,10 @@ class RunConfig:
     """The arguments of `test_fine_tuning`, sorted into settings and components.
 
     Attributes:
-        recipe: what is learned.
-        runtime: how it is run.
-        components: the model, the data and the functions that the user brings.
-        given: `learning_rate` and `weight_decay`, if the user gave them: an optimizer may bring its own.
+        recipe: the settings that affect what the model learns.
+        runtime: the settings that only affect how the run executes.
+        components: the user's model, data and functions.
+        given: `learning_rate` and `weight_decay`, if the user gave them; if not, an optimizer may set its own.
     """
 
     recipe: Recipe
@@ -90,7 +93,7 @@ class RunConfig:
         """Sort and check the arguments.
 
         Args:
-            arguments: by name; a setting that is left out takes its default.
+            arguments: the arguments by name; a setting that is left out takes its default.
 
         Raises:
             SettingsError: with a sentence for each fault, before anything is loaded.
@@ -104,7 +107,7 @@ class RunConfig:
 
 
 def check_components(components: Components, recipe: Recipe, runtime: Runtime) -> None:
-    """Raises SettingsError with every fault that shows before anything is loaded."""
+    """Raise SettingsError with every fault that can be found before anything is loaded."""
     faults = _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
     if not isinstance(components.model, nn.Module):
         faults.append(
@@ -113,7 +116,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     elif _has_missing_weights(components.model):
         faults.append(
-            "`model` has weights on the meta device, which are shapes without numbers. Make the model outside of "
+            "`model` has weights on the meta device, which are shapes without numbers. Create the model outside "
             "`torch.device('meta')` and `init_empty_weights`, or load it with `from_pretrained`."
         )
     for name in ("data_collator", "loss_fn", "count_items"):
@@ -123,7 +126,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
     if not (isinstance(components.reduction, str) and components.reduction in ("mean", "sum")):
         faults.append(
             f"`reduction` must be 'mean' or 'sum', but is {shown(components.reduction)} instead. "
-            "Have `loss_fn` give the mean over its items, or their sum."
+            "Choose 'mean' if `loss_fn` returns the mean over its items, 'sum' if it returns their sum."
         )
     told = (fault_of_metrics(components.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
     faults += [fault for fault in told if fault]
@@ -142,25 +145,25 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
 
 
 def _has_missing_weights(model: nn.Module) -> bool:
-    """Return whether weights have no values. Those of a model that was spread over devices may be on the disk; those
-    to train may not."""
+    """Return whether the model has weights without values.
+
+    If the model is spread over devices, its frozen weights may be on disk, but its trainable weights may not.
+    """
     is_spread = bool(getattr(model, "hf_device_map", None))
     return any(p.is_meta and (p.requires_grad or not is_spread) for p in model.parameters())
 
 
 def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) -> list[str]:
     faults = {
-        "`train_data` is a stream, whose rows nobody can count, and `max_updates` is None. Give the number of updates: "
-        "the learning rate's schedule needs it.": recipe.max_updates is None,
+        "`train_data` is a stream, whose length is unknown, and `max_updates` is None. Set `max_updates`: the "
+        "learning rate's schedule needs the number of updates.": recipe.max_updates is None,
         f"`train_data` is a stream, from which no rows can be held out, but `validation_split` is "
-        f"{recipe.validation_split} and `val_data` is None. Give `val_data`, or `validation_split=0` for none.": (
-            components.val_data is None and recipe.validation_split > 0
-        ),
+        f"{recipe.validation_split} and `val_data` is None. Give `val_data`, or set `validation_split=0` to train "
+        "without validation.": (components.val_data is None and recipe.validation_split > 0),
         f"`train_data` is a stream, which the main process reads and collates, but `num_workers` is "
-        f"{runtime.num_workers}. Leave it out; the next window is read and collated while the device computes.": (
-            runtime.num_workers > 0
-        ),
-        "`train_data` is a stream of which each process has a part (`split_dataset_by_node`), but the main process "
-        "reads it for all. Give it undivided.": is_split(components.train_data),
+        f"{runtime.num_workers}. Leave it out; the main process reads and collates the next window while the device "
+        "computes.": runtime.num_workers > 0,
+        "`train_data` is a stream that `split_dataset_by_node` has divided among processes, but the main process "
+        "reads it for all of them. Give the undivided stream.": is_split(components.train_data),
     }
     return [sentence for sentence, holds in faults.items() if holds]

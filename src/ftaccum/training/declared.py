@@ -1,4 +1,4 @@
-"""What a loss says of itself: the label that it leaves out, and its class weights. The self-check measures both."""
+"""The ignored label and the class weights that a loss declares. The self-check measures whether they are right."""
 
 import functools
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _OF_PIXELS = ("semantic_loss_ignore_index", "loss_ignore_index")  # in Transform
 
 
 def ignore_index_of(components: Components, rows: Rows) -> int:
-    """Return the label that the loss leaves out, and that labels are padded with."""
+    """Return the label that the loss ignores, which is also the padding of labels."""
     named = [_declared(components, "ignore_index")]
     if components.loss_fn is None:
         of_pixels = _OF_PIXELS if _are_pixels(rows.fetch([0])[0]) else ()
@@ -31,13 +31,13 @@ def _are_pixels(row: Row) -> bool:
 
 
 def class_weights_of(components: Components) -> Tensor | None:
-    """Return the class weights that the loss has, if it says so."""
+    """Return the class weights that the loss declares, of shape (classes,), or None."""
     weights = _declared(components, "weight")
     return weights if isinstance(weights, Tensor) and weights.ndim == 1 else None
 
 
 def _declared(components: Components, name: str) -> Any:
-    """Return an attribute of the loss: the user's, or the only one among the modules that compute it."""
+    """Return an attribute of `loss_fn` or, if it has none, of the only loss module inside `loss_fn` or the model."""
     loss_fn = components.loss_fn
     if isinstance(loss_fn, functools.partial):
         return loss_fn.keywords.get(name)

@@ -1,4 +1,4 @@
-"""Validation: the loss over every row once, and metrics on the model's predictions."""
+"""Validation: the loss over every validation row, and metrics on the model's predictions."""
 
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -28,23 +28,23 @@ _Predicted: TypeAlias = tuple[RowIndices, np.ndarray, np.ndarray]  # rows, predi
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
 
 _MODULES = (EvaluationModule, CombinedEvaluations)
-# Rows that are padded together, where padding matters, or drawn together by a collator: fixed, so that what is measured
-# does not depend on how a run is batched. Of others, rows that are sorted by length together.
+# Numbers of rows to collate together if padding affects the loss or the collator draws random numbers, and to sort by
+# length together if not. The first is fixed so that the results do not depend on the batch sizes of the run.
 _ROWS_TOGETHER, _ROWS_SORTED = 64, 4096
 
 
 def fault_of_metrics(compute_metrics: Any) -> str | None:
-    """The sentence that says why these metrics cannot be computed, or None."""
+    """Return a message that says why `compute_metrics` cannot be used, or None if it can."""
     if compute_metrics is None or callable(compute_metrics) or isinstance(compute_metrics, _MODULES):
         return None
     return (
         "`compute_metrics` must be a function of an EvalPrediction or an `evaluate` module, but is "
-        f"{compute_metrics!r} instead. For example `compute_metrics=ftaccum.Accuracy()`."
+        f"{compute_metrics!r} instead. For example, give `compute_metrics=ftaccum.Accuracy()`."
     )
 
 
 class Evaluation:
-    """Evaluates a model on validation rows, each exactly once, over all processes."""
+    """Evaluates a model on the validation rows, each exactly once, on all processes together."""
 
     def __init__(
         self,
@@ -62,15 +62,15 @@ class Evaluation:
         self._metrics = None if compute_metrics is None else _Metrics(compute_metrics, ignore_index, objective.shifts)
 
     def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
-        """Returns the loss, a mean over all loss items, and the metrics.
+        """Return the loss, a mean over all loss items, and the metrics by name.
 
         Args:
-            model: as it was before it was wrapped: processes may have unequal numbers of batches, so that nothing
-                may communicate in a forward pass.
+            model: the unwrapped model. A wrapped one might communicate in its forward pass, but processes may have
+                different numbers of batches.
 
         Raises:
-            DataError: on all processes, where one of them meets a row that cannot be had.
-            MetricsError: on all processes, where `compute_metrics` fails on the main one.
+            DataError: on all processes, if a row of one of them cannot be read or used.
+            MetricsError: on all processes of several, if `compute_metrics` fails on the main one.
         """
         accelerator, metrics = self._accelerator, self._metrics
         losses = WeightedMeans(self._objective.terms, accelerator.device)
@@ -88,7 +88,7 @@ class Evaluation:
     def _evaluate(
         self, model: nn.Module, micro: MicroBatch, losses: WeightedMeans, predicted: list[_Predicted]
     ) -> None:
-        """One batch, or where memory runs out, its halves."""
+        """Evaluate one batch or, if memory runs out, its two halves."""
         try:
             batch = fresh_batch(micro.batch, self._accelerator.device)
             means, outputs = self._objective.means(model, batch, micro.counts, micro.terms, micro.names)
@@ -109,7 +109,7 @@ class Evaluation:
         for start in range(0, self._n_rows, together):
             rows = tuple(range(start, min(start + together, self._n_rows)))
             slices = self._loader.cut(rows, self._planner)[self._accelerator.process_index]
-            # Nothing here waits for another process, so that none needs a dummy.
+            # No process waits for another one here, so no dummy micro-batches are needed.
             yield LocalRows(rows, [piece for piece in slices if piece.rows], (start,))
 
     def _computed(self, metrics: "_Metrics", predicted: list[_Predicted]) -> dict[str, float]:
@@ -122,14 +122,14 @@ class Evaluation:
                 return metrics.compute(everyone)
             except SettingsError:
                 raise
-            except Exception as error:  # of a class that another process may not know
+            except Exception as error:  # other processes may be unable to unpickle its class
                 raise MetricsError(f"`compute_metrics` failed on the main process: {error!r}") from error
 
         return self._process_group.run_on_main(compute)
 
 
 class _Metrics:
-    """The user's `compute_metrics`, fed batch by batch."""
+    """Collects predictions batch by batch, and calls the user's `compute_metrics` on all of them."""
 
     def __init__(self, compute: ComputeMetrics, ignore_index: int, shifts: bool) -> None:
         """Args:
@@ -141,15 +141,18 @@ class _Metrics:
         self._takes_classes = "int" in str(features[:1])
 
     def keep(self, rows: RowIndices, outputs: Any, batch: Any) -> _Predicted:
-        """What the metrics need of a batch, on the host: its logits and labels, or for an `evaluate` module the
-        predicted classes and the labels, of those labels that count."""
+        """Return the predictions and labels of a batch on the host, as `compute_metrics` needs them.
+
+        For a function, these are the logits and labels; for an `evaluate` module, the predictions (usually classes) and
+        labels at positions that are not ignored.
+        """
         logits, labels = logits_of(outputs), targets_of(batch)
         assert labels is not None, "checked before training"
         if not isinstance(self._compute, _MODULES):
             return rows, _on_host(logits), _on_host(labels)
         if not labels.is_floating_point():
             classes = logits if logits.shape == labels.shape else logits.argmax(-1)
-        elif self._takes_classes:  # one yes or no for each of several labels
+        elif self._takes_classes:  # multi-label classification
             classes, labels = (logits > 0).long().reshape(labels.shape), labels.long()
         else:
             classes = logits.reshape(labels.shape)
@@ -159,7 +162,7 @@ class _Metrics:
         return rows, _on_host(classes[counted]), _on_host(labels[counted])
 
     def compute(self, predicted: list[_Predicted]) -> dict[str, float]:
-        """The metrics over all batches, by name. A function of the user's gets the rows in their order."""
+        """Return the metrics over all batches, by name. A user's function gets the rows in their original order."""
         rows, predictions, labels = zip(*predicted, strict=True)
         if isinstance(self._compute, _MODULES):
             found = self._compute.compute(predictions=np.concatenate(predictions), references=np.concatenate(labels))
@@ -182,7 +185,7 @@ def _on_host(tensor: Tensor) -> np.ndarray:
 
 
 def _joined(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Along the rows; where batches differ in width, padded with -100, as Transformers' `Trainer` does."""
+    """Concatenate arrays along the rows; pad unequal widths with -100, as Transformers' `Trainer` does."""
     shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))[1:]
     widened = [
         np.pad(

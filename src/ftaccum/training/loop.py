@@ -1,4 +1,4 @@
-"""The loop: what happens to one window after another, in order."""
+"""The training loop: accumulates, clips and steps, window by window."""
 
 import math
 from collections.abc import Callable
@@ -21,17 +21,17 @@ from .closure import ClippedGradient, NonFiniteStepError, closure_of, needs_clos
 from .nonfinite import NonFiniteUpdate
 from .rates import rate_in_use, scale_learning_rates
 
-# Returns a window in smaller micro-batches, given the pass of this process that ran out of memory.
+# Returns a window in smaller micro-batches, given the pass of this process that ran out of memory, if one did.
 Split = Callable[[LocalWindow, FailedPass | None], LocalWindow]
 BeforeUpdate = Callable[[LocalWindow], None]
 OnStep = Callable[[StepResult, NonFiniteUpdate | None], None]
 
 
 class TrainingLoop:
-    """Accumulates, clips and steps, window by window.
+    """Takes one update per window: accumulates its gradient, clips it and steps.
 
     Attributes:
-        in_update: whether an update is under way, or an error has left it half done.
+        in_update: whether an update is in progress, or an error has interrupted it.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class TrainingLoop:
         """Create a loop.
 
         Args:
-            strategy: what the accumulator sums gradients in.
-            optimizer: prepared by Accelerate.
-            schedule: not prepared by Accelerate, under which it would step once a process.
-            rate_factor: returns the factor of the scheduled learning rate for the index of a window.
-            max_grad_norm: infinity for no clipping.
+            strategy: sums the gradients for the accumulator.
+            optimizer: the optimizer, prepared by Accelerate.
+            schedule: the schedule, not prepared by Accelerate, which would step it once per process.
+            rate_factor: returns the factor of the scheduled learning rate for the window with the given index.
+            max_grad_norm: the norm to clip gradients to; infinity for no clipping.
         """
         self._accelerator, self._accumulator, self._strategy = accelerator, accumulator, strategy
         self._optimizer, self._schedule, self._process_group = optimizer, schedule, process_group
@@ -66,11 +66,11 @@ class TrainingLoop:
 
         Args:
             windows: this process's part of each window.
-            before_update: called with each window, before anything is computed of it.
-            split: called where memory runs out.
+            before_update: called with each window before its first pass.
+            split: called if memory runs out.
             on_step: called after each window.
         """
-        self._accumulator.zero_gradients()  # whatever came with the model is not the first window's
+        self._accumulator.zero_gradients()  # the model may have come with gradients
         with self._strategy.accumulating():
             for window in windows:
                 before_update(window)
@@ -84,10 +84,13 @@ class TrainingLoop:
     def update(
         self, window: LocalWindow, accumulated: AccumulatedWindow, split: Split
     ) -> tuple[StepResult, NonFiniteUpdate | None]:
-        """Clip, step optimizer and schedule, and zero the gradients.
+        """Clip the gradient, step the optimizer and the schedule, and drop the gradients.
 
-        The steps are skipped, and buffers restored, where the loss or the gradient is not finite, or the window has
-        no loss items.
+        Skip both steps and restore buffers if the loss or the gradient is not finite, or if the window has no loss
+        items.
+
+        Returns:
+            The result of the update, and a description of what was not finite, or None.
         """
         factor = self._rate_factor(window.window.index)
         rate = rate_in_use(self._schedule.optimizer, factor)
@@ -119,22 +122,23 @@ class TrainingLoop:
         )
 
     def _clip(self, accumulated: AccumulatedWindow) -> ClippedGradient:
-        """Clip the gradient of a window, and return what decides whether to step."""
-        # Accelerate's `clip_grad_norm_` fails for sharded weights in another order than the model's.
+        """Clip the gradient of a window, and return the numbers that decide whether to step."""
+        # Accelerate's `clip_grad_norm_` fails for sharded weights that are not in the model's order.
         self._accelerator.unscale_gradients()
         norm = _full(self._strategy.clip(self._max_grad_norm))
-        # The one wait for the device in an update: all of these decide whether to step.
+        # The only wait for the device in an update: these numbers decide whether to step.
         grad_norm, n_items, losses, moved = accumulated.read_with(norm)
         passes = zip(accumulated.contributions, losses, strict=True)
         suspects = [micro for (micro, _), loss in passes if not math.isfinite(loss)]
-        # The norm is the same on every process, losses and buffers are not.
+        # The norm is the same on every process, but losses and buffers are not.
         in_loss, *moved = self._process_group.any_of([bool(suspects), *moved])
         return ClippedGradient(grad_norm, n_items, losses, suspects, in_loss, moved)
 
     def _step(self, window: LocalWindow, accumulated: AccumulatedWindow, split: Split) -> None:
-        """Have the optimizer step; one that evaluates the window again gets the same rows and the same random draws.
+        """Step the optimizer; if it needs a closure, let it evaluate the same rows again with the same random draws.
 
-        What a step that fails has changed is put back. Buffers and generators end as the window's own passes left them.
+        Buffers and random number generators end as the window's first evaluation left them. If a step with a closure
+        fails, restore the weights and the optimizer.
         """
         if not self._needs_closure:
             self._optimizer.step()
@@ -157,22 +161,22 @@ class TrainingLoop:
             end.restore()
 
     def _accumulate(self, window: LocalWindow, split: Split) -> tuple[LocalWindow, AccumulatedWindow]:
-        """Accumulate a window, in smaller micro-batches as often as memory runs out. Return what fitted."""
+        """Accumulate a window, and return it with the result. Retry in smaller micro-batches while memory runs out."""
         while True:
             try:
                 return window, self._accumulator.accumulate(window.micro_batches)
             except WindowOutOfMemoryError as error:
                 failed = error.failed
-            give_back_memory()  # only now: the error's traceback holds the pass that failed
+            give_back_memory()  # outside the handler, where the error's traceback still held the failed pass
             window = split(window, failed)
 
     def _skip(self, accumulated: AccumulatedWindow) -> None:
-        """Leave the run as it was before the window, but for the gradient scaler."""
-        accumulated.start.buffers.restore()  # a NaN would stay in batch norm's running statistics for ever
+        """Restore buffers to their state before the window, and update the gradient scaler."""
+        accumulated.start.buffers.restore()  # a NaN would stay in batch norm's running statistics forever
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.update()  # the overflow was recorded when the gradients were unscaled
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be sharded as every process sees it."""
+    """Return the full tensor of one that may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

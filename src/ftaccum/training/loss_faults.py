@@ -1,4 +1,4 @@
-"""Why the loss of the first rows cannot be computed: the row, and the remedy where the cause is a known one."""
+"""The error for a loss that cannot be computed on the first rows. It names the row and, for known causes, a remedy."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from ..objective.item_counts import Batch, targets_of
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
-# What PyTorch says of whole numbers, and of truth values, where a loss compares floats.
+# Parts of PyTorch's messages about integer or boolean labels given to a loss that compares floats.
 _NOT_FLOATS = ("can't be cast to the desired output type", "two bool tensors", "Found dtype Long", "but found Long")
 
 
@@ -27,15 +27,16 @@ def loss_fault(
     candidates: Sequence[int],
     error: Exception,
 ) -> DataError:
-    """Return the error to raise where the loss of a few rows raised one.
+    """Return the error to raise after the loss of a few rows has raised one.
 
     Args:
-        candidates: positions of the rows.
+        candidates: the positions of these rows.
+        error: the error that the loss raised.
     """
     if components.train_data is None:
         return DataError(
             f"`train_data` is None, and {type(components.model).__name__} cannot train on synthetic tokens, "
-            f"each of which is the target of the one before: {error!r}. Give training data."
+            f"where each token is the label of the one before: {error!r}. Give training data."
         )
     failing = _failing_row(components, forward, rows, row_collator, candidates)
     named = (
@@ -43,7 +44,7 @@ def loss_fault(
     )
     row = row_collator.seeded(rows, [candidates[0] if failing is None else failing], 0)
     used = ", ".join(f"`{name}`" for name in ("loss_fn", "count_items") if getattr(components, name)) or "this model"
-    usual = f"Check that its columns, lengths and labels are those that {used} was made for."
+    usual = f"Check that its columns, lengths and labels are what {used} expects."
     remedy = next(_remedies(components, forward, row, error), usual)
     return DataError(f"The loss of {named} cannot be computed: {error!r}. {remedy}")
 
@@ -51,7 +52,7 @@ def loss_fault(
 def _failing_row(
     components: Components, forward: Forward, rows: Rows, row_collator: RowCollator, candidates: Sequence[int]
 ) -> int | None:
-    """Return the position of the first row that fails by itself."""
+    """Return the position of the first row that fails when it is run separately, or None."""
     device = next(components.model.parameters()).device
     for position in candidates:
         try:
@@ -63,10 +64,11 @@ def _failing_row(
 
 
 def _remedies(components: Components, forward: Forward, row: Batch, error: Exception) -> Iterator[str]:
-    """Yield what to do about causes that are known.
+    """Yield the remedies for known causes of an error.
 
     Args:
-        row: a batch of one row that failed.
+        row: a batch of the row that failed, or of the first row.
+        error: the error that the loss raised.
     """
     model, loss_fn, labels = components.model, components.loss_fn, targets_of(row)
     if _is_of_torch(loss_fn) and isinstance(error, TypeError) and "must be Tensor" in str(error):
@@ -74,39 +76,39 @@ def _remedies(components: Components, forward: Forward, row: Batch, error: Excep
     if labels is None:
         return
     if any(words in str(error) for words in _NOT_FLOATS) and not labels.is_floating_point():
-        yield "The loss compares floats, and the labels are whole numbers or truth values. Give them as 0.0 and 1.0."
+        yield "The loss compares floats, but the labels are integers or booleans. Give them as 0.0 and 1.0."
     n_classes = getattr(getattr(model, "config", None), "num_labels", None)
     if forward.is_own and not labels.is_floating_point() and labels.shape[1:] == (n_classes,):
         yield (
-            f"The row has {n_classes} labels, one for each class. Where several may hold at once, set "
-            "`model.config.problem_type = 'multi_label_classification'`; else give the number of the class."
+            f"The row has {n_classes} labels, one per class. If a row can have several classes, set "
+            "`model.config.problem_type = 'multi_label_classification'`; if not, give the index of its class."
         )
     leading = [name for name, column in columns_of(row).items() if column.ndim > 2 and column.shape[1] == 1]
     if leading:
         yield (
-            f"The columns {leading} of the row begin with a dimension of 1, as `return_tensors='pt'` makes it. Give "
+            f"The columns {leading} of the row begin with a dimension of 1, which `return_tensors='pt'` adds. Give "
             "`column[0]` of each."
         )
 
 
 def _is_of_torch(loss_fn: Any) -> bool:
-    """Return whether a loss is one of PyTorch's own, which takes two tensors."""
+    """Return whether a loss is one of PyTorch's own, which compare two tensors."""
     owner = loss_fn if not isinstance(loss_fn, nn.Module) else type(loss_fn)
     return getattr(owner, "__module__", "") in (nn.modules.loss.__name__, nn.functional.__name__)
 
 
 def _of_two_tensors(model: Any, loss_fn: Any, row: Batch, accepted: Collection[str]) -> str:
-    """Return what to do with a loss of PyTorch's own that was given a model's outputs."""
+    """Return the remedy for a PyTorch loss that was called with the model's outputs instead of a tensor."""
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     problem = f"{name} compares two tensors, but the model's outputs are an object."
-    own = "leave `loss_fn` out: the model computes a loss of its own." if "labels" in accepted else ""
+    own = "leave `loss_fn` out: the model computes its own loss." if "labels" in accepted else ""
     labels = targets_of(row)
     is_of_tokens = labels is not None and labels.ndim > 1 and not labels.is_floating_point()
-    if own and is_of_tokens and getattr(model, "can_generate", lambda: False)():  # whose labels are to be shifted
+    if own and is_of_tokens and getattr(model, "can_generate", lambda: False)():  # its labels must be shifted
         return f"{problem} Give rows that are dicts, and {own}"
     batch, targets = ("batch", "batch['labels']") if isinstance(row, Mapping) else ("targets", "targets")
     first, second = ("outputs.logits", targets)
     if is_of_tokens:
         first, second = f"{first}.flatten(0, 1)", f"{second}.flatten()"
-    remedy = f"Give `loss_fn=lambda outputs, {batch}: loss({first}, {second})`, with `loss` for yours"
+    remedy = f"Give `loss_fn=lambda outputs, {batch}: loss({first}, {second})`, where `loss` is your loss"
     return f"{problem} {remedy}{f', or {own}' if own else '.'}"

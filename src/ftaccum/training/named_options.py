@@ -1,4 +1,4 @@
-"""Which options the optimizers that a function makes were given by name or by position."""
+"""A record of the options that each optimizer's constructor was called with."""
 
 import functools
 import inspect
@@ -9,16 +9,16 @@ from typing import Any, TypeAlias
 
 from torch.optim import Optimizer
 
-# By optimizer, the names of the options in the call that made it.
+# The names of the options in the call that made each optimizer.
 NamedOptions: TypeAlias = MutableMapping[Optimizer, set[str]]
 
 
 @contextmanager
 def record_named_options() -> Iterator[NamedOptions]:
-    """Record the options in each call of an optimizer's class.
+    """Record the options in each call of an optimizer's constructor.
 
-    An option that is equal to its default cannot be told from the optimizer itself. So the constructors of all classes
-    of optimizers are wrapped meanwhile. Those of classes that are defined meanwhile are not.
+    An optimizer does not show whether an option that equals its default was given. So this context manager wraps the
+    constructors of all optimizer classes that exist when it is entered, and restores them on exit.
     """
     named: NamedOptions = weakref.WeakKeyDictionary()
     constructors = {kind: vars(kind)["__init__"] for kind in _kinds(Optimizer) if "__init__" in vars(kind)}
@@ -32,12 +32,12 @@ def record_named_options() -> Iterator[NamedOptions]:
 
 
 def _recording(constructor: Any, named: NamedOptions) -> Any:
-    """Return a constructor that also records the options that it is called with."""
+    """Return a constructor that also records the options it is called with."""
     signature = inspect.signature(constructor)
 
     @functools.wraps(constructor)
     def record(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        if type(self).__init__ is record:  # and not a subclass's call of it
+        if type(self).__init__ is record:  # not called by a subclass's constructor
             named[self] = {*signature.bind_partial(self, *args, **kwargs).arguments, *kwargs}
         constructor(self, *args, **kwargs)
 
@@ -45,5 +45,5 @@ def _recording(constructor: Any, named: NamedOptions) -> Any:
 
 
 def _kinds(kind: type[Optimizer]) -> set[type[Optimizer]]:
-    """Return a class and all that are derived from it."""
+    """Return a class and all its subclasses."""
     return {kind}.union(*map(_kinds, kind.__subclasses__()))

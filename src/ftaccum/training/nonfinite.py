@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite: which rows are to blame, what is told, and when a run ends for it."""
+"""Updates whose loss or gradient is not finite: finding the rows at fault, reporting them and ending the run."""
 
 import math
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import inspection_mode
 
-_ALL_TOLD = 10  # updates; of those that come after, every power of two, lest a log be flooded
-_NAMED = 8  # rows at most
+_ALL_TOLD = 10  # the first faults are all reported; later ones only if their number is a power of two
+_NAMED = 8  # the maximum number of rows to name in a message
 _CALM = "Lower `learning_rate` or `gradient_clip_norm`, or lengthen the warm-up"
 
 
 @dataclass(frozen=True)
 class NonFiniteUpdate:
-    """What was not finite in an update that was skipped for it. All processes have one, or none has.
+    """An update that was skipped because its loss or gradient was not finite; all processes have one, or none has.
 
     Attributes:
-        update: its number, from 1.
-        grad_norm: of the whole gradient.
-        loss: of the window, this process's part.
-        of_loss: whether the loss of any pass on any process was not finite, and not only the gradient.
-        suspects: the passes of this process whose loss was not.
-        n_passes: of this process.
-        scale: of fp16 gradients, after it fell; None without a gradient scaler.
+        update: the number of the update, from 1.
+        grad_norm: the norm of the whole gradient.
+        loss: this process's part of the window's loss.
+        of_loss: whether the loss of any micro-batch on any process was not finite, and not only the gradient.
+        suspects: this process's micro-batches whose loss was not finite.
+        n_passes: the number of micro-batches that this process ran.
+        scale: the loss scale of fp16 after it was lowered; None without a gradient scaler.
     """
 
     update: int
@@ -45,19 +45,19 @@ class NonFiniteUpdate:
 
     @property
     def is_overflow(self) -> bool:
-        """Whether it is what a gradient scaler is there for: in fp16, the first updates of a run are skipped so."""
+        """Whether only fp16's range was exceeded, as is normal in the first updates with a gradient scaler."""
         return self.scale is not None and not self.of_loss
 
 
 @dataclass
 class NonFiniteCounts:
-    """Updates that were not finite. All that the next ones depend on: a run that is resumed goes on from these.
+    """Counts of updates that were not finite, which checkpoints save.
 
     Attributes:
-        in_a_row: the last ones; an update that is finite ends the row.
-        faults: over the run, without overflows.
-        overflows: over the run, of which a gradient scaler took care.
-        ended: why the run was ended for it, if it was.
+        in_a_row: the number of such updates since the last finite one.
+        faults: the number of such updates in the run, without overflows.
+        overflows: the number of overflows in the run, which a gradient scaler handled.
+        ended: the message with which such updates ended the run; empty if they did not.
     """
 
     in_a_row: int = 0
@@ -69,15 +69,15 @@ class NonFiniteCounts:
         return dict(vars(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Whoever goes on with a run that was ended wants it to go on."""
+        """Load the counts; if such updates ended the run, reset `in_a_row` so that the resumed run can continue."""
         vars(self).update(state_dict | {"ended": "", "in_a_row": 0 if state_dict["ended"] else state_dict["in_a_row"]})
 
     def is_sound(self) -> bool:
-        """Whether the weights are beyond suspicion: they may be why several updates in a row are not finite."""
+        """Return whether the weights are above suspicion. They may be at fault if several updates are not finite."""
         return self.in_a_row <= bool(self.ended)
 
     def one_more(self, fault: NonFiniteUpdate) -> int:
-        """Counts it, and says which one of its kind it is."""
+        """Count an update, and return its number among those of its kind (faults or overflows), from 1."""
         self.in_a_row += 1
         if fault.is_overflow:
             self.overflows += 1
@@ -88,14 +88,14 @@ class NonFiniteCounts:
 
 @dataclass(frozen=True)
 class _Looked:
-    """What one process found, or all of them together, of rows by position.
+    """The findings of one process, or of all of them together. Rows are given by position.
 
     Attributes:
-        loss: of the window, as far as it was theirs.
-        found: rows that have a loss by themselves that is not finite, and that loss.
-        n_tried: rows that were run by themselves.
-        together: the rows of one pass with such a loss.
-        throughout: whether all passes had.
+        loss: the window's loss, or this process's part of it.
+        found: the rows whose loss is not finite when they are run separately, each with that loss.
+        n_tried: the number of rows that were run separately.
+        together: the rows of one micro-batch whose loss is not finite.
+        throughout: whether no micro-batch had a finite loss.
     """
 
     loss: float
@@ -116,14 +116,14 @@ class _Looked:
 
     @property
     def blames_the_model(self) -> bool:
-        """Whether every row that was tried is so."""
+        """Whether all micro-batches and all rows tried had such a loss, so that the weights may be at fault."""
         return self.throughout and 1 < self.n_tried == len(self.found)
 
 
 class NonFiniteHandler:
-    """Skipped updates whose loss or gradient is not finite: which rows cause them, and when they end the run.
+    """Reports skipped updates whose loss or gradient is not finite, finds the rows at fault, and may end the run.
 
-    All processes call it alike, and come to the same.
+    All processes must make the same calls, and reach the same result.
     """
 
     def __init__(
@@ -140,20 +140,23 @@ class NonFiniteHandler:
         """Create a handler.
 
         Args:
-            model: not wrapped, so that each process may run it alone.
+            model: the unwrapped model, which a process can run without the others.
             loader: loads the training rows.
-            raises: whether the first such update ends the run; an overflow in fp16 does not.
-            patience: so many such updates or overflows in a row end the run; None for any number.
+            raises: whether the first such update ends the run, unless it is an overflow of fp16.
+            patience: the number of such updates in a row, overflows included, that ends the run; None for no limit.
         """
         self._model, self._objective, self._loader, self._process_group = model, objective, loader, process_group
         self._device, self._raises, self._patience = device, raises, patience
         self.counts = NonFiniteCounts()
 
     def window_done(self, fault: NonFiniteUpdate | None) -> None:
-        """After each update.
+        """Count and report an update that was not finite. Must be called after each update.
+
+        Args:
+            fault: what was not finite; None if everything was.
 
         Raises:
-            DivergedError: on all processes, where the run is to end.
+            DivergedError: on all processes, if the run must end.
         """
         if fault is None:
             self.counts.in_a_row = 0
@@ -164,8 +167,8 @@ class NonFiniteHandler:
             return
         if fault.is_overflow and ended_by is None:
             logger.warning(
-                f"Update {fault.update} is skipped: its gradient overflowed in fp16. The scale is {fault.scale:.10g} "
-                f"now.{_fewer(nth)}"
+                f"Update {fault.update} is skipped: its gradient overflowed in fp16. The loss scale is now "
+                f"{fault.scale:.10g}.{_fewer(nth)}"
             )
             return
         looked = self._look(fault)
@@ -178,14 +181,16 @@ class NonFiniteHandler:
 
     def _ended_by(self, fault: NonFiniteUpdate) -> str | None:
         if self._raises and not fault.is_overflow:
-            return "The run ends here, since `on_nonfinite` is 'error'."
+            return "The run ends here because `on_nonfinite` is 'error'."
         if self._patience is not None and self.counts.in_a_row >= self._patience:
-            return f"It is number {self.counts.in_a_row} in a row, at which the run ends (`nonfinite_patience`)."
+            return f"It is number {self.counts.in_a_row} in a row, so the run ends (`nonfinite_patience`)."
         return None
 
     def _look(self, fault: NonFiniteUpdate) -> _Looked:
-        """What all processes find, each among its own rows."""
-        own = [micro for micro in fault.suspects if not micro.is_dummy]  # a dummy's batch is none of its rows
+        """Run suspect rows separately on each process, and return the findings of all processes."""
+        own = [
+            micro for micro in fault.suspects if not micro.is_dummy
+        ]  # a dummy's batch holds other rows than its slice
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0
@@ -202,27 +207,27 @@ class NonFiniteHandler:
         return _Looked.of_all(self._process_group.gather(mine))
 
     def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
-        """The loss of one of its rows by itself; None where it has none, or cannot be run so."""
+        """Return the loss of one row, run separately; None if it has no loss items or cannot be run so."""
         try:
             row = self._loader.row_of(micro, place)
             batch = fresh_batch(row.batch, self._device)
             means = self._objective.means(self._model, batch, row.counts, row.terms)[0]
             return sum(mean.item() for mean in means.values()) if means else None
-        except Exception:  # a head that takes no single row, or not this one: the run must not end for it
+        except Exception:  # the model may reject a single row, or this one, which must not end the run
             return None
 
     def _describe(self, fault: NonFiniteUpdate, looked: _Looked) -> str:
         if not fault.of_loss:
             return (
-                f"the norm of its gradient is {fault.grad_norm}, while its loss, {looked.loss:.4g}, is finite. So it "
-                "came of the backward pass, and no row can be named."
+                f"the norm of its gradient is {fault.grad_norm}, but its loss, {looked.loss:.4g}, is finite. The fault "
+                "is in the backward pass, so no row can be named."
             )
         if not looked.found:
             rows = [self._loader.name_of(row) for row in looked.together]
-            of_pass = f" One pass with such a loss had {_listed(rows)}." if rows else ""
-            return f"its loss is {looked.loss}, although each row alone has a finite loss.{of_pass}"
+            of_pass = f" A micro-batch with such a loss contains {_listed(rows)}." if rows else ""
+            return f"its loss is {looked.loss}, but no row has such a loss when run separately.{of_pass}"
         rows = [f"{self._loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
-        every = " That is every row that was tried, as if weights were not finite." if looked.blames_the_model else ""
+        every = " These are all the rows tried, so the weights may not be finite." if looked.blames_the_model else ""
         return f"its loss is {looked.loss}. Rows whose own loss is not finite: {_listed(rows)}.{every}"
 
 
@@ -233,7 +238,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _fewer(nth: int) -> str:
-    return " Of those to come, the 16th is told, the 32nd, and so on." if nth == _ALL_TOLD else ""
+    return " From now on, only the 16th, the 32nd and so on are reported." if nth == _ALL_TOLD else ""
 
 
 def _remedy(fault: NonFiniteUpdate, looked: _Looked) -> str:

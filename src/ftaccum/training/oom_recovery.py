@@ -1,4 +1,4 @@
-"""Memory that ran out: the window again in smaller micro-batches, with the same update."""
+"""Recovery from running out of memory: the window runs again in smaller micro-batches, for the same update."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,10 @@ from ..runtime.process_group import ProcessGroup
 
 
 class OomRecovery:
-    """Keeps a window loader's micro-batches within the memory that there is. All processes come to the same limits.
+    """Adapts the limits of a window loader's micro-batches to the available memory, equally on all processes.
 
     Attributes:
-        limits: how large micro-batches may be.
+        limits: the current limits of a micro-batch, and the requested ones.
     """
 
     def __init__(self, window_loader: WindowLoader, process_group: ProcessGroup) -> None:
@@ -25,32 +25,33 @@ class OomRecovery:
         """Return the same window in smaller micro-batches.
 
         Args:
-            failed: this process's pass that ran out of memory; None where it was another process's.
+            local_window: this process's part of the window.
+            failed: this process's pass that ran out of memory; None if it was a pass of another process.
 
         Raises:
-            torch.OutOfMemoryError: on all processes, where a single row was too much.
+            torch.OutOfMemoryError: on all processes, if memory ran out for a single row.
         """
         piece = MicroBatchRows() if failed is None else local_window.micro_batches[failed.index].slice
         if self._process_group.any(failed is not None and len(piece.rows) < 2):
             raise AgreedOutOfMemoryError(
                 "Memory ran out in a micro-batch of a single row"
                 + (f" ({self._window_loader.loader.name_of(piece.rows[0])})" if piece.rows else "")
-                + ". Truncate the rows, use `gradient_checkpointing`, or a smaller model; every update before this one "
-                "was taken." + (f" The device said: {failed.message}" if failed is not None else "")
+                + ". Truncate the rows, set `gradient_checkpointing`, or use a smaller model. All earlier updates have "
+                "been taken." + (f" The device reported: {failed.message}" if failed is not None else "")
             )
         tokens = self._process_group.min(None if failed is None else piece.tokens)
-        assert tokens is not None, "memory ran out on one process at least"
+        assert tokens is not None, "memory ran out on at least one process"
         self.limits.ran_out(tokens)
         self._apply_limits()
         smaller = self._window_loader.again(local_window)
         logger.warning(
-            f"Out of memory: update {local_window.window.index + 1} is run again in {len(smaller.micro_batches)} "
-            f"passes instead of {len(local_window.micro_batches)}, with the same rows."
+            f"Out of memory: update {local_window.window.index + 1} is run again with the same rows, in "
+            f"{len(smaller.micro_batches)} micro-batches instead of {len(local_window.micro_batches)}."
         )
         return smaller
 
     def window_done(self) -> None:
-        """Allow larger micro-batches again after enough windows that fitted."""
+        """Allow larger micro-batches again after enough windows that fit in memory."""
         self.limits.went_well()
         self._apply_limits()
 

@@ -1,4 +1,4 @@
-"""The trainable parameters of a model, and the groups that an optimizer gets them in."""
+"""The trainable parameters of a model, and the groups in which the optimizer gets them."""
 
 from typing import Any
 
@@ -13,22 +13,22 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require a gradient.
 
     Raises:
-        SettingsError: where every parameter is frozen.
+        SettingsError: if every parameter is frozen.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
-        raise SettingsError(["`model` has no trainable parameter: all have requires_grad=False. Unfreeze some."])
+        raise SettingsError(["`model` has no trainable parameter: all have `requires_grad=False`. Unfreeze some."])
     return trainable
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> ParamGroups:
-    """Return the trainable parameters in two groups: those with weight decay, and biases and norms, without.
+    """Return the trainable parameters in two groups: matrices, with weight decay, and the rest, without.
 
-    Parameters of fewer than two dimensions are biases, norms' scales and the like; decaying them only shrinks what
-    they scale (the usual practice since GPT-2 and BERT).
+    Parameters of fewer than two dimensions are biases, scales of norms and the like, which usually get no weight decay
+    (as in BERT and GPT-2). An empty group is left out.
 
     Raises:
-        SettingsError: where every parameter is frozen.
+        SettingsError: if every parameter is frozen.
     """
     trainable = trainable_parameters(model)
     groups = [

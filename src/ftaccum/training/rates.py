@@ -1,4 +1,4 @@
-"""Learning rates and weight decay: whether the settings or the optimizer say them, and which rate an update used."""
+"""Learning rates and weight decay: whether the settings or the optimizer set them, and which rate an update uses."""
 
 import inspect
 import math
@@ -14,22 +14,24 @@ from ..errors import refuse
 from ..runtime.optimizers import inner_optimizers
 from .named_options import NamedOptions
 
-# The settings, and the names that parameter groups have for them.
+# The settings, and their names in parameter groups.
 _NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay"}
 
 
 def settle_rates(optimizer: Optimizer, settings: dict[str, float], given: Collection[str], named: NamedOptions) -> None:
-    """Give an optimizer that a function of the parameter groups has made the numbers that it was made with.
+    """Set the learning rate and weight decay of an optimizer's groups to those that its constructor was called with.
 
-    The groups carry those of the settings, so that `SGD(groups, lr=0.1)` would leave 0.1 unused.
+    The groups that the user's function gets already contain the numbers of the settings, so `SGD(groups, lr=0.1)` would
+    ignore 0.1.
 
     Args:
-        settings: `learning_rate` and `weight_decay`.
-        given: those that the user gave.
-        named: the options that the function named, of this optimizer and those that it holds.
+        optimizer: the optimizer that the user's function made.
+        settings: the values of `learning_rate` and `weight_decay`.
+        given: the names of those that the user gave.
+        named: the options in the constructor calls of this optimizer and of those that it holds.
 
     Raises:
-        SettingsError: where the user gave one, and the optimizer was made with another.
+        SettingsError: if the user gave a number, and the optimizer was made with a different one.
     """
     faults = []
     for made in (optimizer, *inner_optimizers(optimizer)):
@@ -50,7 +52,7 @@ def settle_rates(optimizer: Optimizer, settings: dict[str, float], given: Collec
 
 
 def check_rates_of_instance(optimizer: Optimizer, settings: dict[str, float], given: Collection[str]) -> None:
-    """Raise SettingsError where the user gave a rate or a decay that no group of their optimizer has."""
+    """Raise SettingsError if the user gave a learning rate or weight decay that no group of their optimizer has."""
     faults = []
     for name in sorted(given):
         own = {float(group[key]) for group in optimizer.param_groups if _is_number(group.get(key := _NAMES[name]))}
@@ -61,31 +63,31 @@ def check_rates_of_instance(optimizer: Optimizer, settings: dict[str, float], gi
 
 
 def check_groups(optimizer: Optimizer, given: Collection[str]) -> None:
-    """Raise SettingsError where a schedule cannot set the rates that the optimizer's steps take."""
+    """Raise SettingsError if a schedule cannot set the learning rates that the optimizer uses."""
     faults = []
     kind = type(optimizer).__name__
     if any(map(sets_its_own, optimizer.param_groups)) and "learning_rate" in given:
         faults.append(
-            f"`learning_rate` is given, but {kind} has `relative_step=True`, with which it sets its own. "
+            f"`learning_rate` is given, but {kind} has `relative_step=True` and sets its own learning rate. "
             "Leave one of them out."
         )
     if any(not sets_its_own(group) and not _is_number(group.get("lr")) for group in optimizer.param_groups):
         faults.append(
-            f"A parameter group of {kind} has no number as `lr`, and the schedule sets that. Give one; an optimizer "
-            "that holds others has theirs as its `param_groups`."
+            f"A parameter group of {kind} has no number as `lr`, which the schedule sets. Give it one. An optimizer "
+            "that holds others must use their `param_groups` as its own."
         )
     own = {id(group) for group in optimizer.param_groups}
     for inner in inner_optimizers(optimizer):
         if any(id(group) not in own for group in inner.param_groups):
             faults.append(
-                f"{kind} holds {type(inner).__name__}, whose parameter groups are not its own, so that the schedule "
-                "does not reach them. Have its `param_groups` be those of the optimizers that it holds."
+                f"{kind} holds {type(inner).__name__}, whose parameter groups are not its own, so the schedule does "
+                "not reach them. Make its `param_groups` those of the optimizers that it holds."
             )
     refuse(faults)
 
 
 def describe_rates(optimizer: Optimizer) -> str:
-    """Return a line for the banner: the optimizer, its peak rates and its weight decay."""
+    """Return the banner's line about the optimizer, its peak learning rates and its weight decay."""
     groups = optimizer.param_groups
     rates = "its own" if any(map(sets_its_own, groups)) else _listed(group["lr"] for group in groups)
     decays = [group["weight_decay"] for group in groups if _is_number(group.get("weight_decay"))]
@@ -95,23 +97,24 @@ def describe_rates(optimizer: Optimizer) -> str:
 
 
 def peak_rates(optimizer: Optimizer) -> list[float | None]:
-    """Return the rate of each group; None where the optimizer sets it."""
+    """Return the peak learning rate of each group; None for a group whose rate the optimizer computes."""
     return [None if sets_its_own(group) else float(group["lr"]) for group in optimizer.param_groups]
 
 
 def sets_its_own(group: dict[str, Any]) -> bool:
-    """Return whether the optimizer computes the rate of a group and ignores its `lr` (Transformers' Adafactor)."""
+    """Return whether the optimizer computes the learning rate of a group itself (Transformers' Adafactor)."""
     return bool(group.get("relative_step"))
 
 
 def rate_in_use(optimizer: Optimizer, factor: float) -> float:
-    """Return the rate of the first group for the next step.
+    """Return the learning rate of the first group for the next step.
 
-    Adafactor bounds it by 1/√t, or computes it altogether; how it then scales each weight's rate by the weight's own
-    size (`scale_parameter`) is no part of it.
+    At step t, Adafactor limits the rate to 1/√t, or computes it altogether. Its scaling by the size of each weight
+    (`scale_parameter`) is not included.
 
     Args:
-        factor: of the scheduled rate.
+        optimizer: the optimizer.
+        factor: multiplies the scheduled rate.
     """
     group = optimizer.param_groups[0]
     holders = [o for o in (optimizer, *inner_optimizers(optimizer)) if any(g is group for g in o.param_groups)]
@@ -128,7 +131,7 @@ def rate_in_use(optimizer: Optimizer, factor: float) -> float:
 
 @contextmanager
 def preserve_learning_rates(optimizer: Optimizer) -> Iterator[None]:
-    """Leave an optimizer with the learning rates that it came with, whatever a schedule does to them."""
+    """Restore the learning rates of an optimizer on exit, whatever a schedule does to them."""
     before: list[dict[str, Any]] = [
         {name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups
     ]
@@ -139,14 +142,13 @@ def preserve_learning_rates(optimizer: Optimizer) -> Iterator[None]:
         for group, rates in zip(optimizer.param_groups, before, strict=True):
             group.pop("initial_lr", None)
             group.update(rates)
-        for rate, value in tensors:  # a schedule writes into them
+        for rate, value in tensors:  # a schedule changes tensors in place
             rate.copy_(value)
 
 
 @contextmanager
 def scale_learning_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Multiply the learning rates for the time of one step. A schedule that continues from the rate before finds it
-    unchanged."""
+    """Multiply the learning rates, and restore them on exit for schedules that compute each rate from the last one."""
     before = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, before, strict=True):
         group["lr"] = rate * factor
@@ -162,8 +164,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_default_of_class(optimizer: Optimizer, key: str, value: Any) -> bool:
-    """Return whether a value is the default in the signature of the class, or of the nearest base class that has one:
-    the very object, as an equal one may be chosen in the constructor."""
+    """Return whether an option's value is the default in the signature of the optimizer's class or its nearest base.
+
+    Compare by identity, since a constructor may choose an equal value itself.
+    """
     for kind in type(optimizer).__mro__:
         if issubclass(kind, Optimizer) and key in (options := inspect.signature(kind).parameters):
             return options[key].default is value
@@ -171,7 +175,7 @@ def _is_default_of_class(optimizer: Optimizer, key: str, value: Any) -> bool:
 
 
 def _contradiction(name: str, wanted: float, other: str) -> str:
-    return f"`{name}` is {wanted:g}, but {other}. Leave one of them out, so that it is clear which one is meant."
+    return f"`{name}` is {wanted:g}, but {other}. Leave one of them out to make clear which one you mean."
 
 
 def _listed(numbers: Any) -> str:

@@ -21,20 +21,21 @@ from .config import RunConfig
 from .nonfinite import NonFiniteUpdate
 
 _NOT_TRAINING = (
-    "That was before the first update of this start, or after the last one. The same call with `resume='auto'` goes on "
-    "from the newest checkpoint in `output_dir`, if there is one."
+    "This happened before the first update of this start or after the last one. To continue from the newest checkpoint "
+    "in `output_dir`, if there is one, make the same call with `resume='auto'`."
 )
 _NOT_REPEATABLE = (
-    "Rows or collator draw from a generator of their own. A run that is interrupted sees other draws behind that; "
-    "those of `random`, `numpy.random` and `torch` it would see again."
+    "The rows or the collator draw from a random number generator of their own, so a resumed run will get different "
+    "draws after the interruption. Draws from `random`, `numpy.random` and `torch` would be the same."
 )
 
 
 def run_training(config: RunConfig, callback: Callback | None = None) -> Result:
-    """Train a model, or what is left of an interrupted run. For arguments and errors see `test_fine_tuning`.
+    """Train a model, or continue an interrupted run. See `test_fine_tuning` for the arguments and errors.
 
     Args:
-        callback: follows the run, and may end it.
+        config: the configuration of the run.
+        callback: follows the run and may end it.
     """
     with TrainingRun(config, callback or Callback()) as run:
         return run.train()
@@ -46,7 +47,7 @@ class TrainingRun(TrainingSetup):
     _is_training = False
 
     def train(self) -> Result:
-        """Train to the end of the run, or of what is left of it, and write its outputs."""
+        """Train to the end of the run and write its outputs."""
         self._announce()
         self._restore()
         self._is_training = True
@@ -59,7 +60,7 @@ class TrainingRun(TrainingSetup):
         if self.best.restore(self.model):
             logger.info(f"Restored the weights of the epoch with validation loss {self.best.loss:.4f}.")
         result = self._result()
-        self._inner.close()  # the model is saved in the mode and without the wrappers that it came with
+        self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saved = self.model if self.callback.saves_model else None
         ledger, tokenizer = self.metrics_logger.ledger, self.config.components.tokenizer
         result = write_outputs(result, ledger, saved, tokenizer, self.run_dir, self.process_group)
@@ -68,15 +69,15 @@ class TrainingRun(TrainingSetup):
         return result
 
     def _keep_inexact(self) -> list[str]:
-        """Save the model of a run that an audit has ended, and return sentences that say where the run is kept."""
+        """Save the model of a run that an audit has ended, and return sentences that say where it is saved."""
         n_updates, saved = self.metrics_logger.n_windows, self.checkpoint_manager.describe()
         self.weights_in_training.close()
         self._inner.close()
         if not n_updates or self.run_dir is None or not self.callback.saves_model:
-            return [f"The model in memory has {n_updates} updates.", "`on_inexact='warn'` trains all the same."]
+            return [f"The model in memory has had {n_updates} updates.", "Set `on_inexact='warn'` to train anyway."]
         faults = write_model(self.model, self.config.components.tokenizer, self.run_dir, self.process_group)
         kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
-        return [*kept, saved, "With `on_inexact='warn'` it trains all the same."]
+        return [*kept, saved, "Set `on_inexact='warn'` to train anyway."]
 
     def describe_progress(self) -> str:
         if not self._is_training:
@@ -85,7 +86,7 @@ class TrainingRun(TrainingSetup):
 
     def _announce(self) -> None:
         """Print the banner, and log where the run resumes."""
-        _ = self.resume_point  # a checkpoint of another run is refused before the data are loaded
+        _ = self.resume_point  # refuses a checkpoint of another run before the data are loaded
         data, plan = self.data, self.plan
         knows_lengths = data.train.knows_lengths
         cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)
@@ -95,21 +96,24 @@ class TrainingRun(TrainingSetup):
             logger.info(message)
 
     def _restore(self) -> None:
-        """Bring the run to where it continues, or evaluate before its first update."""
-        _ = self.loop  # wraps the model, which changes what is restored into
+        """Restore the state of a resumed run, or evaluate a new one before its first update."""
+        _ = self.loop  # wraps the model, which must happen before its state is restored
         resume_point, ledger = self.resumed[1], self.metrics_logger.ledger
-        resume_point.restore(self.state)  # only a run that can be resumed changes what is on the disk
+        resume_point.restore(self.state)  # before any file changes, since it may fail
         if self.process_group.is_main:
             self._open_files(ledger)
         _ = self.checkpoint_manager  # from here on, signals wait for the end of an update
         if resume_point.path is None:
-            # Before the first update also to have a metric that cannot be computed fail now and not after an epoch.
+            # This also lets a faulty metric fail now and not after the first epoch.
             ledger.initial_val_loss, metrics = self.evaluate()
             self.console.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), self.plan.n_epochs)
         resume_point.restore_generators(self.state, self.config.recipe.random_seed)
 
     def _open_files(self, ledger: Ledger) -> None:
-        """On the main process alone, which must not build a part here: others would not."""
+        """Open the ledger, and set aside newer checkpoints that the run does not continue from.
+
+        This runs on the main process only. It must build no component, because the other processes would not.
+        """
         if self.run_dir is None or self.checkpoints is None:
             return
         ledger.keep_in(self.run_dir.ledger)
@@ -120,9 +124,9 @@ class TrainingRun(TrainingSetup):
 
     def _train_epochs(self) -> None:
         for epoch in self.plan.epochs:
-            if epoch < self.metrics_logger.n_epochs:  # it had ended before the run was interrupted
+            if epoch < self.metrics_logger.n_epochs:  # this epoch had ended before the run was interrupted
                 for _ in self.plan.windows(epoch, self.metrics_logger.n_windows):
-                    pass  # a stream has to be read through
+                    pass  # read a stream up to the next epoch
             elif self.best.has_ended:
                 return
             else:
@@ -154,7 +158,7 @@ class TrainingRun(TrainingSetup):
 
     @property
     def _agreed_errors(self) -> tuple[type[Exception], ...]:
-        """Errors that all processes raise alike."""
+        """The types of errors that are raised on all processes together."""
         on_all = (DataError, DivergedError, InexactLossError, MetricsError, AgreedOutOfMemoryError)
         return (Exception,) if self.process_group.is_single else on_all
 

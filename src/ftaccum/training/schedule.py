@@ -13,7 +13,7 @@ from .rates import sets_its_own
 
 
 def fault_of_schedule(name: str) -> str | None:
-    """Return the sentence that says why `lr_scheduler` cannot be this name, or None."""
+    """Return a message that says why `lr_scheduler` cannot have this name, or None if it can."""
     usable = _usable_schedules()
     if name in usable:
         return None
@@ -21,16 +21,15 @@ def fault_of_schedule(name: str) -> str | None:
 
 
 def make_schedule(name: str, optimizer: Optimizer, warmup_updates: int, n_updates: int) -> LRScheduler:
-    """Return a schedule by its name in Transformers, which `fault_of_schedule` has found usable, in updates."""
+    """Return the schedule with a name in Transformers that `fault_of_schedule` accepts. Lengths are in updates."""
     for group in optimizer.param_groups:
         if sets_its_own(group):
-            group["lr"] = 0.0  # a schedule multiplies it; the optimizer does not read it
+            group["lr"] = 0.0  # the schedule needs a number to multiply, but the optimizer does not read it
     return get_scheduler(name, optimizer, num_warmup_steps=warmup_updates, num_training_steps=n_updates)
 
 
 def _usable_schedules() -> list[str]:
-    # Tried rather than listed: some of Transformers' schedules need arguments of their own, and a schedule on the
-    # validation loss takes it at each step.
+    # Try each schedule: some need further arguments, and those that follow a metric take it in `step`.
     usable = []
     for kind in SchedulerType:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
