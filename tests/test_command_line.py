@@ -90,7 +90,7 @@ def test_a_file_may_use_the_other_name_of_a_flag(tmp_path: Path) -> None:
     yaml.write_text("data: x.csv\n")
     assert parse([NamedArguments], ["--config", str(yaml)])[0].train_data == "x.csv"
     yaml.write_text("data: x.csv\ntrain_data: y.csv\n")
-    with pytest.raises(SettingsError, match="says 'train_data' twice, once as 'data'"):
+    with pytest.raises(SettingsError, match="sets 'train_data' twice, once as 'data'"):
         parse([NamedArguments], ["--config", str(yaml)])
 
 
@@ -101,7 +101,7 @@ def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[st
     for words, sentence in (
         (["search", "--max_updates", "9"], "There is no option '--max_updates'"),
         (["plan", "--batch_size", "0"], "ftaccum plan: `batch_size` must be a positive integer, but is 0 instead."),
-        (["train", "--model", model], "`--train_data` is needed"),
+        (["train", "--model", model], "`--train_data` is required"),
         (["train", "--model", model, "--train_data", rows, "--n_epochs", "0"], "`n_epochs` must be a positive integer"),
         (
             ["train", "--model", model, "--train_data", "absent.csv"],
@@ -312,11 +312,11 @@ def test_errors_about_search_options_say_why(capsys: pytest.CaptureFixture[str])
     for words, sentence in (
         ([*named, "--workers", "0"], "`n_workers` must be a positive integer, but is 0 instead."),
         ([*named, "--pruner", "halving"], "`pruner` must be 'successive_halving', 'hyperband', 'median', 'none'"),
-        ([*named, "--space", "weight_decay"], "`space` has 'weight_decay'. Say name=lowest:highest"),
-        ([*named, "--space", "weight_decay=a:b"], "`space` has 'weight_decay=a:b'. Say name=lowest:highest"),
+        ([*named, "--space", "weight_decay"], "`space` has 'weight_decay'. Give name=lowest:highest"),
+        ([*named, "--space", "weight_decay=a:b"], "`space` has 'weight_decay=a:b'. Give name=lowest:highest"),
         ([*named, "--n_epochs", "0"], "`n_epochs` must be a positive integer"),
         ([*named, "--effective_batch_size", "8"], "There is no option '--effective_batch_size'."),
-        (["search"], "`--model` is needed"),
+        (["search"], "`--model` is required"),
     ):
         assert main(words) == 2
         assert sentence in capsys.readouterr().err

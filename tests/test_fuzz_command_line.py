@@ -109,9 +109,9 @@ def test_an_error_about_an_option_says_why(capsys: pytest.CaptureFixture[str], w
     [
         ("n_trials: 3", "has the unknown key 'n_trials'. It is an option of `ftaccum search`."),
         ("batch-size: 3", "has the unknown key 'batch-size'. Did you mean 'batch_size'?"),
-        ("n_epochs: 1\nn_epochs: 2", "cannot be read: 'n_epochs' is there twice"),
-        ("1: 2", "has the unknown key 1. Known are"),
-        ("recipe: {n_epochs: 1}", "has the unknown key 'recipe'. Known are"),
+        ("n_epochs: 1\nn_epochs: 2", "cannot be read: 'n_epochs' appears twice"),
+        ("1: 2", "has the unknown key 1. Known names are"),
+        ("recipe: {n_epochs: 1}", "has the unknown key 'recipe'. Known names are"),
         ("- n_epochs: 1", "must hold `name: value` lines, but holds [{'n_epochs': 1}] instead"),
         ("", "must hold `name: value` lines, but holds None instead"),
         ("n_epochs: x", "`n_epochs` must be a positive integer, but is 'x' instead"),

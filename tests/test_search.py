@@ -331,7 +331,7 @@ def test_a_factory_that_returns_a_trained_model_is_told() -> None:
 
 
 def test_a_function_of_the_trial_that_gives_what_nobody_takes_ends_the_search() -> None:
-    with pytest.raises(SettingsError, match="'weight_decya', which is no argument"):
+    with pytest.raises(SettingsError, match="'weight_decya', which is not an argument"):
         quick(space=lambda _: {"weight_decya": 0.1})
 
 
@@ -502,7 +502,7 @@ def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         quick(output_dir=folder, batch_size=4, n_epochs=3)
     assert len(caught.value.faults) == 2
     assert "was created with `n_epochs` 2, and this search has 3" in str(caught.value)
-    with pytest.raises(DataError, match="have 128 rows each, and `train_data` now comes to 66"):
+    with pytest.raises(DataError, match="have 128 rows each, but with this `train_data` a trial has 66"):
         quick(output_dir=folder, train_data=points(37), n_trials=3)
     assert len(ended(quick(output_dir=folder, n_trials=3))) == 3
 
@@ -749,7 +749,7 @@ def test_a_finished_refit_is_kept_until_another_trial_is_best(
     weights = (tmp_path / "best" / "model" / "model.safetensors").stat()
     capsys.readouterr()
     assert search(3) == (best, 0)
-    assert f"The best trial, {best}, was run again before: its model is in" in capsys.readouterr().out
+    assert f"The best trial, {best}, was already run again. Its model is in" in capsys.readouterr().out
     assert (tmp_path / "best" / "model" / "model.safetensors").stat() == weights
 
     study = optuna.load_study(study_name=tmp_path.name, storage=open_storage(None, tmp_path))
@@ -837,14 +837,14 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ),
         (
             {"space": {"weight_decy": FloatDistribution(0, 1)}},
-            "'weight_decy', which is no argument of a run. Did you mean 'weight_decay'",
+            "'weight_decy', which is not an argument of `test_fine_tuning`. Did you mean 'weight_decay'",
         ),
-        ({"space": {"weight_decay": (0, 1)}}, r"\(0, 1\) for 'weight_decay', which is no distribution"),
+        ({"space": {"weight_decay": (0, 1)}}, r"\(0, 1\) for 'weight_decay', which is not a distribution"),
         ({"space": {"weight_decay": FloatDistribution(-1, 1)}}, "`weight_decay` must be a non-negative number"),
         ({"space": {"lr_scheduler": CategoricalDistribution(["cosin"])}}, "`lr_scheduler` must be one of"),
         ({"space": 3}, "`space` must be a dict of Optuna distributions"),
         ({"batch_size": "auto"}, "`batch_size` must be a number in a search"),
-        ({"model_factory": Layer()}, "`model_factory` must be a function that makes a model, but is Layer instead"),
+        ({"model_factory": Layer()}, "`model_factory` must be a function that returns a new model, but is Layer"),
         ({"model": Layer()}, "Give `model_factory`"),
         ({"gradient_accumulation_steps": 4}, "Give the candidates as `accumulation_steps`"),
         ({"effective_batch_size": 64}, "`effective_batch_size` follows from `accumulation_steps`"),
@@ -855,9 +855,9 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"validation_split": 0.0}, "A search compares validation losses"),
         ({"optimizer": torch.optim.SGD(Layer().parameters(), lr=1)}, "`optimizer` is an instance"),
         ({"early_stopping_patience": 2}, "`early_stopping_patience` is 2, which would give trials different budgets"),
-        ({"storage": "postgresql://me@here/db"}, "`storage` is one that others may use as well. Name your study"),
+        ({"storage": "postgresql://me@here/db"}, "`storage` may hold other studies as well, but `study_name` is None"),
         ({"refit": True}, "`refit` saves a model, but `output_dir` is None"),
-        ({"n_workers": 2}, "`n_workers` is 2, but the study would be in the memory of one"),
+        ({"n_workers": 2}, "`n_workers` is 2, but the study would be in the memory of one process"),
         ({"storage": "nosuchdb://here/x", "study_name": "x"}, "`storage` 'nosuchdb://here/x' cannot be opened"),
     ],
 )

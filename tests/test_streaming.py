@@ -438,7 +438,7 @@ def test_a_stream_is_said_to_have_been_looked_at_as_far_as_it_was(monkeypatch: p
 
 
 def test_a_search_takes_no_stream() -> None:
-    with pytest.raises(SettingsError, match="`train_data` is a stream, but trials are compared after the same rows"):
+    with pytest.raises(SettingsError, match="`train_data` is a stream, but a search compares trials on the same rows"):
         search(BERT.model, train_data=Stream(BERT.rows()), val_data=BERT.rows(3))
 
 

@@ -103,7 +103,7 @@ def test_a_loss_that_cannot_be_told_is_refused() -> None:
             return loss, 2 * loss
 
     of = reference(Several(4, 3), [{"x": torch.ones(4), "labels": 1}] * 2)
-    with pytest.raises(DataError, match="with 2 single numbers, so it is open which is its loss"):
+    with pytest.raises(DataError, match="with 2 scalars, so its loss cannot be identified"):
         of.loss(of.batch(range(2)))
 
 
@@ -170,7 +170,7 @@ def test_a_rare_row_far_from_the_sample_is_in_the_update(seed: int) -> None:
     rows = [({"x": torch.ones(4) * (n % 7)}, 2 if n == 2900 else n % 2) for n in range(3000)]
     found = verify_weighted(rows, torch.tensor([1.0, 1.0, 50.0]), seed)
     assert found.exact  # the weight of its class has been measured
-    assert "For 1 of the rows, others with rare label values or columns were taken." in found.notes
+    assert "Rows with rare label values or columns replaced 1 of the rows." in found.notes
 
 
 @pytest.mark.parametrize("seed", range(4))  # in some, the first row that is measured weighs nothing

@@ -1,4 +1,4 @@
-"""The command `ftaccum`: a thin front to the Python functions, with options named as their arguments."""
+"""The `ftaccum` command: a thin layer over the Python functions. Its options have the names of their arguments."""
 
 import contextlib
 import sys
@@ -22,13 +22,13 @@ Fine-tuning where gradient accumulation is exactly a large batch.
 commands:
   train   fine-tune a model on files or hub data
   search  find accumulation steps and learning rate at a fixed physical batch
-  verify  whether accumulating is one large batch, on your model and rows
-  plan    the arithmetic of a run: k, updates, remainder
+  verify  check on your model and rows that accumulation equals one large batch
+  plan    compute the batch sizes and updates of a run without running it
 
-`ftaccum COMMAND --help` lists a command's options. On several processes: `accelerate launch -m ftaccum train …`.
+`ftaccum COMMAND --help` lists a command's options. For several processes: `accelerate launch -m ftaccum train …`.
 """
 
-# Each command has the fields of these dataclasses as options.
+# The options of a command are the fields of these dataclasses.
 OPTIONS: dict[str, list[type]] = {
     "train": [TrainArguments, Recipe, Runtime],
     "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
@@ -44,8 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     Returns:
-        0; 1 if training diverged, an output could not be written, a search finished no trial, or accumulating is not
-        exact; 2 for bad input; 75 if a scheduler stopped it (the same command resumes); 130 if a user did.
+        0 on success; 1 if training diverged, an output could not be written, a search finished no trial, or
+        accumulating is not exact; 2 for bad input; 130 after Ctrl-C.
+
+    Raises:
+        Preempted: if a scheduler stopped training. The process exits with status 75.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "search": _search, "verify": _verify, "plan": _plan}
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(command: str, words: Sequence[str], description: str) -> Any:
-    """Return an instance of each of the command's dataclasses."""
+    """Parse the options of a command into one instance of each of its dataclasses."""
     options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in OPTIONS.items()}
     elsewhere = {
         option: f"It is an option of {', '.join(f'`ftaccum {each}`' for each in options if option in options[each])}."
@@ -80,21 +83,21 @@ def _parse(command: str, words: Sequence[str], description: str) -> Any:
 
 
 def _plan(words: Sequence[str]) -> int:
-    arguments, recipe = _parse("plan", words, "Shows the arithmetic of a run. Loads no model and no data.")
+    arguments, recipe = _parse("plan", words, "Computes the batch sizes and updates of a run. Loads no model or data.")
     print(plan(**vars(arguments), **vars(recipe)))
     return 0
 
 
 def _train(words: Sequence[str]) -> int:
     description = (
-        "Fine-tunes a model. Exit status: 0 if all is done; 1 if the ledger, the result or the model could not be\n"
-        "written, or if training ended because its updates were not finite; 2 for bad input, before anything is\n"
-        "loaded; 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C: `--resume auto` resumes the run."
+        "Fine-tunes a model. Exit status: 0 on success; 1 if the ledger, the result or the model could not be\n"
+        "written, or if training ended because its updates were not finite; 2 for bad input, before any training;\n"
+        "75 after SIGTERM or SIGUSR1; 130 after Ctrl-C. `--resume auto` resumes an interrupted run."
     )
     named, recipe, runtime = _parse("train", words, description)
     _check_named(named, "train")
 
-    # These imports take seconds: bad input is refused before them.
+    # These imports take seconds, so check the input first.
     from accelerate import PartialState
 
     from ..fine_tuning import test_fine_tuning
@@ -119,8 +122,8 @@ def _train(words: Sequence[str]) -> int:
 
 def _search(words: Sequence[str]) -> int:
     description = (
-        "Searches for the number of accumulation steps and the learning rate at a fixed physical batch. The same\n"
-        "command again resumes the search; with `--storage`, on any number of machines at once."
+        "Searches for the best number of accumulation steps and learning rate at a fixed physical batch size.\n"
+        "Run the same command again to resume the search. With `--storage`, any number of machines can share it."
     )
     named, varied, settings, recipe, runtime = _parse("search", words, description)
     _check_named(named, "search")
@@ -157,20 +160,21 @@ def _search(words: Sequence[str]) -> int:
 
 def _verify(words: Sequence[str]) -> int:
     description = (
-        "Compares the gradient of an update, accumulated in many ways, with the gradient of the same rows in one\n"
-        "batch: cut as in training, row by row, in random orders and sizes, and short like the last update of an\n"
-        "epoch. Also shows the errors of `loss / k` and of Transformers' Trainer. Runs in train mode without dropout,\n"
-        "in float64 if the model can. Trains nothing. The rows of an update must fit in memory together.\n\n"
-        "Exit status: 0 if accumulating is exact to rounding, 1 if it is not, 2 for bad input."
+        "Accumulates the gradient of one update in many ways, and compares each with the gradient of the same rows\n"
+        "in one batch. The rows are split as in training, one by one, and in random orders and sizes. Shorter windows\n"
+        "test an epoch's last update. The table also shows the errors of `loss / k` and of Transformers' Trainer.\n"
+        "The model runs in train mode without dropout, in float64 if possible, and is not trained. If the rows of an\n"
+        "update do not fit in memory together, fewer of them are compared.\n\n"
+        "Exit status: 0 if accumulating is exact up to rounding, 1 if it is not, 2 for bad input."
     )
     named, output, settings, recipe, runtime = _parse("verify", words, description)
     _check_named(named, "verify")
     if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
-        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Make it first."])
+        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Create the folder first."])
 
     parse_settings(vars(recipe) | vars(runtime))
     refuse(find_faults(settings))
-    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the table
+    with contextlib.redirect_stdout(sys.stderr):  # keep standard output for the table
         from accelerate import PartialState
 
         from .load import load
@@ -191,12 +195,10 @@ def _verify(words: Sequence[str]) -> int:
 def _check_named(named: NamedArguments, command: str) -> None:
     needed = [name for name in ("model", "train_data") if not getattr(named, name)]
     if needed:
-        raise SettingsError(
-            [f"`--{name}` is needed. `ftaccum {command} --help` lists what it may be." for name in needed]
-        )
+        raise SettingsError([f"`--{name}` is required. `ftaccum {command} --help` describes it." for name in needed])
     refuse(find_faults(named))
 
 
 def _measures(named: TrainArguments, validation_split: float) -> bool:
-    """Return whether there are labelled rows to measure accuracy on."""
+    """Return whether there are labelled validation rows to measure accuracy on."""
     return named.task == "text-classification" and (named.val_data is not None or validation_split > 0)

@@ -1,4 +1,4 @@
-"""Load what a command line names: rows by file or hub name, and a model for a task by folder or hub name."""
+"""Load the rows and the model that a command line names, from files, folders or the hub."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".p
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a command line named, loaded."""
+    """The model, tokenizer and rows that a command line names."""
 
     model: Any
     tokenizer: Any
@@ -34,11 +34,11 @@ class Loaded:
 
 
 def load(named: TrainArguments, seed: int) -> Loaded:
-    """Load rows and model. A new head gets its weights from the seed, so that a run can be repeated.
+    """Load the rows and the model. The seed decides the weights of a new head, so that runs can be repeated.
 
     Raises:
-        DataError: for rows that cannot be read.
-        SettingsError: for a task or model that is unknown.
+        DataError: if the rows cannot be read.
+        SettingsError: if the task is unknown, or the model cannot be loaded.
     """
     if named.task not in TASKS:
         raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
@@ -49,10 +49,12 @@ def load(named: TrainArguments, seed: int) -> Loaded:
 
 
 def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
-    """Load everything but the model, and return a function that makes a new model at each call. It can be pickled.
+    """Return a function that loads a new model at each call, and the tokenizer and rows.
+
+    The function can be pickled. `model` of the returned `Loaded` is None.
 
     Raises:
-        DataError, SettingsError: as `load`.
+        DataError, SettingsError: as in `load`.
     """
     loaded = load(named, seed=0)
     return partial(_new_model, named.task, named.model, _classes(named, loaded.train)), replace(loaded, model=None)
@@ -65,7 +67,7 @@ def _new_model(*named: Any) -> Any:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Silence what Transformers prints whenever it loads weights: it has printed it before."""
+    """Silence what Transformers prints when it loads weights. It was shown when the first model was loaded."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -78,7 +80,7 @@ def _without_reports() -> Iterator[None]:
 
 
 def load_rows(named: TrainArguments) -> tuple[Dataset, Dataset | None]:
-    """Return training and validation rows; those of a classifier have their classes in the column `label`."""
+    """Return the training and validation rows. For classification, rename the column of classes to `label`."""
     columns = {named.label_column: "label"} if named.task == "text-classification" else {}
     train = read_rows(named.train_data, columns=columns)
     if named.max_train_rows is not None:
@@ -95,12 +97,12 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
     """Read a CSV, TSV, JSON, JSON-lines, Parquet or text file, a folder that `save_to_disk` wrote, or a hub data set.
 
     Args:
-        source: a path or a hub name, followed by `:config` if the hub has several.
-        split: the split to read of a hub data set or a saved DatasetDict.
-        columns: new names for columns, {old: new}.
+        source: a path, or a hub name, followed by `:config` if the data set has several configurations.
+        split: the split to read from a hub data set or a saved DatasetDict.
+        columns: new column names, {old: new}.
 
     Raises:
-        DataError: if it cannot be read, with the reason.
+        DataError: if the rows cannot be read, or lack a column to rename.
     """
     path = Path(source)
     try:
@@ -118,7 +120,7 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
     except Exception as error:
         raise DataError(
             f"Rows {source!r} cannot be read: {error}. Give a {', '.join(_READERS)} file, a folder that `save_to_disk` "
-            "wrote, or a data set of the hub."
+            "wrote, or the name of a data set on the hub."
         ) from error
     missing = [old for old in columns or {} if old not in rows.column_names]
     if missing:
@@ -127,7 +129,7 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
 
 
 def _renamed(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
-    """Return rows with renamed columns. A column that has such a name already is dropped, also as `labels`."""
+    """Rename columns. Drop other columns that already have a new name; `labels` counts as `label`."""
     changed = {old: new for old, new in columns.items() if old != new}
     synonyms = {"labels"} if "label" in columns.values() else set()
     dropped = (set(changed.values()) | synonyms) - changed.keys()
@@ -138,11 +140,11 @@ def class_names(rows: Dataset, label: str = "label") -> list[str]:
     """Return the classes of a label column, in the order of their numbers.
 
     Raises:
-        DataError: if the column is missing, or its labels are neither names nor numbers from 0 on.
+        DataError: if the column is missing or has gaps, or if its labels are neither names nor integers from 0 on.
     """
     if label not in rows.column_names:
         raise DataError(
-            f"The rows have no label column {label!r}, only {rows.column_names}. Give one with `--label_column`."
+            f"The rows have no label column {label!r}, only {rows.column_names}. Choose one with `--label_column`."
         )
     feature = rows.features[label]
     if isinstance(feature, ClassLabel):
@@ -168,12 +170,12 @@ def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, 
         classes: for classification, the names of the classes in the order of their numbers.
 
     Raises:
-        SettingsError: if it cannot be loaded.
+        SettingsError: if the model or its tokenizer cannot be loaded.
     """
     heads: dict[str, Any] = {}
     if classes:
         heads = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
-        heads["ignore_mismatched_sizes"] = True  # other classes get a new head, and Transformers says so
+        heads["ignore_mismatched_sizes"] = True  # new head for other classes; Transformers reports it
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = TASKS[task].from_pretrained(name, **heads)
@@ -183,6 +185,6 @@ def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, 
         ) from error
     if tokenizer.pad_token_id is None:  # models made for generation often have none; padding is masked anyway
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is not None:  # classifiers look for the last token that is no padding
+    if tokenizer.pad_token_id is not None:  # classifiers use the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

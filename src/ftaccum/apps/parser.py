@@ -1,4 +1,4 @@
-"""Command-line flags and YAML files to settings, through Transformers' `HfArgumentParser`."""
+"""Read settings from command-line flags and YAML files, with Transformers' `HfArgumentParser`."""
 
 import argparse
 import difflib
@@ -21,34 +21,34 @@ _data = partial(setting, group="model and data")
 
 @dataclass
 class NamedArguments:
-    """A model and rows, by name."""
+    """The names of a model and of training data."""
 
-    model: Text = _data("", "folder or hub name of the model (needed)")
-    train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (needed)", "--data")
+    model: Text = _data("", "folder or hub name of the model (required)")
+    train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (required)", "--data")
     task: Text = _data("text-classification", "text-classification or causal-lm")
     label_column: Text = _data("label", "column of the classes, as names or numbers")
-    max_train_rows: PositiveInt | None = _data(None, "train on the first so many rows; none: all")
+    max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
 
 
 @dataclass
 class TrainArguments(NamedArguments):
-    """A model, rows to train on, and rows to validate on, by name."""
+    """The names of a model, of training data and of validation data."""
 
-    val_data: Text | None = _data(None, "the same for validation; none: some are held out")
+    val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option, and the description as it was written."""
+    """A formatter that shows the default of every option, and does not wrap the description."""
 
 
 class _Parser(HfArgumentParser):
-    """Lists options by group, and raises errors that argparse would print below a page of usage."""
+    """A parser that groups the options in its help, and raises SettingsError where argparse would print and exit."""
 
     def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: Field) -> None:
         groups = {group.title: group for group in self._action_groups}
         if title := traits_of(field).group:
             parser = groups.get(title) or self.add_argument_group(title)
-        plain = copy(field)  # argparse gets all metadata, and knows no traits
+        plain = copy(field)  # `add_argument` receives all metadata, and rejects `traits`
         plain.metadata = MappingProxyType({name: v for name, v in field.metadata.items() if name != "traits"})
         super()._parse_dataclass_field(parser, plain)
 
@@ -69,16 +69,16 @@ def parse(
 ) -> Any:
     """Parse flags into one instance of each dataclass in `kinds`.
 
-    `--config FILE` first reads a YAML mapping of the same names (or a flag's other name); flags override it. A flag
-    that may be None takes the word none. If a field has a rule, a word that cannot be converted stays a word, for the
-    rule to refuse.
+    `--config FILE` reads defaults from a YAML file, whose keys are option names or their aliases. Flags override it.
+    An option that may be None accepts the word none. A value that cannot be converted stays a string if its field has
+    a rule; that rule reports it later.
 
     Args:
-        elsewhere: for the options of other commands, by name, a sentence that says which ones.
+        elsewhere: for each option of other commands, by name, a sentence that names those commands.
 
     Raises:
-        SettingsError: for a file that cannot be read, for unknown keys or flags, with the nearest known one, and for
-            values of fields without a rule that cannot be parsed.
+        SettingsError: if the file cannot be read; for unknown keys or flags, with the most similar known one; for
+            values that cannot be converted, if their fields have no rules.
         SystemExit: after `--help`.
     """
     parser = build_parser(kinds, prog=prog, description=description)
@@ -97,7 +97,7 @@ def parse(
 
 
 def build_parser(kinds: Sequence[type], *, prog: str | None = None, description: str = "") -> HfArgumentParser:
-    """Return the parser of a command whose options are the fields of `kinds`, and `--config`."""
+    """Return the parser of a command. Its options are the fields of `kinds` and `--config`."""
     usage = "%(prog)s [options]"
     parser = _Parser(kinds, prog=prog, usage=usage, description=description, formatter_class=_Help)
     parser.add_argument("--config", help="YAML file of these options; flags override it")
@@ -112,12 +112,12 @@ def build_parser(kinds: Sequence[type], *, prog: str | None = None, description:
 
 
 def _reader(convert: Any, kinds_of_value: Sequence[type], has_rule: bool) -> Callable[[str], Any]:
-    """Return the function that reads the word after a flag, or a word in a file.
+    """Return the function that converts a value from a flag or a file.
 
     Args:
-        convert: how argparse would read it.
+        convert: the conversion that argparse would use.
         kinds_of_value: the types in the field's annotation, if it has several.
-        has_rule: whether a rule refuses bad values later.
+        has_rule: whether the field has a rule, which reports bad values later.
     """
     if str in kinds_of_value and int in kinds_of_value:
         convert = int
@@ -134,20 +134,20 @@ def _reader(convert: Any, kinds_of_value: Sequence[type], has_rule: bool) -> Cal
                 return word
             wanted = {int: "a whole number", float: "a number", string_to_bool: "yes or no"}
             raise argparse.ArgumentTypeError(
-                f"must be {wanted.get(convert, 'another word')}, but is {shown(word)} instead"
+                f"must be {wanted.get(convert, 'a different value')}, but is {shown(word)} instead"
             ) from error
 
     return read
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return the advice on an unknown name: the known one that is nearest, or all of them."""
+    """Return a hint for an unknown name: the most similar known name, or all of them."""
     near = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+    return f"Did you mean {near[0]!r}?" if near else f"Known names are {', '.join(known)}."
 
 
 def _instead(word: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    """Return the advice on an option that is unknown here: the commands that have it, or `nearest`."""
+    """Return a hint for an option that this command does not have: the commands that have it, or a similar name."""
     who = elsewhere.get(word.partition("=")[0].lstrip("-").replace("-", "_"))
     if who is None:
         return nearest(word, known)
@@ -156,7 +156,7 @@ def _instead(word: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> s
 
 
 def _read(file: Path, kinds: Sequence[type], elsewhere: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options in a file by field, which it may name by a flag's other name."""
+    """Return the options in a file, by field name. The file may also use the aliases of flags."""
     declared = [f for kind in kinds for f in fields(kind)]
     known = [f.name for f in declared]
     aliases = {alias.lstrip("-"): f.name for f in declared for alias in f.metadata.get("aliases", ())}
@@ -169,7 +169,7 @@ def _read(file: Path, kinds: Sequence[type], elsewhere: Mapping[str, str]) -> di
         if name not in known
     ]
     faults += [
-        f"`--config` {str(file)!r} says {name!r} twice, once as {key!r}. Keep one of them."
+        f"`--config` {str(file)!r} sets {name!r} twice, once as {key!r}. Keep one of them."
         for key, name in named
         if key != name and names.count(name) > 1
     ]

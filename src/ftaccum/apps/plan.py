@@ -1,4 +1,4 @@
-"""`plan`: the arithmetic of a run, without running it."""
+"""`plan`: compute the batch sizes and updates of a run without running it."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from ..settings import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments:
-    """The arguments of `plan` besides those of a Recipe: with rules, and flags for the command line."""
+    """The arguments of `plan` that are not in the Recipe, with their rules and command-line options."""
 
-    n_rows: PositiveInt = setting(1000, "rows of the data, before the hold-out", group="length of training")
+    n_rows: PositiveInt = setting(1000, "number of rows, including those held out", group="length of training")
     batch_size: PositiveInt = setting(
         4, "rows of a micro-batch on one process (the physical batch)", group="size of an update"
     )
     tokens_per_row: Length | None = setting(
-        None, "mean length of the rows, needed with tokens_per_update", group="size of an update"
+        None, "mean length of the rows in tokens; required with tokens_per_update", group="size of an update"
     )
     num_processes: PositiveInt = setting(1, "processes that `accelerate launch` would start", group="size of an update")
 
@@ -44,12 +44,12 @@ def plan(
     validation_split: float = 0.1,
     random_seed: int = 42,
 ) -> Plan:
-    """Work out the arithmetic of a run, without running it. `print(plan(...))` shows it.
+    """Compute the batch sizes and updates of a run without running it. `print(plan(...))` shows them.
 
     Args:
-        n_rows: rows before the hold-out.
-        tokens_per_row: mean length of the rows, in tokens; needed with `tokens_per_update`.
-        num_processes: as `accelerate launch` would start.
+        n_rows: number of rows, including those that `validation_split` holds out.
+        tokens_per_row: mean length of the rows, in tokens; required with `tokens_per_update`.
+        num_processes: number of processes that `accelerate launch` would start.
 
     The other arguments are those of `test_fine_tuning`.
 
@@ -57,7 +57,7 @@ def plan(
         The plan that `test_fine_tuning` would follow.
 
     Raises:
-        SettingsError: one sentence for each argument that cannot be used.
+        SettingsError: if arguments cannot be used, with a sentence for each.
     """
     own = {
         "n_rows": n_rows,
@@ -79,7 +79,7 @@ def plan(
     arguments, recipe = read_settings(PlanArguments, own), read_settings(Recipe, learned)
     faults = find_faults(arguments) + find_faults(recipe) or faults_of_schedule(recipe)
     if recipe.tokens_per_update is not None and arguments.tokens_per_row is None:
-        faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean length of the rows.")
+        faults.append("`tokens_per_update` needs `tokens_per_row`, which is None. Give the mean row length.")
     refuse(faults)
     n_held = n_held_out(arguments.n_rows, recipe.validation_split)
     return Plan(

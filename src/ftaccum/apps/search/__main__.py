@@ -1,4 +1,4 @@
-"""The process of one worker, as the launcher starts it."""
+"""The program of a worker process, which the launcher starts."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`search`: the public function."""
+"""The public function `search`."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +26,14 @@ from .space import STEPS, Others, make_space
 _RUN = inspect.signature(test_fine_tuning).parameters
 _NAMES = ("accumulation_steps", "space", *SearchSettings.__dataclass_fields__, *_RUN)
 _REFUSED = {
-    "model": "`model` is one model, and every trial needs its own. Give `model_factory`, a function that makes it.",
-    STEPS: f"The search itself sets `{STEPS}`. Give the candidates as `accumulation_steps`; (1,) for none.",
+    "model": "`model` is a single model, but each trial needs a new one. Give `model_factory`, which returns one.",
+    STEPS: f"The search sets `{STEPS}`. Give the candidates as `accumulation_steps`, (1,) for no accumulation.",
     "effective_batch_size": "`effective_batch_size` follows from `accumulation_steps` in each trial. Leave it out.",
-    "max_updates": "`max_updates` is not for a search: a trial with more accumulation steps would train on more rows. "
-    "Leave it out: `n_epochs` is the budget of each trial.",
-    "learning_rate_scaling": "`learning_rate_scaling` follows a k that changes within a run, and that of a trial does "
-    "not. Leave it out; `couple_learning_rate` scales the rate of a trial with its k.",
-    "tokens_per_update": "`tokens_per_update` would fix `accumulation_steps`, which is searched. Leave it out.",
+    "max_updates": "`max_updates` does not suit a search: a trial with more accumulation steps would train on more "
+    "rows. Leave it out. `n_epochs` is the budget of each trial.",
+    "learning_rate_scaling": "`learning_rate_scaling` needs a k that changes within a run, but k is constant in a "
+    "trial. Leave it out; `couple_learning_rate` scales the rate of a trial with its k.",
+    "tokens_per_update": "`tokens_per_update` would set the accumulation steps, which the search varies. Leave it out.",
 }
 
 
@@ -64,52 +64,56 @@ def search(
     progress: bool = True,
     **arguments: Any,
 ) -> Study:
-    """Search for the number of accumulation steps and the learning rate, at a fixed physical batch.
+    """Search for the best number of accumulation steps and learning rate at a fixed physical batch size.
 
-    Every trial is a `test_fine_tuning` from the same weights on the same rows in the same order, and minimizes
-    `final_loss`. Trials are compared, and pruned, after the same numbers of rows, whatever their effective batch. The
-    same call with the same storage resumes the search, and several callers can share one study.
+    Each trial is a `test_fine_tuning` run from the same weights on the same rows in the same order. The search
+    minimizes its `final_loss`. Trials are compared and pruned after the same numbers of rows, whatever their effective
+    batch sizes. The same call with the same storage resumes the search, and several callers can share one study.
 
     Args:
-        model_factory: makes the model of a trial, on the seed of the runs, so that a new head starts the same in all.
-        config, train_data, val_data: as in `test_fine_tuning`; without `val_data` some rows are held out.
+        model_factory: returns a new model for each trial. It is called with the random seed of the runs, so that a
+            new head starts from the same weights in all trials.
+        config, train_data, val_data: as in `test_fine_tuning`. If `val_data` is None, some rows are held out.
         batch_size: rows of a micro-batch on one process, the same in all trials.
-        accumulation_steps: candidates for `gradient_accumulation_steps`: numbers, each of them a category, or an
-            IntDistribution from 1 on. 1 is always among them, and comes first.
-        learning_rate: (lowest, highest), searched on a logarithmic scale; a FloatDistribution; or a number, fixed.
+        accumulation_steps: candidates for `gradient_accumulation_steps`: numbers, which are treated as categories, or
+            an IntDistribution from 1 on. 1 is always included, and is tried first.
+        learning_rate: (lowest, highest), searched on a logarithmic scale; a FloatDistribution; or a fixed number.
         space: further arguments of `test_fine_tuning` to vary: a dict of Optuna distributions by name, or a function of
-            the trial that returns a dict of arguments. Not those that would give trials other rows or another budget.
-        n_trials: trials in all, over all workers and all starts. Pruned and failed ones count, interrupted ones run
-            again.
-        couple_learning_rate: "sqrt" or "linear": the search varies the rate at the reference batch B, and a trial of
-            batch B' gets it times √(B'/B) or B'/B; its `user_attrs["learning_rate"]`.
-        couple_beta2: β2' = β2^(B'/B), which keeps the half-life of Adam's second moment the same in rows (Marek et al.
-            2025, arXiv:2507.07101).
-        reference_batch_size: B, rows of an update. None: that of k = 1.
-        pruner: "successive_halving", "hyperband", "median", "none", or one of Optuna's.
-        n_reports: evaluations of a trial, after equal shares of its rows.
-        sampler: "tpe", "random", or one of Optuna's.
-        seed: seed of the proposals; and of the runs, where `random_seed` is not given.
+            the trial that returns a dict of arguments. Arguments that would change the rows or the budget of trials
+            cannot vary.
+        n_trials: total number of trials, over all workers and restarts. Pruned and failed trials count; interrupted
+            ones run again.
+        couple_learning_rate: "sqrt" or "linear": the search varies the learning rate at the reference batch size B. A
+            trial with effective batch size B' uses it times √(B'/B) or B'/B, and records that rate as
+            `user_attrs["learning_rate"]`.
+        couple_beta2: use β2' = β2^(B'/B), which keeps the half-life of Adam's second moment constant in rows (Marek et
+            al. 2025, arXiv:2507.07101).
+        reference_batch_size: B, in rows of an update. None: that of k = 1.
+        pruner: "successive_halving", "hyperband", "median", "none", or an Optuna pruner.
+        n_reports: evaluations per trial, after equal shares of its rows.
+        sampler: "tpe", "random", or an Optuna sampler.
+        seed: seed of the proposals, and of the runs if `random_seed` is not given.
         storage: storage of the study: any URL that Optuna knows, `grpc://host:port`, the path of a journal file, or
-            a storage of Optuna's. None: SQLite in `output_dir`, or memory without one.
-        study_name: name in the storage; needed for a server's. None: the name of the output folder, or "search".
-        n_workers: processes that each run trials, on this machine; with several GPUs each gets one. A trial itself can
-            use several processes under `accelerate launch`.
-        trade_time: minimize the training time, too: `study.best_trials` are the best trades. Nothing is pruned.
-        refit: in the end run the best trial again and save its model to `output_dir/best/model`.
+            an Optuna storage. None: SQLite in `output_dir`, or memory without `output_dir`.
+        study_name: name of the study in the storage; required on a server. None: the name of the output folder, or
+            "search".
+        n_workers: number of processes on this machine that run trials. With several GPUs, each gets one. For several
+            processes per trial, use `accelerate launch` instead.
+        trade_time: minimize the training time as well. `study.best_trials` are the best trade-offs. Nothing is pruned.
+        refit: at the end, run the best trial again and save its model to `output_dir/best/model`.
         output_dir: folder for the study, a folder per trial, the table, plots, and `report.html`.
-        progress: show bars and a line per trial.
+        progress: show progress bars and a line per trial.
         **arguments: further arguments of `test_fine_tuning`, for all trials.
 
     Returns:
-        The study. The `params` of a trial have the names of the arguments, and its `user_attrs` are
-        `effective_batch_size`, `learning_rate` (as used), `rows` trained on, `output_dir`, and the `reason` where it
-        did not finish. Processes other than the main one get a copy.
+        The study. The `params` of a trial have the names of the arguments. Its `user_attrs` include
+        `effective_batch_size`, `learning_rate` (as used), `rows` trained on, `output_dir`, and `reason` if it did not
+        finish. Processes other than the main one get a copy.
 
     Raises:
-        SettingsError: arguments that cannot be used, all in one message, before any trial; a study of the same name
-            that was created with others.
-        DataError: data that cannot be trained on.
+        SettingsError: if arguments cannot be used, with all faults in one message, before any trial; or if a study of
+            the same name was created with different settings.
+        DataError: if the data cannot be trained on.
 
     Example:
         >>> study = search(make_model, train_data=rows, batch_size=4, output_dir="outputs/search")
@@ -144,15 +148,15 @@ def search(
 
 
 def _fixed_arguments(arguments: Mapping[str, Any], shared: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return all arguments of `test_fine_tuning` without the model, as every trial gets them.
+    """Return the arguments of `test_fine_tuning` that all trials share, without the model.
 
     Args:
         arguments: further arguments of the search.
-        shared: arguments of the search that are those of a run as well.
+        shared: arguments that `search` and `test_fine_tuning` have in common.
         seed: the default of `random_seed`.
 
     Raises:
-        SettingsError: for names that a run does not have, or that a search cannot pass on.
+        SettingsError: for names that `test_fine_tuning` does not have, or that a search does not accept.
     """
     faults = [f"There is no argument `{name}`. {nearest(name, _NAMES)}" for name in arguments if name not in _RUN]
     faults += [_REFUSED[name] for name in arguments if name in _REFUSED]
@@ -163,7 +167,7 @@ def _fixed_arguments(arguments: Mapping[str, Any], shared: Mapping[str, Any], se
 
 
 def _check(settings: SearchSettings, model_factory: Any, fixed: Mapping[str, Any], output_dir: str | None) -> None:
-    """Raise SettingsError with every fault that shows before there is a model."""
+    """Raise SettingsError with all faults that can be found without a model."""
     faults = find_faults(settings)
     try:
         parse_settings(fixed)
@@ -174,25 +178,25 @@ def _check(settings: SearchSettings, model_factory: Any, fixed: Mapping[str, Any
 
 
 def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each argument that one run could use, and the trials of a search cannot."""
+    """Return a sentence for each argument that a single run could use but the trials of a search cannot."""
     checks = [
         (
             not callable(model_factory) or isinstance(model_factory, nn.Module),
-            f"`model_factory` must be a function that makes a model, but is {type(model_factory).__name__} instead. "
-            "Each trial starts from a new one: give `lambda: AutoModel….from_pretrained(name)`, for example.",
+            f"`model_factory` must be a function that returns a new model, but is {type(model_factory).__name__} "
+            "instead. Each trial needs its own model. Give `lambda: AutoModel….from_pretrained(name)`, for example.",
         ),
         (
             fixed["resume"] is not None or bool(fixed["allow_changed"]),
-            "`resume` and `allow_changed` are for a single run. A search resumes when it is called again.",
+            "`resume` and `allow_changed` are for a single run. Leave them out: a search resumes when called again.",
         ),
         (
             fixed["batch_size"] == "auto",
-            "`batch_size` must be a number in a search: the physical batch of all trials is the same.",
+            "`batch_size` must be a number in a search, but is 'auto' instead. All trials use the same batch size.",
         ),
         (
             isinstance(fixed["optimizer"], Optimizer),
-            "`optimizer` is an instance, which belongs to one model. Give a function of the parameter groups: each "
-            "trial has a model of its own.",
+            "`optimizer` is an instance, which belongs to one model, but each trial has its own model. Give a function "
+            "of the parameter groups.",
         ),
         (
             fixed["val_data"] is None and not fixed["validation_split"],
@@ -201,13 +205,13 @@ def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:
         ),
         (
             is_stream(fixed["train_data"]),
-            "`train_data` is a stream, but trials are compared after the same rows, which must be known. Take them "
-            "first, such as `list(itertools.islice(stream, 10_000))`.",
+            "`train_data` is a stream, but a search compares trials on the same rows and must know them. Give a list "
+            "of rows, such as `list(itertools.islice(stream, 10_000))`.",
         ),
         (
             fixed["early_stopping_patience"] is not None,
             f"`early_stopping_patience` is {fixed['early_stopping_patience']}, which would give trials different "
-            "budgets. Leave it out: a `pruner` ends the bad ones.",
+            "budgets. Leave it out: the `pruner` ends bad trials.",
         ),
     ]
     return [sentence for is_fault, sentence in checks if is_fault]
@@ -221,16 +225,16 @@ def _faults_of_search(settings: SearchSettings, output_dir: str | None) -> list[
     checks = [
         (
             is_server and settings.study_name is None,
-            "`storage` is one that others may use as well. Name your study in it: `study_name`.",
+            "`storage` may hold other studies as well, but `study_name` is None. Give the study a name.",
         ),
         (
             settings.refit and output_dir is None,
-            "`refit` saves a model, but `output_dir` is None. Name a folder.",
+            "`refit` saves a model, but `output_dir` is None. Give a folder.",
         ),
         (
             settings.n_workers != 1 and in_memory,
-            f"`n_workers` is {settings.n_workers}, but the study would be in the memory of one. Give `output_dir` or "
-            "`storage`.",
+            f"`n_workers` is {settings.n_workers}, but the study would be in the memory of one process. Give "
+            "`output_dir` or `storage`.",
         ),
     ]
     return [sentence for is_fault, sentence in checks if is_fault]

@@ -1,4 +1,4 @@
-"""What defines a search."""
+"""The definition of a search."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from .space import Space
 
 @dataclass(frozen=True)
 class Search:
-    """A search, without its study.
+    """The definition of a search, without the study that records its trials.
 
     Attributes:
         model_factory: returns a new model for a trial.
-        fixed: the arguments that all trials share: those of `test_fine_tuning` without the model.
-        space: what the search varies.
-        settings: how it proceeds.
-        folder: folder for trials and reports, if any.
-        progress: whether to show bars, and a line per trial.
+        fixed: the arguments of `test_fine_tuning` that all trials share, without the model.
+        space: the arguments that vary.
+        settings: the settings of the search.
+        folder: folder for the trials and reports; None if nothing is to be written.
+        progress: whether to show progress bars and a line per trial.
     """
 
     model_factory: Callable[[], Any]
@@ -30,5 +30,5 @@ class Search:
     progress: bool
 
     def batch_size(self, n_processes: int) -> int:
-        """Return the rows of an update at k = 1."""
+        """Return the number of rows of an update at k = 1."""
         return self.fixed["batch_size"] * n_processes

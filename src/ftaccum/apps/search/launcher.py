@@ -1,4 +1,4 @@
-"""Several workers on one machine: processes of their own, each with its share of the processors, or a GPU."""
+"""Launch several workers on one machine. Each is a process with a share of the processors, or with one GPU."""
 
 import contextlib
 import os
@@ -29,24 +29,24 @@ from .samplers import SeededByTrial
 from .study import open_study
 from .worker import ON_INTERRUPT, TrialExecutor, Worker
 
-_POLL = 0.5  # seconds between two looks at the study
-_PATIENCE = 60  # seconds that workers have to end after they were asked to
+_POLL = 0.5  # seconds between checks of the study
+_PATIENCE = 60  # seconds that workers have to end after SIGTERM
 _INTERRUPTED = 130
-_LOG_LINES = 20  # of a worker that failed, to show
+_LOG_LINES = 20  # lines of a failed worker's log to show
 
 
 def run_workers(search: Search, stop_signals: StopSignals, study: Study, on_trial: Callable[[], None]) -> None:
-    """Run trials in `n_workers` processes until there are enough.
+    """Run trials in `n_workers` processes until the study has enough.
 
     Args:
         search: the search.
-        stop_signals: end the workers.
-        study: the study that they share.
+        stop_signals: signals that end the workers.
+        study: the study that the workers share.
         on_trial: called whenever trials may have ended.
 
     Raises:
-        SettingsError, DataError: the error of a worker.
-        RuntimeError: where all workers ended before there were enough trials.
+        SettingsError, DataError: if a worker raised it before the study had enough trials.
+        RuntimeError: if all workers ended before the study had enough trials, and one of them failed.
     """
     settings = search.settings
     single = replace(search, settings=replace(settings, n_workers=1, refit=False), progress=False)
@@ -67,23 +67,23 @@ def run_workers(search: Search, stop_signals: StopSignals, study: Study, on_tria
         if failed is not None:
             lines = "\n".join(logs[failed].read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise RuntimeError(
-                f"All workers have ended, after {ended} of {settings.n_trials} trials. The same search resumes there. "
-                f"Worker {failed + 1} ended with status {workers[failed].returncode}; the end of its log:\n{lines}"
+                f"All workers ended after {ended} of {settings.n_trials} trials. Run the same search again to resume. "
+                f"Worker {failed + 1} ended with status {workers[failed].returncode}. The end of its log:\n{lines}"
             )
 
 
 @contextmanager
 def _start_workers(search: Search, scratch: Path, logs: list[Path]) -> Iterator[list["subprocess.Popen[bytes]"]]:
-    """Start workers, and end those that still run afterwards, in any case."""
+    """Start workers. On exit, end those that are still running."""
     try:
-        # By value, so that functions of a script or a notebook get there, too.
+        # Pickle by value, so that functions of a script or a notebook can be sent, too.
         (scratch / "search").write_bytes(dill.dumps((sys.path, dill.dumps(search, recurse=True))))
     except Exception as error:
         raise SettingsError(
             [
-                f"`n_workers` needs to send the search to other processes, and {error!r}. Define `model_factory` "
-                "and the other functions so that they can be pickled, or start the program several times with one "
-                "`storage`."
+                f"`n_workers` sends the search to other processes, but pickling it raised {error!r}. Define "
+                "`model_factory` and the other functions so that they can be pickled, or start the program several "
+                "times with the same `storage`."
             ]
         ) from error
     workers = []
@@ -97,7 +97,7 @@ def _start_workers(search: Search, scratch: Path, logs: list[Path]) -> Iterator[
     finally:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
-                worker.terminate()  # they queue their trials again
+                worker.terminate()  # workers queue their trials again
         try:
             for worker in workers:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -109,7 +109,7 @@ def _start_workers(search: Search, scratch: Path, logs: list[Path]) -> Iterator[
 
 
 def _share_of_machine(number: int, n_workers: int) -> dict[str, str]:
-    """Return the environment variables that give a worker its threads, and where there are GPUs, one of them."""
+    """Return the environment variables that give a worker its share of the threads, and one of the GPUs, if any."""
     share = {"TOKENIZERS_PARALLELISM": "false"}
     if "OMP_NUM_THREADS" not in os.environ:
         share["OMP_NUM_THREADS"] = str(max(1, usable_cpus() // n_workers))
@@ -121,12 +121,12 @@ def _share_of_machine(number: int, n_workers: int) -> dict[str, str]:
 
 
 def run_worker(scratch: Path, number: int, parent: int) -> None:
-    """Run trials in the process of one worker, for as long as its parent lives.
+    """Run trials in a worker's process, as long as its parent lives.
 
     Args:
-        scratch: folder with the search, for errors that the parent is to raise.
-        number: which of the workers this is.
-        parent: process that has started it.
+        scratch: folder that holds the search, and receives an error for the parent to raise.
+        number: index of this worker, from 0.
+        parent: id of the process that started this worker.
     """
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -134,10 +134,10 @@ def run_worker(scratch: Path, number: int, parent: int) -> None:
     search: Search = dill.loads(pickled)
     study, storage = open_study(search, num_processes=1)
     if number and not isinstance(study.sampler, SeededByTrial):
-        study.sampler.reseed_rng()  # all workers have received the same one
+        study.sampler.reseed_rng()  # all workers received the same sampler
     stop_signals = StopSignals(ON_INTERRUPT)
     with stop_signals.kept(), open_trial_processes() as processes:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # terminals send it to all; the parent decides
         try:
             Worker(TrialExecutor(search, processes, stop_signals), study, storage).work(lambda: None)
         except (SettingsError, DataError) as error:
@@ -148,7 +148,7 @@ def run_worker(scratch: Path, number: int, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone: at once, as if it had been killed as well."""
-    while os.getppid() == parent and psutil.pid_exists(parent):  # the first says nothing on Windows
+    """End this process when its parent is gone, without cleaning up, as if it had been killed as well."""
+    while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows, `getppid` never changes
         time.sleep(1)
     os._exit(_INTERRUPTED)

@@ -1,4 +1,4 @@
-"""The processes that run one trial together. The main one has the study; all do the same."""
+"""The processes that run each trial together. Only the main process has the study."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from ...runtime.process_group import ProcessGroup, open_process_group
 
 T = TypeVar("T")
 
-_ORDERS_WITHIN = timedelta(days=7)  # the main process may wait for a worker elsewhere
+_ORDERS_WITHIN = timedelta(days=7)  # the main process may wait for a worker on another machine
 _OUTCOMES_WITHIN = timedelta(minutes=3)  # from the first process that ends a trial to the last
 
 
 class OutOfStepError(RuntimeError):
-    """The processes of a trial are out of step, which only a restart of all of them can fix."""
+    """The processes of a trial are out of step. Only a restart of all of them helps."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class TrialProcesses:
     """The processes that run each trial together.
 
     Attributes:
-        orders: the group in which the main process says what to do next. It may be silent for days.
-        outcomes: the group in which every process says how a trial ended. Silence is an error after some minutes.
+        orders: the group in which the main process announces what to do next. It may take days.
+        outcomes: the group in which each process reports how a trial ended. It times out after some minutes.
     """
 
     orders: ProcessGroup
@@ -45,20 +45,20 @@ class TrialProcesses:
         """Return the outcome of a trial on each process, in order of rank.
 
         Raises:
-            OutOfStepError: where a process says nothing for too long: it is still in the middle of what this one left.
+            OutOfStepError: if a process does not answer in time, because it is still in the middle of the trial.
         """
         try:
             return self.outcomes.gather(outcome)
         except RuntimeError as error:
             raise OutOfStepError(
-                f"This process ended a trial ({outcome}), and another one did not in {_OUTCOMES_WITHIN}. Start all of "
-                "them again: the study resumes where it was."
+                f"This process ended a trial ({outcome}), but another one did not within {_OUTCOMES_WITHIN}. Restart "
+                "all processes to resume the study."
             ) from error
 
 
 @contextmanager
 def open_trial_processes() -> Iterator[TrialProcesses]:
-    """Connect the processes that were launched together. All processes call it alike."""
+    """Connect the processes that were launched together. Call it on all processes."""
     size = PartialState(cpu=not torch.accelerator.is_available()).num_processes
     with (
         open_process_group(size, _ORDERS_WITHIN) as orders,

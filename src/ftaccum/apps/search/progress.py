@@ -1,4 +1,4 @@
-"""The screen of a search: a heading, a bar of trials, a line for each trial that ends, the result."""
+"""The console output of a search: a heading, a progress bar, a line for each trial that ends, and the result."""
 
 import sys
 from types import TracebackType
@@ -18,7 +18,7 @@ _RULE = "=" * 64
 
 
 class SearchProgress:
-    """Prints the progress of a study, of all its workers, to standard output."""
+    """The progress of a study over all its workers, printed to standard output."""
 
     def __init__(self, study: Study, search: Search, storage: BaseStorage, num_processes: int) -> None:
         self._study, self._search, self._storage, self._num_processes = study, search, storage, num_processes
@@ -53,19 +53,19 @@ class SearchProgress:
         unit = search.batch_size(self._num_processes)
         batches = ", ".join(f"{k} ({k * unit})" for k in search.space.candidates())
         lines = [
-            f"Trials: {settings.n_trials}" + (f", {n_ended} of them done before" if n_ended else ""),
+            f"Trials: {settings.n_trials}" + (f", {n_ended} of them already done" if n_ended else ""),
             f"Batch size: {search.fixed['batch_size']}",
             f"Processes of a trial: {self._num_processes}",
             f"Gradient accumulation steps (effective batch size): {batches}",
             f"Learning rate: {_describe_rate(search.space)}",
             f"Budget: n_epochs {search.fixed['n_epochs']}, the same rows in the same order; "
-            f"{settings.n_reports} reports a trial",
-            f"Pruning: {'none, with two objectives' if settings.trade_time else settings.pruner}; "
+            f"{settings.n_reports} reports per trial",
+            f"Pruning: {'none, because of two objectives' if settings.trade_time else settings.pruner}; "
             f"proposals: {settings.sampler}",
             f"Study: {self._study.study_name!r} in {_describe_storage(self._storage)}",
         ]
         if not has_heartbeat(self._storage):
-            lines.append("Note: this storage has no heartbeat; a worker that dies is noticed on its own machine only")
+            lines.append("Note: this storage has no heartbeat, so a worker's death is only noticed on its own machine")
         return lines
 
     def _print(self, *lines: str) -> None:

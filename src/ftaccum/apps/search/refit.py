@@ -1,4 +1,4 @@
-"""The best trial of a search, run once more as an ordinary run that saves its model."""
+"""Run the best trial of a search again, as an ordinary run that saves its model."""
 
 import json
 import sys
@@ -18,16 +18,16 @@ from .worker import TrialExecutor
 
 
 def refit(executor: TrialExecutor, study: Study) -> None:
-    """Run the best trial again, unless an earlier call has. All processes call it alike."""
+    """Run the best trial again, unless an earlier call did. Call it on all processes."""
     search, orders = executor.search, executor.processes.orders
     best = orders.run_on_main(lambda: best_trial(study))
     if best is None or search.folder is None:
         return
     folder, identity = search.folder / "best", _identity_of(best, study)
     if orders.run_on_main(lambda: _is_finished(folder, identity)):
-        _report(executor, f"The best trial, {best.number}, was run again before: its model is in {folder / 'model'}.")
+        _report(executor, f"The best trial, {best.number}, was already run again. Its model is in {folder / 'model'}.")
         return
-    _report(executor, f"The best trial, {best.number}, once more:")
+    _report(executor, f"Running the best trial, {best.number}, again:")
     orders.run_on_main(lambda: _record_of(folder).unlink(missing_ok=True))
     arguments = executor.arguments_of(FixedTrial(best.params, best.number))
     arguments |= {"output_dir": str(folder), "progress": search.progress}
@@ -41,7 +41,7 @@ def _report(executor: TrialExecutor, sentence: str) -> None:
 
 
 def _identity_of(trial: FrozenTrial, study: Study) -> dict[str, Any]:
-    """Return what tells a trial from those of other studies that were in the folder."""
+    """Return the values that distinguish a trial from those of other studies that used the folder."""
     return {"study": study.study_name, "trial": trial.number, "params": trial.params, "values": trial.values}
 
 
@@ -50,13 +50,13 @@ def _record_of(folder: Path) -> Path:
 
 
 def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Return whether the folder has the model of that trial."""
+    """Return whether the folder holds the model of that trial."""
     record = _record_of(folder)
     return record.exists() and (folder / "model").exists() and json.loads(record.read_text()) == identity
 
 
 def _finish(folder: Path, identity: dict[str, Any], result: Result) -> None:
-    """Record which trial the model in the folder is from, if it could be written."""
+    """Record which trial the model in the folder is from, if all outputs could be written."""
     if not result.unwritten:
         with atomic_write(_record_of(folder)) as beside:
             beside.write_text(json.dumps(identity, indent=2) + "\n")

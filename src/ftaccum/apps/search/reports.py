@@ -1,4 +1,4 @@
-"""A finished study on disk: the table, plots, and one page with all of it."""
+"""Write the reports of a finished study: a table, plots, and one page with both."""
 
 import base64
 import csv
@@ -31,7 +31,7 @@ _STYLE = (
 
 
 def write_reports(study: Study, folder: Path) -> None:
-    """Write `trials.csv`, plots as PNG where matplotlib is installed, and `report.html`, which needs no other file."""
+    """Write `trials.csv`, plots as PNG if matplotlib is installed, and a self-contained `report.html`."""
     rows = trial_rows(study)
     with (folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -46,7 +46,7 @@ def write_reports(study: Study, folder: Path) -> None:
                 (folder / f"{name}.png").write_bytes(images[name])
         except ImportError:  # matplotlib is an extra
             break
-        except Exception as error:  # the search has taken hours, and a plot must not end it
+        except Exception as error:  # a failed plot must not end a search of hours
             warn_user(f"The plot {name!r} could not be drawn: {error!r}", OutputWarning)
     (folder / "report.html").write_text(_page(study, rows, images), encoding="utf-8")
 
@@ -71,8 +71,8 @@ def _row(tag: str, cells: Iterable[str]) -> str:
 
 
 def _new_figure(height: float = 4.5) -> "tuple[Figure, Axes]":
-    """Return a figure of its own with axes. pyplot's, which Optuna draws on, would share the user's global state."""
-    from matplotlib.figure import Figure  # an extra, and slow to import
+    """Return a new figure with axes. It does not use pyplot, whose global state belongs to the user."""
+    from matplotlib.figure import Figure  # optional, and slow to import
 
     figure = Figure(figsize=(8, height), layout="constrained")
     return figure, figure.subplots()
@@ -84,7 +84,7 @@ def _trials_with_loss(study: Study, *states: TrialState) -> list[FrozenTrial]:
 
 
 def plot_history(study: Study) -> "Figure | None":
-    """Plot losses over the rows that the search had trained on when each trial ended, and the best finished so far."""
+    """Plot each trial's loss, and the best loss so far, over the rows that all trials had trained on by then."""
     trials = sorted(
         _trials_with_loss(study, TrialState.COMPLETE, TrialState.PRUNED),
         key=lambda trial: trial.datetime_complete.timestamp() if trial.datetime_complete else 0,
@@ -104,7 +104,7 @@ def plot_history(study: Study) -> "Figure | None":
 
 
 def plot_curves(study: Study) -> "Figure | None":
-    """Plot the validation losses of each trial over its rows, of pruned and finished ones on the same axes."""
+    """Plot the validation losses of each trial, pruned or finished, over the rows that it has trained on."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
     if not trials:
         return None
@@ -120,8 +120,8 @@ def plot_curves(study: Study) -> "Figure | None":
 
 
 def plot_contour(study: Study) -> "Figure | None":
-    """Plot the loss over k and learning rate: a point per finished trial, and contours between three or more of them.
-    Pruned ones are crosses without a color: their losses are of fewer rows."""
+    """Plot the loss over k and learning rate: a point per finished trial, and contours if there are three or more.
+    Pruned trials are grey crosses, because their losses come from fewer rows."""
     finished, pruned = (_trials_with_loss(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
     if not finished:
         return None
@@ -143,7 +143,7 @@ def plot_contour(study: Study) -> "Figure | None":
 
 
 def _coordinates(trials: list[FrozenTrial]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logarithms of learning rate and k."""
+    """Return the logarithms of the trials' learning rates (base 10) and k (base 2)."""
     rates = np.array([describe_trial(trial)["learning rate"] for trial in trials], dtype=float)
     return np.log10(rates), np.log2(np.array([trial.params[STEPS] for trial in trials], dtype=float))
 
@@ -154,7 +154,7 @@ def _spans_a_plane(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def plot_importances(study: Study) -> "Figure | None":
-    """Plot the share of the spread of the losses that each parameter explains."""
+    """Plot the importance of each parameter for the loss."""
     shares = parameter_importances(study)
     if not shares:
         return None

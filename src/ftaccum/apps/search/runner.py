@@ -1,4 +1,4 @@
-"""A search from its beginning to its end."""
+"""Run a search from start to end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ from .worker import ON_INTERRUPT, TrialExecutor, Worker, follow
 
 
 def run_search(search: Search) -> Study:
-    """Run trials until there are enough, and report the result. All processes call it alike."""
+    """Run trials until the study has enough, and report the result. Call it on all processes."""
     with open_trial_processes() as processes:
         if search.settings.n_workers > 1 and processes.size > 1:
             raise SettingsError(
                 [
                     f"`n_workers` is {search.settings.n_workers}, but {processes.size} processes were launched to run "
-                    "each trial together. Give one of the two, or launch several times with one `storage`."
+                    "each trial together. Use one of the two, or launch several times with the same `storage`."
                 ]
             )
         executor = TrialExecutor(search, processes, StopSignals(ON_INTERRUPT))
@@ -37,11 +37,11 @@ def run_search(search: Search) -> Study:
 
 
 def _run_main(executor: TrialExecutor) -> Study:
-    """Run the search on the main process, and send the other processes a copy of the study, or None on an error."""
+    """Run the search on the main process. Send the other processes a copy of the study, or None after an error."""
     try:
         study = _run_trials(executor)
         executor.stop_signals.check()
-    except OutOfStepError:  # nobody would listen
+    except OutOfStepError:  # the other processes are not receiving
         raise
     except BaseException:
         executor.processes.orders.broadcast(None)
@@ -65,7 +65,7 @@ def _run_trials(executor: TrialExecutor) -> Study:
 
 @contextmanager
 def _silent_optuna() -> Iterator[None]:
-    """Silence Optuna's own messages: the search shows its trials itself."""
+    """Silence Optuna's messages. The search shows its trials itself."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

@@ -16,23 +16,23 @@ from .settings import SearchSettings
 
 
 def make_sampler(settings: SearchSettings, study: Study) -> BaseSampler:
-    """Return the sampler of the settings, by name or as an object of Optuna's, for a study."""
-    # Optuna's default of ten random draws at the beginning would be half of a small search.
+    """Return the sampler for a study. The settings name one, or hold an Optuna sampler."""
+    # By default, Optuna starts with ten random draws, which would be half of a small search.
     tpe = partial(TPESampler, n_startup_trials=max(4, settings.n_trials // 4))
     kinds: dict[str, Callable[..., BaseSampler]] = {"tpe": tpe, "random": RandomSampler}
     if settings.sampler not in kinds:
         given: Any = settings.sampler
         if n_counted(study):
-            given.reseed_rng()  # or it would repeat the draws of the start before
+            given.reseed_rng()  # otherwise it would repeat the draws of the previous start
         return given
     return SeededByTrial(kinds[settings.sampler], settings.seed, study)
 
 
 class SeededByTrial(BaseSampler):
-    """A sampler that is seeded anew for each trial, by the trial's position in the study.
+    """A sampler that is seeded for each trial by the trial's position in the study.
 
-    Proposals then depend on the trials so far alone, not on how often the search was started again, and two workers do
-    not draw the same.
+    Proposals then depend only on the trials so far, not on how often the search was restarted. Two workers make
+    different draws.
     """
 
     def __init__(self, kind: Callable[..., BaseSampler], seed: int, study: Study) -> None:
@@ -41,7 +41,7 @@ class SeededByTrial(BaseSampler):
 
     def _of(self, trial: FrozenTrial) -> BaseSampler:
         if trial.number != self._number:
-            # In the whole study: Hyperband hands over a part of it.
+            # The position in the whole study: Hyperband passes only a part of it as `study`.
             mixed = np.random.SeedSequence((self._seed, position_of(self._study, trial))).generate_state(1)[0]
             self._number, self._sampler = trial.number, self._kind(seed=int(mixed))
         return self._sampler
@@ -65,8 +65,8 @@ class SeededByTrial(BaseSampler):
 def make_pruner(pruner: str | BasePruner, steps: Collection[int]) -> BasePruner:
     """Return a pruner by its name, for trials that report at these steps.
 
-    None of them prunes before a quarter of the budget. Losses say little until the warm-up is over: on the film
-    reviews, pruning after an eighth led to a good trial less often than no pruning at all.
+    None of the named pruners prunes before a quarter of the budget. Losses say little during the warm-up: on film
+    reviews, pruning after an eighth found a good trial less often than no pruning.
     """
     if not isinstance(pruner, str):
         return pruner

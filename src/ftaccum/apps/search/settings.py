@@ -1,4 +1,4 @@
-"""The settings of a search, with their rules; flags for the command line."""
+"""The settings of a search, with their rules and command-line options."""
 
 from dataclasses import dataclass, fields
 from functools import partial
@@ -13,7 +13,7 @@ SAMPLERS = ("tpe", "random")
 
 def _named(names: tuple[str, ...], *methods: str) -> Rule:
     listed = ", ".join(map(repr, names))
-    kind = f" or one of Optuna's, with the method {methods[0]!r}" if methods else ""
+    kind = f" or one of Optuna's objects with the method {methods[0]!r}" if methods else ""
     return Rule(
         lambda v: v in names if isinstance(v, str) else all(hasattr(v, m) for m in methods or ["-"]), listed + kind
     )
@@ -26,7 +26,7 @@ Storage = Annotated[
     str,
     Rule(
         lambda v: (isinstance(v, str) and bool(v)) or hasattr(v, "create_new_study"),
-        "a URL, the path of a journal file, or a storage of Optuna's",
+        "a URL, the path of a journal file, or an Optuna storage",
     ),
 ]
 
@@ -35,37 +35,39 @@ _search = partial(setting, group="search")
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How a search proceeds. A Space says what it varies."""
+    """The settings of a search. A `Space` defines what it varies."""
 
-    n_trials: PositiveInt = _search(20, "trials in all, over all workers and all starts; interrupted ones run again")
+    n_trials: PositiveInt = _search(20, "total trials over all workers and restarts; interrupted ones run again")
     couple_learning_rate: Coupling = _search(
-        "none", "scale the rate that is searched with the effective batch: sqrt, linear or none"
+        "none", "scale the searched learning rate with the effective batch: sqrt, linear or none"
     )
-    couple_beta2: Flag = _search(False, "keep the half-life of Adam's second moment the same in rows")
+    couple_beta2: Flag = _search(False, "keep the half-life of Adam's second moment constant in rows")
     reference_batch_size: PositiveInt | None = _search(
-        None, "effective batch at which coupled values need no scaling; None: that of k = 1"
+        None, "effective batch at which coupled values are not scaled; None: that of k = 1"
     )
     pruner: Pruner = _search(
-        "successive_halving", "which trials to end early: successive_halving, hyperband, median or none"
+        "successive_halving", "how to choose trials to end early: successive_halving, hyperband, median or none"
     )
-    n_reports: PositiveInt = _search(8, "evaluations of a trial, at equal shares of its rows; it is pruned at these")
-    sampler: Sampler = _search("tpe", "how the next trial is proposed: tpe or random")
+    n_reports: PositiveInt = _search(8, "evaluations per trial, at equal shares of its rows; pruning happens at these")
+    sampler: Sampler = _search("tpe", "how to propose the next trial: tpe or random")
     seed: Seed = _search(42, "seed of the proposals, and of the runs if random_seed is not given")
     storage: Storage | None = _search(
         None, "any URL that Optuna knows, grpc://host:port, or a journal file; None: SQLite in output_dir"
     )
     study_name: Text | None = _search(None, "name of the study in the storage; None: that of the output folder")
-    n_workers: PositiveInt = _search(1, "processes that each run trials of the study, on this machine", "--workers")
-    trade_time: Flag = _search(False, "minimise the time of training as well: the best trades, without pruning")
+    n_workers: PositiveInt = _search(1, "processes on this machine that run trials of the study", "--workers")
+    trade_time: Flag = _search(False, "minimise the training time as well, for the best trade-offs; nothing is pruned")
     refit: Flag = _search(False, "run the best trial again, and save its model")
 
 
 @dataclass
 class SpaceArguments:
-    """What a search varies, as the command line takes it."""
+    """The arguments that a search varies, as command-line options."""
 
-    accumulation_steps: list[int] = _search([1, 2, 4, 8], "candidates for gradient_accumulation_steps; always 1")
-    learning_rate: list[float] = _search([1e-5, 1e-3], "lowest and highest rate, on a log scale; or one rate")
+    accumulation_steps: list[int] = _search(
+        [1, 2, 4, 8], "candidates for gradient_accumulation_steps; 1 is always included"
+    )
+    learning_rate: list[float] = _search([1e-5, 1e-3], "lowest and highest rate, on a log scale; or one fixed rate")
     space: list[str] = _search(
         [],
         "further options to vary, such as weight_decay=1e-4:0.1:log warmup_steps=0:50 lr_scheduler=linear,cosine",

@@ -1,4 +1,4 @@
-"""The dimensions of a search, and the arguments of a trial that follow from them."""
+"""The dimensions of a search, and the arguments that a trial draws from them."""
 
 import inspect
 import math
@@ -29,12 +29,12 @@ class Space:
     """The dimensions of a search.
 
     Attributes:
-        steps: distribution of k.
-        rate: distribution of the learning rate, at the reference batch where it is coupled; or a fixed number.
+        steps: distribution of k, the number of accumulation steps.
+        rate: distribution of the learning rate, for the reference batch size if it is coupled; or a fixed number.
         others: distributions of further arguments by name, or a function of the trial that returns arguments.
-        couple_learning_rate: how the rate follows the effective batch: "none", "sqrt" or "linear".
-        couple_beta2: whether β2 follows it.
-        reference: rows of an update for which coupled values hold; None: those of k = 1.
+        couple_learning_rate: how the learning rate scales with the effective batch size: "none", "sqrt" or "linear".
+        couple_beta2: whether Adam's β2 scales with the effective batch size.
+        reference: effective batch size at which coupled values are not scaled; None: that of k = 1.
     """
 
     steps: CategoricalDistribution | IntDistribution
@@ -45,21 +45,21 @@ class Space:
     reference: int | None = None
 
     def candidates(self) -> list[int]:
-        """Return every k."""
+        """Return all candidates for k."""
         if isinstance(self.steps, CategoricalDistribution):
             return [k for k in self.steps.choices if isinstance(k, int)]
         return list(range(self.steps.low, self.steps.high + 1, self.steps.step))
 
     def suggest(self, trial: BaseTrial, fixed: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """Return the arguments of a trial, with those that all trials share.
+        """Return all arguments of a trial, including those that all trials share.
 
         Args:
-            trial: proposes the values.
+            trial: the trial, which proposes the values.
             fixed: the arguments that all trials share.
             batch_size: rows of an update at k = 1, over all processes.
 
         Raises:
-            SettingsError: for arguments that cannot be varied.
+            SettingsError: if a function of the trial returns arguments that cannot vary.
         """
         k = _suggest(trial, STEPS, self.steps)
         rate = self.rate if isinstance(self.rate, float) else _suggest(trial, RATE, self.rate)
@@ -77,16 +77,16 @@ class Space:
         return arguments
 
     def dimensions(self) -> dict[str, BaseDistribution]:
-        """Return the distributions that are known before a trial."""
+        """Return the distributions that are known before a trial, by argument."""
         rate = {} if isinstance(self.rate, float) else {RATE: self.rate}
         return {STEPS: self.steps, **rate, **({} if callable(self.others) else self.others)}
 
 
 def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
-    """Read dimensions from a command line: `name=low:high`, `name=low:high:log`, or `name=one,two`.
+    """Read dimensions from command-line arguments: `name=low:high`, `name=low:high:log`, or `name=one,two`.
 
     Raises:
-        SettingsError: for words of another form.
+        SettingsError: for arguments of another form.
     """
     dimensions, faults = {}, []
     for word in words:
@@ -95,8 +95,8 @@ def read_dimensions(words: Sequence[str]) -> dict[str, BaseDistribution]:
             dimensions[name] = _read_distribution(name, values)
         except ValueError:
             faults.append(
-                f"`space` has {word!r}. Say name=lowest:highest, with :log after it for a logarithmic scale, such as "
-                "weight_decay=1e-4:0.1:log; or name=one,two, such as lr_scheduler=linear,cosine."
+                f"`space` has {word!r}. Give name=lowest:highest, with :log at the end for a logarithmic scale, such "
+                "as weight_decay=1e-4:0.1:log; or name=one,two, such as lr_scheduler=linear,cosine."
             )
     refuse(faults)
     return dimensions
@@ -133,17 +133,17 @@ def make_space(
     others: Others | None,
     fixed: Mapping[str, Any],
 ) -> Space:
-    """Return the space that a user's arguments describe. k = 1 is always in it.
+    """Return the space that the user's arguments define. It always includes k = 1.
 
     Args:
-        settings: how learning rate and β2 follow the effective batch.
+        settings: the settings of the search, which decide how learning rate and β2 are coupled.
         accumulation_steps: the candidates for k.
         learning_rate: the range of the learning rate, or one rate.
         others: distributions of further arguments, or a function of the trial that returns arguments.
         fixed: the arguments that all trials share.
 
     Raises:
-        SettingsError: with every fault, also of values that some trial could get.
+        SettingsError: with all faults, including values that a trial could draw but a run could not use.
     """
     steps, faults = _steps(accumulation_steps)
     rate, more = _rate(learning_rate)
@@ -161,7 +161,7 @@ def make_space(
 def _steps(given: Any) -> tuple[CategoricalDistribution | IntDistribution | None, list[str]]:
     fault = (
         f"`accumulation_steps` must be positive integers, such as (1, 2, 4, 8), or an IntDistribution from 1 on, but "
-        f"is {given!r} instead. They are the numbers of micro-batches per update to try."
+        f"is {given!r} instead. Give the numbers of micro-batches per update to try."
     )
     if isinstance(given, IntDistribution):
         return (given, []) if given.low == 1 else (None, [fault])
@@ -176,7 +176,7 @@ def _steps(given: Any) -> tuple[CategoricalDistribution | IntDistribution | None
 def _rate(given: Any) -> tuple[FloatDistribution | float | None, list[str]]:
     if isinstance(given, FloatDistribution):
         return given, []
-    if isinstance(given, Sequence) and len(given) == 1:  # one number from a command line
+    if isinstance(given, Sequence) and len(given) == 1:  # a single number from the command line
         given = given[0]
     if isinstance(given, int | float) and not isinstance(given, bool):
         return float(given), []
@@ -198,10 +198,10 @@ def _faults_of_others(others: Any) -> list[str]:
     if not isinstance(others, Mapping):
         return [
             f"`space` must be a dict of Optuna distributions by argument, or a function of the trial, but is "
-            f"{others!r} instead. For example `{{'weight_decay': FloatDistribution(1e-4, 0.1, log=True)}}`."
+            f"{others!r} instead. Give `{{'weight_decay': FloatDistribution(1e-4, 0.1, log=True)}}`, for example."
         ]
     return _faults_of_names(others) + [
-        f"`space` has {value!r} for {name!r}, which is no distribution. Give one of optuna.distributions."
+        f"`space` has {value!r} for {name!r}, which is not a distribution. Give one from `optuna.distributions`."
         for name, value in others.items()
         if not isinstance(value, BaseDistribution)
     ]
@@ -209,7 +209,7 @@ def _faults_of_others(others: Any) -> list[str]:
 
 def _faults_of_names(names: Mapping[str, Any]) -> list[str]:
     unknown = [
-        f"`space` has {name!r}, which is no argument of a run. {nearest(name, list(_ARGUMENTS))}"
+        f"`space` has {name!r}, which is not an argument of `test_fine_tuning`. {nearest(name, list(_ARGUMENTS))}"
         for name in names
         if name not in _ARGUMENTS
     ]
@@ -218,7 +218,7 @@ def _faults_of_names(names: Mapping[str, Any]) -> list[str]:
 
 
 def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
-    """Raise SettingsError where a run could not use the ends of a dimension, or one of its choices."""
+    """Raise SettingsError if a run could not use an end or a choice of a dimension."""
     faults: list[str] = []
     values = {name: _extremes(distribution) for name, distribution in space.dimensions().items()}
     if isinstance(space.rate, float):

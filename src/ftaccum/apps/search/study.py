@@ -26,19 +26,19 @@ from .retry import GRACE, requeue
 from .samplers import make_sampler
 from .space import STEPS
 
-_SETUP, _BUDGET = "ftaccum", "budget_rows"  # attributes of the study: what it was created with, the rows of a trial
-_HEARTBEAT = 20  # seconds between two signs of life of a running trial
-_TRIES, _PAUSE = 6, 0.5  # where several workers create tables and study at the same time
+_SETUP, _BUDGET = "ftaccum", "budget_rows"  # attributes of a study: its settings, the rows of a trial
+_HEARTBEAT = 20  # seconds between heartbeats of a running trial
+_TRIES, _PAUSE = 6, 0.5  # for workers that create the tables or the study at the same time
 _QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
 _SQLITE_OPTIONS = {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements"}
-_EXISTS_ALREADY = ("already exists", "unique", "duplicate")  # as databases say it of tables and rows
+_EXISTS_ALREADY = ("already exists", "unique", "duplicate")  # in errors of databases about tables and rows
 
 
 def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
-    """Open the study of a search, created where there is none, and the storage that it is in.
+    """Open the study of a search, or create it, and return it with its storage.
 
     Raises:
-        SettingsError: where the storage cannot be opened, or the study was created with other settings.
+        SettingsError: if the storage cannot be opened, or the study was created with different settings.
     """
     folder, settings = search.folder, search.settings
     if folder is not None:
@@ -54,17 +54,18 @@ def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
         _wait_for_setup(study)
     else:
         study.enqueue_trial({STEPS: 1})
-    if _SETUP not in study.user_attrs:  # last: now the study is ready for other workers
+    if _SETUP not in study.user_attrs:  # set last: it marks the study as ready for other workers
         study.set_user_attr(_SETUP, setup)
     _check_setup(study, setup)
     _check_dimensions(study, dimensions)
     study.sampler = make_sampler(settings, study)
-    study.pruner = NopPruner()  # until the first trial knows its rows
+    study.pruner = NopPruner()  # until the first trial knows its milestones
     return study, storage
 
 
 def _setup(search: Search, num_processes: int) -> dict[str, Any]:
-    """Return what makes trials comparable: the Recipe without what is searched, and where trials report."""
+    """Return the settings that must be equal for trials to be comparable: the Recipe without the searched arguments,
+    and what decides where trials report."""
     settings = search.settings
     recipe = {f.name: search.fixed[f.name] for f in fields(Recipe) if f.name not in search.space.dimensions()}
     return {
@@ -81,7 +82,7 @@ def _setup(search: Search, num_processes: int) -> dict[str, Any]:
 
 
 def _wait_for_setup(study: Study) -> None:
-    """Wait until the worker that created the study has set it up. Give up on a study that somebody else created."""
+    """Wait until the worker that created the study has set it up. Give up after a while: it may not be a search's."""
     for _ in range(_TRIES):
         if _SETUP in study.user_attrs:
             return
@@ -92,7 +93,7 @@ def _check_setup(study: Study, setup: dict[str, Any]) -> None:
     before = study.user_attrs[_SETUP]
     faults = [
         f"The study {study.study_name!r} was created with `{name}` {before[name]!r}, and this search has {value!r}. "
-        "Its trials could not be compared: give the same value, or another `study_name`."
+        "Their trials cannot be compared. Give the same value, or another `study_name`."
         for name, value in setup.items()
         if name in before and before[name] != value
     ]
@@ -100,7 +101,7 @@ def _check_setup(study: Study, setup: dict[str, Any]) -> None:
 
 
 def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) -> None:
-    """Raise SettingsError where Optuna cannot combine a dimension with the one of that name in earlier trials."""
+    """Raise SettingsError if Optuna cannot combine a dimension with that of the same name in earlier trials."""
     faults = {}
     for trial in study.get_trials(deepcopy=False):
         for name in dimensions.keys() & trial.distributions.keys():
@@ -109,29 +110,29 @@ def _check_dimensions(study: Study, dimensions: Mapping[str, BaseDistribution]) 
             except ValueError:
                 faults[name] = (
                     f"The study {study.study_name!r} has trials with `{name}` from {trial.distributions[name]}, and "
-                    f"this search has {dimensions[name]}. Only the ends of a range may change: give the same, or "
-                    "another `study_name`."
+                    f"this search has {dimensions[name]}. Only the ends of a range may change. Give the same "
+                    "distribution, or another `study_name`."
                 )
     refuse(faults.values())
 
 
 def check_budget(study: Study, rows: int) -> None:
-    """Raise DataError where earlier trials of the study had another budget, and so other data."""
+    """Record the budget of a trial. Raise DataError if earlier trials of the study had another, and so other data."""
     budget = study.user_attrs.get(_BUDGET)
     if budget is None:
         study.set_user_attr(_BUDGET, rows)
     elif budget != rows:
         raise DataError(
-            f"The trials of the study {study.study_name!r} have {budget} rows each, and `train_data` now comes to "
-            f"{rows}. They could not be compared: give the same data, or another `study_name`."
+            f"The trials of the study {study.study_name!r} have {budget} rows each, but with this `train_data` a "
+            f"trial has {rows}. They cannot be compared. Give the same data, or another `study_name`."
         )
 
 
 def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
-    """Open the storage that `storage` names; without a name, SQLite in the folder, or memory.
+    """Open the storage that `storage` names. None opens SQLite in the folder, or memory if there is no folder.
 
     Raises:
-        SettingsError: where it cannot be opened.
+        SettingsError: if the storage cannot be opened.
     """
     if storage is None:
         if folder is None:
@@ -161,31 +162,31 @@ def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
 
 
 def sqlite_url(path: Path) -> str:
-    """Return the URL of a database file. Characters of the path that mean something in a URL are quoted."""
+    """Return the URL of a database file. Characters that are special in a URL are percent-encoded."""
     return f"sqlite:///{str(path.resolve()).translate(_QUOTED)}"
 
 
 def _check_query(url: str) -> None:
-    """Raise SettingsError where the part after "?" is no list of options: SQLAlchemy would drop it from the path."""
+    """Raise SettingsError if the part after "?" is not a list of options: SQLAlchemy would drop it from the path."""
     path, _, query = url.partition("?")
     names = {option.partition("=")[0] for option in query.split("&")} if query else set()
     if "uri" not in names and names - _SQLITE_OPTIONS:
         raise SettingsError(
             [
-                f"`storage` {url!r} would open {path.partition(':///')[2]!r}: what follows a question mark in a URL "
-                f"are options, here {query!r}. Write a question mark that is part of the path as %3F."
+                f"`storage` {url!r} would open {path.partition(':///')[2]!r}: options follow a question mark in a URL, "
+                f"here {query!r}. Write a question mark that is part of the path as %3F."
             ]
         )
 
 
 def _open_database(url: str) -> RDBStorage:
-    if url.startswith("postgresql://"):  # the driver of this name depends on the version of SQLAlchemy
+    if url.startswith("postgresql://"):  # its default driver depends on the version of SQLAlchemy
         url = url.replace("://", "+psycopg://" if importlib.util.find_spec("psycopg") else "+psycopg2://", 1)
     is_sqlite = url.startswith("sqlite")
     if is_sqlite:
         _check_query(url)
-    # Connections are closed after use, so that none stays open and many workers take few of a server's. SQLite's
-    # writers wait for each other, by default not long enough for many of them.
+    # Close connections after use, so that many workers need few of a server's connections. SQLite's writers wait for
+    # each other; the default timeout is too short for many workers.
     engine = {"poolclass": NullPool, "connect_args": {"timeout": 60} if is_sqlite else {}}
     for tries_left in reversed(range(_TRIES)):
         try:
@@ -201,7 +202,7 @@ def _open_database(url: str) -> RDBStorage:
         except optuna.exceptions.StorageInternalError:
             raise
         except Exception as error:
-            # Two workers create the tables at once, and the database refuses the second one.
+            # If two workers create the tables at the same time, the database rejects the second.
             if not tries_left or not any(words in str(error).lower() for words in _EXISTS_ALREADY):
                 raise
             time.sleep(_PAUSE)
@@ -209,11 +210,11 @@ def _open_database(url: str) -> RDBStorage:
 
 
 def _lock_early(storage: RDBStorage) -> RDBStorage:
-    """Have SQLite lock when a transaction begins. It cannot lock rows: two workers could otherwise both read that a
-    trial is free, and both take it."""
+    """Make SQLite lock the database when a transaction begins. It cannot lock rows, so two workers could otherwise
+    both read that a trial is free, and both take it."""
 
     def begin_by_ourselves(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # or Python's module begins transactions itself, and later
+        connection.isolation_level = None  # otherwise Python begins transactions, and later
 
     event.listen(storage.engine, "connect", begin_by_ourselves)
     event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -228,13 +229,13 @@ def _without_warnings(make: Callable[..., Any], *arguments: Any, **named: Any) -
 
 
 def hide_password(url: str) -> str:
-    """Return the URL of a storage without its password, which can be in the query as well."""
+    """Return the URL of a storage without its password and its query, which may hold a password as well."""
     try:
         return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except ArgumentError:  # a path, or no URL at all
+    except ArgumentError:  # a path, or not a URL at all
         return url.partition("@")[0].partition("?")[0]
 
 
 def has_heartbeat(storage: BaseStorage) -> bool:
-    """Return whether workers notice the death of one on another machine; only relational storages can tell."""
+    """Return whether workers notice when one dies on another machine. Only relational databases support it."""
     return isinstance(storage, RDBStorage) and storage.get_heartbeat_interval() is not None

@@ -1,4 +1,4 @@
-"""A study in numbers and text: a row per trial, the best one, and how much each parameter matters."""
+"""The table of a study with a row per trial, its best trial, and the importance of each parameter."""
 
 import warnings
 from typing import Any
@@ -18,11 +18,11 @@ _STATES = {
     TrialState.WAITING: "waiting",
 }
 _LAST_COLUMNS = ("loss", "rows", "seconds", "state")
-_MIN_FINISHED = 4  # finished trials, below which shares of importance mean nothing
+_MIN_FINISHED = 4  # finished trials that importances need to be meaningful
 
 
 def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the cells of a trial's row by column. The learning rate is the one that was used."""
+    """Return a trial's row of the table, by column. The learning rate is the one that the run used."""
     attrs, parameters = trial.user_attrs, dict(trial.params)
     k, rate = parameters.pop(STEPS, None), parameters.pop(RATE, None)
     return {
@@ -40,7 +40,7 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
 
 def _describe_state(trial: FrozenTrial) -> str:
     if is_given_up(trial):
-        return "failed: the workers that ran it died, again and again"
+        return "failed: the workers that ran it died repeatedly"
     if trial.state == TrialState.FAIL:
         return f"failed: {trial.user_attrs[REASON]}" if REASON in trial.user_attrs else "interrupted"
     return trial.user_attrs.get(REASON, _STATES[trial.state])
@@ -54,7 +54,7 @@ def trial_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """Return rows as a table for a screen."""
+    """Return rows as a plain-text table."""
     if not rows:
         return "no trials"
     cells = [list(rows[0]), *([format_value(value) for value in row.values()] for row in rows)]
@@ -66,7 +66,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a cell as text: losses with four decimals, small numbers readable."""
+    """Return a cell as text: four decimals for usual losses, three digits for very small and large numbers."""
     if value is None:
         return "-"
     if isinstance(value, float) and value != round(value, 1):
@@ -75,7 +75,7 @@ def format_value(value: Any) -> str:
 
 
 def format_trial(trial: FrozenTrial) -> str:
-    """Return a trial in one line."""
+    """Return a line that describes a trial."""
     cells = describe_trial(trial)
     number, state = cells.pop("trial"), cells.pop("state")
     known = "  ".join(f"{name} {format_value(value)}" for name, value in cells.items() if value is not None)
@@ -83,15 +83,15 @@ def format_trial(trial: FrozenTrial) -> str:
 
 
 def best_trial(study: Study) -> FrozenTrial | None:
-    """Return the finished trial of lowest loss, with two objectives as well. None where no trial finished."""
+    """Return the finished trial with the lowest loss, even with two objectives; None if no trial finished."""
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return min(finished, key=lambda trial: trial.values[0], default=None)
 
 
 def parameter_importances(study: Study) -> dict[str, float]:
-    """Return the share of the spread of the losses that each parameter explains (PED-ANOVA, arXiv:2304.10255).
+    """Return the importance of each parameter for the loss, as shares of 1 (PED-ANOVA, arXiv:2304.10255).
 
-    Return nothing where too few trials finished.
+    The result is empty if too few trials finished.
     """
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < _MIN_FINISHED:
         return {}
@@ -103,7 +103,7 @@ def parameter_importances(study: Study) -> dict[str, float]:
 def summarize(study: Study) -> str:
     """Return the result of a search in a few lines."""
     best = best_trial(study)
-    lines = ["No trial finished; the table says why."]
+    lines = ["No trial finished. The table gives the reasons."]
     if best is not None:
         parameters = ", ".join(f"{name} {format_value(value)}" for name, value in best.params.items())
         lines = [
@@ -117,7 +117,7 @@ def summarize(study: Study) -> str:
     if shares := parameter_importances(study):
         lines.append("importance            " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     if len(study.directions) > 1:
-        lines += ["best trades of loss and time"] + [
+        lines += ["best trade-offs of loss and time"] + [
             f"  trial {t.number:>3}  loss {t.values[0]:.4f}  {t.values[1]:.1f} s" for t in study.best_trials
         ]
     rows = sum(trial.user_attrs.get("rows", 0) for trial in study.get_trials(deepcopy=False))

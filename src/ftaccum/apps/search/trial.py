@@ -1,4 +1,4 @@
-"""One trial: a run that reports at its milestones, and its outcome."""
+"""A trial: a run that reports at its milestones, and its outcome."""
 
 import math
 import traceback
@@ -35,11 +35,11 @@ _trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials that are 
 
 
 class PrunedError(Exception):
-    """Ends a run whose trial is not worth its remaining rows."""
+    """An error that ends the run of a pruned trial."""
 
 
 class ReassignedError(Exception):
-    """Ends a run whose trial another worker has by now."""
+    """An error that ends a run because the trial was given to another worker."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class TrialResult:
 
     Attributes:
         kind: "finished", "pruned", "diverged", "reassigned" or "failed".
-        reason: a sentence, where the trial did not finish.
-        result: of a trial that finished.
-        error: of a trial that failed, where the user has to fix it and every trial would meet it.
+        reason: why the trial did not finish; empty if it did.
+        result: the result of a finished trial.
+        error: the error of a failed trial, if the user has to fix it.
     """
 
     kind: str
@@ -60,24 +60,24 @@ class TrialResult:
 
 
 class TrialRecord:
-    """The record of a trial on processes that have no study: it keeps nothing."""
+    """The record of a trial on a process without a study. It stores nothing."""
 
     def start(self, attributes: Mapping[str, Any]) -> None:
-        """Take what is known of a trial before it runs."""
+        """Record the attributes that are known before the trial runs."""
 
     def set_milestones(self, steps: Mapping[int, int]) -> None:
-        """Take the milestones of the trial: rows → steps, the last being its budget."""
+        """Record the milestones of the trial: steps by number of rows. The last is the budget."""
 
     def report(self, step: int, rows: int, val_loss: float) -> str:  # noqa: ARG002
-        """Take the validation loss at a milestone.
+        """Record the validation loss at a milestone.
 
         Returns:
-            "continue", "prune", or "leave" where other workers took this one for dead and have ended its trial.
+            "continue", "prune", or "leave" if other workers assumed that this one was dead, and ended its trial.
         """
         return "continue"
 
     def finish(self, attributes: Mapping[str, Any]) -> None:
-        """Take what is known of a trial that ran to its end."""
+        """Record the attributes of a trial that ran to its end."""
 
 
 class StudyTrialRecord(TrialRecord):
@@ -96,7 +96,7 @@ class StudyTrialRecord(TrialRecord):
     def report(self, step: int, rows: int, val_loss: float) -> str:
         try:
             self._trial.set_user_attr("rows", rows)
-            if self._settings.trade_time:  # Optuna takes no reports on two objectives
+            if self._settings.trade_time:  # Optuna accepts no reports with two objectives
                 return "continue"
             self._trial.report(val_loss, step)
             return "prune" if self._trial.should_prune() else "continue"
@@ -109,7 +109,7 @@ class StudyTrialRecord(TrialRecord):
 
 
 class TrialCallback(Callback):
-    """Reports a run's milestones to its record, and ends the run on all processes at once."""
+    """A callback that reports milestones to the trial's record, and can end the run on all processes at once."""
 
     logs = False
     saves_model = False
@@ -130,12 +130,12 @@ class TrialCallback(Callback):
 
         Args:
             processes: the processes that run the trial.
-            record: takes the reports; on the main process it decides how to continue.
-            stop_signals: signals of the whole search.
-            batch_sizes: effective batches of all candidates; milestones are where each of them ends an update.
+            record: receives the reports. On the main process it decides whether to continue.
+            stop_signals: signals that stop the whole search.
+            batch_sizes: effective batch sizes of all candidates, which decide the milestones.
             n_reports: number of evaluations in the trial.
             title: title of the progress bar.
-            is_first: whether to show what data and loss are like, which is the same in all trials.
+            is_first: whether to print the notes on data and loss, which are the same in all trials.
         """
         self._processes, self._record, self._stop_signals = processes, record, stop_signals
         self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
@@ -147,7 +147,7 @@ class TrialCallback(Callback):
 
     def milestones(self, plan: BasePlan) -> Iterable[int]:
         assert isinstance(plan, Plan), "a search refuses streams"
-        # Where the remainder of an epoch is carried, no update ends with the epoch: all epochs are as one.
+        # If the remainder of an epoch is carried, updates do not end with the epoch. Treat all epochs as one.
         epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
         self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
         self._processes.orders.run_on_main(lambda: self._record.set_milestones(self._steps))
@@ -163,14 +163,14 @@ class TrialCallback(Callback):
             raise ReassignedError
         if not math.isfinite(val_loss):
             raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
-        if order == "prune" and milestone < budget:  # at the end nothing is left to save
+        if order == "prune" and milestone < budget:  # pruning at the end would save nothing
             raise PrunedError(f"at {rows} of {budget} rows")
 
 
 @dataclass
 class _TrialConsole(Console):
-    """One bar for the running trial, after notes on data and loss if it is the first one. The search itself shows the
-    outcome in a line."""
+    """A console with one progress bar for the running trial. The first trial also prints notes on data and loss. The
+    search prints the outcome."""
 
     title: str = ""
     is_first: bool = False
@@ -191,12 +191,12 @@ class _TrialConsole(Console):
 
 
 def run_trial(model_factory: Callable[[], Any], arguments: Mapping[str, Any], callback: TrialCallback) -> TrialResult:
-    """Run one trial, and free its memory. All processes call it alike.
+    """Run one trial, and free its memory. Call it on all processes.
 
     Args:
         model_factory: returns a new model.
         arguments: all arguments of `test_fine_tuning` without the model.
-        callback: ends the run where it is pruned.
+        callback: ends the run if the trial is pruned.
     """
     earlier = _trained.copy()
     try:
@@ -212,7 +212,7 @@ def run_trial(model_factory: Callable[[], Any], arguments: Mapping[str, Any], ca
     except Preempted as end:
         raise KeyboardInterrupt(str(end)) from None
     except (SettingsError, DataError) as error:
-        error.__cause__ = error.__context__ = None  # their frames keep the model alive, as the error's own do
+        error.__cause__ = error.__context__ = None  # their frames keep the model alive, like the error's own
         return TrialResult("failed", str(error), error=error.with_traceback(None))
     except torch.OutOfMemoryError as error:
         return TrialResult("failed", f"ran out of memory: {error}")
@@ -223,22 +223,22 @@ def run_trial(model_factory: Callable[[], Any], arguments: Mapping[str, Any], ca
             "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
         )
     finally:
-        # To collect garbage takes its time: only where the model is part of a cycle, or a GPU is shared with others.
+        # Garbage collection is slow. Do it only if the model is part of a reference cycle, or is on an accelerator.
         if torch.accelerator.is_available() or _trained - earlier:
             give_back_memory()
 
 
 def train_new_model(model_factory: Callable[[], Any], arguments: Mapping[str, Any], callback: Callback) -> Result:
-    """Train a model of the factory in one run, the only way in which a search trains.
+    """Train a new model from the factory in one run. A search trains models in no other way.
 
     Args:
         model_factory: returns a new model.
-        arguments: all arguments of `test_fine_tuning` without the model. Its `random_seed` seeds the factory as well,
-            so that every trial starts from the same weights.
-        callback: takes part in the run.
+        arguments: all arguments of `test_fine_tuning` without the model. `random_seed` seeds the factory as well, so
+            that every trial starts from the same weights.
+        callback: the callback of the run.
 
     Raises:
-        SettingsError: where the factory returns a model that an earlier trial has trained.
+        SettingsError: if the factory returns a model that an earlier trial has trained.
     """
     with preserve_rng():
         seed_all(arguments["random_seed"])
@@ -246,8 +246,8 @@ def train_new_model(model_factory: Callable[[], Any], arguments: Mapping[str, An
     if model in _trained:
         raise SettingsError(
             [
-                "`model_factory` returned a model that an earlier trial has trained. Have it make a new one each time, "
-                "such as `lambda: copy.deepcopy(model)`."
+                "`model_factory` returned a model that an earlier trial has trained. It must return a new model each "
+                "time, such as `lambda: copy.deepcopy(model)`."
             ]
         )
     _trained.add(model)

@@ -1,4 +1,4 @@
-"""A worker: runs trials of a study, one after the other, until there are `n_trials` in all."""
+"""A worker, which runs trials of a study one by one until the study has `n_trials`."""
 
 import math
 import time
@@ -35,22 +35,25 @@ from .space import RATE, STEPS
 from .study import has_heartbeat
 from .trial import StudyTrialRecord, TrialCallback, TrialRecord, TrialResult, run_trial
 
-ON_INTERRUPT = "Interrupted: the running trial ends with its next update, and will run again. Once more stops at once."
-_POLL = 2.0  # seconds between two looks at other workers
+ON_INTERRUPT = (
+    "Interrupted: the running trial stops after its next update, and will run again when the search is resumed. "
+    "Ctrl-C (again) stops at once."
+)
+_POLL = 2.0  # seconds between checks of other workers
 
 
 class _EndedError(Exception):
-    """Makes Optuna record a trial as failed. The attributes of the trial give the reason, where it counts."""
+    """An error that makes Optuna record a trial as failed. If the trial counts, its attributes give the reason."""
 
 
 @dataclass(frozen=True)
 class TrialOrder:
-    """A trial for all processes to run.
+    """An order to run a trial, which the main process sends to all processes.
 
     Attributes:
-        number: number of the trial in its study.
-        first: number of the interrupted trial that it resumes; None for a new one.
-        params: what the main process has drawn.
+        number: the number of the trial in its study.
+        first: the number of the interrupted trial that this one resumes; None for a new trial.
+        params: the parameters that the main process has drawn.
     """
 
     number: int
@@ -60,12 +63,12 @@ class TrialOrder:
 
 @dataclass(frozen=True)
 class TrialExecutor:
-    """Runs trials on all processes.
+    """An executor of trials. Each process has one, and all of them run the same trial.
 
     Attributes:
         search: the search.
         processes: the processes that run each trial together.
-        stop_signals: signals that end the search with the next update of its trial.
+        stop_signals: signals that stop the search after the next update of the running trial.
     """
 
     search: Search
@@ -73,17 +76,17 @@ class TrialExecutor:
     stop_signals: StopSignals
 
     def arguments_of(self, trial: BaseTrial) -> dict[str, Any]:
-        """Return the arguments of a trial, all but the model."""
+        """Return all arguments of a trial except the model."""
         search = self.search
         return search.space.suggest(trial, search.fixed, search.batch_size(self.processes.size))
 
     def folder_of(self, order: TrialOrder) -> Path | None:
-        """Return the folder for the outputs of a trial: that of the interrupted one where it resumes one."""
+        """Return the output folder of a trial. A trial that resumes an interrupted one uses that one's folder."""
         number = order.number if order.first is None else order.first
         return None if self.search.folder is None else self.search.folder / "trials" / f"{number:04d}"
 
     def run(self, order: TrialOrder, arguments: dict[str, Any], record: TrialRecord) -> TrialResult:
-        """Run a trial, and return its outcome: on all processes a failure where one of them failed."""
+        """Run a trial and return its outcome. If one process fails, all processes return a failure."""
         search, settings, folder = self.search, self.search.settings, self.folder_of(order)
         batch_size = search.batch_size(self.processes.size)
         own = {"output_dir": folder and str(folder), "resume": "auto" if folder and order.first is not None else None}
@@ -98,7 +101,7 @@ class TrialExecutor:
             record,
             self.stop_signals,
             batch_sizes=[k * batch_size for k in search.space.candidates()],
-            n_reports=1 if settings.trade_time else settings.n_reports,  # without pruning, only the last one counts
+            n_reports=1 if settings.trade_time else settings.n_reports,  # without pruning, only the last report counts
             title=f"trial {order.number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
             is_first=order.number == 0,
         )
@@ -115,7 +118,7 @@ class TrialExecutor:
 
 
 class Worker:
-    """The main process of a worker: asks the study for trials, and reports their outcomes to it."""
+    """The main process of a worker. It asks the study for trials, and reports their outcomes to the study."""
 
     def __init__(self, executor: TrialExecutor, study: Study, storage: BaseStorage) -> None:
         self._executor, self._study, self._storage = executor, study, storage
@@ -125,7 +128,7 @@ class Worker:
         self._silent: dict[int, float] = {}
 
     def work(self, on_trial: Callable[[], None]) -> None:
-        """Run trials until all are done.
+        """Run trials until the study has enough.
 
         Args:
             on_trial: called whenever trials may have ended.
@@ -148,31 +151,31 @@ class Worker:
             return "stop"
         if ended + len(running) < self._settings.n_trials:
             return "run"
-        # Other workers run all that is left. If one of them dies, this worker runs its trial.
+        # Other workers are running the remaining trials. If one of them dies, this worker takes over its trial.
         shows_death = has_heartbeat(self._storage) or any(is_dead(t.user_attrs.get(WORKER)) is False for t in running)
         return "wait" if shows_death else "stop"
 
     def _run_one(self) -> None:
         self._is_reassigned, self._folder = False, None
         try:
-            # One at a time; `optimize` sends the heartbeat meanwhile.
+            # One trial at a time; `optimize` sends the heartbeat while the trial runs.
             self._study.optimize(self._objective, n_trials=1, catch=(_EndedError,))
         except (UpdateFinishedTrialError, ValueError) as error:
-            # Others took this worker for dead, and have ended its trial.
+            # Other workers assumed that this one was dead, and ended its trial.
             if not self._is_reassigned and not str(error).startswith("Cannot tell a"):
                 raise
         else:
             self._remove_checkpoints()
 
     def _remove_checkpoints(self) -> None:
-        """Remove the checkpoints of a trial that has ended in the study as well. A trial that runs again, in this
-        worker or another, resumes from them."""
+        """Remove the checkpoints of a trial that the study has recorded as ended. A trial that runs again, in this
+        worker or another, needs them to resume."""
         if self._folder is not None:
             CheckpointDirectory(RunDir(self._folder.absolute()).checkpoints).clear()
 
     def _objective(self, trial: Trial) -> float | tuple[float, float]:
         if position_of(self._study, trial) >= self._settings.n_trials:
-            raise _EndedError  # two workers saw that one trial was left, and this one asked later
+            raise _EndedError  # two workers asked for the last trial, this one second
         try:
             trial.set_user_attr(WORKER, this_worker())
             return self._value_of(trial, self._run(trial))
@@ -191,18 +194,18 @@ class Worker:
             raise
         except SettingsError as error:
             return TrialResult("failed", str(error), error=error)
-        except Exception as error:  # from a function of the user
+        except Exception as error:  # raised by a function of the user
             return TrialResult("failed", f"{type(error).__name__}: {error}")
         order = TrialOrder(trial.number, trial.user_attrs.get(FIRST), trial.params)
         if order.first is not None and (folder := executor.folder_of(order)) and RunDir(folder.absolute()).is_locked():
-            # The worker that runs it is not dead: this one starts afresh, in a folder of its own.
+            # The worker that runs the interrupted trial is still alive. Start this one afresh, in its own folder.
             order = TrialOrder(trial.number, None, trial.params)
         self._folder = executor.folder_of(order)
         executor.processes.orders.broadcast(order)
         return executor.run(order, arguments, StudyTrialRecord(self._study, trial, self._settings))
 
     def _value_of(self, trial: Trial, outcome: TrialResult) -> float | tuple[float, float]:
-        """Return the value of a trial for Optuna, or raise what Optuna expects of one that did not finish."""
+        """Return the value of a trial for Optuna, or raise the error that Optuna expects if it did not finish."""
         if outcome.result is not None:
             loss, seconds = outcome.result.final_loss, outcome.result.training_time
             if math.isfinite(loss):
@@ -211,7 +214,7 @@ class Worker:
         if outcome.kind == "reassigned":
             self._is_reassigned = True
         elif outcome.error is not None and self._concerns_all(outcome.error):
-            self._requeue(trial)  # for when it is fixed
+            self._requeue(trial)  # to run once the user has fixed the error
             raise outcome.error
         else:
             trial.set_user_attr(REASON, ("" if outcome.kind == "failed" else f"{outcome.kind} ") + outcome.reason)
@@ -224,19 +227,19 @@ class Worker:
         requeue(self._study, next(t for t in self._study.get_trials() if t.number == trial.number))
 
     def _concerns_all(self, error: SettingsError | DataError) -> bool:
-        """Return whether every trial would meet an error. All have the same data, and the same settings but for those
-        from a function of the trial: these are taken for wrong in all trials while none has gone well."""
+        """Return whether every trial would raise this error. All trials have the same data and settings, unless a
+        function of the trial returns some settings. Then the error concerns all trials if none has succeeded yet."""
         if isinstance(error, SettingsError) and callable(self._executor.search.space.others):
             return not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         return True
 
 
 def follow(executor: TrialExecutor) -> Any:
-    """Run the trials that the main process orders, on a process without a study. Return its last message.
+    """Run the trials that the main process orders, on a process without a study. Return the last message received.
 
     Raises:
-        SettingsError, DataError: the error that ended the search.
-        OutOfStepError: where another error did, which the main process raises.
+        SettingsError, DataError: if such an error ended the search.
+        OutOfStepError: if another error ended it. The main process raises that error.
     """
     last_error: BaseException | None = None
     while isinstance(order := executor.processes.orders.broadcast(), TrialOrder):
@@ -245,8 +248,8 @@ def follow(executor: TrialExecutor) -> Any:
             last_error = executor.run(order, arguments, TrialRecord()).error
         except OutOfStepError:
             raise
-        except (Exception, KeyboardInterrupt) as error:  # the main process raises it too, and decides what follows
+        except (Exception, KeyboardInterrupt) as error:  # the main process raises it too, and decides how to continue
             last_error = error
     if order is None:
-        raise last_error or OutOfStepError("The main process ended the search; its own error says why.")
+        raise last_error or OutOfStepError("The main process ended the search. Its own error gives the reason.")
     return order

@@ -1,4 +1,4 @@
-"""`verify`: what users call."""
+"""The public function `verify`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,34 +47,37 @@ def verify(
     tolerance: float | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Compare accumulating with one large batch, on this model and these rows, by the gradients themselves.
+    """Compare the gradients of accumulation with those of one large batch, on a model and its rows.
 
-    The reference is one batch of all rows of an update: collated anew, one plain call of the model, its own loss (or
-    `loss_fn`), one backward pass. Nothing that ftaccum measures or infers is in it, so it can disagree. Then the same
-    rows are accumulated by the code that trains, cut as in training, row by row, in random orders and sizes, and short
-    as an epoch's last window is. Rows with rare label values or columns take up to a quarter of the update. The model
-    is in train mode, without dropout, which differs with the cut. Model, gradients, generators and the state of the
-    process are left as they were.
+    The reference is one batch of all rows of an update: collated again, passed to the model in one plain call, with the
+    model's own loss (or `loss_fn`) and one backward pass. It uses nothing that ftaccum measures or infers, so it can
+    disagree with training. Then the code that trains accumulates the same rows: split as in training, one row at a
+    time, in random orders and sizes, and in short windows like the last of an epoch. Rows with rare label values or
+    columns replace up to a quarter of the rows of the update. The model runs in train mode without dropout, because
+    dropout would differ between splits. The model, gradients, random generators and the state of the process are
+    restored.
 
     Args:
         data: rows, as `train_data` of `test_fine_tuning`. None: synthetic token ids below `config.vocab_size`.
-        n_splits: cuts into random orders and sizes.
-        dtype: "float64", "float32" or "model", as it is. None: float64, in which rounding hides nothing; where the
-            model or memory does not allow it, float32; under autocast, as it is.
-        tolerance: relative error up to which a gradient is exact. None: 4 times what rounding alone makes of one
-            batch, its rows in another order and its loss times a third; within bounds that the precision sets.
-        progress: show a progress bar.
+        n_splits: number of additional splits into random orders and sizes.
+        dtype: type of the weights in the measurement: "float64", "float32", or "model" for no change. None: float64,
+            in which rounding hides no errors; float32 if the model or the memory does not allow float64; no change
+            under autocast.
+        tolerance: the largest relative error that counts as exact. None: 4 times the error that rounding causes, within
+            bounds that depend on the precision. This error is the difference between one batch and the same batch with
+            its rows reversed and its loss multiplied by a third.
+        progress: whether to show a progress bar.
 
     The other arguments are those of `test_fine_tuning`, and mean the same.
 
     Returns:
-        The table and its verdict, on all processes the same; see `Verification`.
+        The table and its verdict, the same on all processes; see `Verification`.
 
     Raises:
-        SettingsError: arguments that cannot be used, all in one message, before anything is loaded.
-        DataError: data that cannot be trained on.
-        torch.OutOfMemoryError: where a row or a micro-batch does not fit in memory. (Where the rows of an update do not
-            fit together, fewer of them are measured, and a note says so.)
+        SettingsError: if arguments cannot be used, with all faults in one message, before anything is measured.
+        DataError: if the data cannot be trained on.
+        torch.OutOfMemoryError: if a row or a micro-batch does not fit in memory. If the rows of an update do not fit
+            together, fewer of them are measured, and a note reports it.
 
     Example:
         >>> print(verify(model, rows, batch_size=4, gradient_accumulation_steps=8))
@@ -114,23 +117,23 @@ def verify(
 
 
 def _read(arguments: Mapping[str, Any]) -> tuple[VerifySettings, RunConfig]:
-    """Check the arguments, and complete them to those of a run in which all rows train."""
+    """Check the arguments, and add those of a run that trains on all rows."""
     settings = read_settings(VerifySettings, arguments)
     faults = find_faults(settings)
     arguments = {
         **arguments,
         **dict.fromkeys(("val_data", "optimizer", "compute_metrics")),
         "validation_split": 0.0,
-        "on_inexact": "ignore",  # the verdict names what is inexact
+        "on_inexact": "ignore",  # the verdict reports it
     }
     if settings.dtype == "float64":
         if arguments["use_amp"] or arguments["mixed_precision"] not in (None, "no"):
-            faults.append("`dtype` is 'float64', which autocast leaves alone. Drop it, or give dtype='model'.")
+            faults.append("`dtype` is 'float64', which autocast does not cast. Drop it, or give dtype='model'.")
         else:
-            arguments["mixed_precision"] = "no"  # whatever `accelerate launch` was told
+            arguments["mixed_precision"] = "no"  # overrides the setting of `accelerate launch`
     if arguments["batch_size"] == "auto":
-        faults.append("`batch_size` must be a number here: how a window is cut is what is verified. Give one.")
-        arguments["batch_size"] = 1  # what else 'auto' would want is of no use here
+        faults.append("`batch_size` must be a number in `verify`, but is 'auto' instead. Give the one to verify.")
+        arguments["batch_size"] = 1  # other faults of 'auto' do not matter here
     try:
         config = RunConfig.from_arguments(arguments)
     except SettingsError as error:

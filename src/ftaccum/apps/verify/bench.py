@@ -1,4 +1,4 @@
-"""Where gradients are made: of a window in one batch, and of the same window accumulated."""
+"""Compute the gradients of a window, in one batch and accumulated."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,15 +25,15 @@ from .splits import Split
 
 @dataclass(frozen=True)
 class Bench:
-    """A model, its rows, and all that is held constant while windows are cut in one way and another.
+    """A model, its rows, and everything else that stays constant while windows are split in different ways.
 
     Attributes:
-        run: has the model, not wrapped, and the loader of training.
-        reference: one batch, that nothing which ftaccum infers is in.
-        padded: the loader of training with rows side by side.
-        window: all rows of a full window.
-        seed: of what a collator draws.
-        dtype: that the model is in; None where it is as it came.
+        run: the run, with the unwrapped model and the loader of training.
+        reference: the loss of one batch, without anything that ftaccum infers.
+        padded: the loader of training, with `padding_free` off.
+        window: the positions of all rows of a full window.
+        seed: the seed for random draws of a collator.
+        dtype: the type that the model is converted to; None if it is unchanged.
     """
 
     run: Run
@@ -44,15 +44,15 @@ class Bench:
     dtype: torch.dtype | None
 
     def together(self, rows: RowIndices, *, backwards: bool = False, factor: float = 1.0) -> WindowGradient:
-        """Return the gradient of the loss over all rows at once: one forward and one backward pass of the reference.
+        """Return the gradient of all rows in one batch: one forward and one backward pass of the reference.
 
         Args:
-            rows: of the window.
-            backwards: whether to turn their order around.
-            factor: that the loss is multiplied by before the backward pass, and the gradient divided by after it.
+            rows: the positions of the rows.
+            backwards: whether to reverse their order.
+            factor: a factor of the loss in the backward pass. The gradient is divided by it afterwards.
 
         Raises:
-            torch.OutOfMemoryError: where they do not fit in memory together.
+            torch.OutOfMemoryError: if the rows do not fit in memory together.
         """
         with self.from_the_start():
             loss = self.reference.loss(self.reference.batch(rows, backwards=backwards, dtype=self.dtype))
@@ -63,42 +63,45 @@ class Bench:
         """Return the reference's loss of the full window.
 
         Raises:
-            DataError: where it is no number, as the mean over no items is.
+            DataError: if it is NaN, as the mean over no loss items is.
         """
         with torch.no_grad():
             loss = self.reference.loss(self.reference.batch(self.window, dtype=self.dtype)).item()
         if math.isnan(loss):
             raise DataError(
                 f"The loss of the {len(self.window)} rows of a window in one batch is {loss}. If none of them has loss "
-                "items, give another `random_seed`; else look for numbers that are not finite."
+                "items, give another `random_seed`. Otherwise look for values that are not finite."
             )
         return loss
 
     def settle_scale(self) -> None:
-        """Lowers the scale of fp16 gradients until they are finite, as training does in its first updates."""
+        """Lower the scale of fp16 gradients until they are finite, as training does in its first updates."""
         scaler = self.run.accelerator.scaler
         while scaler is not None and self.scale > 1 and not self.together(self.window).is_finite:
-            scaler.scale(torch.zeros((), device=self.run.accelerator.device))  # makes it one that can be changed
+            scaler.scale(torch.zeros((), device=self.run.accelerator.device))  # creates the scale
             scaler.update(self.scale / 2)
 
     def accumulated(self, accumulator: GradientAccumulator, split: Split) -> WindowGradient:
-        """The gradient that training leaves for the optimizer, on this process.
+        """Return the gradient that training would give to the optimizer, on this process.
 
         Raises:
-            torch.OutOfMemoryError: where a micro-batch does not fit in memory beside the gradient of one batch.
+            torch.OutOfMemoryError: if a micro-batch does not fit in memory together with the gradient of one batch.
         """
         share = self._share(split)
         with self.from_the_start():
             try:
                 losses = accumulator.accumulate(share).losses
             except WindowOutOfMemoryError as error:
-                said = f" The device said: {error.failed.message}" if error.failed else ""
-                raise torch.OutOfMemoryError(f"Memory ran out while '{split.name}' was accumulated.{said}") from error
+                said = f" The device reported: {error.failed.message}" if error.failed else ""
+                raise torch.OutOfMemoryError(f"Memory ran out while accumulating '{split.name}'.{said}") from error
         return WindowGradient(taken(self.run.model, self.scale), gathered([losses], self.run.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:
-        """Whether the model can be run on micro-batches as small as these: batch norm takes no row by itself, as a
-        dummy is. (Tried by all processes alike: where one alone fails while accumulating, the others wait for it.)"""
+        """Return whether the model can run on the smallest micro-batches of the split.
+
+        Batch norm, for example, rejects a single row, which a dummy micro-batch has. All processes test this together,
+        because an error on one process during accumulation would leave the others waiting.
+        """
         if all(len(piece.rows) > 1 for share in split.by_process for piece in share):
             return True
         try:
@@ -109,23 +112,23 @@ class Bench:
         return True
 
     def whole(self, rows: RowIndices) -> MicroBatch:
-        """Return rows in one micro-batch, as the loader of training has it."""
+        """Return rows in one micro-batch, loaded as in training but padded."""
         return self._loaded(self.padded, rows, [MicroBatchRows.of(rows, tuple(range(len(rows))))])[0]
 
     def micro_batches(self, split: Split) -> list[MicroBatch]:
-        """Those of all processes, as anybody would have them: padded, and without dummies."""
+        """Return the micro-batches of all processes as in an ordinary training loop: padded, without dummies."""
         loaded = self.padded.stream([LocalRows(split.rows, split.slices, self.seed)])
         return [replace(micro, batch=cast(micro.batch, self.dtype)) for micro in loaded]
 
     def is_wider(self, split: Split) -> bool:
-        """Whether its micro-batches would be padded further at the width of the window."""
+        """Return whether padding to the width of the window would widen a micro-batch of the split."""
         whole = self.whole(split.rows).batch
         widths, *others = [_widths(batch) for batch in (whole, *(m.batch for m in self.micro_batches(split)))]
         return can_be_taken_apart(whole, len(split.rows)) and any(other != widths for other in others)
 
     @contextmanager
     def from_the_start(self) -> Iterator[None]:
-        """Around passes that shall find, and leave, generators and buffers as all others do."""
+        """Restore random generators and buffers afterwards, so that all passes start from the same state."""
         with preserve_rng(), preserve_buffers(self.run.model):
             yield
 
@@ -146,7 +149,7 @@ class Bench:
 
     @property
     def scale(self) -> float:
-        """Of fp16 gradients, by which `taken` divides."""
+        """The scale of fp16 gradients, by which `taken` divides; 1 in other precisions."""
         scaler = self.run.accelerator.scaler
         return 1.0 if scaler is None else scaler.get_scale()
 

@@ -1,4 +1,4 @@
-"""Windows accumulated in many ways, each held against the same rows in one batch."""
+"""Accumulate windows in many ways, and compare each with the same rows in one batch."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,13 @@ from .precision import said
 from .report import SplitResult
 from .splits import Split, splits_of
 
-_TOO_SMALL = "(the model takes no row by itself)"
+_TOO_SMALL = "(the model cannot run on a single row)"
 _TRAINER = f"Trainer, transformers {transformers.__version__}"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """For the attributes see `Verification`."""
+    """The results of a comparison. `Verification` describes the attributes."""
 
     splits: list[SplitResult]
     others: list[SplitResult]
@@ -34,13 +34,14 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and by which measure.
+    """A comparison of many ways to split a window with one batch.
 
     Attributes:
-        planner: that of training.
-        unit: rows that all processes take in at a time.
-        n_random: cuts into random orders and sizes.
-        tolerance: from what rounding alone does, what counts as rounding.
+        bench: the model, its rows and their full window.
+        planner: the planner of training.
+        unit: number of rows of a micro-batch, summed over all processes.
+        n_random: number of splits into random orders and sizes.
+        tolerance: returns the largest error that counts as rounding, given the error that rounding alone causes.
     """
 
     bench: Bench
@@ -50,7 +51,7 @@ class Comparison:
     tolerance: Callable[[float], float]
 
     def windows(self) -> dict[RowIndices, list[Split]]:
-        """What is tried: the ways to cut a window, by its rows."""
+        """Return the splits of each window, by the window's rows."""
         bench, found = self.bench, dict[RowIndices, list[Split]]()
         for split in splits_of(
             bench.window, bench.run.data.train.cut, self.planner, self.unit, self.n_random, bench.seed[0]
@@ -60,10 +61,10 @@ class Comparison:
         return found
 
     def results(self, on_window: Callable[[], object]) -> Compared:
-        """Measures. The model is left without wrappers.
+        """Measure all splits. Afterwards the model has no wrappers.
 
         Args:
-            on_window: called after each of them.
+            on_window: called after each window.
         """
         bench, windows = self.bench, self.windows()
         measured, floor = list[SplitResult](), 0.0
@@ -83,7 +84,7 @@ class Comparison:
 
     @contextmanager
     def _accumulators(self) -> Iterator[Callable[[], GradientAccumulator]]:
-        """Make accumulators, on a model that is wrapped as in training."""
+        """Wrap the model as in training, and yield a function that returns new accumulators for it."""
         run = self.bench.run
         with unwrap_on_exit(run.model):
             wrapped, _ = run.prepared
@@ -92,7 +93,7 @@ class Comparison:
     def _of_window(
         self, rows: RowIndices, splits: Sequence[Split], new_accumulator: Callable[[], GradientAccumulator]
     ) -> tuple[list[SplitResult], float]:
-        """The splits of one window, not judged yet, and what rounding alone does to it."""
+        """Return the errors of a window's splits, mostly without verdicts, and the error that rounding alone causes."""
         bench = self.bench
         if not any(map(bench.takes, splits)):
             return [SplitResult(*split.summary, exact=False, note=_TOO_SMALL) for split in splits], 0.0
@@ -110,7 +111,10 @@ class Comparison:
         return SplitResult(*split.summary, *_errors(self.bench.accumulated(new_accumulator(), split), wanted))
 
     def _divided_by_k(self, whole: WindowGradient, short: RowIndices) -> Iterator[SplitResult]:
-        """Of the full window, and of one that is short, where there is one: k is still that of the full one there."""
+        """Yield the errors of `loss / k` for the full window, and for a short one if there is one.
+
+        The short window is divided by the k of the full one.
+        """
         full = self._in_order("loss / k", self.bench.window)
         remainder = [self._in_order(f"loss / k, remainder of {len(short)}", short)] if short else []
         k = len(full.slices)
@@ -130,13 +134,13 @@ class Comparison:
         try:
             with unwrap_on_exit(self.bench.run.model):
                 found = with_trainer(self.bench, split)
-        except Exception as error:  # whatever it says of a model that it was not made for
+        except Exception as error:  # Trainer may raise anything for a model that it does not support
             self.bench.run.model.zero_grad(set_to_none=True)
             return SplitResult(*split.summary, note=f"({said(error)})")
         return SplitResult(*split.summary, *_errors(found, whole))
 
     def _in_order(self, name: str, rows: RowIndices) -> Split:
-        """Equal slices in the order of arrival."""
+        """Return a split into equal slices, in the order of arrival."""
         return Split(name, rows, self.bench.run.data.train.cut(rows, replace(self.planner, costs=None)))
 
 
@@ -148,7 +152,7 @@ def _judged(measured: SplitResult, tolerance: float) -> SplitResult:
 
 
 def _errors(found: WindowGradient, wanted: WindowGradient) -> tuple[float | None, float | None]:
-    """Of gradient and loss, the largest of any process; None for what is no number."""
+    """Return the errors of gradient and loss, the largest of any process; None for an error that is not finite."""
     everywhere = gather_object([(found.gradient_error(wanted), found.loss_error(wanted))])
     of_gradient, of_loss = zip(*everywhere, strict=True)
     return _largest(of_gradient), _largest(of_loss)

@@ -1,4 +1,4 @@
-"""Gradients as they lie in `param.grad`: taken out, and compared."""
+"""Take gradients out of `param.grad`, and compare them."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class WindowGradient:
-    """What a window led to.
+    """The gradient and the loss of a window.
 
     Attributes:
-        gradient: by trainable parameter, in order; None where it took no part.
+        gradient: the gradient of each trainable parameter, in order; None for one that took no part.
         loss: the mean over all loss items of the window.
     """
 
@@ -26,11 +26,11 @@ class WindowGradient:
 
     @property
     def is_an_update(self) -> bool:
-        """Whether an optimizer can take it: the mean over no loss items has no gradient, or none that is finite."""
+        """Whether an optimizer can use it. The mean over no loss items has no gradient, or one that is not finite."""
         return self.is_finite and _norm(self.gradient) > 0
 
     def gradient_error(self, wanted: "WindowGradient") -> float:
-        """‖gradient - wanted‖ / ‖wanted‖; ‖gradient‖ where nothing is wanted."""
+        """Return ‖gradient - wanted‖ / ‖wanted‖; ‖gradient‖ if the wanted gradient is zero."""
         off = _norm([_difference(f, w) for f, w in zip(self.gradient, wanted.gradient, strict=True)])
         return off / (_norm(wanted.gradient) or 1.0)
 
@@ -38,12 +38,12 @@ class WindowGradient:
         return abs(self.loss - wanted.loss) / (abs(wanted.loss) or 1.0)
 
     def error(self, wanted: "WindowGradient") -> float:
-        """The larger of the two."""
+        """Return the larger of the gradient error and the loss error."""
         return max(self.gradient_error(wanted), self.loss_error(wanted))
 
 
 def taken(model: nn.Module, scale: float = 1.0) -> list[Tensor | None]:
-    """The gradients of a model divided by `scale`, which are gone from it afterwards."""
+    """Remove the gradients from a model, and return them divided by `scale`."""
     found = []
     for p in model.parameters():
         if p.requires_grad:
@@ -57,7 +57,7 @@ def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _norm(gradient: Sequence[Tensor | None]) -> float:
-    # Each parameter's norm is exact enough in its own precision; 16 bits would overflow.
+    # A parameter's own precision is accurate enough for its norm, but 16 bits could overflow.
     norms = [
         torch.linalg.vector_norm(g.to(torch.promote_types(g.dtype, torch.float32))) for g in gradient if g is not None
     ]

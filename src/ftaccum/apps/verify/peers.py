@@ -1,4 +1,4 @@
-"""The same micro-batches accumulated in the ways of others, to compare with."""
+"""Accumulate the same micro-batches in other ways, for comparison."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from .splits import Split
 
 
 def divided_by_k(bench: Bench, split: Split, k: int) -> WindowGradient:
-    """Each micro-batch's own mean divided by k, as everybody's first loop has it."""
+    """Return the gradient of each micro-batch's mean loss divided by k, as in a simple training loop."""
     losses = []
     with bench.from_the_start():
         for micro in bench.micro_batches(split):
@@ -29,20 +29,21 @@ def divided_by_k(bench: Bench, split: Split, k: int) -> WindowGradient:
 
 
 def why_not_trainer(bench: Bench) -> str | None:
-    """Why Transformers' Trainer is not compared with; None where it can be."""
+    """Return why Transformers' Trainer cannot be compared; None if it can."""
     if bench.run.accelerator.num_processes > 1:
         return "(shown on one process only)"
     if not bench.run.data.objective.report.own_loss:
-        return "(it takes the model's own loss, and this is another)"
+        return "(Trainer uses the model's own loss, and this is another)"
     if bench.run.accelerator.mixed_precision == "fp16" and bench.run.accelerator.device.type == "cpu":
-        return "(it has no fp16 on a CPU)"
+        return "(Trainer has no fp16 on a CPU)"
     return None
 
 
 def with_trainer(bench: Bench, split: Split) -> WindowGradient:
-    """What Transformers' Trainer gives an optimizer of the same micro-batches, in one update.
+    """Return the gradient that Transformers' Trainer gives to an optimizer for the same micro-batches in one update.
 
-    Whatever it raises is what it says of a model or a batch that it cannot take.
+    Raises:
+        Exception: any error that Trainer raises for a model or a batch that it does not support.
     """
     from transformers import Trainer, TrainingArguments  # takes a second to import
 
@@ -73,18 +74,18 @@ def with_trainer(bench: Bench, split: Split) -> WindowGradient:
             logging_strategy="no",
             save_strategy="no",
         )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # on several it would be another way to accumulate
+        arguments._n_gpu = min(1, arguments.n_gpu)  # on several, Trainer would accumulate differently
         optimizer = _Recording(bench.run.model)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         trainer = OfBatches(bench.run.model, arguments, train_dataset=[{}], optimizers=(optimizer, schedule))
         loss = trainer.train().training_loss
         if optimizer.gradient is None:
-            raise ValueError("it took no step")
+            raise ValueError("Trainer took no step")
         return WindowGradient(optimizer.gradient, loss)
 
 
 class _Recording(torch.optim.Optimizer):
-    """Takes the gradient, and leaves the weights where they are."""
+    """An optimizer that records the gradient, and does not change the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 0.0})
@@ -97,7 +98,8 @@ class _Recording(torch.optim.Optimizer):
 
 @contextmanager
 def _kept_in_its_mode(model: Any) -> Iterator[None]:
-    """Trainer puts a model in train mode before each pass, also modules that are not, lest they draw at random."""
+    """Keep the train or eval mode of each module. Trainer would put them all in train mode before each pass, including
+    modules that are in eval mode so that they do not draw random numbers."""
     model.train = lambda mode=True: model  # noqa: ARG005
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows to one batch in the plainest way, for a reference that shares no code with the collator that trains."""
+"""A minimal collator for the reference, which shares no code with the collator of training."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 from ...errors import DataError
 
 _RENAMED = {"label": "labels", "label_ids": "labels"}
-_MAIN = ("input_ids", "input_values", "input_features")  # what a row is as long as
+_MAIN = ("input_ids", "input_values", "input_features")  # they define the length of a row
 
 
 class PlainCollator:
-    """Stacks columns, and pads on one side those that run along the tokens.
+    """A collator that stacks columns, and pads those that run along the tokens.
 
-    Ids that came without an attention mask get one of ones. Nothing else is fixed: a column that some rows lack or
-    have in another shape is refused.
+    It adds an attention mask to `input_ids` that have none. It corrects nothing else: a column that some rows lack, or
+    that differs in shape and cannot be padded, is an error.
     """
 
     def __init__(
@@ -28,8 +28,9 @@ class PlainCollator:
         """Create a collator.
 
         Args:
-            needed: the columns to keep, beside ids and labels; None for all that hold numbers.
-            ignore_index: what labels are padded with.
+            needed: the columns to keep in addition to `input_ids` and `labels`; None for all numeric columns.
+            pad_token_id: the padding value of `input_ids`.
+            ignore_index: the padding value of labels.
             on_the_left: whether padding goes before the values instead of after them.
         """
         self._needed = None if needed is None else {*needed, "input_ids", "labels"}
@@ -39,7 +40,7 @@ class PlainCollator:
         """Return the batch.
 
         Raises:
-            DataError: naming a column that the rows do not share.
+            DataError: if the rows do not share a column; the message names it.
         """
         if isinstance(rows[0], tuple):
             return tuple(_stacked(column) for column in zip(*rows, strict=True))
@@ -56,7 +57,7 @@ class PlainCollator:
         for name in names if self._needed is None else [n for n in names if n in self._needed]:
             if not all(name in row and _is_numeric(row[name]) for row in rows):
                 raise DataError(
-                    f"Only some of the rows have numbers in the column {name!r}. Give it to all, or to none."
+                    f"Only some of the rows have numbers in the column {name!r}. Give it to all rows, or to none."
                 )
             tensors = [_tensor(row[name]) for row in rows]
             integers = name.endswith("_ids") or "label" in name or name.endswith("_positions")
@@ -70,14 +71,14 @@ class PlainCollator:
         if len({t.shape for t in values}) > 1 and not along:
             raise DataError(
                 f"The column {name!r} has rows of the shapes {sorted({tuple(t.shape) for t in values})}, and does not "
-                "run along the tokens. Give all rows the same shape, or a `data_collator` that makes them alike."
+                "run along the tokens. Give all rows the same shape, or a `data_collator` that pads this column."
             )
         return self._filled(values, fill)
 
     def _filled(self, values: Sequence[Tensor], fill: int) -> Tensor:
         dtypes = {t.dtype for t in values if t.numel()} or {values[0].dtype}
         dtype = functools.reduce(torch.promote_types, dtypes)
-        # A row may have no token; a model needs one.
+        # All rows may be empty, but a model needs at least one token.
         size = tuple(max(1, *lengths) for lengths in zip(*(value.shape for value in values), strict=True))
         batch = torch.full((len(values), *size), fill, dtype=dtype)
         for row, value in zip(batch, values, strict=True):
@@ -87,9 +88,9 @@ class PlainCollator:
 
 
 def documents_of(row: Any) -> list[Any]:
-    """Return the documents that lie one behind the other in a packed row, each as a row; the row itself, if it is none.
+    """Split a packed row into its documents, and return each as a row. Return any other row unchanged.
 
-    A packed row has `position_ids` that begin anew, and no attention mask. All of its columns run along the tokens.
+    A packed row has `position_ids` that restart, and no attention mask. All of its columns run along the tokens.
     """
     if not isinstance(row, Mapping) or "position_ids" not in row or "attention_mask" in row:
         return [row]
@@ -102,12 +103,12 @@ def documents_of(row: Any) -> list[Any]:
 
 
 def _exact(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the columns that are named as models name them: these win over those that are renamed."""
+    """Return the columns that need no renaming. They take precedence over renamed columns."""
     return [(name, value) for name, value in row.items() if name not in _RENAMED]
 
 
 def _run_along(values: Sequence[Tensor], main: Sequence[Tensor]) -> bool:
-    """Whether each value begins with the dimensions of the row's tokens."""
+    """Return whether the leading dimensions of each value are those of the row's tokens."""
     return bool(main) and all(
         t.ndim and t.shape[: m.ndim] == m.shape[: t.ndim] for t, m in zip(values, main, strict=True)
     )

@@ -1,4 +1,4 @@
-"""What a model is measured in, and what rounding may make of it."""
+"""The precision of a measurement, and the errors that rounding may cause in it."""
 
 import os
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from ...objective.rounding import Rounding
 from ...runtime.host import free_on_host
 from ...runtime.state_guards import cast_tensors
 
-# Bytes a weight while gradients are compared in float64: the copy, one batch's gradient, the sum and what is added.
+# Bytes per weight to compare gradients in float64: a copy, one batch's gradient, the accumulated sum and its next term.
 _PER_WEIGHT = 4 * 8
-_LONGEST = 100  # letters
+_LONGEST = 100  # characters
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What most of a model's weights are in."""
+    """Return the type of most of a model's weights."""
     sizes: dict[torch.dtype, int] = {}
     for p in model.parameters():
         if p.is_floating_point():
@@ -29,18 +29,18 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def candidates(model: nn.Module, wanted: str | None, autocast: str) -> list[torch.dtype | None]:
-    """What to measure in, in the order in which it is tried; None for the model as it is."""
+    """Return the types to measure in, in the order in which to try them. None leaves the model unchanged."""
     if wanted is not None:
         return [None if wanted == "model" else getattr(torch, wanted)]
     if autocast != "no":
-        return [None]  # autocast leaves float64 alone
+        return [None]  # autocast does not cast float64
     own = dtype_of(model)
     return [None if dtype == own else dtype for dtype in dict.fromkeys([torch.float64, torch.float32, own])]
 
 
 @contextmanager
 def measured_in(model: nn.Module, loss_fn: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """A model, and a loss that is a module, with all weights and buffers in one type; None for as they are."""
+    """Hold all weights and buffers of a model, and of a loss that is a module, in one type. None changes nothing."""
     modules = [model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     with cast_tensors(tensors if dtype is not None else [], dtype):
@@ -48,19 +48,19 @@ def measured_in(model: nn.Module, loss_fn: Any, dtype: torch.dtype | None) -> It
 
 
 def cast(batch: Batch, dtype: torch.dtype | None) -> Batch:
-    """A batch with its numbers in the type of the model's weights."""
+    """Return a batch with its floating-point tensors converted to a type. None changes nothing."""
     if dtype is None or batch is None:
         return batch
     return recursively_apply(lambda t: t.to(dtype), batch, test_type=_is_floating)
 
 
 def tolerance_for(floor: float, dtype: torch.dtype, autocast: str) -> float:
-    """The largest error that counts as rounding, where rounding alone makes `floor`."""
+    """Return the largest error that counts as rounding, if rounding alone causes an error of `floor`."""
     return Rounding.of([dtype], autocast).tolerance(floor)
 
 
 def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Whether a host is likely to have the memory: running out there gets the process killed, not told."""
+    """Return whether a host is likely to have enough memory: running out kills the process without an error."""
     if dtype is None or next(model.parameters()).device.type != "cpu":
         return True
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the machine
@@ -69,7 +69,7 @@ def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:
 
 
 def said(error: Exception) -> str:
-    """What somebody else's code says, in short."""
+    """Return the first line of an error of other code, shortened."""
     words = f"{type(error).__name__}: {error}".splitlines()[0]
     return words if len(words) <= _LONGEST else words[:_LONGEST] + " …"
 

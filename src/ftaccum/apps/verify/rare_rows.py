@@ -1,4 +1,4 @@
-"""Rows with rare label values and columns, for the window that is verified: what no sample shows, goes wrong unseen."""
+"""Choose rows with rare label values or columns for the verified window, where errors in them show."""
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,16 +13,16 @@ from ...planning.micro_batches import RowIndices
 
 Traits = Sequence[Sequence[int]]  # for each label value or column: the positions of the rows that have it
 
-_MOST_ROWS = 100_000  # to look at
-_BATCH = 1000  # rows of a table that are read at a time
-_MOST_VALUES = 1000  # of a label column; one with more is a vocabulary or a measure
-_SHARE = 4  # of a window, one row in so many may be exchanged
+_MOST_ROWS = 100_000  # rows to inspect
+_BATCH = 1000  # rows of a table to read at a time
+_MOST_VALUES = 1000  # distinct values of a label column; more are taken for token ids or measurements
+_SHARE = 4  # one in so many rows of a window may be replaced
 
 
 def traits_of(rows: Rows) -> Traits:
-    """Return for each label value, and each column that only some rows have or have empty, the rows with it.
+    """Return the positions of the rows with each label value, and with each column missing, present or empty.
 
-    Only rows in memory are looked at, and at most 100,000 of them.
+    Inspect only rows in memory, and at most 100,000 of them.
     """
     by_kind: dict[str, dict[Hashable, list[int]]] = {}
     n_rows, many = 0, set[str]()
@@ -37,13 +37,13 @@ def traits_of(rows: Rows) -> Traits:
                 known.clear()
     present = by_kind.get("has", {}).values()
     lacking = [sorted({*range(n_rows)}.difference(positions)) for positions in present if len(positions) < n_rows]
-    # Where each row has a value of its own, none is rare.
+    # If most rows have different values, no value is rare.
     told = [known for known in by_kind.values() if len(known) <= max(2, n_rows // 2)]
     return [*(positions for known in told for positions in known.values()), *lacking]
 
 
 def rarest(traits: Traits, n_rows: int, known: Collection[int] = ()) -> list[int]:
-    """Return rows that have what the known ones lack, rarest first, at most so many."""
+    """Return up to `n_rows` rows with traits that the known rows lack, rarest first."""
     chosen, covered = list[int](), set(known)
     for positions in sorted(traits, key=len):
         if len(chosen) == n_rows:
@@ -55,7 +55,7 @@ def rarest(traits: Traits, n_rows: int, known: Collection[int] = ()) -> list[int
 
 
 def with_rare_rows(window: RowIndices, traits: Traits, seed: int) -> RowIndices:
-    """Return a window in which rare rows take the places of up to a quarter of its rows, drawn by the seed."""
+    """Return a window in which rare rows replace up to a quarter of its rows, which are drawn by the seed."""
     chosen = rarest(traits, max(1, len(window) // _SHARE) if len(window) > 1 else 0, window)
     places = np.random.RandomState(seed).permutation(len(window))[: len(chosen)]
     exchanged = dict(zip(places.tolist(), chosen, strict=True))
@@ -63,7 +63,7 @@ def with_rare_rows(window: RowIndices, traits: Traits, seed: int) -> RowIndices:
 
 
 def _read(rows: Rows) -> Iterator[Any]:
-    """Yield the rows; of a table, only the columns that are labels or have gaps."""
+    """Yield the rows. Rows of a table have only the columns that are labels or have gaps."""
     positions = range(min(len(rows), _MOST_ROWS))
     if isinstance(rows.source, Dataset):
         table = rows.subset(positions).table
@@ -92,9 +92,10 @@ def _is_empty(value: Any) -> bool:
 
 
 def _values(label: Any) -> set[Hashable]:
-    """Return the values in a label.
+    """Return the distinct values of a label.
 
-    Of floating-point numbers it is the shape, and of whole ones, as labels of several classes are, each with its place.
+    For floating-point labels, return their shape. If they are whole numbers, as in multi-label classification, also
+    return each number with its position.
     """
     try:
         values = np.asarray(label.tolist() if isinstance(label, Tensor) else label)

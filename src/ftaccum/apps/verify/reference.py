@@ -1,9 +1,9 @@
-"""The loss of many rows in one batch, from the user's model and rows alone.
+"""The reference: the loss of many rows in one batch, computed only from the user's model and rows.
 
-Nothing that ftaccum measures or infers is in it: no count of loss items, no choice of terms, no taken-apart loss, no
-guess about packing. So it can disagree with what trains. It shares with training only what decides nothing about the
-loss: how rows are read (and raw text is tokenised), the seed of what a collator draws, the device, and the names that
-`forward` takes.
+It uses nothing that ftaccum measures or infers: no count of loss items, no choice of terms, no split of the loss into
+parts, no guess about packing. So it can disagree with training. It shares with training only parts that do not decide
+the loss: how rows are read (and raw text is tokenised), the random seed of collators, the device, and the argument
+names of `forward`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Reference:
-    """One batch of rows: collated anew, passed to the model in a plain call, its loss as the user has it.
+    """The loss of rows in one batch: collated again, passed to the model in a plain call, with the user's own loss.
 
     Attributes:
-        components: the user's model, collator, loss and count.
-        rows: those of training.
-        seed: of what rows and collator draw, as in training.
-        device: that the model is on.
+        components: the user's model, collator, loss function and count of loss items.
+        rows: the rows of training.
+        seed: the seed for random draws of rows and collator, as in training.
+        device: the device of the model.
     """
 
     components: Components
@@ -46,37 +46,40 @@ class Reference:
     device: torch.device
 
     def batch(self, positions: Sequence[int], *, backwards: bool = False, dtype: torch.dtype | None = None) -> Batch:
-        """Collate rows with the user's collator, or with a plain one where there is none.
+        """Collate rows with the user's collator, or with a plain one if the user gave none.
 
         Args:
-            backwards: whether to turn the order of the rows around.
-            dtype: of the numbers; None for as they are.
+            positions: the positions of the rows.
+            backwards: whether to reverse the order of the rows.
+            dtype: the type of floating-point tensors in the batch; None to keep theirs.
         """
         with preserve_rng():
             seed_all(*self.seed)
             fetched = [self._kept_columns(row) for row in self.rows.fetch(positions, self.seed)]
             batch = self._collated(fetched)
-        # After the collation, so that a collator draws the same for each row.
+        # Reverse the rows after collating, so that a collator makes the same random draws for each row.
         return cast(_backwards(batch) if backwards else batch, dtype)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, with its graph.
 
-        A sum is divided by the user's `count_items`. Without it, the division is the documented one: by the labels that
-        are not ignored, by all numbers of a floating-point target, or by rows.
+        If `reduction` is "sum", each term is divided by the user's `count_items`. Without `count_items`, the documented
+        rule applies: the divisor is the number of labels that are not ignored, of elements of a floating-point target,
+        or of rows.
         """
         batch = fresh_batch(batch, self.device)
         outputs = self._outputs(batch)
         loss = self._loss_of(outputs, batch)
         terms = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
         if self.components.reduction == "sum":
-            # Counted after the pass, which may have changed the labels that it counts.
+            # Count after the forward pass, which may change the labels.
             counts = self._counts(batch, terms)
             terms = {name: term / counts[name] for name, term in terms.items()}
         return _added_up([term.reshape(()) for term in terms.values()])
 
     def _kept_columns(self, row: Any) -> Any:
-        """Return a row without its columns of text, of which no tensor can be made, unless nothing else is in it."""
+        """Return a row without its text columns, which cannot become tensors. A row without any column that the model
+        accepts stays whole."""
         if not isinstance(row, Mapping) or not self._accepted & row.keys():
             return row
         return {name: value for name, value in row.items() if name in self._accepted or not _is_text(value)}
@@ -110,7 +113,7 @@ class Reference:
         accepted = accepted_arguments(model)
         given = {name: value for name, value in batch.items() if accepted is None or name in accepted}
         if self.components.loss_fn is not None and not _is_encoder_decoder(model):
-            given.pop("labels", None)  # an encoder-decoder makes its decoder's inputs of them
+            given.pop("labels", None)  # an encoder-decoder makes its decoder's inputs from them
         if "input_ids" in batch and "input_ids" not in given:
             return model(batch["input_ids"], **given)
         return model(**given)
@@ -144,10 +147,10 @@ class Reference:
 
 
 def _own_loss(outputs: Any) -> Tensor:
-    """Return `.loss` of a model's outputs, or the one number in a tuple of them.
+    """Return `loss` of a model's outputs, or the only scalar in a tuple of outputs.
 
     Raises:
-        DataError: where a tuple has none, or several.
+        DataError: if there is no `loss`, and no scalar or several.
     """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is not None:
@@ -156,8 +159,8 @@ def _own_loss(outputs: Any) -> Tensor:
     numbers = [value for value in several if isinstance(value, Tensor) and value.ndim == 0]
     if len(numbers) != 1:
         raise DataError(
-            f"The model returns a {type(outputs).__name__} without a `loss` and with {len(numbers)} single numbers, so "
-            "it is open which is its loss. Give `loss_fn=lambda outputs, batch: outputs[…]`."
+            f"The model returns a {type(outputs).__name__} without a `loss` and with {len(numbers)} scalars, so its "
+            "loss cannot be identified. Give `loss_fn=lambda outputs, batch: outputs[…]`."
         )
     return numbers[0]
 
@@ -169,7 +172,7 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _added_up(terms: list[Tensor]) -> Tensor:
-    """Return the sum of the terms that are numbers; the mean over no items at all is none."""
+    """Return the sum of the terms that are not NaN, as the mean over no loss items is."""
     known = [term for term in terms if not term.isnan()]
     return torch.stack(known or terms).sum()
 
@@ -182,7 +185,7 @@ def _counted_plainly(batch: Batch, ignore_index: int) -> int:
 
 
 def _backwards(batch: Batch) -> Batch:
-    """Return a batch with its rows in the other order; as it is, where not all tensors have equally many rows."""
+    """Return a batch with its rows reversed; unchanged, if its tensors differ in their numbers of rows."""
     n_rows = max(first_dimensions(batch))
     return take(batch, range(n_rows)[::-1]) if can_be_taken_apart(batch, n_rows) else batch
 

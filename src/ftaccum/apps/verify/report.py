@@ -1,4 +1,4 @@
-"""What a verification found: a table, its verdict, JSON."""
+"""The result of a verification: a table, its verdict, and JSON."""
 
 import json
 import textwrap
@@ -13,17 +13,17 @@ _WIDTH = 88
 
 @dataclass(frozen=True)
 class SplitResult:
-    """A window that was accumulated in one way, held against the same rows in one batch.
+    """A window that was accumulated in one way, compared with the same rows in one batch.
 
     Attributes:
-        split: how it was cut.
-        rows: of the window, on all processes.
-        passes: on each process.
-        gradient_error: ‖gradient - that of one batch‖ / ‖that of one batch‖, the largest of any process; None where
-            none came of it.
-        loss_error: the relative difference of the loss.
-        exact: whether both are rounding; None for what is shown to be compared with.
-        note: why there are no figures, or what to know of them.
+        split: the name of the way to split the window.
+        rows: number of rows of the window, on all processes.
+        passes: number of forward and backward passes of each process.
+        gradient_error: ‖gradient - gradient of one batch‖ / ‖gradient of one batch‖, the largest of any process; None
+            if it is not finite, or was not measured.
+        loss_error: the relative error of the loss, in the same way.
+        exact: whether both errors count as rounding; None for results that are only shown for comparison.
+        note: why there are no errors, or a remark on them.
     """
 
     split: str
@@ -42,21 +42,21 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether accumulating is one large batch, on somebody's own model and rows.
+    """The result of `verify`: whether accumulation equals one large batch, on a user's model and rows.
 
-    It is true where it is, prints as a table, and saves and loads as JSON.
+    It is true if every split is exact. It prints as a table, and can be saved and loaded as JSON.
 
     Attributes:
-        splits: windows as ftaccum accumulates them.
-        others: the same rows accumulated in the ways of others, for comparison.
-        floor: what rounding alone does: the relative error of one batch against itself, its rows in another order and
-            its loss times a third.
-        tolerance: up to which an error counts as rounding.
-        dtype: of the weights while they were measured; `autocast` is what passes were cast to, or "no".
-        counted_by: what the loss is a mean over, and how that was found.
-        reasons: what the check before training says of this loss, where accumulating it is not exact.
-        notes: what else is good to know of the measurement.
-        seconds: that it took.
+        splits: the results of ftaccum's accumulation, for each split of the rows.
+        others: the results of other ways to accumulate the same rows, for comparison.
+        floor: the error that rounding alone causes: the relative difference between one batch and the same batch with
+            its rows reversed and its loss multiplied by a third.
+        tolerance: the largest error that counts as rounding.
+        dtype: the type of the weights during the measurement; `autocast` is the type that autocast used, or "no".
+        counted_by: what the loss is a mean over, and how this was found.
+        reasons: why accumulating this loss is not exact, according to the check before training.
+        notes: further remarks on the measurement.
+        seconds: the duration of the measurement.
     """
 
     model: str
@@ -81,7 +81,7 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Whether every split has the gradient and the loss of one batch, but for rounding."""
+        """Whether every split has the gradient and the loss of one batch, up to rounding."""
         return all(measured.exact for measured in self.splits)
 
     def __bool__(self) -> bool:
@@ -108,7 +108,7 @@ class Verification:
                 *(["for comparison"] if self.others else []),
                 *(_line(measured.cells(), widths) for measured in self.others),
                 "",
-                f"Rounding alone makes {_figure(self.floor)}; up to {_figure(self.tolerance)} counts as rounding.",
+                f"Rounding causes errors of {_figure(self.floor)}; up to {_figure(self.tolerance)} counts as rounding.",
                 *(line for sentence in [self.verdict, *self.reasons] for line in _wrapped(sentence)),
                 _RULE,
             ]
@@ -116,12 +116,12 @@ class Verification:
 
     @property
     def verdict(self) -> str:
-        """In a sentence."""
+        """The result in a sentence."""
         if self.exact:
             return "EXACT: every split has the gradient and the loss of one batch."
         failed = [measured for measured in self.splits if not measured.exact]
         worst = max(failed, key=lambda measured: measured.gradient_error or 0.0)
-        told = "" if self.reasons else " The check before training saw no reason; see whether `count_items` is right."
+        told = "" if self.reasons else " The check before training found no reason. Is `count_items` right?"
         return (
             f"NOT EXACT: {len(failed)} of {len(self.splits)} splits differ from one batch; the gradient of "
             f"'{worst.split}' is off by {_figure(worst.gradient_error)}.{told}"
@@ -131,12 +131,12 @@ class Verification:
         return json.dumps({"exact": self.exact, "verdict": self.verdict, **asdict(self)}, indent=2, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
-        """Writes the verification as JSON."""
+        """Save the verification as JSON."""
         Path(path).write_text(self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Verification":
-        """Reads what `save` wrote."""
+        """Load a verification that `save` wrote."""
         read: Mapping[str, Any] = json.loads(Path(path).read_text())
         known = {f.name: read[f.name] for f in fields(cls)}
         for name in ("splits", "others"):

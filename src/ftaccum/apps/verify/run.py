@@ -1,4 +1,4 @@
-"""The run of a verification: built like a run of training, and measured instead of trained."""
+"""The run of a verification. It is built like a training run, but measures instead of training."""
 
 import time
 from contextlib import ExitStack
@@ -33,13 +33,13 @@ from .reference import Reference
 from .report import Verification
 from .settings import VerifySettings
 
-_FLOAT64 = 1e-12  # what rounding in float64 stays below
-_ROWS = 1024  # to settle on how the loss is counted; of more, only those of the window are read and tokenised
-_RARE = 64  # rows that are kept beside them, for label values or columns that they lack
+_FLOAT64 = 1e-12  # upper bound of rounding errors in float64
+_ROWS = 1024  # enough to find how the loss is counted; more are read and tokenised only if the window needs them
+_RARE = 64  # further rows to keep, for label values or columns that the others lack
 
 
 class VerificationRun(Run):
-    """A run that accumulates one window in many ways. The model is left as it was, gradients included."""
+    """A run that accumulates one window in many ways. It restores the model, including its gradients."""
 
     def __init__(self, config: RunConfig, settings: VerifySettings) -> None:
         super().__init__(config)
@@ -47,7 +47,7 @@ class VerificationRun(Run):
         self._traits: Traits = ()
 
     def verify(self) -> Verification:
-        """Measure, and return the table and its verdict, on all processes the same."""
+        """Measure, and return the table and its verdict, the same on all processes."""
         started = time.perf_counter()
         if self.config.components.train_data is not None:
             self._take_rows()
@@ -73,11 +73,11 @@ class VerificationRun(Run):
 
     @cached_property
     def gradients(self) -> GradientStrategy:
-        return GradientStrategy(SGD(trainable_parameters(self.model)))  # which never steps
+        return GradientStrategy(SGD(trainable_parameters(self.model)))  # it never steps
 
     @cached_property
     def batch_sizes(self) -> BatchSizes:
-        """The sizes of the largest update that training goes through."""
+        """The sizes of the largest update in training."""
         return max((sizes for _, sizes in self.all_batch_sizes.stages()), key=lambda sizes: sizes.effective_batch_size)
 
     @cached_property
@@ -90,7 +90,7 @@ class VerificationRun(Run):
 
     @cached_property
     def _padded_loader(self) -> Loader:
-        """The loader of training, with rows side by side."""
+        """The loader of training, with `padding_free` off."""
         if not self.config.runtime.padding_free:
             return self.data.train
         runtime = replace(self.config.runtime, padding_free=False)
@@ -105,11 +105,11 @@ class VerificationRun(Run):
         stack.enter_context(cast_tensors(tensors, device=self.accelerator.device))
 
     def _take_rows(self) -> None:
-        """Keep as many rows as are needed, drawn by the seed: they may still have to be tokenised."""
+        """Keep only as many rows as are needed, drawn by the seed, because they may still have to be tokenised."""
         components, recipe, size = self.config.components, self.config.recipe, self.config.runtime.batch_size
         rows = as_rows(components.train_data, "data")
         assert isinstance(size, int), "checked with the arguments"
-        if not recipe.tokens_per_update:  # else the rows of an update depend on the length of all
+        if not recipe.tokens_per_update:  # otherwise an update depends on the lengths of all rows
             needed = max(_ROWS, batch_sizes_of(recipe, size, self.process_group.size).effective_batch_size)
             order = np.random.RandomState(self._seed).permutation(len(rows))
             kept = order[:needed].tolist()
@@ -118,7 +118,7 @@ class VerificationRun(Run):
         self.config = replace(self.config, components=replace(components, train_data=rows))
 
     def _choose_dtype(self, bench: Bench) -> tuple[torch.dtype | None, list[str]]:
-        """Return the first type that all processes can measure in, and notes on those before it."""
+        """Return the first type that all processes can measure in, and notes on the types that failed before."""
         notes: list[str] = []
         *tries, last = candidates(self.model, self._settings.dtype, self.accelerator.mixed_precision)
         for dtype in tries:
@@ -130,7 +130,7 @@ class VerificationRun(Run):
         return last, notes
 
     def _why_not(self, bench: Bench, dtype: torch.dtype | None) -> str | None:
-        """Return why gradients cannot be had in this type; None where they can."""
+        """Return why gradients cannot be computed in this type; None if they can."""
         if not has_room(self.model, dtype):
             return "the gradients would not fit in memory"
         try:
@@ -141,14 +141,14 @@ class VerificationRun(Run):
         except Exception as error:
             self.model.zero_grad(set_to_none=True)
             give_back_memory()
-            return f"{type(self.model).__name__} cannot be run in it ({said(error)})"
+            return f"{type(self.model).__name__} cannot run in this type ({said(error)})"
         return None
 
     def _that_fits(self, bench: Bench) -> Bench:
         """Halve the window until one batch of it fits in the memory of all processes.
 
         Raises:
-            torch.OutOfMemoryError: where a single row does not.
+            torch.OutOfMemoryError: if a single row does not fit.
         """
         while True:
             failed: Exception | None = None
@@ -157,13 +157,13 @@ class VerificationRun(Run):
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                failed = error.with_traceback(None)  # which would hold the pass
+                failed = error.with_traceback(None)  # a traceback would keep tensors of the pass
             if not self.process_group.any(failed is not None):
                 return bench
             self.model.zero_grad(set_to_none=True)
             give_back_memory()
             if len(bench.window) == 1:
-                raise torch.OutOfMemoryError(f"A single row does not fit in memory. The device said: {failed}")
+                raise torch.OutOfMemoryError(f"A single row does not fit in memory. The device reported: {failed}")
             bench = replace(bench, window=bench.window[: len(bench.window) // 2])
 
     def _compare(self, bench: Bench, precision: tuple[torch.dtype, str]) -> Compared:
@@ -180,26 +180,26 @@ class VerificationRun(Run):
             return comparison.results(bar.update)
 
     def _notes(self, drawn: RowIndices, window: RowIndices, n_fitting: int) -> list[str]:
-        """Return what to know of the rows and of how they are cut.
+        """Return notes on the rows and on how they are split.
 
         Args:
-            drawn: the window as the seed has it.
-            window: with rare rows.
-            n_fitting: rows of it that fit in one batch.
+            drawn: the window that the seed draws.
+            window: the same window after rare rows replaced some of its rows.
+            n_fitting: number of its rows that fit in one batch.
         """
         n_rows, n_rare = len(window), len(set(window).difference(drawn))
         objective, wanted = self.data.objective, self.batch_sizes.effective_batch_size
         max_tokens, k = self.config.runtime.max_tokens, self.batch_sizes.gradient_accumulation_steps
-        padding = "Padding matters to this head: the rows of a window are padded to one width, in training as here."
+        padding = "Padding changes this head's loss, so the rows of a window are padded to one width, as in training."
         notes = {
-            "Data: SYNTHETIC random tokens, because there are none.": self.data.synthetic,
-            f"An update wants {wanted} rows, and there are {n_rows}: these are the window.": n_rows < wanted,
-            f"For {n_rare} of the rows, others with rare label values or columns were taken.": n_rare > 0,
-            f"One batch of the {n_rows} rows of an update does not fit in memory: {n_fitting} of them are the window "
-            "here. What only more rows together would show is not measured.": n_fitting < n_rows,
+            "Data: SYNTHETIC random tokens, because no data was given.": self.data.synthetic,
+            f"An update needs {wanted} rows, but there are only {n_rows}. They form the window.": n_rows < wanted,
+            f"Rows with rare label values or columns replaced {n_rare} of the rows.": n_rare > 0,
+            f"One batch of the {n_rows} rows of an update does not fit in memory: {n_fitting} of them form the window. "
+            "Errors that only occur with more rows are not measured.": n_fitting < n_rows,
             f"Micro-batches as trained: at most {max_tokens} tokens.": max_tokens is not None,
             objective.report.padding() or padding: objective.padding_sensitive,
-            f"Of the ks that training goes through, this is the largest: {k}.": bool(self.all_batch_sizes.later),
+            f"k changes during training. Its largest value, {k}, is verified.": bool(self.all_batch_sizes.later),
         }
         return [*self.data.text_notes, *(note for note, holds in notes.items() if holds)]
 
@@ -228,16 +228,16 @@ class VerificationRun(Run):
 
 
 def _doubts(compared: Compared, dtype: torch.dtype) -> list[str]:
-    """Return what limits what the figures can tell."""
+    """Return notes on the limits of the measurement."""
     doubts = []
     if dtype == torch.float64 and compared.floor > _FLOAT64:
         doubts.append(
-            "A part of the model computes in float32, whatever its weights are in: its rounding is what shows."
+            "A part of the model computes in float32, whatever the type of its weights. The errors show its rounding."
         )
     if compared.floor > compared.tolerance:
         doubts.append(
-            f"One batch against itself, its rows in another order, differs by {compared.floor:.1e}, which is more than "
-            "counts as rounding, so the table is not conclusive. Does the model draw by itself (a generator of its "
-            "own, checkpointing of its own around dropout)?"
+            f"One batch and the same batch with its rows reversed differ by {compared.floor:.1e}, which is more than "
+            "counts as rounding, so the table is not conclusive. Does the model use its own random generator, or its "
+            "own checkpointing around dropout?"
         )
     return doubts

@@ -1,4 +1,4 @@
-"""The settings of a verification, with their rules; flags for the command line."""
+"""The settings of a verification, with their rules and command-line options."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,26 +14,26 @@ _verification = partial(setting, group="verification")
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """How a gradient is verified. The Recipe and the Runtime say which gradient."""
+    """The settings of a verification. The Recipe and the Runtime decide which gradient is verified."""
 
-    n_splits: Count = _verification(3, "cuts of the window into random orders and sizes, besides the regular ones")
+    n_splits: Count = _verification(3, "additional splits of the window into random orders and sizes")
     dtype: Measure | None = _verification(
         None,
-        "number type of the measurement: float64, float32, or model (as it is); none takes float64, or what the "
-        "model can and memory allows, and under autocast the model as it is",
+        "type of the weights in the measurement: float64, float32, or model (unchanged); none: float64 if the model "
+        "and the memory allow it, else float32; unchanged under autocast",
     )
     tolerance: Positive | None = _verification(
-        None, "relative error up to which a gradient counts as exact; none measures what rounding does here"
+        None, "largest relative error that counts as exact; none: derived from the measured rounding error"
     )
 
 
 @dataclass
 class VerifyOutput:
-    """The options of `ftaccum verify` that `verify` does not take."""
+    """The options of `ftaccum verify` that the function `verify` does not have."""
 
-    json: str | None = _verification(None, "file for the table as JSON; - for standard output, and nothing else there")
+    json: str | None = _verification(None, "file for the table as JSON; - prints only the JSON to standard output")
 
 
-# What the gradient of a window depends on, and nothing that happens to it later.
+# The settings that the gradient of a window depends on, without those of how it is used later.
 VerifyRecipe = select_settings("VerifyRecipe", Recipe, lambda traits: traits.in_verify)
 VerifyRuntime = select_settings("VerifyRuntime", Runtime, lambda traits: traits.in_verify)

@@ -1,4 +1,4 @@
-"""The windows that are tried, and the ways in which they are cut. Pure integers."""
+"""The windows to verify, and the ways to split them into micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from ...planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatch
 ByProcess = Sequence[Sequence[MicroBatchRows]]
 Cut = Callable[[RowIndices, MicroBatchPlanner], ByProcess]
 
-_REMAINDERS = 4  # of whole micro-batches: of a large k, not all numbers from 1 to k - 1 are tried
+_REMAINDERS = 4  # of whole micro-batches; if k is large, not all from 1 to k - 1 are tried
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Split:
     """One way to accumulate one window.
 
     Attributes:
-        rows: of the window.
-        by_process: its micro-batches, by process; all have equally many.
-        at_one_width: whether rows are padded to the longest of the window instead of their micro-batch.
+        name: the name in the table.
+        rows: the positions of the window's rows.
+        by_process: the micro-batches of each process. All processes have equally many.
+        at_one_width: whether rows are padded to the longest row of the window instead of that of their micro-batch.
     """
 
     name: str
@@ -30,25 +31,27 @@ class Split:
 
     @property
     def slices(self) -> list[MicroBatchRows]:
-        """Those of all processes, without the dummies."""
+        """The micro-batches of all processes, without dummies."""
         return [piece for share in self.by_process for piece in share if piece.rows]
 
     @property
     def summary(self) -> tuple[str, int, int]:
-        """What a table says of it: name, rows, passes of each process."""
+        """The name, the number of rows, and the number of passes of each process."""
         return self.name, len(self.rows), len(self.by_process[0])
 
 
 def splits_of(
     window: RowIndices, cut: Cut, planner: MicroBatchPlanner, unit: int, n_random: int, seed: int
 ) -> Iterator[Split]:
-    """A full window cut in many ways, and remainders of it.
+    """Yield many splits of a full window, and of shorter windows of its first rows.
 
     Args:
-        cut: what cuts in training.
-        planner: that of training.
-        unit: rows that all processes take in at a time.
-        n_random: cuts into random orders and sizes.
+        window: the positions of the rows of the full window.
+        cut: the function that splits windows in training.
+        planner: the planner of training.
+        unit: number of rows of a micro-batch, summed over all processes.
+        n_random: number of splits into random orders and sizes.
+        seed: the seed of the random splits.
     """
     yield Split("as trained", window, cut(window, planner))
     in_order = cut(window, replace(planner, costs=None))
@@ -64,7 +67,7 @@ def splits_of(
 
 
 def _random(window: RowIndices, num_processes: int, draw: np.random.RandomState) -> ByProcess:
-    """Any order, any sizes up to half the window, dealt to the processes as it comes."""
+    """Split a window in random order into random sizes, up to half the window, and assign them to random processes."""
     order = draw.permutation(len(window)).tolist()
     slices = []
     while order:
@@ -79,8 +82,8 @@ def _random(window: RowIndices, num_processes: int, draw: np.random.RandomState)
 
 
 def _remainders(n_rows: int, unit: int) -> list[int]:
-    """Rows of windows that are short: whole micro-batches, a last one that is not, and a single row, which leaves all
-    processes but one without any."""
+    """Return the numbers of rows of short windows: whole micro-batches, an incomplete last one, and a single row, which
+    leaves all processes but one without rows."""
     whole = (n_rows - 1) // unit
     numbers = {round(n) for n in np.linspace(1, whole, min(_REMAINDERS, whole))} if whole else set()
     tried = {1, *(n * unit for n in numbers), whole * unit + (n_rows - whole * unit) // 2}
