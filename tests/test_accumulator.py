@@ -329,7 +329,7 @@ def test_a_pass_that_one_process_cannot_train_on_ends_both_with_one_sentence(
     for case, ((one, other), kept, n_updates, difference) in found.items():
         assert one == other
         assert re.search(r"rows \d+, \d+ of `train_data` " + sentences[case.split()[0]], one), one
-        assert "(Process 1 met it, and all of them end alike.)" in one
+        assert "(Process 1 raised this, so all processes stop.)" in one
         assert kept == ["update-00000005"]
         assert n_updates == 5
         assert difference == 0, "resumed with another loss, the run ends as one that was never interrupted"

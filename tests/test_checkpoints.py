@@ -390,7 +390,7 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"
             with pytest.raises(
-                CheckpointError, match=rf"another run is going on \(process {other.pid} on .*\), and two"
+                CheckpointError, match=rf"another run is using it \(process {other.pid} on .*\), and two"
             ):
                 fine_tuned(output_dir=str(tmp_path))
         finally:

@@ -63,7 +63,7 @@ def test_plan_of_windows_that_differ(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "Gradient accumulation steps: 2, after 100 updates 8\n" in shown
     assert "Learning rate times: 1, after 100 updates 4\n" in shown
-    assert "Updates per epoch: 103, 7 (what is left of an epoch is carried into the next)\n" in shown
+    assert "Updates per epoch: 103, 7 (the remainder of an epoch is carried into the next)\n" in shown
     assert "110 updates in all (`max_updates`), the last of them in epoch 2\n" in shown
     assert main(["plan", "--gradient_accumulation_steps", "0:2,x:8"]) == 2
     assert "or pairs (from_update, k)" in capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_a_launch_that_silently_starts_one_process_of_two_is_refused(tiny: Path,
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode != 0
-    assert "2 processes were asked for, but this run would have 1" in done.stderr
+    assert "2 processes were requested, but this run would have 1" in done.stderr
 
 
 @pytest.mark.slow

@@ -449,7 +449,7 @@ def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
     for case in ("row", "row, with workers", "validation row", "dying workers"):
         one, other = found["errors"][case]
         assert one == other
-        assert "(Process 1 met it, and all of them end alike.)" in one
+        assert "(Process 1 raised this, so all processes stop.)" in one
     assert "Row 17 of `train_data` cannot be read: OSError('disk on fire')." in found["errors"]["row"][0]
     assert "Row 17 of `val_data` cannot be read" in found["errors"]["validation row"][0]
     assert "killed by SIGKILL, as 2 did before it" in found["errors"]["dying workers"][0]

@@ -454,8 +454,8 @@ def test_no_data_and_no_vocabulary() -> None:
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)}, "`optimizer` holds none of the model's"),
         ({"gradient_accumulation_steps": 2, "effective_batch_size": 7}, "Sizes of an update disagree"),
         ({"log_with": "nothing"}, "`log_with` is 'nothing'"),
-        ({"use_wandb": True}, "The trackers .'wandb'. were asked for, but are not installed"),
-        ({"output_dir": "/dev/null/x"}, "`output_dir` '/dev/null/x' cannot be made"),
+        ({"use_wandb": True}, "The trackers .'wandb'. were requested, but are not installed"),
+        ({"output_dir": "/dev/null/x"}, "`output_dir` is '/dev/null/x', which cannot be created"),
     ],
 )
 def test_faults_in_other_arguments(arguments: dict[str, Any], words: str) -> None:

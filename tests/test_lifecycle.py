@@ -231,7 +231,7 @@ def test_an_accelerator_of_the_users_own_survives() -> None:
 
 def test_processes_that_are_joined_in_a_way_not_seen_to_be_exact_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
-    with pytest.raises(SettingsError, match="Accelerate was set up for FSDP, for which ftaccum has not been shown"):
+    with pytest.raises(SettingsError, match="Accelerate is configured for FSDP, but ftaccum has not been shown"):
         run()
     assert accelerate.state.AcceleratorState._shared_state == {}
 

@@ -139,5 +139,5 @@ def test_what_cannot_be_put_back_is_told(monkeypatch: pytest.MonkeyPatch, capsys
     module.large += 1
     with run_logging(enabled=True):
         before.restore()
-    assert "`large` of Keeps changes in passes that are undone, and stays changed" in capsys.readouterr().err
+    assert "`large` of Keeps changes in ftaccum's checks and cannot be restored" in capsys.readouterr().err
     assert before.changed() == ["`large` of Keeps"]

@@ -69,8 +69,8 @@ def test_lines_that_a_full_disk_cut_off_are_written_when_it_has_room_again(tmp_p
         for entry in entries()[4:7]:
             ledger.record(entry)  # not told again: a warning would be an error here
     assert str(told[0].message) == (
-        f"The ledger '{tmp_path}/cut' cannot be written: [Errno 27] File too large. The run goes on; missing lines are "
-        "kept, and written as soon as that works again."
+        f"The ledger '{tmp_path}/cut' cannot be written: [Errno 27] File too large. The run continues. It keeps the "
+        "missing lines and writes them as soon as the file can be written again."
     )
     assert (tmp_path / "cut").read_bytes() == whole[: room - 20]  # nothing of the fourth line
     ledger.record(entries()[7])
@@ -128,17 +128,17 @@ def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path)
     for sentence, (name, remedy) in zip(
         result.unwritten,
         {
-            "ledger.jsonl": "All of its entries are in the result, too",
+            "ledger.jsonl": "The result also has its losses, norms and audits",
             "model": r"The weights take 28.4 KB. The model in memory is trained: save it",
-            "result.json": "The result is returned",
+            "result.json": "The call still returns the result",
         }.items(),
         strict=True,
     ):
-        shape = f"{name}' cannot be written: OSError: .* are free there. What is there now is older. {remedy}"
+        shape = f"{name}' cannot be written: OSError: .* are free there. The version there now is older. {remedy}"
         assert re.search(shape, sentence), sentence
     assert files("model/*") | files("result.json") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [*_CHECKPOINTS, "ledger.jsonl", "model", "result.json"]
-    assert f"{tmp_path}, but for 3 that could not be written" in str(result)
+    assert f"{tmp_path}, except for 3 that could not be written" in str(result)
 
 
 def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp_path: Path) -> None:
@@ -198,5 +198,5 @@ def test_a_result_of_a_newer_version_is_read_and_what_is_none_is_told(tmp_path: 
     assert Result.load(tmp_path) == result
     for other in (whole[:99], "[1]", "{}", json.dumps(json.loads(whole) | {"metrics": 3})):
         file.write_text(other)
-        with pytest.raises(DataError, match=r"result.json' is no result of `test_fine_tuning`, or not whole"):
+        with pytest.raises(DataError, match=r"result.json' is not a complete result of `test_fine_tuning`"):
             Result.load(tmp_path)

@@ -89,7 +89,7 @@ def test_rows_held_out(n: int, share: float, held: int) -> None:
 
 @pytest.mark.parametrize(("n", "share"), [(1, 0.1), (1, 1.0), (4, 1.0)])
 def test_a_hold_out_of_all_rows_is_an_error(n: int, share: float) -> None:
-    with pytest.raises(SettingsError, match=f"`validation_split` {share} of {n} rows leaves none to train on"):
+    with pytest.raises(SettingsError, match=f"`validation_split` is {share}, which leaves none of {n} rows"):
         n_held_out(n, share)
 
 
@@ -171,20 +171,20 @@ def test_updates_of_a_stream_grow_where_k_does() -> None:
 def test_a_stream_describes_itself() -> None:
     assert str(stream([5], 2, max_updates=7)) == (
         "Training samples: a stream\nBatch size: 2\nGradient accumulation steps: 1\nProcesses: 1\n"
-        "Effective batch size: 2\nUpdates: 7 (`max_updates`), or as many as 1 pass over the stream give"
+        "Effective batch size: 2\nUpdates: 7 (`max_updates`), or fewer if the stream ends first (1 pass)"
     )
     text = str(stream([5, 5], 2, max_updates=7, remainder="carry", n_validation_rows=3))
     assert text.endswith(
-        "as many as 2 passes over the stream give\n"
-        "Updates per epoch: as they come; what is left of one is carried into the next\nValidation samples: 3"
+        "or fewer if the stream ends first (2 passes)\n"
+        "Updates per epoch: not known beforehand; a remainder is carried into the next epoch\nValidation samples: 3"
     )
-    assert "what is left of one is flushed" in str(stream([5, 5], 2))
+    assert "a remainder is flushed" in str(stream([5, 5], 2))
 
 
 def test_a_stream_that_ends_early_says_how_early() -> None:
     plan = stream([5], 2)
     windows_of(plan)
-    assert str(plan.shortfall()).startswith("The stream ended after 3 updates, before `max_updates`, 99,")
+    assert str(plan.shortfall()).startswith("The stream ended after 3 updates, but `max_updates` is 99,")
 
 
 def test_a_plan_resumes_after_windows_of_other_sizes() -> None:
@@ -250,7 +250,7 @@ def test_plans_too_long_to_list_are_an_error(
     if allowed:
         make()
         return
-    with pytest.raises(SettingsError, match=rf"`n_epochs` {epochs} over {rows} rows are up to \d+ updates in"):
+    with pytest.raises(SettingsError, match=rf"`n_epochs` is {epochs}, which over {rows} rows makes up to \d+ up"):
         make()
 
 
@@ -268,13 +268,13 @@ def test_notes_tell_what_a_plan_does_not_do() -> None:
 
     assert notes(10, 2, BatchSizes(4, 1, 1, 4)) == []
     assert notes(10, 2, BatchSizes(10, 1, 1, 10)) == []
-    one_each = "Note: an update wants 11 rows, and an epoch has 10: one update each"
+    one_each = "Note: an update wants 11 rows, but an epoch has only 10, so each epoch is one update"
     assert notes(10, 2, BatchSizes(11, 1, 1, 11)) == [one_each]
     assert notes(10, 2, BatchSizes(11, 1, 1, 11), remainder="carry") == []
-    late = "Note: the run ends before update 5, from which on k is to be another"
+    late = "Note: the run ends before update 5, where k would change"
     assert notes(10, 1, BatchSizes(2, 1, 1, 2, ((5, 9), (7, 3)))) == [late]
     assert notes(10, 1, BatchSizes(2, 1, 1, 2, ((4, 2),))) == []
-    early = "Note: the epochs end before `max_updates`, 6; more `n_epochs` make more updates"
+    early = "Note: the epochs end before `max_updates`, 6; increase `n_epochs` for more updates"
     assert notes(10, 1, BatchSizes(2, 1, 1, 2), max_updates=6) == [early]
     assert notes(10, 1, BatchSizes(2, 1, 1, 2), max_updates=5) == []
 
@@ -293,13 +293,13 @@ def test_a_plan_says_how_many_updates_an_epoch_has() -> None:
     flushed = "(a remainder is flushed at the end of each epoch)"
     assert updates(10, 2, BatchSizes(2, 1, 1, 2, ((5, 2),))) == f"5, 3 {flushed}"
     assert updates(10, 2, BatchSizes(2, 1, 1, 2, ((10, 2),))) == f"5 {flushed}"
-    carried = "what is left of an epoch is carried into the next"
+    carried = "the remainder of an epoch is carried into the next"
     assert updates(3, 6, BatchSizes(2, 1, 1, 2), remainder="carry") == f"1, 2, 1, 2, 1, 2 ({carried})"
     assert updates(3, 8, BatchSizes(2, 1, 1, 2), remainder="carry") == f"1 to 2 ({carried})"
-    assert updates(3, 7, BatchSizes(2, 1, 1, 2), remainder="carry") == f"1 to 2 ({carried}; the last one has 1 rows)"
+    assert updates(3, 7, BatchSizes(2, 1, 1, 2), remainder="carry") == f"1 to 2 ({carried}; the last window has 1 rows)"
     growing = BatchSizes(1, 2, 1, 2, ((1, 4),))
     assert updates(6, 1, growing, remainder="carry") == f"2 ({carried})"
-    assert updates(5, 1, growing, remainder="carry") == f"2 ({carried}; the last one has 3 rows)"
+    assert updates(5, 1, growing, remainder="carry") == f"2 ({carried}; the last window has 3 rows)"
 
 
 def test_a_plan_says_where_it_ends() -> None:

@@ -85,7 +85,7 @@ def test_hold_out_takes_its_share_by_the_seed_and_leaves_the_rest() -> None:
 
 
 def test_hold_out_that_leaves_nothing_is_an_error() -> None:
-    with pytest.raises(SettingsError, match=r"`validation_split` 0\.1 of 1 rows leaves none to train on"):
+    with pytest.raises(SettingsError, match=r"`validation_split` is 0\.1, which leaves none of 1 rows to train on"):
         hold_out(1, 0.1, seed=1)
 
 
@@ -113,10 +113,10 @@ def test_a_plan_whose_windows_differ_describes_itself() -> None:
     assert "Gradient accumulation steps: 2, after 4 updates 8\n" in text
     assert "Effective batch size: 8, after 4 updates 32\n" in text
     assert "Learning rate times: 1, after 4 updates 2\n" in text
-    assert "Updates per epoch: 6, 1 (what is left of an epoch is carried into the next)\n" in text
+    assert "Updates per epoch: 6, 1 (the remainder of an epoch is carried into the next)\n" in text
     assert "Epochs: 3, 7 updates in all (`max_updates`), the last of them in epoch 2" in text
     whole = str(plan(10, batch_size=8, n_epochs=2, remainder="carry", validation_split=0.0))
-    assert "Updates per epoch: 1, 2 (what is left of an epoch is carried into the next; the last one has 4" in whole
+    assert "Updates per epoch: 1, 2 (the remainder of an epoch is carried into the next; the last window has 4" in whole
 
 
 def test_a_stream_that_is_resumed_with_fewer_epochs_than_it_had_continues_none() -> None:

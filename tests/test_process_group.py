@@ -12,14 +12,14 @@ def watched(error: Exception, *, alone: bool = False) -> None:
 
 
 def test_what_a_collective_says_of_another_process_is_told_as_that() -> None:
-    with pytest.raises(LostProcessError, match=r"does not answer.* 7 updates were taken\. .*closed by peer"):
+    with pytest.raises(LostProcessError, match=r"does not respond.* 7 updates were taken\. .*closed by peer"):
         watched(RuntimeError(_HEARD))
 
 
 def test_a_process_that_is_gone_is_not_laid_at_the_door_of_the_rows() -> None:
     error = DataError("The loss of the first rows cannot be computed.")
     error.__cause__ = RuntimeError(_HEARD)
-    with pytest.raises(LostProcessError, match=r"What was heard of it: .*closed by peer"):
+    with pytest.raises(LostProcessError, match=r"The error was: .*closed by peer"):
         watched(error)
 
 

@@ -50,7 +50,7 @@ def test_the_users_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refused = pytest.raises(SettingsError, match=r"`output_dir` .*file/run' cannot be made")
+    refused = pytest.raises(SettingsError, match=r"`output_dir` .*file/run', which cannot be created")
     with refused, RunDir(tmp_path / "file" / "run").lock():
         pass
 
@@ -76,7 +76,7 @@ def test_the_lock_is_held_until_the_model_is_written(tmp_path: Path, monkeypatch
 
 
 def test_a_second_run_in_the_same_process_is_kept_out(tmp_path: Path) -> None:
-    with RunDir(tmp_path).lock(), pytest.raises(CheckpointError, match="in which another run is going on"):
+    with RunDir(tmp_path).lock(), pytest.raises(CheckpointError, match="but another run is using it"):
         fine_tuned(output_dir=str(tmp_path))
 
 

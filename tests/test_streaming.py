@@ -217,11 +217,11 @@ def test_only_windows_in_flight_and_the_first_rows_are_held(monkeypatch: pytest.
 def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4)
     assert result.optimizer_steps == 6
-    assert "The stream ended after 6 updates, before `max_updates`, 99, which the learning" in capsys.readouterr().err
+    assert "The stream ended after 6 updates, but `max_updates` is 99, for which" in capsys.readouterr().err
     run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4, max_updates=6)
     shown = capsys.readouterr().out
     assert "Training samples: a stream\n" in shown
-    assert "Updates: 6 (`max_updates`), or as many as 2 passes over the stream give\n" in shown
+    assert "Updates: 6 (`max_updates`), or fewer if the stream ends first (2 passes)\n" in shown
     assert "The stream ended" not in shown
 
 

@@ -102,8 +102,8 @@ def test_one_that_cannot_be_started_is_done_without(alone: Result) -> None:
     with pytest.warns(OutputWarning) as told:
         result = run([Told(failing_in("start")), Told(exits, name="exits"), other])
     assert [str(w.message) for w in told] == [
-        "The tracker 'mine' could not be started, and the run does without it: ConnectionError: no line in start",
-        "The tracker 'exits' could not be started, and the run does without it: SystemExit: not logged in",
+        "The tracker 'mine' could not be started, and the run continues without it: ConnectionError: no line in start",
+        "The tracker 'exits' could not be started, and the run continues without it: SystemExit: not logged in",
     ]
     assert {w.filename for w in told} == {__file__}
     assert result.loss_history == alone.loss_history == other.losses
@@ -136,7 +136,7 @@ def test_one_that_always_raises_is_dropped_and_finished(alone: Result) -> None:
         result = run([tracker, other])
     assert [str(w.message) for w in told] == [
         "The tracker 'mine' raised in `log`: ConnectionError: no line in log",
-        "The tracker 'mine' raised 5 times in a row. The run goes on without it.",
+        "The tracker 'mine' raised 5 times in a row. The run continues without it.",
     ]
     assert tracker.done == ["start", "config", *5 * ["log"], "finish"]
     assert result.loss_history == alone.loss_history == other.losses
@@ -150,8 +150,8 @@ def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost
     with pytest.warns(OutputWarning) as told:
         result = run([tracker, other])
     assert [str(w.message) for w in told] == [
-        f"The tracker 'mine' was waited for until 0.3 s after the end of the run, and is still in `{name}`. "
-        f"It is left behind: {lost} entries are lost, and it is not finished."
+        f"The tracker 'mine' is still in `{name}`, 0.3 s after the end of the run. The run no longer waits for it: "
+        f"{lost} entries are lost, and the tracker is not finished."
     ]
     assert result.loss_history == alone.loss_history == other.losses
     assert other.done[-1] == "finish"
@@ -173,9 +173,10 @@ def test_one_that_hangs_in_its_start_is_told_what_it_missed(
     with pytest.warns(OutputWarning) as told:
         result = run([hangs, other])
     assert [str(w.message) for w in told] == [
-        "The tracker 'mine' has not started within 0.2 s, and the run goes on. What it is told waits until it has.",
-        "The tracker 'mine' was waited for until 0.2 s after the end of the run, and is still in `start`. It is left "
-        "behind: 17 entries are lost, and it is not finished.",
+        "The tracker 'mine' has not started within 0.2 s, and the run continues. Entries wait until the "
+        "tracker has started.",
+        "The tracker 'mine' is still in `start`, 0.2 s after the end of the run. The run no longer waits for it: 17 "
+        "entries are lost, and the tracker is not finished.",
     ][: 1 + comes_too_late]
     assert {w.filename for w in told} == {__file__}
     assert result.loss_history == alone.loss_history == other.losses
@@ -218,7 +219,7 @@ def test_what_waits_is_bounded_and_the_oldest_are_lost(monkeypatch: pytest.Monke
         time.sleep(0.01)
     for step in range(3):
         apart.log({}, step=step)
-    with pytest.warns(OutputWarning, match="'mine' is 3 entries behind. From now on it loses the oldest."):
+    with pytest.warns(OutputWarning, match="'mine' is 3 entries behind. From now on, the oldest are lost."):
         apart.log({}, step=3)
     for step in (4, 5):
         apart.log({}, step=step)  # not told again: a warning would be an error here
@@ -251,7 +252,7 @@ def test_only_trackers_that_are_not_installed_are_called_absent(
     asked: Any, absent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.DVCLIVE])
-    with pytest.raises(SettingsError, match=re.escape(f"The trackers {absent} were asked for, but are not installed")):
+    with pytest.raises(SettingsError, match=re.escape(f"The trackers {absent} were requested, but are not installed")):
         run(asked)
 
 

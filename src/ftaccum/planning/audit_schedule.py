@@ -1,29 +1,29 @@
-"""Which updates are audited. Integers and seconds, no torch."""
+"""Decide which updates to audit, from integers and seconds alone, without torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-_FIRST = (1, 4, 16, 64)  # updates audited whatever it costs
+_FIRST = (1, 4, 16, 64)  # updates audited at any cost
 _SHORT = 50  # updates; a shorter run has two audits
-_SHARE, _SHARE_ORDINARY = 0.01, 0.005  # of the training time that audits may take after the first ones
-_EXTRA = 8  # audits of updates with new values, whatever they cost
+_SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
+_EXTRA = 8  # audits of updates with new values at any cost
 
 
 @dataclass
 class AuditSchedule:
-    """Decides before each update whether to audit it.
+    """The decision, before each update, whether to audit it.
 
-    With `audit=True`: updates 1, 4, 16 and 64; later ones while audits have cost less than 0.5% of the training time.
-    Updates with label values or flags that no update had before come first: one of them takes the place of the next
-    planned audit, eight more are audited whatever it costs, and then up to 1% of the time may go into them. A run of
-    fewer than 50 updates has two audits, and those eight.
+    With `audit=True`, updates 1, 4, 16 and 64 are audited, and later ones while audits have taken less than 0.5% of the
+    training time. An update with label values or flags that no earlier update had takes the place of the next planned
+    audit. After the planned audits, eight such updates are audited at any cost, and more while audits have taken less
+    than 1% of the training time. A run of fewer than 50 updates has two planned audits, and these eight.
 
     Attributes:
-        audit: the setting: True, False, or the updates between two audits.
-        n_updates: updates of the whole run.
+        audit: the setting: True, False, or the number of updates from one audit to the next.
+        n_updates: number of updates in the whole run.
         spent: seconds that audits have taken.
-        trained: seconds of training without them.
-        extra: audits of updates with new values that are left whatever they cost.
+        trained: seconds of training, without audits.
+        extra: how many more updates with new values are audited at any cost.
     """
 
     audit: bool | int
@@ -37,10 +37,10 @@ class AuditSchedule:
         self._ahead = [1, max(2, (self.n_updates + 1) // 2)] if self.n_updates < _SHORT else list(_FIRST)
 
     def is_due(self, update: int) -> bool:
-        """Return whether to audit an update whatever its rows.
+        """Return whether to audit an update, regardless of its rows.
 
         Args:
-            update: its number, from 1.
+            update: number of the update, from 1.
         """
         if self.audit is True:
             return bool(self._ahead) and update >= self._ahead[0]
@@ -48,14 +48,14 @@ class AuditSchedule:
 
     @property
     def takes_others(self) -> bool:
-        """Whether an update that is not due may be audited."""
+        """Whether updates that are not due may be audited."""
         return self.audit is True and (bool(self._ahead or self.extra) or self.n_updates >= _SHORT)
 
     def may_take(self, *, is_new: bool) -> bool:
-        """Return whether an audit that is not due may take place.
+        """Return whether to audit an update that is not due.
 
         Args:
-            is_new: whether the update has label values or columns that no update had before.
+            is_new: whether the update has label values, flags or columns that no earlier update had.
         """
         if self.audit is not True:
             return False
@@ -65,7 +65,7 @@ class AuditSchedule:
         return not (self._ahead or is_short) and self.spent < (_SHARE if is_new else _SHARE_ORDINARY) * self.trained
 
     def done(self, seconds: float, *, is_new: bool) -> None:
-        """Record an audit."""
+        """Record an audit that took `seconds`."""
         self.spent += seconds
         if not self._ahead and is_new and self.extra:
             self.extra -= 1

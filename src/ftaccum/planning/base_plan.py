@@ -1,4 +1,4 @@
-"""What a run follows, whether its rows can be counted beforehand or not."""
+"""The plan that a run follows, whether or not its rows can be counted beforehand."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,8 +14,8 @@ from .micro_batches import RowIndices
 class Window:
     """The rows of one update.
 
-    `index` counts windows over the whole run, from 0; `rows` are positions in the training rows. A window that goes on
-    in the next epoch can have a row twice, and belongs to the epoch that its last row is of.
+    `index` counts windows over the whole run, from 0. `rows` are positions in the training rows. A window that
+    continues into the next epoch may contain a row twice. It belongs to the epoch of its last row.
     """
 
     index: int
@@ -28,10 +28,10 @@ class Progress:
     """How far a run had come when it was saved.
 
     Attributes:
-        rows: rows of each window that is done.
-        last_epoch: epoch of the last one, from 0.
-        n_rows: rows of an epoch at that time; of a stream, those that were looked at.
-        max_updates: updates after which the run was to end.
+        rows: number of rows in each completed window.
+        last_epoch: epoch of the last completed window, from 0.
+        n_rows: rows per epoch at that time; for a stream, the rows that were examined before training.
+        max_updates: number of updates after which the run was to end.
     """
 
     rows: Sequence[int]
@@ -41,13 +41,13 @@ class Progress:
 
 
 class BasePlan(ABC):
-    """Windows, epoch by epoch.
+    """The windows of a run, epoch by epoch.
 
     Attributes:
         can_resize: whether a run can be resumed with updates of another size.
-        n_epochs: passes over the rows, at most.
+        n_epochs: most passes over the rows.
         batch_sizes: the resolved sizes of an update.
-        seed: of what is drawn.
+        seed: the seed of all random choices.
         rate_scaling: how the learning rate follows k; see `rate_factor`.
         remainder: "flush" or "carry".
     """
@@ -62,58 +62,60 @@ class BasePlan(ABC):
     @property
     @abstractmethod
     def n_windows(self) -> int:
-        """Windows of the run, which the schedule counts on."""
+        """Number of windows in the run, for which the learning rate schedule is planned."""
 
     @property
     @abstractmethod
     def epochs(self) -> Iterable[int]:
-        """Those that are begun."""
+        """The epochs that the run begins."""
 
     @abstractmethod
     def n_windows_of(self, epoch: int) -> int:
-        """Windows of one epoch."""
+        """Return the number of windows in one epoch."""
 
     @abstractmethod
     def rows_after(self, n_windows: int) -> int:
-        """Return the rows that the first windows of the run hold, counted anew in every epoch."""
+        """Return the number of rows in the first `n_windows` windows. Each epoch counts its rows again."""
 
     @abstractmethod
     def ends_epoch(self, n_windows: int) -> bool:
-        """Return whether the first `n_windows` windows end with the last one of an epoch, as far as that is known."""
+        """Return whether the last of the first `n_windows` windows ends its epoch, as far as that is known."""
 
     @abstractmethod
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        """The windows of one epoch (from 0), without those whose index in the run is below `start`."""
+        """Yield the windows of one epoch (from 0) whose index in the run is at least `start`."""
 
     @abstractmethod
     def resume_after(self, done: Progress) -> tuple["BasePlan", int]:
-        """Return the plan for a run whose first windows are done, and the epoch that continues after them (`n_epochs`
-        where none does)."""
+        """Return the plan for a run whose first windows are done, and the epoch that continues after them.
+
+        The epoch is `n_epochs` if none continues.
+        """
 
     def sample_windows(self) -> Sequence[Window]:
-        """Return the windows that are most unlike, as far as they are known before training."""
+        """Return the windows that differ most from each other, as far as they are known before training."""
         return ()
 
     def notes(self) -> list[str]:
-        """What a user should know of it before training starts."""
+        """Return lines that a user should read before training starts."""
         return []
 
     def shortfall(self) -> str | None:
-        """After the last epoch, the sentence that says that there were fewer windows than the schedule counted on."""
+        """After the last epoch, return a sentence if there were fewer windows than the schedule was planned for."""
         return None
 
     def rate_factor(self, update: int) -> float:
-        """What the scheduled learning rate of an update is multiplied by."""
+        """Return the factor by which to multiply the scheduled learning rate of an update."""
         k, first = self.batch_sizes.at(update).gradient_accumulation_steps, self.batch_sizes.gradient_accumulation_steps
         return rate_factor(self.rate_scaling, k / first)
 
     def warmup_updates(self, warmup_steps: int, warmup_ratio: float) -> int:
-        """Warm-up in updates: `warmup_steps`, or that share of all updates, rounded up."""
+        """Return the number of warm-up updates: `warmup_steps`, or that share of all updates, rounded up."""
         return warmup_steps or math.ceil(warmup_ratio * self.n_windows)
 
 
 def describe_sizes(batch_sizes: BatchSizes, rate_scaling: str) -> list[str]:
-    """The lines that say how large updates are, and how their rate follows where that changes."""
+    """Return lines that describe the sizes of updates, and the learning rate's factors if it follows k."""
     stages = batch_sizes.stages()
 
     def over_training(values: Iterable[object]) -> str:

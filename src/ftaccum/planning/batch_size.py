@@ -1,4 +1,4 @@
-"""How large an update is, and what follows from that for its learning rate."""
+"""The size of an update, and how its learning rate follows from that."""
 
 import bisect
 import math
@@ -11,12 +11,14 @@ from ..settings import Recipe
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The sizes of an update, resolved. `gradient_accumulation_steps` passes of at most `batch_size` rows on each
-    of `num_processes` processes hold `effective_batch_size` rows; the last micro-batch may be short.
+    """The resolved sizes of an update.
+
+    `gradient_accumulation_steps` passes (k) of at most `batch_size` rows on each of `num_processes` processes hold
+    `effective_batch_size` rows. The last micro-batch may be short.
 
     Attributes:
-        later: where k changes over training, the sizes are those of the first update, and this says from which update
-            (from 0) on there is another k: pairs (from_update, k), ascending.
+        later: the changes of k in training, as pairs (from_update, k) in ascending order, with updates counted from 0.
+            All other sizes are those of the first update.
     """
 
     batch_size: int
@@ -26,7 +28,7 @@ class BatchSizes:
     later: tuple[tuple[int, int], ...] = ()
 
     def at(self, update: int) -> "BatchSizes":
-        """The sizes of one update (from 0), which then hold for all."""
+        """Return the sizes of one update (from 0), without later changes."""
         changes = bisect.bisect(self.later, update, key=lambda change: change[0])
         if not changes:
             return replace(self, later=())
@@ -34,17 +36,18 @@ class BatchSizes:
         return BatchSizes(self.batch_size, k, self.num_processes, k * self.batch_size * self.num_processes)
 
     def stages(self) -> list[tuple[int, "BatchSizes"]]:
-        """From which update on there are which sizes."""
+        """Return pairs of an update and the sizes that apply from it on."""
         return [(update, self.at(update)) for update in (0, *(update for update, _ in self.later))]
 
 
 def rate_factor(rule: str, ratio: float) -> float:
-    """By how much the learning rate grows with a batch that grows by `ratio`.
+    """Return the factor on the learning rate for a batch that is `ratio` times as large.
 
     Args:
-        rule: "linear": by as much, which keeps the way that SGD goes per row (Goyal et al. 2017, arXiv:1706.02677).
-            "sqrt": by the square root, which does it for adaptive optimizers such as Adam (Malladi et al. 2022,
-            arXiv:2205.10287). "none": not at all.
+        rule: "linear": `ratio`, which keeps the distance that SGD moves per row (Goyal et al. 2017, arXiv:1706.02677).
+            "sqrt": the square root of `ratio`, the rule for adaptive optimizers such as Adam (Malladi et al. 2022,
+            arXiv:2205.10287). "none": 1.
+        ratio: new size / old size.
     """
     return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[rule]
 
@@ -58,18 +61,19 @@ def resolve_batch_sizes(
     tokens_per_row: float | None = None,
     num_processes: int = 1,
 ) -> BatchSizes:
-    """Resolves the ways to say how large an update is to one.
+    """Return the sizes of an update from the different ways to give them.
 
     Args:
         batch_size: rows of a micro-batch on one process.
-        gradient_accumulation_steps: k, or pairs (from_update, k), which exclude the next two; 1 leaves the size to
-            these, where one of them is given.
+        gradient_accumulation_steps: k, or pairs (from_update, k), which exclude the next two arguments. If it is 1 and
+            one of the next two is given, that one decides.
         effective_batch_size: rows of an update.
         tokens_per_update: tokens of an update; rows = tokens_per_update / tokens_per_row, to the nearest row.
-        tokens_per_row: mean length of the rows, needed with `tokens_per_update`.
+        tokens_per_row: mean length of the rows in tokens, needed with `tokens_per_update`.
+        num_processes: number of processes.
 
     Raises:
-        SettingsError: where two of them disagree, with the arithmetic.
+        SettingsError: if two of the arguments disagree; the message shows the arithmetic.
     """
     pass_rows = batch_size * num_processes
     if not isinstance(gradient_accumulation_steps, int):
@@ -78,16 +82,16 @@ def resolve_batch_sizes(
             batch_size, first, num_processes, first * pass_rows, tuple((update, k) for update, k in later)
         )
     from_steps = gradient_accumulation_steps * pass_rows
-    asked = {}  # rows asked for → the arithmetic that leads to them
+    asked = {}  # number of rows → the arithmetic behind it
     if effective_batch_size is not None:
         asked[effective_batch_size] = f"`effective_batch_size` asks for {effective_batch_size} rows"
     if tokens_per_update is not None:
-        assert tokens_per_row is not None, "tokens_per_update needs the mean length of a row"
+        assert tokens_per_row is not None, "`tokens_per_update` needs the mean length of a row"
         rows = max(1, round(tokens_per_update / tokens_per_row))
         asked[rows] = (
             f"`tokens_per_update` asks for {tokens_per_update} tokens / {tokens_per_row:g} per row = {rows} rows"
         )
-    # Rows and tokens name a number of rows; k names a number of passes, and agrees with any rows that need as many.
+    # The other two give a number of rows. k gives a number of passes, and agrees with any rows that need as many.
     passes = {math.ceil(rows / pass_rows) for rows in asked}
     steps_agree = gradient_accumulation_steps == 1 or passes <= {gradient_accumulation_steps}
     if len(asked) > 1 or not steps_agree:
@@ -105,7 +109,7 @@ def batch_sizes_of(
     recipe: Recipe, batch_size: int, num_processes: int, tokens_per_row: float | None = None
 ) -> BatchSizes:
     """Resolve the sizes of a run's updates; for arguments and errors see `resolve_batch_sizes`."""
-    assert not isinstance(recipe.gradient_accumulation_steps, str), "text is read as pairs"
+    assert not isinstance(recipe.gradient_accumulation_steps, str), "the settings have parsed text into pairs"
     return resolve_batch_sizes(
         batch_size=batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,

@@ -1,8 +1,7 @@
-"""From a window's rows to every process's share of it: the cut that costs least. Pure integers.
+"""Cut a window's rows into micro-batches at the least cost, and deal them to the processes. Needs only lengths.
 
-An update does not depend on how its window is cut into micro-batches. So rows that are padded together can be of
-similar length, few where they are long and many where they are short, and the number of passes may vary from window
-to window.
+An update does not depend on how its window is cut into micro-batches. So each micro-batch can hold rows of similar
+length, few long ones or many short ones, and the number of passes may vary from window to window.
 """
 
 from collections.abc import Sequence
@@ -16,13 +15,13 @@ RowIndices: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """The rows of one micro-batch; none for a dummy, which keeps a process in step with the others.
+    """The rows of one micro-batch. A dummy micro-batch, which keeps a process in step with the others, has none.
 
     Attributes:
         rows: positions in the training rows.
-        tokens: what they come to as a batch, padding included.
-        width: of that batch; so attention costs tokens × width.
-        places: of the rows in their window, which may have a row twice.
+        tokens: token positions in the batch, padding included.
+        width: token positions per sequence of the batch. Attention costs tokens × width.
+        places: positions of the rows in their window, which may contain a row twice.
     """
 
     rows: RowIndices = ()
@@ -32,31 +31,32 @@ class MicroBatchRows:
 
     @classmethod
     def of(cls, window: RowIndices, places: RowIndices, tokens: int = 0, width: int = 0) -> "MicroBatchRows":
-        """Those rows of a window that stand at these places in it."""
+        """Return a micro-batch of the rows at the given places of a window."""
         return cls(tuple(window[place] for place in places), tokens, width, places)
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """What a micro-batch may hold at most. One row is always allowed: it cannot be cut.
+    """The most that a micro-batch may hold. One row is always allowed, because it cannot be cut.
 
     Attributes:
-        rows: None for any number of them.
-        tokens: positions, padding included; None for any number of them.
+        rows: number of rows; None for no limit.
+        tokens: number of token positions, padding included; None for no limit.
     """
 
     rows: int | None
     tokens: int | None = None
 
     def of_tokens(self, tokens: int) -> "BatchLimits":
-        """The same, with a cap on tokens at least as low as this."""
+        """Return these limits, with the limit on tokens lowered to `tokens` if it is higher."""
         return replace(self, tokens=tokens if self.tokens is None else min(tokens, self.tokens))
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a forward and backward pass of n rows, padded to width w, costs, in any unit of time:
-    `per_pass + per_token · n·w + per_square · n·w²`. (The square is attention's.)
+    """The time of a forward and backward pass of n rows padded to width w, in any unit.
+
+    It is `per_pass + per_token · n·w + per_square · n·w²`. The last term is for attention.
     """
 
     per_pass: float
@@ -64,24 +64,24 @@ class CostModel:
     per_square: float
 
     def of(self, tokens: Any, width: Any) -> Any:
-        """The cost of one pass, or of each of an array of them."""
+        """Return the cost of one pass, or an array of costs for arrays."""
         return self.per_pass + self.per_token * tokens + self.per_square * tokens * width
 
 
-# A first guess, in units of a token's time, until passes have been timed. The cheapest cut changes little with it.
+# A first guess, in units of the time per token, until passes have been timed. The cheapest cut depends little on it.
 DEFAULT_COSTS = CostModel(64.0, 1.0, 0.0005)
 
 
 @dataclass(frozen=True)
 class MicroBatchPlanner:
-    """Cuts windows into micro-batches and deals these to the processes.
+    """A planner that cuts windows into micro-batches and deals these to the processes.
 
     Attributes:
-        caps: what a micro-batch may hold.
-        costs: what a pass costs, to find the cheapest cut by; None for slices in the order of arrival, as full as the
-            caps allow.
-        num_processes: to deal to.
-        packed: whether rows lie one behind the other in a micro-batch, without padding, instead of side by side.
+        limits: the most that a micro-batch may hold.
+        costs: the cost of a pass, to find the cheapest cut; None to cut rows in their given order, with each
+            micro-batch as full as the limits allow.
+        num_processes: number of processes to deal to.
+        packed: whether a micro-batch is one sequence of rows without padding, instead of one padded sequence per row.
     """
 
     limits: BatchLimits
@@ -90,15 +90,15 @@ class MicroBatchPlanner:
     packed: bool = False
 
     def split(self, rows: RowIndices, lengths: Sequence[int] | None = None) -> list[list[MicroBatchRows]]:
-        """Return the micro-batches of a window, by process.
+        """Return the micro-batches of a window, as one list per process.
 
-        All processes get equally many, so that they make the same number of passes. In each round of one pass a
-        process, lengths are similar. The round with the largest micro-batch comes first, to fail at once where it
-        does not fit; the one with the smallest last: the pass that gradients are synced in.
+        All lists have the same length, so that processes make the same number of passes. A round is one pass on each
+        process, and its rows have similar lengths. The round with the largest micro-batch comes first, so that it fails
+        at once if it does not fit. The round with the smallest comes last, because its pass syncs the gradients.
 
         Args:
-            rows: of the window, in the order of the seed.
-            lengths: of these rows, in tokens; None where they are unknown, and every row counts as one token.
+            rows: the rows of the window, in the order given by the seed.
+            lengths: the lengths of these rows in tokens; None if unknown, in which case each row counts as one token.
         """
         known = np.ones(len(rows), dtype=np.int64) if lengths is None else np.maximum(1, lengths)
         order = np.arange(len(rows)) if self.costs is None else np.argsort(-known, kind="stable")
@@ -118,35 +118,35 @@ class MicroBatchPlanner:
         return MicroBatchRows.of(window, places, tokens, width)
 
     def _tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """The tokens of a micro-batch of the first row, the first two, …, padding included."""
+        """Return the tokens of a micro-batch of the first row, the first two rows, and so on, padding included."""
         if self.packed:
             return np.cumsum(lengths)
         return np.maximum.accumulate(lengths) * np.arange(1, len(lengths) + 1)
 
     def _fitting(self, lengths: np.ndarray) -> np.ndarray:
-        """The same for those micro-batches that keep the caps."""
+        """Return the same, but only for micro-batches within the limits. The first row always fits."""
         if self.limits.tokens is None:
             return self._tokens(lengths[: self.limits.rows])
-        # No more rows than there would be if all were as short as they can be: of a large window, few are looked at.
+        # An upper bound on the rows that fit, so that only a few rows of a large window are examined.
         rows = max(1, self.limits.tokens // int(lengths.min() if self.packed else lengths[0]))
         tokens = self._tokens(lengths[: rows if self.limits.rows is None else min(rows, self.limits.rows)])
         return tokens[: max(1, int(np.searchsorted(tokens, self.limits.tokens, side="right")))]
 
     def _fullest(self, lengths: np.ndarray) -> list[int]:
-        """Where each micro-batch ends, when each is filled up to the caps before the next one is begun."""
+        """Return where each micro-batch ends if each is filled up to the limits before the next one begins."""
         ends = [0]
         while ends[-1] < len(lengths):
             ends.append(ends[-1] + len(self._fitting(lengths[ends[-1] :])))
         return ends[1:]
 
     def _cheapest(self, lengths: np.ndarray, costs: CostModel) -> list[int]:
-        """Where each micro-batch ends for the least cost over all, of rows sorted by length: dynamic programming.
+        """Return where each micro-batch ends in the cheapest cut of rows sorted by length, by dynamic programming.
 
-        Passes come in rounds of one for each process, and a process without a micro-batch runs a dummy. So the least
-        cost of the first n rows is kept apart for each number of passes modulo the processes.
+        Passes come in rounds of one per process, and a process without a micro-batch runs a dummy. So the least cost of
+        the first n rows is stored separately for each number of passes modulo the number of processes.
         """
         n_rows, processes = len(lengths), self.num_processes
-        least = np.full((n_rows + 1, processes), np.inf)  # [rows cut so far, passes so far modulo the processes]
+        least = np.full((n_rows + 1, processes), np.inf)  # [rows cut so far, passes so far modulo processes]
         came_from = np.zeros((n_rows + 1, processes), dtype=np.int64)
         least[0, 0] = 0.0
         for start in range(n_rows):
@@ -166,7 +166,7 @@ class MicroBatchPlanner:
         return ends_backwards[::-1]
 
     def _dealt(self, rounds: list[list[MicroBatchRows]]) -> list[list[MicroBatchRows]]:
-        """Round by round, the largest micro-batch to the process that has least so far."""
+        """Deal round by round, the largest micro-batch to the process with the fewest tokens so far."""
         shares: list[list[MicroBatchRows]] = [[] for _ in range(self.num_processes)]
         for slices in rounds:
             by_size = sorted(slices, key=lambda piece: -piece.tokens)

@@ -1,4 +1,4 @@
-"""Every window of a run on rows that can be counted."""
+"""All windows of a run whose rows can be counted beforehand."""
 
 import itertools
 import math
@@ -14,28 +14,28 @@ from .base_plan import BasePlan, Progress, Window, describe_sizes
 from .batch_size import BatchSizes
 from .shuffle import order_of
 
-_FEW = 6  # epochs, for their windows to be listed one by one
-_MANY, _MOST_ROWS = 10**8, 2**63 - 1  # updates or epochs, in 0.8 GB; rows, as 64 bits count them
+_FEW = 6  # epochs whose numbers of windows are listed one by one
+_MANY, _MOST_ROWS = 10**8, 2**63 - 1  # most updates or epochs (0.8 GB); most rows (64 bits)
 
 
 @dataclass(frozen=True)
 class Plan(BasePlan):
-    """Every window of a run, before anything is loaded.
+    """All windows of a run, known before anything is loaded.
 
-    The epochs, each in its own order, lie one behind the other, and are cut into windows of the sizes that the updates
-    want: each epoch by itself, so that its last window may be short ("flush"), or all of them as one ("carry"), so that
-    only the last window of the run may be.
+    Each epoch has its own order of rows. With "flush", each epoch is cut into windows separately, so that its last
+    window may be short. With "carry", all epochs are cut as one sequence, so that only the last window of the run may
+    be short. `batch_sizes` gives the sizes of the windows.
 
     Attributes:
         n_rows: training rows, after the hold-out.
-        n_epochs: passes over them.
+        n_epochs: passes over these rows.
         batch_sizes: the resolved sizes of an update.
-        seed: of the order of the rows.
-        n_validation_rows: rows that are evaluated on.
+        seed: the seed for the order of the rows.
+        n_validation_rows: rows for evaluation.
         remainder: "flush" or "carry".
-        max_updates: windows after which the run ends, if the epochs have not ended it before.
+        max_updates: number of windows after which the run ends, unless the epochs end before; None for no limit.
         rate_scaling: how the learning rate follows k; see `rate_factor`.
-        done: where the first windows ended, if others than these settings make them are behind a run that goes on.
+        done: where the completed windows of a resumed run ended, in rows, if these settings would cut them differently.
     """
 
     n_rows: int
@@ -49,42 +49,44 @@ class Plan(BasePlan):
     done: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises:
-        SettingsError: for a run of more updates or rows than can be listed.
+        """Check that the run is not too long.
+
+        Raises:
+            SettingsError: if it has more updates, epochs or rows than can be planned.
         """
         rows = self._most_epochs * self.n_rows
         if max(self._most_updates, self._most_epochs) > _MANY or rows > _MOST_ROWS:
             raise SettingsError(
                 [
-                    f"`n_epochs` {self.n_epochs} over {self.n_rows} rows are up to {self._most_updates} updates in "
-                    f"{self._most_epochs} epochs, and no more than {_MANY} of either can be planned. Give fewer "
-                    "epochs, or `max_updates`."
+                    f"`n_epochs` is {self.n_epochs}, which over {self.n_rows} rows makes up to {self._most_updates} "
+                    f"updates in {self._most_epochs} epochs, but at most {_MANY} of either can be planned. Give fewer "
+                    "epochs, or a smaller `max_updates`."
                 ]
             )
 
     @property
     def _most_updates(self) -> int:
-        """As many updates there are at most: where all are of the smallest size."""
+        """An upper bound on the updates: their number if all had the smallest size."""
         smallest = min(sizes.effective_batch_size for _, sizes in self.batch_sizes.stages())
         of_epochs = self.n_epochs * -(-self.n_rows // smallest)
         return min(of_epochs, self.max_updates or of_epochs)
 
     @property
     def _most_epochs(self) -> int:
-        """As many epochs are begun at most: where all updates are of the largest size."""
+        """An upper bound on the epochs begun: their number if all updates had the largest size."""
         largest = max(sizes.effective_batch_size for _, sizes in self.batch_sizes.stages())
         return min(self.n_epochs, self._most_updates * -(-largest // self.n_rows))
 
     @cached_property
     def _ends(self) -> np.ndarray:
-        """Where each window ends, in rows from the beginning of the first epoch."""
+        """The end of each window, in rows from the beginning of the first epoch."""
         n, end, of_all = len(self.done), max(self.done, default=0), self.n_epochs * self.n_rows
         at_most = self.max_updates or n + of_all
         ends = [np.array(self.done, dtype=int)]
         for (_, sizes), (following, _) in itertools.pairwise([*self.batch_sizes.stages(), (at_most, self.batch_sizes)]):
             size = min(sizes.effective_batch_size, of_all)
             while n < min(following, at_most) and end < of_all:
-                # As many windows of a size as come one behind the other.
+                # Add all consecutive windows of one size at once.
                 room = of_all if self.remainder == "carry" else end + self.n_rows - end % self.n_rows
                 last = min(end + (min(following, at_most) - n) * size, room)
                 ends.append(np.append(np.arange(end + size, last, size), last))
@@ -96,8 +98,11 @@ class Plan(BasePlan):
         return len(self._ends)
 
     def resume_after(self, done: Progress) -> tuple["Plan", int]:
-        """Return this plan where it has the windows that are done, else one that continues after as much of the same
-        epoch; and the epoch that continues."""
+        """Return the plan of a resumed run, and the epoch that continues.
+
+        That is this plan if it has the same windows as those that are done. Otherwise it is one that continues after
+        the same number of rows of the same epoch.
+        """
         ends = np.cumsum(done.rows, dtype=int)
         plan = self
         if len(ends) and not (self.n_rows == done.n_rows and np.array_equal(ends, self._ends[: len(ends)])):
@@ -108,28 +113,28 @@ class Plan(BasePlan):
 
     @property
     def windows_per_epoch(self) -> int:
-        """Windows of the first epoch. Others may have others where rows are carried or k changes: `n_windows_of`."""
+        """Number of windows in the first epoch. Others may differ if rows are carried or k changes: `n_windows_of`."""
         return self.n_windows_of(0)
 
     def n_windows_of(self, epoch: int) -> int:
-        """Windows of one epoch; 0 where it has fewer rows than the next update still wants, or is not begun."""
+        """Return the number of windows in one epoch; 0 if no update ends in it, or if the run never begins it."""
         return len(self._indices(epoch))
 
     @property
     def epochs(self) -> range:
-        """Those that are begun: `max_updates` may end the run before the others."""
+        """The epochs that the run begins. `max_updates` may end it before the others."""
         return range(self._epoch_of(self.n_windows - 1) + 1)
 
     def rows_after(self, n_windows: int) -> int:
-        """Rows that the first `n_windows` windows of the run hold, counted anew in every epoch."""
+        """Return the number of rows in the first `n_windows` windows. Each epoch counts its rows again."""
         return int(self._ends[n_windows - 1]) if n_windows else 0
 
     def ends_epoch(self, n_windows: int) -> bool:
-        """Whether the first `n_windows` windows end with the last one of an epoch."""
+        """Return whether the last of the first `n_windows` windows ends its epoch."""
         return n_windows == self._indices(self._epoch_of(n_windows - 1)).stop
 
     def epoch_after(self, n_windows: int) -> int:
-        """The epoch of the window that follows the first `n_windows`; `n_epochs` where none does."""
+        """Return the epoch of the window after the first `n_windows`; `n_epochs` if there is none."""
         return self._epoch_of(n_windows) if n_windows < self.n_windows else self.n_epochs
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
@@ -154,18 +159,18 @@ class Plan(BasePlan):
         wanted = max(sizes.effective_batch_size for update, sizes in stages if update < self.n_windows)
         late = [update for update, _ in stages if update >= self.n_windows]
         found = {
-            f"an update wants {wanted} rows, and an epoch has {self.n_rows}: one update each": (
+            f"an update wants {wanted} rows, but an epoch has only {self.n_rows}, so each epoch is one update": (
                 wanted > self.n_rows and self.remainder == "flush"
             ),
-            f"the run ends before update {min(late, default=0)}, from which on k is to be another": bool(late),
-            f"the epochs end before `max_updates`, {self.max_updates}; more `n_epochs` make more updates": (
+            f"the run ends before update {min(late, default=0)}, where k would change": bool(late),
+            f"the epochs end before `max_updates`, {self.max_updates}; increase `n_epochs` for more updates": (
                 self.n_windows < (self.max_updates or 0)
             ),
         }
         return [f"Note: {note}" for note, holds in found.items() if holds]
 
     def __str__(self) -> str:
-        """The arithmetic of the run, as a paragraph."""
+        """Return the arithmetic of the run, as lines of text."""
         return "\n".join(
             [
                 f"Training samples: {self.n_rows}",
@@ -178,7 +183,7 @@ class Plan(BasePlan):
         )
 
     def _indices(self, epoch: int) -> range:
-        """Of the windows of an epoch: those whose last row is one of its own."""
+        """Return the indices of the windows of an epoch, which are those whose last row is in it."""
         return range(bisect_right(self._ends, epoch * self.n_rows), bisect_right(self._ends, (epoch + 1) * self.n_rows))
 
     def _epoch_of(self, window: int) -> int:
@@ -201,8 +206,8 @@ class Plan(BasePlan):
             return "a remainder is flushed at the end of each epoch"
         last = self.rows_after(self.n_windows) - self.rows_after(self.n_windows - 1)
         wanted = self.batch_sizes.at(self.n_windows - 1).effective_batch_size
-        short = f"; the last one has {last} rows" if last < wanted else ""
-        return f"what is left of an epoch is carried into the next{short}"
+        short = f"; the last window has {last} rows" if last < wanted else ""
+        return f"the remainder of an epoch is carried into the next{short}"
 
     def _describe_end(self) -> str:
         if self.n_windows != self.max_updates:

@@ -1,4 +1,4 @@
-"""What the seed settles: which rows are held out, and the order of an epoch."""
+"""Random choices that depend only on the seed: the rows to hold out, and the order of each epoch."""
 
 import numpy as np
 
@@ -10,24 +10,24 @@ _HOLD_OUT, _EPOCH = 0, 1
 
 
 def n_held_out(n_rows: int, share: float) -> int:
-    """Rows that are held out: `share × n_rows`, rounded, and at least one where `share` is above 0.
+    """Return the number of rows to hold out: `share × n_rows`, rounded, and at least one if `share` is above 0.
 
     Raises:
-        SettingsError: where nothing would be left to train on.
+        SettingsError: if no row would be left to train on.
     """
     n_held = max(1, round(share * n_rows)) if share else 0
     if n_rows <= n_held:
         raise SettingsError(
-            [f"`validation_split` {share} of {n_rows} rows leaves none to train on. Give more rows, or a split of 0."]
+            [f"`validation_split` is {share}, which leaves none of {n_rows} rows to train on. Add rows or set it to 0."]
         )
     return n_held
 
 
 def hold_out(n_rows: int, share: float, seed: int) -> tuple[RowIndices, RowIndices]:
-    """Splits row positions into (training, validation) by the seed, each in ascending order.
+    """Split row positions into (training, validation) by the seed, each in ascending order.
 
     Raises:
-        SettingsError: where nothing would be left to train on.
+        SettingsError: if no row would be left to train on.
     """
     n_held = n_held_out(n_rows, share)
     order = _permutation(n_rows, seed, _HOLD_OUT)
@@ -36,11 +36,11 @@ def hold_out(n_rows: int, share: float, seed: int) -> tuple[RowIndices, RowIndic
 
 
 def order_of(epoch: int, n_rows: int, seed: int) -> list[int]:
-    """The positions of all rows, in the order of an epoch."""
+    """Return the positions of all rows, in the order of an epoch (from 0)."""
     return _permutation(n_rows, seed, _EPOCH, epoch).tolist()
 
 
 def _permutation(n: int, *seed: int) -> np.ndarray:
-    # NumPy's newer generators may change their stream between versions; the legacy one is frozen, and a run must
-    # find its rows again after an upgrade.
+    # NumPy's newer generators may give other numbers in another version. The legacy one is frozen, so that a run can be
+    # resumed after an upgrade.
     return np.random.RandomState(seed).permutation(n)

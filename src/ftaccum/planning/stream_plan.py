@@ -1,4 +1,4 @@
-"""The windows of a run on a stream, whose rows are counted as they come."""
+"""The windows of a run on a stream, whose rows are counted as they arrive."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -8,23 +8,23 @@ from typing import ClassVar
 from .base_plan import BasePlan, Progress, Window, describe_sizes
 from .batch_size import BatchSizes
 
-# Of an epoch, reads up to so many rows more, and says how many came: fewer only where the epoch has ended. Rows before
-# the position that it is given last are not needed any more.
+# Read(epoch, n, start) reads up to n more rows of an epoch and returns how many it got: fewer than n only if the epoch
+# has ended. Rows before position `start` are no longer needed.
 Read = Callable[[int, int, int], int]
 
 
 @dataclass
 class StreamPlan(BasePlan):
-    """Windows as a stream gives them: the next so many rows make the next one.
+    """The windows of a stream: each takes the next rows, as many as its update wants.
 
-    A position is the place of a row among all that came, over all epochs. What is left of an epoch becomes a window
-    ("flush") or is filled up from the next one ("carry"). It is gone through once: each epoch in turn, each window in
-    turn, and while one is read the one before it may still be in work.
+    A position is the index of a row among all rows read, over all epochs. The remainder of an epoch becomes a window
+    ("flush") or is filled up from the next epoch ("carry"). A plan is used only once: each epoch in turn, and each
+    window in turn. While one window is read, the one before it may still be in use.
 
     Attributes:
-        n_epochs: passes over the stream, at most.
-        max_updates: windows, at most; the schedule counts on so many.
-        read: where rows come from.
+        n_epochs: most passes over the stream.
+        max_updates: most windows; the learning rate schedule is planned for this number.
+        read: reads rows of the stream.
     """
 
     can_resize: ClassVar[bool] = False
@@ -36,12 +36,12 @@ class StreamPlan(BasePlan):
     n_validation_rows: int = 0
     remainder: str = "flush"
     rate_scaling: str = "none"
-    _counts: Counter[int] = field(init=False, default_factory=Counter)  # windows by epoch
+    _counts: Counter[int] = field(init=False, default_factory=Counter)  # windows per epoch
     _came: int = field(init=False, default=0)
-    _starts: tuple[int, int] = field(init=False, default=(0, 0))  # of the window in work, and of the next one
-    _ends: list[int] = field(init=False, default_factory=list)  # of each window, in rows that came
-    _begun: int = field(init=False, default=-1)  # the last epoch whose first row was asked for
-    _ended: bool = field(init=False, default=False)  # that epoch had none
+    _starts: tuple[int, int] = field(init=False, default=(0, 0))  # of the window in use, and of the next one
+    _ends: list[int] = field(init=False, default_factory=list)  # of each window, in rows read
+    _begun: int = field(init=False, default=-1)  # the last epoch whose first row was requested
+    _ended: bool = field(init=False, default=False)  # whether that epoch had no row
 
     @property
     def n_windows(self) -> int:
@@ -49,7 +49,7 @@ class StreamPlan(BasePlan):
 
     @property
     def epochs(self) -> Iterator[int]:
-        """As long as there is something to train on: a stream that cannot be gone through again has one."""
+        """The epochs, as long as they have rows. A stream that cannot be read again has one."""
         for epoch in range(self.n_epochs):
             if self._index == self.max_updates or not self._begins(epoch):
                 return
@@ -62,10 +62,10 @@ class StreamPlan(BasePlan):
         return self._ends[n_windows - 1] if n_windows else 0
 
     def ends_epoch(self, n_windows: int) -> bool:  # noqa: ARG002
-        return False  # that shows when the next row is asked for
+        return False  # known only when the next row is requested
 
     def windows(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        # Rows of a stream are there after those before them: what is passed over is read, too.
+        # A stream gives its rows in order, so the rows of skipped windows must be read too.
         return (window for window in self._from_first(epoch) if window.index >= start)
 
     def _from_first(self, epoch: int) -> Iterator[Window]:
@@ -81,8 +81,10 @@ class StreamPlan(BasePlan):
             yield self._window(epoch)
 
     def resume_after(self, done: Progress) -> tuple["StreamPlan", int]:
-        """Return this plan: the stream is read again from its beginning. Where `max_updates` had ended the run, its
-        last epoch continues if the stream has more rows, which shows when it is read."""
+        """Return this plan, which reads the stream again from its beginning, and the epoch that continues.
+
+        If `max_updates` ended the earlier run, its last epoch continues, if it turns out to have more rows.
+        """
         was_cut = len(done.rows) == done.max_updates and len(done.rows) < self.n_windows
         return self, done.last_epoch if was_cut else max(self.n_epochs, done.last_epoch + 1)
 
@@ -90,36 +92,36 @@ class StreamPlan(BasePlan):
         if self._index == self.max_updates:
             return None
         return (
-            f"The stream ended after {self._index} updates, before `max_updates`, {self.max_updates}, which the "
-            "learning rate's schedule counted on. More passes (`n_epochs`) give more, if it can be gone through again."
+            f"The stream ended after {self._index} updates, but `max_updates` is {self.max_updates}, for which the "
+            "learning rate schedule was planned. If the stream can be read again, increase `n_epochs`."
         )
 
     def __str__(self) -> str:
-        """The arithmetic of the run, as a paragraph."""
-        left = "is flushed" if self.remainder == "flush" else "is carried into the next"
+        """Return the arithmetic of the run, as lines of text."""
+        left = "is flushed" if self.remainder == "flush" else "is carried into the next epoch"
         passes = "1 pass" if self.n_epochs == 1 else f"{self.n_epochs} passes"
         return "\n".join(
             [
                 "Training samples: a stream",
                 *describe_sizes(self.batch_sizes, self.rate_scaling),
-                f"Updates: {self.max_updates} (`max_updates`), or as many as {passes} over the stream give",
-                *([f"Updates per epoch: as they come; what is left of one {left}"] if self.n_epochs > 1 else []),
+                f"Updates: {self.max_updates} (`max_updates`), or fewer if the stream ends first ({passes})",
+                *([f"Updates per epoch: not known beforehand; a remainder {left}"] if self.n_epochs > 1 else []),
                 *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
             ]
         )
 
     @property
     def _index(self) -> int:
-        """Of the next window."""
+        """The index of the next window."""
         return self._counts.total()
 
     @property
     def _n_open(self) -> int:
-        """Rows that came and are in no window yet."""
+        """The number of rows that were read and are in no window yet."""
         return self._came - self._starts[1]
 
     def _begins(self, epoch: int) -> bool:
-        """Whether an epoch has a row, which nobody can tell before it is read."""
+        """Return whether an epoch has a row, which is known only after reading it."""
         if self._begun < epoch:
             self._begun, self._ended = epoch, not self._more(epoch, 1)
         return not self._ended

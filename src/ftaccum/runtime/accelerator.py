@@ -1,4 +1,4 @@
-"""One run's Accelerator, and a process left as it was found."""
+"""Create the Accelerator of a run, and restore the process's global state afterwards."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ from ..errors import SettingsError
 from ..settings import Runtime
 from .state_guards import preserve_rng, seed_all
 
-# Whole copies of the model, gradients averaged by DDP: one path, whatever the device.
+# Each process has a whole copy of the model, and DDP averages the gradients: one code path for all devices.
 _REPLICATED = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -30,16 +30,17 @@ _REPLICATED = {
 
 @contextmanager
 def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) -> Iterator[Accelerator]:
-    """Create an Accelerator of the wanted precision.
+    """Create an Accelerator with the run's precision, and restore the process's global state on exit.
 
-    Afterwards Accelerate's shared state, the random-number generators and torch's determinism are as before, so that a
-    process can have many sessions, of any precision; a process group that the launcher asked for stays up for the next.
+    That is Accelerate's shared state, the random number generators and torch's determinism setting. So a process can
+    have many sessions, of any precision. A process group that the launcher asked for stays open for the next session.
 
     Args:
-        project_dir: where trackers write files.
+        project_dir: the folder where trackers write files.
 
     Raises:
-        SettingsError: where the processes asked for are not there, or are joined in a way not shown to be exact.
+        SettingsError: if the number of processes is not the requested one, if their kind of parallelism has not been
+            shown to be exact, or if a tracker is not installed.
     """
     with fresh_accelerate_state():
         accelerator = _accelerator(runtime, project_dir)
@@ -48,14 +49,14 @@ def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) ->
             try:
                 yield accelerator
             finally:
-                # Not `free_memory`: it walks all objects there are, for a fifth of a second, to find that none is lost.
+                # Not `free_memory`, which needs 0.2 s to collect garbage and finds none.
                 for held in (accelerator._models, accelerator._optimizers, accelerator._schedulers):
                     held.clear()
 
 
 @contextmanager
 def fresh_accelerate_state() -> Iterator[None]:
-    """Empties the state that all Accelerators of a process share, and puts it back."""
+    """Clear the state that all Accelerators of a process share, and restore it on exit."""
     shared = {state: dict(state._shared_state) for state in (AcceleratorState, GradientState)}
     for state in shared:
         state._shared_state.clear()
@@ -69,14 +70,14 @@ def fresh_accelerate_state() -> Iterator[None]:
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms, where wanted, for the time of a session."""
+    """Make torch use deterministic algorithms until exit, if wanted."""
     if not wanted:
         yield
         return
     enabled = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # without it cuBLAS refuses to be deterministic
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # cuBLAS requires it in order to be deterministic
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -87,14 +88,14 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
-    # The gradient accumulator tells Accelerate each window's own length, so the number of steps here is never used; and
-    # a window that was read ahead must not be taken for the last because the data has ended.
+    # The gradient accumulator passes each window's own length to Accelerate, so `num_steps` is never used. And
+    # Accelerate must not take a window for the last one because the loader, which reads ahead, has no more data.
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
-    # A parameter may be left out of one micro-batch's loss and be part of the next one's.
-    # Buffers are synced once a window by the gradient accumulator, outside of the passes.
+    # A parameter may be unused in the loss of one micro-batch and used in that of the next.
+    # The gradient accumulator syncs buffers once per window, outside the passes.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(
-        # Without this, Accelerate makes torchrun's processes on a machine of CPUs strangers to each other.
+        # Without this, Accelerate does not connect the processes that torchrun starts on a CPU-only machine.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=_precision(runtime),
         gradient_accumulation_plugin=plugin,
@@ -106,20 +107,20 @@ def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
     if accelerator.num_processes != asked:
         raise SettingsError(
             [
-                f"{asked} processes were asked for, but this run would have {accelerator.num_processes}. On CPUs use "
-                "`torchrun --nproc_per_node`, or `accelerate launch` with a config file that says "
+                f"{asked} processes were requested, but this run would have {accelerator.num_processes}. On CPUs use "
+                "`torchrun --nproc_per_node`, or `accelerate launch` with a config file that contains "
                 "`distributed_type: MULTI_GPU` and `use_cpu: true`."
             ]
         )
     if accelerator.distributed_type not in _REPLICATED:
         raise SettingsError(
             [
-                f"Accelerate was set up for {accelerator.distributed_type.value}, for which ftaccum has not been shown "
-                "to be exact. Launch with one process or with data parallelism (`distributed_type: MULTI_GPU`)."
+                f"Accelerate is configured for {accelerator.distributed_type.value}, but ftaccum has not been shown to "
+                "be exact with it. Launch a single process or use data parallelism (`distributed_type: MULTI_GPU`)."
             ]
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate accepts fp16 on a CPU and then neither casts nor scales.
+        # Accelerate accepts fp16 on a CPU, but then neither autocasts nor scales gradients.
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     return accelerator
 
@@ -132,8 +133,10 @@ def _precision(runtime: Runtime) -> str | None:
 
 
 def _processes_asked_for() -> int:
-    """As told by the launcher's environment, or else by its command line: `accelerate launch --cpu --num_processes 2`
-    silently starts one process."""
+    """Return the number of processes in the launcher's environment, or else on its command line.
+
+    The command line matters because `accelerate launch --cpu --num_processes 2` silently starts only one process.
+    """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     try:
@@ -145,7 +148,7 @@ def _processes_asked_for() -> int:
     starts += [n for n, word in enumerate(words) if word == "accelerate.commands.launch"]
     for word, value in itertools.pairwise([*words[starts[0] :], ""] if starts else []):
         if word.endswith(".py") or word in ("-m", "--module"):
-            break  # what follows are the script's own
+            break  # the rest are the script's own arguments
         name, _, joined = word.partition("=")
         if name in ("--num_processes", "--num-processes"):
             return int(joined or value)
@@ -161,8 +164,8 @@ def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:
     except ValueError as error:
         remedy = "" if output_dir else " Trackers that write files need `output_dir`."
         raise SettingsError([f"`log_with` is {log_with!r}: {error}{remedy}"]) from error
-    names = {str(one) for one in found}  # Accelerate gives names as members of an enumeration
+    names = {str(one) for one in found}  # Accelerate returns names as members of an enum
     absent = [str(one) for one in asked if not isinstance(one, GeneralTracker) and str(one) not in {*names, "all"}]
     if absent:
-        raise SettingsError([f"The trackers {absent} were asked for, but are not installed. Install them with pip."])
+        raise SettingsError([f"The trackers {absent} were requested, but are not installed. Install them with pip."])
     return found

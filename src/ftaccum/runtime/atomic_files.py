@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk in the middle leaves the old ones whole."""
+"""Write files so that the old ones survive a kill or a full disk in the middle."""
 
 import ctypes
 import errno
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Some network and user-space file systems cannot be told to flush, which makes nothing that they hold wrong.
+# Some network and user-space file systems do not support flushing. Their files are valid all the same.
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP)
 
 _AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
@@ -16,16 +16,16 @@ _AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcnt
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Writes a file that takes the place of `path` once it is whole and on the disk.
+    """Write a file that replaces `path` only when it is complete and on the disk.
 
-    Where the writing fails, what is at `path` stays as it was and nothing is left beside it; what a killed process left
-    is removed by the next one that writes to `path`. Only one may do so at a time.
+    If writing fails, `path` stays as it was and the unfinished file is removed. If the process is killed, the next one
+    that writes to `path` removes the unfinished file. Only one process may write to `path` at a time.
 
     Yields:
-        the path to write to, in the same folder, which is made where it is missing. Nothing lies there yet.
+        the path to write to, in the same folder, which is created if it is missing. No file is there yet.
 
     Raises:
-        OSError: what writing, flushing or renaming raised.
+        OSError: if writing, flushing or renaming fails.
     """
     with _beside(path) as (beside, target):
         yield beside
@@ -36,16 +36,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """As `atomic_write`, for a folder with all that is in it: what lay in a folder at `path` before is gone afterwards.
+    """Write a folder that replaces the one at `path` and all its files, as `atomic_write` does for a file.
 
-    Linux exchanges the two folders in one step. Elsewhere, and on file systems that cannot, a kill between two renames
-    leaves nothing at `path`, the old folder in `.<name>.replaced` and the new one in `.<name>.partial`, both whole.
+    Linux exchanges the two folders in one step. On other systems, and on file systems without this, a kill between two
+    renames leaves nothing at `path`. Then the old folder is at `.<name>.replaced` and the new one at `.<name>.partial`,
+    both complete.
 
     Yields:
         an empty folder to write into.
 
     Raises:
-        OSError: what writing, flushing or renaming raised.
+        OSError: if writing, flushing or renaming fails.
     """
     with _beside(path) as (beside, target):
         beside.mkdir()
@@ -60,17 +61,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 class AppendOnlyFile:
-    """A file of lines, brought up to date from time to time.
+    """A file of lines that grows from time to time.
 
-    It is remembered how far it was written well. Half a line is cut off, and where writing failed, or the file was
-    removed, the next time makes up for all that is missing.
+    The object remembers how much it has written successfully. It cuts off a partial line. If writing failed or the file
+    was removed, the next `write` adds all missing lines.
     """
 
     def __init__(self, path: Path) -> None:
-        """Empties the file, or makes it.
+        """Create the file, or empty it.
 
         Raises:
-            OSError: where that cannot be done.
+            OSError: if that fails.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
@@ -78,25 +79,25 @@ class AppendOnlyFile:
         self._size = 0
 
     def write(self, lines: Callable[[int], Iterable[str]]) -> None:
-        """Appends what is not there yet.
+        """Append the lines that are not in the file yet.
 
         Args:
-            lines: gives the lines from the n-th on, counted from 0, without their ends.
+            lines: returns the lines from the n-th on, counted from 0, without line ends.
 
         Raises:
-            OSError: what writing raised. The lines will be asked for again.
+            OSError: if writing fails. The next call asks for the same lines again.
         """
         try:
             self._append(lines)
         except OSError:
-            with suppress(OSError):  # or else the next time
+            with suppress(OSError):  # if this fails, the next call truncates the file
                 os.truncate(self.path, self._size)
             raise
 
     def _append(self, lines: Callable[[int], Iterable[str]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            if file.tell() < self._size:  # not the file that was written to
+            if file.tell() < self._size:  # another file than the one written so far
                 self.n_lines = self._size = 0
             file.truncate(self._size)
             for line in lines(self.n_lines):
@@ -108,7 +109,7 @@ class AppendOnlyFile:
 
 
 def fsync_path(path: str | Path) -> None:
-    """Waits until a file, or the list of names of a folder, is on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,7 +122,7 @@ def fsync_path(path: str | Path) -> None:
 
 @contextmanager
 def _beside(path: str | Path) -> Iterator[tuple[Path, Path]]:
-    """A path in the same folder, free before and after, and where `path` leads to, links followed."""
+    """Yield a temporary path in the same folder, unused before and after, and `path` with links resolved."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial")
@@ -141,10 +142,10 @@ def _remove(path: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the two could be exchanged in one step."""
+    """Exchange two paths in one step, and return whether that was possible."""
     try:
         rename = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):  # no Linux, or an old one
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old one
         return False
     return bool(rename(_AT_WORKING_FOLDER, os.fsencode(one), _AT_WORKING_FOLDER, os.fsencode(other), _EXCHANGE) == 0)
 

@@ -1,4 +1,4 @@
-"""The memory and the processors that this process may use, within the containers around it."""
+"""The memory and CPUs that this process may use, within the limits of its containers."""
 
 import math
 import os
@@ -13,12 +13,12 @@ import psutil
 
 @dataclass(frozen=True)
 class _MemoryFiles:
-    """Where a kind of control group keeps its figures.
+    """The files in which one kind of control group keeps its numbers.
 
     Attributes:
         limits: files with a limit.
         used: the file with the bytes in use.
-        cache: the entry of `memory.stat` with the bytes of cached files that the kernel drops when it needs memory.
+        cache: the entry of `memory.stat` for cached files, in bytes. The kernel drops these when it needs memory.
     """
 
     limits: tuple[str, ...]
@@ -26,17 +26,17 @@ class _MemoryFiles:
     cache: str
 
 
-_MEMORY_FILES = {  # by file system; those of version 1 count the groups below only under other names
+_MEMORY_FILES = {  # by file system; version 1 includes nested groups only in entries with other names
     "cgroup2": _MemoryFiles(("memory.max", "memory.high"), "memory.current", "inactive_file"),
     "cgroup": _MemoryFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
 def free_on_host(proc: Path = Path("/proc/self")) -> int:
-    """Return the bytes that are free on the machine and in all control groups (containers) around the process.
+    """Return the free bytes of the machine or of a control group (container) around the process, whichever is less.
 
     Args:
-        proc: where the kernel describes the process.
+        proc: the folder in which the kernel describes the process.
     """
     free: list[float] = [psutil.virtual_memory().available]
     with suppress(OSError):  # a system without control groups
@@ -45,7 +45,7 @@ def free_on_host(proc: Path = Path("/proc/self")) -> int:
 
 
 def peak_of_process() -> int:
-    """Return the most bytes that this process has had in memory so far."""
+    """Return the peak memory of this process so far, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -54,14 +54,14 @@ def peak_of_process() -> int:
 
 
 def usable_cpus() -> int:
-    """Return how many processors the process may run on."""
+    """Return the number of CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _memory_groups(proc: Path) -> Iterator[tuple[Path, _MemoryFiles]]:
-    """Yield the folders of the groups that limit the process's memory, from the innermost outwards."""
+    """Yield the folders of the control groups that limit the process's memory, the innermost first."""
     paths = {}
     for line in (proc / "cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -76,7 +76,7 @@ def _memory_groups(proc: Path) -> Iterator[tuple[Path, _MemoryFiles]]:
         if file_system in paths and (file_system == "cgroup2" or "memory" in options.split(",")):
             mount = Path(mount_point)
             below = os.path.relpath(paths[file_system], root)
-            group = mount if below.startswith("..") else mount / below  # a container may not see its own group's name
+            group = mount if below.startswith("..") else mount / below  # a container may not see its own group's path
             for folder in (group, *group.parents):
                 yield folder, _MEMORY_FILES[file_system]
                 if folder == mount:
@@ -84,7 +84,7 @@ def _memory_groups(proc: Path) -> Iterator[tuple[Path, _MemoryFiles]]:
 
 
 def _free_in(group: Path, files: _MemoryFiles) -> float:
-    """Return the bytes that a group leaves its processes; infinity where it has no limit."""
+    """Return the bytes that the processes of a group can still use; infinity if it has no limit."""
     limit = min(_number(group / name, math.inf) for name in files.limits)
     cache = 0
     with suppress(OSError):
@@ -93,7 +93,7 @@ def _free_in(group: Path, files: _MemoryFiles) -> float:
 
 
 def _number(file: Path, default: float) -> float:
-    """Return the number in a file; the default where there is none, or it says "max"."""
+    """Return the number in a file, or the default if the file is missing or contains "max"."""
     with suppress(OSError, ValueError):
         return int(file.read_text())
     return default

@@ -1,4 +1,4 @@
-"""The `ftaccum` logger: what happens in a run besides its results."""
+"""The `ftaccum` logger, for everything that a run reports besides its results."""
 
 import logging
 import sys
@@ -11,35 +11,35 @@ logger = logging.getLogger("ftaccum")
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to standard error around tqdm's progress bars."""
+    """A handler that writes to standard error without breaking tqdm's progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except (OSError, RuntimeError, ValueError):  # a terminal that is gone, or is being written to by a signal
+        except (OSError, RuntimeError, ValueError):  # the terminal is gone, or a signal interrupted a write
             self.handleError(record)
 
 
 @contextmanager
 def run_logging(*, enabled: bool) -> Iterator[None]:
-    """Set up the logger for the time of a run.
+    """Set up the logger for the duration of a run.
 
-    Messages go to the handlers that the application has configured; where there are none, to standard error.
+    Messages go to the handlers that the application has configured, or to standard error if there are none.
 
     Args:
-        enabled: False drops all messages: of processes other than the main one, and of the trials of a search.
+        enabled: False drops all messages, for processes other than the main one and for the trials of a search.
     """
     level, disabled = logger.level, logger.disabled
     handler = _StderrHandler() if enabled and not logger.hasHandlers() else None
     if handler is not None:
         logger.addHandler(handler)
-    if level == logging.NOTSET:  # the application's handlers have levels of their own
+    if level == logging.NOTSET:  # the application's handlers still filter by their own levels
         logger.setLevel(logging.INFO)
     logger.disabled = disabled or not enabled
     try:
         yield
     finally:
-        logger.setLevel(level)  # an assignment would leave the logger's cache as it is
+        logger.setLevel(level)  # unlike an assignment, this clears the logger's cache
         logger.disabled = disabled
         if handler is not None:
             logger.removeHandler(handler)

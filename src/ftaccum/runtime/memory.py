@@ -1,4 +1,4 @@
-"""Running out of memory: telling it, agreeing on it, and what is learnt from it."""
+"""Running out of memory: detecting it, reporting it between processes, and adapting the micro-batches."""
 
 import gc
 from dataclasses import astuple, dataclass, field
@@ -8,17 +8,18 @@ import torch
 
 from ..planning.micro_batches import BatchLimits
 
-# Windows without a failure after which larger micro-batches are tried again; doubled each time that this fails.
+# Windows without a failure before larger micro-batches are tried again; doubled each time that this fails.
 _CALM = 50
-# What devices and hosts say beside `torch.OutOfMemoryError`; cuBLAS and cuDNN allocate for themselves.
+# Texts in out-of-memory errors that are not a `torch.OutOfMemoryError`: from hosts, and from cuBLAS and cuDNN, which
+# allocate memory themselves.
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class WindowOutOfMemoryError(Exception):
-    """Memory ran out on some process, and all of them have left the window.
+    """Memory ran out on some process, and all processes have abandoned the window.
 
     Attributes:
-        failed: which of this process's passes ran out, and what the device said; None where it was another process.
+        failed: the pass of this process that ran out of memory; None if another process ran out.
     """
 
     def __init__(self, failed: "FailedPass | None") -> None:
@@ -27,25 +28,25 @@ class WindowOutOfMemoryError(Exception):
 
 
 class AgreedOutOfMemoryError(torch.OutOfMemoryError):
-    """Memory ran out for a single row, and all processes raise it, after the same update."""
+    """Memory ran out for a single row. All processes raise this after the same update."""
 
 
 @dataclass(frozen=True)
 class FailedPass:
-    """A pass of a window, by its place among this process's micro-batches, that memory ran out in."""
+    """A pass that ran out of memory: its index among this process's micro-batches, and the error message."""
 
     index: int
     message: str
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a smaller micro-batch may help."""
+    """Return whether memory ran out, so that a smaller micro-batch may help."""
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
     return isinstance(error, torch.OutOfMemoryError) or told
 
 
 def give_back_memory() -> None:
-    """Hands the allocator's unused memory back to the device, after what held it is gone."""
+    """Return unused memory from the allocator to the device, once the objects that held it are deleted."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.get_device_module().empty_cache()
@@ -53,18 +54,18 @@ def give_back_memory() -> None:
 
 @dataclass
 class MemoryLimits:
-    """How large micro-batches may be, learnt from those that did not fit.
+    """The limits on the size of a micro-batch, adapted after micro-batches that did not fit in memory.
 
     Attributes:
-        requested: the limits of the settings.
-        current: the limits to cut by.
-        failures: windows that had to be run again.
+        requested: the limits from the settings.
+        current: the limits to cut windows by.
+        failures: number of windows that had to be run again.
     """
 
     requested: BatchLimits
     current: BatchLimits = field(init=False)
     failures: int = 0
-    _failed: int = 0  # tokens that did not fit, when everything wanted was tried
+    _failed: int = 0  # tokens that did not fit under the requested limits
     _patience: int = field(default_factory=lambda: _CALM)
     _calm: int = 0
     _grew: bool = False
@@ -77,7 +78,7 @@ class MemoryLimits:
         return learnt | {"requested": astuple(self.requested), "current": astuple(self.current)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What was learnt, if it was learnt of the same limits; how often memory ran out in any case."""
+        """Restore the number of failures, and the adapted limits if the requested ones are the same."""
         if tuple(state_dict["requested"]) == astuple(self.requested):
             vars(self).update(
                 state_dict | {"requested": self.requested, "current": BatchLimits(*state_dict["current"])}
@@ -85,7 +86,7 @@ class MemoryLimits:
         self.failures = state_dict["failures"]
 
     def ran_out(self, tokens: int) -> None:
-        """A micro-batch of as many tokens did not fit: half as many are the most from now on."""
+        """Record that a micro-batch of `tokens` tokens did not fit, and limit the next ones to half as many."""
         self._failed = tokens if self.current == self.requested else self._failed
         self._patience *= 2 if self._grew else 1
         self._calm, self._grew = 0, False
@@ -93,7 +94,7 @@ class MemoryLimits:
         self.failures += 1
 
     def went_well(self) -> None:
-        """A window fitted. After enough of them, micro-batches may be twice as large again, up to what was wanted."""
+        """Record that a window fitted. After enough of them, double the limit, up to the requested one."""
         self._calm += 1
         if self._calm < self._patience:
             return

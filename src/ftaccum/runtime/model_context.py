@@ -1,4 +1,4 @@
-"""The user's model for the time of a run, given back as it came but for its weights."""
+"""Context managers that set up the user's model for a run, and then restore everything except its weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from .state_guards import training_mode
 
 @contextmanager
 def model_context(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator[None]:
-    """The model in train mode; afterwards without wrappers, in the mode that it was in, with its configuration.
+    """Hold a model in train mode. On exit, remove wrappers and restore its mode and configuration.
 
     Raises:
-        SettingsError: where gradient checkpointing is wanted of a model that has none.
+        SettingsError: if `gradient_checkpointing` is True and the model does not support it.
     """
     with (
         unwrap_on_exit(model),
@@ -30,7 +30,7 @@ def model_context(model: nn.Module, *, gradient_checkpointing: bool) -> Iterator
 
 @contextmanager
 def compile_model(model: nn.Module) -> Iterator[None]:
-    """`torch.compile`, for the time of a run: graphs that hold for many rows and many widths."""
+    """Compile a model until exit, with graphs for any number of rows and any width."""
     before = model._compiled_call_impl
     model.compile(dynamic=True)
     try:
@@ -46,7 +46,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 @contextmanager
 def run_eagerly(model: nn.Module) -> Iterator[None]:
-    """Run a compiled model without its graphs, which would be compiled anew for every mode that it is run in."""
+    """Run a compiled model without its graphs, which each mode would compile again."""
     if not is_compiled(model):
         yield
         return
@@ -56,7 +56,7 @@ def run_eagerly(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unwrap_on_exit(model: nn.Module) -> Iterator[None]:
-    """Takes off what `Accelerator.prepare` leaves on a model: its autocasting `forward` and its mark."""
+    """On exit, remove what `Accelerator.prepare` adds to a model: an autocasting `forward` and a mark."""
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     before: dict[str, Any] = {name: model.__dict__[name] for name in names if name in model.__dict__}
     try:
@@ -69,8 +69,10 @@ def unwrap_on_exit(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
-    """Keys and values are for generating: kept in training, they take memory, and a model of Transformers that keeps
-    them does not look for rows that lie one behind the other."""
+    """Turn off the cache of keys and values, which only generation needs.
+
+    In training it takes memory, and a Transformers model that uses it does not detect packed rows.
+    """
     whole: Any = getattr(model, "config", None)
     configs = {id(c): c for c in (whole, getattr(whole, "get_text_config", lambda: whole)())}.values()
     caches = [(config, config.use_cache) for config in configs if getattr(config, "use_cache", None) is not None]
@@ -85,7 +87,7 @@ def _without_cache(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing, where wanted, for the time of a run."""
+    """Enable gradient checkpointing until exit, if wanted."""
     if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return
@@ -97,16 +99,16 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
             ]
         )
     had_hooks = getattr(model, "_require_grads_hooks", None)
-    # The reentrant kind runs a backward pass inside the backward pass, on which DDP's bookkeeping stumbles.
+    # The reentrant variant runs a backward pass inside the backward pass, which breaks DDP's bookkeeping.
     _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
         _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-        if not had_hooks:  # Transformers makes the embeddings' outputs require gradients, and leaves it at that
+        if not had_hooks:  # Transformers does not remove its hooks on the embeddings
             model.disable_input_require_grads()
 
 
 def _either(model: Any, new_name: str, old_name: str) -> Callable[..., None]:
-    # Transformers renamed the pair in the course of its version 5.
+    # Transformers renamed these methods during version 5.
     return getattr(model, new_name, None) or getattr(model, old_name)

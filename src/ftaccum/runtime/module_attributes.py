@@ -1,4 +1,4 @@
-"""What modules keep besides parameters and buffers: counters, averages, lists."""
+"""State that modules keep besides parameters and buffers: counters, averages, lists."""
 
 import functools
 import random
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from .log import logger
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_BUDGET = 2**28  # bytes of tensors and arrays that copies are kept of
-_DEPTH = 3  # how far to look into containers and objects
+_BUDGET = 2**28  # most bytes of tensors and arrays to copy
+_DEPTH = 3  # levels of containers and objects to look into
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-# What is not looked into: modules are listed themselves; the others hold no state, or restore it elsewhere.
+# Objects not to look into: modules are visited one by one, and the others have no state or are restored elsewhere.
 _WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
-_PLAIN = (int, float, str, bytes, type(None))  # items that nothing is inside of
+_PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
 
 
 class ModuleAttributes:
-    """The plain attributes of modules at one time."""
+    """A snapshot of the plain attributes of modules, which are neither parameters nor buffers."""
 
     def __init__(self, *modules: nn.Module) -> None:
         everything = dict.fromkeys(inner for module in modules for inner in module.modules())
@@ -34,7 +34,7 @@ class ModuleAttributes:
         }
 
     def changed(self) -> list[str]:
-        """Return what to call the attributes that have other values by now."""
+        """Return a description of each attribute that has changed since the snapshot."""
         return [
             f"`{name}` of {type(module).__name__}"
             for module, kept in self._kept.items()
@@ -43,7 +43,7 @@ class ModuleAttributes:
         ]
 
     def restore(self) -> None:
-        """Put all attributes back, and remove those that are new. Warn of what could not be put back."""
+        """Restore all attributes and delete new ones. Warn about those that cannot be restored."""
         for module, kept in self._kept.items():
             for name, _ in _attributes(module):
                 if name not in kept:
@@ -54,21 +54,21 @@ class ModuleAttributes:
             _warn_if_lost(place)
 
     def hold_generators(self) -> bool:
-        """Return whether one of them draws at random."""
+        """Return whether any attribute is a random number generator."""
         return any(isinstance(value.value, _GENERATORS) for kept in self._kept.values() for value in kept.values())
 
 
 @functools.cache
 def _warn_if_lost(place: str) -> None:
     logger.warning(
-        f"{place} changes in passes that are undone, and stays changed: it is too large to copy, or holds what cannot "
-        "be copied. Make it a buffer (`register_buffer`)."
+        f"{place} changes in ftaccum's checks and cannot be restored afterwards: it is too large to copy, or contains "
+        "objects that cannot be copied. Make it a buffer (`register_buffer`)."
     )
 
 
 @contextmanager
 def preserve_attributes(*modules: nn.Module) -> Iterator[None]:
-    """Leave the plain attributes of modules as they were."""
+    """Restore the plain attributes of modules on exit."""
     before = ModuleAttributes(*modules)
     try:
         yield
@@ -77,7 +77,7 @@ def preserve_attributes(*modules: nn.Module) -> Iterator[None]:
 
 
 class _Keeper:
-    """Keeps values, each object once, however many modules share it."""
+    """A store of copied values, with one copy of an object that several modules share."""
 
     def __init__(self) -> None:
         self.room = _BUDGET
@@ -91,7 +91,7 @@ class _Keeper:
 
 
 class _Kept:
-    """One value, with a copy of what it holds where that may change: as far as there is room, and down to a depth."""
+    """One value and a copy of its mutable content, as far as the byte budget and the depth allow."""
 
     def __init__(self, value: Any, keeper: _Keeper, depth: int) -> None:
         self.value = value
@@ -109,7 +109,7 @@ class _Kept:
             self._inner = [keeper.keep(item, depth - 1) for item in inner if not isinstance(item, _PLAIN)]
 
     def holds(self, value: Any) -> bool:
-        """Return whether a value is this one, unchanged."""
+        """Return whether `value` is the kept one and has not changed."""
         if value is not self.value:
             return _same(value, self.value)
         if isinstance(value, Tensor):
@@ -122,9 +122,9 @@ class _Kept:
         return _same_items(_items_of(value), self._copy) and all(kept.holds(kept.value) for kept in self._inner)
 
     def restored(self) -> Any:
-        """Return the value as it was.
+        """Restore the value in place and return it.
 
-        A tensor that there was no room to copy stays as it is, which `holds` goes on to tell.
+        A tensor that was too large to copy stays changed, and `holds` still returns False for it.
         """
         value, copy = self.value, self._copy
         if copy is None or self.holds(value):
@@ -142,14 +142,14 @@ class _Kept:
 
 
 def _items_of(value: Any) -> Any:
-    """Return what holds the items of a container, or the attributes of a plain object; None for all else."""
+    """Return a container itself, the attribute dict of a plain object, or None for anything else."""
     if isinstance(value, dict | list | tuple | deque | set):
         return value
     return None if isinstance(value, _WHOLE) else getattr(value, "__dict__", None)
 
 
 def _fill(items: Any, copy: Any) -> None:
-    """Put items back in place, whatever a class of the user's makes of that."""
+    """Restore items in place. In subclasses of dict, bypass methods that the user has overridden."""
     if isinstance(items, tuple) or _same_items(items, copy):
         return
     if isinstance(items, dict):

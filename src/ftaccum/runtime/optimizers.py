@@ -1,4 +1,4 @@
-"""Optimizers that hold other optimizers, and optimizers that evaluate other weights than they train."""
+"""Optimizers that contain other optimizers, and optimizers that evaluate other weights than they train."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch.optim import Optimizer, SparseAdam
 
 
 def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """Return the optimizers that an optimizer holds (in attributes, or in lists and dicts there), at any depth."""
+    """Return the optimizers that an optimizer contains at any depth, in attributes or in lists and dicts there."""
     found: list[Optimizer] = []
     waiting: list[Any] = [*vars(optimizer).values()]
     while waiting:
@@ -27,13 +27,13 @@ def inner_optimizers(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def takes_sparse_gradients(optimizer: Optimizer) -> set[Tensor]:
-    """Return the parameters of which an optimizer gets sparse gradients as they are.
+    """Return the parameters whose sparse gradients an optimizer must get as they are.
 
-    SparseAdam takes no others, and optimizers that users write may move only the rows that are in one. For the rest of
-    torch's and Transformers' a dense gradient does the same, where they take a sparse one at all.
+    SparseAdam takes no dense ones, and a user's own optimizer may update only the rows in a sparse gradient. In all
+    other optimizers of torch and Transformers, a dense gradient gives the same update, if they take a sparse one.
     """
     every = (optimizer, *inner_optimizers(optimizer))
-    stepping = {p: each for each in every for group in each.param_groups for p in group["params"]}  # the innermost
+    stepping = {p: each for each in every for group in each.param_groups for p in group["params"]}  # of the innermost
     return {p for p, each in stepping.items() if isinstance(each, SparseAdam) or not _is_known(each)}
 
 
@@ -46,8 +46,8 @@ def _is_known(optimizer: Optimizer) -> bool:
 def keep_groups(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """Keep the parameter groups the same objects while states are loaded.
 
-    `load_state_dict` makes new groups. An optimizer and those that it holds share theirs: afterwards a schedule would
-    write its rates where no step reads them.
+    `load_state_dict` creates new groups. An optimizer shares its groups with those that it contains, so a schedule
+    would afterwards write its rates to groups that no step reads.
     """
     before = [(optimizer, list(optimizer.param_groups)) for optimizer in optimizers]
     yield
@@ -61,7 +61,7 @@ def keep_groups(optimizers: Sequence[Optimizer]) -> Iterator[None]:
 
 
 def place_state(optimizer: Optimizer) -> None:
-    """Move the state of an optimizer that has taken steps, and of those that it holds, to where the weights are."""
+    """Move the state of an optimizer, and of those that it contains, to the devices of the weights."""
     for each in (optimizer, *inner_optimizers(optimizer)):
         for group in each.param_groups:
             on_device = group.get("capturable") or group.get("fused")
@@ -73,10 +73,10 @@ def place_state(optimizer: Optimizer) -> None:
 
 @contextmanager
 def training_weights(optimizer: Optimizer) -> Iterator[None]:
-    """Have an optimizer with a train and an eval mode be in train mode, and leave it in eval mode.
+    """Hold an optimizer that has train and eval modes in train mode, and leave it in eval mode.
 
-    Schedule-free optimizers take gradients at one point and average the others: the average is what is evaluated and
-    saved, and the weights hold one or the other.
+    A schedule-free optimizer computes gradients at one point and averages others. The average is evaluated and saved.
+    The weights hold either, depending on the mode.
     """
     for each in _with_modes(optimizer):
         each.train()
@@ -89,9 +89,9 @@ def training_weights(optimizer: Optimizer) -> Iterator[None]:
 
 @contextmanager
 def evaluation_weights(optimizer: Optimizer) -> Iterator[None]:
-    """Have the weights be those to evaluate and save, and then again those to train, to the last bit.
+    """Hold the weights in their state to evaluate and save, and restore the training weights bit for bit on exit.
 
-    Going to eval mode and back rounds: a run would depend on how often it is saved. So the weights are copied.
+    Switching to eval mode and back rounds, so a run would depend on how often it is saved. So the weights are copied.
     """
     switched = _with_modes(optimizer)
     weights = [p for group in optimizer.param_groups for p in group["params"]] if switched else []
@@ -114,7 +114,7 @@ def switches_weights(optimizer: Optimizer) -> bool:
 
 
 def _with_modes(optimizer: Optimizer) -> list[Any]:
-    """Return the optimizer if it has modes, else those that it holds and that have."""
+    """Return the optimizer if it has train and eval modes, else those inside it that have them."""
     return [optimizer] if _has_modes(optimizer) else [each for each in inner_optimizers(optimizer) if _has_modes(each)]
 
 
@@ -123,7 +123,7 @@ def _has_modes(optimizer: Optimizer) -> bool:
 
 
 class OptimizerBackup:
-    """A copy of what an optimizer changes in a step: weights, state and the numbers of its groups."""
+    """A copy of everything that an optimizer step changes: weights, state and the values in parameter groups."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         every = (optimizer, *inner_optimizers(optimizer))
@@ -134,7 +134,7 @@ class OptimizerBackup:
         self._states = [(state, {key: copy.deepcopy(values) for key, values in state.items()}) for state in states]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         with torch.no_grad():
             for p, values in self._weights.items():
                 p.copy_(values)

@@ -1,4 +1,4 @@
-"""Agreement between the processes of a run, from host to host: nothing here waits for a device."""
+"""Communication between the processes of a run, from host to host. Nothing here waits for a device."""
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +14,15 @@ from ..errors import DataError, LostProcessError
 
 T = TypeVar("T")
 
-_NONE = 2**62  # stands for None in a reduction over integers
+_NONE = 2**62  # represents None in a reduction over integers
 
 
 class ProcessGroup:
-    """The processes that work on one run or one trial together. All of them make the same calls in the same order.
+    """The processes of one run or one trial. All of them make the same calls in the same order.
 
     Attributes:
         size: number of processes.
-        is_single: whether there is only one. Then no call communicates.
+        is_single: whether there is only one process, so that no call communicates.
         is_main: whether this is the first process.
     """
 
@@ -31,8 +31,8 @@ class ProcessGroup:
 
         Args:
             size: number of processes.
-            group: torch's group of the same processes that communicates between hosts (gloo); None for the default
-                one.
+            group: torch's group of the same processes, which communicates between hosts (gloo); None for the default
+                group.
         """
         self.size, self.is_single = size, size == 1
         self.is_main = self.is_single or distributed.get_rank() == 0
@@ -43,12 +43,12 @@ class ProcessGroup:
         return self.any_of([flag])[0]
 
     def any_of(self, flags: Iterable[bool]) -> list[bool]:
-        """Return for each flag whether it is true on any process. All processes give equally many."""
+        """Return for each flag whether it is true on any process. All processes pass the same number of flags."""
         own = [int(flag) for flag in flags]
         return [bool(n) for n in (own if self.is_single else self._reduce(own, distributed.ReduceOp.MAX))]
 
     def min(self, number: int | None) -> int | None:
-        """Return the smallest number of any process; None where all have None."""
+        """Return the smallest number of any process; None if all have None."""
         if self.is_single:
             return number
         (least,) = self._reduce([_NONE if number is None else number], distributed.ReduceOp.MIN)
@@ -74,7 +74,7 @@ class ProcessGroup:
 
         Raises:
             BaseException: whatever `function` raises on the main process. The other processes raise the same error, or
-                a RuntimeError that shows it where it cannot be pickled.
+                a RuntimeError that quotes it if it cannot be pickled.
         """
         if self.is_single:
             return function()
@@ -90,7 +90,7 @@ class ProcessGroup:
         """Call `function` on every process and return each process's own result.
 
         Raises:
-            DataError: on all processes, where `function` raises one on any of them; the message is that of the first.
+            DataError: on all processes, if `function` raises one on any of them. The message is from the lowest rank.
         """
         if self.is_single:
             return function()
@@ -104,7 +104,7 @@ class ProcessGroup:
             return result
         messages = [str(fault)]
         distributed.broadcast_object_list(messages, src=first, group=self._group)
-        raise DataError(f"{messages[0]} (Process {first} met it, and all of them end alike.)") from fault
+        raise DataError(f"{messages[0]} (Process {first} raised this, so all processes stop.)") from fault
 
     def _reduce(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
         holder: Tensor = torch.tensor(numbers)
@@ -117,12 +117,13 @@ SINGLE = ProcessGroup(1)
 
 @contextmanager
 def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[ProcessGroup]:
-    """Open a group over all processes, and close it afterwards. All processes call it alike.
+    """Open a group over all processes, and close it on exit. All processes call this.
+
+    It uses the default group, unless there is a timeout or the default group communicates between devices.
 
     Args:
         size: number of processes.
-        timeout: how long a call may wait for another process; None for torch's default. A group of its own is made
-            for a timeout, and where the default group communicates between devices.
+        timeout: how long a call may wait for another process; None for torch's default.
     """
     if size == 1 or (timeout is None and "gloo" in distributed.get_backend()):
         yield ProcessGroup(size)
@@ -136,11 +137,11 @@ def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[
 
 @contextmanager
 def report_lost_process(is_single: bool, describe: Callable[[], str]) -> Iterator[None]:
-    """Raise LostProcessError where a collective fails because another process is gone.
+    """Raise LostProcessError if a collective operation fails because another process is gone.
 
     Args:
         is_single: whether there are no other processes.
-        describe: returns sentences that say where that was and what is left of the run; called when it has happened.
+        describe: called after such a failure; returns sentences on how far the run came and how to resume it.
     """
     try:
         yield
@@ -151,16 +152,16 @@ def report_lost_process(is_single: bool, describe: Callable[[], str]) -> Iterato
         if cause is None:
             raise
         raise LostProcessError(
-            f"Another process of this run has ended or does not answer, and it cannot go on without. {describe()} What "
-            f"was heard of it: {cause}"
+            f"Another process of this run has ended or does not respond, and the run cannot continue without it. "
+            f"{describe()} The error was: {cause}"
         ) from error
 
 
 def _call_and_pickle(function: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
-    """Return (result, None) or (None, error) as bytes for the other processes, and the error itself."""
+    """Return (result, None) or (None, error), pickled for the other processes, and the error itself."""
     try:
         return pickle.dumps((function(), None)), None
-    except BaseException as error:  # also what cannot be pickled: the other processes wait
+    except BaseException as error:  # also a result that cannot be pickled: the other processes are waiting
         try:
             sent = pickle.dumps((None, error))
             pickle.loads(sent)
@@ -170,7 +171,7 @@ def _call_and_pickle(function: Callable[[], Any]) -> tuple[bytes, BaseException 
 
 
 def _error_of_collective(error: BaseException | None) -> BaseException | None:
-    """Return the error of a collective that `error` wraps, if any: code that tries things out wraps it in its own."""
+    """Return the error of a collective operation among the causes of `error`, if any. (Checks wrap it in their own.)"""
     while error is not None and not _is_of_collective(error):
         error = error.__cause__
     return error

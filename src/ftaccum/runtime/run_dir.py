@@ -1,4 +1,4 @@
-"""A run's output folder: its absolute path, its lock, and the paths in it."""
+"""A run's output folder: its absolute path, its lock and the paths of its files."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import filelock
 
 from ..errors import CheckpointError, SettingsError
 
-_PATIENCE = 0.5  # seconds: a run that is just ending removes the file of its lock, which another may have opened
+_PATIENCE = 0.5  # seconds to wait for the lock, as a run that is just ending may be deleting its file
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class RunDir:
     """The folder that a run writes to.
 
     Attributes:
-        path: absolute, so that the run stays in one folder whatever the working folder becomes.
+        path: absolute, so that the run stays in one folder even if the working directory changes.
     """
 
     path: Path
 
     @classmethod
     def resolve(cls, output_dir: str) -> "RunDir":
-        """Return the folder as it will be found from any working folder; `~` is the user's home.
+        """Return the folder with its absolute path. `~` stands for the user's home directory.
 
         Raises:
-            SettingsError: if the user has no home.
+            SettingsError: if the user has no home directory.
         """
         try:
             return cls(Path(output_dir).expanduser().absolute())
@@ -54,19 +54,18 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the folder if it is missing, and keep other runs out of it. Where the file system has no locks, or
-        nothing can be written, there is none: whoever writes there reports it.
+        """Create the folder if it is missing, and keep other runs out of it.
 
-        The system releases the lock of a process that is killed, also while its data workers live on: they do not
-        inherit it.
+        If the file system has no locks or is read-only, there is no lock. Code that writes to the folder reports that.
+        The system releases the lock of a killed process, even if its data workers survive: they do not inherit it.
 
         Raises:
-            SettingsError: if the folder cannot be made.
-            CheckpointError: where another run has the lock.
+            SettingsError: if the folder cannot be created.
+            CheckpointError: if another run holds the lock.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # ValueError: a name that the file system cannot spell
+        except (OSError, ValueError) as error:  # ValueError: a name that is invalid on the file system
             raise _refused(str(self.path), error) from error
         lock = filelock.FileLock(self.path / ".lock", timeout=_PATIENCE, fallback_to_soft=False)
         try:
@@ -74,8 +73,8 @@ class RunDir:
         except filelock.Timeout as error:
             raise CheckpointError(
                 [
-                    f"`output_dir` is {str(self.path)!r}, in which another run is going on ({self._owner()}), and two "
-                    "would write over each other. Wait for its end, stop it, or name another folder."
+                    f"`output_dir` is {str(self.path)!r}, but another run is using it ({self._owner()}), and two runs "
+                    "would overwrite each other's files. Wait for that run to end, stop it, or give another folder."
                 ]
             ) from error
         except OSError:
@@ -86,14 +85,13 @@ class RunDir:
                 (self.path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
             yield
         finally:
-            with suppress(
-                OSError
-            ):  # while it is locked: one who opened it before sees that it is gone, and opens again
+            # Before the release: a run that has already opened the file then notices that it is gone, and reopens it.
+            with suppress(OSError):
                 (self.path / ".lock").unlink()
             lock.release()
 
     def is_locked(self) -> bool:
-        """Return whether another run is going on in the folder."""
+        """Return whether another run is using the folder."""
         try:
             with self.lock():
                 return False
@@ -108,5 +106,5 @@ class RunDir:
 
 def _refused(output_dir: str, error: Exception) -> SettingsError:
     return SettingsError(
-        [f"`output_dir` {output_dir!r} cannot be made: {error}. Name a folder that can be written to."]
+        [f"`output_dir` is {output_dir!r}, which cannot be created: {error}. Give a folder that you can write to."]
     )

@@ -1,4 +1,4 @@
-"""Signals that ask to stop, kept until nothing is half done."""
+"""Signals that ask a run to stop, kept until it can stop cleanly."""
 
 import signal
 import sys
@@ -10,23 +10,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Ctrl-C; what schedulers send before they kill; what SLURM can be asked to send some time before (`--signal=USR1@120`).
+# Ctrl-C; the signal that schedulers send before a kill; the one that SLURM can send earlier (`--signal=USR1@120`).
 ASKING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
-_TWICE = 1.0  # seconds: a launcher hands on the signal that the terminal has sent to all
+_TWICE = 1.0  # seconds: a launcher repeats the signal that the terminal has already sent to all processes
 
 
 class StopSignals:
-    """Keeps the first signal that asks to stop. A Ctrl-C after it raises KeyboardInterrupt at once; other signals say
-    again what is known: schedulers warn more than once.
+    """The first signal that asks to stop, kept until the caller acts on it.
+
+    A later Ctrl-C raises KeyboardInterrupt at once. Other later signals have no effect, because schedulers warn more
+    than once.
 
     Attributes:
-        asked: the number of the signal that came, or None.
+        asked: the number of the first signal, or None if none has arrived.
     """
 
     def __init__(self, sentence: str, numbers: tuple[int, ...] = ASKING) -> None:
-        """Args:
-        sentence: is told when the first one comes.
-        numbers: the signals that are kept.
+        """Create a keeper of signals.
+
+        Args:
+            sentence: text to print when the first signal arrives.
+            numbers: the signals to keep.
         """
         self.asked: int | None = None
         self._sentence, self._numbers = sentence, numbers
@@ -35,8 +39,8 @@ class StopSignals:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """For as long as it takes. A signal that is ignored (`nohup`) stays so."""
-        in_main = threading.current_thread() is threading.main_thread()  # in others, Python takes no signals
+        """Keep signals until exit. Signals that the process ignores (`nohup`) stay ignored."""
+        in_main = threading.current_thread() is threading.main_thread()  # Python handles signals only there
         if self._is_kept or not in_main:
             yield
             return
@@ -51,14 +55,14 @@ class StopSignals:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt where a signal is kept."""
+        """Raise KeyboardInterrupt if a signal has arrived."""
         if self.asked is not None:
             raise KeyboardInterrupt
 
     def _keep(self, number: int, _: Any) -> None:
         if self.asked is None:
             self.asked, self._since = number, time.monotonic()
-            # Not the logger, whose lock the interrupted code may hold. The terminal may be gone, or in use right now.
+            # Not the logger: the interrupted code may hold its lock. The terminal may be gone, or a write in progress.
             with suppress(OSError, RuntimeError, ValueError):
                 tqdm.write(self._sentence, file=sys.stderr)
         elif number == signal.SIGINT and time.monotonic() - self._since > _TWICE:

@@ -1,4 +1,4 @@
-"""A process that seems to be the only one, to code that asks the launcher, Accelerate or torch."""
+"""Make a process look like the only one to code that asks the launcher, Accelerate or torch."""
 
 import os
 from collections.abc import Callable, Iterator, MutableMapping
@@ -13,10 +13,10 @@ _SINGLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE"
 
 @contextmanager
 def single_process(num_processes: int) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Yield a context manager in which the main process seems to be the only one. All processes call this alike.
+    """Yield a context manager in which the main process seems to be the only one. All processes call this.
 
-    A stream may deal its rows to the processes by rank. Where only the main process reads it, the other processes'
-    rows would be lost, unless the stream sees no other process.
+    A stream may split its rows among the processes by rank. If only the main process reads it, the rows of the others
+    would be lost. So the stream must see a single process.
     """
     if num_processes == 1:
         yield nullcontext

@@ -1,4 +1,4 @@
-"""What a forward pass moves besides its outputs (generators, buffers, modes): set it, put it back."""
+"""Set and restore the state that a forward pass changes besides its outputs: generators, buffers, modes."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from .module_attributes import preserve_attributes
 
-_CHUNK = 2**17  # words that a fingerprint weighs at a time
+_CHUNK = 2**17  # 8-byte words that a fingerprint sums at a time
 _ODD = 0x1E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
 class Generators:
-    """The states of the generators of Python, NumPy, torch and this process's accelerator."""
+    """The random number generator states of Python, NumPy, torch and this process's accelerator."""
 
     python: Any
     numpy: Any
@@ -33,7 +33,7 @@ class Generators:
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device)
 
     def state_dict(self) -> dict[str, Any]:
-        """As tensors, numbers and texts, which can be read again without running code."""
+        """Return the states as tensors, numbers and strings, which load without running code."""
         kind, keys, *others = self.numpy
         numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), *others)
         return {"python": self.python, "numpy": numpy_state, "cpu": self.cpu, "device": self.device}
@@ -45,7 +45,7 @@ class Generators:
         return cls(state_dict["python"], numpy_state, state_dict["cpu"], state_dict["device"])
 
     def unchanged(self) -> bool:
-        """Whether nothing has been drawn since."""
+        """Return whether no random number has been drawn since."""
         now = Generators.now()
         same = all(map(np.array_equal, self.numpy, now.numpy)) and self.python == now.python
         on_device = self.device is None or now.device is None or torch.equal(self.device, now.device)
@@ -56,23 +56,23 @@ class Generators:
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         device = _device()
-        if self.device is not None and device is not None:  # they may have been kept where there was another
+        if self.device is not None and device is not None:  # the states may come from another machine
             device.set_rng_state(self.device)
 
 
 def _device() -> Any:
-    # A process that collates has been forked, and may not touch the accelerator.
+    # Data workers are forked and must not touch the accelerator.
     at_hand = torch.accelerator.is_available() and torch.utils.data.get_worker_info() is None
     return torch.get_device_module() if at_hand else None
 
 
 def buffers_of(*modules: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return every buffer, by the module that has it and its name there."""
+    """Return every buffer as a pair of the module that has it and its name there."""
     return [(inner, name) for inner in _inside(modules) for name, b in inner._buffers.items() if b is not None]
 
 
 def unset_buffers_of(*modules: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Return the buffers that are declared, but None."""
+    """Return the buffers that are declared but None, as pairs of module and name."""
     return [(inner, name) for inner in _inside(modules) for name, b in inner._buffers.items() if b is None]
 
 
@@ -81,28 +81,28 @@ def _inside(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def is_expanded(buffer: Tensor) -> bool:
-    """Return whether one number in memory stands for several of the buffer."""
+    """Return whether several elements of a buffer share one place in memory."""
     if buffer.layout is not torch.strided:
         return False
     return any(size > 1 and not stride for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 def in_memory(buffer: Tensor) -> Tensor:
-    """Return a buffer without the repetitions that take no memory."""
+    """Return a view of a buffer without the repeated elements that take no memory."""
     return buffer[tuple(slice(0, 1) if not stride else slice(None) for stride in buffer.stride())]
 
 
 def bytes_of(buffer: Tensor) -> Tensor:
-    """Return the bytes of a strided buffer, one behind the other."""
+    """Return the bytes of a strided buffer as a 1-D tensor."""
     return buffer.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def fingerprint(buffer: Tensor) -> Tensor:
-    """Return a number that is another one when a buffer has changed: the weighted sum of its bytes, eight at a time.
+    """Return a checksum that changes when a buffer does: a weighted sum of its bytes, eight at a time.
 
-    Odd weights, drawn for each place, also tell a buffer whose numbers have changed places. It takes little memory.
-    (Versions do not tell: batch norm, and code that writes to `.data`, do not count theirs. For sparse buffers they
-    have to do.)
+    The weights are odd and drawn for each position, so that swapped numbers change the sum too. It takes little memory.
+    Tensor versions are no replacement, because batch norm and writes to `.data` do not increment them. Only sparse
+    buffers rely on their version.
     """
     if buffer.layout is not torch.strided:
         return torch.tensor(buffer._version, device=buffer.device)
@@ -117,18 +117,18 @@ def fingerprint(buffer: Tensor) -> Tensor:
 
 @cache
 def _weights(device: torch.device) -> Tensor:
-    """Return odd numbers, the same in each process."""
+    """Return random odd numbers, the same in each process."""
     draw = torch.Generator().manual_seed(0)
     return (torch.randint(2**62, (_CHUNK,), generator=draw) * 2 + 1).to(device)
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """A copy of buffers (batch-norm statistics, for one).
+    """A copy of buffers, such as batch-norm statistics.
 
     Attributes:
-        kept: each buffer and its copy.
-        unset: those that were declared, but None so far; a forward pass may set them.
+        kept: maps module and name to the buffer and its copy.
+        unset: buffers that were declared but None. A forward pass may set them.
     """
 
     kept: dict[tuple[nn.Module, str], tuple[Tensor, Tensor]]
@@ -141,12 +141,14 @@ class Buffers:
 
     @classmethod
     def of(cls, *modules: nn.Module) -> "Buffers":
-        """Return a copy of all buffers of modules."""
+        """Return a copy of all buffers of `modules`."""
         return cls(cls.now(buffers_of(*modules)).kept, unset_buffers_of(*modules))
 
     def moved(self, module: nn.Module, name: str) -> bool:
-        """Whether a buffer is another one by now, or has other numbers. (Its version does not tell: batch norm writes
-        to its running statistics without counting it.)"""
+        """Return whether a buffer was replaced or has other values.
+
+        Its version does not show this: batch norm writes to its running statistics without incrementing it.
+        """
         buffer, value = self.kept[module, name]
         return module._buffers[name] is not buffer or not torch.equal(buffer, value)
 
@@ -155,26 +157,26 @@ class Buffers:
             for module, name in self.unset:
                 module._buffers[name] = None
             for (module, name), (buffer, value) in self.kept.items():
-                module._buffers[name] = buffer  # a forward pass may have put another in its place
-                # An expanded one cannot be written to; to compare waits for the device.
+                module._buffers[name] = buffer  # a forward pass may have replaced it
+                # Expanded buffers cannot be written to. Only they are compared, because comparing waits for the device.
                 if not is_expanded(buffer) or not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
 class TensorVersions:
-    """The versions of tensors by name, to see later which were changed in place."""
+    """The versions of named tensors, to find out later which were changed in place."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._before = {name: (tensor, tensor._version) for name, tensor in tensors.items()}
 
     def changed(self) -> list[str]:
-        """Return the names of the tensors that were written to since, whatever was written."""
+        """Return the names of the tensors that were written to since, even if with equal values."""
         return [name for name, (tensor, version) in self._before.items() if tensor._version != version]
 
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Leaves every generator as it was found."""
+    """Restore every random number generator on exit."""
     before = Generators.now()
     try:
         yield
@@ -183,19 +185,19 @@ def preserve_rng() -> Iterator[None]:
 
 
 def seed_all(*seed: int) -> None:
-    """Seeds every generator from a tuple of integers, so that no two uses of one seed draw alike."""
+    """Seed every generator from a tuple of integers. Different tuples give different random numbers."""
     mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
     if _device() is None:
-        torch.default_generator.manual_seed(mixed)  # `torch.manual_seed` looks for accelerators, for 0.3 ms
+        torch.default_generator.manual_seed(mixed)  # `torch.manual_seed` would spend 0.3 ms looking for accelerators
     else:
         torch.manual_seed(mixed)
 
 
 @contextmanager
 def preserve_buffers(*modules: nn.Module) -> Iterator[None]:
-    """Leave the buffers of modules as they were."""
+    """Restore the buffers of modules on exit."""
     before = Buffers.of(*modules)
     try:
         yield
@@ -205,7 +207,7 @@ def preserve_buffers(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Puts every submodule in train or eval mode, and then back in the mode it was found in."""
+    """Put every submodule in train or eval mode, and restore its previous mode on exit."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -217,7 +219,7 @@ def training_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def preserve_gradients(model: nn.Module) -> Iterator[None]:
-    """Puts the gradients that a model has aside, and gives them back."""
+    """Clear the gradients of a model, and restore them on exit."""
     before = [(p, p.grad) for p in model.parameters()]
     for p, _ in before:
         p.grad = None
@@ -229,13 +231,13 @@ def preserve_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def gradient_hooks(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that have hooks which run after a gradient is accumulated."""
+    """Return the names of the parameters with hooks that run after a gradient is accumulated."""
     return [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
 
 
 @contextmanager
 def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the hooks off that run after a gradient is accumulated, and put them back: some step an optimizer."""
+    """Remove hooks that run after a gradient is accumulated (some step an optimizer), and restore them on exit."""
     found = [hooks for p in model.parameters() if (hooks := p._post_accumulate_grad_hooks)]
     before = [dict(hooks) for hooks in found]
     for hooks in found:
@@ -251,7 +253,7 @@ def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
 def cast_tensors(
     tensors: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Iterator[None]:
-    """Has weights or buffers hold copies in another type or on another device, and then again what they held."""
+    """Convert weights or buffers to another dtype or device, and restore their original data on exit."""
     before = [t.data for t in tensors]
     try:
         for t in tensors:
@@ -264,11 +266,12 @@ def cast_tensors(
 
 @contextmanager
 def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
-    """For trying a model out: eval mode, no gradients, and generators, buffers, modes and what the model takes its
-    labels for as they were afterwards.
+    """Hold a model in eval mode without gradients, to try it out.
+
+    On exit, restore generators, buffers, modes, plain attributes and the model's `problem_type`.
 
     Args:
-        modules: those that compute the loss besides the model.
+        modules: modules besides the model that compute the loss.
     """
     with (
         torch.no_grad(), preserve_rng(), preserve_buffers(model, *modules), training_mode(model, training=False),
@@ -279,8 +282,11 @@ def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _preserve_problem_type(model: Any) -> Iterator[None]:
-    """Heads of Transformers settle in their first forward pass, by the labels, what problem they are for. Labels that
-    are refused must not decide that for those that are fixed."""
+    """Restore `config.problem_type` on exit.
+
+    Transformers' heads infer it from the labels of their first forward pass. Labels that ftaccum rejects must not
+    decide it for the corrected ones.
+    """
     config = getattr(model, "config", None)
     before = getattr(config, "problem_type", None)
     try:

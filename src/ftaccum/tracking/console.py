@@ -1,4 +1,4 @@
-"""What a run shows: banner, progress bar, a line an epoch, the result. Only the main process shows anything."""
+"""What a run prints: banner, progress bar, a line per epoch, result. Only the main process prints."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ _PRECISIONS = {"no": "full", "bf16": "bf16 autocast", "fp16": "fp16 autocast, sc
 
 @dataclass
 class Console:
-    """Prints to standard output, around the progress bar on standard error."""
+    """A printer to standard output that leaves the progress bar on standard error intact."""
 
     is_main: bool
     progress: bool
@@ -39,8 +39,10 @@ class Console:
         return tqdm(total=n_windows, desc="updates", disable=not (self.is_main and self.progress), leave=False)
 
     def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
-        """A row of the table of epochs; the first one brings the heading. What is known before the first update is
-        epoch 0 of it, where anything is."""
+        """Print a row of the table of epochs, the first time with the heading.
+
+        The validation loss before the first update, if there is one, makes the row of epoch 0.
+        """
         if entry.epoch < 0 and entry.val_loss is None:
             return
         cells = {"epoch": f"{entry.epoch + 1}/{n_epochs}", "train loss": _number(entry.train_loss)}

@@ -1,4 +1,4 @@
-"""What a finished run writes into its folder, and what is said where that cannot be done."""
+"""Write the files of a finished run into its folder, and describe those that cannot be written."""
 
 import shutil
 from collections.abc import Callable
@@ -29,17 +29,17 @@ def write_outputs(
 ) -> Result:
     """Complete the ledger and write the model and the result, if the run has a folder.
 
-    Nothing that goes wrong there is raised: training is done, and neither its result nor the model in memory may be
-    lost for a file's sake. What was there before stays until what takes its place is on the disk.
+    This raises no errors: training is done, and a failed write must cost neither its result nor the model in memory.
+    Old files stay until their replacements are on the disk.
 
     Args:
-        model: None where it is not to be saved.
+        model: the model to save, or None to save none.
 
     Returns:
-        the result, with what could not be written in `unwritten`, on all processes alike.
+        the result on all processes, with a sentence in `unwritten` for each output that could not be written.
 
     Warns:
-        OutputWarning: for each thing that could not be written.
+        OutputWarning: for each output that could not be written.
     """
     if run_dir is None:
         return result
@@ -51,17 +51,17 @@ def write_outputs(
 
 
 def write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir, process_group: ProcessGroup) -> list[str]:
-    """Write the model into the folder of a run. Return a sentence if that cannot be done, on all processes alike."""
+    """Write the model into the folder of a run. If that fails, return a sentence about it, on all processes."""
     return process_group.run_on_main(lambda: _write_model(model, tokenizer, run_dir))
 
 
 def _write(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any, run_dir: RunDir) -> list[str]:
-    """Return a sentence for each thing that could not be written."""
-    faults = _tried(run_dir.ledger, lambda _: ledger.write(), "All of its entries are in the result, too.")
+    """Return a sentence for each output that could not be written."""
+    faults = _tried(run_dir.ledger, lambda _: ledger.write(), "The result also has its losses, norms and audits.")
     if model is not None:
         faults += _write_model(model, tokenizer, run_dir)
     write = replace(result, unwritten=faults).save
-    return faults + _tried(run_dir.result, write, "The result is returned: its `save` writes it elsewhere.")
+    return faults + _tried(run_dir.result, write, "The call still returns the result: its `save` writes it elsewhere.")
 
 
 def _write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir) -> list[str]:
@@ -72,24 +72,26 @@ def _write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir) -> list[str]
 def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:
     try:
         write(path)
-    except Exception as error:  # on a full disk, Safetensors and tokenizers raise errors of their own kinds
+    except Exception as error:  # on a full disk, Safetensors and tokenizers raise errors of their own types
         why = f"{type(error).__name__}: {error}."
         return [" ".join([f"{str(path)!r} cannot be written: {why}", *_there_now(path), remedy])]
     return []
 
 
 def _there_now(path: Path) -> list[str]:
-    """What there is in the place of what could not be written, in sentences, as far as one can look: the working folder
-    may be gone, or a network's file system."""
+    """Return sentences on the free space and the old file at a path that could not be written.
+
+    Return none if the path cannot be examined: the working folder or a network file system may be gone.
+    """
     try:
         free = f"{_describe(_free_at(path))} are free there."
-        return [free, "What is there now is older."] if path.exists() else [free]
+        return [free, "The version there now is older."] if path.exists() else [free]
     except OSError:
         return []
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The model, and its tokenizer, as `from_pretrained` and `pipeline` read them."""
+    """Save the model and its tokenizer in the form that `from_pretrained` and `pipeline` read."""
     with atomic_directory(folder) as beside:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(beside)
@@ -100,7 +102,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _bytes_of(model: nn.Module) -> int:
-    """What the weights take; tied ones are in `parameters` once."""
+    """Return the bytes of all weights and buffers. Tied weights count once, as in `parameters`."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 

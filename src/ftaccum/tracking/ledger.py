@@ -1,4 +1,4 @@
-"""The ledger of a run: one entry a window and one an epoch."""
+"""The ledger of a run: one entry per window, per epoch and per audit."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from ..runtime.atomic_files import AppendOnlyFile
 
 @dataclass(frozen=True)
 class WindowEntry:
-    """What one window came to.
+    """The record of one window.
 
     Attributes:
         window: index over the whole run, from 0.
-        epoch: from 0; of the window's last row.
-        rows: that it had, on all processes.
-        loss: mean over the window's loss items, over all processes; NaN where it has none.
-        terms: the same for each named mean of the loss, where it has several.
+        epoch: the epoch of the window's last row, from 0.
+        rows: number of rows, over all processes.
+        loss: mean over the window's loss items, over all processes; NaN if it has none.
+        terms: the same for each named mean of the loss, if it has several; empty otherwise.
         grad_norm: total norm of the gradient before clipping.
         learning_rate: the rate of the first parameter group for this update.
-        skipped: True where no optimizer step was taken (a loss or gradient that is not finite, or no loss items).
-        passes: forward passes that it took, on each process.
+        skipped: True if no optimizer step was taken (the loss or gradient was not finite, or there were no loss items).
+        passes: number of forward passes on each process.
     """
 
     window: int
@@ -40,8 +40,10 @@ class WindowEntry:
 
 @dataclass(frozen=True)
 class EpochEntry:
-    """What one epoch came to: losses are means over its loss items, NaN where it had no update; `val_loss` is None
-    without validation data."""
+    """The record of one epoch. Losses are means over loss items.
+
+    `train_loss` is NaN if the epoch had no update. `val_loss` is None without validation data.
+    """
 
     epoch: int
     train_loss: float
@@ -51,17 +53,18 @@ class EpochEntry:
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """What an audit found of one update, before it was taken.
+    """The record of an audit of one update, made before its optimizer step.
 
     Attributes:
         audit: number of the update, from 1.
-        epoch: from 0.
-        rows: rows audited, on all processes.
-        reference: what the accumulated gradient was compared with: "one batch" of these rows, or "another cut" of them.
+        epoch: the epoch of the update, from 0.
+        rows: number of rows audited, over all processes.
+        reference: the reference for the accumulated gradient: "one batch" of these rows, or "another cut" of them into
+            micro-batches.
         error: relative difference of the two gradients.
         loss_error: relative difference of the two losses.
         tolerance: the largest difference that counts as rounding.
-        seconds: that the audit took.
+        seconds: time that the audit took.
     """
 
     audit: int
@@ -78,10 +81,10 @@ Entry = WindowEntry | EpochEntry | AuditEntry
 
 
 def read_entry(line: str) -> Entry:
-    """Return the entry that a line of a ledger's file holds.
+    """Return the entry in a line of a ledger file.
 
     Raises:
-        ValueError, TypeError: where it holds none.
+        ValueError, TypeError: if the line is not an entry.
     """
     values = json.loads(line)
     kind = WindowEntry if "window" in values else AuditEntry if "audit" in values else EpochEntry
@@ -89,7 +92,7 @@ def read_entry(line: str) -> Entry:
 
 
 def best_epoch(epochs: Iterable[EpochEntry]) -> int | None:
-    """Return the epoch (from 1) of the lowest validation loss; None where no loss is finite."""
+    """Return the epoch (from 1) with the lowest validation loss; None if no loss is finite."""
     losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
     return min(losses)[1] if losses else None
 
@@ -98,11 +101,12 @@ def best_epoch(epochs: Iterable[EpochEntry]) -> int | None:
 class Ledger:
     """Everything that a run records, in order. Given a path, every entry is also a JSON line in that file.
 
-    A file that cannot be written, of a disk that is full, say, costs no entry and no update: lines that are missing are
-    written, in order, as soon as that works again. Entries that it is made with are written with the first new one.
+    If the file cannot be written, for example because the disk is full, the run loses no entry and no update. The
+    missing lines are written, in order, as soon as writing works again. Entries that are passed to the constructor are
+    written together with the first new one.
 
     Raises:
-        SettingsError: where the file cannot be made to begin with.
+        SettingsError: if the file cannot be created.
 
     Warns:
         OutputWarning: the first time that the file cannot be written.
@@ -124,18 +128,17 @@ class Ledger:
             self.keep_in(self.path)
 
     def keep_in(self, path: Path) -> None:
-        """Has the entries be lines of a file from now on, which is emptied. Those that are there are written with the
-        next one, or by `write`.
+        """Write entries to a file from now on, and empty it. Existing entries are written with the next, or by `write`.
 
         Raises:
-            SettingsError: where the file cannot be made.
+            SettingsError: if the file cannot be created.
         """
         self.path = path
         try:
             self._file = AppendOnlyFile(path)
         except OSError as error:
             raise SettingsError(
-                [f"The ledger cannot be written: {error}. Give an `output_dir` that can be written to."]
+                [f"The ledger cannot be written: {error}. Give an `output_dir` that you can write to."]
             ) from error
 
     def record(self, entry: Entry) -> None:
@@ -143,32 +146,32 @@ class Ledger:
         self.catch_up()
 
     def catch_up(self) -> None:
-        """Writes the lines that are missing in the file, where that can be done."""
+        """Write the lines that are missing in the file, or warn the first time that this fails."""
         try:
             self.write()
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True
                 warn_user(
-                    f"The ledger {str(self.path)!r} cannot be written: {error}. The run goes on; missing lines are "
-                    "kept, and written as soon as that works again.",
+                    f"The ledger {str(self.path)!r} cannot be written: {error}. The run continues. It keeps the "
+                    "missing lines and writes them as soon as the file can be written again.",
                     OutputWarning,
                 )
 
     def entries(self) -> list[Entry]:
-        """All of them in order: an epoch's after those of its windows."""
+        """Return all entries in order. An epoch's entry comes after those of its windows."""
         return list(self._entries)
 
     def resume_from(self, entries: Sequence[Entry]) -> None:
-        """Begins with what an earlier part of the run has recorded."""
+        """Add the entries that an earlier part of the run has recorded."""
         for entry in entries:
             self._add(entry)
 
     def write(self) -> None:
-        """Writes the lines that are missing in the file.
+        """Write the lines that are missing in the file.
 
         Raises:
-            OSError: where that cannot be done.
+            OSError: if that fails.
         """
         if self._file is not None:
             self._file.write(lambda n: map(_as_line, self._entries[n:]))
@@ -192,7 +195,7 @@ def nan_null(value: float | None) -> float:
 
 
 def null_non_finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Return a value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""From what happened to what is kept: the ledger, the trackers, the progress bar."""
+"""Record what happens in a run: in the ledger, the trackers and the progress bar."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,15 @@ from .step import StepResult
 from .throughput import Throughput
 from .trackers import run_trackers
 
-# Losses stay on the device until so many windows are read at once.
+# Losses stay on the device until this many windows are read at once.
 _DRAIN_EVERY = 10
 
 
 class MetricsLogger:
-    """Takes a run's outcomes in order. All processes call it alike; the ledger's file, the trackers and the bar are
-    the main process's."""
+    """A recorder for the outcomes of a run, in order.
+
+    All processes make the same calls. Only the main process has the ledger's file, the trackers and the bar.
+    """
 
     def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batch_sizes: BatchSizes) -> None:
         self.ledger, self.throughput = ledger, Throughput()
@@ -35,7 +37,7 @@ class MetricsLogger:
         self._started = time.perf_counter()
 
     def window(self, outcome: StepResult) -> None:
-        """Keeps a window's outcome, and every so often reads the losses kept so far."""
+        """Record a window's outcome. Every few windows, read the losses of those recorded so far."""
         self.throughput.merge(outcome.work)
         self._pending.append(outcome)
         self._bar.update()
@@ -43,7 +45,7 @@ class MetricsLogger:
             self.drain()
 
     def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
-        """Ends an epoch; its training loss is the mean over the loss items of the windows that were not skipped."""
+        """End an epoch. Its training loss is the mean over the loss items of all windows that were not skipped."""
         self.drain()
         train_loss = self._epoch_losses.total() if self._epoch_losses is not None else float("nan")
         entry = EpochEntry(self.n_epochs, train_loss, val_loss, metrics)
@@ -69,16 +71,16 @@ class MetricsLogger:
 
     @property
     def n_windows(self) -> int:
-        """Those that are done."""
+        """Number of windows that are done."""
         return len(self.ledger.windows) + len(self._pending)
 
     @property
     def seconds(self) -> float:
-        """The time in training and evaluation, over all parts of a run that was interrupted."""
+        """Seconds of training and evaluation, over all parts of an interrupted run."""
         return time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; the logger must have been drained."""
+        """Return the state. Call `drain` before."""
         ended = self._ended
         return {
             "epoch": self.n_epochs,
@@ -96,7 +98,7 @@ class MetricsLogger:
         self._bar.update(len(self.ledger.windows))
 
     def drain(self) -> None:
-        """Reads the losses kept so far, and writes their entries. All processes take part."""
+        """Read the losses of the windows recorded so far, and write their entries. All processes take part."""
         outcomes, self._pending = self._pending, []
         for outcome, losses in zip(outcomes, gathered([o.losses for o in outcomes], self._accelerator), strict=True):
             terms = losses.read()
@@ -135,7 +137,7 @@ class MetricsLogger:
 
 
 def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-    """Return a logger's state for a run that continues in an epoch which this one had ended."""
+    """Return a logger's state for a run that continues in an epoch that the earlier run had ended."""
     ended = state_dict["ended"]
     losses = ended["losses"] if ended is not None and ended["epoch"] == epoch else None
     return {**state_dict, "epoch": epoch, "losses": losses, "ended": None}
@@ -143,7 +145,7 @@ def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
 
 @contextmanager
 def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batch_sizes: BatchSizes) -> Iterator[None]:
-    """Has the trackers started with a run's settings, kept apart from it, and finished whatever happens."""
+    """Start the trackers with a run's settings, isolate them from the run, and finish them whatever happens."""
     plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
     schedule = ",".join(
         f"{update}:{k}" for update, k in ((0, batch_sizes.gradient_accumulation_steps), *batch_sizes.later)

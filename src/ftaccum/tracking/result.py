@@ -1,4 +1,4 @@
-"""The Result of a run, a view of its ledger."""
+"""The Result of a run, derived from its ledger."""
 
 import json
 import math
@@ -16,28 +16,30 @@ from .throughput import Throughput
 
 @dataclass(frozen=True)
 class Result(Mapping[str, Any]):
-    """What `test_fine_tuning` returns: attributes that also read as a mapping, `result["final_loss"]`.
+    """The result of `test_fine_tuning`, whose attributes can also be read as a mapping: `result["final_loss"]`.
 
-    Losses are means over loss items (tokens, rows, …) whatever the accumulation. Attributes:
+    Losses are means over loss items (tokens, rows, …), however the batch is accumulated. Attributes:
         final_loss: validation loss after the last epoch; without validation data, training loss of that epoch.
         initial_loss: validation loss before the first update; without validation data, loss of the first window.
-        best_val_loss: the lowest validation loss of any epoch, or None.
-        loss_history, grad_norm_history, lr_history: one entry a window, skipped ones included; norms are before
-            clipping, the rate is the one used.
-        train_loss_history, val_loss_history, metrics: one entry an epoch.
-        optimizer_steps, skipped_steps: together the number of windows.
-        effective_batch_size, gradient_accumulation_steps: rows of a full window, over all processes, and k; where k
-            changed, those of the last update.
-        accumulation_schedule: where k was to change, the pairs [from_update, k]; else None.
-        training_time: seconds in training and evaluation, loading left out.
-        samples_per_second, tokens_per_second: training rows and real tokens per second of training alone.
-        padding_fraction: share of the positions in training batches that were padding.
-        passes_per_update: forward passes on each process; fewer or more than k, as the planner cut the windows.
-        out_of_memory: how often memory ran out, and a window was run again.
+        best_val_loss: the lowest finite validation loss of any epoch, or None.
+        loss_history, grad_norm_history, lr_history: one entry per window, including skipped ones. Norms are before
+            clipping, and the rate is the one used.
+        train_loss_history, val_loss_history, metrics: one entry per epoch.
+        optimizer_steps, skipped_steps: windows with and without an optimizer step; together, all windows.
+        effective_batch_size, gradient_accumulation_steps: rows of a full window, over all processes, and k. If k
+            changed, these are the values of the last update.
+        batch_size, num_processes: most rows of a micro-batch, and the number of processes.
+        accumulation_schedule: pairs [from_update, k] if k was to change; else None.
+        training_time: seconds of training and evaluation, without loading.
+        samples_per_second, tokens_per_second: training rows and tokens without padding, per second of training only.
+        padding_fraction: share of the token positions in training batches that were padding.
+        passes_per_update: mean number of forward passes on each process. It may be less or more than k, depending on
+            how the planner cut the windows.
+        out_of_memory: number of times that memory ran out and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
-        audits: one entry an audit; the attributes of `AuditEntry`.
-        output_dir: where ledger, result and model lie, if anywhere.
-        unwritten: a sentence for each of those that could not be written.
+        audits: one entry per audit, with the attributes of `AuditEntry`.
+        output_dir: the folder of the ledger, result and model, if any.
+        unwritten: a sentence for each of these that could not be written.
     """
 
     final_loss: float
@@ -81,7 +83,7 @@ class Result(Mapping[str, Any]):
         final_loss_scale: float | None,
         output_dir: str | None,
     ) -> "Result":
-        """Reads the result off a finished run's ledger."""
+        """Build the result from the ledger of a finished run."""
         windows, epochs, val_losses = ledger.windows, ledger.epochs, ledger.val_losses
         skipped = sum(w.skipped for w in windows)
         initial, last = ledger.initial_val_loss, batch_sizes.at(len(windows) - 1)
@@ -139,7 +141,7 @@ class Result(Mapping[str, Any]):
             rows.insert(1, ("best validation loss", f"{self.best_val_loss:.4f}"))
         if self.metrics and self.metrics[-1]:
             rows.insert(1, ("metrics", ", ".join(f"{k} {v:.4f}" for k, v in self.metrics[-1].items())))
-        passes = f"{self.passes_per_update:.1f} an update on each process"
+        passes = f"{self.passes_per_update:.1f} per update on each process"
         if self.padding_fraction is not None:
             passes += f", {self.padding_fraction:.1%} of positions were padding"
         if self.out_of_memory:
@@ -148,7 +150,7 @@ class Result(Mapping[str, Any]):
         if self.audits:
             rows.append(("audits", self._describe_audits()))
         if self.output_dir:
-            missing = f", but for {len(self.unwritten)} that could not be written" if self.unwritten else ""
+            missing = f", except for {len(self.unwritten)} that could not be written" if self.unwritten else ""
             rows.append(("outputs", f"{self.output_dir}{missing}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -171,26 +173,30 @@ class Result(Mapping[str, Any]):
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the result as JSON; non-finite numbers become null. A file that was there is replaced once the new one
-        is whole."""
+        """Write the result as JSON, with non-finite numbers as null.
+
+        An existing file is replaced only when the new one is complete.
+        """
         with atomic_write(path) as beside:
             beside.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """Reads what `save` wrote; of an output folder, its `result.json`. A null in a history of numbers reads as NaN:
-        infinities are not told apart. What only a newer version knows is left out.
+        """Read a file that `save` wrote, or the `result.json` of an output folder.
+
+        A null in a history of numbers becomes NaN, also if it was an infinity. Names that only a newer version knows
+        are left out.
 
         Raises:
-            DataError: where the file is there, and is no result.
+            DataError: if the file exists but is not a result.
         """
         file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
         try:
             return cls._read(json.loads(file.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # no JSON, or other names and values
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # not JSON, or other names and values
             raise DataError(
-                f"{str(file)!r} is no result of `test_fine_tuning`, or not whole ({type(error).__name__}: {error}). "
-                "Name an output folder, or a file that `Result.save` wrote."
+                f"{str(file)!r} is not a complete result of `test_fine_tuning` ({type(error).__name__}: {error}). Give "
+                "an output folder, or a file that `Result.save` wrote."
             ) from error
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What one window yields, before it is written anywhere."""
+"""The outcome of one window, before it is recorded."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from .throughput import Throughput
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of one window. `losses` are this process's part, and stay on the device.
+    """The outcome of one window. `losses` are those of this process and stay on the device.
 
     Attributes:
-        work: rows, positions and passes of this process.
-        rows: rows of the window, on all processes.
+        work: rows, token positions and passes of this process.
+        rows: rows of the window, over all processes.
         losses: mean losses over this process's micro-batches.
-        grad_norm: total norm before clipping, synced and unscaled.
-        learning_rate: the rate that the update used, or would have used.
+        grad_norm: total gradient norm before clipping, synced and unscaled.
+        learning_rate: the rate that the update used, or would have used if it was skipped.
         skipped: whether no optimizer step was taken.
     """
 

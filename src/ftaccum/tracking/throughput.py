@@ -1,4 +1,4 @@
-"""What was worked through, and how long it took."""
+"""The amount of work done, and the time it took."""
 
 import time
 from collections.abc import Iterator
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Throughput:
-    """What was worked through in how long: rows, and their token positions without and with padding, in how many
-    forward passes."""
+    """The work done in some time: rows, tokens, token positions with padding (`positions`), and forward passes."""
 
     rows: int = 0
     tokens: int = 0
@@ -18,7 +17,7 @@ class Throughput:
     seconds: float = 0.0
 
     def merge(self, other: "Throughput") -> None:
-        """Adds what was worked through; the time is taken apart from it."""
+        """Add the work of another, but not its time, which is measured separately."""
         self.rows += other.rows
         self.tokens += other.tokens
         self.positions += other.positions
@@ -26,7 +25,7 @@ class Throughput:
 
     @contextmanager
     def timed(self, sign: int = 1) -> Iterator[None]:
-        """Adds the time inside; with -1 takes it off again, for what is done in the middle and is none of it."""
+        """Add the time until exit. With `sign=-1`, subtract it, for work inside a timed block that must not count."""
         started = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Trackers kept apart from training: they may raise and they may hang, and the run goes on as if they had not."""
+"""Trackers isolated from training: if they raise or hang, the run continues as if they had not."""
 
 import copy
 import threading
@@ -16,26 +16,26 @@ from ..errors import OutputWarning, warn_user
 
 T = TypeVar("T")
 
-# What a slow tracker may be behind by: hours of updates, in some MB.
+# Entries that may wait for a slow tracker: hours of updates, in a few MB.
 _MOST_WAITING = 10_000
 _ERRORS_IN_A_ROW = 5
 _SECONDS_AT_THE_START = 60.0
 _SECONDS_AT_THE_END = 30.0
-# Some trackers exit where they are not logged in.
+# Some trackers exit the process if the user is not logged in.
 _ERRORS = (Exception, SystemExit)
 
 
 @contextmanager
 def run_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterator[None]:
-    """Starts the trackers that an Accelerator is to log with, on the main process, and finishes them whatever happens.
+    """Start an Accelerator's trackers on the main process, and finish them whatever happens.
 
-    Inside, the Accelerator's `log` neither raises nor waits for any of them.
+    Inside, the Accelerator's `log` neither raises nor waits for any tracker.
 
     Args:
-        config: the settings that each is told first.
+        config: the settings to store in each tracker first.
 
     Warns:
-        OutputWarning: where a tracker raised, hung, or was dropped.
+        OutputWarning: if a tracker raised, hung or was dropped.
     """
     asked = accelerator.log_with if accelerator.is_main_process else []
     trackers = [_BackgroundTracker(_name_of(one), partial(_started, accelerator, one)) for one in asked]
@@ -57,8 +57,8 @@ def _name_of(asked: Any) -> str:
 
 
 def _started(accelerator: Accelerator, asked: Any) -> GeneralTracker:
-    """What Accelerate makes of a tracker's name, or of a tracker, when it has no other."""
-    # Several are started at once, each by an Accelerator that is this one but for its trackers.
+    """Return the tracker that Accelerate creates for a name, or for a tracker."""
+    # Trackers start in parallel, each with its own copy of the Accelerator that has no other tracker.
     alone = copy.copy(accelerator)
     alone.log_with, alone.trackers = [asked], []
     alone.init_trackers("ftaccum")
@@ -76,36 +76,36 @@ def _finish_all(trackers: list["_BackgroundTracker"]) -> None:
 
 
 class _BackgroundTracker(GeneralTracker):
-    """Stands in for a tracker: starts it, takes what it is told, and hands that on in order from a thread of its own,
-    so that trackers do not wait for each other either. What goes wrong there is told in the caller's thread, at the
-    next call.
+    """A stand-in for a tracker, which starts it and forwards calls to it, in order, from a thread of its own.
+
+    So trackers do not wait for each other either. The next call warns of errors, in the caller's thread.
     """
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker]) -> None:
         super().__init__(_blank=True)
         self.name = name
         self._change = threading.Condition()
-        # Under `_change`:
+        # Guarded by `_change`:
         self._waiting: deque[tuple[str, tuple[Any, ...], dict[str, Any]]] = deque(maxlen=_MOST_WAITING)
         self._in_work: str | None = "start"
         self._ended = self._left_behind = False
-        self._faults: dict[str, str] = {}  # by what was done, so that each is told once
+        self._faults: dict[str, str] = {}  # by failed action, so that each is reported once
         self._warned: set[str] = set()
 
         self._thread = threading.Thread(target=self._work, args=[start], name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     def wait_for_start(self, deadline: float) -> None:
-        """Waits until the tracker is started, or could not be, and says what is to be said of it.
+        """Wait until the tracker has started or failed to start, and warn of problems.
 
         Args:
-            deadline: by the monotonic clock.
+            deadline: latest time, as `time.monotonic()` gives it.
         """
         with self._change:
             if not self._change.wait_for(lambda: self._in_work != "start", max(0.0, deadline - time.monotonic())):
                 self._faults["slow start"] = (
-                    f"The tracker {self.name!r} has not started within {_SECONDS_AT_THE_START:g} s, and the run goes "
-                    "on. What it is told waits until it has."
+                    f"The tracker {self.name!r} has not started within {_SECONDS_AT_THE_START:g} s, and the run "
+                    "continues. Entries wait until the tracker has started."
                 )
         self.warn()
 
@@ -117,31 +117,31 @@ class _BackgroundTracker(GeneralTracker):
         self.warn()
 
     def finish(self) -> None:
-        """Has the tracker finished once it has been told all that waits. Returns at once."""
+        """Make the tracker finish after all waiting entries. Return at once."""
         with self._change:
             self._ended = True
             self._change.notify()
 
     def join(self, deadline: float) -> None:
-        """Waits for the end of what `finish` began, and leaves the tracker behind where it does not come.
+        """Wait until the tracker has finished, or abandon it at the deadline.
 
         Args:
-            deadline: by the monotonic clock.
+            deadline: latest time, as `time.monotonic()` gives it.
         """
         self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._change:
             if self._thread.is_alive() and (self._in_work or self._waiting):
                 lost = len(self._waiting) + (self._in_work not in ("start", "finish"))
                 self._faults["end"] = (
-                    f"The tracker {self.name!r} was waited for until {_SECONDS_AT_THE_END:g} s after the end of the "
-                    f"run, and is still in `{self._in_work}`. It is left behind: {lost} entries are lost, and it is "
-                    "not finished."
+                    f"The tracker {self.name!r} is still in `{self._in_work}`, {_SECONDS_AT_THE_END:g} s after the end "
+                    f"of the run. The run no longer waits for it: {lost} entries are lost, and the tracker is not "
+                    "finished."
                 )
                 self._waiting.clear()
                 self._left_behind = True
 
     def warn(self) -> None:
-        """Warns of what has gone wrong by now, of each thing once."""
+        """Warn of each problem so far that has not been reported."""
         with self._change:
             new = [sentence for what, sentence in self._faults.items() if what not in self._warned]
             self._warned |= self._faults.keys()
@@ -154,20 +154,20 @@ class _BackgroundTracker(GeneralTracker):
                 return
             if len(self._waiting) == _MOST_WAITING:
                 self._faults["waiting"] = (
-                    f"The tracker {self.name!r} is {_MOST_WAITING} entries behind. From now on it loses the oldest."
+                    f"The tracker {self.name!r} is {_MOST_WAITING} entries behind. From now on, the oldest are lost."
                 )
             self._waiting.append((name, arguments, options))
             self._change.notify()
 
     def _work(self, start: Callable[[], GeneralTracker]) -> None:
-        tracker = self._attempt("start", start, "could not be started, and the run does without it")
+        tracker = self._attempt("start", start, "could not be started, and the run continues without it")
         if tracker is None:
             return
         errors = 0
         while errors < _ERRORS_IN_A_ROW and (entry := self._next()) is not None:
             errors = 0 if self._hand_on(tracker, *entry) else errors + 1
         if errors == _ERRORS_IN_A_ROW:
-            self._end(f"The tracker {self.name!r} raised {errors} times in a row. The run goes on without it.")
+            self._end(f"The tracker {self.name!r} raised {errors} times in a row. The run continues without it.")
         if not self._left_behind:
             self._hand_on(tracker, "finish", (), {})
 
@@ -177,13 +177,15 @@ class _BackgroundTracker(GeneralTracker):
             return self._waiting.popleft() if self._waiting else None
 
     def _hand_on(self, tracker: GeneralTracker, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Return whether the tracker took the call."""
+        """Forward a call to the tracker, and return whether it succeeded."""
         done = self._attempt(name, lambda: (getattr(tracker, name)(*arguments, **options),), f"raised in `{name}`")
         return done is not None
 
     def _attempt(self, what: str, call: Callable[[], T], failed: str) -> T | None:
-        """Return what `call` returns; None where it raises, which is kept to warn of. A tracker that does not start is
-        given no more calls."""
+        """Return the result of `call`, or None if it raises, and keep the error for a warning.
+
+        A tracker that fails to start gets no more calls.
+        """
         with self._change:
             self._in_work = what
         try:
@@ -201,7 +203,7 @@ class _BackgroundTracker(GeneralTracker):
                 self._change.notify_all()
 
     def _end(self, fault: str | None = None) -> None:
-        """Take no more calls, and drop those that wait."""
+        """Accept no more calls, and drop those that wait."""
         with self._change:
             self._ended = True
             self._waiting.clear()

@@ -1,4 +1,4 @@
-"""Gradients of 16-bit weights, summed up in float32."""
+"""Gradients of 16-bit weights, summed in float32."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,25 +17,29 @@ from .plain import GradientStrategy, parameters_of
 
 
 def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStrategy:
-    """Return float32 sums where they are asked for and any weight is narrower; else autograd's own."""
+    """Return a strategy for an optimizer: float32 sums if requested and any weight is narrower, else autograd's own.
+
+    Raises:
+        SettingsError: if float32 sums are requested for SparseAdam.
+    """
     narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
     if in_float32 and narrow and any(isinstance(o, SparseAdam) for o in (optimizer, *inner_optimizers(optimizer))):
         raise SettingsError(
             [
-                "`accumulate_in_fp32` makes dense sums of 16-bit gradients, but SparseAdam takes sparse ones only. "
-                "Leave one of them out."
+                "`accumulate_in_fp32` is True, which makes gradients dense, but SparseAdam takes sparse ones only. "
+                "Leave `accumulate_in_fp32` out, or use another optimizer."
             ]
         )
     return Fp32Gradients(optimizer) if in_float32 and narrow else GradientStrategy(optimizer)
 
 
 class Fp32Gradients(GradientStrategy):
-    """Float32 sums beside 16-bit weights, rounded once: when the optimizer takes its step.
+    """Float32 sums for 16-bit weights, rounded only once, when the optimizer takes its step.
 
-    A sum in bfloat16 has 8 bits: of 64 gradients added up one after another, the last ones hardly count. Autograd
-    cannot do better, for `param.grad` has the weights' type. So each gradient is taken out of there as soon as it is
-    whole, and added to a float32 sum: 4 bytes a weight instead of 2. DDP, which would reduce the 16-bit gradient of the
-    last pass, is left out, and with it its buckets of 2 bytes a weight.
+    A bfloat16 sum has 8 bits of precision: when 64 gradients are added one by one, the last ones hardly count. Autograd
+    cannot do better, because `param.grad` has the dtype of the weights. So a hook adds each gradient to a float32 sum
+    as soon as it is complete, and clears it. A sum takes 4 bytes per weight instead of 2. The model runs without DDP,
+    which would reduce only the 16-bit gradient of the last pass. This also saves DDP's buckets of 2 bytes per weight.
     """
 
     reduces_after_passes = True
@@ -49,7 +53,7 @@ class Fp32Gradients(GradientStrategy):
         return list(self._optimizer.sums)
 
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Return the model without DDP, which would also have made the weights of all processes those of the first."""
+        """Return the model without DDP, and the optimizer. Copy process 0's weights to all others, as DDP would."""
         if accelerator.num_processes > 1:
             for p in model.parameters():
                 values = p.data.contiguous()
@@ -57,7 +61,7 @@ class Fp32Gradients(GradientStrategy):
                 p.data.copy_(values)
         place_state(self._optimizer.behind)
         optimizer = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
-        # "Evaluation" is Accelerate's word for a model without DDP.
+        # Accelerate leaves DDP out in "evaluation mode".
         return accelerator.prepare_model(model, evaluation_mode=True), optimizer
 
     @contextmanager
@@ -70,8 +74,11 @@ class Fp32Gradients(GradientStrategy):
                 hook.remove()
 
     def reduce(self, process_group: ProcessGroup) -> None:
-        """A weight without a gradient on any process is left without, so that no optimizer decays it; one that has a
-        gradient on some process counts as 0 on the others."""
+        """Average the sums over all processes.
+
+        A weight without a gradient on any process gets none, so that no optimizer decays it. If only some processes
+        have a gradient, it counts as 0 on the others.
+        """
         if process_group.is_single:
             return
         sums = self._optimizer.sums.values()
@@ -85,9 +92,9 @@ class Fp32Gradients(GradientStrategy):
             gradient /= distributed.get_world_size()
 
     def _add(self, p: nn.Parameter) -> None:
-        """Takes the gradient of a pass, which may be the rows that it touched of an embedding table."""
+        """Add a weight's gradient to its float32 sum and clear it. An embedding table's gradient may be sparse."""
         found, total = p.grad, self._optimizer.sums[p]
-        assert found is not None, "autograd calls with one"
+        assert found is not None, "autograd calls the hook once `grad` is set"
         p.grad = None
         if found.is_sparse:
             rows = _zeros(total) if total.grad is None else total.grad
@@ -99,12 +106,15 @@ class Fp32Gradients(GradientStrategy):
 
 
 class _Rounding(Optimizer):
-    """What unscales, clips and steps sees float32 parameters with float32 gradients; the optimizer behind it gets
-    those rounded to the type of its weights.
+    """An optimizer over float32 stand-ins for 16-bit weights.
+
+    Code that unscales, clips or steps sees float32 parameters with float32 gradients. The wrapped optimizer gets these
+    gradients rounded to the dtype of its weights.
 
     Attributes:
-        behind: the optimizer that takes the step.
-        sums: for each weight that stand-in, of its shape and without its memory, whose `grad` is the sum.
+        behind: the wrapped optimizer, which takes the step.
+        sums: maps each weight to its stand-in, which has the weight's shape, no memory of that size, and the sum as its
+            `grad`.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -128,10 +138,10 @@ class _Rounding(Optimizer):
             p.grad = None
 
     def _round(self) -> None:
-        """Give the weights the sums as their gradients."""
+        """Set the rounded sums as gradients of the weights."""
         for p, total in self.sums.items():
             p.grad = None if total.grad is None else _rounded(total.grad, p)
-            total.grad = None  # one after another, so that both are never in memory whole
+            total.grad = None  # freed one by one, so that memory never holds both copies in full
 
 
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -151,7 +161,10 @@ def _zeros(stand_in: Tensor) -> Tensor:
 
 
 def _rounded(total: Tensor, p: Tensor) -> Tensor:
-    """Of the type and the strides of `p`; to its largest number and not to infinity, because whether the gradient is
-    finite has been decided."""
+    """Return a gradient with the dtype and strides of `p`.
+
+    Numbers beyond the range of the dtype become its largest one, not infinity: the check for finite gradients has
+    already passed.
+    """
     limit = torch.finfo(p.dtype).max
     return torch.empty_like(p).copy_(total.clamp_(-limit, limit))

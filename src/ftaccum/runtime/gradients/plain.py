@@ -1,4 +1,4 @@
-"""Where the gradients of a window are summed: as autograd and DDP do it."""
+"""The sums of gradients over a window, as autograd and DDP compute them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,26 +14,30 @@ from ..process_group import ProcessGroup
 
 
 class GradientStrategy:
-    """Sums gradients over the passes of a window and over processes: in `param.grad`, in the weights' own dtype; DDP
-    reduces them in the last pass. Other strategies override this.
+    """The way to sum gradients over the passes of a window and over processes.
+
+    This class sums in `param.grad`, in the dtype of the weights, and DDP averages over processes in the last pass.
+    Subclasses do it differently.
 
     Attributes:
-        reduces_after_passes: whether processes need each other only in `reduce`, and in no pass of a window.
-        sparse_parameters: those whose sparse gradients the optimizer gets as they are; of others, dense ones.
+        reduces_after_passes: whether processes communicate only in `reduce`, and in no pass of a window.
+        sparse_parameters: the parameters whose sparse gradients the optimizer gets as they are. Others get dense ones.
     """
 
     reduces_after_passes = False
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Args:
-        optimizer: steps on the gradients.
+        """Create a strategy.
+
+        Args:
+            optimizer: takes its steps with the gradients.
         """
         self._optimizer = optimizer
         self.sparse_parameters = takes_sparse_gradients(optimizer)
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        """Those whose `grad` holds the window's gradient after its passes."""
+        """The parameters whose `grad` holds the window's gradient after its passes."""
         return parameters_of(self._optimizer)
 
     @property
@@ -42,29 +46,33 @@ class GradientStrategy:
         return self.parameters
 
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Return model and optimizer as they run on several processes."""
+        """Return the model and the optimizer, wrapped by Accelerate."""
         place_state(self._optimizer)
-        # Accelerate would place it with `load_state_dict`, which parts the groups of an optimizer from those it holds.
+        # Accelerate would move the state with `load_state_dict`, after which an optimizer and those that it contains no
+        # longer share their parameter groups.
         return accelerator.prepare(model, self._optimizer, device_placement=[None, False])
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Enclose the windows of an epoch."""
+        """Hold whatever the strategy needs during the windows of an epoch."""
         yield
 
     def reduce(self, process_group: ProcessGroup) -> None:  # noqa: ARG002
-        """Average the sums of the processes, on all of them, after the passes of a window."""
+        """Complete the window's gradient after its passes, so that all processes have the average.
+
+        DDP has averaged it by then. This makes sparse gradients dense, or coalesces those that the optimizer takes.
+        """
         for p in self.parameters:
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.coalesce() if p in self.sparse_parameters else p.grad.to_dense()
 
     def clip(self, max_norm: float) -> Tensor:
-        """Clip the window's gradient to a total norm, and return the norm before."""
+        """Clip the window's gradient to a total norm, and return the norm before clipping."""
         return nn.utils.clip_grad_norm_(map(_with_dense_gradient, self.parameters), max_norm)
 
 
 def _with_dense_gradient(p: Tensor) -> Tensor:
-    """Return the parameter, or a stand-in whose gradient is the numbers in a sparse one."""
+    """Return the parameter, or a stand-in whose dense gradient has the values of the sparse one."""
     if p.grad is None or not p.grad.is_sparse:
         return p
     stand_in = torch.empty_like(p.grad.values())
@@ -73,5 +81,5 @@ def _with_dense_gradient(p: Tensor) -> Tensor:
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return what an optimizer holds."""
+    """Return the parameters in all groups of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Gradients of embedding tables, as the few rows that a pass touches."""
+"""Gradients of embedding tables, stored as the few rows that a pass uses."""
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -10,19 +10,19 @@ from ..model_context import is_compiled
 
 
 class SparseEmbeddingGradients:
-    """Adds up the gradients of embedding tables over the passes of a window, without writing whole tables each time.
+    """The gradients of embedding tables, summed over the passes of a window without writing whole tables each time.
 
-    A pass looks up some hundred rows of a table of tens of thousands. Dense, the gradient is nearly all zeros, written
-    and added anew in every pass; sparse, it is those rows. On a CPU that saves 25 ms of every pass of an encoder of 23M
-    parameters, of which the table is half: an eighth of a pass of 8 × 27 tokens. The sum is dense again before anybody
-    else sees it.
+    A pass looks up a few hundred rows of a table with tens of thousands. A dense gradient is nearly all zeros, which
+    each pass writes and adds again. A sparse gradient is only the rows. On a CPU this saves 25 ms per pass of an
+    encoder with 23M parameters, half of them in the table: an eighth of a pass of 8 × 27 tokens. The sum is dense again
+    before any other code sees it.
     """
 
     def __init__(self, model: nn.Module, left_sparse: Set[Tensor]) -> None:
         """Create an empty sum.
 
-        Tables on accelerators are left alone: nothing is known of a gain, and adding rows up in no certain order would
-        cost them their reproducibility. So are those of a compiled model, which knows no sparse gradients.
+        It leaves out tables on accelerators: no gain is known there, and adding rows in no fixed order would not be
+        reproducible. It also leaves out tables of a compiled model, which supports no sparse gradients.
 
         Args:
             left_sparse: parameters whose sparse gradients the optimizer gets as they are.
@@ -33,7 +33,7 @@ class SparseEmbeddingGradients:
 
     @contextmanager
     def sparse(self) -> Iterator[None]:
-        """Around passes after each of which `collect` is called."""
+        """Make the tables produce sparse gradients. Inside, call `collect` after each pass."""
         before = [table.sparse for table in self._tables]
         for table in self._tables:
             table.sparse = True
@@ -44,7 +44,7 @@ class SparseEmbeddingGradients:
                 table.sparse = was
 
     def collect(self) -> None:
-        """Takes what a pass left in `weight.grad`, where that is rows. A tied table's gradient is dense, and stays."""
+        """Move the sparse gradients of a pass into the sums. The gradient of a tied table is dense and stays."""
         for weight in (table.weight for table in self._tables):
             if weight.grad is not None and weight.grad.is_sparse:
                 if weight not in self._sums:
@@ -53,7 +53,7 @@ class SparseEmbeddingGradients:
                 weight.grad = None
 
     def hand_over(self) -> None:
-        """Puts the sums where gradients belong."""
+        """Add the sums to `weight.grad`, and drop them."""
         for weight, rows in self._sums.items():
             weight.grad = rows if weight.grad is None else rows.add_(weight.grad)
         self.drop()
@@ -67,6 +67,6 @@ def _can_be_sparse(table: nn.Embedding, left_sparse: Set[Tensor]) -> bool:
     if table.sparse and weight in left_sparse:
         return False
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
-    # By somebody who expects it to be dense.
+    # Hooks expect a dense gradient.
     watched = bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
     return trained and weight.device.type == "cpu" and not (watched or table.scale_grad_by_freq)

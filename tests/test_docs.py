@@ -1,0 +1,90 @@
+"""The Python blocks of the docs run, each on a tiny model and rows that stand for the reader's own."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+import ftaccum
+from silent_errors.text_columns import LABELS, REVIEWS, causal_lm, classifier, word_tokenizer
+from silent_errors.tokenizer_padding import CLASSIFIED, TOKENS
+from test_readme import PAGES, README, blocks
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}, block {n}", marks=[pytest.mark.slow] if "n_trials" in block else [])
+    for page in PAGES
+    for n, block in enumerate(blocks(page, "python"), 1)
+    if page != README
+]
+
+
+def common() -> dict[str, Any]:
+    """Return what the reader of any block has at hand."""
+    return {
+        "ftaccum": ftaccum,
+        "test_fine_tuning": ftaccum.test_fine_tuning,
+        "torch": torch,
+        "model": classifier(),
+        "make_model": classifier,
+        "tokenizer": word_tokenizer(),
+        "rows": CLASSIFIED,
+    }
+
+
+def token_rows() -> dict[str, Any]:
+    return {"model": causal_lm(), "rows": TOKENS}
+
+
+def pairs() -> dict[str, Any]:
+    columns = {"sentence": REVIEWS, "premise": REVIEWS, "hypothesis": REVIEWS[::-1], "label": LABELS}
+    return {"rows": Dataset.from_dict(columns)}
+
+
+def weighted_loss() -> dict[str, Any]:
+    weight = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    return {
+        "model": torch.nn.Linear(3, 2),
+        "rows": [{"input": torch.randn(3), "labels": n % 2} for n in range(8)],
+        "weight": weight,
+        "my_loss": lambda outputs, batch: F.cross_entropy(outputs, batch["labels"], weight=weight.to(outputs.dtype)),
+    }
+
+
+def hub_stream() -> dict[str, Any]:
+    """Return what a block reads from the hub: ours are seven sentences."""
+    rows = Dataset.from_dict({"text": REVIEWS})
+    return {
+        "model": causal_lm(),
+        "val_rows": rows,
+        "load_dataset": lambda *_names, streaming, **_options: rows.to_iterable_dataset() if streaming else rows,
+    }
+
+
+# What the reader of a block has besides, by a text that the block has.
+NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "premise": pairs,
+    "my_loss": weighted_loss,
+    "streaming=True": hub_stream,
+    'resume="auto"\n)': token_rows,
+    "accumulation_steps=[(0, 2)": token_rows,
+    "optim.SGD": token_rows,
+    "verify": token_rows,
+    "search": token_rows,
+    "trial.suggest": token_rows,
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = common()
+    for text, more in NAMES.items():
+        if text in block:
+            names |= more()
+    if "make_model" in block:
+        names["make_model"] = causal_lm
+    exec(compile(block, "docs", "exec"), names)
