@@ -172,7 +172,7 @@ def test_raw_text_is_tokenised_and_cut_at_the_limit(tokenizer: BertTokenizerFast
 def test_raw_text_without_labels_trains_a_causal_lm(tokenizer: BertTokenizerFast) -> None:
     rows = Dataset.from_dict({"text": ["a good film", "the bad film", "good film"]})
     assert run(CAUSAL.model(), rows, tokenizer=tokenizer).optimizer_steps == 1
-    with pytest.raises(DataError, match="has no label column"):
+    with pytest.raises(DataError, match="have no label column"):
         run(text_classifier(), rows, tokenizer=tokenizer)
 
 
@@ -349,7 +349,7 @@ ROWS = CLASSIFIER.rows()
         ({"train": ROWS, "test": ROWS}, r"is a dict instead. Give one split, such as `train_data=data\['train'\]`"),
         ([1, 2, 3], "its first row is a int instead"),
         ([{"text": "a film", "label": 1}], "is raw text, but `tokenizer` is None"),
-        ([{"input_ids": [1, 2, 3]}] * 4, "has no label column"),
+        ([{"input_ids": [1, 2, 3]}] * 4, "have no label column"),
         ([(torch.ones(3), torch.ones(()))] * 4, r"\(inputs, targets\) tuples, but `loss_fn` is None"),
         (
             [*ROWS[:3], {**ROWS[3], "labels": CLASSES}],

@@ -35,7 +35,7 @@ def found(beginning: str) -> Message:
         ),
         ("The plot ⟨name⟩ could not be drawn", "OutputWarning", "except Exception"),
         ("⟨path⟩ cannot be read (⟨error⟩)", "log warning", "except OSError"),
-        ("updates of warm-up", "help text", "always, in Recipe.warmup_steps"),
+        ("number of warm-up updates", "help text", "always, in Recipe.warmup_steps"),
     ],
 )
 def test_messages_have_a_kind_and_a_trigger(beginning: str, kind: str, trigger: str) -> None:

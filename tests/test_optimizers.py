@@ -160,7 +160,7 @@ def test_the_default_optimizer_is_looked_up_when_a_run_begins(monkeypatch: pytes
 def test_a_run_does_not_resume_at_another_rate_of_the_function(tmp_path: Path) -> None:
     model, rows = regression()
     train(model, rows, lambda groups: SGD(groups, lr=0.1), output_dir=str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"`learning_rate` was \[0.1, 0.1\], and is \[0.2, 0.2\]"):
+    with pytest.raises(CheckpointError, match=r"`learning_rate` was \[0.1, 0.1\], but is \[0.2, 0.2\]"):
         train(model, rows, lambda groups: SGD(groups, lr=0.2), output_dir=str(tmp_path), resume="auto")
 
 

@@ -13,7 +13,7 @@ from ftaccum.apps.parser import parse
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 

@@ -97,7 +97,7 @@ def test_the_check_leaves_generators_buffers_modes_and_weights_alone(
         return measured
 
     monkeypatch.setattr("ftaccum.training.build_data.measured_objective", watched)
-    with pytest.raises(InexactLossError, match=r"BatchNorm1d 'norm'[^\n]*\n`on_inexact='warn'"):
+    with pytest.raises(InexactLossError, match=r"BatchNorm1d 'norm'[^\n]*\nSet `on_inexact='warn'"):
         train(model, on_inexact="error", gradient_accumulation_steps=2)
     assert found[0] == found[1]
 
