@@ -46,7 +46,7 @@ def test_two_processes_have_the_gradient_of_one_batch_or_are_both_told(two_proce
     assert max(errors.values()) < 1e-10, errors
     one, other = json.loads(printed["TOLD"])
     assert one == other
-    assert "BatchNorm1d '1' there takes in" in one
+    assert "BatchNorm1d '1' mixes the rows" in one
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["by autograd", "apart"])

@@ -138,7 +138,9 @@ def _faults(call: Callable[[], Any]) -> tuple[str, ...]:
 
 
 def test_a_plan_of_too_many_updates_says_so() -> None:
-    with pytest.raises(SettingsError, match=r"`n_epochs` is 1000000000, which over 10 rows makes up to 10000000000 updates"):
+    with pytest.raises(
+        SettingsError, match=r"`n_epochs` is 1000000000, which over 10 rows makes up to 10000000000 updates"
+    ):
         plan(10, n_epochs=10**9, batch_size=1, validation_split=0.0)
     assert plan(10, n_epochs=10**9, max_updates=7, validation_split=0.0).n_windows == 7
     assert plan(10**12, n_epochs=1, batch_size=10**9).n_validation_rows == 10**11

@@ -34,7 +34,7 @@ def found(beginning: str) -> Message:
             "runtime.planner_costs is not None and (not runtime.planner)",
         ),
         ("The plot ⟨name⟩ could not be drawn", "OutputWarning", "except Exception"),
-        ("⟨path⟩ cannot be read (⟨error⟩)", "log warning", "except OSError"),
+        ("Skipped ⟨path⟩, which cannot be read: ⟨error⟩", "log warning", "except OSError"),
         ("number of warm-up updates", "help text", "always, in Recipe.warmup_steps"),
     ],
 )
