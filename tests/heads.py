@@ -252,9 +252,10 @@ HEADS = {
 
 @contextmanager
 def all_in_float64() -> Iterator[None]:
-    """Heads that upcast a part to float32 keep it in float64, so that what is left is the accumulation's own error."""
+    """Keep in float64 what heads upcast to float32, so that only the accumulation's own error is left."""
     to_float32 = torch.Tensor.float
-    torch.Tensor.float = lambda self: self.double() if self.dtype == torch.float64 else to_float32(self)
+    narrow = (torch.float16, torch.bfloat16, torch.float32)
+    torch.Tensor.float = lambda self: to_float32(self) if self.dtype in narrow else self.double()
     try:
         yield
     finally:
