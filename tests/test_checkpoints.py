@@ -219,7 +219,7 @@ def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
     )  # fmt: skip
     told = capsys.readouterr().err
     assert run.result.optimizer_steps == 14
-    assert told.count("No checkpoint could be taken") == 1
+    assert told.count("No checkpoint could be made") == 1
     assert "the optimizer's state contains a Moments, which cannot be loaded without running code. Training" in told
     assert not (tmp_path / "checkpoints").exists()
 

@@ -224,7 +224,7 @@ def test_positions_that_do_not_start_again_change_nothing() -> None:
 def test_a_text_whose_positions_start_again_is_taken_with_a_mask() -> None:
     """BERT knows no packed rows: positions are positions to it, with a mask and without."""
     rows = [{**row, "position_ids": [n % 3 for n in range(len(row["input_ids"]))]} for row in CLASSIFIER.rows(6)]
-    with pytest.raises(DataError, match="If the row is one text, give it an `attention_mask` of ones"):
+    with pytest.raises(DataError, match="If the row is really a single text, give it an `attention_mask` of ones"):
         accumulated_gradients(CLASSIFIER.model(), rows, effective_batch_size=6)
     masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
     assert accumulated_gradients(CLASSIFIER.model(), masked, effective_batch_size=6)
@@ -236,8 +236,8 @@ def test_rows_with_masks_or_as_many_labels_as_they_like_are_not_laid_one_behind_
     assert collator([plain])["input_ids"].tolist() == [[1, 2]]
     for change, words in (
         ({"labels": [1]}, "2 tokens but 1 `labels`"),
-        ({"attention_mask": [1, 0]}, "its `attention_mask` is not the one"),
-        ({"position_ids": [0, 0]}, "its `position_ids` is not the one"),
+        ({"attention_mask": [1, 0]}, "its `attention_mask` has other values"),
+        ({"position_ids": [0, 0]}, "its `position_ids` has other values"),
     ):
         with pytest.raises(OddRowError, match=words) as caught:
             collator([plain, {**plain, **change}])

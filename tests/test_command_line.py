@@ -124,7 +124,8 @@ def test_a_run_that_diverged_is_one_sentence_and_status_1(capsys: pytest.Capture
     words = ["--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--learning_rate", "1e38"]
     assert main(["train", *words, "--nonfinite_patience", "2", "--validation_split", "0", "--progress", "False"]) == 1
     said = capsys.readouterr().err
-    assert "These are all the rows tried, so the weights may not be finite. It is number 2 in a row" in said
+    assert "These are all the rows that were run, so the weights may not be finite. The number of such updates" in said
+    assert "in a row has reached 2" in said
     assert "Traceback" not in said
 
 

@@ -152,7 +152,7 @@ def test_a_collator_that_loses_rows_is_refused_with_their_names() -> None:
         return torch.stack([x for x, _ in kept]), torch.stack([y for _, y in kept])
 
     with pytest.raises(
-        DataError, match=r"`data_collator` was given 2 rows and made a batch of 1 .* rows (17, \d+|\d+, 17) of `train_"
+        DataError, match=r"`data_collator` turned 2 rows into a batch of 1, .* rows (17, \d+|\d+, 17) of `train_"
     ):
         trained(Pairs(), data_collator=without_17)
 

@@ -256,7 +256,7 @@ def test_what_the_device_said_is_told() -> None:
 def test_auto_is_an_error_where_no_row_fits() -> None:
     model = HEADS[NAME].model()
     limited(model, 0)
-    with pytest.raises(SettingsError, match="`batch_size` is 'auto', but not even one row"):
+    with pytest.raises(SettingsError, match="`batch_size` is 'auto', but even the longest row alone"):
         test_fine_tuning(model, train_data=HEADS[NAME].rows(9), batch_size="auto", effective_batch_size=8)
 
 

@@ -169,7 +169,8 @@ def test_many_in_a_row_end_the_run_with_all_of_them_in_the_ledger(tmp_path: Path
     model, loss = overflowing([2, 3, 5, 6, 7])
     with pytest.raises(
         DivergedError,
-        match=r"^Update 7 is skipped: .* It is number 3 in a row, so the run ends \(`nonfinite_patience`\)\. "
+        match=r"^Update 7 is skipped: .* The number of such updates in a row has reached 3, "
+        r"so the run ends \(`nonfinite_patience`\)\. "
         r"Lower `learning_rate` or `gradient_clip_norm`, or lengthen the warm-up\.$",
     ) as raised:
         run(
@@ -226,7 +227,8 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
     (line,) = told(capsys)
     names = [f"row {n} of `train_data`" for n in pass_]
     assert line.endswith(
-        "its loss is nan, but no row has such a loss when run separately. A micro-batch with such a loss contains "
+        "its loss is nan, but no row has a non-finite loss when run separately. A micro-batch whose loss "
+        "was not finite contains "
         f"{', '.join(names[:-1])} and {names[-1]}."
     )
 
@@ -245,8 +247,8 @@ def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFi
     run(model, rows, loss_fn=None, batch_size=1, effective_batch_size=1)
     lines = sorted(line.partition("its loss is ")[2] for line in told(capsys))
     assert lines == [
-        "nan, but no row has such a loss when run separately.",
-        "nan, but no row has such a loss when run separately.",
+        "nan, but no row has a non-finite loss when run separately.",
+        "nan, but no row has a non-finite loss when run separately.",
         "nan. Rows whose own loss is not finite: row 0 of `train_data` (nan).",
     ]
 
@@ -261,7 +263,8 @@ def test_weights_that_are_not_finite_are_not_blamed_on_rows(capsys: pytest.Captu
     first, _ = told(capsys)
     assert "and 1 more. These are all the rows" not in first
     assert re.search(
-        r"row \d+ of `train_data` \(nan\)\. These are all the rows tried, so the weights may not be finite", first
+        r"row \d+ of `train_data` \(nan\)\. These are all the rows that were run, so the weights may not be finite",
+        first,
     )
     assert first.count("row ") == 8  # looked for no further
 
@@ -331,7 +334,7 @@ class TestOverflowInFp16:
 
     def test_ends_the_run_where_it_does_not_end(self) -> None:
         with pytest.raises(
-            DivergedError, match=r"number 4 in a row.*, or use `mixed_precision='bf16'`, which"
+            DivergedError, match=r"updates in a row has reached 4.*, or use `mixed_precision='bf16'`, which"
         ) as raised:
             self.run(1e9, nonfinite_patience=4)
         assert raised.value.update == 4

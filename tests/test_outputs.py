@@ -130,12 +130,12 @@ def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path)
         result.unwritten,
         {
             "ledger.jsonl": "The result also has its losses, norms and audits",
-            "model": r"The weights take 28.4 KB. The model in memory is trained: save it",
+            "model": r"The weights take 28.4 KB. The trained model is still in memory: save it",
             "result.json": "The call still returns the result",
         }.items(),
         strict=True,
     ):
-        shape = f"{name}' cannot be written: OSError: .* are free there. The version there now is older. {remedy}"
+        shape = f"{name}' cannot be written: OSError: .* are free there. An earlier version is still there. {remedy}"
         assert re.search(shape, sentence), sentence
     assert files("model/*") | files("result.json") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [*_CHECKPOINTS, "ledger.jsonl", "model", "result.json"]

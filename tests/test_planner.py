@@ -105,7 +105,7 @@ def test_max_tokens_is_refused_with_a_collator_that_pads_further() -> None:
         return {"input_ids": torch.stack(padded), "labels": torch.tensor([row["labels"] for row in rows])}
 
     head = HEADS["sequence classification, BERT"]
-    with pytest.raises(DataError, match="`data_collator` makes 64 tokens of row"):
+    with pytest.raises(DataError, match="`data_collator` returns 64 tokens for row"):
         test_fine_tuning(head.model(), train_data=head.rows(20), data_collator=to_64, max_tokens=400)
 
 

@@ -7,12 +7,12 @@ _HEARD = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1
 
 
 def watched(error: Exception, *, alone: bool = False) -> None:
-    with report_lost_process(alone, lambda: "7 updates were taken."):
+    with report_lost_process(alone, lambda: "7 updates are complete."):
         raise error
 
 
 def test_what_a_collective_says_of_another_process_is_told_as_that() -> None:
-    with pytest.raises(LostProcessError, match=r"does not respond.* 7 updates were taken\. .*closed by peer"):
+    with pytest.raises(LostProcessError, match=r"does not respond.* 7 updates are complete\. .*closed by peer"):
         watched(RuntimeError(_HEARD))
 
 

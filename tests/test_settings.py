@@ -66,7 +66,9 @@ def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
             parse_settings({"gradient_accumulation_steps": pairs, name: 64})
     with pytest.raises(SettingsError, match=r"is 'auto', which determines k, but `gradient_accumulation_steps`"):
         parse_settings({"gradient_accumulation_steps": pairs, "batch_size": "auto"})
-    with pytest.raises(SettingsError, match=r"`learning_rate_scaling` is 'sqrt', but k is 4 from beginning to end"):
+    with pytest.raises(
+        SettingsError, match=r"`learning_rate_scaling` is 'sqrt', but `gradient_accumulation_steps` is 4"
+    ):
         parse_settings({"gradient_accumulation_steps": 4, "learning_rate_scaling": "sqrt"})
 
 

@@ -338,7 +338,7 @@ def test_rows_that_do_not_fit_together_are_fewer(monkeypatch: pytest.MonkeyPatch
     found = verify(HEADS[BERT].model(), HEADS[BERT].rows(30), dtype="model", **SIZES)
     assert found.exact
     assert max(measured.rows for measured in found.splits) == 5
-    assert "One batch of the 11 rows of an update does not fit in memory: 5 of them" in found.notes[-1]
+    assert "One batch of the 11 rows of an update does not fit in memory, so only 5 of them" in found.notes[-1]
 
 
 def test_everything_is_left_as_it_was() -> None:
@@ -377,7 +377,7 @@ def test_everything_is_left_as_it_was() -> None:
 def test_it_reads_as_a_table_and_as_json(tmp_path: Path) -> None:
     found = of_head(BERT)
     assert "Rows of an update: 11 (3 × 4)" in str(found)
-    assert "EXACT: every split has the gradient and the loss of one batch." in str(found)
+    assert "EXACT: however the rows are split, gradient and loss are those of one batch." in str(found)
     assert max(map(len, str(found).splitlines())) < 120
     found.save(tmp_path / "found.json")
     assert Verification.load(tmp_path / "found.json") == found

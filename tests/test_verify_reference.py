@@ -170,7 +170,7 @@ def test_a_rare_row_far_from_the_sample_is_in_the_update(seed: int) -> None:
     rows = [({"x": torch.ones(4) * (n % 7)}, 2 if n == 2900 else n % 2) for n in range(3000)]
     found = verify_weighted(rows, torch.tensor([1.0, 1.0, 50.0]), seed)
     assert found.exact  # the weight of its class has been measured
-    assert "Rows with rare label values or columns replaced 1 of the rows." in found.notes
+    assert "Replaced 1 of the rows by rows with rare label values or columns." in found.notes
 
 
 @pytest.mark.parametrize("seed", range(4))  # in some, the first row that is measured weighs nothing

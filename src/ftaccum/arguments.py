@@ -60,8 +60,8 @@ def faults_of_schedule(recipe: Recipe) -> list[str]:
         if scaling == "none":
             return []
         return [
-            f"`learning_rate_scaling` is {scaling!r}, but k is {k} from beginning to end, so the rate has no change to "
-            "follow. Set `gradient_accumulation_steps` to pairs, such as '0:2,100:8', or omit `learning_rate_scaling`."
+            f"`learning_rate_scaling` is {scaling!r}, but `gradient_accumulation_steps` is {k} throughout, so there "
+            "is no change to follow. Set the steps to pairs, such as '0:2,100:8', or omit `learning_rate_scaling`."
         ]
     return [
         f"`gradient_accumulation_steps` is {k} and `{name}` is {getattr(recipe, name)}, but both set the size of every "

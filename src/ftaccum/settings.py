@@ -49,7 +49,7 @@ _logging = partial(setting, group="logging")
 # Reasons why `search` cannot vary an argument.
 SAME_ROWS = "every trial trains on the same rows, in the same order and within the same budget of rows"
 OWN_ARGUMENT = "it is an argument of the search itself"
-_FROM_STEPS = "`accumulation_steps` sets which effective batches are tried"
+_FROM_STEPS = "the effective batch sizes to try follow from `accumulation_steps`"
 _FIXED_BATCH = "the physical batch of a search is fixed"
 
 _data = partial(setting, group="model and data", in_verify=True, unsearchable=SAME_ROWS)
@@ -86,10 +86,10 @@ class Recipe:
         unsearchable=OWN_ARGUMENT,
     )
     effective_batch_size: PositiveInt | None = _asked_size(
-        None, "rows per update over all processes; sets k", unsearchable=_FROM_STEPS
+        None, "rows per update over all processes; sets gradient_accumulation_steps", unsearchable=_FROM_STEPS
     )
     tokens_per_update: PositiveInt | None = _asked_size(
-        None, "tokens per update over all processes; sets k", unsearchable=_FROM_STEPS
+        None, "tokens per update over all processes; sets gradient_accumulation_steps", unsearchable=_FROM_STEPS
     )
     remainder: Remainder = _size(
         "flush",
@@ -102,7 +102,8 @@ class Recipe:
     )
     learning_rate_scaling: Scaling = _optimization(
         "none",
-        "how the learning rate scales with a changing k: none, sqrt (adaptive optimizers) or linear (SGD)",
+        "how the learning rate follows a changing gradient_accumulation_steps: none, sqrt (adaptive optimizers) or "
+        "linear (SGD)",
         in_plan=True,
         decided_by_search=True,
         unsearchable=_FROM_STEPS,
@@ -122,7 +123,7 @@ class Recipe:
         None,
         "stop after this many epochs without a better validation loss; None never stops early",
         decided_by_search=True,
-        unsearchable="it would give trials different budgets; a pruner ends bad trials instead",
+        unsearchable="trials would train on different numbers of rows; a pruner ends bad trials instead",
     )
     restore_best_weights: Flag = _evaluation(False, "end with the weights of the epoch with the best validation loss")
     random_seed: Seed = _repeat(
@@ -150,10 +151,13 @@ class Runtime:
         "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows",
         unsearchable=_FIXED_BATCH,
     )
-    planner: Flag = _cut(True, "split each window where it costs least; False: equal slices in order of arrival")
+    planner: Flag = _cut(
+        True, "split each update into the micro-batches that cost least; False: equal ones in order of arrival"
+    )
     planner_costs: Costs | None = _cut(
         None,
-        "costs of a pass: fixed, per padded token, and per row × squared width; None takes 64, 1 and 0.0005",
+        "cost of a forward and backward pass: constant, per token (padding included), and per row × squared length; "
+        "None takes 64, 1 and 0.0005",
     )
     padding_free: Flag = _cut(False, "concatenate the rows of a micro-batch instead of padding them (causal LMs)")
     gradient_checkpointing: Flag = _cut(False, "recompute activations in the backward pass to save memory")

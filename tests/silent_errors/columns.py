@@ -153,7 +153,7 @@ class Rater(nn.Module):
         return self.head(self.embed(input_ids)).squeeze(-1)
 
 
-@case(3, "values along the tokens, padded with −100.0", refused="the loss counts those that short rows are padded with")
+@case(3, "values along the tokens, padded with −100.0", refused="which this loss does not ignore")
 def padded_values() -> float:
     """A value for each token."""
 

@@ -160,7 +160,7 @@ def masked_without_positions() -> float:
     return error_in_float64(BloomForCausalLM(config).double(), rows, next_tokens_alone, N_ROWS)
 
 
-@case(2, "packed rows with one label each", refused="its `labels` are not one per token")
+@case(2, "packed rows with one label each", refused="it does not have one label per token")
 def one_label_a_row() -> float:
     def loss_of_all(model: nn.Module) -> Tensor:  # of the last document of each row
         logits = [model(input_ids=torch.tensor([row[-1]])).logits[0] for row in documents()]

@@ -228,8 +228,9 @@ class GradientAccumulator:
         contribution = normalizer.contribution(means, micro.counts)
         if not contribution.requires_grad and not self._process_group.is_single:
             raise DataError(
-                f"The loss of {micro.names} does not depend on any trainable parameter. On several processes, every "
-                "micro-batch needs a gradient: return 0 times the sum of an output instead of a constant."
+                f"The loss of {micro.names} does not depend on any trainable parameter. With several processes, every "
+                "micro-batch needs a gradient. Instead of a constant, return 0 times the sum of an output, such as "
+                "`0 * outputs.logits.sum()`."
             )
         return means, contribution
 

@@ -92,7 +92,7 @@ class TrainState:
             return self._snapshot(metadata, processes, copy)
         except Exception as error:  # the other processes have continued; so must this one
             why = str(error) if isinstance(error, _UnreadableError) else repr(error)
-            self._log_once(f"No checkpoint could be taken: {why}. Training continues and will try again.")
+            self._log_once(f"No checkpoint could be made: {why}. Training continues, and tries again at the next one.")
             return None
 
     def _snapshot(self, metadata: Mapping[str, Any], processes: list[dict[str, Any]], copy: bool) -> "Snapshot":

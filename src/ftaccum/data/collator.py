@@ -57,9 +57,9 @@ class RowCollator:
             raise DataError(self._explained(rows, positions, fetched, error)) from error
         if self._has_a_row_each and len(fetched) not in (sizes := first_dimensions(batch)):
             raise DataError(
-                f"`data_collator` was given {len(fetched)} rows and made a batch of {max(sizes, default=0)} from "
-                f"{rows.names_of(positions)} of `{rows.argument}`, while another batch has all its rows. Make it keep "
-                "every row, and drop rows that should not be trained on beforehand."
+                f"`data_collator` turned {len(fetched)} rows into a batch of {max(sizes, default=0)}, although it kept "
+                f"all rows of another batch. The rows were {rows.names_of(positions)} of `{rows.argument}`. Make it "
+                "keep every row, and remove unwanted rows from the data beforehand."
             )
         return batch
 

@@ -67,7 +67,7 @@ class Documents:
         """
         if self.kept_apart is None or not is_packed(positions):
             return
-        found = f"it is packed: its `position_ids` restart at token {first_restart(positions)}"
+        found = f"it holds several documents (its `position_ids` restart at token {first_restart(positions)})"
         if self.kept_apart and masked:
             raise OddRowError(
                 place,
@@ -75,7 +75,9 @@ class Documents:
                 "Leave out the column `attention_mask`: without it, the model keeps the documents separate.",
             )
         if not self.kept_apart and (self.shifted or not masked):
-            is_text = "" if self.shifted else " If the row is one text, give it an `attention_mask` of ones."
+            is_text = (
+                "" if self.shifted else " If the row is really a single text, give it an `attention_mask` of ones."
+            )
             raise OddRowError(
                 place,
                 f"{found}, and {self.problem}",

@@ -188,10 +188,10 @@ class Loader:
         death = f"A worker process that was making a batch of `{self._rows.argument}` {how_it_ended(exit_code)}"
         if self._deaths == _DEATHS:
             raise DataError(
-                f"{death}, and {_DEATHS - 1} others died before it, with no window finished in between. The batch was "
+                f"{death}, and {_DEATHS - 1} others died before it without a complete update in between. The batch was "
                 f"of {self._rows.names_of(job[0])}. If memory ran out, lower `num_workers` or free some. If shared "
-                "memory ran out (SIGBUS), enlarge /dev/shm. `num_workers=0` makes batches in the main process, which "
-                "shows whether a row ends the process that reads it."
+                "memory ran out (SIGBUS), enlarge /dev/shm. Set `num_workers=0` to read the rows in the main process "
+                "and see whether one of them crashes it."
             )
         logger.warning(f"{death}. New workers make the missing batches: no row is lost or repeated.")
 
@@ -253,8 +253,8 @@ class Loader:
                 if terms := _counted(self._objective.count(batch)):
                     return batch, terms
         raise DataError(
-            f"{self._rows.describe_all} has no row with loss items. Check its labels, or `count_items`."
-            f"{self._rows.if_none_is_fit}"
+            f"{self._rows.describe_all} has no row that counts in the loss (all have 0 loss items). Check the "
+            f"labels, or `count_items`.{self._rows.if_none_is_fit}"
         )
 
 

@@ -47,5 +47,10 @@ class PackingCollator:
         plain = {"attention_mask": torch.ones(n_tokens), "position_ids": torch.arange(n_tokens)}
         for name in plain.keys() & columns.keys():
             if not torch.equal(as_tensor(columns[name]).to(plain[name].dtype), plain[name]):
-                raise OddRowError(place, f"its `{name}` is not the one that `padding_free` gives every row", _LEAVE_OUT)
+                raise OddRowError(
+                    place,
+                    f"`padding_free` sets `attention_mask` to ones and `position_ids` to 0, 1, 2, …, but its `{name}` "
+                    "has other values",
+                    _LEAVE_OUT,
+                )
         return {name: columns[name] for name in ("input_ids", "labels")}

@@ -38,8 +38,8 @@ def make_table(rows: Sequence[Row], argument: str, name_of: Callable[[int], str]
     except Exception as error:
         first = bisect.bisect_left(range(1, len(rows)), True, key=lambda n: fault(n) is not None)
         raise DataError(
-            f"In `{argument}`, {name_of(first)} does not fit into a table with those before: {fault(first + 1)}. Give "
-            "all rows the same columns, and each column values of one type."
+            f"In `{argument}`, {name_of(first)} cannot be put into one table with the rows before it: "
+            f"{fault(first + 1)}. Give all rows the same columns, and each column values of one type."
         ) from error
 
 

@@ -37,8 +37,8 @@ def check_lengths(rows: Rows, max_tokens: int, row_collator: RowCollator) -> Non
     if isinstance(ids, Tensor) and ids.numel() > row_collator.width(lengths[shortest]):
         raise DataError(
             "`max_tokens` requires rows that are padded to the longest of their micro-batch, but `data_collator` "
-            f"makes {ids.numel()} tokens of {rows.name_of(shortest)} of `{rows.argument}`, which has "
-            f"{lengths[shortest]}. Make it pad to the longest, or give `batch_size` instead."
+            f"returns {ids.numel()} tokens for {rows.name_of(shortest)} of `{rows.argument}` alone, which has "
+            f"{lengths[shortest]} tokens. Make it pad to the longest, or give `batch_size` instead."
         )
 
 

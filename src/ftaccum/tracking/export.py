@@ -65,7 +65,10 @@ def _write(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: A
 
 
 def _write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir) -> list[str]:
-    remedy = f"The weights take {_describe(_bytes_of(model))}. The model in memory is trained: save it elsewhere."
+    remedy = (
+        f"The weights take {_describe(_bytes_of(model))}. The trained model is still in memory: save it to another "
+        "place."
+    )
     return _tried(run_dir.model, lambda path: _save(model, tokenizer, path), remedy)
 
 
@@ -85,7 +88,7 @@ def _there_now(path: Path) -> list[str]:
     """
     try:
         free = f"{_describe(_free_at(path))} are free there."
-        return [free, "The version there now is older."] if path.exists() else [free]
+        return [free, "An earlier version is still there."] if path.exists() else [free]
     except OSError:
         return []
 

@@ -141,11 +141,11 @@ class Result(Mapping[str, Any]):
             rows.insert(1, ("best validation loss", f"{self.best_val_loss:.4f}"))
         if self.metrics and self.metrics[-1]:
             rows.insert(1, ("metrics", ", ".join(f"{k} {v:.4f}" for k, v in self.metrics[-1].items())))
-        passes = f"{self.passes_per_update:.1f} per update on each process"
+        passes = f"{self.passes_per_update:.1f} micro-batches per update on each process"
         if self.padding_fraction is not None:
-            passes += f", {self.padding_fraction:.1%} of positions were padding"
+            passes += f", {self.padding_fraction:.1%} of token positions were padding"
         if self.out_of_memory:
-            passes += f"; memory ran out {self.out_of_memory} times"
+            passes += f"; out of memory and run again {self.out_of_memory} times"
         rows.append(("passes", passes))
         if self.audits:
             rows.append(("audits", self._describe_audits()))

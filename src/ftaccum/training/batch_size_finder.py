@@ -75,7 +75,7 @@ def largest_batch(
     if not agreed:
         raise SettingsError(
             [
-                "`batch_size` is 'auto', but not even one row of the maximum length fits in memory. Truncate the rows, "
+                "`batch_size` is 'auto', but even the longest row alone does not fit in memory. Truncate the rows, "
                 "set `gradient_checkpointing`, or use a smaller model."
             ]
         )

@@ -93,7 +93,7 @@ def measure_documents(
     if columns is None or {columns.sizes.get(name) for name in ("input_ids", "position_ids")} != {along_tokens}:
         return Documents()
     if columns.sizes.get("labels", along_tokens) != along_tokens:
-        return Documents(kept_apart=False, problem="its `labels` are not one per token")
+        return Documents(kept_apart=False, problem="it does not have one label per token")
     few = (labelled * _FEW)[:_FEW]  # repeated if there are too few: a single row has no other row to attend to
     documents = [document for row in rows.fetch(few) for document in _documents(row, columns)]
     beside, behind = copy.copy(padding), copy.copy(padding)
@@ -169,9 +169,9 @@ def check_padded_labels(
         counted = "elements" in objective.report.ways.values()
     if counted:
         raise DataError(
-            f"The `labels` of `{rows.argument}` run along the tokens, and the loss counts those that short rows are "
-            f"padded with ({padding.ignore_index}). Pass a `loss_fn` that ignores positions where `attention_mask` is "
-            "0, or give rows of equal length."
+            f"`{rows.argument}` has labels for each token. The labels of short rows are padded with "
+            f"{padding.ignore_index}, which this loss does not ignore. Pass a `loss_fn` that ignores positions where "
+            "`attention_mask` is 0, or give rows of equal length."
         )
 
 

@@ -183,7 +183,10 @@ class NonFiniteHandler:
         if self._raises and not fault.is_overflow:
             return "The run ends here because `on_nonfinite` is 'error'."
         if self._patience is not None and self.counts.in_a_row >= self._patience:
-            return f"It is number {self.counts.in_a_row} in a row, so the run ends (`nonfinite_patience`)."
+            return (
+                f"The number of such updates in a row has reached {self.counts.in_a_row}, so the run ends "
+                "(`nonfinite_patience`)."
+            )
         return None
 
     def _look(self, fault: NonFiniteUpdate) -> _Looked:
@@ -224,10 +227,14 @@ class NonFiniteHandler:
             )
         if not looked.found:
             rows = [self._loader.name_of(row) for row in looked.together]
-            of_pass = f" A micro-batch with such a loss contains {_listed(rows)}." if rows else ""
-            return f"its loss is {looked.loss}, but no row has such a loss when run separately.{of_pass}"
+            of_pass = f" A micro-batch whose loss was not finite contains {_listed(rows)}." if rows else ""
+            return f"its loss is {looked.loss}, but no row has a non-finite loss when run separately.{of_pass}"
         rows = [f"{self._loader.name_of(row)} ({loss})" for row, loss in looked.found.items()]
-        every = " These are all the rows tried, so the weights may not be finite." if looked.blames_the_model else ""
+        every = (
+            " These are all the rows that were run, so the weights may not be finite."
+            if looked.blames_the_model
+            else ""
+        )
         return f"its loss is {looked.loss}. Rows whose own loss is not finite: {_listed(rows)}.{every}"
 
 

@@ -36,8 +36,8 @@ class OomRecovery:
             raise AgreedOutOfMemoryError(
                 "Memory ran out in a micro-batch of a single row"
                 + (f" ({self._window_loader.loader.name_of(piece.rows[0])})" if piece.rows else "")
-                + ". Truncate the rows, set `gradient_checkpointing`, or use a smaller model. All earlier updates have "
-                "been taken." + (f" The device reported: {failed.message}" if failed is not None else "")
+                + ". Truncate the rows, set `gradient_checkpointing`, or use a smaller model. All earlier updates are "
+                "complete." + (f" The device reported: {failed.message}" if failed is not None else "")
             )
         tokens = self._process_group.min(None if failed is None else piece.tokens)
         assert tokens is not None, "memory ran out on at least one process"

@@ -82,7 +82,7 @@ class TrainingRun(TrainingSetup):
     def describe_progress(self) -> str:
         if not self._is_training:
             return _NOT_TRAINING
-        return f"{self.metrics_logger.n_windows} updates were taken. {self.checkpoint_manager.describe()}"
+        return f"{self.metrics_logger.n_windows} updates are complete. {self.checkpoint_manager.describe()}"
 
     def _announce(self) -> None:
         """Print the banner, and log where the run resumes."""

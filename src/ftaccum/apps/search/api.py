@@ -27,12 +27,13 @@ _RUN = inspect.signature(test_fine_tuning).parameters
 _NAMES = ("accumulation_steps", "space", *SearchSettings.__dataclass_fields__, *_RUN)
 _REFUSED = {
     "model": "`model` is a single model, but each trial needs a new one. Give `model_factory`, which returns one.",
-    STEPS: f"The search sets `{STEPS}`. Give the candidates as `accumulation_steps`, (1,) for no accumulation.",
+    STEPS: f"The search sets `{STEPS}`. Give the values to try as `accumulation_steps`; `(1,)` tries no accumulation.",
     "effective_batch_size": "`effective_batch_size` follows from `accumulation_steps` in each trial. Leave it out.",
     "max_updates": "`max_updates` does not suit a search: a trial with more accumulation steps would train on more "
     "rows. Leave it out. `n_epochs` is the budget of each trial.",
-    "learning_rate_scaling": "`learning_rate_scaling` needs a k that changes within a run, but k is constant in a "
-    "trial. Leave it out; `couple_learning_rate` scales the rate of a trial with its k.",
+    "learning_rate_scaling": "`learning_rate_scaling` is for a `gradient_accumulation_steps` that changes within a "
+    "run, but that of a trial is constant. Leave it out; `couple_learning_rate` scales the rate of a trial with its "
+    "effective batch size.",
     "tokens_per_update": "`tokens_per_update` would set the accumulation steps, which the search varies. Leave it out.",
 }
 
@@ -210,8 +211,8 @@ def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:
         ),
         (
             fixed["early_stopping_patience"] is not None,
-            f"`early_stopping_patience` is {fixed['early_stopping_patience']}, which would give trials different "
-            "budgets. Leave it out: the `pruner` ends bad trials.",
+            f"`early_stopping_patience` is {fixed['early_stopping_patience']}, so trials would train on different "
+            "numbers of rows. Leave it out: the `pruner` ends bad trials.",
         ),
     ]
     return [sentence for is_fault, sentence in checks if is_fault]
@@ -233,8 +234,8 @@ def _faults_of_search(settings: SearchSettings, output_dir: str | None) -> list[
         ),
         (
             settings.n_workers != 1 and in_memory,
-            f"`n_workers` is {settings.n_workers}, but the study would be in the memory of one process. Give "
-            "`output_dir` or `storage`.",
+            f"`n_workers` is {settings.n_workers}, but the study would be in the memory of one process, which "
+            "workers cannot share. Give `output_dir` or another `storage`.",
         ),
     ]
     return [sentence for is_fault, sentence in checks if is_fault]

@@ -58,8 +58,8 @@ class SearchProgress:
             f"Processes of a trial: {self._num_processes}",
             f"Gradient accumulation steps (effective batch size): {batches}",
             f"Learning rate: {_describe_rate(search.space)}",
-            f"Budget: n_epochs {search.fixed['n_epochs']}, the same rows in the same order; "
-            f"{settings.n_reports} reports per trial",
+            f"Each trial: n_epochs {search.fixed['n_epochs']}, the same rows in the same order, evaluated up to "
+            f"{settings.n_reports} times",
             f"Pruning: {'none, because of two objectives' if settings.trade_time else settings.pruner}; "
             f"proposals: {settings.sampler}",
             f"Study: {self._study.study_name!r} in {_describe_storage(self._storage)}",
@@ -75,7 +75,11 @@ class SearchProgress:
 def _describe_rate(space: Space) -> str:
     if not isinstance(space.rate, FloatDistribution):
         return f"{space.rate:g}"
-    scale = {"none": "", "sqrt": ", × √(batch / reference)", "linear": ", × batch / reference"}
+    scale = {
+        "none": "",
+        "sqrt": ", × √(effective batch / reference batch)",
+        "linear": ", × effective batch / reference batch",
+    }
     return f"{space.rate.low:g} to {space.rate.high:g}{scale[space.couple_learning_rate]}"
 
 

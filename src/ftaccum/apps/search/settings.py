@@ -39,11 +39,17 @@ class SearchSettings:
 
     n_trials: PositiveInt = _search(20, "total trials over all workers and restarts; interrupted ones run again")
     couple_learning_rate: Coupling = _search(
-        "none", "scale the searched learning rate with the effective batch: sqrt, linear or none"
+        "none",
+        "multiply the learning rate of a trial by effective batch / reference batch (linear), by the square root of "
+        "this (sqrt), or by 1 (none)",
     )
-    couple_beta2: Flag = _search(False, "keep the half-life of Adam's second moment constant in rows")
+    couple_beta2: Flag = _search(
+        False, "adapt beta2 to the effective batch, so that Adam's second moment averages over the same number of rows"
+    )
     reference_batch_size: PositiveInt | None = _search(
-        None, "effective batch at which coupled values are not scaled; None: that of k = 1"
+        None,
+        "reference batch: the effective batch size at which learning rate and beta2 are not scaled; None: the one "
+        "without accumulation",
     )
     pruner: Pruner = _search(
         "successive_halving", "how to choose trials to end early: successive_halving, hyperband, median or none"
@@ -56,7 +62,7 @@ class SearchSettings:
     )
     study_name: Text | None = _search(None, "name of the study in the storage; None: that of the output folder")
     n_workers: PositiveInt = _search(1, "processes on this machine that run trials of the study", "--workers")
-    trade_time: Flag = _search(False, "minimise the training time as well, for the best trade-offs; nothing is pruned")
+    trade_time: Flag = _search(False, "minimize loss and training time together (Pareto front); nothing is pruned")
     refit: Flag = _search(False, "run the best trial again, and save its model")
 
 

@@ -128,7 +128,10 @@ def _read(arguments: Mapping[str, Any]) -> tuple[VerifySettings, RunConfig]:
     }
     if settings.dtype == "float64":
         if arguments["use_amp"] or arguments["mixed_precision"] not in (None, "no"):
-            faults.append("`dtype` is 'float64', which autocast does not cast. Drop it, or give dtype='model'.")
+            faults.append(
+                "`dtype` is 'float64', which autocast does not cast. Turn autocast off (`use_amp`, `mixed_precision`), "
+                "or give dtype='model'."
+            )
         else:
             arguments["mixed_precision"] = "no"  # overrides the setting of `accelerate launch`
     if arguments["batch_size"] == "auto":

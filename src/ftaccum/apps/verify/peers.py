@@ -33,7 +33,7 @@ def why_not_trainer(bench: Bench) -> str | None:
     if bench.run.accelerator.num_processes > 1:
         return "(shown on one process only)"
     if not bench.run.data.objective.report.own_loss:
-        return "(Trainer uses the model's own loss, and this is another)"
+        return "(Trainer uses the model's own loss, not the one verified here)"
     if bench.run.accelerator.mixed_precision == "fp16" and bench.run.accelerator.device.type == "cpu":
         return "(Trainer has no fp16 on a CPU)"
     return None

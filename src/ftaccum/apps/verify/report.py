@@ -108,7 +108,8 @@ class Verification:
                 *(["for comparison"] if self.others else []),
                 *(_line(measured.cells(), widths) for measured in self.others),
                 "",
-                f"Rounding causes errors of {_figure(self.floor)}; up to {_figure(self.tolerance)} counts as rounding.",
+                f"Rounding alone causes errors of {_figure(self.floor)}; "
+                f"up to {_figure(self.tolerance)} counts as exact.",
                 *(line for sentence in [self.verdict, *self.reasons] for line in _wrapped(sentence)),
                 _RULE,
             ]
@@ -118,13 +119,13 @@ class Verification:
     def verdict(self) -> str:
         """The result in a sentence."""
         if self.exact:
-            return "EXACT: every split has the gradient and the loss of one batch."
+            return "EXACT: however the rows are split, gradient and loss are those of one batch."
         failed = [measured for measured in self.splits if not measured.exact]
         worst = max(failed, key=lambda measured: measured.gradient_error or 0.0)
         told = "" if self.reasons else " The check before training found no reason. Is `count_items` right?"
         return (
-            f"NOT EXACT: {len(failed)} of {len(self.splits)} splits differ from one batch; the gradient of "
-            f"'{worst.split}' is off by {_figure(worst.gradient_error)}.{told}"
+            f"NOT EXACT: {len(failed)} of {len(self.splits)} ways to split the rows differ from one batch; the "
+            f"gradient of '{worst.split}' is off by {_figure(worst.gradient_error)}.{told}"
         )
 
     def to_json(self) -> str:

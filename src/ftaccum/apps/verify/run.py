@@ -193,13 +193,15 @@ class VerificationRun(Run):
         padding = "Padding changes this head's loss, so the rows of a window are padded to one width, as in training."
         notes = {
             "Data: SYNTHETIC random tokens, because no data was given.": self.data.synthetic,
-            f"An update needs {wanted} rows, but there are only {n_rows}. They form the window.": n_rows < wanted,
-            f"Rows with rare label values or columns replaced {n_rare} of the rows.": n_rare > 0,
-            f"One batch of the {n_rows} rows of an update does not fit in memory: {n_fitting} of them form the window. "
-            "Errors that only occur with more rows are not measured.": n_fitting < n_rows,
+            f"An update has {wanted} rows, but only {n_rows} rows are given. These are verified.": n_rows < wanted,
+            f"Replaced {n_rare} of the rows by rows with rare label values or columns.": n_rare > 0,
+            f"One batch of the {n_rows} rows of an update does not fit in memory, so only {n_fitting} of them are "
+            "verified. Errors that only occur with more rows are not found.": n_fitting < n_rows,
             f"Micro-batches as trained: at most {max_tokens} tokens.": max_tokens is not None,
             objective.report.padding() or padding: objective.padding_sensitive,
-            f"k changes during training. Its largest value, {k}, is verified.": bool(self.all_batch_sizes.later),
+            f"`gradient_accumulation_steps` changes during training. The largest value, {k}, is verified.": bool(
+                self.all_batch_sizes.later
+            ),
         }
         return [*self.data.text_notes, *(note for note, holds in notes.items() if holds)]
 
@@ -232,7 +234,8 @@ def _doubts(compared: Compared, dtype: torch.dtype) -> list[str]:
     doubts = []
     if dtype == torch.float64 and compared.floor > _FLOAT64:
         doubts.append(
-            "A part of the model computes in float32, whatever the type of its weights. The errors show its rounding."
+            "Part of the model computes in float32 although its weights are float64, so the errors include float32 "
+            "rounding."
         )
     if compared.floor > compared.tolerance:
         doubts.append(

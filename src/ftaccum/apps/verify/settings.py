@@ -16,7 +16,7 @@ _verification = partial(setting, group="verification")
 class VerifySettings:
     """The settings of a verification. The Recipe and the Runtime decide which gradient is verified."""
 
-    n_splits: Count = _verification(3, "additional splits of the window into random orders and sizes")
+    n_splits: Count = _verification(3, "random ways to split the rows of the update, besides the regular ones")
     dtype: Measure | None = _verification(
         None,
         "type of the weights in the measurement: float64, float32, or model (unchanged); none: float64 if the model "
