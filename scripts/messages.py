@@ -197,6 +197,8 @@ def main() -> None:
         for message in find_messages(modules())
         if f"{message.module}.".startswith(arguments.module + ".") or not arguments.module
     ]
+    if not messages:
+        parser.error(f"no module or package {arguments.module!r} has messages")
     if arguments.json:
         print(json.dumps([asdict(message) for message in messages], indent=1, ensure_ascii=False))
         return

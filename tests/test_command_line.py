@@ -62,7 +62,7 @@ def test_plan_of_windows_that_differ(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", "--n_rows", "1000", "--max_updates", "110", *words]) == 0
     shown = capsys.readouterr().out
     assert "Gradient accumulation steps: 2, after 100 updates 8\n" in shown
-    assert "Learning rate times: 1, after 100 updates 4\n" in shown
+    assert "Learning rate factor: 1, after 100 updates 4\n" in shown
     assert "Updates per epoch: 103, 7 (the remainder of an epoch is carried into the next)\n" in shown
     assert "110 updates in all (`max_updates`), the last of them in epoch 2\n" in shown
     assert main(["plan", "--gradient_accumulation_steps", "0:2,x:8"]) == 2

@@ -405,7 +405,7 @@ def test_faults_in_validation_data_name_it() -> None:
     _, held = hold_out(9, 0.5, seed=42)
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n in held else row for n, row in enumerate(CAUSAL.rows())]
     with pytest.raises(
-        DataError, match=r"The part that `validation_split` \(0\.5\) holds out of `train_data` has no row that"
+        DataError, match=r"The part that `validation_split` \(0\.5\) holds out of `train_data` has no row that counts"
     ):
         run(CAUSAL.model(), rows, validation_split=0.5)
 

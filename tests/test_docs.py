@@ -78,6 +78,10 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def test_the_docs_have_python_blocks() -> None:
+    assert len(BLOCKS) >= 10
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)

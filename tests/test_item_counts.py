@@ -27,7 +27,7 @@ def counts(batch: Any, **arguments: Any) -> dict[str, float]:
 def test_every_way_counts_what_its_name_says() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0]])
     batch = {**BATCH, "attention_mask": mask}
-    wanted = {"labels": 8, "labels after the shift": 6, "rows": 3, "elements": 12, "tokens": 9}
+    wanted = {"labels": 8, "labels after the next-token shift": 6, "rows": 3, "elements": 12, "tokens": 9}
     assert counts(batch) == wanted
     assert list(counts(batch)) == list(wanted), "the order settles ties"
     assert counts(BATCH)["tokens"] == 12, "without a mask all tokens count"
@@ -45,8 +45,10 @@ def test_class_weights_are_summed_over_the_labels_that_count() -> None:
 
 
 def test_labels_in_one_column_have_no_shift() -> None:
-    assert "labels after the shift" not in counts({"x": torch.zeros(3, 2), "labels": torch.ones(3, 1).long()})
-    assert "labels after the shift" in counts({"x": torch.zeros(3, 2), "labels": torch.ones(3, 2).long()})
+    assert "labels after the next-token shift" not in counts(
+        {"x": torch.zeros(3, 2), "labels": torch.ones(3, 1).long()}
+    )
+    assert "labels after the next-token shift" in counts({"x": torch.zeros(3, 2), "labels": torch.ones(3, 2).long()})
 
 
 def test_floating_targets_are_counted_by_rows_and_elements() -> None:

@@ -98,7 +98,9 @@ def test_a_term_that_is_counted_and_missing_is_an_error_that_names_the_rows() ->
         return {"cls": len(batch["labels"]), "box": batch["has_box"].sum() or int(len(batch["labels"]) == 2)}
 
     model, objective = objective_of([1, 1, 1, 1], count_items=too_many)
-    with pytest.raises(DataError, match=r"loss of rows 5, 6 .* has no term 'box', but 1 items of it are counted"):
+    with pytest.raises(
+        DataError, match=r"loss of rows 5, 6 .* has no term 'box', but it should be a mean over 1 items"
+    ):
         means(model, objective, batch_of([0, 0]))
 
 
@@ -186,11 +188,11 @@ def ignoring(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def test_labels_that_a_pass_changes_in_place_are_an_error() -> None:
-    with pytest.raises(DataError, match="changes `labels` of a batch in place, and no way to count"):
+    with pytest.raises(DataError, match="changes `labels` of a batch in place, so the items that"):
         objective_of([0, 1, 0, 0], ignoring)
     model, objective = objective_of([0, 0, 0, 0], ignoring)
     assert means(model, objective, batch_of([0, 0]))
-    with pytest.raises(DataError, match=r"of rows 5, 6 of `train_data` changes `labels` .* 1 loss items are left"):
+    with pytest.raises(DataError, match=r"of rows 5, 6 of `train_data` changes `labels` .* a mean over 1 items, but 2"):
         means(model, objective, batch_of([0, 1]))
 
 

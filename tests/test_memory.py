@@ -30,7 +30,7 @@ NAME = "sequence classification, BERT"
         (NAME, 2, "backward"),
         (NAME, 5, "forward"),
         ("causal LM, Llama", 5, "backward"),
-        ("question answering, BERT", 4, "forward"),  # padded to one width per window
+        ("question answering, BERT", 4, "forward"),  # padded to one length per update
     ],
 )
 def test_running_out_of_memory_changes_no_update(name: str, most: int, where: str) -> None:

@@ -139,5 +139,8 @@ def test_what_cannot_be_put_back_is_told(monkeypatch: pytest.MonkeyPatch, capsys
     module.large += 1
     with run_logging(enabled=True):
         before.restore()
-    assert "`large` of Keeps changes in ftaccum's checks and cannot be restored" in capsys.readouterr().err
+    assert (
+        "`large` of Keeps changes in the forward passes of ftaccum's checks and cannot be restored"
+        in capsys.readouterr().err
+    )
     assert before.changed() == ["`large` of Keeps"]

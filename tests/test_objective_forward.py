@@ -90,7 +90,7 @@ def test_the_next_token_loss_is_the_mean_over_shifted_labels() -> None:
     counted = [(0, 0, 2), (0, 2, 4), (1, 0, 3), (1, 1, 0)]  # row, position, the label after it
     wanted = -sum(number(logp[row, at, label]) for row, at, label in counted) / 4
     assert number(found) == pytest.approx(wanted, rel=1e-14)
-    assert forward.counted_by == "labels after the shift"
+    assert forward.counted_by == "labels after the next-token shift"
     assert not forward.is_own
 
 

@@ -126,7 +126,7 @@ def test_a_batch_met_again_is_answered_from_memory() -> None:
 def test_ways_that_agree_are_told_apart_by_other_labels() -> None:
     labels = torch.tensor([[-100, 2, 3], [-100, 4, 1]])
 
-    def losses(batch: Any) -> dict[str, float]:  # a mean over the labels after the shift
+    def losses(batch: Any) -> dict[str, float]:  # a mean over the labels after the next-token shift
         counted = batch["labels"][:, 1:]
         counted = counted[counted != -100]
         return {"a": float(counted.double().mean())}
@@ -136,7 +136,7 @@ def test_ways_that_agree_are_told_apart_by_other_labels() -> None:
 
     together = {"labels": labels}
     ways = {"a": ItemCounter().applicable(together)}
-    assert choose(losses, together, parts, ways, -100) == {"a": "labels after the shift"}
+    assert choose(losses, together, parts, ways, -100) == {"a": "labels after the next-token shift"}
     first = {"a": {name: ways["a"][name] for name in ("rows", "elements")}}
     assert choose(losses, together, parts, first, -100) == {"a": "rows"}, "the first of those that always agree"
 

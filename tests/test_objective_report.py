@@ -45,14 +45,18 @@ def test_an_exact_loss_has_nothing_to_tell() -> None:
 
 def test_terms_are_named_where_there_are_several() -> None:
     found = report({"a": 0.0, "b": 0.5, "c": 0.0}, InTraining({"a": 0.0, "b": 0.7, "c": 0.3}), measured=True)
-    assert found.counted_by == "labels for 'a'; labels for 'b', NOT exactly; labels for 'c', NOT exactly in train mode"
+    assert (
+        found.counted_by
+        == "labels for 'a'; labels for 'b', only approximately; labels for 'c', only approximately in train mode"
+    )
     assert found.mixes_rows
 
 
 def test_a_loss_that_no_count_explains_is_told_with_its_figure() -> None:
     (sentence,) = report({"loss": 0.5}).inexact()
     assert sentence.startswith(
-        "The loss is not a mean over countable items: 'loss' over separate micro-batches, weighted"
+        "The loss is not a mean over items that can be counted, such as labels or rows: 'loss' over separate "
+        "micro-batches, weighted"
     )
     assert "is up to 50% off" in sentence
     assert "Accumulating it only approximates one large batch." in sentence
@@ -62,7 +66,7 @@ def test_a_loss_that_no_count_explains_is_told_with_its_figure() -> None:
 
 
 def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
-    assert "give `reduction='sum'`" in report({"loss": 0.5}, adds_up=True).inexact()[0]
+    assert "set `reduction='sum'`" in report({"loss": 0.5}, adds_up=True).inexact()[0]
     assert "reduction='sum'" not in report({"loss": 0.5}, adds_up=True, sums=True).inexact()[0]
 
 
@@ -81,12 +85,12 @@ def test_rows_that_cost_nothing_alone_are_compared_with_each_other() -> None:
 def test_a_part_of_the_loss_is_told_with_its_share() -> None:
     of_part = report({"loss": 0.0, "balance": 0.5}, parts=("balance",), joint={"loss": 3.0, "balance": -1.0})
     (sentence,) = of_part.inexact()
-    assert sentence.startswith("'balance', 25% of the loss, looks at the rows of a batch together")
+    assert sentence.startswith("'balance', 25% of the loss, depends on the rows of a batch together")
     assert not of_part.mixes_rows, "the main loss does not"
     (without,) = report(
         {"loss": 0.0, "balance": 0.5}, parts=("balance",), joint={"loss": 0.0, "balance": 0.0}
     ).inexact()
-    assert without.startswith("'balance' looks at")
+    assert without.startswith("'balance' depends on")
     both = report({"loss": 0.5, "balance": 0.5}, parts=("balance",)).inexact()
     assert [sentence.split()[0] for sentence in both] == ["'balance',", "The"]
 
@@ -104,7 +108,7 @@ def test_what_train_mode_mixes_is_told_with_modules() -> None:
         (sentence,) = report(dict.fromkeys(differences, 0.0), InTraining(differences, 0.0, mixing, complaint)).inexact()
         return sentence
 
-    assert "'b' over separate micro-batches is up to 60% off its value over one batch" in told([])
+    assert "'b' over separate micro-batches is up to 60% off its value for the same rows in one batch" in told([])
     assert ": something mixes the rows of a batch, so" in told([])
     assert ": A mixes the rows of a batch, so" in told(["A"])
     assert ": A, B, C mix the rows" in told(["A", "B", "C"])
@@ -116,12 +120,12 @@ def test_what_train_mode_mixes_is_told_with_modules() -> None:
 
 def test_passes_that_drift_are_told() -> None:
     (sentence,) = report(None, InTraining({"loss": 0.0}, 0.3, ["A", "B", "C", "D"])).inexact()
-    assert "a pass moves buffers that the next one depends on (A, B, C)" in sentence
+    assert "a forward pass changes buffers that the next one depends on (A, B, C)" in sentence
     assert "differ by 30%" in sentence
 
 
 def test_padding_that_counts_is_told_of_a_loss_of_the_users() -> None:
-    assert "differ by up to 25%" in str(report(padding=0.25).padding())
+    assert "change their loss by up to 25%" in str(report(padding=0.25).padding())
     assert report(padding=0.25, own_loss=True).padding() is None
     assert report(padding=0.0, own_loss=False).padding() is None
 

@@ -127,7 +127,7 @@ def test_adafactor_sets_its_own_rate_under_any_schedule() -> None:
 def test_a_group_without_a_rate_is_refused() -> None:
     model, rows = regression()
     optimizer = Adafactor(model.parameters(), relative_step=False)
-    with pytest.raises(SettingsError, match="no number as `lr`"):
+    with pytest.raises(SettingsError, match="no numeric `lr`"):
         train(model, rows, optimizer)
 
 
@@ -232,7 +232,7 @@ def test_groups_that_no_schedule_reaches_are_refused() -> None:
             self.param_groups = [dict(group) for group in groups]
 
     model, rows = regression()
-    with pytest.raises(SettingsError, match="Apart holds SGD, whose parameter groups are not its own"):
+    with pytest.raises(SettingsError, match="Apart wraps SGD but does not share its parameter groups"):
         train(model, rows, Apart)
 
 

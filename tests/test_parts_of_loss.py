@@ -80,7 +80,7 @@ def test_a_part_that_only_train_mode_has_is_seen() -> None:
         mixed = 1e-3 * of_rows**2
         return {"loss": of_tokens + mixed, "mixed": mixed} if model.training else {"loss": of_tokens, "mixed": None}
 
-    with pytest.warns(InexactLossWarning, match="'mixed' looks at the rows of a batch together"):
+    with pytest.warns(InexactLossWarning, match="'mixed' depends on the rows of a batch together"):
         two_heads_error(balance)
 
 
@@ -140,7 +140,7 @@ def test_a_routers_balance_is_weighted_by_tokens_beside_labels(coefficient: floa
             balance = coefficient * out.aux_loss
             ((out.loss - balance) * n / sum(items) + balance * t / sum(tokens)).backward()
         optimizer = RecordingOptimizer(model)
-        with pytest.warns(InexactLossWarning, match="'aux_loss', .*% of the loss, looks at the rows of a batch"):
+        with pytest.warns(InexactLossWarning, match="'aux_loss', .*% of the loss, depends on the rows of a batch"):
             test_fine_tuning(
                 model, train_data=_in_the_order_of_training(rows), optimizer=optimizer, batch_size=size,
                 effective_batch_size=len(rows), gradient_clip_norm=None, planner=False, **ONCE,

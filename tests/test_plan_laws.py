@@ -176,9 +176,9 @@ def test_a_stream_describes_itself() -> None:
     text = str(stream([5, 5], 2, max_updates=7, remainder="carry", n_validation_rows=3))
     assert text.endswith(
         "or fewer if the stream ends first (2 passes)\n"
-        "Updates per epoch: not known beforehand; a remainder is carried into the next epoch\nValidation samples: 3"
+        "Updates per epoch: not known beforehand; rows left over are carried into the next epoch\nValidation samples: 3"
     )
-    assert "a remainder is flushed" in str(stream([5, 5], 2))
+    assert "rows left over make a smaller update" in str(stream([5, 5], 2))
 
 
 def test_a_stream_that_ends_early_says_how_early() -> None:
@@ -268,10 +268,10 @@ def test_notes_tell_what_a_plan_does_not_do() -> None:
 
     assert notes(10, 2, BatchSizes(4, 1, 1, 4)) == []
     assert notes(10, 2, BatchSizes(10, 1, 1, 10)) == []
-    one_each = "Note: an update wants 11 rows, but an epoch has only 10, so each epoch is one update"
+    one_each = "Note: an epoch has only 10 rows, so an update has at most 10 rows instead of 11"
     assert notes(10, 2, BatchSizes(11, 1, 1, 11)) == [one_each]
     assert notes(10, 2, BatchSizes(11, 1, 1, 11), remainder="carry") == []
-    late = "Note: the run ends before update 5, where k would change"
+    late = "Note: the run ends before update 5, where `gradient_accumulation_steps` would change"
     assert notes(10, 1, BatchSizes(2, 1, 1, 2, ((5, 9), (7, 3)))) == [late]
     assert notes(10, 1, BatchSizes(2, 1, 1, 2, ((4, 2),))) == []
     early = "Note: the epochs end before `max_updates`, 6; increase `n_epochs` for more updates"
@@ -315,9 +315,9 @@ def test_a_plan_says_how_sizes_and_rates_change() -> None:
     plan = Plan(99, 1, BatchSizes(2, 4, 3, 24, ((2, 9), (3, 1))), rate_scaling="sqrt")
     assert line(plan, "Gradient accumulation steps") == "4, after 2 updates 9, after 3 updates 1"
     assert line(plan, "Effective batch size") == "24, after 2 updates 54, after 3 updates 6"
-    assert line(plan, "Learning rate times") == "1, after 2 updates 1.5, after 3 updates 0.5"
+    assert line(plan, "Learning rate factor") == "1, after 2 updates 1.5, after 3 updates 0.5"
     assert (line(plan, "Batch size"), line(plan, "Processes")) == ("2", "3")
-    assert "Learning rate times" not in str(Plan(99, 1, BatchSizes(2, 4, 3, 24, ((2, 9),))))
+    assert "Learning rate factor" not in str(Plan(99, 1, BatchSizes(2, 4, 3, 24, ((2, 9),))))
 
 
 def test_a_lower_limit_of_tokens_wins() -> None:

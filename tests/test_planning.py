@@ -112,7 +112,7 @@ def test_a_plan_whose_windows_differ_describes_itself() -> None:
     )  # fmt: skip
     assert "Gradient accumulation steps: 2, after 4 updates 8\n" in text
     assert "Effective batch size: 8, after 4 updates 32\n" in text
-    assert "Learning rate times: 1, after 4 updates 2\n" in text
+    assert "Learning rate factor: 1, after 4 updates 2\n" in text
     assert "Updates per epoch: 6, 1 (the remainder of an epoch is carried into the next)\n" in text
     assert "Epochs: 3, 7 updates in all (`max_updates`), the last of them in epoch 2" in text
     whole = str(plan(10, batch_size=8, n_epochs=2, remainder="carry", validation_split=0.0))

@@ -62,7 +62,7 @@ def measured(loss: Any, whole: dict[str, Tensor], apart: Any = None) -> tuple[st
 
 @pytest.mark.parametrize(
     ("loss", "way"),
-    [(labels_mean, "labels"), (shifted_mean, "labels after the shift"), (rows_mean, "rows")],
+    [(labels_mean, "labels"), (shifted_mean, "labels after the next-token shift"), (rows_mean, "rows")],
 )
 def test_the_right_way_to_count_is_found(loss: Any, way: str) -> None:
     chosen, found = measured(loss, batch())
@@ -72,7 +72,9 @@ def test_the_right_way_to_count_is_found(loss: Any, way: str) -> None:
     assert not found.adds_up
 
 
-@pytest.mark.parametrize(("loss", "way"), [(labels_mean, "labels"), (shifted_mean, "labels after the shift")])
+@pytest.mark.parametrize(
+    ("loss", "way"), [(labels_mean, "labels"), (shifted_mean, "labels after the next-token shift")]
+)
 @pytest.mark.parametrize("first_ignored", [True, False])
 def test_ways_that_agree_on_the_rows_are_told_apart_by_other_labels(loss: Any, way: str, first_ignored: bool) -> None:
     whole = batch((5, 5, 5, 5))  # every way gives the same weights
@@ -184,7 +186,10 @@ def test_the_labels_that_were_not_looked_at_are_told() -> None:
             nn.Linear(4, 200), train_data=rows, loss_fn=nn.CrossEntropyLoss(), n_epochs=1, validation_split=0.0,
             progress=False,
         )  # fmt: skip
-    assert "Loss: mean over labels (measured); 135 of 200 label values not measured" in shown.getvalue()
+    assert (
+        "Loss: mean over labels (measured); the check before training did not cover 135 of 200 label values"
+        in shown.getvalue()
+    )
 
 
 @pytest.mark.slow
@@ -282,7 +287,9 @@ def test_router_losses_are_warned_of() -> None:
         vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1,
     )  # fmt: skip
-    with pytest.warns(InexactLossWarning, match="'aux_loss', 2.7% of the loss, looks at the rows of a batch together"):
+    with pytest.warns(
+        InexactLossWarning, match="'aux_loss', 2.7% of the loss, depends on the rows of a batch together"
+    ):
         test_fine_tuning(
             MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1,
             gradient_accumulation_steps=2, validation_split=0.0,
@@ -299,7 +306,8 @@ def test_rows_that_all_have_the_same_loss_do_not_mislead(name: str) -> None:
         if hasattr(model, "classifier"):
             model.classifier.bias.zero_()
     assert (
-        counted_by(model, head.rows()) == ("labels after the shift" if "causal" in name else "labels") + " (measured)"
+        counted_by(model, head.rows())
+        == ("labels after the next-token shift" if "causal" in name else "labels") + " (measured)"
     )
 
 
@@ -325,7 +333,8 @@ _TWO_OF_FOUR = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 2, 1]}
 
 @pytest.mark.parametrize("rows", [[_TWO_LABELS], [{**_TWO_LABELS, "labels": [-100, 1]}, _TWO_OF_FOUR]])
 @pytest.mark.parametrize(
-    ("name", "way"), [("causal LM, Llama", "labels after the shift"), ("token classification, BERT", "labels")]
+    ("name", "way"),
+    [("causal LM, Llama", "labels after the next-token shift"), ("token classification, BERT", "labels")],
 )
 def test_few_rows_of_few_labels_tell_whether_they_are_shifted(name: str, way: str, rows: list[Any]) -> None:
     assert counted_by(HEADS[name].model(), rows) == f"{way} (measured)"
@@ -341,12 +350,13 @@ def test_a_plain_modules_next_token_loss_is_known() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.embed(tokens))
 
-    assert counted_by(Zeros(), [torch.arange(n) for n in (4, 7, 5)]) == "labels after the shift"
+    assert counted_by(Zeros(), [torch.arange(n) for n in (4, 7, 5)]) == "labels after the next-token shift"
 
 
 def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
     with pytest.warns(
-        InexactLossWarning, match="The losses of the micro-batches add up, so the loss is a sum: give `reduction='sum'`"
+        InexactLossWarning,
+        match="The losses of the micro-batches add up to that of one batch, so it is a sum: set `reduction='sum'`",
     ):
         test_fine_tuning(
             Pooled(), train_data=ROWS, loss_fn=lambda o, b: F.cross_entropy(o, b["y"], reduction="sum"), n_epochs=1,

@@ -406,8 +406,8 @@ def test_best_weights_that_are_wanted_from_now_on(
     capsys.readouterr()
     again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
     told = " ".join(capsys.readouterr().err.split())
-    assert (f"Loaded the weights of epoch 1, the best so far, from {first}." in told) == kept
-    assert ("not kept. `restore_best_weights` will use the best of the remaining epochs." in told) == (not kept)
+    assert (f"so those of epoch 1 are loaded from {first}." in told) == kept
+    assert ("for this model. `restore_best_weights` will use the best of the remaining epochs." in told) == (not kept)
     if kept:
         assert whole.differences(again) == []
     else:
@@ -620,7 +620,7 @@ def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path
         fine_tuned(spoilt(model()), nonfinite_patience=3, **common, resume="auto")
     with pytest.raises(DivergedError, match="`on_nonfinite` is 'error'"):
         fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
-    with pytest.raises(CheckpointError, match="ended at update 5, which was not finite"):
+    with pytest.raises(CheckpointError, match="ended at update 5, whose loss or gradient was not finite"):
         fine_tuned(spoilt(model()), on_nonfinite="error", **common, resume="auto")
     ended = fine_tuned(on_nonfinite="error", **common, resume="auto", learning_rate=5e-4, allow_changed="learning_rate")
     assert ended.result.skipped_steps == 1

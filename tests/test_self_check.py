@@ -161,7 +161,9 @@ def tagger_error(loss_fn: Any, **arguments: Any) -> float:
 
 
 def test_a_loss_that_ignores_its_mask_is_told_and_exact_at_one_width() -> None:
-    with pytest.warns(PaddingWarning, match=r"Padding counts in the loss: rows padded .* differ by up to [\d.]+%"):
+    with pytest.warns(
+        PaddingWarning, match=r"Padding counts in the loss: rows padded .* change their loss by up to [\d.]+%"
+    ):
         assert tagger_error(length_of_rest) < 1e-12
 
 
@@ -226,7 +228,7 @@ class Annealed(Net):
 
 
 def test_passes_that_move_what_the_next_one_depends_on_are_told() -> None:
-    words = r"a pass moves buffers that the next one depends on \(Annealed ''\): two passes of the same rows differ by"
+    words = r"changes buffers that the next one depends on \(Annealed ''\): two passes over the same rows differ by"
     with pytest.warns(InexactLossWarning, match=words):
         train(Annealed(nn.LayerNorm(6)), **TWICE)
 
@@ -254,7 +256,7 @@ def test_a_term_without_items_is_no_drift(norm: Any) -> None:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         train(Net(norm()), loss_fn, count_items=count, **TWICE)
-    assert not [w for w in warned if "moves buffers that the next one depends on" in str(w.message)]
+    assert not [w for w in warned if "changes buffers that the next one depends on" in str(w.message)]
 
 
 def test_models_that_differentiate_in_their_forward_pass_are_measured() -> None:

@@ -433,7 +433,7 @@ def test_a_stream_is_said_to_have_been_looked_at_as_far_as_it_was(monkeypatch: p
         row["labels"] = [-100] * len(row["input_ids"])
     with pytest.raises(DataError, match=r"judging by its first 4 rows, has no label that counts: .* shuffle the"):
         run(LLAMA.model(), Stream(rows))
-    with pytest.raises(DataError, match=r"The term 'loss' of .* but no items of it are counted there"):
+    with pytest.raises(DataError, match=r"The term 'loss' of .* but no items are counted for it there"):
         run(LLAMA.model(), Stream(LLAMA.rows(9)), count_items=lambda _: 0, on_inexact="ignore")
 
 

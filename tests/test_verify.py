@@ -269,7 +269,9 @@ def test_windows_without_loss_items_are_no_update_and_rows_without_contribute_no
     rows = [row if n % 4 == 0 else {**row, "labels": [-100] * len(row["labels"])} for n, row in enumerate(rows)]
     every = [verify(head.model(), rows, random_seed=seed, **SIZES) for seed in range(4)]
     assert all(every)
-    assert any(measured.note == "(no loss items: no update)" for found in every for measured in found.splits)
+    assert any(
+        measured.note == "(no row counts in the loss: no update)" for found in every for measured in found.splits
+    )
     assert every[0].others[0].loss_error is None, "the mean over nothing is no number"
 
 

@@ -110,7 +110,7 @@ def test_a_loss_that_cannot_be_told_is_refused() -> None:
 def test_rows_without_loss_items_are_told() -> None:
     head = HEADS["token classification, BERT"]
     rows = [row if n == 1 else {**row, "labels": [-100] * len(row["labels"])} for n, row in enumerate(head.rows(30))]
-    with pytest.raises(DataError, match=r"The loss of the 2 rows of a window in one batch is nan"):
+    with pytest.raises(DataError, match=r"The loss of the 2 rows of an update in one batch is nan"):
         verify(head.model(), LazyRows(rows * 9), batch_size=2, progress=False)
 
 

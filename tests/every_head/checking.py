@@ -129,8 +129,8 @@ def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
     if not error <= TOLERANCE:
         counted = next((line for line in console.getvalue().splitlines() if line.startswith("Loss:")), "")
         return "SILENTLY WRONG", f"the gradient is {error:.1e} off. {counted}", error
-    if "one width per window" in console.getvalue():
-        return "exact with a remedy", "one padded width per window, by itself", error
+    if "one length per update" in console.getvalue():
+        return "exact with a remedy", "one padded length per update, by itself", error
     return "exact", "", error
 
 

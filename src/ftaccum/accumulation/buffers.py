@@ -163,9 +163,9 @@ class SyncedBuffers:
 def _warn_if_lost(place: Place, still: _Still) -> None:
     if still.value is None:
         logger.warning(
-            f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was undone, but it "
-            f"cannot be restored: at {still.buffer.nbytes:,} bytes, it was too large to keep a copy of. From now on, "
-            "it is copied before each update."
+            f"The buffer {place[1]!r} of {type(place[0]).__name__} first changed in an update that was skipped or "
+            f"retried, and it cannot be restored: it had not changed before, so no copy of its "
+            f"{still.buffer.nbytes:,} bytes was kept. From now on, it is copied before each update."
         )
 
 

@@ -163,9 +163,9 @@ def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
     if ended and not allowed:
         raise CheckpointError(
             [
-                f"`resume` found {checkpoint.path}, but that run ended at update {len(checkpoint.windows)}, which was "
-                f"not finite: {ended} To continue after it, fix the cause and name in `allow_changed` what you have "
-                "changed (`['train_data']` for fixed rows)."
+                f"`resume` found {checkpoint.path}, but that run ended at update {len(checkpoint.windows)}, whose loss "
+                f"or gradient was not finite: {ended} To continue after it, fix the cause and name in `allow_changed` "
+                "what you have changed (`['train_data']` for fixed rows)."
             ]
         )
 

@@ -174,12 +174,15 @@ class TrainState:
             self._best.weights = load_file(kept)
         elif of_this_model and of_epoch is not None:
             self._best.weights = load_file(of_epoch / WEIGHTS)
-            self._log_once(f"Loaded the weights of epoch {epoch}, the best so far, from {of_epoch}.")
+            self._log_once(
+                f"The checkpoint has no copy of the best weights so far, so those of epoch {epoch} are loaded from "
+                f"{of_epoch}."
+            )
         else:
             self._best.loss = math.inf
             self._log_once(
-                f"The weights of epoch {epoch}, the best so far, were not kept. `restore_best_weights` will use the "
-                "best of the remaining epochs."
+                f"The checkpoint has no weights of epoch {epoch}, the best so far, for this model. "
+                "`restore_best_weights` will use the best of the remaining epochs."
             )
 
     def restore_generators(self, checkpoint: "Checkpoint", seed: int) -> None:

@@ -45,9 +45,9 @@ class Documents:
             if any(packed) and not packed[place] and starts_of(of_row)[1:].any():
                 raise OddRowError(
                     place,
-                    f"its `position_ids` jump at token {first_restart(of_row)}. The model takes that for another "
-                    "document if any row of its batch is packed",
-                    "Give every row an `attention_mask` with an entry for each pair of tokens.",
+                    f"its `position_ids` jump at token {first_restart(of_row)}. In a batch with packed rows, the "
+                    "model takes that for the start of another document",
+                    "Give every row a two-dimensional `attention_mask` of shape (tokens, tokens).",
                 )
         return any(packed)
 

@@ -215,8 +215,9 @@ class Loader:
             raise
         except Exception as error:
             raise DataError(
-                f"The loss items of {self._rows.names_of(piece.rows)} of `{self._rows.argument}` cannot be counted: "
-                f"{error!r}. Check their labels, or `count_items`."
+                "The items that the loss is a mean over cannot be counted for "
+                f"{self._rows.names_of(piece.rows)} of `{self._rows.argument}`: {error!r}. "
+                "Check their labels, or `count_items`."
             ) from error
         names = f"{self._rows.names_of(piece.rows)} of `{self._rows.argument}`"
         return MicroBatch(batch, counts, _counted(counts), piece, *_sizes(batch), names)
@@ -253,8 +254,8 @@ class Loader:
                 if terms := _counted(self._objective.count(batch)):
                     return batch, terms
         raise DataError(
-            f"{self._rows.describe_all} has no row that counts in the loss (all have 0 loss items). Check the "
-            f"labels, or `count_items`.{self._rows.if_none_is_fit}"
+            f"{self._rows.describe_all} has no row that counts in the loss. Check its labels, or `count_items`."
+            f"{self._rows.if_none_is_fit}"
         )
 
 

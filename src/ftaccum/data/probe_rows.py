@@ -89,8 +89,9 @@ def sample_of(
     in_rows = can_be_taken_apart(together, len(positions))
     if row_collator.draws and not in_rows:
         raise DataError(
-            "`data_collator` draws at random, so each window must be collated once and then split. But some tensors of "
-            "its batches do not have the rows along their first dimension. Make it return one tensor row for each row."
+            "`data_collator` is random, so the rows of an update must be collated as one batch, which is then split "
+            "into micro-batches. But some tensors of its batches do not have the rows along their first dimension. "
+            "Return tensors whose first dimension is the number of rows."
         )
 
     def cut_to_fit(groups: Groups) -> list[Batch]:

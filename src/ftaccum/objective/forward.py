@@ -132,7 +132,7 @@ class Forward:
     @property
     def counted_by(self) -> str | None:
         """The way to count, if it is known: only for the next-token loss, which is computed here."""
-        return "labels after the shift" if self._read_loss is _next_token_loss else None
+        return "labels after the next-token shift" if self._read_loss is _next_token_loss else None
 
     def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
         """Return how many classes the targets choose from, read off the model's logits.

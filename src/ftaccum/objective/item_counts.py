@@ -57,7 +57,7 @@ class ItemCounter:
         self.ways: dict[str, CountItems] = {
             "class weights": self._weights,
             "labels": self._labels,
-            "labels after the shift": self._shifted_labels,
+            "labels after the next-token shift": self._shifted_labels,
             "rows": rows_of,
             "elements": self._elements,
             "tokens": _tokens,
@@ -71,7 +71,7 @@ class ItemCounter:
         integers = not targets.is_floating_point()
         names = [*(["labels"] if integers else []), "rows", "elements"]
         if integers and targets.ndim == 2 and targets.shape[1] > 1:
-            names.insert(1, "labels after the shift")
+            names.insert(1, "labels after the next-token shift")
         if integers and self._class_weights is not None:
             names.insert(0, "class weights")
         return {name: self.ways[name] for name in names} | self.of_inputs(batch)

@@ -74,15 +74,15 @@ class Objective:
     def _check_terms(self, found: Means, counts: Counts, terms: Sequence[str], rows: str) -> None:
         for term in (term for term in found if term not in self.terms):
             raise DataError(
-                f"The loss of {rows} has a term {term!r}, which none of the rows checked before training had, so its "
-                "items cannot be counted. Give `count_items`: a function that returns a dict with the number of items "
-                f"of every term, {[*self.terms, term]}, and 0 for a term without items."
+                f"The loss of {rows} has a term {term!r}, which none of the rows checked before training had, so it is "
+                "unknown which items it is a mean over. Give `count_items`: a function that returns a dict with the "
+                f"number of items of every term, {[*self.terms, term]}, and 0 for a term without items."
             )
         absent = [term for term in terms if term not in found and counts[term]]
         for term in (term for term in absent if term not in self.report.absent_is_zero):
             raise DataError(
-                f"The loss of {rows} has no term {term!r}, but {counts[term]:g} items of it are counted there "
-                f"({self.report.ways[term]}). Return the term, or give a `count_items` that returns 0 for it."
+                f"The loss of {rows} has no term {term!r}, but it should be a mean over {counts[term]:g} items there "
+                f"(counted: {self.report.ways[term]}). Return the term, or give a `count_items` that returns 0 for it."
             )
         for term in (term for term in found if term not in terms and not counts[term]):
             refuse_mean_over_nothing(term, found[term].item(), rows)
@@ -95,10 +95,10 @@ def refuse_other_counts(watched: WatchedBatch, count: Callable[[Batch], Counts],
     left = count(watched.as_seen())
     for term in (term for term in counts if not math.isclose(left[term], counts[term])):
         raise DataError(
-            f"The forward pass of {rows} changes {', '.join(f'`{name}`' for name in changed)} of a batch in place, and "
-            f"{left[term]:g} loss items are left of {counts[term]:g}. Items are counted before the pass, so the "
-            "gradient would be wrong. Make the change in the data or in `data_collator` instead, or give a "
-            "`count_items` that counts only the items that are left."
+            f"The forward pass of {rows} changes {', '.join(f'`{name}`' for name in changed)} of a batch in place. "
+            f"Afterwards, the loss is a mean over {left[term]:g} items, but {counts[term]:g} were counted before the "
+            "pass, so the gradient would be wrong. Make the change in the data or in `data_collator` instead, or give "
+            "a `count_items` that counts only the items that are left after it."
         )
 
 
@@ -106,6 +106,6 @@ def refuse_mean_over_nothing(term: str, mean: float, rows: str) -> None:
     """Raise DataError if a term without items in a batch has a mean other than 0."""
     if math.isfinite(mean) and mean:
         raise DataError(
-            f"The term {term!r} of the loss of {rows} is {mean:.3g}, but no items of it are counted there, so "
-            "training would ignore it. Give a `count_items` that counts its items."
+            f"The term {term!r} of the loss of {rows} is {mean:.3g}, but no items are counted for it there, so "
+            "training would ignore it. Give a `count_items` that counts the items that it is a mean over."
         )

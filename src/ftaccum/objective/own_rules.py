@@ -45,7 +45,7 @@ class Items:
         return values[targets != self.ignore_index]
 
     def __str__(self) -> str:
-        return "labels after the shift" if self.shifted else "labels"
+        return "labels after the next-token shift" if self.shifted else "labels"
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ class ValueWeights:
         places = torch.searchsorted(values, found).clamp(max=len(values) - 1)
         if (unknown := values[places] != found).any():
             raise DataError(
-                f"The value {found[unknown][0].item():g} of {self.items.column!r} is in none of the rows on which the "
-                "loss's weights were measured. Give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`, or `count_items`."
+                f"The loss weights items by {self.items.column!r}. The check before training measured the weights on a "
+                f"few rows, none of which has the value {found[unknown][0].item():g}. Give "
+                "`nn.CrossEntropyLoss(weight=…)` as `loss_fn`, or `count_items`."
             )
         return float(torch.tensor(self.weights, dtype=torch.float64)[places].sum())
 

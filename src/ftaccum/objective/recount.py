@@ -17,8 +17,6 @@ from .row_weights import Weights, weigh_rows, weigh_values
 from .sample import RowGroup, Sample
 
 _NAMED = 3  # rows to name in a message
-_UNCERTAIN = 1e-2  # relative; a weight with a larger error is too uncertain to use
-_DIGITS = 3  # at most, of a round weight
 _UNLIKE = 1e-3  # relative; messages name rows whose items weigh more or less than others by more than this
 
 
@@ -40,6 +38,8 @@ class Observed:
         if not math.isfinite(self.joint.get(term, math.nan)):
             return 0.0
         means = [{term: mean.get(term, math.nan)} for mean in self.means]
+        if any(_is_loss(mean[term]) and not count(part) for mean, part in zip(means, self.parts, strict=True)):
+            return math.inf  # a mean over nothing would be 0 or not finite
         return difference(self.joint, means, self.parts, term, count)
 
 
@@ -113,20 +113,15 @@ class RareCheck:
         return weigh_rows(lambda rows: self._losses(group.take(rows)).get(term, math.nan), group)
 
     def _weighted(self, weights: Sequence[Weights]) -> Iterator[CountItems]:
-        """Yield counts that weight the values of one column such that the rows weigh as measured.
-
-        Each count comes twice: first with weights rounded within their error, then with the weights as measured.
-        """
+        """Yield counts that weight the values of one column such that the rows weigh as measured."""
         rows = [(g, n) for g in self._groups for n in range(len(g.names))] if self._has_all_labels else []
         for items in items_of(self._groups[0].together, self._ignore_index) if rows else ():
             of_rows = [items.values(group.take([n])).cpu().double().numpy() for group, n in rows]
             values = np.unique(np.concatenate(of_rows))
             counts_NV = np.array([[np.sum(row == value) for value in values] for row in of_rows], dtype=float)
-            solved = weigh_values(weights, counts_NV)
-            if solved is None or (solved.errors > _UNCERTAIN * np.maximum(solved.values, 1.0)).any():
-                continue
-            for each_V in (_round(solved), solved.values):
-                yield ValueWeights(items, values.tolist(), each_V.tolist())
+            found = weigh_values(weights, counts_NV)
+            if found is not None and (found := found.rounded()).are_certain:
+                yield ValueWeights(items, values.tolist(), found.values.tolist())
 
     def _at_fault(self, weights: Sequence[Weights], count: CountItems) -> str:
         """Return, for a message, the rows whose items weigh more or less than those of the first row."""
@@ -142,10 +137,5 @@ class RareCheck:
         return ", ".join(named[:_NAMED]) + more
 
 
-def _round(weights: Weights) -> np.ndarray:
-    """Return for each weight the roundest number within its error; the weight itself if there is none."""
-    found = weights.values
-    for digits in range(_DIGITS, 0, -1):
-        rounded = np.array([float(f"{weight:.{digits}g}") for weight in weights.values])
-        found = np.where(np.abs(rounded - weights.values) <= weights.errors, rounded, found)
-    return found
+def _is_loss(mean: float) -> bool:
+    return math.isfinite(mean) and mean != 0

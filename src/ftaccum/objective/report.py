@@ -86,12 +86,12 @@ class ExactnessReport:
     @property
     def counted_by(self) -> str:
         """The description of what the loss is a mean over, for a message."""
-        not_exactly = dict.fromkeys(self._unexplained, ", NOT exactly")
-        not_exactly |= dict.fromkeys(self._mixed, ", NOT exactly in train mode")
+        not_exactly = dict.fromkeys(self._unexplained, ", only approximately")
+        not_exactly |= dict.fromkeys(self._mixed, ", only approximately in train mode")
         named = {term: f"{way} for {term!r}" if len(self.ways) > 1 else way for term, way in self.ways.items()}
         words = "; ".join(words + not_exactly.get(term, "") for term, words in named.items())
         words = f"{words} (measured)" if self.measured and not not_exactly else words
-        return f"{words}; {self.not_looked_at} not measured" if self.not_looked_at else words
+        return f"{words}; the check before training did not cover {self.not_looked_at}" if self.not_looked_at else words
 
     @property
     def mixes_rows(self) -> bool:
@@ -110,7 +110,10 @@ class ExactnessReport:
         wholes = [term for term in unexplained if term not in (*self.parts, *self.at_fault)]
         found += [self._of_part(term) for term in unexplained if term in self.parts]
         if wholes:
-            found.append(f"The loss is not a mean over countable items: {self._clauses(wholes)}. {self._cure(wholes)}")
+            found.append(
+                "The loss is not a mean over items that can be counted, such as labels or rows: "
+                f"{self._clauses(wholes)}. {self._cure(wholes)}"
+            )
         found += [self._of_train_mode(self._mixed)] if self._mixed else []
         found += [self._of_gradient()] if self.gradient.off else []
         found += [self._of_hooks()] if self.gradient_hooks else []
@@ -125,9 +128,9 @@ class ExactnessReport:
         if self.own_loss or not self.explanation.padding_sensitive:
             return None
         return (
-            "Padding counts in the loss: rows padded to their own width, and to the width of longer rows, differ by up "
-            f"to {_percent(self.explanation.padding)}. Every window is padded to one width, so accumulating it is "
-            "exact. But the loss of a row depends on the longest row of its window. If this is not intended, ignore "
+            "Padding counts in the loss: rows padded to the length of longer rows change their loss by up to "
+            f"{_percent(self.explanation.padding)}. All rows of an update are padded to one length, so accumulation "
+            "is exact. But the loss of a row depends on the longest row of its update. If this is not intended, ignore "
             "positions where `attention_mask` is 0, in the loss or in the model."
         )
 
@@ -146,13 +149,13 @@ class ExactnessReport:
     def _clauses(self, terms: Sequence[str]) -> str:
         return "; ".join(
             f"{term!r} over separate micro-batches, weighted by {self.ways[term]}, is up to "
-            f"{_percent(self._unexplained[term])} off its value over one batch"
+            f"{_percent(self._unexplained[term])} off its value for the same rows in one batch"
             for term in terms
         )
 
     def _cure(self, terms: Sequence[str]) -> str:
         if self.explanation.adds_up and not self.sums:
-            return "The losses of the micro-batches add up, so the loss is a sum: give `reduction='sum'`."
+            return "The losses of the micro-batches add up to that of one batch, so it is a sum: set `reduction='sum'`."
         term = terms[0]
         if abs(self.single_rows[term]) < 1e-3 * abs(self.joint[term]):
             return (
@@ -169,19 +172,19 @@ class ExactnessReport:
     def _of_rows_at_fault(self, term: str) -> str:
         return (
             f"The loss is a mean over {self.ways[term]} for most rows, but not for all: in {term!r}, items of some "
-            f"rows weigh more or less than those of others ({self.at_fault[term]}), and the loss over separate "
-            f"micro-batches is up to {_percent(self._unexplained[term])} off its value over one batch. Accumulating it "
-            f"only approximates one large batch. {_OF_WEIGHTS} If it ignores or weights items by another rule, give "
-            "`count_items`."
+            f"rows weigh more or less than those of others ({self.at_fault[term]}). So the loss over separate "
+            f"micro-batches is up to {_percent(self._unexplained[term])} off its value for the same rows in one batch, "
+            f"and accumulating it only approximates one large batch. {_OF_WEIGHTS} If it ignores or weights items by "
+            "another rule, give `count_items`."
         )
 
     def _of_part(self, term: str) -> str:
         share = abs(self.joint[term]) / (sum(map(abs, self.joint.values())) or 1)
         of_loss = f", {_percent(share)} of the loss," if share else ""
         return (
-            f"{term!r}{of_loss} looks at the rows of a batch together, as a router's balance over its experts does: "
-            f"{self._clauses([term])}. Training uses that weighted mean, which is as close to one large batch as "
-            "micro-batches come. More tokens per micro-batch make it closer."
+            f"{term!r}{of_loss} depends on the rows of a batch together, like the load-balancing loss of a mixture of "
+            f"experts: {self._clauses([term])}. Training uses this weighted mean over the micro-batches, which only "
+            "approximates one large batch. More tokens per micro-batch bring it closer."
         )
 
     def _of_train_mode(self, mixed: Mapping[str, float]) -> str:
@@ -192,10 +195,10 @@ class ExactnessReport:
         cause = f"{named} {verb} the rows of a batch" if mixing else "something mixes the rows of a batch"
         alone = f" A micro-batch of a single row cannot be computed at all ({complaint})." if complaint else ""
         return (
-            f"In train mode, {term!r} over separate micro-batches is up to {_percent(off)} off its value over one "
-            f"batch, although the two agree in eval mode: {cause}, so accumulating only approximates one large batch."
-            f"{alone} If this is a batch norm, use a norm over the features of one row (GroupNorm, LayerNorm), one "
-            "with fixed statistics (FrozenBatchNorm2d), or a larger `batch_size`."
+            f"In train mode, {term!r} over separate micro-batches is up to {_percent(off)} off its value for the same "
+            f"rows in one batch, although the two agree in eval mode: {cause}, so accumulating only approximates one "
+            f"large batch.{alone} If this is a batch norm, use a norm over the features of one row (GroupNorm, "
+            "LayerNorm), one with fixed statistics (FrozenBatchNorm2d), or a larger `batch_size`."
         )
 
     def _of_gradient(self) -> str:
@@ -203,10 +206,11 @@ class ExactnessReport:
         ways = " and ".join(dict.fromkeys(self.ways.values()))
         return (
             f"The gradient over separate micro-batches, weighted by {ways}, is {_percent(self.gradient.off)} off that "
-            f"of one batch, although the losses agree. The parameters that differ most: {named}. Hooks, autograd "
-            "functions and layers that clamp, normalize or scale a gradient (`scale_grad_by_freq`) act on every "
-            "micro-batch. Do this once per update, as `gradient_clip_norm` does, or raise `batch_size` to the rows of "
-            "an update. If there is nothing of the kind, the items may be counted wrong: give `count_items`."
+            f"of the same rows in one batch, although the losses agree. The parameters that differ most: {named}. "
+            "Hooks, autograd functions and layers that clamp, normalize or scale a gradient (`scale_grad_by_freq`) act "
+            "on every micro-batch. Do this once per update, as `gradient_clip_norm` does, or raise `batch_size` to the "
+            "rows of an update. If the model does none of this, the items that the loss is a mean over may be counted "
+            "wrong: give `count_items`."
         )
 
     def _of_hooks(self) -> str:
@@ -218,29 +222,30 @@ class ExactnessReport:
 
     def _of_zero(self, term: str) -> str:
         return (
-            f"{term!r} is 0 in all rows that were measured, so it is unknown which items it is a mean over, and it is "
-            f"weighted by {self.ways[term]}. Give `count_items`: a function that returns a dict with the number of "
-            "items of every term."
+            f"{term!r} is 0 in all rows that were checked before training, so it is unknown which items it is a mean "
+            f"over. Micro-batches are weighted by {self.ways[term]}. Give `count_items`: a function that returns a "
+            "dict with the number of items of every term."
         )
 
     def _of_hidden_state(self) -> str:
         off, places = _percent(self.hidden_state.off), self.hidden_state.places
         if places:
             named = ", ".join(places[:_NAMED]) + (", …" if len(places) > _NAMED else "")
-            found = f"A forward pass changes {named}, which the next one depends on: two passes of the same rows "
+            found = f"A forward pass changes {named}, which the next one depends on: two passes over the same rows "
         else:
-            found = "`forward` or `loss_fn` keeps state from one call to the next: two passes of the same rows "
+            found = "`forward` or `loss_fn` keeps state from one call to the next: two passes over the same rows "
         return (
-            f"{found}differ by {off}. An update of k passes changes the state k times, and one large batch only once. "
-            "Change it once per update instead, outside the forward pass."
+            f"{found}differ by {off} in their loss. An update of k micro-batches changes the state k times, but one "
+            "large batch changes it only once. Change it once per update instead, outside the forward pass."
         )
 
     def _of_drift(self) -> str:
         named = ", ".join(self.in_training.mixing[:_NAMED])
         return (
-            f"In train mode, a pass moves buffers that the next one depends on ({named}): two passes of the same rows "
-            f"differ by {_percent(self.in_training.drift)}. An update of k passes moves them k times, and one large "
-            "batch only once. Move them once per update instead, outside `forward`."
+            f"In train mode, a forward pass changes buffers that the next one depends on ({named}): two passes over "
+            f"the same rows differ by {_percent(self.in_training.drift)} in their loss. An update of k micro-batches "
+            "changes them k times, but one large batch changes them only once. Change them once per update instead, "
+            "outside `forward`."
         )
 
 

@@ -8,8 +8,10 @@ import numpy as np
 from .sample import RowGroup
 
 _REPEATS = 16  # of a row, at most, to weigh it against a heavier one
-_NOTHING = 1e-6  # relative; a smaller weight counts as 0
 _ROUNDING = 5e-7  # of a loss, relative; a few units in the last place of float32, in which many heads compute
+_DIGITS = 3  # at most, of a round weight
+_CLOSE = 0.01  # of a unit in the last digit; a weight with a larger error is near a round number by chance
+_CERTAIN = 1e-3  # relative; a weight with a larger error is too uncertain to use
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,36 @@ class Weights:
     values: np.ndarray
     errors: np.ndarray
 
+    def relative_to(self, unit: int) -> "Weights":
+        """Return the same weights in units of one of them."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = self.values / self.values[unit]
+            errors = (self.errors + np.abs(values) * self.errors[unit]) / self.values[unit]
+        errors[unit] = 0.0 if np.isfinite(values[unit]) else np.inf
+        return Weights(values, errors)
+
+    def rounded(self) -> "Weights":
+        """Return round weights where these are within the error, in a unit in which all are round if there is one."""
+        in_units = (self.relative_to(unit) for unit in np.flatnonzero(self.values > 0).tolist())
+        every = [self._rounded(), *(weights._rounded() for weights in in_units)]
+        return next((weights for weights in every if not weights.errors[weights.values > 0].any()), every[0])
+
+    @property
+    def are_certain(self) -> bool:
+        """Whether all errors are small, those of weights of 0 in comparison with the smallest other weight."""
+        smallest = self.values[self.values > 0].min(initial=np.inf)
+        return bool((self.errors <= _CERTAIN * np.maximum(self.values, smallest)).all())
+
+    def _rounded(self) -> "Weights":
+        values, errors = self.values.copy(), self.errors.copy()
+        last_digit = 10.0 ** np.floor(np.log10(np.where(values > 0, values, 1.0)))
+        for digits in range(_DIGITS, 0, -1):
+            rounded = np.array([float(f"{weight:.{digits}g}") for weight in self.values])
+            unit = last_digit / 10 ** (digits - 1)
+            fits = (np.abs(rounded - self.values) <= self.errors) & (self.errors <= _CLOSE * unit) & (rounded > 0)
+            values, errors = np.where(fits, rounded, values), np.where(fits, 0.0, errors)
+        return Weights(values, errors)
+
 
 def weigh_rows(loss: Callable[[Sequence[int]], float], group: RowGroup) -> Weights:
     """Return the weights of N rows, relative to the first row, or to another one if the first weighs nothing.
@@ -36,17 +68,15 @@ def weigh_rows(loss: Callable[[Sequence[int]], float], group: RowGroup) -> Weigh
         group: the rows.
     """
     alone_N = np.array([loss([n]) for n in range(len(group.names))])
-    gaps_NN = np.abs(alone_N[:, None] - alone_N)
+    with np.errstate(invalid="ignore"):
+        gaps_NN = np.abs(alone_N[:, None] - alone_N)
     np.fill_diagonal(gaps_NN, np.inf)
     counted = np.flatnonzero(np.isfinite(alone_N)).tolist()  # a row without a finite loss has no item that counts
     reference = max(counted, key=lambda n: gaps_NN[n, counted].min(), default=0)
     values_N, errors_N = np.zeros_like(alone_N), np.zeros_like(alone_N)
     for n in counted:
         values_N[n], errors_N[n] = (1.0, 0.0) if n == reference else _weight(loss, alone_N, reference, n)
-    unit = 0 if values_N[0] > _NOTHING else reference
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative_N = values_N / values_N[unit]
-        return Weights(relative_N, (errors_N + relative_N * errors_N[unit]) / values_N[unit])
+    return Weights(values_N, errors_N).relative_to(0 if values_N[0] > errors_N[0] else reference)
 
 
 def weigh_values(weights: Sequence[Weights], counts_NV: np.ndarray) -> Weights | None:
@@ -61,18 +91,18 @@ def weigh_values(weights: Sequence[Weights], counts_NV: np.ndarray) -> Weights |
         determine them.
     """
     wanted_N = np.concatenate([each.values for each in weights])
-    errors_N = np.concatenate([each.errors for each in weights]) + _ROUNDING * np.abs(wanted_N) + _ROUNDING
-    is_comparable = len(weights) == 1 or all(each.values[0] > _NOTHING for each in weights)
+    errors_N = np.concatenate([each.errors for each in weights])
+    is_comparable = len(weights) == 1 or all(each.values[0] > 0 for each in weights)
     is_known = np.isfinite(wanted_N + errors_N).all() and np.linalg.matrix_rank(counts_NV) == counts_NV.shape[1]
-    if not (is_comparable and is_known):
+    if not (is_comparable and is_known and (wanted_N > 0).any()):
         return None
+    errors_N += _ROUNDING * np.maximum(np.abs(wanted_N), wanted_N[wanted_N > 0].min())
     inverse_VN = np.linalg.pinv(counts_NV / errors_N[:, None])  # rows with larger errors count for less
     values_V, errors_V = inverse_VN @ (wanted_N / errors_N), np.abs(inverse_VN).sum(1)
-    values_V = np.where(np.abs(values_V) < np.maximum(errors_V, _NOTHING * values_V.max()), 0.0, values_V)
+    values_V = np.where(np.abs(values_V) <= errors_V, 0.0, values_V)
     if (values_V < 0).any() or not values_V.any():
         return None
-    common = values_V[np.where(values_V > 0, counts_NV.sum(0), 0).argmax()]
-    return Weights(values_V / common, errors_V / common)
+    return Weights(values_V, errors_V).relative_to(int(np.where(values_V > 0, counts_NV.sum(0), 0).argmax()))
 
 
 def _weight(loss: Callable[[Sequence[int]], float], alone_N: np.ndarray, reference: int, n: int) -> tuple[float, float]:

@@ -152,7 +152,7 @@ class _Measurement:
         names |= {term: recount.name for term, recount in recounts.items()}
         own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
         by_term = _chosen(ways, names, own_rules)
-        shifts = "labels after the shift" in nearest.values()
+        shifts = "labels after the next-token shift" in nearest.values()
         return _Counts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
 
     def _explain(self, losses: Losses, chosen: Mapping[str, CountItems], tolerance: float) -> Explanation:

@@ -17,7 +17,7 @@ from .item_counts import Batch
 _SPANS = {"start_positions": "start_logits", "end_positions": "end_logits"}
 _EQUAL = 1e-6  # relative; both sides compute the same sums in the same way
 
-WITHIN = "answers within the width"
+WITHIN = "answers within the padded length"
 
 
 def span_losses(outputs: Any, batch: Batch) -> dict[str, Tensor] | None:

@@ -87,9 +87,9 @@ class ObservedPasses:
         for term in (term for term in sorted(absent) if term in unexplained or term not in self.shown):
             raise SettingsError(
                 [
-                    f"The loss has the term {term!r} for some rows and not for others, and no way to count its items "
-                    "explains the loss. Give `count_items`: a function that returns a dict with the number of items "
-                    f"of every term, {[*counts]}, and 0 for a term without items."
+                    f"The loss has the term {term!r} for some rows and not for others, and the check before training "
+                    "could not find out which items it is a mean over. Give `count_items`: a function that returns "
+                    f"a dict with the number of items of every term, {[*counts]}, and 0 for a term without items."
                 ]
             )
         return sorted(absent)
@@ -103,9 +103,9 @@ class ObservedPasses:
         for batch, watched in self.changes if unexplained else []:
             if targets := watched.changed_targets(batch):
                 raise DataError(
-                    f"The forward pass changes {targets} of a batch in place, and no way to count the loss items "
-                    "before the pass explains the loss. Make the change in the data or in `data_collator` instead, or "
-                    "give a `count_items` that counts only the items that are left."
+                    f"The forward pass changes {targets} of a batch in place, so the items that the loss is a mean "
+                    "over cannot be counted before the pass. Make the change in the data or in `data_collator` "
+                    "instead, or give a `count_items` that counts only the items that are left after it."
                 )
         return any(_counted(counts, batch) != _counted(counts, watched.as_seen()) for batch, watched in self.changes)
 
@@ -127,7 +127,11 @@ def check_means(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]
         faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))
         are_some = 0 < len(faulty) < len(set(sample.names))
         looked_at = "in these rows" if are_some else "in the model's weights and in the rows"
-        of_others = " If the term has no items in these rows, give `count_items`." if len(counts) > 1 else ""
+        of_others = (
+            " If the term should not count for these rows, give a `count_items` that returns 0 for it."
+            if len(counts) > 1
+            else ""
+        )
         raise DataError(
             f"The {term} of {', '.join(faulty) if are_some else ROWS} of `train_data` is {loss} before any update. "
             f"Look for infinite or NaN values {looked_at}.{of_others}"

@@ -128,5 +128,5 @@ def describe_sizes(batch_sizes: BatchSizes, rate_scaling: str) -> list[str]:
         f"Gradient accumulation steps: {over_training(sizes.gradient_accumulation_steps for _, sizes in stages)}",
         f"Processes: {batch_sizes.num_processes}",
         f"Effective batch size: {over_training(sizes.effective_batch_size for _, sizes in stages)}",
-        *([f"Learning rate times: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
+        *([f"Learning rate factor: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
     ]

@@ -159,10 +159,12 @@ class Plan(BasePlan):
         wanted = max(sizes.effective_batch_size for update, sizes in stages if update < self.n_windows)
         late = [update for update, _ in stages if update >= self.n_windows]
         found = {
-            f"an update wants {wanted} rows, but an epoch has only {self.n_rows}, so each epoch is one update": (
+            f"an epoch has only {self.n_rows} rows, so an update has at most {self.n_rows} rows instead of {wanted}": (
                 wanted > self.n_rows and self.remainder == "flush"
             ),
-            f"the run ends before update {min(late, default=0)}, where k would change": bool(late),
+            (
+                f"the run ends before update {min(late, default=0)}, where `gradient_accumulation_steps` would change"
+            ): bool(late),
             f"the epochs end before `max_updates`, {self.max_updates}; increase `n_epochs` for more updates": (
                 self.n_windows < (self.max_updates or 0)
             ),

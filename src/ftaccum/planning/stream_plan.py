@@ -98,14 +98,14 @@ class StreamPlan(BasePlan):
 
     def __str__(self) -> str:
         """Return the arithmetic of the run, as lines of text."""
-        left = "is flushed" if self.remainder == "flush" else "is carried into the next epoch"
+        left = "make a smaller update" if self.remainder == "flush" else "are carried into the next epoch"
         passes = "1 pass" if self.n_epochs == 1 else f"{self.n_epochs} passes"
         return "\n".join(
             [
                 "Training samples: a stream",
                 *describe_sizes(self.batch_sizes, self.rate_scaling),
                 f"Updates: {self.max_updates} (`max_updates`), or fewer if the stream ends first ({passes})",
-                *([f"Updates per epoch: not known beforehand; a remainder {left}"] if self.n_epochs > 1 else []),
+                *([f"Updates per epoch: not known beforehand; rows left over {left}"] if self.n_epochs > 1 else []),
                 *([f"Validation samples: {self.n_validation_rows}"] if self.n_validation_rows else []),
             ]
         )

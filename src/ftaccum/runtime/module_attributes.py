@@ -61,8 +61,8 @@ class ModuleAttributes:
 @functools.cache
 def _warn_if_lost(place: str) -> None:
     logger.warning(
-        f"{place} changes in ftaccum's checks and cannot be restored afterwards: it is too large to copy, or contains "
-        "objects that cannot be copied. Make it a buffer (`register_buffer`)."
+        f"{place} changes in the forward passes of ftaccum's checks and cannot be restored afterwards: it is too large "
+        "to copy, or contains objects that cannot be copied. Make it a buffer (`register_buffer`)."
     )
 
 

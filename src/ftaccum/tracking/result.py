@@ -166,10 +166,10 @@ class Result(Mapping[str, Any]):
         worst = max(self.audits, key=lambda audit: audit["error"])
         share = sum(audit["seconds"] for audit in self.audits) / self.training_time
         n_off = sum(audit["error"] > audit["tolerance"] for audit in self.audits)
-        verdict = f"{n_off} NOT exact, worst" if n_off else "exact, worst"
+        verdict = f"{n_off} NOT exact, largest" if n_off else "all exact, largest"
         return (
-            f"{len(self.audits)} of {len(self.loss_history):,} updates ({share:.1%} of the time): {verdict} "
-            f"{worst['error']:.0e} (rounding up to {worst['tolerance']:.0e})"
+            f"{len(self.audits)} of {len(self.loss_history):,} updates checked ({share:.1%} of the time): {verdict} "
+            f"relative error {worst['error']:.0e} (tolerance {worst['tolerance']:.0e})"
         )
 
     def save(self, path: str | Path) -> None:

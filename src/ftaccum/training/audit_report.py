@@ -66,7 +66,7 @@ def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, 
         return f"Audit of update {update}: {remedy[0].lower()}{remedy[1:]}"
     parts = list(audit.parameters.items())
     named = ", ".join(f"{name} ({share:.0%})" for name, share in parts[:_NAMED])
-    other = "one batch of the same rows" if audit.reference != ANOTHER_CUT else "another split of the same rows"
+    other = "the same rows in one batch" if audit.reference != ANOTHER_CUT else "the same rows in other micro-batches"
     return (
         f"Audit of update {update}: the accumulated gradient of {audit.n_rows} rows differs by "
         f"{_percent(audit.error)} from the gradient of {other} (tolerance {tolerance:.0e}). Parameters with the "

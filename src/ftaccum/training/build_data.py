@@ -59,7 +59,7 @@ class TrainingData:
     def notes(self) -> list[str]:
         """Return the banner's lines about the data and the loss."""
         objective = self.objective
-        widths = ", rows padded to one width per window" if objective.padding_sensitive else ""
+        widths = ", rows padded to one length per update" if objective.padding_sensitive else ""
         notes = [*self.text_notes, f"Loss: mean over {objective.report.counted_by}{widths}"]
         if self.packed:
             notes.append("Rows: packed; `position_ids` keep their documents apart")

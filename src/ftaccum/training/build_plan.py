@@ -94,7 +94,7 @@ def refuse_single_rows(data: TrainingData, plan: BasePlan, planner: MicroBatchPl
         if 1 not in sizes:
             continue
         carry = "" if plan.remainder == "carry" else ", or give `remainder='carry'`"
-        left_over = f"Choose `batch_size` and the update size so that no single row is left over, drop a row{carry}."
+        left_over = f"Choose `batch_size` and the update size so that no single row is left over. Or drop a row{carry}."
         raise DataError(
             f"In train mode, the model cannot process a micro-batch of a single row ({complaint}), but the "
             f"micro-batches of update {window.index + 1} have these numbers of rows: {', '.join(map(str, sizes))}. "
@@ -108,8 +108,8 @@ def describe_cut(runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchP
     found = " (the most that fit in memory or in an update)" if runtime.batch_size == "auto" else ""
     layout = "; rows concatenated, without padding" if runtime.padding_free else ""
     # If all rows are as wide as the longest, or lengths are unknown, full micro-batches cost least.
-    cut = "to minimize cost" if planner.costs is not None and knows_lengths else "in order of arrival"
-    line = f"Micro-batches: at most {most}{found}; windows cut {cut}{layout}"
+    cut = "to minimize its estimated cost" if planner.costs is not None and knows_lengths else "in order of arrival"
+    line = f"Micro-batches: at most {most}{found}; each update is split {cut}{layout}"
     if runtime.max_tokens is not None and batch_sizes.gradient_accumulation_steps == 1 and not batch_sizes.later:
         rows = batch_sizes.effective_batch_size
         line += f"\nNote: an update has {rows} rows, as `batch_size` says; set `effective_batch_size` for more"

@@ -73,15 +73,15 @@ def check_groups(optimizer: Optimizer, given: Collection[str]) -> None:
         )
     if any(not sets_its_own(group) and not _is_number(group.get("lr")) for group in optimizer.param_groups):
         faults.append(
-            f"A parameter group of {kind} has no number as `lr`, which the schedule sets. Give it one. An optimizer "
-            "that holds others must use their `param_groups` as its own."
+            f"A parameter group of {kind} has no numeric `lr`, which the learning rate schedule sets. Give every group "
+            "an `lr`. An optimizer that wraps others must have the parameter groups of these as its `param_groups`."
         )
     own = {id(group) for group in optimizer.param_groups}
     for inner in inner_optimizers(optimizer):
         if any(id(group) not in own for group in inner.param_groups):
             faults.append(
-                f"{kind} holds {type(inner).__name__}, whose parameter groups are not its own, so the schedule does "
-                "not reach them. Make its `param_groups` those of the optimizers that it holds."
+                f"{kind} wraps {type(inner).__name__} but does not share its parameter groups, so the learning rate "
+                f"schedule cannot change them. Put the same dicts into the `param_groups` of {kind}."
             )
     refuse(faults)
 

@@ -21,12 +21,13 @@ from .config import RunConfig
 from .nonfinite import NonFiniteUpdate
 
 _NOT_TRAINING = (
-    "This happened before the first update of this start or after the last one. To continue from the newest checkpoint "
+    "This happened before the first update of this call or after its last one. To continue from the newest checkpoint "
     "in `output_dir`, if there is one, make the same call with `resume='auto'`."
 )
 _NOT_REPEATABLE = (
-    "The rows or the collator draw from a random number generator of their own, so a resumed run will get different "
-    "draws after the interruption. Draws from `random`, `numpy.random` and `torch` would be the same."
+    "`train_data` or `data_collator` uses its own random number generator, whose state is not saved in checkpoints. A "
+    "resumed run will get other random numbers than an uninterrupted one. To make it repeatable, use the global "
+    "generators of `random`, `numpy.random` or `torch`."
 )
 
 

@@ -69,8 +69,8 @@ class Bench:
             loss = self.reference.loss(self.reference.batch(self.window, dtype=self.dtype)).item()
         if math.isnan(loss):
             raise DataError(
-                f"The loss of the {len(self.window)} rows of a window in one batch is {loss}. If none of them has loss "
-                "items, give another `random_seed`. Otherwise look for values that are not finite."
+                f"The loss of the {len(self.window)} rows of an update in one batch is {loss}. If none of them counts "
+                "in the loss, give another `random_seed`. Otherwise look for values that are not finite."
             )
         return loss
 

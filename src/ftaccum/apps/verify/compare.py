@@ -99,7 +99,10 @@ class Comparison:
             return [SplitResult(*split.summary, exact=False, note=_TOO_SMALL) for split in splits], 0.0
         wanted = bench.together(rows)
         if bench.whole(rows).is_dummy and not wanted.is_an_update:
-            return [SplitResult(*split.summary, exact=True, note="(no loss items: no update)") for split in splits], 0.0
+            return [
+                SplitResult(*split.summary, exact=True, note="(no row counts in the loss: no update)")
+                for split in splits
+            ], 0.0
         again = bench.together(rows, backwards=True, factor=1 / 3).error(wanted)
         return [self._accumulated(split, wanted, new_accumulator) for split in splits], max(gather_object([again]))
 
