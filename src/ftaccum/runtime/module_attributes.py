@@ -28,9 +28,9 @@ class ModuleAttributes:
 
     def __init__(self, *modules: nn.Module) -> None:
         everything = dict.fromkeys(inner for module in modules for inner in module.modules())
-        keeper = _Keeper()
+        snapshots = _Snapshots()
         self._kept = {
-            module: {name: keeper.keep(value) for name, value in _attributes(module)} for module in everything
+            module: {name: snapshots.keep(value) for name, value in _attributes(module)} for module in everything
         }
 
     def changed(self) -> list[str]:
@@ -76,37 +76,37 @@ def preserve_attributes(*modules: nn.Module) -> Iterator[None]:
         before.restore()
 
 
-class _Keeper:
+class _Snapshots:
     """A store of copied values, with one copy of an object that several modules share."""
 
     def __init__(self) -> None:
-        self.room = _BUDGET
-        self._known: dict[tuple[int, int], _Kept] = {}
+        self.bytes_left = _BUDGET
+        self._known: dict[tuple[int, int], _Snapshot] = {}
 
-    def keep(self, value: Any, depth: int = _DEPTH) -> "_Kept":
+    def keep(self, value: Any, depth: int = _DEPTH) -> "_Snapshot":
         key = id(value), 0 if isinstance(value, Tensor | np.ndarray) else depth
         if key not in self._known:
-            self._known[key] = _Kept(value, self, depth)
+            self._known[key] = _Snapshot(value, self, depth)
         return self._known[key]
 
 
-class _Kept:
+class _Snapshot:
     """One value and a copy of its mutable content, as far as the byte budget and the depth allow."""
 
-    def __init__(self, value: Any, keeper: _Keeper, depth: int) -> None:
+    def __init__(self, value: Any, snapshots: _Snapshots, depth: int) -> None:
         self.value = value
         self._version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
         self._copy: Any = None
-        self._inner: list[_Kept] = []
+        self._inner: list[_Snapshot] = []
         if isinstance(value, Tensor | np.ndarray):
             n_bytes = value.numel() * value.element_size() if isinstance(value, Tensor) else value.nbytes
-            if n_bytes <= keeper.room:
-                keeper.room -= n_bytes
+            if n_bytes <= snapshots.bytes_left:
+                snapshots.bytes_left -= n_bytes
                 self._copy = value.detach().clone() if isinstance(value, Tensor) else value.copy()
         elif depth and (items := _items_of(value)) is not None:
             self._copy = dict(items) if isinstance(items, dict) else set(items) if isinstance(items, set) else [*items]
             inner = items.values() if isinstance(items, dict) else items
-            self._inner = [keeper.keep(item, depth - 1) for item in inner if not isinstance(item, _PLAIN)]
+            self._inner = [snapshots.keep(item, depth - 1) for item in inner if not isinstance(item, _PLAIN)]
 
     def holds(self, value: Any) -> bool:
         """Return whether `value` is the kept one and has not changed."""

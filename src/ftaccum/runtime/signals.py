@@ -26,7 +26,7 @@ class StopSignals:
     """
 
     def __init__(self, sentence: str, numbers: tuple[int, ...] = ASKING) -> None:
-        """Create a keeper of signals.
+        """Create a handler that keeps signals until they are asked for.
 
         Args:
             sentence: text to print when the first signal arrives.
