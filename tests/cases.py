@@ -1,4 +1,4 @@
-"""Runs drawn at random, and what ought to become of each, worked out in a few lines without ftaccum."""
+"""Random runs and the expected result of each, computed in a few lines without ftaccum."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ from heads import CLASSES, IGNORED, PAD, VOCABULARY, one_batch
 from lazy_rows import LazyRows
 
 _LENGTHS = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 7, 12, 40])
-_COUNTED = st.sampled_from(["all", "all", "all", "some", "none"])  # of a row's labels
+_COUNTED = st.sampled_from(["all", "all", "all", "some", "none"])  # labels of a row that count
 _TINY = {
     "vocab_size": VOCABULARY, "pad_token_id": PAD, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
     "num_attention_heads": 2, "max_position_embeddings": 64,
@@ -27,7 +27,7 @@ _TINY = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A model in float64, rows for it, and its loss on several of them at once."""
+    """A model in float64, rows for it, and its loss on a batch of them."""
 
     model: Callable[[], nn.Module]
     row: Callable[[torch.Generator, int, str], Any]
@@ -60,7 +60,7 @@ def _next_token(draw: torch.Generator, length: int, counted: str) -> Any:
 
 
 def _one_class(draw: torch.Generator, length: int, counted: str) -> Any:
-    ids = _ids(draw, length or 1)  # of nothing but padding, what comes out depends on how much there is
+    ids = _ids(draw, length or 1)  # the output for a row of padding alone depends on the amount of padding
     return {"input_ids": ids, "labels": IGNORED if counted == "none" else ids[0] % CLASSES}
 
 
@@ -100,12 +100,12 @@ def _shifted(batch: Any) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A run: a kind of model, rows in one of the forms that they may have, and arguments of `test_fine_tuning`."""
+    """A run: a kind of model, rows in one of their possible forms, and arguments of `test_fine_tuning`."""
 
     kind: str
     form: str
-    shapes: tuple[tuple[int, str], ...]  # of each row, its length and which of its labels count
-    counted: str  # how its loss items are told: measured ("as it is"), "by the user", or of a loss that is a sum
+    shapes: tuple[tuple[int, str], ...]  # for each row, its length and which of its labels count
+    counted: str  # how loss items are counted: measured ("as it is"), "by the user", or for a loss "as a sum"
     arguments: dict[str, Any]
 
     @cached_property
@@ -114,18 +114,18 @@ class Case:
         return [KINDS[self.kind].row(draw, *shape) for shape in self.shapes]
 
     def data(self) -> Any:
-        """The rows, as a user might hand them over."""
+        """Return the rows in the form that a user might pass."""
         if self.form == "ids":
             return [torch.tensor(row["input_ids"], dtype=torch.int64) for row in self.rows]
         forms = {"list": list, "table": Dataset.from_list, "torch": LazyRows, "stream": _stream}
         return forms[self.form](self.rows)
 
     def validation_data(self) -> Any:
-        """The same rows once more, where they are a stream, of which none can be held out."""
+        """Return the same rows if they are a stream, since no rows can be held out from a stream."""
         return self.rows if self.form == "stream" and self.validation_split else None
 
     def loss(self) -> dict[str, Any]:
-        """The arguments that say what is trained on, where the model does not."""
+        """Return the arguments for the loss, if the model does not compute it itself."""
         if self.kind != "pairs":
             return {"count_items": _shifted} if self.counted == "by the user" and self.kind == "causal LM" else {}
         sums = self.counted == "as a sum"
@@ -140,7 +140,7 @@ class Case:
         return KINDS[self.kind].model().double()
 
     def __getattr__(self, name: str) -> Any:
-        """An argument, or its default."""
+        """Return an argument or its default."""
         if name.startswith("_"):
             raise AttributeError(name)
         return self.arguments.get(name, _DEFAULTS[name])
@@ -157,7 +157,7 @@ _DEFAULTS = {
 
 @st.composite
 def pairs(draw: st.DrawFn) -> Any:
-    """A number of accumulation steps that changes, as pairs or as text."""
+    """Draw a number of accumulation steps that changes, as pairs or as text."""
     later = draw(st.lists(st.integers(1, 9), unique=True, max_size=3).map(sorted))
     found = [(update, draw(st.integers(1, 5))) for update in (0, *later)]
     return draw(st.sampled_from([found, ",".join(f"{update}:{k}" for update, k in found)]))
@@ -200,13 +200,13 @@ def cases(draw: st.DrawFn) -> Case:
     sizes = draw(st.lists(st.sampled_from(sorted(_SIZES)), max_size=2, unique=True))
     others = draw(st.lists(st.sampled_from(sorted(_OTHERS)), max_size=8, unique=True))
     item_counter = draw(st.sampled_from(["as it is", "as it is", "by the user", "as a sum"]))
-    names = dict.fromkeys(["batch_size", "remainder", *sizes, *others])  # the first two in every case
+    names = dict.fromkeys(["batch_size", "remainder", *sizes, *others])  # the first two are in every case
     case = Case(kind, form, tuple(shapes), item_counter, {name: draw((_SIZES | _OTHERS)[name]) for name in names})
     return case if draw(st.integers(0, 4)) == 0 else _reconciled(case)
 
 
 def _reconciled(case: Case) -> Case:
-    """The same without what contradicts itself, most of which most cases would otherwise be refused for."""
+    """Return the case without contradictory arguments, for which most cases would be refused."""
     sizes = [name for name in case.arguments if name in _SIZES]
     drop = {
         "learning_rate_scaling": not _changes(case),
@@ -224,7 +224,7 @@ def _reconciled(case: Case) -> Case:
 
 
 def split(case: Case) -> tuple[list[Any], list[Any]]:
-    """Rows to train and to validate on."""
+    """Return the training rows and the validation rows."""
     if case.form == "stream":
         return case.rows, case.validation_data() or []
     n, share = len(case.rows), case.validation_split
@@ -235,7 +235,7 @@ def split(case: Case) -> tuple[list[Any], list[Any]]:
 
 
 def refused(case: Case) -> bool:
-    """Whether the run cannot be: by the words of the arguments, a contradiction, or rows that do not serve."""
+    """Return whether the run must be refused: for an invalid argument, a contradiction, or unusable rows."""
     train, val = split(case)
     longest = max(map(_length, case.rows))
     return any(
@@ -264,7 +264,7 @@ def _length(row: Any) -> int:
 
 
 def _asked(case: Case, train: Sequence[Any]) -> list[int]:
-    """Rows of an update, as often as they were asked for by something else than k."""
+    """Return the rows of an update that each argument other than k asks for."""
     mean = sum(map(_length, train)) / len(train)
     of_tokens = case.tokens_per_update and max(1, round(case.tokens_per_update / (mean or 1)))
     return [rows for rows in (case.effective_batch_size, of_tokens) if rows]
@@ -279,7 +279,7 @@ def _sizes_agree(case: Case, train: Sequence[Any]) -> bool:
 
 
 def steps(case: Case) -> list[tuple[int, int]]:
-    """Pairs (from_update, k)."""
+    """Return pairs (from_update, k)."""
     given = case.gradient_accumulation_steps
     if isinstance(given, str):
         return [(int(update), int(k)) for update, k in (pair.split(":") for pair in given.split(","))]
@@ -291,7 +291,7 @@ def k_of(case: Case, update: int) -> int:
 
 
 def windows(case: Case) -> list[tuple[int, list[Any]]]:
-    """Of each update, the epoch of its last row, and its rows."""
+    """Return, for each update, the epoch of its last row and its rows."""
     train, _ = split(case)
     asked = _asked(case, train)
     found: list[tuple[int, list[Any]]] = []
@@ -312,10 +312,10 @@ def windows(case: Case) -> list[tuple[int, list[Any]]]:
 
 
 def rates(case: Case, taken: Sequence[bool]) -> Iterator[float]:
-    """Of each update, the factor that the peak rate is multiplied by; one that is skipped does not count.
+    """Yield, for each update, the factor on the peak learning rate. The schedule does not count skipped updates.
 
     Args:
-        taken: of each, whether it was taken.
+        taken: for each update, whether it was taken.
     """
     n = case.max_updates if case.form == "stream" else len(taken)
     warmup = case.warmup_steps or math.ceil(case.warmup_ratio * n)

@@ -11,12 +11,12 @@ import pytest
 
 pytest_plugins = ["pytester"]
 
-# Before torch is imported: two OpenMP threads beside another busy process are far slower than one.
+# Set before torch is imported: two OpenMP threads are far slower than one while another process is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,13 +27,13 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Start each test from the same random numbers, so that it gives the same result alone, in any order, and again."""
+    """Seed each test equally, so that its result depends on neither the order of tests nor earlier ones."""
     set_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Metrics and tokenised tables are cached by `evaluate` and `datasets`; not in the user's home, here."""
+    """Keep the caches of `evaluate` and `datasets` out of the user's home."""
     folder = tmp_path_factory.getbasetemp() / "caches"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(folder / "metrics"))
@@ -41,7 +41,7 @@ def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
 
 @pytest.fixture(scope="session")
 def _launcher() -> Iterator[subprocess.Popen[str]]:
-    """Imports everything once for all scripts that these tests start."""
+    """Start the process that imports everything once for all scripts of these tests."""
     command = [sys.executable, str(TESTS / "launching.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -54,10 +54,10 @@ def _launcher() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def processes(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Runs a script of `processes/` on so many CPU processes (gloo), and returns what they printed.
+    """Return a function that runs a script of `processes/` on n CPU processes (gloo) and returns their output.
 
-    `accelerate.debug_launcher` would not do: after any Accelerator in the parent its children each believe that they
-    are alone. The scripts assert how many there are.
+    `accelerate.debug_launcher` does not work here: once the parent has made an Accelerator, each child takes itself for
+    a single process. The scripts assert the number of processes.
     """
 
     def run(n: int, script: str, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs `test_fine_tuning` on fixed weights, and holds every window's gradient against one batch in plain PyTorch."""
+"""Run `test_fine_tuning` on fixed weights and compare every window's gradient with one batch in plain PyTorch."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ from heads import RecordingOptimizer, Row, one_batch_gradient, relative_error
 
 
 def window_errors(model: nn.Module, rows: Sequence[Row], *, num_processes: int = 1, **arguments: Any) -> list[float]:
-    """The relative gradient error of each window, on this process. A weight that no row of a window uses must have no
-    gradient, not one of zeros.
+    """Return the relative gradient error of each window on this process.
+
+    A weight that no row of a window uses must have no gradient at all, rather than one of zeros.
 
     Args:
-        arguments: of `test_fine_tuning`: the sizes of an update, and whatever else.
+        arguments: of `test_fine_tuning`, such as the sizes of an update.
     """
     wanted = [one_batch_gradient(model, window) for window in windows_of(rows, num_processes, **arguments)]
     found = accumulated_gradients(model, rows, **arguments)
@@ -24,7 +25,7 @@ def window_errors(model: nn.Module, rows: Sequence[Row], *, num_processes: int =
 
 
 def windows_of(rows: Sequence[Row], num_processes: int = 1, **arguments: Any) -> list[list[Row]]:
-    """The rows of each window of the run."""
+    """Return the rows of each window of the run."""
     known = inspect.signature(plan).parameters
     planned = plan(
         len(rows),
@@ -37,7 +38,7 @@ def windows_of(rows: Sequence[Row], num_processes: int = 1, **arguments: Any) ->
 
 
 def accumulated_gradients(model: nn.Module, rows: Sequence[Row], **arguments: Any) -> list[dict[str, Tensor]]:
-    """The gradient of each window of the run, as the optimizer is given it."""
+    """Return the gradient of each window of the run as the optimizer receives it."""
     optimizer = RecordingOptimizer(model)
     test_fine_tuning(
         model,

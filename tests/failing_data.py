@@ -1,4 +1,4 @@
-"""Data sets that draw, raise, or kill the process that reads them."""
+"""Data sets that draw random numbers, raise, or kill the process that reads them."""
 
 import os
 import random
@@ -13,19 +13,19 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ftaccum import Result, test_fine_tuning
 
-# Of so many rows, row 17 is none of those that are looked at before training, and its window is the eighth of the first
-# epoch. The last window of an epoch is short.
+# With this many rows, row 17 is not in the sample that is read before training, and it is in the eighth window of the
+# first epoch. The last window of an epoch is short.
 N_ROWS, WINDOW, BEFORE_17 = 67, 6, 7
 
 
 def pair(index: int) -> tuple[Tensor, Tensor]:
-    """Four numbers and the two that are to be told from them, in float64."""
+    """Return four inputs and two targets in float64."""
     draw = torch.Generator().manual_seed(index)
     return torch.randn(4, generator=draw, dtype=torch.float64), torch.randn(2, generator=draw, dtype=torch.float64)
 
 
 class Pairs(Dataset[Any]):
-    """Numbered pairs, as they are."""
+    """Numbered pairs without noise."""
 
     def __len__(self) -> int:
         return N_ROWS
@@ -35,7 +35,7 @@ class Pairs(Dataset[Any]):
 
 
 class Noisy(Pairs):
-    """With noise from each of the three generators that the process shares."""
+    """Pairs with noise from the global generators of Python, NumPy and torch."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = pair(index)
@@ -43,14 +43,14 @@ class Noisy(Pairs):
 
 
 class SeldomNoisy(Noisy):
-    """With that noise in one row alone, which is none of those that are looked at."""
+    """Pairs with that noise in row 17 alone, which is not in the sample."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return super().__getitem__(index) if index == 17 else pair(index)
 
 
 class NoisyByItself(Pairs):
-    """With noise from a generator that nobody else knows."""
+    """Pairs with noise from a generator of their own."""
 
     def __init__(self) -> None:
         self.draw = np.random.default_rng()
@@ -61,7 +61,7 @@ class NoisyByItself(Pairs):
 
 
 class Raising(Pairs):
-    """Row 17 cannot be read by a process of this rank."""
+    """Pairs of which a process of this rank cannot read row 17."""
 
     def __init__(self, rank: str = "0") -> None:
         self.rank = rank
@@ -73,7 +73,7 @@ class Raising(Pairs):
 
 
 class Deadly(Noisy):
-    """Row 17 kills the worker that reads it, as often as there are lives in a folder."""
+    """Noisy pairs whose row 17 kills the worker that reads it, once for each file of a folder."""
 
     def __init__(self, folder: Path, lives: int) -> None:
         self.lives = [folder / f"life {n}" for n in range(lives)]
@@ -89,7 +89,7 @@ class Deadly(Noisy):
 
 
 def trained(rows: Any, **arguments: Any) -> tuple[dict[str, Tensor], Result]:
-    """Weights and result of two epochs on pairs."""
+    """Return the weights and the result of two epochs on pairs."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2).double()
     sizes = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": WINDOW}

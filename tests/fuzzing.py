@@ -1,4 +1,4 @@
-"""How many examples a property is tried on."""
+"""The number of examples of a property."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
-    """A property's examples: so many, and always the same. By hand as many as one has time for, drawn anew:
+    """Return settings for this many examples, always the same. To try more examples, drawn anew, run:
 
     FTACCUM_FUZZ=2000 python -m pytest tests/test_fuzz.py --timeout 0
     """

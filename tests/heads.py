@@ -1,6 +1,6 @@
-"""Tiny models of every kind of head, ragged rows for them, and plain PyTorch's gradient of one batch of those rows.
+"""Tiny models of every kind of head, ragged rows for them, and the gradient of one batch of rows in plain PyTorch.
 
-Nothing here uses ftaccum: it is the reference that ftaccum is held against.
+Nothing here uses ftaccum: it is the reference for ftaccum.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -134,7 +134,7 @@ def _number(draw: torch.Generator, below: int) -> int:
 
 def _next_token(draw: torch.Generator) -> Row:
     ids = _ids(draw)
-    prompt = _number(draw, len(ids) - 1)  # 0: the first label counts, which only a head that shifts leaves out
+    prompt = _number(draw, len(ids) - 1)  # 0: the first label counts, which only a head that shifts ignores
     return {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]}
 
 
@@ -182,7 +182,7 @@ def _span(draw: torch.Generator) -> Row:
 
 @dataclass(frozen=True)
 class Head:
-    """A tiny model with dropout off, and a way to draw a row for it."""
+    """A tiny model without dropout, and a function that draws a row for it."""
 
     model_class: type[nn.Module]
     config: Any
@@ -198,8 +198,8 @@ class Head:
         return [self.draw_row(draw) for _ in range(n)]
 
 
-# Where a head computes a part in float32, whatever the model's precision: Llama token classification and the causal
-# LMs their loss, T5 the softmax of its attention. `all_in_float64` takes that away.
+# For heads that compute a part in float32 at any precision of the model: Llama token classification and the causal LMs
+# their loss, T5 the softmax of its attention. `all_in_float64` prevents that.
 _PART_IN_FLOAT32 = 1e-6
 
 HEADS = {
@@ -252,7 +252,7 @@ HEADS = {
 
 @contextmanager
 def all_in_float64() -> Iterator[None]:
-    """Keep in float64 what heads upcast to float32, so that only the accumulation's own error is left."""
+    """Use float64 where heads convert to float32, so that only the error of the accumulation is left."""
     to_float32 = torch.Tensor.float
     narrow = (torch.float16, torch.bfloat16, torch.float32)
     torch.Tensor.float = lambda self: to_float32(self) if self.dtype in narrow else self.double()
@@ -263,7 +263,7 @@ def all_in_float64() -> Iterator[None]:
 
 
 def one_batch(rows: Sequence[Row], left: bool = False) -> dict[str, Tensor]:
-    """Rows padded to the longest in every dimension, on the right or the left, the plain way."""
+    """Return the rows as a batch, padded on the right or the left to the longest row in every dimension."""
     batch: dict[str, Tensor] = {}
     for key in rows[0]:
         values = [torch.as_tensor(row[key]) for row in rows]
@@ -283,7 +283,7 @@ def _padded(values: Sequence[Tensor], fill: int, left: bool) -> Tensor:
 
 
 def one_batch_gradient(model: nn.Module, rows: Sequence[Row], left: bool = False) -> dict[str, Tensor]:
-    """∇ of the model's own mean loss over all the rows at once."""
+    """Return the gradient of the model's own mean loss over a batch of all rows."""
     model.train()
     model.zero_grad()
     model(**one_batch(rows, left)).loss.backward()
@@ -293,7 +293,7 @@ def one_batch_gradient(model: nn.Module, rows: Sequence[Row], left: bool = False
 
 
 def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """‖found − wanted‖ / ‖wanted‖ over all parameters; a gradient that is absent counts as 0."""
+    """Return ‖found − wanted‖ / ‖wanted‖ over all parameters. A missing gradient counts as 0."""
     zero = torch.zeros(())
     names = found.keys() | wanted.keys()
     off = sum(float(((found.get(n, zero) - wanted.get(n, zero)) ** 2).sum()) for n in names)
@@ -301,7 +301,7 @@ def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
 
 
 class RecordingOptimizer(torch.optim.Optimizer):
-    """Keeps every update's gradient, and leaves the weights where they are."""
+    """An optimizer that records every update's gradient and does not change the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -309,7 +309,7 @@ class RecordingOptimizer(torch.optim.Optimizer):
         super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": 1.0})
 
     def step(self, closure: Any = None) -> None:  # noqa: ARG002
-        held = {id(p) for p in self.param_groups[0]["params"]}  # sharding puts others in their place
+        held = {id(p) for p in self.param_groups[0]["params"]}  # sharding replaces parameters
         parameters = {name: p for name, p in self.model.named_parameters() if id(p) in held and p.grad is not None}
         self.gradients.append({name: unsharded(p.grad).clone() for name, p in parameters.items()})
 

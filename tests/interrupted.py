@@ -1,4 +1,4 @@
-"""Runs that are cut off, and what they are held against."""
+"""Runs that are interrupted, and the complete runs that they are compared with."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,11 @@ CLASSIFIER = HEADS["sequence classification, BERT"]
 
 
 class CutOff(BaseException):
-    """Stands for what ends a process in the middle of a run, whatever is done about errors."""
+    """An end of the process in the middle of a run, which no handler of errors catches."""
 
 
 def model() -> nn.Module:
-    """With dropout, with weights that the seed alone settles, and with running statistics, kept and passing."""
+    """Return a model with dropout, seeded weights, and a persistent and a non-persistent count in buffers."""
     made: Any = CLASSIFIER.model().float()
     torch.manual_seed(0)
     for weight in made.parameters():
@@ -40,7 +40,7 @@ def _counts_passes(module: Any, *_: Any) -> None:
 
 
 def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, **arguments: Any) -> "Ended":
-    """Two epochs of 54 rows in windows of 8, 14 updates; cut off in the middle of the window of that index."""
+    """Train for two epochs of 54 rows in windows of 8 (14 updates), or until the middle of window `cut_off_at`."""
     trained = trained if trained is not None else model()
     if cut_off_at is not None:
         _cut_off(trained, cut_off_at)
@@ -54,7 +54,7 @@ def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, 
 
 
 def _cut_off(trained: nn.Module, window: int) -> None:
-    """By the passes that windows of 8 rows in four passes take."""
+    """Raise `CutOff` at the third of the four forward passes of a window."""
 
     def end(module: nn.Module, *_: Any) -> None:
         if is_training_pass() and module.training and module.n_seen >= 4 * window + 2:
@@ -64,13 +64,13 @@ def _cut_off(trained: nn.Module, window: int) -> None:
 
 
 class Ended:
-    """A run that has come to its end."""
+    """The weights and the result of a complete run."""
 
     def __init__(self, weights: dict[str, Tensor], result: Result) -> None:
         self.weights, self.result = weights, result
 
     def differences(self, other: "Ended") -> list[str]:
-        """Return the names of weights that differ in any bit, and of numbers of the result that do."""
+        """Return the names of weights and of numbers of the result that differ in any bit."""
         found = [name for name, t in self.weights.items() if not torch.equal(t, other.weights[name])]
         for name in ("loss", "grad_norm", "lr", "train_loss", "val_loss"):
             one, two = (getattr(run.result, f"{name}_history") for run in (self, other))
@@ -89,12 +89,12 @@ def ledger_of(folder: Path) -> str:
 
 
 def updates_of(folder: Path) -> list[str]:
-    """Return the lines of a ledger that are of updates, without those of audits and epochs."""
+    """Return the lines of a ledger for updates, without those for audits and epochs."""
     return [line for line in ledger_of(folder).splitlines() if '"window"' in line]
 
 
 def without_audits(ledger: str) -> list[str]:
-    """Return the lines of a ledger that are of updates and epochs."""
+    """Return the lines of a ledger for updates and epochs."""
     return [line for line in ledger.splitlines() if '"audit"' not in line]
 
 
@@ -103,8 +103,10 @@ def checkpoints_of(folder: Path) -> list[str]:
 
 
 def elastic(**arguments: Any) -> tuple[Result, dict[str, Tensor]]:
-    """Two epochs of 28 rows in windows of 8, 8 updates, in float64 and without dropout, which would be drawn for other
-    micro-batches."""
+    """Train for 8 updates in float64: two epochs of 28 rows in windows of 8.
+
+    Without dropout, whose random numbers would depend on the micro-batches.
+    """
     head = HEADS["token classification, BERT"]
     trained = head.model()
     defaults: dict[str, Any] = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8}

@@ -1,4 +1,4 @@
-"""One Recipe, run in many ways: the weights, losses and norms that it must always lead to."""
+"""One Recipe with many Runtimes, which must all give the same weights, losses and norms."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ftaccum import Result, test_fine_tuning
 from heads import HEADS, all_in_float64, relative_error
 
-# One causal and one bidirectional model: padding mistakes cannot be seen in a causal one that is padded on the right.
+# One causal and two bidirectional models: mistakes in right padding do not show in a causal model.
 NAMES = ("causal LM, Llama", "sequence classification, BERT", "token classification, BERT")
 
 # Physical batch → k on one process, for windows of 12 rows; 31 rows leave a remainder.
@@ -19,8 +19,11 @@ CUTS = {1: 12, 3: 4, 4: 3, 5: 3, 12: 1}
 def trained(
     name: str, batch_size: int | str, prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any
 ) -> tuple[dict[str, Tensor], Result]:
-    """Weights and result of two epochs (unless told otherwise) in windows of 12 rows, in float64; the model may be
-    prepared first."""
+    """Return the weights and the result of a run in float64, by default two epochs in windows of 12 rows.
+
+    Args:
+        prepare: called with the model before the run.
+    """
     head = HEADS[name]
     model: nn.Module = head.model()
     prepare(model)
@@ -43,7 +46,7 @@ def trained(
 
 
 def difference(one: tuple[dict[str, Tensor], Result], other: tuple[dict[str, Tensor], Result]) -> float:
-    """The relative difference of the weights, or of any number in the histories, where that is larger."""
+    """Return the largest relative difference of the weights and of the numbers in the histories."""
     found = [relative_error(other[0], one[0])]
     for name in ("loss_history", "grad_norm_history", "lr_history", "train_loss_history", "val_loss_history"):
         wanted, got = (torch.tensor(run[1][name], dtype=torch.float64) for run in (one, other))

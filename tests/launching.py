@@ -1,8 +1,8 @@
-"""Starts scripts on several processes for the tests: forks of this one, which has imported everything already, and has
-nothing else to do. To import torch and Transformers takes as long as most of these scripts.
+"""Start scripts on several processes for the tests.
 
-Reads a line of JSON for each start (script, arguments, where the processes are to say what they say), and answers with
-their exit statuses.
+The processes are forks of this one, which has already imported torch and Transformers, because the import takes as long
+as most of the scripts. Each line of input is a job in JSON (script, arguments, files for the output of the processes).
+The answer is a line with the exit statuses.
 """
 
 import json
@@ -27,7 +27,7 @@ from forking import Team
 
 torch.set_num_threads(1)
 _SECONDS = 200.0
-_SECONDS_FOR_THE_OTHER = 30.0  # once one has failed, as a launcher would have it
+_SECONDS_FOR_THE_OTHER = 30.0  # after one process has failed, as with a launcher
 
 
 def work(job: dict[str, Any], rank: int) -> int:  # noqa: ARG001
@@ -45,7 +45,7 @@ def work(job: dict[str, Any], rank: int) -> int:  # noqa: ARG001
 def started(job: dict[str, Any]) -> list[int | None]:
     team = Team(partial(work, job), [Path(log) for log in job["logs"]])
     ranks = range(len(job["logs"]))
-    team.until(lambda: any(team.statuses.values()), _SECONDS)  # all have ended well, or one has failed
+    team.until(lambda: any(team.statuses.values()), _SECONDS)  # all have succeeded, or one has failed
     team.over(_SECONDS_FOR_THE_OTHER if team.statuses else 0)
     for rank in ranks:
         team.send(rank, signal.SIGKILL)

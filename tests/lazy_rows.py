@@ -1,4 +1,4 @@
-"""Rows that are made when they are asked for, so nothing can be read from them beforehand."""
+"""Rows that are made on access, so that nothing can be read from them in advance."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 
 class LazyRows(Dataset[Any]):
-    """A `Dataset` of torch around a list of rows."""
+    """A torch `Dataset` around a list of rows."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self._rows = rows

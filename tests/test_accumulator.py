@@ -1,4 +1,4 @@
-"""The gradient of one window, by hand: scale, dummies, errors, buffers."""
+"""The gradient of one window against plain autograd: scale, dummies, errors, buffers."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from ftaccum.settings import Runtime
 
 
 class Net(nn.Module):
-    """A line through points, which counts its forward passes, and draws once a pass."""
+    """A linear model that counts its forward passes and draws a random number in each."""
 
     passes: Tensor
     table: Tensor
@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 class SquaredError:
-    """Mean squared error, and beside it a mean over one row in two."""
+    """A loss of two terms: the mean squared error, and that of every second row."""
 
     terms = ("all", "even")
     modules: Sequence[nn.Module] = ()
@@ -77,7 +77,7 @@ def dummy() -> MicroBatch:
 
 
 def expected(window: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of the window's rows at once, by plain autograd."""
+    """Return the loss and the gradient of all rows of the window at once, by plain autograd."""
     model = Net()
     errors = [(model(micro.batch[0]) - micro.batch[1]) ** 2 for micro in window]
     loss = torch.cat(errors).mean() + torch.cat([each[::2] for each in errors]).mean()
@@ -128,7 +128,7 @@ def test_two_windows_add_up_until_gradients_are_dropped(accelerator: Accelerator
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_dummy_is_passed_only_where_others_may_wait_and_leaves_no_trace(accelerator: Accelerator) -> None:
+def test_a_dummy_runs_only_if_other_processes_may_wait_and_leaves_no_trace(accelerator: Accelerator) -> None:
     model, real = Net(), micro_batch(3, 0)
     accumulator = accumulator_of(accelerator, model)
     before = torch.get_rng_state()
@@ -147,7 +147,7 @@ def test_a_dummy_is_passed_only_where_others_may_wait_and_leaves_no_trace(accele
     assert (n_items, parts) == (0, [0.0])
 
 
-def test_a_dummy_runs_in_eval_mode_where_the_model_takes_no_single_row(accelerator: Accelerator) -> None:
+def test_a_dummy_runs_in_eval_mode_if_the_model_cannot_train_on_a_single_row(accelerator: Accelerator) -> None:
     model = Net()
     accumulator_of(accelerator, model, complaint="more than one value").accumulate([dummy()])
     assert model.modes == [False]
@@ -198,11 +198,11 @@ def moved(buffers: MovingBuffers) -> list[bool]:
     "move",
     [
         lambda table: table.add_(1),
-        lambda table: table.data[7].fill_(2.5),  # which its version does not count
+        lambda table: table.data[7].fill_(2.5),  # does not change its version counter
         lambda table: table.numpy().__setitem__(7, 2.5),
     ],
 )
-def test_large_buffers_are_copied_once_they_have_moved(move: Callable[[Tensor], Any]) -> None:
+def test_large_buffers_are_copied_after_their_first_change(move: Callable[[Tensor], Any]) -> None:
     model = Net()
     buffers = MovingBuffers(model, SINGLE)
     for _ in range(2):
@@ -223,7 +223,7 @@ def test_large_buffers_are_copied_once_they_have_moved(move: Callable[[Tensor], 
     assert (model.table == 3).all()
 
 
-def test_a_large_buffer_that_is_replaced_has_moved() -> None:
+def test_replacing_a_large_buffer_counts_as_a_change() -> None:
     model = Net()
     buffers, table = MovingBuffers(model, SINGLE), model.table
     start = buffers.snapshot()
@@ -233,7 +233,7 @@ def test_a_large_buffer_that_is_replaced_has_moved() -> None:
     assert model.table is table
 
 
-def test_buffers_too_large_to_be_kept_are_told(
+def test_a_change_to_a_buffer_too_large_to_copy_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ftaccum.accumulation.buffers._KEPT", 1000)
@@ -264,7 +264,7 @@ def test_large_buffers_of_any_type_and_layout_are_watched(dtype: torch.dtype) ->
     assert not model.table.any()
 
 
-def test_a_buffer_that_was_declared_and_not_set_is_unset_again() -> None:
+def test_a_buffer_registered_as_none_is_restored_to_none() -> None:
     model = nn.Module()
     model.register_buffer("mean", None)
     with preserve_buffers(model):
@@ -277,14 +277,14 @@ def test_a_buffer_that_was_declared_and_not_set_is_unset_again() -> None:
 
 
 @pytest.mark.parametrize("buffer", [torch.arange(8192), torch.randn(100, 128), torch.arange(400_000)])
-def test_numbers_that_change_places_change_the_fingerprint(buffer: Tensor) -> None:
+def test_reordering_a_buffer_changes_its_fingerprint(buffer: Tensor) -> None:
     before = fingerprint(buffer)
     assert before == fingerprint(buffer.clone())
     assert before != fingerprint(buffer.roll(1, 0))
     assert before != fingerprint(buffer.flip(0))
 
 
-def test_an_expanded_buffer_is_read_as_it_lies_in_memory() -> None:
+def test_the_fingerprint_of_an_expanded_buffer_reads_only_its_storage() -> None:
     buffer = torch.ones(3, 1).expand(3, 10**12)
     assert fingerprint(buffer) == fingerprint(torch.ones(3, 1))
 
@@ -315,7 +315,7 @@ def test_buffers_on_two_processes(two_processes: Callable[..., str]) -> None:
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_pass_that_one_process_cannot_train_on_ends_both_with_one_sentence(
+def test_a_batch_that_one_process_cannot_train_on_stops_both_with_one_message(
     two_processes: Callable[..., str], tmp_path: Path
 ) -> None:
     printed = two_processes("passes_of_two.py", str(tmp_path))

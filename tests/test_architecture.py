@@ -85,13 +85,13 @@ def test_public_names() -> None:
 
 
 @pytest.mark.slow
-def test_pytest_does_not_collect_it(pytester: pytest.Pytester) -> None:
+def test_pytest_does_not_collect_the_public_function(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("from ftaccum import test_fine_tuning\ndef test_of_the_user(): pass\n")
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
 
 
 def test_the_package_runs_from_a_source_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without metadata of its own, which only an installation has."""
+    """A checkout has no package metadata, unlike an installation."""
     distribution = importlib.metadata.distribution
 
     def not_installed(name: str) -> importlib.metadata.Distribution:

@@ -26,7 +26,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "arguments.md"
 PARAMETERS = inspect.signature(ftaccum.test_fine_tuning).parameters
 SETTINGS: dict[str, tuple[type, Field]] = {f.name: (kind, f) for kind in (Recipe, Runtime) for f in fields(kind)}
 
-# Frozen, so that growth is a decision: a new argument is declared, documented, and then named here.
+# Frozen, so that a new argument is a decision: declare it, document it, and then add it here.
 NAMES = (
     "accumulate_in_fp32", "add_eos_token", "allow_changed", "audit", "batch_size", "checkpoint_every", "compile",
     "compute_metrics", "config", "count_items", "data_collator", "deterministic", "early_stopping_patience",
@@ -100,7 +100,7 @@ def test_the_docs_list_the_arguments_and_their_defaults() -> None:
     assert read_argument_table(DOCS) == {name: parameter.default for name, parameter in PARAMETERS.items()}
 
 
-def test_the_docs_say_what_is_declared() -> None:
+def test_the_docs_match_the_declarations() -> None:
     found = {
         cells[0].strip("`"): (heading.lower(), cells[2], cells[3])
         for heading, cells in _argument_rows(DOCS)
@@ -142,7 +142,7 @@ def test_plan_takes_no_other_arguments() -> None:
     assert declared == inspect.signature(ftaccum.plan).parameters.keys()
 
 
-def test_the_metadata_answers_who_takes_a_setting() -> None:
+def test_the_metadata_of_settings_answers_queries() -> None:
     """A sample of each query; the declarations are the list."""
     assert SIZES == ("gradient_accumulation_steps", "effective_batch_size", "tokens_per_update")
     assert {"n_epochs", "effective_batch_size", "train_data"} < set(CHANGEABLE)

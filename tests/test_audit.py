@@ -1,4 +1,4 @@
-"""Audits: gradients of real updates, computed a second time and compared."""
+"""Audits: gradients of actual updates are computed a second time and compared."""
 
 import json
 import warnings
@@ -69,7 +69,7 @@ def train(model: nn.Module, loss_fn: Loss = F.cross_entropy, **arguments: Any) -
 
 @pytest.fixture
 def _without_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch off everything that would find a wrong gradient before an audit does."""
+    """Turn off all checks that would find a wrong gradient before an audit does."""
 
     def first_number(self: OwnLoss, outputs: Any, *, training: bool) -> Any:  # noqa: ARG001
         named = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
@@ -105,12 +105,12 @@ def test_short_runs_have_two_audits() -> None:
     assert audited(AuditSchedule(True, 1)) == [1]
 
 
-def test_audits_go_on_while_they_cost_little() -> None:
+def test_audits_continue_while_they_are_cheap() -> None:
     updates = audited(AuditSchedule(True, 4000), seconds=1.0, trained=1.0)
     assert len(updates) / 4000 == pytest.approx(0.005, rel=0.1)
 
 
-def test_new_values_come_first() -> None:
+def test_updates_with_new_values_are_audited_first() -> None:
     assert audited(AuditSchedule(True, 400), new=(9,)) == [1, 4, 9, 64]
     ordinary = AuditSchedule(True, 1000, spent=0.7, trained=100.0, extra=0)
     ordinary._ahead = []
@@ -118,7 +118,7 @@ def test_new_values_come_first() -> None:
     assert not ordinary.may_take(is_new=False)
 
 
-def test_new_values_are_audited_eight_times_whatever_it_costs() -> None:
+def test_new_values_are_audited_eight_times_at_any_cost() -> None:
     late = tuple(range(100, 120))
     assert audited(AuditSchedule(True, 400), new=late) == [1, 4, 16, 64, *late[:8]]
     assert audited(AuditSchedule(True, 20), new=(15, 18)) == [1, 10, 15, 18]
@@ -129,16 +129,16 @@ def windows_of_labels(*windows: list[float]) -> list[bool]:
     return [seen.add([SimpleNamespace(batch=(None, torch.tensor(labels)))]) for labels in windows]  # type: ignore[list-item]
 
 
-def test_label_values_that_come_late_are_new() -> None:
+def test_label_values_that_first_appear_late_are_new() -> None:
     assert windows_of_labels([0, 1, 0, 1], [1, 1, 0, 0], [0, 2, 1, 0], [2, 2, 2, 2]) == [True, False, True, False]
     assert windows_of_labels([0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [50.0, 1.0, 1.0]) == [True, False, True]
 
 
-def test_measurements_are_never_new() -> None:
+def test_continuous_labels_are_not_new_after_the_first_window() -> None:
     assert windows_of_labels([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]) == [True, False, False]
 
 
-def test_a_label_that_comes_late_in_a_stream_is_audited() -> None:
+def test_a_label_that_first_appears_late_in_a_stream_is_audited() -> None:
     rows = [(x, torch.tensor(2 if n >= 560 and n % 5 == 0 else n % 2)) for n, (x, _) in enumerate(ROWS * 30)]
 
     def late_weights(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def test_a_label_that_comes_late_in_a_stream_is_audited() -> None:
         )  # fmt: skip
 
 
-def test_only_schedules_with_room_look_at_other_updates() -> None:
+def test_only_automatic_schedules_within_budget_consider_other_updates() -> None:
     assert AuditSchedule(True, 400).takes_others
     assert not AuditSchedule(3, 400).takes_others
     short = AuditSchedule(True, 8, extra=0)
@@ -165,12 +165,12 @@ def test_only_schedules_with_room_look_at_other_updates() -> None:
     assert not short.takes_others
 
 
-def test_audits_can_be_asked_for_every_few_updates() -> None:
+def test_audits_can_run_every_n_updates() -> None:
     assert audited(AuditSchedule(3, 8)) == [1, 4, 7]
     assert audited(AuditSchedule(False, 8)) == []
 
 
-def test_an_exact_run_says_so() -> None:
+def test_an_exact_run_reports_its_audits() -> None:
     result = train(Net(), audit=2)
     assert [audit["audit"] for audit in result.audits] == [1, 3, 5]
     assert all(audit["error"] <= audit["tolerance"] for audit in result.audits)
@@ -178,7 +178,7 @@ def test_an_exact_run_says_so() -> None:
     assert "3 of 6 updates" in str(result)
 
 
-def test_audits_change_no_bit_of_the_run() -> None:
+def test_audits_do_not_change_the_run() -> None:
     results, weights = [], []
     for audit in (False, 2):
         model = Net(nn.LayerNorm(5))
@@ -191,7 +191,7 @@ def test_audits_change_no_bit_of_the_run() -> None:
 
 
 class Centred(nn.Module):
-    """A loss that keeps an average in a buffer, and is not the same for it."""
+    """A loss that depends on a running average in a buffer."""
 
     centre: Tensor
 
@@ -205,7 +205,7 @@ class Centred(nn.Module):
         return loss
 
 
-def test_audits_leave_the_buffers_of_the_loss_alone() -> None:
+def test_audits_do_not_change_the_buffers_of_the_loss() -> None:
     found = []
     for audit in (False, 2):
         model, loss_fn = Net(), Centred()
@@ -215,7 +215,7 @@ def test_audits_leave_the_buffers_of_the_loss_alone() -> None:
 
 
 @pytest.mark.usefixtures("_without_rules")
-def test_class_weights_that_no_measurement_saw_are_found() -> None:
+def test_audits_find_class_weights_that_measurements_missed() -> None:
     with pytest.raises(InexactLossError, match=r"Audit of update 1.*The losses differ as well.*count_items") as raised:
         train(Net(), weighted, on_inexact="error")
     assert "0 updates" in str(raised.value)
@@ -237,7 +237,7 @@ def test_findings_can_be_ignored() -> None:
 
 
 def late(model: nn.Module) -> Loss:
-    """Class weights that begin once a weight has moved."""
+    """Return a loss that has class weights after the first change of a weight."""
     start = model.layers[0].weight.detach().clone()
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def late(model: nn.Module) -> Loss:
     return loss
 
 
-def test_a_finding_in_mid_run_costs_no_update(tmp_path: Path) -> None:
+def test_an_audit_that_stops_a_run_loses_no_update(tmp_path: Path) -> None:
     model = Net()
     arguments = {"output_dir": str(tmp_path), "audit": 2, "learning_rate": 0.01}
     with pytest.raises(
@@ -265,7 +265,7 @@ def test_a_finding_in_mid_run_costs_no_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_without_rules")
-def test_where_one_batch_does_not_fit_the_reference_is_another_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_is_another_cut_if_one_batch_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftaccum.accumulation.audit.free_on_host", lambda: 0)
     result = train(Net())
     assert {audit["reference"] for audit in result.audits} == {"another cut"}
@@ -287,7 +287,7 @@ FOUND = {
 
 @pytest.mark.usefixtures("_without_rules")
 @pytest.mark.parametrize("kind", FOUND)
-def test_audits_find_what_no_rule_foresees(kind: int) -> None:
+def test_audits_find_errors_that_no_rule_covers(kind: int) -> None:
     (case,) = (case for case in silent_errors.all_cases() if (case.kind, case.name) == (kind, FOUND[kind]))
     with pytest.raises(InexactLossError, match=r"Audit of update \d+"):
         case.run()
@@ -320,7 +320,7 @@ def test_streams_are_audited() -> None:
     assert [audit["audit"] for audit in result.audits] == [1, 3]
 
 
-def test_batch_norm_is_no_finding_of_its_own() -> None:
+def test_audits_do_not_report_batch_norm() -> None:
     model = Net(nn.BatchNorm1d(5))
     with pytest.warns(InexactLossWarning) as caught:
         train(model, audit=2)
@@ -328,7 +328,7 @@ def test_batch_norm_is_no_finding_of_its_own() -> None:
     assert "Audit" not in str(caught[0].message)
 
 
-def test_rows_that_draw_by_themselves_are_not_audited() -> None:
+def test_rows_with_their_own_random_generator_are_not_audited() -> None:
     class Noisy(torch.utils.data.Dataset):
         draw = np.random.default_rng(0)
 
@@ -342,5 +342,5 @@ def test_rows_that_draw_by_themselves_are_not_audited() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_audit_alike(two_processes: Callable[..., str]) -> None:
+def test_two_processes_run_the_same_audits(two_processes: Callable[..., str]) -> None:
     assert two_processes("audits.py").count("audited") == 2

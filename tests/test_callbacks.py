@@ -1,4 +1,4 @@
-"""Callbacks, which follow a run."""
+"""Callbacks that observe a run."""
 
 import inspect
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ class Recorder(Callback):
 
 
 def run(callback: Callback, **arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Two epochs of 30 rows in windows of 8, with dropout, so that every draw counts."""
+    """Train for two epochs of 30 rows in windows of 8, with dropout, so that every random number matters."""
     torch.manual_seed(0)
     model = HEAD.model().float()
     for module in model.modules():
@@ -44,15 +44,15 @@ def run(callback: Callback, **arguments: Any) -> tuple[dict[str, torch.Tensor], 
     return model.state_dict(), result
 
 
-def test_milestones_are_told_at_the_first_update_that_reaches_them() -> None:
+def test_milestones_are_reported_at_the_first_update_that_reaches_them() -> None:
     callback = Recorder(5, 8, 20, 30, 41, 60)
     _, result = run(callback)
-    # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same one, and told as the later.
+    # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same update, so only 8 is reported.
     assert [(m, rows) for m, rows, _ in callback.reached_at] == [(8, 8), (20, 24), (30, 30), (41, 46), (60, 60)]
     assert [callback.reached_at[n][2] for n in (2, 4)] == result.val_loss_history
 
 
-def test_looking_on_changes_nothing() -> None:
+def test_a_callback_that_only_observes_changes_nothing() -> None:
     alone, alone_result = run(Callback())
     watched, watched_result = run(Recorder(8, 16, 30, 38))
     assert all(torch.equal(alone[name], watched[name]) for name in alone)
@@ -61,7 +61,7 @@ def test_looking_on_changes_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> None:
+def test_an_error_in_a_callback_ends_the_run_and_the_next_run_works() -> None:
     class Stopper(Recorder):
         def reached(self, milestone: int, rows: int, val_loss: float) -> None:
             raise KeyError(milestone, rows, val_loss)
@@ -72,7 +72,7 @@ def test_what_a_watcher_raises_ends_the_run_and_leaves_the_model_usable() -> Non
 
 
 @pytest.mark.slow
-def test_evaluations_within_an_epoch_are_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_excludes_evaluations_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     from ftaccum.training.evaluation import Evaluation

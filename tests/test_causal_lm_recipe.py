@@ -1,4 +1,4 @@
-"""The chat recipe: what of a conversation is learned, how conversations are made of raw ones, and a run end to end."""
+"""The chat recipe: labels of a conversation, conversion of raw conversations, and a complete run."""
 
 import json
 import runpy
@@ -66,7 +66,7 @@ def encoded() -> Callable[..., dict[str, list[int]]]:
 
 
 def tokenizer_with(template: str | None, *merges: tuple[str, str]) -> PreTrainedTokenizerFast:
-    """A token a byte, so that it can be seen to the letter what carries labels; and two tokens for turns."""
+    """Return a tokenizer with a token for each byte, so that labels can be checked by character, and two for turns."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,7 +77,7 @@ def tokenizer_with(template: str | None, *merges: tuple[str, str]) -> PreTrained
 
 
 def learned(row: dict[str, list[int]], tokenizer: Any) -> list[str]:
-    """The stretches of a row that carry labels, as text."""
+    """Return the parts of a row that have labels, as text."""
     stretches: list[list[int]] = [[]]
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (token, -100)
@@ -89,25 +89,25 @@ def learned(row: dict[str, list[int]], tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_answers_and_their_end_of_turn_are_learned_and_nothing_else(encoded: Any, template: str) -> None:
+def test_only_answers_and_their_end_of_turn_have_labels(encoded: Any, template: str) -> None:
     tokenizer = tokenizer_with(template)
     row = encoded(TWO_TURNS, tokenizer, 1000)
     assert learned(row, tokenizer) == ["Me.\nAnd you 🦜?<|end|>", "Fine.<|end|>"]
     assert row["input_ids"] == tokenizer.apply_chat_template(TWO_TURNS, return_dict=False)
 
 
-def test_where_no_token_ends_a_turn_what_the_template_writes_behind_it_does(encoded: Any) -> None:
+def test_text_after_an_answer_has_labels_if_no_token_ends_a_turn(encoded: Any) -> None:
     tokenizer = tokenizer_with(NO_END_TOKEN)
     assert learned(encoded(TWO_TURNS, tokenizer, 1000), tokenizer) == ["Me.\nAnd you 🦜?\n", "Fine.\n"]
 
 
-def test_a_token_over_the_edge_of_a_prompt_is_the_answers(encoded: Any) -> None:
+def test_a_token_that_spans_prompt_and_answer_belongs_to_the_answer(encoded: Any) -> None:
     tokenizer = tokenizer_with(NO_END_TOKEN, ("Ġ", "F"))  # the prompt's last space and the answer's first letter
     assert learned(encoded(TWO_TURNS, tokenizer, 1000), tokenizer)[-1] == " Fine.\n"
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_what_is_too_long_loses_its_end(encoded: Any, template: str) -> None:
+def test_long_conversations_are_truncated_at_the_end(encoded: Any, template: str) -> None:
     tokenizer = tokenizer_with(template)
     whole = encoded(TWO_TURNS, tokenizer, 1000)
     first_answer = next(n for n, label in enumerate(whole["labels"]) if label != -100)
@@ -117,7 +117,7 @@ def test_what_is_too_long_loses_its_end(encoded: Any, template: str) -> None:
         assert learned(row, tokenizer) == stretches
 
 
-def test_what_the_template_cannot_show_is_told(encoded: Any) -> None:
+def test_messages_that_the_template_cannot_format_are_refused(encoded: Any) -> None:
     for template, messages, words in (
         (FORGETS_THOUGHTS, TWO_TURNS, "formats the messages before message 2 differently if more follow"),
         (REFUSES, TWO_TURNS, "cannot format these messages: roles must alternate"),
@@ -132,12 +132,12 @@ def test_what_the_template_cannot_show_is_told(encoded: Any) -> None:
 
 
 def raw(*turns: str) -> dict[str, Any]:
-    """A conversation as the package has it; a turn is "author: line / line"."""
+    """Return a conversation in the form of the data package. A turn is "author: line / line"."""
     parted = [turn.split(": ", 1) for turn in turns]
     return {"messages": [[{"sender": who, "text": text} for text in lines.split("/")] for who, lines in parted]}
 
 
-def test_what_one_author_sends_in_a_row_is_one_message() -> None:
+def test_consecutive_texts_of_one_author_are_one_message() -> None:
     import packaged
 
     def contents(*turns: str) -> list[str]:
@@ -155,7 +155,7 @@ def test_what_one_author_sends_in_a_row_is_one_message() -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """A folder with a tiny Llama and a tokenizer of bytes."""
+    """Save a tiny Llama and a byte tokenizer in a folder."""
     tokenizer = tokenizer_with(PLAIN)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -175,7 +175,7 @@ def model(tmp_path: Path) -> str:
 
 
 def conversations(file: Path, n: int, column: str = "messages") -> str:
-    """Conversations of unequal lengths. The last one's question leaves no room for an answer in 80 tokens."""
+    """Write conversations of different lengths. In 80 tokens, the last one has no room for an answer."""
     rows = [
         [{"role": "user", "content": "a" * (n if n > 1 else 99)}, {"role": "assistant", "content": "b" * (5 + n % 7)}]
         for n in range(n, 0, -1)
@@ -184,7 +184,7 @@ def conversations(file: Path, n: int, column: str = "messages") -> str:
     return str(file)
 
 
-def test_the_recipe_from_json_lines_to_a_model_that_answers(
+def test_the_recipe_trains_a_model_that_answers_from_json_lines(
     recipe: ModuleType, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train = conversations(tmp_path / "train.jsonl", 18, "talk")
@@ -208,7 +208,7 @@ def test_the_recipe_from_json_lines_to_a_model_that_answers(
     assert answer == {"role": "assistant", "content": "bbbb"}
 
 
-def test_bad_input_is_one_sentence(recipe: ModuleType, model: str, tmp_path: Path) -> None:
+def test_bad_input_is_reported_in_one_sentence(recipe: ModuleType, model: str, tmp_path: Path) -> None:
     rows = conversations(tmp_path / "rows.jsonl", 6)
     spoiled = tmp_path / "spoiled.jsonl"
     spoiled.write_text(Path(rows).read_text() + '{"messages": [{"role": "assistant", "content": "Hello"}]}\n')
@@ -240,7 +240,7 @@ def test_bad_input_ends_with_status_2(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """What `packaged` was asked to prepare, without preparing it."""
+    """Record the names of the functions that `packaged` would call to prepare files."""
     import packaged
 
     calls: list[str] = []
@@ -251,7 +251,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return calls
 
 
-def test_only_what_is_named_and_missing_is_prepared(made: list[str]) -> None:
+def test_only_files_that_are_named_and_missing_are_prepared(made: list[str]) -> None:
     import packaged
 
     packaged.prepare_named("org/model", "rows.jsonl", None)

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which stay, which are passed over, and what writing them may cost."""
+"""Checkpoints on disk: which are kept, which are skipped, and the effect of failed writes on training."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from interrupted import checkpoints_of, fine_tuned, ledger_of, model, without_au
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint after each three updates, all kept."""
+    """Return the folder of a run with a checkpoint after every three updates."""
     folder = tmp_path_factory.mktemp("ended")
     fine_tuned(output_dir=str(folder), checkpoint_every=3, keep_checkpoints=100, restore_best_weights=True)
     return folder
@@ -37,7 +37,7 @@ def copied(ended: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_newest_stay_and_that_of_the_best_epoch(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_that_of_the_best_epoch_remain(tmp_path: Path) -> None:
     result = fine_tuned(output_dir=str(tmp_path), checkpoint_every=2, keep_checkpoints=2, n_epochs=4).result
     best = 1 + result.val_loss_history.index(min(result.val_loss_history))
     stay = ["update-00000026", "update-00000028", "update-00000028-epoch-0004"][-2:]
@@ -45,14 +45,14 @@ def test_the_newest_stay_and_that_of_the_best_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_by_time(tmp_path: Path) -> None:
+def test_checkpoints_can_be_written_at_time_intervals(tmp_path: Path) -> None:
     fine_tuned(output_dir=str(tmp_path), checkpoint_every="0.000001s", keep_checkpoints=100)
     assert len(checkpoints_of(tmp_path)) == 16
     fine_tuned(output_dir=str(tmp_path), checkpoint_every=None)
     assert checkpoints_of(tmp_path) == ["update-00000007-epoch-0001", "update-00000014-epoch-0002"]
 
 
-def test_a_checkpoint_tells_its_files_and_what_run_it_is_of(ended: Path) -> None:
+def test_a_checkpoint_describes_its_files_and_its_run(ended: Path) -> None:
     folder = ended / "checkpoints" / "update-00000007-epoch-0001"
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
@@ -74,13 +74,13 @@ FILES = ("model/model.safetensors", "optimizer.pt", "processes.pt", "state.json"
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
-def test_damage_is_recognised(file: str, how: str, ended: Path, tmp_path: Path) -> None:
+def test_damage_is_detected(file: str, how: str, ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path) / "checkpoints" / "update-00000012"
     assert damage(folder) is None
     spoil(folder / file, how)
     said = damage(folder)
     assert said is not None
-    assert file in said or file == "manifest.json"  # which may say wrong things of others
+    assert file in said or file == "manifest.json"  # a damaged manifest may list wrong checksums of other files
 
 
 def spoil(path: Path, how: str) -> None:
@@ -95,7 +95,7 @@ def spoil(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
     ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(ended, tmp_path)
@@ -113,13 +113,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over_for_the_one_before(
     assert f"Removed {half}, which was not written completely." in told
     assert "Resuming after update 9, from" in told
     assert fine_tuned(**arguments).differences(again) == []
-    assert damage(newest) is None  # written anew when the run came there again
+    assert damage(newest) is None  # the resumed run wrote it again
     named_so = [name for name in checkpoints_of(folder) if name.startswith("damaged-")]
-    assert named_so == ["damaged-update-00000014-epoch-0002"]  # one is enough
+    assert named_so == ["damaged-update-00000014-epoch-0002"]  # only one damaged checkpoint is renamed
 
 
 @pytest.mark.slow
-def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
+def test_without_an_intact_checkpoint_auto_starts_anew_and_a_path_is_refused(
     ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(ended, tmp_path)
@@ -134,7 +134,7 @@ def test_none_that_is_sound_starts_anew_or_where_it_was_named_is_refused(
     assert fine_tuned(restore_best_weights=True).differences(again) == []
 
 
-def test_a_checkpoint_of_a_strangers_runs_no_code(ended: Path, tmp_path: Path) -> None:
+def test_an_untrusted_checkpoint_runs_no_code(ended: Path, tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_a_strangers_runs_no_code(ended: Path, tmp_path: Path) -
         with pytest.raises(CheckpointError, match="which cannot be read: Weights only load failed"):
             fine_tuned(output_dir=str(tmp_path / "run"), resume=str(folder), restore_best_weights=True)
         kept_at = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path != folder / file}
-        assert kept_at == before  # neither the ledger nor another checkpoint
+        assert kept_at == before  # neither the ledger nor another checkpoint changed
         (folder / file).write_bytes(kept)
     assert not (tmp_path / "ran").exists()
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_a_strangers_runs_no_code(ended: Path, tmp_path: Path) -
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_a_full_disk_costs_no_update_and_no_older_checkpoint(
+def test_a_full_disk_loses_no_update_and_no_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = fine_tuned()
@@ -180,7 +180,7 @@ def test_a_full_disk_costs_no_update_and_no_older_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_disk_that_has_no_room_is_not_filled_up(
+def test_no_checkpoint_is_written_to_a_disk_without_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10, 5, 5))
@@ -193,7 +193,7 @@ Moments = namedtuple("Moments", "first second")
 
 
 class WithAState(torch.optim.SGD):
-    """Keeps something of its own for each weight, and a function for all of them."""
+    """SGD with custom state for each weight and a function in each parameter group."""
 
     def __init__(self, params: Any, state: Any) -> None:
         super().__init__(params, momentum=0.9)
@@ -210,9 +210,7 @@ class WithAState(torch.optim.SGD):
 
 
 @pytest.mark.slow
-def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_state_that_cannot_be_loaded_again_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fine_tuned(
         optimizer=lambda groups: WithAState(groups, Moments(torch.ones(2), 3)), output_dir=str(tmp_path),
         checkpoint_every=3,
@@ -225,7 +223,7 @@ def test_state_that_cannot_be_read_again_is_told_once_in_plain_words(
 
 
 @pytest.mark.slow
-def test_functions_among_an_optimizers_numbers_are_its_own(tmp_path: Path) -> None:
+def test_an_optimizer_with_functions_in_its_param_groups_can_be_resumed(tmp_path: Path) -> None:
     arguments = {"optimizer": lambda groups: WithAState(groups, (torch.ones(2), {"n": 3}))}
     whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, **arguments)
     again = fine_tuned(resume=str(tmp_path / "checkpoints" / "update-00000012"), **arguments)
@@ -233,7 +231,7 @@ def test_functions_among_an_optimizers_numbers_are_its_own(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
+def test_an_error_while_taking_a_checkpoint_loses_no_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_memory(*_: Any, **__: Any) -> None:
@@ -246,7 +244,7 @@ def test_what_fails_while_a_checkpoint_is_taken_costs_no_update(
 
 
 @pytest.mark.slow
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, trained = Snapshot.write, model()
     release, passes = threading.Event(), []
 
@@ -262,7 +260,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     run = fine_tuned(trained, output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
     assert passes[1] >= passes[0] + 4
     assert fine_tuned().differences(run) == []
-    there = str(tmp_path / "checkpoints" / "update-00000003")  # holds what was, when it was begun
+    there = str(tmp_path / "checkpoints" / "update-00000003")  # holds the state at the time when writing began
     assert fine_tuned(resume=there).differences(run) == []
 
 
@@ -276,7 +274,7 @@ def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: p
         assert fine_tuned(resume=str(tmp_path / "checkpoints" / name)).differences(run) == []
 
 
-def test_the_order_of_checkpoints_is_that_of_their_updates(tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_update(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path)
     places = [directory.place(n, epoch) for n, epoch in ((2, None), (10, None), (10, 1), (123456789, 2))]
     for place in reversed(places):
@@ -287,10 +285,10 @@ def test_the_order_of_checkpoints_is_that_of_their_updates(tmp_path: Path) -> No
     assert directory.checkpoints() == [places[3], places[2]]
 
 
-def test_what_is_only_read_stays_as_it_is(
+def test_the_folder_of_another_run_is_not_changed(
     ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of another run's folder, also what is damaged and what was not written to its end."""
+    """Damaged and incomplete checkpoints in the folder of another run stay there too."""
     folder = copied(ended, tmp_path)
     spoil(folder / "checkpoints" / "update-00000014-epoch-0002" / "optimizer.pt", "flipped")
     (folder / "checkpoints" / ".update-00000013.partial").mkdir()
@@ -316,7 +314,7 @@ def test_what_is_only_read_stays_as_it_is(
 
 
 @pytest.mark.parametrize("spelling", ["absolute", "a link to the folder", "a link to the checkpoint"])
-def test_a_checkpoint_is_the_runs_own_however_it_is_spelled(
+def test_a_runs_own_checkpoint_is_recognised_under_any_path(
     spelling: str, ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(ended, tmp_path)
@@ -335,7 +333,7 @@ def test_a_checkpoint_is_the_runs_own_however_it_is_spelled(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_was_put_aside_can_be_gone_on_from(ended: Path, tmp_path: Path) -> None:
+def test_a_run_can_resume_from_a_checkpoint_that_was_set_aside(ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path)
     arguments: dict[str, Any] = {"output_dir": str(folder), "checkpoint_every": 3, "restore_best_weights": True}
     whole = fine_tuned(**arguments)
@@ -348,7 +346,7 @@ def test_a_checkpoint_that_was_put_aside_can_be_gone_on_from(ended: Path, tmp_pa
     assert not list(folder.glob("checkpoints*"))
 
 
-def test_folders_of_others_stay(ended: Path, tmp_path: Path) -> None:
+def test_unrelated_folders_are_not_touched(ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path) / "checkpoints"
     for name in (".ipynb_checkpoints", ".mine.partial", ".update-00000013.partial", ".update-00000012.gone"):
         (folder / name).mkdir()
@@ -388,7 +386,7 @@ HOLDS = "import sys, time; from ftaccum.runtime.run_dir import RunDir\n" + (
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of files")
 @pytest.mark.slow
-def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+def test_only_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
     fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
     before, ledger = checkpoints_of(tmp_path), (tmp_path / "ledger.jsonl").read_text()
     assert not (tmp_path / ".lock").exists()
@@ -404,7 +402,7 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
             other.send_signal(signal.SIGKILL)
     assert checkpoints_of(tmp_path) == before
     assert (tmp_path / "ledger.jsonl").read_text() == ledger
-    assert (tmp_path / ".lock").exists()  # a kill leaves the file, and nobody holds it
+    assert (tmp_path / ".lock").exists()  # a killed process leaves the file, but no lock on it
     for _ in range(2):
         fine_tuned(output_dir=str(tmp_path))
     assert not (tmp_path / ".lock").exists()

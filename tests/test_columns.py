@@ -1,4 +1,4 @@
-"""The columns of a batch: what is padded, what is stacked, and which row is at fault."""
+"""The columns of a batch: which are padded, which are stacked, and which row is wrong."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,41 +34,41 @@ def sizes(rows: Sequence[Row], **rules: Any) -> dict[str, Any]:
 
 
 def rows_of(*lengths: int, **columns: Any) -> list[Row]:
-    """Rows of so many tokens; each other column is a function of the length."""
+    """Return rows of these numbers of tokens. The other columns are functions of the length."""
     return [{"input_ids": list(range(n)), **{name: make(n) for name, make in columns.items()}} for n in lengths]
 
 
-def test_a_dimension_runs_along_the_tokens_or_is_of_one_size() -> None:
+def test_a_dimension_follows_the_tokens_or_has_a_fixed_size() -> None:
     rows = rows_of(3, 4, 6, bbox=lambda n: [[0] * 4] * n, labels=lambda _: 1, grid=lambda n: torch.zeros(3, n))
     assert sizes(rows) == {"input_ids": TOKENS, "bbox": (Along.TOKENS, 4), "labels": (), "grid": (3, Along.TOKENS)}
 
 
-def test_most_rows_decide_what_a_column_runs_along() -> None:
+def test_the_majority_of_rows_decides_the_shape_of_a_column() -> None:
     rows = rows_of(3, 4, 6, 5, labels=lambda n: [1] * (n - (n == 4)), classes=lambda n: [1.0] * (3 - (n == 6)))
     assert sizes(rows, own_targets=False) == {"input_ids": TOKENS, "labels": TOKENS, "classes": (3,)}
     assert sizes(rows) == sizes(rows, own_targets=False), "what is along the tokens in most rows is no other's length"
 
 
 @pytest.mark.parametrize("name", ["labels", "decoder_input_ids", "input_features", "feature_mask"])
-def test_these_may_have_a_length_of_their_own(name: str) -> None:
+def test_these_columns_may_have_their_own_length(name: str) -> None:
     rows = rows_of(3, 4, 6, **{name: lambda n: [n] * (17 % n)})
     assert sizes(rows)[name] == NOTHING
 
 
-def test_labels_of_one_size_in_most_rows_are_no_targets_of_their_own_length() -> None:
+def test_labels_of_one_size_in_most_rows_have_a_fixed_size() -> None:
     rows = [{"x": [0.5] * 4, "labels": [0, 1, 1][n // 7 :]} for n in range(9)]
     assert sizes(rows)["labels"] == (3,)
     assert sizes(rows, own_targets=True)["labels"] == NOTHING, "as of an encoder-decoder"
 
 
-def test_what_a_decoder_takes_runs_along_the_labels() -> None:
+def test_decoder_inputs_follow_the_length_of_the_labels() -> None:
     rows = rows_of(3, 4, 6, labels=lambda n: [1] * (n * 2 % 7 + 1), decoder_input_ids=lambda n: [0] * (n * 2 % 7 + 1))
     assert sizes(rows)["decoder_input_ids"] == TARGETS
     with pytest.raises(OddRowError, match=r"'decoder_input_ids' has the shape \(4,\), but must have \(6,\) .*'labels'"):
         Columns.of(rows, ColumnRules()).tensors([{**rows[2], "decoder_input_ids": [0] * 4}])
 
 
-def test_rows_without_ids_count_tokens_by_what_they_have() -> None:
+def test_rows_without_input_ids_count_tokens_by_another_column() -> None:
     sounds = [{"input_values": torch.zeros(n), "labels": [1] * (9 - n)} for n in (3, 4, 6)]
     assert sizes(sounds) == {"input_values": TOKENS, "labels": NOTHING}
     embedded = [{"inputs_embeds": torch.zeros(n, 2), "attention_mask": [1] * n} for n in (3, 4, 6)]
@@ -76,12 +76,12 @@ def test_rows_without_ids_count_tokens_by_what_they_have() -> None:
     assert sizes([{"words": [1] * n, "labels": 1} for n in (3, 4, 6)]) == {"words": TOKENS, "labels": ()}
 
 
-def test_embeddings_get_a_mask_as_ids_do() -> None:
+def test_embeddings_get_an_attention_mask_like_input_ids() -> None:
     batch = PaddingCollator(ColumnRules())([{"inputs_embeds": torch.ones(n, 2)} for n in (1, 3)])
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
-def test_wide_unsigned_integers_become_what_pytorch_computes_with() -> None:
+def test_wide_unsigned_integers_become_int64() -> None:
     for dtype in (np.uint16, np.uint32, np.uint64):
         rows: list[Row] = [{"input_ids": np.arange(3, dtype=dtype), "weight": np.ones((), dtype=dtype)}]
         batch = PaddingCollator(ColumnRules())(rows)
@@ -91,7 +91,7 @@ def test_wide_unsigned_integers_become_what_pytorch_computes_with() -> None:
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_padding_is_hidden_in_masks_of_pairs_of_tokens(left: bool) -> None:
+def test_padding_is_masked_in_masks_of_token_pairs(left: bool) -> None:
     real, padding = (1, 0) if left else (0, 2)
     for mask, hidden in ((torch.full((1, 2, 2), 0.5), torch.finfo().min), (torch.ones(1, 2, 2).bool(), 0)):
         collator = PaddingCollator(ColumnRules(), padding_side="left" if left else "right")
@@ -101,7 +101,7 @@ def test_padding_is_hidden_in_masks_of_pairs_of_tokens(left: bool) -> None:
         assert found[padding].tolist() == [0.0 if mask.is_floating_point() else True] * 3, "padding looks anywhere"
 
 
-def test_a_column_that_a_late_row_lacks_costs_no_update_before_it(tmp_path: Path) -> None:
+def test_a_column_missing_in_a_late_row_loses_no_earlier_update(tmp_path: Path) -> None:
     rows = [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in CLASSIFIER.rows(100)]
     del rows[11]["token_type_ids"]
     with pytest.raises(DataError, match="row 11 cannot be batched: it has no value in its column"):
@@ -115,7 +115,7 @@ def test_a_column_that_a_late_row_lacks_costs_no_update_before_it(tmp_path: Path
     assert (tmp_path / "ledger.jsonl").read_text()
 
 
-def test_rows_that_were_left_out_of_a_table_are_not_looked_at() -> None:
+def test_rows_left_out_of_a_table_are_not_checked() -> None:
     table = datasets.Dataset.from_dict(
         {"input_ids": [[1, 2], [1, 2, 3], [4], [5, 6]], "labels": [[1, 2], [1], [4], [5, 6]], "weight": [1, None, 1, 1]}
     )
@@ -130,7 +130,7 @@ def test_rows_that_were_left_out_of_a_table_are_not_looked_at() -> None:
         look_at_columns(as_rows(table.remove_columns("weight"), "train_data"), rules, range(3))
 
 
-def test_columns_without_values_and_texts_are_no_columns() -> None:
+def test_columns_of_none_or_text_are_ignored() -> None:
     rows = [{**row, "token_type_ids": None, "text": "a" if n % 2 else None} for n, row in enumerate(CLASSIFIER.rows(4))]
     assert (
         look_at_columns(as_rows(rows, "train_data"), ColumnRules(frozenset({"token_type_ids"})), range(4)) is not None
@@ -138,7 +138,7 @@ def test_columns_without_values_and_texts_are_no_columns() -> None:
     assert sizes(rows) == {"input_ids": TOKENS, "labels": ()}
 
 
-def test_columns_of_the_validation_rows_alone_are_left_out() -> None:
+def test_columns_only_in_the_validation_rows_are_ignored() -> None:
     rows = CLASSIFIER.rows()
     given = {
         "batch_size": 3,
@@ -154,7 +154,7 @@ def test_columns_of_the_validation_rows_alone_are_left_out() -> None:
     )
 
 
-def test_values_along_the_tokens_are_taken_where_the_loss_leaves_padding_out() -> None:
+def test_values_per_token_are_accepted_if_the_loss_ignores_padding() -> None:
     def loss_fn(outputs: Tensor, batch: Any) -> Tensor:
         used = batch["attention_mask"] == 1
         return F.mse_loss(outputs[used], batch["labels"][used])
@@ -168,7 +168,7 @@ def test_values_along_the_tokens_are_taken_where_the_loss_leaves_padding_out() -
     assert relative_error(found[0], wanted) < 1e-10
 
 
-def test_positions_say_where_documents_begin() -> None:
+def test_positions_mark_where_documents_begin() -> None:
     assert starts_of(torch.tensor([0, 1, 0, 0, 1, 2])).tolist() == [True, False, True, True, False, False]
     assert first_restart(torch.tensor([0, 1, 2, 0, 1])) == 3
     assert [is_packed(torch.tensor(p)) for p in ([], [0], [0, 1, 2], [5, 6], [0, 0], [0, 1, 0])] == [False] * 4 + [
@@ -177,8 +177,8 @@ def test_positions_say_where_documents_begin() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_windows_of_packed_rows_are_those_of_their_documents(batch_size: int) -> None:
-    """Seven ragged rows: a window of four, and a remainder of three. Together they are the mean over all documents."""
+def test_windows_of_packed_rows_equal_those_of_their_documents(batch_size: int) -> None:
+    """Seven ragged rows make a window of four and a remainder of three. Each loss is a mean over their documents."""
     every = documents()
     order = [window.rows for window in plan(7, n_epochs=1, validation_split=0.0, effective_batch_size=4).windows(0)]
     with all_in_float64():
@@ -200,7 +200,7 @@ def test_packed_rows_are_announced(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Rows: packed; `position_ids` keep their documents apart" in capsys.readouterr().out
 
 
-def test_positions_that_jump_are_not_taken_beside_packed_rows() -> None:
+def test_positions_that_jump_are_refused_among_packed_rows() -> None:
     collator = PaddingCollator(ColumnRules())
     jumping, restarting = ({"input_ids": [1, 2, 3], "position_ids": places} for places in ([0, 1, 5], [0, 1, 0]))
     assert "attention_mask" in collator([jumping, jumping])
@@ -210,7 +210,7 @@ def test_positions_that_jump_are_not_taken_beside_packed_rows() -> None:
 
 
 @pytest.mark.slow
-def test_positions_that_do_not_start_again_change_nothing() -> None:
+def test_positions_that_do_not_restart_change_nothing() -> None:
     rows = CAUSAL.rows(7)
     numbered = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in rows]
     plain, with_positions, without_padding = (
@@ -221,8 +221,8 @@ def test_positions_that_do_not_start_again_change_nothing() -> None:
     assert relative_error(without_padding, plain) < 1e-6
 
 
-def test_a_text_whose_positions_start_again_is_taken_with_a_mask() -> None:
-    """BERT knows no packed rows: positions are positions to it, with a mask and without."""
+def test_a_text_whose_positions_restart_is_accepted_with_a_mask() -> None:
+    """BERT does not support packed rows: it uses positions as they are, with and without a mask."""
     rows = [{**row, "position_ids": [n % 3 for n in range(len(row["input_ids"]))]} for row in CLASSIFIER.rows(6)]
     with pytest.raises(DataError, match="If the row is really a single text, give it an `attention_mask` of ones"):
         accumulated_gradients(CLASSIFIER.model(), rows, effective_batch_size=6)
@@ -230,7 +230,7 @@ def test_a_text_whose_positions_start_again_is_taken_with_a_mask() -> None:
     assert accumulated_gradients(CLASSIFIER.model(), masked, effective_batch_size=6)
 
 
-def test_rows_with_masks_or_as_many_labels_as_they_like_are_not_laid_one_behind_the_other() -> None:
+def test_rows_with_masks_or_other_numbers_of_labels_are_not_concatenated() -> None:
     collator = PackingCollator(-100)
     plain = {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1], "position_ids": [0, 1]}
     assert collator([plain])["input_ids"].tolist() == [[1, 2]]

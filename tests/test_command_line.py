@@ -1,4 +1,4 @@
-"""The command, the recipe and YAML files, from the outside."""
+"""The command, the recipes and YAML files, as a user runs them."""
 
 import csv
 import errno
@@ -24,7 +24,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny encoder and its tokenizer, and labelled text as CSV."""
+    """Return a folder with a tiny encoder, its tokenizer, and labelled text as CSV."""
     folder = tmp_path_factory.mktemp("tiny")
     HEADS["sequence classification, BERT"].model().float().save_pretrained(folder / "model")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the"]
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_allow_changed_is_read_from_words_and_from_a_file(tmp_path: Path) -> None:
+def test_allow_changed_is_read_from_flags_and_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for words, text in (
         (["--allow_changed", "learning_rate,n_epochs"], ""),
@@ -57,7 +57,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Gradient accumulation steps: 64\n" in capsys.readouterr().out
 
 
-def test_plan_of_windows_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_with_windows_of_different_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--gradient_accumulation_steps", "0:2,100:8", "--learning_rate_scaling", "linear", "--remainder", "carry"]
     assert main(["plan", "--n_rows", "1000", "--max_updates", "110", *words]) == 0
     shown = capsys.readouterr().out
@@ -94,7 +94,9 @@ def test_a_file_may_use_the_other_name_of_a_flag(tmp_path: Path) -> None:
         parse([NamedArguments], ["--config", str(yaml)])
 
 
-def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_in_one_sentence_with_status_2(
+    capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path
+) -> None:
     yaml = tmp_path / "settings.yaml"
     yaml.write_text("learnig_rate: 1.0e-3\n")
     model, rows = str(tiny / "model"), str(tiny / "rows.csv")
@@ -119,8 +121,8 @@ def test_bad_input_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[st
         assert sentence in capsys.readouterr().err
 
 
-def test_a_run_that_diverged_is_one_sentence_and_status_1(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
-    """For real: weights of 1e38 leave no number in the second update."""
+def test_a_run_that_diverged_is_reported_with_status_1(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    """An actual divergence: with weights of 1e38, the second update has no finite number."""
     words = ["--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--learning_rate", "1e38"]
     assert main(["train", *words, "--nonfinite_patience", "2", "--validation_split", "0", "--progress", "False"]) == 1
     said = capsys.readouterr().err
@@ -186,7 +188,7 @@ def test_columns_are_named_by_flags_and_in_files(
 
 
 @pytest.mark.slow
-def test_training_whose_model_cannot_be_saved_has_status_1(
+def test_a_model_that_cannot_be_saved_gives_status_1(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -248,7 +250,7 @@ def test_a_launch_that_silently_starts_one_process_of_two_is_refused(tiny: Path,
 
 
 @pytest.mark.slow
-def test_the_words_of_another_launch_are_ignored() -> None:
+def test_the_arguments_of_another_launch_are_ignored() -> None:
     code = "from ftaccum.runtime.accelerator import _processes_asked_for as n; assert n() == 1"
     words = f": accelerate launch --num_processes 2 train.py; {sys.executable} -c '{code}'; true"
     assert subprocess.run(["bash", "-c", words]).returncode == 0
@@ -257,7 +259,7 @@ def test_the_words_of_another_launch_are_ignored() -> None:
 @pytest.mark.parametrize(
     "name", sorted(file.stem for file in RECIPES.glob("*.yaml") if file.with_suffix(".py").exists())
 )
-def test_a_recipes_settings_file_holds_known_settings(
+def test_a_recipes_settings_file_has_known_settings(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(RECIPES), *sys.path])
@@ -282,7 +284,7 @@ def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
         "--output_dir", str(tmp_path),
     ]  # fmt: skip
     assert main([*command, "--n_trials", "3"]) == 0
-    assert main([*command, "--n_trials", "4", "--refit"]) == 0  # goes on
+    assert main([*command, "--n_trials", "4", "--refit"]) == 0  # continues the search
     with (tmp_path / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]
@@ -308,7 +310,7 @@ def test_the_search_recipe(
     assert (tmp_path / "best" / "model" / "model.safetensors").exists()
 
 
-def test_errors_about_search_options_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_about_search_options_give_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     named = ["search", "--model", "absent", "--train_data", "absent.csv"]
     for words, sentence in (
         ([*named, "--workers", "0"], "`n_workers` must be a positive integer, but is 0 instead."),

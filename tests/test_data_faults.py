@@ -1,4 +1,4 @@
-"""Rows that cannot be had, workers that die, and draws: what is trained on is the same, or nothing is lost of it."""
+"""Unreadable rows, workers that die, and random rows: training gives the same result or keeps its updates."""
 
 import json
 import multiprocessing
@@ -94,21 +94,21 @@ FORMS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_that_cannot_be_had_goes_by_its_index_in_what_was_handed_over(form: str, num_workers: int) -> None:
+def test_an_unreadable_row_is_named_by_its_index_in_the_users_data(form: str, num_workers: int) -> None:
     data, arguments = FORMS[form]
-    for share in (0.0, 0.2, 0.9):  # with 0.9, it is held out
+    for share in (0.0, 0.2, 0.9):  # with 0.9, row 17 is held out
         with pytest.raises(DataError, match=r"[Rr]ow 17 .*disk on fire"):
             trained(data(), validation_split=share, num_workers=num_workers, **arguments)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_updates_before_a_row_that_cannot_be_had_are_in_the_ledger(num_workers: int, tmp_path: Path) -> None:
+def test_updates_before_an_unreadable_row_are_in_the_ledger(num_workers: int, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Row 17 of `train_data` cannot be read: OSError\('disk on fire'\)"):
         trained(Raising(), num_workers=num_workers, output_dir=str(tmp_path))
     assert updates_in(tmp_path) == BEFORE_17
 
 
-def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
+def test_the_odd_row_is_named_at_any_place_in_its_batch() -> None:
     class Odd(Pairs):
         def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
             x, y = pair(index)
@@ -116,7 +116,7 @@ def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
 
     rows = as_rows(Odd(), "train_data")
     row_collator = RowCollator(lambda rows: torch.stack([x for x, _ in rows]))
-    for known in (False, True):  # whether a sound row is, beforehand
+    for known in (False, True):  # whether a valid row is known beforehand
         for positions in ([17, 30, 31], [30, 31, 17], [17, 30], [30, 17])[: 4 if known else 2]:
             with pytest.raises(DataError, match="In `train_data`, row 17 cannot be batched"):
                 row_collator(rows, positions)
@@ -124,7 +124,7 @@ def test_the_odd_row_is_named_wherever_in_its_batch_it_lies() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "kind"), [(None, "NoneType"), ((1, 2, 3), "tuple"), ([1], "list")])
-def test_what_is_no_row_is_named_before_training(wrong: Any, kind: str) -> None:
+def test_a_value_that_is_not_a_row_is_named_before_training(wrong: Any, kind: str) -> None:
     rows: list[Any] = [{"input": x, "labels": y} for x, y in map(pair, range(N_ROWS))]
     rows[17] = wrong
     with pytest.raises(DataError, match=f"`train_data` must be .*, but row 17 is a {kind} instead"):
@@ -138,7 +138,7 @@ def test_a_row_whose_loss_is_not_finite_is_named_before_training() -> None:
         trained(rows)
 
 
-def test_rows_that_were_not_given_all_at_once_are_fetched_one_by_one() -> None:
+def test_rows_are_fetched_one_by_one_if_a_bulk_fetch_is_incomplete() -> None:
     class Forgetful(Pairs):
         def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
             return [pair(index) for index in indices if index != 17]
@@ -157,7 +157,7 @@ def test_a_collator_that_loses_rows_is_refused_with_their_names() -> None:
         trained(Pairs(), data_collator=without_17)
 
 
-def test_what_was_made_of_a_row_goes_by_the_rows_name() -> None:
+def test_rows_of_a_subset_keep_their_names() -> None:
     rows = Rows("train_data", Raising(), names=[100 + n for n in range(N_ROWS)])
     with pytest.raises(DataError, match="Row 117 of `train_data` cannot be read"):
         rows.subset([3, 17]).fetch([0, 1])
@@ -167,7 +167,7 @@ def test_what_was_made_of_a_row_goes_by_the_rows_name() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"val_data": Pairs()}], ids=["training", "with validation"])
-def test_a_worker_that_is_killed_costs_nothing(
+def test_a_killed_worker_does_not_change_the_run(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed, result = trained(Deadly(tmp_path, 0), num_workers=2, **arguments)
@@ -182,7 +182,7 @@ def test_a_worker_that_is_killed_costs_nothing(
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
+def test_a_worker_killed_in_evaluation_does_not_change_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     undisturbed, result = trained(Pairs(), val_data=Deadly(tmp_path, 0), num_workers=2)
@@ -193,8 +193,8 @@ def test_a_worker_that_is_killed_in_evaluation_costs_nothing(
 
 
 @pytest.mark.slow
-def test_what_a_killed_worker_had_made_already_is_made_again() -> None:
-    """Its batches lie in memory that it alone could have handed over. All workers are killed, in every third update."""
+def test_finished_batches_of_a_killed_worker_are_made_again() -> None:
+    """Its batches are in memory that only it could share. Every third update kills all workers."""
 
     class Killing(torch.optim.SGD):
         updates = 0
@@ -202,7 +202,7 @@ def test_what_a_killed_worker_had_made_already_is_made_again() -> None:
         def step(self, closure: Any = None) -> Any:
             Killing.updates += 1
             if Killing.updates % 3 == 0:
-                time.sleep(0.1)  # they make all that they were given
+                time.sleep(0.1)  # until they have finished all their jobs
                 for child in multiprocessing.active_children():
                     os.kill(cast(int, child.pid), signal.SIGKILL)
             return super().step(closure)
@@ -214,7 +214,7 @@ def test_what_a_killed_worker_had_made_already_is_made_again() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_workers_that_die_again_and_again_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+def test_workers_that_die_repeatedly_end_the_run_with_a_message(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(DataError) as raised:
         trained(Deadly(tmp_path, 99), num_workers=2, output_dir=str(tmp_path / "run"))
@@ -228,16 +228,16 @@ def test_workers_that_die_again_and_again_end_the_run_with_a_sentence(tmp_path: 
     ):
         assert words in str(raised.value)
     assert updates_in(tmp_path / "run") == BEFORE_17
-    assert len(list(tmp_path.glob("life *"))) in (99 - 3, 99 - 4)  # one when it was read far ahead, perhaps
+    assert len(list(tmp_path.glob("life *"))) in (99 - 3, 99 - 4)  # one more if row 17 was read ahead
     assert multiprocessing.active_children() == []
 
 
-def test_a_workers_end_is_told_in_words() -> None:
+def test_the_exit_code_of_a_worker_is_described() -> None:
     assert how_it_ended(-signal.SIGBUS) == "was killed by SIGBUS"
     assert how_it_ended(3) == "ended with exit code 3"
 
 
-def test_a_batch_that_cannot_leave_its_worker_is_told() -> None:
+def test_a_batch_that_cannot_be_pickled_is_reported() -> None:
     def with_a_lambda(rows: list[tuple[Tensor, Tensor]]) -> Any:
         return {
             "input": torch.stack([x for x, _ in rows]),
@@ -253,8 +253,8 @@ def unlamented(_job: Any, _exit_code: int) -> None:
     raise AssertionError("no worker is to die")
 
 
-def test_no_worker_is_left_where_another_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would hear no signal to end, and the interpreter would wait for them."""
+def test_no_worker_is_left_if_another_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others would never be told to end, and the interpreter would wait for them."""
     start, started = multiprocessing.process.BaseProcess.start, []
 
     def failing(process: Any) -> None:
@@ -268,12 +268,12 @@ def test_no_worker_is_left_where_another_cannot_be_started(monkeypatch: pytest.M
         Workers(lambda job: job, range(9), 3, unlamented)
     left = [process for process in started if process.is_alive()]
     for process in left:
-        process.kill()  # or this test would not end when it fails
+        process.kill()  # otherwise a failing test would hang
     assert len(started) == 2
     assert not left
 
 
-def test_a_worker_whose_jobs_can_come_no_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_exits_when_its_job_pipe_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ended(BaseException):
         pass
 
@@ -292,7 +292,7 @@ def test_a_worker_whose_jobs_can_come_no_more_ends(monkeypatch: pytest.MonkeyPat
     assert todo.get_nowait() == "one"
 
 
-def test_each_worker_has_a_seed_of_its_own() -> None:
+def test_each_worker_has_its_own_seed() -> None:
     def seed(_job: Any) -> int:
         info = get_worker_info()
         assert info is not None
@@ -305,8 +305,8 @@ def test_each_worker_has_a_seed_of_its_own() -> None:
     assert again == [first, second]
 
 
-def test_workers_do_not_hear_what_ends_a_run(capfd: pytest.CaptureFixture[str]) -> None:
-    """A terminal sends Ctrl-C to all processes, and a scheduler its SIGTERM; the run ends when it sees fit."""
+def test_workers_ignore_the_signals_that_end_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends Ctrl-C, and a scheduler SIGTERM, to all processes. Only the main process must react."""
 
     class Interrupting(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
@@ -332,7 +332,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Noisy, SeldomNoisy])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str, kind: type[Noisy]) -> None:
+def test_random_numbers_of_rows_do_not_depend_on_workers_or_batches(way: str, kind: type[Noisy]) -> None:
     plain, result = trained(kind(), val_data=kind())
     weights, other = trained(kind(), val_data=kind(), **WAYS[way])
     assert relative_error(weights, plain) < 1e-9
@@ -341,7 +341,7 @@ def test_what_rows_draw_does_not_depend_on_how_a_run_is_made(way: str, kind: typ
 
 
 @pytest.mark.slow
-def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
+def test_rows_draw_new_numbers_in_every_epoch_but_not_in_evaluation() -> None:
     _, result = trained(Noisy(), val_data=Noisy(), learning_rate=1e-300, weight_decay=0.0, n_epochs=3)
     assert len({result.initial_loss, *result.val_loss_history}) == 1
     assert len(set(result.train_loss_history)) == 3
@@ -350,7 +350,7 @@ def test_rows_draw_anew_in_every_epoch_but_not_in_evaluation() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_collator_draws_for_one_row_alone_does_not_depend_on_who_makes_the_batch() -> None:
+def test_random_numbers_of_a_collator_for_one_row_do_not_depend_on_workers() -> None:
     def noisy(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         is_17 = any(torch.equal(x, pair(17)[0]) for x, _ in rows)
         noise = random.gauss(0, 1) + torch.randn(()) if is_17 else 0
@@ -367,7 +367,7 @@ def test_what_a_collator_draws_for_one_row_alone_does_not_depend_on_who_makes_th
     assert before.unchanged()
 
 
-def test_a_collator_is_seen_to_draw_where_nothing_came_of_it() -> None:
+def test_a_collator_that_draws_without_effect_is_detected() -> None:
     def seldom(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
         return inputs + (random.random() < 1e-9), targets
@@ -399,7 +399,7 @@ def batches_from(data: Any, start: int, num_workers: int = 0, collator: Any = No
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.slow
-def test_a_feed_that_begins_anywhere_gives_what_it_gave_when_it_came_there(num_workers: int) -> None:
+def test_a_loader_that_starts_later_gives_the_same_batches(num_workers: int) -> None:
     whole = batches_from(Noisy(), 0)
     for start in (1, 11, 12, 17, 35, 36):
         found = batches_from(Noisy(), start, num_workers)
@@ -408,7 +408,7 @@ def test_a_feed_that_begins_anywhere_gives_what_it_gave_when_it_came_there(num_w
             assert all(map(torch.equal, some, wanted))
 
 
-def test_windows_far_ahead_cost_no_reading_of_what_lies_before() -> None:
+def test_a_start_at_a_late_window_reads_no_earlier_rows() -> None:
     asked: list[int] = []
 
     class Counted(Pairs):
@@ -430,7 +430,7 @@ def test_windows_far_ahead_cost_no_reading_of_what_lies_before() -> None:
     assert sorted(asked) == sorted(local_window.window.rows)
 
 
-def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
+def test_rows_that_draw_are_detected_and_leave_the_generators_unchanged() -> None:
     rows = [as_rows(kind(), "train_data") for kind in (Pairs, Noisy, NoisyByItself)]
     collations = [RowCollator(PaddingCollator(ColumnRules())) for _ in rows]
     before = Generators.now()
@@ -444,7 +444,7 @@ def test_rows_that_draw_move_no_one_elses_draws_and_are_seen_to_draw() -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_two_processes_end_alike_on_a_row_that_one_of_them_meets(
+def test_two_processes_raise_the_same_error_for_a_row_of_one_of_them(
     two_processes: Callable[..., str], tmp_path: Path
 ) -> None:
     alone, result = trained(Noisy(), val_data=Noisy())

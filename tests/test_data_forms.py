@@ -1,4 +1,4 @@
-"""Every form of data that `test_fine_tuning` takes, and every fault in it that it tells."""
+"""Every form of data that `test_fine_tuning` accepts, and every fault in data that it reports."""
 
 import copy
 import warnings
@@ -40,7 +40,7 @@ def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
 
 
 class PlainLM(nn.Module):
-    """`forward(tokens)` gives logits; it knows of neither labels nor masks."""
+    """A language model whose `forward(tokens)` returns logits and takes neither labels nor masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ def test_pairs_of_inputs_and_targets_with_a_loss_function() -> None:
 
 
 @pytest.mark.slow
-def test_small_regression_learns_as_from_full_batches() -> None:
-    """10 → 5 → 2 by MSE on 32 rows: 4 × 8 accumulated and the full batch give the same losses epoch by epoch."""
+def test_small_regression_learns_as_with_full_batches() -> None:
+    """A 10 → 5 → 2 network on 32 rows with MSE: 4 × 8 rows and the full batch give the same loss in every epoch."""
     draw = torch.Generator().manual_seed(0)
     rows = TensorDataset(torch.randn(32, 10, generator=draw), torch.randn(32, 2, generator=draw))
 
@@ -125,7 +125,7 @@ def test_small_regression_learns_as_from_full_batches() -> None:
 
 
 @pytest.mark.slow
-def test_without_data_it_trains_on_synthetic_tokens_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_data_it_trains_on_synthetic_tokens_and_reports_it(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(PlainLM(), None, config=SimpleNamespace(vocab_size=61, pad_token_id=0), effective_batch_size=500)
     assert result.optimizer_steps == 2
     shown = capsys.readouterr().out
@@ -154,7 +154,7 @@ def text_classifier() -> nn.Module:
     return BertForSequenceClassification(BertConfig(**small))
 
 
-def test_raw_text_is_tokenised_and_cut_at_the_limit(tokenizer: BertTokenizerFast) -> None:
+def test_raw_text_is_tokenised_and_truncated_at_the_limit(tokenizer: BertTokenizerFast) -> None:
     texts = ["a good film", "the bad film", "good", "bad bad bad bad bad bad bad bad bad bad"]
     named = Dataset.from_dict({"text": texts, "label": ["pos", "neg", "pos", "neg"]})
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
@@ -165,7 +165,7 @@ def test_raw_text_is_tokenised_and_cut_at_the_limit(tokenizer: BertTokenizerFast
             run(text_classifier(), rows, tokenizer=tokenizer) for rows in (named, numbered, listed)
         )
     assert by_name.loss_history == by_number.loss_history == as_list.loss_history
-    # [CLS] and [SEP] around 3, 3, 1 and, cut at 8, 6 words, in micro-batches of (8, 5) and (5, 3)
+    # [CLS] and [SEP] around 3, 3, 1 and 6 words (truncated at 8 tokens), in micro-batches of (8, 5) and (5, 3)
     assert by_name.padding_fraction == pytest.approx(1 - (8 + 5 + 5 + 3) / (2 * 8 + 2 * 5))
 
 
@@ -176,14 +176,14 @@ def test_raw_text_without_labels_trains_a_causal_lm(tokenizer: BertTokenizerFast
         run(text_classifier(), rows, tokenizer=tokenizer)
 
 
-def test_a_class_of_the_text_is_no_target_of_a_causal_lm(tokenizer: BertTokenizerFast) -> None:
+def test_a_causal_lm_ignores_the_class_of_a_text(tokenizer: BertTokenizerFast) -> None:
     texts = ["a good film", "the bad film", "good film"]
     alone = run(CAUSAL.model(), Dataset.from_dict({"text": texts}), tokenizer=tokenizer)
     labelled = run(CAUSAL.model(), Dataset.from_dict({"text": texts, "label": [1, 0, 1]}), tokenizer=tokenizer)
     assert labelled.loss_history == alone.loss_history
 
 
-def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
+def test_blank_texts_are_accepted_with_a_warning(tokenizer: BertTokenizerFast) -> None:
     class NoSpecial:
         pad_token_id, padding_side, model_max_length = 0, "right", 8
 
@@ -196,7 +196,7 @@ def test_blank_texts_do_no_harm(tokenizer: BertTokenizerFast) -> None:
 
 
 @pytest.mark.slow
-def test_texts_beside_what_the_model_takes_are_left_out(tokenizer: BertTokenizerFast) -> None:
+def test_text_columns_that_the_model_does_not_take_are_ignored(tokenizer: BertTokenizerFast) -> None:
     rows = [{**row, "sentence": "a film", "id": "x", "tokens": ["a", "film"]} for row in CLASSIFIER.rows()]
     for collator in (None, DataCollatorWithPadding(tokenizer)):
         assert run(CLASSIFIER.model(), rows, data_collator=collator).optimizer_steps == 2
@@ -226,7 +226,7 @@ def test_several_inputs_before_a_target() -> None:
 
 
 @pytest.mark.slow
-def test_a_wrapper_that_takes_anything_gets_everything() -> None:
+def test_a_wrapper_with_keyword_arguments_gets_every_column() -> None:
     class Wrapper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -239,37 +239,37 @@ def test_a_wrapper_that_takes_anything_gets_everything() -> None:
     assert run(Wrapper(), CLASSIFIER.rows()).loss_history == run(CLASSIFIER.model(), CLASSIFIER.rows()).loss_history
 
 
-def test_a_plain_module_with_labels_that_it_does_not_take_wants_a_loss_function() -> None:
+def test_a_plain_module_that_takes_no_labels_needs_a_loss_function() -> None:
     with pytest.raises(DataError, match=r"label columns \['labels'\] that forward does not take"):
         run(PlainLM(), [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in token_rows()])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 12])
-def test_whole_numbers_among_fractions_are_fractions(batch_size: int) -> None:
+def test_integers_among_floats_become_floats(batch_size: int) -> None:
     head = HEADS["regression, BERT"]
     values = [5, 3.8, 2.5, 4, 1, 0.25]
     rows = [{**row, "labels": value} for row, value in zip(head.rows(6), values, strict=True)]
-    model = head.model().float()  # torch 2.9 takes no float32 labels of a float64 model
+    model = head.model().float()  # torch 2.9 does not accept float32 labels for a float64 model
     wanted = model(**one_batch([{**row, "labels": float(row["labels"])} for row in rows])).loss.item()
     found = run(model, rows, batch_size=batch_size, effective_batch_size=6).loss_history
     assert found == pytest.approx([wanted], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_narrow_integers_are_taken() -> None:
+def test_narrow_integers_are_accepted() -> None:
     rows = [{"input_ids": np.array(r["input_ids"], dtype=np.int32), "labels": np.int32(r["labels"])} for r in ROWS]
     assert run(CLASSIFIER.model(), rows).loss_history == run(CLASSIFIER.model(), ROWS).loss_history
     as_tensors = [ids.int() for ids in token_rows()]
     assert run(CAUSAL.model(), as_tensors).loss_history == run(CAUSAL.model(), token_rows()).loss_history
 
 
-def test_of_labels_and_label_the_exact_name_counts() -> None:
+def test_a_column_named_labels_takes_precedence_over_label() -> None:
     rows = [{**row, "label": 7} for row in CAUSAL.rows()]
     assert run(CAUSAL.model(), rows).loss_history == run(CAUSAL.model(), CAUSAL.rows()).loss_history
 
 
 def test_multiple_choice_must_have_one_number_of_choices() -> None:
-    """A choice made of padding would get a share of the softmax."""
+    """A choice of padding alone would get a share of the softmax."""
     head = HEADS["multiple choice, BERT"]
     rows = head.rows(9)
     rows[5] = {**rows[5], "input_ids": rows[5]["input_ids"][:2], "labels": 1}
@@ -301,7 +301,7 @@ def test_images_and_their_labels_must_have_one_size() -> None:
         assert run(SegformerForSemanticSegmentation(config), same, effective_batch_size=3).optimizer_steps == 1
 
 
-def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: BertTokenizerFast) -> None:
+def test_long_texts_are_truncated_if_positions_start_after_the_padding_index(tokenizer: BertTokenizerFast) -> None:
     torch.manual_seed(0)
     small = HEADS["sequence classification, RoBERTa"].config.to_dict() | {
         "max_position_embeddings": 12,
@@ -315,7 +315,7 @@ def test_long_texts_are_cut_where_positions_begin_behind_the_padding(tokenizer: 
         assert run(model, rows, tokenizer=tokenizer).optimizer_steps == 1
 
 
-def test_a_model_in_float16_and_fp16_is_told() -> None:
+def test_a_float16_model_with_fp16_is_refused() -> None:
     with pytest.raises(SettingsError, match="the trainable weights are float16"):
         run(CLASSIFIER.model().half(), ROWS, mixed_precision="fp16")
 
@@ -375,7 +375,7 @@ ROWS = CLASSIFIER.rows()
         ([{**row, "labels": 0.5} for row in ROWS], "The loss of row 0 of `train_data` cannot be computed"),
     ],
 )
-def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_in_data_are_reported_before_training(data: Any, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = CLASSIFIER.model()
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(DataError, match=words):
@@ -385,7 +385,7 @@ def test_faults_in_data_are_told_before_training(data: Any, words: str, capsys: 
 
 
 @pytest.mark.parametrize("argument", ["train_data", "val_data"])
-def test_rows_without_tokens_count_for_nothing(argument: str) -> None:
+def test_rows_without_tokens_change_nothing(argument: str) -> None:
     given = {"train_data": CAUSAL.rows(4), "val_data": CAUSAL.rows(5)}
     more = given | {argument: [*given[argument], {"input_ids": [], "labels": []}]}
     alone, among = (
@@ -422,7 +422,7 @@ def test_a_data_set_that_raises_names_the_row() -> None:
         run(CLASSIFIER.model(), Broken(ROWS))
 
 
-def test_rows_of_the_hold_out_keep_their_names() -> None:
+def test_held_out_rows_keep_their_names() -> None:
     rows = [*ROWS[:8], {**ROWS[8], "labels": 7}]
     with pytest.raises(DataError, match="row 8 has the label 7"):
         run(CLASSIFIER.model(), rows, validation_split=0.3)
@@ -435,12 +435,12 @@ def test_a_row_that_a_plain_module_cannot_take_is_named() -> None:
         run(PlainLM(), rows)
 
 
-def test_synthetic_tokens_are_not_for_a_classifier() -> None:
+def test_a_classifier_cannot_train_on_synthetic_tokens() -> None:
     with pytest.raises(DataError, match="BertForSequenceClassification cannot train on synthetic tokens"):
         run(CLASSIFIER.model(), None)
 
 
-def test_no_data_and_no_vocabulary() -> None:
+def test_no_data_and_no_vocabulary_is_an_error() -> None:
     with pytest.raises(DataError, match="`config` has no `vocab_size`"):
         run(nn.Linear(2, 2), None)
 
@@ -471,7 +471,7 @@ def test_faults_in_other_arguments(arguments: dict[str, Any], words: str) -> Non
         run(model, ROWS, **arguments)
 
 
-def test_a_frozen_model_and_one_without_checkpointing_are_told() -> None:
+def test_frozen_models_and_unsupported_checkpointing_are_refused() -> None:
     with pytest.raises(SettingsError, match="`model` has no trainable parameter"):
         run(CLASSIFIER.model().requires_grad_(False), ROWS)
     with pytest.raises(SettingsError, match="`gradient_checkpointing` is True, but PlainLM does not support it"):

@@ -1,4 +1,4 @@
-"""The Python blocks of the docs run, each on a tiny model and rows that stand for the reader's own."""
+"""Run the Python blocks of the docs, each with a tiny model and rows in place of the reader's."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ BLOCKS = [
 
 
 def common() -> dict[str, Any]:
-    """Return what the reader of any block has at hand."""
+    """Return the names that every block may use."""
     return {
         "ftaccum": ftaccum,
         "test_fine_tuning": ftaccum.test_fine_tuning,
@@ -55,7 +55,7 @@ def weighted_loss() -> dict[str, Any]:
 
 
 def hub_stream() -> dict[str, Any]:
-    """Return what a block reads from the hub: ours are seven sentences."""
+    """Return seven sentences in place of the data that a block streams from the hub."""
     rows = Dataset.from_dict({"text": REVIEWS})
     return {
         "model": causal_lm(),
@@ -64,7 +64,7 @@ def hub_stream() -> dict[str, Any]:
     }
 
 
-# What the reader of a block has besides, by a text that the block has.
+# Further names that a block may use, by a text that occurs in the block.
 NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "premise": pairs,
     "my_loss": weighted_loss,

@@ -1,4 +1,4 @@
-"""Validation: every row once, whatever the batching, and metrics without a hub."""
+"""Validation: every row counts once at any batch size, and metrics need no hub."""
 
 import json
 from collections.abc import Callable
@@ -23,14 +23,14 @@ def test_validation_loss_is_the_mean_over_all_items(name: str, batch_size: int) 
     assert found.initial_loss == pytest.approx(reference(name), rel=1e-9)
 
 
-def test_rows_without_labels_count_for_nothing() -> None:
+def test_rows_without_labels_do_not_change_the_validation_loss() -> None:
     name = "token classification, BERT"
     silent = [{**row, "labels": [-100] * len(row["labels"])} for row in HEADS[name].rows(4, seed=3)]
     found = evaluated(name, batch_size=1, val_data=[*silent[:2], *VAL_ROWS[name], *silent[2:]])
     assert found.initial_loss == pytest.approx(reference(name), rel=1e-9)
 
 
-def test_accuracy_leaves_ignored_labels_out() -> None:
+def test_accuracy_excludes_ignored_labels() -> None:
     name = "token classification, BERT"
     head = HEADS[name]
     found = evaluated(name, batch_size=3, compute_metrics=Accuracy(), learning_rate=1e-12)
@@ -61,7 +61,7 @@ def test_accuracy_of_a_causal_lm_compares_the_next_token() -> None:
     assert found.metrics == [{"accuracy": pytest.approx(right / total)}]
 
 
-def test_metrics_leave_out_what_the_loss_function_ignores() -> None:
+def test_metrics_exclude_labels_that_the_loss_function_ignores() -> None:
     class Copies(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -71,7 +71,7 @@ def test_metrics_leave_out_what_the_loss_function_ignores() -> None:
             return nn.functional.one_hot(x, 4).float() * self.scale
 
     rows = [(torch.tensor(n % 4), torch.tensor(n % 4 if n % 4 else 0)) for n in range(12)]
-    wrong = [(torch.tensor(1), torch.tensor(0))] * 3  # would be wrong, if the label 0 counted
+    wrong = [(torch.tensor(1), torch.tensor(0))] * 3  # wrong if the label 0 counted
     loss = nn.CrossEntropyLoss(ignore_index=0)
     found = test_fine_tuning(
         Copies(), train_data=rows, val_data=rows + wrong, loss_fn=loss, compute_metrics=Accuracy(), n_epochs=1,
@@ -89,7 +89,7 @@ def test_rows_without_labels_reach_the_metrics_too(batch_size: int) -> None:
     assert found.metrics == [{"rows": 17}]
 
 
-def test_accuracy_of_several_labels_is_of_yes_or_no() -> None:
+def test_multi_label_accuracy_counts_binary_decisions() -> None:
     name = "multi-label, BERT"
     found = evaluated(name, batch_size=4, compute_metrics=Accuracy(), learning_rate=1e-12)
     with torch.no_grad(), all_in_float64():
@@ -98,12 +98,12 @@ def test_accuracy_of_several_labels_is_of_yes_or_no() -> None:
     assert found.metrics == [{"accuracy": pytest.approx(((logits > 0) == batch["labels"]).double().mean().item())}]
 
 
-def test_metrics_without_labels_are_told_before_training() -> None:
+def test_metrics_without_labels_are_refused_before_training() -> None:
     with pytest.raises(SettingsError, match="`compute_metrics` compares with `labels`"):
         evaluated("question answering, BERT", batch_size=4, compute_metrics=Accuracy())
 
 
-def test_metrics_that_are_no_numbers_are_told() -> None:
+def test_metrics_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(SettingsError, match="`compute_metrics` must return numbers, but returned"):
         evaluated("token classification, BERT", batch_size=4, compute_metrics=lambda _: {"per class": [1, 2]})
 
@@ -124,12 +124,12 @@ def test_a_function_gets_all_predictions_in_the_order_of_the_rows() -> None:
     assert got[0].predictions.shape == (len(VAL_ROWS[name]), widest, 3)
 
 
-def test_metrics_that_cannot_be_used_are_told() -> None:
+def test_metrics_that_are_not_a_dict_are_refused() -> None:
     with pytest.raises(SettingsError, match="`compute_metrics` must return a dict of numbers by name, but returned 3"):
         evaluated("token classification, BERT", batch_size=4, compute_metrics=lambda _: 3)
 
 
-def test_metrics_are_those_of_scikit_learn_and_combine() -> None:
+def test_metrics_equal_those_of_scikit_learn_and_can_be_combined() -> None:
     guesses, truths = [0, 1, 1, 2], [0, 1, 2, 2]
     assert Accuracy().compute(predictions=guesses, references=truths) == {"accuracy": 0.75}
     scores = F1(average="macro").compute(predictions=guesses, references=truths)
@@ -145,7 +145,7 @@ def test_metrics_are_those_of_scikit_learn_and_combine() -> None:
     }  # fmt: skip
 
 
-def test_regression_is_measured_on_the_outputs_themselves() -> None:
+def test_regression_metrics_use_the_raw_outputs() -> None:
     found = evaluated("regression, BERT", batch_size=4, compute_metrics=MeanSquaredError(), learning_rate=1e-12)
     assert found.metrics[0]["mse"] == pytest.approx(found.final_loss, rel=1e-6)
 
@@ -172,7 +172,7 @@ def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str])
     assert found["order"] == [[row["labels"][0] for row in VAL_ROWS[name]]] * 2
     assert found["errors"] == ["`compute_metrics` failed on the main process: OwnError('broken')"] * 2
     assert found["cause"] == "OwnError"
-    assert found["checkpoints"] == ["update-00000003"]  # the epoch is not lost
+    assert found["checkpoints"] == ["update-00000003"]  # the epoch is in a checkpoint
     (told,) = set(found["no metrics"])
     assert told.startswith("`compute_metrics` must return a dict of numbers by name, but returned 3")
     assert len(ROWS[name]) == 9

@@ -1,4 +1,4 @@
-"""The contract: every window's gradient is that of one batch of its rows."""
+"""The contract: every window's gradient equals that of one batch of its rows."""
 
 import json
 import math
@@ -33,13 +33,13 @@ def test_gradient_of_every_window_is_that_of_one_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.tolerance > 1e-10])
-def test_heads_that_compute_a_part_in_float32_are_exact_to_its_rounding(name: str) -> None:
+def test_heads_with_a_float32_part_are_exact_up_to_float32_rounding(name: str) -> None:
     head = HEADS[name]
     assert max(window_errors(head.model(), head.rows(), batch_size=2, effective_batch_size=7)) < head.tolerance
 
 
 @pytest.mark.processes
-def test_two_processes_have_the_gradient_of_one_batch_or_are_both_told(two_processes: Callable[..., str]) -> None:
+def test_two_processes_have_the_gradient_of_one_batch_or_both_raise(two_processes: Callable[..., str]) -> None:
     printed = dict(line.split(" ", 1) for line in two_processes("all_heads.py").splitlines() if " " in line)
     errors = json.loads(printed["ERRORS"])
     assert errors.keys() == HEADS.keys()
@@ -51,7 +51,7 @@ def test_two_processes_have_the_gradient_of_one_batch_or_are_both_told(two_proce
 
 @pytest.mark.parametrize("wide", [False, True], ids=["by autograd", "apart"])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_weights_that_some_passes_leave_out_are_exact_however_gradients_are_summed(name: str, wide: bool) -> None:
+def test_weights_unused_in_some_passes_are_exact_in_both_gradient_sums(name: str, wide: bool) -> None:
     structure = STRUCTURES[name]
     model = with_a_narrow_weight(structure.model()) if wide else structure.model()
     sizes = {"batch_size": 2, "effective_batch_size": 7}
@@ -62,15 +62,15 @@ def test_weights_that_some_passes_leave_out_are_exact_however_gradients_are_summ
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_weights_that_a_process_leaves_out_are_exact_on_two(two_processes: Callable[..., str]) -> None:
+def test_weights_unused_on_one_process_are_exact_on_two(two_processes: Callable[..., str]) -> None:
     printed = two_processes("structures_of_two.py")
     errors = json.loads(next(line for line in printed.splitlines() if line.startswith("ERRORS "))[7:])
     assert len(errors) == 2 * len(STRUCTURES) + 3 + 2 + 4
     assert max(errors.values()) < 1e-10, errors
 
 
-def test_the_control_fails_dividing_by_k_is_far_off() -> None:
-    """The harness can tell: the usual `loss / k` over the same micro-batches is off by a third."""
+def test_dividing_by_k_gives_a_wrong_gradient() -> None:
+    """A control of the harness: the usual `loss / k` over the same micro-batches has an error above 10 %."""
     head = HEADS["causal LM, Llama"]
     model, rows = head.model(), head.rows(7)
     wanted = one_batch_gradient(model, rows)
@@ -88,8 +88,8 @@ def test_micro_batches_without_loss_items_contribute_nothing(name: str) -> None:
         assert max(window_errors(head.model(), rows, batch_size=1, gradient_accumulation_steps=6)) < 1e-10
 
 
-def test_a_ghost_moves_no_weights_that_its_window_does_not_use() -> None:
-    """The shortest row, the dummy, takes another branch than the one labelled row of the first window."""
+def test_a_dummy_moves_no_weights_that_its_window_does_not_use() -> None:
+    """The dummy, the shortest row, takes a different branch than the only labelled row of the first window."""
     rows: list[Row] = [{"input_ids": [5, 6, 7, 8 + n], "labels": -100} for n in range(4)]
     order = next(plan(5, n_epochs=1, validation_split=0.0, effective_batch_size=4).windows(0)).rows
     every = {order[0]: {"input_ids": [5, 9, 9, 9], "labels": 1}, **dict(zip(order[1:], rows, strict=False))}
@@ -125,8 +125,8 @@ def test_a_window_without_loss_items_is_a_skipped_update() -> None:
     assert any((p != before[name]).any() for name, p in model.named_parameters())
 
 
-def test_a_ghost_leaves_no_trace_in_buffers_and_generators() -> None:
-    """Batch norm's statistics and dropout's draws are those of the rows with loss items alone."""
+def test_a_dummy_leaves_no_trace_in_buffers_and_generators() -> None:
+    """Only rows with loss items change the statistics of batch norm and the random numbers of dropout."""
 
     class Tagger(nn.Module):
         def __init__(self) -> None:
@@ -143,7 +143,7 @@ def test_a_ghost_leaves_no_trace_in_buffers_and_generators() -> None:
     def trained(rows: list[Row]) -> nn.Module:
         torch.manual_seed(0)
         model = Tagger()
-        # Equal lengths, so that nothing is sorted; one window, so that the dummies stand between the others.
+        # Rows of equal length are not sorted, and in one window the dummies are between the other rows.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InexactLossWarning)
             test_fine_tuning(
@@ -164,7 +164,7 @@ def test_a_ghost_leaves_no_trace_in_buffers_and_generators() -> None:
         assert torch.equal(with_ghosts[name], value), name
 
 
-def test_losses_handed_over_as_sums_and_named_terms_are_exact() -> None:
+def test_losses_given_as_sums_and_named_terms_are_exact() -> None:
     draw = torch.Generator().manual_seed(3)
     rows = [(torch.randn(4, generator=draw).double(), torch.randn(3, generator=draw).double()) for _ in range(7)]
     wanted_model = _linear()
@@ -200,7 +200,7 @@ def _linear() -> nn.Module:
     return nn.Linear(4, 3).double()
 
 
-def test_terms_with_items_of_their_own_each_have_their_own_denominator() -> None:
+def test_each_term_is_divided_by_its_own_number_of_items() -> None:
     """A term that only some rows have (marked by a positive first feature) is a mean over those rows."""
     draw = torch.Generator().manual_seed(3)
     rows = [
@@ -240,9 +240,9 @@ def _together(model: nn.Module, rows: list[Row]) -> tuple[torch.Tensor, dict[str
     return model(x=batch["x"]), batch
 
 
-def test_a_collator_that_draws_at_random_draws_the_same_for_every_split() -> None:
+def test_a_random_collator_draws_the_same_numbers_for_every_split() -> None:
     class HidesSome:
-        """Masked-LM labels, drawn anew in each call."""
+        """A collator that draws new masked-LM labels in each call."""
 
         def __call__(self, rows: list[Row]) -> dict[str, torch.Tensor]:
             batch = one_batch([{"input_ids": row["input_ids"]} for row in rows])
@@ -271,7 +271,7 @@ def test_a_collator_that_draws_at_random_draws_the_same_for_every_split() -> Non
     assert relative_error(found[0][2], found[0][0]) > 1e-3, "the second epoch draws anew"
 
 
-def test_question_answering_keeps_one_width_under_a_count_of_the_users_own() -> None:
+def test_question_answering_keeps_one_width_with_a_custom_count() -> None:
     head = HEADS["question answering, BERT"]
     count = lambda batch: len(batch["input_ids"])
     errors = window_errors(head.model(), head.rows(), batch_size=2, effective_batch_size=7, count_items=count)
@@ -279,7 +279,7 @@ def test_question_answering_keeps_one_width_under_a_count_of_the_users_own() -> 
 
 
 @pytest.mark.slow
-def test_padding_is_seen_to_matter_where_few_rows_are_short() -> None:
+def test_sensitivity_to_padding_is_detected_if_few_rows_are_short() -> None:
     head = HEADS["question answering, BERT"]
     same = [row for row in head.rows(400) if len(row["input_ids"]) == 9]
     short = next(row for row in head.rows(400) if len(row["input_ids"]) == 3)
@@ -290,7 +290,7 @@ def test_padding_is_seen_to_matter_where_few_rows_are_short() -> None:
     assert max(window_errors(head.model(), rows, batch_size=2, effective_batch_size=16)) < 1e-10
 
 
-def test_labels_of_255_are_classes_where_no_pixels_are_labelled() -> None:
+def test_labels_of_255_are_classes_if_no_pixels_are_labelled() -> None:
     torch.manual_seed(0)
     config = BeitConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
@@ -302,7 +302,7 @@ def test_labels_of_255_are_classes_where_no_pixels_are_labelled() -> None:
     assert max(window_errors(model, rows, batch_size=2, effective_batch_size=7)) < 1e-10
 
 
-def test_gradients_that_come_with_the_model_are_none_of_the_first_windows() -> None:
+def test_gradients_that_exist_before_training_are_discarded() -> None:
     head = HEADS["sequence classification, BERT"]
     model = head.model()
     for p in model.parameters():
@@ -316,7 +316,7 @@ def test_gradients_that_come_with_the_model_are_none_of_the_first_windows() -> N
     assert relative_error(optimizer.gradients[0], one_batch_gradient(head.model(), rows)) < 1e-10
 
 
-def test_parameters_that_the_optimizer_does_not_hold_are_neither_clipped_nor_kept() -> None:
+def test_parameters_outside_the_optimizer_do_not_count_in_the_gradient_norm() -> None:
     head = HEADS["sequence classification, BERT"]
     model, rows = head.model(), head.rows(8)
     wanted = [
@@ -336,7 +336,7 @@ def test_parameters_that_the_optimizer_does_not_hold_are_neither_clipped_nor_kep
 
 @pytest.mark.parametrize(("name", "left"), [("sequence classification, Llama", True), ("causal LM, Llama", False)])
 def test_left_padding_and_checkpointing_are_exact(name: str, left: bool) -> None:
-    """The rows of a causal LM are padded on the right all the same: on the left, padding would predict first tokens."""
+    """Rows of a causal LM are always padded on the right: on the left, padding would predict the first token."""
     head = HEADS[name]
 
     class Tokenizer:

@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all: an error, a kill or a full disk leaves the old ones."""
+"""Files and folders are replaced completely or not at all: an error, a kill or a full disk keeps the old ones."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def write_folder(path: Path, text: str) -> None:
         (folder / "deep" / "b").write_text(text)
 
 
-def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_a_file_is_not_replaced_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "not" / "there" / "r.json"
     with atomic_write(path) as beside:
         beside.write_text("old")
@@ -38,7 +38,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_folder_is_replaced_with_all_that_lay_in_it(
+def test_a_folder_is_replaced_with_all_its_contents(
     exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchanges:
@@ -62,7 +62,7 @@ def test_folders_are_exchanged_in_one_step(tmp_path: Path, monkeypatch: pytest.M
     assert tree(tmp_path) == {"model/a": "new", "model/deep/b": "new"}
 
 
-def test_an_error_in_the_middle_leaves_the_old_ones_and_nothing_else(tmp_path: Path) -> None:
+def test_an_error_during_a_write_leaves_only_the_old_files(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("old")
     write_folder(tmp_path / "model", "old")
     before = tree(tmp_path)
@@ -79,7 +79,7 @@ def test_an_error_in_the_middle_leaves_the_old_ones_and_nothing_else(tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "r.json"]
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one_there(
+def test_the_old_folder_remains_if_the_new_one_cannot_be_moved_into_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(path: Path, target: Path) -> None:
@@ -95,10 +95,8 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one_there(
     assert tree(tmp_path) == {"model/a": "old", "model/deep/b": "old"}
 
 
-def test_what_reaches_the_disk_too_late_does_not_take_the_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Network file systems tell only when they flush that there is no room."""
+def test_files_that_fail_to_flush_do_not_replace_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems report a full disk only when they flush."""
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -127,12 +125,10 @@ def test_files_and_folders_are_flushed_before_they_are_renamed(tmp_path: Path, m
     beside = ".model.partial"
     assert sorted(order[:-1]) == sorted(["a", "b", "deep", beside])
     assert order.index("b") < order.index("deep") < order.index(beside)
-    assert order[-1] == tmp_path.name  # whose list of names the renaming changed
+    assert order[-1] == tmp_path.name  # the folder whose entries the rename changed
 
 
-def test_a_file_system_that_cannot_flush_is_written_to_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_written_to_a_file_system_that_cannot_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(_: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -150,7 +146,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert tree(tmp_path / "large disk") == {"a": "new", "deep/b": "new"}
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", "old")
     killed_in_the_middle = (
         "import os, signal; from ftaccum.runtime.atomic_files import atomic_directory, atomic_write\n"

@@ -95,7 +95,7 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float:
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """What a run leaves as it was, here where the optimizer moves nothing: as lists, which can be compared."""
+    """Return the state that a run must restore, as lists. The optimizer of this test does not change the weights."""
     weights = [tensor.tolist() for tensor in model.state_dict().values()]
     _, keys, *place = np.random.get_state()
     return [torch.get_rng_state().tolist(), keys.tolist(), place, random.getstate(), model.training, weights]

@@ -1,4 +1,4 @@
-"""Any file of settings, and any words after the command: read correctly, or refused in one sentence."""
+"""Any settings file and any arguments of the command are read correctly or refused with a message."""
 
 import contextlib
 import inspect
@@ -76,12 +76,12 @@ _WORDS = st.lists(
 
 @fuzz(examples=100)
 @given(words=_WORDS)
-def test_any_words_are_read_or_refused(words: list[str]) -> None:
+def test_any_arguments_are_read_or_refused(words: list[str]) -> None:
     assert _status(["plan", *words]) in (0, 2)
 
 
 def _status(words: list[str]) -> int:
-    """The exit status of the command, which says something wherever it is not 0."""
+    """Return the exit status of the command, and check that it prints an error exactly if that is not 0."""
     said = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         status = main(words)
@@ -99,7 +99,9 @@ def _status(words: list[str]) -> int:
         (["--accumulation_steps", "3"], "`ftaccum search`. Did you mean '--gradient_accumulation_steps'?"),
     ],
 )
-def test_an_error_about_an_option_says_why(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
+def test_an_error_about_an_option_gives_the_reason(
+    capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
     assert main(["plan", *words]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -117,7 +119,7 @@ def test_an_error_about_an_option_says_why(capsys: pytest.CaptureFixture[str], w
         ("n_epochs: x", "`n_epochs` must be a positive integer, but is 'x' instead"),
     ],
 )
-def test_an_error_about_a_file_says_why(
+def test_an_error_about_a_file_gives_the_reason(
     capsys: pytest.CaptureFixture[str], config: Callable[[bytes], list[str]], content: str, sentence: str
 ) -> None:
     assert main(["plan", *config(content.encode())]) == 2
@@ -125,7 +127,7 @@ def test_an_error_about_a_file_says_why(
 
 
 def test_scalars_of_a_file_follow_yaml_1_2(config: Callable[[bytes], list[str]]) -> None:
-    """In YAML 1.1, `no` is False, 1e-5 a word and 1:30 ninety."""
+    """In YAML 1.1, `no` is False, 1e-5 a string, and 1:30 the number 90."""
     words = config(b"mixed_precision: no\nplanner: off\nprogress: yes\nplanner_costs: [1e2, 1, 1e-4]\nbatch_size: 8")
     (runtime,) = parse([Runtime], words)
     read = (runtime.mixed_precision, runtime.planner, runtime.progress, runtime.planner_costs, runtime.batch_size)

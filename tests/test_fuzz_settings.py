@@ -1,4 +1,4 @@
-"""Any value of any setting: its rule accepts it, or a sentence that names the setting refuses it."""
+"""Any value of any setting is accepted by its rule, or refused with a message that names the setting."""
 
 import fractions
 import inspect
@@ -28,7 +28,7 @@ SETTINGS = [
 
 
 class Hostile:
-    """Raises whatever it is asked, and can be neither compared nor shown."""
+    """An object that raises on every access, comparison and `repr`."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -124,7 +124,7 @@ def test_any_settings_together_are_accepted_or_refused_by_name(given: dict[str, 
 @example({"gradient_accumulation_steps": [(0, 1), (2**62, 2**62)], "learning_rate_scaling": "sqrt"})
 @example({"tokens_per_update": 2**62, "tokens_per_row": 5e-324})
 @example({"n_rows": np.array(30)})
-def test_a_plan_of_anything_describes_itself_or_says_why_not(given: dict[str, Any]) -> None:
+def test_a_plan_of_any_values_is_described_or_refused_by_name(given: dict[str, Any]) -> None:
     faults = _faults(lambda: str(plan(**{"n_rows": 30} | given)))
     assert all(any(f"`{name}`" in fault for name in inspect.signature(plan).parameters) for fault in faults)
 
@@ -137,7 +137,7 @@ def _faults(call: Callable[[], Any]) -> tuple[str, ...]:
     return ()
 
 
-def test_a_plan_of_too_many_updates_says_so() -> None:
+def test_a_plan_with_too_many_updates_is_refused() -> None:
     with pytest.raises(
         SettingsError, match=r"`n_epochs` is 1000000000, which over 10 rows makes up to 10000000000 updates"
     ):
@@ -146,6 +146,6 @@ def test_a_plan_of_too_many_updates_says_so() -> None:
     assert plan(10**12, n_epochs=1, batch_size=10**9).n_validation_rows == 10**11
 
 
-def test_numpy_numbers_are_accepted_wherever_settings_are() -> None:
+def test_verify_accepts_numpy_numbers_as_settings() -> None:
     with pytest.raises(SettingsError, match="`n_splits` must be a non-negative integer, but is -1 instead"):
         verify(nn.Linear(2, 2), [{"x": [1.0]}], n_splits=np.int64(-1))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sketches of gradients, and the comparison of rows together with rows apart by them."""
+"""Sketches of gradients, and comparisons of one batch with separate rows by sketches."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ def test_gradients_of_any_kind_are_sketched() -> None:
     assert sketch_of(a=torch.full((4,), 2.0, dtype=torch.bfloat16)).norm() == 4.0
 
 
-def test_gradients_and_hooks_are_left_as_they_were() -> None:
+def test_sketching_does_not_change_gradients_or_hooks() -> None:
     model, called = linear(), []
     model.weight.grad = torch.full_like(model.weight, 7.0)
     model.weight.register_post_accumulate_grad_hook(lambda _: called.append(1))
@@ -95,7 +95,7 @@ def test_a_clamped_gradient_differs_and_its_parameter_is_named() -> None:
     assert 0 < found.off < 1
 
 
-def test_what_the_order_of_rows_changes_as_well_is_rounding() -> None:
+def test_differences_that_the_order_of_rows_also_causes_are_rounding() -> None:
     noise = torch.Generator().manual_seed(0)
 
     def noisy(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:

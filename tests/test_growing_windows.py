@@ -1,4 +1,4 @@
-"""Windows that are carried over an epoch's end, and windows that grow: still exactly one batch each."""
+"""Windows that cross the end of an epoch, and windows that grow, still equal one batch each."""
 
 import json
 import math
@@ -28,7 +28,7 @@ CHANGING: list[dict[str, Any]] = [
 
 
 def cut_otherwise(arguments: dict[str, Any], batch_size: int, num_processes: int = 1) -> dict[str, Any]:
-    """The same windows, of 4 rows a step, at another physical batch."""
+    """Return arguments for the same windows, of 4 rows for each step, with another physical batch size."""
     steps = arguments.get("gradient_accumulation_steps")
     if steps is None:
         return arguments | {"batch_size": batch_size}
@@ -41,16 +41,16 @@ def cut_otherwise(arguments: dict[str, Any], batch_size: int, num_processes: int
 def test_gradient_of_every_window_of_several_epochs_is_that_of_one_batch(name: str) -> None:
     head = HEADS[name]
     with all_in_float64():
-        # 9 rows, 3 epochs: 7, 7, 7 and 6 of them, two windows over an epoch's end
+        # 9 rows, 3 epochs: windows of 7, 7, 7 and 6 rows, two of which cross the end of an epoch
         carried = window_errors(
             head.model(), head.rows(), batch_size=2, effective_batch_size=7, n_epochs=3, remainder="carry"
         )
-        # 4, 2, 2, 10, 9: a window of 10 out of 9 rows has one of them twice
+        # 4, 2, 2, 10, 9: a window of 10 from 9 rows contains one of them twice
         growing = window_errors(
             head.model(), head.rows(), batch_size=2, gradient_accumulation_steps=[(0, 2), (1, 1), (3, 5)],
             n_epochs=3, remainder="carry",
         )  # fmt: skip
-        # 4, 2, 3, then 9 and no more: each epoch by itself
+        # 4, 2, 3, then 9 and no more: no window crosses the end of an epoch
         flushed = window_errors(
             head.model(), head.rows(), batch_size=2, gradient_accumulation_steps=[(0, 2), (1, 1), (2, 5)],
             n_epochs=3, max_updates=4,
@@ -69,8 +69,8 @@ def test_the_physical_batch_changes_nothing(name: str, arguments: dict[str, Any]
 
 
 @pytest.mark.slow
-def test_a_row_that_is_twice_in_a_window_is_drawn_for_twice() -> None:
-    """A collator that draws gets the window whole, and each place of it is trained on once, however it is cut."""
+def test_a_row_that_is_twice_in_a_window_is_collated_and_trained_on_twice() -> None:
+    """A random collator gets the whole window, and each of its places is trained on once at any batch size."""
     sizes: dict[str, Any] = {"n_epochs": 4, "effective_batch_size": 4, "remainder": "carry", "validation_split": 0.0}
     planned = plan(5, **sizes)
     windows = [window.rows for epoch in planned.epochs for window in planned.windows(epoch)]
@@ -97,10 +97,10 @@ def test_a_row_that_is_twice_in_a_window_is_drawn_for_twice() -> None:
 
 
 @pytest.mark.parametrize("rule", some_slow(["none", "sqrt", "linear"], ["sqrt"]))
-def test_rates_and_weights_are_those_of_a_plain_loop_that_scales_them(
+def test_rates_and_weights_equal_those_of_a_plain_loop_that_scales_rates(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the windows has a gradient that is not finite: the schedule waits, and k does not."""
+    """One window has a gradient that is not finite. Its update counts for k, but not for the schedule."""
     rows = BERT.rows(12)
     steps, skipped = [(0, 1), (2, 4), (4, 2)], 3
     planned = plan(12, batch_size=1, gradient_accumulation_steps=steps, n_epochs=2, remainder="carry",
@@ -127,7 +127,7 @@ def test_rates_and_weights_are_those_of_a_plain_loop_that_scales_them(
     held = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
 
     class Overflowing(nn.Module):
-        """Its loss is not finite in the window to skip."""
+        """A model whose loss is not finite in the window to skip."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -159,8 +159,8 @@ def test_rates_and_weights_are_those_of_a_plain_loop_that_scales_them(
         assert torch.allclose(p, q[1], rtol=1e-9, atol=1e-12), name
 
 
-def test_a_schedule_that_goes_on_from_its_own_rate_is_not_disturbed() -> None:
-    """`MultiplicativeLR` and its kin read the rate that they wrote: scaled rates must not be what they find."""
+def test_scaling_does_not_affect_a_schedule_that_reads_its_last_rate() -> None:
+    """`MultiplicativeLR` and similar schedules read the rate that they set before, which must not be the scaled one."""
     from ftaccum.training.rates import scale_learning_rates
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -174,7 +174,7 @@ def test_a_schedule_that_goes_on_from_its_own_rate_is_not_disturbed() -> None:
     assert seen == [1.0, 2.0, 1.0]
 
 
-def test_a_rate_that_is_a_tensor_is_recorded_as_a_number_and_put_back(tmp_path: Path) -> None:
+def test_a_tensor_learning_rate_is_recorded_as_a_number_and_restored(tmp_path: Path) -> None:
     model = BERT.model()
     held = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
     result = test_fine_tuning(
@@ -189,7 +189,7 @@ def test_a_rate_that_is_a_tensor_is_recorded_as_a_number_and_put_back(tmp_path: 
 def test_epochs_without_an_update_are_evaluated_and_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """4 rows an epoch and 10 an update: the third, the fifth and the last epoch have one."""
+    """With 4 rows an epoch and 10 an update, only the third, the fifth and the last epoch have an update."""
     result = test_fine_tuning(
         BERT.model(), train_data=BERT.rows(4), val_data=BERT.rows(3), n_epochs=6, batch_size=2,
         effective_batch_size=10, remainder="carry", early_stopping_patience=1, restore_best_weights=True,
@@ -213,7 +213,7 @@ def test_training_ends_after_max_updates_and_evaluates_there(tmp_path: Path) -> 
         learning_rate=1e-2, output_dir=str(tmp_path), progress=False,
     )  # fmt: skip
     assert (len(result.loss_history), len(result.val_loss_history)) == (6, 2)
-    # A linear schedule without warm-up: it counts on six updates, not on twenty.
+    # A linear schedule without warm-up, over six updates rather than twenty.
     assert result.lr_history == pytest.approx([1e-2 * (6 - n) / 6 for n in range(6)])
 
 

@@ -1,4 +1,4 @@
-"""What the machine and the containers around a process leave it."""
+"""The memory and processors that the machine and its containers leave to a process."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 class Machine:
-    """A `/proc/self` and a tree of control groups in a folder."""
+    """A folder with a `/proc/self` and a tree of control groups."""
 
     def __init__(self, folder: Path, version: int, path: str, root: str = "/") -> None:
         """Args:
@@ -47,7 +47,7 @@ def _a_large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_container_filled_by_cached_files_is_free(version: int, tmp_path: Path) -> None:
+def test_memory_of_cached_files_counts_as_free(version: int, tmp_path: Path) -> None:
     machine = Machine(tmp_path, version, "/")
     machine.group(".", limit=16 * GB, used=15 * GB, cache=13 * GB)
     assert free_on_host(machine.proc) == 14 * GB
@@ -55,7 +55,7 @@ def test_a_container_filled_by_cached_files_is_free(version: int, tmp_path: Path
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("tightest", ["slice", "slice/job", "slice/job/step"])
-def test_the_tightest_of_nested_groups_counts(version: int, tightest: str, tmp_path: Path) -> None:
+def test_the_smallest_limit_of_nested_groups_applies(version: int, tightest: str, tmp_path: Path) -> None:
     machine = Machine(tmp_path, version, "/slice/job/step")
     for name in ("slice", "slice/job", "slice/job/step", "slice/other"):
         machine.group(name, limit=64 * GB, used=10 * GB, cache=GB)
@@ -64,7 +64,7 @@ def test_the_tightest_of_nested_groups_counts(version: int, tightest: str, tmp_p
     assert free_on_host(machine.proc) == 11 * GB
 
 
-def test_a_soft_limit_counts_as_well(tmp_path: Path) -> None:
+def test_a_soft_limit_applies(tmp_path: Path) -> None:
     machine = Machine(tmp_path, 2, "/service")
     machine.group("service", limit="max", used=2 * GB)
     (tmp_path / "cgroup" / "service" / "memory.high").write_text("8000000000\n")
@@ -80,7 +80,7 @@ def test_a_container_sees_its_own_group_as_the_root(version: int, path: str, tmp
 
 
 @pytest.mark.parametrize(("version", "unlimited"), [(1, 2**63 - 4096), (2, "max")])
-def test_without_a_limit_the_machine_counts(version: int, unlimited: int | str, tmp_path: Path) -> None:
+def test_without_a_limit_the_memory_of_the_machine_applies(version: int, unlimited: int | str, tmp_path: Path) -> None:
     machine = Machine(tmp_path, version, "/job")
     machine.group("job", limit=unlimited, used=3 * GB)
     assert free_on_host(machine.proc) == 500 * GB

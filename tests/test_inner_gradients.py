@@ -1,4 +1,4 @@
-"""Models and losses that differentiate inside their forward pass train exactly, and are evaluated."""
+"""Models and losses that compute gradients in their forward pass train exactly and can be evaluated."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class Forces(nn.Module):
-    """The gradient of an energy, as in models of molecules."""
+    """A model that returns the gradient of an energy, as for molecules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Forces(nn.Module):
 
 
 class Hooked(Forces):
-    """Scales the gradient on its way through."""
+    """A model that scales a gradient by a hook."""
 
     def forward(self, positions: Tensor) -> Tensor:
         energy = self.energy(positions)
@@ -36,7 +36,7 @@ class Hooked(Forces):
 
 
 class Critic(Forces):
-    """Returns what a penalty on the slope of its output needs."""
+    """A model that returns its output and its inputs, for a penalty on the slope."""
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         positions = positions.detach().requires_grad_()
@@ -44,7 +44,7 @@ class Critic(Forces):
 
 
 class Penalized(Forces):
-    """Differentiates in train mode alone."""
+    """A model that computes gradients only in train mode."""
 
     def forward(self, positions: Tensor) -> Tensor:
         return super().forward(positions) if self.training else positions * self.energy(positions)
@@ -85,7 +85,7 @@ def test_the_validation_loss_is_that_of_eval_mode(kind: type[Forces], loss_fn: L
     assert "largest" in result.metrics[-1]
 
 
-def test_an_error_of_the_models_own_is_not_hidden() -> None:
+def test_an_error_in_the_model_is_not_hidden() -> None:
     class Broken(Forces):
         def forward(self, _: Tensor) -> Tensor:
             raise RuntimeError("no such molecule")

@@ -1,4 +1,4 @@
-"""A run is decided by its Recipe: the Runtime may change time and memory, never the result."""
+"""The Recipe alone determines the result of a run. The Runtime may change time and memory only."""
 
 import json
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def test_sorting_rows_by_length_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     assert difference(in_order_of_arrival, in_order_of_length) < 1e-9
 
 
-def test_the_recipe_does_change_it() -> None:
-    """The comparison can tell runs apart."""
+def test_the_recipe_changes_the_result() -> None:
+    """A control: the comparison detects different runs."""
     one, other = (trained(NAMES[1], 4, random_seed=seed) for seed in (1, 2))
     assert difference(one, other) > 1e-3
 
@@ -40,7 +40,7 @@ def test_the_recipe_does_change_it() -> None:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
-    """Nor where windows are carried over an epoch's end, or grow, nor where the tracker and the disk fail."""
+    """Also if windows cross the end of an epoch or grow, and if the tracker or the disk fails."""
     alone = {name: trained(name, 12) for name in NAMES}
     growing = [trained(NAMES[2], **cut_otherwise(arguments, 4)) for arguments in CHANGING]
     torch.save((alone, growing), tmp_path / "alone.pt")

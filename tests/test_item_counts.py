@@ -1,4 +1,4 @@
-"""Counting loss items, by hand."""
+"""Counts of loss items against counts by hand."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def counts(batch: Any, **arguments: Any) -> dict[str, float]:
     return {name: count(batch) for name, count in ItemCounter(**arguments).applicable(batch).items()}
 
 
-def test_every_way_counts_what_its_name_says() -> None:
+def test_every_way_to_count_matches_its_name() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [1, 1, 1, 0]])
     batch = {**BATCH, "attention_mask": mask}
     wanted = {"labels": 8, "labels after the next-token shift": 6, "rows": 3, "elements": 12, "tokens": 9}
@@ -33,7 +33,7 @@ def test_every_way_counts_what_its_name_says() -> None:
     assert counts(BATCH)["tokens"] == 12, "without a mask all tokens count"
 
 
-def test_another_index_may_be_ignored() -> None:
+def test_another_ignore_index_is_respected() -> None:
     assert counts(BATCH, ignore_index=4)["labels"] == 11
 
 
@@ -68,7 +68,7 @@ def test_a_sum_is_counted_as_pytorch_reduces(targets: Tensor | None, wanted: str
     assert ItemCounter().convention(batch) == wanted
 
 
-def test_a_packed_row_is_one_row_however_many_are_in_the_batch() -> None:
+def test_a_packed_row_counts_as_one_row() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 0, 1]])
     packed = {"input_ids": torch.ones(1, 6).long(), "position_ids": positions}
     assert rows_of(packed) == 1
@@ -94,18 +94,18 @@ def test_rows_without_labels_among_rows_with_them_are_an_error() -> None:
         ItemCounter().ways["labels"]({"input_ids": LABELS})
 
 
-def test_a_number_of_the_users_counts_for_every_term() -> None:
+def test_a_single_count_from_the_user_applies_to_every_term() -> None:
     assert counts_from_user(3, ["a", "b"]) == {"a": 3, "b": 3}
     assert counts_from_user({"a": torch.tensor(2.5), "b": 0}, ["a", "b"]) == {"a": 2.5, "b": 0}
 
 
 @pytest.mark.parametrize("counted", [-1, True, float("inf"), float("nan"), "3", None, torch.ones(2)])
-def test_a_count_that_is_no_number_of_items_is_an_error(counted: Any) -> None:
+def test_a_count_that_is_not_a_valid_number_is_an_error(counted: Any) -> None:
     with pytest.raises(SettingsError, match="must return a finite number of 0 or more for a batch, but returned"):
         counts_from_user(counted, ["loss"])
 
 
-def test_a_term_that_the_users_count_leaves_out_has_no_items() -> None:
+def test_a_term_missing_from_the_users_count_has_no_items() -> None:
     assert counts_from_user({"a": 1}, ["a", "b"]) == {"a": 1, "b": 0}
 
 
@@ -114,11 +114,11 @@ def test_counts_of_unknown_terms_are_an_error() -> None:
         counts_from_user({"a": 1, "b": 2, "c": 3}, ["b", "a"])
 
 
-def test_relabelling_makes_ways_to_count_differ() -> None:
+def test_relabelling_makes_the_ways_to_count_differ() -> None:
     found = relabelled({"labels": LABELS, "x": 1}, -100)
     assert found is not None
     assert found["x"] == 1
-    # Odd rows: the first label and one more; even rows: all, and the first.
+    # Odd rows keep the first label and one more. Even rows keep all, and get a first one.
     assert found["labels"].tolist() == [[5, -100, 7, 8], [4, -100, 4, -100], [6, 3, 2, 9]]
     odd = torch.tensor([[1, 2, 3, 4], [-100, 7, 8, 9]])
     again = relabelled({"labels": odd}, -100)

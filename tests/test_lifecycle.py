@@ -1,4 +1,4 @@
-"""A run from outside: counts, histories, screen, files, precisions, and a process left as it was found."""
+"""A run as the user sees it: counts, histories, screen, files, precisions, and a process with its state restored."""
 
 import copy
 import gc
@@ -37,7 +37,7 @@ def run(model: nn.Module | None = None, n_rows: int = 24, **arguments: Any) -> R
 
 @pytest.mark.parametrize(("micro_batches", "k", "updates"), [(100, 4, 25), (10, 3, 4), (5, 8, 1)])
 @pytest.mark.slow
-def test_one_norm_an_update(micro_batches: int, k: int, updates: int) -> None:
+def test_each_update_has_one_gradient_norm(micro_batches: int, k: int, updates: int) -> None:
     result = run(n_rows=micro_batches * 2, gradient_accumulation_steps=k, effective_batch_size=None)
     assert len(result.grad_norm_history) == len(result.loss_history) == len(result.lr_history) == updates
     assert result.optimizer_steps == updates
@@ -52,17 +52,17 @@ def test_reported_loss_does_not_depend_on_k() -> None:
     assert accumulated.grad_norm_history == pytest.approx(whole.grad_norm_history, rel=1e-5)
 
 
-def test_schedule_is_in_updates_and_ends_at_its_last() -> None:
+def test_the_schedule_counts_updates_and_ends_at_the_last_one() -> None:
     result = run(n_rows=40, n_epochs=2, learning_rate=1.0e-3, warmup_ratio=0.2)
     assert result.lr_history == pytest.approx([0, 0.5e-3, *(1e-3 * n / 8 for n in range(8, 0, -1))])
 
 
-def test_clipping_can_be_turned_off_and_norms_are_those_before_it() -> None:
+def test_clipping_can_be_turned_off_and_norms_are_recorded_before_it() -> None:
     clipped, free = run(gradient_clip_norm=1e-3), run(gradient_clip_norm=None)
     assert clipped.grad_norm_history[0] == free.grad_norm_history[0] > 1e-3
 
 
-def test_result_reads_as_a_mapping_prints_and_survives_json(tmp_path: Path) -> None:
+def test_a_result_is_a_mapping_that_can_be_printed_and_saved_as_json(tmp_path: Path) -> None:
     result = run(validation_split=0.25)
     assert result["final_loss"] == result.final_loss == result.val_loss_history[-1]
     assert set(result) >= {"initial_loss", "best_val_loss", "metrics", "tokens_per_second", "final_loss_scale"}
@@ -74,7 +74,7 @@ def test_result_reads_as_a_mapping_prints_and_survives_json(tmp_path: Path) -> N
     assert dict(Result.load(tmp_path / "r.json")) == dict(result)
 
 
-def test_without_validation_rows_the_losses_are_those_of_training() -> None:
+def test_without_validation_rows_the_losses_are_training_losses() -> None:
     result = run(n_epochs=2)
     assert result.final_loss == result.train_loss_history[-1]
     assert result.initial_loss == result.loss_history[0]
@@ -83,7 +83,7 @@ def test_without_validation_rows_the_losses_are_those_of_training() -> None:
 
 
 @pytest.mark.slow
-def test_screen(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_banner_shows_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     run(n_rows=1000, batch_size=4, gradient_accumulation_steps=8, effective_batch_size=None)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "FINE-TUNING TEST"
@@ -129,7 +129,7 @@ def test_a_plain_module_with_tied_weights_is_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_precisions_follow_each_other_in_one_process() -> None:
+def test_runs_of_different_precision_can_follow_each_other_in_one_process() -> None:
     runs = [run(mixed_precision=precision) for precision in ("no", "bf16", "no", "fp16", None)]
     assert [r.amp_enabled for r in runs] == [False, True, False, True, False]
     assert runs[0].loss_history == runs[2].loss_history == runs[4].loss_history
@@ -140,11 +140,11 @@ def test_precisions_follow_each_other_in_one_process() -> None:
     assert run(use_amp=True).amp_enabled
 
 
-def test_an_overflow_in_fp16_is_a_skipped_update_that_moves_neither_weights_nor_schedule(tmp_path: Path) -> None:
+def test_an_fp16_overflow_skips_the_update_and_moves_neither_weights_nor_schedule(tmp_path: Path) -> None:
     def overflowing_once(outputs: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
         loss = nn.functional.cross_entropy(outputs.logits, batch["labels"])
-        # Forward passes 1 to n try the loss out; of the updates, the first overflows.
+        # The first forward passes measure the loss. The first update overflows.
         return loss * 1e38 * 10 if len(calls) == overflow_at else loss
 
     calls: list[int] = []
@@ -166,12 +166,12 @@ def test_an_overflow_in_fp16_is_a_skipped_update_that_moves_neither_weights_nor_
     assert json.loads((tmp_path / "r.json").read_text())["grad_norm_history"][0] is None
 
 
-def test_fp16_with_a_scaler_has_the_gradient_of_full_precision_at_the_first_finite_update() -> None:
+def test_fp16_with_a_scaler_has_the_gradient_norms_of_full_precision() -> None:
     full, scaled = run(n_rows=8), run(n_rows=8, mixed_precision="fp16")
     assert scaled.grad_norm_history == pytest.approx(full.grad_norm_history, rel=1e-2)
 
 
-def test_early_stopping_and_the_best_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_early_stopping_restores_the_best_weights(capsys: pytest.CaptureFixture[str]) -> None:
     model = CLASSIFIER.model().float()
     result = run(
         model, validation_split=0.3, n_epochs=12, learning_rate=0.05, early_stopping_patience=2,
@@ -187,7 +187,7 @@ def test_early_stopping_and_the_best_weights(capsys: pytest.CaptureFixture[str])
     assert again.initial_loss == pytest.approx(result.best_val_loss, rel=1e-6)
 
 
-def test_nothing_leaks() -> None:
+def test_a_run_leaves_no_trace_in_the_model_or_the_process() -> None:
     model = CAUSAL.model().float().eval()
     model.model.layers[0].train()
     model.config.use_cache = True
@@ -198,7 +198,7 @@ def test_nothing_leaks() -> None:
         model, train_data=CAUSAL.rows(), n_epochs=1, use_amp=True, gradient_checkpointing=True, deterministic=True,
         progress=False,
     )  # fmt: skip
-    assert set(model.__dict__) - attributes <= {"_require_grads_hooks"}  # an empty list of Transformers' own
+    assert set(model.__dict__) - attributes <= {"_require_grads_hooks"}  # an empty list that Transformers adds
     assert not model.get_input_embeddings()._forward_hooks
     assert model.forward.__func__ is type(model).forward
     assert [m.training for m in (model, model.model.layers[0], model.model.layers[1])] == [False, True, False]
@@ -209,7 +209,7 @@ def test_nothing_leaks() -> None:
     assert accelerate.state.AcceleratorState._shared_state == {}
 
 
-def test_a_failed_run_leaves_nothing_behind_either() -> None:
+def test_a_failed_run_leaves_no_trace_in_the_model_or_the_process() -> None:
     model = CLASSIFIER.model().float().eval()
 
     def fails(outputs: Any, batch: Any) -> torch.Tensor:
@@ -224,7 +224,7 @@ def test_a_failed_run_leaves_nothing_behind_either() -> None:
     assert accelerate.state.AcceleratorState._shared_state == {}
 
 
-def test_an_accelerator_of_the_users_own_survives() -> None:
+def test_an_existing_accelerator_is_not_changed() -> None:
     mine = accelerate.Accelerator(cpu=True)
     run(mixed_precision="bf16")
     assert mine.mixed_precision == "no"
@@ -232,14 +232,14 @@ def test_an_accelerator_of_the_users_own_survives() -> None:
     accelerate.state.AcceleratorState._reset_state()
 
 
-def test_processes_that_are_joined_in_a_way_not_seen_to_be_exact_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distributed_backend_not_shown_to_be_exact_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
     with pytest.raises(SettingsError, match="Accelerate is configured for FSDP, but ftaccum has not been shown"):
         run()
     assert accelerate.state.AcceleratorState._shared_state == {}
 
 
-def test_runs_with_one_seed_are_the_same_and_dropout_is_on() -> None:
+def test_runs_with_the_same_seed_are_equal_and_dropout_is_on() -> None:
     def one(seed: int, dropout: float) -> list[float]:
         model = CLASSIFIER.model().float()
         for module in model.modules():
@@ -252,7 +252,7 @@ def test_runs_with_one_seed_are_the_same_and_dropout_is_on() -> None:
 
 
 @pytest.mark.slow
-def test_twenty_runs_do_not_grow_in_memory() -> None:
+def test_memory_does_not_grow_over_twenty_runs() -> None:
     model = CLASSIFIER.model().float()
     sizes, objects = [], []
     for number in range(20):
@@ -286,7 +286,7 @@ def test_a_run_leaves_nothing_for_the_garbage_collector() -> None:
 
 
 @pytest.mark.slow
-def test_optimizers_of_the_users_own() -> None:
+def test_custom_optimizers_are_used() -> None:
     model = CLASSIFIER.model().float()
     kept = torch.optim.SGD(model.parameters(), lr=0.25)
     assert run(model, optimizer=kept).lr_history == pytest.approx([0.25, 0.25 * 2 / 3, 0.25 / 3])
@@ -320,7 +320,7 @@ class Tracker(accelerate.tracking.GeneralTracker):
         self.finished += 1
 
 
-def test_trackers_get_every_update_and_every_epoch_with_the_sizes() -> None:
+def test_trackers_get_every_update_and_every_epoch_with_the_batch_sizes() -> None:
     tracker = Tracker()
     result = run(validation_split=0.25, n_epochs=2, log_with=tracker)
     assert tracker.config["learning_rate"] == 5e-5
@@ -336,7 +336,7 @@ def test_trackers_get_every_update_and_every_epoch_with_the_sizes() -> None:
     assert tracker.finished == 1
 
 
-def test_a_tracker_that_cannot_be_copied_is_taken() -> None:
+def test_a_tracker_that_cannot_be_copied_is_accepted() -> None:
     tracker = Tracker()
     tracker.lock = threading.Lock()
     assert run(log_with=tracker).optimizer_steps == 3
@@ -363,10 +363,10 @@ def test_tokens_per_update_gives_rows_by_the_mean_length() -> None:
     assert (result.effective_batch_size, result.gradient_accumulation_steps, result.optimizer_steps) == (8, 2, 3)
 
 
-def test_labels_that_were_refused_do_not_decide_what_a_head_is_for() -> None:
+def test_labels_that_were_refused_do_not_set_the_problem_type() -> None:
     head = HEADS["sequence classification, BERT"]
     model, rows = BertForSequenceClassification(copy.deepcopy(head.config)), head.rows(8)
-    model.config.problem_type = None  # whatever others have made of that of the head
+    model.config.problem_type = None  # other tests may have set that of the head
     arguments = {"validation_split": 0.0, "n_epochs": 1, "progress": False}
     with pytest.raises(DataError, match="cannot be computed"):
         test_fine_tuning(model, train_data=[{**row, "labels": float(row["labels"])} for row in rows], **arguments)
@@ -375,7 +375,7 @@ def test_labels_that_were_refused_do_not_decide_what_a_head_is_for() -> None:
     assert model.config.problem_type == "single_label_classification"
 
 
-def test_stopping_where_no_validation_loss_was_finite_is_told_as_that(capsys: pytest.CaptureFixture[str]) -> None:
+def test_early_stopping_without_a_finite_validation_loss_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(torch.ones(4), n % 3) for n in range(8)]
     result = test_fine_tuning(
         nn.Linear(4, 3), train_data=rows, val_data=[*rows, (torch.full((4,), math.nan), 0)], n_epochs=3,

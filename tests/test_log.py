@@ -1,4 +1,4 @@
-"""What goes where: results to standard output, messages to the `ftaccum` logger."""
+"""Results go to standard output, and messages to the `ftaccum` logger."""
 
 import logging
 import subprocess
@@ -66,7 +66,7 @@ def test_the_logger_is_as_before_after_a_run(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "seen\n"
 
 
-def test_the_level_of_the_application_is_kept() -> None:
+def test_the_log_level_of_the_application_is_respected() -> None:
     handler = logging.NullHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What lies between two windows of the training loop: nothing is half done."""
+"""Between two windows, the training loop is in a consistent state."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ ROWS, SIZE = 24, 4
 
 
 class Failing(torch.utils.data.Dataset):
-    """Rows that cannot be read once so many updates were taken."""
+    """Rows that cannot be read after a number of updates."""
 
     def __init__(self, fails_after: int | None) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def train(rows: Failing, **arguments: Any) -> nn.Module:
     return model
 
 
-def test_an_error_between_two_updates_costs_none_of_those_taken(tmp_path: Path) -> None:
+def test_an_error_between_two_updates_loses_none_of_them(tmp_path: Path) -> None:
     failing = Failing(fails_after=2)
     with pytest.raises(Exception, match="the disk is gone"):
         train(failing, output_dir=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Terms that come and go, and batches that a pass changes: counted right, or an error that names the rows."""
+"""Terms that some batches lack, and batches changed in a forward pass: exact, or an error that names the rows."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -71,7 +71,7 @@ def means(model: nn.Module, objective: Objective, batch: Batch) -> Mapping[str, 
     return {term: mean.item() for term, mean in found.items()}
 
 
-def test_a_term_that_the_users_count_names_may_be_missing_in_all_rows_that_are_looked_at() -> None:
+def test_a_term_that_the_user_counts_may_be_missing_in_all_sample_rows() -> None:
     model, objective = objective_of([0, 0, 0, 0], count_items=counts)
     assert objective.terms == ("cls", "box")
     assert not objective.report.inexact()
@@ -79,14 +79,14 @@ def test_a_term_that_the_users_count_names_may_be_missing_in_all_rows_that_are_l
     assert set(means(model, objective, batch_of([0, 1]))) == {"cls", "box"}
 
 
-def test_a_term_that_no_row_had_is_an_error_that_names_the_rows() -> None:
+def test_a_term_that_no_sample_row_had_is_an_error_that_names_the_rows() -> None:
     model, objective = objective_of([0, 0, 0, 0])
     assert means(model, objective, batch_of([0, 0]))
     with pytest.raises(DataError, match=r"loss of rows 5, 6 of `train_data` has a term 'box', .* Give `count_items`"):
         means(model, objective, batch_of([0, 1]))
 
 
-def test_a_term_that_comes_and_goes_and_cannot_be_counted_is_an_error() -> None:
+def test_a_term_that_some_rows_lack_and_that_cannot_be_counted_is_an_error() -> None:
     with pytest.raises(
         SettingsError, match=r"term 'box' for some rows and not for others.*\['cls', 'box'\], and 0 for"
     ):
@@ -127,7 +127,7 @@ def test_a_count_without_one_of_the_terms_is_an_error() -> None:
         objective_of([1, 1, 1, 1], count_items=lambda batch: {"cls": len(batch["labels"])})
 
 
-def test_a_sum_over_rows_may_be_left_out_where_it_is_0() -> None:
+def test_a_sum_over_rows_may_be_missing_if_it_is_0() -> None:
     def per_row(outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         found = loss_fn(outputs, batch)
         return found | ({"box": found["box"] * batch["has_box"].double().mean()} if "box" in found else {})
@@ -137,7 +137,7 @@ def test_a_sum_over_rows_may_be_left_out_where_it_is_0() -> None:
     assert means(model, objective, batch_of([0, 0]))["box"] == 0.0
 
 
-def test_a_term_of_train_mode_alone_is_a_term() -> None:
+def test_a_term_that_exists_only_in_train_mode_is_counted() -> None:
     model = Detector()
 
     def penalised(outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ def test_a_term_of_train_mode_alone_is_a_term() -> None:
     assert means(model.eval(), objective, together)["penalty"] == 0.0
 
 
-def test_a_pass_gets_a_copy_of_its_batch() -> None:
+def test_a_forward_pass_gets_a_copy_of_its_batch() -> None:
     batch = {"x": torch.zeros(2), "pair": (torch.ones(2), "text"), "labels": torch.ones(1)}
     fresh = fresh_batch(batch, CPU)
     fresh["x"] += 1
@@ -165,7 +165,7 @@ def test_a_pass_gets_a_copy_of_its_batch() -> None:
     assert fresh["pair"][1] == "text"
 
 
-def test_what_a_pass_changes_is_seen() -> None:
+def test_changes_to_a_batch_in_a_forward_pass_are_detected() -> None:
     batch = {"x": torch.zeros(2), "labels": torch.ones(1), "y": torch.ones(1), "z": torch.ones(1)}
     watched = WatchedBatch(batch)
     assert watched.changed() == []
@@ -187,7 +187,7 @@ def ignoring(outputs: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(outputs[:, :2], batch["labels"])
 
 
-def test_labels_that_a_pass_changes_in_place_are_an_error() -> None:
+def test_labels_changed_in_place_in_a_forward_pass_are_an_error() -> None:
     with pytest.raises(DataError, match="changes `labels` of a batch in place, so the items that"):
         objective_of([0, 1, 0, 0], ignoring)
     model, objective = objective_of([0, 0, 0, 0], ignoring)
@@ -196,13 +196,13 @@ def test_labels_that_a_pass_changes_in_place_are_an_error() -> None:
         means(model, objective, batch_of([0, 1]))
 
 
-def test_a_count_of_what_a_pass_leaves_is_right() -> None:
+def test_a_custom_count_of_the_labels_left_after_a_forward_pass_is_exact() -> None:
     model, objective = objective_of([0, 1, 0, 0], ignoring, count_items=lambda batch: (batch["has_box"] == 0).sum())
     assert not objective.report.inexact()
     assert means(model, objective, batch_of([0, 1]))
 
 
-def test_a_row_that_is_refused_in_mid_run_is_named_by_its_index() -> None:
+def test_a_row_that_is_refused_during_a_run_is_named_by_its_index() -> None:
     columns = batch_of([int(n == 13) for n in range(40)])
     data = [{name: column[n] for name, column in columns.items()} for n in range(40)]
     with pytest.raises(DataError, match=r"rows \d+, 13 of|rows 13, \d+ of"):

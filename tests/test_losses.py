@@ -1,4 +1,4 @@
-"""Losses of the user's own, of many kinds: the window's gradient is that of one batch in plain PyTorch."""
+"""Custom losses of many kinds: the window's gradient equals that of one batch in plain PyTorch."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ TAGS = HEADS["token classification, BERT"]
 
 
 def one_window(model: nn.Module, rows: Any, wanted: Tensor, **arguments: Any) -> float:
-    """The relative gradient error of one window of all rows against `wanted`, the loss of one batch."""
+    """Return the relative gradient error of one window of all rows against `wanted`, the loss of one batch."""
     wanted.backward()
     gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -74,7 +74,7 @@ def test_losses_of_labelled_tokens(loss_fn: Any) -> None:
 
 
 class Tagger(nn.Module):
-    """Ignores a label of its own, and takes no -100."""
+    """A model that ignores a label other than -100."""
 
     def __init__(self, ignored: int, *, as_module: bool) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Tagger(nn.Module):
 
 
 @pytest.mark.parametrize("lengths", [(3, 4, 6), (5,)], ids=["unlike", "alike"])
-def test_the_label_that_a_module_of_the_model_ignores_is_read(lengths: tuple[int, ...]) -> None:
+def test_the_ignore_index_of_a_module_in_the_model_is_used(lengths: tuple[int, ...]) -> None:
     draw = torch.Generator().manual_seed(0)
     ids_BL, labels_BL = torch.zeros(30, max(lengths), dtype=torch.long), torch.full((30, max(lengths)), 7)
     for n, (ids_L, labels_L) in enumerate(zip(ids_BL, labels_BL, strict=True)):
@@ -107,7 +107,7 @@ def test_the_label_that_a_module_of_the_model_ignores_is_read(lengths: tuple[int
     assert one_window(model, rows, model(ids_BL, labels_BL)["loss"]) < 1e-9
 
 
-def test_a_loss_that_takes_no_label_to_ignore_is_counted() -> None:
+def test_a_loss_with_a_hidden_ignore_index_is_counted() -> None:
     labels_BL = torch.randint(CLASSES, (30, 5), generator=torch.Generator().manual_seed(0))
     labels_BL[17, 2:] = 7
     ids_BL = torch.arange(150).reshape(30, 5) % 61

@@ -1,7 +1,7 @@
-"""Every head that Transformers' auto classes know, built tiny, and its accumulated gradient held against one batch.
+"""Tiny models of every head in Transformers' auto classes, whose accumulated gradient is compared with one batch.
 
-`tiny` makes a small configuration of any, `rows` draws rows, `tasks` says which classes and which rows a task has,
-`checking` comes to a verdict on one of them. Nothing in here is known to ftaccum.
+`tiny` makes a small configuration of any class, `rows` draws rows, `tasks` lists the classes and rows of each task, and
+`checking` checks one class. ftaccum does not know these models.
 """
 
 from .checking import KINDS, Kind, Verdict, check

@@ -1,4 +1,4 @@
-"""A verdict on one class: the gradient of accumulated windows against that of one batch in plain PyTorch."""
+"""The check of one class: the gradient of accumulated windows against that of one batch in plain PyTorch."""
 
 import contextlib
 import gc
@@ -23,7 +23,7 @@ from .rows import accepted
 from .tasks import Case
 from .tiny import TINY_SIZES, tiny_config, tiny_model
 
-WINDOWS = {"batch_size": 2, "gradient_accumulation_steps": 3}  # of 9 rows: 6 and 3, and the last micro-batch is short
+WINDOWS = {"batch_size": 2, "gradient_accumulation_steps": 3}  # 9 rows: 6 and 3, so the last micro-batch is short
 TOLERANCE = 1e-9
 
 Kind = Literal["exact", "exact with a remedy", "caught", "not buildable", "crashed", "SILENTLY WRONG"]
@@ -33,11 +33,11 @@ Gradient = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
-        why: the remedy, the sentence that said so, what kept the model from being built, or what went wrong.
-        error: the largest relative error of any window's gradient; None where there is no gradient.
+        why: the remedy, ftaccum's message, the reason why the model cannot be built, or the failure.
+        error: the largest relative error of any window's gradient; None if there is no gradient.
     """
 
     task: str
@@ -50,7 +50,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Built:
-    """A tiny model, rows for it, their windows, and what plain PyTorch makes of each."""
+    """A tiny model, rows for it, their windows, and the gradient of each window in plain PyTorch."""
 
     model: nn.Module
     rows: list[Row]
@@ -58,7 +58,7 @@ class _Built:
     wanted: list[Gradient]
 
     def as_sum(self) -> "_Built":
-        """The same, where the loss is a sum: the gradient wanted is that of its mean over the labels."""
+        """Return the same for a loss that is a sum: the expected gradient is that of its mean over the labels."""
         items = [
             sum(int((torch.as_tensor(row["labels"]) != IGNORED).sum()) for row in window) for window in self.windows
         ]
@@ -70,14 +70,14 @@ class _NotBuildableError(Exception): ...
 
 
 class _TimeOutError(BaseException):
-    """Not an Exception, which models and ftaccum may catch on the way."""
+    """Derived from BaseException, since models and ftaccum may catch an Exception."""
 
 
 def check(case: Case, limit: int = 60) -> Verdict:
-    """Builds the class of a case, trains it on fixed weights, and holds what it finds against one batch.
+    """Build the class of a case, train it on fixed weights, and compare its gradients with one batch.
 
     Args:
-        limit: seconds after which it is given up.
+        limit: seconds after which the check is given up.
     """
     built = None
     try:
@@ -95,7 +95,7 @@ def check(case: Case, limit: int = 60) -> Verdict:
 
 
 def _judged(built: _Built) -> tuple[Kind, str, float | None]:
-    """The verdict; where a warning advises another argument, that with it."""
+    """Return the verdict. If a warning advises `reduction='sum'`, try that too."""
     kind, why, error = _trained(built)
     if kind == "caught" and "`reduction='sum'`" in why:
         remedied, more, error_then = _trained(built.as_sum(), reduction="sum")
@@ -109,7 +109,7 @@ def _judged(built: _Built) -> tuple[Kind, str, float | None]:
 
 
 def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
-    """What a user would see of a run with these arguments, and how far off its gradients are."""
+    """Return how a run with these arguments ends for a user, and the error of its gradients."""
     console, error, crash = io.StringIO(), None, ""
     with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(console):
         warnings.simplefilter("always")
@@ -135,7 +135,7 @@ def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
 
 
 def _largest_error(found: Sequence[Gradient], wanted: Sequence[Gradient]) -> float:
-    """Over the windows; infinite where one was skipped, or a gradient is not finite."""
+    """Return the largest error of the windows: infinite if one was skipped or a gradient is not finite."""
     if len(found) != len(wanted):
         return math.inf
     errors = [relative_error(f, w) for f, w in zip(found, wanted, strict=True)]
@@ -143,10 +143,10 @@ def _largest_error(found: Sequence[Gradient], wanted: Sequence[Gradient]) -> flo
 
 
 def _built(case: Case) -> _Built:
-    """The smallest model that runs, on the first kind of rows that it takes.
+    """Build the smallest model that runs, with the first kind of rows that it accepts.
 
     Raises:
-        _NotBuildableError: where there is none, with the last error, or where no gradient could be compared.
+        _NotBuildableError: with the last error, if no model runs or no gradient can be compared.
     """
     error: Exception = ValueError("there is no way to draw a row")
     for size in TINY_SIZES:
@@ -174,7 +174,7 @@ def _built(case: Case) -> _Built:
 
 
 def one_batch_gradient(model: nn.Module, rows: Sequence[Row], seed: int = 0) -> Gradient:
-    """∇ of the model's own loss over all the rows at once, in train mode; buffers and generators stay as they were."""
+    """Return the gradient of the model's own loss over a batch of all rows, and restore buffers and generators."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     batch = {name: value for name, value in one_batch(rows).items() if name in accepted(model)}
     model.train()
@@ -196,7 +196,7 @@ def one_batch_gradient(model: nn.Module, rows: Sequence[Row], seed: int = 0) -> 
 
 
 def _describe(error: Exception) -> str:
-    """An error with the line that raised it."""
+    """Describe an error with the line that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/transformers/" in f.filename]
     where = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
@@ -214,8 +214,10 @@ class _NoFloat32(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _in_float64() -> Iterator[None]:
-    """Whatever asks for float32, softmaxes, norms and positions too, gets float64: what is left is the accumulation's
-    own error. (`heads.all_in_float64` leaves out what names its type; this cannot be used with checkpointing.)"""
+    """Replace float32 by float64 everywhere, so that only the error of the accumulation is left.
+
+    `heads.all_in_float64` does not cover calls that name their dtype. This does, but does not work with checkpointing.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -1,6 +1,6 @@
-"""Ragged rows of every kind, drawn for a model: its configuration says how large its images are, for one.
+"""Random ragged rows of every kind. The model's configuration gives, for example, the size of its images.
 
-Each function draws one row. Where models of a task differ in what they take, each has its own, to be tried in turn.
+Each function draws one row. If the models of a task take different rows, there is a function for each kind.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _BINS = ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel
 
 def next_token(draw: Generator, model: Any) -> Row:
     ids = _ids(draw)
-    prompt = _number(draw, len(ids) - 1)  # 0: the first label counts, which only a head that shifts leaves out
+    prompt = _number(draw, len(ids) - 1)  # 0: the first label counts, which only a head that shifts ignores
     return {**_text_row(draw, model, ids), "labels": [IGNORED] * prompt + ids[prompt:]}
 
 
@@ -73,7 +73,7 @@ def video(draw: Generator, model: Any) -> Row:
 
 
 def labelled_pixels(draw: Generator, model: Any) -> Row:
-    """A label for each pixel, a share of which is ignored, another one in each row."""
+    """Return an image with a label for each pixel. The share of ignored labels differs from row to row."""
     row = image(draw, model)
     labels = torch.randint(CLASSES, row["pixel_values"].shape[1:], generator=draw)
     share = 0.1 + 0.6 * torch.rand((), generator=draw)
@@ -87,7 +87,7 @@ def wave(draw: Generator, model: Any) -> Row:
 
 
 def frames_of_bins(draw: Generator, model: Any) -> Row:
-    """Features of a sound, as many frames as the model wants, or as there are."""
+    """Return the features of a sound, with the number of frames that the model needs, else a random one."""
     frames = anywhere(model.config, "max_length") if model.main_input_name == "input_values" else None
     frames = frames or 24 + _number(draw, 24)
     return {model.main_input_name: _floats(draw, frames, _bins(model)), **_mask(model, frames)}
@@ -99,7 +99,7 @@ def bins_of_frames(draw: Generator, model: Any) -> Row:
 
 
 def labelled(kind: str, *draws: Draw) -> tuple[Draw, ...]:
-    """The same rows with labels for the whole row."""
+    """Return functions that draw the same rows with labels for the whole row."""
     label: Callable[[Generator], Any] = {
         "class": lambda draw: _number(draw, CLASSES),
         "yes or no": lambda draw: _number(draw, 2),
@@ -115,14 +115,14 @@ def labelled(kind: str, *draws: Draw) -> tuple[Draw, ...]:
 
 
 def anywhere(config: PreTrainedConfig, name: str) -> Any:
-    """A configuration's attribute, or that of the first configuration inside of it that has one."""
+    """Return a configuration's attribute, or that of the first nested configuration that has it."""
     found = getattr(config, name, None)
     inner = (value for value in vars(config).values() if isinstance(value, PreTrainedConfig))
     return found if found is not None else next((f for c in inner if (f := anywhere(c, name)) is not None), None)
 
 
 def accepted(model: nn.Module) -> set[str]:
-    """The arguments that a model's `forward` names."""
+    """Return the arguments that a model's `forward` names."""
     return set(inspect.signature(model.forward).parameters)
 
 

@@ -1,4 +1,4 @@
-"""The tasks: which classes Transformers has for each, and the kinds of rows that they are trained on."""
+"""The tasks: their classes in Transformers, and the kinds of rows to train them on."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ class Variant:
     """One way to train the classes of a task.
 
     Attributes:
-        draws: ways to draw a row, of which the first is taken that the model can be run on.
-        settings: what the configuration must say.
-        switches: settings that only some configurations have, at any depth; the variant is for those.
+        draws: functions that draw a row. The first whose rows the model can run on is used.
+        settings: arguments of the configuration.
+        switches: settings that only some configurations have, at any depth. The variant is only for those.
     """
 
     draws: Sequence[Draw]
@@ -90,22 +90,22 @@ TASKS: dict[str, dict[str, Variant]] = {
         "mean": Variant(rows.labelled("words", *_SOUND), {"ctc_loss_reduction": "mean"}),
     },
     "SPEECH_SEQ_2_SEQ": {"": Variant(rows.labelled("words", *_SOUND))},
-    "IMAGE_TEXT_TO_TEXT": _with_experts(rows.next_token),  # on rows of text alone
+    "IMAGE_TEXT_TO_TEXT": _with_experts(rows.next_token),  # with rows of text only
 }
 
 
 def cases(task: str, name: str = "") -> Iterator[Case]:
-    """Every class that Transformers' own mapping has for a task, in every variant that it has.
+    """Yield every class in Transformers' mapping for a task, in all its variants.
 
     Args:
-        name: a part of the names of the classes wanted.
+        name: a part of the class names, to select some.
     """
     mapping = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING")
     names = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
     config_of: dict[type[nn.Module], type[PreTrainedConfig]] = {}
     for model_type in names:
         if name not in str(names[model_type]):
-            continue  # before its module is imported
+            continue  # skip the import of its module
         config_class = CONFIG_MAPPING[model_type]
         found = mapping[config_class]
         for model_class in found if isinstance(found, tuple) else (found,):
@@ -121,5 +121,5 @@ def cases(task: str, name: str = "") -> Iterator[Case]:
 def _has(config_class: type[PreTrainedConfig], switch: str) -> bool:
     try:
         return rows.anywhere(config_class(), switch) is not None
-    except Exception:  # a configuration that has no defaults is tried, and its error told
+    except Exception:  # a configuration without defaults has no switches
         return False

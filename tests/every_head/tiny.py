@@ -1,7 +1,7 @@
-"""A tiny configuration of any configuration class, and the model of it.
+"""A tiny configuration of any configuration class, and a model with it.
 
-Sizes are found by the names that Transformers gives them. Where one set of sizes breaks a constraint of a model, the
-next set may keep it; where none does, `HELP` knows better.
+The rules recognise sizes by Transformers' names for them. If one set of sizes breaks a constraint of a model, the next
+may satisfy it. `HELP` has the settings of classes for which no set does.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-VOCABULARY, FIRST_WORD = 128, 32  # token ids below the first word are for special tokens
+VOCABULARY, FIRST_WORD = 128, 32  # special tokens have the ids below the first word
 PAD, BOS, EOS = 0, 1, 2
 _MOST_PARAMETERS = 6_000_000
 
@@ -30,7 +30,7 @@ class Size:
 
 TINY_SIZES = [Size(16, 2), Size(32, 4), Size(48, 4), Size(64, 4), Size(64, 8), Size(128, 8)]
 
-# What a name of a size says, and how large it is in a tiny model; the first that matches the whole name counts.
+# Patterns for the names of sizes, and the size in a tiny model. The first pattern that matches the whole name applies.
 _RULES: list[tuple[str, Callable[[Size], int]]] = [
     (r".*(num_)?(key_value|kv)_(attention_)?heads|kv_n_heads|num_query_groups", lambda size: size.heads),
     (r"(.*_)?(n|num)_heads?|(.*_)?attention_heads|(.*_)?n_heads", lambda size: size.heads),
@@ -72,12 +72,12 @@ _TOKEN_ID = re.compile(r"\w+_(id|ids|index|idx)")
 _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 _SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": EOS}
 
-# Sizes that a configuration may leave open, and a model of it may not.
+# Sizes that a configuration may leave open, but that a model needs.
 _OFTEN_NONE = {"head_dim", "num_key_value_heads", "num_experts_per_tok", "vocab_size"}
 
 _THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 
-# What no rule of names can know, by configuration class.
+# Settings that no pattern can give, by configuration class.
 HELP: dict[str, dict[str, Any]] = {
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "ReformerConfig": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 2, "hash_seed": 0},
@@ -98,24 +98,24 @@ HELP: dict[str, dict[str, Any]] = {
 def tiny_config(
     config_class: type[PreTrainedConfig], size: Size, settings: Mapping[str, Any], switches: Mapping[str, Any]
 ) -> PreTrainedConfig:
-    """A configuration of about this size.
+    """Return a configuration of about this size.
 
     Args:
-        settings: arguments that it must have besides.
-        switches: attributes to set wherever they are found, at any depth.
+        settings: further arguments.
+        switches: attributes to set at any depth where they exist.
     """
     shrunk = _shrunk(config_class(), size, {})
     config = config_class(**{**shrunk, **HELP.get(config_class.__name__, {}), **settings})
-    config._experts_implementation = "eager"  # the others know no float64
+    config._experts_implementation = "eager"  # the others do not support float64
     _settle(config, switches)
     return config
 
 
 def _shrunk(config: PreTrainedConfig, size: Size, ids: dict[str, int]) -> dict[str, Any]:
-    """The arguments that make a configuration tiny.
+    """Return the arguments that make a configuration tiny.
 
     Args:
-        ids: special tokens by name, as numbered so far; inner configurations name some of them again.
+        ids: ids of the special tokens so far, by name. Nested configurations repeat some of the names.
     """
     found: dict[str, Any] = {}
     n_layers = getattr(config, "num_hidden_layers", None)
@@ -144,7 +144,7 @@ def _shrunk(config: PreTrainedConfig, size: Size, ids: dict[str, int]) -> dict[s
 
 
 def _rope(value: Any, size: Size) -> Any:
-    """Sections of the rotated dimensions, for positions in time, height and width, add up to half of a head."""
+    """Return rotary parameters whose sections (time, height, width) add up to half of a head's dimension."""
     if not isinstance(value, Mapping):
         return value
     third = size.head_dim // 2 // 3
@@ -162,12 +162,12 @@ def _one_a_layer(name: str, value: Any, n_layers: int | None) -> bool:
 
 
 def _two_unlike(layers: Sequence[Any]) -> list[Any]:
-    """Of what is said of each layer, two, of different kinds where there are."""
+    """Return the entries of two layers, of different kinds if there are any."""
     return [layers[0], next((layer for layer in layers if layer != layers[0]), layers[0])]
 
 
 def _is_token_id(name: str, value: Any) -> bool:
-    """Whether it is the id of a special token that must be moved into the small vocabulary."""
+    """Return whether this is the id of a special token that must be moved into the small vocabulary."""
     if not _TOKEN_ID.fullmatch(name) or re.search("ignore|layer|feature|task", name) or isinstance(value, bool):
         return False
     return name in _SPECIAL_IDS or (isinstance(value, int) and value > EOS)
@@ -189,13 +189,13 @@ def _at_most(value: Any, most: int) -> Any:
 
 
 def _settle(config: PreTrainedConfig, switches: Mapping[str, Any]) -> None:
-    """Without chance, without caches, and with the ids of special tokens that a configuration may leave open."""
+    """Turn off randomness and caches, and set the ids of special tokens."""
     config.use_cache = False
     for name, number in _SPECIAL_IDS.items():
         setattr(config, name, number)
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            if name == "decoder":  # or it would look ahead, and not at the encoder
+            if name == "decoder":  # without this it attends to later tokens and not to the encoder
                 value.is_decoder = value.add_cross_attention = True
             _settle(value, switches)
         elif name in switches:
@@ -209,10 +209,12 @@ def _settle(config: PreTrainedConfig, switches: Mapping[str, Any]) -> None:
 
 
 def tiny_model(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Module:
-    """The model in float64, without dropout, its weights shaken: under those of a new model rows hardly differ.
+    """Return the model in float64, without dropout, and with perturbed weights.
+
+    With the initial weights of a model, its outputs hardly depend on the row.
 
     Raises:
-        ValueError: where it is not tiny.
+        ValueError: if the model is not tiny.
     """
     with torch.device("meta"):
         n = sum(p.numel() for p in model_class(config).parameters())
@@ -220,7 +222,7 @@ def tiny_model(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Mod
         raise ValueError(f"the smallest one has {n:,} parameters")
     torch.manual_seed(0)
     model = model_class(config).double()
-    for module in model.modules():  # probabilities that a class has by itself, whatever the configuration says
+    for module in model.modules():  # probabilities that do not come from the configuration
         for name, value in vars(module).items():
             if isinstance(value, float) and (_CHANCE.search(name) or isinstance(module, _DROPOUTS)):
                 setattr(module, name, 0.0)
@@ -228,5 +230,5 @@ def tiny_model(model_class: type[nn.Module], config: PreTrainedConfig) -> nn.Mod
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=draw, dtype=torch.float64) * (0.1 if p.ndim > 1 else 0.05)
-            p.copy_(p.nan_to_num(0.0, 0.0, 0.0).clamp(-10, 10) + noise)  # some are left as memory was found
+            p.copy_(p.nan_to_num(0.0, 0.0, 0.0).clamp(-10, 10) + noise)  # some weights are uninitialised memory
     return model

@@ -1,4 +1,4 @@
-"""Buffers that forward passes change, in updates that are undone."""
+"""Buffers that change in the forward passes of skipped updates."""
 
 import math
 
@@ -9,11 +9,11 @@ from ftaccum import test_fine_tuning
 
 from .case import WITHOUT_AUDITS, case
 
-SIZE = 5000  # more numbers than are copied for every window
+SIZE = 5000  # too large to be copied for every window
 
 
 class Averaged(nn.Module):
-    """A layer with a running average of its inputs that begins with the fourth pass. In one pass they are NaN."""
+    """A layer with a running average of its inputs from the fourth forward pass on. In one pass its output is NaN."""
 
     average: Tensor
 
@@ -29,12 +29,12 @@ class Averaged(nn.Module):
             self.seen.append(x[0])
             x = x * math.nan if len(self.seen) == self.faulty_pass else x
             if len(self.seen) > 3:
-                self.average.data.lerp_(x[0], 0.5)  # which the version of the buffer does not count
+                self.average.data.lerp_(x[0], 0.5)  # does not change the version counter of the buffer
         return self.layer(x)
 
 
 def average_error(faulty_pass: int) -> float:
-    """Return how far the average is from that of the updates that were taken, one pass each."""
+    """Return the error of the average against that over the updates taken, of one forward pass each."""
     draw = torch.Generator().manual_seed(0)
     targets = torch.zeros(6, 1, dtype=torch.float64)
     rows = list(zip(torch.randn(6, SIZE, generator=draw, dtype=torch.float64), targets, strict=True))

@@ -1,4 +1,4 @@
-"""A case, the register of all cases, and one update held against one batch in plain PyTorch."""
+"""A case, the registry of all cases, and the comparison of one update with one batch in plain PyTorch."""
 
 import copy
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from ftaccum import test_fine_tuning
 
 @dataclass(frozen=True)
 class Case:
-    """One use, and what must come of it.
+    """One use and its expected result.
 
     Attributes:
         kind: number of the kind in the table.
         name: what the user does, in a few words.
         run: returns the relative error of the result.
-        refused: a part of the message that refuses it; None where it must be exact.
-        tolerance: up to which error counts as exact.
+        refused: a part of the message that refuses it; None if it must be exact.
+        tolerance: largest error that counts as exact.
     """
 
     kind: int
@@ -33,7 +33,7 @@ class Case:
 
 CASES: list[Case] = []
 
-# For models that count their passes; versions before audits have no such argument.
+# For models that count their forward passes. Versions without audits have no such argument.
 WITHOUT_AUDITS: dict[str, Any] = {"audit": False} if "audit" in signature(test_fine_tuning).parameters else {}
 
 
@@ -52,14 +52,14 @@ def case(
 def update_error(
     model: nn.Module, train_data: Any, loss_of_all: Callable[[nn.Module], Tensor], n_rows: int, **arguments: Any
 ) -> float:
-    """Return how far one update of all rows is from the step along plain PyTorch's gradient of one batch.
+    """Return the relative error of one update of all rows against a step with the gradient of one batch.
 
     Args:
-        model: trained in place, with SGD at a rate of 1: its weights move by the gradient.
+        model: trained in place by SGD with a learning rate of 1, so that its weights change by the gradient.
         loss_of_all: returns the loss of one batch of all rows, written without ftaccum. It gets a copy of the model, in
             train mode.
         n_rows: rows of an update.
-        arguments: of `test_fine_tuning`; micro-batches have two rows unless they say otherwise.
+        arguments: of `test_fine_tuning`. By default, micro-batches have two rows.
     """
     reference = copy.deepcopy(model).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

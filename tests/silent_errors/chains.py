@@ -1,4 +1,4 @@
-"""Optimizers that hold other optimizers."""
+"""Optimizers that contain other optimizers."""
 
 import copy
 import tempfile
@@ -15,7 +15,7 @@ from .rates import distance, regression, train
 
 
 class Holding(Optimizer):
-    """Steps with another optimizer, and leaves saving to torch."""
+    """An optimizer that steps with another one and does not save the state of that one."""
 
     def __init__(self, groups: Any) -> None:
         super().__init__(groups, {"ratio": 1.0})
@@ -26,7 +26,7 @@ class Holding(Optimizer):
 
 
 def resumed_error(optimizer: Any, **arguments: Any) -> float:
-    """Return how far a run that is interrupted in the middle ends from one that is not, relative to its weights."""
+    """Return the relative difference of the weights between an interrupted and an uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
         whole = fine_tuned(optimizer=optimizer, output_dir=folder, checkpoint_every=5, keep_checkpoints=9, **arguments)
         from_there = {"resume": f"{folder}/checkpoints/update-00000010"}

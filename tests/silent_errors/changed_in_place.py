@@ -1,4 +1,4 @@
-"""Batches that `forward` or `loss_fn` changes in place."""
+"""Batches that `forward` or `loss_fn` change in place."""
 
 from typing import Any
 
@@ -120,7 +120,7 @@ def counted_by_the_user() -> float:
 
 
 def _shifting(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """Targets are numbered from 1."""
+    """Compute the loss of targets that are numbered from 1."""
     batch["labels"].sub_(1)
     return F.cross_entropy(outputs, batch["labels"])
 

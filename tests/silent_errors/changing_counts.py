@@ -1,4 +1,4 @@
-"""A count that changes while the model learns, which no measurement before training foresees."""
+"""A count that changes during training, which no measurement before training can find."""
 
 import copy
 from typing import Any

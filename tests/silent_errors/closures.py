@@ -1,4 +1,4 @@
-"""Optimizers that evaluate the loss again in their step."""
+"""Optimizers that evaluate the loss again in `step`."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ from .rates import distance, regression, train, train_plainly
 
 
 def closure_error(factory: Any, **arguments: Any) -> float:
-    """Return the error of a run against plain PyTorch, with an optimizer that gets all parameters in one group."""
+    """Return the error of a run against plain PyTorch. The optimizer gets all parameters in one group."""
 
     def of_groups(groups: Any) -> Optimizer:
         return factory([p for group in groups for p in group["params"]])

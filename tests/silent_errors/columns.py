@@ -1,4 +1,4 @@
-"""Columns of a row that disagree with each other or with those of other rows, and columns that some rows lack."""
+"""Columns that disagree with each other or with those of other rows, and columns that some rows lack."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from lazy_rows import LazyRows
 
 from .case import case, update_error
 
-ODD = 11  # of rows that are in no sample
+ODD = 11  # rows that are not in the sample before training
 N_ROWS = 100
 
 
@@ -24,7 +24,7 @@ def with_odd_row(rows: Sequence[Row], change: Callable[[Row], Row]) -> list[Row]
 
 
 def error_of(head_name: str, change: Callable[[Row], Row], **arguments: Any) -> float:
-    """Return the error of an update with one odd row, against the same rows with that one as it should be."""
+    """Return the error of an update with one odd row against the same rows with a correct one."""
     head = HEADS[head_name]
     rows = head.rows(N_ROWS)
     with all_in_float64():
@@ -142,7 +142,7 @@ def decoder_input_one_short() -> float:
 
 
 class Rater(nn.Module):
-    """A value for each token."""
+    """A model of one value for each token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Rater(nn.Module):
 
 @case(3, "values along the tokens, padded with −100.0", refused="which this loss does not ignore")
 def padded_values() -> float:
-    """A value for each token."""
+    """Train on one value for each token."""
 
     draw = torch.Generator().manual_seed(0)
     rows = [
@@ -173,7 +173,7 @@ def padded_values() -> float:
 
 
 def second_sentences(n_rows: int, having: set[int]) -> tuple[list[Row], list[Row]]:
-    """Return rows of which some say where their second sentence is, and the same rows with the column in all."""
+    """Return rows of which some have `token_type_ids`, and the same rows with the column in all."""
     rows = HEADS["sequence classification, BERT"].rows(n_rows)
     types = [[0, 0] + [int(n in having)] * (len(row["input_ids"]) - 2) for n, row in enumerate(rows)]
     every = [{**row, "token_type_ids": of_row} for row, of_row in zip(rows, types, strict=True)]
@@ -262,7 +262,7 @@ def unsigned_ids() -> float:
 
 @case(3, "an additive mask of its own for each pair of tokens")
 def additive_masks() -> float:
-    """Each token attends to itself and the two before it."""
+    """Check masks with which each token attends to itself and the two tokens before it."""
     head = HEADS["causal LM, Llama"]
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in head.rows(N_ROWS)]
 

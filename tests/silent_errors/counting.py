@@ -1,4 +1,4 @@
-"""Losses that are means over fewer, or other, items than four rows show."""
+"""Losses that are means over fewer or other items than a sample of four rows shows."""
 
 import functools
 from typing import Any

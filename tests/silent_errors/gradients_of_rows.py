@@ -1,4 +1,4 @@
-"""Losses whose value adds up over rows while their gradient does not."""
+"""Losses that are additive over rows, but whose gradients are not."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ N_ROWS, CLASSES = 8, 3
 
 
 class _HiddenTerm(torch.autograd.Function):
-    """The identity, with a gradient of its own added: that of a penalty on the mean of the rows."""
+    """The identity, whose backward pass adds the gradient of a penalty on the mean of the rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class _HiddenTerm(torch.autograd.Function):
 
 
 class _Normalised(torch.autograd.Function):
-    """The identity, with a gradient of norm 1."""
+    """The identity, whose backward pass scales the gradient to norm 1."""
 
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:

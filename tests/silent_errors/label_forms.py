@@ -1,4 +1,4 @@
-"""Labels in forms or with values that their loss was not made for."""
+"""Labels in a form or with values that their loss does not support."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def classifier(**settings: Any) -> BertForSequenceClassification:
 
 
 def multi_hot_error(faulty: list[float]) -> float:
-    """Return the error against the rows without the one that has no meaning."""
+    """Return the error against the rows without the meaningless one."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 11, (N_ROWS, 6), generator=generator)
     labels_NC = (torch.rand(N_ROWS, 3, generator=generator) < 0.4).double()

@@ -1,4 +1,4 @@
-"""Optimizers that evaluate and save other weights than they train."""
+"""Optimizers with other weights for evaluation and saving than for training."""
 
 import copy
 import tempfile
@@ -22,7 +22,7 @@ def made(groups: Any) -> ScheduleFreeSGD:
 
 
 def references() -> tuple[nn.Module, list[Any], nn.Module]:
-    """Return a model, its rows, and the model that a schedule-free optimizer makes of it in plain PyTorch."""
+    """Return a model, its rows, and the model after training with a schedule-free optimizer in plain PyTorch."""
     model, rows = regression()
     reference = copy.deepcopy(model)
     optimizer = made([{"params": reference.parameters()}])

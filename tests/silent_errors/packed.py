@@ -1,4 +1,4 @@
-"""Packed rows: several documents in one row, told by positions that start again."""
+"""Packed rows: several documents in one row, marked by positions that restart."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 
 def documents(n_rows: int = N_ROWS) -> list[list[list[int]]]:
-    """Rows of one to four documents, of two to six tokens each."""
+    """Return rows of one to four documents, of two to six tokens each."""
     draw = torch.Generator().manual_seed(3)
 
     def number(low: int, high: int) -> int:
@@ -47,7 +47,7 @@ def tags(document: Sequence[int]) -> list[int]:
 
 
 def next_tokens_alone(model: nn.Module) -> Tensor:
-    """The mean over all predicted tokens of the documents, each run alone."""
+    """Return the mean loss over all predicted tokens, with one forward pass for each document."""
     total, n = torch.zeros((), dtype=torch.float64), 0
     for document in (document for row in documents() for document in row):
         ids = torch.tensor([document])
@@ -57,7 +57,7 @@ def next_tokens_alone(model: nn.Module) -> Tensor:
 
 
 def tags_alone(model: nn.Module) -> Tensor:
-    """The mean over all tokens of the documents, each run alone."""
+    """Return the mean loss over all tokens, with one forward pass for each document."""
     total, n = torch.zeros((), dtype=torch.float64), 0
     for document in (document for row in documents() for document in row):
         logits = model(input_ids=torch.tensor([document])).logits[0]

@@ -54,7 +54,7 @@ def question_answering_that_draws() -> float:
     rows = _answers(24, beyond=False)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        torch.rand(())  # as one that masks tokens would
+        torch.rand(())  # like a collator that masks tokens
         return _padded(rows, max(len(row["input_ids"]) for row in rows))
 
     whole = _padded(rows, 14)

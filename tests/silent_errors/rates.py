@@ -1,4 +1,4 @@
-"""Optimizers whose learning rate or weight decay is not that of the settings."""
+"""Optimizers whose learning rate or weight decay differs from the settings."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def train(model: nn.Module, rows: Any, optimizer: Any, **arguments: Any) -> Resu
 
 
 def train_plainly(model: nn.Module, rows: Any, optimizer: Optimizer, *, with_closure: bool = False) -> None:
-    """Take the same updates in plain PyTorch."""
+    """Make the same updates in plain PyTorch."""
     inputs, targets = (torch.stack(column) for column in zip(*rows, strict=True))
     for _ in range(N_UPDATES):
 
@@ -60,7 +60,7 @@ def train_plainly(model: nn.Module, rows: Any, optimizer: Optimizer, *, with_clo
 
 
 def distance(model: nn.Module, reference: nn.Module, start: nn.Module) -> float:
-    """Return how far a model ends from the reference, in units of the way that the reference went."""
+    """Return the distance of the trained model from the reference, relative to how far the reference moved."""
 
     def norm(one: nn.Module, other: nn.Module) -> float:
         pairs = zip(one.parameters(), other.parameters(), strict=True)
@@ -133,7 +133,7 @@ def instance_and_rate() -> float:
 
 
 def shown_error(factory: Factory, used: Callable[[int], float], **arguments: Any) -> float:
-    """Return the largest relative error of the rates that a run shows, for those of its updates (from 1)."""
+    """Return the largest relative error of the learning rates that a run shows, given the rates by update (from 1)."""
     model, rows = regression()
     shown = train(model, rows, factory, **arguments).lr_history
     wanted = [used(update) for update in range(1, N_UPDATES + 1)]

@@ -1,4 +1,4 @@
-"""Embedding tables whose gradients are the rows that a pass has looked up, and complex weights."""
+"""Embedding tables with sparse gradients, and complex weights."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Rows = list[tuple[Tensor, Tensor]]
 
 
 class Bag(nn.Module):
-    """A table that is looked up sparsely, a bag of its rows, and a linear head."""
+    """A table with sparse gradients, whose rows are averaged, and a linear head."""
 
     def __init__(self, table: Callable[..., nn.Module], trains_head: bool = True) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ def sparse_error(
     model, rows = Bag(table, trains_head), rows_of_ids()
     start, reference = copy.deepcopy(model), copy.deepcopy(model)
     groups = [{"params": [p]} for p in reference.parameters() if p.requires_grad]
-    with torch.sparse.check_sparse_tensor_invariants(False):  # Adagrad makes tensors that warn otherwise
+    with torch.sparse.check_sparse_tensor_invariants(False):  # avoids the warnings of tensors that Adagrad makes
         train_plainly(reference, rows, factory(groups))
     train(model, rows, factory, **{"weight_decay": 0.0} | arguments)
     return distance(model, reference, start)
 
 
 def of_both(groups: Any) -> Optimizer:
-    """SparseAdam for the table, AdamW for the rest."""
+    """Return SparseAdam for the table and AdamW for the rest."""
     params = [p for group in groups for p in group["params"]]
     table, rest = [p for p in params if len(p) == 20], [p for p in params if len(p) < 20]
     return Chain(SparseAdam(table, lr=0.1), AdamW(rest, lr=0.1, weight_decay=0.0))
@@ -99,7 +99,7 @@ def complex_weights() -> float:
 
 
 class Rotating(nn.Module):
-    """A complex matrix, of whose outputs the absolute values count."""
+    """A complex matrix that returns the absolute values of its outputs."""
 
     def __init__(self) -> None:
         super().__init__()

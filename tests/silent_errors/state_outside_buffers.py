@@ -1,4 +1,4 @@
-"""Models and losses that keep what the next pass depends on outside of parameters and buffers."""
+"""Models and losses that keep state for the next forward pass outside of parameters and buffers."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class Counting(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Adds a share of what it returned before."""
+    """A model that adds a running average of its earlier outputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses in several terms, which some batches have and others have not."""
+"""Losses with several terms, some of which are missing in some batches."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def error_of(rows: list[dict[str, Any]], loss_fn: Any = two_terms, **arguments: 
     return update_error(Detector(), rows, loss_of_all, len(rows), loss_fn=loss_fn, **arguments)
 
 
-RARE = {33, 34, 61}  # of 200: none of those that are looked at before training
+RARE = {33, 34, 61}  # of 200: not in the sample before training
 
 
 @case(8, "`box` only where a batch has boxes")

@@ -1,4 +1,4 @@
-"""Raw text: columns taken without asking, and documents of a causal LM that never end."""
+"""Raw text: columns that were chosen silently, and documents of a causal LM without an end token."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,7 +54,7 @@ def ids_of(text: str) -> Tensor:
 
 
 def loss_on_reviews(model: nn.Module) -> Tensor:
-    """The classifier's loss on the reviews alone, each by itself and so without padding."""
+    """Return the classifier's loss on the reviews, one at a time and so without padding."""
     losses = [
         F.cross_entropy(model(input_ids=ids_of(text)).logits, torch.tensor([label]))
         for text, label in zip(REVIEWS, LABELS, strict=True)
@@ -63,7 +63,7 @@ def loss_on_reviews(model: nn.Module) -> Tensor:
 
 
 def next_token_loss(model: nn.Module, rows: Sequence[tuple[str, str]]) -> Tensor:
-    """The mean over the tokens of the answers in (prompt, answer), each row by itself."""
+    """Return the mean loss over the tokens of the answers in (prompt, answer), one row at a time."""
     losses = []
     for prompt, answer in rows:
         ids, n_prompt = ids_of(f"{prompt} {answer}"), len(prompt.split())

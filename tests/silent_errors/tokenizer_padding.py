@@ -1,4 +1,4 @@
-"""Tokenizers that do not pad as the model expects: each row's loss then depends on the rows beside it."""
+"""Tokenizers that do not pad as the model expects, so that a row's loss depends on the other rows of its batch."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What `verify` says of training that goes wrong: an inference is broken, and the verdict must not be EXACT."""
+"""Verdicts of `verify` on training that is wrong because an inference is replaced. None may be EXACT."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ Counts = Callable[[Any], dict[str, float]]
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Have an attribute hold something else."""
+    """Replace an attribute temporarily."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -30,7 +30,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def counting(count: Counts, terms: tuple[str, ...] = ("loss",)) -> Any:
-    """Have training count these terms of the loss like this, whatever it infers."""
+    """Replace the inferred terms and count of the loss by these."""
     measured_objective = build_data.measured_objective
 
     def miscounted(*arguments: Any, **named: Any) -> Any:
@@ -42,7 +42,7 @@ def counting(count: Counts, terms: tuple[str, ...] = ("loss",)) -> Any:
 
 
 def missed(model: nn.Module, rows: list[Any], **arguments: Any) -> float:
-    """Return 1 where the verdict on a window of 12 rows is EXACT, 0 where it is not, or the use is refused."""
+    """Return 1 if the verdict on a window of 12 rows is EXACT, and 0 if it is not or the use is refused."""
     try:
         return float(verify(model, rows, batch_size=2, effective_batch_size=12, progress=False, **arguments).exact)
     except (DataError, SettingsError):
@@ -105,7 +105,7 @@ def weights_of_a_rare_class() -> float:
 
 
 class TwoHeads(nn.Module):
-    """Classes of all rows, and boxes of those that have one."""
+    """A model that predicts a class and a box for every row."""
 
     def __init__(self) -> None:
         super().__init__()
