@@ -81,7 +81,7 @@ class Recipe:
     )
     gradient_accumulation_steps: Steps = _asked_size(
         1,
-        "micro-batches per update on each process (k); 0:2,100:8 means 2 at first and 8 from update 100 on; leave at 1 "
+        "micro-batches per update on each process (k); 0:2,100:8 means 2 for the first 100 updates and 8 after them; leave at 1 "
         "to set effective_batch_size or tokens_per_update",
         unsearchable=OWN_ARGUMENT,
     )

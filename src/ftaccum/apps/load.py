@@ -124,7 +124,10 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
         ) from error
     missing = [old for old in columns or {} if old not in rows.column_names]
     if missing:
-        raise DataError(f"Rows {source!r} have no column {missing[0]!r}, only {rows.column_names}. Give one of those.")
+        raise DataError(
+            f"Rows {source!r} have no column {missing[0]!r}. Their columns are {rows.column_names}: name the one with the "
+            "labels in `label_column`."
+        )
     return _renamed(rows, columns or {})
 
 

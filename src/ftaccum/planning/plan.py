@@ -201,7 +201,7 @@ class Plan(BasePlan):
         micro_batches = math.ceil(left / b.batch_size)
         tail = f"; the remainder of {left} rows (micro-batches: {micro_batches}) is flushed as 1 more" if left else ""
         full = self.n_rows // b.effective_batch_size
-        return f"{full + bool(left)} ({full} full windows{tail})"
+        return f"{full + bool(left)} ({full} full window{'' if full == 1 else 's'}{tail})"
 
     def _describe_remainder(self) -> str:
         if self.remainder == "flush":

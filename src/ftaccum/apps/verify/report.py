@@ -108,6 +108,7 @@ class Verification:
                 *(["for comparison"] if self.others else []),
                 *(_line(measured.cells(), widths) for measured in self.others),
                 "",
+                "Errors are relative to the norm of the gradient, and to the loss, of one batch.",
                 f"Rounding alone causes errors of {_figure(self.floor)}; "
                 f"up to {_figure(self.tolerance)} counts as exact.",
                 *(line for sentence in [self.verdict, *self.reasons] for line in _wrapped(sentence)),
