@@ -1,4 +1,4 @@
-"""Optimizers as users write them, for tests."""
+"""Optimizers as users write them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 
 class Chain(Optimizer):
-    """Several optimizers in one, with a state dict of its own."""
+    """An optimizer that wraps several others and has a state dict of its own."""
 
     def __init__(self, *optimizers: Optimizer) -> None:
         self.optimizers = optimizers
@@ -32,7 +32,7 @@ class Chain(Optimizer):
 
 
 def muon_and_adamw(groups: Any) -> Chain:
-    """Muon for matrices, AdamW for the rest, at the rate of the settings."""
+    """Return Muon for matrices and AdamW for the rest, both at the rate of the settings."""
     rest = [{**group, "params": [p for p in group["params"] if p.ndim != 2]} for group in groups]
     matrices = [{**group, "params": [p for p in group["params"] if p.ndim == 2]} for group in groups]
     return Chain(

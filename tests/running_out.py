@@ -1,4 +1,4 @@
-"""Memory that runs out at will."""
+"""Models that run out of memory on demand."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ from training_passes import is_training_pass
 
 @dataclass
 class Limit:
-    """The most rows that a training pass may have; can be changed."""
+    """The largest number of rows that a training pass may have. Tests can change it."""
 
     most: int
-    passed: bool = False  # by the pass under way
+    passed: bool = False  # whether the current pass exceeds it
 
 
 class _RunsOutBackwards(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _RunsOutBackwards(torch.autograd.Function):
 
 
 def limited(model: nn.Module, most: int, where: str = "forward") -> Limit:
-    """Has the model raise as a GPU would in training passes of more rows than this."""
+    """Make the model raise the error of a GPU in training passes with more than `most` rows."""
     limit = Limit(most)
 
     def forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

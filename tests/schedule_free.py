@@ -1,4 +1,4 @@
-"""A schedule-free optimizer (Defazio et al. 2024, arXiv:2405.15682), for tests."""
+"""A schedule-free optimizer (Defazio et al. 2024, arXiv:2405.15682)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 
 class ScheduleFreeSGD(Optimizer):
-    """Takes gradients at y = (1 - β) z + β x, moves z by them, and averages the z in x.
+    """SGD with gradients at y = (1 - β) z + β x, which update z; x is the average of z.
 
     The weights hold y in train mode and x in eval mode; z is in the state.
     """

@@ -1,4 +1,4 @@
-"""A search that takes a moment: points in the plane, told apart by a layer with a little noise in its gradient."""
+"""A fast search: a layer with a little noise in its gradient classifies points in the plane."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from ftaccum import search
 
-N_ROWS = 72  # of which 8 are held out
+N_ROWS = 72  # 8 of them are held out
 
 
 class Layer(nn.Module):
@@ -21,7 +21,7 @@ class Layer(nn.Module):
 
 
 def points(n: int = N_ROWS) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of two classes; the same each time."""
+    """Return rows of two classes, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     x_BD = torch.randn(n, 2, generator=generator)
     labels_B = (x_BD.sum(1) + 0.3 * torch.randn(n, generator=generator) > 0).long()
@@ -29,7 +29,7 @@ def points(n: int = N_ROWS) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def quick(**arguments: Any) -> Study:
-    """A search on them, of 4 trials unless told otherwise."""
+    """Run a search on the points, of 4 trials by default."""
     return search(
         **{
             "model_factory": Layer,

@@ -1,4 +1,4 @@
-"""Servers that a study can be kept on, started for the tests alone: PostgreSQL, and Optuna's gRPC proxy."""
+"""Servers that store a study, started only for tests: PostgreSQL and Optuna's gRPC proxy."""
 
 import os
 import pwd
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
-PATIENCE = 90.0  # seconds that anything may take on a busy machine; nothing takes as long otherwise
+PATIENCE = 90.0  # seconds; anything that takes longer has failed, even on a busy machine
 
-# Of the tests' folder, and one thread each.
+# Child processes can import from the tests' folder and use one thread each.
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -26,7 +26,7 @@ ENVIRONMENT = {
 
 
 def wait_until(ready: Callable[[], Any], what: str, every: float = 0.05) -> None:
-    """Looks until it is so."""
+    """Wait until `ready()` is true."""
     deadline = time.monotonic() + PATIENCE
     while not ready():
         assert time.monotonic() < deadline, f"in {PATIENCE:.0f} s never: {what}"
@@ -34,22 +34,22 @@ def wait_until(ready: Callable[[], Any], what: str, every: float = 0.05) -> None
 
 
 def script(name: str, *arguments: str) -> list[str]:
-    """The command that runs a script of the tests' in a process of its own."""
+    """Return the command that runs a script of `tests/processes`."""
     return [sys.executable, str(TESTS / "processes" / name), *arguments]
 
 
 class Postgres:
-    """A running server, with a database for each who asks."""
+    """A running server that creates databases on request."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._n_databases = folder, 0
 
     def url(self, database: str) -> str:
-        # A socket in the folder, which needs no port that somebody else might take at the same moment.
+        # A socket in the folder needs no port, which another program might take at the same moment.
         return f"postgresql://tests@/{database}?host={self._folder}"
 
     def empty_database(self) -> str:
-        """Makes one, and returns its URL."""
+        """Create a database and return its URL."""
         self._n_databases += 1
         self._execute(f"CREATE DATABASE study_{self._n_databases}")
         return self.url(f"study_{self._n_databases}")
@@ -67,12 +67,12 @@ class Postgres:
         import psycopg
 
         with closing(psycopg.connect(host=str(self._folder), user="tests", dbname="postgres")) as connection:
-            connection.autocommit = True  # no transaction: a database cannot be made within one
+            connection.autocommit = True  # a transaction cannot create a database
             connection.cursor().execute(statement)
 
 
 def no_postgres_because() -> str | None:
-    """Why there can be no server here, or None where there can."""
+    """Return why this machine cannot run the server, or None if it can."""
     if _programs() is None:
         return "PostgreSQL's server is not installed: pg_config does not lead to initdb and postgres"
     if os.geteuid() == 0 and _unprivileged() is None:
@@ -81,7 +81,7 @@ def no_postgres_because() -> str | None:
 
 
 def _programs() -> Path | None:
-    """Where the server's programs are; Debian keeps them off the PATH, as several versions can be installed."""
+    """Return the folder of the server's programs. Debian leaves them off the PATH, as versions can coexist."""
     if (pg_config := shutil.which("pg_config")) is None:
         return None
     folder = Path(subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=True).stdout.strip())
@@ -94,13 +94,13 @@ def _unprivileged() -> pwd.struct_passwd | None:
 
 @contextmanager
 def postgresql() -> Iterator[Postgres]:
-    """A PostgreSQL server with a cluster of its own. However it is left, the server has ended and its folder is gone.
+    """Run a PostgreSQL server with a cluster of its own. On exit, always stop the server and delete its folder.
 
-    For tests: it forgets what it was told where the machine fails, and lets in everyone on this machine.
+    For tests only: the server loses data if the machine fails, and everyone on this machine can connect to it.
     """
     programs = _programs()
     assert programs is not None
-    # Not one of pytest's folders, which are closed to other users, and too long for the name of a socket.
+    # Not one of pytest's folders: other users cannot enter them, and their paths are too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="ftaccum-postgresql-", dir="/tmp"))
     try:
         identity: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def postgresql() -> Iterator[Postgres]:
         ]
         with log.open("wb") as file:
             server = subprocess.Popen(serve, cwd=folder, stdout=file, stderr=file, **identity)
-        with _ended(server, signal.SIGINT):  # which does not wait for clients to leave
+        with _ended(server, signal.SIGINT):  # SIGINT does not wait for clients to disconnect
             postgres = Postgres(folder)
             wait_until(lambda: server.poll() is not None or postgres.answers(), "the server answers")
             assert server.poll() is None, log.read_text()
@@ -131,7 +131,7 @@ def postgresql() -> Iterator[Postgres]:
 
 @contextmanager
 def grpc_proxy(storage: str) -> Iterator[str]:
-    """Optuna's proxy before a database; yields the URL that a search takes."""
+    """Run Optuna's proxy for a database and yield its URL for a search."""
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

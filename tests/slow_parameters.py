@@ -1,11 +1,11 @@
-"""Parameters that only `scripts/test --all` runs."""
+"""Test parameters that only `scripts/test --all` runs."""
 
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
 
-# One head for each way in which losses are averaged, and one that computes a part in float32.
+# One head for each way of averaging losses, and one that computes a part in float32.
 FAST_HEADS = (
     "causal LM, Llama",
     "masked LM, BERT",

@@ -1,4 +1,4 @@
-"""Streams that behave badly, and what is seen of the rows that a run trains on."""
+"""Streams that behave badly, and a recorder of the rows that a run trains on."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from ftaccum.training.loop import TrainingLoop
 
 
 class Stream(IterableDataset[Any]):
-    """Rows in their order, pass after pass, and how many were asked for."""
+    """A stream that yields its rows in order, can be repeated, and counts the rows read."""
 
     def __init__(self, rows: Sequence[Any], *, fails_after: int | None = None, passes: int | None = None) -> None:
         self.rows, self.fails_after, self.passes = rows, fails_after, passes
@@ -34,7 +34,7 @@ class Stream(IterableDataset[Any]):
 
 
 class Contrary(IterableDataset[Any]):
-    """Numbered points in another order on each process and in each pass, dealt to processes and workers by rank."""
+    """Numbered points, split among processes by rank, in a different order on each process and in each pass."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -51,12 +51,12 @@ class Contrary(IterableDataset[Any]):
 
 
 def point(number: int) -> tuple[Tensor, Tensor]:
-    """A row of three numbers, the first being its own, and the class to tell it to be of."""
+    """Return a row of three numbers, the first of which identifies it, and its class."""
     return torch.tensor([float(number), (number * 7 % 11) / 11, (number * 5 % 13) / 13]), torch.tensor(number % 2)
 
 
 class Plane(nn.Module):
-    """Tells points apart, and does not look at their numbers."""
+    """A classifier of points that ignores their numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Plane(nn.Module):
 
 
 class Seen:
-    """The numbers of the points that this process trains on, update by update, without dummies and audits."""
+    """A recorder of the points that this process trains on in each update, without dummies and audits."""
 
     def __init__(self) -> None:
         self.windows: list[list[int]] = []

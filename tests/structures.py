@@ -1,4 +1,4 @@
-"""Models whose weights do not all get a gradient in every pass, or not by the usual way, held to the same contract."""
+"""Models in which some weights get no gradient in some passes, or get it in an unusual way."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from heads import CLASSES, HEADS, N_ROWS, VOCABULARY, Row
 
-RARE = 1  # the first token of a row that takes the other branch; no other row begins with it
+RARE = 1  # the first token of the row that takes the rare branch; no other row begins with it
 
 
 class Branching(nn.Module):
-    """A row goes through one of two layers, by its first token. A third one is for no row at all."""
+    """A model that sends a row through one of two layers, by its first token. No row uses a third layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Branching(nn.Module):
 
 @dataclass(frozen=True)
 class Structure:
-    """A model in float64, rows for it, and the arguments that it is about."""
+    """A model in float64, its rows, and the arguments to test."""
 
     model: Callable[[], nn.Module]
     rows: Callable[[], list[Row]]
@@ -52,7 +52,9 @@ class Structure:
 
 def _rows_of_which_one_is_rare() -> list[Row]:
     rows = HEADS["sequence classification, BERT"].rows(N_ROWS)
-    longest = max(rows, key=lambda row: len(row["input_ids"]))  # no dummy, which would be among the shortest
+    longest = max(
+        rows, key=lambda row: len(row["input_ids"])
+    )  # never used as a dummy, which is one of the shortest rows
     longest["input_ids"][0] = RARE
     return rows
 
@@ -63,7 +65,7 @@ def _adapted() -> nn.Module:
     adapted = peft.get_peft_model(HEADS["causal LM, Llama"].model(), config)
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(p)  # zero at first, which would leave lora_A without a gradient
+            nn.init.normal_(p)  # if it stayed zero, lora_A would have no gradient
     return adapted.double()
 
 
@@ -85,8 +87,9 @@ STRUCTURES = {
 
 
 def with_a_narrow_weight(model: nn.Module) -> nn.Module:
-    """The model with a weight in bfloat16 that adds 0 to its loss. So `accumulate_in_fp32` takes all gradients to
-    itself, and none is rounded."""
+    """Add a bfloat16 weight to the model that adds 0 to its loss.
+
+    `accumulate_in_fp32` then sums all gradients, and rounds none of the others."""
     model.register_parameter("narrow", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))
 
     def add(_: nn.Module, __: Any, outputs: Any) -> None:
@@ -103,7 +106,7 @@ _prepare = Accelerator.prepare
 def sharding(accelerator: Accelerator, model: nn.Module, optimizer: Any, **arguments: Any) -> Any:
     """Stand in for `Accelerator.prepare`, and shard the weights.
 
-    Accelerate does so on GPUs alone: it is made to believe that it was asked for on these CPUs.
+    Accelerate shards only on GPUs, so this function sets the state that makes it shard on CPUs.
     """
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(

@@ -1,4 +1,4 @@
-"""Running out of memory changes nothing; and the largest batch that fits is found."""
+"""Running out of memory does not change updates, and `batch_size="auto"` finds the largest batch that fits."""
 
 import json
 import time
@@ -42,8 +42,8 @@ def test_running_out_of_memory_changes_no_update(name: str, most: int, where: st
 
 
 @pytest.mark.slow
-def test_windows_that_workers_took_ahead_follow_what_was_learnt() -> None:
-    """They were cut before memory ran out, and would run out of it again."""
+def test_windows_prefetched_by_workers_follow_limits_learnt_later() -> None:
+    """The workers cut these windows before memory ran out, so they would run out of memory again."""
     alone, with_workers = (
         trained(NAME, 12, planner=False, num_workers=n, prepare=lambda model: limited(model, 3)) for n in (0, 2)
     )
@@ -57,7 +57,7 @@ def rows_of_equal_length(n: int) -> list[dict[str, Any]]:
 
 
 class Dropping(nn.Module):
-    """Dropout and batch norm: a generator and buffers that a forward pass moves."""
+    """A model with dropout and batch norm, so a forward pass changes a generator and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class Dropping(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
-def test_the_window_is_run_again_from_the_generators_and_buffers_that_it_began_with() -> None:
-    """Halved from 4 rows, the window draws the dropout of a run in twos: the same weights to the last bit."""
+def test_a_rerun_window_starts_with_its_original_generators_and_buffers() -> None:
+    """Micro-batches of 4 rows, halved, draw the same dropout as a run with 2 rows: the weights agree bit for bit."""
 
     def weights(batch_size: int, prepare: Callable[[nn.Module], object]) -> dict[str, Tensor]:
         model = Dropping()
@@ -88,7 +88,7 @@ def test_the_window_is_run_again_from_the_generators_and_buffers_that_it_began_w
     assert all(torch.equal(in_twos[name], halved[name]) for name in in_twos)
 
 
-def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_running_out_of_memory_for_a_single_row_reports_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     head = HEADS[NAME]
     model = head.model()
     limited(model, 0)
@@ -100,7 +100,7 @@ def test_memory_that_runs_out_for_a_single_row_is_told_with_the_row(capsys: pyte
     assert "Out of memory: update 1 is run again with the same rows, in" in capsys.readouterr().err
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
+def test_other_errors_are_not_mistaken_for_out_of_memory() -> None:
     head = HEADS[NAME]
     model = head.model()
     model.register_forward_pre_hook(lambda *_: 1 / 0 if is_training_pass() else None)
@@ -108,8 +108,8 @@ def test_other_errors_are_not_taken_for_it() -> None:
         test_fine_tuning(model, train_data=head.rows(9), progress=False)
 
 
-def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Somebody else had the memory for the first three windows."""
+def test_micro_batches_grow_back_in_later_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another program uses the memory during the first three windows."""
     monkeypatch.setattr("ftaccum.runtime.memory._CALM", 2)
     model = HEADS[NAME].model()
     limit = limited(model, 2)
@@ -131,7 +131,7 @@ def test_later_windows_grow_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert result.out_of_memory >= 2
 
 
-def test_limits_halve_and_grow_and_wait_longer_each_time_that_growing_fails() -> None:
+def test_limits_halve_then_grow_and_wait_longer_after_each_failed_growth() -> None:
     memory_limits = MemoryLimits(BatchLimits(8))
     memory_limits.ran_out(160)
     assert memory_limits.current == BatchLimits(8, 80)
@@ -168,7 +168,7 @@ def test_the_largest_number_that_fits_is_found_in_few_tries(at_most: int) -> Non
 
 @pytest.mark.parametrize("most", [1, 5, 99])
 @pytest.mark.slow
-def test_auto_takes_the_most_rows_that_fit_and_keeps_the_update(most: int) -> None:
+def test_auto_takes_the_most_rows_that_fit_without_changing_the_update(most: int) -> None:
     given = trained(NAME, 12)
     found = trained(NAME, "auto", prepare=lambda model: limited(model, most))
     assert found[1].batch_size == min(most, 12)
@@ -177,8 +177,8 @@ def test_auto_takes_the_most_rows_that_fit_and_keeps_the_update(most: int) -> No
     assert difference(given, found) < 1e-9
 
 
-def test_auto_leaves_weights_gradients_buffers_and_generators_alone() -> None:
-    """Dropout on: what was drawn in trying would show in every loss."""
+def test_auto_changes_no_weights_gradients_buffers_or_generators() -> None:
+    """Dropout is on, so random draws during the tries would change every loss."""
     losses = []
     for batch_size in (8, "auto"):
         torch.manual_seed(0)
@@ -196,7 +196,7 @@ def test_auto_leaves_weights_gradients_buffers_and_generators_alone() -> None:
 
 
 def test_auto_tries_rows_without_labels_at_their_full_length() -> None:
-    """The longest rows have no label that counts, so that a dummy would stand in for them in training."""
+    """The longest rows have no label that counts, so training would replace them with a dummy."""
     head = HEADS["causal LM, Llama"]
     rows = [{"input_ids": [5] * 40, "labels": [-100] * 40}] * 12 + head.rows(28)
     model = head.model()
@@ -212,7 +212,7 @@ def test_auto_tries_rows_without_labels_at_their_full_length() -> None:
     assert widths[:4] == [(1, 40), (2, 40), (4, 40), (8, 40)]
 
 
-def test_auto_finds_the_gradients_of_the_try_before_and_leaves_none() -> None:
+def test_auto_keeps_gradients_between_tries_and_clears_them_before_training() -> None:
     model = HEADS[NAME].model()
     found: list[bool] = []
     model.register_forward_pre_hook(
@@ -223,12 +223,12 @@ def test_auto_finds_the_gradients_of_the_try_before_and_leaves_none() -> None:
         model, train_data=HEADS[NAME].rows(12), batch_size="auto", effective_batch_size=4, n_epochs=1,
         validation_split=0.0, progress=False, audit=False,
     )  # fmt: skip
-    # tries of 1, 2 and 4 rows; then three updates of one pass
+    # tries with 1, 2 and 4 rows, then three updates with one pass each
     assert found == [False, True, True, False, False, False]
 
 
 @pytest.mark.slow
-def test_evaluation_goes_on_in_halves() -> None:
+def test_evaluation_continues_with_half_batches_when_memory_runs_out() -> None:
     plain = trained(NAME, 12)
     refused: list[int] = []
 
@@ -246,7 +246,7 @@ def test_evaluation_goes_on_in_halves() -> None:
     assert len(halved[1].metrics) == 2
 
 
-def test_what_the_device_said_is_told() -> None:
+def test_out_of_memory_errors_are_recognised() -> None:
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."))
@@ -260,8 +260,8 @@ def test_auto_is_an_error_where_no_row_fits() -> None:
         test_fine_tuning(model, train_data=HEADS[NAME].rows(9), batch_size="auto", effective_batch_size=8)
 
 
-def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row takes 20 MB, of 250 MB free, of which a fifth is left alone: nothing raises there, one would be killed."""
+def test_auto_on_a_host_stays_within_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row takes 20 MB of 250 MB, a fifth of which stays free: a host raises no error but kills the process."""
     taken = [0]
     model = HEADS[NAME].model()
     model.register_forward_pre_hook(
@@ -273,12 +273,12 @@ def test_auto_on_a_host_keeps_within_the_memory_that_is_free(monkeypatch: pytest
     result = test_fine_tuning(
         model, train_data=HEADS[NAME].rows(40), batch_size="auto", effective_batch_size=32, n_epochs=1, progress=False
     )
-    assert result.batch_size == 9  # 10 rows would take all of it, and an optimizer needs some, too
+    assert result.batch_size == 9  # 10 rows would leave no memory for the optimizer
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str], tmp_path: Path) -> None:
+def test_two_processes_agree_when_one_runs_out_of_memory(two_processes: Callable[..., str], tmp_path: Path) -> None:
     torch.save(trained(NAME, 12), tmp_path / "alone.pt")
     printed = two_processes("out_of_memory_of_two.py", str(tmp_path / "alone.pt"))
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
@@ -295,7 +295,7 @@ def test_two_processes_agree_when_one_runs_out(two_processes: Callable[..., str]
 
 
 @pytest.mark.processes
-def test_running_out_in_the_synced_pass_ends_all_processes_soon(two_processes: Callable[..., str]) -> None:
+def test_running_out_of_memory_in_the_synced_pass_ends_all_processes_soon(two_processes: Callable[..., str]) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError, match="Memory ran out in a pass in which gradients are synced"):
         two_processes("out_of_memory_of_two.py", "synced")

@@ -1,4 +1,4 @@
-"""The list of all messages (`scripts/messages.py`): what it finds, and words that no user should read."""
+"""The list of all messages (`scripts/messages.py`): it finds them all, and none has a private word."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ PRIVATE = re.compile(r"ghost|shaken|nudged|\bmend|rehears|headroom", re.IGNORECA
 
 
 def found(beginning: str) -> Message:
-    """Return the one message that begins so."""
+    """Return the only message with this beginning."""
     (message,) = (message for message in MESSAGES if message.text.startswith(beginning))
     return message
 
@@ -65,7 +65,7 @@ def check(x):
     ]
 
 
-def test_texts_without_a_way_to_a_user_are_listed_if_they_are_long() -> None:
+def test_long_texts_with_no_known_path_to_a_user_are_listed() -> None:
     assert listed('A, B = "a few words only", "few words"') == [(OTHER, "always, in (A, B)", "a few words only")]
 
 

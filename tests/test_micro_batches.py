@@ -1,4 +1,4 @@
-"""The cut's laws: nothing lost, nothing twice, equal passes, under the caps, at the least cost."""
+"""Laws of cutting windows: each row once, equal numbers of passes, within the caps, at the lowest cost."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def lengths_of(piece: MicroBatchRows) -> list[int]:
 
 
 def size_of(rows: list[int] | tuple[int, ...], packed: bool) -> tuple[int, int]:
-    """Tokens and width of a micro-batch of rows of these lengths."""
+    """Return the tokens and the width of a micro-batch of rows with these lengths."""
     return (sum(rows), sum(rows)) if packed else (len(rows) * max(rows), max(rows))
 
 
@@ -39,7 +39,7 @@ def test_shares_partition_a_window_and_have_equal_numbers_of_passes(n_rows: int)
             assert any(piece.rows for piece in passes), "a pass of dummies alone"
 
 
-def test_caps_are_kept_but_for_a_row_alone() -> None:
+def test_caps_hold_except_for_a_single_row() -> None:
     for planner in CUTTERS:
         for share in planner.split(tuple(range(11)), LENGTHS):
             for piece in filter(lambda piece: piece.rows, share):
@@ -56,7 +56,7 @@ def test_largest_micro_batches_come_first_and_the_smallest_are_synced() -> None:
 
 
 def every_cut(lengths: list[int]) -> list[list[list[int]]]:
-    """All ways to cut rows, sorted by length, into runs."""
+    """Yield all ways to cut rows, sorted by length, into runs."""
     n = len(lengths)
     cuts = []
     for marks in itertools.product([False, True], repeat=n - 1):
@@ -84,7 +84,7 @@ def test_no_cut_costs_less(processes: int, limits: BatchLimits, costs: CostModel
     assert cost(found) == pytest.approx(best)
 
 
-def test_few_rows_where_they_are_long_and_many_where_they_are_short() -> None:
+def test_micro_batches_have_few_long_rows_or_many_short_rows() -> None:
     draw = np.random.RandomState(0)
     lengths = np.clip(draw.lognormal(4.2, 0.9, size=64).astype(int), 4, 1000).tolist()
 

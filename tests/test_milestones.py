@@ -1,4 +1,4 @@
-"""Where trials are compared: positions that every candidate's updates meet."""
+"""Milestones, where trials are compared: the updates of every candidate end there."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Plain attributes of modules: seen to change, and put back."""
+"""Plain attributes of modules: changes are detected and undone."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ class Keeps(nn.Module):
 
 
 def changes(module: Any) -> dict[str, Any]:
-    """Return ways to change it, by the attribute that is changed."""
+    """Return functions that change the module, by the attribute that they change."""
     return {
         "calls": lambda: setattr(module, "calls", module.calls + 1),
         "name": lambda: setattr(module, "name", "b"),
@@ -43,7 +43,7 @@ def changes(module: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(changes(None)))
-def test_a_change_is_seen_and_undone(name: str) -> None:
+def test_a_change_is_detected_and_undone(name: str) -> None:
     module = Keeps()
     outer = nn.Sequential(module)
     before = ModuleAttributes(outer)
@@ -67,7 +67,7 @@ def test_a_change_is_seen_and_undone(name: str) -> None:
     assert module.average is average
 
 
-def test_equal_values_are_no_change() -> None:
+def test_equal_values_are_not_a_change() -> None:
     module = Keeps()
     before = ModuleAttributes(module)
     module.calls, module.name = 1000 - 1000, "".join(["a"])
@@ -81,7 +81,7 @@ def test_attributes_are_restored_after_an_error() -> None:
     assert module.calls == 0
 
 
-def test_generators_are_noticed() -> None:
+def test_generators_are_detected() -> None:
     module = Keeps()
     assert not ModuleAttributes(module).hold_generators()
     module.draws = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_a_counter_that_the_next_pass_depends_on_is_found() -> None:
     assert model.calls == 0
 
 
-def test_a_counter_that_nothing_depends_on_is_left_alone() -> None:
+def test_a_counter_that_nothing_depends_on_is_ignored() -> None:
     model = Keeps()
 
     def run(model: Any) -> float:
@@ -113,7 +113,7 @@ def test_a_counter_that_nothing_depends_on_is_left_alone() -> None:
     assert hidden(model, run) == HiddenState()
 
 
-def test_a_counter_elsewhere_is_found_without_a_place() -> None:
+def test_a_counter_outside_the_model_is_detected_without_its_location() -> None:
     calls = [0]
 
     def run(_: Any) -> float:
@@ -125,14 +125,16 @@ def test_a_counter_elsewhere_is_found_without_a_place() -> None:
     assert found.places == ()
 
 
-def test_what_is_drawn_is_no_state() -> None:
+def test_random_draws_are_not_hidden_state() -> None:
     model = Keeps()
     model.draws = np.random.default_rng(0)
     assert hidden(model, lambda model: float(model.draws.random())) == HiddenState()
     assert hidden(Keeps(), lambda _: float(torch.rand(()))) == HiddenState()
 
 
-def test_what_cannot_be_put_back_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_attribute_that_cannot_be_restored_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("ftaccum.runtime.module_attributes._BUDGET", 1000)
     module = Keeps()
     before = ModuleAttributes(module)

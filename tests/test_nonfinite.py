@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: skipped without a trace, told with the rows at fault, at last fatal."""
+"""Losses and gradients that are not finite: the update is skipped, bad rows are named, and repetition ends the run."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from ftaccum import DivergedError, Result, plan, test_fine_tuning
 from heads import HEADS
 from training_passes import is_training_pass
 
-ROWS, BAD = 24, 13  # a row that no check before training happens to look at
+ROWS, BAD = 24, 13  # a row that no check before training examines
 Row = tuple[Tensor, int]
 
 
 class Normed(nn.Module):
-    """Batch norm, whose statistics a NaN would stay in, and dropout, which draws."""
+    """A model with batch norm, whose statistics would keep a NaN, and dropout."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def run(model: nn.Module, rows: Any, **arguments: Any) -> Result:
 
 
 def infinite_rows() -> list[dict[str, Any]]:
-    """Rows with a number that is added to their loss: its gradient is 0, and it is infinite in one."""
+    """Return rows with a number that is added to their loss. It has no gradient and is infinite in one row."""
     return [{"x": x, "labels": y, "added": math.inf if n == BAD else 0.0} for n, (x, y) in enumerate(points(()))]
 
 
@@ -69,8 +69,8 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_window_with_a_bad_row_is_as_if_it_were_not_there(value: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights and running statistics are those of a plain loop that leaves it out; a remainder comes after it."""
+def test_a_window_with_a_bad_row_has_no_effect(value: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and running statistics equal those of a plain loop without the window. A remainder follows it."""
     rows, plain = points(value=value), Normed()
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     (skipped,) = (n for n, window in enumerate(windows()) if BAD in window)
@@ -93,7 +93,7 @@ def test_a_window_with_a_bad_row_is_as_if_it_were_not_there(value: float, capsys
     ]
 
 
-def test_the_whole_state_is_that_before_to_the_bit() -> None:
+def test_a_skipped_update_restores_the_whole_state_bit_for_bit() -> None:
     model = Normed()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     momentum = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -103,10 +103,10 @@ def test_the_whole_state_is_that_before_to_the_bit() -> None:
     assert not momentum.state
 
 
-def test_an_infinite_loss_is_not_let_through_by_a_finite_gradient(
+def test_an_infinite_loss_skips_the_update_even_if_the_gradient_is_finite(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The row is named as the user counts, held-out rows and all."""
+    """The message names the row by its position in `train_data`, held-out rows included."""
 
     result = run(Normed(), infinite_rows(), loss_fn=infinite_loss, validation_split=0.25, output_dir=str(tmp_path))
     assert result.skipped_steps == 1
@@ -117,11 +117,11 @@ def test_an_infinite_loss_is_not_let_through_by_a_finite_gradient(
     assert [e["loss"] is None for e in entries if "skipped" in e] == [e["skipped"] for e in entries if "skipped" in e]
 
 
-def test_one_term_of_a_loss_is_not_hidden_by_another(capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither in the ledger nor where the model is evaluated."""
+def test_a_finite_term_of_a_loss_does_not_hide_a_nonfinite_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """This holds for the loss history and for evaluation."""
 
     def loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        added = batch["added"].mean() * 0  # of infinity, NaN
+        added = batch["added"].mean() * 0  # infinity times 0 is NaN
         return {"of classes": nn.functional.cross_entropy(logits_BC, batch["labels"]), "added": added}
 
     result = run(Normed(), infinite_rows(), val_data=infinite_rows(), loss_fn=loss)
@@ -141,7 +141,7 @@ class _Overflows(torch.autograd.Function):
 
 
 def overflowing(updates: Sequence[int]) -> tuple[nn.Module, Any]:
-    """A model, and a loss whose gradient overflows in those updates, of one pass each (from 1)."""
+    """Return a model and a loss whose gradient overflows in these updates (from 1), of one pass each."""
     model, passes = Normed(), iter(range(1, 10**6))
 
     def loss(logits_BC: Tensor, labels: Tensor) -> Tensor:
@@ -164,8 +164,8 @@ def test_a_gradient_that_overflows_while_the_loss_is_finite_names_no_row(capsys:
     )
 
 
-def test_many_in_a_row_end_the_run_with_all_of_them_in_the_ledger(tmp_path: Path) -> None:
-    """Two, then one that is finite, then three: it is the row that counts."""
+def test_consecutive_skipped_updates_end_the_run_and_are_all_in_the_ledger(tmp_path: Path) -> None:
+    """After two skipped updates comes a finite one, then three more: only consecutive ones count."""
     model, loss = overflowing([2, 3, 5, 6, 7])
     with pytest.raises(
         DivergedError,
@@ -182,7 +182,7 @@ def test_many_in_a_row_end_the_run_with_all_of_them_in_the_ledger(tmp_path: Path
     assert [e["skipped"] for e in entries if "skipped" in e] == [False, True, True, False, True, True, True]
 
 
-def test_the_first_one_ends_the_run_where_it_is_an_error(tmp_path: Path) -> None:
+def test_the_first_skipped_update_ends_the_run_if_on_nonfinite_is_error(tmp_path: Path) -> None:
     model, last = Normed(), next(n for n, window in enumerate(windows()) if BAD in window)
     with pytest.raises(
         DivergedError,
@@ -209,8 +209,8 @@ def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:
     ] == [lines[9]]
 
 
-def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    """And a loss that cannot be had of a single row at all does not end the run."""
+def test_rows_that_are_bad_only_together_are_reported_as_one_micro_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss that cannot be computed for a single row does not end the run."""
 
     def loss(logits_BC: Tensor, batch: dict[str, Tensor]) -> Tensor:
         if model.looked and len(logits_BC) == 1:
@@ -233,8 +233,8 @@ def test_rows_that_are_bad_together_alone_are_told_as_those_of_the_pass(capsys: 
     )
 
 
-def test_a_ghost_is_none_of_the_rows_that_it_stands_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of three rows one has a label, and is the dummy in the windows of the others."""
+def test_a_dummy_micro_batch_is_not_reported_as_a_bad_row(capsys: pytest.CaptureFixture[str]) -> None:
+    """Only one of three rows has a label. It serves as the dummy in the windows of the others."""
     head = HEADS["token classification, BERT"]
     model, trained = head.model(), []
     rows = [{**row, "labels": [-100] * len(row["labels"])} if n else row for n, row in enumerate(head.rows(3))]
@@ -266,13 +266,11 @@ def test_weights_that_are_not_finite_are_not_blamed_on_rows(capsys: pytest.Captu
         r"row \d+ of `train_data` \(nan\)\. These are all the rows that were run, so the weights may not be finite",
         first,
     )
-    assert first.count("row ") == 8  # looked for no further
+    assert first.count("row ") == 8  # the search stops there
 
 
 @pytest.mark.parametrize("arguments", [{}, {"padding_free": True}, {"planner": False}])
-def test_the_row_is_found_however_rows_lie_in_a_batch(
-    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_row_is_found_in_any_batch_layout(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     head = HEADS["causal LM, Llama"]
     model, rows, trained = head.model(), head.rows(14), []
     for n, row in enumerate(rows):
@@ -291,8 +289,8 @@ def test_the_row_is_found_however_rows_lie_in_a_batch(
     ]
 
 
-def test_to_look_for_rows_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout draws go on as if nobody had looked, after an update that was skipped."""
+def test_looking_for_bad_rows_changes_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a skipped update, the dropout draws continue as if no row had been examined."""
     looked, not_looked = Normed(0.5), Normed(0.5)
     run(looked, points(), n_epochs=2)
     monkeypatch.setattr("ftaccum.training.build_run.NonFiniteHandler.window_done", lambda *_: None)
@@ -304,7 +302,7 @@ def test_to_look_for_rows_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class TestOverflowInFp16:
-    """By design in the first updates, until the scale has fallen."""
+    """Overflow in fp16, which is expected in the first updates until the loss scale has fallen."""
 
     def run(self, factor: float, **arguments: Any) -> Result:
         model, self.trained, self.looked = HEADS["sequence classification, BERT"].model().float(), False, 0
@@ -321,7 +319,7 @@ class TestOverflowInFp16:
             **arguments,
         )  # fmt: skip
 
-    def test_is_one_quiet_line_and_no_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_logs_one_line_and_raises_no_error(self, capsys: pytest.CaptureFixture[str]) -> None:
         result = self.run(100.0, on_nonfinite="error", learning_rate=1e-6)
         updates = [n for n, norm in enumerate(result.grad_norm_history, 1) if not math.isfinite(norm)]
         assert 3 <= len(updates) <= 10
@@ -332,7 +330,7 @@ class TestOverflowInFp16:
         assert self.trained
         assert not self.looked, "for rows"
 
-    def test_ends_the_run_where_it_does_not_end(self) -> None:
+    def test_ends_the_run_if_it_does_not_stop(self) -> None:
         with pytest.raises(
             DivergedError, match=r"updates in a row has reached 4.*, or use `mixed_precision='bf16'`, which"
         ) as raised:
@@ -340,7 +338,7 @@ class TestOverflowInFp16:
         assert raised.value.update == 4
 
 
-def test_buffers_that_begin_to_move_later_are_kept_from_a_nan() -> None:
+def test_buffers_that_start_to_change_later_are_protected_from_nan() -> None:
     class Average(nn.Module):
         def __init__(self) -> None:
             super().__init__()

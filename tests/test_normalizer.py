@@ -1,4 +1,4 @@
-"""The normalizer's arithmetic: parts of a window's loss add up to it over passes and processes, in float64."""
+"""The normalizer's arithmetic: contributions of passes and processes add up to the window's loss, in float64."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ MEANS = [
 
 
 def accelerator(num_processes: int = 1, others: Callable[[Tensor], Tensor] | None = None) -> Any:
-    """An accelerator whose other processes add `others` of what this one hands over."""
+    """Return an accelerator that reduces a tensor to itself plus `others` of it, the sum of the other processes."""
 
     def reduce(tensor: Tensor, reduction: str = "mean") -> Tensor:
         assert num_processes > 1, "a single process reduced"
@@ -67,7 +67,7 @@ def test_contributions_of_two_processes_add_up_to_the_mean_over_the_items_of_bot
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_what_is_backpropagated_undoes_the_division_by_passes_and_processes(processes: int) -> None:
+def test_the_backward_loss_undoes_the_division_by_passes_and_processes(processes: int) -> None:
     normalizer = LossNormalizer(COUNTS[0], TERMS, accelerator(processes, torch.zeros_like))
     contribution = torch.tensor(0.125, dtype=torch.float64)
     assert float(normalizer.for_backward(contribution)) == 0.125 * 3 * processes
@@ -99,7 +99,7 @@ def test_means_are_weighted_by_their_items() -> None:
     assert means.total() == pytest.approx(mean_over([0], "loss") + mean_over([0], "balance"), rel=1e-15)
 
 
-def test_a_mean_over_no_items_is_not_read_and_does_not_count() -> None:
+def test_a_mean_over_no_items_is_ignored() -> None:
     means = WeightedMeans(TERMS, torch.device("cpu"))
     assert math.isnan(means.total())
     means.add({"loss": torch.tensor(2.0)}, {"loss": 4, "balance": 0})
@@ -109,7 +109,7 @@ def test_a_mean_over_no_items_is_not_read_and_does_not_count() -> None:
     assert math.isnan(means.total())
 
 
-def test_merged_means_are_those_over_the_items_of_both() -> None:
+def test_merged_means_are_means_over_the_items_of_both() -> None:
     both = [WeightedMeans(TERMS, torch.device("cpu")) for _ in (0, 1)]
     for rank, means in enumerate(both):
         for n in range(3):

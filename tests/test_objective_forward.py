@@ -1,4 +1,4 @@
-"""Reading a loss off a model's outputs: the model's own, the user's, or the next-token loss."""
+"""Finding the loss: in a model's outputs, from the user's function, or as the next-token loss."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -16,19 +16,19 @@ IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 0, 1]])
 
 
 def number(tensor: Tensor) -> float:
-    """The number of a tensor that may have a graph."""
+    """Return a tensor, which may have a graph, as a float."""
     return tensor.item()
 
 
 class Named(nn.Module):
-    """A module that returns what it was given, by name."""
+    """A module that returns its arguments by name."""
 
     def forward(self, input_ids: Tensor, labels: Any = None) -> dict[str, Any]:
         return {"loss": None if labels is None else labels.double().mean(), "logits": input_ids.double()[..., None]}
 
 
 class Embedding(nn.Module):
-    """Logits for the next token, of five tokens."""
+    """A model that returns next-token logits for a vocabulary of five tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def test_the_models_own_loss_is_read_and_unknown_columns_are_left_out() -> None:
     assert outputs["logits"].shape == (2, 4, 1)
 
 
-def test_labels_are_withheld_from_a_model_whose_loss_the_user_gives() -> None:
+def test_labels_are_withheld_from_the_model_if_the_user_gives_a_loss() -> None:
     batch = {"input_ids": IDS, "labels": IDS}
     loss_fn = nn.Identity()
     forward = Forward(Named(), batch, lambda outputs, given: given["labels"].double().sum() + outputs["logits"].sum())
@@ -59,7 +59,7 @@ def test_labels_are_withheld_from_a_model_whose_loss_the_user_gives() -> None:
     assert Forward(Named(), batch, loss_fn).modules == [loss_fn]
 
 
-def test_an_encoder_decoder_is_given_labels_beside_a_loss_of_the_users() -> None:
+def test_an_encoder_decoder_gets_labels_even_if_the_user_gives_a_loss() -> None:
     model, batch = Named(), {"input_ids": IDS, "labels": IDS}
     model.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
     forward = Forward(model, batch, lambda outputs, _: outputs["loss"])
@@ -87,7 +87,7 @@ def test_the_next_token_loss_is_the_mean_over_shifted_labels() -> None:
     forward = Forward(model, batch, None, token_ids=True)
     found = forward(model, batch)[0]["loss"]
     logp = model(IDS).detach().log_softmax(-1)
-    counted = [(0, 0, 2), (0, 2, 4), (1, 0, 3), (1, 1, 0)]  # row, position, the label after it
+    counted = [(0, 0, 2), (0, 2, 4), (1, 0, 3), (1, 1, 0)]  # row, position, next label
     wanted = -sum(number(logp[row, at, label]) for row, at, label in counted) / 4
     assert number(found) == pytest.approx(wanted, rel=1e-14)
     assert forward.counted_by == "labels after the next-token shift"
@@ -132,7 +132,7 @@ def test_a_model_and_rows_without_a_loss_are_an_error(batch: Any, message: str) 
 @pytest.mark.parametrize(
     ("found", "message"), [(torch.ones(2), r"'loss' is \(2,\)"), (1.0, "'loss' is float"), (None, "'loss' is NoneType")]
 )
-def test_a_loss_that_is_no_number_is_an_error(found: Any, message: str) -> None:
+def test_a_loss_that_is_not_a_number_is_an_error(found: Any, message: str) -> None:
     batch = {"input_ids": IDS, "labels": IDS}
     with pytest.raises(SettingsError, match=message):
         Forward(Named(), batch, lambda _, __: found)(Named(), batch)
@@ -222,7 +222,7 @@ def test_classes_of_pairs_and_of_models_that_need_labels() -> None:
     assert Forward(Needs(), batch, None).n_classes(Needs(), batch) is None
 
 
-def test_what_a_module_takes() -> None:
+def test_accepted_arguments_of_a_module() -> None:
     class TakesAny(nn.Module):
         def forward(self, a: Tensor, **more: Any) -> None: ...
 
@@ -288,7 +288,7 @@ def test_outputs_may_have_parts_where_they_hold_other_numbers() -> None:
 
 
 class Router(nn.Module):
-    """A loss that is the sum of two means, one of which its outputs name; in eval mode they leave it out."""
+    """A model whose loss is the sum of two means. Its outputs name one of them, except in eval mode."""
 
     def __init__(self, factor: float = 0.25) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ def test_a_factor_that_changes_from_batch_to_batch_is_left_in_the_loss() -> None
 
 
 def settled(model: nn.Module, several: Any, one: Any) -> Any:
-    """The loss of `one` after the place of the loss was settled on `several`."""
+    """Return the loss of `one` after `several` decided which output is the loss."""
     forward = Forward(model, one, None)
     forward.settle_outputs(model, lambda: several)
     return forward(model, one)[0]["loss"]
@@ -356,7 +356,7 @@ class Returns(nn.Module):
     [("loss", "prediction"), ("prediction", "loss"), ("squeezed", "loss"), ("metric", "prediction", "loss"),
      ("loss", "metric"), ("penalty", "total"), ("total", "penalty"), ("loss", "loss")],
 )  # fmt: skip
-def test_which_output_is_the_loss_is_settled_on_several_rows(names: tuple[str, ...]) -> None:
+def test_several_rows_decide_which_output_is_the_loss(names: tuple[str, ...]) -> None:
     model = Returns(*names)
     several = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
     one = {"x": several["x"][:1], "labels": several["labels"][:1]}

@@ -1,4 +1,4 @@
-"""Measuring how a loss is counted, on losses written down by hand and on tiny modules."""
+"""Measuring how a loss is counted, on hand-written losses and tiny modules."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def test_a_difference_is_of_the_weighted_mean_and_leaves_out_empty_parts() -> No
 
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("collated", [True, False])
-def test_a_mean_is_explained_by_rows_that_are_apart_in_either_way(cut: bool, collated: bool) -> None:
+def test_a_mean_is_explained_by_rows_separated_in_either_way(cut: bool, collated: bool) -> None:
     def losses(batch: Any) -> dict[str, float]:
         return {"a": sum(batch) / len(batch)}
 
@@ -82,7 +82,7 @@ def test_a_mean_is_explained_by_rows_that_are_apart_in_either_way(cut: bool, col
     assert not found.padding_sensitive
 
 
-def test_padding_matters_where_rows_at_one_width_alone_are_explained() -> None:
+def test_padding_matters_if_only_rows_of_one_width_are_explained() -> None:
     def losses(batch: Any) -> dict[str, float]:
         return {"a": sum(batch) / len(batch), "b": 1.0}
 
@@ -90,13 +90,13 @@ def test_padding_matters_where_rows_at_one_width_alone_are_explained() -> None:
     found = explain(losses, together, lambda rows: [[row] for row in rows], padded_apart, {"a": len, "b": len})
     assert found == Explanation({"a": 0.0, "b": 0.0}, 0.125, False)
     assert found.padding_sensitive
-    # Not explained in either way: the rows padded apart are what training would give.
+    # Neither way explains the loss. Training would compute it from separately padded rows.
     worse = explain(losses, together, lambda _: [[1.0], [5.0]], padded_apart, {"a": len, "b": len})
     assert worse == Explanation({"a": 0.125, "b": 0.0}, 0.0, False)
     assert explain(losses, together, lambda _: [[1.0], [3.01]], [], {"a": len}, 0.01).differences["a"] < 0.01
 
 
-def test_a_sum_is_seen_by_its_parts_adding_up() -> None:
+def test_a_sum_is_recognised_by_parts_that_add_up() -> None:
     def losses(batch: Any) -> dict[str, float]:
         return {"a": sum(batch), "b": 2 * sum(batch)}
 
@@ -110,7 +110,7 @@ def test_the_worst_of_two_explanations() -> None:
     assert one.worst(one) == one
 
 
-def test_a_batch_met_again_is_answered_from_memory() -> None:
+def test_a_repeated_batch_is_answered_from_the_cache() -> None:
     asked: list[int] = []
 
     def losses(batch: Any) -> dict[str, float]:
@@ -123,7 +123,7 @@ def test_a_batch_met_again_is_answered_from_memory() -> None:
     assert asked == [2, 3, 2]
 
 
-def test_ways_that_agree_are_told_apart_by_other_labels() -> None:
+def test_other_labels_distinguish_ways_that_agree() -> None:
     labels = torch.tensor([[-100, 2, 3], [-100, 4, 1]])
 
     def losses(batch: Any) -> dict[str, float]:  # a mean over the labels after the next-token shift
@@ -152,7 +152,7 @@ def test_a_mean_over_labels_is_measured_exactly() -> None:
     assert means["loss"].item() == pytest.approx(wanted)
 
 
-def test_a_sum_over_labels_is_handed_on_as_their_mean() -> None:
+def test_a_sum_over_labels_becomes_their_mean() -> None:
     objective = measured(linear(), nn.CrossEntropyLoss(reduction="sum"), sums=True)
     assert objective.count((X, Y)) == {"loss": 3}
     assert not objective.report.measured
@@ -162,7 +162,7 @@ def test_a_sum_over_labels_is_handed_on_as_their_mean() -> None:
     assert objective.means(linear(), (X, Y), {"loss": 3}, [])[0] == {}
 
 
-def test_a_count_of_the_users_is_taken_and_checked() -> None:
+def test_a_count_given_by_the_user_is_used_and_checked() -> None:
     objective = measured(linear(), count_items=lambda batch: int((batch[1] >= 0).sum()))
     assert (objective.report.counted_by, objective.report.measured) == ("count_items", False)
     assert not objective.report.inexact()
@@ -172,7 +172,7 @@ def test_a_count_of_the_users_is_taken_and_checked() -> None:
 
 
 @pytest.mark.parametrize("given", ["cut", "collated"])
-def test_rows_apart_in_one_way_are_enough(given: str) -> None:
+def test_rows_separated_in_one_way_are_enough(given: str) -> None:
     other = {"cut": "collated", "collated": "cut"}[given]
     assert measured(linear(), of=sample(**{other: None})).report.counted_by == "labels (measured)"
 
@@ -196,7 +196,7 @@ def test_a_model_that_cannot_be_widened_is_measured_as_it_is(monkeypatch: pytest
         measured(linear())
 
 
-def test_narrow_weights_are_widened_for_the_time_being() -> None:
+def test_narrow_weights_are_widened_temporarily() -> None:
     model, wide = linear(torch.bfloat16), linear()
     before = model.weight.clone()
     assert (has_narrow_weights(model), has_narrow_weights(wide)) == (True, False)
@@ -212,7 +212,7 @@ def test_narrow_weights_are_widened_for_the_time_being() -> None:
 
 
 @pytest.mark.parametrize("setting", ["high", "highest"])
-def test_products_take_no_shortcut_for_the_time_being(setting: str) -> None:
+def test_reduced_precision_products_are_switched_off_temporarily(setting: str) -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision(setting)

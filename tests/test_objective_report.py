@@ -1,4 +1,4 @@
-"""What an exactness report tells of figures written down by hand, and passes that can be repeated."""
+"""Exactness reports of hand-written figures, and passes that can be repeated."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,7 +34,7 @@ def report(
     return ExactnessReport(**given | more)
 
 
-def test_an_exact_loss_has_nothing_to_tell() -> None:
+def test_an_exact_loss_has_nothing_to_report() -> None:
     exact = report({"loss": 0.01}, InTraining({"loss": 0.01}, drift=0.01))
     assert exact.inexact() == []
     assert exact.counted_by == "labels"
@@ -52,7 +52,7 @@ def test_terms_are_named_where_there_are_several() -> None:
     assert found.mixes_rows
 
 
-def test_a_loss_that_no_count_explains_is_told_with_its_figure() -> None:
+def test_a_loss_that_no_count_explains_is_reported_with_its_error() -> None:
     (sentence,) = report({"loss": 0.5}).inexact()
     assert sentence.startswith(
         "The loss is not a mean over items that can be counted, such as labels or rows: 'loss' over separate "
@@ -65,12 +65,12 @@ def test_a_loss_that_no_count_explains_is_told_with_its_figure() -> None:
     assert "is up to 1.2% off" in report({"loss": 0.0123}).inexact()[0]
 
 
-def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
+def test_an_undeclared_sum_is_reported() -> None:
     assert "set `reduction='sum'`" in report({"loss": 0.5}, adds_up=True).inexact()[0]
     assert "reduction='sum'" not in report({"loss": 0.5}, adds_up=True, sums=True).inexact()[0]
 
 
-def test_rows_that_cost_nothing_alone_are_compared_with_each_other() -> None:
+def test_near_zero_losses_of_single_rows_mean_that_rows_are_compared() -> None:
     def compares(alone: float, joint: float = 2.0) -> bool:
         (sentence,) = report({"loss": 0.5}, single_rows={"loss": alone}, joint={"loss": joint}).inexact()
         return "rows are compared with each other" in sentence
@@ -82,7 +82,7 @@ def test_rows_that_cost_nothing_alone_are_compared_with_each_other() -> None:
     assert not compares(-1.0)
 
 
-def test_a_part_of_the_loss_is_told_with_its_share() -> None:
+def test_a_part_of_the_loss_is_reported_with_its_share() -> None:
     of_part = report({"loss": 0.0, "balance": 0.5}, parts=("balance",), joint={"loss": 3.0, "balance": -1.0})
     (sentence,) = of_part.inexact()
     assert sentence.startswith("'balance', 25% of the loss, depends on the rows of a batch together")
@@ -102,7 +102,7 @@ def test_a_part_that_only_train_mode_mixes_is_a_part() -> None:
     assert not found.mixes_rows
 
 
-def test_what_train_mode_mixes_is_told_with_modules() -> None:
+def test_mixing_in_train_mode_is_reported_with_the_modules() -> None:
     def told(mixing: list[str], complaint: str | None = None) -> str:
         differences = {"a": 0.2, "b": 0.6, "c": 0.0}
         (sentence,) = report(dict.fromkeys(differences, 0.0), InTraining(differences, 0.0, mixing, complaint)).inexact()
@@ -118,20 +118,20 @@ def test_what_train_mode_mixes_is_told_with_modules() -> None:
     assert report(None, InTraining({"loss": 0.2})).mixes_rows
 
 
-def test_passes_that_drift_are_told() -> None:
+def test_passes_that_drift_are_reported() -> None:
     (sentence,) = report(None, InTraining({"loss": 0.0}, 0.3, ["A", "B", "C", "D"])).inexact()
     assert "a forward pass changes buffers that the next one depends on (A, B, C)" in sentence
     assert "differ by 30%" in sentence
 
 
-def test_padding_that_counts_is_told_of_a_loss_of_the_users() -> None:
+def test_padding_that_counts_is_reported_for_a_loss_given_by_the_user() -> None:
     assert "change their loss by up to 25%" in str(report(padding=0.25).padding())
     assert report(padding=0.25, own_loss=True).padding() is None
     assert report(padding=0.0, own_loss=False).padding() is None
 
 
 class Drawing(nn.Module):
-    """Dropout by a module and by a function, and batch norm; noise of its own if asked."""
+    """A model with dropout from a module and a function, batch norm, and optional noise of its own."""
 
     def __init__(self, noise: bool = False) -> None:
         super().__init__()
@@ -166,14 +166,14 @@ def test_dropout_is_off_in_train_mode() -> None:
     assert model.drop.p == 0.5
 
 
-def test_a_model_that_draws_is_in_eval_mode_but_for_what_moves() -> None:
+def test_a_model_that_draws_is_in_eval_mode_except_modules_with_running_state() -> None:
     mode, found = deterministic(Drawing(noise=True))
     assert (mode.whole, list(mode.moving)) == (False, ["norm"])
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     assert found == pytest.approx(F.batch_norm(x, None, None, training=True).flatten().tolist(), rel=1e-5)
 
 
-def test_a_module_that_moves_and_draws_stays_in_eval_mode() -> None:
+def test_a_module_that_has_running_state_and_draws_stays_in_eval_mode() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +193,7 @@ def test_a_module_that_moves_and_draws_stays_in_eval_mode() -> None:
     assert float(model.seen) == 0.0
 
 
-def test_outputs_that_are_no_numbers_repeat_as_well() -> None:
+def test_nan_outputs_and_rounding_count_as_repeatable() -> None:
     model = nn.Identity()
     assert DeterministicMode.of(model, lambda: [float("nan"), 1.0]).whole
     outputs = iter([[1.0], [1.001], [1.0], [1.0]])
@@ -203,7 +203,7 @@ def test_outputs_that_are_no_numbers_repeat_as_well() -> None:
 
 
 @pytest.mark.parametrize("positional", [True, False])
-def test_attention_is_without_dropout(positional: bool) -> None:
+def test_attention_has_no_dropout(positional: bool) -> None:
     q = torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0))
     wanted = F.scaled_dot_product_attention(q, q, q)
     with DeterministicMode(nn.Identity(), True, {}).passes():
@@ -219,7 +219,7 @@ def test_attention_is_without_dropout(positional: bool) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_the_attention_module_is_without_dropout(batch_first: bool) -> None:
+def test_the_attention_module_has_no_dropout(batch_first: bool) -> None:
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(4, 2, dropout=0.9, batch_first=batch_first)
     x = torch.randn(3, 5, 4)
@@ -230,7 +230,7 @@ def test_the_attention_module_is_without_dropout(batch_first: bool) -> None:
     assert attention.dropout == 0.9
 
 
-def test_what_gradient_checkpointing_runs_again_is_without_dropout() -> None:
+def test_recomputation_by_gradient_checkpointing_has_no_dropout() -> None:
     class Checkpointing(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Optimizers that users bring: their rates, their modes, what they hold, how they step."""
+"""Optimizers of users: rates, modes, wrapped optimizers, states and steps."""
 
 import copy
 import json
@@ -41,14 +41,14 @@ def test_a_function_that_names_no_rate_gets_that_of_the_settings() -> None:
 
 
 class Passing(SGD):
-    """Passes on what it gets."""
+    """An optimizer that passes on its arguments."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
 
 
 class Own(AdamW):
-    """Has no option for the decay."""
+    """An optimizer without an option for weight decay."""
 
     def __init__(self, params: Any, lr: float = 0.5) -> None:
         super().__init__(params, lr, weight_decay=0)
@@ -76,21 +76,21 @@ DEFAULT = torch.tensor(1e-3)
         (lambda groups: copy.copy(SGD(groups, momentum=0.9)), RATE, DECAY),
     ],
 )
-def test_what_the_call_names_counts_even_if_it_is_the_default(factory: Any, rate: float, decay: float) -> None:
+def test_an_explicit_argument_counts_even_if_it_equals_the_default(factory: Any, rate: float, decay: float) -> None:
     model, _ = regression()
     optimizer = make_optimizer(model, factory, RECIPE, ())
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([rate, rate])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [decay, 0]
 
 
-def test_constructors_are_left_as_they_were() -> None:
+def test_constructors_are_restored_after_an_error() -> None:
     before = SGD.__init__, Optimizer.__init__
     with pytest.raises(ZeroDivisionError):
         make_optimizer(regression()[0], lambda groups: SGD(groups, lr=1 / 0), RECIPE, ())
     assert (SGD.__init__, Optimizer.__init__) == before
 
 
-def test_the_default_given_as_an_argument_counts_as_given() -> None:
+def test_a_setting_given_at_its_default_conflicts_with_the_optimizer() -> None:
     model, rows = regression()
     with pytest.raises(SettingsError, match=r"`learning_rate` is 5e-05, but SGD was made with `lr=0.1`"):
         train(model, rows, lambda groups: SGD(groups, lr=0.1), learning_rate=5e-5)
@@ -194,7 +194,7 @@ def test_how_often_a_schedule_free_run_is_saved_and_evaluated_changes_no_bit(tmp
     assert often.differences(never) == []
 
 
-def test_a_schedule_free_optimizer_that_a_chain_holds_is_switched_too() -> None:
+def test_a_schedule_free_optimizer_inside_a_chain_is_switched_too() -> None:
     model, rows = regression()
     made: list[ScheduleFreeSGD] = []
 
@@ -214,7 +214,7 @@ def test_a_schedule_free_optimizer_that_a_chain_holds_is_switched_too() -> None:
     assert not made[0].param_groups[0]["train_mode"]
 
 
-def test_an_error_leaves_the_weights_to_evaluate() -> None:
+def test_an_error_leaves_a_schedule_free_optimizer_in_eval_mode() -> None:
     model, rows = regression()
     made: list[ScheduleFreeSGD] = []
     with pytest.raises(ZeroDivisionError):
@@ -237,7 +237,7 @@ def test_groups_that_no_schedule_reaches_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_state_that_comes_back_changed_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_that_changes_when_loaded_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Forgetful(Chain):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             pass
@@ -249,7 +249,7 @@ def test_a_state_that_comes_back_changed_is_told(tmp_path: Path, capsys: pytest.
     assert "The state that Forgetful loaded (`load_state_dict`) differs from the one" in capsys.readouterr().err
 
 
-def test_a_stop_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+def test_a_stop_without_a_checkpoint_is_reported(tmp_path: Path) -> None:
     class Unreadable(Chain):
         def state_dict(self) -> dict[str, Any]:
             return {"own": object()}
@@ -264,7 +264,7 @@ def test_a_stop_without_a_checkpoint_says_so(tmp_path: Path) -> None:
 
 
 class Dropping(nn.Module):
-    """With dropout and running statistics."""
+    """A model with dropout and running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,8 +282,8 @@ class Dropping(nn.Module):
 
 @pytest.mark.parametrize("precision", [torch.float64, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
-def test_a_closure_repeats_rows_and_draws_and_moves_buffers_once(precision: torch.dtype) -> None:
-    """At ρ = 0, sharpness-aware minimization is the optimizer that it steps with, to the last bit."""
+def test_a_closure_repeats_rows_and_draws_and_updates_buffers_once(precision: torch.dtype) -> None:
+    """At ρ = 0, sharpness-aware minimization equals its base optimizer bit for bit."""
     _, rows = regression()
     rows = [tuple(t.to(precision) for t in row) for row in rows]
     arguments: dict[str, Any] = {"learning_rate": 0.1, "gradient_clip_norm": 0.2, "on_inexact": "warn"}
@@ -297,7 +297,7 @@ def test_a_closure_repeats_rows_and_draws_and_moves_buffers_once(precision: torc
 
 
 class Explodes(nn.Module):
-    """Gives an infinite loss where its weights have moved from where an update began."""
+    """A model whose loss is infinite once its weights differ from the start of an update."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ class Explodes(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
-def test_a_closure_that_is_not_finite_skips_the_update_and_leaves_everything() -> None:
+def test_a_nonfinite_closure_skips_the_update_and_changes_nothing() -> None:
     _, rows = regression()
     model = Explodes()
     optimizers: list[SAM] = []
@@ -330,7 +330,7 @@ def test_a_closure_that_is_not_finite_skips_the_update_and_leaves_everything() -
     assert not optimizers[0].base.state
 
 
-def test_an_error_in_a_closure_puts_the_weights_back() -> None:
+def test_an_error_in_a_closure_restores_the_weights() -> None:
     model, rows = regression()
     start = copy.deepcopy(model.state_dict())
 
@@ -391,7 +391,7 @@ def test_a_gradient_scaler_and_a_closure_are_refused() -> None:
         train(model.float(), rows, SAM, mixed_precision="fp16")
 
 
-def test_a_step_in_two_parts_gets_a_closure_though_it_may_be_left_out() -> None:
+def test_a_two_part_step_gets_a_closure_even_if_it_is_optional() -> None:
     got: list[Any] = []
 
     class Optional(TwoSteps):
@@ -404,7 +404,7 @@ def test_a_step_in_two_parts_gets_a_closure_though_it_may_be_left_out() -> None:
 
 
 class Descent(Optimizer):
-    """Moves the rows that a sparse gradient has, and refuses any other gradient."""
+    """An optimizer that updates only the rows of a sparse gradient and refuses dense gradients."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -427,7 +427,7 @@ def test_sparse_gradients_are_measured_and_clipped(table: Any) -> None:
     gradient = reference.table.weight.grad.to_dense()
     result = train(model, rows, partial(Descent, lr=1.0), n_epochs=1, gradient_clip_norm=0.01)
     assert result.grad_norm_history == pytest.approx([gradient.norm().item()], rel=1e-12)
-    wanted = before - gradient * 0.01 / (gradient.norm() + 1e-6)  # as torch clips
+    wanted = before - gradient * 0.01 / (gradient.norm() + 1e-6)  # the formula of torch's clipping
     torch.testing.assert_close(model.table.weight.detach(), wanted, rtol=0, atol=1e-15)
 
 
@@ -454,7 +454,7 @@ def test_sums_in_float32_and_sparse_gradients_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_on_two_processes_all_of_them_are_exact(two_processes: Callable[..., str]) -> None:
+def test_all_optimizers_are_exact_on_two_processes(two_processes: Callable[..., str]) -> None:
     printed = two_processes("optimizers_of_two.py").splitlines()
     errors = json.loads(next(line for line in printed if line.startswith('{"')))
     assert len(errors) > 10

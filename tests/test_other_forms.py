@@ -1,4 +1,4 @@
-"""Forms of rows, labels, losses and models that people bring: each works, or its message names what does."""
+"""Other forms of rows, labels, losses and models: each works, or the message names a form that does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -88,14 +88,14 @@ def test_columns_of_arrays_are_rows() -> None:
     assert run(CLASSIFIER.model(), data).loss_history == run(CLASSIFIER.model(), rows).loss_history
 
 
-def test_rows_of_a_frame_go_by_their_place() -> None:
+def test_rows_of_a_dataframe_are_named_by_position() -> None:
     frame = pd.DataFrame(ROWS, index=range(90, 100))
     frame.loc[93, "labels"] = 7
     with pytest.raises(DataError, match="In `val_data`, row 3 has the label 7"):
         run(CLASSIFIER.model(), ROWS, val_data=frame)
 
 
-# --- rows with a dimension too many
+# --- rows with an extra dimension
 
 
 def nested(rows: list[Row]) -> list[Row]:
@@ -117,23 +117,23 @@ def nested(rows: list[Row]) -> list[Row]:
     ],
     ids=range(7),
 )
-def test_rows_made_with_return_tensors_are_those_without(data: Any) -> None:
+def test_rows_made_with_return_tensors_train_like_those_without(data: Any) -> None:
     assert run(CLASSIFIER.model(), data).loss_history == pytest.approx(WANTED, rel=1e-6)
 
 
-def test_lengths_of_such_rows_are_known() -> None:
+def test_lengths_of_rows_with_an_extra_dimension_are_known() -> None:
     for data in (nested(ROWS), Dataset.from_list([{**row, "input_ids": [row["input_ids"]]} for row in ROWS])):
         assert run(CLASSIFIER.model(), data, max_tokens=16, batch_size=4).optimizer_steps
 
 
-def test_labels_of_tokens_lose_the_dimension_as_well() -> None:
+def test_token_labels_lose_the_extra_dimension_too() -> None:
     rows = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in CAUSAL.rows()]
     both = [{name: [value] for name, value in row.items()} for row in rows]
     assert run(CAUSAL.model(), both).loss_history == run(CAUSAL.model(), rows).loss_history
 
 
 @pytest.mark.slow
-def test_a_stream_of_such_rows() -> None:
+def test_a_stream_of_rows_with_an_extra_dimension() -> None:
     def of(rows: list[Row]) -> IterableDataset:
         return IterableDataset.from_generator(lambda: iter(rows))
 
@@ -146,7 +146,7 @@ def test_choices_keep_their_dimension() -> None:
     assert run(choices.model(), choices.rows()).optimizer_steps
 
 
-def test_images_with_a_dimension_too_many_are_refused_with_the_remedy() -> None:
+def test_images_with_an_extra_dimension_are_refused_with_a_remedy() -> None:
     images = HEADS["image classification, ViT"]
     rows = [{**row, "pixel_values": torch.as_tensor(row["pixel_values"])[None]} for row in images.rows()]
     with pytest.raises(DataError, match=r"\['pixel_values'\] of the row begin with a dimension of 1.*`column\[0\]`"):
@@ -183,7 +183,7 @@ def test_labels_of_tokens_may_be_strings() -> None:
 
 
 @pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor, np.int8])
-def test_truth_values_and_narrow_numbers_are_classes(kind: Callable[[Any], Any]) -> None:
+def test_booleans_and_narrow_integers_are_classes(kind: Callable[[Any], Any]) -> None:
     rows = [{**row, "labels": row["labels"] > 0} for row in ROWS]
     found = run(bert(), [{**row, "labels": kind(row["labels"])} for row in rows]).loss_history
     assert found == run(bert(), [{**row, "labels": int(row["labels"])} for row in rows]).loss_history
@@ -215,14 +215,14 @@ def test_without_a_problem_type_the_message_names_it(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [int, bool])
-def test_a_binary_cross_entropy_of_the_users_names_floats(kind: Any) -> None:
+def test_a_binary_cross_entropy_given_by_the_user_asks_for_floats(kind: Any) -> None:
     rows = [(torch.randn(4), torch.tensor(hot(row, kind))) for row in ROWS]
     with pytest.raises(DataError, match=r"compares floats, but the labels are integers or booleans\."):
         run(nn.Linear(4, 3), rows, loss_fn=nn.BCEWithLogitsLoss())
     assert run(nn.Linear(4, 3), [(x, y.float()) for x, y in rows], loss_fn=nn.BCEWithLogitsLoss()).optimizer_steps
 
 
-def test_a_loss_of_the_users_gets_truth_values_as_they_are() -> None:
+def test_a_loss_given_by_the_user_gets_booleans_unchanged() -> None:
     kinds: list[torch.dtype] = []
 
     def loss_fn(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -260,7 +260,7 @@ def test_a_loss_of_two_tensors_on_tokens() -> None:
     assert found.loss_history == pytest.approx(run(TOKENS.model(), TOKENS.rows()).loss_history, rel=1e-6)
 
 
-def test_a_language_model_is_not_told_to_do_without_the_shift() -> None:
+def test_a_language_model_is_not_advised_to_drop_the_shift() -> None:
     with pytest.raises(DataError, match=r"leave `loss_fn` out") as caught:
         run(CAUSAL.model(), CAUSAL.rows(), loss_fn=nn.CrossEntropyLoss())
     assert "flatten" not in str(caught.value)
@@ -269,7 +269,7 @@ def test_a_language_model_is_not_told_to_do_without_the_shift() -> None:
 # --- models
 
 
-def test_weights_on_the_meta_device_are_told() -> None:
+def test_weights_on_the_meta_device_are_refused() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 3)
     with pytest.raises(SettingsError, match="`model` has weights on the meta device, which are shapes without numbers"):
@@ -310,7 +310,7 @@ def images_and_texts() -> tuple[nn.Module, list[Row]]:
     ("make", "on_inexact"),
     [(masked_images, "error"), (masked_series, "error"), (series, "error"), (images_and_texts, "ignore")],
 )
-def test_models_without_labels_train_as_the_message_says(
+def test_models_without_labels_train_as_the_message_advises(
     make: Callable[[], tuple[nn.Module, list[Row]]], on_inexact: str
 ) -> None:
     model, rows = make()

@@ -1,4 +1,4 @@
-"""What a run leaves behind where the disk is full, or its folder gone: the run ends well, and what can be is there."""
+"""Runs with a full disk or a removed folder: they finish and write all that they can."""
 
 import json
 import re
@@ -23,7 +23,7 @@ CLASSIFIER = HEADS["sequence classification, BERT"]
 
 @contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """No file of this process can grow beyond that: what is written across it is cut off there, as on a full disk."""
+    """Cap the size of the files of this process. Writes beyond it are cut off, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
     try:
@@ -33,7 +33,7 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
 
 
 def entries() -> list[WindowEntry | EpochEntry]:
-    """Of two epochs with three windows each."""
+    """Return ledger entries of two epochs with three windows each."""
     found: list[WindowEntry | EpochEntry] = []
     for epoch in range(2):
         numbers = range(3 * epoch, 3 * epoch + 3)
@@ -57,7 +57,7 @@ def run(folder: Path | None, model: nn.Module | None = None, **arguments: Any) -
     )  # fmt: skip
 
 
-def test_lines_that_a_full_disk_cut_off_are_written_when_it_has_room_again(tmp_path: Path) -> None:
+def test_lines_cut_off_by_a_full_disk_are_written_once_it_has_room(tmp_path: Path) -> None:
     recorded(tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
     ledger = recorded(tmp_path / "cut", n=2)
@@ -67,7 +67,7 @@ def test_lines_that_a_full_disk_cut_off_are_written_when_it_has_room_again(tmp_p
         with pytest.warns(OutputWarning) as told:
             ledger.record(entries()[3])
         for entry in entries()[4:7]:
-            ledger.record(entry)  # not told again: a warning would be an error here
+            ledger.record(entry)  # not reported again: a warning would be an error here
     assert str(told[0].message) == (
         f"The ledger '{tmp_path}/cut' cannot be written: [Errno 27] File too large. The run continues. It keeps the "
         "missing lines and writes them as soon as the file can be written again."
@@ -78,7 +78,7 @@ def test_lines_that_a_full_disk_cut_off_are_written_when_it_has_room_again(tmp_p
     assert [*ledger.windows, *ledger.epochs] == sorted(entries(), key=lambda e: isinstance(e, EpochEntry))
 
 
-def test_half_a_line_that_could_not_be_cut_off_is_so_the_next_time(tmp_path: Path) -> None:
+def test_a_partial_line_that_could_not_be_removed_is_removed_next_time(tmp_path: Path) -> None:
     recorded(tmp_path / "whole")
     ledger = recorded(tmp_path / "cut", n=7)
     with (tmp_path / "cut").open("a") as file:
@@ -87,7 +87,7 @@ def test_half_a_line_that_could_not_be_cut_off_is_so_the_next_time(tmp_path: Pat
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_ledger_whose_folder_was_removed_is_written_anew(tmp_path: Path) -> None:
+def test_a_ledger_whose_folder_was_removed_is_rewritten(tmp_path: Path) -> None:
     recorded(tmp_path / "whole")
     (tmp_path / "runs").mkdir()
     ledger = recorded(tmp_path / "runs" / "x", n=7)
@@ -104,7 +104,7 @@ def test_a_ledger_made_with_entries_writes_them_in_order(tmp_path: Path) -> None
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_ledger_that_cannot_be_made_is_told_before_training(tmp_path: Path) -> None:
+def test_a_ledger_that_cannot_be_created_is_reported_before_training(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").mkdir()
     with pytest.raises(SettingsError, match=r"The ledger cannot be written: .*Is a directory.* Give an `output_dir`"):
         run(tmp_path)
@@ -113,9 +113,9 @@ def test_a_ledger_that_cannot_be_made_is_told_before_training(tmp_path: Path) ->
 _CHECKPOINTS = ("checkpoints", "checkpoints.previous")
 
 
-@pytest.mark.usefixtures("capsys")  # what is printed would go to a file otherwise, and be cut off, too
+@pytest.mark.usefixtures("capsys")  # otherwise, output would go to a file and be cut off too
 @pytest.mark.slow
-def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_loses_neither_the_result_nor_earlier_files(tmp_path: Path) -> None:
     def files(name: str) -> dict[str, bytes]:
         return {str(f): f.read_bytes() for f in sorted(tmp_path.glob(name)) if f.is_file()}
 
@@ -143,7 +143,7 @@ def test_a_full_disk_costs_neither_the_result_nor_what_was_there(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_saved_is_still_trained(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         (folder / "half").write_text("of a model")
         raise RuntimeError("not made to be saved")
@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_saved_for_any_reason_is_trained_all_the_same(tmp
     assert len(result.unwritten) == 1
 
 
-def test_a_working_folder_that_is_removed_in_training_costs_nothing(
+def test_removing_the_working_folder_during_training_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Gone(nn.Linear):
@@ -180,7 +180,7 @@ def test_a_working_folder_that_is_removed_in_training_costs_nothing(
     assert {"ledger.jsonl", "result.json", "model"} <= written
 
 
-def test_a_folder_that_is_removed_in_training_is_made_again(tmp_path: Path) -> None:
+def test_an_output_folder_removed_during_training_is_recreated(tmp_path: Path) -> None:
     model, folder = CLASSIFIER.model().float(), tmp_path / "out"
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.register_step_post_hook(lambda *_: shutil.rmtree(folder, ignore_errors=True))
@@ -192,7 +192,7 @@ def test_a_folder_that_is_removed_in_training_is_made_again(tmp_path: Path) -> N
     assert result.unwritten == []
 
 
-def test_a_result_of_a_newer_version_is_read_and_what_is_none_is_told(tmp_path: Path) -> None:
+def test_a_newer_result_is_read_and_an_incomplete_one_is_an_error(tmp_path: Path) -> None:
     file, result = tmp_path / "result.json", run(None)
     result.save(file)
     whole = file.read_text()

@@ -1,4 +1,4 @@
-"""What invariance cannot see, because it would move every split alike: a plain loop, and numbers written down."""
+"""Faults that affect every split equally, found by a plain loop and recorded numbers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from heads import HEADS, all_in_float64, one_batch
 from training_passes import is_training_pass
 
 
-def test_weights_and_histories_are_those_of_a_plain_loop_over_large_batches() -> None:
+def test_weights_and_histories_equal_those_of_a_plain_loop_over_large_batches() -> None:
     head = HEADS["causal LM, Llama"]
     rows = head.rows(31)
     windows = [
@@ -53,8 +53,8 @@ def test_weights_and_histories_are_those_of_a_plain_loop_over_large_batches() ->
 
 
 def test_golden_losses() -> None:
-    """If this fails and the test above does not, rows or initial weights are drawn otherwise than before (a new
-    torch, a change of the seed's use): then resumed and repeated runs differ, which a release note must say."""
+    """If only this test fails and the one above passes, rows or initial weights are drawn differently than before (a
+    new torch, another use of the seed). Resumed and repeated runs then differ, which a release note must state."""
     head = HEADS["sequence classification, BERT"]
     result = test_fine_tuning(
         head.model(), train_data=head.rows(20), n_epochs=1, validation_split=0.2, batch_size=2,
@@ -66,8 +66,8 @@ def test_golden_losses() -> None:
 GOLDEN = [1.095657060237912, 1.06724709287784, 1.1913636773276384, 1.1433180044519013]
 
 
-def test_between_updates_the_weights_do_not_move() -> None:
-    """They change once a window, by the optimizer, and not a bit in between."""
+def test_weights_do_not_change_between_updates() -> None:
+    """Only the optimizer changes them, once per window."""
     head = HEADS["sequence classification, BERT"]
     model = head.model()
     seen = []

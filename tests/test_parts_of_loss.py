@@ -1,4 +1,4 @@
-"""Losses that are the sum of several means: each part that the outputs name is counted by itself."""
+"""Losses that are the sum of several means: each part that the outputs name is counted separately."""
 
 import warnings
 from typing import Any
@@ -17,7 +17,7 @@ ONCE: dict[str, Any] = {"n_epochs": 1, "validation_split": 0.0, "progress": Fals
 
 
 class TwoHeads(nn.Module):
-    """Labels the tokens of a row and the row, adds up both mean losses, and gives what `outputs` makes of them."""
+    """A classifier of tokens and rows. It adds up both mean losses and returns `outputs` of them."""
 
     def __init__(self, outputs: Any) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class TwoHeads(nn.Module):
 
 
 def two_heads_error(outputs: Any, **arguments: Any) -> float:
-    """The relative error of one window's gradient against one batch."""
+    """Return the relative error of one window's gradient against one batch."""
     model = TwoHeads(outputs)
     rows = [{**row, "row_label": n % 3} for n, row in enumerate(HEADS["masked LM, BERT"].rows())]
     model(**one_batch(rows))["loss"].backward()
@@ -63,11 +63,11 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_parts_that_the_outputs_name_are_counted_apart(name: str) -> None:
+def test_parts_that_the_outputs_name_are_counted_separately(name: str) -> None:
     assert two_heads_error(EXACT[name], on_inexact="error") < 1e-12
 
 
-def test_a_factor_that_is_learnt_is_not_taken_for_a_constant() -> None:
+def test_a_learnt_factor_is_not_mistaken_for_a_constant() -> None:
     def learnt(model: TwoHeads, of_tokens: Tensor, of_rows: Tensor) -> dict[str, Tensor]:
         return {"loss": of_tokens + (-model.scale).exp() * of_rows + model.scale, "rows": of_rows}
 
@@ -75,7 +75,7 @@ def test_a_factor_that_is_learnt_is_not_taken_for_a_constant() -> None:
         two_heads_error(learnt)
 
 
-def test_a_part_that_only_train_mode_has_is_seen() -> None:
+def test_a_part_that_only_train_mode_has_is_found() -> None:
     def balance(model: TwoHeads, of_tokens: Tensor, of_rows: Tensor) -> dict[str, Any]:
         mixed = 1e-3 * of_rows**2
         return {"loss": of_tokens + mixed, "mixed": mixed} if model.training else {"loss": of_tokens, "mixed": None}
@@ -85,8 +85,8 @@ def test_a_part_that_only_train_mode_has_is_seen() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_what_the_user_says_of_the_whole_loss_holds_for_all_of_it(reduction: str) -> None:
-    """`count_items`, and sums, are of the loss as it is: nothing is taken out of it."""
+def test_settings_for_the_whole_loss_apply_to_all_its_parts(reduction: str) -> None:
+    """`count_items` and sums apply to the loss as it is: no part is separated from it."""
     draw = torch.Generator().manual_seed(0)
     rows = [{"x": torch.randn(3, generator=draw).double(), "w": float(n % 4 + 1), "labels": float(n)} for n in range(9)]
 
@@ -122,13 +122,13 @@ def mixtral(coefficient: float) -> nn.Module:
         num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=coefficient,
         pad_token_id=PAD,
     )  # fmt: skip
-    config._experts_implementation = "eager"  # the grouped products know no float64
+    config._experts_implementation = "eager"  # the grouped products do not support float64
     return MixtralForCausalLM(config).double()
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 1e-3])
-def test_a_routers_balance_is_weighted_by_tokens_beside_labels(coefficient: float) -> None:
-    """∇ of the window's cross entropy, as one batch has it, and of the mean of the balances, weighted by tokens."""
+def test_a_router_balance_is_weighted_by_tokens_and_the_loss_by_labels(coefficient: float) -> None:
+    """The gradient is that of the cross entropy in one batch plus that of the balances' mean, weighted by tokens."""
     rows, size = HEADS["causal LM, Llama"].rows(8), 2
     model, wanted = mixtral(coefficient), mixtral(coefficient)
     micro_batches = [one_batch(rows[n : n + size]) for n in range(0, len(rows), size)]
@@ -150,7 +150,7 @@ def test_a_routers_balance_is_weighted_by_tokens_beside_labels(coefficient: floa
 
 
 def _in_the_order_of_training(rows: list[Any]) -> list[Any]:
-    """Such that the first window has them in this order."""
+    """Place the rows so that the first window has them in this order."""
 
     (window,) = plan(len(rows), n_epochs=1, validation_split=0.0, effective_batch_size=len(rows)).windows(0)
     placed = list(rows)

@@ -1,4 +1,4 @@
-"""Laws of plans, on pure integers: sizes, streams, resumed plans, limits, and what a plan says of itself."""
+"""Laws of plans, on pure integers: sizes, streams, resumed plans, limits and descriptions."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ LATER = ((2, 3), (4, 1))
 
 
 def stream(epochs: list[int], size: int, **more: Any) -> StreamPlan:
-    """A plan of a stream that gives so many rows in each epoch."""
+    """Return the plan of a stream that yields this many rows in each epoch."""
     left = list(epochs)
 
     def read(epoch: int, n: int, start: int) -> int:  # noqa: ARG001
@@ -33,7 +33,7 @@ def stream(epochs: list[int], size: int, **more: Any) -> StreamPlan:
 
 
 def resumed(plan: Plan, rows: list[int], n_rows: int) -> tuple[Plan, int]:
-    """The plan after windows of so many rows, and the epoch that continues."""
+    """Return the plan after windows of these sizes, and the epoch that continues."""
     return plan.resume_after(Progress(rows, last_epoch=0, n_rows=n_rows, max_updates=None))
 
 
@@ -62,7 +62,7 @@ def test_tokens_of_an_update_are_rounded_to_the_nearest_row_and_one_at_least() -
     assert [rows(100, 30.0), rows(110, 30.0), rows(1, 30.0)] == [3, 4, 1]
 
 
-def test_two_ways_that_agree_on_the_rows_are_no_conflict() -> None:
+def test_two_settings_that_agree_on_the_rows_do_not_conflict() -> None:
     found = resolve_batch_sizes(batch_size=2, effective_batch_size=8, tokens_per_update=81, tokens_per_row=10.0)
     assert found == BatchSizes(2, 4, 1, 8)
     steps = resolve_batch_sizes(batch_size=2, gradient_accumulation_steps=4, effective_batch_size=7)
@@ -93,8 +93,8 @@ def test_a_hold_out_of_all_rows_is_an_error(n: int, share: float) -> None:
         n_held_out(n, share)
 
 
-def test_draws_of_the_seed_are_written_down() -> None:
-    """A resumed run must find its rows again: a change here breaks every run in progress."""
+def test_draws_of_the_seed_match_recorded_values() -> None:
+    """A resumed run must find its rows again, so a change here breaks every run in progress."""
     assert order_of(0, 6, 42) == [5, 3, 1, 2, 0, 4]
     assert order_of(1, 6, 42) == [5, 0, 2, 1, 4, 3]
     assert hold_out(6, 0.34, 42) == ((0, 1, 2, 4), (3, 5))
@@ -111,12 +111,14 @@ def test_warm_up_is_given_in_updates_or_as_a_share_rounded_up() -> None:
 @pytest.mark.parametrize("size", [1, 3, 4])
 @pytest.mark.parametrize("epochs", [[5], [5, 7], [4, 4, 4], [1, 1, 1, 1], [8, 0, 3]])
 @pytest.mark.parametrize("max_updates", [1, 2, 99])
-def test_a_stream_is_cut_as_it_comes(remainder: str, size: int, epochs: list[int], max_updates: int) -> None:
+def test_a_stream_is_cut_into_windows_in_its_order(
+    remainder: str, size: int, epochs: list[int], max_updates: int
+) -> None:
     plan = stream(epochs, size, remainder=remainder, max_updates=max_updates)
     found = windows_of(plan)
     if 0 in epochs:
-        epochs = epochs[: epochs.index(0)]  # a stream that cannot be gone through again
-    ends: list[tuple[int, int]] = []  # of windows: the rows until there, and the epoch of the last
+        epochs = epochs[: epochs.index(0)]  # a stream that cannot be repeated
+    ends: list[tuple[int, int]] = []  # for each window: the rows read by its end, and its epoch
     total = 0
     for epoch, n in enumerate(epochs):
         first = total if remainder == "flush" else 0
@@ -135,7 +137,7 @@ def test_a_stream_is_cut_as_it_comes(remainder: str, size: int, epochs: list[int
     assert plan.n_windows == max_updates
 
 
-def test_windows_of_a_stream_before_the_start_are_read_and_left_out() -> None:
+def test_windows_of_a_stream_before_the_start_are_read_and_skipped() -> None:
     plan = stream([5], 2)
     (epoch,) = [e for e in plan.epochs if not (found := [w.index for w in plan.windows(e, 1)]) or found == [1, 2]]
     assert epoch == 0
@@ -143,7 +145,7 @@ def test_windows_of_a_stream_before_the_start_are_read_and_left_out() -> None:
     assert [w.index for e in every.epochs for w in every.windows(e)] == [0, 1, 2]
 
 
-def test_a_stream_is_asked_for_what_a_window_still_wants_and_told_what_is_done() -> None:
+def test_a_stream_is_asked_only_for_the_rows_that_a_window_still_needs() -> None:
     asked: list[tuple[int, int, int]] = []
 
     def read(epoch: int, n: int, done: int) -> int:
@@ -181,7 +183,7 @@ def test_a_stream_describes_itself() -> None:
     assert "rows left over make a smaller update" in str(stream([5, 5], 2))
 
 
-def test_a_stream_that_ends_early_says_how_early() -> None:
+def test_a_stream_that_ends_early_reports_how_early() -> None:
     plan = stream([5], 2)
     windows_of(plan)
     assert str(plan.shortfall()).startswith("The stream ended after 3 updates, but `max_updates` is 99,")
@@ -198,12 +200,12 @@ def test_a_plan_resumes_after_windows_of_other_sizes() -> None:
     ends = [(0, 3), (3, 6), (6, 10)]
     assert [w.rows for w in other.windows(0)] == [tuple(order_of(0, 10, 42)[a:b]) for a, b in ends]
     assert resumed(other, [3, 3, 4, 4], 10) == (other, 1)
-    # In an epoch of twice as many rows: as much of the same epoch, not the same share of it.
+    # In an epoch of twice as many rows, the same number of rows is done, not the same share.
     longer, epoch = resumed(Plan(20, 2, BatchSizes(4, 1, 1, 4)), [4, 4, 2, 4], 10)
     assert (longer.done, epoch) == ((6, 13, 17, 24), 1)
     shorter, epoch = resumed(Plan(3, 4, BatchSizes(4, 1, 1, 4)), [4, 4, 2, 4], 10)
     assert (shorter.done[-1], epoch) == (6, 2)
-    # The same windows over another number of rows are not the same windows.
+    # Equal windows over a different number of rows are different windows.
     assert resumed(Plan(11, 2, BatchSizes(4, 1, 1, 4)), [4, 4], 10)[0].done == (4, 8)
 
 
@@ -262,7 +264,7 @@ def test_updates_and_epochs_are_bounded_by_the_smallest_and_the_largest_size() -
         Plan(1, 10**9, growing, max_updates=10**8)
 
 
-def test_notes_tell_what_a_plan_does_not_do() -> None:
+def test_notes_report_settings_that_a_plan_does_not_reach() -> None:
     def notes(*arguments: Any, **more: Any) -> list[str]:
         return Plan(*arguments, **more).notes()
 
@@ -283,7 +285,7 @@ def line(plan: Plan, name: str) -> str:
     return next(line for line in str(plan).splitlines() if line.startswith(name)).removeprefix(f"{name}: ")
 
 
-def test_a_plan_says_how_many_updates_an_epoch_has() -> None:
+def test_a_plan_describes_how_many_updates_an_epoch_has() -> None:
     def updates(rows: int, epochs: int, sizes: BatchSizes, **more: Any) -> str:
         return line(Plan(rows, epochs, sizes, **more), "Updates per epoch")
 
@@ -302,7 +304,7 @@ def test_a_plan_says_how_many_updates_an_epoch_has() -> None:
     assert updates(5, 1, growing, remainder="carry") == f"2 ({carried}; the last window has 3 rows)"
 
 
-def test_a_plan_says_where_it_ends() -> None:
+def test_a_plan_describes_where_it_ends() -> None:
     sizes = BatchSizes(2, 1, 1, 2)
     assert line(Plan(4, 3, sizes), "Epochs") == "3, 6 updates in all"
     ended = "3, 3 updates in all (`max_updates`), the last of them in epoch 2"
@@ -311,7 +313,7 @@ def test_a_plan_says_where_it_ends() -> None:
     assert "Validation" not in str(Plan(4, 3, sizes))
 
 
-def test_a_plan_says_how_sizes_and_rates_change() -> None:
+def test_a_plan_describes_how_sizes_and_rates_change() -> None:
     plan = Plan(99, 1, BatchSizes(2, 4, 3, 24, ((2, 9), (3, 1))), rate_scaling="sqrt")
     assert line(plan, "Gradient accumulation steps") == "4, after 2 updates 9, after 3 updates 1"
     assert line(plan, "Effective batch size") == "24, after 2 updates 54, after 3 updates 6"
@@ -347,14 +349,14 @@ def test_a_row_without_tokens_counts_as_one() -> None:
 def test_limits_are_filled_to_the_last_token() -> None:
     (share,) = MicroBatchPlanner(BatchLimits(None, 12), costs=None).split(tuple(range(7)), [4] * 7)
     assert [len(piece.rows) for piece in share] == [3, 3, 1]
-    # Packed rows are not padded: short ones fit behind a long one.
+    # Packed rows are not padded, so short ones fit after a long one.
     (share,) = MicroBatchPlanner(BatchLimits(None, 12), costs=None, packed=True).split(tuple(range(5)), [8, 1, 1, 2, 7])
     assert [piece.rows for piece in share] == [(0, 1, 2, 3), (4,)]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 5, 6, 7])
-def test_dummies_keep_processes_in_step_and_come_to_the_least_loaded_last(processes: int, n_rows: int) -> None:
+def test_dummy_micro_batches_give_processes_equal_numbers_of_passes(processes: int, n_rows: int) -> None:
     shares = MicroBatchPlanner(BatchLimits(1), num_processes=processes).split(tuple(range(n_rows)), [n_rows] * n_rows)
     assert {len(share) for share in shares} == {math.ceil(n_rows / processes)}
     dummies = [piece for share in shares for piece in share if not piece.rows]

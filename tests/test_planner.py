@@ -1,4 +1,4 @@
-"""How a window is cut, collated, laid out and compiled changes time and memory, never the update."""
+"""The way that a window is cut, collated, laid out and compiled changes time and memory, never the update."""
 
 import json
 import sys
@@ -49,12 +49,12 @@ def test_no_way_to_cut_changes_the_update(name: str) -> None:
         run = trained(name, 4, **arguments)
         assert difference(in_one, run) < 1e-9, way
         passes.add(run[1].passes_per_update)
-    assert len(passes) >= 3  # they were cut differently
+    assert len(passes) >= 3  # the cuts differ
 
 
 @pytest.mark.slow
 def test_rows_of_each_update_are_the_same_with_the_planner_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the cut, the rows that reach an update are the plan's."""
+    """Whatever the cut, an update gets the rows of the plan."""
 
     def updates(**arguments: Any) -> list[list[int]]:
         seen: list[list[int]] = []
@@ -84,7 +84,7 @@ def test_padding_shrinks_with_the_planner() -> None:
     assert with_it.padding_fraction < 0.7 * without.padding_fraction
 
 
-def test_max_tokens_lifts_the_cap_on_rows_and_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_tokens_replaces_the_cap_on_rows_with_one_on_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     taken = GradientAccumulator._run
 
@@ -137,7 +137,7 @@ def test_padding_free_batches_change_nothing(batch_size: int) -> None:
     assert difference(padded, packed) < 1e-9
 
 
-def test_rows_without_tokens_are_packed_as_nothing_to_predict() -> None:
+def test_rows_without_tokens_are_packed_and_add_nothing_to_the_loss() -> None:
     head = HEADS[CAUSAL]
     rows = [*head.rows(5), {"input_ids": [], "labels": []}]
     with all_in_float64():
@@ -151,7 +151,7 @@ def test_padding_free_is_refused_where_rows_would_see_each_other() -> None:
 
     class Blurring(type(head.model())):  # type: ignore[misc]
         def forward(self, input_ids: Tensor, position_ids: Any = None, labels: Any = None, **rest: Any) -> Any:
-            del position_ids  # forgets where rows begin
+            del position_ids  # drops the starts of rows
             return super().forward(input_ids, labels=labels, **rest)
 
     with pytest.raises(SettingsError, match="lets concatenated rows attend to each other, which changes their loss"):
@@ -181,7 +181,7 @@ def test_a_faulty_row_is_named_in_a_padding_free_batch() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_takes_the_same_updates_in_few_graphs() -> None:
-    """Equal to float32's rounding, which this head's loss is computed in when compiled."""
+    """Equal up to float32's rounding, since the compiled head computes its loss in float32."""
     from torch._dynamo.utils import counters
 
     plain = trained(CAUSAL, 4)
@@ -191,7 +191,7 @@ def test_a_compiled_model_takes_the_same_updates_in_few_graphs() -> None:
     assert 0 < counters["stats"]["unique_graphs"] <= 6
 
 
-def test_a_model_is_given_back_as_compiled_as_it_came() -> None:
+def test_the_compiled_call_of_a_model_is_restored() -> None:
     model = HEADS[CAUSAL].model()
     for mine in (None, torch.compile(model._call_impl)):
         model._compiled_call_impl = mine
@@ -200,7 +200,7 @@ def test_a_model_is_given_back_as_compiled_as_it_came() -> None:
         assert model._compiled_call_impl is mine
 
 
-def test_a_model_is_given_back_with_its_cache_of_keys_and_values() -> None:
+def test_the_key_value_cache_setting_of_a_model_is_restored() -> None:
     model = HEADS[CAUSAL].model()
     assert model.config.use_cache
     during: list[bool] = []
@@ -210,9 +210,9 @@ def test_a_model_is_given_back_with_its_cache_of_keys_and_values() -> None:
     assert model.config.use_cache
 
 
-def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_way() -> None:
+def test_a_faulty_row_found_while_prefetching_does_not_lose_the_current_update() -> None:
     class Breaking(torch.utils.data.Dataset):
-        """Breaks down after two more windows of 4 rows twice, counted from the first update on."""
+        """Rows that fail after 8 more reads, counted from the first update."""
 
         fetched = 0
 
@@ -237,13 +237,13 @@ def test_a_faulty_row_found_while_reading_ahead_does_not_cost_the_update_under_w
             HEADS[NAMES[1]].model(), train_data=Breaking(), batch_size=4, effective_batch_size=8, n_epochs=1,
             validation_split=0.0, optimizer=lambda groups: ItemCounter(groups), progress=False, audit=False,
         )  # fmt: skip
-    # The second window was read before the first update was counted; two more came, and the fourth was read in vain
-    # before the third update.
+    # Two windows were read before the first update was counted, and a third after it. Reading the fourth failed before
+    # the third update, which still took place.
     assert len(taken) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_row_that_cannot_be_collated_is_named_with_workers_as_without(num_workers: int) -> None:
+def test_a_row_that_cannot_be_collated_is_named_with_and_without_workers(num_workers: int) -> None:
     rows = HEADS[NAMES[1]].rows(200)
     rows[180] = {**rows[180], "labels": "spam"}
     with pytest.raises(DataError, match=r"^In `train_data`, row 180 cannot be batched"):
@@ -253,8 +253,8 @@ def test_a_row_that_cannot_be_collated_is_named_with_workers_as_without(num_work
 
 
 @pytest.mark.parametrize("k", [1, 2, 16])
-def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> None:
-    """Of ftaccum's own; what a model asks for in its forward pass is its own affair (this one asks for nothing)."""
+def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int) -> None:
+    """This counts only ftaccum's own waits. A model may wait in its forward pass, but this one does not."""
 
     class Bag(nn.Module):
         def __init__(self) -> None:
@@ -286,15 +286,15 @@ def test_the_host_waits_once_an_update_however_many_passes_it_has(k: int) -> Non
     assert syncs.total == windows, syncs.where
 
 
-def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
-    """Processes read ahead unequally far: were one window cut in two ways, rows would be lost and others met twice."""
+def test_prefetched_windows_are_cut_again_with_what_was_learnt_since() -> None:
+    """Processes prefetch unequally far. Different cuts of a window would lose some rows and repeat others."""
 
     class Loaded:
         def cut(self, rows: tuple[int, ...], planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
             return planner.split(rows, [row + 1 for row in rows])
 
         def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
-            taken = list(shares) if ahead else shares  # workers take all there are
+            taken = list(shares) if ahead else shares  # workers take all shares
             for share in taken:
                 yield [MicroBatch(None, {}, (), piece, 0, 0) for piece in share.slices]
 
@@ -314,8 +314,8 @@ def test_what_was_read_ahead_is_cut_anew_by_what_was_learnt_since() -> None:
         )
 
 
-def test_a_masked_lm_is_cut_by_length_and_keeps_its_draws() -> None:
-    """Its collator draws a window at a time; columns that are padding in all rows of a micro-batch are cut off."""
+def test_a_masked_lm_is_cut_by_length_without_changing_its_draws() -> None:
+    """Its collator draws once per window. Columns of nothing but padding in a micro-batch are cut off."""
     rows = [{"input_ids": row["input_ids"]} for row in HEADS["masked LM, BERT"].rows(40)]
 
     def mask(chosen: list[Row]) -> dict[str, Tensor]:
@@ -358,9 +358,9 @@ def test_workers_leave_no_files_open() -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_two_processes_cut_alike_and_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
+def test_two_processes_make_the_same_cuts_and_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
     ways = {"planner off": WAYS["planner off"], "max_tokens": WAYS["max_tokens"], "workers": WAYS["workers"]}
-    # Costs change in the tenth window, which workers have cut by then; with a cap that makes dummies, unequally often.
+    # Costs change in the tenth window, after workers have cut it. With dummies, they change unequally often.
     ways["costs that change"] = {"n_epochs": 6, "num_workers": 2, "max_tokens": 26}
     (tmp_path / "ways.json").write_text(json.dumps({**ways, "padding-free": {"padding_free": True}}))
     runs = {name: (trained(name, 12, planner=False), trained(name, 12, n_epochs=6)) for name in (CAUSAL, NAMES[1])}

@@ -26,23 +26,23 @@ def test_every_row_is_seen_once_an_epoch(epoch: int) -> None:
         assert sorted(rows) == list(range(sizes[0]))
 
 
-def test_windows_depend_on_the_effective_batch_size_alone() -> None:
+def test_windows_depend_only_on_the_effective_batch_size() -> None:
     cuts = [BatchSizes(12, 1, 1, 12), BatchSizes(4, 3, 1, 12), BatchSizes(2, 3, 2, 12), BatchSizes(5, 3, 1, 12)]
     windows = [list(Plan(31, 1, batch_sizes).windows(0)) for batch_sizes in cuts]
     assert all(other == windows[0] for other in windows[1:])
 
 
-def test_windows_are_numbered_through_the_run_and_every_epoch_is_shuffled_anew() -> None:
+def test_windows_are_numbered_through_the_run_and_every_epoch_is_reshuffled() -> None:
     a_plan = planned(14, 2, 2, 1)
     both = [*a_plan.windows(0), *a_plan.windows(1)]
     assert [w.index for w in both] == list(range(a_plan.n_windows))
     assert [w.rows for w in a_plan.windows(0)] != [w.rows for w in a_plan.windows(1)]
 
 
-def test_order_follows_the_seed_and_stays_what_it_was() -> None:
+def test_the_order_follows_the_seed_and_matches_recorded_values() -> None:
     first = next(Plan(10, 1, BatchSizes(5, 1, 1, 5), seed=42).windows(0)).rows
     assert first != next(Plan(10, 1, BatchSizes(5, 1, 1, 5), seed=43).windows(0)).rows
-    # Written down, because a resumed run must find its rows again: a change here breaks every run in progress.
+    # Recorded values: a resumed run must find its rows again, so a change here breaks every run in progress.
     assert first == (8, 7, 3, 9, 6)
 
 
@@ -58,10 +58,10 @@ def test_sizes_of_an_update_follow_from_rows_or_tokens() -> None:
     assert resolve_batch_sizes(batch_size=4, effective_batch_size=256) == BatchSizes(4, 64, 1, 256)
     assert resolve_batch_sizes(batch_size=4, effective_batch_size=30, num_processes=2) == BatchSizes(4, 4, 2, 30)
     assert resolve_batch_sizes(batch_size=4, effective_batch_size=3) == BatchSizes(4, 1, 1, 3)
-    # 4 × 2048 tokens a micro-batch, 524,288 wanted: the arithmetic of a pre-training run
+    # Typical numbers of pre-training: 4 × 2048 tokens per micro-batch, 524,288 per update.
     by_tokens = resolve_batch_sizes(batch_size=4, tokens_per_update=524_288, tokens_per_row=2048)
     assert by_tokens == BatchSizes(4, 64, 1, 256)
-    # k beside rows that need as many passes
+    # both are allowed if the rows need exactly that many passes
     assert (
         resolve_batch_sizes(batch_size=4, gradient_accumulation_steps=8, effective_batch_size=30).effective_batch_size
         == 30
@@ -119,7 +119,7 @@ def test_a_plan_whose_windows_differ_describes_itself() -> None:
     assert "Updates per epoch: 1, 2 (the remainder of an epoch is carried into the next; the last window has 4" in whole
 
 
-def test_a_stream_that_is_resumed_with_fewer_epochs_than_it_had_continues_none() -> None:
+def test_a_stream_resumed_with_fewer_epochs_continues_no_finished_epoch() -> None:
     def read(*_: int) -> int:
         raise AssertionError("nothing is read before training")
 

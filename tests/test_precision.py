@@ -1,4 +1,4 @@
-"""Sixteen bits: autocast, a gradient scaler, and weights of 16 bits whose gradients are summed up in float32."""
+"""16-bit training: autocast, a gradient scaler, and 16-bit weights whose gradients are summed in float32."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 
 
 def update(model: nn.Module, rows: list[Row], batch_size: int, **arguments: Any) -> tuple[dict[str, Tensor], Result]:
-    """The gradient of the first update that was taken, as the optimizer gets it; weights stay. And the result."""
+    """Return the gradient of the first completed update, as the optimizer gets it, and the result. Weights stay."""
     optimizer = RecordingOptimizer(model)
     defaults = {"optimizer": optimizer, "n_epochs": 1, "gradient_clip_norm": None, "planner": False}
     result = test_fine_tuning(
@@ -42,7 +42,7 @@ def in_float64(gradient: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def summed_by_hand(model: nn.Module, rows: list[Row]) -> dict[str, Tensor]:
-    """Σ over rows of the 16-bit gradients of their parts of the mean loss, in float64."""
+    """Return Σ over rows of the 16-bit gradients of their parts of the mean loss, in float64."""
     sums: dict[str, Tensor] = {}
     for row in rows:
         (model(**one_batch([row])).loss.float() / len(rows)).backward()
@@ -59,7 +59,7 @@ def norm(gradient: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("head", [CLASSIFIER, CAUSAL], ids=["classifier", "causal LM"])
 @pytest.mark.slow
-def test_under_bf16_autocast_accumulating_is_no_less_exact_than_one_batch(head: Any) -> None:
+def test_accumulating_under_bf16_autocast_is_as_exact_as_one_batch(head: Any) -> None:
     rows = head.rows(23)
     wanted = one_batch_gradient(head.model(), rows)
     errors = {
@@ -71,7 +71,7 @@ def test_under_bf16_autocast_accumulating_is_no_less_exact_than_one_batch(head: 
 
 
 def test_updates_that_overflow_are_recorded_and_the_first_finite_one_is_exact(tmp_path: Path) -> None:
-    """Losses a hundred times as large, so that the scale has to fall from 2^16 first."""
+    """The loss is multiplied by 100, so the scale first has to fall from 2^16."""
     rows = CLASSIFIER.rows(7)
 
     def loss(outputs: Any, batch: Any) -> Tensor:
@@ -88,7 +88,7 @@ def test_updates_that_overflow_are_recorded_and_the_first_finite_one_is_exact(tm
     assert 3 <= n < 8
     assert result.final_loss_scale == 2.0 ** (16 - n)
     assert [math.isfinite(norm) for norm in result.grad_norm_history] == [False] * n + [True] * (9 - n)
-    # The schedule waits with them: its first rate, of a warm-up of 2, for all that were skipped and one more.
+    # Skipped updates do not advance the schedule: they and the next one have the first rate of a warm-up of 2.
     assert result.lr_history[: n + 3] == [0.0] * (n + 1) + [0.5, 1.0]
     entries = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     told = [(entry["skipped"], entry["grad_norm"] is None) for entry in entries if "skipped" in entry]
@@ -101,16 +101,18 @@ def test_updates_that_overflow_are_recorded_and_the_first_finite_one_is_exact(tm
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @pytest.mark.slow
-def test_sums_in_float32_are_those_of_the_passes_and_rounded_once(dtype: torch.dtype) -> None:
+def test_sums_in_float32_add_up_the_passes_and_are_rounded_once(dtype: torch.dtype) -> None:
     rows, model = CLASSIFIER.rows(64), CLASSIFIER.model().to(dtype)
-    model.bert.embeddings.requires_grad_(False)  # summed up as rows, which rounds less than the hand does
+    model.bert.embeddings.requires_grad_(
+        False
+    )  # its gradient is summed by rows, with less rounding than `summed_by_hand`
     wanted = summed_by_hand(model, rows)
     in_float32, result = update(model, rows, 1, accumulate_in_fp32=True)
     assert result.grad_norm_history == pytest.approx([norm(wanted)], rel=1e-6)
     assert unlike(in_float32, wanted) < 1e-3
-    # Clipped before it is rounded, which loses nothing, and not after, which rounds twice.
+    # Clipping comes before rounding: after it, numbers would be rounded twice.
     clipped, _ = update(model, rows, 1, accumulate_in_fp32=True, gradient_clip_norm=0.3 * norm(wanted))
-    factor = 0.3 * norm(wanted) / (norm(wanted) + 1e-6)  # torch's way not to divide by 0
+    factor = 0.3 * norm(wanted) / (norm(wanted) + 1e-6)  # torch adds 1e-6 to avoid division by 0
     assert unlike(clipped, {name: factor * g for name, g in wanted.items()}) < 1e-3
     in_sixteen_bits, result = update(model, rows, 1)
     assert relative_error(in_float64(in_sixteen_bits), wanted) > 4 * relative_error(in_float64(in_float32), wanted)
@@ -118,7 +120,7 @@ def test_sums_in_float32_are_those_of_the_passes_and_rounded_once(dtype: torch.d
 
 
 def unlike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The share of numbers that are not the wanted ones, rounded."""
+    """Return the share of numbers that differ from the rounded expected ones."""
     unequal = sum(int((g != wanted[name].to(g.dtype)).sum()) for name, g in found.items())
     return unequal / sum(g.numel() for g in found.values())
 
@@ -126,7 +128,7 @@ def unlike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("name", ["causal LM, Llama", "sequence classification, BERT"])
 @pytest.mark.slow
 def test_sums_in_float32_do_not_grow_worse_with_k(name: str) -> None:
-    """Against one batch in float64, of the same weights: without, the error doubles up to k = 64."""
+    """The reference is one batch in float64. Without float32 sums, the error doubles up to k = 64."""
     head = HEADS[name]
     rows, model = head.rows(64), head.model().bfloat16()
     wanted = one_batch_gradient(copy.deepcopy(model).double(), rows)
@@ -141,8 +143,8 @@ def test_sums_in_float32_do_not_grow_worse_with_k(name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_sums_in_float32_go_with_autocast_and_with_a_scaler(dtype: torch.dtype, precision: str) -> None:
-    """With float16 weights, too, whose own gradients a scaler would refuse to unscale."""
+def test_sums_in_float32_work_with_autocast_and_with_a_scaler(dtype: torch.dtype, precision: str) -> None:
+    """This includes float16 weights, whose own gradients a scaler refuses to unscale."""
     rows, model = CLASSIFIER.rows(8), Branching().to(dtype)
     wanted = one_batch_gradient(copy.deepcopy(model).double(), rows)
     gradient, result = update(model, rows, 2, accumulate_in_fp32=True, mixed_precision=precision, n_epochs=3)
@@ -152,7 +154,7 @@ def test_sums_in_float32_go_with_autocast_and_with_a_scaler(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_sums_in_float32_that_overflow_are_skipped_updates(dtype: torch.dtype) -> None:
+def test_sums_in_float32_that_overflow_skip_the_update(dtype: torch.dtype) -> None:
     huge = lambda outputs, batch: 1e5 * nn.functional.cross_entropy(outputs.logits.float(), batch["labels"])
     model = Branching().to(dtype)
     before = copy.deepcopy(model.state_dict())
@@ -164,8 +166,8 @@ def test_sums_in_float32_that_overflow_are_skipped_updates(dtype: torch.dtype) -
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_sums_in_float32_end_at_the_largest_number_of_sixteen_bits() -> None:
-    """A gradient that was found to be finite must not reach the weights as infinity."""
+def test_sums_in_float32_are_clamped_to_the_largest_16_bit_number() -> None:
+    """A gradient that is finite in float32 must not become infinite in 16 bits."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -175,14 +177,14 @@ def test_sums_in_float32_end_at_the_largest_number_of_sixteen_bits() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * x.to(self.weight.dtype)
 
-    steep = lambda outputs, _: 120000 * outputs.float().mean()  # 30000 in each of four passes
+    steep = lambda outputs, _: 120000 * outputs.float().mean()  # four passes with 30000 each
     rows = [(torch.ones(1), torch.zeros(1))] * 4
     gradient, result = update(Scaled(), rows, 1, loss_fn=steep, accumulate_in_fp32=True)
     assert result.grad_norm_history == [120000.0]
     assert gradient["weight"].item() == 65504
 
 
-def test_sums_in_float32_change_nothing_of_wider_weights() -> None:
+def test_sums_in_float32_do_not_affect_wider_weights() -> None:
     rows = CLASSIFIER.rows(8)
     for wide in (torch.float32, torch.float64):
         model = CLASSIFIER.model().to(wide)
@@ -220,7 +222,7 @@ def test_a_window_that_ran_out_of_memory_leaves_nothing_in_the_sums() -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_the_stand_ins_for_the_sums_take_no_memory() -> None:
+def test_placeholders_for_the_float32_sums_take_no_memory() -> None:
     model = CLASSIFIER.model().bfloat16()
     optimizer = torch.optim.AdamW(model.parameters())
     update(model, CLASSIFIER.rows(4), 2, accumulate_in_fp32=True, optimizer=optimizer)
@@ -230,8 +232,8 @@ def test_the_stand_ins_for_the_sums_take_no_memory() -> None:
     assert all(s.untyped_storage().nbytes() == 4 for s in stand_ins)
 
 
-def test_rates_that_follow_the_batch_reach_the_optimizer_behind_the_sums() -> None:
-    """Updates of 2 and of 8 rows: the second has 4 times the rate."""
+def test_rates_scaled_with_the_batch_reach_the_optimizer_despite_float32_sums() -> None:
+    """The updates have 2 and 8 rows, so the second has 4 times the rate."""
     rows = [(torch.ones(3).bfloat16(), torch.ones(1).bfloat16()) for _ in range(10)]
     model, moved = nn.Linear(3, 1).bfloat16(), []
 
@@ -247,7 +249,7 @@ def test_rates_that_follow_the_batch_reach_the_optimizer_behind_the_sums() -> No
     assert moved == [0.5, 2.0]
 
 
-def test_weights_outside_of_the_model_are_summed_up_anew_in_every_window() -> None:
+def test_sums_of_weights_outside_the_model_restart_in_every_window() -> None:
     taken: list[float] = []
     scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
 
@@ -265,8 +267,8 @@ def test_weights_outside_of_the_model_are_summed_up_anew_in_every_window() -> No
     assert taken[1:] == pytest.approx(taken[:1] * 2, rel=0.1) != [0, 0]
 
 
-def test_rounded_sums_lie_in_memory_as_the_weights_do() -> None:
-    """Kernels that step all weights at once take it for granted."""
+def test_rounded_sums_have_the_memory_layout_of_the_weights() -> None:
+    """Kernels that step all weights at once rely on it."""
 
     class Net(nn.Sequential):
         def forward(self, images: Tensor) -> Tensor:
@@ -280,7 +282,7 @@ def test_rounded_sums_lie_in_memory_as_the_weights_do() -> None:
     assert gradient["0.weight"].stride() == model[0].weight.stride() != gradient["0.weight"].contiguous().stride()
 
 
-def test_a_model_is_given_back_without_its_sums() -> None:
+def test_a_model_is_returned_without_its_sums() -> None:
     left: list[weakref.ref[Any]] = []
 
     def call(fails: bool) -> None:

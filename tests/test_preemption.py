@@ -1,4 +1,4 @@
-"""Runs that are asked to stop: after the update under way, saved, with a status that says so."""
+"""Runs that are asked to stop: they finish the current update, save, and exit with a special status."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from training_passes import is_training_pass
 
 
 def asked_to_stop(number: int, at_pass: int, times: int = 1) -> nn.Module:
-    """A model that gets a signal in the middle of an update."""
+    """Return a model that sends its process a signal in the middle of an update."""
     trained = model()
 
     def ask(module: Any, *_: Any) -> None:
@@ -32,7 +32,7 @@ def asked_to_stop(number: int, at_pass: int, times: int = 1) -> nn.Module:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
 )
-def test_a_signal_is_heard_after_the_update_under_way(
+def test_a_signal_stops_the_run_after_the_current_update(
     number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     handler = signal.getsignal(number)
@@ -57,7 +57,7 @@ def test_a_signal_is_heard_after_the_update_under_way(
 
 
 @pytest.mark.slow
-def test_a_signal_during_evaluation_is_heard_behind_it(tmp_path: Path) -> None:
+def test_a_signal_during_evaluation_stops_the_run_after_it(tmp_path: Path) -> None:
     trained, asked = model(), []
 
     def ask(module: Any, *_: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_signal_during_evaluation_is_heard_behind_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
+def test_a_forwarded_signal_counts_once_and_a_later_one_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt, match="Stopped after update 5"):
@@ -85,7 +85,7 @@ def test_what_a_launcher_hands_on_is_the_same_signal_and_a_later_one_is_not(
 
 
 @pytest.mark.slow
-def test_without_a_folder_ctrl_c_is_heard_after_the_update_and_other_signals_as_ever() -> None:
+def test_without_a_folder_only_ctrl_c_stops_after_the_current_update() -> None:
     trained = asked_to_stop(signal.SIGINT, at_pass=4 * 4 + 2)
     with pytest.raises(KeyboardInterrupt, match=r"Stopped after update 5, as requested. No checkpoint was kept.$"):
         fine_tuned(trained)
@@ -100,7 +100,7 @@ def test_without_a_folder_ctrl_c_is_heard_after_the_update_and_other_signals_as_
     assert ended.result.optimizer_steps == 14
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under `nohup`
     try:
         ended = fine_tuned(asked_to_stop(signal.SIGINT, at_pass=18), output_dir=str(tmp_path))
@@ -110,7 +110,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_thread_nothing_is_kept(tmp_path: Path) -> None:
+def test_a_run_in_a_thread_handles_no_signals(tmp_path: Path) -> None:
     ended: list[Any] = []
     thread = threading.Thread(target=lambda: ended.append(fine_tuned(output_dir=str(tmp_path))))
     thread.start()
@@ -118,7 +118,7 @@ def test_in_a_thread_nothing_is_kept(tmp_path: Path) -> None:
     assert ended[0].result.optimizer_steps == 14
 
 
-def test_one_that_is_kept_already_is_kept_once() -> None:
+def test_nested_signal_handling_installs_one_handler() -> None:
     stop_signals = StopSignals("", (signal.SIGUSR1,))
     before = signal.getsignal(signal.SIGUSR1)
     with stop_signals.kept():
@@ -137,7 +137,7 @@ def test_a_scheduler_that_warns_again_does_not_stop_a_run_at_once(
     assert checkpoints_of(tmp_path) == ["update-00000005"]
 
 
-def test_a_terminal_that_is_gone_does_not_stop_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_terminal_does_not_stop_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(sentence: str, **_: Any) -> None:
         if sentence.startswith("Asked to stop"):
             raise BrokenPipeError

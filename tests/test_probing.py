@@ -1,4 +1,4 @@
-"""How a loss is counted is measured: on losses whose right count is known."""
+"""Measuring how a loss is counted, on losses whose correct count is known."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ def elements_mean(b: dict[str, Tensor]) -> Tensor:
 
 
 def measured(loss: Any, whole: dict[str, Tensor], apart: Any = None) -> tuple[str, Explanation]:
-    """The way to count that is chosen, and how well it explains the loss."""
+    """Return the chosen way to count, and how well it explains the loss."""
     losses = lambda b: {"loss": float(loss(b))}
     ways = ItemCounter().applicable(whole)
     way = choose(losses, whole, groups, {"loss": ways}, ignore_index=-100)["loss"]
@@ -76,8 +76,8 @@ def test_the_right_way_to_count_is_found(loss: Any, way: str) -> None:
     ("loss", "way"), [(labels_mean, "labels"), (shifted_mean, "labels after the next-token shift")]
 )
 @pytest.mark.parametrize("first_ignored", [True, False])
-def test_ways_that_agree_on_the_rows_are_told_apart_by_other_labels(loss: Any, way: str, first_ignored: bool) -> None:
-    whole = batch((5, 5, 5, 5))  # every way gives the same weights
+def test_other_labels_distinguish_ways_that_agree_on_the_rows(loss: Any, way: str, first_ignored: bool) -> None:
+    whole = batch((5, 5, 5, 5))  # every way of counting gives the same weights
     if first_ignored:
         whole["labels"][:, 0] = -100
     assert measured(loss, whole)[0] == way
@@ -91,7 +91,7 @@ def test_a_loss_that_mixes_rows_is_not_explained() -> None:
     assert measured(contrastive, batch())[1].differences["loss"] > 0.01
 
 
-def test_a_loss_that_depends_on_the_width_wants_one_width() -> None:
+def test_a_loss_that_depends_on_the_width_is_padding_sensitive() -> None:
     def over_padding(b: dict[str, Tensor]) -> Tensor:
         return b["logits"].logsumexp((1, 2)).mean()
 
@@ -124,7 +124,7 @@ def in_batch(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(batch["y"])))
 
 
-def test_the_user_is_warned_with_the_figure_also_of_a_count_of_their_own() -> None:
+def test_the_warning_gives_the_error_also_for_a_count_given_by_the_user() -> None:
     arguments = {"train_data": ROWS, "n_epochs": 1, "validation_split": 0.0, "progress": False}
     arguments |= {"gradient_accumulation_steps": 2}
     with pytest.warns(
@@ -136,14 +136,14 @@ def test_the_user_is_warned_with_the_figure_also_of_a_count_of_their_own() -> No
 
 
 @pytest.mark.parametrize("counted", [-1, "3", None, float("nan"), {"other": 3}])
-def test_a_count_that_is_none_is_told(counted: Any) -> None:
+def test_an_invalid_count_is_refused(counted: Any) -> None:
     with pytest.raises(SettingsError, match="`count_items` must"):
         test_fine_tuning(
             Pooled(), train_data=ROWS, loss_fn=cross_entropy, count_items=lambda _: counted, n_epochs=1, progress=False
         )
 
 
-def test_a_loss_that_is_no_number_is_told() -> None:
+def test_a_loss_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(
         SettingsError, match=r"`loss_fn` or the model must return one number, .* but 'loss' is \(8, 3\)|\(\d, 3\)"
     ):
@@ -179,7 +179,7 @@ def test_rare_rows_have_every_value_of_labels_and_flags_and_are_the_shortest(as_
     assert not found.not_looked_at
 
 
-def test_the_labels_that_were_not_looked_at_are_told() -> None:
+def test_the_number_of_label_values_not_measured_is_reported() -> None:
     rows = [(torch.randn(4), torch.tensor(n % 200)) for n in range(200)]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         test_fine_tuning(
@@ -193,7 +193,7 @@ def test_the_labels_that_were_not_looked_at_are_told() -> None:
 
 
 @pytest.mark.slow
-def test_more_classes_than_rows_to_measure_are_told_with_the_row() -> None:
+def test_a_class_beyond_the_measured_rows_is_reported_with_its_row() -> None:
     labels = torch.arange(1000) % 100
     labels[17] = 100
     weight = torch.ones(101)
@@ -222,7 +222,7 @@ def test_class_weights_of_the_usual_loss_are_counted() -> None:
     assert result.loss_history == pytest.approx([wanted], rel=1e-9)
 
 
-def test_a_loss_that_is_not_finite_is_told_before_training() -> None:
+def test_a_nonfinite_loss_is_reported_before_training() -> None:
     model = Pooled()
     with torch.no_grad():
         model.net.bias[0] = float("nan")
@@ -248,14 +248,14 @@ def test_rounding_to_16_bits_does_not_mislead(seed: int, long: bool) -> None:
     torch.manual_seed(seed)
     model = head.model_class(head.config).bfloat16()
     rows = head.rows(8, seed)
-    if long:  # many labels to a row, and rows that differ little
+    if long:  # many labels per row, and rows that differ little
         lengths = torch.randint(10, 60, (8,)).tolist()
         rows = [{"input_ids": [5] * 60, "labels": [1] * n + [-100] * (60 - n)} for n in lengths]
     assert counted_by(model, rows) == "labels (measured)"
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_full_precision_is_for_the_time_being() -> None:
+def test_full_precision_is_temporary() -> None:
     model = HEADS["causal LM, Llama"].model().bfloat16()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     torch.set_float32_matmul_precision("medium")
@@ -270,8 +270,8 @@ def test_full_precision_is_for_the_time_being() -> None:
     assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items())
 
 
-def test_terms_of_unlike_means_are_not_taken_for_one() -> None:
-    """A loss over masked tokens plus a loss over rows is one mean of neither, under whatever weights."""
+def test_terms_with_different_means_are_not_taken_for_one_mean() -> None:
+    """A loss over masked tokens plus a loss over rows is not a mean over either, whatever the weights."""
     torch.manual_seed(0)
     model = BertForPreTraining(HEADS["masked LM, BERT"].config)
     rows = [{**row, "next_sentence_label": n % 2} for n, row in enumerate(HEADS["masked LM, BERT"].rows())]
@@ -281,7 +281,7 @@ def test_terms_of_unlike_means_are_not_taken_for_one() -> None:
         )
 
 
-def test_router_losses_are_warned_of() -> None:
+def test_router_losses_cause_a_warning() -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -311,7 +311,7 @@ def test_rows_that_all_have_the_same_loss_do_not_mislead(name: str) -> None:
     )
 
 
-def test_shaking_the_last_weights_puts_them_back() -> None:
+def test_perturbed_last_weights_are_restored() -> None:
     for head in HEADS.values():
         model = head.model()
         before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -336,7 +336,7 @@ _TWO_OF_FOUR = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 2, 1]}
     ("name", "way"),
     [("causal LM, Llama", "labels after the next-token shift"), ("token classification, BERT", "labels")],
 )
-def test_few_rows_of_few_labels_tell_whether_they_are_shifted(name: str, way: str, rows: list[Any]) -> None:
+def test_a_few_short_rows_show_whether_labels_are_shifted(name: str, way: str, rows: list[Any]) -> None:
     assert counted_by(HEADS[name].model(), rows) == f"{way} (measured)"
 
 
@@ -353,7 +353,7 @@ def test_a_plain_modules_next_token_loss_is_known() -> None:
     assert counted_by(Zeros(), [torch.arange(n) for n in (4, 7, 5)]) == "labels after the next-token shift"
 
 
-def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
+def test_an_undeclared_sum_is_reported() -> None:
     with pytest.warns(
         InexactLossWarning,
         match="The losses of the micro-batches add up to that of one batch, so it is a sum: set `reduction='sum'`",
@@ -366,7 +366,7 @@ def test_a_sum_that_is_not_said_to_be_one_is_told() -> None:
 
 
 def counted_by(model: nn.Module, rows: Any) -> str:
-    """What the banner says that the loss is a mean over."""
+    """Return what the loss is a mean over, according to the banner."""
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         test_fine_tuning(model, train_data=rows, n_epochs=1, validation_split=0.0, progress=False)
     return next(line for line in shown.getvalue().splitlines() if line.startswith("Loss: ")).removeprefix(

@@ -11,12 +11,12 @@ def watched(error: Exception, *, alone: bool = False) -> None:
         raise error
 
 
-def test_what_a_collective_says_of_another_process_is_told_as_that() -> None:
+def test_a_collective_that_lost_a_peer_raises_a_lost_process_error() -> None:
     with pytest.raises(LostProcessError, match=r"does not respond.* 7 updates are complete\. .*closed by peer"):
         watched(RuntimeError(_HEARD))
 
 
-def test_a_process_that_is_gone_is_not_laid_at_the_door_of_the_rows() -> None:
+def test_a_lost_process_is_not_blamed_on_the_rows() -> None:
     error = DataError("The loss of the first rows cannot be computed.")
     error.__cause__ = RuntimeError(_HEARD)
     with pytest.raises(LostProcessError, match=r"The error was: .*closed by peer"):
@@ -24,19 +24,19 @@ def test_a_process_that_is_gone_is_not_laid_at_the_door_of_the_rows() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), DataError(f"Row 3 is {_HEARD!r}.")])
-def test_faults_of_its_own_stay_what_they_are(error: Exception) -> None:
+def test_other_errors_are_raised_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         watched(error)
     assert raised.value is error
 
 
-def test_nobody_is_missed_by_one_process() -> None:
+def test_a_single_process_reports_no_lost_process() -> None:
     with pytest.raises(RuntimeError, match="closed by peer") as raised:
         watched(RuntimeError(_HEARD), alone=True)
     assert not isinstance(raised.value, LostProcessError)
 
 
-def test_what_is_known_of_a_loss_is_told_once() -> None:
+def test_a_lost_process_is_reported_once() -> None:
     with pytest.raises(LostProcessError) as raised, report_lost_process(False, lambda: "Elsewhere."):
         watched(RuntimeError(_HEARD))
     assert "Elsewhere" not in str(raised.value)

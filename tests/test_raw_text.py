@@ -1,4 +1,4 @@
-"""Raw text: which columns are read, how texts end, and what is said of those that are cut."""
+"""Raw text: which columns are read, how texts end, and what is reported of truncated ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
 
 
 def ending_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that ends texts by itself."""
+    """Return a tokenizer that adds an end token to texts."""
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", END)]
@@ -136,7 +136,7 @@ def test_text_columns_are_one_name_or_two(names: Any) -> None:
 
 
 def test_missing_values_in_columns_that_are_not_read_do_no_harm() -> None:
-    """pandas writes NaN for them."""
+    """pandas represents missing values as NaN."""
     rows = [{**row, "title": float("nan") if n % 2 else "a"} for n, row in enumerate(LABELLED)]
     assert run(classifier(), rows, text_columns="review").loss_history == run(classifier(), LABELLED).loss_history
 
@@ -180,7 +180,7 @@ def test_a_tokenizer_keeps_the_truncation_that_it_came_with() -> None:
 
 
 @pytest.mark.slow
-def test_the_banner_says_how_texts_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_banner_reports_how_texts_end(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": text} for text in REVIEWS]
     ended = run(causal_lm(), rows)
     assert "Text: column 'text'; rows end in '</s>'\n" in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_the_banner_says_how_texts_end(capsys: pytest.CaptureFixture[str]) -> No
     assert "rows have no end-of-text token, because the tokenizer has none\n" in capsys.readouterr().out
 
 
-def test_the_end_counts_where_it_is_the_padding_token_as_well() -> None:
+def test_the_end_token_counts_even_if_it_is_the_padding_token() -> None:
     tokenizer = word_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     rows = [{"text": text} for text in REVIEWS]
@@ -210,7 +210,7 @@ def test_a_loaded_model_knows_the_padding_of_its_tokenizer(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_rows_that_are_cut_are_counted_also_when_their_tokens_are_cached(tmp_path: Path) -> None:
+def test_truncated_rows_are_counted_even_if_their_tokens_are_cached(tmp_path: Path) -> None:
     Dataset.from_list([{"text": "a film"}] * 5 + [{"text": LONG}] * 3).to_json(tmp_path / "rows.jsonl")
     for _ in range(2):
         rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
@@ -220,7 +220,7 @@ def test_rows_that_are_cut_are_counted_also_when_their_tokens_are_cached(tmp_pat
             run(causal_lm(), rows)
 
 
-def test_the_first_row_of_a_stream_that_is_cut_is_named_when_it_comes() -> None:
+def test_the_first_truncated_row_of_a_stream_is_named_when_it_comes() -> None:
     rows = [{"text": "a film"}] * 300 + [{"text": LONG}] * 3 + [{"text": "a film"}] * 5
     with pytest.warns(TextWarning, match=r"3 of the 20 rows from row 288 on \(the first is row 300\)") as warned:
         run(causal_lm(), IterableDataset.from_generator(lambda: iter(rows)), max_updates=10, batch_size=32)

@@ -1,4 +1,4 @@
-"""README and docs: the first block of Python runs, commands parse, and links lead somewhere."""
+"""README and docs: the first Python block runs, commands parse, and links resolve."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Runs that are cut off and gone on with end as if they had never stopped, to the last bit."""
+"""Interrupted runs that resume end as if they had never stopped, bit for bit."""
 
 import json
 import shutil
@@ -26,10 +26,10 @@ from training_passes import is_training_pass
 
 
 @pytest.mark.slow
-def test_from_any_update_of_a_run(tmp_path: Path) -> None:
+def test_a_run_resumes_from_any_update(tmp_path: Path) -> None:
     whole = fine_tuned(output_dir=str(tmp_path / "whole"), checkpoint_every=1, keep_checkpoints=100, planner_costs=None)
     names = checkpoints_of(tmp_path / "whole")
-    assert len(names) == 16  # one an update, and one an epoch
+    assert len(names) == 16  # one per update, and one per epoch
     for name in names:
         there = str(tmp_path / "whole" / "checkpoints" / name)
         again = fine_tuned(output_dir=str(tmp_path / "again"), resume=there, planner_costs=None)
@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_cut_off_in_the_middle_of_an_update(name: str, tmp_path: Path) -> None:
+def test_a_run_cut_off_in_the_middle_of_an_update_resumes(name: str, tmp_path: Path) -> None:
     arguments = {"checkpoint_every": 2} | SETTINGS[name]
     whole = fine_tuned(output_dir=str(tmp_path / "whole"), **arguments)
     for window in (1, 8):  # before the first checkpoint, in the second epoch
@@ -69,8 +69,8 @@ def test_cut_off_in_the_middle_of_an_update(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sixteen_bit_weights_with_moments_of_another_type(tmp_path: Path) -> None:
-    """`load_state_dict` would make moments of the weights' type."""
+def test_moments_of_another_type_than_16_bit_weights_are_restored(tmp_path: Path) -> None:
+    """`load_state_dict` would cast the moments to the weights' type."""
 
     class InFloat32(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -93,7 +93,7 @@ def test_sixteen_bit_weights_with_moments_of_another_type(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
+def test_adapters_are_saved_without_the_base_weights(tmp_path: Path) -> None:
     def adapted() -> nn.Module:
         torch.manual_seed(0)
         return peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["query"], lora_dropout=0.1))
@@ -112,8 +112,8 @@ def test_adapters_without_the_base_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_best_weights_of_a_model_whose_weights_lie_otherwise_in_memory(tmp_path: Path) -> None:
-    """A weight that is a view of another's transpose cannot be written as it is."""
+def test_best_weights_of_a_model_with_noncontiguous_weights_are_saved(tmp_path: Path) -> None:
+    """A weight that is the view of a transpose cannot be written as it is."""
 
     def transposed() -> nn.Module:
         made: Any = model()
@@ -128,13 +128,13 @@ def test_the_best_weights_of_a_model_whose_weights_lie_otherwise_in_memory(tmp_p
     again = fine_tuned(transposed(), resume=str(tmp_path / "checkpoints" / names[-3]), **arguments)
     assert whole.differences(again) == []
     best = whole.result.val_loss_history.index(min(whole.result.val_loss_history))
-    assert best == 0  # and not the one that the run ended with
+    assert best == 0  # not the last epoch
     at_its_end = load_file(tmp_path / "checkpoints" / "update-00000007-epoch-0001" / "model" / "model.safetensors")
     assert torch.equal(whole.weights["classifier.weight"], at_its_end["classifier.weight"])
 
 
 class Centres(nn.Module):
-    """A loss with a weight that is trained, one that is not, and a running mean that has a say."""
+    """A loss with a trained weight and a running mean that affects it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Centres(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ftaccum.InexactLossWarning")
-def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
+def test_weights_and_buffers_outside_the_model_are_restored(tmp_path: Path) -> None:
     def run(**more: Any) -> tuple[Any, list[torch.Tensor]]:
         trained, loss_fn, lone = model(), Centres(), nn.Parameter(torch.ones(2))
         lone.register_post_accumulate_grad_hook(lambda _: None)
@@ -160,7 +160,7 @@ def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
         return ended, [loss_fn.scale, loss_fn.mean, lone]
 
     whole, beside = run(output_dir=str(tmp_path), checkpoint_every=4, keep_checkpoints=9)
-    assert all(len(t.unique()) > 1 or t.unique().item() not in (0.0, 1.0) for t in beside)  # they did move
+    assert all(len(t.unique()) > 1 or t.unique().item() not in (0.0, 1.0) for t in beside)  # they did change
     for name in ("update-00000004", "update-00000012"):
         again, same = run(resume=str(tmp_path / "checkpoints" / name))
         assert whole.differences(again) == []
@@ -168,7 +168,7 @@ def test_what_is_trained_or_moves_beside_the_model(tmp_path: Path) -> None:
 
 
 class Fading(nn.Module):
-    """Has a say by a number that is no buffer."""
+    """A layer whose output depends on a number that is not a buffer."""
 
     def __init__(self, other: Any = None) -> None:
         super().__init__()
@@ -186,8 +186,8 @@ class Fading(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ftaccum.errors.OutputWarning")  # nor does `save_pretrained` take a path
-def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore::ftaccum.errors.OutputWarning")  # `save_pretrained` cannot save a path either
+def test_extra_state_of_a_module_is_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(other: Any = None, **more: Any) -> Any:
         trained: Any = model()
         trained.classifier = nn.Sequential(trained.classifier, Fading(other))
@@ -202,7 +202,7 @@ def test_extra_state_of_a_module(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
+def test_a_stream_is_read_again_up_to_its_last_position(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(54)
 
     def run(where: str, cut_off_at: int | None = None) -> Any:
@@ -222,7 +222,7 @@ def test_a_stream_is_read_again_up_to_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
 @pytest.mark.parametrize("streams", [False, True])
-def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remainder: str, tmp_path: Path) -> None:
+def test_more_updates_continue_within_the_epoch_that_was_cut(streams: bool, remainder: str, tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(54)
     train_data: Any = StreamingDataset.from_generator(lambda: iter(rows)) if streams else rows
 
@@ -235,7 +235,7 @@ def test_more_updates_go_on_within_the_epoch_that_was_cut(streams: bool, remaind
     whole = run(13, output_dir=str(tmp_path / "whole"))
     for n in (4, 7, 10, 13):  # the first two in the first epoch, which "flush" ends with the seventh
         again = run(n, output_dir=str(tmp_path / "cut"), resume="auto", allow_changed=["max_updates"])
-    assert whole.differences(again) == ["audits"]  # a run of 4 updates is planned to have its second one earlier
+    assert whole.differences(again) == ["audits"]  # a run of 4 updates plans its second audit earlier
     assert without_audits(ledger_of(tmp_path / "cut")) == without_audits(ledger_of(tmp_path / "whole"))
 
 
@@ -258,7 +258,7 @@ def test_a_stream_in_updates_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_told_of_rows_and_versions_is_true(
+def test_the_report_of_rows_and_versions_is_correct(
     cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(cut_off, tmp_path / "other"))
@@ -282,12 +282,12 @@ def _refuse_to_train(module: nn.Module, *_: Any) -> None:
 
 
 @pytest.mark.slow
-def test_auto_starts_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_auto_starts_a_new_run_if_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
 
 
 @pytest.mark.slow
-def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
+def test_a_new_run_moves_the_checkpoints_of_another_run_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fine_tuned(output_dir=str(tmp_path), n_epochs=3)
@@ -299,10 +299,10 @@ def test_a_run_that_starts_anew_puts_the_checkpoints_of_another_aside(
     assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
     named = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
     fine_tuned(output_dir=str(tmp_path), resume=str(named), max_updates=10, allow_changed=["max_updates"])
-    assert checkpoints_of(tmp_path)[-1].startswith("update-00000010-epoch")  # not that of a run that was given up
+    assert checkpoints_of(tmp_path)[-1].startswith("update-00000010-epoch")  # not that of an abandoned run
 
 
-# The argument that differs, and what the message shows of it.
+# The argument that differs, and how the message shows it.
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "learning_rate": ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, but is 0.002"),
     "n_epochs": ({"n_epochs": 3}, "`n_epochs` was 2, but is 3"),
@@ -318,7 +318,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.fixture(scope="module")
 def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint after three updates."""
+    """Return a checkpoint after three updates."""
     folder = tmp_path_factory.mktemp("cut_off")
     fine_tuned(output_dir=str(folder), checkpoint_every=3, keep_checkpoints=9)
     return folder / "checkpoints" / "update-00000003"
@@ -338,7 +338,7 @@ def test_another_run_is_refused_unless_the_change_is_allowed(name: str, cut_off:
 
 
 @pytest.mark.slow
-def test_other_data_are_refused_however_alike(cut_off: Path) -> None:
+def test_other_data_are_refused_however_similar(cut_off: Path) -> None:
     rows = CLASSIFIER.rows(60)
     others = {
         "fewer rows": rows[:50],
@@ -357,7 +357,7 @@ def _plain(row: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_another_model_is_refused_and_where_allowed_gets_what_fits(cut_off: Path) -> None:
+def test_another_model_is_refused_or_if_allowed_gets_the_weights_that_fit(cut_off: Path) -> None:
     trained = model()
     trained.classifier = nn.Linear(trained.classifier.in_features, trained.config.num_labels, bias=False)
     with pytest.raises(CheckpointError, match="`model` was 'BertForSequenceClassification with"):
@@ -366,14 +366,14 @@ def test_another_model_is_refused_and_where_allowed_gets_what_fits(cut_off: Path
 
 
 @pytest.mark.slow
-def test_a_rate_that_may_differ_is_the_new_one_as_far_as_the_schedule_has_come(cut_off: Path) -> None:
+def test_an_allowed_new_rate_applies_from_the_current_point_of_the_schedule(cut_off: Path) -> None:
     before = fine_tuned()
     ended = fine_tuned(resume=str(cut_off), learning_rate=2e-3, allow_changed=["learning_rate"])
     assert ended.result.lr_history[:3] == before.result.lr_history[:3]
     assert ended.result.lr_history[3:] == pytest.approx([2 * rate for rate in before.result.lr_history[3:]])
 
 
-def test_a_checkpoint_of_another_device_is_gone_on_with(
+def test_a_checkpoint_of_another_device_can_be_resumed(
     cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
@@ -392,7 +392,7 @@ def test_a_checkpoint_of_another_device_is_gone_on_with(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
-def test_best_weights_that_are_wanted_from_now_on(
+def test_restoring_best_weights_can_be_switched_on_when_resuming(
     kept: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
@@ -415,7 +415,7 @@ def test_best_weights_that_are_wanted_from_now_on(
 
 
 @pytest.mark.slow
-def test_best_weights_that_are_wanted_no_more(tmp_path: Path) -> None:
+def test_restoring_best_weights_can_be_switched_off_when_resuming(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"learning_rate": 0.05, "n_epochs": 3, "checkpoint_every": 4}
     fine_tuned(output_dir=str(tmp_path), keep_checkpoints=9, restore_best_weights=True, **arguments)
     there = tmp_path / "checkpoints" / "update-00000012"
@@ -424,7 +424,7 @@ def test_best_weights_that_are_wanted_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": 5}, {"max_tokens": 30}, {"planner": False}])
-def test_another_physical_batch_goes_on_behind_the_rows_that_are_done(
+def test_another_physical_batch_continues_after_the_rows_already_done(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, weights = elastic(output_dir=str(tmp_path), checkpoint_every=3)
@@ -459,7 +459,7 @@ def test_another_effective_batch_sees_every_row_once_an_epoch(remainder: str, tm
         resume=str(tmp_path / "checkpoints" / "update-00000003"),
     )  # fmt: skip
     assert len(ended.result.loss_history) == 3 + {"flush": 3 + 5, "carry": 7}[remainder]
-    trained = seen[-(30 + 54) :]  # the others were looked at before training
+    trained = seen[-(30 + 54) :]  # the other rows were examined before training
     assert set(Counter([*first, *trained]).values()) == {2}
     if remainder == "flush":
         assert sorted([*first, *trained[:30]]) == list(range(54))
@@ -477,7 +477,7 @@ def _padded(rows: list[Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_an_error_costs_no_update(tmp_path: Path) -> None:
+def test_an_error_loses_no_update(tmp_path: Path) -> None:
     """After a fault that can be fixed, the run resumes from the last update before it."""
     rows = CLASSIFIER.rows(60)
 
@@ -505,7 +505,7 @@ def test_an_error_costs_no_update(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", ["forward", "read"])
-def test_an_error_in_the_middle_of_a_window_leaves_what_the_update_before_left(fails: str, tmp_path: Path) -> None:
+def test_an_error_in_the_middle_of_a_window_loses_no_completed_update(fails: str, tmp_path: Path) -> None:
     whole, trained = fine_tuned(), model()
 
     def fail(module: Any, *_: Any) -> None:
@@ -540,12 +540,12 @@ def test_a_checkpoints_model_loads_as_any_other(tmp_path: Path) -> None:
         ({"keep_checkpoints": 0}, "`keep_checkpoints` must be a positive integer"),
     ],
 )
-def test_bad_settings(arguments: dict[str, Any], said: str) -> None:
+def test_bad_settings_are_refused(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         fine_tuned(**arguments)
 
 
-def test_off_and_auto_are_read_as_meant() -> None:
+def test_spellings_of_off_and_auto_are_recognised() -> None:
     for off in (False, "off", None):
         assert parse_settings({"resume": off})[1].resume is None
     for on in (True, "Auto", "true"):
@@ -554,13 +554,13 @@ def test_off_and_auto_are_read_as_meant() -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_on_two_processes_and_from_one_to_two_and_back(
+def test_runs_resume_on_two_processes_and_from_one_to_two_and_back(
     two_processes: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, weights = elastic(output_dir=str(tmp_path / "one"), checkpoint_every=3)
     printed = two_processes("resuming_of_two.py", str(tmp_path))
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
-    assert found.pop("heard") == [[75, "Stopped after update 4"]] * 2  # though one of them alone was asked
+    assert found.pop("heard") == [[75, "Stopped after update 4"]] * 2  # although only one of them got the signal
     assert len(found) == 7
     assert not any(found.values()), found
     assert "Changed settings: processes 2 (was 1). Sums may round differently, and dropout draws differ." in printed
@@ -582,7 +582,7 @@ def test_a_step_that_is_half_done_is_not_saved(tmp_path: Path) -> None:
         def step(self, closure: Any = None) -> Any:
             steps.append(True)
             if len(steps) == 6:
-                self.param_groups[1]["params"][0].data += 1  # has begun to write
+                self.param_groups[1]["params"][0].data += 1  # writing has begun
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().step(closure)
 
@@ -599,7 +599,7 @@ def test_a_step_that_is_half_done_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path: Path) -> None:
+def test_restarting_a_diverged_run_does_not_take_it_past_the_failure(tmp_path: Path) -> None:
     rows = CLASSIFIER.rows(60)
 
     def spoilt(trained: Any) -> nn.Module:
@@ -615,7 +615,10 @@ def test_a_run_that_diverged_is_not_walked_through_by_starting_it_again(tmp_path
     common: dict[str, Any] = {"train_data": rows, "output_dir": str(tmp_path), "checkpoint_every": 1}
     with pytest.raises(DivergedError, match="The number of such updates in a row has reached 3"):
         fine_tuned(spoilt(model()), nonfinite_patience=3, **common)
-    assert checkpoints_of(tmp_path) == ["update-00000003", "update-00000004"]  # none with weights that may be why
+    assert checkpoints_of(tmp_path) == [
+        "update-00000003",
+        "update-00000004",
+    ]  # no checkpoint has weights that may have caused the failure
     with pytest.raises(DivergedError):
         fine_tuned(spoilt(model()), nonfinite_patience=3, **common, resume="auto")
     with pytest.raises(DivergedError, match="`on_nonfinite` is 'error'"):

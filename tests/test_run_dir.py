@@ -1,4 +1,4 @@
-"""One folder a run: where it lies, and that no other run enters it."""
+"""The folder of a run: its location, and the lock that keeps other runs out."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def test_the_lock_is_held_until_the_model_is_written(tmp_path: Path, monkeypatch
     assert not is_locked_for_others(tmp_path)
 
 
-def test_a_second_run_in_the_same_process_is_kept_out(tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
     with RunDir(tmp_path).lock(), pytest.raises(CheckpointError, match="but another run is using it"):
         fine_tuned(output_dir=str(tmp_path))
 
@@ -104,6 +104,6 @@ def test_a_killed_run_leaves_no_lock_to_its_workers(tmp_path: Path) -> None:
             assert RunDir(tmp_path).is_locked()
             run.kill()
             run.wait()
-            assert not RunDir(tmp_path).is_locked()  # while its child lives on
+            assert not RunDir(tmp_path).is_locked()  # although its child is still running
         finally:
             os.killpg(run.pid, signal.SIGKILL)

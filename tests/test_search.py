@@ -1,4 +1,4 @@
-"""The search: fair trials, pruned at equal rows; failures that cost a trial and no more; a study that goes on."""
+"""The search: fair trials pruned at equal rows, failures that end only one trial, and studies that resume."""
 
 import csv
 import gc
@@ -52,7 +52,7 @@ def proposals(study: optuna.Study) -> list[dict[str, Any]]:
 
 
 class Kept:
-    """A factory and a loss that keep what each trial started from, and was trained on."""
+    """A model factory that records the initial weights and the rows of each trial."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -73,15 +73,15 @@ class Kept:
             self.points[-1] += inputs[0][:, 0].tolist()
 
 
-# --- what a study holds
+# --- contents of a study
 
 
 @pytest.mark.slow
-def test_twelve_trials_bear_the_arguments_names_and_say_what_they_were(tmp_path: Path) -> None:
+def test_trials_use_the_names_of_arguments_and_record_their_settings(tmp_path: Path) -> None:
     study = quick(n_trials=12, output_dir=str(tmp_path))
     assert len(study.trials) == len(ended(study)) == 12
     assert {trial.state for trial in study.trials} == {FINISHED, PRUNED}
-    assert study.trials[0].params["gradient_accumulation_steps"] == 1  # no accumulation is tried first
+    assert study.trials[0].params["gradient_accumulation_steps"] == 1  # the first trial does not accumulate
     for trial in study.trials:
         assert trial.distributions == {
             "gradient_accumulation_steps": CategoricalDistribution([1, 2, 4, 8]),
@@ -97,7 +97,7 @@ def test_twelve_trials_bear_the_arguments_names_and_say_what_they_were(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_trials_value_is_the_final_loss_of_that_run_by_itself() -> None:
+def test_a_trials_value_is_the_final_loss_of_the_same_run_outside_a_search() -> None:
     kept = Kept()
     study = quick(model_factory=kept.model, n_trials=3, pruner="none")
     for trial, weights in zip(study.trials, kept.weights, strict=True):
@@ -111,7 +111,7 @@ def test_a_trials_value_is_the_final_loss_of_that_run_by_itself() -> None:
 
 
 @pytest.mark.slow
-def test_one_seed_proposes_alike_and_another_otherwise() -> None:
+def test_equal_seeds_propose_equal_trials_and_another_seed_does_not() -> None:
     assert proposals(quick()) == proposals(quick())
     assert proposals(quick()) != proposals(quick(seed=7))
 
@@ -120,8 +120,8 @@ def test_one_seed_proposes_alike_and_another_otherwise() -> None:
 
 
 @pytest.mark.slow
-def test_trials_that_carry_what_is_left_of_an_epoch_meet_where_their_updates_end() -> None:
-    """64 rows an epoch, updates of 3, 6 and 12: none ends at the epoch's end, all do after 72 rows and 84."""
+def test_trials_that_carry_remainders_meet_where_their_updates_end() -> None:
+    """No updates of 3, 6 or 12 rows end with the epoch of 64 rows, but all end after 72 and 84 rows."""
     never = ThresholdPruner(upper=1e-9, n_warmup_steps=65)
     study = quick(pruner=never, n_reports=8, batch_size=3, accumulation_steps=(1, 2, 4), remainder="carry", n_trials=6)
     assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 1
@@ -132,11 +132,11 @@ def test_trials_that_carry_what_is_left_of_an_epoch_meet_where_their_updates_end
 
 def test_every_trial_sees_the_same_rows_in_the_same_order_from_the_same_weights() -> None:
     kept = Kept()
-    torch.manual_seed(0)  # not what a trial starts from
+    torch.manual_seed(0)  # does not affect the initial weights of trials
     study = quick(model_factory=kept.model, n_trials=6, pruner="none", planner=False, audit=False)
     assert len({trial.params["gradient_accumulation_steps"] for trial in study.trials}) > 2
     torch.manual_seed(1)
-    quick(model_factory=kept.model, n_trials=1)  # by another worker, say
+    quick(model_factory=kept.model, n_trials=1)  # for example by another worker
     assert all(torch.equal(weights["layer.weight"], kept.weights[0]["layer.weight"]) for weights in kept.weights)
     assert all(len(seen) == BUDGET for seen in kept.points[:6])
     assert all(seen == kept.points[0] for seen in kept.points[:6])
@@ -151,7 +151,7 @@ def test_trials_report_at_the_same_rows_whatever_their_batch(tmp_path: Path) -> 
         assert trial.value == trial.intermediate_values[BUDGET]
 
 
-def test_a_pruned_trial_ends_at_a_milestone_and_says_wthis_worker() -> None:
+def test_a_pruned_trial_ends_at_a_milestone_and_records_why() -> None:
     never = ThresholdPruner(upper=1e-9, n_warmup_steps=40)  # prunes everything once it has passed 40 rows
     study = quick(pruner=never, n_reports=4)
     for trial in study.trials:
@@ -165,7 +165,7 @@ def test_a_pruned_trial_ends_at_a_milestone_and_says_wthis_worker() -> None:
 @pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median", PercentilePruner(25, 2)])
 def test_bad_trials_are_pruned(pruner: str | BasePruner) -> None:
     def rates(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-        # Good ones first, and then ones that learn nothing.
+        # Good trials come first, then trials that learn nothing.
         return {"warmup_steps": 0 if trial.number < 6 else 10_000}
 
     study = quick(n_trials=12, learning_rate=0.05, pruner=pruner, space=rates)
@@ -177,14 +177,14 @@ def test_bad_trials_are_pruned(pruner: str | BasePruner) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_pruned_where_nobody_prunes() -> None:
+def test_nothing_is_pruned_without_a_pruner() -> None:
     assert {trial.state for trial in quick(pruner="none", n_trials=8).trials} == {FINISHED}
 
 
 # --- the space
 
 
-def test_one_is_always_among_the_candidates() -> None:
+def test_one_accumulation_step_is_always_a_candidate() -> None:
     study = quick(accumulation_steps=(4, 2), n_trials=1)
     assert study.trials[0].distributions["gradient_accumulation_steps"] == CategoricalDistribution([1, 2, 4])
 
@@ -246,19 +246,19 @@ def test_a_coupled_beta2_keeps_its_half_life_in_rows() -> None:
         beta1, beta2 = optimizer.param_groups[0]["betas"]
         assert beta1 == 0.8
         assert beta2 == trial.user_attrs["beta2"] == pytest.approx(0.99**k)
-        # B · ln(1/2) / ln β2 is the same number of rows in all.
+        # B · ln(1/2) / ln β2 is the same number of rows in all trials.
         assert 2 * k * math.log(0.5) / math.log(beta2) == pytest.approx(2 * math.log(0.5) / math.log(0.99))
 
 
-def test_a_sampler_of_optunas_can_be_given() -> None:
+def test_an_optuna_sampler_can_be_given() -> None:
     study = quick(sampler=RandomSampler(seed=1), n_trials=2)
     assert len(ended(study)) == 2
 
 
-# --- what goes wrong
+# --- failures
 
 
-def test_failures_cost_a_trial_each_with_their_reason_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_a_failure_ends_only_its_trial_with_a_reason_and_frees_the_model(tmp_path: Path) -> None:
     kept, n_calls = Kept(), 0
 
     def factory() -> nn.Module:
@@ -312,7 +312,7 @@ def _in_training(model: nn.Module) -> bool:
 
 
 @pytest.mark.slow
-def test_a_final_loss_that_is_no_number_is_no_value() -> None:
+def test_a_trial_with_a_nonfinite_final_loss_has_no_value() -> None:
     def factory() -> nn.Module:
         model = Layer()
         model.register_forward_hook(_diverged_once_trained)
@@ -324,19 +324,19 @@ def test_a_final_loss_that_is_no_number_is_no_value() -> None:
 
 
 @pytest.mark.slow
-def test_a_factory_that_returns_a_trained_model_is_told() -> None:
+def test_a_factory_that_returns_a_trained_model_is_refused() -> None:
     model = Layer()
     with pytest.raises(SettingsError, match="returned a model that an earlier trial has trained"):
         quick(model_factory=lambda: model)
 
 
-def test_a_function_of_the_trial_that_gives_what_nobody_takes_ends_the_search() -> None:
+def test_a_function_of_the_trial_that_returns_an_unknown_name_ends_the_search() -> None:
     with pytest.raises(SettingsError, match="'weight_decya', which is not an argument"):
         quick(space=lambda _: {"weight_decya": 0.1})
 
 
 @pytest.mark.slow
-def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
+def test_bad_data_end_the_search_without_using_up_a_trial(tmp_path: Path) -> None:
     folder = str(tmp_path)
     kept, bad = Kept(), points()
     bad[3] = (bad[3][0], torch.tensor(5))
@@ -345,16 +345,16 @@ def test_bad_data_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="row 3 has the label 5") as caught:
             quick(model_factory=kept.model, train_data=bad, output_dir=folder)
         assert caught.value.__traceback__ is not None
-        assert kept.models[0]() is None  # though the error is at hand
+        assert kept.models[0]() is None  # although the error is still referenced
     finally:
         gc.enable()
     study = quick(output_dir=folder)
     assert len(ended(study)) == 4
-    assert proposals(study)[0]["gradient_accumulation_steps"] == 1  # what was to be tried first was not lost
+    assert proposals(study)[0]["gradient_accumulation_steps"] == 1  # the queued first trial was not lost
 
 
 @pytest.mark.slow
-def test_a_loop_written_by_hand_needs_nothing_cleaned_up() -> None:
+def test_a_hand_written_loop_needs_no_cleanup_between_trials() -> None:
     def objective(trial: optuna.Trial) -> float:
         result = test_fine_tuning(
             Layer(),
@@ -375,11 +375,11 @@ def test_a_loop_written_by_hand_needs_nothing_cleaned_up() -> None:
     assert all(trial.state == FINISHED for trial in study.trials)
 
 
-# --- going on
+# --- resuming
 
 
 def interrupted(after: int) -> Callable[[], nn.Module]:
-    """A factory that is interrupted in the trial after so many."""
+    """Return a factory that is interrupted in the trial after this many."""
     made = 0
 
     def factory() -> nn.Module:
@@ -393,7 +393,7 @@ def interrupted(after: int) -> Callable[[], nn.Module]:
 
 
 @pytest.mark.slow
-def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_an_interrupted_search_resumes_as_if_undisturbed(tmp_path: Path) -> None:
     whole = quick(n_trials=8)
     for after in (0, 3, 2):
         with pytest.raises(KeyboardInterrupt):
@@ -402,20 +402,20 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path: Path) -> 
     assert len(ended(study)) == 8
     assert len([t for t in study.trials if t.state == FAILED]) == 3
     assert proposals(study) == proposals(whole)
-    assert len(ended(quick(n_trials=8, output_dir=str(tmp_path)))) == 8  # nothing is left to do
+    assert len(ended(quick(n_trials=8, output_dir=str(tmp_path)))) == 8  # nothing remains to do
     assert len(ended(quick(n_trials=10, output_dir=str(tmp_path)))) == 10
 
 
 @pytest.mark.slow
-def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
+def test_an_interrupt_takes_effect_after_the_next_update(tmp_path: Path) -> None:
     def factory() -> nn.Module:
-        signal.raise_signal(signal.SIGTERM)  # as in the middle of a word with the storage
+        signal.raise_signal(signal.SIGTERM)  # as if during an access to the storage
         return Layer()
 
     def n_updates() -> int:
         return (tmp_path / "trials" / "0000" / "ledger.jsonl").read_text().count('"window"')
 
-    for n in (1, 2):  # goes on with the trial, and not anew
+    for n in (1, 2):  # resumes the trial instead of restarting it
         with pytest.raises(KeyboardInterrupt):
             quick(model_factory=factory, output_dir=str(tmp_path), deterministic=True)
         assert n_updates() == n
@@ -429,12 +429,12 @@ def test_an_interrupt_is_kept_until_the_next_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_takes_effect_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ftaccum.runtime.signals, "_TWICE", 0.05)
 
     def factory() -> nn.Module:
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # the same one, as a launcher hands it on
+        signal.raise_signal(signal.SIGINT)  # the same interrupt, forwarded by a launcher
         time.sleep(0.1)
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("unreachable")
@@ -446,7 +446,7 @@ def test_a_second_interrupt_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_a_search_that_was_killed_goes_on_at_once(tmp_path: Path) -> None:
+def test_a_killed_search_resumes_at_once(tmp_path: Path) -> None:
     code = (
         "import sys, time; from searching import Layer, quick\n"
         "def factory():\n"
@@ -508,7 +508,7 @@ def test_trials_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_the_very_end_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_at_the_very_end_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ftaccum.apps.search.runner, "write_reports", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         quick(output_dir=str(tmp_path), refit=True, n_trials=1)
@@ -516,7 +516,7 @@ def test_an_interrupt_at_the_very_end_is_heard(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_dimensions_that_optuna_cannot_join_are_refused(tmp_path: Path) -> None:
+def test_dimensions_that_optuna_cannot_merge_are_refused(tmp_path: Path) -> None:
     folder, schedules = str(tmp_path), CategoricalDistribution(["linear"])
     quick(output_dir=folder, n_trials=1, space={"lr_scheduler": schedules})
     with pytest.raises(SettingsError, match=r"has trials with `lr_scheduler` from .* Only the ends of a range"):
@@ -526,7 +526,7 @@ def test_dimensions_that_optuna_cannot_join_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_of_one_machine_do_not_take_one_queued_trial(tmp_path: Path) -> None:
+def test_two_workers_on_one_machine_do_not_take_the_same_queued_trial(tmp_path: Path) -> None:
     study = quick(output_dir=str(tmp_path), n_trials=1)
     for _ in range(30):
         study.enqueue_trial({"gradient_accumulation_steps": 1})
@@ -543,14 +543,14 @@ def test_two_workers_of_one_machine_do_not_take_one_queued_trial(tmp_path: Path)
 
 
 def asked(study: optuna.Study) -> optuna.Trial:
-    """A trial as a worker gets it that dies in the next moment: without a sign of life."""
+    """Return the trial of a worker that dies at once, before its first heartbeat."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna's, about just that
+        warnings.simplefilter("ignore")  # Optuna warns of this
         return study.ask()
 
 
 @pytest.mark.slow
-def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_that_see_one_trial_left_run_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(tmp_path)
     study = quick(output_dir=folder, n_trials=3)
     monkeypatch.setattr(ftaccum.apps.search.worker.Worker, "_next", _go_once(ftaccum.apps.search.worker.Worker._next))
@@ -560,13 +560,13 @@ def test_two_workers_that_saw_one_trial_left_take_one(tmp_path: Path, monkeypatc
 
 
 def _go_once(look: Callable[[Any], str]) -> Callable[[Any], str]:
-    """The first look is one at trials of a moment ago, when another worker had not taken the last one."""
+    """Wrap `Worker._next`: its first call sees old trials, before another worker took the last one."""
     looks = iter(["run"])
     return lambda worker: next(looks, None) or look(worker)
 
 
 @pytest.mark.slow
-def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) -> None:
+def test_a_worker_presumed_dead_leaves_its_trial_to_the_others(tmp_path: Path) -> None:
     given_up = 0
 
     def factory() -> nn.Module:
@@ -578,7 +578,7 @@ def test_a_worker_taken_for_dead_leaves_its_trial_to_the_others(tmp_path: Path) 
         return Layer()
 
     theirs, others = [tmp_path / "trials" / f"{n:04d}" / "checkpoints" / "update-00000001" for n in (0, 1)]
-    theirs.mkdir(parents=True)  # the worker that took the trial over writes into the same folder
+    theirs.mkdir(parents=True)  # the worker that took over the trial writes to the same folder
     study = quick(model_factory=factory, output_dir=str(tmp_path), n_trials=2)
     assert study.trials[0].state == FAILED
     assert len(ended(study)) == 2
@@ -611,7 +611,7 @@ def test_a_trial_that_will_run_again_keeps_its_checkpoints(tmp_path: Path) -> No
 def test_workers_share_a_study_of_n_trials_in_all(tmp_path: Path) -> None:
     rate = 0.5
 
-    def factory() -> nn.Module:  # of this function alone: sent by value
+    def factory() -> nn.Module:  # local to this test, so it is pickled by value
         model = Layer()
         model.layer.bias.data.fill_(rate)
         time.sleep(0.3)
@@ -625,7 +625,7 @@ def test_workers_share_a_study_of_n_trials_in_all(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_what_a_worker_raises_is_raised_by_the_search(tmp_path: Path) -> None:
+def test_the_search_raises_the_error_of_a_worker(tmp_path: Path) -> None:
     bad = points()
     bad[3] = (bad[3][0], torch.tensor(5))
     with pytest.raises(DataError, match="row 3 has the label 5"):
@@ -650,7 +650,7 @@ def test_two_processes_of_a_trial_are_pruned_together(tmp_path: Path, two_proces
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("failing", ["0", "1"])
-def test_a_process_that_fails_by_itself_ends_the_others_soon(
+def test_a_process_that_fails_ends_its_peers_soon(
     tmp_path: Path, two_processes: Callable[..., str], failing: str
 ) -> None:
     started = time.monotonic()
@@ -659,14 +659,14 @@ def test_a_process_that_fails_by_itself_ends_the_others_soon(
     assert time.monotonic() - started < 60
     assert "This process ended a trial" in str(caught.value)
     assert "of this process alone" in str(caught.value)
-    # Nothing is lost: the trial is queued up again, or will be when its worker is seen to be gone.
+    # Nothing is lost: the trial is queued again, now or when its worker is found to be dead.
     trials = optuna.load_study(study_name=tmp_path.name, storage=f"sqlite:///{tmp_path}/study.db").trials
     states = [trial.state for trial in trials]
     assert states in ([FINISHED, FAILED, TrialState.WAITING], [FINISHED, TrialState.RUNNING])
     assert trials[-1].params == trials[1].params
 
 
-def test_a_storage_elsewhere_needs_no_folder_that_is_there(tmp_path: Path) -> None:
+def test_an_external_storage_needs_no_existing_folder(tmp_path: Path) -> None:
     def broken() -> nn.Module:
         raise RuntimeError("no weights")
 
@@ -685,7 +685,7 @@ def test_a_storage_is_shown_without_its_password() -> None:
     assert hide_password("sqlite:///study.db") == "sqlite:///study.db"
 
 
-def test_a_process_is_told_from_another_of_its_number() -> None:
+def test_a_process_is_distinguished_from_another_with_the_same_id() -> None:
     assert is_dead(this_worker()) is False
     assert is_dead(this_worker() | {"started": 0.0})
     assert is_dead(this_worker() | {"process": 2**22 + 1})
@@ -702,7 +702,7 @@ def test_pruning_begins_at_a_quarter(budget: int, n_reports: int, first: int) ->
 
 
 @pytest.mark.slow
-def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
+def test_a_journal_file_can_store_a_study(tmp_path: Path) -> None:
     storage = str(tmp_path / "study.journal")
     quick(storage=storage, study_name="mine", n_trials=2)
     study = quick(storage=storage, study_name="mine", n_trials=3)
@@ -710,7 +710,7 @@ def test_a_journal_file_keeps_a_study_too(tmp_path: Path) -> None:
     assert study.study_name == "mine"
 
 
-# --- what comes of it
+# --- results
 
 
 @pytest.mark.slow
@@ -722,7 +722,7 @@ def test_time_can_be_a_second_objective() -> None:
 
 
 @pytest.mark.slow
-def test_the_best_trial_is_run_again_and_its_model_kept(tmp_path: Path) -> None:
+def test_the_best_trial_is_run_again_and_its_model_is_saved(tmp_path: Path) -> None:
     from ftaccum import Result
 
     study = quick(output_dir=str(tmp_path), refit=True, n_trials=5)
@@ -731,7 +731,7 @@ def test_the_best_trial_is_run_again_and_its_model_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_refit_is_kept_until_another_trial_is_best(
+def test_a_finished_refit_is_reused_until_another_trial_is_best(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def factory() -> nn.Module:
@@ -739,7 +739,7 @@ def test_a_finished_refit_is_kept_until_another_trial_is_best(
         return Layer()
 
     def search(n_trials: int) -> tuple[int, int]:
-        """Return the number of the best trial, and how many models were made."""
+        """Return the number of the best trial and the number of models made."""
         made.clear()
         study = quick(model_factory=factory, output_dir=str(tmp_path), refit=True, n_trials=n_trials)
         return study.best_trial.number, len(made)
@@ -763,7 +763,7 @@ def test_a_finished_refit_is_kept_until_another_trial_is_best(
 
 
 @pytest.mark.parametrize("name", ["a?b", "a#b", "a%2Fb", "a{b}", "a b&c=d", "ü@b:c"])
-def test_the_study_lies_in_its_folder_whatever_that_is_called(name: str, tmp_path: Path) -> None:
+def test_the_study_is_stored_in_its_folder_whatever_its_name(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     optuna.create_study(storage=open_storage(None, tmp_path / name), study_name="search")
     assert [path.name for path in tmp_path.rglob("*")] == [name, "study.db"]
@@ -780,14 +780,14 @@ def test_a_question_mark_in_the_path_of_a_url_is_refused(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_are_complete_and_self_contained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = quick(output_dir=str(tmp_path), n_trials=10, pruner="none", progress=True)
     for name in ("history", "curves", "contour", "importance"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert page.count("<tr>") == 11
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # it needs nothing besides
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)  # the page needs no other files
     with (tmp_path / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == [str(n) for n in range(10)]
@@ -796,10 +796,10 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Gradient accumulation steps (effective batch size): 1 (2), 2 (4), 4 (8), 8 (16)" in shown
     assert f"best loss             {study.best_value:.4f} (trial {study.best_trial.number})" in shown
     assert "effective batch size" in shown
-    assert shown.count("  effective batch ") == 11  # a line a trial, and the table's heading
+    assert shown.count("  effective batch ") == 11  # one line per trial, and the table's heading
 
 
-def test_a_search_in_which_nothing_finished_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_without_a_finished_trial_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def broken() -> nn.Module:
         raise RuntimeError("<no weights>")
 
@@ -864,7 +864,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"storage": "nosuchdb://here/x", "study_name": "x"}, "`storage` 'nosuchdb://here/x' cannot be opened"),
     ],
 )
-def test_bad_input_is_told_before_any_trial(given: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_before_any_trial(given: dict[str, Any], message: str) -> None:
     def never() -> nn.Module:
         raise AssertionError("a model was made")
 

@@ -1,4 +1,4 @@
-"""A search whose study is on a server: shared by workers of which one dies, and behind Optuna's proxy."""
+"""A search whose study is on a server: workers share it and one dies, or Optuna's proxy serves it."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 class Workers:
-    """Three at a time, forked by a program that has imported all that they need."""
+    """Groups of three workers, forked by a program that has already imported all that they need."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -45,8 +45,8 @@ class Workers:
 
     @contextmanager
     def sharing(self, url: str, where: str) -> Iterator[tuple[list[int], list[int]]]:
-        """The numbers of three processes that have begun a study; and, once it is left, their statuses. To leave it
-        waits until all have ended."""
+        """Start a study with three processes, and yield their ids and a list. On exit, wait until all have ended and
+        put their statuses in the list."""
         program = self._program = self._program or self._started()
         assert program.stdin is not None
         assert program.stdout is not None
@@ -62,7 +62,7 @@ class Workers:
             print(self._log.read_text())
 
     def end(self) -> None:
-        """Ends the program, and what is left of its workers. The next three are another program's."""
+        """End the program and its remaining workers. The next group gets a new program."""
         if self._program is not None:
             os.killpg(self._program.pid, signal.SIGKILL)
             self._program.communicate()
@@ -77,7 +77,7 @@ class Workers:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                start_new_session=True,  # a group of its own, which its workers belong to
+                start_new_session=True,  # a process group of its own, with its workers
             )
 
 
@@ -91,8 +91,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["here", "elsewhere"], ids=["of_one_machine", "of_several_machines"])
-def test_of_three_workers_one_can_be_killed(where: str, postgres: Postgres, workers: Workers) -> None:
-    """They begin at the same moment on an empty database, so that each may be the one to make tables and study."""
+def test_one_of_three_workers_can_be_killed(where: str, postgres: Postgres, workers: Workers) -> None:
+    """They start simultaneously on an empty database, so any of them may create the tables and the study."""
     url = postgres.empty_database()
     with workers.sharing(url, where) as (processes, statuses):
         killed = killed_in_a_trial(processes[0], url)
@@ -101,7 +101,7 @@ def test_of_three_workers_one_can_be_killed(where: str, postgres: Postgres, work
     assert all(trial.state.is_finished() for trial in trials)
     ended = [trial for trial in trials if is_counted(trial)]
     assert len(ended) == N_TRIALS
-    assert trials[0].params["gradient_accumulation_steps"] == 1  # nobody was there before the study was as it should be
+    assert trials[0].params["gradient_accumulation_steps"] == 1  # the queued trial came first
     assert {worker_of(trial) for trial in ended} >= {*processes[1:]}
     assert trials[killed.number].state == TrialState.FAIL
     (again,) = (trial for trial in ended if trial.user_attrs.get("first_run") == killed.number)
@@ -110,12 +110,12 @@ def test_of_three_workers_one_can_be_killed(where: str, postgres: Postgres, work
 
 
 def study_at(url: str) -> optuna.Study:
-    """The study that workers make, as soon as they have."""
+    """Wait until the workers have created their study, and return it."""
     found: list[optuna.Study] = []
 
     def is_there() -> bool:
         with suppress(Exception):
-            # The tables are theirs to make, and no connection is left open.
+            # The workers create the tables. This process leaves no connection open.
             once = {"poolclass": NullPool}
             storage = RDBStorage(url, once, skip_table_creation=True, skip_compatibility_check=True)
             found.append(optuna.load_study(study_name="shared", storage=storage))
@@ -126,13 +126,13 @@ def study_at(url: str) -> optuna.Study:
 
 
 def killed_in_a_trial(worker: int, url: str) -> FrozenTrial:
-    """Kills a worker that has come some way into its first trial, and returns that trial as it stood."""
+    """Kill a worker in the middle of its first trial, and return that trial as it was."""
     found: list[FrozenTrial] = []
 
     def is_in_one() -> bool:
-        # Stopped before it is looked at, or it might be elsewhere by the time it is killed.
+        # Stop the worker before the check, or it might move on before it is killed.
         os.kill(worker, signal.SIGSTOP)
-        time.sleep(0.05)  # for the server to do what it was told before
+        time.sleep(0.05)  # for the server to finish earlier requests
         running = study.get_trials(states=(TrialState.RUNNING,))
         found.extend(t for t in running if worker_of(t) == worker and t.user_attrs.get("rows", 0) > 0)
         if not found:
@@ -150,7 +150,7 @@ def worker_of(trial: FrozenTrial) -> int | None:
 
 
 @pytest.mark.slow
-def test_dead_workers_of_a_server_are_noticed(postgres: Postgres) -> None:
+def test_dead_workers_of_a_server_are_detected(postgres: Postgres) -> None:
     assert has_heartbeat(open_storage(postgres.empty_database(), None))
 
 
@@ -169,7 +169,7 @@ def test_a_password_is_not_shown_where_the_server_cannot_be_reached() -> None:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_a_study_behind_optunas_proxy_says_that_deaths_go_unnoticed(
+def test_a_study_behind_optunas_proxy_reports_that_it_has_no_heartbeat(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("grpc", reason="grpcio, which talks to Optuna's proxy, is not installed")
@@ -180,5 +180,5 @@ def test_a_study_behind_optunas_proxy_says_that_deaths_go_unnoticed(
         assert sum(map(is_counted, study.trials)) == len(study.trials) == 4
         assert "this storage has no heartbeat" in capsys.readouterr().out
         assert not has_heartbeat(open_storage(url, None))
-        assert len(quick(storage=url, study_name="far", n_trials=5).trials) == 5  # it goes on
+        assert len(quick(storage=url, study_name="far", n_trials=5).trials) == 5  # the study continues
     assert len(optuna.load_study(study_name="far", storage=database).trials) == 5

@@ -1,4 +1,4 @@
-"""Before the first update: what makes accumulation inexact is seen, named with its figure, and leaves no trace."""
+"""The check before the first update: it finds and reports causes of inexact accumulation, and changes no state."""
 
 import random
 import warnings
@@ -22,7 +22,7 @@ TWICE = {"gradient_accumulation_steps": 2}
 
 
 class Net(nn.Module):
-    """Dropout, and a norm between two layers."""
+    """A model with dropout, and a norm between two layers."""
 
     def __init__(self, norm: nn.Module, width: int = 6, p: float = 0.5) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 
 class LeavesLayersOut(Net):
-    """Draws in train mode by other means than dropout."""
+    """A model that draws random numbers in train mode without a dropout module."""
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm(self.inner(x))
@@ -56,7 +56,7 @@ def train(model: nn.Module, loss_fn: Any = cross_entropy, **arguments: Any) -> N
 
 
 @pytest.mark.parametrize("kind", [Net, LeavesLayersOut])
-def test_batch_norm_in_train_mode_is_seen_although_eval_mode_hides_it(kind: type[Net]) -> None:
+def test_batch_norm_in_train_mode_is_detected_although_eval_mode_hides_it(kind: type[Net]) -> None:
     words = r"In train mode, 'loss' over .* is up to [\d.]+% off .* BatchNorm1d 'norm' mixes the rows of a batch"
     with pytest.warns(InexactLossWarning, match=words):
         train(kind(nn.BatchNorm1d(6)), **TWICE)
@@ -64,7 +64,7 @@ def test_batch_norm_in_train_mode_is_seen_although_eval_mode_hides_it(kind: type
 
 @pytest.mark.parametrize("kind", [Net, LeavesLayersOut])
 @pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.Identity()], ids=["layer norm", "none"])
-def test_what_is_drawn_in_train_mode_is_taken_for_nothing_else(kind: type[Net], norm: nn.Module) -> None:
+def test_random_draws_in_train_mode_cause_no_warning(kind: type[Net], norm: nn.Module) -> None:
     train(kind(norm))  # warnings are errors
 
 
@@ -77,7 +77,7 @@ def test_batch_norm_with_fixed_statistics_is_exact() -> None:
 
 
 @pytest.mark.parametrize("kind", [Net, LeavesLayersOut])
-def test_the_check_leaves_generators_buffers_modes_and_weights_alone(
+def test_the_check_changes_no_generators_buffers_modes_or_weights(
     kind: type[Net], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = kind(nn.BatchNorm1d(6))
@@ -90,7 +90,7 @@ def test_the_check_leaves_generators_buffers_modes_and_weights_alone(
         return [generators, weights, [m.training for m in model.modules()], [p.grad for p in model.parameters()]]
 
     def watched(*args: Any, **given: Any) -> Any:
-        torch.rand(3), np.random.rand(), random.random()  # not as a session begins
+        torch.rand(3), np.random.rand(), random.random()  # so that the generators differ from their initial state
         found.append(state())
         measured = measured_objective(*args, **given)
         found.append(state())
@@ -102,7 +102,7 @@ def test_the_check_leaves_generators_buffers_modes_and_weights_alone(
     assert found[0] == found[1]
 
 
-def test_the_check_can_be_told_to_be_silent() -> None:
+def test_the_check_can_be_silenced() -> None:
     train(Net(nn.BatchNorm1d(6)), on_inexact="ignore", **TWICE)
     train(Net(nn.LayerNorm(6)), in_batch, on_inexact="ignore", **TWICE)
 
@@ -135,7 +135,7 @@ TEXTS = HEADS["causal LM, Llama"].rows()
 
 
 def length_of_rest(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """A squared error at each position, those of padding included: a loss that ignores its mask."""
+    """Return a squared error over all positions, padding included: a loss that ignores its mask."""
     return (outputs - batch["attention_mask"].flip(1).cumsum(1).flip(1)).square().mean()
 
 
@@ -145,7 +145,7 @@ def over_tokens(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
 
 
 def tagger_error(loss_fn: Any, **arguments: Any) -> float:
-    """The relative error of the one window of all rows, against one batch in plain PyTorch."""
+    """Return the relative error of the only window against one batch in plain PyTorch."""
     rows = [{"input_ids": row["input_ids"]} for row in TEXTS]
     model = Tagger()
     batch = one_batch(rows)
@@ -160,7 +160,7 @@ def tagger_error(loss_fn: Any, **arguments: Any) -> float:
     return relative_error(optimizer.gradients[0], wanted)
 
 
-def test_a_loss_that_ignores_its_mask_is_told_and_exact_at_one_width() -> None:
+def test_a_loss_that_ignores_its_mask_is_reported_and_exact_at_one_width() -> None:
     with pytest.warns(
         PaddingWarning, match=r"Padding counts in the loss: rows padded .* change their loss by up to [\d.]+%"
     ):
@@ -172,14 +172,14 @@ def test_a_mean_over_tokens_without_labels_is_counted() -> None:
 
 
 class Residual(Net):
-    """A branch whose norm has a scale of 0, as new ones often have."""
+    """A residual branch whose norm may have a scale of 0, as new ones often have."""
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.inner(x)
         return self.outer(inner + self.norm(inner))
 
 
-def test_batch_norm_that_has_no_say_yet_is_seen() -> None:
+def test_batch_norm_without_effect_on_the_loss_yet_is_detected() -> None:
     model = Residual(nn.BatchNorm1d(6))
     nn.init.zeros_(model.norm.weight)
     with pytest.warns(InexactLossWarning, match="BatchNorm1d 'norm' mixes the rows of a batch"):
@@ -187,7 +187,7 @@ def test_batch_norm_that_has_no_say_yet_is_seen() -> None:
 
 
 class DrawsByItself(Net):
-    """From a generator of its own, and counts its passes in a buffer."""
+    """A model that draws from its own generator and counts its passes in a buffer."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__(norm)
@@ -210,12 +210,12 @@ class CountsAndDraws(DrawsByItself):
 
 
 @pytest.mark.parametrize("kind", [DrawsByItself, CountsAndDraws])
-def test_draws_and_counters_are_no_mixing_of_rows(kind: type[Net]) -> None:
+def test_draws_and_counters_are_not_reported_as_mixing_rows(kind: type[Net]) -> None:
     train(kind(nn.LayerNorm(6)), **TWICE)  # warnings are errors
 
 
 class Annealed(Net):
-    """Its loss depends on how many passes there were."""
+    """A model whose loss depends on the number of earlier passes."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__(norm, p=0.0)
@@ -227,14 +227,14 @@ class Annealed(Net):
         return super().forward(x) * (1 + 0.1 * self.passes)
 
 
-def test_passes_that_move_what_the_next_one_depends_on_are_told() -> None:
+def test_passes_that_change_state_for_the_next_pass_are_reported() -> None:
     words = r"changes buffers that the next one depends on \(Annealed ''\): two passes over the same rows differ by"
     with pytest.warns(InexactLossWarning, match=words):
         train(Annealed(nn.LayerNorm(6)), **TWICE)
 
 
 class Penalised(Net):
-    """Differentiates in train mode."""
+    """A model that computes a gradient in its forward pass in train mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = super().forward(x)
@@ -245,7 +245,7 @@ class Penalised(Net):
 
 
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm1d(6)])
-def test_a_term_without_items_is_no_drift(norm: Any) -> None:
+def test_a_term_without_items_is_not_reported_as_drift(norm: Any) -> None:
     def loss_fn(outputs: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         rare = F.cross_entropy(outputs[batch["y"] > 2], batch["y"][batch["y"] > 2])
         return {"all": F.cross_entropy(outputs, batch["y"]), "rare": rare}
@@ -263,13 +263,13 @@ def test_models_that_differentiate_in_their_forward_pass_are_measured() -> None:
     train(Penalised(nn.LayerNorm(6)), **TWICE)
 
 
-def test_nothing_is_told_where_nothing_is_accumulated() -> None:
+def test_nothing_is_reported_without_accumulation() -> None:
     for model, loss_fn in ((Net(nn.BatchNorm1d(6)), cross_entropy), (Net(nn.LayerNorm(6)), in_batch)):
         train(model, loss_fn, batch_size=5, on_inexact="error")
 
 
 def test_rows_that_a_loss_mixes_are_not_cut_by_their_lengths() -> None:
-    """Micro-batches stay as large as the user made them."""
+    """Micro-batches keep the size that the user set."""
     rows = [{"input_ids": [5 + n, 7, n] * (n // 3), "labels": float(n)} for n in (3, 45, 6, 3, 48, 6, 3, 6)]
     sizes: list[int] = []
 
@@ -294,8 +294,8 @@ def test_rows_that_a_loss_mixes_are_not_cut_by_their_lengths() -> None:
         assert (set(sizes) == {4}) == (wanted == {4})
 
 
-def test_a_ghost_is_no_row_that_batch_norm_refuses() -> None:
-    """A window none of whose rows has a label."""
+def test_batch_norm_does_not_refuse_a_dummy_micro_batch() -> None:
+    """No row of the window has a label."""
     rows = [{"x": row["x"], "y": -100 if n < 4 else row["y"]} for n, row in enumerate(ROWS[:8])]
     order = next(plan(8, n_epochs=1, validation_split=0.0, effective_batch_size=4).windows(0)).rows
     placed = dict(zip([*order, *sorted(set(range(8)) - set(order))], rows, strict=True))
@@ -344,7 +344,7 @@ def test_the_check_is_a_few_passes_of_few_rows(monkeypatch: pytest.MonkeyPatch) 
         ),
     ],
 )
-def test_a_micro_batch_of_one_row_that_the_model_cannot_take_is_told_before_training(
+def test_a_micro_batch_of_one_row_that_fails_is_reported_before_training(
     n_rows: int, arguments: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -352,7 +352,7 @@ def test_a_micro_batch_of_one_row_that_the_model_cannot_take_is_told_before_trai
 
 
 class FourByFour(Tagger):
-    """Takes tokens four by four: what is left over shares its place with padding."""
+    """A model that reads tokens in groups of four, so the last ones share a group with padding."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> SequenceClassifierOutput:
         wide = F.pad(self.embed(input_ids), (0, 0, 0, -input_ids.shape[1] % 4))
@@ -361,7 +361,7 @@ class FourByFour(Tagger):
         return SequenceClassifierOutput((self.head(pooled)[:, 0] - labels).square().mean(), pooled)
 
 
-def test_padding_that_matters_to_some_lengths_alone_is_seen() -> None:
+def test_padding_that_matters_only_at_some_lengths_is_detected() -> None:
     draw = torch.Generator().manual_seed(3)
     rows = [
         {"input_ids": torch.randint(1, 61, (n,), generator=draw), "labels": float(n)}

@@ -1,4 +1,4 @@
-"""Kinds of use that once came out wrong without a word: each is exact now, or refused in a sentence."""
+"""Uses that once gave wrong results silently: each is now exact, or refused with a message."""
 
 import pytest
 

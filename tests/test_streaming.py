@@ -1,4 +1,4 @@
-"""Streams: rows in the order in which they come, each once, and every window exactly one batch."""
+"""Streams: each row is used once, in order, and every window equals one batch."""
 
 import itertools
 import json
@@ -61,7 +61,7 @@ def test_gradient_of_every_window_is_that_of_one_batch_in_the_order_of_the_strea
     ends = {
         "flush": [0, 4, 8, 9, 13, 17, 18, 22, 26, 27],
         "carry": [0, 4, 8, 12, 16, 20, 24, 27],
-        "grows": [0, 4, 8, 18, 27],  # one of 10, which has a row of 9 twice, and the rest
+        "grows": [0, 4, 8, 18, 27],  # a window of 10 has one of the 9 rows twice; the last has the rest
     }
     windows = {kind: [order[a:b] for a, b in itertools.pairwise(e)] for kind, e in ends.items()}
     with all_in_float64():
@@ -118,7 +118,7 @@ def test_windows_of_a_stream_are_as_large_as_those_of_rows_that_can_be_counted(r
 
 @pytest.mark.parametrize("passes", [(5, 0), (4, 0, 4), (3, 5), (2, 1, 3, 0)])
 def test_a_window_of_a_stream_belongs_to_the_pass_that_its_last_row_came_in(passes: tuple[int, ...]) -> None:
-    """Passes may be of unlike lengths, and the first that has no row is none: nothing comes after it."""
+    """Passes may have different lengths. The first empty one does not count and ends the stream."""
     left = [*passes, *[0] * 9]
 
     def read(epoch: int, more: int, _: int) -> int:
@@ -134,7 +134,7 @@ def test_a_window_of_a_stream_belongs_to_the_pass_that_its_last_row_came_in(pass
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
-def test_windows_of_a_stream_that_are_passed_over_are_read(remainder: str) -> None:
+def test_skipped_windows_of_a_stream_are_read(remainder: str) -> None:
     def windows(start: int) -> tuple[list[Any], int]:
         left = [7, 7, 7]
 
@@ -173,7 +173,7 @@ def test_the_physical_batch_the_cut_and_memory_change_nothing() -> None:
     assert other.out_of_memory > 0
 
 
-def test_rows_that_are_looked_at_first_are_trained_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_examined_before_training_are_trained_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 10)
     stream = Stream([point(n) for n in range(23)])
     with Seen() as seen:
@@ -210,11 +210,11 @@ def test_only_windows_in_flight_and_the_first_rows_are_held(monkeypatch: pytest.
                 del row
 
     run(Plane(), Fresh(), loss_fn=nn.CrossEntropyLoss(), max_updates=40, batch_size=5)
-    # The first eight, or the window in work and the one that is read, and the row on its way.
+    # The first eight; or the current window, the one being read, and the next row.
     assert 8 <= most <= 11
 
 
-def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stream_that_ends_early_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     result = run(BERT.model(), Stream(BERT.rows(9)), n_epochs=2, effective_batch_size=4)
     assert result.optimizer_steps == 6
     assert "The stream ended after 6 updates, but `max_updates` is 99, for which" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_a_stream_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
-def test_a_stream_that_cannot_be_gone_through_again_ends_the_run(remainder: str) -> None:
+def test_a_stream_that_cannot_be_repeated_ends_the_run(remainder: str) -> None:
     result = run(BERT.model(), Stream(BERT.rows(9), passes=1), n_epochs=5, effective_batch_size=4, remainder=remainder)
     assert result.optimizer_steps == 3
     assert len(result.train_loss_history) == 1
@@ -236,7 +236,7 @@ def test_a_stream_that_cannot_be_gone_through_again_ends_the_run(remainder: str)
 
 
 @pytest.mark.slow
-def test_a_stream_that_fails_costs_no_update_that_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_fails_loses_no_completed_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 8)
     model = BERT.model()
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_a_stream_that_fails_costs_no_update_that_was_taken(tmp_path: Path, monk
     assert relative_error(model.state_dict(), other.state_dict()) == 0
 
 
-def test_what_a_stream_draws_follows_the_seed_and_not_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_draws_of_a_stream_follow_the_seed_and_not_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
 
     class Drawn(IterableDataset[Any]):
@@ -259,7 +259,7 @@ def test_what_a_stream_draws_follows_the_seed_and_not_the_cut(monkeypatch: pytes
                 yield point(int(torch.randint(1000, ())))
 
     class Drawing(Plane):
-        """Draws once a pass, as dropout does."""
+        """A model that draws once per pass, as dropout does."""
 
         def forward(self, points_BD: Tensor) -> Tensor:
             return super().forward(points_BD) + 0.01 * torch.rand(())
@@ -296,8 +296,8 @@ def test_tokens_per_update_takes_the_mean_length_of_the_first_rows(monkeypatch: 
     assert (result.effective_batch_size, result.optimizer_steps) == (5, 4)
 
 
-def test_a_compiled_model_gets_widths_from_buckets_that_it_has_positions_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest row is not among the first ones, and has as many tokens as the model has positions."""
+def test_a_compiled_model_gets_bucket_widths_within_its_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest row is not among the first ones and has as many tokens as the model has positions."""
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
     monkeypatch.setattr("ftaccum.training.base_run.compile_model", lambda _: nullcontext())
     rows = [{"input_ids": list(range(1, n + 1)), "labels": n % CLASSES} for n in (5, 6, 7, 9, 17, 31, 50, 60)]
@@ -324,7 +324,7 @@ def tokenizer_of(folder: Path) -> BertTokenizerFast:
 TEXTS = [{"text": "a very good film" if n % 2 else "bad film", "label": n % CLASSES} for n in range(13)]
 
 
-def test_streams_of_datasets_are_trained_on_as_their_rows_would_be(tmp_path: Path) -> None:
+def test_streams_of_datasets_train_like_lists_of_their_rows(tmp_path: Path) -> None:
     rows = [{**row, "input_ids": [int(n) for n in row["input_ids"]]} for row in BERT.rows(13)]
     losses = run(BERT.model(), Stream(rows)).loss_history
     of_table = Dataset.from_list(rows).to_iterable_dataset()
@@ -381,14 +381,14 @@ def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
         ({"max_tokens": 2}, r"has \d+ tokens, but `max_tokens` is 2"),
     ],
 )
-def test_what_cannot_be_used_is_told_before_training(given: dict[str, Any], words: str) -> None:
+def test_unusable_rows_and_settings_are_reported_before_training(given: dict[str, Any], words: str) -> None:
     arguments = {"train_data": Stream(BERT.rows()), "max_updates": 9, "validation_split": 0.0, "progress": False}
     with pytest.raises((DataError, SettingsError), match=words):
         test_fine_tuning(BERT.model(), **(arguments | given))
 
 
 @pytest.mark.slow
-def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_later_rows_name_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
     good = BERT.rows(12)
     long = {**good[0], "input_ids": list(range(1, 60))}
@@ -403,7 +403,7 @@ def test_faults_of_rows_that_come_later_name_them(monkeypatch: pytest.MonkeyPatc
 
 NO_TEXT = r"row {} has {} instead of text in its column 'text'\. Fix or drop the row"
 ODD_TEXTS: list[tuple[Any, str, str]] = [
-    # the row, what is said of it among those that are looked at, and later
+    # the row, and its error among the rows examined before training and later
     ({"label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
     ({"text": None, "label": 1}, NO_TEXT.format(3, None), NO_TEXT.format(9, None)),
     ({"text": ["a", "film"], "label": 1}, "row 3 cannot be put into one table", NO_TEXT.format(9, r"\['a', 'film'\]")),
@@ -426,7 +426,7 @@ def test_a_row_whose_text_cannot_be_used_is_named_whenever_it_comes(
         run(BERT.model(), [*TEXTS[:3], odd, *TEXTS], tokenizer=tokenizer_of(tmp_path))
 
 
-def test_a_stream_is_said_to_have_been_looked_at_as_far_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_stream_state_how_many_rows_were_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "LOOKED_AT", 4)
     rows = LLAMA.rows(9)
     for row in rows[:4]:

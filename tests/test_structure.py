@@ -1,4 +1,4 @@
-"""The structure of the source: sizes, and where the insides of other packages are touched."""
+"""The structure of the source: sizes, and uses of private names of other packages."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ ALLOWED = {
 
 
 def foreign_private_names(module: Module) -> set[str]:
-    """Names with one underscore that a module asks of other objects than its own classes."""
+    """Return the names with one underscore that a module reads from objects of other modules."""
     asked, own = set(), set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -44,7 +44,7 @@ def test_no_module_is_long() -> None:
 
 def test_no_function_is_long() -> None:
     lengths = {name: body_lines(node) for module in MODULES for name, node in module.functions()}
-    lengths.pop("fine_tuning.test_fine_tuning")  # passes each argument of its signature on
+    lengths.pop("fine_tuning.test_fine_tuning")  # it passes on each argument of its signature
     assert {name: n for name, n in lengths.items() if n > 50} == {}
 
 
@@ -53,16 +53,16 @@ def test_no_constructor_takes_many_arguments() -> None:
     assert {name: n for name, n in counts.items() if n > 8} == {}
 
 
-def test_few_modules_lie_at_the_top() -> None:
+def test_few_modules_are_at_the_top_level() -> None:
     assert sum("." not in module.name for module in MODULES) <= 8
 
 
-def test_packages_export_nothing_but_the_top_one() -> None:
+def test_only_the_top_level_package_exports_names() -> None:
     packages = [module for module in MODULES if module.name.endswith(".__init__")]
     assert [module.name for module in packages if module.text.strip()] == []
 
 
-def test_private_names_of_other_packages_are_used_in_runtime_alone() -> None:
+def test_private_names_of_other_packages_are_used_only_in_runtime() -> None:
     found = {
         (module.name, name)
         for module in MODULES
@@ -72,7 +72,7 @@ def test_private_names_of_other_packages_are_used_in_runtime_alone() -> None:
     assert found == set(ALLOWED)
 
 
-def test_private_names_of_others_are_told_from_a_modules_own() -> None:
+def test_foreign_private_names_are_distinguished_from_a_modules_own() -> None:
     text = "class A:\n    def __init__(self):\n        self._x = 1\ndef f(a, model):\n    return a._x, model._buffers\n"
     assert foreign_private_names(Module("m", text, ast.parse(text))) == {"_buffers"}
 

@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM
 from every_head import TASKS, Case, Verdict, cases, check
 from ftaccum.objective.normalizer import LossNormalizer
 
-# Every task; the usual ones, and heads that count, pad or pool in ways of their own.
+# Every task, with common heads and heads that count, pad or pool in unusual ways.
 SAMPLE = {
     "CAUSAL_LM": "LlamaForCausalLM MambaForCausalLM XLNetLMHeadModel",
     "MASKED_LM": "BertForMaskedLM ModernBertForMaskedLM",
@@ -79,22 +79,20 @@ def test_a_router_loss_is_caught() -> None:
 
 
 @pytest.mark.slow
-def test_padding_that_matters_at_some_lengths_alone_is_seen() -> None:
+def test_padding_that_matters_only_at_some_lengths_is_detected() -> None:
     (case,) = [c for c in cases("SEQUENCE_CLASSIFICATION", "CanineFor") if c.variant == "regression"]
     assert check(case).kind in ("exact with a remedy", "caught")
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_a_sum_is_caught_and_exact_as_one() -> None:
+def test_a_loss_that_is_a_sum_is_caught_and_exact_when_declared() -> None:
     (as_sum,) = [case for case in _cases("CTC", "Wav2Vec2BertForCTC") if case.variant == "sum"]
     verdict = check(as_sum)
     assert verdict.kind == "exact with a remedy"
     assert verdict.why.startswith("reduction='sum'")
 
 
-def test_a_head_that_is_exact_lets_the_sweep_pass(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_exact_head_passes_the_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["sweep_heads", "--task", "MASKED_LM", "--only", "RemBertForMaskedLM"])
     assert _script("sweep_heads").main() == 0
     assert "| masked lm | 1 | 1 | 1 | 0 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out
@@ -108,20 +106,20 @@ def test_a_denominator_that_divides_by_the_passes_is_reported(
         return sum(means.values(), torch.zeros(())) / self._passes
 
     monkeypatch.setattr(LossNormalizer, "contribution", divided_by_k)
-    monkeypatch.setattr("ftaccum.training.audit.AuditHandler.before_update", lambda *_: None)  # which would find it
+    monkeypatch.setattr("ftaccum.training.audit.AuditHandler.before_update", lambda *_: None)  # an audit would find it
     monkeypatch.setattr(sys, "argv", ["sweep_heads", "--task", "MASKED_LM", "--only", "RemBertForMaskedLM"])
     assert _script("sweep_heads").main() == 1
     assert "SILENTLY WRONG: 1\n  masked_lm, RemBertForMaskedLM: the gradient is" in capsys.readouterr().out
 
 
-def test_a_model_that_fails_in_training_alone_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_only_in_training_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = _cases("MASKED_LM", "BertForMaskedLM")
     monkeypatch.setattr("every_head.checking.accumulated_gradients", lambda *_, **__: 1 / 0)
     verdict = check(case)
     assert (verdict.kind, verdict.why) == ("crashed", "ZeroDivisionError: division by zero")
 
 
-def test_a_class_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_that_cannot_be_built_is_reported_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = _cases("MASKED_LM", "BertForMaskedLM")
 
     def draws(*_: object, **__: object) -> None:

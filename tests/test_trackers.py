@@ -1,4 +1,4 @@
-"""Trackers that raise or hang: the run is the same as without them, and the user is told what they missed."""
+"""Trackers that raise or hang: they do not affect the run, and a warning reports what they missed."""
 
 import re
 import threading
@@ -18,7 +18,7 @@ CLASSIFIER = HEADS["sequence classification, BERT"]
 
 
 class Told(GeneralTracker):
-    """Keeps what it is told, and in what thread; `trouble` may raise or hang in any of it."""
+    """A tracker that records its calls and their threads. `trouble` may raise or hang in any call."""
 
     requires_logging_directory, tracker = False, None
 
@@ -54,7 +54,7 @@ class Told(GeneralTracker):
 
 
 def failing_in(name: str, in_nth: Callable[[int], object] = lambda _: True) -> Callable[[str], None]:
-    """Trouble in calls of one kind, counted from 1."""
+    """Return a `trouble` that raises in calls of one kind, counted from 1."""
     calls: list[str] = []
 
     def trouble(done: str) -> None:
@@ -66,7 +66,7 @@ def failing_in(name: str, in_nth: Callable[[int], object] = lambda _: True) -> C
 
 
 def run(log_with: Any = None) -> Result:
-    """12 updates in 2 epochs, of which two are audited: 16 entries."""
+    """Run 12 updates in 2 epochs with two audits: 16 entries."""
     return test_fine_tuning(
         CLASSIFIER.model().double(), train_data=CLASSIFIER.rows(24), validation_split=0.0, n_epochs=2, batch_size=2,
         gradient_accumulation_steps=2, log_with=log_with, progress=False,
@@ -84,18 +84,35 @@ def short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_tracker_is_told_everything_in_order_from_one_thread_of_its_own(alone: Result) -> None:
+def test_a_tracker_gets_all_calls_in_order_from_its_own_thread(alone: Result) -> None:
     tracker = Told()
     assert run(tracker).loss_history == alone.loss_history == tracker.losses
     assert tracker.done == ["start", "config", *16 * ["log"], "finish"]
-    assert tracker.steps == [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]  # an audit's with the update before it
+    assert tracker.steps == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        6,
+        6,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        12,
+    ]  # an audit has the step of the update before it
     assert tracker.config["n_epochs"] == 2
-    (thread,) = set(tracker.threads.values())  # MLflow's current run is that of a thread
+    (thread,) = set(tracker.threads.values())  # MLflow has one current run per thread
     assert thread is not threading.main_thread()
     assert not thread.is_alive()
 
 
-def test_one_that_cannot_be_started_is_done_without(alone: Result) -> None:
+def test_the_run_continues_without_a_tracker_that_cannot_start(alone: Result) -> None:
     def exits(_: str) -> None:
         raise SystemExit("not logged in")
 
@@ -110,7 +127,7 @@ def test_one_that_cannot_be_started_is_done_without(alone: Result) -> None:
     assert result.loss_history == alone.loss_history == other.losses
 
 
-def test_one_that_raises_is_told_of_once_and_tried_again(alone: Result) -> None:
+def test_a_tracker_that_raises_is_reported_once_and_tried_again(alone: Result) -> None:
     tracker = Told(failing_in("log", lambda n: n % 5))
     with pytest.warns(OutputWarning) as told:
         result = run(tracker)
@@ -122,7 +139,7 @@ def test_one_that_raises_is_told_of_once_and_tried_again(alone: Result) -> None:
 
 
 @pytest.mark.parametrize("name", ["config", "finish"])
-def test_one_that_raises_once_hears_the_rest(name: str, alone: Result) -> None:
+def test_a_tracker_that_raises_once_gets_the_remaining_calls(name: str, alone: Result) -> None:
     tracker = Told(failing_in(name))
     with pytest.warns(OutputWarning, match="The tracker 'mine' raised in `.*`: ConnectionError: no line in") as told:
         run(tracker)
@@ -131,7 +148,7 @@ def test_one_that_raises_once_hears_the_rest(name: str, alone: Result) -> None:
     assert tracker.done[-1] == "finish"
 
 
-def test_one_that_always_raises_is_dropped_and_finished(alone: Result) -> None:
+def test_a_tracker_that_always_raises_is_dropped_and_finished(alone: Result) -> None:
     tracker, other = Told(failing_in("log")), Told(name="other")
     with pytest.warns(OutputWarning) as told:
         result = run([tracker, other])
@@ -145,7 +162,7 @@ def test_one_that_always_raises_is_dropped_and_finished(alone: Result) -> None:
 
 @pytest.mark.parametrize(("name", "lost"), [("log", 16), ("finish", 0)])
 @pytest.mark.usefixtures("short_wait")
-def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost: int, alone: Result) -> None:
+def test_a_tracker_that_hangs_affects_neither_the_run_nor_other_trackers(name: str, lost: int, alone: Result) -> None:
     waits = threading.Event()
     tracker, other = Told(lambda done: done == name and waits.wait()), Told(name="other")
     with pytest.warns(OutputWarning) as told:
@@ -156,14 +173,14 @@ def test_one_that_hangs_costs_the_run_and_other_trackers_nothing(name: str, lost
     ]
     assert result.loss_history == alone.loss_history == other.losses
     assert other.done[-1] == "finish"
-    waits.set()  # what wakes up after its run must not disturb the next one
+    waits.set()  # a tracker that wakes up late must not disturb the next run
     tracker.threads[name].join(5)
     assert tracker.done.count("log") == (1 if name == "log" else 16)
     assert tracker.done.count("finish") == (name == "finish")
 
 
 @pytest.mark.parametrize("comes_too_late", [False, True])
-def test_one_that_hangs_in_its_start_is_told_what_it_missed(
+def test_a_tracker_that_starts_late_gets_the_entries_that_it_missed(
     comes_too_late: bool, alone: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers, "_SECONDS_AT_THE_START", 0.2)
@@ -186,7 +203,7 @@ def test_one_that_hangs_in_its_start_is_told_what_it_missed(
     assert hangs.done == ["start"] + ([] if comes_too_late else ["config", *16 * ["log"], "finish"])
 
 
-def test_one_that_cannot_start_after_long_is_told_of_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_whose_start_fails_late_is_reported_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "_SECONDS_AT_THE_START", 0.1)
     waits, other = threading.Event(), Told(lambda done: done == "log" and waits.set(), name="other")
 
@@ -202,7 +219,7 @@ def test_one_that_cannot_start_after_long_is_told_of_and_dropped(monkeypatch: py
     ]
 
 
-def test_one_that_is_slow_is_waited_for(alone: Result) -> None:
+def test_the_run_waits_for_a_slow_tracker(alone: Result) -> None:
     tracker = Told(lambda _: time.sleep(0.05))
     run(tracker)
     assert tracker.losses == alone.loss_history
@@ -210,7 +227,7 @@ def test_one_that_is_slow_is_waited_for(alone: Result) -> None:
 
 
 @pytest.mark.usefixtures("short_wait")
-def test_what_waits_is_bounded_and_the_oldest_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_entries_are_bounded_and_the_oldest_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "_MOST_WAITING", 3)
     waits = threading.Event()
     tracker = Told(lambda done: done == "config" and waits.wait())
@@ -223,7 +240,7 @@ def test_what_waits_is_bounded_and_the_oldest_are_lost(monkeypatch: pytest.Monke
     with pytest.warns(OutputWarning, match="'mine' is 3 entries behind. From now on, the oldest are lost."):
         apart.log({}, step=3)
     for step in (4, 5):
-        apart.log({}, step=step)  # not told again: a warning would be an error here
+        apart.log({}, step=step)  # not reported again: a warning would be an error here
     waits.set()
     apart.finish()
     apart.join(time.monotonic() + 5)
@@ -249,7 +266,7 @@ def test_trackers_are_finished_where_the_run_fails() -> None:
         ("mlflow", "['mlflow']"),
     ],
 )
-def test_only_trackers_that_are_not_installed_are_called_absent(
+def test_only_trackers_that_are_not_installed_are_reported_as_missing(
     asked: Any, absent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.DVCLIVE])

@@ -1,4 +1,4 @@
-"""Numbers out of range are named: before training where a column can be looked through, else when they come."""
+"""Numbers out of range are named: before training if the column can be examined, otherwise when they come."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
 
 
 class Shop(nn.Module):
-    """Numbers and categories of a table."""
+    """A model of a table with numbers and categories."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,10 +104,10 @@ FAULTS: list[tuple[Callable[[], nn.Module], Callable[[], list[Row]], Row, str]] 
 
 
 def faulty(rows: list[Row], change: Row, first: int = 0) -> tuple[list[Row], int, int]:
-    """Return the rows with a fault in one that is not looked at before training, its index, and that of its update.
+    """Return rows with a fault in one that is not examined before training, its index, and the index of its update.
 
     Args:
-        first: the first row that may have it.
+        first: The first row that may have the fault.
     """
     seen = sample_positions(Rows("train_data", rows))
     windows = plan(len(rows), n_epochs=1, validation_split=0.0, effective_batch_size=5).windows(0)
@@ -134,7 +134,7 @@ def test_a_bad_row_far_from_the_start_is_named(
         with pytest.raises(DataError, match=rf"In `train_data`, row {index} .*{words}"):
             run(model(), form, output_dir=str(tmp_path / "before"))
     assert not (tmp_path / "before" / "ledger.jsonl").exists()
-    more, index_of_more, update = faulty(rows() * 3, change, first=256)  # so many are looked at before training
+    more, index_of_more, update = faulty(rows() * 3, change, first=256)  # as many rows are examined before training
     with pytest.raises(DataError, match=rf"In `train_data`, row {index_of_more} .*{words}"):
         run(model(), LazyRows(more), output_dir=str(tmp_path / "run"))
     entries = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
@@ -164,7 +164,7 @@ def test_a_collator_may_repair_what_rows_have() -> None:
 
 
 class Cutting(nn.Module):
-    """Takes rows of any length, of which it reads the first tokens."""
+    """A model that takes rows of any length and reads their first tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,12 +178,12 @@ class Cutting(nn.Module):
 
 
 @pytest.mark.parametrize("form", [list, LazyRows])
-def test_a_model_that_cuts_its_rows_takes_long_ones(form: Callable[[list[Row]], Any]) -> None:
+def test_a_model_that_truncates_its_rows_takes_long_ones(form: Callable[[list[Row]], Any]) -> None:
     assert run(Cutting(), form([*plain(60), {**LONG, "labels": 1}]), on_inexact="ignore").optimizer_steps
 
 
 class Masked(BertForSequenceClassification):
-    """Leaves labels of -1 out."""
+    """A model whose loss ignores labels of -1."""
 
     def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Any:
         outputs = super().forward(input_ids, attention_mask=attention_mask)
@@ -194,7 +194,7 @@ class Masked(BertForSequenceClassification):
         return outputs
 
 
-def test_a_loss_that_leaves_labels_out_gets_them() -> None:
+def test_a_loss_that_ignores_some_labels_may_have_them() -> None:
     config = BertConfig(**SIZE, num_labels=3, max_position_embeddings=32, problem_type="multi_label_classification")
     rows = [{**row, "labels": [1.0, -1.0, 0.0] if n % 9 == 4 else [1.0, 0.0, 0.0]} for n, row in enumerate(plain())]
     assert run(Masked(config), rows).optimizer_steps
@@ -211,7 +211,7 @@ def test_every_head_takes_its_rows(name: str) -> None:
 
 
 class Kernels(TorchDispatchMode):
-    """Notes whether a kernel gets an index out of range. On a GPU, that ends the use of the device."""
+    """A recorder of indices out of range in kernels. On a GPU, one of them makes the device unusable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Kernels(TorchDispatchMode):
 
 
 def widths_of(model: nn.Module) -> list[int]:
-    """Return a list that gets the width of each batch that the model runs on."""
+    """Return a list to which each batch of the model adds its width."""
     widths: list[int] = []
 
     def note(_: Any, args: Any, kwargs: Any) -> None:
@@ -265,7 +265,7 @@ def test_a_number_out_of_range_in_every_row_reaches_no_kernel(change: Row, words
     assert all(kernels.in_range)
 
 
-def test_a_model_that_clamps_positions_takes_a_long_row_in_mid_run() -> None:
+def test_a_model_that_clamps_positions_takes_a_long_row_during_a_run() -> None:
     class Clamping(Cutting):
         def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
             positions = torch.arange(input_ids.shape[1]).clamp(max=7)

@@ -1,4 +1,4 @@
-"""Whether `verify` finds what is exact exact, and what is not not; and that it leaves no trace."""
+"""`verify` tells exact losses from inexact ones and changes no state."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def test_every_split_of_a_mean_over_items_is_exact(name: str) -> None:
     assert found.exact
     assert found.dtype == "float64"
     assert max(error for m in found.splits for error in (m.gradient_error, m.loss_error) if error is not None) < 1e-10
-    if name != CAUSAL:  # which has rotary angles in float32, and so has its floor
+    if name != CAUSAL:  # it computes rotary angles in float32, which raises the floor
         assert found.floor < 1e-14
         assert found.tolerance == 1e-10
     named = {measured.split: measured for measured in found.splits}
@@ -58,13 +58,13 @@ def test_every_split_of_a_mean_over_items_is_exact(name: str) -> None:
     assert named["one row at a time"].passes == 11
     assert {"remainder of 1", "remainder of 3", "remainder of 6", "remainder of 9", "remainder of 10"} <= named.keys()
     assert sum(name.startswith("random") for name in named) == 3
-    # Where padding matters all rows are as wide as the longest anyway, and that is said.
+    # If padding matters, all rows are padded to the longest anyway, and a note reports it.
     assert ("padded to the width of the window" in named) == (name != QUESTIONS)
     assert any("padded to one width" in note for note in found.notes) == (name == QUESTIONS)
 
 
-def test_what_is_held_against_is_one_batch_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or all could be equally wrong."""
+def test_the_reference_is_one_batch_in_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, all splits could be equally wrong."""
     seen: list[tuple[Bench, tuple[int, ...], WindowGradient]] = []
     together = Bench.together
 
@@ -86,7 +86,7 @@ def test_what_is_held_against_is_one_batch_in_plain_pytorch(monkeypatch: pytest.
         assert found.loss == pytest.approx(float(model(**one_batch([every[n] for n in rows])).loss.detach()), rel=1e-6)
 
 
-def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_accumulation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean_of_means(self: LossNormalizer, means: dict[str, Tensor], _: Any) -> Tensor:
         return torch.stack(list(means.values())).sum() / self._passes
 
@@ -98,14 +98,14 @@ def test_an_accumulation_that_is_broken_is_found(monkeypatch: pytest.MonkeyPatch
     assert "remainder of 3" not in wrong, "of one micro-batch the mean is right"
     assert "NOT EXACT: " in str(found)
     assert "Is `count_items` right?" in str(found).replace("\n  ", " ")
-    # What was broken is what `loss / k` is.
+    # The broken accumulation is `loss / k`.
     errors = {measured.split: measured.gradient_error for measured in [*found.splits, *found.others]}
     assert errors["loss / k"] == pytest.approx(errors["equal slices, in order of arrival"], rel=1e-6)
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 @pytest.mark.slow
-def test_a_wrong_loss_alone_is_found(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+def test_a_wrong_loss_with_a_right_gradient_is_found(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     total = WeightedMeans.total
     monkeypatch.setattr("ftaccum.objective.normalizer.WeightedMeans.total", lambda means: factor * total(means))
     found = of_head(BERT)
@@ -120,15 +120,15 @@ def test_parts_that_a_head_computes_in_float32_count_as_rounding() -> None:
     assert found.exact
     assert max(measured.gradient_error or 0.0 for measured in found.splits) > 1e-9
     assert 1e-9 < found.floor < 1e-6
-    # One row has no other order; that parts are in float32 shows all the same.
+    # A single row has only one order, but the float32 parts are still noticed.
     alone = verify(HEADS[CAUSAL].model(), HEADS[CAUSAL].rows(30), batch_size=1, progress=False)
     assert (len(alone.splits), alone.exact) == (6, True)
     assert 1e-9 < alone.floor < 1e-6
 
 
 @pytest.mark.slow
-def test_what_others_make_of_it_stands_beside() -> None:
-    """`Trainer` 5.23 hands the count of items to any model that takes keywords, and leaves the division to it."""
+def test_the_report_includes_the_errors_of_other_methods() -> None:
+    """`Trainer` 5.23 passes the count of items to any model that takes keywords, and relies on it to divide."""
     named = {m.split.split(",")[0]: m for m in of_head(BERT, batch_size=2, effective_batch_size=8).others[:1]}
     assert named["loss / k"].gradient_error == pytest.approx(0, abs=1e-10), "rows in equal numbers"
     for name, divided, trainer in ((BERT, 0.1, 3.0), (CAUSAL, 0.1, 0.0)):
@@ -141,7 +141,7 @@ def test_what_others_make_of_it_stands_beside() -> None:
 
 
 class Normed(nn.Module):
-    """Batch norm and dropout."""
+    """A model with batch norm and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def in_batch(outputs: Tensor, _: Any) -> Tensor:
     ("loss_fn", "reason"),
     [(cross_entropy, "BatchNorm1d 'norm' mixes"), (in_batch, "compared with each other")],
 )
-def test_losses_that_no_weighting_makes_exact_are_told(loss_fn: Callable[..., Tensor], reason: str) -> None:
+def test_losses_that_no_weighting_makes_exact_are_reported(loss_fn: Callable[..., Tensor], reason: str) -> None:
     model = Normed() if loss_fn is cross_entropy else nn.Sequential(nn.Linear(4, 8))
     if isinstance(model, nn.Sequential):
         model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
@@ -189,7 +189,7 @@ def test_losses_that_no_weighting_makes_exact_are_told(loss_fn: Callable[..., Te
         assert alone.note == "(the model cannot run on a single row)"
 
 
-def test_a_model_that_draws_by_itself_is_said_to_be_beyond_telling() -> None:
+def test_a_model_with_its_own_generator_makes_the_result_inconclusive() -> None:
     own = torch.Generator().manual_seed(0)
 
     class Drawing(nn.Linear):
@@ -208,7 +208,7 @@ def with_dropout() -> BertForSequenceClassification:
 
 
 @pytest.mark.slow
-def test_dropout_does_not_show_in_what_checkpointing_runs_again_either() -> None:
+def test_dropout_does_not_affect_recomputation_by_checkpointing() -> None:
     found = verify(with_dropout(), HEADS[BERT].rows(30), gradient_checkpointing=True, **SIZES)
     assert found.exact
     assert found.floor < 1e-14
@@ -216,7 +216,7 @@ def test_dropout_does_not_show_in_what_checkpointing_runs_again_either() -> None
 
 
 @pytest.mark.slow
-def test_layers_that_train_mode_leaves_out_do_not_show_in_any_row() -> None:
+def test_layerdrop_does_not_affect_any_row_of_the_report() -> None:
     head = HEADS["seq2seq, BART"]
     columns = []
     for share in (0.0, 0.5):
@@ -228,7 +228,7 @@ def test_layers_that_train_mode_leaves_out_do_not_show_in_any_row() -> None:
     assert columns[1] == pytest.approx(columns[0], rel=1e-9), "Trainer puts models in train mode before each pass"
 
 
-def test_dropout_does_not_show_and_an_adapted_norm_is_exact() -> None:
+def test_dropout_has_no_effect_and_an_adapted_norm_is_exact() -> None:
     model = Normed()
     model.norm = nn.GroupNorm(2, 8)  # type: ignore[assignment]
     found = verify(model, FEATURES, loss_fn=cross_entropy, batch_size=2, effective_batch_size=8, progress=False)
@@ -236,7 +236,7 @@ def test_dropout_does_not_show_and_an_adapted_norm_is_exact() -> None:
     assert found.floor < 1e-14
 
 
-def test_a_count_that_is_not_the_losses_is_found() -> None:
+def test_a_count_that_does_not_match_the_loss_is_found() -> None:
     found = of_head("token classification, RoBERTa", count_items=lambda batch: len(batch["input_ids"]))
     assert not found.exact
     assert "give `count_items`" in str(found).replace("\n  ", " ")
@@ -252,7 +252,7 @@ def test_other_ways_to_run_are_exact(more: dict[str, Any]) -> None:
     assert max(measured.gradient_error or 0.0 for measured in found.splits) < 1e-10
 
 
-def test_a_collator_that_draws_is_seen_drawing_once() -> None:
+def test_a_collator_that_draws_is_exact() -> None:
     def hides_some(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = one_batch([{"input_ids": row["input_ids"]} for row in rows])
         hidden = (torch.rand(batch["input_ids"].shape) < 0.3) & batch["attention_mask"].bool()
@@ -263,7 +263,7 @@ def test_a_collator_that_draws_is_seen_drawing_once() -> None:
 
 
 @pytest.mark.slow
-def test_windows_without_loss_items_are_no_update_and_rows_without_contribute_nothing() -> None:
+def test_windows_without_loss_items_make_no_update() -> None:
     head = HEADS["token classification, BERT"]
     rows = head.rows(30)
     rows = [row if n % 4 == 0 else {**row, "labels": [-100] * len(row["labels"])} for n, row in enumerate(rows)]
@@ -305,7 +305,7 @@ def test_a_model_that_cannot_be_run_in_float64_is_measured_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_16_bits_are_judged_by_a_tolerance_for_their_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     head = HEADS[BERT]
     bf16, fp16 = (verify(head.model().float(), head.rows(30), mixed_precision=p, **SIZES) for p in ("bf16", "fp16"))
     for found in (bf16, fp16):
@@ -320,7 +320,7 @@ def test_16_bits_are_held_to_what_rounding_makes_of_them(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dtype_stays_float32_if_float64_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftaccum.apps.verify.precision.free_on_host", lambda: 200_000)
     found = verify(HEADS[BERT].model().float(), HEADS[BERT].rows(30), **SIZES)
     assert (found.dtype, found.exact) == ("float32", True)
@@ -328,7 +328,7 @@ def test_memory_that_a_host_does_not_have_is_not_asked_for(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_rows_that_do_not_fit_together_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_rows_are_used_if_one_batch_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Reference.loss
 
     def of_few(self: Reference, batch: dict[str, Tensor]) -> Tensor:
@@ -343,7 +343,7 @@ def test_rows_that_do_not_fit_together_are_fewer(monkeypatch: pytest.MonkeyPatch
     assert "One batch of the 11 rows of an update does not fit in memory, so only 5 of them" in found.notes[-1]
 
 
-def test_everything_is_left_as_it_was() -> None:
+def test_the_model_and_all_generators_are_left_unchanged() -> None:
     model = with_dropout().eval()
     model.bert.pooler.train()
     model.extra = nn.BatchNorm1d(2)
@@ -376,7 +376,7 @@ def test_everything_is_left_as_it_was() -> None:
 
 
 @pytest.mark.slow
-def test_it_reads_as_a_table_and_as_json(tmp_path: Path) -> None:
+def test_the_result_can_be_shown_as_a_table_and_as_json(tmp_path: Path) -> None:
     found = of_head(BERT)
     assert "Rows of an update: 11 (3 × 4)" in str(found)
     assert "EXACT: however the rows are split, gradient and loss are those of one batch." in str(found)
@@ -389,7 +389,7 @@ def test_it_reads_as_a_table_and_as_json(tmp_path: Path) -> None:
     assert read["versions"].keys() == {"ftaccum", "torch", "transformers", "accelerate"}
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(SettingsError) as told:
         verify(HEADS[BERT].model(), HEADS[BERT].rows(), batch_size=0, n_splits=-1, dtype="float16", tolerance=0.0)
     assert [fault.split()[0] for fault in told.value.faults] == ["`n_splits`", "`dtype`", "`tolerance`", "`batch_size`"]
@@ -425,7 +425,7 @@ def test_rows_keep_their_names_when_some_are_tokenised() -> None:
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options that name a tiny model, and 3,000 rows of raw text."""
+    """Return options that name a tiny model and 3,000 rows of raw text."""
     folder = tmp_path_factory.mktemp("tiny")
     HEADS[BERT].model().float().save_pretrained(folder / "model")
     (folder / "vocab.txt").write_text(
@@ -437,7 +437,9 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["verify", "--model", str(folder / "model"), "--data", str(folder / "rows.csv"), "--no_progress"]
 
 
-def test_the_command(named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_result_and_refuses_bad_options(
+    named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     command = [*named, "--batch_size", "2", "--gradient_accumulation_steps", "4"]
     assert main([*command, "--json", "-"]) == 0
     shown = capfd.readouterr()
@@ -458,7 +460,7 @@ def test_the_command(named: list[str], tmp_path: Path, capfd: pytest.CaptureFixt
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_on_two_processes(two_processes: Callable[..., str]) -> None:
+def test_verify_finds_exact_and_inexact_losses_on_two_processes(two_processes: Callable[..., str]) -> None:
     printed = two_processes("verify_of_two.py")
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
     assert found["exact"] == dict.fromkeys([CAUSAL, BERT, QUESTIONS, "token classification, BERT"], True)
@@ -467,7 +469,7 @@ def test_on_two_processes(two_processes: Callable[..., str]) -> None:
     assert found["trainer"] == "(shown on one process only)"
 
 
-def test_gradients_of_a_model_that_is_spread_over_devices_are_left_alone() -> None:
+def test_gradients_of_a_model_spread_over_devices_are_left_unchanged() -> None:
     model: Any = nn.Linear(3, 2)
     model.hf_device_map = {"": "cpu"}
     model.weight.grad = torch.ones(2, 3)

@@ -1,4 +1,4 @@
-"""What `verify` holds training against: one batch that nothing inferred is in, and the rows that are in it."""
+"""The reference of `verify`: one batch without any inferred counts, and the choice of its rows."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -46,13 +46,13 @@ def gradient_of(of: Reference, positions: range) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "name", ["causal LM, GPT-2", "multiple choice, BERT", "seq2seq, BART", "image classification, ViT"]
 )
-def test_it_is_the_gradient_of_one_batch(name: str) -> None:
+def test_the_reference_is_the_gradient_of_one_batch(name: str) -> None:
     model, rows = HEADS[name].model().train(), HEADS[name].rows()
     wanted = one_batch_gradient(model, rows)
     assert relative_error(gradient_of(reference(model, rows), range(len(rows))), wanted) < 1e-14
 
 
-def test_documents_of_a_packed_row_are_run_alone() -> None:
+def test_documents_of_a_packed_row_are_run_separately() -> None:
     head = HEADS["causal LM, Llama"]
     model, documents = head.model().train(), head.rows(6)
     packed = []
@@ -68,7 +68,7 @@ def test_documents_of_a_packed_row_are_run_alone() -> None:
     assert documents_of(with_mask) == [with_mask], "the user has said what sees what"
 
 
-def test_a_sum_is_divided_by_what_the_loss_has_seen() -> None:
+def test_a_sum_is_divided_by_the_items_that_the_loss_counted() -> None:
     class Ignoring(nn.Linear):
         def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
             labels[labels == 2] = -100
@@ -96,7 +96,7 @@ def test_terms_without_items_are_left_out() -> None:
     )
 
 
-def test_a_loss_that_cannot_be_told_is_refused() -> None:
+def test_a_loss_that_cannot_be_identified_is_refused() -> None:
     class Several(nn.Linear):
         def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
             loss = F.cross_entropy(super().forward(x), labels)
@@ -107,7 +107,7 @@ def test_a_loss_that_cannot_be_told_is_refused() -> None:
         of.loss(of.batch(range(2)))
 
 
-def test_rows_without_loss_items_are_told() -> None:
+def test_rows_without_loss_items_are_reported() -> None:
     head = HEADS["token classification, BERT"]
     rows = [row if n == 1 else {**row, "labels": [-100] * len(row["labels"])} for n, row in enumerate(head.rows(30))]
     with pytest.raises(DataError, match=r"The loss of the 2 rows of an update in one batch is nan"):
@@ -150,7 +150,7 @@ def test_rare_rows_take_up_to_a_quarter_of_the_window() -> None:
     assert rarest(traits, 1) == [42]
 
 
-def test_what_is_rare_is_read_off_tables_and_tuples_and_labels_of_tokens() -> None:
+def test_rare_rows_are_found_in_tables_tuples_and_token_labels() -> None:
     table = Dataset.from_list(
         [{"input_ids": [n], "labels": n % 2, "box": [1.0] if n == 7 else None} for n in range(20)]
     )
@@ -165,7 +165,7 @@ def test_what_is_rare_is_read_off_tables_and_tuples_and_labels_of_tokens() -> No
     assert with_rare_rows(tuple(range(4)), traits_of(as_rows(measures, "data")), 0) == tuple(range(4))
 
 
-@pytest.mark.parametrize("seed", [0, 3, 21, 36])  # of the model: 21 and 36 give two rows nearly the same loss
+@pytest.mark.parametrize("seed", [0, 3, 21, 36])  # of the model: seeds 21 and 36 give two rows nearly the same loss
 def test_a_rare_row_far_from_the_sample_is_in_the_update(seed: int) -> None:
     rows = [({"x": torch.ones(4) * (n % 7)}, 2 if n == 2900 else n % 2) for n in range(3000)]
     found = verify_weighted(rows, torch.tensor([1.0, 1.0, 50.0]), seed)
@@ -173,7 +173,7 @@ def test_a_rare_row_far_from_the_sample_is_in_the_update(seed: int) -> None:
     assert "Replaced 1 of the rows by rows with rare label values or columns." in found.notes
 
 
-@pytest.mark.parametrize("seed", range(4))  # in some, the first row that is measured weighs nothing
+@pytest.mark.parametrize("seed", range(4))  # with some seeds, the first measured row has zero weight
 def test_a_class_that_weighs_nothing_is_measured(seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     classes = torch.multinomial(torch.tensor([0.4, 0.5, 0.1]), 600, replacement=True, generator=draw)
@@ -182,7 +182,7 @@ def test_a_class_that_weighs_nothing_is_measured(seed: int) -> None:
 
 
 def verify_weighted(rows: Sequence[Any], weight: Tensor, seed: int) -> Verification:
-    """Verify a linear classifier of three classes whose loss weights them in a function of its own."""
+    """Verify a linear classifier of three classes whose loss function weights them."""
     torch.manual_seed(seed)
     model = nn.Linear(4, 3)
     model.forward = lambda x: F.linear(x, model.weight, model.bias)  # type: ignore[method-assign]
@@ -192,7 +192,7 @@ def verify_weighted(rows: Sequence[Any], weight: Tensor, seed: int) -> Verificat
 
 @pytest.mark.slow
 def test_faults_of_batches_and_of_the_forward_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cut has them, so that cuts agree with each other."""
+    """Every cut has these faults, so comparing cuts would not find them."""
     head, sizes = HEADS["token classification, BERT"], {"batch_size": 3, "effective_batch_size": 11, "progress": False}
     collate, outputs = RowCollator.__call__, Forward._outputs
 

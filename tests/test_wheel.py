@@ -1,4 +1,4 @@
-"""The wheel holds all that a user needs."""
+"""The wheel has everything that a user needs."""
 
 import os
 import subprocess
@@ -28,5 +28,5 @@ def test_the_wheel_runs_the_first_block_of_readme_in_an_empty_environment(tmp_pa
         run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wanted)
     block, *_ = blocks(README, "python")
     said = run(python, "-c", block + "\nprint(ftaccum.__file__)")
-    assert str(tmp_path / "venv") in said.splitlines()[-1]  # not the code of this folder
+    assert str(tmp_path / "venv") in said.splitlines()[-1]  # not the code in this folder
     run(str(tmp_path / "venv" / "bin" / "ftaccum"), "--help")

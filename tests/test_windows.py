@@ -1,4 +1,4 @@
-"""The laws of windows that are carried over an epoch's end, grow over training, or end before the epochs do."""
+"""Laws of windows that cross the end of an epoch, grow during training, or end before the epochs do."""
 
 import itertools
 import time
@@ -29,13 +29,13 @@ def all_windows(plan: Plan) -> list[tuple[int, int, tuple[int, ...]]]:
 
 
 def wanted(plan: Plan, update: int) -> int:
-    """Rows that an update is to have, by the words of the argument."""
+    """Return the number of rows of an update, as the argument's documentation defines it."""
     changes = [(0, plan.batch_sizes.gradient_accumulation_steps), *plan.batch_sizes.later]
     return plan.batch_sizes.batch_size * next(k for first, k in reversed(changes) if first <= update)
 
 
 def flushed_as_ever(n: int, epochs: int, size: int, seed: int = 42) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The windows before there was anything but one size and a flush."""
+    """Return plain windows: one size, and a shorter one at each epoch's end."""
     found = []
     for epoch in range(epochs):
         order = np.random.RandomState((seed, 1, epoch)).permutation(n)
@@ -55,7 +55,7 @@ def test_every_row_is_seen_once_an_epoch_in_the_order_of_the_seed(remainder: str
         assert set(Counter(seen).values()) == {epochs}
 
 
-def test_without_carrying_or_growing_windows_are_what_they_were() -> None:
+def test_without_carrying_or_growing_windows_are_plain_flushed_ones() -> None:
     for case in CASES:
         if not case[4]:
             plan = planned(*case)
@@ -81,7 +81,7 @@ def test_a_flushed_window_is_short_only_at_its_epochs_end() -> None:
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
-def test_windows_are_numbered_through_and_belong_to_the_epoch_of_their_last_row(remainder: str) -> None:
+def test_windows_are_numbered_through_the_run_and_belong_to_their_last_rows_epoch(remainder: str) -> None:
     for case in CASES:
         plan = planned(*case, remainder=remainder)
         windows = all_windows(plan)
@@ -111,7 +111,7 @@ def test_a_run_that_ends_early_has_the_same_windows_until_then(remainder: str) -
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
 def test_a_plan_of_millions_of_windows_is_arithmetic(remainder: str) -> None:
-    """A tenth of a second; counted one by one, they took two."""
+    """It takes a tenth of a second; counting windows one by one would take two."""
     plan = Plan(1_000_003, 3, BatchSizes(1, 1, 1, 1, ((10, 2),)), remainder=remainder)
     started = time.process_time()
     assert "updates in all" in str(plan)
@@ -120,7 +120,7 @@ def test_a_plan_of_millions_of_windows_is_arithmetic(remainder: str) -> None:
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
-def test_a_run_that_begins_anywhere_has_the_windows_from_there_on(remainder: str) -> None:
+def test_a_run_that_starts_later_has_the_windows_from_there_on(remainder: str) -> None:
     for case in CASES:
         plan = planned(*case, remainder=remainder)
         whole = all_windows(plan)
@@ -130,8 +130,8 @@ def test_a_run_that_begins_anywhere_has_the_windows_from_there_on(remainder: str
 
 
 @pytest.mark.parametrize("remainder", ["flush", "carry"])
-def test_a_window_far_into_a_run_is_counted_and_not_read_up_to(remainder: str) -> None:
-    """A hundredth of a second: the order of its epoch. Read up to window by window, it takes ten times that."""
+def test_a_window_far_into_a_run_is_computed_without_reading_up_to_it(remainder: str) -> None:
+    """It takes a hundredth of a second, for the order of its epoch. Reading window by window takes ten times that."""
     plan = Plan(100_000, 3, BatchSizes(4, 1, 1, 4), remainder=remainder)
     assert plan.n_windows == 75_000
     started = time.process_time()
@@ -150,7 +150,7 @@ def test_an_epoch_may_have_no_window_and_a_window_a_row_more_than_once() -> None
     assert (len(first.rows), len(last.rows)) == (8, 7)
 
 
-def test_processes_and_the_physical_batch_change_no_window_that_grows() -> None:
+def test_processes_and_the_physical_batch_do_not_change_growing_windows() -> None:
     later = ((2, 4), (5, 12))
     halved = tuple((update, k // 2) for update, k in later)
     one, two = BatchSizes(3, 2, 1, 6, later), BatchSizes(3, 1, 2, 6, halved)

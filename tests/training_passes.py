@@ -1,4 +1,4 @@
-"""Tells the passes of training from those that look at a loss, or at what a model takes, before it."""
+"""Distinguishes training passes from those that check the loss or the model's limits before training."""
 
 import sys
 
@@ -8,7 +8,7 @@ _BEFORE_TRAINING = {"measured_objective", "find_ranges"}
 
 
 def in_self_check() -> bool:
-    """Return whether the caller runs in a pass of the self-check, or of what finds the range of ids and lengths."""
+    """Return whether the caller runs in a pass of the self-check, or of the search for valid ids and lengths."""
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_code.co_name not in _BEFORE_TRAINING:
         frame = frame.f_back

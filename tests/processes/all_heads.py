@@ -1,5 +1,5 @@
-"""Every head on two processes: prints a JSON line {head: largest relative gradient error on any process}, and another
-with what each process is told of a loss that cannot be accumulated exactly."""
+"""Train every head on two processes. Print a JSON line {head: largest relative gradient error on any process}, and
+another with each process's error for a loss that cannot be accumulated exactly."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Audits on two processes: exact heads pass, and class weights that no measurement saw are found by both."""
+"""Audits on two processes: exact heads pass, and both processes find class weights that no measurement saw."""
 
 import os
 
@@ -34,7 +34,7 @@ def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets, weight=weights)
 
 
-# As if nothing had been seen before training.
+# Disable the checks before training.
 ExactnessReport.inexact = lambda _: []
 RareCheck.recounts = lambda *_: {}
 torch.manual_seed(0)

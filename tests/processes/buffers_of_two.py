@@ -1,4 +1,4 @@
-"""Buffers on two processes: prints a JSON line of what each of them has, and evaluates."""
+"""Sync buffers on two processes. Print a JSON line of their values, in training and in evaluation."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ TYPES = (
 
 
 def of_every_kind() -> list[bool]:
-    """Whether a sync gives this process the main one's buffers."""
+    """Return whether each buffer of this process equals the main process's after a sync."""
     model, shared = nn.Module(), torch.full((3,), float(rank))
     for n, dtype in enumerate(TYPES):
         model.register_buffer(f"typed_{n}", torch.full((3,), rank).to(dtype), persistent=bool(n % 2))
@@ -62,7 +62,7 @@ def of_every_kind() -> list[bool]:
 
 
 class Averaged(nn.Module):
-    """A running average that begins with the fourth pass, differs with the process, and is what it predicts with."""
+    """A model with a running average that starts in the fourth pass and differs between processes."""
 
     average: Tensor
 
@@ -84,7 +84,7 @@ class Averaged(nn.Module):
 
 
 class Asking(Callback):
-    """Has the model evaluated in the middle of an epoch."""
+    """A callback that evaluates the model in the middle of an epoch."""
 
     def milestones(self, plan: Any) -> list[int]:  # noqa: ARG002
         return [10, 14]

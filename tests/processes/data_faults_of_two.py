@@ -1,4 +1,4 @@
-"""Data that fail on one of two processes, or draw: prints a JSON line of what each was told and came to."""
+"""Train on data that fail on one of two processes, or draw. Print a JSON line of each process's errors and results."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ folder = Path(sys.argv[1])
 
 
 def error_of(case: str, rows: Any, **arguments: Any) -> list[str]:
-    """What each process was told."""
+    """Return the error of each process."""
     try:
         trained(rows, output_dir=str(folder / case), **arguments)
     except DataError as error:
@@ -31,7 +31,7 @@ def error_of(case: str, rows: Any, **arguments: Any) -> list[str]:
 if state.process_index == 1:
     (folder / "lives").mkdir()
 state.wait_for_everyone()
-# In micro-batches of three, row 17 is the second process's in the first epoch, and in every evaluation.
+# In micro-batches of three, the second process gets row 17 in the first epoch and in every evaluation.
 deadly = Deadly(folder / "lives", 99 if state.process_index == 1 else 0)
 errors = {
     "row": error_of("row", Raising("1"), batch_size=3),

@@ -1,4 +1,4 @@
-"""Evaluation on two processes: prints a JSON line of what each of them got."""
+"""Evaluate on two processes. Print a JSON line of the results of each."""
 
 import json
 import tempfile
@@ -21,8 +21,8 @@ for name in ("causal LM, Llama", TAGGING, "question answering, BERT"):
     found["losses"][name] = gather_object([evaluated(name, batch_size=2).initial_loss])
 accuracy = evaluated(TAGGING, batch_size=2, compute_metrics=Accuracy(), learning_rate=1e-12).metrics
 found["accuracy"] = gather_object([accuracy])
-# The function is called on the main process alone, before the first update and after the epoch, with the rows of both
-# in their order.
+# Only the main process calls the function, before the first update and after the epoch, with the rows of both in
+# order.
 evaluated(
     TAGGING,
     batch_size=2,
@@ -31,7 +31,7 @@ evaluated(
 
 
 class OwnError(Exception):
-    """Cannot be made again from its text, as unpickling does."""
+    """An error that cannot be unpickled, because its arguments are not its text."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__("broken")

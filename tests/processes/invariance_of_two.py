@@ -1,7 +1,7 @@
-"""The recipes of `invariance`, and windows that are carried and that grow, on two processes: prints a JSON line of the
-largest differences from one process, and of gradient errors. And what comes of a run whose tracker and whose disk fail.
+"""Run the recipes of `invariance`, and carried and growing windows, on two processes. Print a JSON line of the largest
+differences from a single process, of gradient errors, and of a run whose tracker and disk fail.
 
-The single-process runs come from the file that the test wrote: this process group has no way to be one process.
+The test wrote the single-process runs to a file, since they cannot run in this process group.
 """
 
 import json
@@ -39,7 +39,9 @@ with all_in_float64():
         n_epochs=3, remainder="carry",
     )  # fmt: skip
 tracker = Told(failing_in("log"))
-troubled = trained(NAMES[1], 4, log_with=tracker, output_dir=sys.argv[2])  # where a folder is in the result's place
+troubled = trained(
+    NAMES[1], 4, log_with=tracker, output_dir=sys.argv[2]
+)  # where a folder has the name of the result file
 found["troubled"] = difference(alone[NAMES[1]], troubled)
 told = gather_object([(tracker.done, troubled[1].unwritten)])
 if state.is_main_process:

@@ -1,4 +1,4 @@
-"""Trains with optimizers that users bring on two processes: prints a JSON line of the errors against one batch."""
+"""Train with users' optimizers on two processes. Print a JSON line of the errors against one batch."""
 
 import json
 import sys

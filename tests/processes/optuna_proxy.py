@@ -1,4 +1,4 @@
-"""Optuna's gRPC proxy, before the database at a URL, on a port of this machine."""
+"""Run Optuna's gRPC proxy for the database at a URL, on a local port."""
 
 import sys
 import warnings

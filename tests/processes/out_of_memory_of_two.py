@@ -1,6 +1,6 @@
-"""Two processes, of which the second runs out of memory: prints a JSON line of what came of it.
+"""Train on two processes, the second of which runs out of memory. Print a JSON line of the results.
 
-With the argument `synced`, it does so in the backward pass in which gradients are synced.
+With the argument `synced`, it runs out in the backward pass that syncs gradients.
 """
 
 import json
@@ -33,13 +33,13 @@ if sys.argv[1] == "synced":
 alone = torch.load(sys.argv[1], weights_only=False)
 scarce = trained(NAME, 3, planner=False, **on_the_second(2))
 auto = trained(NAME, "auto", **on_the_second(2))
-# In the only pass of a window: gradients are synced in its backward pass.
+# The only pass of a window runs out: its backward pass would sync gradients.
 last = trained(NAME, 6, planner=False, **on_the_second(3))
 loads: list[int] = []
 
 
 def load(*args: Any) -> Any:
-    """Fails before the forward pass that DDP would have synced buffers in."""
+    """Fail before the forward pass in which DDP would sync buffers."""
     loads.append(1)
     if state.process_index and len(loads) == 1:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -48,7 +48,7 @@ def load(*args: Any) -> Any:
 
 with patch("ftaccum.accumulation.accumulator.fresh_batch", load):
     before = trained(NAME, 3, planner=False, audit=False)
-# In the only pass of a window, in which nothing is synced where gradients are summed up apart.
+# The same with gradients summed in float32: then no backward pass syncs them.
 most = 3 if state.process_index else 99
 apart = trained(
     NAME, 6, planner=False, accumulate_in_fp32=True, prepare=lambda m: limited(with_a_narrow_weight(m), most)

@@ -1,4 +1,4 @@
-"""Passes that one of two processes cannot train on: prints a JSON line of what each was told, and what was kept."""
+"""Run passes that fail on one of two processes. Print a JSON line of the errors of both and of the checkpoints."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
-# In windows of four passes a process: the second pass of the sixth window, and its last one.
+# Windows have four passes per process. These are the second and the last pass of the sixth window.
 LOCAL, LAST = 22, 24
 draw = torch.Generator().manual_seed(1)
 ROWS = [(torch.randn(8, generator=draw), n % 3) for n in range(128)]
@@ -46,10 +46,10 @@ def changed_in_place(outputs: Tensor, labels: Tensor) -> Any:
 
 
 class Net(nn.Module):
-    """A classifier with running statistics and dropout, which counts its training passes.
+    """A classifier with running statistics and dropout that counts its training passes.
 
     Args:
-        apart: whether a weight in bfloat16 adds 0, so that `accumulate_in_fp32` takes all gradients to itself.
+        apart: Whether to add a bfloat16 weight that adds 0, so that `accumulate_in_fp32` sums all gradients.
     """
 
     def __init__(self, *, apart: bool) -> None:
@@ -66,7 +66,7 @@ class Net(nn.Module):
 
 
 def trained(fault: Callable[..., Any] | None, at: int, *, apart: bool, **arguments: Any) -> dict[str, Tensor]:
-    """Train, with a loss that is at fault in one pass of the second process."""
+    """Train with a loss that fails in one pass of the second process."""
     model = Net(apart=apart)
 
     def loss(outputs: Tensor, labels: Tensor) -> Any:
@@ -104,7 +104,7 @@ for apart, faults in ((False, (late_term, constant, changed_in_place)), (True, (
 
 
 def constant_when_sharded() -> None:
-    """Train a model whose weights are sharded, and whose loss is a constant in the third pass of the second process."""
+    """Train a sharded model whose loss is a constant in the third pass of the second process."""
     head = HEADS["causal LM, Llama"]
     model, passes = head.model(), 0
 

@@ -1,4 +1,4 @@
-"""Two processes and every way to cut: prints a JSON line {head, way: largest difference from one process}."""
+"""Cut windows on two processes in every way. Print a JSON line {head, way: largest difference from one process}."""
 
 import json
 import sys

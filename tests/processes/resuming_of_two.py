@@ -1,6 +1,6 @@
-"""Runs on two processes that are cut off and gone on with: prints a JSON line of what differs from undisturbed ones.
+"""Interrupt and resume runs on two processes. Print a JSON line of the differences from undisturbed runs.
 
-Arguments: a folder that has `one/`, a run of a single process that ended, and gets `two/`, one of both.
+The argument is a folder with `one/`, a finished single-process run. This script adds `two/`, a run of two processes.
 """
 
 import json
@@ -52,7 +52,7 @@ except Preempted as ended:
 again = fine_tuned(output_dir=str(folder / "asked"), resume="auto")
 found["asked"] = on_both(whole.differences(again))
 
-# One process's checkpoint on two; theirs, on one, is looked at by whoever started this.
+# Resume the checkpoint of a single process on two. The test resumes theirs on a single process.
 _, gone_on = elastic(resume=str(folder / "one" / "checkpoints" / "update-00000006"))
 elastic(output_dir=str(folder / "two"), checkpoint_every=3, keep_checkpoints=9)
 if state.is_main_process:

@@ -1,8 +1,8 @@
 """Three workers that share a study: for each line `URL N_TRIALS here|elsewhere` on standard input, three processes.
 
-Prints their numbers, and when all have ended their statuses, in the same order. They are forked, and so all begin at
-the same moment, and what takes longest, to import, is done once. "elsewhere" has each know as little of the others as
-if it ran on a machine of its own: of one that died it sees that its heartbeat has stopped.
+Print their ids and, when all have ended, their statuses in the same order. The processes are forked: they start
+simultaneously, and the imports, which take longest, happen once. With "elsewhere", each process treats the others as
+if they ran on other machines: it recognises a dead one only by its missing heartbeat.
 """
 
 import os
@@ -17,7 +17,7 @@ from searching import Layer, quick
 
 
 class Slow(Layer):
-    """Trials that take long enough to overlap, and for one to be ended in the middle."""
+    """A slow model, so that trials overlap and one can be killed in the middle."""
 
     def forward(self, points_BD: torch.Tensor) -> torch.Tensor:
         time.sleep(0.003)
@@ -27,9 +27,9 @@ class Slow(Layer):
 def work(url: str, n_trials: str, where: str) -> None:
     if where == "elsewhere":
         ftaccum.apps.search.retry._machine = lambda: f"the machine of {os.getpid()}"
-        # Of minutes, otherwise. One that is only slow must not be taken for dead.
+        # Seconds instead of minutes, but enough that a slow worker does not look dead.
         ftaccum.apps.search.study._HEARTBEAT, ftaccum.apps.search.study.GRACE = 1, 3
-    # The median prunes nobody in the beginning, when one is to be killed.
+    # The median pruner prunes no trial in the beginning, when the test kills a worker.
     quick(model_factory=Slow, storage=url, study_name="shared", n_trials=int(n_trials), pruner="median")
 
 
@@ -37,7 +37,7 @@ for order in sys.stdin:
     workers = []
     for _ in range(3):
         if (process := os.fork()) == 0:
-            sys.stdout = sys.stderr  # what a search shows is not for who reads this one's
+            sys.stdout = sys.stderr  # keep the search's output out of this script's output
             work(*order.split())
             sys.exit()
         workers.append(process)

@@ -1,8 +1,8 @@
 """A search in which each trial is run by two processes, as `two_processes` starts them.
 
-search_of_two.py FOLDER            a search whose trials are pruned in the middle, in turn with some that finish; one is
-                                   reassigned to another worker before it starts
-search_of_two.py FOLDER PROCESS    that process fails by itself in the second trial
+search_of_two.py FOLDER            a search that prunes every other trial in the middle; one trial is reassigned to
+                                   another worker before it starts
+search_of_two.py FOLDER PROCESS    only that process fails, in the second trial
 """
 
 import datetime
@@ -29,7 +29,7 @@ start = StudyTrialRecord.start
 
 
 class EveryOther(BasePruner):
-    """Knows the study on the first process alone."""
+    """A pruner of every other trial. It runs only on the first process."""
 
     def prune(self, study: Any, trial: Any) -> bool:
         assert study is not None
@@ -49,7 +49,7 @@ def factory() -> nn.Module:
 
 def start_too_late(record: StudyTrialRecord, attributes: Any) -> None:
     if record._trial.number == 4:
-        record._study.tell(4, state=TrialState.FAIL)  # as a worker does that takes this one for dead
+        record._study.tell(4, state=TrialState.FAIL)  # as another worker does if this one seems dead
     start(record, attributes)
 
 

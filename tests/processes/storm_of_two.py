@@ -1,5 +1,5 @@
-"""A small storm on one process and on two, and deaths at moments that it may miss. Starts its processes itself: a
-launcher would end those that are left."""
+"""Run a small storm on one process and on two, and kill processes at moments that it may miss. This script starts its
+own processes, because a launcher would end the survivors."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from forking import Team
 from storm import storm, table
 from storm_driver import LOST, Weather, work
 
-# What two processes do together before the first window and after the last one.
+# Collective operations before the first window and after the last one.
 MOMENTS = ["ftaccum.training.build_data.measured_objective", "ftaccum.training.run._over_processes"]
 
 

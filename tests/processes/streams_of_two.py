@@ -1,4 +1,4 @@
-"""Streams on two processes: prints a JSON line of differences from one process, rows seen, and what errors said."""
+"""Train on streams on two processes. Print a JSON line of differences from one process, rows seen, and errors."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class Closed(dict[str, Any]):
 
 
 with tempfile.TemporaryDirectory() as folder:
-    # Of the second process the stream would fail at once; nobody asks it.
+    # The second process's stream would fail at once, but only the first process reads.
     fails = Stream(BERT.rows(40), fails_after=0 if state.process_index else 23)
     errors = gather_object([[error_of(fails, folder), error_of(Stream([Closed(row) for row in BERT.rows(9)]))]])
     if state.is_main_process:

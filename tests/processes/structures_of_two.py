@@ -1,6 +1,6 @@
-"""Every structure on two processes: prints a JSON line {structure, how gradients are summed: largest relative error}.
+"""Train every structure on two processes. Print a JSON line {structure, way of summing: largest relative error}.
 
-One process alone has the row that takes the other branch. And two models with their weights sharded over both.
+Only one process has the row that takes the rare branch. Two models have their weights sharded over both processes.
 """
 
 import copy
@@ -28,7 +28,7 @@ SIZES = {"num_processes": 2, "batch_size": 1, "gradient_accumulation_steps": 3}
 
 
 def unlike(model: nn.Module) -> float:
-    """The largest difference between the processes in any weight."""
+    """Return how far any weight is from its mean over the processes, at most."""
     weights = nn.utils.parameters_to_vector(p.double() for p in model.parameters())
     return float((weights - torch.stack(gather_object([weights])).mean(0)).abs().max())
 
@@ -49,10 +49,10 @@ with all_in_float64():
             if name == "conditional branches":
                 rare.clear()
                 window_errors(model, structure.rows(), audit=False, **arguments)
-                # Once to have the gradient to compare with, and once in training, on one of the two.
+                # Both processes compute the reference gradient. Only one trains on the rare row.
                 assert sorted(gather_object([len(rare)])) == [1, 2]
 
-    # Weights that differ are made those of the first process.
+    # Differing weights become those of the first process.
     structure = STRUCTURES["frozen weights"]
     model = with_a_narrow_weight(structure.model())
     with torch.no_grad():
@@ -78,8 +78,8 @@ with all_in_float64():
     assert gather_object([result.skipped_steps, result.optimizer_steps]) == [1, 1, 1, 1]
     found["alike where one process overflows"] = unlike(model)
 
-    # So is one with a loss on one process that is not finite, though the gradient may be: both tell the row, and put
-    # their buffers back.
+    # So is an update whose loss is not finite on one process, even with a finite gradient. Both processes report the
+    # row and restore their buffers.
     for rows, loss in ((points(), nn.CrossEntropyLoss()), (infinite_rows(), infinite_loss)):
         model = Normed()
         before = copy.deepcopy(model.state_dict())
@@ -94,7 +94,7 @@ with all_in_float64():
 
 
 def trained(name: str) -> dict[str, Tensor]:
-    """Weights and norms after a run, which shows clipping, the optimizer and the schedule."""
+    """Return weights and norms after a run, which depend on clipping, the optimizer and the schedule."""
     model = HEADS[name].model()
     result = test_fine_tuning(
         model, train_data=HEADS[name].rows(), batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-3,

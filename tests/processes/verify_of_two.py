@@ -1,4 +1,4 @@
-"""`verify` on two processes: prints a JSON line of what it finds of heads, a broken accumulation and batch norm."""
+"""Run `verify` on two processes. Print a JSON line of its results for heads, a broken accumulation and batch norm."""
 
 import json
 import math
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 def of_head(name: str) -> Verification:
-    # Windows of 11 rows in micro-batches of 2 on each of two processes; in the remainder of 1, one has no row.
+    # Windows have 11 rows, in micro-batches of 2 on each process. In the remainder of 1, one process has no row.
     with all_in_float64():
         found = verify(HEADS[name].model(), HEADS[name].rows(30), batch_size=2, effective_batch_size=11, progress=False)
     assert found.num_processes == 2
@@ -39,7 +39,7 @@ if not state.is_main_process:
     Bench.accumulated = lambda *given: replace(accumulated(*given), loss=math.pi)  # type: ignore[method-assign]
 one_is_off = of_head(BERT)
 Bench.accumulated = accumulated  # type: ignore[method-assign]
-# Forgets that DDP averages over processes.
+# Without the factor that undoes DDP's mean over processes.
 LossNormalizer.for_backward = lambda self, contribution: contribution * self._passes  # type: ignore[method-assign]
 broken = of_head(BERT)
 told = {
