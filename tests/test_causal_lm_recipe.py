@@ -221,7 +221,7 @@ def test_bad_input_is_reported_in_one_sentence(recipe: ModuleType, model: str, t
         (["--max_length", "129"], SettingsError, "`max_length` must be at most 128, the model's limit"),
         (["--max_length", "10"], DataError, "6 of 6 rows of `train_data` have no answer within 10 tokens. Raise"),
         (["--train_data", str(spoiled)], DataError, "Row 6 of `train_data`: The first message has the role"),
-        (["--messages_column", "talk"], DataError, "have no column 'talk', only"),
+        (["--messages_column", "talk"], DataError, "have no column 'talk'. Give"),
         (["--model", mute], SettingsError, "has no chat template"),
         (["--model", str(tmp_path / "absent")], SettingsError, "cannot be loaded"),
     ):

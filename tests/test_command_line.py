@@ -110,7 +110,7 @@ def test_bad_input_is_reported_in_one_sentence_with_status_2(
             "Rows 'absent.csv' cannot be read: there is no such",
         ),
         (["train", "--model", "/absent", "--train_data", rows], "`model` '/absent' cannot be loaded"),
-        (["train", "--model", model, "--train_data", rows, "--label_column", "x"], "have no column 'x', only"),
+        (["train", "--model", model, "--train_data", rows, "--label_column", "x"], "have no column 'x'. Give"),
         (["train", "--model", model, "--train_data", rows, "--task", "x"], "`task` must be one of"),
         (["train", "--config", str(yaml)], "has the unknown key 'learnig_rate'. Did you mean 'learning_rate'?"),
         (["train", "--config", str(tmp_path / "absent.yaml")], "cannot be read"),

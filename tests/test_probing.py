@@ -145,7 +145,7 @@ def test_an_invalid_count_is_refused(counted: Any) -> None:
 
 def test_a_loss_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(
-        SettingsError, match=r"`loss_fn` or the model must return one number, .* but 'loss' is \(8, 3\)|\(\d, 3\)"
+        SettingsError, match=r"`loss_fn` or the model must return one number, .* but 'loss' is (?:\(8, 3\)|\(\d, 3\))"
     ):
         test_fine_tuning(Pooled(), train_data=ROWS, loss_fn=lambda outputs, _: outputs, n_epochs=1, progress=False)
 

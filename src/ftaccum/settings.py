@@ -81,8 +81,8 @@ class Recipe:
     )
     gradient_accumulation_steps: Steps = _asked_size(
         1,
-        "micro-batches per update on each process (k); 0:2,100:8 means 2 for the first 100 updates and 8 after them; leave at 1 "
-        "to set effective_batch_size or tokens_per_update",
+        "micro-batches per update on each process (k); 0:2,100:8 means 2 for the first 100 updates and 8 after them; "
+        "leave at 1 to set effective_batch_size or tokens_per_update",
         unsearchable=OWN_ARGUMENT,
     )
     effective_batch_size: PositiveInt | None = _asked_size(

@@ -125,8 +125,8 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
     missing = [old for old in columns or {} if old not in rows.column_names]
     if missing:
         raise DataError(
-            f"Rows {source!r} have no column {missing[0]!r}. Their columns are {rows.column_names}: name the one with the "
-            "labels in `label_column`."
+            f"Rows {source!r} have no column {missing[0]!r}. Give the name of one of their columns instead: "
+            f"{rows.column_names}."
         )
     return _renamed(rows, columns or {})
 
