@@ -179,9 +179,9 @@ def test_rows_separated_in_one_way_are_enough(given: str) -> None:
 
 def test_a_sample_without_cuts_is_collated() -> None:
     of = sample(cut=None)
-    assert [len(part[1]) for part in of.apart((X, Y), ([0], [1, 2]))] == [1, 2]
+    assert [len(part[1]) for part in of.separate((X, Y), ([0], [1, 2]))] == [1, 2]
     with pytest.raises(AssertionError, match="`cut` or `collated` is given"):
-        sample(cut=None, collated=None).apart((X, Y), ([0],))
+        sample(cut=None, collated=None).separate((X, Y), ([0],))
 
 
 def test_a_model_that_cannot_be_widened_is_measured_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,8 @@ class MovingBuffers:
             return
         self._specs = specs
         everyone: list[Mapping[str, Any]] = self._process_group.gather(specs)
-        alike = [name for name, spec in everyone[0].items() if all(other.get(name) == spec for other in everyone)]
-        self._shared = [places[name] for name in alike]
+        equal = [name for name, spec in everyone[0].items() if all(other.get(name) == spec for other in everyone)]
+        self._shared = [places[name] for name in equal]
         self._still = {place: still for place, still in self._still.items() if place in self._shared}
 
 

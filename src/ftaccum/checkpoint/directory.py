@@ -67,30 +67,35 @@ class CheckpointDirectory:
             if best_epoch is None or _order(path)[1] != best_epoch:
                 _remove(path)
 
-    def set_aside(self, behind: Path | None, damaged: Collection[Path]) -> None:
+    def set_aside(self, resumed_from: Path | None, damaged: Collection[Path]) -> None:
         """Clear the folder for a run that resumes from a checkpoint or starts anew.
 
         Moves newer checkpoints of an earlier run to a sibling folder, which loses its previous contents. Removes
         unfinished checkpoints. Logs both.
 
         Args:
-            behind: the checkpoint to resume from, in this folder or elsewhere; it stays in place. None for a new run.
+            resumed_from: the checkpoint to resume from, in this folder or elsewhere, which stays in place; None for a
+                new run.
             damaged: damaged checkpoints. Of those in this folder, the newest is renamed and the others are removed.
         """
         for path in self._all():
             if _UNFINISHED.fullmatch(path.name):
                 logger.warning(f"Removed {path}, which was not written completely.")
                 shutil.rmtree(path, ignore_errors=True)
-        behind = None if behind is None else behind.resolve()
+        resumed_from = None if resumed_from is None else resumed_from.resolve()
         own = [path for path in damaged if _same(path.parent, self.folder)]
         if own:
             self._mark_damaged(own)
-        is_own = behind is not None and _same(behind.parent, self.folder)
-        first = _order(behind) if behind is not None and is_own else (-1, 0)
-        newer = [path for path in self.checkpoints() if _order(path) > first and not _same(path, behind)]
+        is_own = resumed_from is not None and _same(resumed_from.parent, self.folder)
+        first = _order(resumed_from) if resumed_from is not None and is_own else (-1, 0)
+        newer = [path for path in self.checkpoints() if _order(path) > first and not _same(path, resumed_from)]
         if not newer:
             return
-        aside = next(folder for folder in self._beside() if behind is None or not _same(behind.parent, folder))
+        aside = next(
+            folder
+            for folder in self._set_aside_folders()
+            if resumed_from is None or not _same(resumed_from.parent, folder)
+        )
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         for path in newer:
@@ -99,7 +104,7 @@ class CheckpointDirectory:
 
     def clear(self) -> None:
         """Remove all checkpoints, including those that `set_aside` moved."""
-        for folder in (self.folder, *self._beside()):
+        for folder in (self.folder, *self._set_aside_folders()):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _mark_damaged(self, paths: Collection[Path]) -> None:
@@ -113,7 +118,7 @@ class CheckpointDirectory:
                 _remove(path)
             newest.rename(newest.with_name(f"{_DAMAGED}{newest.name}"))
 
-    def _beside(self) -> list[Path]:
+    def _set_aside_folders(self) -> list[Path]:
         return [self.folder.with_name(name) for name in _PREVIOUS]
 
     def _all(self) -> list[Path]:

@@ -173,8 +173,8 @@ def _work(make: Make, jobs: connection.Connection, results: connection.Connectio
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    told: dict[str, Any] = {**place, "seed": torch.initial_seed() + place["id"], "dataset": make}
-    _of_torch._worker_info = _of_torch.WorkerInfo(**told)  # what `get_worker_info` returns to a data set
+    info: dict[str, Any] = {**place, "seed": torch.initial_seed() + place["id"], "dataset": make}
+    _of_torch._worker_info = _of_torch.WorkerInfo(**info)  # what `get_worker_info` returns to a data set
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(jobs, todo), daemon=True).start()
     while True:

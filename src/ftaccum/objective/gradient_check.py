@@ -82,18 +82,18 @@ class GradientCheck:
         return self.gradient([batch], needs_gradient=True)
 
     def difference(
-        self, together: GradientSketch, apart: Sequence[Batch], reordered: Batch | None, tolerance: float
+        self, together: GradientSketch, separate: Sequence[Batch], reordered: Batch | None, tolerance: float
     ) -> GradientDifference:
         """Return how far the gradient accumulated over separate batches is from that of one batch.
 
         Args:
             together: the sketch of the gradient of one batch.
-            apart: the same rows in separate batches.
+            separate: the same rows in separate batches.
             reordered: the rows in another order, to measure rounding with; None if their order is fixed.
             tolerance: the largest relative difference that counts as rounding.
         """
         size, sizes = together.norm(), together.norms()
-        off = together.minus(self.gradient(apart)).norms()
+        off = together.minus(self.gradient(separate)).norms()
         if not math.isfinite(size) or not size:
             return GradientDifference()
 

@@ -97,11 +97,11 @@ def choose(losses: Losses, together: Batch, parts: Cut, ways: Ways, ignore_index
 
 
 def _closest(losses: Losses, together: Batch, parts: Cut, ways: Ways) -> dict[str, list[str]]:
-    joint, apart = losses(together), parts(together)
-    means = [losses(part) for part in apart]
+    joint, separate = losses(together), parts(together)
+    means = [losses(part) for part in separate]
     tied = {}
     for term, by_way in ways.items():
-        found = {way: difference(joint, means, apart, term, count) for way, count in by_way.items()}
+        found = {way: difference(joint, means, separate, term, count) for way, count in by_way.items()}
         tied[term] = [way for way, off in found.items() if off <= min(found.values()) + _TIE]
     return tied
 
@@ -128,15 +128,15 @@ def explain(
     groups = [group for group in (cut(together) if cut else [], padded_apart) if group]
     assert groups, "`cut` or `padded_apart` is given"
     found, adds_up = [], False
-    for apart in groups:
-        means = [losses(part) for part in apart]
-        found.append({term: difference(joint, means, apart, term, count) for term, count in chosen.items()})
+    for separate in groups:
+        means = [losses(part) for part in separate]
+        found.append({term: difference(joint, means, separate, term, count) for term, count in chosen.items()})
         sums = {term: sum(mean[term] for mean in means) for term in joint}
         adds_up = adds_up or all(relative(sums[term], joint[term]) <= tolerance for term in joint)
-    alike, apart_ = found[0], found[-1]
+    equal_width, own_width = found[0], found[-1]
     # Terms that are explained only if all groups have the same width: a softmax over padding, for example.
-    sensitive = [apart_[term] for term in chosen if alike[term] <= tolerance < apart_[term]]
-    return Explanation(alike if sensitive else apart_, max(sensitive, default=0.0), adds_up)
+    sensitive = [own_width[term] for term in chosen if equal_width[term] <= tolerance < own_width[term]]
+    return Explanation(equal_width if sensitive else own_width, max(sensitive, default=0.0), adds_up)
 
 
 def difference(

@@ -50,7 +50,7 @@ class Sample:
     rare: Sequence[RowGroup] = ()
     not_looked_at: str = ""
 
-    def apart(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
+    def separate(self, batch: Batch, groups: Groups) -> Sequence[Batch]:
         """Return a batch of the four rows in groups, at the width of the batch if possible."""
         if self.cut is not None:
             return self.cut(batch, groups)

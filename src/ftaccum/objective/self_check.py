@@ -172,7 +172,7 @@ class _Measurement:
 
     @property
     def _cut(self) -> Cut | None:
-        return None if self.sample.cut is None else lambda batch: self.sample.apart(batch, UNEQUAL)
+        return None if self.sample.cut is None else lambda batch: self.sample.separate(batch, UNEQUAL)
 
     @property
     def _collated(self) -> Sequence[Batch]:
@@ -180,7 +180,7 @@ class _Measurement:
 
     def _apart(self, batch: Batch) -> Sequence[Batch]:
         """Return the rows in groups of unequal size, at the width of the batch if possible."""
-        return self.sample.apart(batch, UNEQUAL)
+        return self.sample.separate(batch, UNEQUAL)
 
     def _rare_check(self, losses: Losses) -> RareCheck:
         together = self.sample.together
@@ -249,7 +249,7 @@ class _Measurement:
         mode = DeterministicMode.of(self.model, run, self.forward.modules)
         # The user's count is of the whole loss, and so is the count that divides a sum.
         if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
-            few = self.sample.apart(self.sample.together, PAIRS if mode.moving else SINGLE)
+            few = self.sample.separate(self.sample.together, PAIRS if mode.moving else SINGLE)
             with mode.passes():
                 self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
         return mode

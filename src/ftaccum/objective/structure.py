@@ -121,7 +121,7 @@ def check_means(losses: Losses, sample: Sample, counts: Mapping[str, CountItems]
             refuse_mean_over_nothing(term, loss, ROWS)
         if not is_faulty(sample.together, term):
             continue
-        singly = sample.apart(sample.together, [[n] for n in range(len(sample.names))])
+        singly = sample.separate(sample.together, [[n] for n in range(len(sample.names))])
         named = zip(sample.names, singly, strict=True)
         # The sample may contain a row more than once.
         faulty = list(dict.fromkeys(name for name, row in named if is_faulty(row, term)))

@@ -53,13 +53,13 @@ class TrainMode:
             joint = from_the_start(together)
             if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
                 return InTraining(dict.fromkeys(chosen, 0.0))
-            apart = self.sample.apart(together, PAIRS)
-            means = [from_the_start(part) for part in apart]
+            separate = self.sample.separate(together, PAIRS)
+            means = [from_the_start(part) for part in separate]
             complaint = self._complaint_of_one_row() if moving else None
             once = self.losses(together)
             again = self.losses(together) if moving else once
         return InTraining(
-            {term: difference(joint, means, apart, term, count) for term, count in chosen.items()},
+            {term: difference(joint, means, separate, term, count) for term, count in chosen.items()},
             max(relative(again[term], once[term]) for term in chosen),
             [f"{type(module).__name__} {name!r}" for name, module in moving.items()],
             complaint,
@@ -89,12 +89,12 @@ class TrainMode:
             if not exact:
                 return GradientDifference()
             reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
-            return check.difference(joint, self.sample.apart(together, groups), reordered, tolerance)
+            return check.difference(joint, self.sample.separate(together, groups), reordered, tolerance)
 
     def _complaint_of_one_row(self) -> str | None:
         # Batch norm raises for a single value.
         try:
-            self.losses(self.sample.apart(self.sample.together, SINGLE)[0])
+            self.losses(self.sample.separate(self.sample.together, SINGLE)[0])
         except ValueError as error:
             return str(error)
         return None

@@ -27,10 +27,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: if writing, flushing or renaming fails.
     """
-    with _beside(path) as (beside, target):
-        yield beside
-        fsync_path(beside)
-        os.replace(beside, target)
+    with _partial(path) as (partial, target):
+        yield partial
+        fsync_path(partial)
+        os.replace(partial, target)
         fsync_path(target.parent)
 
 
@@ -48,15 +48,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: if writing, flushing or renaming fails.
     """
-    with _beside(path) as (beside, target):
-        beside.mkdir()
-        yield beside
-        for folder, _, names in os.walk(beside, topdown=False):
+    with _partial(path) as (partial, target):
+        partial.mkdir()
+        yield partial
+        for folder, _, names in os.walk(partial, topdown=False):
             for name in names:
                 fsync_path(Path(folder, name))
             fsync_path(Path(folder))
-        if not (target.exists() and _exchanged(beside, target)):
-            _put_in_place(beside, target)
+        if not (target.exists() and _exchanged(partial, target)):
+            _put_in_place(partial, target)
         fsync_path(target.parent)
 
 
@@ -121,16 +121,16 @@ def fsync_path(path: str | Path) -> None:
 
 
 @contextmanager
-def _beside(path: str | Path) -> Iterator[tuple[Path, Path]]:
+def _partial(path: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield a temporary path in the same folder, unused before and after, and `path` with links resolved."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.partial")
-    _remove(beside)
+    partial = target.with_name(f".{target.name}.partial")
+    _remove(partial)
     try:
-        yield beside, target
+        yield partial, target
     finally:
-        _remove(beside)
+        _remove(partial)
 
 
 def _remove(path: Path) -> None:
@@ -150,13 +150,13 @@ def _exchanged(one: Path, other: Path) -> bool:
     return bool(rename(_AT_WORKING_FOLDER, os.fsencode(one), _AT_WORKING_FOLDER, os.fsencode(other), _EXCHANGE) == 0)
 
 
-def _put_in_place(beside: Path, target: Path) -> None:
+def _put_in_place(partial: Path, target: Path) -> None:
     replaced = target.with_name(f".{target.name}.replaced")
     _remove(replaced)
     with suppress(FileNotFoundError):
         target.rename(replaced)
     try:
-        beside.rename(target)
+        partial.rename(target)
     except OSError:
         with suppress(FileNotFoundError):
             replaced.rename(target)

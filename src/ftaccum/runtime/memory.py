@@ -41,8 +41,8 @@ class FailedPass:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out, so that a smaller micro-batch may help."""
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
-    return isinstance(error, torch.OutOfMemoryError) or told
+    is_named = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or is_named
 
 
 def give_back_memory() -> None:

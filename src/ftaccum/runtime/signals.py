@@ -44,8 +44,8 @@ class StopSignals:
         if self._is_kept or not in_main:
             yield
             return
-        heard = [number for number in self._numbers if signal.getsignal(number) != signal.SIG_IGN]
-        before: dict[int, Callable[..., Any] | int | None] = {n: signal.signal(n, self._keep) for n in heard}
+        handled = [number for number in self._numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before: dict[int, Callable[..., Any] | int | None] = {n: signal.signal(n, self._keep) for n in handled}
         self._is_kept = True
         try:
             yield

@@ -95,13 +95,13 @@ def _there_now(path: Path) -> list[str]:
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save the model and its tokenizer in the form that `from_pretrained` and `pipeline` read."""
-    with atomic_directory(folder) as beside:
+    with atomic_directory(folder) as partial:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(beside)
+            model.save_pretrained(partial)
         else:
-            save_model(model, str(beside / "model.safetensors"))
+            save_model(model, str(partial / "model.safetensors"))
         if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
+            tokenizer.save_pretrained(partial)
 
 
 def _bytes_of(model: nn.Module) -> int:

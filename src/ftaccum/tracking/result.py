@@ -177,8 +177,8 @@ class Result(Mapping[str, Any]):
 
         An existing file is replaced only when the new one is complete.
         """
-        with atomic_write(path) as beside:
-            beside.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
+        with atomic_write(path) as partial:
+            partial.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":

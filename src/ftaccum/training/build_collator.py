@@ -96,12 +96,12 @@ def measure_documents(
         return Documents(kept_apart=False, problem="it does not have one label per token")
     few = (labelled * _FEW)[:_FEW]  # repeated if there are too few: a single row has no other row to attend to
     documents = [document for row in rows.fetch(few) for document in _documents(row, columns)]
-    beside, behind = copy.copy(padding), copy.copy(padding)
-    beside.columns = behind.columns = columns = columns.without("attention_mask")
-    beside.left = False  # with padding on the left, the first label would be predicted from padding
-    behind.documents = Documents(shifted=objective.shifts)
+    as_documents, as_packed = copy.copy(padding), copy.copy(padding)
+    as_documents.columns = as_packed.columns = columns = columns.without("attention_mask")
+    as_documents.left = False  # with padding on the left, the first label would be predicted from padding
+    as_packed.documents = Documents(shifted=objective.shifts)
     packed = [_joined(documents[n::rows_at_once], columns) for n in range(rows_at_once)]
-    off = difference_of_packing(components.model, forward, objective, beside(documents), behind(packed))
+    off = difference_of_packing(components.model, forward, objective, as_documents(documents), as_packed(packed))
     if off <= EXPLAINED:
         return Documents(kept_apart=True, shifted=objective.shifts)
     name = type(components.model).__name__

@@ -128,8 +128,8 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             f"`reduction` must be 'mean' or 'sum', but is {shown(components.reduction)} instead. "
             "Choose 'mean' if `loss_fn` returns the mean over its items, 'sum' if it returns their sum."
         )
-    told = (fault_of_metrics(components.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
-    faults += [fault for fault in told if fault]
+    more = (fault_of_metrics(components.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
+    faults += [fault for fault in more if fault]
     if components.val_data is None and not recipe.validation_split:
         needs = {
             "early_stopping_patience": recipe.early_stopping_patience is not None,

@@ -16,7 +16,7 @@ from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import inspection_mode
 
-_ALL_TOLD = 10  # the first faults are all reported; later ones only if their number is a power of two
+_ALL_REPORTED = 10  # the first faults are all reported; later ones only if their number is a power of two
 _NAMED = 8  # the maximum number of rows to name in a message
 _CALM = "Lower `learning_rate` or `gradient_clip_norm`, or lengthen the warm-up"
 
@@ -163,7 +163,7 @@ class NonFiniteHandler:
             return
         nth = self.counts.one_more(fault)
         ended_by = self._ended_by(fault)
-        if ended_by is None and nth > _ALL_TOLD and nth & (nth - 1):
+        if ended_by is None and nth > _ALL_REPORTED and nth & (nth - 1):
             return
         if fault.is_overflow and ended_by is None:
             logger.warning(
@@ -172,12 +172,12 @@ class NonFiniteHandler:
             )
             return
         looked = self._look(fault)
-        said = f"Update {fault.update} is skipped: {self._describe(fault, looked)}"
+        message = f"Update {fault.update} is skipped: {self._describe(fault, looked)}"
         if ended_by is not None:
             rows = tuple(self._loader.name_of(row) for row in looked.found)
-            self.counts.ended = f"{said} {ended_by} {_remedy(fault, looked)}"
+            self.counts.ended = f"{message} {ended_by} {_remedy(fault, looked)}"
             raise DivergedError(self.counts.ended, fault.update, rows)
-        logger.warning(said + _fewer(nth))
+        logger.warning(message + _fewer(nth))
 
     def _ended_by(self, fault: NonFiniteUpdate) -> str | None:
         if self._raises and not fault.is_overflow:
@@ -245,7 +245,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _fewer(nth: int) -> str:
-    return " From now on, only the 16th, the 32nd and so on are reported." if nth == _ALL_TOLD else ""
+    return " From now on, only the 16th, the 32nd and so on are reported." if nth == _ALL_REPORTED else ""
 
 
 def _remedy(fault: NonFiniteUpdate, looked: _Looked) -> str:

@@ -58,5 +58,5 @@ def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
 def _finish(folder: Path, identity: dict[str, Any], result: Result) -> None:
     """Record which trial the model in the folder is from, if all outputs could be written."""
     if not result.unwritten:
-        with atomic_write(_record_of(folder)) as beside:
-            beside.write_text(json.dumps(identity, indent=2) + "\n")
+        with atomic_write(_record_of(folder)) as partial:
+            partial.write_text(json.dumps(identity, indent=2) + "\n")

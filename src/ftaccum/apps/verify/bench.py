@@ -92,8 +92,8 @@ class Bench:
             try:
                 losses = accumulator.accumulate(share).losses
             except WindowOutOfMemoryError as error:
-                said = f" The device reported: {error.failed.message}" if error.failed else ""
-                raise torch.OutOfMemoryError(f"Memory ran out while accumulating '{split.name}'.{said}") from error
+                reason = f" The device reported: {error.failed.message}" if error.failed else ""
+                raise torch.OutOfMemoryError(f"Memory ran out while accumulating '{split.name}'.{reason}") from error
         return WindowGradient(taken(self.run.model, self.scale), gathered([losses], self.run.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:

@@ -14,7 +14,7 @@ from ...runtime.model_context import unwrap_on_exit
 from .bench import Bench
 from .gradients import WindowGradient
 from .peers import divided_by_k, why_not_trainer, with_trainer
-from .precision import said
+from .precision import shown
 from .report import SplitResult
 from .splits import Split, splits_of
 
@@ -139,7 +139,7 @@ class Comparison:
                 found = with_trainer(self.bench, split)
         except Exception as error:  # Trainer may raise anything for a model that it does not support
             self.bench.run.model.zero_grad(set_to_none=True)
-            return SplitResult(*split.summary, note=f"({said(error)})")
+            return SplitResult(*split.summary, note=f"({shown(error)})")
         return SplitResult(*split.summary, *_errors(found, whole))
 
     def _in_order(self, name: str, rows: RowIndices) -> Split:

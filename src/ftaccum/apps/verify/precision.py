@@ -68,7 +68,7 @@ def has_room(model: nn.Module, dtype: torch.dtype | None) -> bool:
     return needed < free_on_host() / here
 
 
-def said(error: Exception) -> str:
+def shown(error: Exception) -> str:
     """Return the first line of an error of other code, shortened."""
     words = f"{type(error).__name__}: {error}".splitlines()[0]
     return words if len(words) <= _LONGEST else words[:_LONGEST] + " …"

@@ -38,8 +38,8 @@ def traits_of(rows: Rows) -> Traits:
     present = by_kind.get("has", {}).values()
     lacking = [sorted({*range(n_rows)}.difference(positions)) for positions in present if len(positions) < n_rows]
     # If most rows have different values, no value is rare.
-    told = [known for known in by_kind.values() if len(known) <= max(2, n_rows // 2)]
-    return [*(positions for known in told for positions in known.values()), *lacking]
+    known_values = [known for known in by_kind.values() if len(known) <= max(2, n_rows // 2)]
+    return [*(positions for known in known_values for positions in known.values()), *lacking]
 
 
 def rarest(traits: Traits, n_rows: int, known: Collection[int] = ()) -> list[int]:

@@ -123,15 +123,15 @@ class Verification:
             return "EXACT: however the rows are split, gradient and loss are those of one batch."
         failed = [measured for measured in self.splits if not measured.exact]
         worst = max(failed, key=lambda measured: measured.gradient_error or 0.0)
-        told = "" if self.reasons else " The check before training found no reason. Is `count_items` right?"
+        remedy = "" if self.reasons else " The check before training found no reason. Is `count_items` right?"
         if not self.reasons and "weighted by" in self.counted_by:
-            told = (
+            remedy = (
                 " The weights of the loss were measured in float32, which is right to about 1e-6. Give them, as "
                 "`loss_fn=nn.CrossEntropyLoss(weight=…)` or in `count_items`, to have them in full precision."
             )
         return (
             f"NOT EXACT: {len(failed)} of {len(self.splits)} ways to split the rows differ from one batch; the "
-            f"gradient of '{worst.split}' is off by {_figure(worst.gradient_error)}.{told}"
+            f"gradient of '{worst.split}' is off by {_figure(worst.gradient_error)}.{remedy}"
         )
 
     def to_json(self) -> str:

@@ -27,7 +27,7 @@ from ...training.config import RunConfig
 from ...training.parameter_groups import trainable_parameters
 from .bench import Bench
 from .compare import Compared, Comparison
-from .precision import candidates, dtype_of, has_room, measured_in, said, tolerance_for
+from .precision import candidates, dtype_of, has_room, measured_in, shown, tolerance_for
 from .rare_rows import Traits, rarest, traits_of, with_rare_rows
 from .reference import Reference
 from .report import Verification
@@ -141,7 +141,7 @@ class VerificationRun(Run):
         except Exception as error:
             self.model.zero_grad(set_to_none=True)
             give_back_memory()
-            return f"{type(self.model).__name__} cannot run in this type ({said(error)})"
+            return f"{type(self.model).__name__} cannot run in this type ({shown(error)})"
         return None
 
     def _that_fits(self, bench: Bench) -> Bench:

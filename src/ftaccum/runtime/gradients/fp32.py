@@ -59,7 +59,7 @@ class Fp32Gradients(GradientStrategy):
                 values = p.data.contiguous()
                 distributed.broadcast(values, src=0)
                 p.data.copy_(values)
-        place_state(self._optimizer.behind)
+        place_state(self._optimizer.wrapped)
         optimizer = accelerator.prepare_optimizer(self._optimizer, device_placement=False)
         # Accelerate leaves DDP out in "evaluation mode".
         return accelerator.prepare_model(model, evaluation_mode=True), optimizer
@@ -112,13 +112,13 @@ class _Rounding(Optimizer):
     gradients rounded to the dtype of its weights.
 
     Attributes:
-        behind: the wrapped optimizer, which takes the step.
+        wrapped: the wrapped optimizer, which takes the step.
         sums: maps each weight to its stand-in, which has the weight's shape, no memory of that size, and the sum as its
             `grad`.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.behind = optimizer
+        self.wrapped = optimizer
         self.sums: dict[nn.Parameter, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
@@ -130,7 +130,7 @@ class _Rounding(Optimizer):
             return loss
 
         self._round()
-        self.behind.step(None if closure is None else evaluate)
+        self.wrapped.step(None if closure is None else evaluate)
         self._drop()
 
     def _drop(self) -> None:
