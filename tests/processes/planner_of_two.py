@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.distributed import Reducer
 from torch.nn.parallel import DistributedDataParallel
 
 from invariance import difference, trained
@@ -15,25 +16,30 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 
-synced: list[bool] = []
-forward = DistributedDataParallel.forward
+passes: list[str] = []
+forward, reduce_after = DistributedDataParallel.forward, Reducer.prepare_for_backward
 
 
-def item_counter(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
-    synced.append(model.require_backward_grad_sync)
+def counted_forward(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    passes.append("forward")
     return forward(model, *args, **kwargs)
 
 
-DistributedDataParallel.forward = item_counter
+def counted_reduction(reducer: Reducer, *args: Any) -> Any:
+    passes.append("reduction")
+    return reduce_after(reducer, *args)
+
+
+DistributedDataParallel.forward, Reducer.prepare_for_backward = counted_forward, counted_reduction
 alone = torch.load(sys.argv[1], weights_only=False)
 found, unsynced = {}, 0
 for name, (short, long) in alone.items():
     for way, arguments in json.loads(Path(sys.argv[2]).read_text()).items():
         if way != "padding-free" or name.startswith("causal"):
-            synced.clear()
+            passes.clear()
             run = trained(name, 4, audit=False, **arguments)
-            assert sum(synced) == len(run[1].loss_history), "gradients are reduced once an update"
-            unsynced += len(synced) - sum(synced)
+            assert passes.count("reduction") == len(run[1].loss_history), "gradients are reduced once an update"
+            unsynced += passes.count("forward") - passes.count("reduction")
             found[f"{name}, {way}"] = difference(long if "n_epochs" in arguments else short, run)
 assert unsynced > 0
 if state.is_main_process:

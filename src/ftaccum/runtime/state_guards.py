@@ -94,7 +94,8 @@ def in_memory(buffer: Tensor) -> Tensor:
 
 def bytes_of(buffer: Tensor) -> Tensor:
     """Return the bytes of a strided buffer as a 1-D tensor."""
-    return buffer.detach().reshape(-1).contiguous().view(torch.uint8)
+    flat = buffer.detach().reshape(-1).contiguous()
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # the stride of a single element may be 0
 
 
 def fingerprint(buffer: Tensor) -> Tensor:
