@@ -129,7 +129,7 @@ class RareCheck:
         for group, of_group in zip(self._groups, weights, strict=True):
             counts = np.array([count(group.take([n])) for n in range(len(group.names))])
             with np.errstate(divide="ignore", invalid="ignore"):
-                each = of_group.values / counts * counts[0]
+                each = np.round(of_group.values / counts * counts[0], 9)
             named += [
                 f"{name}: {each[n]:.3g} times" for n, name in enumerate(group.names) if not abs(each[n] - 1) <= _UNLIKE
             ]
