@@ -181,6 +181,16 @@ def test_a_class_that_weighs_nothing_is_measured(seed: int) -> None:
     assert verify_weighted(rows, torch.tensor([1.0, 0.0, 5.0]), seed).exact
 
 
+def test_a_weight_too_small_to_measure_is_reported() -> None:
+    """A tiny weight is not 0: a window of such rows alone has a gradient of full size."""
+    draw = torch.Generator().manual_seed(0)
+    classes = torch.multinomial(torch.tensor([0.4, 0.3, 0.3]), 600, replacement=True, generator=draw)
+    rows = [({"x": torch.randn(4, generator=draw)}, int(label)) for label in classes]
+    found = verify_weighted(rows, torch.tensor([1.0, 1.0, 1e-6]), 0)
+    assert not found.exact
+    assert "row" in found.reasons[0]
+
+
 def verify_weighted(rows: Sequence[Any], weight: Tensor, seed: int) -> Verification:
     """Verify a linear classifier of three classes whose loss function weights them."""
     torch.manual_seed(seed)

@@ -74,7 +74,7 @@ class Rows:
         return f"row {self._name(position)}"
 
     def names_of(self, positions: Sequence[int]) -> str:
-        """Return how messages name several rows, one of which is at fault."""
+        """Return the name in messages for several rows that include a faulty one."""
         named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
         more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
         return f"rows {named}{more}"

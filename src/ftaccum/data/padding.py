@@ -44,8 +44,8 @@ class PaddingCollator:
         """Args:
         rules: which columns a batch takes.
         ignore_index: the value to pad labels with.
-        bucketed_up_to: the length of the longest row of all. Batches are then padded to one of a few widths, of which
-            this is the largest. None to pad to the longest row of the batch.
+        bucketed_up_to: the length of the longest row of all. Batches are then padded to one of a few widths, up to this
+            one. None to pad to the longest row of the batch.
         """
         self.rules = rules
         self.columns: Columns | None = None

@@ -110,7 +110,7 @@ def sample_of(
 
 
 def _rare_groups(rows: Rows, row_collator: RowCollator, rare: RareRows) -> list[RowGroup]:
-    """Return the rare rows in small groups, each of which begins with the common row."""
+    """Return the rare rows in small groups that all begin with the common row."""
     groups: list[list[int]] = []
     for position, row in zip(rare.positions[1:], rows.fetch(rare.positions[1:]), strict=True):
         if not groups or len(groups[-1]) > min(_GROUP, _GROUP_TOKENS // (length_of(row) or 1)):

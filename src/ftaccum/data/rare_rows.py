@@ -21,7 +21,7 @@ _LAZY_ROWS = 256  # to look at, if fetching a row computes it
 _FETCHED_ROWS = 50_000  # to look at, if they are in memory, but not in a table
 _MOST_NUMBERS = 10_000_000  # a column with more is left out; this many take half a second
 _MOST_LABELS, _MOST_KINDS = 1000, 64  # distinct values of labels, and of other columns; a vocabulary has more
-_FEW_LABELS = 32  # values of labels, for each of which one more row may be chosen
+_FEW_LABELS = 32  # label values; up to this number, one more row may be chosen for each
 
 Values = dict[Any, tuple[int, int]]  # value → how often it occurs, and the shortest row that has it
 

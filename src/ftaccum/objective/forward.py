@@ -31,7 +31,7 @@ class Forward:
             model: the model, not yet wrapped for several processes.
             batch: a collated batch, whose columns decide which loss to use.
             loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for mappings, or None.
-            token_ids: whether rows are nothing but token ids, each of which is the target of the one before.
+            token_ids: whether rows contain only token ids, so that each token is the target of the token before it.
 
         Raises:
             DataError: if the model and the batch give no loss. The message says what is missing.

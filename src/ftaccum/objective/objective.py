@@ -45,7 +45,7 @@ class Objective:
         Args:
             batch: a copy (`fresh_batch`), because the forward pass may change it.
             counts: the batch's number of loss items, by term.
-            terms: the terms of which the batch has items; the mean of any other would be NaN.
+            terms: the terms with items in the batch; the mean of any other would be NaN.
             rows: the name of the rows in messages.
 
         Raises:

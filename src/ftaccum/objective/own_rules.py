@@ -96,7 +96,7 @@ class ValueWeights:
         if (unknown := values[places] != found).any():
             raise DataError(
                 f"The loss weights items by {self.items.column!r}. The check before training measured the weights on a "
-                f"few rows, none of which has the value {found[unknown][0].item():g}. Give "
+                f"few rows, but none of these has the value {found[unknown][0].item():g}. Give "
                 "`nn.CrossEntropyLoss(weight=…)` as `loss_fn`, or `count_items`."
             )
         return float(torch.tensor(self.weights, dtype=torch.float64)[places].sum())

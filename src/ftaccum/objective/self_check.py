@@ -262,7 +262,7 @@ class _Counts:
     Attributes:
         names: the names of the counts.
         by_term: the counts themselves.
-        empty: the terms of which the first rows have no items.
+        empty: the terms without items in the first rows.
         recounts: the counts of all terms after the check on rare rows, if there was one.
         own_rules: the counts that are none of the named ways, because the loss has a rule of its own.
         shifts: whether logits predict the next label.
@@ -277,7 +277,7 @@ class _Counts:
 
     @property
     def with_items(self) -> dict[str, CountItems]:
-        """The counts of the terms of which the first rows have items."""
+        """The counts of the terms with items in the first rows."""
         return {term: count for term, count in self.by_term.items() if term not in self.empty}
 
 
