@@ -75,7 +75,7 @@ class Ended:
         for name in ("loss", "grad_norm", "lr", "train_loss", "val_loss"):
             one, two = (getattr(run.result, f"{name}_history") for run in (self, other))
             found += [f"{name}_history"] if repr(one) != repr(two) else []
-        for name in ("final_loss", "initial_loss", "best_val_loss", "metrics", "optimizer_steps", "padding_fraction"):
+        for name in ("final_loss", "initial_loss", "best_update", "evaluation_updates", "metrics", "padding_fraction"):
             found += [name] if repr(self.result[name]) != repr(other.result[name]) else []
         return found + (["audits"] if self._audits() != other._audits() else [])
 
@@ -94,7 +94,7 @@ def updates_of(folder: Path) -> list[str]:
 
 
 def without_audits(ledger: str) -> list[str]:
-    """Return the lines of a ledger for updates and epochs."""
+    """Return the lines of a ledger for updates, evaluations and epochs."""
     return [line for line in ledger.splitlines() if '"audit"' not in line]
 
 

@@ -54,6 +54,7 @@ def test_public_names() -> None:
     assert ftaccum.__all__ == [
         "F1",
         "Accuracy",
+        "CallbackError",
         "CheckpointError",
         "ClassificationMetrics",
         "DataError",
@@ -71,6 +72,7 @@ def test_public_names() -> None:
         "SettingsError",
         "TextWarning",
         "Verification",
+        "callbacks",
         "plan",
         "search",
         "test_fine_tuning",
@@ -78,7 +80,8 @@ def test_public_names() -> None:
     ]
     for name in ftaccum.__all__:
         found = getattr(ftaccum, name)
-        assert inspect.isclass(found) or inspect.isfunction(found), f"{name} is no class and no function"
+        kinds = (inspect.isclass, inspect.isfunction, inspect.ismodule)
+        assert any(is_kind(found) for is_kind in kinds), f"{name} is no class, function or module"
         assert found.__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ftaccum.nothing

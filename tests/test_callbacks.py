@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ftaccum import test_fine_tuning
+from ftaccum.planning.base_plan import BasePlan
 from ftaccum.planning.plan import Plan
+from ftaccum.tracking.ledger import EvaluationEntry
 from ftaccum.training.callbacks import Callback
 from ftaccum.training.config import RunConfig
 from ftaccum.training.run import run_training
@@ -18,15 +20,16 @@ HEAD = HEADS["sequence classification, BERT"]
 
 
 class Recorder(Callback):
-    def __init__(self, *milestones: int) -> None:
-        self._milestones, self.reached_at = milestones, list[tuple[int, int, float]]()
+    def __init__(self, *rows: int) -> None:
+        self._rows, self.seen = rows, list[EvaluationEntry]()
 
-    def milestones(self, plan: Plan) -> Iterable[int]:
+    def evaluation_rows(self, plan: BasePlan) -> Iterable[int]:
+        assert isinstance(plan, Plan)
         assert (plan.n_rows, plan.n_epochs) == (30, 2)
-        return self._milestones
+        return self._rows
 
-    def reached(self, milestone: int, rows: int, val_loss: float) -> None:
-        self.reached_at.append((milestone, rows, val_loss))
+    def on_evaluation(self, entry: EvaluationEntry) -> None:
+        self.seen.append(entry)
 
 
 def run(callback: Callback, **arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
@@ -44,12 +47,13 @@ def run(callback: Callback, **arguments: Any) -> tuple[dict[str, torch.Tensor], 
     return model.state_dict(), result
 
 
-def test_milestones_are_reported_at_the_first_update_that_reaches_them() -> None:
+def test_evaluations_follow_the_first_update_that_reaches_a_number_of_rows() -> None:
     callback = Recorder(5, 8, 20, 30, 41, 60)
     _, result = run(callback)
-    # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same update, so only 8 is reported.
-    assert [(m, rows) for m, rows, _ in callback.reached_at] == [(8, 8), (20, 24), (30, 30), (41, 46), (60, 60)]
-    assert [callback.reached_at[n][2] for n in (2, 4)] == result.val_loss_history
+    # An epoch is updates of 8, 8, 8 and 6 rows. 5 and 8 are reached by the same update.
+    assert [entry.rows for entry in callback.seen] == [8, 24, 30, 46, 60]
+    assert [entry.val_loss for entry in callback.seen] == result.val_loss_history
+    assert result.evaluation_updates == [1, 3, 4, 6, 8]
 
 
 def test_a_callback_that_only_observes_changes_nothing() -> None:
@@ -57,14 +61,14 @@ def test_a_callback_that_only_observes_changes_nothing() -> None:
     watched, watched_result = run(Recorder(8, 16, 30, 38))
     assert all(torch.equal(alone[name], watched[name]) for name in alone)
     assert watched_result.loss_history == alone_result.loss_history
-    assert watched_result.val_loss_history == alone_result.val_loss_history
+    assert watched_result.val_loss_history[-3::2] == alone_result.val_loss_history
 
 
 @pytest.mark.slow
 def test_an_error_in_a_callback_ends_the_run_and_the_next_run_works() -> None:
     class Stopper(Recorder):
-        def reached(self, milestone: int, rows: int, val_loss: float) -> None:
-            raise KeyError(milestone, rows, val_loss)
+        def on_evaluation(self, entry: EvaluationEntry) -> None:
+            raise KeyError(entry.rows)
 
     with pytest.raises(KeyError, match="16"):
         run(Stopper(16))

@@ -37,7 +37,7 @@ def copied(ended: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_newest_checkpoints_and_that_of_the_best_epoch_remain(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_that_of_the_best_evaluation_remain(tmp_path: Path) -> None:
     result = fine_tuned(output_dir=str(tmp_path), checkpoint_every=2, keep_checkpoints=2, n_epochs=4).result
     best = 1 + result.val_loss_history.index(min(result.val_loss_history))
     stay = ["update-00000026", "update-00000028", "update-00000028-epoch-0004"][-2:]
@@ -66,7 +66,9 @@ def test_a_checkpoint_describes_its_files_and_its_run(ended: Path) -> None:
     assert (facts["updates"], facts["epochs"], facts["rows"]) == (7, 1, 54)
     assert facts["recipe"]["learning_rate"] == 1e-3
     assert facts["run_with"]["batch_size"] == 2
-    assert len(without_audits(ledger_of(folder))) == 7 + 1
+    assert (
+        len(without_audits(ledger_of(folder))) == 7 + 1 + 2
+    )  # updates, an epoch, and the evaluations before and after it
 
 
 FILES = ("model/model.safetensors", "optimizer.pt", "processes.pt", "state.json", "ledger.jsonl", "manifest.json")
@@ -281,7 +283,7 @@ def test_checkpoints_are_ordered_by_update(tmp_path: Path) -> None:
         place.mkdir(parents=True)
     (directory.folder / "notes").mkdir()
     assert directory.checkpoints() == list(reversed(places))
-    directory.prune(1, best_epoch=1)
+    directory.prune(1, best=10)
     assert directory.checkpoints() == [places[3], places[2]]
 
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from ftaccum import DataError, Result, SettingsError, test_fine_tuning
 from ftaccum.planning.batch_size import BatchSizes
-from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
+from ftaccum.tracking.ledger import EvaluationEntry, Ledger, WindowEntry
+from ftaccum.tracking.selection import Criterion
 from ftaccum.tracking.throughput import Throughput
 from heads import HEADS, one_batch
 from training_passes import is_training_pass
@@ -177,9 +178,8 @@ def test_early_stopping_restores_the_best_weights(capsys: pytest.CaptureFixture[
         model, validation_split=0.3, n_epochs=12, learning_rate=0.05, early_stopping_patience=2,
         restore_best_weights=True,
     )  # fmt: skip
-    assert (
-        f"Restored the weights of the epoch with validation loss {result.best_val_loss:.4f}" in capsys.readouterr().err
-    )
+    message = f"Restored the weights of update {result.best_update}, with validation loss {result.best_val_loss:.4f}."
+    assert message in capsys.readouterr().err
     best = result.val_loss_history.index(min(result.val_loss_history))
     assert len(result.val_loss_history) == best + 3 < 12
     assert result.best_val_loss == result.val_loss_history[best] < result.final_loss
@@ -322,12 +322,13 @@ class Tracker(accelerate.tracking.GeneralTracker):
 
 def test_trackers_get_every_update_and_every_epoch_with_the_batch_sizes() -> None:
     tracker = Tracker()
-    result = run(validation_split=0.25, n_epochs=2, log_with=tracker)
+    result = run(validation_split=0.25, n_epochs=2, log_with=tracker, log_every=1)
     assert tracker.config["learning_rate"] == 5e-5
     updates = [(values["train/loss"], step) for values, step in tracker.logged if "train/loss" in values]
     assert updates == list(zip(result.loss_history, range(1, 7), strict=True))
+    evaluations = [values["val/loss"] for values, _ in tracker.logged if "val/loss" in values]
+    assert evaluations == [result.initial_loss, *result.val_loss_history]
     epochs = [values for values, _ in tracker.logged if "epoch" in values]
-    assert [values["val/loss"] for values in epochs] == result.val_loss_history
     assert {k: v for k, v in epochs[0].items() if k.startswith("config/")} == {
         "config/effective_batch_size": 8,
         "config/gradient_accumulation_steps": 4,
@@ -342,16 +343,17 @@ def test_a_tracker_that_cannot_be_copied_is_accepted() -> None:
     assert run(log_with=tracker).optimizer_steps == 3
 
 
-def test_a_best_epoch_is_found_among_epochs_that_diverged() -> None:
+def test_a_best_evaluation_is_found_among_those_that_diverged() -> None:
     losses = iter([math.nan, 0.5, math.inf])
-    ledger = Ledger(windows=[WindowEntry(0, 0, 1, 1.0, {}, 1.0, 1.0, False, passes=1)])
+    ledger = Ledger()
+    ledger.record(WindowEntry(0, 0, 1, 1.0, {}, 1.0, 1.0, False, passes=1))
     for epoch in range(3):
-        ledger.record(EpochEntry(epoch, 1.0, next(losses), {"accuracy": math.nan}))
+        ledger.record(EvaluationEntry(epoch + 1, epoch, 1, 1.0, next(losses), {"accuracy": math.nan}))
     result = Result.of(
-        ledger, BatchSizes(1, 1, 1, 1), work=Throughput(1, 1, 1, 1, 1.0), training_time=1.0,
+        ledger, BatchSizes(1, 1, 1, 1), Criterion(), work=Throughput(1, 1, 1, 1, 1.0), training_time=1.0,
         out_of_memory=0, amp_enabled=False, final_loss_scale=None, output_dir=None,
     )  # fmt: skip
-    assert result.best_val_loss == 0.5
+    assert (result.best_val_loss, result.best_update) == (0.5, 2)
     assert "accuracy nan" in str(result)
 
 
@@ -382,4 +384,7 @@ def test_early_stopping_without_a_finite_validation_loss_is_reported(capsys: pyt
         loss_fn=nn.CrossEntropyLoss(), early_stopping_patience=1, restore_best_weights=True, progress=False,
     )  # fmt: skip
     assert len(result.val_loss_history) == 1
-    assert "Stopped early: no finite validation loss in 1 epochs, so there is no best epoch." in capsys.readouterr().err
+    assert (
+        "Stopped early: no finite validation loss in 1 evaluations, so there is no best evaluation."
+        in capsys.readouterr().err
+    )

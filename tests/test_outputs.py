@@ -38,7 +38,7 @@ def entries() -> list[WindowEntry | EpochEntry]:
     for epoch in range(2):
         numbers = range(3 * epoch, 3 * epoch + 3)
         found += [WindowEntry(n, epoch, 4, 1.5, {}, float("inf"), 1e-3, n == 4, passes=2) for n in numbers]
-        found.append(EpochEntry(epoch, 1.25, None, {}))
+        found.append(EpochEntry(epoch, 1.25))
     return found
 
 
@@ -96,9 +96,10 @@ def test_a_ledger_whose_folder_was_removed_is_rewritten(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "x").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_ledger_made_with_entries_writes_them_in_order(tmp_path: Path) -> None:
-    whole = recorded(tmp_path / "whole")
-    again = Ledger(tmp_path / "again", windows=whole.windows[:5], epochs=whole.epochs[:1])
+def test_a_ledger_that_is_resumed_writes_earlier_entries_first(tmp_path: Path) -> None:
+    recorded(tmp_path / "whole")
+    again = Ledger(tmp_path / "again")
+    again.resume_from(entries()[:6])
     for entry in entries()[6:]:
         again.record(entry)
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()

@@ -17,8 +17,9 @@ ALLOWED = {
     ("errors", "_getframe"): "finds the line that called ftaccum",
     ("objective.deterministic_forward", "_DropoutNd"): "the one base class of all dropout modules",
     ("accumulation.buffers", "_buffers"): "buffers may be replaced in a forward pass; torch has no public setter",
-    ("checkpoint.early_stopping", "_non_persistent_buffers_set"): "torch has no public name for these buffers",
+    ("checkpoint.best_weights", "_non_persistent_buffers_set"): "torch has no public name for these buffers",
     ("data.workers", "_worker_info"): "what torch's `get_worker_info` returns to data sets in a worker",
+    ("training.trainer_arguments", "_n_gpu"): "otherwise, reading `n_gpu` would set up a device",
     ("apps.parser", "_actions"): "argparse has no public list of a parser's options",
     ("apps.verify.peers", "_n_gpu"): "Trainer would use several GPUs at once",
 }
@@ -54,7 +55,7 @@ def test_no_constructor_takes_many_arguments() -> None:
 
 
 def test_few_modules_are_at_the_top_level() -> None:
-    assert sum("." not in module.name for module in MODULES) <= 8
+    assert sum("." not in module.name for module in MODULES) <= 9
 
 
 def test_only_the_top_level_package_exports_names() -> None:

@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import callbacks
     from .apps.plan import plan
     from .apps.search.api import search
     from .apps.verify.api import verify
     from .apps.verify.report import Verification
     from .errors import (
+        CallbackError,
         CheckpointError,
         DataError,
         DivergedError,
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "F1",
     "Accuracy",
+    "CallbackError",
     "CheckpointError",
     "ClassificationMetrics",
     "DataError",
@@ -54,6 +57,7 @@ __all__ = [
     "SettingsError",
     "TextWarning",
     "Verification",
+    "callbacks",
     "plan",
     "search",
     "test_fine_tuning",
@@ -75,6 +79,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "callbacks":
+        return importlib.import_module(".callbacks", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -42,6 +42,10 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         ),
         f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
         "Set only one of the two.": (recipe.warmup_steps > 0 and recipe.warmup_ratio > 0),
+        f"`early_stopping_min_delta` is {recipe.early_stopping_min_delta}, but `early_stopping_patience` is None, so "
+        "training never stops early. Set the patience, or omit `early_stopping_min_delta`.": (
+            recipe.early_stopping_min_delta > 0 and recipe.early_stopping_patience is None
+        ),
         "`planner_costs` is given, but `planner` is False. Drop one of them.": (
             runtime.planner_costs is not None and not runtime.planner
         ),

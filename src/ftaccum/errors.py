@@ -53,6 +53,13 @@ class MetricsError(RuntimeError):
     """`compute_metrics` failed on the main process. With several processes, all of them raise this error."""
 
 
+class CallbackError(RuntimeError):
+    """A callback raised an error. All processes raise this one, once the current update is complete.
+
+    On the process of the callback, `__cause__` is the original error.
+    """
+
+
 class LostProcessError(RuntimeError):
     """Another process of the run has died or does not respond."""
 

@@ -193,6 +193,28 @@ Every = Annotated[
 ]
 
 
+def _read_share(value: Any) -> Any:
+    """Convert text to a number of updates ("200") or a share ("25%", "0.25"), and return any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        if value.endswith("%"):
+            return float(value[:-1]) / 100
+        return int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        return value
+
+
+EvaluateEvery = Annotated[
+    int | float | str,  # str on the command line; `_read_share` parses it
+    Rule(
+        lambda v: _is_positive_int(v) or (isinstance(v, float) and 0 < v <= 1),
+        "a positive number of updates, or a share of an epoch above 0 and up to 1, such as 0.25 or '25%'",
+        _read_share,
+    ),
+]
+
+
 def _read_audit(value: Any) -> Any:
     """Parse a flag or a number from text, and return any other value unchanged."""
     if not isinstance(value, str):

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from .data.collator import Collator
 from .fields import DefaultFloat, Pairs
@@ -57,7 +58,12 @@ def test_fine_tuning(
     reduction: str = "mean",
     count_items: CountItems | None = None,
     compute_metrics: ComputeMetrics | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    evaluate_every: int | float | str | None = None,
+    metric_for_best: str | None = None,
+    greater_is_better: bool | None = None,
     early_stopping_patience: int | None = None,
+    early_stopping_min_delta: float = 0.0,
     restore_best_weights: bool = False,
     random_seed: int = 42,
     on_inexact: str = "warn",
@@ -70,6 +76,7 @@ def test_fine_tuning(
     keep_checkpoints: int = 2,
     resume: str | None = None,
     allow_changed: str | Sequence[str] = (),
+    log_every: int = 10,
     log_with: Any = None,
     use_wandb: bool = False,
     progress: bool = True,
@@ -98,7 +105,7 @@ def test_fine_tuning(
             stop. Texts that already end with it, and texts that are truncated, get none. False adds no token.
         n_epochs: passes over the training rows; for a stream, the maximum number of passes.
         max_updates: updates (including skipped ones) after which training ends, unless the epochs end it earlier. The
-            learning rate schedule is planned for this end. An unfinished last epoch is evaluated too.
+            learning rate schedule is planned for this end.
         batch_size: rows per micro-batch on one process. This is an upper limit: the planner may use fewer rows if that
             is cheaper. "auto" finds by trial, before the first update, how many of the longest rows fit in memory; it
             requires `effective_batch_size` or `tokens_per_update`.
@@ -156,8 +163,20 @@ def test_fine_tuning(
             measures it; for a sum, it counts labels that are not ignored (for non-integer targets, elements).
         compute_metrics: function from `EvalPrediction` to a dict, as for `Trainer`; or an `evaluate` module, such as
             `ftaccum.Accuracy()`, which gets the arg-max of the logits and the labels that are not ignored.
-        early_stopping_patience: stop after this many epochs without a better validation loss. None: never.
-        restore_best_weights: end with the weights of the epoch with the best validation loss.
+        callbacks: `transformers.TrainerCallback` objects, called as `Trainer` calls them, except that `global_step`
+            counts skipped updates too. They may stop the run, and request an evaluation, a checkpoint or a log entry.
+            If one raises, the run ends with the current update and a checkpoint. `ftaccum.callbacks` has some.
+        evaluate_every: how often to evaluate: an integer is a number of updates; a float above 0 and up to 1, or text
+            such as "25%", is a share of the rows of an epoch, after the first update that completes it. None: after
+            each epoch. The end of training is always evaluated.
+        metric_for_best: name of the metric, among those that `compute_metrics` returns, that decides which evaluation
+            is the best. None (or "val_loss"): the validation loss. NaN and infinity are never the best.
+        greater_is_better: whether greater values of `metric_for_best` are better. None: decided by its name, if that
+            contains a known word (accuracy, f1, bleu, …: greater; loss, mse, perplexity, …: lower).
+        early_stopping_patience: stop after this many evaluations without a better one. None: never.
+        early_stopping_min_delta: the smallest improvement, over the best value so far, that early stopping counts as
+            better.
+        restore_best_weights: end with the weights of the best evaluation.
         random_seed: seed of the hold-out, the row order and dropout. The run restores the global random generators.
         on_inexact: what to do if a check before training finds that accumulating the loss only approximates one large
             batch (a loss that compares rows, batch norm, a router's balance): "error", "warn" or "ignore".
@@ -174,15 +193,18 @@ def test_fine_tuning(
         output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. If it becomes unwritable, the
             run warns and continues.
         checkpoint_every: updates between two checkpoints, or a time such as "90s", "15min" or "2h". None saves only at
-            the ends of epochs. Checkpoints are written in the background.
-        keep_checkpoints: number of newest checkpoints to keep, besides the one of the epoch with the best validation
-            loss.
+            the ends of epochs and after evaluations that are the best so far, which are saved in any case. Checkpoints
+            are written in the background.
+        keep_checkpoints: number of newest checkpoints to keep, besides the one of the best evaluation.
         resume: "auto" resumes from the newest sound checkpoint in `output_dir`, or starts a new run if there is none.
             The folder of a checkpoint or of a run resumes from it. None (or "off") starts a new run. With the same
             settings, the run ends as if it had never stopped, to the last bit. On a different number of processes or
             with another `batch_size`, it continues after the rows that are done.
         allow_changed: names of settings (`learning_rate`, `n_epochs`, `effective_batch_size`, `train_data`, …) that may
             differ from those of the resumed run. Any other difference is an error.
+        log_every: updates between two entries for the trackers. An entry has the mean loss over the loss items of the
+            updates since the last one, and their last and largest gradient norm. The ledger and the result have every
+            update.
         log_with: an Accelerate tracker, its name, or a list of these. Each tracker runs in its own thread, and the run
             continues if it raises or hangs.
         use_wandb: short for `log_with="wandb"`.
@@ -199,6 +221,7 @@ def test_fine_tuning(
         InexactLossError: if `on_inexact` is "error" and accumulating the loss is not exact. If an audit finds this
             during training, the checkpoint and the model are saved first, and the message names them.
         DataError: if the data cannot be used for training; names the row, if possible.
+        CallbackError: if a callback raises an error. The checkpoint is saved first.
         MetricsError: if `compute_metrics` raises and there are several processes. A single process raises the original
             error.
         LostProcessError: if another process of the run has died or does not respond.
@@ -217,66 +240,7 @@ def test_fine_tuning(
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]
     """
-    return run_training(
-        RunConfig.from_arguments(
-            {
-                "model": model,
-                "config": config,
-                "train_data": train_data,
-                "val_data": val_data,
-                "validation_split": validation_split,
-                "text_columns": text_columns,
-                "add_eos_token": add_eos_token,
-                "n_epochs": n_epochs,
-                "max_updates": max_updates,
-                "batch_size": batch_size,
-                "gradient_accumulation_steps": gradient_accumulation_steps,
-                "effective_batch_size": effective_batch_size,
-                "tokens_per_update": tokens_per_update,
-                "remainder": remainder,
-                "max_tokens": max_tokens,
-                "planner": planner,
-                "planner_costs": planner_costs,
-                "padding_free": padding_free,
-                "learning_rate": learning_rate,
-                "learning_rate_scaling": learning_rate_scaling,
-                "weight_decay": weight_decay,
-                "optimizer": optimizer,
-                "lr_scheduler": lr_scheduler,
-                "warmup_steps": warmup_steps,
-                "warmup_ratio": warmup_ratio,
-                "gradient_clip_norm": gradient_clip_norm,
-                "use_amp": use_amp,
-                "mixed_precision": mixed_precision,
-                "accumulate_in_fp32": accumulate_in_fp32,
-                "gradient_checkpointing": gradient_checkpointing,
-                "compile": compile,
-                "num_workers": num_workers,
-                "tokenizer": tokenizer,
-                "data_collator": data_collator,
-                "loss_fn": loss_fn,
-                "reduction": reduction,
-                "count_items": count_items,
-                "compute_metrics": compute_metrics,
-                "early_stopping_patience": early_stopping_patience,
-                "restore_best_weights": restore_best_weights,
-                "random_seed": random_seed,
-                "on_inexact": on_inexact,
-                "audit": audit,
-                "on_nonfinite": on_nonfinite,
-                "nonfinite_patience": nonfinite_patience,
-                "deterministic": deterministic,
-                "output_dir": output_dir,
-                "checkpoint_every": checkpoint_every,
-                "keep_checkpoints": keep_checkpoints,
-                "resume": resume,
-                "allow_changed": allow_changed,
-                "log_with": log_with,
-                "use_wandb": use_wandb,
-                "progress": progress,
-            }
-        )
-    )
+    return run_training(RunConfig.from_arguments(locals()))
 
 
 # Otherwise pytest would collect this function from test modules that import it.

@@ -11,6 +11,7 @@ from .fields import (
     BatchSize,
     Costs,
     Count,
+    EvaluateEvery,
     Every,
     Flag,
     Fraction,
@@ -119,13 +120,33 @@ class Recipe:
         in_plan=True,
         unsearchable=SAME_ROWS,
     )
+    evaluate_every: EvaluateEvery | None = _evaluation(
+        None,
+        "updates between two evaluations, or a share of an epoch (0.25, or 25%); None evaluates after each epoch",
+        decided_by_search=True,
+        unsearchable="a search evaluates all trials after the same numbers of rows",
+    )
+    metric_for_best: Text | None = _evaluation(
+        None,
+        "metric that decides which evaluation is the best, by its name in the results of compute_metrics; None takes "
+        "the validation loss",
+    )
+    greater_is_better: Flag | None = _evaluation(
+        None, "whether greater values of metric_for_best are better; None decides by its name (accuracy, mse, …)"
+    )
     early_stopping_patience: PositiveInt | None = _evaluation(
         None,
-        "stop after this many epochs without a better validation loss; None never stops early",
+        "stop after this many evaluations without a better one; None never stops early",
         decided_by_search=True,
         unsearchable="trials would train on different numbers of rows; a pruner ends bad trials instead",
     )
-    restore_best_weights: Flag = _evaluation(False, "end with the weights of the epoch with the best validation loss")
+    early_stopping_min_delta: NonNegative = _evaluation(
+        0.0,
+        "smallest improvement that early stopping counts as better",
+        decided_by_search=True,
+        unsearchable="trials do not stop early; a pruner ends bad trials instead",
+    )
+    restore_best_weights: Flag = _evaluation(False, "end with the weights of the best evaluation")
     random_seed: Seed = _repeat(
         42,
         "seed of the hold-out, the row order and dropout",
@@ -197,13 +218,18 @@ class Runtime:
         unsearchable=OWN_ARGUMENT,
     )
     checkpoint_every: Every | None = _output(
-        "15min", "number of updates, or time (90s, 15min, 2h), between checkpoints; None saves only after each epoch"
+        "15min",
+        "number of updates, or time (90s, 15min, 2h), between checkpoints; None saves only after epochs and the best "
+        "evaluation",
     )
-    keep_checkpoints: PositiveInt = _output(2, "number of newest checkpoints to keep, besides the best epoch's")
+    keep_checkpoints: PositiveInt = _output(2, "number of newest checkpoints to keep, besides the best evaluation's")
     resume: Resume | None = _output(
         None, "auto resumes from the newest sound checkpoint in output_dir, if any; or a folder to resume from; or off"
     )
     allow_changed: Names = _output((), "settings that may differ from those of the resumed run")
+    log_every: PositiveInt = _logging(
+        10, "updates between two tracker entries, each the mean over the updates since the last"
+    )
     log_with: Tracker | None = _logging(None, "name of a tracker that Accelerate supports, such as tensorboard, or all")
     use_wandb: Flag = _logging(False, "short for log_with=wandb")
     progress: Flag = _logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)

@@ -6,7 +6,7 @@ items adds the gradient of its mean loss times n / N. All processes run the same
 once, in the last pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -36,6 +36,9 @@ class GradientAccumulator:
     """Accumulates the gradient of a window in the `grad` of the strategy's parameters.
 
     It neither clips the gradient nor steps the optimizer; its caller does.
+
+    Attributes:
+        after_pass: called after each forward and backward pass of a window, except for the last one.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class GradientAccumulator:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
         self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
+        self.after_pass: Callable[[], None] = lambda: None
         self._gathers_weights = isinstance(model, FSDPModule) and not process_group.is_single
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
@@ -129,6 +133,7 @@ class GradientAccumulator:
         for index, micro in enumerate(micro_batches[n_local:], n_local):
             with _synced_pass():
                 self._run_synced(index, micro, normalizer, window, failure)
+            self._pass_done()
         self._strategy.reduce(self._process_group)
         return window
 
@@ -149,6 +154,7 @@ class GradientAccumulator:
             try:
                 self._run(micro, normalizer, window)
                 self._embeddings.collect()
+                self._pass_done()
             except (DataError, RuntimeError) as error:
                 if (failure := self._failure(index, error)) is None:
                     raise
@@ -200,6 +206,10 @@ class GradientAccumulator:
                 ddp.reducer.prepare_for_backward([contribution])
             self._backward(contribution, normalizer)
         window.add(micro, means, contribution)
+
+    def _pass_done(self) -> None:
+        if not self._accelerator.sync_gradients:
+            self.after_pass()
 
     def _failure(self, index: int, error: Exception) -> Failure | None:
         """Return the failure that all processes raise after an error in this one; None if this one raises it alone."""

@@ -22,7 +22,7 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings import SIZES, Recipe, Runtime
 
-FORMAT = 3  # version of the checkpoint files; other versions cannot be read
+FORMAT = 4  # version of the checkpoint files; other versions cannot be read
 _LOOKED_AT = 16  # leading numbers of each frozen weight that identify it
 _MATTER_TO_ROUNDING = names_where(Runtime, lambda traits: traits.matters_to_rounding)
 _RATES = {"lr", "initial_lr"}  # compared through the settings instead

@@ -20,8 +20,8 @@ _PREVIOUS = ("checkpoints.previous", "checkpoints.previous-2")
 class CheckpointDirectory:
     """The folder `checkpoints` in a run's output folder.
 
-    Checkpoints sort by their number of updates. If an epoch ended with an update, the checkpoint with the epoch's
-    validation loss sorts after the one without it.
+    Checkpoints sort by their number of updates. If an epoch ended with an update, the checkpoint that was saved at its
+    end sorts after one that was saved before its evaluation.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +34,7 @@ class CheckpointDirectory:
         """Return the path of a checkpoint.
 
         Args:
-            n_epochs: number of epochs so far, if the last update ended an epoch that has been evaluated.
+            n_epochs: number of epochs so far, if the last update ended one.
         """
         return self.folder / (f"update-{n_updates:08d}" + ("" if n_epochs is None else f"-epoch-{n_epochs:04d}"))
 
@@ -61,10 +61,16 @@ class CheckpointDirectory:
             damaged.append(path)
         return None, damaged
 
-    def prune(self, keep: int, best_epoch: int | None) -> None:
-        """Remove all checkpoints except the newest `keep` and that of the best epoch (counted from 1)."""
-        for path in self.checkpoints()[keep:]:
-            if best_epoch is None or _order(path)[1] != best_epoch:
+    def prune(self, keep: int, best: int | None) -> None:
+        """Remove all checkpoints except the newest `keep` and the newest with the weights of the best evaluation.
+
+        Args:
+            best: number of updates at that evaluation; None if there is none.
+        """
+        found = self.checkpoints()
+        of_best = next((path for path in found if _order(path)[0] == best), None)
+        for path in found[keep:]:
+            if path != of_best:
                 _remove(path)
 
     def set_aside(self, resumed_from: Path | None, damaged: Collection[Path]) -> None:

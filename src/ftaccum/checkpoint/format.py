@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..planning.base_plan import Progress
-from ..tracking.ledger import Entry, EpochEntry, WindowEntry, read_entry
+from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry, read_entry
 from .manifest import damage
 from .serialization import n_bytes_in
 
@@ -87,6 +87,10 @@ class Checkpoint:
         return [entry for entry in self.entries if isinstance(entry, EpochEntry)]
 
     @property
+    def evaluations(self) -> list[EvaluationEntry]:
+        return [entry for entry in self.entries if isinstance(entry, EvaluationEntry)]
+
+    @property
     def progress(self) -> Progress:
         """How far the run had come."""
         windows, metadata = self.windows, self.metadata
@@ -94,7 +98,7 @@ class Checkpoint:
         rows = [entry.rows for entry in windows]
         return Progress(rows, last_epoch, metadata["n_rows"], metadata["recipe"]["max_updates"])
 
-    def of_epoch(self, epoch: int) -> Path | None:
-        """Return the sound checkpoint of an epoch in the same folder, if there is one."""
-        there = self.path.parent.glob(f"update-*-epoch-{epoch:04d}")
+    def at_update(self, n_updates: int) -> Path | None:
+        """Return the newest sound checkpoint after that number of updates in the same folder, if there is one."""
+        there = sorted(self.path.parent.glob(f"update-{n_updates:08d}*"), reverse=True)
         return next((path for path in there if damage(path) is None), None)

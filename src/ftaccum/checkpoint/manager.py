@@ -17,7 +17,7 @@ from ..runtime.host import free_on_host
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
-from ..tracking.ledger import best_epoch
+from ..tracking.selection import Criterion
 from .compatibility import RunIdentity
 from .directory import CheckpointDirectory
 from .format import Snapshot
@@ -33,19 +33,21 @@ class SavePolicy:
 
     Attributes:
         every: updates between two checkpoints, or a time such as "15min"; None for none within an epoch.
-        at_epochs: whether to save at the end of each epoch.
+        at_evaluations: whether to save at the end of each epoch, and after each evaluation that is the best so far.
         keep: number of newest checkpoints to keep.
+        criterion: decides which evaluation is the best one, whose checkpoint is always kept.
         endings: errors after which a run will not be resumed, so that nothing is saved.
     """
 
     every: int | str | None
-    at_epochs: bool
+    at_evaluations: bool
     keep: int
+    criterion: Criterion
     endings: tuple[type[Exception], ...] = ()
 
 
 class CheckpointManager:
-    """The manager that saves a run at intervals, at the ends of epochs, and when a signal asks it to stop."""
+    """The manager that saves a run: at intervals, at the ends of epochs, after the best evaluation, and on request."""
 
     def __init__(
         self,
@@ -73,44 +75,58 @@ class CheckpointManager:
         self._writer = CheckpointWriter(directory, policy.keep, resumed_from) if directory and writes else None
         self._saved, self._saved_at = self._n_updates, time.monotonic()
 
-    def after_update(self) -> None:
-        """Save if a checkpoint is due, and stop if any process was asked to.
+    def after_update(self, *, improved: bool = False, requested: bool = False) -> bool:
+        """Save if a checkpoint is due, and stop if any process was asked to. Return whether the run was saved.
+
+        Args:
+            improved: whether the run was evaluated after this update, with the best value so far.
+            requested: whether a callback requests a checkpoint.
 
         Raises:
             Preempted, KeyboardInterrupt: on all processes, once the run is saved.
         """
-        stop, by_hand, due = self._process_group.any_of([*self._stop_requests(), self._is_due()])
-        if stop or due:
-            self.save()
+        due = self._is_due() or requested or (improved and self._policy.at_evaluations)
+        stop, by_hand, due = self._process_group.any_of([*self._stop_requests(), due])
+        saved = self.save() if stop or due else False
         if stop:
             raise self._stopped(by_hand)
+        return saved
 
-    def after_epoch(self) -> None:
-        """Save after an epoch has been evaluated, and stop if any process was asked to."""
-        stop, by_hand = self._process_group.any_of(self._stop_requests())
-        if stop or self._policy.at_epochs:
-            self.save(self._state.metrics_logger.n_epochs)
-        if stop:
-            raise self._stopped(by_hand)
+    def after_epoch(self, *, requested: bool = False) -> bool:
+        """Save after an epoch has ended and was evaluated, and stop if any process was asked to.
 
-    def save(self, n_epochs: int | None = None) -> None:
-        """Begin to write a checkpoint, if the run saves any. All processes must call this together.
+        Return whether the run was saved.
 
         Args:
-            n_epochs: number of epochs so far, if the last update ended an epoch that has been evaluated.
+            requested: whether a callback requests a checkpoint.
+        """
+        stop, by_hand = self._process_group.any_of(self._stop_requests())
+        wanted = stop or requested or self._policy.at_evaluations
+        saved = self.save(self._state.metrics_logger.n_epochs) if wanted else False
+        if stop:
+            raise self._stopped(by_hand)
+        return saved
+
+    def save(self, n_epochs: int | None = None) -> bool:
+        """Begin to write a checkpoint, and return whether the run saves any. All processes must call this together.
+
+        Args:
+            n_epochs: number of epochs so far, if the last update ended one.
         """
         if self._directory is None or not self._is_healthy():
-            return
+            return False
         self._state.metrics_logger.drain()
         self._saved, self._saved_at = self._n_updates, time.monotonic()
         self.close()  # two copies at once could exceed the memory
         fits = self._state.n_bytes * _ROOM < free_on_host()
         snapshot = self._state.snapshot(self._identity.as_metadata(), copy=fits)
         if self._writer is not None and snapshot is not None:
-            best = best_epoch(self._state.metrics_logger.ledger.epochs)
-            self._writer.write(snapshot, self._directory.place(self._saved, n_epochs), best)
+            best = self._policy.criterion.best(self._state.metrics_logger.ledger.evaluations)
+            place = self._directory.place(self._saved, n_epochs)
+            self._writer.write(snapshot, place, None if best is None else best.evaluation)
             if not fits:
                 self._writer.finish()
+        return True
 
     @contextmanager
     def saved_on(self, errors: tuple[type[Exception], ...], is_whole: Callable[[], bool]) -> Iterator[None]:
@@ -183,13 +199,13 @@ class CheckpointWriter:
         self._directory, self._keep = directory, keep
         self._thread: threading.Thread | None = None
 
-    def write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
+    def write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
         """Begin to write a checkpoint. The previous one must be finished.
 
         Args:
-            best_epoch: the epoch (from 1) whose checkpoint is always kept.
+            best: number of updates at the best evaluation, whose checkpoint is always kept.
         """
-        self._thread = threading.Thread(target=self._write, args=(snapshot, place, best_epoch), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, place, best), daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
@@ -198,7 +214,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
 
-    def _write(self, snapshot: Snapshot, place: Path, best_epoch: int | None) -> None:
+    def _write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(place.parent).free
@@ -208,7 +224,7 @@ class CheckpointWriter:
                 snapshot.write(folder)
                 seal(folder)
             self.last = place
-            self._directory.prune(self._keep, best_epoch)
+            self._directory.prune(self._keep, best)
         except Exception as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
             there = f"the newest checkpoint is {self.last}" if self.last else "there is no checkpoint yet"

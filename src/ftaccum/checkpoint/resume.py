@@ -1,6 +1,6 @@
 """Find the checkpoint that a run resumes from, check it, and restore it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,8 +13,9 @@ from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
-from ..tracking.ledger import EpochEntry
+from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry
 from ..tracking.metrics_logger import within
+from ..tracking.selection import Criterion
 from .compatibility import FORMAT, RunIdentity, check, recipe_identity
 from .directory import CheckpointDirectory
 from .format import Checkpoint
@@ -79,8 +80,13 @@ class ResumePoint:
         """Physical batch of the checkpoint's run, so that "auto" is not measured again."""
         return None if self.checkpoint is None else self.checkpoint.metadata["run_with"]["batch_size"]
 
-    def resume_plan(self, plan: BasePlan, identity: RunIdentity) -> "tuple[BasePlan, ResumePoint]":
+    def resume_plan(
+        self, plan: BasePlan, identity: RunIdentity, is_due: Callable[[int, int], bool]
+    ) -> "tuple[BasePlan, ResumePoint]":
         """Return the plan and the resume point of this run, which continues after the checkpoint's windows.
+
+        Args:
+            is_due: returns whether an evaluation is due after a number of updates, given the number at the last one.
 
         Raises:
             CheckpointError: if this run differs from the checkpoint's run in what must not change, or reads a stream in
@@ -98,18 +104,23 @@ class ResumePoint:
                 ]
             )
         plan, epoch = plan.resume_after(checkpoint.progress)
-        return plan, replace(self, checkpoint=_reopened(checkpoint, epoch), changed=self.changed | differ)
+        return plan, replace(self, checkpoint=_reopened(checkpoint, epoch, is_due), changed=self.changed | differ)
 
-    def restore(self, state: TrainState) -> None:
+    def restore(self, state: TrainState, criterion: Criterion) -> None:
         """Restore the checkpoint, if any, into a run that is ready for its first window.
+
+        Args:
+            criterion: decides which evaluation so far is the best.
 
         Raises:
             CheckpointError: if the files are undamaged, but are not a checkpoint of this version.
         """
         if self.checkpoint is None:
             return
+        best = criterion.best(self.checkpoint.evaluations)
         try:
             state.restore(self.checkpoint, self.changed)
+            state.restore_best(self.checkpoint, best, self.changed)
         except (OSError, ValueError, TypeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             raise _unreadable(self.checkpoint.path, error) from error
 
@@ -170,15 +181,24 @@ def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
         )
 
 
-def _reopened(checkpoint: Checkpoint, epoch: int) -> Checkpoint:
+def _reopened(checkpoint: Checkpoint, epoch: int, is_due: Callable[[int, int], bool]) -> Checkpoint:
     """Return a checkpoint without the end of an epoch that now continues, for example because `max_updates` cut the
-    epoch off and has been raised."""
+    epoch off and has been raised. This drops the evaluation at the end of the earlier run, unless it was due anyway."""
     if len(checkpoint.epochs) <= epoch:
         return checkpoint
-    kept = [entry for entry in checkpoint.entries if not isinstance(entry, EpochEntry) or entry.epoch < epoch]
+    done, evaluations = len(checkpoint.windows), checkpoint.evaluations
+    previous, last = ([0, 0] + [entry.evaluation for entry in evaluations])[-2:]
+    drops = last == done and not is_due(done, previous)
+
+    def stays(entry: Entry) -> bool:
+        if isinstance(entry, EvaluationEntry):
+            return not (drops and entry.evaluation == last)
+        return not isinstance(entry, EpochEntry) or entry.epoch < epoch
+
     saved = checkpoint.metadata["extra_state"]
-    extra_state = saved | {"metrics_logger": within(saved["metrics_logger"], epoch)}
-    return replace(checkpoint, entries=kept, metadata=checkpoint.metadata | {"extra_state": extra_state})
+    extra_state = saved | {"metrics_logger": within(saved["metrics_logger"], epoch, drops_evaluation=drops)}
+    entries = [entry for entry in checkpoint.entries if stays(entry)]
+    return replace(checkpoint, entries=entries, metadata=checkpoint.metadata | {"extra_state": extra_state})
 
 
 def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | None, tuple[Path, ...]]:

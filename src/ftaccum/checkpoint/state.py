@@ -1,7 +1,6 @@
 """The state that a checkpoint holds: take it from a run between two windows, and restore it."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict
@@ -18,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..runtime.log import logger
 from ..runtime.optimizers import evaluation_weights, switches_weights
 from ..runtime.state_guards import Generators, seed_all
-from ..tracking.ledger import best_epoch
+from ..tracking.ledger import EvaluationEntry
 from ..tracking.metrics_logger import MetricsLogger
 from ..tracking.throughput import Throughput
-from .early_stopping import BestEpoch, fill, passing_of, weights_of
+from .best_weights import BestWeights, fill, passing_of, weights_of
 from .format import BESIDE, BEST, BUFFERS, OPTIMIZER, WEIGHTS, Checkpoint, Snapshot
 from .optimizer_state import load_optimizer_state, optimizer_state
 from .serialization import n_bytes_in, on_host, unreadable
@@ -33,6 +32,17 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class CallbackState(Protocol):
+    """The state of the user's callbacks. It may contain tensors."""
+
+    @property
+    def changes_weights(self) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, continues: bool) -> None: ...
 
 
 class _UnreadableError(Exception):
@@ -47,10 +57,10 @@ class TrainState:
         accelerator: Accelerator,
         model: nn.Module,
         loss_fn: Callable[..., Any] | None,
-        optimizer: Optimizer,
         schedule: LRScheduler,
         metrics_logger: MetricsLogger,
-        best: BestEpoch,
+        best: BestWeights,
+        callbacks: CallbackState,
         extra_state: Mapping[str, Stateful],
     ) -> None:
         """Create a train state.
@@ -58,12 +68,15 @@ class TrainState:
         Args:
             model: the model, not wrapped.
             loss_fn: the user's loss, if any; it may have its own weights and buffers.
-            best: the best epoch so far, with its weights if they are kept.
+            schedule: the schedule of the optimizer's learning rates, not wrapped.
+            best: the weights of the best evaluation so far, if they are kept.
+            callbacks: the state of the user's callbacks.
             extra_state: all other state, by name.
         """
         self.metrics_logger = metrics_logger
         self._accelerator, self._model, self._loss_fn = accelerator, model, loss_fn
-        self._optimizer, self._schedule, self._best = optimizer, schedule, best
+        self._optimizer: Optimizer = schedule.optimizer
+        self._schedule, self._best, self._callbacks = schedule, best, callbacks
         # Restored in this order, because others may read the first two.
         self._extra_state: dict[str, Stateful] = {"metrics_logger": metrics_logger, "best": best, **extra_state}
         self._logged: set[str] = set()
@@ -72,7 +85,8 @@ class TrainState:
     def n_bytes(self) -> int:
         """Total bytes of weights, buffers and optimizer state."""
         states = optimizer_state(self._optimizer)
-        return n_bytes_in([weights_of(self._model), passing_of(self._model), self._beside(), states])
+        of_model = [weights_of(self._model), passing_of(self._model)]
+        return n_bytes_in([*of_model, self._beside(), states, self._callbacks.state_dict()])
 
     def snapshot(self, metadata: Mapping[str, Any], *, copy: bool) -> "Snapshot | None":
         """Return a snapshot in host memory on the main process, and None on the others.
@@ -103,6 +117,7 @@ class TrainState:
             "schedule": self._schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "extra": self._extra_states(),
+            "callbacks": self._callbacks.state_dict(),
         }
         for name, state in steps.items():
             if kind := unreadable(state):
@@ -119,7 +134,6 @@ class TrainState:
                 "updates": len(self.metrics_logger.ledger.windows),
                 "epochs": len(self.metrics_logger.ledger.epochs),
                 "rows": sum(entry.rows for entry in self.metrics_logger.ledger.windows),
-                "initial_val_loss": self.metrics_logger.ledger.initial_val_loss,
                 "extra_state": extra_state,
             },
             entries=self.metrics_logger.ledger.entries(),
@@ -154,36 +168,42 @@ class TrainState:
             self._schedule.load_state_dict(steps["schedule"])
         if self._accelerator.scaler is not None and steps["scaler"]:
             self._accelerator.scaler.load_state_dict(steps["scaler"])
-        self.metrics_logger.ledger.initial_val_loss = checkpoint.metadata["initial_val_loss"]
         self.metrics_logger.ledger.resume_from(checkpoint.entries)
         for name, part in self._extra_state.items():
             part.load_state_dict(checkpoint.metadata["extra_state"][name])
         for name, module in self._with_extra_state():
             if name in steps["extra"]:
                 module.set_extra_state(steps["extra"][name])
-        self._restore_best(checkpoint, of_this_model="model" not in changed)
+        self._callbacks.load_state_dict(steps["callbacks"], continues=bool(changed))
         self._restore_work([process["work"] for process in checkpoint.processes()])
 
-    def _restore_best(self, checkpoint: "Checkpoint", *, of_this_model: bool) -> None:
-        """Restore the best epoch's weights, if this run keeps them: the kept ones, or those of its checkpoint."""
-        epoch = best_epoch(checkpoint.epochs)
-        if not self._best.keeps_weights or epoch is None:
+    def restore_best(self, checkpoint: "Checkpoint", best: EvaluationEntry | None, changed: Set[str]) -> None:
+        """Restore the weights of the best evaluation, if this run keeps them.
+
+        They are those that the checkpoint keeps, or those of the checkpoint at that evaluation.
+
+        Args:
+            best: the best evaluation of the earlier run.
+        """
+        if not self._best.is_kept or best is None:
             return
-        kept, of_epoch = checkpoint.path / BEST, checkpoint.of_epoch(epoch)
-        if of_this_model and kept.exists():
-            self._best.weights = load_file(kept)
-        elif of_this_model and of_epoch is not None:
-            self._best.weights = load_file(of_epoch / WEIGHTS)
-            self._log_once(
-                f"The checkpoint has no copy of the best weights so far, so those of epoch {epoch} are loaded from "
-                f"{of_epoch}."
-            )
-        else:
-            self._best.loss = math.inf
-            self._log_once(
-                f"The checkpoint has no weights of epoch {epoch}, the best so far, for this model. "
-                "`restore_best_weights` will use the best of the remaining epochs."
-            )
+        if "model" not in changed:
+            if (checkpoint.path / BEST).exists() and self._best.n_updates == best.evaluation:
+                self._best.weights = load_file(checkpoint.path / BEST)
+                return
+            there = checkpoint.at_update(best.evaluation)
+            if there is not None and not self._callbacks.changes_weights:
+                self._best.weights, self._best.n_updates = load_file(there / WEIGHTS), best.evaluation
+                self._log_once(
+                    f"The checkpoint has no copy of the best weights so far, so those of update {best.evaluation} are "
+                    f"loaded from {there}."
+                )
+                return
+        self._best.after = checkpoint.evaluations[-1].evaluation
+        self._log_once(
+            f"The checkpoint has no weights of update {best.evaluation}, the best so far, for this model. "
+            "`restore_best_weights` will use the best of the remaining evaluations."
+        )
 
     def restore_generators(self, checkpoint: "Checkpoint", seed: int) -> None:
         """Restore the random generators, or seed them anew if the number of processes has changed.

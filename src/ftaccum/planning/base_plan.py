@@ -78,6 +78,10 @@ class BasePlan(ABC):
         """Return the number of rows in the first `n_windows` windows. Each epoch counts its rows again."""
 
     @abstractmethod
+    def epochs_after(self, n_windows: int) -> float:
+        """Return the number of epochs in the first `n_windows` windows, with a fraction as far as that is known."""
+
+    @abstractmethod
     def ends_epoch(self, n_windows: int) -> bool:
         """Return whether the last of the first `n_windows` windows ends its epoch, as far as that is known."""
 

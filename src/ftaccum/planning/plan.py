@@ -129,6 +129,9 @@ class Plan(BasePlan):
         """Return the number of rows in the first `n_windows` windows. Each epoch counts its rows again."""
         return int(self._ends[n_windows - 1]) if n_windows else 0
 
+    def epochs_after(self, n_windows: int) -> float:
+        return self.rows_after(n_windows) / self.n_rows
+
     def ends_epoch(self, n_windows: int) -> bool:
         """Return whether the last of the first `n_windows` windows ends its epoch."""
         return n_windows == self._indices(self._epoch_of(n_windows - 1)).stop

@@ -1,5 +1,7 @@
 """The windows of a run on a stream, whose rows are counted as they arrive."""
 
+import itertools
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +62,11 @@ class StreamPlan(BasePlan):
 
     def rows_after(self, n_windows: int) -> int:
         return self._ends[n_windows - 1] if n_windows else 0
+
+    def epochs_after(self, n_windows: int) -> float:
+        """Return the number of epochs that these windows are in, without a fraction."""
+        ends = itertools.accumulate(self._counts[epoch] for epoch in range(self.n_epochs))
+        return float(bisect_left(list(ends), n_windows) + 1) if n_windows else 0.0
 
     def ends_epoch(self, n_windows: int) -> bool:  # noqa: ARG002
         return False  # known only when the next row is requested

@@ -1,4 +1,4 @@
-"""What a run prints: banner, progress bar, a line per epoch, result. Only the main process prints."""
+"""What a run prints: banner, progress bar, a line per evaluation, result. Only the main process prints."""
 
 import math
 import sys
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from ..planning.base_plan import BasePlan
-from .ledger import EpochEntry
+from .ledger import EpochEntry, EvaluationEntry
 from .result import Result
 
 _RULE = "=" * 64
@@ -38,17 +38,18 @@ class Console:
     def bar(self, n_windows: int) -> tqdm:
         return tqdm(total=n_windows, desc="updates", disable=not (self.is_main and self.progress), leave=False)
 
-    def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
-        """Print a row of the table of epochs, the first time with the heading.
+    def evaluation(self, entry: EvaluationEntry, plan: BasePlan) -> None:
+        """Print a row of the table of evaluations, the first time with the heading."""
+        epochs = f"{plan.epochs_after(entry.evaluation):.2f}".rstrip("0").rstrip(".")
+        cells = {"epoch": f"{epochs}/{plan.n_epochs}", "update": str(entry.evaluation)}
+        numbers = {"train loss": entry.train_loss, "val loss": entry.val_loss, **entry.metrics}
+        self._row(cells | {name: _number(value) for name, value in numbers.items()})
 
-        The validation loss before the first update, if there is one, makes the row of epoch 0.
-        """
-        if entry.epoch < 0 and entry.val_loss is None:
-            return
-        cells = {"epoch": f"{entry.epoch + 1}/{n_epochs}", "train loss": _number(entry.train_loss)}
-        if entry.val_loss is not None:
-            cells["val loss"] = _number(entry.val_loss)
-        cells |= {name: _number(value) for name, value in entry.metrics.items()}
+    def epoch(self, entry: EpochEntry, plan: BasePlan) -> None:
+        """Print a row of the table of epochs, for a run without validation rows."""
+        self._row({"epoch": f"{entry.epoch + 1}/{plan.n_epochs}", "train loss": _number(entry.train_loss)})
+
+    def _row(self, cells: dict[str, str]) -> None:
         widths = [max(10, len(name)) for name in cells]
         if not self._headed:
             self._headed = True

@@ -1,8 +1,8 @@
-"""The ledger of a run: one entry per window, per epoch and per audit."""
+"""The ledger of a run: one entry per window, epoch, evaluation and audit."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,30 @@ class WindowEntry:
 
 @dataclass(frozen=True)
 class EpochEntry:
-    """The record of one epoch. Losses are means over loss items.
-
-    `train_loss` is NaN if the epoch had no update. `val_loss` is None without validation data.
-    """
+    """The record of one epoch. `train_loss` is the mean over the loss items of its updates; NaN if it had none."""
 
     epoch: int
     train_loss: float
-    val_loss: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationEntry:
+    """The record of an evaluation on the validation rows.
+
+    Attributes:
+        evaluation: number of updates before it; 0 for the evaluation before training.
+        epoch: the epoch of the last of these updates, from 0.
+        rows: number of rows trained on by then. Each epoch counts its rows again.
+        train_loss: mean over the loss items of the updates since the previous evaluation; NaN if there were none.
+        val_loss: mean over all loss items of the validation rows.
+        metrics: metrics by name.
+    """
+
+    evaluation: int
+    epoch: int
+    rows: int
+    train_loss: float
+    val_loss: float
     metrics: dict[str, float]
 
 
@@ -77,7 +93,8 @@ class AuditEntry:
     seconds: float
 
 
-Entry = WindowEntry | EpochEntry | AuditEntry
+Entry = WindowEntry | EpochEntry | EvaluationEntry | AuditEntry
+_KINDS: dict[str, type[Entry]] = {"window": WindowEntry, "audit": AuditEntry, "evaluation": EvaluationEntry}
 
 
 def read_entry(line: str) -> Entry:
@@ -87,14 +104,7 @@ def read_entry(line: str) -> Entry:
         ValueError, TypeError: if the line is not an entry.
     """
     values = json.loads(line)
-    kind = WindowEntry if "window" in values else AuditEntry if "audit" in values else EpochEntry
-    return kind(**values)
-
-
-def best_epoch(epochs: Iterable[EpochEntry]) -> int | None:
-    """Return the epoch (from 1) with the lowest validation loss; None if no loss is finite."""
-    losses = [(e.val_loss, e.epoch + 1) for e in epochs if e.val_loss is not None and e.val_loss < math.inf]
-    return min(losses)[1] if losses else None
+    return next((kind for name, kind in _KINDS.items() if name in values), EpochEntry)(**values)
 
 
 @dataclass
@@ -102,8 +112,7 @@ class Ledger:
     """Everything that a run records, in order. Given a path, every entry is also a JSON line in that file.
 
     If the file cannot be written, for example because the disk is full, the run loses no entry and no update. The
-    missing lines are written, in order, as soon as writing works again. Entries that are passed to the constructor are
-    written together with the first new one.
+    missing lines are written, in order, as soon as writing works again.
 
     Raises:
         SettingsError: if the file cannot be created.
@@ -113,15 +122,13 @@ class Ledger:
     """
 
     path: Path | None = None
-    initial_val_loss: float | None = None
-    windows: list[WindowEntry] = field(default_factory=list)
-    epochs: list[EpochEntry] = field(default_factory=list)
-    audits: list[AuditEntry] = field(default_factory=list)
+    windows: list[WindowEntry] = field(init=False, default_factory=list)
+    epochs: list[EpochEntry] = field(init=False, default_factory=list)
+    evaluations: list[EvaluationEntry] = field(init=False, default_factory=list)
+    audits: list[AuditEntry] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        # An epoch's entry comes after those of its windows.
-        entries: list[Entry] = [*self.audits, *self.windows, *self.epochs]
-        self._entries = sorted(entries, key=lambda e: (e.epoch, isinstance(e, EpochEntry)))
+        self._entries: list[Entry] = []
         self._has_warned = False
         self._file: AppendOnlyFile | None = None
         if self.path is not None:
@@ -159,7 +166,7 @@ class Ledger:
                 )
 
     def entries(self) -> list[Entry]:
-        """Return all entries in order. An epoch's entry comes after those of its windows."""
+        """Return all entries, in the order in which they were recorded."""
         return list(self._entries)
 
     def resume_from(self, entries: Sequence[Entry]) -> None:
@@ -177,13 +184,14 @@ class Ledger:
             self._file.write(lambda n: map(_as_line, self._entries[n:]))
 
     def _add(self, entry: Entry) -> None:
-        kinds: dict[type, list[Any]] = {WindowEntry: self.windows, EpochEntry: self.epochs, AuditEntry: self.audits}
+        kinds: dict[type, list[Any]] = {
+            WindowEntry: self.windows,
+            EpochEntry: self.epochs,
+            EvaluationEntry: self.evaluations,
+            AuditEntry: self.audits,
+        }
         kinds[type(entry)].append(entry)
         self._entries.append(entry)
-
-    @property
-    def val_losses(self) -> list[float]:
-        return [e.val_loss for e in self.epochs if e.val_loss is not None]
 
 
 def _as_line(entry: Entry) -> str:

@@ -1,23 +1,25 @@
 """Record what happens in a run: in the ledger, the trackers and the progress bar."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..objective.normalizer import WeightedMeans, gathered
 from ..planning.batch_size import BatchSizes
-from .ledger import AuditEntry, EpochEntry, Ledger, WindowEntry
+from .ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
+from .log_period import LogPeriod
+from .running_loss import RunningLoss
 from .step import StepResult
 from .throughput import Throughput
 from .trackers import run_trackers
 
 # Losses stay on the device until this many windows are read at once.
 _DRAIN_EVERY = 10
+OnLog = Callable[[dict[str, float], int], None]
 
 
 class MetricsLogger:
@@ -26,14 +28,29 @@ class MetricsLogger:
     All processes make the same calls. Only the main process has the ledger's file, the trackers and the bar.
     """
 
-    def __init__(self, accelerator: Accelerator, ledger: Ledger, bar: tqdm, batch_sizes: BatchSizes) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        ledger: Ledger,
+        bar: tqdm,
+        batch_sizes: BatchSizes,
+        log_every: int,
+        on_log: OnLog,
+    ) -> None:
+        """Create a logger.
+
+        Args:
+            log_every: number of updates between two entries for the trackers.
+            on_log: called with each of these entries and the number of updates before it, on all processes.
+        """
         self.ledger, self.throughput = ledger, Throughput()
         self._accelerator, self._bar = accelerator, bar
-        self._batch_sizes = batch_sizes
+        self._batch_sizes, self._log_every, self._on_log = batch_sizes, log_every, on_log
         self._pending: list[StepResult] = []
         self.n_epochs = 0
-        self._epoch_losses: WeightedMeans | None = None
-        self._ended: tuple[int, WeightedMeans] | None = None  # the last epoch that had losses
+        self._epoch_loss, self._evaluation_loss, self._period = RunningLoss(), RunningLoss(), LogPeriod()
+        self._ended: tuple[int, dict[str, Any]] | None = None  # the last epoch that had losses
+        self._before_evaluation: dict[str, Any] | None = None  # the loss up to the last evaluation
         self._started = time.perf_counter()
 
     def window(self, outcome: StepResult) -> None:
@@ -41,24 +58,38 @@ class MetricsLogger:
         self.throughput.merge(outcome.work)
         self._pending.append(outcome)
         self._bar.update()
-        if len(self._pending) == _DRAIN_EVERY:
+        if len(self._pending) == _DRAIN_EVERY or self.n_windows % self._log_every == 0:
             self.drain()
 
-    def epoch(self, val_loss: float | None, metrics: dict[str, float]) -> EpochEntry:
+    def epoch(self) -> EpochEntry:
         """End an epoch. Its training loss is the mean over the loss items of all windows that were not skipped."""
         self.drain()
-        train_loss = self._epoch_losses.total() if self._epoch_losses is not None else float("nan")
-        entry = EpochEntry(self.n_epochs, train_loss, val_loss, metrics)
+        if (state := self._epoch_loss.state_dict()) is not None:
+            self._ended = self.n_epochs, state
+        entry = EpochEntry(self.n_epochs, self._epoch_loss.take())
         self.ledger.record(entry)
-        values: dict[str, Any] = {"epoch": entry.epoch + 1, "train/epoch_loss": train_loss}
-        values |= {} if val_loss is None else {"val/loss": val_loss}
-        values |= {f"val/{name}": value for name, value in metrics.items()}
+        values = {"epoch": entry.epoch + 1, "train/epoch_loss": entry.train_loss}
         sizes = self._batch_sizes.at(max(0, len(self.ledger.windows) - 1))  # of the last update
         values |= {f"config/{name}": size for name, size in _sizes(sizes).items()}
         self._accelerator.log(values, step=len(self.ledger.windows))
-        if self._epoch_losses is not None:
-            self._ended = self.n_epochs, self._epoch_losses
-        self.n_epochs, self._epoch_losses = self.n_epochs + 1, None
+        self.n_epochs += 1
+        return entry
+
+    @property
+    def is_in_epoch(self) -> bool:
+        """Whether an epoch has begun and not ended."""
+        return bool(self.ledger.windows) and self.ledger.windows[-1].epoch == self.n_epochs
+
+    def evaluation(self, val_loss: float, metrics: dict[str, float]) -> EvaluationEntry:
+        """Record an evaluation of the current weights."""
+        self.drain()
+        windows = self.ledger.windows
+        epoch, rows = windows[-1].epoch if windows else 0, sum(window.rows for window in windows)
+        self._before_evaluation = self._evaluation_loss.state_dict()
+        entry = EvaluationEntry(len(windows), epoch, rows, self._evaluation_loss.take(), val_loss, metrics)
+        self.ledger.record(entry)
+        values = {"val/loss": val_loss} | {f"val/{name}": value for name, value in metrics.items()}
+        self._accelerator.log(values, step=len(windows))
         return entry
 
     def audit(self, entry: AuditEntry) -> None:
@@ -85,16 +116,22 @@ class MetricsLogger:
         return {
             "epoch": self.n_epochs,
             "seconds": self.seconds,
-            "losses": None if self._epoch_losses is None else _as_lists(self._epoch_losses),
-            "ended": None if ended is None else {"epoch": ended[0], "losses": _as_lists(ended[1])},
+            "losses": self._epoch_loss.state_dict(),
+            "ended": None if ended is None else {"epoch": ended[0], "losses": ended[1]},
+            "since_evaluation": self._evaluation_loss.state_dict(),
+            "before_evaluation": self._before_evaluation,
+            "since_log": self._period.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        losses, ended = state_dict["losses"], state_dict["ended"]
+        ended = state_dict["ended"]
         self.n_epochs = state_dict["epoch"]
         self._started = time.perf_counter() - state_dict["seconds"]
-        self._epoch_losses = None if losses is None else _of_lists(losses)
-        self._ended = None if ended is None else (ended["epoch"], _of_lists(ended["losses"]))
+        self._epoch_loss.load_state_dict(state_dict["losses"])
+        self._ended = None if ended is None else (ended["epoch"], ended["losses"])
+        self._evaluation_loss.load_state_dict(state_dict["since_evaluation"])
+        self._before_evaluation = state_dict["before_evaluation"]
+        self._period.load_state_dict(state_dict["since_log"])
         self._bar.update(len(self.ledger.windows))
 
     def drain(self) -> None:
@@ -114,33 +151,43 @@ class MetricsLogger:
                 passes=outcome.work.passes,
             )
             self.ledger.record(entry)
-            self._log(entry)
-            if not outcome.skipped:
-                self._add_to_epoch(losses)
+            self._add(entry, losses)
         if outcomes:
             self._bar.set_postfix(loss=f"{entry.loss:.4f}", norm=f"{entry.grad_norm:.3f}", refresh=False)
 
-    def _log(self, entry: WindowEntry) -> None:
-        values = {
-            "train/loss": entry.loss,
-            "train/grad_norm": entry.grad_norm,
-            "train/learning_rate": entry.learning_rate,
-            "train/skipped": int(entry.skipped),
-        } | {f"train/terms/{term}": value for term, value in entry.terms.items()}
-        self._accelerator.log(values, step=entry.window + 1)
+    def log(self) -> None:
+        """Give the trackers an entry on the updates since the last one, if there were any."""
+        self.drain()
+        if self._period.n_updates:
+            self._end_period()
 
-    def _add_to_epoch(self, losses: WeightedMeans) -> None:
-        if self._epoch_losses is None:
-            self._epoch_losses = losses
-        else:
-            self._epoch_losses.merge(losses)
+    def _add(self, entry: WindowEntry, losses: WeightedMeans) -> None:
+        self._period.add(entry, losses)
+        if not entry.skipped:
+            self._epoch_loss.add(losses)
+            self._evaluation_loss.add(losses)
+        if len(self.ledger.windows) % self._log_every == 0:
+            self._end_period()
+
+    def _end_period(self) -> None:
+        values, n_updates = self._period.values(), len(self.ledger.windows)
+        self._period = LogPeriod()
+        self._accelerator.log({f"train/{name}": value for name, value in values.items()}, step=n_updates)
+        self._on_log(values, n_updates)
 
 
-def within(state_dict: Mapping[str, Any], epoch: int) -> dict[str, Any]:
-    """Return a logger's state for a run that continues in an epoch that the earlier run had ended."""
+def within(state_dict: Mapping[str, Any], epoch: int, *, drops_evaluation: bool) -> dict[str, Any]:
+    """Return a logger's state for a run that continues in an epoch that the earlier run had ended.
+
+    Args:
+        drops_evaluation: whether the last evaluation is dropped too.
+    """
     ended = state_dict["ended"]
     losses = ended["losses"] if ended is not None and ended["epoch"] == epoch else None
-    return {**state_dict, "epoch": epoch, "losses": losses, "ended": None}
+    changed = {"epoch": epoch, "losses": losses, "ended": None}
+    if drops_evaluation:
+        changed["since_evaluation"] = state_dict["before_evaluation"]
+    return {**state_dict, **changed}
 
 
 @contextmanager
@@ -153,17 +200,6 @@ def tracking(accelerator: Accelerator, settings: Mapping[str, Any], batch_sizes:
     grows = {"accumulation_schedule": schedule} if batch_sizes.later else {}
     with run_trackers(accelerator, plain | _sizes(batch_sizes) | grows):
         yield
-
-
-def _as_lists(losses: WeightedMeans) -> dict[str, Any]:
-    return {"terms": losses.terms, "sums": losses.sums_T.tolist(), "items": losses.items_T.tolist()}
-
-
-def _of_lists(saved: Mapping[str, Any]) -> WeightedMeans:
-    losses = WeightedMeans(saved["terms"], torch.device("cpu"))
-    losses.sums_T = torch.tensor(saved["sums"], dtype=losses.sums_T.dtype)
-    losses.items_T = torch.tensor(saved["items"], dtype=losses.items_T.dtype)
-    return losses
 
 
 def _sizes(batch_sizes: BatchSizes) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The Result of a run, derived from its ledger."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from ..errors import DataError
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .ledger import Ledger, nan_null, null_non_finite
+from .selection import Criterion
 from .throughput import Throughput
 
 
@@ -19,12 +19,15 @@ class Result(Mapping[str, Any]):
     """The result of `test_fine_tuning`, whose attributes can also be read as a mapping: `result["final_loss"]`.
 
     Losses are means over loss items (tokens, rows, …), however the batch is accumulated. Attributes:
-        final_loss: validation loss after the last epoch; without validation data, training loss of that epoch.
+        final_loss: validation loss after the last update; without validation data, training loss of the last epoch.
         initial_loss: validation loss before the first update; without validation data, loss of the first window.
-        best_val_loss: the lowest finite validation loss of any epoch, or None.
+        best_val_loss: the lowest finite validation loss of any evaluation after the first update, or None.
+        best_update: number of updates at the best evaluation, by `metric_for_best`, or None.
         loss_history, grad_norm_history, lr_history: one entry per window, including skipped ones. Norms are before
             clipping, and the rate is the one used.
-        train_loss_history, val_loss_history, metrics: one entry per epoch.
+        train_loss_history: one entry per epoch.
+        val_loss_history, metrics, evaluation_updates: one entry per evaluation: its validation loss, its metrics by
+            name, and the number of updates before it. The evaluation before training is not included.
         optimizer_steps, skipped_steps: windows with and without an optimizer step; together, all windows.
         effective_batch_size, gradient_accumulation_steps: rows of a full window, over all processes, and k. If k
             changed, these are the values of the last update.
@@ -66,6 +69,8 @@ class Result(Mapping[str, Any]):
     amp_enabled: bool
     final_loss_scale: float | None
     output_dir: str | None
+    evaluation_updates: list[int] = field(default_factory=list)
+    best_update: int | None = None
     accumulation_schedule: list[list[int]] | None = None
     audits: list[dict[str, Any]] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
@@ -75,6 +80,7 @@ class Result(Mapping[str, Any]):
         cls,
         ledger: Ledger,
         batch_sizes: BatchSizes,
+        criterion: Criterion,
         *,
         work: Throughput,
         training_time: float,
@@ -84,20 +90,24 @@ class Result(Mapping[str, Any]):
         output_dir: str | None,
     ) -> "Result":
         """Build the result from the ledger of a finished run."""
-        windows, epochs, val_losses = ledger.windows, ledger.epochs, ledger.val_losses
-        skipped = sum(w.skipped for w in windows)
-        initial, last = ledger.initial_val_loss, batch_sizes.at(len(windows) - 1)
+        windows, epochs, skipped = ledger.windows, ledger.epochs, sum(w.skipped for w in ledger.windows)
+        initial = next((e.val_loss for e in ledger.evaluations if not e.evaluation), None)
+        evaluations = [e for e in ledger.evaluations if e.evaluation]
+        lowest, best = Criterion().best(evaluations), criterion.best(evaluations)
+        last = batch_sizes.at(len(windows) - 1)
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
         return cls(
-            final_loss=val_losses[-1] if val_losses else epochs[-1].train_loss,
+            final_loss=evaluations[-1].val_loss if evaluations else epochs[-1].train_loss,
             initial_loss=windows[0].loss if initial is None else initial,
-            best_val_loss=min(filter(math.isfinite, val_losses), default=None),
+            best_val_loss=None if lowest is None else lowest.val_loss,
+            best_update=None if best is None else best.evaluation,
             loss_history=[w.loss for w in windows],
             grad_norm_history=[w.grad_norm for w in windows],
             lr_history=[w.learning_rate for w in windows],
             train_loss_history=[e.train_loss for e in epochs],
-            val_loss_history=val_losses,
-            metrics=[e.metrics for e in epochs],
+            val_loss_history=[e.val_loss for e in evaluations],
+            metrics=[e.metrics for e in evaluations],
+            evaluation_updates=[e.evaluation for e in evaluations],
             optimizer_steps=len(windows) - skipped,
             skipped_steps=skipped,
             effective_batch_size=last.effective_batch_size,
@@ -206,7 +216,7 @@ class Result(Mapping[str, Any]):
             known[name] = nan_null(known[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
             known[name] = [nan_null(value) for value in known[name]]
-        known["metrics"] = [{name: nan_null(value) for name, value in epoch.items()} for epoch in known["metrics"]]
+        known["metrics"] = [{name: nan_null(value) for name, value in found.items()} for found in known["metrics"]]
         return cls(**known)
 
 

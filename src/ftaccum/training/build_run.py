@@ -2,47 +2,48 @@
 
 import math
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainerState
 
 from ..accumulation.audit import GradientAuditor
 from ..checkpoint.compatibility import RunIdentity
 from ..checkpoint.directory import CheckpointDirectory
-from ..checkpoint.early_stopping import BestEpoch
-from ..checkpoint.manager import CheckpointManager, SavePolicy
 from ..checkpoint.resume import ResumePoint
-from ..checkpoint.state import TrainState
 from ..data.prefetch import WindowLoader
 from ..errors import SettingsError
 from ..objective.rounding import Rounding
 from ..planning.audit_schedule import AuditSchedule
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
+from ..planning.evaluation_schedule import EvaluationSchedule
+from ..planning.plan import Plan
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.optimizers import evaluation_weights, switches_weights, training_weights
+from ..runtime.optimizers import switches_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
+from ..tracking.selection import Criterion
 from .audit import AuditHandler
 from .base_run import Run
 from .build_identity import build_identity
 from .build_plan import refuse_single_rows, report_inexact
-from .callbacks import Callback, Milestones
+from .callbacks import Callback
 from .closure import check_step
 from .config import RunConfig
-from .evaluation import Evaluation
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
 from .optimizer import make_optimizer
 from .rates import describe_rates, preserve_learning_rates
 from .schedule import make_schedule
+from .trainer_arguments import CallbackArguments
+from .trainer_callbacks import CallbackHandler
 
 
 class TrainingSetup(Run):
@@ -118,7 +119,17 @@ class TrainingSetup(Run):
         is_main = self.process_group.is_main
         report_inexact(report, self.config.runtime, self.batch_sizes, self.planner, is_main=is_main)
         refuse_single_rows(self.data, fresh, self.planner)
-        return self.resume_point.resume_plan(fresh, self.identity)
+        return self.resume_point.resume_plan(fresh, self.identity, self.evaluation_schedule(fresh).is_due)
+
+    def evaluation_schedule(self, plan: BasePlan) -> EvaluationSchedule:
+        """Return the evaluations within the epochs of a plan, as the settings or the search want them."""
+        every, rows = self.config.recipe.evaluate_every, self.callback.evaluation_rows(plan)
+        if rows is not None:
+            return EvaluationSchedule.after_rows(rows, plan.rows_after)
+        if isinstance(every, float):
+            assert isinstance(plan, Plan), "a share of a stream is refused with the settings"
+            return EvaluationSchedule.every_share(every, plan.n_rows, plan.rows_after)
+        return EvaluationSchedule.every_updates(every) if isinstance(every, int) else EvaluationSchedule()
 
     @cached_property
     def n_warmup(self) -> int:
@@ -190,96 +201,55 @@ class TrainingSetup(Run):
         )
 
     @cached_property
+    def criterion(self) -> Criterion:
+        """The criterion that decides which evaluation is the best."""
+        recipe = self.config.recipe
+        return Criterion.of_settings(recipe.metric_for_best, recipe.greater_is_better, recipe.early_stopping_min_delta)
+
+    @cached_property
+    def callback_handler(self) -> CallbackHandler:
+        components, accelerator = self.config.components, self.accelerator
+        evaluates = self.data.val_rows is not None
+        arguments = CallbackArguments.of_run(
+            self.config.recipe,
+            self.config.runtime,
+            self.batch_sizes,
+            self.criterion,
+            accelerator,
+            evaluates=evaluates,
+        )
+        state = TrainerState(
+            max_steps=self.plan.n_windows,
+            num_train_epochs=self.plan.n_epochs,
+            logging_steps=self.config.runtime.log_every,
+            train_batch_size=self.batch_sizes.batch_size,
+            is_local_process_zero=accelerator.is_local_main_process,
+            is_world_process_zero=accelerator.is_main_process,
+        )
+        objects = {
+            "model": self.model,
+            "processing_class": components.tokenizer,
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.schedule,
+            "train_dataloader": self.window_loader,
+            "eval_dataloader": self.data.val,
+        }
+        return CallbackHandler(components.callbacks, self.process_group, arguments, state, objects)
+
+    @cached_property
     def metrics_logger(self) -> MetricsLogger:
         settings = vars(self.config.recipe) | vars(self.config.runtime)
         self._inner.enter_context(tracking(self.accelerator, settings, self.batch_sizes))
         bar = self._inner.enter_context(self.console.bar(self.plan.n_windows))
-        return MetricsLogger(self.accelerator, Ledger(), bar, self.batch_sizes)
-
-    @cached_property
-    def evaluation(self) -> Evaluation | None:
-        """The evaluation of the model; None if there are no validation rows."""
-        data = self.data
-        if data.val is None or data.val_rows is None:
-            return None
-        return Evaluation(
-            self.accelerator,
-            data.objective,
-            data.val,
-            n_rows=len(data.val_rows),
-            planner=replace(self.planner, packed=False),
-            process_group=self.process_group,
-            compute_metrics=self.config.components.compute_metrics,
-            ignore_index=data.ignore_index,
+        return MetricsLogger(
+            self.accelerator, Ledger(), bar, self.batch_sizes, self.config.runtime.log_every, self.callback_handler.log
         )
-
-    def evaluate(self) -> tuple[float | None, dict[str, float]]:
-        """Return the current validation loss and metrics; None and an empty dict if there are no validation rows.
-
-        Sync buffers first, so that all processes evaluate the same model.
-        """
-        self.accumulator.sync_buffers()
-        if self.evaluation is None:
-            return None, {}
-        with evaluation_weights(self.optimizer):
-            return self.evaluation(self.model)
-
-    @cached_property
-    def best(self) -> BestEpoch:
-        return BestEpoch(self.config.recipe.early_stopping_patience, self.config.recipe.restore_best_weights)
-
-    @cached_property
-    def milestones(self) -> Milestones:
-        return Milestones(self.callback, self.plan, self.validate, self.metrics_logger.throughput)
-
-    @cached_property
-    def state(self) -> TrainState:
-        """The state that later windows depend on, which checkpoints save."""
-        components = self.config.components
-        return TrainState(
-            self.accelerator,
-            self.model,
-            components.loss_fn,
-            self.optimizer,
-            self.schedule,
-            self.metrics_logger,
-            self.best,
-            {
-                "oom_recovery": self.oom_recovery,
-                "nonfinite": self.nonfinite.counts,
-                "milestones": self.milestones,
-                "audits": self.audits,
-            },
-        )
-
-    @cached_property
-    def checkpoint_manager(self) -> CheckpointManager:
-        runtime, callback, checkpoints = self.config.runtime, self.callback, self.checkpoints
-        stop_signals = callback.stop_signals(saves=checkpoints is not None)
-        self._inner.enter_context(stop_signals.kept())
-        manager = CheckpointManager(
-            self.state,
-            self.identity,
-            checkpoints,
-            SavePolicy(runtime.checkpoint_every, callback.saves_model, runtime.keep_checkpoints, callback.endings),
-            self.process_group,
-            stop_signals,
-            is_healthy=self.nonfinite.counts.is_sound,
-            resumed_from=self.resume_point.path,
-        )
-        self._inner.callback(manager.close)
-        return manager
 
     def _prepare_model(self, stack: ExitStack) -> None:
         if self.accelerator.mixed_precision == "fp16" and not self.config.runtime.accumulate_in_fp32:
             _refuse_float16(self.model)
         _ = self.optimizer  # must be made before the model moves to its device
         super()._prepare_model(stack)
-
-    def validate(self) -> float | None:
-        """Return the current validation loss, between two windows."""
-        self.metrics_logger.drain()  # the run may end here, and the ledger must then have all of its updates
-        return self.evaluate()[0]
 
 
 def _refuse_float16(model: nn.Module) -> None:

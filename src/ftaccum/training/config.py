@@ -1,12 +1,13 @@
 """The configuration of a run: its settings, and the user's model, data and functions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 
 from ..arguments import parse_settings
 from ..data.collator import Collator
@@ -16,9 +17,11 @@ from ..fields import DefaultFloat
 from ..objective.forward import LossFn
 from ..objective.item_counts import CountItems
 from ..settings import Recipe, Runtime
+from ..tracking.selection import fault_of_criterion
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .optimizer import OptimizerFactory
 from .schedule import fault_of_schedule
+from .trainer_callbacks import fault_of_callbacks
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Components:
     count_items: CountItems | None
     optimizer: OptimizerFactory | Optimizer | None
     compute_metrics: ComputeMetrics | None
+    callbacks: Sequence[TrainerCallback] = ()
 
     @property
     def configuration(self) -> Any:
@@ -99,7 +103,7 @@ class RunConfig:
             SettingsError: with a sentence for each fault, before anything is loaded.
         """
         recipe, runtime = parse_settings(arguments)
-        components = Components(**{f.name: arguments[f.name] for f in fields(Components)})
+        components = Components(**{f.name: arguments[f.name] for f in fields(Components) if f.name in arguments})
         check_components(components, recipe, runtime)
         defaults = {name for name, value in arguments.items() if isinstance(value, DefaultFloat)}
         given = {"learning_rate", "weight_decay"} & arguments.keys() - defaults
@@ -128,13 +132,20 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             f"`reduction` must be 'mean' or 'sum', but is {shown(components.reduction)} instead. "
             "Choose 'mean' if `loss_fn` returns the mean over its items, 'sum' if it returns their sum."
         )
-    more = (fault_of_metrics(components.compute_metrics), fault_of_schedule(recipe.lr_scheduler))
+    has_metrics = components.compute_metrics is not None
+    more = (
+        fault_of_metrics(components.compute_metrics),
+        fault_of_schedule(recipe.lr_scheduler),
+        fault_of_callbacks(components.callbacks),
+        fault_of_criterion(recipe.metric_for_best, recipe.greater_is_better, has_metrics),
+    )
     faults += [fault for fault in more if fault]
     if components.val_data is None and not recipe.validation_split:
         needs = {
             "early_stopping_patience": recipe.early_stopping_patience is not None,
             "restore_best_weights": recipe.restore_best_weights,
-            "compute_metrics": components.compute_metrics is not None,
+            "evaluate_every": recipe.evaluate_every is not None,
+            "compute_metrics": has_metrics,
         }
         faults += [
             f"`{name}` needs validation rows, but `val_data` is None and `validation_split` is 0. Give one of them."
@@ -160,6 +171,8 @@ def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) 
         f"`train_data` is a stream, from which no rows can be held out, but `validation_split` is "
         f"{recipe.validation_split} and `val_data` is None. Give `val_data`, or set `validation_split=0` to train "
         "without validation.": (components.val_data is None and recipe.validation_split > 0),
+        f"`train_data` is a stream, whose length is unknown, but `evaluate_every` is {recipe.evaluate_every}, a share "
+        "of an epoch. Give a number of updates.": isinstance(recipe.evaluate_every, float),
         f"`train_data` is a stream, which the main process reads and collates, but `num_workers` is "
         f"{runtime.num_workers}. Leave it out; the main process reads and collates the next window while the device "
         "computes.": runtime.num_workers > 0,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -23,8 +24,25 @@ from .rates import rate_in_use, scale_learning_rates
 
 # Returns a window in smaller micro-batches, given the pass of this process that ran out of memory, if one did.
 Split = Callable[[LocalWindow, FailedPass | None], LocalWindow]
-BeforeUpdate = Callable[[LocalWindow], None]
-OnStep = Callable[[StepResult, NonFiniteUpdate | None], None]
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """The functions that a loop calls.
+
+    Attributes:
+        split: called if memory runs out.
+        before_update: called with each window before its first pass.
+        after_update: called after each window, with its result; returns whether to take another one.
+        before_step: called before each optimizer step, with the gradient clipped.
+        after_step: called after each optimizer step, before the gradient is dropped.
+    """
+
+    split: Split
+    before_update: Callable[[LocalWindow], None]
+    after_update: Callable[[StepResult, NonFiniteUpdate | None], bool]
+    before_step: Callable[[], None] = lambda: None
+    after_step: Callable[[], None] = lambda: None
 
 
 class TrainingLoop:
@@ -61,28 +79,27 @@ class TrainingLoop:
         self._needs_closure = needs_closure(schedule.optimizer)
         self.in_update = False
 
-    def train(self, windows: LocalWindows, before_update: BeforeUpdate, split: Split, on_step: OnStep) -> None:
+    def train(self, windows: LocalWindows, hooks: LoopHooks) -> None:
         """Take one update for each window.
 
         Args:
             windows: this process's part of each window.
-            before_update: called with each window before its first pass.
-            split: called if memory runs out.
-            on_step: called after each window.
+            hooks: the functions to call in between.
         """
         self._accumulator.zero_gradients()  # the model may have come with gradients
         with self._strategy.accumulating():
             for window in windows:
-                before_update(window)
-                window, accumulated = self._accumulate(window, split)
+                hooks.before_update(window)
+                window, accumulated = self._accumulate(window, hooks.split)
                 self.in_update = True
                 windows.read_ahead()  # collate the next window while the device computes this one
-                result, non_finite = self.update(window, accumulated, split)
+                result, non_finite = self.update(window, accumulated, hooks)
                 self.in_update = False
-                on_step(result, non_finite)
+                if not hooks.after_update(result, non_finite):
+                    return
 
     def update(
-        self, window: LocalWindow, accumulated: AccumulatedWindow, split: Split
+        self, window: LocalWindow, accumulated: AccumulatedWindow, hooks: LoopHooks
     ) -> tuple[StepResult, NonFiniteUpdate | None]:
         """Clip the gradient, step the optimizer and the schedule, and drop the gradients.
 
@@ -99,9 +116,11 @@ class TrainingLoop:
         self._accumulator.observe_buffers(gradient.moved_buffers, undone=skipped)
         if not skipped:
             try:
+                hooks.before_step()
                 with scale_learning_rates(self._schedule.optimizer, factor):
-                    self._step(window, accumulated, split)
+                    self._step(window, accumulated, hooks.split)
                 self._schedule.step()
+                hooks.after_step()
             except NonFiniteStepError as error:
                 gradient, skipped = error.gradient, True
         if skipped:

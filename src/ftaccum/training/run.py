@@ -1,24 +1,26 @@
 """One run of training, from its configuration to its result."""
 
-import math
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 
-from ..errors import DataError, DivergedError, InexactLossError, MetricsError
+from ..data.prefetch import LocalWindow
+from ..errors import CallbackError, DataError, DivergedError, InexactLossError, MetricsError
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
-from ..runtime.optimizers import evaluation_weights
 from ..tracking.export import write_model, write_outputs
-from ..tracking.ledger import EpochEntry, Ledger
+from ..tracking.ledger import Ledger
 from ..tracking.result import Result
 from ..tracking.step import StepResult
 from ..tracking.throughput import Throughput
+from .build_evaluation import EvaluatedSetup
 from .build_plan import describe_cut
-from .build_run import TrainingSetup
 from .callbacks import Callback
 from .config import RunConfig
+from .loop import LoopHooks
 from .nonfinite import NonFiniteUpdate
+from .trainer_callbacks import Requests
 
 _NOT_TRAINING = (
     "This happened before the first update of this call or after its last one. To continue from the newest checkpoint "
@@ -42,7 +44,7 @@ def run_training(config: RunConfig, callback: Callback | None = None) -> Result:
         return run.train()
 
 
-class TrainingRun(TrainingSetup):
+class TrainingRun(EvaluatedSetup):
     """A run that trains its model in place."""
 
     _is_training = False
@@ -58,8 +60,8 @@ class TrainingRun(TrainingSetup):
             raise InexactLossError([*error.faults, *self._keep_inexact()]) from error
         self._is_training = False
         self.weights_in_training.close()
-        if self.best.restore(self.model):
-            logger.info(f"Restored the weights of the epoch with validation loss {self.best.loss:.4f}.")
+        self.best.restore()
+        self.callback_handler.send("on_train_end")
         result = self._result()
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saved = self.model if self.callback.saves_model else None
@@ -67,6 +69,7 @@ class TrainingRun(TrainingSetup):
         result = write_outputs(result, ledger, saved, tokenizer, self.run_dir, self.process_group)
         self.accelerator.wait_for_everyone()
         self.console.result(result)
+        self.callback_handler.settle()
         return result
 
     def _keep_inexact(self) -> list[str]:
@@ -100,14 +103,18 @@ class TrainingRun(TrainingSetup):
         """Restore the state of a resumed run, or evaluate a new one before its first update."""
         _ = self.loop  # wraps the model, which must happen before its state is restored
         resume_point, ledger = self.resumed[1], self.metrics_logger.ledger
-        resume_point.restore(self.state)  # before any file changes, since it may fail
+        self.callback_handler.send("on_init_end")
+        resume_point.restore(self.state, self.criterion)  # before any file changes, since it may fail
         if self.process_group.is_main:
             self._open_files(ledger)
         _ = self.checkpoint_manager  # from here on, signals wait for the end of an update
         if resume_point.path is None:
-            # This also lets a faulty metric fail now and not after the first epoch.
-            ledger.initial_val_loss, metrics = self.evaluate()
-            self.console.epoch(EpochEntry(-1, math.nan, ledger.initial_val_loss, metrics), self.plan.n_epochs)
+            self.evaluator.before_training()
+        for entry in ledger.evaluations:
+            if entry.evaluation:
+                self.callback.on_evaluation(entry)
+        self.callback_handler.send("on_train_begin")
+        self.callback_handler.settle()
         resume_point.restore_generators(self.state, self.config.recipe.random_seed)
 
     def _open_files(self, ledger: Ledger) -> None:
@@ -128,39 +135,87 @@ class TrainingRun(TrainingSetup):
             if epoch < self.metrics_logger.n_epochs:  # this epoch had ended before the run was interrupted
                 for _ in self.plan.windows(epoch, self.metrics_logger.n_windows):
                     pass  # read a stream up to the next epoch
-            elif self.best.has_ended:
-                return
-            else:
+            elif not self._stops or self.metrics_logger.is_in_epoch:
                 self._train_epoch(epoch)
-        if shortfall := self.plan.shortfall():
+        if self.best.stops:
+            logger.info(self.best.describe_stop())
+        elif self.callback_handler.stops:
+            logger.info(f"A callback stopped the run after update {self.metrics_logger.n_windows}.")
+        elif shortfall := self.plan.shortfall():
             logger.warning(shortfall)
 
     def _train_epoch(self, epoch: int) -> None:
         with self.checkpoint_manager.saved_on(self._agreed_errors, lambda: not self.loop.in_update):
-            windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
-            with self.metrics_logger.throughput.timed():
-                self.loop.train(windows, self.audits.before_update, self.oom_recovery.split, self._on_step)
-            val_loss, metrics = self.evaluate()
-        entry = self.metrics_logger.epoch(val_loss, metrics)
-        self.console.epoch(entry, self.plan.n_epochs)
-        self.milestones.epoch_done(entry)
-        with evaluation_weights(self.optimizer):
-            ended = self.best.ends_after(entry.val_loss, self.model, updated=self.plan.n_windows_of(epoch) > 0)
-        if ended:
-            logger.info(self.best.describe())
-        self.checkpoint_manager.after_epoch()
+            if not self.metrics_logger.is_in_epoch:
+                self.callback_handler.send("on_epoch_begin")
+            if not self._stops:
+                self.evaluator.after_update(requested=False)  # if an error ended the earlier run before this
+                windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
+                with self.metrics_logger.throughput.timed():
+                    self.loop.train(windows, self._loop_hooks())
+            requests = self._end_epoch(epoch)
+        entry = self.metrics_logger.epoch()
+        if self.evaluation is None:
+            self.console.epoch(entry, self.plan)
+        if self.checkpoint_manager.after_epoch(requested=requests.save):
+            self.callback_handler.send("on_save")
+            self.callback_handler.settle()
 
-    def _on_step(self, result: StepResult, non_finite: NonFiniteUpdate | None) -> None:
+    def _end_epoch(self, epoch: int) -> Requests:
+        """Evaluate at the end of an epoch, if that is due, and return what callbacks request."""
+        self.callback_handler.send("on_epoch_end")
+        requests = self.callback_handler.settle()
+        if requests.log:
+            self.metrics_logger.log()
+        is_last = self._is_last(epoch)
+        self.evaluator.after_epoch(always=self.evaluates_at_epochs or is_last, requested=requests.evaluate)
+        return requests | self.callback_handler.settle()
+
+    def _is_last(self, epoch: int) -> bool:
+        """Return whether training ends with this epoch, as far as that is known."""
+        has_all_updates = self.metrics_logger.n_windows >= self.plan.n_windows
+        return has_all_updates or epoch == self.plan.n_epochs - 1 or self._stops
+
+    def _loop_hooks(self) -> LoopHooks:
+        send = self.callback_handler.send
+        self.accumulator.after_pass = partial(send, "on_substep_end")
+        return LoopHooks(
+            self.oom_recovery.split,
+            self._before_update,
+            self._after_update,
+            partial(send, "on_pre_optimizer_step"),
+            partial(send, "on_optimizer_step"),
+        )
+
+    def _before_update(self, window: LocalWindow) -> None:
+        self.callback_handler.begin_step()
+        self.audits.before_update(window)
+
+    def _after_update(self, result: StepResult, non_finite: NonFiniteUpdate | None) -> bool:
+        """Record an update, do what is due after it, and return whether training goes on."""
+        n_updates = self.metrics_logger.n_windows + 1
+        self.callback_handler.end_step(n_updates, self.plan.epochs_after(n_updates))
         self.metrics_logger.window(result)
         self.oom_recovery.window_done()
-        self.milestones.window_done()
+        requests = self.callback_handler.settle()
+        if requests.log:
+            self.metrics_logger.log()
+        if self.evaluator.after_update(requested=requests.evaluate):
+            requests |= self.callback_handler.settle()
         self.nonfinite.window_done(non_finite)
-        self.checkpoint_manager.after_update()
+        if self.checkpoint_manager.after_update(improved=self.evaluator.improved, requested=requests.save):
+            self.callback_handler.send("on_save")
+        return not self._stops
+
+    @property
+    def _stops(self) -> bool:
+        """Whether training stops before the end of its plan."""
+        return self.best.stops or self.callback_handler.stops
 
     @property
     def _agreed_errors(self) -> tuple[type[Exception], ...]:
         """The types of errors that are raised on all processes together."""
-        on_all = (DataError, DivergedError, InexactLossError, MetricsError, AgreedOutOfMemoryError)
+        on_all = (CallbackError, DataError, DivergedError, InexactLossError, MetricsError, AgreedOutOfMemoryError)
         return (Exception,) if self.process_group.is_single else on_all
 
     def _result(self) -> Result:
@@ -168,6 +223,7 @@ class TrainingRun(TrainingSetup):
         return Result.of(
             self.metrics_logger.ledger,
             self.batch_sizes,
+            self.criterion,
             work=_over_processes(self.metrics_logger.throughput, self.accelerator),
             training_time=self.metrics_logger.seconds,
             out_of_memory=self.oom_recovery.limits.failures,

@@ -20,7 +20,7 @@ from ...runtime.memory import give_back_memory
 from ...runtime.signals import StopSignals
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...tracking.console import Console
-from ...tracking.ledger import EpochEntry
+from ...tracking.ledger import EpochEntry, EvaluationEntry
 from ...tracking.result import Result
 from ...training.callbacks import Callback
 from ...training.config import RunConfig
@@ -145,26 +145,29 @@ class TrialCallback(Callback):
     def console(self, is_main: bool, progress: bool) -> Console:
         return _TrialConsole(is_main, progress, title=self._title, is_first=self._is_first)
 
-    def milestones(self, plan: BasePlan) -> Iterable[int]:
-        assert isinstance(plan, Plan), "a search refuses streams"
-        # If the remainder of an epoch is carried, updates do not end with the epoch. Treat all epochs as one.
-        epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
-        self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
-        self._processes.orders.run_on_main(lambda: self._record.set_milestones(self._steps))
+    def evaluation_rows(self, plan: BasePlan) -> Iterable[int]:
+        if not self._steps:
+            assert isinstance(plan, Plan), "a search refuses streams"
+            # If the remainder of an epoch is carried, updates do not end with the epoch. Treat all epochs as one.
+            epochs = (plan.n_epochs * plan.n_rows, 1) if plan.remainder == "carry" else (plan.n_rows, plan.n_epochs)
+            self._steps = milestones(*epochs, self._batch_sizes, self._n_reports)
+            self._processes.orders.run_on_main(lambda: self._record.set_milestones(self._steps))
         return self._steps
 
     def stop_signals(self, *, saves: bool) -> StopSignals:  # noqa: ARG002
         return self._stop_signals
 
-    def reached(self, milestone: int, rows: int, val_loss: float) -> None:
-        step, budget = self._steps[milestone], max(self._steps)
-        order = self._processes.orders.run_on_main(lambda: self._record.report(step, rows, val_loss))
+    def on_evaluation(self, entry: EvaluationEntry) -> None:
+        """Report an evaluation as the last milestone that its update has reached."""
+        milestone, budget = max(rows for rows in self._steps if rows <= entry.rows), max(self._steps)
+        step, val_loss = self._steps[milestone], entry.val_loss
+        order = self._processes.orders.run_on_main(lambda: self._record.report(step, entry.rows, val_loss))
         if order == "leave":
             raise ReassignedError
         if not math.isfinite(val_loss):
-            raise DivergedError(f"at {rows} of {budget} rows, with a validation loss of {val_loss}")
+            raise DivergedError(f"at {entry.rows} of {budget} rows, with a validation loss of {val_loss}")
         if order == "prune" and milestone < budget:  # pruning at the end would save nothing
-            raise PrunedError(f"at {rows} of {budget} rows")
+            raise PrunedError(f"at {entry.rows} of {budget} rows")
 
 
 @dataclass
@@ -183,7 +186,10 @@ class _TrialConsole(Console):
         if self.is_first:
             self._print(*notes)
 
-    def epoch(self, entry: EpochEntry, n_epochs: int) -> None:
+    def evaluation(self, entry: EvaluationEntry, plan: BasePlan) -> None:
+        pass
+
+    def epoch(self, entry: EpochEntry, plan: BasePlan) -> None:
         pass
 
     def result(self, result: Result) -> None:

@@ -1,0 +1,129 @@
+"""The components of a training run that act between two updates: evaluation and checkpoints."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+
+from ..checkpoint.best_weights import BestWeights
+from ..checkpoint.manager import CheckpointManager, SavePolicy
+from ..checkpoint.state import TrainState
+from ..runtime.optimizers import evaluation_weights
+from ..tracking.ledger import EvaluationEntry
+from .best_evaluation import BestEvaluation
+from .build_run import TrainingSetup
+from .evaluation import Evaluation
+from .evaluator import Evaluator
+
+
+class EvaluatedSetup(TrainingSetup):
+    """The components of a training run, with those that evaluate and save it."""
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation of the model; None if there are no validation rows."""
+        data = self.data
+        if data.val is None or data.val_rows is None:
+            return None
+        return Evaluation(
+            self.accelerator,
+            data.objective,
+            data.val,
+            n_rows=len(data.val_rows),
+            planner=replace(self.planner, packed=False),
+            process_group=self.process_group,
+            compute_metrics=self.config.components.compute_metrics,
+            ignore_index=data.ignore_index,
+        )
+
+    def evaluate(self) -> tuple[float, dict[str, float]] | None:
+        """Return the current validation loss and metrics; None if there are no validation rows.
+
+        Sync buffers first, so that all processes evaluate the same model.
+        """
+        self.accumulator.sync_buffers()
+        if self.evaluation is None:
+            return None
+        with self.evaluation_weights():
+            return self.evaluation(self.model)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Give the model the weights to evaluate, until exit: an optimizer or a callback may keep an average."""
+        with evaluation_weights(self.optimizer), self.callback_handler.evaluation_weights(self.model):
+            yield
+
+    @cached_property
+    def best_weights(self) -> BestWeights:
+        return BestWeights(self.config.recipe.restore_best_weights)
+
+    @cached_property
+    def best(self) -> BestEvaluation:
+        return BestEvaluation(
+            self.criterion,
+            self.best_weights,
+            self.model,
+            self.evaluation_weights,
+            self.metrics_logger.ledger.evaluations,
+            self.config.recipe.early_stopping_patience,
+        )
+
+    @property
+    def evaluates_at_epochs(self) -> bool:
+        """Whether the run is evaluated at the end of each epoch."""
+        return self.config.recipe.evaluate_every is None and self.callback.evaluation_rows(self.plan) is None
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(
+            self.plan,
+            self.evaluation_schedule(self.plan),
+            self.evaluate,
+            self.metrics_logger,
+            self.best,
+            self.console,
+            self._on_evaluation,
+        )
+
+    def _on_evaluation(self, entry: EvaluationEntry) -> None:
+        self.callback_handler.evaluated(entry, self.criterion)
+        self.callback.on_evaluation(entry)
+
+    @cached_property
+    def state(self) -> TrainState:
+        """The state that later windows depend on, which checkpoints save."""
+        components = self.config.components
+        return TrainState(
+            self.accelerator,
+            self.model,
+            components.loss_fn,
+            self.schedule,
+            self.metrics_logger,
+            self.best_weights,
+            self.callback_handler,
+            {"oom_recovery": self.oom_recovery, "nonfinite": self.nonfinite.counts, "audits": self.audits},
+        )
+
+    @cached_property
+    def checkpoint_manager(self) -> CheckpointManager:
+        runtime, callback, checkpoints = self.config.runtime, self.callback, self.checkpoints
+        stop_signals = callback.stop_signals(saves=checkpoints is not None)
+        self._inner.enter_context(stop_signals.kept())
+        manager = CheckpointManager(
+            self.state,
+            self.identity,
+            checkpoints,
+            SavePolicy(
+                runtime.checkpoint_every,
+                callback.saves_model,
+                runtime.keep_checkpoints,
+                self.criterion,
+                callback.endings,
+            ),
+            self.process_group,
+            stop_signals,
+            is_healthy=self.nonfinite.counts.is_sound,
+            resumed_from=self.resume_point.path,
+        )
+        self._inner.callback(manager.close)
+        return manager

@@ -1,0 +1,216 @@
+"""When runs are evaluated, which evaluation is the best, and what follows from it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction
+
+from ftaccum import SettingsError, test_fine_tuning
+from ftaccum.planning.batch_size import BatchSizes
+from ftaccum.planning.evaluation_schedule import EvaluationSchedule
+from ftaccum.planning.plan import Plan
+from ftaccum.tracking.ledger import EvaluationEntry
+from ftaccum.tracking.selection import Criterion, infer_greater_is_better
+from interrupted import CLASSIFIER, CutOff, checkpoints_of, fine_tuned, ledger_of
+
+
+def evaluated_after(schedule: EvaluationSchedule, plan: Plan) -> list[int]:
+    found, last = [], 0
+    for n_updates in range(1, plan.n_windows + 1):
+        if schedule.is_due(n_updates, last):
+            found.append(n_updates)
+            last = n_updates
+    return found
+
+
+def plan_of(n_rows: int, n_epochs: int, batch: int, **options: Any) -> Plan:
+    return Plan(n_rows, n_epochs, BatchSizes(1, batch, 1, batch), **options)
+
+
+def test_evaluations_are_due_every_few_updates() -> None:
+    plan = plan_of(30, 2, 8)  # 8 updates
+    assert evaluated_after(EvaluationSchedule.every_updates(3), plan) == [3, 6]
+    assert evaluated_after(EvaluationSchedule(), plan) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "remainder", "expected"),
+    [
+        (0.25, "flush", [1, 2, 3, 4, 5, 6, 7, 8]),
+        (0.5, "flush", [2, 4, 6, 8]),
+        (1.0, "flush", [4, 8]),
+        (0.3, "flush", [2, 3, 4, 5, 6, 7]),  # 9, 18, 27, 36, 45 and 54 of 60 rows
+        (0.5, "carry", [2, 4, 6, 8]),
+        (1.0, "carry", [4, 8]),  # 30 of 60 rows are done after the fourth update of 8
+    ],
+)
+def test_evaluations_are_due_after_shares_of_an_epochs_rows(share: float, remainder: str, expected: list[int]) -> None:
+    plan = plan_of(30, 2, 8, remainder=remainder)
+    assert evaluated_after(EvaluationSchedule.every_share(share, 30, plan.rows_after), plan) == expected
+
+
+def test_a_tenth_of_an_epoch_is_not_late_because_of_rounding() -> None:
+    plan = plan_of(30, 1, 1)
+    schedule = EvaluationSchedule.every_share(0.1, 30, plan.rows_after)
+    assert evaluated_after(schedule, plan) == list(range(3, 31, 3))
+
+
+def evaluations(*values: float, metric: str | None = None) -> list[EvaluationEntry]:
+    metrics = [{} if metric is None else {metric: value} for value in values]
+    losses = values if metric is None else [1.0] * len(values)
+    found = enumerate(zip(losses, metrics, strict=True))
+    return [EvaluationEntry(n, 0, n, 1.0, loss, named) for n, (loss, named) in found]
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ((0.0, 3.0, 2.0, 2.0), 2),  # the first entry is the evaluation before training
+        ((0.0, math.nan, math.inf, -math.inf), None),
+        ((0.0, math.inf, 5.0), 2),
+        ((0.0,), None),
+    ],
+)
+def test_the_best_evaluation_has_the_lowest_finite_loss(values: tuple[float, ...], best: int | None) -> None:
+    found = Criterion().best(evaluations(*values))
+    assert (found and found.evaluation) == best
+
+
+def test_greater_values_of_a_metric_can_be_better() -> None:
+    criterion = Criterion.of_settings("macro_f1", None)
+    best = criterion.best(evaluations(9.0, 0.5, math.nan, 0.7, 0.7, math.inf, metric="macro_f1"))
+    assert best is not None
+    assert best.evaluation == 3
+
+
+def test_small_improvements_add_up_before_they_count_as_one() -> None:
+    criterion = Criterion(min_delta=0.5)
+    assert criterion.n_without_improvement(evaluations(9, 3.0, 2.8, 2.6)) == 2
+    assert criterion.n_without_improvement(evaluations(9, 3.0, 2.8, 2.6, 2.4)) == 0  # 0.6 better than 3.0
+    assert criterion.n_without_improvement(evaluations(9, math.inf, math.nan, math.inf)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "greater"),
+    [
+        ("accuracy", True), ("eval_f1", True), ("rougeL", True), ("exact_match", True), ("mse", False), ("wer", False),
+        ("masked_loss", False), ("f1_loss", False), ("perplexity", False), ("quality", None), ("macro", None),
+    ],
+)  # fmt: skip
+def test_the_direction_of_known_metrics_is_inferred(name: str, greater: bool | None) -> None:
+    assert infer_greater_is_better(name) is greater
+
+
+def score(predictions: EvalPrediction) -> dict[str, float]:
+    logits: Any = predictions.predictions
+    return {"accuracy": float((logits.argmax(-1) == predictions.label_ids).mean()), "spread": float(np.std(logits))}
+
+
+def test_a_run_is_evaluated_within_epochs_and_at_its_end() -> None:
+    every, plain = fine_tuned(evaluate_every=4, compute_metrics=score), fine_tuned()
+    result = every.result
+    assert result.evaluation_updates == [4, 8, 12, 14]
+    assert [len(found) for found in (result.val_loss_history, result.metrics, result.train_loss_history)] == [4, 4, 2]
+    assert result.final_loss == result.val_loss_history[-1] == plain.result.final_loss
+    assert [name for name, t in plain.weights.items() if not torch.equal(t, every.weights[name])] == []
+
+
+def test_a_share_of_an_epoch_is_read_from_text() -> None:
+    result = fine_tuned(evaluate_every="50%", n_epochs=1).result
+    assert result.evaluation_updates == [4, 7]
+
+
+def test_the_training_loss_of_an_evaluation_is_the_mean_since_the_previous_one(tmp_path: Path) -> None:
+    import json
+
+    result = fine_tuned(evaluate_every=3, output_dir=str(tmp_path), max_updates=7).result
+    entries = [json.loads(line) for line in ledger_of(tmp_path).splitlines()]
+    found = [entry["train_loss"] for entry in entries if "evaluation" in entry]
+    rows, losses = [8] * 6 + [6], result.loss_history
+    means = [np.average(losses[a:b], weights=rows[a:b]) for a, b in ((0, 3), (3, 6), (6, 7))]
+    assert found[0] is None
+    assert found[1:] == pytest.approx(means, rel=1e-6)
+
+
+def test_the_best_weights_by_a_metric_are_restored() -> None:
+    run = fine_tuned(
+        evaluate_every=2, compute_metrics=score, metric_for_best="spread", greater_is_better=False,
+        restore_best_weights=True, learning_rate=0.05,
+    )  # fmt: skip
+    result = run.result
+    spreads = [found["spread"] for found in result.metrics]
+    best = int(np.argmin(spreads))
+    assert result.best_update == result.evaluation_updates[best] < 14
+    again = CLASSIFIER.model().float()
+    again.load_state_dict({name: t for name, t in run.weights.items() if name in again.state_dict()})
+    after = test_fine_tuning(
+        again, train_data=CLASSIFIER.rows(60), n_epochs=1, learning_rate=1e-12, compute_metrics=score, progress=False
+    )
+    assert after.initial_loss == pytest.approx(result.val_loss_history[best], rel=1e-6)
+
+
+def test_early_stopping_counts_evaluations_and_ends_within_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    run = fine_tuned(evaluate_every=1, early_stopping_patience=2, early_stopping_min_delta=1e6, n_epochs=4)
+    assert run.result.evaluation_updates == [1, 2, 3]
+    assert (run.result.optimizer_steps, len(run.result.train_loss_history)) == (3, 1)
+    assert "Stopped early: no better validation loss in 2 evaluations." in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_early_stays_ended_when_it_is_resumed(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "evaluate_every": 1, "early_stopping_patience": 2, "early_stopping_min_delta": 1e6,
+        "restore_best_weights": True, "output_dir": str(tmp_path), "checkpoint_every": 1,
+    }  # fmt: skip
+    whole = fine_tuned(**arguments)
+    assert whole.differences(fine_tuned(**arguments, resume="auto")) == []
+
+
+def test_a_run_resumes_between_evaluations_to_the_last_bit(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "evaluate_every": 4, "compute_metrics": score, "metric_for_best": "accuracy", "restore_best_weights": True,
+        "early_stopping_patience": 9, "checkpoint_every": 1,
+    }  # fmt: skip
+    whole = fine_tuned(**arguments, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(CutOff):
+        fine_tuned(cut_off_at=9, **arguments, output_dir=str(tmp_path / "cut"))
+    assert whole.differences(fine_tuned(**arguments, output_dir=str(tmp_path / "cut"), resume="auto")) == []
+    assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
+
+
+def test_a_longer_run_does_not_keep_the_evaluation_at_the_end_of_a_shorter_one(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"evaluate_every": 4, "lr_scheduler": "constant"}
+    fine_tuned(max_updates=6, output_dir=str(tmp_path), **arguments)
+    extended = fine_tuned(output_dir=str(tmp_path), resume="auto", allow_changed="max_updates", **arguments)
+    assert set(extended.differences(fine_tuned(**arguments))) <= {"audits"}  # whose number depends on the time
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
+    run = fine_tuned(
+        evaluate_every=2, compute_metrics=score, metric_for_best="spread", greater_is_better=False,
+        learning_rate=0.05, output_dir=str(tmp_path), keep_checkpoints=1, checkpoint_every=None,
+    )  # fmt: skip
+    assert f"update-{run.result.best_update:08d}" in checkpoints_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"evaluate_every": 0}, "`evaluate_every` must be a positive number of updates, or a share of an epoch"),
+        ({"evaluate_every": 1.5}, "`evaluate_every` must be a positive number of updates"),
+        ({"evaluate_every": "0%"}, "`evaluate_every` must be a positive number of updates"),
+        ({"evaluate_every": True}, "`evaluate_every` must be a positive number of updates"),
+        ({"evaluate_every": 2, "validation_split": 0.0}, "`evaluate_every` needs validation rows"),
+        ({"metric_for_best": "accuracy"}, "but `compute_metrics` is None, so only the validation loss is known"),
+        ({"metric_for_best": "spread", "compute_metrics": score}, "its name does not tell whether greater values"),
+        ({"metric_for_best": "f1", "compute_metrics": score}, "Choose one of: val_loss, accuracy, spread."),
+        ({"greater_is_better": True}, "`metric_for_best` is the validation loss, which is better if lower"),
+        ({"early_stopping_min_delta": 0.1}, "`early_stopping_patience` is None, so training never stops early"),
+    ],
+)
+def test_settings_of_evaluations_are_checked_before_training(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        fine_tuned(**arguments)

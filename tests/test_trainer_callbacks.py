@@ -1,0 +1,239 @@
+"""Transformers' callbacks in our runs, and our own ones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ftaccum import CallbackError, SettingsError
+from ftaccum.callbacks import ExponentialMovingAverage, OptunaPruning
+from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model
+
+EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+
+
+class Recorder(TrainerCallback):
+    """Notes each event and the number of updates at that time."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.kwargs: dict[str, dict[str, Any]] = {}
+        self.args: Any = None
+        self.state: Any = None
+
+    def names(self, update: int) -> list[str]:
+        return [name for name, n in self.seen if n == update]
+
+
+def _note(name: str) -> Any:
+    def event(self: Recorder, args: Any, state: Any, _: Any, **kwargs: Any) -> None:
+        self.seen.append((name, state.global_step))
+        self.kwargs[name], self.args, self.state = kwargs, args, state
+
+    return event
+
+
+for _name in EVENTS:
+    setattr(Recorder, _name, _note(_name))
+
+
+def test_events_come_in_the_order_of_trainer(tmp_path: Path) -> None:
+    recorder = Recorder()
+    fine_tuned(callbacks=[recorder], n_epochs=1, evaluate_every=4, log_every=2, output_dir=str(tmp_path))
+    assert recorder.names(0) == [
+        "on_init_end", "on_train_begin", "on_epoch_begin", "on_step_begin",
+        *["on_substep_end"] * 3, "on_pre_optimizer_step", "on_optimizer_step",
+    ]  # fmt: skip
+    assert recorder.names(4)[:4] == ["on_step_end", "on_log", "on_log", "on_evaluate"]
+    assert recorder.names(7)[-5:] == ["on_epoch_end", "on_log", "on_evaluate", "on_save", "on_train_end"]
+
+
+def test_callbacks_see_the_settings_and_the_objects_of_the_run() -> None:
+    recorder, trained = Recorder(), model()
+    result = fine_tuned(trained, callbacks=[recorder], evaluate_every=4, restore_best_weights=True).result
+    args, state, kwargs = recorder.args, recorder.state, recorder.kwargs["on_step_end"]
+    assert isinstance(args, TrainingArguments)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.eval_steps) == (2, 4, 4)
+    assert (args.device.type, args.world_size, args.process_index, args.n_gpu) == ("cpu", 1, 0, 0)
+    assert (args.learning_rate, args.lr_scheduler_type, args.load_best_model_at_end) == (1e-3, "cosine", True)
+    assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (14, 14, 2.0, 2)
+    assert (state.best_metric, state.best_global_step) == (result.best_val_loss, result.best_update)
+    assert kwargs["model"] is trained
+    assert isinstance(kwargs["optimizer"], torch.optim.Optimizer)
+    assert args.to_dict()["per_device_train_batch_size"] == 2
+    metrics = recorder.kwargs["on_evaluate"]["metrics"]
+    assert metrics == {"eval_loss": result.val_loss_history[-1], "epoch": 2.0}
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    assert losses == pytest.approx([sum(result.loss_history[:10]) * 0.1], rel=0.02)
+
+
+def test_transformers_own_callbacks_run_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+    stopper = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e6)
+    result = fine_tuned(callbacks=[PrinterCallback(), stopper], evaluate_every=1, log_every=1).result
+    assert (result.evaluation_updates, stopper.early_stopping_patience_counter) == ([1, 2, 3], 2)
+    out, err = capsys.readouterr()
+    assert "'eval_loss':" in out
+    assert "A callback stopped the run after update 3." in err
+
+
+class Flagger(TrainerCallback):
+    """Sets a flag of the control after some updates."""
+
+    def __init__(self, **flags: int) -> None:
+        self._flags = flags
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> Any:
+        for name, update in self._flags.items():
+            if state.global_step == update:
+                setattr(control, name, True)
+        return control
+
+
+def test_callbacks_request_evaluations_checkpoints_and_the_end(tmp_path: Path) -> None:
+    flagger = Flagger(should_evaluate=2, should_save=3, should_training_stop=5)
+    result = fine_tuned(callbacks=[flagger], output_dir=str(tmp_path), keep_checkpoints=9).result
+    assert (result.evaluation_updates, result.optimizer_steps) == ([2, 5], 5)
+    assert {"update-00000003"} < set(checkpoints_of(tmp_path))
+    again = fine_tuned(callbacks=[Flagger()], output_dir=str(tmp_path), resume="auto").result
+    assert again.optimizer_steps == 5
+
+
+def test_the_end_of_an_epoch_cannot_be_requested() -> None:
+    with pytest.raises(CallbackError, match=r"Flagger set `should_epoch_stop` in `on_step_end`.*should_training_stop"):
+        fine_tuned(callbacks=[Flagger(should_epoch_stop=2)])
+
+
+class Raiser(TrainerCallback):
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._raise)
+
+    def _raise(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step >= 3:
+            raise KeyError("lost")
+
+
+@pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step", "on_step_end", "on_evaluate"])
+def test_a_callback_that_raises_ends_the_run_with_a_checkpoint(event: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "evaluate_every": 4}
+    with pytest.raises(CallbackError, match=rf"The callback Raiser raised in `{event}` after update \d: KeyError") as e:
+        fine_tuned(callbacks=[Raiser(event)], **options)
+    assert isinstance(e.value.__cause__, KeyError)
+    assert len(checkpoints_of(tmp_path)) == 1
+    assert fine_tuned(**options, resume="auto").differences(fine_tuned(evaluate_every=4)) == []
+
+
+def test_a_callback_that_raises_at_the_end_costs_no_output(tmp_path: Path) -> None:
+    with pytest.raises(CallbackError, match="on_train_end"):
+        fine_tuned(callbacks=[Raiser("on_train_end")], output_dir=str(tmp_path))
+    assert (tmp_path / "result.json").exists()
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+class Counter(TrainerCallback, ExportableState):
+    """A callback with a state: the sum of the norms it has seen."""
+
+    def __init__(self) -> None:
+        self.norms, self.epochs = 0.0, 0
+
+    def on_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self.norms += float(sum(p.grad.norm() for p in model.parameters() if p.grad is not None))
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.epochs += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"norms": self.norms, "epochs": self.epochs}}
+
+
+def test_a_run_with_stateful_callbacks_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    def run(name: str, **more: Any) -> tuple[Any, Counter, Recorder]:
+        counter, recorder = Counter(), Recorder()
+        callbacks = [counter, ExponentialMovingAverage(0.8), recorder]
+        options: dict[str, Any] = {"evaluate_every": 3, "restore_best_weights": True, "checkpoint_every": 1}
+        run = fine_tuned(callbacks=callbacks, output_dir=str(tmp_path / name), **options, **more)
+        return run, counter, recorder
+
+    whole, counted, seen = run("whole")
+    with pytest.raises(CutOff):
+        run("cut", cut_off_at=10)
+    again, recounted, reseen = run("cut", resume="auto")
+    assert whole.differences(again) == []
+    assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
+    assert (recounted.norms, recounted.epochs) == (counted.norms, counted.epochs)
+    assert reseen.state.log_history == seen.state.log_history
+    assert reseen.state.best_metric == seen.state.best_metric
+
+
+def test_an_average_of_weights_is_evaluated_and_saved() -> None:
+    followed, trained = model(), dict[str, torch.Tensor]()
+
+    class Follow(TrainerCallback):
+        """Computes the same average on its own."""
+
+        def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+        def on_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            for name, p in model.named_parameters():
+                self.average[name] = 0.8 * self.average[name] + 0.2 * p.detach()
+
+        def on_evaluate(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            trained.update({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    follow = Follow()
+    averaged = fine_tuned(followed, callbacks=[follow, ExponentialMovingAverage(0.8)])
+    plain = fine_tuned()
+    for name, p in followed.named_parameters():
+        torch.testing.assert_close(p.detach(), follow.average[name])
+        assert torch.equal(trained[name], plain.weights[name])  # training goes on with its own weights
+    assert averaged.result.loss_history == plain.result.loss_history
+    assert averaged.result.val_loss_history != plain.result.val_loss_history
+    again = fine_tuned(followed, learning_rate=1e-12).result
+    assert again.initial_loss == averaged.result.final_loss
+
+
+def test_an_objective_of_ones_own_prunes_with_optuna() -> None:
+    study = optuna.create_study(pruner=optuna.pruners.ThresholdPruner(upper=0.0))
+
+    def objective(trial: optuna.Trial) -> float:
+        return fine_tuned(callbacks=[OptunaPruning(trial)], evaluate_every=2).result.final_loss
+
+    study.optimize(objective, n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == optuna.trial.TrialState.PRUNED
+    assert list(trial.intermediate_values) == [2]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (PrinterCallback(), "`callbacks` must be a list of `transformers.TrainerCallback` objects, but is"),
+        ([PrinterCallback], r"contains the class PrinterCallback. Give an object: `PrinterCallback\(\)`"),
+        ([print], "must contain only `transformers.TrainerCallback` objects, but contains <built-in function print>"),
+    ],
+)
+def test_bad_callbacks_are_refused_before_training(callbacks: Any, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        fine_tuned(callbacks=callbacks)
+
+
+def test_flags_and_errors_on_one_of_two_processes_act_on_both(
+    two_processes: Callable[..., str], tmp_path: Path
+) -> None:
+    printed = two_processes("callbacks_of_two.py", str(tmp_path))
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    outcomes = found["outcomes"]
+    assert outcomes["should_training_stop"] == [[3, [3]]] * 2
+    assert outcomes["should_evaluate"] == [[7, [3, 7]]] * 2
+    assert outcomes["should_save"] == [[7, [7]]] * 2
+    message = "The callback OnProcessOne raised in `on_step_end` after update 3: KeyError: 'lost'"
+    assert outcomes["raise"] == [message] * 2
+    assert "update-00000003" in found["checkpoints"]["should_save"]
+    assert found["checkpoints"]["raise"] == ["update-00000003"]
