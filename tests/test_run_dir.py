@@ -82,6 +82,18 @@ def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
         fine_tuned(output_dir=str(tmp_path))
 
 
+def test_a_new_run_gets_a_new_folder_for_its_trackers(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    assert run_dir.tracker_folder(continues=True).name == "1"  # the run before had no trackers
+    for n in range(1, 12):
+        folder = run_dir.tracker_folder(continues=False)
+        assert folder == tmp_path / "trackers" / str(n)
+        folder.mkdir(parents=True)
+        assert run_dir.tracker_folder(continues=True) == folder
+    (tmp_path / "trackers" / "notes").mkdir()
+    assert run_dir.tracker_folder(continues=False).name == "12"
+
+
 HOLDS_WITH_A_CHILD = """
 import os, sys, time
 from ftaccum.runtime.run_dir import RunDir

@@ -4,15 +4,17 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 
 from ftaccum import OutputWarning, Result, SettingsError, test_fine_tuning
 from ftaccum.tracking import trackers
 from heads import HEADS
+from interrupted import fine_tuned
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 
@@ -279,3 +281,35 @@ def test_a_tracker_may_be_named_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(OutputWarning, match="'dvclive' could not be started") as warned:
         assert run(["dvclive", "dvclive"]).optimizer_steps
     assert len(warned) == 1
+
+
+class InFiles(Told):
+    """A tracker that writes a file, as that of TensorBoard does."""
+
+    requires_logging_directory = True
+
+    def __init__(self, run_name: str, logging_dir: str) -> None:
+        super().__init__()
+        folder = Path(logging_dir, run_name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"events.{len(list(folder.iterdir()))}").touch()
+
+
+def test_each_run_in_a_folder_gets_its_own_tracker_folder_and_a_resumed_one_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftaccum.runtime.accelerator.filter_trackers", lambda asked, _: asked)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", InFiles)
+
+    def files(**arguments: Any) -> list[str]:
+        fine_tuned(output_dir=str(tmp_path / "run"), log_with="tensorboard", max_updates=1, audit=False, **arguments)
+        there = tmp_path / "run" / "trackers"
+        return sorted(path.relative_to(there).as_posix() for path in there.rglob("events.*"))
+
+    first, second = "1/ftaccum/events.0", "2/ftaccum/events.0"
+    assert files() == [first]
+    assert files() == [first, second]
+    more = files(resume="auto")
+    assert more == [first, second, "2/ftaccum/events.1"]
+    fine_tuned(output_dir=str(tmp_path / "other"), max_updates=1, audit=False)
+    assert files(resume=str(tmp_path / "other")) == [*more, "3/ftaccum/events.0"]  # not a run of this folder

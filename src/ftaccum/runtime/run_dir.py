@@ -52,6 +52,17 @@ class RunDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def tracker_folder(self, *, continues: bool) -> Path:
+        """Return the folder for the files of trackers: `trackers/1`, or `trackers/n` for the nth run in this folder.
+
+        Args:
+            continues: whether the run continues one in this folder, whose trackers then continue in the newest folder.
+        """
+        folder = self.path / "trackers"
+        numbers = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        newest = max(numbers, default=0)
+        return folder / str(max(1, newest if continues else newest + 1))
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Create the folder if it is missing, and keep other runs out of it.

@@ -7,12 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from ..errors import OutputWarning, warn_user
+from ..runtime.process_group import ProcessGroup
+from ..runtime.run_dir import RunDir
 
 T = TypeVar("T")
 
@@ -50,6 +53,23 @@ def run_trackers(accelerator: Accelerator, config: Mapping[str, Any]) -> Iterato
     finally:
         accelerator.trackers = []
         _finish_all(trackers)
+
+
+def set_tracker_folder(
+    accelerator: Accelerator, run_dir: RunDir | None, process_group: ProcessGroup, resumed_from: Path | None
+) -> None:
+    """Set the folder in which an Accelerator's trackers write files. All processes must call this together.
+
+    Each new run in an output folder gets its own, so that curves do not mix. A resumed run continues in the newest.
+
+    Args:
+        resumed_from: the checkpoint that the run resumes from, if any.
+    """
+    if run_dir is None or not accelerator.log_with:
+        return
+    continues = resumed_from is not None and run_dir.path.resolve() in resumed_from.resolve().parents
+    folder = process_group.run_on_main(lambda: run_dir.tracker_folder(continues=continues))
+    accelerator.project_configuration.logging_dir = str(folder)
 
 
 def _name_of(asked: Any) -> str:

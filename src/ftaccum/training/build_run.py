@@ -29,6 +29,7 @@ from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
 from ..tracking.selection import Criterion
+from ..tracking.trackers import set_tracker_folder
 from .audit import AuditHandler
 from .base_run import Run
 from .build_identity import build_identity
@@ -239,6 +240,7 @@ class TrainingSetup(Run):
     @cached_property
     def metrics_logger(self) -> MetricsLogger:
         settings = vars(self.config.recipe) | vars(self.config.runtime)
+        set_tracker_folder(self.accelerator, self.run_dir, self.process_group, self.resume_point.path)
         self._inner.enter_context(tracking(self.accelerator, settings, self.batch_sizes))
         bar = self._inner.enter_context(self.console.bar(self.plan.n_windows))
         return MetricsLogger(
