@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_saved_gives_status_1(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ftaccum.tracking.export._save", full)
+    monkeypatch.setattr("ftaccum.tracking.export.save_model", full)
     words = ["train", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--n_epochs", "1"]
     with pytest.warns(OutputWarning, match=r"model' cannot be written: OSError: \[Errno 28\] No space left"):
         assert main([*words, "--output_dir", str(tmp_path / "out"), "--progress", "no"]) == 1

@@ -1,21 +1,26 @@
 """Runs with a full disk or a removed folder: they finish and write all that they can."""
 
+import copy
 import json
+import pickle
 import re
 import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from ftaccum import DataError, OutputWarning, Result, SettingsError, test_fine_tuning
 from ftaccum.tracking.ledger import EpochEntry, Ledger, WindowEntry
 from heads import HEADS
+from interrupted import fine_tuned
 from training_passes import is_training_pass
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -203,3 +208,61 @@ def test_a_newer_result_is_read_and_an_incomplete_one_is_an_error(tmp_path: Path
         file.write_text(other)
         with pytest.raises(DataError, match=r"result.json' is not a complete result of `test_fine_tuning`"):
             Result.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def kept() -> Result:
+    return run(None, CLASSIFIER.model().float())
+
+
+def test_the_model_of_a_result_is_the_trained_one_and_not_one_of_its_numbers(tmp_path: Path, kept: Result) -> None:
+    model = CLASSIFIER.model().float()
+    result = run(None, model)
+    assert result.model is model
+    assert "model" not in result
+    assert "Bert" not in repr(result)
+    assert result.without_model() == result
+    result.save(tmp_path / "result.json")
+    for other in (Result.load(tmp_path / "result.json"), pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert other == result
+        assert other.model is None
+    assert kept.model is not model
+
+
+def test_a_result_saves_its_model_as_a_run_does(tmp_path: Path, kept: Result) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    kept.save_model(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = type(kept.model).from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in kept.model.state_dict().items())
+
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "vocab.txt").touch()
+
+    kept.with_model(kept.model, Tokenizer()).save_model(str(tmp_path / "with tokenizer"))
+    assert (tmp_path / "with tokenizer" / "vocab.txt").exists()
+
+
+def test_a_result_without_its_model_names_the_saved_one(tmp_path: Path, kept: Result) -> None:
+    with pytest.raises(
+        SettingsError, match=r"`save_model` needs the trained model, but `model` is None: .* unpickled\.$"
+    ):
+        kept.without_model().save_model(tmp_path / "model")
+    with pytest.raises(SettingsError, match=r"The run saved its model in 'there/model'\."):
+        replace(kept, output_dir="there").save_model(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_model_of_a_result_has_the_best_weights_if_they_were_restored(tmp_path: Path) -> None:
+    result = fine_tuned(
+        restore_best_weights=True, learning_rate=0.05, output_dir=str(tmp_path), keep_checkpoints=9
+    ).result
+    assert result.val_loss_history[0] < result.val_loss_history[1]
+    first, last = (
+        load_file(tmp_path / "checkpoints" / name / "model" / "model.safetensors")["classifier.weight"]
+        for name in ("update-00000007-epoch-0001", "update-00000014-epoch-0002")
+    )
+    assert torch.equal(result.model.classifier.weight, first)
+    assert not torch.equal(first, last)

@@ -29,13 +29,13 @@ def test_a_relative_folder_stays_where_it_was_after_a_change_of_directory(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
-    save = export._save
+    save = export.save_model
 
     def after_a_change(*arguments: Any) -> None:
         os.chdir(elsewhere)
         save(*arguments)
 
-    monkeypatch.setattr(export, "_save", after_a_change)
+    monkeypatch.setattr(export, "save_model", after_a_change)
     run = fine_tuned(output_dir="run", checkpoint_every=3)
     assert run.result.output_dir == str(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -65,13 +65,13 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_lock_is_held_until_the_model_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    save = export._save
+    save = export.save_model
 
     def watched(*arguments: Any) -> None:
         seen.append(is_locked_for_others(tmp_path))
         save(*arguments)
 
-    monkeypatch.setattr(export, "_save", watched)
+    monkeypatch.setattr(export, "save_model", watched)
     fine_tuned(output_dir=str(tmp_path))
     assert seen == [True]
     assert not is_locked_for_others(tmp_path)

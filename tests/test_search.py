@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import inspect
 import json
 import math
 import re
@@ -35,6 +36,8 @@ from ftaccum.apps.search.retry import is_counted, is_dead, requeue_dead, this_wo
 from ftaccum.apps.search.samplers import make_pruner
 from ftaccum.apps.search.study import hide_password, open_storage
 from ftaccum.apps.search.tables import format_table, trial_rows
+from ftaccum.apps.search.trial import train_new_model
+from ftaccum.training.callbacks import Callback
 from searching import N_ROWS, Layer, points, quick
 from training_passes import is_training_pass
 
@@ -108,6 +111,15 @@ def test_a_trials_value_is_the_final_loss_of_the_same_run_outside_a_search() -> 
             progress=False, **trial.params,
         )  # fmt: skip
         assert result.final_loss == pytest.approx(trial.value, rel=1e-6)
+
+
+def test_the_result_of_a_trial_does_not_keep_its_model_in_memory() -> None:
+    kept = Kept()
+    defaults = {name: parameter.default for name, parameter in inspect.signature(test_fine_tuning).parameters.items()}
+    given = {"train_data": points(), "loss_fn": nn.CrossEntropyLoss(), "max_updates": 1, "progress": False}
+    result = train_new_model(kept.model, defaults | given, Callback())
+    assert result.model is None
+    assert kept.models[0]() is None
 
 
 @pytest.mark.slow

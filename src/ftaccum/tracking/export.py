@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_model
 from torch import nn
 
 from ..errors import OutputWarning, warn_user
-from ..runtime.atomic_files import atomic_directory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
 from .ledger import Ledger
+from .model_files import save_model
 from .result import Result
 
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
@@ -69,7 +68,7 @@ def _write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir) -> list[str]
         f"The weights take {_describe(_bytes_of(model))}. The trained model is still in memory: save it to another "
         "place."
     )
-    return _tried(run_dir.model, lambda path: _save(model, tokenizer, path), remedy)
+    return _tried(run_dir.model, lambda path: save_model(model, tokenizer, path), remedy)
 
 
 def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:
@@ -91,17 +90,6 @@ def _there_now(path: Path) -> list[str]:
         return [free, "An earlier version is still there."] if path.exists() else [free]
     except OSError:
         return []
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Save the model and its tokenizer in the form that `from_pretrained` and `pipeline` read."""
-    with atomic_directory(folder) as partial:
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(partial)
-        else:
-            save_model(model, str(partial / "model.safetensors"))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
 
 
 def _bytes_of(model: nn.Module) -> int:

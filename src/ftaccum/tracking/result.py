@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .ledger import Ledger, nan_null, null_non_finite
@@ -43,6 +43,8 @@ class Result(Mapping[str, Any]):
         audits: one entry per audit, with the attributes of `AuditEntry`.
         output_dir: the folder of the ledger, result and model, if any.
         unwritten: a sentence for each of these that could not be written.
+
+    `model`, which is not part of the mapping or of the file, is the trained model in memory.
     """
 
     final_loss: float
@@ -74,6 +76,9 @@ class Result(Mapping[str, Any]):
     accumulation_schedule: list[list[int]] | None = None
     audits: list[dict[str, Any]] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
+
+    # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
+    _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
 
     @classmethod
     def of(
@@ -181,6 +186,54 @@ class Result(Mapping[str, Any]):
             f"{len(self.audits)} of {len(self.loss_history):,} updates checked ({share:.1%} of the time): {verdict} "
             f"relative error {worst['error']:.0e} (tolerance {worst['tolerance']:.0e})"
         )
+
+    @property
+    def model(self) -> Any:
+        """The trained model: the module that was passed in, with the best weights if the run restored them.
+
+        None if the result was loaded, copied or unpickled.
+        """
+        return self._trained[0]
+
+    def with_model(self, model: Any, tokenizer: Any = None) -> "Result":
+        """Return the result with a trained model and the tokenizer to save with it."""
+        result = replace(self)
+        object.__setattr__(result, "_trained", (model, tokenizer))
+        return result
+
+    def without_model(self) -> "Result":
+        """Return the result without the model, so that the model's memory can be freed."""
+        return replace(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_trained"}
+
+    def save_model(self, path: str | Path) -> None:
+        """Write the trained model, and its tokenizer if it has one, into a folder that `from_pretrained` reads.
+
+        An existing folder is replaced only when the new one is complete. On several processes, only the main one
+        writes.
+
+        Args:
+            path: the folder to write.
+
+        Raises:
+            SettingsError: if the result has no model, because it was loaded from a file, copied or unpickled.
+            OSError: if the folder cannot be written.
+        """
+        model, tokenizer = self._trained
+        if model is None:
+            saved = f" The run saved its model in {str(Path(self.output_dir) / 'model')!r}." if self.output_dir else ""
+            raise SettingsError(
+                [
+                    "`save_model` needs the trained model, but `model` is None: only the result that "
+                    f"`test_fine_tuning` returns has it, not one that was loaded, copied or unpickled.{saved}"
+                ]
+            )
+        from .model_files import is_main_process, save_model  # imports torch
+
+        if is_main_process():
+            save_model(model, tokenizer, Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON, with non-finite numbers as null.

@@ -70,7 +70,7 @@ class TrainingRun(EvaluatedSetup):
         self.accelerator.wait_for_everyone()
         self.console.result(result)
         self.callback_handler.settle()
-        return result
+        return result.with_model(self.model, tokenizer)
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an audit has ended, and return sentences that say where it is saved."""

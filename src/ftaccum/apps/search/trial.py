@@ -257,7 +257,8 @@ def train_new_model(model_factory: Callable[[], Any], arguments: Mapping[str, An
             ]
         )
     _trained.add(model)
-    return run_training(RunConfig.from_arguments({**arguments, "model": model}), callback)
+    result = run_training(RunConfig.from_arguments({**arguments, "model": model}), callback)
+    return result.without_model()  # or the models of all trials would stay in memory
 
 
 def _write_traceback(error: Exception, folder: str | None) -> None:
