@@ -30,13 +30,14 @@ from torch.utils.data import Dataset
 import ftaccum
 from forking import Team
 from ftaccum.checkpoint.format import Snapshot
+from ftaccum.training.run import TrainingRun
 from storm_runs import N_ROWS, Row, Wavering, row
 
 # Beginnings of the lines that every run prints.
 _USUAL = (
     *("===", "FINE-TUNING", "Training samples", "Batch size", "Gradient acc", "Processes", "Effective", "Updates per"),
     *("Epochs", "Validation samples", "Loss:", "Micro-batches", "Precision", "   ", "final loss", "best val", "time"),
-    *("updates", "passes", "outputs"),
+    *("updates", "passes", "outputs", "Outputs", "To resume the run if", "To extend the run,"),
 )
 
 
@@ -92,7 +93,8 @@ def full_disk(folder: Path) -> None:
 
 
 def damaged(folder: Path) -> None:
-    run(folder, checkpoint_every=3)
+    with patch.object(TrainingRun, "_finish", lambda _: None):  # as if it was killed right before
+        run(folder, checkpoint_every=3)
     newest = sorted((folder / "checkpoints").iterdir())[-1]
     file = newest / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:1000])

@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from forking import Team
 from ftaccum import LostProcessError, Preempted
+from ftaccum.tracking.run_record import RunRecord
 from storm_runs import KINDS, Differences, train
 
 _PREEMPTED, _BY_HAND, LOST = 75, 130, 3  # exit statuses
@@ -196,7 +197,8 @@ class Run:
         tally.kills += 1
         tally.in_saves += any((self.folder / "outputs" / "checkpoints").glob(".*.partial"))
         tally.before_any += not there
-        if there and self.draw.random() < self.weather.damages:
+        # Not the only checkpoint of a finished run, which is then refused instead of started again.
+        if there and not self._is_finished() and self.draw.random() < self.weather.damages:
             self._damage(there[-1])
         ranks = range(self.weather.processes)
         return {rank: {-signal.SIGKILL} if rank in blow.hit else {LOST, 0} for rank in ranks}
@@ -228,6 +230,11 @@ class Run:
         file.write_bytes(content)
         (checkpoint / _MARK).touch()
         self.tally.damaged += 1
+
+    def _is_finished(self) -> bool:
+        """Return whether the run has finished, although its process may have been killed before it ended."""
+        record = RunRecord.read(self.folder / "outputs" / "run.json")
+        return record is not None and record.finished
 
     def _checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first, which is the order of their names."""

@@ -1,13 +1,16 @@
 """Runs that are interrupted, and the complete runs that they are compared with."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
+from ftaccum.checkpoint.manager import CheckpointManager
 from heads import HEADS, all_in_float64
 from training_passes import is_training_pass
 
@@ -40,7 +43,10 @@ def _counts_passes(module: Any, *_: Any) -> None:
 
 
 def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, **arguments: Any) -> "Ended":
-    """Train for two epochs of 54 rows in windows of 8 (14 updates), or until the middle of window `cut_off_at`."""
+    """Train for two epochs of 54 rows in windows of 8 (14 updates), or until the middle of window `cut_off_at`.
+
+    With `keep_checkpoints` above 2, all of them stay, as if the process had been killed right after the last one.
+    """
     trained = trained if trained is not None else model()
     if cut_off_at is not None:
         _cut_off(trained, cut_off_at)
@@ -49,8 +55,14 @@ def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, 
         "learning_rate": 1e-3, "lr_scheduler": "cosine", "warmup_steps": 2, "progress": False,
         "planner_costs": [64, 1, 0.0005] if arguments.get("planner", True) else None,
     }  # fmt: skip
-    result = test_fine_tuning(trained, **defaults | arguments)
+    with _all_kept(arguments):
+        result = test_fine_tuning(trained, **defaults | arguments)
     return Ended({name: t.clone() for name, t in trained.state_dict().items() if isinstance(t, Tensor)}, result)
+
+
+def _all_kept(arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    kept = arguments.get("keep_checkpoints", 2) > 2
+    return patch.object(CheckpointManager, "finish", lambda *_, **__: None) if kept else nullcontext()
 
 
 def _cut_off(trained: nn.Module, window: int) -> None:
@@ -105,12 +117,12 @@ def checkpoints_of(folder: Path) -> list[str]:
 def elastic(**arguments: Any) -> tuple[Result, dict[str, Tensor]]:
     """Train for 8 updates in float64: two epochs of 28 rows in windows of 8.
 
-    Without dropout, whose random numbers would depend on the micro-batches.
+    Without dropout, whose random numbers would depend on the micro-batches. For `keep_checkpoints` see `fine_tuned`.
     """
     head = HEADS["token classification, BERT"]
     trained = head.model()
     defaults: dict[str, Any] = {"n_epochs": 2, "batch_size": 2, "effective_batch_size": 8}
-    with all_in_float64():
+    with all_in_float64(), _all_kept(arguments):
         result = test_fine_tuning(
             trained, train_data=head.rows(31), **defaults | arguments,
             validation_split=0.1, learning_rate=1e-3, progress=False,

@@ -11,6 +11,7 @@ import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -20,8 +21,9 @@ from ftaccum import CheckpointError
 from ftaccum.checkpoint.compatibility import FORMAT
 from ftaccum.checkpoint.directory import CheckpointDirectory
 from ftaccum.checkpoint.format import Snapshot
+from ftaccum.checkpoint.manager import CheckpointManager
 from ftaccum.checkpoint.manifest import damage, seal
-from interrupted import checkpoints_of, fine_tuned, ledger_of, model, without_audits
+from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model, without_audits
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +40,87 @@ def copied(ended: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_newest_checkpoints_and_that_of_the_best_evaluation_remain(tmp_path: Path) -> None:
-    result = fine_tuned(output_dir=str(tmp_path), checkpoint_every=2, keep_checkpoints=2, n_epochs=4).result
+    with patch.object(CheckpointManager, "finish", lambda *_, **__: None):  # as if the run was killed at its end
+        result = fine_tuned(output_dir=str(tmp_path), checkpoint_every=2, keep_checkpoints=2, n_epochs=4).result
     best = 1 + result.val_loss_history.index(min(result.val_loss_history))
     stay = ["update-00000026", "update-00000028", "update-00000028-epoch-0004"][-2:]
     assert checkpoints_of(tmp_path) == sorted({*stay, f"update-{7 * best:08d}-epoch-{best:04d}"})
+
+
+def test_a_finished_run_keeps_its_newest_checkpoint_and_logs_its_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine_tuned(output_dir=str(tmp_path), learning_rate=0.05, n_epochs=3)  # the first epoch is the best
+    assert checkpoints_of(tmp_path) == ["update-00000021-epoch-0003"]
+    newest = tmp_path / "checkpoints" / "update-00000021-epoch-0003"
+    assert f"To extend the run, its newest checkpoint stays: {newest} (0 MB). If you do not" in capsys.readouterr().err
+
+    fine_tuned(
+        output_dir=str(tmp_path), keep_checkpoints=1, max_updates=2
+    )  # sets the checkpoints of the first run aside
+    assert "Moved checkpoints of an earlier run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("checkpoints*")] == ["checkpoints"]
+    assert checkpoints_of(tmp_path) == ["update-00000002-epoch-0001"]
+
+
+def test_a_finished_run_without_checkpoints_is_neither_extended_nor_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: dict[str, Any] = {"output_dir": str(tmp_path), "checkpoint_every": 1, "keep_checkpoints": 0}
+    with pytest.raises(CutOff):
+        fine_tuned(cut_off_at=3, **arguments)
+    assert len(checkpoints_of(tmp_path)) == 1  # a killed run resumes from it
+    (tmp_path / "checkpoints" / "damaged-update-00000001").mkdir()
+    fine_tuned(resume="auto", **arguments)
+    assert "Resuming after update" in (told := capsys.readouterr().err)
+    assert "newest checkpoint stays" not in told
+    assert not list(tmp_path.glob("checkpoints*"))
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for resume, named in (("auto", tmp_path), (str(tmp_path), tmp_path)):
+        with pytest.raises(CheckpointError, match="because `keep_checkpoints` was 0") as refused:
+            fine_tuned(resume=resume, n_epochs=3, allow_changed="n_epochs", **arguments)
+        assert f"{str(named)!r}, but that run has finished and cannot be extended: it kept no" in str(refused.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_that_lost_its_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path), max_updates=1)
+    spoil(tmp_path / "checkpoints" / "update-00000001-epoch-0001" / "optimizer.pt", "truncated")
+    with pytest.raises(CheckpointError, match="cannot be extended: its checkpoints are damaged"):
+        fine_tuned(output_dir=str(tmp_path), max_updates=1, resume="auto")
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="cannot be extended: its checkpoint was removed"):
+        fine_tuned(output_dir=str(tmp_path), max_updates=1, resume="auto")
+
+
+def test_a_checkpoint_that_was_set_aside_stays_if_there_is_no_newer_one(tmp_path: Path) -> None:
+    """A run that resumes from it at its end writes no checkpoint of its own."""
+    fine_tuned(output_dir=str(tmp_path), max_updates=1)
+    aside = tmp_path / "checkpoints.previous"
+    (tmp_path / "checkpoints").rename(aside)
+    (tmp_path / "checkpoints").mkdir()
+    (aside / "update-00000001").mkdir()
+    fine_tuned(output_dir=str(tmp_path), max_updates=1, resume=str(aside / "update-00000001-epoch-0001"))
+    assert (aside / "update-00000001-epoch-0001" / "manifest.json").exists()
+
+
+def test_checkpoints_that_cannot_be_removed_do_not_end_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(CheckpointDirectory, "finish", busy)
+    assert fine_tuned(output_dir=str(tmp_path), max_updates=1).result.unwritten == []
+    assert "could not be removed: [Errno 16] Device or resource busy." in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_checkpoints_can_be_written_at_time_intervals(tmp_path: Path) -> None:
     fine_tuned(output_dir=str(tmp_path), checkpoint_every="0.000001s", keep_checkpoints=100)
     assert len(checkpoints_of(tmp_path)) == 16
-    fine_tuned(output_dir=str(tmp_path), checkpoint_every=None)
+    fine_tuned(output_dir=str(tmp_path), checkpoint_every=None, keep_checkpoints=100)
     assert checkpoints_of(tmp_path) == ["update-00000007-epoch-0001", "update-00000014-epoch-0002"]
 
 
@@ -127,6 +199,8 @@ def test_without_an_intact_checkpoint_auto_starts_anew_and_a_path_is_refused(
     folder = copied(ended, tmp_path)
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
+    record = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(record.replace('"finished": true', '"finished": false'))
     with pytest.raises(CheckpointError, match="which has no sound checkpoint"):
         fine_tuned(resume=str(folder))
     with pytest.raises(CheckpointError, match=r"update-00000012', which is not a checkpoint .* has no manifest.json"):
@@ -188,7 +262,7 @@ def test_no_checkpoint_is_written_to_a_disk_without_space(
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10, 5, 5))
     fine_tuned(output_dir=str(tmp_path))
     assert "No space left on device (0 MB free). Training continues" in capsys.readouterr().err
-    assert checkpoints_of(tmp_path) == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 Moments = namedtuple("Moments", "first second")
@@ -227,7 +301,7 @@ def test_state_that_cannot_be_loaded_again_is_reported_once(tmp_path: Path, caps
 @pytest.mark.slow
 def test_an_optimizer_with_functions_in_its_param_groups_can_be_resumed(tmp_path: Path) -> None:
     arguments = {"optimizer": lambda groups: WithAState(groups, (torch.ones(2), {"n": 3}))}
-    whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, **arguments)
+    whole = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9, **arguments)
     again = fine_tuned(resume=str(tmp_path / "checkpoints" / "update-00000012"), **arguments)
     assert whole.differences(again) == []
 
@@ -337,7 +411,9 @@ def test_a_runs_own_checkpoint_is_recognised_under_any_path(
 @pytest.mark.slow
 def test_a_run_can_resume_from_a_checkpoint_that_was_set_aside(ended: Path, tmp_path: Path) -> None:
     folder = copied(ended, tmp_path)
-    arguments: dict[str, Any] = {"output_dir": str(folder), "checkpoint_every": 3, "restore_best_weights": True}
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder), "checkpoint_every": 3, "keep_checkpoints": 9, "restore_best_weights": True,
+    }  # fmt: skip
     whole = fine_tuned(**arguments)
     behind = folder / "checkpoints.previous" / "update-00000012"
     again = fine_tuned(**arguments, resume=str(behind))

@@ -98,7 +98,9 @@ def test_adapters_are_saved_without_the_base_weights(tmp_path: Path) -> None:
         torch.manual_seed(0)
         return peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["query"], lora_dropout=0.1))
 
-    whole = fine_tuned(adapted(), output_dir=str(tmp_path), checkpoint_every=5, restore_best_weights=True)
+    whole = fine_tuned(
+        adapted(), output_dir=str(tmp_path), checkpoint_every=5, keep_checkpoints=9, restore_best_weights=True
+    )
     there = tmp_path / "checkpoints" / "update-00000010"
     again = fine_tuned(adapted(), resume=str(there), restore_best_weights=True)
     assert whole.differences(again) == []
@@ -290,15 +292,16 @@ def test_auto_starts_a_new_run_if_there_is_no_checkpoint(tmp_path: Path) -> None
 def test_a_new_run_moves_the_checkpoints_of_another_run_aside(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fine_tuned(output_dir=str(tmp_path), n_epochs=3)
+    arguments: dict[str, Any] = {"output_dir": str(tmp_path), "keep_checkpoints": 9}
+    fine_tuned(n_epochs=3, **arguments)
     before = checkpoints_of(tmp_path)
-    whole = fine_tuned(output_dir=str(tmp_path))
+    whole = fine_tuned(**arguments)
     aside = tmp_path / "checkpoints.previous"
     assert f"Moved checkpoints of an earlier run to {aside}." in capsys.readouterr().err
     assert sorted(path.name for path in aside.iterdir()) == before
-    assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+    assert whole.differences(fine_tuned(resume="auto", **arguments)) == []
     named = tmp_path / "checkpoints" / "update-00000007-epoch-0001"
-    fine_tuned(output_dir=str(tmp_path), resume=str(named), max_updates=10, allow_changed=["max_updates"])
+    fine_tuned(resume=str(named), max_updates=10, allow_changed=["max_updates"], **arguments)
     assert checkpoints_of(tmp_path)[-1].startswith("update-00000010-epoch")  # not that of an abandoned run
 
 
@@ -427,7 +430,7 @@ def test_restoring_best_weights_can_be_switched_off_when_resuming(tmp_path: Path
 def test_another_physical_batch_continues_after_the_rows_already_done(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, weights = elastic(output_dir=str(tmp_path), checkpoint_every=3)
+    whole, weights = elastic(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
     capsys.readouterr()
     again, same = elastic(resume=str(tmp_path / "checkpoints" / "update-00000006"), **arguments)
     assert relative_error(same, weights) < 1e-9
@@ -537,7 +540,7 @@ def test_a_checkpoints_model_loads_as_any_other(tmp_path: Path) -> None:
         ({"checkpoint_every": 0}, "`checkpoint_every` must be a positive number of updates, or a time such as"),
         ({"checkpoint_every": "15 fortnights"}, "`checkpoint_every` must be a positive number of updates"),
         ({"checkpoint_every": "0min"}, "`checkpoint_every` must be a positive number of updates"),
-        ({"keep_checkpoints": 0}, "`keep_checkpoints` must be a positive integer"),
+        ({"keep_checkpoints": -1}, "`keep_checkpoints` must be a non-negative integer"),
     ],
 )
 def test_bad_settings_are_refused(arguments: dict[str, Any], said: str) -> None:
@@ -557,7 +560,7 @@ def test_spellings_of_off_and_auto_are_recognised() -> None:
 def test_runs_resume_on_two_processes_and_from_one_to_two_and_back(
     two_processes: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, weights = elastic(output_dir=str(tmp_path / "one"), checkpoint_every=3)
+    whole, weights = elastic(output_dir=str(tmp_path / "one"), checkpoint_every=3, keep_checkpoints=9)
     printed = two_processes("resuming_of_two.py", str(tmp_path))
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
     assert found.pop("heard") == [[75, "Stopped after update 4"]] * 2  # although only one of them got the signal

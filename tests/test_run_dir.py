@@ -39,7 +39,7 @@ def test_a_relative_folder_stays_where_it_was_after_a_change_of_directory(
     run = fine_tuned(output_dir="run", checkpoint_every=3)
     assert run.result.output_dir == str(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "ledger.jsonl", "result.json", "model", "checkpoints",
+        "run.json", "ledger.jsonl", "result.json", "model", "checkpoints",
     }  # fmt: skip
     assert list(elsewhere.iterdir()) == []
 

@@ -190,12 +190,14 @@ def test_fine_tuning(
         nonfinite_patience: end the run after this many consecutive skipped updates. None: never. (25 skips lower the
             gradient scale of fp16 from 2^16 to 2^-9.)
         deterministic: use only deterministic algorithms.
-        output_dir: folder for `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. If it becomes unwritable, the
-            run warns and continues.
+        output_dir: folder for `run.json`, `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. If it becomes
+            unwritable, the run warns and continues. None saves nothing; see `Result.save_model`.
         checkpoint_every: updates between two checkpoints, or a time such as "90s", "15min" or "2h". None saves only at
             the ends of epochs and after evaluations that are the best so far, which are saved in any case. Checkpoints
             are written in the background.
-        keep_checkpoints: number of newest checkpoints to keep, besides the one of the best evaluation.
+        keep_checkpoints: number of newest checkpoints to keep during the run, besides the one of the best evaluation.
+            Once the run has finished, it keeps the newest, so that it can be extended. 0 keeps one during the run, and
+            none once it has finished.
         resume: "auto" resumes from the newest sound checkpoint in `output_dir`, or starts a new run if there is none.
             The folder of a checkpoint or of a run resumes from it. None (or "off") starts a new run. With the same
             settings, the run ends as if it had never stopped, to the last bit. On a different number of processes or
@@ -215,7 +217,8 @@ def test_fine_tuning(
 
     Raises:
         SettingsError: if arguments are invalid. One message lists them all, before anything is loaded.
-        CheckpointError: if there is no checkpoint to resume from, or only one of a run with different settings.
+        CheckpointError: if there is no checkpoint to resume from, or only one of a run with different settings; or if
+            `resume` is "auto" and the run in `output_dir` has finished and kept no checkpoint.
         Preempted: after SIGTERM or SIGUSR1, once the current update is finished and saved. A `SystemExit` with status
             75. (SIGINT raises KeyboardInterrupt instead.)
         InexactLossError: if `on_inexact` is "error" and accumulating the loss is not exact. If an audit finds this

@@ -222,7 +222,11 @@ class Runtime:
         "number of updates, or time (90s, 15min, 2h), between checkpoints; None saves only after epochs and the best "
         "evaluation",
     )
-    keep_checkpoints: PositiveInt = _output(2, "number of newest checkpoints to keep, besides the best evaluation's")
+    keep_checkpoints: Count = _output(
+        2,
+        "number of newest checkpoints to keep during the run, besides the best evaluation's; a finished run keeps the "
+        "newest, or none if this is 0",
+    )
     resume: Resume | None = _output(
         None, "auto resumes from the newest sound checkpoint in output_dir, if any; or a folder to resume from; or off"
     )

@@ -108,6 +108,28 @@ class CheckpointDirectory:
             path.rename(aside / path.name)
         logger.warning(f"Moved checkpoints of an earlier run to {aside}.")
 
+    def finish(self, kept: Path | None) -> None:
+        """Remove all checkpoints of a finished run except one, and those that `set_aside` moved.
+
+        Args:
+            kept: the checkpoint to keep, in this folder or elsewhere; None removes all, damaged ones included.
+
+        Raises:
+            OSError: if a checkpoint cannot be removed.
+        """
+        for path in self.checkpoints():
+            if not _same(path, kept):
+                _remove(path)
+        for folder in self._set_aside_folders():
+            if kept is None or not _same(folder, kept.parent):
+                shutil.rmtree(folder, ignore_errors=True)
+        if kept is None:
+            for path in self._all():
+                if path.name.startswith(_DAMAGED):
+                    shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # it holds files of the user, or is not there
+                self.folder.rmdir()
+
     def clear(self) -> None:
         """Remove all checkpoints, including those that `set_aside` moved."""
         for folder in (self.folder, *self._set_aside_folders()):

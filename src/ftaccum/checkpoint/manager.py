@@ -151,6 +151,16 @@ class CheckpointManager:
         if self._writer is not None:
             self._writer.finish()
 
+    def finish(self, *, keeps: bool) -> None:
+        """Remove the checkpoints of a run that has finished, and log which one stays. The main process removes them.
+
+        Args:
+            keeps: whether to keep the newest, so that the run can be extended.
+        """
+        self.close()
+        if self._writer is not None:
+            self._writer.keep_last(keeps=keeps)
+
     def describe(self) -> str:
         """Return a sentence on the newest checkpoint, for the run's last message."""
         self.close()
@@ -213,6 +223,20 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def keep_last(self, *, keeps: bool) -> None:
+        """Remove all checkpoints; if `keeps`, all except the newest, whose size is logged. Log errors as warnings."""
+        kept = self.last if keeps else None
+        try:
+            self._directory.finish(kept)
+            if kept is not None:
+                size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+                logger.info(
+                    f"To extend the run, its newest checkpoint stays: {kept} ({_megabytes(size)}). If you do not need "
+                    "it, remove its folder. `keep_checkpoints=0` keeps none."
+                )
+        except OSError as error:
+            logger.warning(f"Old checkpoints in {self._directory.folder} could not be removed: {error}.")
 
     def _write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
         try:

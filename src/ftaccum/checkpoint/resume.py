@@ -15,6 +15,7 @@ from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry
 from ..tracking.metrics_logger import within
+from ..tracking.run_record import RunRecord
 from ..tracking.selection import Criterion
 from .compatibility import FORMAT, RunIdentity, check, recipe_identity
 from .directory import CheckpointDirectory
@@ -51,8 +52,8 @@ class ResumePoint:
             directory: the folder of the run's own checkpoints.
 
         Raises:
-            CheckpointError: on all processes, if a named folder has no sound checkpoint, if the checkpoint's run had
-                another Recipe, or if not all processes can see the checkpoint.
+            CheckpointError: on all processes, if a named folder has no sound checkpoint, if the run has finished and
+                has none, if the checkpoint's run had another Recipe, or if not all processes can see the checkpoint.
         """
         if (resume := runtime.resume) is None:
             return cls(None)
@@ -207,10 +208,14 @@ def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | No
     if resume == "auto":
         assert directory is not None, "`output_dir` is checked with the settings"
         path, damaged = directory.newest_sound()
+        if path is None:
+            _refuse_finished(RunDir(directory.folder.parent), n_damaged=len(damaged))
         if path is None and directory.checkpoints():
             logger.warning("None of the checkpoints is sound. Starting a new run.")
         return path, tuple(damaged)
     named = Path(resume).expanduser()
+    if not RunDir(named).checkpoints.is_dir():
+        _refuse_finished(RunDir(named))
     if RunDir(named).checkpoints.is_dir():
         (path, damaged), wrong = (
             CheckpointDirectory(RunDir(named).checkpoints).newest_sound(),
@@ -227,6 +232,29 @@ def _find(resume: str, directory: CheckpointDirectory | None) -> tuple[Path | No
             ]
         )
     return path, tuple(damaged)
+
+
+def _refuse_finished(run_dir: RunDir, n_damaged: int = 0) -> None:
+    """Raise CheckpointError if the run in a folder without sound checkpoints has finished.
+
+    Otherwise, a new run would replace its model.
+    """
+    record = RunRecord.read(run_dir.record)
+    if record is None or not record.finished:
+        return
+    if n_damaged:
+        why = "its checkpoints are damaged"
+    elif record.keep_checkpoints:
+        why = "its checkpoint was removed"
+    else:
+        why = "it kept no checkpoint, because `keep_checkpoints` was 0"
+    raise CheckpointError(
+        [
+            f"`resume` asks to continue the run in {str(run_dir.path)!r}, but that run has finished and cannot be "
+            f"extended: {why}. Start a new run: with `resume=None`, which replaces its model, or in another "
+            "`output_dir`."
+        ]
+    )
 
 
 def _fault(named: Path) -> str | None:

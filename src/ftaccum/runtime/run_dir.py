@@ -41,6 +41,10 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def record(self) -> Path:
+        return self.path / "run.json"
+
+    @property
     def result(self) -> Path:
         return self.path / "result.json"
 

@@ -116,7 +116,7 @@ class EvaluatedSetup(TrainingSetup):
             SavePolicy(
                 runtime.checkpoint_every,
                 callback.saves_model,
-                runtime.keep_checkpoints,
+                max(1, runtime.keep_checkpoints),
                 self.criterion,
                 callback.endings,
             ),

@@ -1,4 +1,4 @@
-"""The identity of a run, which checkpoints save so that only the same run resumes from them."""
+"""The identity of a run, which checkpoints save so that only the same run resumes from them, and its `run.json`."""
 
 from accelerate import Accelerator
 from torch.optim import Optimizer
@@ -15,6 +15,7 @@ from ..checkpoint.compatibility import (
     size_identity,
 )
 from ..planning.batch_size import BatchSizes
+from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
 from .config import RunConfig
 from .rates import peak_rates
@@ -57,4 +58,16 @@ def build_identity(
         },
         n_rows=len(data.train_rows),
         versions=package_versions(),
+    )
+
+
+def build_record(config: RunConfig, batch_sizes: BatchSizes, accelerator: Accelerator) -> RunRecord:
+    """Return the record of a run that starts now."""
+    return RunRecord.of(
+        recipe_identity(config.recipe),
+        batch_sizes,
+        tokens_per_update=config.recipe.tokens_per_update,
+        amp_enabled=accelerator.mixed_precision != "no",
+        keep_checkpoints=config.runtime.keep_checkpoints,
+        command=config.command,
     )

@@ -17,6 +17,7 @@ from ..fields import DefaultFloat
 from ..objective.forward import LossFn
 from ..objective.item_counts import CountItems
 from ..settings import Recipe, Runtime
+from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion
 from .evaluation import ComputeMetrics, fault_of_metrics
 from .optimizer import OptimizerFactory
@@ -85,12 +86,14 @@ class RunConfig:
         runtime: the settings that only affect how the run executes.
         components: the user's model, data and functions.
         given: `learning_rate` and `weight_decay`, if the user gave them; if not, an optimizer may set its own.
+        command: the command line that started the run; None if a call from Python did.
     """
 
     recipe: Recipe
     runtime: Runtime
     components: Components
     given: frozenset[str] = frozenset()
+    command: Command | None = None
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "RunConfig":

@@ -1,5 +1,6 @@
 """One run of training, from its configuration to its result."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,9 +13,11 @@ from ..runtime.memory import AgreedOutOfMemoryError
 from ..tracking.export import write_model, write_outputs
 from ..tracking.ledger import Ledger
 from ..tracking.result import Result
+from ..tracking.run_record import RunRecord
 from ..tracking.step import StepResult
 from ..tracking.throughput import Throughput
 from .build_evaluation import EvaluatedSetup
+from .build_identity import build_record
 from .build_plan import describe_cut
 from .callbacks import Callback
 from .config import RunConfig
@@ -48,6 +51,7 @@ class TrainingRun(EvaluatedSetup):
     """A run that trains its model in place."""
 
     _is_training = False
+    _record: RunRecord | None = None  # what is in `run.json`; only on the main process
 
     def train(self) -> Result:
         """Train to the end of the run and write its outputs."""
@@ -67,10 +71,20 @@ class TrainingRun(EvaluatedSetup):
         saved = self.model if self.callback.saves_model else None
         ledger, tokenizer = self.metrics_logger.ledger, self.config.components.tokenizer
         result = write_outputs(result, ledger, saved, tokenizer, self.run_dir, self.process_group)
+        if not result.unwritten:
+            self._finish()
         self.accelerator.wait_for_everyone()
         self.console.result(result)
         self.callback_handler.settle()
         return result.with_model(self.model, tokenizer)
+
+    def _finish(self) -> None:
+        """Record that the run has finished, and remove the checkpoints that it no longer needs."""
+        if self._record is None or self.run_dir is None:
+            return
+        # Record it first: without checkpoints and record, `resume='auto'` would start again and replace the model.
+        if replace(self._record, finished=True).write(self.run_dir.record):
+            self.checkpoint_manager.finish(keeps=self.config.runtime.keep_checkpoints > 0)
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an audit has ended, and return sentences that say where it is saved."""
@@ -126,6 +140,9 @@ class TrainingRun(EvaluatedSetup):
             return
         ledger.keep_in(self.run_dir.ledger)
         ledger.catch_up()
+        if self.callback.saves_model:  # a search records its trials itself
+            self._record = build_record(self.config, self.batch_sizes, self.accelerator)
+            self._record.write(self.run_dir.record)
         self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
         if not self.data.train.repeats:
             logger.warning(_NOT_REPEATABLE)

@@ -1,0 +1,116 @@
+"""The file `run.json` in a run's folder: what the run is, and whether it has finished."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputWarning, warn_user
+from ..planning.batch_size import BatchSizes
+from ..runtime.atomic_files import atomic_write
+
+
+@dataclass(frozen=True)
+class Command:
+    """The command line that started a run.
+
+    Attributes:
+        sources: the names of the model and the data, and how they are read, by option.
+        resume: the command that resumes the run.
+        note: a sentence on how the output folder was chosen; empty if the user gave it.
+    """
+
+    sources: dict[str, Any]
+    resume: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The record of a run, which is written when the run starts and again when it has finished.
+
+    Attributes:
+        recipe: the settings of the Recipe, without those that set the size of an update.
+        tokens_per_update: the setting, which gave the size of an update if it is not None.
+        batch_size: most rows of a micro-batch.
+        gradient_accumulation_steps, effective_batch_size: k, and rows of a full update; of the first update if k
+            changes.
+        accumulation_schedule: pairs [from_update, k] if k changes; else None.
+        num_processes: number of processes.
+        amp_enabled: whether autocast is on.
+        keep_checkpoints: the setting.
+        sources: names of the model and the data; empty if a call from Python started the run.
+        started_at: when this call started, in UTC; later if the run was resumed.
+        finished: whether the run has reached its end and all outputs are written.
+    """
+
+    recipe: dict[str, Any]
+    tokens_per_update: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    effective_batch_size: int
+    accumulation_schedule: list[list[int]] | None
+    num_processes: int
+    amp_enabled: bool
+    keep_checkpoints: int
+    sources: dict[str, Any]
+    started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
+    finished: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Mapping[str, Any],
+        batch_sizes: BatchSizes,
+        *,
+        tokens_per_update: int | None,
+        amp_enabled: bool,
+        keep_checkpoints: int,
+        command: Command | None,
+    ) -> "RunRecord":
+        """Return the record of a run that starts now."""
+        stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
+        return cls(
+            recipe=dict(recipe),
+            tokens_per_update=tokens_per_update,
+            batch_size=batch_sizes.batch_size,
+            gradient_accumulation_steps=batch_sizes.gradient_accumulation_steps,
+            effective_batch_size=batch_sizes.effective_batch_size,
+            accumulation_schedule=stages if batch_sizes.later else None,
+            num_processes=batch_sizes.num_processes,
+            amp_enabled=amp_enabled,
+            keep_checkpoints=keep_checkpoints,
+            sources={} if command is None else command.sources,
+        )
+
+    def write(self, path: Path) -> bool:
+        """Write the record, and return whether that worked. If not, remove an older record, which is of another run.
+
+        Warns:
+            OutputWarning: if the file cannot be written.
+        """
+        try:
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        except OSError as error:
+            warn_user(
+                f"{str(path)!r} cannot be written: {error}. The run continues. `--resume auto` without `--output_dir` "
+                "will not find it.",
+                OutputWarning,
+            )
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            return False
+        return True
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord | None":
+        """Return the record in a file; None if there is no such file, or if it is not a record."""
+        try:
+            read = json.loads(path.read_text())
+            return cls(**{f.name: read[f.name] for f in fields(cls)})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
