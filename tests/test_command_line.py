@@ -3,9 +3,12 @@
 import csv
 import errno
 import importlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / name).open("w", newline="") as file:
             csv.writer(file).writerows([header, *rows])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the folder `outputs` of commands without `--output_dir` out of the project."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("working"))
 
 
 def test_allow_changed_is_read_from_flags_and_from_a_file(tmp_path: Path) -> None:
@@ -154,6 +163,53 @@ def test_train_from_flags_over_a_file(tiny: Path, tmp_path: Path, capsys: pytest
     assert result.lr_history[0] == 1e-3
     assert result.metrics[0].keys() == {"accuracy", "f1", "precision", "recall"}
     assert "FINE-TUNING TEST" in capsys.readouterr().out
+
+
+def test_a_run_without_an_output_folder_is_saved_and_resumes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--max_updates", "2"]
+    words += ["--no_progress", "--audit", "false"]
+    assert main(words) == 0
+    (folder,) = Path("outputs").iterdir()
+    assert folder.name == f"model-rows-{date.today()}"
+    assert (folder / "model" / "model.safetensors").exists()
+    shown = capsys.readouterr().out
+    assert f"\nOutputs: {folder.absolute()}\n" in shown
+    assert f": ftaccum {' '.join(words)} --resume auto --output_dir {folder}\n" in shown
+    record = json.loads((folder / "run.json").read_text())
+    assert record["sources"] == {
+        "model": str(tiny / "model"), "train_data": str(tiny / "rows.csv"), "val_data": None,
+        "task": "text-classification", "label_column": "label", "max_train_rows": None,
+    }  # fmt: skip
+
+    (folder / "run.json").write_text(json.dumps(record | {"finished": False}))  # as if it was killed right before
+    assert main([*words, "--resume", "auto"]) == 0
+    told = capsys.readouterr().err
+    assert f"Resuming the newest unfinished run with these settings: {folder}, of " in told
+    assert "This run already ended with update 2" in told
+    assert main([*words, "--resume", "auto"]) == 0
+    assert "There is no unfinished run with these settings in 'outputs'. Starting a new one" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("outputs").iterdir()) == [folder.name, f"{folder.name}-2"]
+
+
+def test_a_run_that_is_refused_leaves_no_output_folder(tiny: Path) -> None:
+    words = ["train", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--no_progress"]
+    assert main([*words, "--log_with", "dvclive"]) == 2
+    assert list(Path("outputs").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_processes_agree_on_the_output_folder(
+    tiny: Path, tmp_path: Path, two_processes: Callable[..., str]
+) -> None:
+    shown = two_processes("output_folder_of_two.py", str(tmp_path), str(tiny / "model"), str(tiny / "rows.csv"))
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name.startswith("model-rows-")
+    assert shown.count(f"\nOutputs: {folder}\n") == 1
+    assert shown.count("There is no unfinished run with these settings in 'outputs'.") == 1
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["num_processes"], record["finished"]) == (2, True)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.slow
@@ -284,7 +340,10 @@ def test_search(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) 
         "--output_dir", str(tmp_path),
     ]  # fmt: skip
     assert main([*command, "--n_trials", "3"]) == 0
+    without_model = "No model was saved. To train the best one and save it, run the same command with `--refit`."
+    assert without_model in capsys.readouterr().out
     assert main([*command, "--n_trials", "4", "--refit"]) == 0  # continues the search
+    assert without_model not in capsys.readouterr().out
     with (tmp_path / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == ["0", "1", "2", "3"]

@@ -269,3 +269,16 @@ def test_the_model_of_a_result_has_the_best_weights_if_they_were_restored(tmp_pa
     )
     assert torch.equal(result.model.classifier.weight, first)
     assert not torch.equal(first, last)
+
+
+def test_the_banner_says_where_a_run_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path)
+    shown = capsys.readouterr().out
+    assert (
+        f"\nOutputs: {tmp_path}\nTo resume the run if it is interrupted: make the same call with `resume='auto'`\n"
+        in shown
+    )
+    run(None)
+    shown = capsys.readouterr().out
+    assert "\nNothing will be saved: `output_dir` is None.\n" in shown
+    assert "Outputs:" not in shown

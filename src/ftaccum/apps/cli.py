@@ -1,9 +1,10 @@
 """The `ftaccum` command: a thin layer over the Python functions. Its options have the names of their arguments."""
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def _train(words: Sequence[str]) -> int:
     description = (
         "Fine-tunes a model. Exit status: 0 on success; 1 if the ledger, the result or the model could not be\n"
         "written, or if training ended because its updates were not finite; 2 for bad input, before any training;\n"
-        "75 after SIGTERM or SIGUSR1; 130 after Ctrl-C. `--resume auto` resumes an interrupted run."
+        "75 after SIGTERM or SIGUSR1; 130 after Ctrl-C. `--resume auto` resumes an interrupted run.\n\n"
+        "Without `--output_dir`, the folder is outputs/MODEL-DATA-DATE, and `--resume auto` resumes the newest\n"
+        "unfinished run in outputs/ that has the same settings."
     )
     named, recipe, runtime = _parse("train", words, description)
     _check_named(named, "train")
@@ -100,24 +103,34 @@ def _train(words: Sequence[str]) -> int:
     # These imports take seconds, so check the input first.
     from accelerate import PartialState
 
-    from ..fine_tuning import test_fine_tuning
     from ..metrics import ClassificationMetrics
+    from ..training.config import RunConfig
+    from ..training.run import run_training
     from .load import load
+    from .output_folder import OUTPUTS, output_folder
 
     settings = vars(recipe) | vars(runtime)
-    parse_settings(settings)
+    recipe, parsed = parse_settings(settings if runtime.output_dir is not None else settings | {"output_dir": OUTPUTS})
     loaded = load(named, recipe.random_seed)
-    measures = _measures(named, recipe.validation_split)
-    result = test_fine_tuning(
-        loaded.model,
-        train_data=loaded.train,
-        val_data=loaded.val,
-        tokenizer=loaded.tokenizer,
-        compute_metrics=ClassificationMetrics() if measures else None,
+    arguments = {
+        "model": loaded.model,
+        "train_data": loaded.train,
+        "val_data": loaded.val,
+        "tokenizer": loaded.tokenizer,
+        "compute_metrics": ClassificationMetrics() if _measures(named, recipe.validation_split) else None,
         **settings,
-    )
+    }
+    with output_folder(named, recipe, replace(parsed, output_dir=runtime.output_dir), words) as (folder, command):
+        config = RunConfig.from_arguments(_default_arguments() | arguments | {"output_dir": folder})
+        result = run_training(replace(config, command=command))
     PartialState().destroy_process_group()
     return _NOT_WRITTEN if result.unwritten else 0
+
+
+def _default_arguments() -> dict[str, Any]:
+    from ..fine_tuning import test_fine_tuning
+
+    return {name: parameter.default for name, parameter in inspect.signature(test_fine_tuning).parameters.items()}
 
 
 def _search(words: Sequence[str]) -> int:
@@ -154,8 +167,11 @@ def _search(words: Sequence[str]) -> int:
         **vars(settings),
         **shared,
     )
-    PartialState().destroy_process_group()
-    return 0 if best_trial(study) is not None else _NOTHING_FOUND
+    found, state = best_trial(study) is not None, PartialState()
+    if found and not settings.refit and state.is_main_process:
+        print("No model was saved. To train the best one and save it, run the same command with `--refit`.")
+    state.destroy_process_group()
+    return 0 if found else _NOTHING_FOUND
 
 
 def _verify(words: Sequence[str]) -> int:

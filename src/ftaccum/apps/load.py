@@ -20,7 +20,7 @@ TASKS = {
     "causal-lm": AutoModelForCausalLM,
 }
 
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,17 @@ def read_rows(source: str, *, split: str = "train", columns: dict[str, str] | No
         if path.is_dir() and (path / "dataset_info.json").exists() | (path / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(source)
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        elif path.suffix in _READERS and path.exists():
+        elif path.suffix in READERS and path.exists():
             options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-            rows = datasets.load_dataset(_READERS[path.suffix], data_files=source, split="train", **options)
-        elif path.suffix in _READERS:
+            rows = datasets.load_dataset(READERS[path.suffix], data_files=source, split="train", **options)
+        elif path.suffix in READERS:
             raise FileNotFoundError("there is no such file")
         else:
             name, _, config = source.partition(":")
             rows = datasets.load_dataset(name, config or None, split=split)
     except Exception as error:
         raise DataError(
-            f"Rows {source!r} cannot be read: {error}. Give a {', '.join(_READERS)} file, a folder that `save_to_disk` "
+            f"Rows {source!r} cannot be read: {error}. Give a {', '.join(READERS)} file, a folder that `save_to_disk` "
             "wrote, or the name of a data set on the hub."
         ) from error
     missing = [old for old in columns or {} if old not in rows.column_names]

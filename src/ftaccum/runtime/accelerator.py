@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
 from ..errors import SettingsError
 from ..settings import Runtime
+from .process_group import ProcessGroup, open_process_group
 from .state_guards import preserve_rng, seed_all
 
 # Each process has a whole copy of the model, and DDP averages the gradients: one code path for all devices.
@@ -52,6 +53,14 @@ def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) ->
                 # Not `free_memory`, which needs 0.2 s to collect garbage and finds none.
                 for held in (accelerator._models, accelerator._optimizers, accelerator._schedulers):
                     held.clear()
+
+
+@contextmanager
+def launched_processes() -> Iterator[ProcessGroup]:
+    """Open a group over the processes that the launcher started. The runs that follow use the same processes."""
+    state = PartialState(cpu=not torch.accelerator.is_available())  # as in `_accelerator`
+    with open_process_group(state.num_processes) as process_group:
+        yield process_group
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -22,7 +23,16 @@ class Console:
     progress: bool
     _headed: bool = False
 
-    def banner(self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str) -> None:
+    def banner(
+        self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str, outputs: list[str]
+    ) -> None:
+        """Print what the run will do.
+
+        Args:
+            notes: lines on the data, the loss and the micro-batches.
+            warmup: number of warm-up updates.
+            outputs: lines on where the run is saved and how it resumes.
+        """
         if warmup > plan.n_windows:
             notes = [*notes, f"Note: the warm-up of {warmup} updates is longer than the run"]
         self._print(
@@ -32,6 +42,7 @@ class Console:
             str(plan),
             *notes,
             f"Precision: {_PRECISIONS[precision]}, on {device}",
+            *outputs,
             _RULE,
         )
 
@@ -62,6 +73,19 @@ class Console:
     def _print(self, *lines: str) -> None:
         if self.is_main:
             tqdm.write("\n".join(lines), file=sys.stdout)
+
+
+def describe_outputs(folder: Path | None, resume_command: str | None) -> list[str]:
+    """Return the banner's lines on where a run is saved and how it resumes.
+
+    Args:
+        folder: the output folder, if any.
+        resume_command: the command that resumes the run; None if a call from Python started it.
+    """
+    if folder is None:
+        return ["Nothing will be saved: `output_dir` is None."]
+    resume = resume_command or "make the same call with `resume='auto'`"
+    return [f"Outputs: {folder}", f"To resume the run if it is interrupted: {resume}"]
 
 
 def _number(value: float) -> str:

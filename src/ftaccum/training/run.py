@@ -10,6 +10,7 @@ from ..data.prefetch import LocalWindow
 from ..errors import CallbackError, DataError, DivergedError, InexactLossError, MetricsError
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
+from ..tracking.console import describe_outputs
 from ..tracking.export import write_model, write_outputs
 from ..tracking.ledger import Ledger
 from ..tracking.result import Result
@@ -109,7 +110,11 @@ class TrainingRun(EvaluatedSetup):
         knows_lengths = data.train.knows_lengths
         cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)
         precision, device = self.accelerator.mixed_precision, self.accelerator.device.type
-        self.console.banner(plan, [*data.notes(), *self.notes, cut], self.n_warmup, precision, device)
+        command, folder = self.config.command, None if self.run_dir is None else self.run_dir.path
+        outputs = describe_outputs(folder, None if command is None else command.resume)
+        self.console.banner(plan, [*data.notes(), *self.notes, cut], self.n_warmup, precision, device, outputs)
+        if command is not None and command.note:
+            logger.info(command.note)
         if message := self.resumed[1].describe(self.identity, plan.n_windows):
             logger.info(message)
 

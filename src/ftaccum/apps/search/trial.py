@@ -182,7 +182,15 @@ class _TrialConsole(Console):
         hidden = not (self.is_main and self.progress)
         return tqdm(total=n_windows, desc=self.title, disable=hidden, leave=False, position=1)
 
-    def banner(self, plan: BasePlan, notes: list[str], warmup: int, precision: str, device: str) -> None:  # noqa: ARG002
+    def banner(
+        self,
+        plan: BasePlan,  # noqa: ARG002
+        notes: list[str],
+        warmup: int,  # noqa: ARG002
+        precision: str,  # noqa: ARG002
+        device: str,  # noqa: ARG002
+        outputs: list[str],  # noqa: ARG002
+    ) -> None:
         if self.is_first:
             self._print(*notes)
 
