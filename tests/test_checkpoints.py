@@ -50,9 +50,9 @@ def test_the_newest_checkpoints_and_that_of_the_best_evaluation_remain(tmp_path:
 def test_a_finished_run_keeps_its_newest_checkpoint_and_logs_its_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fine_tuned(output_dir=str(tmp_path), learning_rate=0.05, n_epochs=3)  # the first epoch is the best
-    assert checkpoints_of(tmp_path) == ["update-00000021-epoch-0003"]
-    newest = tmp_path / "checkpoints" / "update-00000021-epoch-0003"
+    fine_tuned(output_dir=str(tmp_path), learning_rate=0.05, audit=False)  # the first epoch is the best
+    assert checkpoints_of(tmp_path) == ["update-00000014-epoch-0002"]
+    newest = tmp_path / "checkpoints" / "update-00000014-epoch-0002"
     assert f"To extend the run, its newest checkpoint stays: {newest} (0 MB). If you do not" in capsys.readouterr().err
 
     fine_tuned(
@@ -67,8 +67,9 @@ def test_a_finished_run_without_checkpoints_is_neither_extended_nor_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments: dict[str, Any] = {"output_dir": str(tmp_path), "checkpoint_every": 1, "keep_checkpoints": 0}
+    arguments |= {"max_updates": 3, "audit": False}
     with pytest.raises(CutOff):
-        fine_tuned(cut_off_at=3, **arguments)
+        fine_tuned(cut_off_at=2, **arguments)
     assert len(checkpoints_of(tmp_path)) == 1  # a killed run resumes from it
     (tmp_path / "checkpoints" / "damaged-update-00000001").mkdir()
     fine_tuned(resume="auto", **arguments)
@@ -79,7 +80,7 @@ def test_a_finished_run_without_checkpoints_is_neither_extended_nor_replaced(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for resume, named in (("auto", tmp_path), (str(tmp_path), tmp_path)):
         with pytest.raises(CheckpointError, match="because `keep_checkpoints` was 0") as refused:
-            fine_tuned(resume=resume, n_epochs=3, allow_changed="n_epochs", **arguments)
+            fine_tuned(**arguments | {"resume": resume, "max_updates": 4, "allow_changed": "max_updates"})
         assert f"{str(named)!r}, but that run has finished and cannot be extended: it kept no" in str(refused.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

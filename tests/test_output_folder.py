@@ -187,9 +187,11 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def test_a_run_records_what_it_is_and_whether_it_has_finished(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"output_dir": str(tmp_path), "checkpoint_every": 3, "mixed_precision": "bf16"}
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path), "checkpoint_every": 1, "mixed_precision": "bf16", "max_updates": 3, "audit": False,
+    }  # fmt: skip
     with pytest.raises(CutOff):
-        fine_tuned(cut_off_at=5, **arguments)
+        fine_tuned(cut_off_at=2, **arguments)
     cut = record_of(tmp_path)
     assert not cut["finished"]
     assert cut["recipe"]["learning_rate"] == 1e-3
@@ -206,13 +208,16 @@ def test_a_run_whose_model_cannot_be_written_has_not_finished(tmp_path: Path, mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path), "checkpoint_every": 1, "max_updates": 2, "audit": False,
+    }  # fmt: skip
     with monkeypatch.context() as patched:
         patched.setattr("ftaccum.tracking.export.save_model", full)
         with pytest.warns(OutputWarning, match="model' cannot be written"):
-            fine_tuned(output_dir=str(tmp_path))
+            fine_tuned(**arguments)
     assert not record_of(tmp_path)["finished"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # nothing is removed before the model is saved
-    fine_tuned(output_dir=str(tmp_path), resume="auto")
+    fine_tuned(resume="auto", **arguments)
     assert record_of(tmp_path)["finished"]
     assert (tmp_path / "model").exists()
 

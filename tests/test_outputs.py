@@ -258,6 +258,7 @@ def test_a_result_without_its_model_names_the_saved_one(tmp_path: Path, kept: Re
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_the_model_of_a_result_has_the_best_weights_if_they_were_restored(tmp_path: Path) -> None:
     result = fine_tuned(
         restore_best_weights=True, learning_rate=0.05, output_dir=str(tmp_path), keep_checkpoints=9

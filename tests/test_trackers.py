@@ -295,6 +295,7 @@ class InFiles(Told):
         (folder / f"events.{len(list(folder.iterdir()))}").touch()
 
 
+@pytest.mark.slow
 def test_each_run_in_a_folder_gets_its_own_tracker_folder_and_a_resumed_one_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
