@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import EvalPrediction
 
 from ftaccum import SettingsError, test_fine_tuning
+from ftaccum.checkpoint.manager import CheckpointManager
 from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.planning.evaluation_schedule import EvaluationSchedule
 from ftaccum.planning.plan import Plan
@@ -189,10 +191,11 @@ def test_a_longer_run_does_not_keep_the_evaluation_at_the_end_of_a_shorter_one(t
 
 
 def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
-    run = fine_tuned(
-        evaluate_every=2, compute_metrics=score, metric_for_best="spread", greater_is_better=False,
-        learning_rate=0.05, output_dir=str(tmp_path), keep_checkpoints=1, checkpoint_every=None,
-    )  # fmt: skip
+    with patch.object(CheckpointManager, "finish", lambda *_, **__: None):  # as if the run was killed at its end
+        run = fine_tuned(
+            evaluate_every=2, compute_metrics=score, metric_for_best="spread", greater_is_better=False,
+            learning_rate=0.05, output_dir=str(tmp_path), keep_checkpoints=1, checkpoint_every=None,
+        )  # fmt: skip
     assert f"update-{run.result.best_update:08d}" in checkpoints_of(tmp_path)
 
 
