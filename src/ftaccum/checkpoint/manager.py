@@ -46,6 +46,10 @@ class SavePolicy:
     endings: tuple[type[Exception], ...] = ()
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by Ctrl-C, and has completed its update before."""
+
+
 class CheckpointManager:
     """The manager that saves a run: at intervals, at the ends of epochs, after the best evaluation, and on request."""
 
@@ -192,7 +196,7 @@ class CheckpointManager:
         self._process_group.any(False)
         message = f"Stopped after update {self._n_updates}, as requested. {self.describe()}"
         logger.warning(message)
-        return KeyboardInterrupt(message) if by_hand else Preempted(message)
+        return Interrupted(message) if by_hand else Preempted(message)
 
 
 class CheckpointWriter:

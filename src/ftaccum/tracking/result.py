@@ -1,17 +1,24 @@
 """The Result of a run, derived from its ledger."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DataError, SettingsError
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
+from ..runtime.run_dir import RunDir
 from .ledger import Ledger, nan_null, null_non_finite
+from .result_table import as_html, as_text
+from .run_record import RunRecord
 from .selection import Criterion
 from .throughput import Throughput
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Result(Mapping[str, Any]):
         audits: one entry per audit, with the attributes of `AuditEntry`.
         output_dir: the folder of the ledger, result and model, if any.
         unwritten: a sentence for each of these that could not be written.
+        interrupted: whether the run has not reached its end. The model has the weights of the last update, and
+            `final_loss` is the last validation loss so far (without validation data, the training loss of the last
+            complete epoch), or NaN. In a loaded result of such a run, times and speeds are NaN.
 
     `model`, which is not part of the mapping or of the file, is the trained model in memory.
     """
@@ -76,6 +86,7 @@ class Result(Mapping[str, Any]):
     accumulation_schedule: list[list[int]] | None = None
     audits: list[dict[str, Any]] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
     _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
@@ -93,8 +104,9 @@ class Result(Mapping[str, Any]):
         amp_enabled: bool,
         final_loss_scale: float | None,
         output_dir: str | None,
+        interrupted: bool = False,
     ) -> "Result":
-        """Build the result from the ledger of a finished run."""
+        """Build the result from the ledger of a run with at least one update."""
         windows, epochs, skipped = ledger.windows, ledger.epochs, sum(w.skipped for w in ledger.windows)
         initial = next((e.val_loss for e in ledger.evaluations if not e.evaluation), None)
         evaluations = [e for e in ledger.evaluations if e.evaluation]
@@ -102,7 +114,7 @@ class Result(Mapping[str, Any]):
         last = batch_sizes.at(len(windows) - 1)
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
         return cls(
-            final_loss=evaluations[-1].val_loss if evaluations else epochs[-1].train_loss,
+            final_loss=evaluations[-1].val_loss if evaluations else epochs[-1].train_loss if epochs else math.nan,
             initial_loss=windows[0].loss if initial is None else initial,
             best_val_loss=None if lowest is None else lowest.val_loss,
             best_update=None if best is None else best.evaluation,
@@ -120,7 +132,7 @@ class Result(Mapping[str, Any]):
             gradient_accumulation_steps=last.gradient_accumulation_steps,
             num_processes=batch_sizes.num_processes,
             training_time=training_time,
-            samples_per_second=work.rows / work.seconds,
+            samples_per_second=work.rows / work.seconds if work.seconds else math.nan,
             tokens_per_second=work.tokens / work.seconds if work.positions else None,
             padding_fraction=1 - work.tokens / work.positions if work.positions else None,
             passes_per_update=sum(w.passes for w in windows) / len(windows),
@@ -130,6 +142,7 @@ class Result(Mapping[str, Any]):
             output_dir=output_dir,
             accumulation_schedule=stages if batch_sizes.later else None,
             audits=[dict(vars(audit)) for audit in ledger.audits],
+            interrupted=interrupted,
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -144,48 +157,30 @@ class Result(Mapping[str, Any]):
         return len(_RESULT_NAMES)
 
     def __str__(self) -> str:
-        rows = [
-            ("final loss", f"{self.final_loss:.4f} (before training {self.initial_loss:.4f})"),
-            (
-                "updates",
-                f"{self.optimizer_steps} of {self._describe_rows()} rows, {self.skipped_steps} skipped",
-            ),
-            ("time", f"{self.training_time:.1f} s, {self.samples_per_second:.1f} rows/s in training"),
-        ]
-        if self.best_val_loss is not None:
-            rows.insert(1, ("best validation loss", f"{self.best_val_loss:.4f}"))
-        if self.metrics and self.metrics[-1]:
-            rows.insert(1, ("metrics", ", ".join(f"{k} {v:.4f}" for k, v in self.metrics[-1].items())))
-        passes = f"{self.passes_per_update:.1f} micro-batches per update on each process"
-        if self.padding_fraction is not None:
-            passes += f", {self.padding_fraction:.1%} of token positions were padding"
-        if self.out_of_memory:
-            passes += f"; out of memory and run again {self.out_of_memory} times"
-        rows.append(("passes", passes))
-        if self.audits:
-            rows.append(("audits", self._describe_audits()))
-        if self.output_dir:
-            missing = f", except for {len(self.unwritten)} that could not be written" if self.unwritten else ""
-            rows.append(("outputs", f"{self.output_dir}{missing}"))
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        return as_text(self)
 
-    def _describe_rows(self) -> str:
-        if not self.accumulation_schedule:
-            return str(self.effective_batch_size)
-        reached = [k for update, k in self.accumulation_schedule if update < len(self.loss_history)]
-        least, most = (k * self.batch_size * self.num_processes for k in (min(reached), max(reached)))
-        return str(least) if least == most else f"{least} to {most}"
+    def _repr_html_(self) -> str:
+        """Return the table that `str` gives, as HTML for notebooks."""
+        return as_html(self)
 
-    def _describe_audits(self) -> str:
-        worst = max(self.audits, key=lambda audit: audit["error"])
-        share = sum(audit["seconds"] for audit in self.audits) / self.training_time
-        n_off = sum(audit["error"] > audit["tolerance"] for audit in self.audits)
-        verdict = f"{n_off} NOT exact, largest" if n_off else "all exact, largest"
-        return (
-            f"{len(self.audits)} of {len(self.loss_history):,} updates checked ({share:.1%} of the time): {verdict} "
-            f"relative error {worst['error']:.0e} (tolerance {worst['tolerance']:.0e})"
-        )
+    def to_frame(self, kind: str = "updates") -> "pd.DataFrame":
+        """Return the histories as a pandas DataFrame, indexed by the number of updates so far.
+
+        Args:
+            kind: "updates" for a row per update, or "evaluations" for a row per evaluation.
+
+        Raises:
+            SettingsError: if `kind` is something else.
+        """
+        import pandas as pd  # slow to import
+
+        if kind == "updates":
+            columns = {"loss": self.loss_history, "grad_norm": self.grad_norm_history, "learning_rate": self.lr_history}
+            return pd.DataFrame(columns, pd.RangeIndex(1, len(self.loss_history) + 1, name="update"))
+        if kind == "evaluations":
+            rows = [{"val_loss": v, **m} for v, m in zip(self.val_loss_history, self.metrics, strict=True)]
+            return pd.DataFrame(rows, pd.Index(self.evaluation_updates, name="update"))
+        raise SettingsError([f"`kind` must be 'updates' or 'evaluations', but is {kind!r} instead."])
 
     @property
     def model(self) -> Any:
@@ -245,14 +240,16 @@ class Result(Mapping[str, Any]):
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
-        """Read a file that `save` wrote, or the `result.json` of an output folder.
+        """Read a file that `save` wrote, or the result of a run from its output folder.
 
-        A null in a history of numbers becomes NaN, also if it was an infinity. Names that only a newer version knows
-        are left out.
+        For a run that was interrupted, or has not ended yet, the result is built from its ledger. A null in a history
+        of numbers becomes NaN, also if it was an infinity. Names that only a newer version knows are left out.
 
         Raises:
             DataError: if the file exists but is not a result.
         """
+        if (found := cls._of_interrupted(RunDir(Path(path)))) is not None:
+            return found
         file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
         try:
             return cls._read(json.loads(file.read_text()))
@@ -263,14 +260,41 @@ class Result(Mapping[str, Any]):
             ) from error
 
     @classmethod
+    def _of_interrupted(cls, run_dir: RunDir) -> "Result | None":
+        """Return the result so far of the run in a folder; None if it has ended, or has had no update."""
+        record = RunRecord.read(run_dir.record)
+        if record is None or record.finished or _is_newer(run_dir.result, run_dir.record):
+            return None
+        ledger = Ledger.read(run_dir.ledger)
+        if not ledger.windows:
+            return None
+        return cls.of(
+            ledger,
+            record.batch_sizes(),
+            record.criterion(),
+            work=Throughput(),
+            training_time=math.nan,
+            out_of_memory=0,
+            amp_enabled=record.amp_enabled,
+            final_loss_scale=None,
+            output_dir=str(run_dir.path),
+            interrupted=True,
+        )
+
+    @classmethod
     def _read(cls, read: dict[str, Any]) -> "Result":
         known = {name: value for name, value in read.items() if name in _RESULT_NAMES}
-        for name in ("final_loss", "initial_loss"):
+        for name in ("final_loss", "initial_loss", "training_time", "samples_per_second"):
             known[name] = nan_null(known[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
             known[name] = [nan_null(value) for value in known[name]]
         known["metrics"] = [{name: nan_null(value) for name, value in found.items()} for found in known["metrics"]]
         return cls(**known)
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    """Return whether a file exists and was written after another one."""
+    return path.exists() and path.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import OutputWarning, warn_user
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
+from .selection import Criterion
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,16 @@ class RunRecord:
             keep_checkpoints=keep_checkpoints,
             sources={} if command is None else command.sources,
         )
+
+    def batch_sizes(self) -> BatchSizes:
+        """Return the sizes of updates."""
+        later = tuple((update, k) for update, k in (self.accumulation_schedule or [])[1:])
+        k = self.gradient_accumulation_steps
+        return BatchSizes(self.batch_size, k, self.num_processes, self.effective_batch_size, later)
+
+    def criterion(self) -> Criterion:
+        """Return the criterion that decides which evaluation is the best."""
+        return Criterion.of_settings(self.recipe.get("metric_for_best"), self.recipe.get("greater_is_better"))
 
     def write(self, path: Path) -> bool:
         """Write the record, and return whether that worked. If not, remove an older record, which is of another run.

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from ..checkpoint.manager import Interrupted
 from ..data.prefetch import LocalWindow
 from ..errors import CallbackError, DataError, DivergedError, InexactLossError, MetricsError
+from ..runtime.host import is_interactive
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
 from ..tracking.console import describe_outputs
@@ -63,6 +65,10 @@ class TrainingRun(EvaluatedSetup):
             self._train_epochs()
         except InexactLossError as error:
             raise InexactLossError([*error.faults, *self._keep_inexact()]) from error
+        except Interrupted:
+            if not (is_interactive() and self.metrics_logger.n_windows):
+                raise
+            return self._interrupted_result()
         self._is_training = False
         self.weights_in_training.close()
         self.best.restore()
@@ -78,6 +84,15 @@ class TrainingRun(EvaluatedSetup):
         self.console.result(result)
         self.callback_handler.settle()
         return result.with_model(self.model, tokenizer)
+
+    def _interrupted_result(self) -> Result:
+        """Return the result so far of a run that a user at a prompt has stopped, whose next input can use the model."""
+        self.metrics_logger.drain()
+        self.weights_in_training.close()
+        result = replace(self._result(), interrupted=True)
+        self._inner.close()
+        self.console.result(result)
+        return result.with_model(self.model, self.config.components.tokenizer)
 
     def _finish(self) -> None:
         """Record that the run has finished, and remove the checkpoints that it no longer needs."""

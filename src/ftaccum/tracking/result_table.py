@@ -1,0 +1,72 @@
+"""The table that a run ends with, as text and as HTML."""
+
+import html
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .result import Result
+
+
+def as_text(result: "Result") -> str:
+    """Return the table as plain text."""
+    rows = _rows(result)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def as_html(result: "Result") -> str:
+    """Return the table as HTML."""
+    style = 'style="text-align:left"'
+    rows = (
+        f"<tr><th {style}>{html.escape(name)}</th><td {style}>{html.escape(value)}</td></tr>"
+        for name, value in _rows(result)
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _rows(result: "Result") -> list[tuple[str, str]]:
+    rows = [("final loss", f"{result.final_loss:.4f} (before training {result.initial_loss:.4f})")]
+    if result.interrupted:
+        rows.insert(0, ("interrupted", f"after update {len(result.loss_history)}"))
+    if result.metrics and result.metrics[-1]:
+        rows.append(("metrics", ", ".join(f"{k} {v:.4f}" for k, v in result.metrics[-1].items())))
+    if result.best_val_loss is not None:
+        rows.append(("best validation loss", f"{result.best_val_loss:.4f}"))
+    steps = f"{result.optimizer_steps} of {_describe_rows(result)} rows, {result.skipped_steps} skipped"
+    rows.append(("updates", steps))
+    if not math.isnan(result.training_time):
+        speed = f"{result.samples_per_second:.1f} rows/s in training"
+        rows.append(("time", f"{result.training_time:.1f} s, {speed}"))
+    passes = f"{result.passes_per_update:.1f} micro-batches per update on each process"
+    if result.padding_fraction is not None:
+        passes += f", {result.padding_fraction:.1%} of token positions were padding"
+    if result.out_of_memory:
+        passes += f"; out of memory and run again {result.out_of_memory} times"
+    rows.append(("passes", passes))
+    if result.audits:
+        rows.append(("audits", _describe_audits(result)))
+    if result.output_dir:
+        missing = f", except for {len(result.unwritten)} that could not be written" if result.unwritten else ""
+        rows.append(("outputs", f"{result.output_dir}{missing}"))
+    return rows
+
+
+def _describe_rows(result: "Result") -> str:
+    if not result.accumulation_schedule:
+        return str(result.effective_batch_size)
+    reached = [k for update, k in result.accumulation_schedule if update < len(result.loss_history)]
+    least, most = (k * result.batch_size * result.num_processes for k in (min(reached), max(reached)))
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _describe_audits(result: "Result") -> str:
+    worst = max(result.audits, key=lambda audit: audit["error"])
+    n_off = sum(audit["error"] > audit["tolerance"] for audit in result.audits)
+    verdict = f"{n_off} NOT exact, largest" if n_off else "all exact, largest"
+    share = sum(audit["seconds"] for audit in result.audits) / result.training_time
+    cost = "" if math.isnan(share) else f" ({share:.1%} of the time)"
+    return (
+        f"{len(result.audits)} of {len(result.loss_history):,} updates checked{cost}: {verdict} relative error "
+        f"{worst['error']:.0e} (tolerance {worst['tolerance']:.0e})"
+    )
