@@ -8,13 +8,15 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ftaccum import CallbackError, SettingsError
-from ftaccum.callbacks import ExponentialMovingAverage, OptunaPruning
+from ftaccum import CallbackError, SettingsError, test_fine_tuning
+from ftaccum.callbacks import ExponentialMovingAverage, GenerateSamples, OptunaPruning
 from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model
+from silent_errors.text_columns import REVIEWS, causal_lm, word_tokenizer
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
@@ -237,3 +239,46 @@ def test_flags_and_errors_on_one_of_two_processes_act_on_both(
     assert outcomes["raise"] == [message] * 2
     assert "update-00000003" in found["checkpoints"]["should_save"]
     assert found["checkpoints"]["raise"] == ["update-00000003"]
+
+
+def test_samples_are_generated_at_each_evaluation_without_changing_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*callbacks: TrainerCallback) -> tuple[Any, nn.Module]:
+        trained: Any = causal_lm()
+        for module in trained.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        result = test_fine_tuning(
+            trained, train_data=Dataset.from_dict({"text": REVIEWS}), tokenizer=word_tokenizer(), n_epochs=2,
+            evaluate_every=1, batch_size=2, callbacks=callbacks, progress=False,
+        )  # fmt: skip
+        return result, trained
+
+    samples = GenerateSamples(["good film", "bad"], max_new_tokens=3, do_sample=True)
+    (result, trained), (plain, untouched) = run(samples), run()
+    assert [update for update, _ in samples.samples] == result.evaluation_updates
+    assert all(len(texts) == 2 for _, texts in samples.samples)
+    assert len({tuple(texts) for _, texts in samples.samples}) > 1  # other random numbers each time
+    assert f"update 1: {samples.samples[0][1][0]}" in capsys.readouterr().out
+    assert result.loss_history == plain.loss_history
+    assert all(torch.equal(one, two) for one, two in zip(trained.parameters(), untouched.parameters(), strict=True))
+    assert trained.training == untouched.training
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: GenerateSamples([]), "`prompts` must be texts, and at least one"),
+        (lambda folder: GenerateSamples(folder / "none.txt"), "which cannot be read: .*No such file"),
+        (lambda _: ExponentialMovingAverage(1.0), "`decay` must be a number from 0 to below 1, but is 1.0"),
+    ],
+)
+def test_arguments_of_callbacks_are_checked(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make(tmp_path)
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    assert GenerateSamples(tmp_path / "prompts.txt")._prompts == ["one", "two"]
+
+
+def test_samples_of_a_model_that_generates_no_text_are_refused() -> None:
+    with pytest.raises(CallbackError, match="`GenerateSamples` needs a model that generates text, and its `tokenizer`"):
+        fine_tuned(callbacks=[GenerateSamples(["good"])])
