@@ -409,12 +409,12 @@ def test_restoring_best_weights_can_be_switched_on_when_resuming(
     capsys.readouterr()
     again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
     told = " ".join(capsys.readouterr().err.split())
-    assert (f"so those of epoch 1 are loaded from {first}." in told) == kept
-    assert ("for this model. `restore_best_weights` will use the best of the remaining epochs." in told) == (not kept)
+    assert (f"so those of update 7 are loaded from {first}." in told) == kept
+    assert ("for this model. `restore_best_weights` will use the best of the remaining evaluations." in told) == (not kept)
     if kept:
         assert whole.differences(again) == []
     else:
-        assert f"Restored the weights of the epoch with validation loss {min(losses[1:]):.4f}." in told
+        assert f", with validation loss {min(losses[1:]):.4f}." in told
 
 
 @pytest.mark.slow
