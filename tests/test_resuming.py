@@ -410,7 +410,9 @@ def test_restoring_best_weights_can_be_switched_on_when_resuming(
     again = fine_tuned(restore_best_weights=True, resume=str(there), allow_changed="restore_best_weights", **arguments)
     told = " ".join(capsys.readouterr().err.split())
     assert (f"so those of update 7 are loaded from {first}." in told) == kept
-    assert ("for this model. `restore_best_weights` will use the best of the remaining evaluations." in told) == (not kept)
+    assert ("for this model. `restore_best_weights` will use the best of the remaining evaluations." in told) == (
+        not kept
+    )
     if kept:
         assert whole.differences(again) == []
     else:

@@ -282,3 +282,34 @@ def test_arguments_of_callbacks_are_checked(make: Any, message: str, tmp_path: P
 def test_samples_of_a_model_that_generates_no_text_are_refused() -> None:
     with pytest.raises(CallbackError, match="`GenerateSamples` needs a model that generates text, and its `tokenizer`"):
         fine_tuned(callbacks=[GenerateSamples(["good"])])
+
+
+class Unsaveable(TrainerCallback):
+    """A callback whose state cannot be saved: it raises, or contains a function."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        if isinstance(self._state, Exception):
+            raise self._state
+        return {"kept": self._state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError(state)
+
+
+def test_a_callback_whose_state_cannot_be_saved_costs_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counter = Counter()
+    callbacks = [Unsaveable(print), Unsaveable(KeyError("gone")), counter]
+    fine_tuned(callbacks=callbacks, output_dir=str(tmp_path), n_epochs=1)
+    told = capsys.readouterr().err
+    assert "The state of the callback Unsaveable is not saved in checkpoints: it contains a builtin_function" in told
+    assert (
+        "The state of the callback Unsaveable 2 is not saved in checkpoints: taking it raised KeyError('gone')" in told
+    )
+    again = Counter()
+    fine_tuned(callbacks=[Unsaveable(print), again], output_dir=str(tmp_path), n_epochs=1, resume="auto")
+    assert again.norms == counter.norms > 0

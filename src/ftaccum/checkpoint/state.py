@@ -35,7 +35,7 @@ class Stateful(Protocol):
 
 
 class CallbackState(Protocol):
-    """The state of the user's callbacks. It may contain tensors."""
+    """The states of the user's callbacks, by name. A state may contain tensors, and is an error if taking it failed."""
 
     @property
     def changes_weights(self) -> bool: ...
@@ -86,7 +86,7 @@ class TrainState:
         """Total bytes of weights, buffers and optimizer state."""
         states = optimizer_state(self._optimizer)
         of_model = [weights_of(self._model), passing_of(self._model)]
-        return n_bytes_in([*of_model, self._beside(), states, self._callbacks.state_dict()])
+        return n_bytes_in([*of_model, self._beside(), states, self._callback_states()])
 
     def snapshot(self, metadata: Mapping[str, Any], *, copy: bool) -> "Snapshot | None":
         """Return a snapshot in host memory on the main process, and None on the others.
@@ -117,7 +117,7 @@ class TrainState:
             "schedule": self._schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "extra": self._extra_states(),
-            "callbacks": self._callbacks.state_dict(),
+            "callbacks": self._callback_states(),
         }
         for name, state in steps.items():
             if kind := unreadable(state):
@@ -252,6 +252,20 @@ class TrainState:
                 self._log_once(
                     f"The extra state of `{name}` is not saved in checkpoints: it contains a {kind}, which cannot be "
                     "loaded without running code. A resumed run starts with fresh extra state."
+                )
+        return found
+
+    def _callback_states(self) -> dict[str, Any]:
+        """Return the states of callbacks by name, without those that could not be read again."""
+        found = self._callbacks.state_dict()
+        for name, state in [*found.items()]:
+            kind = state if isinstance(state, Exception) else unreadable(state)
+            if kind:
+                del found[name]
+                why = f"taking it raised {kind!r}" if isinstance(kind, Exception) else f"it contains a {kind}"
+                self._log_once(
+                    f"The state of the callback {name} is not saved in checkpoints: {why}. It may contain tensors, "
+                    "numbers, texts, lists and dicts. A resumed run starts with a fresh state."
                 )
         return found
 

@@ -1,5 +1,7 @@
 """Call Transformers' `TrainerCallback` objects at the events of a run."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +15,13 @@ from ..errors import CallbackError
 from ..runtime.process_group import ProcessGroup
 from ..tracking.ledger import EvaluationEntry
 from ..tracking.selection import Criterion
+
+_RUN = "TrainerState"
+# Parts of the state of a run that are given anew by the call that resumes it.
+_OF_THIS_CALL = {
+    *("is_local_process_zero", "is_world_process_zero", "max_steps", "num_train_epochs", "logging_steps"),
+    *("train_batch_size", "stateful_callbacks"),
+}
 
 
 def fault_of_callbacks(callbacks: Any) -> str | None:
@@ -119,7 +128,7 @@ class CallbackHandler:
         self.log(metrics, entry.evaluation)
         self.send("on_evaluate", metrics={**metrics, "epoch": self._state.epoch})
         state, value = self._state, criterion.value(entry)
-        if state.best_metric is None or criterion.is_better(value, state.best_metric):
+        if math.isfinite(value) and (state.best_metric is None or criterion.is_better(value, state.best_metric)):
             state.best_metric, state.best_global_step = value, entry.evaluation
 
     def settle(self) -> Requests:
@@ -154,31 +163,30 @@ class CallbackHandler:
         return any(_method(callback, "evaluation_weights") is not None for callback in self._callbacks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the run that callbacks see, and the states of the callbacks that have one."""
+        """Return the state of each callback that has one, by name, and the state of the run that all of them see.
+
+        If taking a state raises an error, the error takes its place.
+        """
         if not self._callbacks:
             return {}
-        progress = {name: v for name, v in asdict(self._state).items() if name != "stateful_callbacks"}
-        states = [_state_of(callback) for callback in self._callbacks]
-        return {"stops": self.stops, "progress": progress, "callbacks": states}
+        progress = {name: v for name, v in asdict(self._state).items() if name not in _OF_THIS_CALL}
+        states = {name: _state_of(callback) for name, callback in self._named()}
+        return {_RUN: {"stops": self.stops, **progress}, **{n: state for n, state in states.items() if state}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, continues: bool = False) -> None:
-        """Restore the states of callbacks, by their classes and order.
+        """Restore the states of callbacks, which are recognised by their classes and their order.
 
         Args:
             continues: whether a run that a callback stopped is to continue.
         """
-        if not (self._callbacks and state_dict):
+        if not self._callbacks:
             return
-        self.stops = state_dict["stops"] and not continues
-        for name, value in state_dict["progress"].items():
-            if name not in ("is_local_process_zero", "is_world_process_zero", "max_steps", "num_train_epochs"):
-                setattr(self._state, name, value)
-        left = list(state_dict["callbacks"])
-        for callback in self._callbacks:
-            saved = next((each for each in left if each["class"] == _class_of(callback)), None)
-            if saved is not None:
-                left.remove(saved)
-                _restore(callback, saved)
+        progress = dict(state_dict.get(_RUN, {}))
+        self.stops = progress.pop("stops", False) and not continues
+        vars(self._state).update(progress)
+        for name, callback in self._named():
+            if name in state_dict:
+                _restore(callback, state_dict[name])
 
     def _describe(self, callback: TrainerCallback, event: str, error: Exception) -> Exception:
         """Return the error to raise for an error in a callback: the same one, if the callback declares it."""
@@ -191,6 +199,16 @@ class CallbackHandler:
         found.__cause__ = error
         return found
 
+    def _named(self) -> list[tuple[str, TrainerCallback]]:
+        """Return the callbacks with the names of their classes; equal ones are numbered."""
+        counts: Counter[str] = Counter()
+        named = []
+        for callback in self._callbacks:
+            name = type(callback).__qualname__
+            counts[name] += 1
+            named.append((name if counts[name] == 1 else f"{name} {counts[name]}", callback))
+        return named
+
     def _raise(self) -> NoReturn:
         failures = [each for each in self._process_group.gather(self._failure) if each is not None]
         raise self._failure or failures[0]
@@ -200,17 +218,16 @@ def _method(callback: TrainerCallback, name: str) -> Callable[..., Any] | None:
     return getattr(callback, name, None)
 
 
-def _class_of(callback: TrainerCallback) -> str:
-    return f"{type(callback).__module__}.{type(callback).__qualname__}"
-
-
-def _state_of(callback: TrainerCallback) -> dict[str, Any]:
-    found: dict[str, Any] = {"class": _class_of(callback)}
-    if (state_dict := _method(callback, "state_dict")) is not None:
-        found["state_dict"] = state_dict()
-    elif isinstance(callback, ExportableState):
-        found["attributes"] = callback.state()["attributes"]
-    return found
+def _state_of(callback: TrainerCallback) -> dict[str, Any] | Exception:
+    """Return the state of a callback, an empty dict if it has none, or the error that taking it raised."""
+    try:
+        if (state_dict := _method(callback, "state_dict")) is not None:
+            return {"state_dict": state_dict()}
+        if isinstance(callback, ExportableState):
+            return {"attributes": callback.state()["attributes"]}
+    except Exception as error:
+        return error
+    return {}
 
 
 def _restore(callback: TrainerCallback, saved: Mapping[str, Any]) -> None:
