@@ -466,3 +466,11 @@ def test_two_processes_see_every_row_once_between_them(two_processes: Callable[.
     assert "cannot be sent to other processes" in found["errors"][0][1]
     assert found["ledger"] == [5, 5, 5, 5]
     assert found["alone again"] == [0, 2]
+
+
+def test_the_end_of_a_stream_that_ends_early_is_evaluated() -> None:
+    rows = HEADS["sequence classification, BERT"].rows(16)
+    result = run(BERT.model(), Stream(rows), val_data=rows[:4], evaluate_every=3)
+    assert result.evaluation_updates == [3, 4]
+    endless = run(BERT.model(), Stream(rows), val_data=rows[:4], n_epochs=3)
+    assert endless.evaluation_updates == [4, 8, 12]

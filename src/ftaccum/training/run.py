@@ -174,6 +174,8 @@ class TrainingRun(EvaluatedSetup):
                     pass  # read a stream up to the next epoch
             elif not self._stops or self.metrics_logger.is_in_epoch:
                 self._train_epoch(epoch)
+        self.evaluator.after_epoch(always=True, requested=False)  # a stream may end before that is known
+        self.callback_handler.settle()
         if self.best.stops:
             logger.info(self.best.describe_stop())
         elif self.callback_handler.stops:
