@@ -37,7 +37,7 @@ NAMES = (
     "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite", "optimizer", "output_dir", "padding_free",
     "planner", "planner_costs", "progress", "random_seed", "reduction", "remainder", "restore_best_weights",
     "resume", "text_columns", "tokenizer", "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data",
-    "validation_split", "warmup_ratio", "warmup_steps", "weight_decay",
+    "validation_split", "verbosity", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ def test_fine_tuning(
     log_with: Any = None,
     use_wandb: bool = False,
     progress: bool = True,
+    verbosity: str = "normal",
 ) -> Result:
     """Fine-tune a model with gradient accumulation that is exactly a large batch.
 
@@ -211,6 +212,8 @@ def test_fine_tuning(
             continues if it raises or hangs.
         use_wandb: short for `log_with="wandb"`.
         progress: show a progress bar.
+        verbosity: "quiet" prints only warnings: no sizes, no tables, no progress bar and no messages. "normal" prints
+            them. "debug" also logs how the loss was measured, how each window was cut, each audit and each checkpoint.
 
     Returns:
         The losses, norms, rates and metrics of the run; see `Result`.

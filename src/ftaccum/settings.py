@@ -30,6 +30,7 @@ from .fields import (
     Text,
     TextNames,
     Tracker,
+    Verbosity,
     names_where,
     setting,
 )
@@ -237,6 +238,22 @@ class Runtime:
     log_with: Tracker | None = _logging(None, "name of a tracker that Accelerate supports, such as tensorboard, or all")
     use_wandb: Flag = _logging(False, "short for log_with=wandb")
     progress: Flag = _logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)
+    verbosity: Verbosity = _logging(
+        "normal",
+        "how much to print: quiet (only warnings), normal, or debug (also messages for finding faults)",
+        in_verify=True,
+        unsearchable=OWN_ARGUMENT,
+    )
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the run prints nothing but warnings."""
+        return self.verbosity == "quiet"
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether the run shows progress bars."""
+        return self.progress and not self.is_quiet
 
 
 # Alternative ways to set the size of an update; runs compare the resulting effective batch size.

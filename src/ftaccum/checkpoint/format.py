@@ -1,6 +1,7 @@
 """The files of a checkpoint: write them from a snapshot, and read them."""
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..planning.base_plan import Progress
+from ..runtime.log import logger
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry, read_entry
 from .manifest import damage
 from .serialization import n_bytes_in
@@ -44,6 +46,7 @@ class Snapshot:
             OSError: if the disk is full, among other causes.
             pickle.UnpicklingError: if reading the optimizer's state would require running code.
         """
+        started = time.perf_counter()
         (folder / WEIGHTS).parent.mkdir()
         save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})  # as Transformers writes it
         if self.config is not None:
@@ -59,6 +62,8 @@ class Snapshot:
         (folder / STATE).write_text(json.dumps(self.metadata, indent=2) + "\n")
         with (folder / LEDGER).open("w") as file:
             file.writelines(json.dumps(vars(entry)) + "\n" for entry in self.entries)
+        seconds = time.perf_counter() - started
+        logger.debug(f"Wrote a checkpoint of {self.n_bytes / 1e6:,.1f} MB in {seconds:.2f} s.")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Load one window after the other on a process: ahead of time, and again if it must be split differently."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..planning.base_plan import BasePlan, Window
 from ..planning.micro_batches import MicroBatchPlanner
+from ..runtime.log import logger
 from ..runtime.process_group import SINGLE, ProcessGroup
 from ..tracking.throughput import Throughput
 from .loader import Loader, LocalRows, MicroBatch
@@ -70,11 +72,22 @@ class WindowLoader:
                 yield self._local_rows(window)
 
         for micro_batches in self.loader.load(shares(), ahead=True):
-            yield LocalWindow(*cut.pop(0), micro_batches)
+            window, planner = cut.pop(0)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug(_describe_cut(window, micro_batches))
+            yield LocalWindow(window, planner, micro_batches)
 
     def _local_rows(self, window: Window) -> LocalRows:
         slices = self.loader.cut(window.rows, self.planner)[self.process_index]
         return LocalRows(window.rows, slices, (self.plan.seed, window.index))
+
+
+def _describe_cut(window: Window, micro_batches: list[MicroBatch]) -> str:
+    cuts = ", ".join(
+        "a dummy" if micro.is_dummy else f"{len(micro.slice.rows)} rows ({micro.positions} positions)"
+        for micro in micro_batches
+    )
+    return f"Update {window.index + 1}: {len(window.rows)} rows; the main process's micro-batches have {cuts}."
 
 
 @dataclass

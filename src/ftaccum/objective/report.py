@@ -93,6 +93,16 @@ class ExactnessReport:
         words = f"{words} (measured)" if self.measured and not not_exactly else words
         return f"{words}; the check before training did not cover {self.not_looked_at}" if self.not_looked_at else words
 
+    def describe_measurement(self) -> str:
+        """Return the relative differences that were measured between one batch and separate ones, by term."""
+        in_eval, in_train = self.explanation.differences, self.in_training.differences
+        terms = "; ".join(
+            f"{term!r} as a mean over {way}: {in_eval.get(term, 0.0):.1e} in eval mode, "
+            f"{in_train.get(term, 0.0):.1e} in train mode"
+            for term, way in self.ways.items()
+        )
+        return f"Measured loss, relative difference between one batch and separate ones: {terms}."
+
     @property
     def mixes_rows(self) -> bool:
         """Whether the main loss of a row depends on the other rows of its batch."""

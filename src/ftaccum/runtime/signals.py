@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from tqdm import tqdm
+from .progress_bar import tqdm
 
 # Ctrl-C; the signal that schedulers send before a kill; the one that SLURM can send earlier (`--signal=USR1@120`).
 ASKING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))

@@ -5,9 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..planning.base_plan import BasePlan
+from ..runtime.progress_bar import tqdm
 from .ledger import EpochEntry, EvaluationEntry
 from .result import Result
 

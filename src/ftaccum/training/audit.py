@@ -11,6 +11,7 @@ from ..errors import InexactLossError, InexactLossWarning, warn_user
 from ..objective.report import ExactnessReport
 from ..objective.rounding import Rounding
 from ..planning.audit_schedule import AuditSchedule
+from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..tracking.ledger import AuditEntry
 from .audit_report import Cause, cause_of, describe_finding
@@ -119,6 +120,10 @@ class AuditHandler:
                 tolerance=tolerance,
                 seconds=seconds,
             )
+        )
+        logger.debug(
+            f"Audit of update {window.index + 1}: relative error {audit.error:.1e} of its gradient over {audit.n_rows} "
+            f"rows, tolerance {tolerance:.1e}, {seconds:.2f} s."
         )
         cause = cause_of(audit, tolerance, self._rounding.most)
         if cause is not None:

@@ -19,6 +19,7 @@ from ..planning.batch_size import BatchSizes
 from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.accelerator import accelerator_session
 from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.library_output import library_bars
 from ..runtime.log import run_logging
 from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
@@ -61,7 +62,8 @@ class Run:
             processes = self.accelerator.num_processes
             enter(report_lost_process(processes == 1, self.describe_progress))
             self.process_group = enter(open_process_group(processes))
-            enter(run_logging(enabled=self.logs and self.process_group.is_main))
+            enter(run_logging(enabled=self.logs and self.process_group.is_main, verbosity=runtime.verbosity))
+            enter(library_bars(shown=self.process_group.is_main and runtime.shows_bars))
             if (run_dir := self.run_dir) is not None:
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
             enter(self._inner)

@@ -22,6 +22,7 @@ from ..objective.item_counts import ItemCounter, targets_of, tensors_of
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
+from ..runtime.log import logger
 from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
 from .build_rows import build_rows
@@ -105,6 +106,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
     objective = _objective(components, forward, rows, row_collator, few, labelled, ignore_index)
+    logger.debug(objective.report.describe_measurement())
     if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2

@@ -52,12 +52,14 @@ class TrainingSetup(Run):
 
     def __init__(self, config: RunConfig, callback: Callback) -> None:
         super().__init__(config)
-        self.callback, self.logs = callback, callback.logs
+        self.callback = callback
+        self.logs = callback.logs or config.runtime.verbosity == "debug"
         self.weights_in_training = ExitStack()  # closing it leaves the model with the weights to evaluate and save
 
     @cached_property
     def console(self) -> Console:
-        return self.callback.console(self.process_group.is_main, self.config.runtime.progress)
+        runtime = self.config.runtime
+        return self.callback.console(self.process_group.is_main and not runtime.is_quiet, runtime.shows_bars)
 
     @cached_property
     def optimizer(self) -> Optimizer:

@@ -29,6 +29,11 @@ class Search:
     folder: Path | None
     progress: bool
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the search prints nothing but warnings."""
+        return self.fixed["verbosity"] == "quiet"
+
     def batch_size(self, n_processes: int) -> int:
         """Return the number of rows of an update at k = 1."""
         return self.fixed["batch_size"] * n_processes

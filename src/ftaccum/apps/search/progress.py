@@ -6,8 +6,8 @@ from types import TracebackType
 from optuna import Study
 from optuna.distributions import FloatDistribution
 from optuna.storages import BaseStorage
-from tqdm import tqdm
 
+from ...runtime.progress_bar import tqdm
 from .definition import Search
 from .retry import n_counted
 from .space import Space
@@ -25,7 +25,8 @@ class SearchProgress:
         self._shown = {t.number for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
 
     def __enter__(self) -> "SearchProgress":
-        n_trials, n_ended, hidden = self._search.settings.n_trials, n_counted(self._study), not self._search.progress
+        n_trials, n_ended = self._search.settings.n_trials, n_counted(self._study)
+        hidden = not self._search.progress or self._search.is_quiet
         self._print(_RULE, "SEARCH", _RULE, *self._heading(n_ended), _RULE)
         self._bar = tqdm(total=n_trials, desc="trials", initial=n_ended, disable=hidden, position=0)
         return self
@@ -69,7 +70,8 @@ class SearchProgress:
         return lines
 
     def _print(self, *lines: str) -> None:
-        tqdm.write("\n".join(lines), file=sys.stdout)
+        if not self._search.is_quiet:
+            tqdm.write("\n".join(lines), file=sys.stdout)
 
 
 def _describe_rate(space: Space) -> str:

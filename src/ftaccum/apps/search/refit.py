@@ -7,9 +7,9 @@ from typing import Any
 
 from optuna import Study
 from optuna.trial import FixedTrial, FrozenTrial
-from tqdm import tqdm
 
 from ...runtime.atomic_files import atomic_write
+from ...runtime.progress_bar import tqdm
 from ...tracking.result import Result
 from ...training.callbacks import Callback
 from .tables import best_trial
@@ -36,7 +36,7 @@ def refit(executor: TrialExecutor, study: Study) -> None:
 
 
 def _report(executor: TrialExecutor, sentence: str) -> None:
-    if executor.processes.is_main:
+    if executor.processes.is_main and not executor.search.is_quiet:
         tqdm.write(sentence, file=sys.stdout)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from optuna import Study, Trial
 from optuna.exceptions import UpdateFinishedTrialError
-from tqdm import tqdm
 
 from ...errors import DataError, DivergedError, Preempted, SettingsError
 from ...planning.base_plan import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
+from ...runtime.progress_bar import tqdm
 from ...runtime.signals import StopSignals
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...tracking.console import Console

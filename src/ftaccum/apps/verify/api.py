@@ -46,6 +46,7 @@ def verify(
     dtype: str | None = None,
     tolerance: float | None = None,
     progress: bool = True,
+    verbosity: str = "normal",
 ) -> Verification:
     """Compare the gradients of accumulation with those of one large batch, on a model and its rows.
 
@@ -67,6 +68,7 @@ def verify(
             bounds that depend on the precision. This error is the difference between one batch and the same batch with
             its rows reversed and its loss multiplied by a third.
         progress: whether to show a progress bar.
+        verbosity: "quiet" shows only warnings, and no progress bar; "debug" also logs how the loss was measured.
 
     The other arguments are those of `test_fine_tuning`, and mean the same.
 
@@ -110,6 +112,7 @@ def verify(
         "dtype": dtype,
         "tolerance": tolerance,
         "progress": progress,
+        "verbosity": verbosity,
     }
     settings, config = _read(arguments)
     with VerificationRun(config, settings) as run:

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch.optim import SGD
-from tqdm import tqdm
 
 from ...checkpoint.compatibility import package_versions
 from ...data.convert import as_rows
@@ -20,6 +19,7 @@ from ...planning.micro_batches import RowIndices
 from ...planning.plan import Plan
 from ...runtime.gradients.plain import GradientStrategy
 from ...runtime.memory import give_back_memory, is_out_of_memory
+from ...runtime.progress_bar import tqdm
 from ...runtime.state_guards import cast_tensors, preserve_gradients
 from ...training.base_run import Run
 from ...training.build_data import build_data
@@ -175,7 +175,7 @@ class VerificationRun(Run):
             n_random=self._settings.n_splits,
             tolerance=lambda floor: tolerance or tolerance_for(floor, *precision),
         )
-        shown = self.process_group.is_main and self.config.runtime.progress
+        shown = self.process_group.is_main and self.config.runtime.shows_bars
         with tqdm(total=len(comparison.windows()), desc="windows", disable=not shown, leave=False) as bar:
             return comparison.results(bar.update)
 

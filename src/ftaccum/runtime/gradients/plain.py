@@ -9,6 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..library_output import ddp_warnings_silenced
 from ..optimizers import place_state, takes_sparse_gradients
 from ..process_group import ProcessGroup
 
@@ -50,7 +51,8 @@ class GradientStrategy:
         place_state(self._optimizer)
         # Accelerate would move the state with `load_state_dict`, after which an optimizer and those that it contains no
         # longer share their parameter groups.
-        return accelerator.prepare(model, self._optimizer, device_placement=[None, False])
+        with ddp_warnings_silenced(accelerator):
+            return accelerator.prepare(model, self._optimizer, device_placement=[None, False])
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
