@@ -307,7 +307,7 @@ def test_a_launch_that_silently_starts_one_process_of_two_is_refused(tiny: Path,
 
 @pytest.mark.slow
 def test_the_arguments_of_another_launch_are_ignored() -> None:
-    code = "from ftaccum.runtime.accelerator import _processes_asked_for as n; assert n() == 1"
+    code = "from ftaccum.runtime.accelerator import requested_processes as n; assert n() == 1"
     words = f": accelerate launch --num_processes 2 train.py; {sys.executable} -c '{code}'; true"
     assert subprocess.run(["bash", "-c", words]).returncode == 0
 

@@ -104,6 +104,12 @@ def read_settings(kind: type[T], given: Mapping[str, Any]) -> T:
     return kind(**{n: rules[n].read(plain(given[n])) for n in names})
 
 
+def valid_settings(kind: type[T], given: Mapping[str, Any]) -> T:
+    """Do the same as `read_settings`, but give each setting that breaks its rule its default."""
+    settings, rules = read_settings(kind, given), rules_of(kind)
+    return kind(**{n: value for n, value in vars(settings).items() if rules[n].fault(n, value, "") is None})
+
+
 def find_faults(settings: Any) -> list[str]:
     """Return one sentence for each field of a settings dataclass that breaks its rule."""
     declared = type(settings).__dataclass_fields__

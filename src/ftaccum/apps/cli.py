@@ -104,14 +104,19 @@ def _train(words: Sequence[str]) -> int:
     from accelerate import PartialState
 
     from ..metrics import ClassificationMetrics
+    from ..runtime.accelerator import is_first_process
     from ..training.config import RunConfig
+    from ..training.preflight import faults_before_loading
     from ..training.run import run_training
-    from .load import load
+    from .load import load, loading
     from .output_folder import OUTPUTS, output_folder
 
     settings = vars(recipe) | vars(runtime)
-    recipe, parsed = parse_settings(settings if runtime.output_dir is not None else settings | {"output_dir": OUTPUTS})
-    loaded = load(named, recipe.random_seed)
+    given = settings if runtime.output_dir is not None else settings | {"output_dir": OUTPUTS}
+    refuse(faults_before_loading(given, looks_at_files=is_first_process()))
+    recipe, parsed = parse_settings(given)
+    with loading(verbosity=runtime.verbosity, progress=runtime.progress):
+        loaded = load(named, recipe.random_seed, recipe.text_columns)
     arguments = {
         "model": loaded.model,
         "train_data": loaded.train,
@@ -145,30 +150,28 @@ def _search(words: Sequence[str]) -> int:
     from accelerate import PartialState
 
     from ..metrics import ClassificationMetrics
-    from .load import load_factory
+    from .load import load_factory, loading
     from .search.api import search
     from .search.space import read_dimensions
     from .search.tables import best_trial
+    from .search.validation import check_before_loading
 
-    space = read_dimensions(varied.space)
-    parse_settings(shared)
-    refuse(find_faults(settings))
-    model_factory, loaded = load_factory(named)
-    study = search(
-        model_factory,
-        None,
-        loaded.train,
-        loaded.val,
-        accumulation_steps=varied.accumulation_steps,
-        learning_rate=varied.learning_rate,
-        space=space,
-        tokenizer=loaded.tokenizer,
-        compute_metrics=ClassificationMetrics() if _measures(named, recipe.validation_split) else None,
-        **vars(settings),
-        **shared,
+    arguments = (
+        vars(settings)
+        | shared
+        | {
+            "accumulation_steps": varied.accumulation_steps,
+            "learning_rate": varied.learning_rate,
+            "space": read_dimensions(varied.space),
+            "compute_metrics": ClassificationMetrics() if _measures(named, recipe.validation_split) else None,
+        }
     )
+    check_before_loading({**arguments, "val_data": named.val_data})
+    with loading(verbosity=runtime.verbosity, progress=runtime.progress):
+        model_factory, loaded = load_factory(named, recipe.text_columns)
+    study = search(model_factory, None, loaded.train, loaded.val, tokenizer=loaded.tokenizer, **arguments)
     found, state = best_trial(study) is not None, PartialState()
-    if found and not settings.refit and state.is_main_process:
+    if found and not settings.refit and state.is_main_process and runtime.verbosity != "quiet":
         print("No model was saved. To train the best one and save it, run the same command with `--refit`.")
     state.destroy_process_group()
     return 0 if found else _NOTHING_FOUND
@@ -193,10 +196,11 @@ def _verify(words: Sequence[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # keep standard output for the table
         from accelerate import PartialState
 
-        from .load import load
+        from .load import load, loading
         from .verify.api import verify
 
-        loaded = load(TrainArguments(**vars(named)), recipe.random_seed)
+        with loading(verbosity=runtime.verbosity, progress=runtime.progress):
+            loaded = load(TrainArguments(**vars(named)), recipe.random_seed, recipe.text_columns)
         arguments = vars(settings) | vars(recipe) | vars(runtime)
         found = verify(loaded.model, loaded.train, tokenizer=loaded.tokenizer, **arguments)
         state = PartialState()

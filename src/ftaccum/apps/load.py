@@ -1,5 +1,6 @@
 """Load the rows and the model that a command line names, from files, folders or the hub."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,9 +11,15 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
+from ..arguments import parse_settings
+from ..data.text_columns import check_column
 from ..errors import DataError, SettingsError
+from ..runtime.accelerator import is_first_process
+from ..runtime.library_output import library_bars, load_report_withheld
+from ..runtime.log import logger, run_logging
+from ..settings import Runtime
 from .parser import TrainArguments
 
 TASKS = {
@@ -20,6 +27,8 @@ TASKS = {
     "causal-lm": AutoModelForCausalLM,
 }
 
+_LARGEST_HEAD = 0.1  # share of a model that can be new without a warning
+_NAMED = 6  # new weights to name
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -33,8 +42,13 @@ class Loaded:
     val: Dataset | None
 
 
-def load(named: TrainArguments, seed: int) -> Loaded:
-    """Load the rows and the model. The seed decides the weights of a new head, so that runs can be repeated.
+def load(named: TrainArguments, seed: int, text_columns: Any = None) -> Loaded:
+    """Load the rows and then the model.
+
+    Args:
+        named: the names of the model and of the rows.
+        seed: decides the weights of a new head, so that runs can be repeated.
+        text_columns: the setting; if it is given, the rows must have these columns.
 
     Raises:
         DataError: if the rows cannot be read.
@@ -43,12 +57,16 @@ def load(named: TrainArguments, seed: int) -> Loaded:
     if named.task not in TASKS:
         raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
     train, val = load_rows(named)
+    for column in parse_settings({"text_columns": text_columns})[0].text_columns or ():
+        check_column(train, "train_data", column)
+        if val is not None:
+            check_column(val, "val_data", column)
     set_seed(seed)
     model, tokenizer = load_model(named.task, named.model, _classes(named, train))
     return Loaded(model, tokenizer, train, val)
 
 
-def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
+def load_factory(named: TrainArguments, text_columns: Any = None) -> tuple[Callable[[], Any], Loaded]:
     """Return a function that loads a new model at each call, and the tokenizer and rows.
 
     The function can be pickled. `model` of the returned `Loaded` is None.
@@ -56,27 +74,26 @@ def load_factory(named: TrainArguments) -> tuple[Callable[[], Any], Loaded]:
     Raises:
         DataError, SettingsError: as in `load`.
     """
-    loaded = load(named, seed=0)
+    loaded = load(named, 0, text_columns)
     return partial(_new_model, named.task, named.model, _classes(named, loaded.train)), replace(loaded, model=None)
 
 
 def _new_model(*named: Any) -> Any:
-    with _without_reports():
-        return load_model(*named)[0]
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # warnings were shown when the first model was loaded
+    try:
+        with run_logging(enabled=False), library_bars(shown=False):
+            return load_model(*named)[0]
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
-    """Silence what Transformers prints when it loads weights. It was shown when the first model was loaded."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+def loading(*, verbosity: str, progress: bool) -> Iterator[None]:
+    """Show what is loaded on the first process only, as much as these settings of a run allow."""
+    is_first, shows_bars = is_first_process(), Runtime(verbosity=verbosity, progress=progress).shows_bars
+    with run_logging(enabled=is_first, verbosity=verbosity), library_bars(shown=is_first and shows_bars):
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def load_rows(named: TrainArguments) -> tuple[Dataset, Dataset | None]:
@@ -165,8 +182,42 @@ def class_names(rows: Dataset, label: str = "label") -> list[str]:
     )
 
 
+@dataclass(frozen=True)
+class NewWeights:
+    """The weights of a model that its checkpoint does not have, or has in another shape. They are random.
+
+    Attributes:
+        names: the names of the weights.
+        share: their share of all weights.
+    """
+
+    names: list[str]
+    share: float
+
+    @property
+    def level(self) -> int:
+        """The level to log them at: a new head is as planned, but a new body means that the checkpoint does not fit."""
+        return logging.WARNING if self.share > _LARGEST_HEAD else logging.INFO
+
+    def __str__(self) -> str:
+        more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
+        fits = " Does the checkpoint belong to this kind of model?" if self.level == logging.WARNING else ""
+        return (
+            f"New weights, which the checkpoint does not have: {', '.join(self.names[:_NAMED])}{more} "
+            f"({self.share:.1%} of the model).{fits}"
+        )
+
+
+def _new_weights(model: Any, report: Mapping[str, Any]) -> NewWeights | None:
+    """Return the weights that Transformers has made anew, from its report on loading; None if there are none."""
+    names = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    sizes = {name: weight.numel() for name, weight in model.state_dict().items()}
+    share = sum(sizes.get(name, 0) for name in names) / max(1, sum(sizes.values()))
+    return NewWeights(names, share) if names else None
+
+
 def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, Any]:
-    """Return a model with the head for a task, and its tokenizer.
+    """Return a model with the head for a task, and its tokenizer. Log which weights are new.
 
     Args:
         name: a folder, or a name on the hub.
@@ -178,14 +229,17 @@ def load_model(task: str, name: str, classes: Sequence[str] = ()) -> tuple[Any, 
     heads: dict[str, Any] = {}
     if classes:
         heads = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
-        heads["ignore_mismatched_sizes"] = True  # new head for other classes; Transformers reports it
+        heads["ignore_mismatched_sizes"] = True  # new head for other classes, which is logged
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = TASKS[task].from_pretrained(name, **heads)
+        with load_report_withheld():
+            model, report = TASKS[task].from_pretrained(name, **heads, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise SettingsError(
             [f"`model` {name!r} cannot be loaded: {error} Give a folder that `save_pretrained` wrote, or a hub model."]
         ) from error
+    if new := _new_weights(model, report):
+        logger.log(new.level, new)
     if tokenizer.pad_token_id is None:  # models made for generation often have none; padding is masked anyway
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is not None:  # classifiers use the last token that is not padding

@@ -89,7 +89,7 @@ def choose_columns(table: Dataset, argument: str, named: Sequence[str] | None, *
     texts = tuple(found if named is None else named)
     label = next((name for name in LABELS if name in table.column_names and not next_token), None)
     for name in texts:
-        _check_column(table, argument, name, label)
+        check_column(table, argument, name, label)
     if next_token and len(texts) > 1:
         raise DataError(
             f"`text_columns` names {_listed(texts)}, but a causal LM trains on one text. "
@@ -123,8 +123,8 @@ def _name_one(table: Dataset, names: Sequence[str], *, pairs: bool) -> str:
     return f"Name the one to train on, such as `text_columns={longest!r}`{or_two}."
 
 
-def _check_column(table: Dataset, argument: str, name: str, label: str | None) -> None:
-    """Raise DataError if a column cannot be read as text."""
+def check_column(table: Dataset, argument: str, name: str, label: str | None = None) -> None:
+    """Raise DataError if a column cannot be read as text, or is that of the labels."""
     if name not in table.column_names:
         raise DataError(
             f"`{argument}` has no column {name!r} to read texts from, only {_listed(table.column_names)}. Name one of "

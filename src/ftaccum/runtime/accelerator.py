@@ -11,8 +11,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.tracking import GeneralTracker, filter_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.tracking import filter_trackers, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, LoggerType
 
 from ..errors import SettingsError
 from ..settings import Runtime
@@ -111,8 +111,8 @@ def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
         kwargs_handlers=[unused],
         project_dir=project_dir,
     )
-    accelerator.log_with = _trackers("wandb" if runtime.use_wandb else runtime.log_with, project_dir)
-    asked = _processes_asked_for()
+    accelerator.log_with = find_trackers(runtime, project_dir)
+    asked = requested_processes()
     if accelerator.num_processes != asked:
         raise SettingsError(
             [
@@ -141,7 +141,12 @@ def _precision(runtime: Runtime) -> str | None:
     return "bf16" if bf16 else "fp16"
 
 
-def _processes_asked_for() -> int:
+def is_first_process() -> bool:
+    """Return whether this is the only process, or the first one that the launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def requested_processes() -> int:
     """Return the number of processes in the launcher's environment, or else on its command line.
 
     The command line matters because `accelerate launch --cpu --num_processes 2` silently starts only one process.
@@ -164,17 +169,26 @@ def _processes_asked_for() -> int:
     return 1
 
 
-def _trackers(log_with: Any, output_dir: str | None) -> list[Any]:
+def find_trackers(runtime: Runtime, output_dir: str | None) -> list[Any]:
+    """Return the trackers that a run asks for, as Accelerate names them.
+
+    Args:
+        output_dir: the folder where trackers write files.
+
+    Raises:
+        SettingsError: if a tracker is unknown, not installed, or needs a folder.
+    """
+    log_with: Any = "wandb" if runtime.use_wandb else runtime.log_with
     if log_with is None:
         return []
     asked = list(log_with) if isinstance(log_with, list | tuple) else [log_with]
+    usable = {"all", *map(str, get_available_trackers())}
+    # Without this check, `filter_trackers` would log a missing tracker, which fails before there is an Accelerator.
+    absent = [str(one) for one in asked if str(one) in LoggerType.list() and str(one) not in usable]
+    if absent:
+        raise SettingsError([f"The trackers {absent} were requested, but are not installed. Install them with pip."])
     try:
-        found = filter_trackers(asked, output_dir)
+        return filter_trackers(asked, output_dir)
     except ValueError as error:
         remedy = "" if output_dir else " Trackers that write files need `output_dir`."
         raise SettingsError([f"`log_with` is {log_with!r}: {error}{remedy}"]) from error
-    names = {str(one) for one in found}  # Accelerate returns names as members of an enum
-    absent = [str(one) for one in asked if not isinstance(one, GeneralTracker) and str(one) not in {*names, "all"}]
-    if absent:
-        raise SettingsError([f"The trackers {absent} were requested, but are not installed. Install them with pip."])
-    return found

@@ -67,6 +67,17 @@ class RunDir:
         newest = max(numbers, default=0)
         return folder / str(max(1, newest if continues else newest + 1))
 
+    def check(self) -> None:
+        """Raise SettingsError if the folder cannot be created. Leave no folder behind that was not there."""
+        try:
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:  # ValueError: a name that is invalid on the file system
+            raise _refused(str(self.path), error) from error
+        with suppress(OSError):  # unless another process has used it since
+            for folder in missing:
+                folder.rmdir()
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Create the folder if it is missing, and keep other runs out of it.

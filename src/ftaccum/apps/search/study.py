@@ -20,6 +20,7 @@ from sqlalchemy import NullPool, event, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ...errors import DataError, SettingsError, refuse
+from ...runtime.run_dir import RunDir
 from ...settings import Recipe
 from .definition import Search
 from .retry import GRACE, requeue
@@ -27,6 +28,7 @@ from .samplers import make_sampler
 from .space import STEPS
 
 _SETUP, _BUDGET = "ftaccum", "budget_rows"  # attributes of a study: its settings, the rows of a trial
+_FILE = "study.db"  # in the output folder, if there is no other storage
 _HEARTBEAT = 20  # seconds between heartbeats of a running trial
 _TRIES, _PAUSE = 6, 0.5  # for workers that create the tables or the study at the same time
 _QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
@@ -42,9 +44,9 @@ def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
     """
     folder, settings = search.folder, search.settings
     if folder is not None:
+        RunDir(folder.absolute()).check()
         folder.mkdir(parents=True, exist_ok=True)
-    storage = open_storage(settings.storage, folder)
-    name = settings.study_name or (folder.resolve().name if folder else "search")
+    storage, name = open_storage(settings.storage, folder), _name_of(search)
     setup, dimensions = _setup(search, num_processes), search.space.dimensions()
     directions = [StudyDirection.MINIMIZE] * (2 if settings.trade_time else 1)
     try:
@@ -61,6 +63,29 @@ def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
     study.sampler = make_sampler(settings, study)
     study.pruner = NopPruner()  # until the first trial knows its milestones
     return study, storage
+
+
+def check_study(search: Search, num_processes: int) -> None:
+    """Compare a search with its study, if there is one already. Create none.
+
+    Raises:
+        SettingsError: if the storage cannot be opened, or the study was created with different settings.
+    """
+    folder, storage = search.folder, search.settings.storage
+    if not storage and (folder is None or not (folder / _FILE).exists()):
+        return
+    try:
+        study = optuna.load_study(storage=open_storage(storage, folder), study_name=_name_of(search))
+    except KeyError:  # there is no study of this name
+        return
+    if _SETUP in study.user_attrs:
+        _check_setup(study, _setup(search, num_processes))
+        _check_dimensions(study, search.space.dimensions())
+
+
+def _name_of(search: Search) -> str:
+    """Return the name of the search's study."""
+    return search.settings.study_name or (search.folder.resolve().name if search.folder else "search")
 
 
 def _setup(search: Search, num_processes: int) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def open_storage(storage: Any, folder: Path | None) -> BaseStorage:
     if storage is None:
         if folder is None:
             return InMemoryStorage()
-        storage = sqlite_url(folder / "study.db")
+        storage = sqlite_url(folder / _FILE)
     if not isinstance(storage, str):
         return storage
     kind, separator, rest = storage.partition("://")
