@@ -31,11 +31,11 @@ from torch import nn
 import ftaccum.apps.search.runner
 import ftaccum.apps.search.worker
 import ftaccum.runtime.signals
-from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum import DataError, DivergedError, SettingsError, test_fine_tuning
 from ftaccum.apps.search.retry import is_counted, is_dead, requeue_dead, this_worker
 from ftaccum.apps.search.samplers import make_pruner
 from ftaccum.apps.search.study import hide_password, open_storage
-from ftaccum.apps.search.tables import format_table, trial_rows
+from ftaccum.apps.search.tables import format_table, summarize, trial_rows
 from ftaccum.apps.search.trial import train_new_model
 from ftaccum.training.callbacks import Callback
 from searching import N_ROWS, Layer, points, quick
@@ -387,6 +387,22 @@ def test_a_hand_written_loop_needs_no_cleanup_between_trials() -> None:
     assert all(trial.state == FINISHED for trial in study.trials)
 
 
+def test_a_quiet_hand_written_loop_survives_trials_that_diverge(capsys: pytest.CaptureFixture[str]) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        rate = trial.suggest_float("learning_rate", 1e-3, 1e38, log=True)
+        return test_fine_tuning(
+            Layer(), train_data=points(16), loss_fn=nn.CrossEntropyLoss(), learning_rate=rate, n_epochs=1,
+            nonfinite_patience=2, lr_scheduler="constant", gradient_clip_norm=None, audit=False, verbosity="quiet",
+        ).final_loss  # fmt: skip
+
+    study = optuna.create_study()
+    for rate in (1e-3, 1e38, 1e-2):
+        study.enqueue_trial({"learning_rate": rate})
+    study.optimize(objective, n_trials=3, catch=(DivergedError,))
+    assert [trial.state for trial in study.trials] == [FINISHED, FAILED, FINISHED]
+    assert capsys.readouterr().out == ""
+
+
 # --- resuming
 
 
@@ -436,6 +452,9 @@ def test_an_interrupt_takes_effect_after_the_next_update(tmp_path: Path) -> None
     assert study.best_value == undisturbed.best_value
     reported = [trial.intermediate_values for trial in (study.best_trial, undisturbed.best_trial)]
     assert reported[0] == reported[1]
+    assert summarize(study).endswith(f"rows trained on       {BUDGET}")
+    states = [row["state"] for row in trial_rows(study)]
+    assert states == ["interrupted, resumed as trial 2"] * 2 + ["finished"]
     assert not list((tmp_path / "trials" / "0000").glob("checkpoints*"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -809,6 +828,32 @@ def test_reports_are_complete_and_self_contained(tmp_path: Path, capsys: pytest.
     assert f"best loss             {study.best_value:.4f} (trial {study.best_trial.number})" in shown
     assert "effective batch size" in shown
     assert shown.count("  effective batch ") == 11  # one line per trial, and the table's heading
+
+
+def test_rows_of_a_resumed_run_are_counted_once_and_metrics_have_columns() -> None:
+    study = optuna.create_study()
+    one = {"gradient_accumulation_steps": CategoricalDistribution([1, 2])}
+    for state, attributes in (
+        (FAILED, {"rows": 40, "output_dir": "trials/0000", "interrupted": True}),
+        (FAILED, {"rows": 30, "interrupted": True}),  # without a folder, it was run again from its beginning
+        (FINISHED, {"rows": 128, "output_dir": "trials/0000", "first_run": 0, "metrics": {"f1": 0.5, "rows": 7.0}}),
+        (FINISHED, {"rows": 128, "first_run": 1, "metrics": {"recall": 0.25}}),
+        (PRUNED, {"rows": 64, "output_dir": "trials/0004", "reason": "pruned at 64 of 128 rows"}),
+    ):
+        study.add_trial(
+            optuna.create_trial(
+                state=state, value=1.0 if state == FINISHED else None, user_attrs=attributes,
+                params={"gradient_accumulation_steps": 1}, distributions=one,
+            )
+        )  # fmt: skip
+    rows = trial_rows(study)
+    assert list(rows[0])[4:] == ["loss", "f1", "metric rows", "recall", "rows", "seconds", "state"]
+    assert [row["rows"] for row in rows] == [None, 30, 128, 128, 64]
+    assert [row["state"] for row in rows[:2]] == ["interrupted, resumed as trial 2", "interrupted"]
+    assert [(row["f1"], row["metric rows"], row["recall"]) for row in rows[2:]] == [
+        (0.5, 7.0, None), (None, None, 0.25), (None, None, None),
+    ]  # fmt: skip
+    assert summarize(study).endswith("rows trained on       350")
 
 
 def test_a_search_without_a_finished_trial_reports_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The table of a study with a row per trial, its best trial, and the importance of each parameter."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -17,12 +18,16 @@ _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-_LAST_COLUMNS = ("loss", "rows", "seconds", "state")
+_LAST_COLUMNS = ("rows", "seconds", "state")
 _MIN_FINISHED = 4  # finished trials that importances need to be meaningful
 
 
-def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
-    """Return a trial's row of the table, by column. The learning rate is the one that the run used."""
+def describe_trial(trial: FrozenTrial, resumed_as: int | None = None) -> dict[str, Any]:
+    """Return a trial's row of the table, by column. The learning rate is the one that the run used.
+
+    Args:
+        resumed_as: the number of the trial that resumed this one, if it was interrupted. That trial counts its rows.
+    """
     attrs, parameters = trial.user_attrs, dict(trial.params)
     k, rate = parameters.pop(STEPS, None), parameters.pop(RATE, None)
     return {
@@ -31,10 +36,36 @@ def describe_trial(trial: FrozenTrial) -> dict[str, Any]:
         "effective batch": attrs.get("effective_batch_size"),
         "learning rate": attrs.get(RATE, rate),
         **parameters,
-        "loss": trial.values[0] if trial.values else None,
-        "rows": attrs.get("rows"),
+        **_losses_of(trial, {"trial", "k", "effective batch", "learning rate", *parameters}),
+        "rows": None if resumed_as is not None else attrs.get("rows"),
         "seconds": None if "training_time" not in attrs else round(attrs["training_time"], 1),
-        "state": _describe_state(trial),
+        "state": _describe_state(trial) if resumed_as is None else f"interrupted, resumed as trial {resumed_as}",
+    }
+
+
+def _losses_of(trial: FrozenTrial, taken: set[str]) -> dict[str, Any]:
+    """Return a trial's loss and metrics, by column.
+
+    Args:
+        taken: names of other columns. A metric of such a name is called "metric …".
+    """
+    metrics = trial.user_attrs.get("metrics") or {}
+    taken = {*taken, "loss", *_LAST_COLUMNS}
+    named = {f"metric {name}" if name in taken else name: value for name, value in metrics.items()}
+    return {"loss": trial.values[0] if trial.values else None, **named}
+
+
+def _resumptions(trials: Sequence[FrozenTrial]) -> dict[int, int]:
+    """Return the numbers of interrupted trials whose runs were resumed, and the last trials that resumed them.
+
+    A trial that resumes the run of another one has the same output folder. Its rows include those of that run.
+    """
+    last = {trial.user_attrs.get("output_dir"): trial.number for trial in trials}
+    of = {trial.number: last[trial.user_attrs.get("output_dir")] for trial in trials}
+    return {
+        trial.number: of[trial.number]
+        for trial in trials
+        if trial.user_attrs.get("output_dir") and of[trial.number] != trial.number
     }
 
 
@@ -47,10 +78,17 @@ def _describe_state(trial: FrozenTrial) -> str:
 
 
 def trial_rows(study: Study) -> list[dict[str, Any]]:
-    """Return a row per trial, all with the same columns."""
-    rows = [describe_trial(trial) for trial in study.get_trials(deepcopy=False)]
-    columns = dict.fromkeys(name for row in rows for name in row if name not in _LAST_COLUMNS)
-    return [{name: row.get(name) for name in (*columns, *_LAST_COLUMNS)} for row in rows]
+    """Return a row per trial, all with the same columns: its parameters, loss, metrics, rows, seconds and state."""
+    trials = study.get_trials(deepcopy=False)
+    resumed_as = _resumptions(trials)
+    rows = [describe_trial(trial, resumed_as.get(trial.number)) for trial in trials]
+    first: dict[str, None] = {}
+    losses: dict[str, None] = {}
+    for row in rows:
+        names = [name for name in row if name not in _LAST_COLUMNS]
+        first |= dict.fromkeys(names[: names.index("loss")])
+        losses |= dict.fromkeys(names[names.index("loss") :])
+    return [{name: row.get(name) for name in (*first, *losses, *_LAST_COLUMNS)} for row in rows]
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
@@ -120,5 +158,5 @@ def summarize(study: Study) -> str:
         lines += ["best trade-offs of loss and time"] + [
             f"  trial {t.number:>3}  loss {t.values[0]:.4f}  {t.values[1]:.1f} s" for t in study.best_trials
         ]
-    rows = sum(trial.user_attrs.get("rows", 0) for trial in study.get_trials(deepcopy=False))
+    rows = sum(row["rows"] or 0 for row in trial_rows(study))
     return "\n".join([*lines, f"rows trained on       {rows}"])
