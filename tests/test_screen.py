@@ -25,6 +25,8 @@ from ftaccum.apps.parser import TrainArguments
 from ftaccum.runtime.library_output import library_bars, load_report_withheld
 from ftaccum.runtime.log import logger, run_logging
 from ftaccum.runtime.run_dir import RunDir
+from ftaccum.tracking.ledger import WindowEntry
+from ftaccum.tracking.progress import Progress
 from ftaccum.training.preflight import faults_before_loading
 from heads import HEADS
 from searching import Layer, points, quick
@@ -318,3 +320,19 @@ def test_a_folder_that_a_search_cannot_create_is_an_error(tmp_path: Path) -> Non
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="which cannot be created"):
         search(Layer, train_data=points(), loss_fn=nn.CrossEntropyLoss(), output_dir=str(tmp_path / "file" / "s"))
+
+
+def test_a_line_every_30_seconds_replaces_the_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 8))  # 8 seconds pass between two readings
+    monkeypatch.setattr("ftaccum.tracking.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(9, bar=True, lines=True)
+    for n in range(9):
+        progress.advance()
+        progress.show(WindowEntry(n, 0, 8, 0.5, {}, 1.25, 2e-5, False, passes=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"update {n}/9: loss 0.5000, norm 1.250, learning rate 2e-05" for n in (4, 7)]
+    silent = Progress(9, bar=False, lines=False)
+    silent.show(WindowEntry(0, 0, 8, 0.5, {}, 1.25, 2e-5, False, passes=1))
+    assert capsys.readouterr().out == ""

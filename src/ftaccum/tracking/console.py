@@ -1,4 +1,4 @@
-"""What a run prints: banner, progress bar, a line per evaluation, result. Only the main process prints."""
+"""What a run prints: banner, progress, a line per evaluation, result. Only the main process prints."""
 
 import math
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from ..planning.base_plan import BasePlan
 from ..runtime.progress_bar import tqdm
 from .ledger import EpochEntry, EvaluationEntry
+from .progress import Progress
 from .result import Result
 
 _RULE = "=" * 64
@@ -45,8 +46,8 @@ class Console:
             _RULE,
         )
 
-    def bar(self, n_windows: int) -> tqdm:
-        return tqdm(total=n_windows, desc="updates", disable=not (self.is_main and self.progress), leave=False)
+    def bar(self, n_windows: int) -> Progress:
+        return Progress(n_windows, bar=self.is_main and self.progress, lines=self.is_main)
 
     def evaluation(self, entry: EvaluationEntry, plan: BasePlan) -> None:
         """Print a row of the table of evaluations, the first time with the heading."""

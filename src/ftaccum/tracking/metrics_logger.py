@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ..objective.normalizer import WeightedMeans, gathered
 from ..planning.batch_size import BatchSizes
 from .ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
 from .log_period import LogPeriod
+from .progress import Progress
 from .running_loss import RunningLoss
 from .step import StepResult
 from .throughput import Throughput
@@ -25,14 +25,14 @@ OnLog = Callable[[dict[str, float], int], None]
 class MetricsLogger:
     """A recorder for the outcomes of a run, in order.
 
-    All processes make the same calls. Only the main process has the ledger's file, the trackers and the bar.
+    All processes make the same calls. Only the main process has the ledger's file and the trackers, and shows progress.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         ledger: Ledger,
-        bar: tqdm,
+        progress: Progress,
         batch_sizes: BatchSizes,
         log_every: int,
         on_log: OnLog,
@@ -44,7 +44,7 @@ class MetricsLogger:
             on_log: called with each of these entries and the number of updates before it, on all processes.
         """
         self.ledger, self.throughput = ledger, Throughput()
-        self._accelerator, self._bar = accelerator, bar
+        self._accelerator, self._progress = accelerator, progress
         self._batch_sizes, self._log_every, self._on_log = batch_sizes, log_every, on_log
         self._pending: list[StepResult] = []
         self.n_epochs = 0
@@ -57,7 +57,7 @@ class MetricsLogger:
         """Record a window's outcome. Every few windows, read the losses of those recorded so far."""
         self.throughput.merge(outcome.work)
         self._pending.append(outcome)
-        self._bar.update()
+        self._progress.advance()
         if len(self._pending) == _DRAIN_EVERY or self.n_windows % self._log_every == 0:
             self.drain()
 
@@ -132,7 +132,7 @@ class MetricsLogger:
         self._evaluation_loss.load_state_dict(state_dict["since_evaluation"])
         self._before_evaluation = state_dict["before_evaluation"]
         self._period.load_state_dict(state_dict["since_log"])
-        self._bar.update(len(self.ledger.windows))
+        self._progress.advance(len(self.ledger.windows))
 
     def drain(self) -> None:
         """Read the losses of the windows recorded so far, and write their entries. All processes take part."""
@@ -153,7 +153,7 @@ class MetricsLogger:
             self.ledger.record(entry)
             self._add(entry, losses)
         if outcomes:
-            self._bar.set_postfix(loss=f"{entry.loss:.4f}", norm=f"{entry.grad_norm:.3f}", refresh=False)
+            self._progress.show(entry)
 
     def log(self) -> None:
         """Give the trackers an entry on the updates since the last one, if there were any."""

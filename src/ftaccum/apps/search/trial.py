@@ -16,11 +16,11 @@ from ...errors import DataError, DivergedError, Preempted, SettingsError
 from ...planning.base_plan import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
-from ...runtime.progress_bar import tqdm
 from ...runtime.signals import StopSignals
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...tracking.console import Console
 from ...tracking.ledger import EpochEntry, EvaluationEntry
+from ...tracking.progress import Progress
 from ...tracking.result import Result
 from ...training.callbacks import Callback
 from ...training.config import RunConfig
@@ -178,9 +178,8 @@ class _TrialConsole(Console):
     title: str = ""
     is_first: bool = False
 
-    def bar(self, n_windows: int) -> tqdm:
-        hidden = not (self.is_main and self.progress)
-        return tqdm(total=n_windows, desc=self.title, disable=hidden, leave=False, position=1)
+    def bar(self, n_windows: int) -> Progress:
+        return Progress(n_windows, bar=self.is_main and self.progress, lines=False, title=self.title, position=1)
 
     def banner(
         self,
