@@ -72,6 +72,7 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     'resume="auto"\n)': token_rows,
     "accumulation_steps=[(0, 2)": token_rows,
     "optim.SGD": token_rows,
+    "next_token_accuracy": token_rows,
     "verify": token_rows,
     "search": token_rows,
     "trial.suggest": token_rows,

@@ -176,3 +176,16 @@ def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str])
     (told,) = set(found["no metrics"])
     assert told.startswith("`compute_metrics` must return a dict of numbers by name, but returned 3")
     assert len(ROWS[name]) == 9
+
+    name = "causal LM, Llama"
+    for row, ids in zip(VAL_ROWS[name], found["ids"], strict=True):
+        with torch.no_grad(), all_in_float64():
+            logits = HEADS[name].model().eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        wanted = logits.argmax(-1).tolist()
+        assert ids == wanted + [-100] * (len(ids) - len(wanted))
+    assert found["gathered"] == [[13, 13], [0, 0]]
+    (failed,) = set(found["failed"])
+    assert failed.startswith("MetricsError: `preprocess_logits_for_metrics` failed on row")
+    assert "OwnError('broken') (Process 1 raised this" in failed
+    (odd,) = set(found["shape"])
+    assert odd.startswith("SettingsError: The result of `preprocess_logits_for_metrics` must have the rows")

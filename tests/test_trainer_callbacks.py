@@ -59,10 +59,12 @@ def test_events_come_in_the_order_of_trainer(tmp_path: Path) -> None:
 
 def test_callbacks_see_the_settings_and_the_objects_of_the_run() -> None:
     recorder, trained = Recorder(), model()
-    result = fine_tuned(trained, callbacks=[recorder], evaluate_every=4, restore_best_weights=True).result
+    settings = {"evaluate_every": 4, "restore_best_weights": True, "eval_batch_size": 5}
+    result = fine_tuned(trained, callbacks=[recorder], **settings).result
     args, state, kwargs = recorder.args, recorder.state, recorder.kwargs["on_step_end"]
     assert isinstance(args, TrainingArguments)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.eval_steps) == (2, 4, 4)
+    assert args.per_device_eval_batch_size == 5
     assert (args.device.type, args.world_size, args.process_index, args.n_gpu) == ("cpu", 1, 0, 0)
     assert (args.learning_rate, args.lr_scheduler_type, args.load_best_model_at_end) == (1e-3, "cosine", True)
     assert (state.global_step, state.max_steps, state.epoch, state.num_train_epochs) == (14, 14, 2.0, 2)

@@ -50,7 +50,7 @@ class CheckpointError(SettingsError):
 
 
 class MetricsError(RuntimeError):
-    """`compute_metrics` failed on the main process. With several processes, all of them raise this error."""
+    """`compute_metrics` or `preprocess_logits_for_metrics` failed. With several processes, all of them raise this."""
 
 
 class CallbackError(RuntimeError):

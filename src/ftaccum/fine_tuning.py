@@ -13,7 +13,7 @@ from .objective.forward import LossFn
 from .objective.item_counts import CountItems
 from .tracking.result import Result
 from .training.config import RunConfig
-from .training.evaluation import ComputeMetrics
+from .training.metrics import ComputeMetrics, PreprocessLogits
 from .training.optimizer import OptimizerFactory
 from .training.run import run_training
 
@@ -58,8 +58,10 @@ def test_fine_tuning(
     reduction: str = "mean",
     count_items: CountItems | None = None,
     compute_metrics: ComputeMetrics | None = None,
+    preprocess_logits_for_metrics: PreprocessLogits | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     evaluate_every: int | float | str | None = None,
+    eval_batch_size: int | None = None,
     metric_for_best: str | None = None,
     greater_is_better: bool | None = None,
     early_stopping_patience: int | None = None,
@@ -162,14 +164,24 @@ def test_fine_tuning(
         reduction: "sum" if the loss is a sum over loss items, which ftaccum divides by their number; otherwise "mean".
         count_items: function from a batch to its number of loss items, or to a dict of these numbers by loss term. None
             measures it; for a sum, it counts labels that are not ignored (for non-integer targets, elements).
-        compute_metrics: function from `EvalPrediction` to a dict, as for `Trainer`; or an `evaluate` module, such as
-            `ftaccum.Accuracy()`, which gets the arg-max of the logits and the labels that are not ignored.
+        compute_metrics: function from `EvalPrediction` to a dict, as for `Trainer`: `predictions` are the logits, or a
+            tuple if the model returns several outputs, such as start and end logits; `label_ids` are the labels. Both
+            have all validation rows in order, padded with -100. Or an `evaluate` module, such as `ftaccum.Accuracy()`,
+            which gets the arg-max of the logits and the labels that are not ignored.
+        preprocess_logits_for_metrics: function `f(logits, labels)` that is called on each evaluated batch on the
+            device, as for `Trainer`. Returns a tensor, or a nested tuple, list or dict of tensors, rows first; joined
+            over all batches, these are the `predictions` that `compute_metrics` gets. A language model needs it to
+            keep token ids (`lambda logits, labels: logits.argmax(-1)`) instead of logits for the whole vocabulary.
+            `compute_metrics` must be a function; an `evaluate` module gets classes without it.
         callbacks: `transformers.TrainerCallback` objects, called as `Trainer` calls them, except that `global_step`
             counts skipped updates too. They may stop the run, and request an evaluation, a checkpoint or a log entry.
             If one raises, the run ends with the current update and a checkpoint. `ftaccum.callbacks` has some.
         evaluate_every: how often to evaluate: an integer is a number of updates; a float above 0 and up to 1, or text
             such as "25%", is a share of the rows of an epoch, after the first update that completes it. None: after
             each epoch. The end of training is always evaluated.
+        eval_batch_size: rows per batch of an evaluation on one process. This is an upper limit, as `batch_size` is for
+            training; `max_tokens`, if set, limits batches too. None: as many as `batch_size`. The results do not depend
+            on it, except for a loss that compares the rows of a batch.
         metric_for_best: name of the metric, among those that `compute_metrics` returns, that decides which evaluation
             is the best. None (or "val_loss"): the validation loss. NaN and infinity are never the best.
         greater_is_better: whether greater values of `metric_for_best` are better. None: decided by its name, if that
@@ -228,8 +240,8 @@ def test_fine_tuning(
             during training, the checkpoint and the model are saved first, and the message names them.
         DataError: if the data cannot be used for training; names the row, if possible.
         CallbackError: if a callback raises an error. The checkpoint is saved first.
-        MetricsError: if `compute_metrics` raises and there are several processes. A single process raises the original
-            error.
+        MetricsError: if `compute_metrics` or `preprocess_logits_for_metrics` raises and there are several processes. A
+            single process raises the original error.
         LostProcessError: if another process of the run has died or does not respond.
         DivergedError: if an update is not finite and `on_nonfinite` is "error", or `nonfinite_patience` is exhausted;
             names the rows at fault.

@@ -168,6 +168,11 @@ class Runtime:
         in_verify=True,
         unsearchable=_FIXED_BATCH,
     )
+    eval_batch_size: PositiveInt | None = _evaluation(
+        None,
+        "rows per batch of an evaluation on one process; None takes as many as batch_size",
+        unsearchable=_FIXED_BATCH,
+    )
     max_tokens: PositiveInt | None = _cut(
         None,
         "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows",

@@ -10,14 +10,15 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from evaluated import evaluated
 from ftaccum import Accuracy, MetricsError, SettingsError
+from ftaccum.training import metrics, predictions
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 
-TAGGING = "token classification, BERT"
+CAUSAL, TAGGING = "causal LM, Llama", "token classification, BERT"
 found = {"losses": {}, "order": []}
-for name in ("causal LM, Llama", TAGGING, "question answering, BERT"):
+for name in (CAUSAL, TAGGING, "question answering, BERT"):
     found["losses"][name] = gather_object([evaluated(name, batch_size=2).initial_loss])
 accuracy = evaluated(TAGGING, batch_size=2, compute_metrics=Accuracy(), learning_rate=1e-12).metrics
 found["accuracy"] = gather_object([accuracy])
@@ -61,6 +62,38 @@ try:
     evaluated(TAGGING, batch_size=2, compute_metrics=lambda _: 3)
 except SettingsError as error:
     found["no metrics"] = gather_object([str(error)])
+
+# With pieces of a batch each, the processes send unequal numbers of pieces, and only the main process gets them.
+predictions._PIECE = 1
+gathered = []
+gather_on_main = predictions.gather_on_main
+metrics.gather_on_main = lambda *given: gathered.append(gather_on_main(*given)) or gathered[-1]
+evaluated(
+    CAUSAL,
+    batch_size=4,
+    eval_batch_size=1,
+    learning_rate=1e-12,
+    compute_metrics=lambda p: found.update(ids=p.predictions.tolist()) or {},
+    preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
+)
+found["gathered"] = gather_object([[len(batches) for batches in gathered]])
+
+
+def fails_on_the_second(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    if state.process_index == 1:
+        raise OwnError(1, 2)
+    return logits
+
+
+def of_unequal_shape(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return logits.mean() if state.process_index == 1 else logits
+
+
+for name, preprocess in {"failed": fails_on_the_second, "shape": of_unequal_shape}.items():
+    try:
+        evaluated(TAGGING, batch_size=2, compute_metrics=lambda _: {}, preprocess_logits_for_metrics=preprocess)
+    except (MetricsError, SettingsError) as error:
+        found[name] = gather_object([f"{type(error).__name__}: {error}"])
 if state.is_main_process:
     print("FOUND", json.dumps(found))
 state.destroy_process_group()

@@ -130,6 +130,11 @@ class Forward:
         return self._read_loss is None
 
     @property
+    def loss_place(self) -> int | None:
+        """The position of the model's own loss among its outputs in eval mode, if they have no names."""
+        return self._own_loss.place_in_eval_mode if self.is_own else None
+
+    @property
     def counted_by(self) -> str | None:
         """The way to count, if it is known: only for the next-token loss, which is computed here."""
         return "labels after the next-token shift" if self._read_loss is _next_token_loss else None

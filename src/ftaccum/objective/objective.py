@@ -37,6 +37,11 @@ class Objective:
         """The modules that compute the loss, besides the model."""
         return self._forward.modules
 
+    @property
+    def loss_place(self) -> int | None:
+        """The position of the model's own loss among its outputs in eval mode, if they have no names."""
+        return self._forward.loss_place
+
     def means(
         self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str], rows: str = "these rows"
     ) -> tuple[Means, Any]:

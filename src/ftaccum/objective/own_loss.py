@@ -34,6 +34,11 @@ class OwnLoss:
         if _named(outputs) is None and isinstance(outputs, list | tuple):
             self._places[training] = _place(outputs)
 
+    @property
+    def place_in_eval_mode(self) -> int | None:
+        """The position of the loss among outputs without names, in eval mode; None if it has a name."""
+        return self._places.get(False)
+
     def __call__(self, outputs: Any, *, training: bool) -> Any:
         """Return the loss.
 

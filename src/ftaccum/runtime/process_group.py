@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import DistError
 
-from ..errors import DataError, LostProcessError
+from ..errors import DataError, LostProcessError, MetricsError, SettingsError
 
 T = TypeVar("T")
 
+_SHARED = (DataError, SettingsError, MetricsError)  # errors of one process that `run_on_all` raises on all of them
 _NONE = 2**62  # represents None in a reduction over integers
 
 
@@ -69,6 +70,14 @@ class ProcessGroup:
         distributed.all_gather_object(values, value, group=self._group)
         return values
 
+    def gather_on_main(self, value: T) -> list[T]:
+        """Return the values of all processes, in order of rank, on the main process; an empty list on the others."""
+        if self.is_single:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        distributed.gather_object(value, values, dst=0, group=self._group)
+        return values or []
+
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Call `function` on the main process and return its result on every process.
 
@@ -90,21 +99,24 @@ class ProcessGroup:
         """Call `function` on every process and return each process's own result.
 
         Raises:
-            DataError: on all processes, if `function` raises one on any of them. The message is from the lowest rank.
+            DataError, SettingsError, MetricsError: on all processes, if `function` raises one of these on any of them.
+                The message is from the lowest rank.
         """
         if self.is_single:
             return function()
-        fault: DataError | None = None
+        fault: Exception | None = None
         try:
             result = function()
-        except DataError as error:
+        except _SHARED as error:
             fault = error
         first = self.min(None if fault is None else distributed.get_rank())
         if first is None:
             return result
-        messages = [str(fault)]
-        distributed.broadcast_object_list(messages, src=first, group=self._group)
-        raise DataError(f"{messages[0]} (Process {first} raised this, so all processes stop.)") from fault
+        raised: list[Any] = [next((n for n, kind in enumerate(_SHARED) if isinstance(fault, kind)), None), str(fault)]
+        distributed.broadcast_object_list(raised, src=first, group=self._group)
+        message = f"{raised[1]} (Process {first} raised this, so all processes stop.)"
+        kind = _SHARED[raised[0]]
+        raise (SettingsError([message]) if kind is SettingsError else kind(message)) from fault
 
     def _reduce(self, numbers: list[int], operation: distributed.ReduceOp.RedOpType) -> list[int]:
         holder: Tensor = torch.tensor(numbers)

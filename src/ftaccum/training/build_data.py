@@ -18,7 +18,7 @@ from ..data.validation import check_lengths, check_sample
 from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
 from ..objective.forward import Forward
-from ..objective.item_counts import ItemCounter, targets_of, tensors_of
+from ..objective.item_counts import ItemCounter, tensors_of
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
@@ -29,6 +29,7 @@ from .build_rows import build_rows
 from .config import Components, RunConfig
 from .declared import class_weights_of, ignore_index_of
 from .loss_faults import loss_fault
+from .metrics import has_labels
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _check_validation(components: Components, train: Any, val: Any) -> None:
             f"`val_data` lacks the columns {sorted(train.keys() - val.keys())} that `train_data` has. "
             "Give it the same columns as `train_data`."
         )
-    if components.compute_metrics is not None and targets_of(val) is None:
+    if components.compute_metrics is not None and not has_labels(components.compute_metrics, components.model, val):
         raise SettingsError(
             ["`compute_metrics` compares with `labels`, but the validation rows have none. Add labels or leave it out."]
         )

@@ -14,6 +14,7 @@ from .best_evaluation import BestEvaluation
 from .build_run import TrainingSetup
 from .evaluation import Evaluation
 from .evaluator import Evaluator
+from .metrics import Metrics
 
 
 class EvaluatedSetup(TrainingSetup):
@@ -25,15 +26,31 @@ class EvaluatedSetup(TrainingSetup):
         data = self.data
         if data.val is None or data.val_rows is None:
             return None
-        return Evaluation(
+        limits = self.planner.limits
+        limits = replace(limits, rows=self.config.runtime.eval_batch_size or limits.rows)
+        evaluation = Evaluation(
             self.accelerator,
             data.objective,
             data.val,
             n_rows=len(data.val_rows),
-            planner=replace(self.planner, packed=False),
+            planner=replace(self.planner, packed=False, limits=limits),
             process_group=self.process_group,
-            compute_metrics=self.config.components.compute_metrics,
-            ignore_index=data.ignore_index,
+            metrics=self._build_metrics(),
+        )
+        evaluation.check_memory(self.model, self.config.components.configuration)
+        return evaluation
+
+    def _build_metrics(self) -> Metrics | None:
+        components = self.config.components
+        if components.compute_metrics is None:
+            return None
+        return Metrics(
+            components.compute_metrics,
+            components.preprocess_logits_for_metrics,
+            self.model,
+            self.data.objective,
+            self.data.ignore_index,
+            self.process_group,
         )
 
     def evaluate(self) -> tuple[float, dict[str, float]] | None:

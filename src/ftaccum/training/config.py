@@ -19,7 +19,7 @@ from ..objective.item_counts import CountItems
 from ..settings import Recipe, Runtime
 from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion
-from .evaluation import ComputeMetrics, fault_of_metrics
+from .metrics import ComputeMetrics, PreprocessLogits, faults_of_metrics
 from .optimizer import OptimizerFactory
 from .schedule import fault_of_schedule
 from .trainer_callbacks import fault_of_callbacks
@@ -41,6 +41,7 @@ class Components:
     optimizer: OptimizerFactory | Optimizer | None
     compute_metrics: ComputeMetrics | None
     callbacks: Sequence[TrainerCallback] = ()
+    preprocess_logits_for_metrics: PreprocessLogits | None = None
 
     @property
     def configuration(self) -> Any:
@@ -137,7 +138,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     has_metrics = components.compute_metrics is not None
     more = (
-        fault_of_metrics(components.compute_metrics),
+        *faults_of_metrics(components.compute_metrics, components.preprocess_logits_for_metrics),
         fault_of_schedule(recipe.lr_scheduler),
         fault_of_callbacks(components.callbacks),
         fault_of_criterion(recipe.metric_for_best, recipe.greater_is_better, has_metrics),

@@ -136,6 +136,7 @@ class TrainingRun(EvaluatedSetup):
     def _restore(self) -> None:
         """Restore the state of a resumed run, or evaluate a new one before its first update."""
         _ = self.loop  # wraps the model, which must happen before its state is restored
+        _ = self.evaluation  # refuses metrics that would take too much memory, also in a resumed run
         resume_point, ledger = self.resumed[1], self.metrics_logger.ledger
         self.callback_handler.send("on_init_end")
         resume_point.restore(self.state, self.criterion)  # before any file changes, since it may fail

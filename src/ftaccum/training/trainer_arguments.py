@@ -39,7 +39,7 @@ class CallbackArguments(TrainingArguments):
             num_train_epochs=recipe.n_epochs,
             max_steps=recipe.max_updates or -1,
             per_device_train_batch_size=batch_sizes.batch_size,
-            per_device_eval_batch_size=batch_sizes.batch_size,
+            per_device_eval_batch_size=runtime.eval_batch_size or batch_sizes.batch_size,
             gradient_accumulation_steps=batch_sizes.gradient_accumulation_steps,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
