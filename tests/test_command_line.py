@@ -194,7 +194,7 @@ def test_a_run_without_an_output_folder_is_saved_and_resumes(tiny: Path, capsys:
 def test_a_run_that_is_refused_leaves_no_output_folder(tiny: Path) -> None:
     words = ["train", "--model", str(tiny / "model"), "--train_data", str(tiny / "rows.csv"), "--no_progress"]
     assert main([*words, "--log_with", "dvclive"]) == 2
-    assert list(Path("outputs").iterdir()) == []
+    assert not Path("outputs").exists()
 
 
 @pytest.mark.slow
