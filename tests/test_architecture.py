@@ -62,6 +62,7 @@ def test_public_names() -> None:
         "InexactLossError",
         "InexactLossWarning",
         "LostProcessError",
+        "LossScaleWarning",
         "MeanSquaredError",
         "MetricsError",
         "OutputWarning",

@@ -101,6 +101,10 @@ class PaddingWarning(UserWarning):
     """The user's loss depends on padding."""
 
 
+class LossScaleWarning(UserWarning):
+    """The user's loss is a whole fraction of the model's own, as if it were divided by the accumulation steps."""
+
+
 class TextWarning(UserWarning):
     """Some rows of raw text are truncated or empty."""
 

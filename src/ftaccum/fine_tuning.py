@@ -254,6 +254,8 @@ def test_fine_tuning(
         PaddingWarning: if a user's loss depends on padding.
         OutputWarning: if a file could not be written, or a tracker failed.
 
+        LossScaleWarning: if `loss_fn` returns 1/k of the model's own loss for a whole number k, as if it divided by the
+            accumulation steps.
     Example:
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]

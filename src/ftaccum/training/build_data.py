@@ -19,6 +19,7 @@ from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
 from ..objective.forward import Forward
 from ..objective.item_counts import ItemCounter, tensors_of
+from ..objective.loss_scale import find_divisor
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
@@ -44,6 +45,7 @@ class TrainingData:
         val: loads micro-batches of `val_rows`, if there are any.
         ignore_index: the label that the loss ignores.
         synthetic: whether the rows are random tokens.
+        loss_divisor: the whole number by which `loss_fn` is smaller than the model's own loss, if there is one.
         text_notes: lines for the banner about raw text.
         packed: whether a row may hold several documents.
     """
@@ -55,6 +57,7 @@ class TrainingData:
     val: Loader | None
     ignore_index: int
     synthetic: bool
+    loss_divisor: int | None = None
     text_notes: tuple[str, ...] = ()
     packed: bool = False
 
@@ -128,6 +131,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         val,
         ignore_index,
         synthetic=components.train_data is None,
+        loss_divisor=find_divisor(components.model, objective, few),
         text_notes=given.notes,
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
     )

@@ -5,7 +5,7 @@ import math
 from accelerate import Accelerator
 
 from ..data.dataset import mean_length
-from ..errors import DataError, InexactLossError, InexactLossWarning, PaddingWarning, warn_user
+from ..errors import DataError, InexactLossError, InexactLossWarning, LossScaleWarning, PaddingWarning, warn_user
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes, batch_sizes_of
@@ -15,6 +15,8 @@ from ..settings import Recipe, Runtime
 from .batch_size_finder import largest_batch
 from .build_data import TrainingData
 from .config import RunConfig
+
+_MOST_STEPS = 64  # a larger ratio of two losses is a whole number by chance, unless it is the run's own k
 
 
 def check_batch_sizes(recipe: Recipe, runtime: Runtime, num_processes: int) -> None:
@@ -78,6 +80,20 @@ def report_inexact(
         warn_user(sentence, InexactLossWarning)
     if padding := report.padding():
         warn_user(padding, PaddingWarning)
+
+
+def report_loss_scale(divisor: int | None, batch_sizes: BatchSizes) -> None:
+    """Warn if `loss_fn` is smaller than the model's own loss by a whole number that may be the accumulation steps."""
+    steps = {sizes.gradient_accumulation_steps for _, sizes in batch_sizes.stages()}
+    if divisor is None or (divisor not in steps and divisor > _MOST_STEPS):
+        return
+    same = ", and this run accumulates that many micro-batches" if divisor in steps else ""
+    warn_user(
+        f"`loss_fn` returns 1/{divisor} of the model's own loss on the same rows{same}. If it divides by the "
+        "accumulation steps, remove the division: ftaccum averages over the whole update, so the gradient is "
+        f"{divisor} times too small.",
+        LossScaleWarning,
+    )
 
 
 def refuse_single_rows(data: TrainingData, plan: BasePlan, planner: MicroBatchPlanner) -> None:

@@ -33,7 +33,7 @@ from ..tracking.trackers import set_tracker_folder
 from .audit import AuditHandler
 from .base_run import Run
 from .build_identity import build_identity
-from .build_plan import refuse_single_rows, report_inexact
+from .build_plan import refuse_single_rows, report_inexact, report_loss_scale
 from .callbacks import Callback
 from .closure import check_step
 from .config import RunConfig
@@ -121,6 +121,8 @@ class TrainingSetup(Run):
         fresh, report = self.new_plan(), self.data.objective.report
         is_main = self.process_group.is_main
         report_inexact(report, self.config.runtime, self.batch_sizes, self.planner, is_main=is_main)
+        if is_main:
+            report_loss_scale(self.data.loss_divisor, self.batch_sizes)
         refuse_single_rows(self.data, fresh, self.planner)
         return self.resume_point.resume_plan(fresh, self.identity, self.evaluation_schedule(fresh).is_due)
 
