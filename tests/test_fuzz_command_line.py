@@ -96,7 +96,7 @@ def _status(words: list[str]) -> int:
         (["--n_epochs"], "`--n_epochs` needs one argument."),
         (["--n_trials", "3"], "There is no option '--n_trials'. It is an option of `ftaccum search`."),
         (["--n_trials=3"], "There is no option '--n_trials=3'. It is an option of `ftaccum search`."),
-        (["--accumulation_steps", "3"], "`ftaccum search`. Did you mean '--gradient_accumulation_steps'?"),
+        (["--accumulation_steps", "3"], "'--accumulation_steps'; here: `--gradient_accumulation_steps`."),
     ],
 )
 def test_an_error_about_an_option_gives_the_reason(
@@ -112,8 +112,8 @@ def test_an_error_about_an_option_gives_the_reason(
         ("n_trials: 3", "has the unknown key 'n_trials'. It is an option of `ftaccum search`."),
         ("batch-size: 3", "has the unknown key 'batch-size'. Did you mean 'batch_size'?"),
         ("n_epochs: 1\nn_epochs: 2", "cannot be read: 'n_epochs' appears twice"),
-        ("1: 2", "has the unknown key 1. Known names are"),
-        ("recipe: {n_epochs: 1}", "has the unknown key 'recipe'. Known names are"),
+        ("1: 2", "has the unknown key 1. `--help` lists the options."),
+        ("recipe: {n_epochs: 1}", "has the unknown key 'recipe'. `--help` lists the options."),
         ("- n_epochs: 1", "must hold `name: value` lines, but holds [{'n_epochs': 1}] instead"),
         ("", "must hold `name: value` lines, but holds None instead"),
         ("n_epochs: x", "`n_epochs` must be a positive integer, but is 'x' instead"),

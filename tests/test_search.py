@@ -908,7 +908,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
         ({"max_updates": 100}, "a trial with more accumulation steps would train on more rows"),
         ({"learning_rate_scaling": "sqrt"}, "Leave it out; `couple_learning_rate` scales the rate of a trial"),
         ({"space": {"remainder": CategoricalDistribution(["flush", "carry"])}}, "`space` cannot vary 'remainder'"),
-        ({"weight_decya": 0.1}, "There is no argument `weight_decya`. Did you mean 'weight_decay'?"),
+        ({"weight_decya": 0.1}, "`weight_decya` is not an argument of `search`. Did you mean 'weight_decay'?"),
         ({"validation_split": 0.0}, "A search compares validation losses"),
         ({"optimizer": torch.optim.SGD(Layer().parameters(), lr=1)}, "`optimizer` is an instance"),
         (

@@ -11,6 +11,7 @@ from .data.collator import Collator
 from .fields import DefaultFloat, Pairs
 from .objective.forward import LossFn
 from .objective.item_counts import CountItems
+from .porting.keywords import explain_keywords
 from .tracking.result import Result
 from .training.config import RunConfig
 from .training.metrics import ComputeMetrics, PreprocessLogits
@@ -18,6 +19,7 @@ from .training.optimizer import OptimizerFactory
 from .training.run import run_training
 
 
+@explain_keywords()
 def test_fine_tuning(
     model: nn.Module,
     config: Any = None,
@@ -252,10 +254,10 @@ def test_fine_tuning(
         InexactLossWarning: if accumulating the loss only approximates one large batch; gives the size of the error,
             its likely cause and the remedy.
         PaddingWarning: if a user's loss depends on padding.
-        OutputWarning: if a file could not be written, or a tracker failed.
-
         LossScaleWarning: if `loss_fn` returns 1/k of the model's own loss for a whole number k, as if it divided by the
             accumulation steps.
+        OutputWarning: if a file could not be written, or a tracker failed.
+
     Example:
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]

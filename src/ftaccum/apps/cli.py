@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..arguments import find_faults, parse_settings
 from ..errors import DataError, DivergedError, SettingsError, refuse
 from ..settings import Recipe, Runtime
@@ -26,7 +27,8 @@ commands:
   verify  check on your model and rows that accumulation equals one large batch
   plan    compute the batch sizes and updates of a run without running it
 
-`ftaccum COMMAND --help` lists a command's options. For several processes: `accelerate launch -m ftaccum train …`.
+`ftaccum COMMAND --help` lists a command's options, and `ftaccum --version` shows the version. For several processes:
+`accelerate launch -m ftaccum train …`.
 """
 
 # The options of a command are the fields of these dataclasses.
@@ -36,6 +38,9 @@ OPTIONS: dict[str, list[type]] = {
     "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
     "plan": [PlanArguments, PlanRecipe],
 }
+
+# The option of a search that stands for another option of a single run.
+_RENAMED = {"gradient_accumulation_steps": "accumulation_steps"}
 
 _NOTHING_FOUND = _NOT_EXACT = _NOT_WRITTEN = _DIVERGED = 1
 _BAD_INPUT, _INTERRUPTED = 2, 130
@@ -56,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if words else _BAD_INPUT
+    if words[0] == "--version":
+        print(f"ftaccum {__version__}")
+        return 0
     if words[0] not in commands:
         print(f"ftaccum: there is no command {words[0]!r}.\n\n{_USAGE}", end="", file=sys.stderr)
         return _BAD_INPUT
@@ -77,10 +85,17 @@ def _parse(command: str, words: Sequence[str], description: str) -> Any:
     """Parse the options of a command into one instance of each of its dataclasses."""
     options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in OPTIONS.items()}
     elsewhere = {
-        option: f"It is an option of {', '.join(f'`ftaccum {each}`' for each in options if option in options[each])}."
+        option: ", ".join(f"`ftaccum {each}`" for each in options if option in options[each])
         for option in set().union(*options.values()) - options[command]
     }
-    return parse(OPTIONS[command], words, prog=f"ftaccum {command}", description=description, elsewhere=elsewhere)
+    return parse(
+        OPTIONS[command],
+        words,
+        prog=f"ftaccum {command}",
+        description=description,
+        elsewhere=elsewhere,
+        renamed=_RENAMED if command == "search" else None,
+    )
 
 
 def _plan(words: Sequence[str]) -> int:

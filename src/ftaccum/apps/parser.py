@@ -1,10 +1,10 @@
 """Read settings from command-line flags and YAML files, with Transformers' `HfArgumentParser`."""
 
 import argparse
-import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from ..errors import SettingsError, refuse, shown
 from ..fields import PositiveInt, Text, rules_of, setting, traits_of
+from ..porting.names import KnownNames, flags, yaml
 from .yaml import read_mapping
 
 _data = partial(setting, group="model and data")
@@ -66,6 +67,7 @@ def parse(
     prog: str | None = None,
     description: str = "",
     elsewhere: Mapping[str, str] | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Any:
     """Parse flags into one instance of each dataclass in `kinds`.
 
@@ -74,32 +76,39 @@ def parse(
     a rule; that rule reports it later.
 
     Args:
-        elsewhere: for each option of other commands, by name, a sentence that names those commands.
+        elsewhere: for each option of other commands, by name, the names of those commands, for a message.
+        renamed: for options of `train` that have another name here, that name.
 
     Raises:
-        SettingsError: if the file cannot be read; for unknown keys or flags, with the most similar known one; for
-            values that cannot be converted, if their fields have no rules.
+        SettingsError: if the file cannot be read; for unknown keys or flags, with what to write instead; for values
+            that cannot be converted, if their fields have no rules.
         SystemExit: after `--help`.
     """
     parser = build_parser(kinds, prog=prog, description=description)
-    before = _Parser([], add_help=False)
+    options = KnownNames(
+        [f.name for kind in kinds for f in fields(kind)],
+        "option",
+        flags,
+        elsewhere=elsewhere or {},
+        renamed=renamed or {},
+        otherwise="in Python",
+        listed="`--help` lists the options.",
+    )
+    before = _Parser([], add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     file = before.parse_known_args(arguments)[0].config
     if file is not None:
-        parser.set_defaults(**_read(Path(file), kinds, elsewhere or {}))
+        parser.set_defaults(**_read(Path(file), kinds, replace(options, notation=yaml)))
     *parsed, others = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
-    if unknown := [word for word in others if word.startswith("--")] or others:
-        flags = [f"--{f.name}" for kind in kinds for f in fields(kind)]
-        raise SettingsError(
-            [f"There is no option {word!r}. {_instead(word, flags, elsewhere or {})}" for word in unknown]
-        )
+    if unknown := [word for word in others if re.match("--|-[a-zA-Z]", word)] or others:
+        raise SettingsError([f"There is no option {word!r}{options.hint(word.partition('=')[0])}" for word in unknown])
     return parsed[: len(kinds)]
 
 
 def build_parser(kinds: Sequence[type], *, prog: str | None = None, description: str = "") -> HfArgumentParser:
     """Return the parser of a command. Its options are the fields of `kinds` and `--config`."""
     usage = "%(prog)s [options]"
-    parser = _Parser(kinds, prog=prog, usage=usage, description=description, formatter_class=_Help)
+    parser = _Parser(kinds, prog=prog, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of these options; flags override it")
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     ruled = {name for kind in kinds for name in rules_of(kind)}
@@ -140,31 +149,15 @@ def _reader(convert: Any, kinds_of_value: Sequence[type], has_rule: bool) -> Cal
     return read
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown name: the most similar known name, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Known names are {', '.join(known)}."
-
-
-def _instead(word: str, known: Sequence[str], elsewhere: Mapping[str, str]) -> str:
-    """Return a hint for an option that this command does not have: the commands that have it, or a similar name."""
-    who = elsewhere.get(word.partition("=")[0].lstrip("-").replace("-", "_"))
-    if who is None:
-        return nearest(word, known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
-    return who + (f" Did you mean {near[0]!r}?" if near else "")
-
-
-def _read(file: Path, kinds: Sequence[type], elsewhere: Mapping[str, str]) -> dict[str, Any]:
+def _read(file: Path, kinds: Sequence[type], options: KnownNames) -> dict[str, Any]:
     """Return the options in a file, by field name. The file may also use the aliases of flags."""
-    declared = [f for kind in kinds for f in fields(kind)]
-    known = [f.name for f in declared]
+    declared, known = [f for kind in kinds for f in fields(kind)], options.here
     aliases = {alias.lstrip("-"): f.name for f in declared for alias in f.metadata.get("aliases", ())}
     given = read_mapping(file, "--config")
     named = [(key, key if key in known else aliases.get(str(key), key)) for key in given]
     names = [name for _, name in named]
     faults = [
-        f"`--config` {str(file)!r} has the unknown key {key!r}. {_instead(str(key), known, elsewhere)}"
+        f"`--config` {str(file)!r} has the unknown key {key!r}{options.hint(str(key))}"
         for key, name in named
         if name not in known
     ]

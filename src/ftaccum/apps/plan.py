@@ -8,7 +8,8 @@ from ..fields import Length, Pairs, PositiveInt, select_settings, setting
 from ..planning.batch_size import batch_sizes_of
 from ..planning.plan import Plan
 from ..planning.shuffle import n_held_out
-from ..settings import Recipe
+from ..porting.keywords import explain_keywords
+from ..settings import Recipe, Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class PlanArguments:
 PlanRecipe = select_settings("PlanRecipe", Recipe, lambda traits: traits.in_plan)
 
 
+@explain_keywords(others=[*Recipe.__dataclass_fields__, *Runtime.__dataclass_fields__])
 def plan(
     n_rows: int,
     *,

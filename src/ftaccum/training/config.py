@@ -116,7 +116,8 @@ class RunConfig:
 
 def check_components(components: Components, recipe: Recipe, runtime: Runtime) -> None:
     """Raise SettingsError with every fault that can be found before anything is loaded."""
-    faults = _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
+    faults = faults_of_config(components.config)
+    faults += _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
     if not isinstance(components.model, nn.Module):
         faults.append(
             f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
@@ -157,6 +158,24 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             if needed
         ]
     refuse(faults)
+
+
+def faults_of_config(config: Any) -> list[str]:
+    """Return a sentence if the second positional argument, `config`, is rows or the arguments of a Trainer."""
+    if hasattr(config, "per_device_train_batch_size"):
+        return [
+            f"`config` must be the model's configuration, but is {type(config).__name__} instead. Give each of its "
+            "settings as an argument, such as `batch_size` for `per_device_train_batch_size`."
+        ]
+    # A configuration of Transformers has `__iter__`, too.
+    are_rows = any(hasattr(type(config), name) for name in ("__getitem__", "__len__", "__next__"))
+    if not are_rows or isinstance(config, str) or hasattr(config, "vocab_size"):
+        return []
+    return [
+        f"`config` must be the model's configuration, but is {type(config).__name__} instead, which looks like rows. "
+        "The second positional argument is `config`: write `train_data=` before the training rows, and `val_data=` "
+        "before the validation rows."
+    ]
 
 
 def _has_missing_weights(model: nn.Module) -> bool:

@@ -14,9 +14,9 @@ from ...arguments import parse_settings
 from ...errors import SettingsError, refuse
 from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
+from ...porting.keywords import argument_names
 from ...training.optimizer import CoupledBeta2
 from ...training.schedule import fault_of_schedule
-from ..parser import nearest
 from .settings import SearchSettings, reserved
 
 STEPS, RATE = "gradient_accumulation_steps", "learning_rate"
@@ -208,8 +208,9 @@ def _faults_of_others(others: Any) -> list[str]:
 
 
 def _faults_of_names(names: Mapping[str, Any]) -> list[str]:
+    known = argument_names("test_fine_tuning", _ARGUMENTS)
     unknown = [
-        f"`space` has {name!r}, which is not an argument of `test_fine_tuning`. {nearest(name, list(_ARGUMENTS))}"
+        f"`space` has {name!r}, which is not an argument of `test_fine_tuning`{known.hint(name)}"
         for name in names
         if name not in _ARGUMENTS
     ]

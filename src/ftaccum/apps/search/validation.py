@@ -14,9 +14,10 @@ from ...arguments import find_faults, read_settings
 from ...data.iterable import is_stream
 from ...errors import refuse
 from ...fine_tuning import test_fine_tuning
+from ...porting.keywords import argument_names, unknown_arguments
 from ...runtime.accelerator import is_first_process, requested_processes
+from ...training.config import faults_of_config
 from ...training.preflight import faults_before_loading
-from ..parser import nearest
 from .definition import Search
 from .settings import SearchSettings
 from .space import STEPS, Others, make_space
@@ -24,7 +25,6 @@ from .study import check_study
 
 _RUN = inspect.signature(test_fine_tuning).parameters
 _OWN = ("accumulation_steps", "learning_rate", "space", "output_dir", "progress")
-_NAMES = ("accumulation_steps", "space", *SearchSettings.__dataclass_fields__, *_RUN)
 _REFUSED = {
     "model": "`model` is a single model, but each trial needs a new one. Give `model_factory`, which returns one.",
     STEPS: f"The search sets `{STEPS}`. Give the values to try as `accumulation_steps`; `(1,)` tries no accumulation.",
@@ -36,6 +36,12 @@ _REFUSED = {
     "effective batch size.",
     "tokens_per_update": "`tokens_per_update` would set the accumulation steps, which the search varies. Leave it out.",
 }
+_NAMES = argument_names(
+    "search",
+    ["accumulation_steps", "space", *SearchSettings.__dataclass_fields__, *_RUN],
+    renamed={STEPS: "accumulation_steps"},
+    reasons=_REFUSED,
+)
 
 
 def check_before_loading(arguments: Mapping[str, Any]) -> None:
@@ -96,7 +102,7 @@ def _fixed_arguments(arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
     Raises:
         SettingsError: for names that `test_fine_tuning` does not have, or that a search does not accept.
     """
-    faults = [f"There is no argument `{name}`. {nearest(name, _NAMES)}" for name in arguments if name not in _RUN]
+    faults = unknown_arguments("search", arguments, _NAMES)
     faults += [_REFUSED[name] for name in arguments if name in _REFUSED]
     refuse(faults)
     fixed = {name: parameter.default for name, parameter in _RUN.items() if name != "model"}
@@ -114,7 +120,8 @@ def _check(
     """Raise SettingsError with all faults that can be found without a model."""
     run = {**fixed, "output_dir": output_dir}
     faults = find_faults(settings) + faults_before_loading(run, looks_at_files=looks_at_files)
-    faults += _faults_of_runs(model_factory, fixed) + _faults_of_search(settings, output_dir)
+    faults += faults_of_config(fixed["config"]) + _faults_of_runs(model_factory, fixed)
+    faults += _faults_of_search(settings, output_dir)
     refuse(faults)
 
 
