@@ -86,7 +86,7 @@ class Averaged(nn.Module):
 class Asking(Callback):
     """A callback that evaluates the model in the middle of an epoch."""
 
-    def milestones(self, plan: Any) -> list[int]:  # noqa: ARG002
+    def evaluation_rows(self, plan: Any) -> list[int]:  # noqa: ARG002
         return [10, 14]
 
 
