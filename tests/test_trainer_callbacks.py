@@ -114,6 +114,22 @@ def test_the_end_of_an_epoch_cannot_be_requested() -> None:
         fine_tuned(callbacks=[Flagger(should_epoch_stop=2)])
 
 
+def test_a_callback_cannot_switch_dropout_off() -> None:
+    class Eval(TrainerCallback):
+        modes: list[bool] = []  # noqa: RUF012
+
+        def on_step_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            model.eval()
+
+        def on_evaluate(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            self.modes.append(model.training)
+            model.train()
+
+    options: dict[str, Any] = {"evaluate_every": 2, "max_updates": 3, "audit": False}
+    assert fine_tuned(callbacks=[Eval(), Eval()], **options).differences(fine_tuned(**options)) == []
+    assert Eval.modes == [False] * 4
+
+
 class Raiser(TrainerCallback):
     def __init__(self, event: str) -> None:
         setattr(self, event, self._raise)

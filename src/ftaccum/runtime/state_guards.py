@@ -207,10 +207,11 @@ def preserve_buffers(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put every submodule in train or eval mode, and restore its previous mode on exit."""
+def training_mode(model: nn.Module, *, training: bool | None) -> Iterator[None]:
+    """Put every submodule in train or eval mode (None: leave it), and restore its previous mode on exit."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if training is not None:
+        model.train(training)
     try:
         yield
     finally:

@@ -226,11 +226,11 @@ class TrainingSetup(Run):
         state = TrainerState(
             max_steps=self.plan.n_windows,
             num_train_epochs=self.plan.n_epochs,
-            logging_steps=self.config.runtime.log_every,
             train_batch_size=self.batch_sizes.batch_size,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
         )
+        state.compute_steps(arguments, state.max_steps)
         objects = {
             "model": self.model,
             "processing_class": components.tokenizer,

@@ -5,18 +5,29 @@ from typing import Any
 
 from accelerate import Accelerator
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from ..planning.batch_size import BatchSizes
 from ..settings import Recipe, Runtime
 from ..tracking.selection import LOSS, Criterion
+
+_OUTPUT_DIR = "trainer_output"  # where callbacks write if a run has no folder; also what `Trainer` takes
 
 
 class CallbackArguments(TrainingArguments):
     """`TrainingArguments` for callbacks to read. Creating them initialises no device and no process."""
 
     def __post_init__(self) -> None:
-        """Leave out what the base class does here, which sets up devices. `of_run` passes values that need nothing."""
+        """Convert and derive attributes as the base class does, but without its checks and without its devices."""
+        for name, kind in {"optim": OptimizerNames, "hub_strategy": HubStrategy}.items():
+            setattr(self, name, kind(getattr(self, name)))
+        self.accelerator_config = AcceleratorConfig()
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        self.fsdp_plugin_args = self.deepspeed_plugin = None
+        if hasattr(self, "activation_checkpointing"):  # the newer name
+            self.activation_checkpointing = self.gradient_checkpointing
 
     @classmethod
     def of_run(
@@ -35,7 +46,7 @@ class CallbackArguments(TrainingArguments):
             evaluates: whether the run has validation rows.
         """
         arguments = cls(
-            output_dir=runtime.output_dir,
+            output_dir=runtime.output_dir or _OUTPUT_DIR,
             num_train_epochs=recipe.n_epochs,
             max_steps=recipe.max_updates or -1,
             per_device_train_batch_size=batch_sizes.batch_size,
@@ -58,6 +69,7 @@ class CallbackArguments(TrainingArguments):
             disable_tqdm=not runtime.progress,
             dataloader_num_workers=runtime.num_workers,
             remove_unused_columns=False,
+            gradient_checkpointing=runtime.gradient_checkpointing,
             load_best_model_at_end=recipe.restore_best_weights,
             metric_for_best_model="loss" if criterion.metric == LOSS else criterion.metric,
             greater_is_better=criterion.greater_is_better,
@@ -74,11 +86,15 @@ class CallbackArguments(TrainingArguments):
 
 
 def _evaluation(recipe: Recipe, *, evaluates: bool) -> dict[str, Any]:
+    every = recipe.evaluate_every
     if not evaluates:
         return {"eval_strategy": IntervalStrategy.NO}
-    if recipe.evaluate_every is None:
+    if every is None:
         return {"eval_strategy": IntervalStrategy.EPOCH}
-    return {"eval_strategy": IntervalStrategy.STEPS, "eval_steps": recipe.evaluate_every}
+    assert not isinstance(every, str), "the settings have parsed it"
+    # Trainer takes a share of the whole training instead of an epoch.
+    steps = every if isinstance(every, int) else every / recipe.n_epochs
+    return {"eval_strategy": IntervalStrategy.STEPS, "eval_steps": steps}
 
 
 def _saving(runtime: Runtime) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..errors import CallbackError
 from ..runtime.process_group import ProcessGroup
+from ..runtime.state_guards import training_mode
 from ..tracking.ledger import EvaluationEntry
 from ..tracking.selection import Criterion
 
@@ -20,7 +21,7 @@ _RUN = "TrainerState"
 # Parts of the state of a run that are given anew by the call that resumes it.
 _OF_THIS_CALL = {
     *("is_local_process_zero", "is_world_process_zero", "max_steps", "num_train_epochs", "logging_steps"),
-    *("train_batch_size", "stateful_callbacks"),
+    *("eval_steps", "save_steps", "train_batch_size", "stateful_callbacks"),
 }
 
 
@@ -85,24 +86,35 @@ class CallbackHandler:
     def send(self, event: str, **more: Any) -> None:
         """Call the method of this name of each callback.
 
+        The modes of the model's modules, train or eval, are restored afterwards. As with `Trainer`, `on_evaluate` gets
+        a model in eval mode.
+
         Args:
             more: further keyword arguments, such as `logs` or `metrics`.
         """
+        if not self._callbacks or self._failure is not None:
+            return
+        model: nn.Module = self._objects["model"]
         for callback in self._callbacks:
-            if self._failure is not None:
-                return
-            method = getattr(callback, event)
-            try:
-                control = method(self._arguments, self._state, self._control, **self._objects, **more)
-            except Exception as error:
-                self._failure = self._describe(callback, event, error)
-                return
-            self._control = control or self._control
-            if self._control.should_epoch_stop:
-                self._failure = CallbackError(
-                    f"The callback {type(callback).__name__} set `should_epoch_stop` in `{event}`, but the rows of all "
-                    "updates are planned ahead, so an epoch cannot end early. Set `should_training_stop` instead."
-                )
+            with training_mode(model, training=False if event == "on_evaluate" else None):
+                if not self._call(callback, event, more):
+                    return
+
+    def _call(self, callback: TrainerCallback, event: str, more: Mapping[str, Any]) -> bool:
+        """Call a method of a callback, and return whether it has succeeded."""
+        method = getattr(callback, event)
+        try:
+            control = method(self._arguments, self._state, self._control, **self._objects, **more)
+        except Exception as error:
+            self._failure = self._describe(callback, event, error)
+            return False
+        self._control = control or self._control
+        if self._control.should_epoch_stop:
+            self._failure = CallbackError(
+                f"The callback {type(callback).__name__} set `should_epoch_stop` in `{event}`, but the rows of all "
+                "updates are planned ahead, so an epoch cannot end early. Set `should_training_stop` instead."
+            )
+        return self._failure is None
 
     def begin_step(self) -> None:
         control = self._control
