@@ -64,9 +64,9 @@ def test_arguments_have_the_attributes_of_trainers_and_of_the_same_types() -> No
     ours = vars(arguments)
     assert plain.keys() - ours.keys() == set()
     of_types = {name: (plain[name], ours[name]) for name in plain if type(plain[name]) is not type(ours[name])}
-    # The state of processes is only read; the others are None or a float by default.
+    # The state of processes is only read; the others are None or a float by default, or empty.
     differing = {"distributed_state", "greater_is_better", "metric_for_best_model", "num_train_epochs"}
-    assert of_types.keys() <= differing | {"save_total_limit"}
+    assert of_types.keys() <= differing | {"save_total_limit", "fsdp", "fsdp_config"}
     assert arguments.to_sanitized_dict()["train_batch_size"] == 2
     assert '"per_device_train_batch_size": 2' in arguments.to_json_string()
     assert "per_device_train_batch_size=2" in repr(arguments)
