@@ -50,7 +50,10 @@ class _Parser(HfArgumentParser):
         if title := traits_of(field).group:
             parser = groups.get(title) or self.add_argument_group(title)
         plain = copy(field)  # `add_argument` receives all metadata, and rejects `traits`
-        plain.metadata = MappingProxyType({name: v for name, v in field.metadata.items() if name != "traits"})
+        metadata = {name: value for name, value in field.metadata.items() if name != "traits"}
+        if "help" in metadata:
+            metadata["help"] = metadata["help"].replace("%", "%%")  # argparse formats it
+        plain.metadata = MappingProxyType(metadata)
         super()._parse_dataclass_field(parser, plain)
 
     def error(self, message: str) -> NoReturn:

@@ -110,7 +110,6 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
     objective = _objective(components, forward, rows, row_collator, few, labelled, ignore_index)
-    logger.debug(objective.report.describe_measurement())
     if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
@@ -185,7 +184,7 @@ def _objective(
     ignore_index: int,
 ) -> Objective:
     try:
-        return measured_objective(
+        objective = measured_objective(
             components.model,
             forward,
             few,
@@ -197,3 +196,5 @@ def _objective(
         raise
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
+    logger.debug(objective.report.describe_measurement())
+    return objective

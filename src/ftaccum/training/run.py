@@ -70,6 +70,7 @@ class TrainingRun(EvaluatedSetup):
                 raise
             return self._interrupted_result()
         self._is_training = False
+        self.metrics_logger.log()
         self.weights_in_training.close()
         self.best.restore()
         self.callback_handler.send("on_train_end")
