@@ -17,25 +17,28 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import optuna
 import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import BasePruner, PercentilePruner, ThresholdPruner
+from optuna.pruners import BasePruner, MedianPruner, PercentilePruner, ThresholdPruner
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
+from transformers import TrainerCallback
 
 import ftaccum.apps.search.runner
+import ftaccum.apps.search.study
 import ftaccum.apps.search.worker
 import ftaccum.runtime.signals
 from ftaccum import DataError, DivergedError, SettingsError, test_fine_tuning
+from ftaccum.apps.search.reports import plot_history
 from ftaccum.apps.search.retry import is_counted, is_dead, requeue_dead, this_worker
 from ftaccum.apps.search.samplers import make_pruner
 from ftaccum.apps.search.study import hide_password, open_storage
-from ftaccum.apps.search.tables import format_table, summarize, trial_rows
+from ftaccum.apps.search.tables import best_trial, format_table, parameter_importances, summarize, trial_rows
 from ftaccum.apps.search.trial import train_new_model
 from ftaccum.training.callbacks import Callback
 from searching import N_ROWS, Layer, points, quick
@@ -872,6 +875,215 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+# --- the metric that decides
+
+
+class Scripted:
+    """A `compute_metrics` that returns the given values of F1, one after the other."""
+
+    def __init__(self, *values: float) -> None:
+        self._values = iter(values)
+
+    def __call__(self, *_: Any) -> dict[str, float]:
+        return {"f1": next(self._values)}
+
+
+def by_f1(*values: float, **arguments: Any) -> optuna.Study:
+    """Run a search for the highest F1, with a trial per two values: before its training and at its end."""
+    once = {"n_epochs": 1, "n_reports": 1, "n_trials": len(values) // 2, "accumulation_steps": (1,), "pruner": "none"}
+    return quick(**{**once, "compute_metrics": Scripted(*values), "metric_for_best": "f1", **arguments})
+
+
+def test_the_best_trial_has_the_greatest_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    study = by_f1(0.9, 0.3, 0.9, 0.7, 0.9, 0.5)
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    assert [trial.value for trial in study.trials] == [0.3, 0.7, 0.5]
+    assert best_trial(study) == study.trials[1]
+    assert "best f1               0.7 (trial 1)" in summarize(study)
+    rows = trial_rows(study)
+    assert [row["f1"] for row in rows] == [0.3, 0.7, 0.5]
+    assert all(0 < row["loss"] == trial.user_attrs["val_loss"] for row, trial in zip(rows, study.trials, strict=True))
+    assert "Best trial: highest f1" in capsys.readouterr().out
+
+
+def test_the_plots_of_a_metric_follow_its_direction() -> None:
+    study = optuna.create_study(direction="maximize")
+    study.set_user_attr("ftaccum", {"metric_for_best": "f1"})
+    for value in (0.3, 0.7, 0.5):
+        study.add_trial(optuna.create_trial(value=value, user_attrs={"rows": 8}))
+    figure = plot_history(study)
+    assert figure is not None
+    axes = figure.axes[0]
+    assert list(axes.lines[0].get_ydata()) == [0.3, 0.7, 0.7]
+    assert axes.get_ylabel() == "f1"
+
+
+def test_importance_is_that_for_the_greatest_metrics() -> None:
+    """With a greater x, values near the top depend on y alone, and values near the bottom on x alone."""
+    study = {direction: optuna.create_study(direction=direction) for direction in ("minimize", "maximize")}
+    dimensions: dict[str, Any] = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    for n in range(64):
+        x, y = n % 8 / 7, n // 8 / 7
+        value = 10 + y if x > 0.5 else x
+        for each in study.values():
+            each.add_trial(optuna.create_trial(value=value, params={"x": x, "y": y}, distributions=dimensions))
+    shares = {direction: parameter_importances(each) for direction, each in study.items()}
+    assert shares["minimize"]["x"] > 0.9
+    assert shares["maximize"]["y"] > shares["minimize"]["y"] + 0.2
+
+
+def test_trials_are_pruned_by_the_metric() -> None:
+    study = by_f1(
+        *(0.0, 0.5, 0.5),
+        *(0.0, 0.9, 0.9),
+        *(0.0, 0.1),
+        n_trials=3, n_reports=2, pruner=MedianPruner(n_startup_trials=1),
+    )  # fmt: skip
+    assert [trial.state for trial in study.trials] == [FINISHED, FINISHED, PRUNED]
+    assert study.trials[2].value == 0.1
+    assert study.trials[2].user_attrs["reason"] == "pruned at 32 of 64 rows"
+
+
+def test_a_trial_whose_metric_is_not_finite_has_diverged() -> None:
+    study = by_f1(0.0, math.inf, 0.0, math.nan, 0.0, 0.5)
+    assert [trial.state for trial in study.trials] == [PRUNED, PRUNED, FINISHED]
+    assert [trial.value for trial in study.trials] == [None, None, 0.5]
+    assert study.trials[0].user_attrs["reason"] == "diverged at 64 of 64 rows, with a value of inf for f1"
+
+
+def test_an_infinite_loss_is_never_best_whatever_the_metric() -> None:
+    def factory() -> nn.Module:
+        model = Layer()
+        model.register_forward_hook(_diverged_once_trained)
+        return model
+
+    study = by_f1(0.0, 0.5, model_factory=factory)
+    assert study.trials[0].user_attrs["reason"] == "diverged at 64 of 64 rows, with a validation loss of nan"
+    assert study.trials[0].value is None
+
+
+def test_with_time_as_second_objective_the_metric_keeps_its_direction() -> None:
+    study = by_f1(0.0, 0.5, trade_time=True)
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.trials[0].values[0] == 0.5
+    assert "best trade-offs of f1 and time" in summarize(study)
+
+
+def test_an_unknown_metric_ends_the_search_at_its_first_trial() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    kept = Kept()
+    with pytest.raises(SettingsError, match=r"returned no metric of this name\. Choose one of: val_loss, f1"):
+        by_f1(*[0.5] * 6, metric_for_best="f1_macro", model_factory=kept.model, storage=storage, study_name="search")
+    assert len(kept.weights) == 1
+    assert kept.points == [[]]
+    assert not ended(optuna.load_study(storage=storage, study_name="search"))
+
+
+def test_a_study_of_another_metric_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ftaccum.apps.search.study, "_PAUSE", 0)
+    storage = optuna.storages.InMemoryStorage()
+    named: dict[str, Any] = {"storage": storage, "study_name": "f1"}
+    by_f1(0.0, 0.5, **named)
+    with pytest.raises(SettingsError, match="created with `metric_for_best` 'f1', and this search has 'val_loss'"):
+        quick(n_epochs=1, **named)
+    with pytest.raises(SettingsError, match="created with `greater_is_better` True, and this search has False"):
+        by_f1(greater_is_better=False, n_trials=1, **named)
+    assert len(by_f1(0.0, 0.6, n_trials=2, greater_is_better=True, **named).trials) == 2
+
+    optuna.create_study(storage=storage, study_name="foreign", direction="maximize")
+    with pytest.raises(SettingsError, match="'foreign' has the directions maximize, but this search has minimize"):
+        quick(storage=storage, study_name="foreign")
+
+
+# --- callbacks
+
+
+class Counts(TrainerCallback):
+    """Counts the updates since it was created, and adds the count to `ends` at the end of training."""
+
+    ends: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.n += 1
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(self.n)
+
+
+def test_each_trial_gets_copies_of_the_callbacks() -> None:
+    counts = Counts()
+    Counts.ends.clear()
+    by_f1(*[0.5] * 4, callbacks=[counts], batch_size=32)
+    assert Counts.ends == [2, 2]
+    assert counts.n == 0
+
+
+@pytest.mark.slow
+def test_the_refit_runs_the_trial_with_the_best_metric_and_copies_of_the_callbacks(tmp_path: Path) -> None:
+    counts = Counts()
+    Counts.ends.clear()
+    study = by_f1(
+        *(0.0, 0.3), *(0.0, 0.7), *(0.0, 0.7),
+        n_trials=2, callbacks=[counts], batch_size=32, refit=True, output_dir=str(tmp_path),
+    )  # fmt: skip
+    assert Counts.ends == [2, 2, 2]
+    assert counts.n == 0
+    assert json.loads((tmp_path / "best" / "trial.json").read_text())["params"] == study.trials[1].params
+
+
+class Misbehaves(TrainerCallback):
+    """Requests evaluations in the first trial, raises in the second, and stops the third after one update."""
+
+    def __init__(self, trial: int) -> None:
+        self._trial = trial
+
+    def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+        control.should_evaluate = self._trial == 0
+        control.should_training_stop = self._trial == 2
+        if self._trial == 1:
+            raise ValueError("enough")
+
+
+def test_a_callback_can_fail_or_stop_its_trial_and_evaluate_more_often() -> None:
+    study = by_f1(
+        *(0.0, 0.1, 0.2, 0.3, 0.4), 0.0, *(0.0, 0.9),
+        n_trials=3, n_reports=2, batch_size=16, space=lambda trial: {"callbacks": [Misbehaves(trial.number)]},
+    )  # fmt: skip
+    assert [trial.state for trial in study.trials] == [FINISHED, FAILED, PRUNED]
+    assert study.trials[0].intermediate_values == {32: 0.2, 64: 0.4}
+    reasons = [trial.user_attrs.get("reason", "") for trial in study.trials]
+    assert re.fullmatch(
+        r"CallbackError: The callback Misbehaves raised in `on_step_end` after update 1: ValueError: enough "
+        r"\(test_search\.py, line \d+\)",
+        reasons[1],
+    )
+    assert reasons[2] == "pruned by a callback, at 16 of 64 rows"
+    assert best_trial(study) == study.trials[0]
+
+
+class Locked(TrainerCallback):
+    """Holds a lock, which cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
+class Unpicklable(TrainerCallback):
+    def __deepcopy__(self, _: Any) -> "Unpicklable":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ValueError("bound to this process")
+
+
+def test_callbacks_that_workers_cannot_get_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"pickling `callbacks` raised ValueError\('bound to this process'\)"):
+        quick(callbacks=[Unpicklable()], n_workers=2, storage=str(tmp_path / "study.journal"))
+
+
 # --- bad input
 
 
@@ -916,6 +1128,20 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
             "`early_stopping_patience` is 2, so trials would train on different numbers of rows",
         ),
         ({"storage": "postgresql://me@here/db"}, "`storage` may hold other studies as well, but `study_name` is None"),
+        ({"metric_for_best": "f1"}, "`metric_for_best` is 'f1', but `compute_metrics` is None"),
+        (
+            {"metric_for_best": "score", "compute_metrics": len},
+            "its name does not tell whether greater values are better. Set `greater_is_better`",
+        ),
+        (
+            {"space": {"metric_for_best": CategoricalDistribution(["f1", "recall"])}},
+            "`space` cannot vary 'metric_for_best': it decides which trial is the best",
+        ),
+        ({"callbacks": [TrainerCallback]}, "`callbacks` contains the class TrainerCallback. Give an object"),
+        (
+            {"callbacks": [Locked()]},
+            "`callbacks` contains a Locked, but each trial needs its own copy, and copying it raised TypeError",
+        ),
         ({"refit": True}, "`refit` saves a model, but `output_dir` is None"),
         ({"n_workers": 2}, "`n_workers` is 2, but the study would be in the memory of one process"),
         ({"storage": "nosuchdb://here/x", "study_name": "x"}, "`storage` 'nosuchdb://here/x' cannot be opened"),

@@ -49,6 +49,7 @@ _output = partial(setting, group="checkpoints and output")
 _logging = partial(setting, group="logging")
 
 # Reasons why `search` cannot vary an argument.
+_DECIDES_BEST = "it decides which trial is the best"
 SAME_ROWS = "every trial trains on the same rows, in the same order and within the same budget of rows"
 OWN_ARGUMENT = "it is an argument of the search itself"
 _FROM_STEPS = "the effective batch sizes to try follow from `accumulation_steps`"
@@ -131,9 +132,12 @@ class Recipe:
         None,
         "metric that decides which evaluation is the best, by its name in the results of compute_metrics; None takes "
         "the validation loss",
+        unsearchable=_DECIDES_BEST,
     )
     greater_is_better: Flag | None = _evaluation(
-        None, "whether greater values of metric_for_best are better; None decides by its name (accuracy, mse, …)"
+        None,
+        "whether greater values of metric_for_best are better; None decides by its name (accuracy, mse, …)",
+        unsearchable=_DECIDES_BEST,
     )
     early_stopping_patience: PositiveInt | None = _evaluation(
         None,

@@ -18,7 +18,7 @@ from torch import nn
 
 import ftaccum.apps.search.processes
 from ftaccum import Result
-from ftaccum.apps.search.trial import StudyTrialRecord
+from ftaccum.apps.search.trial_record import StudyTrialRecord
 from searching import Layer, quick
 
 folder, failing = sys.argv[1], sys.argv[2:]

@@ -44,9 +44,11 @@ def search(
 ) -> Study:
     """Search for the best number of accumulation steps and learning rate at a fixed physical batch size.
 
-    Each trial is a `test_fine_tuning` run from the same weights on the same rows in the same order. The search
-    minimizes its `final_loss`. Trials are compared and pruned after the same numbers of rows, whatever their effective
-    batch sizes. The same call with the same storage resumes the search, and several callers can share one study.
+    Each trial is a `test_fine_tuning` run from the same weights on the same rows in the same order. Its value is the
+    validation loss of its last evaluation, or the metric that `metric_for_best` names. The search minimizes this value,
+    or maximizes it if greater values are better. Trials are compared and pruned after the same numbers of rows,
+    whatever their effective batch sizes. The same call with the same storage resumes the search, and several callers
+    can share one study.
 
     Args:
         model_factory: returns a new model for each trial. It is called with the random seed of the runs, so that a
@@ -77,12 +79,15 @@ def search(
             "search".
         n_workers: number of processes on this machine that run trials. With several GPUs, each gets one. For several
             processes per trial, use `accelerate launch` instead.
-        trade_time: minimize the training time as well. `study.best_trials` are the best trade-offs. Nothing is pruned.
+        trade_time: minimize the training time as a second objective. `study.best_trials` are the best trade-offs.
+            Nothing is pruned.
         refit: at the end, run the best trial again and save its model to `output_dir/best/model`.
         output_dir: folder for the study, a folder per trial, the table, plots, and `report.html`.
         progress: show progress bars and a line per trial.
         verbosity: "quiet" prints only warnings; "debug" also logs the messages of the trials' runs.
-        **arguments: further arguments of `test_fine_tuning`, for all trials.
+        **arguments: further arguments of `test_fine_tuning`, for all trials. `metric_for_best` and `greater_is_better`
+            define the value of a trial. Each trial gets deep copies of the `callbacks`, so that their state does not
+            pass from one trial to the next. With `n_workers` above 1, it must be possible to pickle them.
 
     Returns:
         The study. The `params` of a trial have the names of the arguments. Its `user_attrs` include

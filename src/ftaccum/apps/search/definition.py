@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...tracking.selection import Criterion
 from .settings import SearchSettings
 from .space import Space
 
@@ -37,3 +38,8 @@ class Search:
     def batch_size(self, n_processes: int) -> int:
         """Return the number of rows of an update at k = 1."""
         return self.fixed["batch_size"] * n_processes
+
+    @property
+    def criterion(self) -> Criterion:
+        """The criterion by which evaluations and trials are compared."""
+        return Criterion.of_settings(self.fixed["metric_for_best"], self.fixed["greater_is_better"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dill
 import optuna
@@ -79,11 +80,13 @@ def _start_workers(search: Search, scratch: Path, logs: list[Path]) -> Iterator[
         # Pickle by value, so that functions of a script or a notebook can be sent, too.
         (scratch / "search").write_bytes(dill.dumps((sys.path, dill.dumps(search, recurse=True))))
     except Exception as error:
+        named = {"model_factory": search.model_factory, **search.fixed, "space": search.space}
+        faulty = ", ".join(f"`{name}`" for name, value in named.items() if not _can_be_pickled(value))
         raise SettingsError(
             [
-                f"`n_workers` sends the search to other processes, but pickling it raised {error!r}. Define "
-                "`model_factory` and the other functions so that they can be pickled, or start the program several "
-                "times with the same `storage`."
+                f"`n_workers` sends the search to other processes, but pickling {faulty or 'it'} raised {error!r}. "
+                "Define functions and objects so that they can be pickled, or start the program several times with the "
+                "same `storage`."
             ]
         ) from error
     workers = []
@@ -106,6 +109,14 @@ def _start_workers(search: Search, scratch: Path, logs: list[Path]) -> Iterator[
             for worker in workers:
                 worker.kill()
                 worker.wait()
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        dill.dumps(value, recurse=True)
+    except Exception:
+        return False
+    return True
 
 
 def _share_of_machine(number: int, n_workers: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ...runtime.progress_bar import tqdm
 from .definition import Search
 from .retry import n_counted
 from .space import Space
-from .study import has_heartbeat, hide_password
+from .study import criterion_of, has_heartbeat, hide_password
 from .tables import format_table, format_trial, summarize, trial_rows
 
 _RULE = "=" * 64
@@ -45,7 +45,7 @@ class SearchProgress:
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state.is_finished() and trial.number not in self._shown:
                 self._shown.add(trial.number)
-                self._print(format_trial(trial))
+                self._print(format_trial(trial, criterion_of(self._study)))
         self._bar.n = n_counted(self._study)
         self._bar.refresh()
 
@@ -59,6 +59,7 @@ class SearchProgress:
             f"Processes of a trial: {self._num_processes}",
             f"Gradient accumulation steps (effective batch size): {batches}",
             f"Learning rate: {_describe_rate(search.space)}",
+            f"Best trial: {'highest' if search.criterion.greater_is_better else 'lowest'} {search.criterion.name}",
             f"Each trial: n_epochs {search.fixed['n_epochs']}, the same rows in the same order, evaluated up to "
             f"{settings.n_reports} times",
             f"Pruning: {'none, because of two objectives' if settings.trade_time else settings.pruner}; "

@@ -14,8 +14,9 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ...errors import OutputWarning, warn_user
-from .space import STEPS
-from .tables import best_trial, describe_trial, format_value, parameter_importances, summarize, trial_rows
+from .space import RATE, STEPS
+from .study import criterion_of
+from .tables import best_trial, format_value, parameter_importances, summarize, trial_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,33 +79,35 @@ def _new_figure(height: float = 4.5) -> "tuple[Figure, Axes]":
     return figure, figure.subplots()
 
 
-def _trials_with_loss(study: Study, *states: TrialState) -> list[FrozenTrial]:
+def _trials_with_value(study: Study, *states: TrialState) -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False, states=states)
     return [trial for trial in trials if trial.values and math.isfinite(trial.values[0])]
 
 
 def plot_history(study: Study) -> "Figure | None":
-    """Plot each trial's loss, and the best loss so far, over the rows that all trials had trained on by then."""
+    """Plot each trial's loss or metric, and the best so far, over the rows that all trials had trained on by then."""
     trials = sorted(
-        _trials_with_loss(study, TrialState.COMPLETE, TrialState.PRUNED),
+        _trials_with_value(study, TrialState.COMPLETE, TrialState.PRUNED),
         key=lambda trial: trial.datetime_complete.timestamp() if trial.datetime_complete else 0,
     )
     if not trials:
         return None
     rows = np.cumsum([trial.user_attrs.get("rows", 0) for trial in trials])
     finished = [trial.state == TrialState.COMPLETE for trial in trials]
-    losses = np.array([trial.values[0] for trial in trials])
-    best = np.minimum.accumulate(np.where(finished, losses, np.inf))
+    values = np.array([trial.values[0] for trial in trials])
+    is_greater_better = criterion_of(study).greater_is_better
+    accumulate, worst = (np.maximum, -np.inf) if is_greater_better else (np.minimum, np.inf)
+    best = accumulate.accumulate(np.where(finished, values, worst))
     figure, axes = _new_figure()
-    axes.scatter(rows, losses, c=[_FINISHED if done else _PRUNED for done in finished], label="trials (grey: pruned)")
+    axes.scatter(rows, values, c=[_FINISHED if done else _PRUNED for done in finished], label="trials (grey: pruned)")
     axes.step(rows, np.where(np.isinf(best), np.nan, best), where="post", color=_BEST, label="best finished")
-    axes.set(title="History", xlabel="rows trained on, all trials", ylabel="validation loss")
+    axes.set(title="History", xlabel="rows trained on, all trials", ylabel=criterion_of(study).name)
     axes.legend()
     return figure
 
 
 def plot_curves(study: Study) -> "Figure | None":
-    """Plot the validation losses of each trial, pruned or finished, over the rows that it has trained on."""
+    """Plot the losses or metrics of each trial, pruned or finished, over the rows that it has trained on."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.intermediate_values]
     if not trials:
         return None
@@ -113,38 +116,39 @@ def plot_curves(study: Study) -> "Figure | None":
     for trial in trials:
         finished = trial.state == TrialState.COMPLETE
         color = _BEST if best is not None and trial.number == best.number else _FINISHED if finished else _PRUNED
-        steps, losses = zip(*sorted(trial.intermediate_values.items()), strict=True)
-        axes.plot(steps, losses, marker=".", color=color, zorder=2 if finished else 1)
-    axes.set(title="Trials (grey: pruned, red: best)", xlabel="rows trained on", ylabel="validation loss")
+        steps, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
+        axes.plot(steps, values, marker=".", color=color, zorder=2 if finished else 1)
+    axes.set(title="Trials (grey: pruned, red: best)", xlabel="rows trained on", ylabel=criterion_of(study).name)
     return figure
 
 
 def plot_contour(study: Study) -> "Figure | None":
-    """Plot the loss over k and learning rate: a point per finished trial, and contours if there are three or more.
-    Pruned trials are grey crosses, because their losses come from fewer rows."""
-    finished, pruned = (_trials_with_loss(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
+    """Plot the loss or metric over k and learning rate: a point per finished trial, and contours if there are three or
+    more. Pruned trials are grey crosses, because their values come from fewer rows."""
+    finished, pruned = (_trials_with_value(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
     if not finished:
         return None
     figure, axes = _new_figure()
     x, y = _coordinates(finished)
-    losses = np.array([trial.values[0] for trial in finished])
+    values, criterion = np.array([trial.values[0] for trial in finished]), criterion_of(study)
+    colors = "viridis" if criterion.greater_is_better else "viridis_r"  # the best trials are yellow
     if _spans_a_plane(x, y):
-        axes.tricontourf(x, y, losses, levels=12, cmap="viridis_r", alpha=0.6)
+        axes.tricontourf(x, y, values, levels=12, cmap=colors, alpha=0.6)
     if pruned:
         axes.scatter(*_coordinates(pruned), c=_PRUNED, marker="x", label="pruned", clip_on=False)
         figure.legend(loc="outside upper right", ncols=2)
-    drawn = axes.scatter(x, y, c=losses, cmap="viridis_r", edgecolors="black", label="finished", clip_on=False)
-    figure.colorbar(drawn, label="validation loss")
+    drawn = axes.scatter(x, y, c=values, cmap=colors, edgecolors="black", label="finished", clip_on=False)
+    figure.colorbar(drawn, label=criterion.name)
     every_k = sorted({trial.params[STEPS] for trial in finished + pruned})
     axes.set_yticks(np.log2(every_k), [str(k) for k in every_k])
     axes.margins(0.05)
-    axes.set(title="Loss by k and learning rate", xlabel="log10 of the learning rate", ylabel="accumulation steps k")
+    axes.set(title="Trials by k and learning rate", xlabel="log10 of the learning rate", ylabel="accumulation steps k")
     return figure
 
 
 def _coordinates(trials: list[FrozenTrial]) -> tuple[np.ndarray, np.ndarray]:
     """Return the logarithms of the trials' learning rates (base 10) and k (base 2)."""
-    rates = np.array([describe_trial(trial)["learning rate"] for trial in trials], dtype=float)
+    rates = np.array([trial.user_attrs.get(RATE, trial.params.get(RATE)) for trial in trials], dtype=float)
     return np.log10(rates), np.log2(np.array([trial.params[STEPS] for trial in trials], dtype=float))
 
 
@@ -154,7 +158,7 @@ def _spans_a_plane(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def plot_importances(study: Study) -> "Figure | None":
-    """Plot the importance of each parameter for the loss."""
+    """Plot the importance of each parameter for the loss or metric."""
     shares = parameter_importances(study)
     if not shares:
         return None

@@ -3,7 +3,7 @@
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError
 from ...errors import DataError, SettingsError, refuse
 from ...runtime.run_dir import RunDir
 from ...settings import Recipe
+from ...tracking.selection import LOSS, Criterion
 from .definition import Search
 from .retry import GRACE, requeue
 from .samplers import make_sampler
@@ -29,6 +30,7 @@ from .space import STEPS
 
 _SETUP, _BUDGET = "ftaccum", "budget_rows"  # attributes of a study: its settings, the rows of a trial
 _FILE = "study.db"  # in the output folder, if there is no other storage
+_BEFORE_METRICS = {"metric_for_best": LOSS, "greater_is_better": False}  # of studies that do not record them
 _HEARTBEAT = 20  # seconds between heartbeats of a running trial
 _TRIES, _PAUSE = 6, 0.5  # for workers that create the tables or the study at the same time
 _QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
@@ -48,7 +50,7 @@ def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
         folder.mkdir(parents=True, exist_ok=True)
     storage, name = open_storage(settings.storage, folder), _name_of(search)
     setup, dimensions = _setup(search, num_processes), search.space.dimensions()
-    directions = [StudyDirection.MINIMIZE] * (2 if settings.trade_time else 1)
+    directions = _directions_of(search)
     try:
         study = optuna.create_study(storage=storage, study_name=name, directions=directions)
     except DuplicatedStudyError:
@@ -56,6 +58,14 @@ def open_study(search: Search, num_processes: int) -> tuple[Study, BaseStorage]:
         _wait_for_setup(study)
     else:
         study.enqueue_trial({STEPS: 1})
+    if study.directions != directions:  # of a study without settings; otherwise, say which setting differs
+        _check_setup(study, setup)
+        raise SettingsError(
+            [
+                f"The study {study.study_name!r} has the directions {_named(study.directions)}, but this search has "
+                f"{_named(directions)}. Give another `study_name`."
+            ]
+        )
     if _SETUP not in study.user_attrs:  # set last: it marks the study as ready for other workers
         study.set_user_attr(_SETUP, setup)
     _check_setup(study, setup)
@@ -88,6 +98,21 @@ def _name_of(search: Search) -> str:
     return search.settings.study_name or (search.folder.resolve().name if search.folder else "search")
 
 
+def _directions_of(search: Search) -> list[StudyDirection]:
+    direction = StudyDirection.MAXIMIZE if search.criterion.greater_is_better else StudyDirection.MINIMIZE
+    return [direction, StudyDirection.MINIMIZE] if search.settings.trade_time else [direction]
+
+
+def _named(directions: Sequence[StudyDirection]) -> str:
+    return ", ".join(direction.name.lower() for direction in directions)
+
+
+def criterion_of(study: Study) -> Criterion:
+    """Return the criterion by which the trials of a study are compared."""
+    metric = study.user_attrs.get(_SETUP, _BEFORE_METRICS).get("metric_for_best", LOSS)
+    return Criterion(metric, study.directions[0] == StudyDirection.MAXIMIZE)
+
+
 def _setup(search: Search, num_processes: int) -> dict[str, Any]:
     """Return the settings that must be equal for trials to be comparable: the Recipe without the searched arguments,
     and what decides where trials report."""
@@ -95,6 +120,8 @@ def _setup(search: Search, num_processes: int) -> dict[str, Any]:
     recipe = {f.name: search.fixed[f.name] for f in fields(Recipe) if f.name not in search.space.dimensions()}
     return {
         **recipe,
+        "metric_for_best": search.criterion.metric,
+        "greater_is_better": search.criterion.greater_is_better,
         "batch_size": search.fixed["batch_size"],
         "num_processes": num_processes,
         "accumulation_steps": search.space.candidates(),
@@ -115,7 +142,7 @@ def _wait_for_setup(study: Study) -> None:
 
 
 def _check_setup(study: Study, setup: dict[str, Any]) -> None:
-    before = study.user_attrs[_SETUP]
+    before = _BEFORE_METRICS | study.user_attrs.get(_SETUP, {})
     faults = [
         f"The study {study.study_name!r} was created with `{name}` {before[name]!r}, and this search has {value!r}. "
         "Their trials cannot be compared. Give the same value, or another `study_name`."

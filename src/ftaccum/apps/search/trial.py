@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optuna import Study, Trial
-from optuna.exceptions import UpdateFinishedTrialError
 
-from ...errors import DataError, DivergedError, Preempted, SettingsError
+from ...errors import CallbackError, DataError, DivergedError, Preempted, SettingsError
 from ...planning.base_plan import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
@@ -22,14 +20,13 @@ from ...tracking.console import Console
 from ...tracking.ledger import EpochEntry, EvaluationEntry
 from ...tracking.progress import Progress
 from ...tracking.result import Result
+from ...tracking.selection import Criterion
 from ...training.callbacks import Callback
 from ...training.config import RunConfig
 from ...training.run import run_training
 from .processes import OutOfStepError, TrialProcesses
 from .report_steps import milestones
-from .samplers import make_pruner
-from .settings import SearchSettings
-from .study import check_budget
+from .trial_record import TrialRecord
 
 _trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials that are still in memory
 
@@ -50,66 +47,24 @@ class TrialResult:
         kind: "finished", "pruned", "diverged", "reassigned" or "failed".
         reason: why the trial did not finish; empty if it did.
         result: the result of a finished trial.
+        value: the value of a finished trial, by which trials are compared; NaN otherwise.
         error: the error of a failed trial, if the user has to fix it.
     """
 
     kind: str
     reason: str = ""
     result: Result | None = None
+    value: float = math.nan
     error: SettingsError | DataError | None = None
 
 
-class TrialRecord:
-    """The record of a trial on a process without a study. It stores nothing."""
-
-    def start(self, attributes: Mapping[str, Any]) -> None:
-        """Record the attributes that are known before the trial runs."""
-
-    def set_milestones(self, steps: Mapping[int, int]) -> None:
-        """Record the milestones of the trial: steps by number of rows. The last is the budget."""
-
-    def report(self, step: int, rows: int, val_loss: float) -> str:  # noqa: ARG002
-        """Record the validation loss at a milestone.
-
-        Returns:
-            "continue", "prune", or "leave" if other workers assumed that this one was dead, and ended its trial.
-        """
-        return "continue"
-
-    def finish(self, attributes: Mapping[str, Any]) -> None:
-        """Record the attributes of a trial that ran to its end."""
-
-
-class StudyTrialRecord(TrialRecord):
-    """The record of a trial in its study."""
-
-    def __init__(self, study: Study, trial: Trial, settings: SearchSettings) -> None:
-        self._study, self._trial, self._settings = study, trial, settings
-
-    def start(self, attributes: Mapping[str, Any]) -> None:
-        self.finish({**attributes, "rows": 0})
-
-    def set_milestones(self, steps: Mapping[int, int]) -> None:
-        check_budget(self._study, max(steps))
-        self._study.pruner = make_pruner(self._settings.pruner, steps.values())
-
-    def report(self, step: int, rows: int, val_loss: float) -> str:
-        try:
-            self._trial.set_user_attr("rows", rows)
-            if self._settings.trade_time:  # Optuna accepts no reports with two objectives
-                return "continue"
-            self._trial.report(val_loss, step)
-            return "prune" if self._trial.should_prune() else "continue"
-        except UpdateFinishedTrialError:
-            return "leave"
-
-    def finish(self, attributes: Mapping[str, Any]) -> None:
-        for name, value in attributes.items():
-            self._trial.set_user_attr(name, value)
-
-
 class TrialCallback(Callback):
-    """A callback that reports milestones to the trial's record, and can end the run on all processes at once."""
+    """A callback that reports milestones to the trial's record, and can end the run on all processes at once.
+
+    Attributes:
+        value: the value of the last evaluation; NaN before the first.
+        rows: number of rows trained on at the last evaluation.
+    """
 
     logs = False
     saves_model = False
@@ -120,6 +75,7 @@ class TrialCallback(Callback):
         processes: TrialProcesses,
         record: TrialRecord,
         stop_signals: StopSignals,
+        criterion: Criterion,
         *,
         batch_sizes: Sequence[int],
         n_reports: int,
@@ -132,6 +88,7 @@ class TrialCallback(Callback):
             processes: the processes that run the trial.
             record: receives the reports. On the main process it decides whether to continue.
             stop_signals: signals that stop the whole search.
+            criterion: decides which value of an evaluation is reported.
             batch_sizes: effective batch sizes of all candidates, which decide the milestones.
             n_reports: number of evaluations in the trial.
             title: title of the progress bar.
@@ -139,8 +96,10 @@ class TrialCallback(Callback):
         """
         self._processes, self._record, self._stop_signals = processes, record, stop_signals
         self._batch_sizes, self._n_reports, self._title = batch_sizes, n_reports, title
-        self._is_first = is_first
+        self._criterion, self._is_first = criterion, is_first
         self._steps: dict[int, int] = {}
+        self._reached = 0  # the last milestone
+        self.value, self.rows = math.nan, 0
 
     def console(self, is_main: bool, progress: bool) -> Console:
         return _TrialConsole(is_main, progress, title=self._title, is_first=self._is_first)
@@ -157,17 +116,34 @@ class TrialCallback(Callback):
     def stop_signals(self, *, saves: bool) -> StopSignals:  # noqa: ARG002
         return self._stop_signals
 
+    @property
+    def budget(self) -> int:
+        """Number of rows of the whole trial."""
+        return max(self._steps, default=0)
+
     def on_evaluation(self, entry: EvaluationEntry) -> None:
         """Report an evaluation as the last milestone that its update has reached."""
-        milestone, budget = max(rows for rows in self._steps if rows <= entry.rows), max(self._steps)
-        step, val_loss = self._steps[milestone], entry.val_loss
-        order = self._processes.orders.run_on_main(lambda: self._record.report(step, entry.rows, val_loss))
+        self.value, self.rows = self._criterion.value(entry), entry.rows
+        milestone = max((rows for rows in self._steps if rows <= entry.rows), default=0)
+        if milestone > self._reached:  # otherwise, a callback of the user has requested the evaluation
+            self._report(milestone, entry)
+        if fault := self._describe_fault(entry):
+            raise DivergedError(f"at {entry.rows} of {self.budget} rows, with {fault}")
+
+    def _report(self, milestone: int, entry: EvaluationEntry) -> None:
+        self._reached, step = milestone, self._steps[milestone]
+        value = math.nan if self._describe_fault(entry) else self.value
+        order = self._processes.orders.run_on_main(lambda: self._record.report(step, entry.rows, value))
         if order == "leave":
             raise ReassignedError
-        if not math.isfinite(val_loss):
-            raise DivergedError(f"at {entry.rows} of {budget} rows, with a validation loss of {val_loss}")
-        if order == "prune" and milestone < budget:  # pruning at the end would save nothing
-            raise PrunedError(f"at {entry.rows} of {budget} rows")
+        if order == "prune" and milestone < self.budget and not math.isnan(value):  # at the end, it would save nothing
+            raise PrunedError(f"at {entry.rows} of {self.budget} rows")
+
+    def _describe_fault(self, entry: EvaluationEntry) -> str:
+        """Return which value of an evaluation is not finite; empty if all are."""
+        if not math.isfinite(entry.val_loss):
+            return f"a validation loss of {entry.val_loss}"
+        return "" if math.isfinite(self.value) else f"a value of {self.value} for {self._criterion.name}"
 
 
 @dataclass
@@ -213,7 +189,10 @@ def run_trial(model_factory: Callable[[], Any], arguments: Mapping[str, Any], ca
     """
     earlier = _trained.copy()
     try:
-        return TrialResult("finished", result=train_new_model(model_factory, arguments, callback))
+        result = train_new_model(model_factory, arguments, callback)
+        if callback.rows < callback.budget:
+            return TrialResult("pruned", f"by a callback, at {callback.rows} of {callback.budget} rows")
+        return TrialResult("finished", result=result, value=callback.value)
     except PrunedError as end:
         return TrialResult("pruned", str(end))
     except DivergedError as end:
@@ -230,7 +209,8 @@ def run_trial(model_factory: Callable[[], Any], arguments: Mapping[str, Any], ca
     except torch.OutOfMemoryError as error:
         return TrialResult("failed", f"ran out of memory: {error}")
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        cause = error.__cause__ if isinstance(error, CallbackError) else None
+        where = traceback.extract_tb((cause or error).__traceback__)[-1]
         _write_traceback(error, arguments["output_dir"])
         return TrialResult(
             "failed", f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"

@@ -16,12 +16,14 @@ from ...errors import refuse
 from ...fine_tuning import test_fine_tuning
 from ...porting.keywords import argument_names, unknown_arguments
 from ...runtime.accelerator import is_first_process, requested_processes
+from ...tracking.selection import fault_of_criterion
 from ...training.config import faults_of_config
 from ...training.preflight import faults_before_loading
 from .definition import Search
 from .settings import SearchSettings
 from .space import STEPS, Others, make_space
 from .study import check_study
+from .trial_callbacks import fault_of_copies
 
 _RUN = inspect.signature(test_fine_tuning).parameters
 _OWN = ("accumulation_steps", "learning_rate", "space", "output_dir", "progress")
@@ -87,6 +89,7 @@ def define_search(
         arguments = {**arguments, "learning_rate": learning_rate}
     fixed = _fixed_arguments(arguments, settings.seed)
     _check(settings, model_factory, fixed, output_dir, looks_at_files=looks_at_files)
+    refuse(_faults_of_shared(fixed, space))
     varied = make_space(settings, accumulation_steps, learning_rate, space, fixed)
     folder = None if output_dir is None else Path(output_dir)
     return Search(model_factory, fixed, varied, settings, folder, progress)
@@ -123,6 +126,13 @@ def _check(
     faults += faults_of_config(fixed["config"]) + _faults_of_runs(model_factory, fixed)
     faults += _faults_of_search(settings, output_dir)
     refuse(faults)
+
+
+def _faults_of_shared(fixed: Mapping[str, Any], space: Others | None) -> list[str]:
+    """Return a sentence for each fault of the callbacks and of the objective, which all trials share."""
+    has_metrics = fixed["compute_metrics"] is not None or callable(space)  # a function of the trial may return one
+    objective = fault_of_criterion(fixed["metric_for_best"], fixed["greater_is_better"], has_metrics)
+    return [fault for fault in (objective, fault_of_copies(fixed["callbacks"])) if fault]
 
 
 def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:

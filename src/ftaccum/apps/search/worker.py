@@ -33,7 +33,9 @@ from .retry import (
 )
 from .space import RATE, STEPS
 from .study import has_heartbeat
-from .trial import StudyTrialRecord, TrialCallback, TrialRecord, TrialResult, run_trial
+from .trial import TrialCallback, TrialResult, run_trial
+from .trial_callbacks import copy_callbacks
+from .trial_record import StudyTrialRecord, TrialRecord
 
 ON_INTERRUPT = (
     "Interrupted: the running trial stops after its next update, and will run again when the search is resumed. "
@@ -78,7 +80,8 @@ class TrialExecutor:
     def arguments_of(self, trial: BaseTrial) -> dict[str, Any]:
         """Return all arguments of a trial except the model."""
         search = self.search
-        return search.space.suggest(trial, search.fixed, search.batch_size(self.processes.size))
+        fixed = {**search.fixed, "callbacks": copy_callbacks(search.fixed["callbacks"])}
+        return search.space.suggest(trial, fixed, search.batch_size(self.processes.size))
 
     def folder_of(self, order: TrialOrder) -> Path | None:
         """Return the output folder of a trial. A trial that resumes an interrupted one uses that one's folder."""
@@ -100,6 +103,7 @@ class TrialExecutor:
             self.processes,
             record,
             self.stop_signals,
+            search.criterion,
             batch_sizes=[k * batch_size for k in search.space.candidates()],
             n_reports=1 if settings.trade_time else settings.n_reports,  # without pruning, only the last report counts
             title=f"trial {order.number}: k = {arguments[STEPS]}, lr {arguments[RATE]:.2g}",
@@ -113,7 +117,8 @@ class TrialExecutor:
         if outcome.result is not None:
             beta2 = {"beta2": arguments["optimizer"].beta2} if settings.couple_beta2 else {}
             training_time, metrics = outcome.result.training_time, outcome.result.metrics[-1]
-            record.finish({"training_time": training_time, "metrics": metrics, **beta2})
+            val_loss = outcome.result.final_loss
+            record.finish({"training_time": training_time, "val_loss": val_loss, "metrics": metrics, **beta2})
         return outcome
 
 
@@ -207,10 +212,10 @@ class Worker:
     def _value_of(self, trial: Trial, outcome: TrialResult) -> float | tuple[float, float]:
         """Return the value of a trial for Optuna, or raise the error that Optuna expects if it did not finish."""
         if outcome.result is not None:
-            loss, seconds = outcome.result.final_loss, outcome.result.training_time
-            if math.isfinite(loss):
-                return (loss, seconds) if self._settings.trade_time else loss
-            outcome = TrialResult("diverged", f"with a final loss of {loss}")
+            value, seconds = outcome.value, outcome.result.training_time
+            if math.isfinite(value):
+                return (value, seconds) if self._settings.trade_time else value
+            outcome = TrialResult("diverged", f"with a final value of {value}")
         if outcome.kind == "reassigned":
             self._is_reassigned = True
         elif outcome.error is not None and self._concerns_all(outcome.error):
