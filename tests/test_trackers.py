@@ -254,9 +254,9 @@ def test_trackers_are_finished_where_the_run_fails() -> None:
     with pytest.raises(IndexError):  # there are metrics before the first update, and none after the epoch
         test_fine_tuning(
             CLASSIFIER.model(), train_data=rows, val_data=rows, compute_metrics=lambda _: metrics.pop(),
-            log_with=tracker, progress=False,
+            log_with=tracker, log_every=1, progress=False,
         )  # fmt: skip
-    assert tracker.done == ["start", "config", *3 * ["log"], "finish"]  # an audit and both updates
+    assert tracker.done == ["start", "config", *4 * ["log"], "finish"]  # an evaluation, an audit and two updates
 
 
 @pytest.mark.parametrize(

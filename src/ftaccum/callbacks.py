@@ -16,10 +16,10 @@ from typing import Any
 import optuna
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import SettingsError
+from .runtime.progress_bar import tqdm
 from .runtime.state_guards import preserve_rng, seed_all, training_mode
 
 
@@ -166,7 +166,9 @@ class GenerateSamples(TrainerCallback):
 class OptunaPruning(TrainerCallback):
     """Reports each evaluation to an Optuna trial, and ends the run with `optuna.TrialPruned` if the trial is pruned.
 
-    For an objective of your own. `ftaccum.search` does this by itself.
+    For an objective of your own; `ftaccum.search` does this by itself. A report's step is the number of evaluations so
+    far. So trials with different `gradient_accumulation_steps` are compared after about the same numbers of rows if
+    `evaluate_every` is a share of an epoch.
     """
 
     ends_run_with = (optuna.TrialPruned,)
@@ -195,7 +197,8 @@ class OptunaPruning(TrainerCallback):
             raise SettingsError([f"`metric` is {self._metric!r}, but the evaluation has only: {known}."])
         if not state.is_world_process_zero:
             return
-        self._trial.report(metrics[name], state.global_step)
+        n_evaluations = sum("eval_loss" in entry for entry in state.log_history)
+        self._trial.report(metrics[name], n_evaluations)
         if self._trial.should_prune() or math.isnan(metrics[name]):
             raise optuna.TrialPruned(
                 f"Pruned after update {state.global_step}, with {self._metric} {metrics[name]:.4f}."
