@@ -28,8 +28,6 @@ ROWS = [row for table in TABLES.values() for row in table]
 FOREIGN = {name for row in ROWS for name in row.names.split()}
 ARGUMENTS = set(inspect.signature(ftaccum.test_fine_tuning).parameters)
 TRAIN_OPTIONS = {f.name for kind in OPTIONS["train"] for f in fields(kind)}
-# Targets that are not arguments yet. Remove each name here once it is one.
-PENDING = {"eval_batch_size", "preprocess_logits_for_metrics"}
 
 
 def refusal(call: Callable[[], Any]) -> list[str]:
@@ -41,11 +39,11 @@ def refusal(call: Callable[[], Any]) -> list[str]:
 
 def test_every_answer_names_arguments_that_exist() -> None:
     targets = {target for row in ROWS for target in row.targets}
-    assert targets - ARGUMENTS - TRAIN_OPTIONS - PENDING == set()
+    assert targets - ARGUMENTS - TRAIN_OPTIONS == set()
 
 
 def test_no_foreign_name_is_an_argument() -> None:
-    assert [name for name in FOREIGN if name in ARGUMENTS | PENDING] == []
+    assert [name for name in FOREIGN if name in ARGUMENTS] == []
 
 
 def test_every_row_answers_something() -> None:
@@ -64,7 +62,7 @@ def test_a_name_of_several_libraries_has_one_answer() -> None:
 def test_every_setting_of_trainer_has_an_answer() -> None:
     settings = {f.name for f in fields(TrainingArguments) if not f.name.startswith("_")}
     parameters = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    assert (settings | parameters) - FOREIGN - ARGUMENTS - PENDING == set()
+    assert (settings | parameters) - FOREIGN - ARGUMENTS == set()
 
 
 def test_the_page_has_the_table() -> None:
