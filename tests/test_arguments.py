@@ -120,7 +120,7 @@ def test_every_setting_is_an_option_of_train() -> None:
                for flag in action.option_strings}  # fmt: skip
     for name, (_, declared) in SETTINGS.items():
         title, action = options[f"--{name}"]
-        shown = (title, action.default, action.help)
+        shown = (title, action.default, action.help.replace("%%", "%"))
         assert shown == (traits_of(declared).group, declared.default, declared.metadata["help"])
 
 
