@@ -217,3 +217,18 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
 def test_settings_of_evaluations_are_checked_before_training(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         fine_tuned(**arguments)
+
+
+def test_a_metric_that_is_unknown_costs_nothing_of_an_earlier_run(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path), n_epochs=1, compute_metrics=score)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for more in ({}, {"resume": "auto", "allow_changed": ["metric_for_best", "greater_is_better", "n_epochs"]}):
+        with pytest.raises(SettingsError, match="Choose one of: val_loss, accuracy, spread"):
+            fine_tuned(
+                output_dir=str(tmp_path), compute_metrics=score, metric_for_best="nope", greater_is_better=True, **more
+            )
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_smallest_share_of_an_epoch_evaluates_after_each_update() -> None:
+    assert fine_tuned(evaluate_every=1e-12, max_updates=3).result.evaluation_updates == [1, 2, 3]

@@ -332,7 +332,8 @@ def test_a_line_every_30_seconds_replaces_the_bar(
         progress.advance()
         progress.show(WindowEntry(n, 0, 8, 0.5, {}, 1.25, 2e-5, False, passes=1))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"update {n}/9: loss 0.5000, norm 1.250, learning rate 2e-05" for n in (4, 8)]
+    numbers = "loss 0.5000, norm 1.250, learning rate 2e-05"
+    assert lines == [f"update {n}/9; update {n - 1} had {numbers}" for n in (4, 8)]
     silent = Progress(9, bar=False, lines=False)
     silent.show(WindowEntry(0, 0, 8, 0.5, {}, 1.25, 2e-5, False, passes=1))
     assert capsys.readouterr().out == ""

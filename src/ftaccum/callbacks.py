@@ -26,8 +26,9 @@ from .runtime.state_guards import preserve_rng, seed_all, training_mode
 class ExponentialMovingAverage(TrainerCallback):
     """Keeps an exponential moving average of the trainable weights: average ← d · average + (1 − d) · weights.
 
-    The average starts as the initial weights and is updated after each optimizer step, on the model's device. Each
-    evaluation uses it, and so do the best weights. At the end of training, the model has the average, too.
+    The average starts as the initial weights and is updated after each optimizer step, on the model's device and in at
+    least float32. Each evaluation uses it, and so do the best weights. At the end of training, the model has the
+    average, too.
     """
 
     def __init__(self, decay: float = 0.999, *, evaluates: bool = True, saves: bool = True) -> None:
@@ -47,13 +48,19 @@ class ExponentialMovingAverage(TrainerCallback):
         self._average: dict[str, Tensor] = {}
         self._restored: Mapping[str, Tensor] = {}
 
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        """Forget an earlier run of the same callback."""
+        self._average, self._restored = {}, {}
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        self._average = {name: p.detach().clone() for name, p in _trainable(model)}
-        for name, tensor in self._restored.items():
-            if name in self._average and self._average[name].shape == tensor.shape:  # not if the model has changed
-                self._average[name].copy_(tensor)
+        for name, p in _trainable(model):
+            wide = torch.promote_types(p.dtype, torch.float32)  # small changes would be lost in 16 bits
+            self._average[name] = p.detach().to(wide, copy=True)
+            saved = self._restored.get(name)
+            if saved is not None and saved.shape == p.shape:  # not if the model has changed
+                self._average[name].copy_(saved)
         self._restored = {}
 
     @torch.no_grad()
@@ -61,7 +68,7 @@ class ExponentialMovingAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         for name, p in _trainable(model):
-            self._average[name].lerp_(p, 1 - self.decay)
+            self._average[name].lerp_(p.to(self._average[name].dtype), 1 - self.decay)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
@@ -69,7 +76,7 @@ class ExponentialMovingAverage(TrainerCallback):
         """Give the model the average, unless it ends with the weights of the best evaluation."""
         restored_best = args.load_best_model_at_end and state.best_global_step is not None
         if self.saves and not restored_best:
-            self._swap(model)
+            _load(model, self._average)
         self._average = {}
 
     @contextmanager
@@ -78,11 +85,12 @@ class ExponentialMovingAverage(TrainerCallback):
         if not (self.evaluates and self._average):
             yield
             return
-        self._swap(model)
+        trained = {name: p.detach().clone() for name, p in _trainable(model)}
+        _load(model, self._average)
         try:
             yield
         finally:
-            self._swap(model)
+            _load(model, trained)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average}
@@ -90,16 +98,9 @@ class ExponentialMovingAverage(TrainerCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._restored = state["average"]
 
-    @torch.no_grad()
-    def _swap(self, model: nn.Module) -> None:
-        for name, p in _trainable(model):
-            weights = p.clone()
-            p.copy_(self._average[name])
-            self._average[name].copy_(weights)
-
 
 class GenerateSamples(TrainerCallback):
-    """Prints what the model generates for some prompts, after each evaluation and at the end of training.
+    """Prints what the model generates for some prompts, after each evaluation and with the weights that it used.
 
     The samples do not change the run: random numbers are drawn from generators of their own. Only the main process
     generates.
@@ -199,7 +200,8 @@ class OptunaPruning(TrainerCallback):
             return
         n_evaluations = sum("eval_loss" in entry for entry in state.log_history)
         self._trial.report(metrics[name], n_evaluations)
-        if self._trial.should_prune() or math.isnan(metrics[name]):
+        is_trained = state.global_step >= state.max_steps  # pruning would save nothing
+        if math.isnan(metrics[name]) or (self._trial.should_prune() and not is_trained):
             raise optuna.TrialPruned(
                 f"Pruned after update {state.global_step}, with {self._metric} {metrics[name]:.4f}."
             )
@@ -207,6 +209,12 @@ class OptunaPruning(TrainerCallback):
 
 def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for name, p in _trainable(model):
+        p.copy_(weights[name])
 
 
 def _read_prompts(prompts: Sequence[str] | str | Path) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 LARGEST = 2**63 - 1  # the largest integer of NumPy and torch
 
@@ -57,7 +58,12 @@ class CallbackError(RuntimeError):
     """A callback raised an error. All processes raise this one, once the current update is complete.
 
     On the process of the callback, `__cause__` is the original error.
+
+    Attributes:
+        result: the `Result`, if all updates were complete.
     """
+
+    result: Any = None
 
 
 class LostProcessError(RuntimeError):

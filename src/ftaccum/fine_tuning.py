@@ -12,6 +12,7 @@ from .fields import DefaultFloat, Pairs
 from .objective.forward import LossFn
 from .objective.item_counts import CountItems
 from .porting.keywords import explain_keywords
+from .runtime.host import is_interactive
 from .tracking.result import Result
 from .training.config import RunConfig
 from .training.metrics import ComputeMetrics, PreprocessLogits
@@ -236,8 +237,10 @@ def test_fine_tuning(
         SettingsError: if arguments are invalid. One message lists them all, before anything is loaded.
         CheckpointError: if there is no checkpoint to resume from, or only one of a run with different settings; or if
             `resume` is "auto" and the run in `output_dir` has finished and kept no checkpoint.
+        KeyboardInterrupt: after Ctrl-C, once the current update is finished and saved. In a notebook or at a prompt,
+            the call returns the result so far instead, and its `interrupted` is True.
         Preempted: after SIGTERM or SIGUSR1, once the current update is finished and saved. A `SystemExit` with status
-            75. (SIGINT raises KeyboardInterrupt instead.)
+            75.
         InexactLossError: if `on_inexact` is "error" and accumulating the loss is not exact. If an audit finds this
             during training, the checkpoint and the model are saved first, and the message names them.
         DataError: if the data cannot be used for training; names the row, if possible.
@@ -262,7 +265,7 @@ def test_fine_tuning(
         >>> result = test_fine_tuning(model, train_data=rows, batch_size=4, gradient_accumulation_steps=64)
         >>> result["final_loss"], result.grad_norm_history[:3]
     """
-    return run_training(RunConfig.from_arguments(locals()))
+    return run_training(RunConfig.from_arguments(locals()), returns_interrupted=is_interactive())
 
 
 # Otherwise pytest would collect this function from test modules that import it.

@@ -120,7 +120,7 @@ def _train(words: Sequence[str]) -> int:
 
     from ..metrics import ClassificationMetrics
     from ..runtime.accelerator import is_first_process
-    from ..training.config import RunConfig
+    from ..training.config import RunConfig, faults_of_evaluation
     from ..training.preflight import faults_before_loading
     from ..training.run import run_training
     from .load import load, loading
@@ -128,7 +128,10 @@ def _train(words: Sequence[str]) -> int:
 
     settings = vars(recipe) | vars(runtime)
     given = settings if runtime.output_dir is not None else settings | {"output_dir": OUTPUTS}
-    refuse(faults_before_loading(given, looks_at_files=is_first_process()))
+    measures = _measures(named, recipe.validation_split)
+    faults = faults_before_loading(given, looks_at_files=is_first_process())
+    has_val_data = named.val_data is not None
+    refuse(faults or faults_of_evaluation(recipe, has_metrics=measures, has_val_data=has_val_data))
     recipe, parsed = parse_settings(given)
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, recipe.random_seed, recipe.text_columns)
@@ -137,7 +140,7 @@ def _train(words: Sequence[str]) -> int:
         "train_data": loaded.train,
         "val_data": loaded.val,
         "tokenizer": loaded.tokenizer,
-        "compute_metrics": ClassificationMetrics() if _measures(named, recipe.validation_split) else None,
+        "compute_metrics": ClassificationMetrics() if measures else None,
         **settings,
     }
     with output_folder(named, recipe, replace(parsed, output_dir=runtime.output_dir), words) as (folder, command):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.compatibility import recipe_identity, size_identity
 from ..errors import SettingsError
-from ..planning.batch_size import BatchSizes, batch_sizes_of
+from ..planning.batch_size import batch_sizes_of
 from ..runtime.accelerator import launched_processes
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
@@ -124,10 +124,4 @@ def _is_same(record: RunRecord, named: TrainArguments, recipe: Recipe, runtime: 
     if recipe.tokens_per_update or record.tokens_per_update:
         return recipe.tokens_per_update == record.tokens_per_update
     batch_size = runtime.batch_size if isinstance(runtime.batch_size, int) else 1  # "auto" does not set the update
-    return size_identity(batch_sizes_of(recipe, batch_size, num_processes)) == size_identity(_batch_sizes(record))
-
-
-def _batch_sizes(record: RunRecord) -> BatchSizes:
-    later = tuple((update, k) for update, k in (record.accumulation_schedule or [])[1:])
-    steps, effective = record.gradient_accumulation_steps, record.effective_batch_size
-    return BatchSizes(record.batch_size, steps, record.num_processes, effective, later)
+    return size_identity(batch_sizes_of(recipe, batch_size, num_processes)) == size_identity(record.batch_sizes())

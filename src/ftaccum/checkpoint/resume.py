@@ -105,7 +105,10 @@ class ResumePoint:
                 ]
             )
         plan, epoch = plan.resume_after(checkpoint.progress)
-        return plan, replace(self, checkpoint=_reopened(checkpoint, epoch, is_due), changed=self.changed | differ)
+        changed = self.changed | differ
+        # Without a change, the run has ended, or had ended an epoch with its last update.
+        drops = bool(changed) and not is_due(len(checkpoint.windows), _previous_evaluation(checkpoint))
+        return plan, replace(self, checkpoint=_reopened(checkpoint, epoch, drops), changed=changed)
 
     def restore(self, state: TrainState, criterion: Criterion) -> None:
         """Restore the checkpoint, if any, into a run that is ready for its first window.
@@ -182,14 +185,23 @@ def _check_ended(checkpoint: Checkpoint, allowed: Sequence[str]) -> None:
         )
 
 
-def _reopened(checkpoint: Checkpoint, epoch: int, is_due: Callable[[int, int], bool]) -> Checkpoint:
+def _previous_evaluation(checkpoint: Checkpoint) -> int:
+    """Return the number of updates at the last evaluation before that of the last update."""
+    updates = [entry.evaluation for entry in checkpoint.evaluations]
+    return max((n for n in updates if n < len(checkpoint.windows)), default=0)
+
+
+def _reopened(checkpoint: Checkpoint, epoch: int, drops_evaluation: bool) -> Checkpoint:
     """Return a checkpoint without the end of an epoch that now continues, for example because `max_updates` cut the
-    epoch off and has been raised. This drops the evaluation at the end of the earlier run, unless it was due anyway."""
+    epoch off and has been raised.
+
+    Args:
+        drops_evaluation: whether to drop the evaluation after the last update, too: a longer run would not have it.
+    """
     if len(checkpoint.epochs) <= epoch:
         return checkpoint
-    done, evaluations = len(checkpoint.windows), checkpoint.evaluations
-    previous, last = ([0, 0] + [entry.evaluation for entry in evaluations])[-2:]
-    drops = last == done and not is_due(done, previous)
+    last = len(checkpoint.windows)
+    drops = drops_evaluation and any(entry.evaluation == last for entry in checkpoint.evaluations)
 
     def stays(entry: Entry) -> bool:
         if isinstance(entry, EvaluationEntry):

@@ -30,6 +30,7 @@ class Progress:
         self._n_updates, self._n_done = n_updates, 0
         self._bar = tqdm(total=n_updates, desc=title, disable=not draws, leave=False, position=position)
         self._prints, self._printed_at = lines and not draws, time.monotonic()
+        self._shown = ""
 
     def __enter__(self) -> "Progress":
         return self
@@ -43,11 +44,12 @@ class Progress:
         """Count updates that are done."""
         self._n_done += n_updates
         self._bar.update(n_updates)
+        if self._prints and time.monotonic() - self._printed_at >= _EVERY:
+            self._printed_at = time.monotonic()
+            tqdm.write(f"update {self._n_done}/{self._n_updates}{self._shown}", file=sys.stdout)
 
     def show(self, entry: WindowEntry) -> None:
         """Show the loss and the norm of an update."""
         self._bar.set_postfix(loss=f"{entry.loss:.4f}", norm=f"{entry.grad_norm:.3f}", refresh=False)
-        if self._prints and time.monotonic() - self._printed_at >= _EVERY:
-            self._printed_at = time.monotonic()
-            numbers = f"loss {entry.loss:.4f}, norm {entry.grad_norm:.3f}, learning rate {entry.learning_rate:.3g}"
-            tqdm.write(f"update {self._n_done}/{self._n_updates}: {numbers}", file=sys.stdout)
+        numbers = f"loss {entry.loss:.4f}, norm {entry.grad_norm:.3f}, learning rate {entry.learning_rate:.3g}"
+        self._shown = f"; update {entry.window + 1} had {numbers}"

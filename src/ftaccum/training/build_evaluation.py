@@ -103,7 +103,9 @@ class EvaluatedSetup(TrainingSetup):
         )
 
     def _on_evaluation(self, entry: EvaluationEntry) -> None:
-        self.callback_handler.evaluated(entry, self.criterion)
+        best = self.criterion.best(self.metrics_logger.ledger.evaluations)
+        with self.evaluation_weights():
+            self.callback_handler.evaluated(entry, best, self.criterion)
         self.callback.on_evaluation(entry)
 
     @cached_property
@@ -135,7 +137,7 @@ class EvaluatedSetup(TrainingSetup):
                 callback.saves_model,
                 max(1, runtime.keep_checkpoints),
                 self.criterion,
-                callback.endings,
+                (*callback.endings, *self.callback_handler.endings),
             ),
             self.process_group,
             stop_signals,

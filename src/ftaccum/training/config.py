@@ -137,27 +137,34 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             f"`reduction` must be 'mean' or 'sum', but is {shown(components.reduction)} instead. "
             "Choose 'mean' if `loss_fn` returns the mean over its items, 'sum' if it returns their sum."
         )
-    has_metrics = components.compute_metrics is not None
     more = (
         *faults_of_metrics(components.compute_metrics, components.preprocess_logits_for_metrics),
         fault_of_schedule(recipe.lr_scheduler),
         fault_of_callbacks(components.callbacks),
-        fault_of_criterion(recipe.metric_for_best, recipe.greater_is_better, has_metrics),
     )
     faults += [fault for fault in more if fault]
-    if components.val_data is None and not recipe.validation_split:
-        needs = {
-            "early_stopping_patience": recipe.early_stopping_patience is not None,
-            "restore_best_weights": recipe.restore_best_weights,
-            "evaluate_every": recipe.evaluate_every is not None,
-            "compute_metrics": has_metrics,
-        }
-        faults += [
-            f"`{name}` needs validation rows, but `val_data` is None and `validation_split` is 0. Give one of them."
-            for name, needed in needs.items()
-            if needed
-        ]
+    has_metrics, has_val_data = components.compute_metrics is not None, components.val_data is not None
+    faults += faults_of_evaluation(recipe, has_metrics=has_metrics, has_val_data=has_val_data)
     refuse(faults)
+
+
+def faults_of_evaluation(recipe: Recipe, *, has_metrics: bool, has_val_data: bool) -> list[str]:
+    """Return a sentence for each setting that needs metrics or validation rows that there are not."""
+    fault = fault_of_criterion(recipe.metric_for_best, recipe.greater_is_better, has_metrics)
+    faults = [fault] if fault else []
+    if has_val_data or recipe.validation_split:
+        return faults
+    needs = {
+        "early_stopping_patience": recipe.early_stopping_patience is not None,
+        "restore_best_weights": recipe.restore_best_weights,
+        "evaluate_every": recipe.evaluate_every is not None,
+        "compute_metrics": has_metrics,
+    }
+    return faults + [
+        f"`{name}` needs validation rows, but `val_data` is None and `validation_split` is 0. Give one of them."
+        for name, needed in needs.items()
+        if needed
+    ]
 
 
 def faults_of_config(config: Any) -> list[str]:
@@ -168,7 +175,7 @@ def faults_of_config(config: Any) -> list[str]:
             "settings as an argument, such as `batch_size` for `per_device_train_batch_size`."
         ]
     # A configuration of Transformers has `__iter__`, too.
-    are_rows = any(hasattr(type(config), name) for name in ("__getitem__", "__len__", "__next__"))
+    are_rows = is_stream(config) or any(hasattr(type(config), n) for n in ("__getitem__", "__len__", "__next__"))
     if not are_rows or isinstance(config, str) or hasattr(config, "vocab_size"):
         return []
     return [

@@ -44,6 +44,7 @@ class Evaluator:
         self._metrics_logger, self._best, self._console = metrics_logger, best, console
         self._on_evaluation = on_evaluation
         self.improved = False
+        self._is_requested = False  # after an update that ends its epoch
 
     def before_training(self) -> None:
         """Evaluate a new run before its first update, which also lets a faulty metric fail now."""
@@ -56,6 +57,7 @@ class Evaluator:
         If the update ends its epoch, leave this to `after_epoch`.
         """
         self.improved = False
+        self._is_requested = requested
         if not (requested or self._is_due()) or self._plan.ends_epoch(self._n_updates):
             return False
         with self._metrics_logger.throughput.timed(-1):
@@ -68,8 +70,9 @@ class Evaluator:
         Args:
             always: whether to evaluate even if the schedule does not say so.
         """
-        if always or requested or self._is_due():
+        if always or requested or self._is_requested or self._is_due():
             self._evaluate_again()
+        self._is_requested = False
 
     @property
     def _n_updates(self) -> int:

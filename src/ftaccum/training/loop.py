@@ -119,8 +119,8 @@ class TrainingLoop:
                 hooks.before_step()
                 with scale_learning_rates(self._schedule.optimizer, factor):
                     self._step(window, accumulated, hooks.split)
-                self._schedule.step()
                 hooks.after_step()
+                self._schedule.step()
             except NonFiniteStepError as error:
                 gradient, skipped = error.gradient, True
         if skipped:

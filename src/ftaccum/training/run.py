@@ -8,8 +8,7 @@ from accelerate import Accelerator
 
 from ..checkpoint.manager import Interrupted
 from ..data.prefetch import LocalWindow
-from ..errors import CallbackError, DataError, DivergedError, InexactLossError, MetricsError
-from ..runtime.host import is_interactive
+from ..errors import CallbackError, DataError, DivergedError, InexactLossError, MetricsError, SettingsError
 from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
 from ..tracking.console import describe_outputs
@@ -39,15 +38,16 @@ _NOT_REPEATABLE = (
 )
 
 
-def run_training(config: RunConfig, callback: Callback | None = None) -> Result:
+def run_training(config: RunConfig, callback: Callback | None = None, *, returns_interrupted: bool = False) -> Result:
     """Train a model, or continue an interrupted run. See `test_fine_tuning` for the arguments and errors.
 
     Args:
         config: the configuration of the run.
         callback: follows the run and may end it.
+        returns_interrupted: whether to return the result so far after Ctrl-C, instead of raising KeyboardInterrupt.
     """
     with TrainingRun(config, callback or Callback()) as run:
-        return run.train()
+        return run.train(returns_interrupted=returns_interrupted)
 
 
 class TrainingRun(EvaluatedSetup):
@@ -56,8 +56,12 @@ class TrainingRun(EvaluatedSetup):
     _is_training = False
     _record: RunRecord | None = None  # what is in `run.json`; only on the main process
 
-    def train(self) -> Result:
-        """Train to the end of the run and write its outputs."""
+    def train(self, *, returns_interrupted: bool) -> Result:
+        """Train to the end of the run and write its outputs.
+
+        Args:
+            returns_interrupted: whether to return the result so far after Ctrl-C.
+        """
         self._announce()
         self._restore()
         self._is_training = True
@@ -66,25 +70,30 @@ class TrainingRun(EvaluatedSetup):
         except InexactLossError as error:
             raise InexactLossError([*error.faults, *self._keep_inexact()]) from error
         except Interrupted:
-            if not (is_interactive() and self.metrics_logger.n_windows):
+            if not (returns_interrupted and self.metrics_logger.n_windows):
                 raise
             return self._interrupted_result()
         self._is_training = False
         self.metrics_logger.log()
         self.weights_in_training.close()
         self.best.restore()
-        self.callback_handler.send("on_train_end")
+        self.callback_handler.send("on_train_end", to_all=True)
         result = self._result()
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saved = self.model if self.callback.saves_model else None
         ledger, tokenizer = self.metrics_logger.ledger, self.config.components.tokenizer
         result = write_outputs(result, ledger, saved, tokenizer, self.run_dir, self.process_group)
+        result = result.with_model(self.model, tokenizer)
+        try:
+            self.callback_handler.settle()
+        except CallbackError as error:
+            error.result = result
+            raise
         if not result.unwritten:
             self._finish()
         self.accelerator.wait_for_everyone()
         self.console.result(result)
-        self.callback_handler.settle()
-        return result.with_model(self.model, tokenizer)
+        return result
 
     def _interrupted_result(self) -> Result:
         """Return the result so far of a run that a user at a prompt has stopped, whose next input can use the model."""
@@ -140,17 +149,20 @@ class TrainingRun(EvaluatedSetup):
         _ = self.evaluation  # refuses metrics that would take too much memory, also in a resumed run
         resume_point, ledger = self.resumed[1], self.metrics_logger.ledger
         self.callback_handler.send("on_init_end")
-        resume_point.restore(self.state, self.criterion)  # before any file changes, since it may fail
-        if self.process_group.is_main:
-            self._open_files(ledger)
+        resume_point.restore(self.state, self.criterion)
         _ = self.checkpoint_manager  # from here on, signals wait for the end of an update
         if resume_point.path is None:
             self.evaluator.before_training()
+        elif ledger.evaluations:
+            self.criterion.check(ledger.evaluations[-1])
         for entry in ledger.evaluations:
             if entry.evaluation:
                 self.callback.on_evaluation(entry)
-        self.callback_handler.send("on_train_begin")
-        self.callback_handler.settle()
+        n_updates = self.metrics_logger.n_windows
+        best = self.criterion.best(ledger.evaluations)
+        self.callback_handler.begin(n_updates, self.plan.epochs_after(n_updates), best, self.criterion)
+        if self.process_group.is_main:  # after everything that may fail
+            self._open_files(ledger)
         resume_point.restore_generators(self.state, self.config.recipe.random_seed)
 
     def _open_files(self, ledger: Ledger) -> None:
@@ -189,10 +201,11 @@ class TrainingRun(EvaluatedSetup):
         with self.checkpoint_manager.saved_on(self._agreed_errors, lambda: not self.loop.in_update):
             if not self.metrics_logger.is_in_epoch:
                 self.callback_handler.send("on_epoch_begin")
-            if not self._stops:
-                self.evaluator.after_update(requested=False)  # if an error ended the earlier run before this
-                windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
-                with self.metrics_logger.throughput.timed():
+            with self.metrics_logger.throughput.timed():
+                if self.evaluator.after_update(requested=False):  # an error ended the earlier run before this
+                    self.callback_handler.settle()
+                if not self._stops:
+                    windows = self.window_loader.epoch(epoch, self.metrics_logger.n_windows)
                     self.loop.train(windows, self._loop_hooks())
             requests = self._end_epoch(epoch)
         entry = self.metrics_logger.epoch()
@@ -256,7 +269,7 @@ class TrainingRun(EvaluatedSetup):
     @property
     def _agreed_errors(self) -> tuple[type[Exception], ...]:
         """The types of errors that are raised on all processes together."""
-        on_all = (CallbackError, DataError, DivergedError, InexactLossError, MetricsError, AgreedOutOfMemoryError)
+        on_all = (CallbackError, DataError, DivergedError, MetricsError, SettingsError, AgreedOutOfMemoryError)
         return (Exception,) if self.process_group.is_single else on_all
 
     def _result(self) -> Result:

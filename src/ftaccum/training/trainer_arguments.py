@@ -100,6 +100,7 @@ def _evaluation(recipe: Recipe, *, evaluates: bool) -> dict[str, Any]:
 def _saving(runtime: Runtime) -> dict[str, Any]:
     if runtime.output_dir is None:
         return {"save_strategy": SaveStrategy.NO}
+    limit = {"save_total_limit": runtime.keep_checkpoints}
     if isinstance(runtime.checkpoint_every, int):
-        return {"save_strategy": SaveStrategy.STEPS, "save_steps": runtime.checkpoint_every}
-    return {"save_strategy": SaveStrategy.EPOCH, "save_total_limit": runtime.keep_checkpoints}
+        return {"save_strategy": SaveStrategy.STEPS, "save_steps": runtime.checkpoint_every, **limit}
+    return {"save_strategy": SaveStrategy.EPOCH, **limit}

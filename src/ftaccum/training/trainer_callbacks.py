@@ -1,6 +1,6 @@
 """Call Transformers' `TrainerCallback` objects at the events of a run."""
 
-import math
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -83,38 +83,56 @@ class CallbackHandler:
         self._failure: Exception | None = None
         self.stops = False
 
-    def send(self, event: str, **more: Any) -> None:
+    def send(self, event: str, *, to_all: bool = False, **more: Any) -> None:
         """Call the method of this name of each callback.
 
         The modes of the model's modules, train or eval, are restored afterwards. As with `Trainer`, `on_evaluate` gets
         a model in eval mode.
 
         Args:
+            to_all: whether to go on after an error, now or before: a callback may hold the weights to save.
             more: further keyword arguments, such as `logs` or `metrics`.
         """
-        if not self._callbacks or self._failure is not None:
+        if not self._callbacks:
             return
         model: nn.Module = self._objects["model"]
         for callback in self._callbacks:
+            if self._failure is not None and not to_all:
+                return
             with training_mode(model, training=False if event == "on_evaluate" else None):
-                if not self._call(callback, event, more):
-                    return
+                self._call(callback, event, more)
 
-    def _call(self, callback: TrainerCallback, event: str, more: Mapping[str, Any]) -> bool:
-        """Call a method of a callback, and return whether it has succeeded."""
+    def _call(self, callback: TrainerCallback, event: str, more: Mapping[str, Any]) -> None:
+        """Call a method of a callback, and keep its error if it is the first one."""
         method = getattr(callback, event)
         try:
             control = method(self._arguments, self._state, self._control, **self._objects, **more)
         except Exception as error:
-            self._failure = self._describe(callback, event, error)
-            return False
+            self._failure = self._failure or self._describe(callback, event, error)
+            return
         self._control = control or self._control
         if self._control.should_epoch_stop:
-            self._failure = CallbackError(
+            self._failure = self._failure or CallbackError(
                 f"The callback {type(callback).__name__} set `should_epoch_stop` in `{event}`, but the rows of all "
                 "updates are planned ahead, so an epoch cannot end early. Set `should_training_stop` instead."
             )
-        return self._failure is None
+
+    def begin(self, n_updates: int, epoch: float, best: EvaluationEntry | None, criterion: Criterion) -> None:
+        """Call the callbacks before the first update of this call.
+
+        As with `Trainer`, a callback that stops the run here stops it after that update.
+
+        Args:
+            n_updates: number of updates that are done.
+            epoch: number of epochs in these updates.
+            best: the best of their evaluations, if any.
+        """
+        self._state.global_step, self._state.epoch = n_updates, epoch
+        self._set_best(best, criterion)
+        stops = self.stops
+        self.send("on_train_begin")
+        self.settle()
+        self.stops = stops
 
     def begin_step(self) -> None:
         control = self._control
@@ -132,16 +150,15 @@ class CallbackHandler:
             self._state.log_history.append({**logs, "step": n_updates})
             self.send("on_log", logs=logs)
 
-    def evaluated(self, entry: EvaluationEntry, criterion: Criterion) -> None:
-        """Pass on an evaluation, and then update the best value so far."""
+    def evaluated(self, entry: EvaluationEntry, best: EvaluationEntry | None, criterion: Criterion) -> None:
+        """Pass on an evaluation, and then, as `Trainer` does, the best one so far."""
         if not self._callbacks:
             return
-        metrics = {"eval_loss": entry.val_loss} | {f"eval_{name}": value for name, value in entry.metrics.items()}
+        values = {"loss": entry.val_loss, **entry.metrics}
+        metrics = {f"eval_{name.removeprefix('eval_')}": value for name, value in values.items()}
         self.log(metrics, entry.evaluation)
         self.send("on_evaluate", metrics={**metrics, "epoch": self._state.epoch})
-        state, value = self._state, criterion.value(entry)
-        if math.isfinite(value) and (state.best_metric is None or criterion.is_better(value, state.best_metric)):
-            state.best_metric, state.best_global_step = value, entry.evaluation
+        self._set_best(best, criterion)
 
     def settle(self) -> Requests:
         """Return what callbacks of any process have requested. All processes must call this together, between updates.
@@ -168,6 +185,11 @@ class CallbackHandler:
                 if (swap := _method(callback, "evaluation_weights")) is not None:
                     stack.enter_context(swap(model))
             yield
+
+    @property
+    def endings(self) -> tuple[type[Exception], ...]:
+        """The types of errors with which callbacks end a run for good, as when a trial is pruned."""
+        return tuple(kind for callback in self._callbacks for kind in getattr(callback, "ends_run_with", ()))
 
     @property
     def changes_weights(self) -> bool:
@@ -198,7 +220,12 @@ class CallbackHandler:
         vars(self._state).update(progress)
         for name, callback in self._named():
             if name in state_dict:
-                _restore(callback, state_dict[name])
+                try:
+                    _restore(callback, state_dict[name])
+                except Exception as error:
+                    raise CallbackError(
+                        f"The callback {name} raised while restoring the state that a checkpoint has of it: {error!r}"
+                    ) from error
 
     def _describe(self, callback: TrainerCallback, event: str, error: Exception) -> Exception:
         """Return the error to raise for an error in a callback: the same one, if the callback declares it."""
@@ -221,8 +248,17 @@ class CallbackHandler:
             named.append((name if counts[name] == 1 else f"{name} {counts[name]}", callback))
         return named
 
+    def _set_best(self, best: EvaluationEntry | None, criterion: Criterion) -> None:
+        if best is not None:
+            self._state.best_metric, self._state.best_global_step = criterion.value(best), best.evaluation
+
     def _raise(self) -> NoReturn:
-        failures = [each for each in self._process_group.gather(self._failure) if each is not None]
+        sent = self._failure
+        try:
+            pickle.dumps(sent)
+        except Exception:
+            sent = CallbackError(str(sent))
+        failures = [each for each in self._process_group.gather(sent) if each is not None]
         raise self._failure or failures[0]
 
 
