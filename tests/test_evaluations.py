@@ -100,7 +100,8 @@ def test_small_improvements_add_up_before_they_count_as_one() -> None:
     ("name", "greater"),
     [
         ("accuracy", True), ("eval_f1", True), ("rougeL", True), ("exact_match", True), ("mse", False), ("wer", False),
-        ("masked_loss", False), ("f1_loss", False), ("perplexity", False), ("quality", None), ("macro", None),
+        ("masked_loss", False), ("f1_loss", None), ("log_loss", False), ("neg_log_loss", None), ("1-wer", None),
+        ("accuracy_drop", None), ("perplexity", False), ("quality", None), ("macro", None),
     ],
 )  # fmt: skip
 def test_the_direction_of_known_metrics_is_inferred(name: str, greater: bool | None) -> None:

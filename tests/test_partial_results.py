@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ftaccum import Result, SettingsError
+from ftaccum import DataError, Result, SettingsError
 from interrupted import CutOff, checkpoints_of, fine_tuned, model
 
 
@@ -93,3 +93,11 @@ def test_a_result_is_a_table_in_a_notebook(whole: Result) -> None:
     assert "&lt;here&gt;" in table
     assert "<here>" not in table
     assert all(line.split("  ")[0] in table for line in str(whole).splitlines())
+
+
+def test_the_result_of_a_run_before_its_first_update_is_not_that_of_an_older_one(tmp_path: Path) -> None:
+    fine_tuned(output_dir=str(tmp_path), n_epochs=1)
+    with pytest.raises(CutOff):
+        fine_tuned(cut_off_at=0, output_dir=str(tmp_path), learning_rate=5e-3)
+    with pytest.raises(DataError, match="has not completed an update yet"):
+        Result.load(tmp_path)

@@ -427,3 +427,82 @@ def test_a_state_that_a_callback_cannot_restore_is_reported_with_its_name(tmp_pa
     fine_tuned(callbacks=[Picky()], output_dir=str(tmp_path), n_epochs=1)
     with pytest.raises(CallbackError, match=r"The callback \S*Picky raised while restoring the state"):
         fine_tuned(callbacks=[Picky()], output_dir=str(tmp_path), n_epochs=1, resume="auto")
+
+
+class Once(TrainerCallback):
+    """Raises in an event, the first time that four updates are done."""
+
+    def __init__(self, event: str) -> None:
+        self.raised = False
+        setattr(self, event, self._raise)
+
+    def _raise(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step == 4 and not self.raised:
+            self.raised = True
+            raise OSError
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_save"])
+def test_an_error_in_one_callback_costs_no_update_of_another(event: str, tmp_path: Path) -> None:
+    def run(*callbacks: TrainerCallback, **more: Any) -> Any:
+        return fine_tuned(callbacks=[*callbacks, ExponentialMovingAverage(0.5)], checkpoint_every=4, n_epochs=1, **more)
+
+    once = Once(event)
+    with pytest.raises(CallbackError, match=event):
+        run(once, output_dir=str(tmp_path))
+    assert run().differences(run(once, output_dir=str(tmp_path), resume="auto")) == []
+
+
+def test_random_numbers_drawn_while_saving_do_not_change_a_resumed_run(tmp_path: Path) -> None:
+    class Draws(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            torch.rand(5)
+
+    arguments: dict[str, Any] = {"checkpoint_every": 3, "n_epochs": 1}
+    whole = fine_tuned(callbacks=[Draws()], output_dir=str(tmp_path / "whole"), **arguments)
+    with pytest.raises(CutOff):
+        fine_tuned(callbacks=[Draws()], output_dir=str(tmp_path / "cut"), cut_off_at=5, **arguments)
+    again = fine_tuned(callbacks=[Draws()], output_dir=str(tmp_path / "cut"), resume="auto", **arguments)
+    assert whole.differences(again) == []
+
+
+def test_a_run_that_a_callback_stopped_stays_ended_without_it(tmp_path: Path) -> None:
+    fine_tuned(callbacks=[Flagger(should_training_stop=3)], output_dir=str(tmp_path))
+    assert fine_tuned(output_dir=str(tmp_path), resume="auto").result.optimizer_steps == 3
+    more = fine_tuned(output_dir=str(tmp_path), resume="auto", n_epochs=3, allow_changed="n_epochs").result
+    assert more.optimizer_steps == 21
+
+
+def test_callbacks_see_and_change_gradients_that_are_summed_in_float32() -> None:
+    class Zeroes(TrainerCallback):
+        def __init__(self) -> None:
+            self.norms: list[float] = []
+
+        def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.norms.append(float(torch.stack([g.float().norm() for g in gradients]).norm()))
+            for gradient in gradients:
+                gradient.zero_()
+
+    def run(*callbacks: TrainerCallback) -> Any:
+        return fine_tuned(
+            model().bfloat16(), callbacks=callbacks, accumulate_in_fp32=True, weight_decay=0.0, warmup_steps=0,
+            max_updates=3, learning_rate=0.1,
+        )  # fmt: skip
+
+    zeroes, start = Zeroes(), model().bfloat16()
+    stopped = run(zeroes)
+    assert zeroes.norms == pytest.approx(stopped.result.grad_norm_history, rel=1e-2)
+    assert all(torch.equal(p, stopped.weights[name]) for name, p in start.named_parameters())
+    assert run(Recorder()).differences(run()) == []
+
+
+def test_the_rate_that_a_callback_sets_is_recorded() -> None:
+    class Halves(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, optimizer: torch.optim.Optimizer, **__: Any) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    usual = fine_tuned(max_updates=3, warmup_steps=0).result
+    halved = fine_tuned(max_updates=3, warmup_steps=0, callbacks=[Halves()]).result
+    assert halved.lr_history == pytest.approx([0.5 * rate for rate in usual.lr_history])

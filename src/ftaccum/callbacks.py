@@ -74,8 +74,7 @@ class ExponentialMovingAverage(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         """Give the model the average, unless it ends with the weights of the best evaluation."""
-        restored_best = args.load_best_model_at_end and state.best_global_step is not None
-        if self.saves and not restored_best:
+        if self.saves and not args.load_best_model_at_end:
             _load(model, self._average)
         self._average = {}
 

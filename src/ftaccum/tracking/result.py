@@ -246,7 +246,7 @@ class Result(Mapping[str, Any]):
         of numbers becomes NaN, also if it was an infinity. Names that only a newer version knows are left out.
 
         Raises:
-            DataError: if the file exists but is not a result.
+            DataError: if the file exists but is not a result, or if the run has not completed an update yet.
         """
         if (found := cls._of_interrupted(RunDir(Path(path)))) is not None:
             return found
@@ -261,13 +261,13 @@ class Result(Mapping[str, Any]):
 
     @classmethod
     def _of_interrupted(cls, run_dir: RunDir) -> "Result | None":
-        """Return the result so far of the run in a folder; None if it has ended, or has had no update."""
+        """Return the result so far of the run in a folder; None if it has ended."""
         record = RunRecord.read(run_dir.record)
         if record is None or record.finished or _is_newer(run_dir.result, run_dir.record):
             return None
         ledger = Ledger.read(run_dir.ledger)
         if not ledger.windows:
-            return None
+            raise DataError(f"The run in {str(run_dir.path)!r} has not completed an update yet, so it has no result.")
         return cls.of(
             ledger,
             record.batch_sizes(),

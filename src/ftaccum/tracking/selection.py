@@ -14,15 +14,15 @@ _GREATER = {
     *("sacrebleu", "rouge", "rouge1", "rouge2", "rougel", "rougelsum", "meteor", "chrf", "bertscore", "em", "exact"),
     *("match", "matthews", "mcc", "pearson", "pearsonr", "spearman", "spearmanr", "kappa", "r2", "iou", "dice"),
 }
-_LOWER = {"loss", "perplexity", "ppl", "mse", "rmse", "mae", "error", "wer", "cer", "ter", "brier", "distance", "eer"}
+_LOWER = {"loss", "perplexity", "ppl", "mse", "rmse", "mae", "error", "wer", "cer", "ter", "brier", "eer"}
+_REVERSED = {"neg", "negative", "minus", "inverse", "inverted", "drop", "decrease", "gap", "1"}
 
 
 def infer_greater_is_better(metric: str) -> bool | None:
     """Return whether greater values of a metric are better, judged by the words of its name; None if unknown."""
     words = set(metric.lower().replace("-", "_").split("_"))
-    if words & _LOWER:
-        return False
-    return True if words & _GREATER else None
+    is_greater, is_lower = bool(words & _GREATER), bool(words & _LOWER)
+    return None if is_greater == is_lower or words & _REVERSED else is_greater
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class TrainingLoop:
         if not skipped:
             try:
                 hooks.before_step()
+                rate = rate_in_use(self._schedule.optimizer, factor)  # a hook may set another one
                 with scale_learning_rates(self._schedule.optimizer, factor):
                     self._step(window, accumulated, hooks.split)
                 hooks.after_step()

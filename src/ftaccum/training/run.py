@@ -76,8 +76,7 @@ class TrainingRun(EvaluatedSetup):
         self._is_training = False
         self.metrics_logger.log()
         self.weights_in_training.close()
-        self.best.restore()
-        self.callback_handler.send("on_train_end", to_all=True)
+        self.callback_handler.end(restored_best=self.best.restore())
         result = self._result()
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saved = self.model if self.callback.saves_model else None
@@ -212,7 +211,7 @@ class TrainingRun(EvaluatedSetup):
         if self.evaluation is None:
             self.console.epoch(entry, self.plan)
         if self.checkpoint_manager.after_epoch(requested=requests.save):
-            self.callback_handler.send("on_save")
+            self.callback_handler.saved()
             self.callback_handler.settle()
 
     def _end_epoch(self, epoch: int) -> Requests:
@@ -237,9 +236,14 @@ class TrainingRun(EvaluatedSetup):
             self.oom_recovery.split,
             self._before_update,
             self._after_update,
-            partial(send, "on_pre_optimizer_step"),
+            self._before_step,
             partial(send, "on_optimizer_step"),
         )
+
+    def _before_step(self) -> None:
+        if self.config.components.callbacks:
+            self.gradients.show()
+        self.callback_handler.send("on_pre_optimizer_step")
 
     def _before_update(self, window: LocalWindow) -> None:
         self.callback_handler.begin_step()
@@ -258,7 +262,8 @@ class TrainingRun(EvaluatedSetup):
             requests |= self.callback_handler.settle()
         self.nonfinite.window_done(non_finite)
         if self.checkpoint_manager.after_update(improved=self.evaluator.improved, requested=requests.save):
-            self.callback_handler.send("on_save")
+            self.callback_handler.saved()
+            self.callback_handler.settle()
         return not self._stops
 
     @property

@@ -1,21 +1,20 @@
 """Call Transformers' `TrainerCallback` objects at the events of a run."""
 
 import pickle
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from ..errors import CallbackError
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import training_mode
+from ..runtime.state_guards import preserve_rng, training_mode
 from ..tracking.ledger import EvaluationEntry
 from ..tracking.selection import Criterion
+from .callback_states import restore_states, states_of
 
 _RUN = "TrainerState"
 # Parts of the state of a run that are given anew by the call that resumes it.
@@ -81,24 +80,24 @@ class CallbackHandler:
         self._arguments, self._state, self._objects = arguments, state, objects
         self._control = TrainerControl()
         self._failure: Exception | None = None
+        self._failed: list[TrainerCallback] = []
         self.stops = False
 
-    def send(self, event: str, *, to_all: bool = False, **more: Any) -> None:
-        """Call the method of this name of each callback.
+    def send(self, event: str, **more: Any) -> None:
+        """Call the method of this name of each callback. One that has raised an error gets no more calls.
 
         The modes of the model's modules, train or eval, are restored afterwards. As with `Trainer`, `on_evaluate` gets
         a model in eval mode.
 
         Args:
-            to_all: whether to go on after an error, now or before: a callback may hold the weights to save.
             more: further keyword arguments, such as `logs` or `metrics`.
         """
         if not self._callbacks:
             return
         model: nn.Module = self._objects["model"]
         for callback in self._callbacks:
-            if self._failure is not None and not to_all:
-                return
+            if any(callback is failed for failed in self._failed):
+                continue  # the others go on: their state must include the current update, which is completed
             with training_mode(model, training=False if event == "on_evaluate" else None):
                 self._call(callback, event, more)
 
@@ -108,14 +107,20 @@ class CallbackHandler:
         try:
             control = method(self._arguments, self._state, self._control, **self._objects, **more)
         except Exception as error:
-            self._failure = self._failure or self._describe(callback, event, error)
+            self._fail(callback, self._describe(callback, event, error))
             return
         self._control = control or self._control
         if self._control.should_epoch_stop:
-            self._failure = self._failure or CallbackError(
+            fault = CallbackError(
                 f"The callback {type(callback).__name__} set `should_epoch_stop` in `{event}`, but the rows of all "
                 "updates are planned ahead, so an epoch cannot end early. Set `should_training_stop` instead."
             )
+            self._fail(callback, fault)
+
+    def _fail(self, callback: TrainerCallback, error: Exception) -> None:
+        """Keep the first error, to raise it once the current update is complete."""
+        self._failed.append(callback)
+        self._failure = self._failure or error
 
     def begin(self, n_updates: int, epoch: float, best: EvaluationEntry | None, criterion: Criterion) -> None:
         """Call the callbacks before the first update of this call.
@@ -133,6 +138,20 @@ class CallbackHandler:
         self.send("on_train_begin")
         self.settle()
         self.stops = stops
+
+    def end(self, *, restored_best: bool) -> None:
+        """Call the callbacks after training.
+
+        Args:
+            restored_best: whether the model has the weights of the best evaluation.
+        """
+        self._arguments.load_best_model_at_end = restored_best
+        self.send("on_train_end")
+
+    def saved(self) -> None:
+        """Call the callbacks after a checkpoint, whose random numbers they do not change."""
+        with preserve_rng():
+            self.send("on_save")
 
     def begin_step(self) -> None:
         control = self._control
@@ -182,7 +201,7 @@ class CallbackHandler:
         """Give the model the weights that callbacks want to evaluate, until exit."""
         with ExitStack() as stack:
             for callback in self._callbacks:
-                if (swap := _method(callback, "evaluation_weights")) is not None:
+                if (swap := getattr(callback, "evaluation_weights", None)) is not None:
                     stack.enter_context(swap(model))
             yield
 
@@ -194,7 +213,7 @@ class CallbackHandler:
     @property
     def changes_weights(self) -> bool:
         """Whether a callback evaluates other weights than those in training."""
-        return any(_method(callback, "evaluation_weights") is not None for callback in self._callbacks)
+        return any(hasattr(callback, "evaluation_weights") for callback in self._callbacks)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each callback that has one, by name, and the state of the run that all of them see.
@@ -202,10 +221,9 @@ class CallbackHandler:
         If taking a state raises an error, the error takes its place.
         """
         if not self._callbacks:
-            return {}
+            return {_RUN: {"stops": True}} if self.stops else {}
         progress = {name: v for name, v in asdict(self._state).items() if name not in _OF_THIS_CALL}
-        states = {name: _state_of(callback) for name, callback in self._named()}
-        return {_RUN: {"stops": self.stops, **progress}, **{n: state for n, state in states.items() if state}}
+        return {_RUN: {"stops": self.stops, **progress}, **states_of(self._callbacks)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, continues: bool = False) -> None:
         """Restore the states of callbacks, which are recognised by their classes and their order.
@@ -213,19 +231,10 @@ class CallbackHandler:
         Args:
             continues: whether a run that a callback stopped is to continue.
         """
-        if not self._callbacks:
-            return
         progress = dict(state_dict.get(_RUN, {}))
         self.stops = progress.pop("stops", False) and not continues
         vars(self._state).update(progress)
-        for name, callback in self._named():
-            if name in state_dict:
-                try:
-                    _restore(callback, state_dict[name])
-                except Exception as error:
-                    raise CallbackError(
-                        f"The callback {name} raised while restoring the state that a checkpoint has of it: {error!r}"
-                    ) from error
+        restore_states(self._callbacks, state_dict)
 
     def _describe(self, callback: TrainerCallback, event: str, error: Exception) -> Exception:
         """Return the error to raise for an error in a callback: the same one, if the callback declares it."""
@@ -237,16 +246,6 @@ class CallbackHandler:
         )
         found.__cause__ = error
         return found
-
-    def _named(self) -> list[tuple[str, TrainerCallback]]:
-        """Return the callbacks with the names of their classes; equal ones are numbered."""
-        counts: Counter[str] = Counter()
-        named = []
-        for callback in self._callbacks:
-            name = type(callback).__qualname__
-            counts[name] += 1
-            named.append((name if counts[name] == 1 else f"{name} {counts[name]}", callback))
-        return named
 
     def _set_best(self, best: EvaluationEntry | None, criterion: Criterion) -> None:
         if best is not None:
@@ -260,26 +259,3 @@ class CallbackHandler:
             sent = CallbackError(str(sent))
         failures = [each for each in self._process_group.gather(sent) if each is not None]
         raise self._failure or failures[0]
-
-
-def _method(callback: TrainerCallback, name: str) -> Callable[..., Any] | None:
-    return getattr(callback, name, None)
-
-
-def _state_of(callback: TrainerCallback) -> dict[str, Any] | Exception:
-    """Return the state of a callback, an empty dict if it has none, or the error that taking it raised."""
-    try:
-        if (state_dict := _method(callback, "state_dict")) is not None:
-            return {"state_dict": state_dict()}
-        if isinstance(callback, ExportableState):
-            return {"attributes": callback.state()["attributes"]}
-    except Exception as error:
-        return error
-    return {}
-
-
-def _restore(callback: TrainerCallback, saved: Mapping[str, Any]) -> None:
-    if (load := _method(callback, "load_state_dict")) is not None and "state_dict" in saved:
-        load(saved["state_dict"])
-    for name, value in saved.get("attributes", {}).items():
-        setattr(callback, name, value)

@@ -91,6 +91,9 @@ class Fp32Gradients(GradientStrategy):
         for gradient in gradients:
             gradient /= distributed.get_world_size()
 
+    def show(self) -> None:
+        self._optimizer.round()
+
     def _add(self, p: nn.Parameter) -> None:
         """Add a weight's gradient to its float32 sum and clear it. An embedding table's gradient may be sparse."""
         found, total = p.grad, self._optimizer.sums[p]
@@ -119,6 +122,7 @@ class _Rounding(Optimizer):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.wrapped = optimizer
+        self._is_rounded = False
         self.sums: dict[nn.Parameter, nn.Parameter] = {p: _stand_in(p) for p in _trained(optimizer)}
         super().__init__(self.sums.values(), {})
 
@@ -129,9 +133,17 @@ class _Rounding(Optimizer):
             self._round()
             return loss
 
-        self._round()
+        shown, self._is_rounded = self._is_rounded, False
+        if not shown:
+            self._round()
         self.wrapped.step(None if closure is None else evaluate)
-        self._drop()
+        if not shown:  # else the caller looks at the gradients, and drops them
+            self._drop()
+
+    def round(self) -> None:
+        """Set the rounded sums as gradients of the weights now, and not again in the next step."""
+        self._round()
+        self._is_rounded = True
 
     def _drop(self) -> None:
         for p in self.sums:

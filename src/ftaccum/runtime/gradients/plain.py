@@ -59,6 +59,9 @@ class GradientStrategy:
         """Hold whatever the strategy needs during the windows of an epoch."""
         yield
 
+    def show(self) -> None:
+        """Put the gradient that the next step will use into the `grad` of the weights, if it is not there."""
+
     def reduce(self, process_group: ProcessGroup) -> None:  # noqa: ARG002
         """Complete the window's gradient after its passes, so that all processes have the average.
 
