@@ -53,7 +53,7 @@ def test_a_finished_run_keeps_its_newest_checkpoint_and_logs_its_size(
     fine_tuned(output_dir=str(tmp_path), learning_rate=0.05, audit=False)  # the first epoch is the best
     assert checkpoints_of(tmp_path) == ["update-00000014-epoch-0002"]
     newest = tmp_path / "checkpoints" / "update-00000014-epoch-0002"
-    assert f"To extend the run, its newest checkpoint stays: {newest} (0 MB). If you do not" in capsys.readouterr().err
+    assert f"Kept the newest checkpoint, from which the run can be extended: {newest} (0." in capsys.readouterr().err
 
     fine_tuned(
         output_dir=str(tmp_path), keep_checkpoints=1, max_updates=2

@@ -122,11 +122,13 @@ def test_a_run_is_evaluated_within_epochs_and_at_its_end() -> None:
     assert [name for name, t in plain.weights.items() if not torch.equal(t, every.weights[name])] == []
 
 
+@pytest.mark.slow
 def test_a_share_of_an_epoch_is_read_from_text() -> None:
     result = fine_tuned(evaluate_every="50%", n_epochs=1).result
     assert result.evaluation_updates == [4, 7]
 
 
+@pytest.mark.slow
 def test_the_training_loss_of_an_evaluation_is_the_mean_since_the_previous_one(tmp_path: Path) -> None:
     import json
 
@@ -163,6 +165,7 @@ def test_early_stopping_counts_evaluations_and_ends_within_an_epoch(capsys: pyte
     assert "Stopped early: no better validation loss in 2 evaluations." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_stays_ended_when_it_is_resumed(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {
         "evaluate_every": 1, "early_stopping_patience": 2, "early_stopping_min_delta": 1e6,
@@ -191,6 +194,7 @@ def test_a_longer_run_does_not_keep_the_evaluation_at_the_end_of_a_shorter_one(t
     assert set(extended.differences(fine_tuned(**arguments))) <= {"audits"}  # whose number depends on the time
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
     with patch.object(CheckpointManager, "finish", lambda *_, **__: None):  # as if the run was killed at its end
         run = fine_tuned(
@@ -231,5 +235,6 @@ def test_a_metric_that_is_unknown_costs_nothing_of_an_earlier_run(tmp_path: Path
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_smallest_share_of_an_epoch_evaluates_after_each_update() -> None:
     assert fine_tuned(evaluate_every=1e-12, max_updates=3).result.evaluation_updates == [1, 2, 3]

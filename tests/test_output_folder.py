@@ -162,7 +162,9 @@ def test_runs_are_the_same_if_their_recipe_and_the_size_of_their_updates_are(
          "accelerate launch -m ftaccum"),
         (["/bin/ftaccum"], ["/bin/uv", "run", "ftaccum", "ALL"], "uv run ftaccum"),
         (["/lib/ftaccum/__main__.py"], ["/bin/python3", "-m", "torch.distributed.run", "-m", "ftaccum", "ALL"],
-         "python3 -m torch.distributed.run -m ftaccum"),
+         "python -m torch.distributed.run -m ftaccum"),
+        (["/bin/ftaccum"], ["/usr/bin/timeout", "14", "ftaccum", "ALL"], "ftaccum"),
+        (["/bin/ftaccum"], ["/bin/python3", "wrapper.py", "ftaccum", "ALL"], "ftaccum"),
         (["pytest"], None, "ftaccum"),
     ],
 )  # fmt: skip

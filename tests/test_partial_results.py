@@ -37,6 +37,7 @@ def test_the_result_of_a_killed_run_is_read_from_its_ledger(tmp_path: Path, whol
     assert Result.load(tmp_path / "saved.json").loss_history == result.loss_history
 
 
+@pytest.mark.slow
 def test_the_older_result_in_a_folder_is_not_taken_for_that_of_a_killed_run(tmp_path: Path, whole: Result) -> None:
     fine_tuned(output_dir=str(tmp_path), n_epochs=1)
     assert not Result.load(tmp_path).interrupted

@@ -18,7 +18,9 @@ from ftaccum import CallbackError, SettingsError, test_fine_tuning
 from ftaccum.callbacks import ExponentialMovingAverage, GenerateSamples, OptunaPruning
 from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model
 from silent_errors.text_columns import REVIEWS, causal_lm, word_tokenizer
+from slow_parameters import some_slow
 
+UPDATE_EVENTS = ["on_evaluate", "on_substep_end", "on_pre_optimizer_step", "on_step_end"]
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
@@ -141,7 +143,7 @@ class Raiser(TrainerCallback):
             raise KeyError("lost")
 
 
-@pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step", "on_step_end", "on_evaluate"])
+@pytest.mark.parametrize("event", some_slow(UPDATE_EVENTS, fast=["on_evaluate"]))
 def test_a_callback_that_raises_ends_the_run_with_a_checkpoint(event: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"output_dir": str(tmp_path), "evaluate_every": 4}
     with pytest.raises(CallbackError, match=rf"The callback Raiser raised in `{event}` after update \d: KeyError") as e:
@@ -151,6 +153,7 @@ def test_a_callback_that_raises_ends_the_run_with_a_checkpoint(event: str, tmp_p
     assert fine_tuned(**options, resume="auto").differences(fine_tuned(evaluate_every=4)) == []
 
 
+@pytest.mark.slow
 def test_a_callback_that_raises_at_the_end_costs_no_output(tmp_path: Path) -> None:
     with pytest.raises(CallbackError, match="on_train_end"):
         fine_tuned(callbacks=[Raiser("on_train_end")], output_dir=str(tmp_path))
@@ -303,6 +306,7 @@ def test_arguments_of_callbacks_are_checked(make: Any, message: str, tmp_path: P
     assert GenerateSamples(tmp_path / "prompts.txt")._prompts == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_samples_of_a_model_that_generates_no_text_are_refused() -> None:
     with pytest.raises(CallbackError, match="`GenerateSamples` needs a model that generates text, and its `tokenizer`"):
         fine_tuned(callbacks=[GenerateSamples(["good"])])
@@ -323,6 +327,7 @@ class Unsaveable(TrainerCallback):
         raise AssertionError(state)
 
 
+@pytest.mark.slow
 def test_a_callback_whose_state_cannot_be_saved_costs_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +371,7 @@ def test_an_average_is_saved_although_another_callback_fails_at_the_end(tmp_path
     assert averaged.differences(again) == []
 
 
+@pytest.mark.slow
 def test_a_callback_can_be_used_again_after_a_run_was_cut_off() -> None:
     average = ExponentialMovingAverage(0.5)
     with pytest.raises(CutOff):
@@ -374,11 +380,13 @@ def test_a_callback_can_be_used_again_after_a_run_was_cut_off() -> None:
     assert fine_tuned(callbacks=[ExponentialMovingAverage(0.5)], n_epochs=1).differences(again) == []
 
 
+@pytest.mark.slow
 def test_a_request_at_the_end_of_an_epoch_is_not_lost() -> None:
     result = fine_tuned(callbacks=[Flagger(should_evaluate=7)], evaluate_every=1000).result
     assert result.evaluation_updates == [7, 14]
 
 
+@pytest.mark.slow
 def test_a_run_that_a_requested_evaluation_stopped_stays_ended(tmp_path: Path) -> None:
     class EveryOther(TrainerCallback):
         def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
@@ -393,6 +401,7 @@ def test_a_run_that_a_requested_evaluation_stopped_stays_ended(tmp_path: Path) -
     assert ended.differences(fine_tuned(callbacks=[EveryOther()], **arguments, resume="auto")) == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path: Path) -> None:
     class OnceAt(TrainerCallback):
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
@@ -408,6 +417,7 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(tmp_path: Path) ->
     assert whole.differences(fine_tuned(output_dir=str(tmp_path), resume="auto", **arguments)) == []
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_first_update_ends_the_run_after_it() -> None:
     class AtOnce(TrainerCallback):
         def on_train_begin(self, _: Any, __: Any, control: Any, **___: Any) -> None:
@@ -416,6 +426,7 @@ def test_a_stop_before_the_first_update_ends_the_run_after_it() -> None:
     assert fine_tuned(callbacks=[AtOnce()]).result.optimizer_steps == 1
 
 
+@pytest.mark.slow
 def test_a_state_that_a_callback_cannot_restore_is_reported_with_its_name(tmp_path: Path) -> None:
     class Picky(TrainerCallback):
         def state_dict(self) -> dict[str, Any]:
@@ -442,7 +453,7 @@ class Once(TrainerCallback):
             raise OSError
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_save"])
+@pytest.mark.parametrize("event", some_slow(["on_pre_optimizer_step", "on_step_begin", "on_save"], fast=["on_save"]))
 def test_an_error_in_one_callback_costs_no_update_of_another(event: str, tmp_path: Path) -> None:
     def run(*callbacks: TrainerCallback, **more: Any) -> Any:
         return fine_tuned(callbacks=[*callbacks, ExponentialMovingAverage(0.5)], checkpoint_every=4, n_epochs=1, **more)
@@ -453,6 +464,7 @@ def test_an_error_in_one_callback_costs_no_update_of_another(event: str, tmp_pat
     assert run().differences(run(once, output_dir=str(tmp_path), resume="auto")) == []
 
 
+@pytest.mark.slow
 def test_random_numbers_drawn_while_saving_do_not_change_a_resumed_run(tmp_path: Path) -> None:
     class Draws(TrainerCallback):
         def on_save(self, *_: Any, **__: Any) -> None:
@@ -466,6 +478,7 @@ def test_random_numbers_drawn_while_saving_do_not_change_a_resumed_run(tmp_path:
     assert whole.differences(again) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callback_stopped_stays_ended_without_it(tmp_path: Path) -> None:
     fine_tuned(callbacks=[Flagger(should_training_stop=3)], output_dir=str(tmp_path))
     assert fine_tuned(output_dir=str(tmp_path), resume="auto").result.optimizer_steps == 3
@@ -497,6 +510,7 @@ def test_callbacks_see_and_change_gradients_that_are_summed_in_float32() -> None
     assert run(Recorder()).differences(run()) == []
 
 
+@pytest.mark.slow
 def test_the_rate_that_a_callback_sets_is_recorded() -> None:
     class Halves(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, optimizer: torch.optim.Optimizer, **__: Any) -> None:

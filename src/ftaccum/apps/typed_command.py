@@ -9,6 +9,10 @@ import psutil
 
 from ..settings import Runtime
 
+# Programs that start `ftaccum` and belong to the command that resumes it; `timeout`, for example, does not.
+_LAUNCHING_MODULES = {"accelerate.commands.launch", "torch.distributed.run"}
+_LAUNCHERS = {"accelerate", "torchrun", "uv", "uvx", "poetry", "pixi", "srun"}
+
 
 def resume_command(words: Sequence[str], runtime: Runtime, folder: str) -> str:
     """Return the command that resumes a run of `ftaccum train`.
@@ -24,7 +28,8 @@ def resume_command(words: Sequence[str], runtime: Runtime, folder: str) -> str:
 
 
 def _typed_before(words: Sequence[str]) -> list[str]:
-    """Return what was typed before these words: the name of the program, and its launcher if there is one."""
+    """Return what was typed before these words: the name of the program, and its launcher if that is a known one."""
+    own = ["python", "-m", "ftaccum"] if Path(sys.argv[0]).name == "__main__.py" else ["ftaccum"]
     if sys.argv[1:] != list(words):  # a call of `main` from Python
         return ["ftaccum"]
     try:
@@ -32,14 +37,18 @@ def _typed_before(words: Sequence[str]) -> list[str]:
         typed = parent.cmdline() if parent is not None else []
     except psutil.Error:  # another user's process, or one that has just ended
         typed = []
-    if len(typed) > len(words) and typed[-len(words) :] == list(words):  # `accelerate launch`, `torchrun`, `uv run`
-        return _without_paths(typed[: -len(words)])
-    return ["python", "-m", "ftaccum"] if Path(sys.argv[0]).name == "__main__.py" else [Path(sys.argv[0]).name]
+    if len(typed) <= len(words) or typed[-len(words) :] != list(words):
+        return own
+    launcher = _launcher_in(typed[: -len(words)])
+    return launcher or own
 
 
-def _without_paths(typed: Sequence[str]) -> list[str]:
-    """Return a program and its arguments, with the name of a script in place of the interpreter and its path."""
-    program, *rest = typed
-    if Path(program).name.startswith("python") and rest and not rest[0].startswith("-"):
-        program, *rest = rest
-    return [Path(program).name, *rest]
+def _launcher_in(typed: Sequence[str]) -> list[str]:
+    """Return the words from the launcher on, with its name in place of its path; nothing if there is none."""
+    for n, word in enumerate(typed):
+        name = Path(word).name
+        if name in _LAUNCHERS:
+            return [name, *typed[n + 1 :]]
+        if name in _LAUNCHING_MODULES:
+            return ["python", "-m", *typed[n:]]
+    return []

@@ -106,7 +106,7 @@ class CheckpointDirectory:
         aside.mkdir()
         for path in newer:
             path.rename(aside / path.name)
-        logger.warning(f"Moved checkpoints of an earlier run to {aside}.")
+        logger.warning(f"Moved checkpoints of an earlier run to {aside}. They are removed when this run has finished.")
 
     def finish(self, kept: Path | None) -> None:
         """Remove all checkpoints of a finished run except one, and those that `set_aside` moved.

@@ -236,8 +236,8 @@ class CheckpointWriter:
             if kept is not None:
                 size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
                 logger.info(
-                    f"To extend the run, its newest checkpoint stays: {kept} ({_megabytes(size)}). If you do not need "
-                    "it, remove its folder. `keep_checkpoints=0` keeps none."
+                    f"Kept the newest checkpoint, from which the run can be extended: {kept} ({size / 1e6:,.1f} MB). "
+                    "`keep_checkpoints=0` keeps none."
                 )
         except OSError as error:
             logger.warning(f"Old checkpoints in {self._directory.folder} could not be removed: {error}.")

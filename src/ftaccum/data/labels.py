@@ -47,7 +47,11 @@ def label_id(label: Any, name: str, config: Any) -> Any:
         return [label_id(each, name, config) for each in label]
     if not isinstance(label, str):
         return label
-    known = getattr(config, "label2id", None) or {}
+    # Transformers fills in placeholders for the one of the two that is not given.
+    numbers = {name: n for n, name in (getattr(config, "id2label", None) or {}).items()}
+    known = getattr(config, "label2id", None) or numbers
+    if label not in known and label in numbers:
+        return numbers[label]
     if label not in known:
         raise DataError(
             f"{name} has the label {label!r}, but the model's config.label2id knows {sorted(known)}. Set label2id and "

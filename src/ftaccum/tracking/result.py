@@ -11,9 +11,9 @@ from ..errors import DataError, SettingsError
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from ..runtime.run_dir import RunDir
+from .interrupted_run import read_interrupted
 from .ledger import Ledger, nan_null, null_non_finite
 from .result_table import as_html, as_text
-from .run_record import RunRecord
 from .selection import Criterion
 from .throughput import Throughput
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result(Mapping[str, Any]):
     """The result of `test_fine_tuning`, whose attributes can also be read as a mapping: `result["final_loss"]`.
 
@@ -53,6 +53,8 @@ class Result(Mapping[str, Any]):
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and
             `final_loss` is the last validation loss so far (without validation data, the training loss of the last
             complete epoch), or NaN. In a loaded result of such a run, times and speeds are NaN.
+
+        restored_update: number of updates that the model's weights have had, if the run restored the best ones.
 
     `model`, which is not part of the mapping or of the file, is the trained model in memory.
     """
@@ -87,6 +89,7 @@ class Result(Mapping[str, Any]):
     audits: list[dict[str, Any]] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
     interrupted: bool = False
+    restored_update: int | None = None
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
     _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
@@ -156,7 +159,7 @@ class Result(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(_RESULT_NAMES)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return as_text(self)
 
     def _repr_html_(self) -> str:
@@ -219,6 +222,8 @@ class Result(Mapping[str, Any]):
         model, tokenizer = self._trained
         if model is None:
             saved = f" The run saved its model in {str(Path(self.output_dir) / 'model')!r}." if self.output_dir else ""
+            if self.interrupted:
+                saved = " The run was interrupted, so it has saved no model yet. `resume='auto'` finishes it."
             raise SettingsError(
                 [
                     "`save_model` needs the trained model, but `model` is None: only the result that "
@@ -248,8 +253,20 @@ class Result(Mapping[str, Any]):
         Raises:
             DataError: if the file exists but is not a result, or if the run has not completed an update yet.
         """
-        if (found := cls._of_interrupted(RunDir(Path(path)))) is not None:
-            return found
+        if (found := read_interrupted(RunDir(Path(path)))) is not None:
+            ledger, record = found
+            return cls.of(
+                ledger,
+                record.batch_sizes(),
+                record.criterion(),
+                work=Throughput(),
+                training_time=math.nan,
+                out_of_memory=0,
+                amp_enabled=record.amp_enabled,
+                final_loss_scale=None,
+                output_dir=str(path),
+                interrupted=True,
+            )
         file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
         try:
             return cls._read(json.loads(file.read_text()))
@@ -260,28 +277,6 @@ class Result(Mapping[str, Any]):
             ) from error
 
     @classmethod
-    def _of_interrupted(cls, run_dir: RunDir) -> "Result | None":
-        """Return the result so far of the run in a folder; None if it has ended."""
-        record = RunRecord.read(run_dir.record)
-        if record is None or record.finished or _is_newer(run_dir.result, run_dir.record):
-            return None
-        ledger = Ledger.read(run_dir.ledger)
-        if not ledger.windows:
-            raise DataError(f"The run in {str(run_dir.path)!r} has not completed an update yet, so it has no result.")
-        return cls.of(
-            ledger,
-            record.batch_sizes(),
-            record.criterion(),
-            work=Throughput(),
-            training_time=math.nan,
-            out_of_memory=0,
-            amp_enabled=record.amp_enabled,
-            final_loss_scale=None,
-            output_dir=str(run_dir.path),
-            interrupted=True,
-        )
-
-    @classmethod
     def _read(cls, read: dict[str, Any]) -> "Result":
         known = {name: value for name, value in read.items() if name in _RESULT_NAMES}
         for name in ("final_loss", "initial_loss", "training_time", "samples_per_second"):
@@ -290,11 +285,6 @@ class Result(Mapping[str, Any]):
             known[name] = [nan_null(value) for value in known[name]]
         known["metrics"] = [{name: nan_null(value) for name, value in found.items()} for found in known["metrics"]]
         return cls(**known)
-
-
-def _is_newer(path: Path, other: Path) -> bool:
-    """Return whether a file exists and was written after another one."""
-    return path.exists() and path.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))

@@ -26,9 +26,12 @@ def as_html(result: "Result") -> str:
 
 
 def _rows(result: "Result") -> list[tuple[str, str]]:
-    rows = [("final loss", f"{result.final_loss:.4f} (before training {result.initial_loss:.4f})")]
+    final = "none yet" if math.isnan(result.final_loss) and result.interrupted else f"{result.final_loss:.4f}"
+    rows = [("final loss", f"{final} (before training {result.initial_loss:.4f})")]
     if result.interrupted:
         rows.insert(0, ("interrupted", f"after update {len(result.loss_history)}"))
+    if result.restored_update is not None:
+        rows.append(("model", _describe_restored(result, result.restored_update)))
     if result.metrics and result.metrics[-1]:
         rows.append(("metrics", ", ".join(f"{k} {v:.4f}" for k, v in result.metrics[-1].items())))
     if result.best_val_loss is not None:
@@ -50,6 +53,13 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
         missing = f", except for {len(result.unwritten)} that could not be written" if result.unwritten else ""
         rows.append(("outputs", f"{result.output_dir}{missing}"))
     return rows
+
+
+def _describe_restored(result: "Result", update: int) -> str:
+    n = result.evaluation_updates.index(update)
+    values = {"validation loss": result.val_loss_history[n], **result.metrics[n]}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return f"weights of update {update} of {len(result.loss_history)}, the best evaluation: {shown}"
 
 
 def _describe_rows(result: "Result") -> str:

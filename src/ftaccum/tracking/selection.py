@@ -42,7 +42,7 @@ class Criterion:
     @classmethod
     def of_settings(cls, metric: str | None, greater_is_better: bool | None, min_delta: float = 0.0) -> "Criterion":
         """Return the criterion for the settings `metric_for_best`, `greater_is_better`, `early_stopping_min_delta`."""
-        metric = metric or LOSS
+        metric = _name_of(metric)
         inferred = infer_greater_is_better(metric) if greater_is_better is None else greater_is_better
         return cls(metric, bool(inferred), min_delta)
 
@@ -53,7 +53,7 @@ class Criterion:
 
     def value(self, entry: EvaluationEntry) -> float:
         """Return the value of an evaluation; NaN if it does not have the metric."""
-        return entry.val_loss if self.metric == LOSS else entry.metrics.get(self.metric, math.nan)
+        return entry.val_loss if self.metric == LOSS else _by_name(entry).get(self.metric, math.nan)
 
     def is_better(self, value: float, other: float) -> bool:
         """Return whether a value is finite, and better than another one that is."""
@@ -83,7 +83,7 @@ class Criterion:
         Raises:
             SettingsError: if not. The message lists the metrics that they have.
         """
-        if self.metric != LOSS and self.metric not in entry.metrics:
+        if self.metric != LOSS and self.metric not in _by_name(entry):
             raise SettingsError(
                 [
                     f"`metric_for_best` is {self.metric!r}, but `compute_metrics` returned no metric of this name. "
@@ -95,9 +95,20 @@ class Criterion:
         return -value if self.greater_is_better else value
 
 
+def _name_of(metric: str | None) -> str:
+    """Return the name of a metric without the prefix that `Trainer` gives it."""
+    name = (metric or LOSS).removeprefix("eval_")
+    return LOSS if name == "loss" else name
+
+
+def _by_name(entry: EvaluationEntry) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in entry.metrics.items()}
+
+
 def fault_of_criterion(metric: str | None, greater_is_better: bool | None, has_metrics: bool) -> str | None:
     """Return a message that says why `metric_for_best` cannot be used, or None if it can."""
-    if metric in (None, LOSS):
+    metric = _name_of(metric)
+    if metric == LOSS:
         if greater_is_better:
             return (
                 "`greater_is_better` is True, but `metric_for_best` is the validation loss, which is better if lower. "
@@ -111,7 +122,7 @@ def fault_of_criterion(metric: str | None, greater_is_better: bool | None, has_m
         )
     if greater_is_better is None and infer_greater_is_better(str(metric)) is None:
         return (
-            f"`metric_for_best` is {metric!r}, and its name does not tell whether greater values are better. Set "
-            "`greater_is_better` to True or False."
+            f"`metric_for_best` is {metric!r}, and its name does not tell whether greater values are better. Check its "
+            "spelling, and set `greater_is_better` to True or False."
         )
     return None

@@ -57,14 +57,14 @@ class BestEvaluation:
             return f"Stopped early: no finite {name} in {self._patience} evaluations, so there is no best evaluation."
         return f"Stopped early: no better {name} in {self._patience} evaluations."
 
-    def restore(self) -> bool:
-        """Load the kept weights, if any, into the model, and return whether there were any."""
+    def restore(self) -> int | None:
+        """Load the kept weights, if any, into the model, and return the number of updates that they have had."""
         best = self.criterion.best(self._candidates())
         if best is None or not self._weights.restore(self._model):
-            return False
+            return None
         value = self.criterion.value(best)
         logger.info(f"Restored the weights of update {best.evaluation}, with {self.criterion.name} {value:.4f}.")
-        return True
+        return best.evaluation
 
     def _candidates(self) -> list[EvaluationEntry]:
         """Return the evaluations whose weights are known."""

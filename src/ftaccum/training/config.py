@@ -174,9 +174,14 @@ def faults_of_config(config: Any) -> list[str]:
             f"`config` must be the model's configuration, but is {type(config).__name__} instead. Give each of its "
             "settings as an argument, such as `batch_size` for `per_device_train_batch_size`."
         ]
+    if isinstance(config, str):
+        return [
+            f"`config` must be the model's configuration, but is {config!r} instead. The second positional argument is "
+            "`config`: load the rows, and give them as `train_data=`."
+        ]
     # A configuration of Transformers has `__iter__`, too.
     are_rows = is_stream(config) or any(hasattr(type(config), n) for n in ("__getitem__", "__len__", "__next__"))
-    if not are_rows or isinstance(config, str) or hasattr(config, "vocab_size"):
+    if not are_rows or hasattr(config, "vocab_size"):
         return []
     return [
         f"`config` must be the model's configuration, but is {type(config).__name__} instead, which looks like rows. "

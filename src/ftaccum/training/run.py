@@ -76,8 +76,9 @@ class TrainingRun(EvaluatedSetup):
         self._is_training = False
         self.metrics_logger.log()
         self.weights_in_training.close()
-        self.callback_handler.end(restored_best=self.best.restore())
-        result = self._result()
+        restored = self.best.restore()
+        self.callback_handler.end(restored_best=restored is not None)
+        result = replace(self._result(), restored_update=restored)
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saved = self.model if self.callback.saves_model else None
         ledger, tokenizer = self.metrics_logger.ledger, self.config.components.tokenizer
