@@ -382,3 +382,12 @@ def test_errors_about_search_options_give_the_reason(capsys: pytest.CaptureFixtu
     ):
         assert main(words) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_an_unknown_metric_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\ngood,1\n")
+    options = ["--model", "no such model", "--train_data", str(tmp_path / "rows.csv"), "--greater_is_better", "true"]
+    assert main(["train", *options, "--metric_for_best", "acuracy"]) == 2
+    assert "Choose one of: val_loss, accuracy, f1, precision, recall." in capsys.readouterr().err

@@ -972,7 +972,7 @@ def test_with_time_as_second_objective_the_metric_keeps_its_direction() -> None:
 def test_an_unknown_metric_ends_the_search_at_its_first_trial() -> None:
     storage = optuna.storages.InMemoryStorage()
     kept = Kept()
-    with pytest.raises(SettingsError, match=r"returned no metric of this name\. Choose one of: val_loss, f1"):
+    with pytest.raises(SettingsError, match=r"returns no metric of this name\. Choose one of: val_loss, f1"):
         by_f1(*[0.5] * 6, metric_for_best="f1_macro", model_factory=kept.model, storage=storage, study_name="search")
     assert len(kept.weights) == 1
     assert kept.points == [[]]

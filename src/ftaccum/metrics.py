@@ -56,6 +56,7 @@ class F1(_Metric):
 class ClassificationMetrics(F1):
     """Accuracy, F1, precision and recall."""
 
+    NAMES = ("accuracy", "f1", "precision", "recall")
     _description = "Accuracy, and F1, precision and recall averaged over classes."
 
     def _compute(self, predictions: Any, references: Any) -> Mapping[str, float]:

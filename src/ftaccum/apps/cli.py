@@ -120,6 +120,7 @@ def _train(words: Sequence[str]) -> int:
 
     from ..metrics import ClassificationMetrics
     from ..runtime.accelerator import is_first_process
+    from ..tracking.selection import Criterion
     from ..training.config import RunConfig, faults_of_evaluation
     from ..training.preflight import faults_before_loading
     from ..training.run import run_training
@@ -132,6 +133,8 @@ def _train(words: Sequence[str]) -> int:
     faults = faults_before_loading(given, looks_at_files=is_first_process())
     has_val_data = named.val_data is not None
     refuse(faults or faults_of_evaluation(recipe, has_metrics=measures, has_val_data=has_val_data))
+    if measures:
+        Criterion.of_settings(recipe.metric_for_best, recipe.greater_is_better).check(ClassificationMetrics.NAMES)
     recipe, parsed = parse_settings(given)
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, recipe.random_seed, recipe.text_columns)

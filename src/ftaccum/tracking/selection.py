@@ -77,17 +77,21 @@ class Criterion:
                 count += 1
         return count
 
-    def check(self, entry: EvaluationEntry) -> None:
+    def check(self, metrics: Iterable[str]) -> None:
         """Check that evaluations have the metric.
 
+        Args:
+            metrics: the names of the metrics that they have.
+
         Raises:
-            SettingsError: if not. The message lists the metrics that they have.
+            SettingsError: if not. The message lists the names.
         """
-        if self.metric != LOSS and self.metric not in _by_name(entry):
+        names = [LOSS, *metrics]
+        if self.metric not in (name.removeprefix("eval_") for name in names):
             raise SettingsError(
                 [
-                    f"`metric_for_best` is {self.metric!r}, but `compute_metrics` returned no metric of this name. "
-                    f"Choose one of: {', '.join([LOSS, *entry.metrics])}."
+                    f"`metric_for_best` is {self.metric!r}, but `compute_metrics` returns no metric of this name. "
+                    f"Choose one of: {', '.join(names)}."
                 ]
             )
 

@@ -49,7 +49,7 @@ class Evaluator:
     def before_training(self) -> None:
         """Evaluate a new run before its first update, which also lets a faulty metric fail now."""
         if (entry := self._evaluate()) is not None:
-            self._best.criterion.check(entry)
+            self._best.criterion.check(entry.metrics)
 
     def after_update(self, *, requested: bool) -> bool:
         """Evaluate if that is due or requested, and return whether it was.

@@ -154,7 +154,7 @@ class TrainingRun(EvaluatedSetup):
         if resume_point.path is None:
             self.evaluator.before_training()
         elif ledger.evaluations:
-            self.criterion.check(ledger.evaluations[-1])
+            self.criterion.check(ledger.evaluations[-1].metrics)
         for entry in ledger.evaluations:
             if entry.evaluation:
                 self.callback.on_evaluation(entry)
