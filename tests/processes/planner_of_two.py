@@ -38,7 +38,8 @@ for name, (short, long) in alone.items():
         if way != "padding-free" or name.startswith("causal"):
             passes.clear()
             run = trained(name, 4, audit=False, **arguments)
-            assert passes.count("reduction") == len(run[1].loss_history), "gradients are reduced once an update"
+            # The first pass and reduction are those of the model that uses up a warning of torch.
+            assert passes.count("reduction") - 1 == len(run[1].loss_history), "gradients are reduced once an update"
             unsynced += passes.count("forward") - passes.count("reduction")
             found[f"{name}, {way}"] = difference(long if "n_epochs" in arguments else short, run)
 assert unsynced > 0
