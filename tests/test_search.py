@@ -1131,7 +1131,7 @@ def test_callbacks_that_workers_cannot_get_are_refused(tmp_path: Path) -> None:
         ({"metric_for_best": "f1"}, "`metric_for_best` is 'f1', but `compute_metrics` is None"),
         (
             {"metric_for_best": "score", "compute_metrics": len},
-            "its name does not tell whether greater values are better. Set `greater_is_better`",
+            "its name does not tell whether greater values are better. Check its spelling, and set",
         ),
         (
             {"space": {"metric_for_best": CategoricalDistribution(["f1", "recall"])}},
