@@ -187,6 +187,7 @@ def test_a_run_resumes_between_evaluations_to_the_last_bit(tmp_path: Path) -> No
     assert ledger_of(tmp_path / "cut") == ledger_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_longer_run_does_not_keep_the_evaluation_at_the_end_of_a_shorter_one(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"evaluate_every": 4, "lr_scheduler": "constant"}
     fine_tuned(max_updates=6, output_dir=str(tmp_path), **arguments)

@@ -108,6 +108,7 @@ def test_other_errors_are_not_mistaken_for_out_of_memory() -> None:
         test_fine_tuning(model, train_data=head.rows(9), progress=False)
 
 
+@pytest.mark.slow
 def test_micro_batches_grow_back_in_later_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another program uses the memory during the first three windows."""
     monkeypatch.setattr("ftaccum.runtime.memory._CALM", 2)

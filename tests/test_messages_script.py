@@ -73,6 +73,7 @@ def test_no_message_has_a_private_word() -> None:
     assert [message for message in MESSAGES if PRIVATE.search(message.text)] == []
 
 
+@pytest.mark.slow
 def test_the_script_prints_one_module() -> None:
     command = [sys.executable, SCRIPT, "--module", "apps.yaml"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -354,6 +354,7 @@ def test_a_closure_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
     assert whole.differences(again) == []
 
 
+@pytest.mark.slow
 def test_an_lbfgs_run_resumes_to_the_last_bit(tmp_path: Path) -> None:
     def lbfgs(groups: Any) -> LBFGS:
         return LBFGS([p for group in groups for p in group["params"]], lr=1e-3, max_iter=3, history_size=3)

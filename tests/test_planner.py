@@ -314,6 +314,7 @@ def test_prefetched_windows_are_cut_again_with_what_was_learnt_since() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_masked_lm_is_cut_by_length_without_changing_its_draws() -> None:
     """Its collator draws once per window. Columns of nothing but padding in a micro-batch are cut off."""
     rows = [{"input_ids": row["input_ids"]} for row in HEADS["masked LM, BERT"].rows(40)]

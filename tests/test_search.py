@@ -145,6 +145,7 @@ def test_trials_that_carry_remainders_meet_where_their_updates_end() -> None:
         assert trial.user_attrs["rows"] == 84
 
 
+@pytest.mark.slow
 def test_every_trial_sees_the_same_rows_in_the_same_order_from_the_same_weights() -> None:
     kept = Kept()
     torch.manual_seed(0)  # does not affect the initial weights of trials
@@ -273,6 +274,7 @@ def test_an_optuna_sampler_can_be_given() -> None:
 # --- failures
 
 
+@pytest.mark.slow
 def test_a_failure_ends_only_its_trial_with_a_reason_and_frees_the_model(tmp_path: Path) -> None:
     kept, n_calls = Kept(), 0
 

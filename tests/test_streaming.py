@@ -324,6 +324,7 @@ def tokenizer_of(folder: Path) -> BertTokenizerFast:
 TEXTS = [{"text": "a very good film" if n % 2 else "bad film", "label": n % CLASSES} for n in range(13)]
 
 
+@pytest.mark.slow
 def test_streams_of_datasets_train_like_lists_of_their_rows(tmp_path: Path) -> None:
     rows = [{**row, "input_ids": [int(n) for n in row["input_ids"]]} for row in BERT.rows(13)]
     losses = run(BERT.model(), Stream(rows)).loss_history

@@ -359,6 +359,7 @@ def test_an_average_of_16_bit_weights_follows_small_changes() -> None:
     assert layer.weight.item() == 1.5
 
 
+@pytest.mark.slow
 def test_an_average_is_saved_although_another_callback_fails_at_the_end(tmp_path: Path) -> None:
     kept = ExponentialMovingAverage(0.8)
     with pytest.raises(CallbackError, match="on_train_end") as e:
@@ -486,6 +487,7 @@ def test_a_run_that_a_callback_stopped_stays_ended_without_it(tmp_path: Path) ->
     assert more.optimizer_steps == 21
 
 
+@pytest.mark.slow
 def test_callbacks_see_and_change_gradients_that_are_summed_in_float32() -> None:
     class Zeroes(TrainerCallback):
         def __init__(self) -> None:
