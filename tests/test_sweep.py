@@ -58,7 +58,6 @@ def test_the_sample_has_a_class_of_every_task(verdicts: list[Verdict]) -> None:
     assert {verdict.task for verdict in verdicts} | INEXACT.keys() == set(TASKS)
 
 
-@pytest.mark.slow
 def test_no_head_of_the_sample_is_silently_wrong(verdicts: list[Verdict]) -> None:
     assert [verdict for verdict in verdicts if verdict.kind in FAILED] == []
 
