@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -204,7 +204,8 @@ def test_two_processes_print_no_line_of_another_library(
 def notebook(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Return tqdm's module for notebooks, as if this process was a notebook's."""
     ipython = ModuleType("IPython")
-    ipython.get_ipython = lambda: None  # type: ignore[attr-defined]
+    # Older versions of tqdm look at the configuration, newer ones at the modules.
+    ipython.get_ipython = lambda: SimpleNamespace(config={"IPKernelApp": {}})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", ModuleType("ipykernel.zmqshell"))
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     with warnings.catch_warnings():
