@@ -166,9 +166,9 @@ class GenerateSamples(TrainerCallback):
 class OptunaPruning(TrainerCallback):
     """Reports each evaluation to an Optuna trial, and ends the run with `optuna.TrialPruned` if the trial is pruned.
 
-    For an objective of your own; `ftaccum.search` does this by itself. A report's step is the number of evaluations so
-    far. So trials with different `gradient_accumulation_steps` are compared after about the same numbers of rows if
-    `evaluate_every` is a share of an epoch.
+    Use it in your own objective; `ftaccum.search` needs no callback to prune. A report's step is the number of
+    evaluations so far. So trials with different `gradient_accumulation_steps` are compared after about the same numbers
+    of rows if `evaluate_every` is a share of an epoch.
     """
 
     ends_run_with = (optuna.TrialPruned,)

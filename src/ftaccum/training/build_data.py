@@ -90,12 +90,10 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     ignore_index = ignore_index_of(components, rows)
     padding, val_padding = build_padding(components, rows, val_rows, ignore_index, _longest(config, rows))
     row_collator, val_collator = (build_row_collator(components, each) for each in (padding, val_padding))
-    for each in given.all:
+    for each, collator in zip(given.all, (row_collator, val_collator), strict=False):
         if runtime.max_tokens is not None:
             check_lengths(each, runtime.max_tokens, row_collator)
-    row_collator.find_draws(rows)
-    if val_rows is not None:
-        val_collator.find_draws(val_rows)
+        collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
