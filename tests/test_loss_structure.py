@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.objective.batch_changes import WatchedBatch, fresh_batch
-from ftaccum.objective.forward import Forward
 from ftaccum.objective.item_counts import ItemCounter
+from ftaccum.objective.model_forward import ModelForward
 from ftaccum.objective.objective import Objective
 from ftaccum.objective.sample import Sample
 from ftaccum.objective.self_check import measured_objective
@@ -60,7 +60,7 @@ def objective_of(boxes: list[int], loss_fn: Any = loss_fn, **more: Any) -> tuple
         lambda groups: [rows(together, group) for group in groups], names=["a", "b", "c", "d"],
     )  # fmt: skip
     model = Detector()
-    forward = Forward(model, together, loss_fn)
+    forward = ModelForward(model, together, loss_fn)
     return model, measured_objective(model, forward, sample, item_counter=ItemCounter(), **more)
 
 
@@ -148,7 +148,7 @@ def test_a_term_that_exists_only_in_train_mode_is_counted() -> None:
     sample = Sample(
         together, together, lambda batch, groups: [rows(batch, group) for group in groups], None, list("abcd")
     )
-    objective = measured_objective(model, Forward(model, together, penalised), sample, item_counter=ItemCounter())
+    objective = measured_objective(model, ModelForward(model, together, penalised), sample, item_counter=ItemCounter())
     assert objective.terms == ("cls", "penalty")
     assert means(model.eval(), objective, together)["penalty"] == 0.0
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ftaccum.errors import DataError, SettingsError
 from ftaccum.objective.aux_losses import factors_of, has_parts
-from ftaccum.objective.forward import Forward, accepted_arguments, is_label, logits_of
+from ftaccum.objective.model_forward import ModelForward, accepted_arguments, is_label, logits_of
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 0, 1]])
 
@@ -41,7 +41,7 @@ class Embedding(nn.Module):
 
 def test_the_models_own_loss_is_read_and_unknown_columns_are_left_out() -> None:
     batch = {"input_ids": IDS, "labels": IDS, "extra": IDS}
-    forward = Forward(Named(), batch, None)
+    forward = ModelForward(Named(), batch, None)
     means, outputs = forward(Named(), batch)
     assert (forward.is_own, forward.counted_by, forward.modules, forward.parts) == (True, None, [], ())
     assert number(means["loss"]) == IDS.double().mean()
@@ -51,18 +51,20 @@ def test_the_models_own_loss_is_read_and_unknown_columns_are_left_out() -> None:
 def test_labels_are_withheld_from_the_model_if_the_user_gives_a_loss() -> None:
     batch = {"input_ids": IDS, "labels": IDS}
     loss_fn = nn.Identity()
-    forward = Forward(Named(), batch, lambda outputs, given: given["labels"].double().sum() + outputs["logits"].sum())
+    forward = ModelForward(
+        Named(), batch, lambda outputs, given: given["labels"].double().sum() + outputs["logits"].sum()
+    )
     means, outputs = forward(Named(), batch)
     assert outputs["loss"] is None
     assert number(means["loss"]) == 2 * IDS.sum()
     assert not forward.is_own
-    assert Forward(Named(), batch, loss_fn).modules == [loss_fn]
+    assert ModelForward(Named(), batch, loss_fn).modules == [loss_fn]
 
 
 def test_an_encoder_decoder_gets_labels_even_if_the_user_gives_a_loss() -> None:
     model, batch = Named(), {"input_ids": IDS, "labels": IDS}
     model.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
-    forward = Forward(model, batch, lambda outputs, _: outputs["loss"])
+    forward = ModelForward(model, batch, lambda outputs, _: outputs["loss"])
     assert number(forward(model, batch)[0]["loss"]) == IDS.double().mean()
 
 
@@ -77,14 +79,14 @@ def test_a_pair_is_inputs_and_targets() -> None:
     a, targets = torch.ones(3), torch.tensor([1.0, 2.0, 3.0])
     for inputs, wanted in [(a, 12.0), ((a, 5.0), 30.0), ([a, 5.0], 30.0), ({"a": a, "b": 7.0}, 42.0)]:
         batch = (inputs, targets)
-        forward = Forward(Product(), batch, loss_fn)
+        forward = ModelForward(Product(), batch, loss_fn)
         assert number(forward(Product(), batch)[0]["loss"]) == wanted
 
 
 def test_the_next_token_loss_is_the_mean_over_shifted_labels() -> None:
     labels = torch.tensor([[1, 2, -100, 4], [4, 3, 0, -100]])
     model, batch = Embedding(), {"input_ids": IDS, "labels": labels}
-    forward = Forward(model, batch, None, token_ids=True)
+    forward = ModelForward(model, batch, None, token_ids=True)
     found = forward(model, batch)[0]["loss"]
     logp = model(IDS).detach().log_softmax(-1)
     counted = [(0, 0, 2), (0, 2, 4), (1, 0, 3), (1, 1, 0)]  # row, position, next label
@@ -97,7 +99,7 @@ def test_the_next_token_loss_is_the_mean_over_shifted_labels() -> None:
 def test_the_next_token_loss_of_sixteen_bits_is_computed_in_float32() -> None:
     batch = {"input_ids": IDS, "labels": IDS}
     model = Embedding().to(torch.bfloat16)
-    found = Forward(model, batch, None, token_ids=True)(model, batch)[0]["loss"]
+    found = ModelForward(model, batch, None, token_ids=True)(model, batch)[0]["loss"]
     assert found.dtype == torch.float32
     logits = model(IDS)[:, :-1].flatten(0, 1).float()
     assert number(found) == number(F.cross_entropy(logits, IDS[:, 1:].flatten()))
@@ -111,7 +113,7 @@ def test_logits_of_another_shape_give_no_next_token_loss(shape: tuple[int, ...])
 
     batch = {"input_ids": IDS, "labels": IDS}
     with pytest.raises(DataError, match=r"logits of shape \(rows, length, vocabulary\), but returns"):
-        Forward(Wrong(), batch, None, token_ids=True)(Wrong(), batch)
+        ModelForward(Wrong(), batch, None, token_ids=True)(Wrong(), batch)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_logits_of_another_shape_give_no_next_token_loss(shape: tuple[int, ...])
 )
 def test_a_model_and_rows_without_a_loss_are_an_error(batch: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Forward(Named(), batch, None)
+        ModelForward(Named(), batch, None)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +137,14 @@ def test_a_model_and_rows_without_a_loss_are_an_error(batch: Any, message: str) 
 def test_a_loss_that_is_not_a_number_is_an_error(found: Any, message: str) -> None:
     batch = {"input_ids": IDS, "labels": IDS}
     with pytest.raises(SettingsError, match=message):
-        Forward(Named(), batch, lambda _, __: found)(Named(), batch)
+        ModelForward(Named(), batch, lambda _, __: found)(Named(), batch)
 
 
 def test_a_loss_of_one_number_is_a_scalar() -> None:
     batch = {"input_ids": IDS, "labels": IDS}
-    means, _ = Forward(Named(), batch, lambda _, __: {"a": torch.ones(1, 1), "b": torch.tensor(2.0)})(Named(), batch)
+    means, _ = ModelForward(Named(), batch, lambda _, __: {"a": torch.ones(1, 1), "b": torch.tensor(2.0)})(
+        Named(), batch
+    )
     assert {term: (mean.shape, number(mean)) for term, mean in means.items()} == {"a": ((), 1.0), "b": ((), 2.0)}
 
 
@@ -159,7 +163,7 @@ def test_a_models_own_loss_is_found_in_outputs_of_any_kind(outputs: Any) -> None
             return outputs
 
     batch = {"labels": IDS}
-    assert number(Forward(Fixed(), batch, None)(Fixed(), batch)[0]["loss"]) == 3.0
+    assert number(ModelForward(Fixed(), batch, None)(Fixed(), batch)[0]["loss"]) == 3.0
 
 
 @pytest.mark.parametrize("outputs", [{"logits": torch.ones(2)}, SimpleNamespace(logits=1), (torch.ones(2), "text")])
@@ -170,7 +174,7 @@ def test_outputs_without_a_loss_are_an_error(outputs: Any) -> None:
 
     batch = {"labels": IDS}
     with pytest.raises(DataError, match="was given labels and returned no loss"):
-        Forward(Fixed(), batch, None)(Fixed(), batch)
+        ModelForward(Fixed(), batch, None)(Fixed(), batch)
 
 
 def test_logits_are_found_in_outputs_of_any_kind() -> None:
@@ -195,7 +199,7 @@ def test_classes_are_read_off_the_logits_without_labels() -> None:
 
     def classes(shape: tuple[int, ...], labels: Tensor, ids: Tensor = IDS) -> int | None:
         batch = {"input_ids": ids, "labels": labels}
-        return Forward(Classifier(shape), batch, None).n_classes(Classifier(shape), batch)
+        return ModelForward(Classifier(shape), batch, None).n_classes(Classifier(shape), batch)
 
     assert classes((2, 3), torch.tensor([0, 1])) == 3
     assert classes((2, 4, 2), IDS) == 2
@@ -210,7 +214,7 @@ def test_classes_are_read_off_the_logits_without_labels() -> None:
 def test_classes_of_pairs_and_of_models_that_need_labels() -> None:
     linear = nn.Linear(4, 3)
     pair = (torch.zeros(2, 4), torch.tensor([0, 1]))
-    forward = Forward(linear, pair, nn.CrossEntropyLoss())
+    forward = ModelForward(linear, pair, nn.CrossEntropyLoss())
     assert forward.n_classes(linear, pair) == 3
     assert forward.n_classes(linear, (torch.zeros(2, 4), torch.zeros(2))) is None
 
@@ -219,7 +223,7 @@ def test_classes_of_pairs_and_of_models_that_need_labels() -> None:
             return {"logits": torch.zeros(2, 3)}
 
     batch = {"input_ids": IDS, "labels": torch.tensor([0, 1])}
-    assert Forward(Needs(), batch, None).n_classes(Needs(), batch) is None
+    assert ModelForward(Needs(), batch, None).n_classes(Needs(), batch) is None
 
 
 def test_accepted_arguments_of_a_module() -> None:
@@ -304,7 +308,7 @@ class Router(nn.Module):
 
 def test_added_losses_become_terms_that_sum_to_the_loss() -> None:
     model, batch = Router(), {"x": torch.tensor([8.0]), "labels": torch.tensor([3.0])}
-    forward = Forward(model, batch, None)
+    forward = ModelForward(model, batch, None)
     assert forward.may_have_parts(model(**batch))
     with torch.no_grad():
         forward.take_apart(model, [batch, {"x": torch.tensor([1.0]), "labels": torch.tensor([2.0])}])
@@ -322,14 +326,14 @@ def test_a_factor_that_changes_from_batch_to_batch_is_left_in_the_loss() -> None
 
     model = Odd()
     batches = [{"x": torch.tensor([8.0]), "labels": torch.tensor(float(n))} for n in (3, 2)]
-    forward = Forward(model, batches[0], None)
+    forward = ModelForward(model, batches[0], None)
     forward.take_apart(model, batches)
     assert forward.factors == {}
 
 
 def settled(model: nn.Module, several: Any, one: Any) -> Any:
     """Return the loss of `one` after `several` decided which output is the loss."""
-    forward = Forward(model, one, None)
+    forward = ModelForward(model, one, None)
     forward.settle_outputs(model, lambda: several)
     return forward(model, one)[0]["loss"]
 
@@ -378,7 +382,7 @@ def test_a_place_may_differ_between_train_mode_and_eval_mode() -> None:
 
     model = Model("penalty", "prediction", "total")
     batch = {"x": torch.eye(2).double(), "labels": torch.ones(2).double()}
-    forward = Forward(model, batch, None)
+    forward = ModelForward(model, batch, None)
     forward.settle_outputs(model, lambda: batch)
     for mode in (model.train(), model.eval()):
         total = mode(**batch)[2 if mode.training else 0]

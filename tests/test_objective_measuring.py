@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum.objective import self_check
-from ftaccum.objective.forward import Forward
 from ftaccum.objective.item_counts import ItemCounter
+from ftaccum.objective.model_forward import ModelForward
 from ftaccum.objective.packing_check import difference_of_packing
 from ftaccum.objective.perturbation import float32_weights, has_narrow_weights, perturb_head, perturb_norms
 from ftaccum.objective.probe import (
@@ -43,7 +43,7 @@ def sample(x: Tensor = X, y: Tensor = Y, **more: Any) -> Sample:
 
 def measured(model: nn.Module, loss_fn: Any = None, of: Sample | None = None, **more: Any) -> Any:
     of = of or sample()
-    forward = Forward(model, of.together, loss_fn or nn.CrossEntropyLoss())
+    forward = ModelForward(model, of.together, loss_fn or nn.CrossEntropyLoss())
     return measured_objective(model, forward, of, item_counter=ItemCounter(), **more)
 
 

@@ -16,7 +16,7 @@ from ftaccum.apps.verify.rare_rows import rarest, traits_of, with_rare_rows
 from ftaccum.apps.verify.reference import Reference
 from ftaccum.data.collator import RowCollator
 from ftaccum.data.convert import as_rows
-from ftaccum.objective.forward import Forward
+from ftaccum.objective.model_forward import ModelForward
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
 from lazy_rows import LazyRows
 
@@ -204,18 +204,18 @@ def verify_weighted(rows: Sequence[Any], weight: Tensor, seed: int) -> Verificat
 def test_faults_of_batches_and_of_the_forward_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cut has these faults, so comparing cuts would not find them."""
     head, sizes = HEADS["token classification, BERT"], {"batch_size": 3, "effective_batch_size": 11, "progress": False}
-    collate, outputs = RowCollator.__call__, Forward._outputs
+    collate, outputs = RowCollator.__call__, ModelForward._outputs
 
     def with_padding_as_labels(*arguments: Any, **named: Any) -> dict[str, Tensor]:
         batch = collate(*arguments, **named)
         return {**batch, "labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, 0)}
 
-    def without_mask(self: Forward, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    def without_mask(self: ModelForward, model: nn.Module, batch: dict[str, Tensor]) -> Any:
         return outputs(self, model, {name: value for name, value in batch.items() if name != "attention_mask"})
 
     for owner, name, faulty in (
         (RowCollator, "__call__", with_padding_as_labels),
-        (Forward, "_outputs", without_mask),
+        (ModelForward, "_outputs", without_mask),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, faulty)

@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 from .data.collator import Collator
 from .fields import DefaultFloat, Pairs
-from .objective.forward import LossFn
 from .objective.item_counts import CountItems
+from .objective.model_forward import LossFn
 from .porting.keywords import explain_keywords
 from .runtime.host import is_interactive
 from .tracking.result import Result

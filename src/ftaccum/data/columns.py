@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..objective.forward import is_label
 from ..objective.item_counts import TOKEN_COLUMNS
+from ..objective.model_forward import is_label
 from .row import Row
 from .values import OddRowError, column_name, is_numeric, tensor_of
 

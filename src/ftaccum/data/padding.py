@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective.forward import is_label
 from ..objective.item_counts import IGNORE_INDEX, Batch
+from ..objective.model_forward import is_label
 from .columns import Along, ColumnRules, Columns
 from .documents import Documents
 from .row import Row

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..objective.forward import is_label
 from ..objective.item_counts import TOKEN_COLUMNS
+from ..objective.model_forward import is_label
 from ..objective.own_rules import TARGETS
 from .dataset import Rows
 from .row import Row, length_of

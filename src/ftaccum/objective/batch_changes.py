@@ -8,8 +8,8 @@ from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 
 from ..runtime.state_guards import TensorVersions
-from .forward import is_label
 from .item_counts import Batch
+from .model_forward import is_label
 
 
 def fresh_batch(batch: Batch, device: torch.device) -> Batch:

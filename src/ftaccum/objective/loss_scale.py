@@ -7,9 +7,9 @@ from torch import nn
 
 from ..runtime.state_guards import inspection_mode
 from .batch_changes import fresh_batch
-from .forward import Forward, is_label
 from .index_guard import IndexGuard
 from .item_counts import Batch
+from .model_forward import ModelForward, is_label
 from .objective import Objective
 from .perturbation import perturb_head
 from .sample import UNEQUAL, Sample
@@ -33,7 +33,7 @@ def find_divisor(model: nn.Module, objective: Objective, sample: Sample) -> int 
     if objective.report.own_loss or not isinstance(together, Mapping) or not any(map(is_label, together)):
         return None
     try:
-        own = Forward(model, together, None)
+        own = ModelForward(model, together, None)
         with inspection_mode(model, *objective.modules), perturb_head(model), IndexGuard():
             ratios = (_ratio(model, own, objective, batch) for batch in _batches(sample))
             return _whole_number(ratio for ratio in ratios if ratio is not None)
@@ -46,7 +46,7 @@ def _batches(sample: Sample) -> Iterator[Batch]:
     yield from sample.separate(sample.together, UNEQUAL)
 
 
-def _ratio(model: nn.Module, own: Forward, objective: Objective, batch: Batch) -> float | None:
+def _ratio(model: nn.Module, own: ModelForward, objective: Objective, batch: Batch) -> float | None:
     """Return the model's own loss of a batch, divided by the user's; None if one of them has no items or is 0."""
     theirs = own.unweighted_loss(model, _on_device(batch, model)).item()
     ours = objective.unweighted_loss(model, _on_device(batch, model), objective.count(batch)).item()

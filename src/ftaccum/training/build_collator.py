@@ -17,7 +17,7 @@ from ..data.probe_rows import sample_positions
 from ..data.row import Row
 from ..data.scan import look_at_columns
 from ..errors import DataError, SettingsError
-from ..objective.forward import Forward, accepted_arguments
+from ..objective.model_forward import ModelForward, accepted_arguments
 from ..objective.objective import Objective
 from ..objective.packing_check import difference_of_packing
 from ..objective.probe import EXPLAINED
@@ -73,7 +73,7 @@ def build_row_collator(components: Components, padding: PaddingCollator | None) 
 
 def measure_documents(
     components: Components,
-    forward: Forward,
+    forward: ModelForward,
     objective: Objective,
     rows: Rows,
     padding: PaddingCollator,
@@ -142,7 +142,7 @@ def _joined(documents: list[Row], columns: Columns) -> Row:
 
 def check_padded_labels(
     components: Components,
-    forward: Forward,
+    forward: ModelForward,
     objective: Objective,
     rows: Rows,
     padding: PaddingCollator,
@@ -177,7 +177,7 @@ def check_padded_labels(
 
 def packed_collator(
     components: Components,
-    forward: Forward,
+    forward: ModelForward,
     objective: Objective,
     rows: Rows,
     padded: RowCollator,

@@ -17,9 +17,9 @@ from ..data.tokenize import most_tokens
 from ..data.validation import check_lengths, check_sample
 from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
-from ..objective.forward import Forward
 from ..objective.item_counts import ItemCounter, tensors_of
 from ..objective.loss_scale import find_divisor
+from ..objective.model_forward import ModelForward
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
@@ -95,7 +95,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
             check_lengths(each, runtime.max_tokens, row_collator)
         collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
-    forward = Forward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
+    forward = ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
     for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
@@ -174,7 +174,7 @@ def _check_padding(components: Components, objective: Objective) -> None:
 
 def _objective(
     components: Components,
-    forward: Forward,
+    forward: ModelForward,
     rows: Rows,
     row_collator: RowCollator,
     few: Sample,

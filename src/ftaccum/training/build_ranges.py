@@ -16,9 +16,9 @@ from ..data.row import length_of
 from ..data.value_ranges import ValueRanges
 from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import find_embedding_limits
-from ..objective.forward import Forward, logits_of
 from ..objective.index_guard import IndexGuard
 from ..objective.item_counts import Batch, targets_of
+from ..objective.model_forward import ModelForward, logits_of
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
@@ -31,7 +31,7 @@ _BINARY_FUNCTIONS = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 def find_ranges(
     components: Components,
-    forward: Forward,
+    forward: ModelForward,
     rows: Rows,
     row_collator: RowCollator,
     ignore_index: int,
@@ -58,12 +58,12 @@ def find_ranges(
     return ValueRanges(sizes, longest, takes_longer, n_classes, ignore_index, is_binary)
 
 
-def _takes_any(forward: Forward, model: nn.Module, few: Sequence[Batch], length: int) -> bool:
+def _takes_any(forward: ModelForward, model: nn.Module, few: Sequence[Batch], length: int) -> bool:
     """Return whether the forward pass of any of these rows succeeds at the given length."""
     return any(_takes(forward, model, _stretched(row, length)) for row in few)
 
 
-def _takes(forward: Forward, model: nn.Module, row: Batch) -> bool:
+def _takes(forward: ModelForward, model: nn.Module, row: Batch) -> bool:
     """Return whether the forward pass of a row succeeds."""
     try:
         with inspection_mode(model, *forward.modules), IndexGuard():
@@ -90,7 +90,7 @@ def _is_binary_module(loss_fn: Any) -> bool:
     return isinstance(loss_fn, _BINARY_MODULES) or loss_fn in _BINARY_FUNCTIONS
 
 
-def _computes_binary(forward: Forward, model: nn.Module, row: Batch) -> bool:
+def _computes_binary(forward: ModelForward, model: nn.Module, row: Batch) -> bool:
     """Return whether the model's own loss is a binary cross entropy that ignores no label, whatever its value."""
     labels = targets_of(row)
     if labels is None or not labels.is_floating_point() or not isinstance(row, Mapping):

@@ -14,7 +14,7 @@ from ..data.text_columns import TextColumns, choose_columns, is_raw_text
 from ..data.text_encoder import TextEncoder
 from ..data.tokenize import most_tokens, tokenize
 from ..errors import DataError
-from ..objective.forward import accepted_arguments
+from ..objective.model_forward import accepted_arguments
 from ..planning.shuffle import hold_out
 from ..settings import Recipe
 from .config import Components

@@ -14,8 +14,8 @@ from ..data.collator import Collator
 from ..data.iterable import is_split, is_stream
 from ..errors import refuse, shown
 from ..fields import DefaultFloat
-from ..objective.forward import LossFn
 from ..objective.item_counts import CountItems
+from ..objective.model_forward import LossFn
 from ..settings import Recipe, Runtime
 from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion

@@ -10,8 +10,8 @@ from ..data.dataset import Rows
 from ..errors import DataError
 from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import columns_of
-from ..objective.forward import Forward
 from ..objective.item_counts import Batch, targets_of
+from ..objective.model_forward import ModelForward
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
@@ -21,7 +21,7 @@ _NOT_FLOATS = ("can't be cast to the desired output type", "two bool tensors", "
 
 def loss_fault(
     components: Components,
-    forward: Forward,
+    forward: ModelForward,
     rows: Rows,
     row_collator: RowCollator,
     candidates: Sequence[int],
@@ -50,7 +50,7 @@ def loss_fault(
 
 
 def _failing_row(
-    components: Components, forward: Forward, rows: Rows, row_collator: RowCollator, candidates: Sequence[int]
+    components: Components, forward: ModelForward, rows: Rows, row_collator: RowCollator, candidates: Sequence[int]
 ) -> int | None:
     """Return the position of the first row that fails when it is run separately, or None."""
     device = next(components.model.parameters()).device
@@ -63,7 +63,7 @@ def _failing_row(
     return None
 
 
-def _remedies(components: Components, forward: Forward, row: Batch, error: Exception) -> Iterator[str]:
+def _remedies(components: Components, forward: ModelForward, row: Batch, error: Exception) -> Iterator[str]:
     """Yield the remedies for known causes of an error.
 
     Args:

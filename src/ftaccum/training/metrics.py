@@ -11,8 +11,8 @@ from transformers import EvalPrediction
 
 from ..data.loader import MicroBatch
 from ..errors import MetricsError, SettingsError, shown
-from ..objective.forward import logits_of
 from ..objective.item_counts import Batch, targets_of
+from ..objective.model_forward import logits_of
 from ..objective.objective import Objective
 from ..runtime.memory import is_out_of_memory
 from ..runtime.process_group import ProcessGroup

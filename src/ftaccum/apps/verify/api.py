@@ -11,8 +11,8 @@ from ...data.collator import Collator
 from ...data.convert import as_rows
 from ...errors import SettingsError, refuse
 from ...fine_tuning import test_fine_tuning
-from ...objective.forward import LossFn
 from ...objective.item_counts import CountItems
+from ...objective.model_forward import LossFn
 from ...porting.keywords import explain_keywords
 from ...training.config import RunConfig
 from .report import Verification

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ...data.dataset import Rows
-from ...objective.forward import is_label
+from ...objective.model_forward import is_label
 from ...planning.micro_batches import RowIndices
 
 Traits = Sequence[Sequence[int]]  # for each label value or column: the positions of the rows that have it

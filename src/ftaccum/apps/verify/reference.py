@@ -18,7 +18,7 @@ from ...data.batches import can_be_taken_apart, first_dimensions, take
 from ...data.dataset import Rows
 from ...errors import DataError
 from ...objective.batch_changes import fresh_batch
-from ...objective.forward import accepted_arguments, is_label
+from ...objective.model_forward import accepted_arguments, is_label
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...training.config import Components
 from ...training.declared import ignore_index_of

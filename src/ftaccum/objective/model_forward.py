@@ -1,0 +1,164 @@
+"""The forward pass of a model on a batch of rows, with the model's own loss, the user's or the next-token loss."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import DataError
+from .forward import Forward
+from .item_counts import IGNORE_INDEX, Batch, targets_of
+from .own_loss import LOSS
+
+LossFn = Callable[[Any, Any], Any]
+
+
+class ModelForward(Forward):
+    """A forward pass with its loss: the model's own, the user's `loss_fn`, or the next-token loss.
+
+    Which of the three to use is decided once, from the arguments of `forward` and the columns of a batch.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, *, token_ids: bool = False) -> None:
+        """Args:
+            model: the model, not yet wrapped for several processes.
+            batch: a collated batch, whose columns decide which loss to use.
+            loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for mappings, or None.
+            token_ids: whether rows contain only token ids, so that each token is the target of the token before it.
+
+        Raises:
+            DataError: if the model and the batch give no loss. The message says what is missing.
+        """
+        self.accepted = accepted_arguments(model)
+        super().__init__(
+            [loss_fn] if isinstance(loss_fn, nn.Module) else [], self._settle(model, batch, loss_fn, token_ids)
+        )
+        # Some Transformers models compute a loss without labels, but only on request.
+        self._flags = {"return_loss": True} if loss_fn is not None and "return_loss" in (self.accepted or ()) else {}
+        self._needs_labels = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        # An encoder-decoder makes its decoder's inputs from the labels, so it needs them even with a `loss_fn`.
+        self._withheld = set() if self.is_own or self._needs_labels else {"labels"}
+
+    @property
+    def counted_by(self) -> str | None:
+        """The way to count, if it is known: only for the next-token loss, which is computed here."""
+        return "labels after the next-token shift" if self._read_loss is _next_token_loss else None
+
+    def n_classes(self, model: nn.Module, batch: Batch) -> int | None:
+        """Return how many classes the targets choose from, read off the model's logits.
+
+        The model runs without labels, unless it makes inputs from them. Return None if the targets are no class
+        numbers, or if there are no logits.
+        """
+        targets = targets_of(batch)
+        if targets is None or targets.is_floating_point():
+            return None
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if isinstance(ids, Tensor) and ids.ndim == 3:  # multiple choice: each row has its own number of choices
+            return None
+        given = batch if self._needs_labels else _without_labels(batch)
+        try:
+            outputs = self._inner_gradients.run(lambda: self._outputs(model, given))
+            logits = logits_of(outputs)
+        except Exception:  # the model needs the labels, or has no logits
+            return None
+        return logits.shape[-1] if logits.shape[:-1] == targets.shape and logits.shape[-1] > 1 else None
+
+    def _outputs(self, model: nn.Module, batch: Batch) -> Any:
+        if not isinstance(batch, Mapping):
+            inputs = batch[0]
+            if isinstance(inputs, Mapping):
+                return model(**inputs)
+            return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
+        given = {**self._flags, **{name: value for name, value in batch.items() if name not in self._withheld}}
+        if self.accepted is not None:
+            given = {name: value for name, value in given.items() if name in self.accepted}
+        if "input_ids" in given or "input_ids" not in batch:
+            return model(**given)
+        return model(batch["input_ids"], **given)  # a plain module may give its token ids any name
+
+    def _settle(
+        self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, token_ids: bool
+    ) -> Callable[[Any, Batch], Any] | None:
+        """Return the function that reads the loss; None for the model's own loss."""
+        name = type(model).__name__
+        if loss_fn is not None:
+            return lambda outputs, batch: loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
+        if isinstance(batch, list) and batch and isinstance(batch[0], Mapping):
+            raise DataError(
+                "`data_collator` must return a dict of tensors, or (inputs, targets), but returns a list of "
+                f"{len(batch)} dicts instead. Let it stack them, as `transformers.DataCollatorWithPadding` does."
+            )
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                "`train_data` gives (inputs, targets) tuples, but `loss_fn` is None. "
+                "Give a loss that compares outputs with targets, such as `loss_fn=torch.nn.CrossEntropyLoss()`."
+            )
+        labels = [key for key in batch if is_label(key)]
+        if any(self.accepted is None or key in self.accepted for key in labels):
+            return None
+        if token_ids:
+            return _next_token_loss
+        raise DataError(
+            f"`train_data` has the columns {sorted(map(str, batch))}, and {name} computes no loss from them: they have "
+            f"{'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
+            "Name the labels as in `forward`, or give a `loss_fn`; for a model that computes its loss without "
+            "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
+        )
+
+
+def accepted_arguments(model: nn.Module) -> set[str] | None:
+    """Return the argument names that `forward` takes; None if it takes any. For a PEFT model, ask its base model.
+
+    A Transformers model names the arguments that it uses, and passes its `**kwargs` on to the attention.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    parameters = inspect.signature(base.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if takes_any and not isinstance(base, PreTrainedModel) else named
+
+
+def is_label(column: str) -> bool:
+    """Return whether a column has the name of a target in Transformers (`labels`, `start_positions`, …)."""
+    return "label" in column or column in ("start_positions", "end_positions")
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits in a model's outputs: the tensor itself, `.logits`, or the first tensor with dimensions.
+
+    Raises:
+        DataError: if there is no such tensor.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        named = outputs.get("logits")
+        if named is not None:
+            return named
+        outputs = [value for key, value in outputs.items() if key != LOSS]
+    found = [value for value in outputs if isinstance(value, Tensor) and value.ndim]
+    if not found:
+        raise DataError("The model's outputs hold no logits. Give a `loss_fn` that uses what they hold.")
+    return found[0]
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {k: v for k, v in batch.items() if not is_label(k)} if isinstance(batch, Mapping) else batch
+
+
+def _next_token_loss(outputs: Any, batch: Batch) -> Tensor:
+    """Return the mean cross entropy of token t+1 under the logits at t, without ignored labels."""
+    logits_BLV, labels_BL = logits_of(outputs), batch["labels"]
+    if logits_BLV.ndim != 3 or logits_BLV.shape[:2] != labels_BL.shape:
+        raise DataError(
+            f"For the next-token loss, the model must return logits of shape (rows, length, vocabulary), but returns "
+            f"{tuple(logits_BLV.shape)} for token ids of shape {tuple(labels_BL.shape)}. Give a `loss_fn`."
+        )
+    logits_NV = logits_BLV[:, :-1].flatten(0, 1)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(logits_NV, labels_BL[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
