@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .apps.search.api import search
     from .apps.verify.api import verify
     from .apps.verify.report import Verification
+    from .bridges.exact_trainer import exact
     from .errors import (
         CallbackError,
         CheckpointError,
@@ -60,6 +61,7 @@ __all__ = [
     "TextWarning",
     "Verification",
     "callbacks",
+    "exact",
     "plan",
     "search",
     "test_fine_tuning",
@@ -73,6 +75,7 @@ _MODULES = {
     "Plan": "planning.plan",
     "Result": "tracking.result",
     "Verification": "apps.verify.report",
+    "exact": "bridges.exact_trainer",
     "plan": "apps.plan",
     "search": "apps.search.api",
     "test_fine_tuning": "fine_tuning",

@@ -7,7 +7,7 @@ once, in the last pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -25,8 +25,9 @@ from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, training_mode
+from ..runtime.state_guards import Generators
 from .buffers import MovingBuffers, SyncedBuffers
+from .dummies import leaving_no_trace
 from .window import AccumulatedWindow, WindowStart
 
 Failure = DataError | WindowOutOfMemoryError  # errors with which all processes leave a window together
@@ -167,7 +168,7 @@ class GradientAccumulator:
         Skip a dummy micro-batch unless it is the last one. Its zero gradients would reach weights that no row of the
         window uses, and optimizers may change any weight that has a gradient.
         """
-        with self._accelerator.accumulate(self._model), self._leaving_no_trace(micro):
+        with self._accelerator.accumulate(self._model), leaving_no_trace(micro, self._model, self._objective):
             if micro.is_dummy and not self._accelerator.sync_gradients:
                 return
             means, contribution = self._forward(micro, normalizer)
@@ -191,7 +192,7 @@ class GradientAccumulator:
             failure: the failure of an earlier pass of this process, if any.
         """
         ddp = self._model if isinstance(self._model, DistributedDataParallel) else None
-        with self._accelerator.accumulate(self._model), self._leaving_no_trace(micro):
+        with self._accelerator.accumulate(self._model), leaving_no_trace(micro, self._model, self._objective):
             try:
                 if failure is None:
                     # Without `no_sync`, DDP would expect a backward pass after this forward pass.
@@ -248,16 +249,6 @@ class GradientAccumulator:
         """Run the backward pass of a micro-batch, unless its loss is a constant."""
         if contribution.requires_grad:
             self._accelerator.backward(normalizer.for_backward(contribution))
-
-    def _leaving_no_trace(self, micro: MicroBatch) -> ExitStack:
-        """Return a context manager that restores random state and buffers after the pass of a dummy micro-batch."""
-        stack = ExitStack()
-        if micro.is_dummy:
-            stack.enter_context(preserve_rng())
-            stack.enter_context(preserve_buffers(self._model, *self._objective.modules))
-            if self._objective.report.in_training.complaint is not None:  # cannot run single rows, as in a dummy
-                stack.enter_context(training_mode(self._model, training=False))
-        return stack
 
 
 @contextmanager

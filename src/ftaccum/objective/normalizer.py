@@ -21,7 +21,13 @@ class LossNormalizer:
     """The number N of loss items in one window, counted over all processes before its first forward pass."""
 
     def __init__(
-        self, counts: Sequence[Counts], terms: Sequence[str], accelerator: Accelerator, factor: float = 1.0
+        self,
+        counts: Sequence[Counts],
+        terms: Sequence[str],
+        accelerator: Accelerator,
+        factor: float = 1.0,
+        *,
+        n_divided_by: int | None = None,
     ) -> None:
         """Sum the items of this process's micro-batches, then those of all processes.
 
@@ -29,10 +35,11 @@ class LossNormalizer:
 
         Args:
             factor: the factor to multiply the window's gradient by.
+            n_divided_by: the number that Accelerate divides a loss by; None for the number of micro-batches.
         """
         self._factor = factor
         self.terms = tuple(terms)
-        self._passes = len(counts)
+        self._n_divided_by = len(counts) if n_divided_by is None else n_divided_by
         self._processes = accelerator.num_processes
         mine = [sum(each[term] for each in counts) for term in terms]
         self.items_T = torch.tensor(mine, dtype=_wide(accelerator.device))
@@ -53,9 +60,9 @@ class LossNormalizer:
     def for_backward(self, contribution: Tensor) -> Tensor:
         """Return the contribution times `factor` and times the numbers that it is divided by later.
 
-        Accelerate divides by the number of passes in the window, and DDP averages over processes.
+        Accelerate divides by its number of accumulation steps, and DDP averages over processes.
         """
-        return contribution * (self._passes * self._processes * self._factor)
+        return contribution * (self._n_divided_by * self._processes * self._factor)
 
 
 class WeightedMeans:

@@ -1,0 +1,162 @@
+"""What a Trainer's loss is a mean over, measured on a few of its rows."""
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from ..data.collator import RowCollator
+from ..data.dataset import Rows
+from ..data.loader import MicroBatch
+from ..data.probe_rows import labelled_positions, sample_of
+from ..errors import DataError, InexactLossError, InexactLossWarning, warn_user
+from ..objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter
+from ..objective.objective import Objective
+from ..objective.report import ExactnessReport
+from ..objective.sample import Sample
+from ..objective.self_check import measured_objective
+from ..planning.micro_batches import MicroBatchRows
+from ..runtime.log import logger
+from .exact_options import ExactOptions
+from .trainer_forward import ComputeLoss, TrainerForward
+from .uneven_gather import gathering
+
+
+class MeasuredTrainer:
+    """The measured loss of a Trainer.
+
+    Attributes:
+        objective: the loss, and how to count its items.
+        dummy: a dummy micro-batch: a row with loss items, at weight 0.
+    """
+
+    def __init__(self, trainer: Any, compute_loss: ComputeLoss, sample: Sample) -> None:
+        """Measure the loss. All processes must make the same call.
+
+        Args:
+            compute_loss: the Trainer's own method, without weights.
+            sample: the rows to measure it on.
+
+        Raises:
+            InexactLossError: if accumulating it is not exact, and `on_inexact` is "error".
+        """
+        options: ExactOptions = trainer.exact_options
+        with preserved(trainer), gathering(trainer.accelerator, lambda found: found):
+            mean_loss = _MeanLoss(trainer, compute_loss, options.count_items)
+            forward = TrainerForward(mean_loss, trainer.model)
+            mean_loss.settle(sample)
+            self.objective = measured_objective(
+                trainer.model,
+                forward,
+                sample,
+                item_counter=ItemCounter(IGNORE_INDEX),
+                count_items=mean_loss.count_items,
+                sums=mean_loss.sums,
+            )
+        forward.settle()
+        self.dummy = _dummy(sample, self.objective)
+        logger.debug(self.objective.report.describe_measurement())
+        _report(self.objective.report, options.on_inexact, is_main=trainer.is_world_process_zero())
+
+
+def sample_of_loader(loader: Any) -> Sample | None:
+    """Return rows to measure a loss on, from the data set of a loader; None if it is a stream.
+
+    Raises:
+        DataError: if no row has a label that counts.
+    """
+    source = getattr(loader, "dataset", None)
+    if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        return None
+    rows, row_collator = Rows("train_dataset", source), RowCollator(loader.collate_fn)
+    row_collator.find_draws(rows)
+    labelled = labelled_positions(rows, row_collator, IGNORE_INDEX)
+    return sample_of(rows, row_collator, labelled, IGNORE_INDEX)
+
+
+class _MeanLoss:
+    """The mean loss of a batch, as a Trainer's `compute_loss` returns it if it is given no count for a window.
+
+    Attributes:
+        sums: whether it is a sum instead, because `compute_loss_func` always divides by the count, which is then 1.
+        count_items: how to count the items of such a sum, or the user's `count_items`.
+    """
+
+    def __init__(self, trainer: Any, compute_loss: ComputeLoss, count_items: CountItems | None) -> None:
+        self._trainer, self._compute_loss = trainer, compute_loss
+        self.sums, self.count_items = False, count_items
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        with self._trainer.compute_loss_context_manager():
+            if not self.sums:
+                return self._compute_loss(model, batch)
+            loss = self._compute_loss(model, batch, num_items_in_batch=torch.ones((), device=self._trainer.args.device))
+        # Trainer multiplies by the number of processes, because DDP averages.
+        processes = self._trainer.accelerator.num_processes
+        return loss / (processes if self._trainer.args.average_tokens_across_devices else 1)
+
+    def settle(self, sample: Sample) -> None:
+        """Find out whether `compute_loss_func` needs a count."""
+        trainer = self._trainer
+        if trainer.compute_loss_func is None:
+            return
+        batch = trainer._prepare_inputs(sample.separate(sample.together, [[0]])[0])
+        try:
+            with torch.no_grad():
+                self(trainer.model, dict(batch))
+        except TypeError:  # it divides by None
+            self.sums = True
+            self.count_items = self.count_items or self._labels_as_trainer_counts
+
+    def _labels_as_trainer_counts(self, batch: Batch) -> int:
+        n_items = self._trainer._get_num_items_in_batch([batch], "cpu")
+        if n_items is None:
+            raise DataError(
+                "`compute_loss_func` divides by `num_items_in_batch`, but the rows have no `labels` to count. Give "
+                "`count_items` to `exact`."
+            )
+        return int(n_items)
+
+
+def _dummy(sample: Sample, objective: Objective) -> MicroBatch:
+    """Return a row with loss items as a dummy micro-batch; all of them if the model cannot run a single row."""
+    groups = [[0, 1, 2, 3]] if objective.report.in_training.complaint is not None else [[n] for n in range(4)]
+    for batch in sample.separate(sample.together, groups):
+        counts = objective.count(batch)
+        if any(counts.values()):
+            terms = tuple(term for term, n in counts.items() if n)
+            return MicroBatch(batch, dict.fromkeys(counts, 0), terms, MicroBatchRows(), 0, 0, "a dummy micro-batch")
+    raise DataError("No row of `train_dataset` that was checked counts in the loss. Check its labels.")
+
+
+def _report(report: ExactnessReport, on_inexact: str, *, is_main: bool) -> None:
+    sentences = report.inexact()
+    if sentences and on_inexact == "error":
+        raise InexactLossError([*sentences, "Set `on_inexact='warn'` to train anyway."])
+    for sentence in sentences if is_main and on_inexact == "warn" else ():
+        warn_user(sentence, InexactLossWarning)
+
+
+@contextmanager
+def preserved(trainer: Any) -> Iterator[None]:
+    """Restore the plain attributes of a trainer on exit, such as its own metrics, and silence its `log`."""
+    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _is_plain(value)}
+    trainer.log = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del trainer.log
+        vars(trainer).update(before)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return type(value).__module__ in ("builtins", "collections") and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | deque):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

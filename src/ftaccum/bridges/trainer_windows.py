@@ -1,0 +1,100 @@
+"""The windows of a Trainer: read, counted before their first pass, and weighted."""
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..accumulation.dummies import leaving_no_trace
+from ..data.loader import MicroBatch
+from ..objective.item_counts import Batch
+from ..planning.micro_batches import MicroBatchRows
+from .counted_window import CountedWindow
+from .measured_trainer import MeasuredTrainer, sample_of_loader
+from .repeated_rows import RepeatedRows
+from .trainer_forward import ComputeLoss
+from .uneven_gather import gather_uneven, gathering
+
+
+class TrainerWindows:
+    """The windows of one training run of a Trainer."""
+
+    def __init__(
+        self, trainer: Any, compute_loss: ComputeLoss, loader: Any, before: "TrainerWindows | None" = None
+    ) -> None:
+        """Create the windows of a loader, and measure the loss on its rows.
+
+        Args:
+            compute_loss: the Trainer's own method, without weights.
+            before: the windows of an earlier run of the Trainer. Its measurement is used again if model and rows are
+                the same.
+        """
+        self._trainer, self._accelerator, self._compute_loss = trainer, trainer.accelerator, compute_loss
+        self._repeated = RepeatedRows(loader, trainer.accelerator)
+        self._measured_on = trainer.model, trainer.train_dataset
+        if before is not None and all(map(operator.is_, before._measured_on, self._measured_on)):
+            self._measured: MeasuredTrainer | None = before._measured
+        else:
+            sample = sample_of_loader(loader)
+            self._measured = None if sample is None else MeasuredTrainer(trainer, compute_loss, sample)
+
+    @property
+    def measured(self) -> MeasuredTrainer:
+        """The measured loss. That of a stream is measured on its first window."""
+        assert self._measured is not None, "`count` measures it"
+        return self._measured
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches of an epoch."""
+        return self._repeated.watch(batches)
+
+    def count(self, batches: Sequence[Batch], n_batches: int) -> tuple[list[Batch], CountedWindow | None]:
+        """Return the micro-batches of a window, and their counts.
+
+        A dummy replaces each micro-batch without rows or loss items. If a stream ends within a window, dummies fill it:
+        the Trainer would wait for the next epoch to take its step.
+
+        Args:
+            batches: the batches that were read.
+            n_batches: the number of micro-batches in the window.
+        """
+        if not batches:
+            return [], None
+        distinct = self._repeated.leave_out(batches)
+        objective = self.measured.objective
+        found = [self._micro_batch(batch) for batch in self._at_one_width(distinct)]
+        found += [self._micro_batch(None)] * (n_batches - len(found))
+        # The last pass syncs the gradients, so it should use as many weights as possible.
+        found.sort(key=lambda micro: (not micro.is_dummy, len(micro.terms)))
+        is_uneven = self._repeated.at_end and self._accelerator.num_processes > 1
+        window = CountedWindow(found, objective.terms, self._accelerator, is_uneven=is_uneven)
+        return [micro.batch for micro in found], window
+
+    @contextmanager
+    def one_pass(self, model: nn.Module, window: CountedWindow) -> Iterator[None]:
+        """Surround the forward and backward pass of the window's next micro-batch."""
+        uneven = gathering(self._accelerator, gather_uneven) if window.is_uneven else nullcontext()
+        with uneven, leaving_no_trace(window.coming, model, self.measured.objective):
+            yield
+
+    def loss(self, model: nn.Module, inputs: Batch, window: CountedWindow) -> tuple[Tensor, Any]:
+        """Run the forward pass of the window's next micro-batch; return its part of the loss, and the outputs."""
+        micro = window.next()
+        means, outputs = self.measured.objective.means(model, inputs, micro.counts, micro.terms, micro.names)
+        contribution = window.normalizer.contribution(means, micro.counts)
+        return window.normalizer.for_backward(contribution), outputs
+
+    def _micro_batch(self, batch: Batch | None) -> MicroBatch:
+        counts = None if batch is None else self.measured.objective.count(batch)
+        if counts is None or not any(counts.values()):
+            return self.measured.dummy
+        terms = tuple(term for term, n in counts.items() if n)
+        return MicroBatch(batch, counts, terms, MicroBatchRows(), 0, 0, "this micro-batch")
+
+    def _at_one_width(self, batches: Sequence[Batch | None]) -> Sequence[Batch | None]:
+        """Return the batches as wide as the widest of the window on any process, if padding changes the loss."""
+        if not self.measured.objective.padding_sensitive:
+            return batches
+        return batches
