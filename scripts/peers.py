@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
-from ftaccum import plan, test_fine_tuning
+from ftaccum import exact, plan, test_fine_tuning
 from measuring import DEVICE
 from workloads import Row, Workload
 
@@ -52,8 +52,12 @@ class Job:
 Contender = Callable[[Any, Job], None]
 
 
-def trainer(strategy: str) -> Contender:
-    """Return a contender that runs Transformers' Trainer with a `train_sampling_strategy`."""
+def trainer(strategy: str, *, exactly: bool = False, **options: Any) -> Contender:
+    """Return a contender that runs Transformers' Trainer with a `train_sampling_strategy`.
+
+    Args:
+        exactly: whether to make it exact, with these options.
+    """
 
     def run(model: Any, job: Job) -> None:
         with TemporaryDirectory() as folder:
@@ -63,7 +67,8 @@ def trainer(strategy: str) -> Contender:
                 weight_decay=DECAY, max_grad_norm=CLIP, optim="adamw_torch_fused", bf16=job.precision == "bf16",
                 seed=job.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=DEVICE.type == "cpu",
             )  # fmt: skip
-            Trainer(model, arguments, train_dataset=job.rows, data_collator=job.workload.collate).train()
+            trainer_class = exact(**options)(Trainer) if exactly else Trainer
+            trainer_class(model, arguments, train_dataset=job.rows, data_collator=job.workload.collate).train()
 
     return run
 
@@ -145,6 +150,9 @@ CONTENDERS: dict[str, Contender] = {
     "trainer": trainer("random"),
     "trainer-group": trainer("group_by_length"),
     "trainer-rebalance": trainer("batch_rebalance"),
+    "exact": trainer("random", exactly=True),
+    "exact-unaudited": trainer("random", exactly=True, audit=False),
+    "exact-planned": trainer("random", exactly=True, planner=True),
     "accelerate": accelerate_loop,
     "bare": bare_loop,
     "ours-dense": ours_dense,
@@ -156,6 +164,9 @@ NAMES = {
     "trainer": "`Trainer`",
     "trainer-group": "`Trainer`, `group_by_length`",
     "trainer-rebalance": "`Trainer`, `batch_rebalance`",
+    "exact": "`exact(Trainer)`",
+    "exact-unaudited": "`exact(Trainer)`, no audits",
+    "exact-planned": "`exact(Trainer)`, `planner=True`",
     "accelerate": "Accelerate's documented loop",
     "bare": "bare PyTorch, arrival order",
     "ours-dense": "ftaccum, `planner=False`, dense embedding gradients",

@@ -2,6 +2,9 @@
 
 import random
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +13,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from heads import RecordingOptimizer
+
+N_ROWS, WINDOW = 11, 8  # rows, and rows of a full window
 
 WORDS = [f"w{n}" for n in range(50)]
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
@@ -65,43 +81,83 @@ def rows(kind: str, n: int) -> Dataset:
     return Dataset.from_list(made)
 
 
-def gradients(
-    trainer_class: Any,
-    config_class: Any,
-    of_model: nn.Module,
-    data: Dataset,
-    *,
-    parts: dict[str, Any] | None = None,
-    **given: Any,
-) -> tuple[list[dict[str, Tensor]], list[float]]:
-    """Train for an epoch; return the gradient of each window and the loss that is logged for it.
+@dataclass(frozen=True)
+class Case:
+    """A trainer of TRL with its settings.
 
-    Args:
-        parts: arguments of the trainer.
-        given: arguments of its configuration.
+    Attributes:
+        kind: the kind of `rows`.
+        settings: further arguments of the configuration.
+        has_reference: whether the loss compares with a second model.
+        is_exact: whether accumulating this loss can be exact.
     """
-    optimizer = RecordingOptimizer(of_model)
-    usual: dict[str, Any] = {
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
+
+    trainer_class: Any
+    config_class: Any
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    has_reference: bool = False
+    is_exact: bool = True
+
+    def gradients(
+        self, trainer_class: Any, *, batch_size: int, k: int, **given: Any
+    ) -> tuple[list[dict[str, Tensor]], list[float]]:
+        """Train on rows in order for an epoch; return each window's gradient, and the loss that is logged for it.
+
+        Args:
+            trainer_class: the trainer, unchanged or exact.
+            given: further arguments of the configuration.
+        """
+        trained = model(reward=self.config_class.__name__ == "RewardConfig")
+        optimizer = RecordingOptimizer(trained)
+        usual: dict[str, Any] = {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": k,
+            "train_sampling_strategy": "sequential",
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_class(
+                model=trained,
+                args=self.config_class(folder, **usual | dict(self.settings) | given),
+                train_dataset=rows(self.kind, N_ROWS),
+                processing_class=tokenizer(),
+                optimizers=(optimizer, LambdaLR(optimizer, lambda _: 1.0)),
+                **{"ref_model": model(seed=5)} if self.has_reference else {},
+            )
+            trainer.train()
+        return optimizer.gradients, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    def one_batch(self) -> list[dict[str, Tensor]]:
+        """Return the gradients of windows of one batch, as the unchanged trainer computes them on one process."""
+        return self.gradients(self.trainer_class, batch_size=WINDOW, k=1)[0]
+
+
+def cases() -> dict[str, Case]:
+    """Return trainers of TRL by name."""
+    packed = {"packing": True, "max_length": 16}
+    mixed = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+    unpaired = {"loss_type": "apo_zero_unpaired"}
+    preference = partial(Case, DPOTrainer, DPOConfig, "pairs", has_reference=True)
+    return {
+        "SFT": Case(SFTTrainer, SFTConfig, "text"),
+        "SFT, completion only": Case(SFTTrainer, SFTConfig, "completion"),
+        "SFT, packed": Case(SFTTrainer, SFTConfig, "text", packed),
+        "SFT, padding-free": Case(SFTTrainer, SFTConfig, "text", {"padding_free": True, "max_length": None}),
+        "DPO": preference(),
+        "DPO, ipo": preference({"loss_type": ["ipo"]}),
+        "DPO with an SFT term": preference(mixed, is_exact=False),
+        "Reward": Case(RewardTrainer, RewardConfig, "pairs"),
+        "KTO, apo_zero_unpaired": Case(KTOTrainer, KTOConfig, "labelled", unpaired, has_reference=True),
+        "KTO": Case(KTOTrainer, KTOConfig, "labelled", has_reference=True, is_exact=False),
+        "ORPO": Case(ORPOTrainer, ORPOConfig, "pairs", is_exact=False),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_class(
-            model=of_model,
-            args=config_class(folder, **usual | given),
-            train_dataset=data,
-            processing_class=tokenizer(),
-            optimizers=(optimizer, LambdaLR(optimizer, lambda _: 1.0)),
-            **parts or {},
-        )
-        trainer.train()
-    return optimizer.gradients, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

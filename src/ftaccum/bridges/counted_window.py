@@ -24,11 +24,17 @@ class CountedWindow:
         self.normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, accelerator, n_divided_by=1)
         self.is_uneven = is_uneven
         self._coming = list(micro_batches)
+        self._has_items = not all(micro.is_dummy for micro in micro_batches)
 
     @property
     def n_left(self) -> int:
         """The number of micro-batches that have not run yet."""
         return len(self._coming)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no process has loss items. Asks the device only if this process has none."""
+        return not self._has_items and not self.normalizer.items_T.any()
 
     @property
     def coming(self) -> MicroBatch:

@@ -134,6 +134,8 @@ class ExactTrainer:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if num_items_in_batch.n_left != n_left - 1:
             raise RuntimeError(_NOT_HANDED_ON)
+        if not num_items_in_batch.n_left and num_items_in_batch.is_empty and self.accelerator.scaler is None:
+            model.zero_grad()  # without a gradient, the optimizer does not change the weights
         return loss
 
     def compute_loss(

@@ -2,28 +2,30 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import Trainer
 
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..data.loader import MicroBatch
 from ..data.probe_rows import labelled_positions, sample_of
 from ..errors import DataError, InexactLossError, InexactLossWarning, warn_user
-from ..objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter
+from ..objective.batch_changes import fresh_batch
+from ..objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter, relabelled
 from ..objective.objective import Objective
-from ..objective.report import ExactnessReport
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.log import logger
 from .exact_options import ExactOptions
 from .trainer_forward import ComputeLoss, TrainerForward
+from .trainer_support import known_as_inexact
 from .uneven_gather import gathering
 
 
@@ -61,7 +63,8 @@ class MeasuredTrainer:
         forward.settle()
         self.dummy = _dummy(sample, self.objective)
         logger.debug(self.objective.report.describe_measurement())
-        _report(self.objective.report, options.on_inexact, is_main=trainer.is_world_process_zero())
+        sentences = [*known_as_inexact(trainer), *self.objective.report.inexact()]
+        _report(sentences, options.on_inexact, is_main=trainer.is_world_process_zero())
 
 
 def sample_of_loader(loader: Any) -> Sample | None:
@@ -105,22 +108,26 @@ class _MeanLoss:
         trainer = self._trainer
         if trainer.compute_loss_func is None:
             return
-        batch = trainer._prepare_inputs(sample.separate(sample.together, [[0]])[0])
         try:
             with torch.no_grad():
-                self(trainer.model, dict(batch))
+                self(trainer.model, dict(fresh_batch(sample.together, trainer.args.device)))
         except TypeError:  # it divides by None
             self.sums = True
-            self.count_items = self.count_items or self._labels_as_trainer_counts
+            self.count_items = self.count_items or self._counts_of_trainer(sample.together)
 
-    def _labels_as_trainer_counts(self, batch: Batch) -> int:
-        n_items = self._trainer._get_num_items_in_batch([batch], "cpu")
-        if n_items is None:
-            raise DataError(
-                "`compute_loss_func` divides by `num_items_in_batch`, but the rows have no `labels` to count. Give "
-                "`count_items` to `exact`."
-            )
-        return int(n_items)
+    def _counts_of_trainer(self, batch: Batch) -> CountItems:
+        """Return the way to count labels that the Trainer uses for `num_items_in_batch`."""
+        batch = relabelled(batch, IGNORE_INDEX) or batch
+        args = self._trainer.args
+        _, wanted = Trainer.get_batch_samples(self._trainer, iter([batch]), 1, args.device)
+        n_equal = self._trainer.accelerator.num_processes if args.average_tokens_across_devices else 1
+        for count in ItemCounter().applicable(batch).values() if wanted is not None else ():
+            if count(batch) * n_equal == wanted:
+                return count
+        raise DataError(
+            "`compute_loss_func` divides by `num_items_in_batch`, but it is unknown which items of the rows that counts. "
+            "Give `exact` a `count_items`: a function that returns the number of items of a batch."
+        )
 
 
 def _dummy(sample: Sample, objective: Objective) -> MicroBatch:
@@ -134,8 +141,7 @@ def _dummy(sample: Sample, objective: Objective) -> MicroBatch:
     raise DataError("No row of `train_dataset` that was checked counts in the loss. Check its labels.")
 
 
-def _report(report: ExactnessReport, on_inexact: str, *, is_main: bool) -> None:
-    sentences = report.inexact()
+def _report(sentences: Sequence[str], on_inexact: str, *, is_main: bool) -> None:
     if sentences and on_inexact == "error":
         raise InexactLossError([*sentences, "Set `on_inexact='warn'` to train anyway."])
     for sentence in sentences if is_main and on_inexact == "warn" else ():

@@ -50,6 +50,17 @@ def check_overrides(trainer_class: type, exact_class: type) -> None:
             )
 
 
+def known_as_inexact(trainer: Any) -> list[str]:
+    """Return a sentence on each part of a trainer's loss that mixes rows, although a few rows may not show it."""
+    if not getattr(trainer, "calculate_KL", False):
+        return []
+    return [
+        "KTO's loss compares each row with the mean KL divergence of its micro-batch, so that accumulating it only "
+        "approximates one large batch. The difference grows as the model moves away from the reference model. "
+        "`loss_type='apo_zero_unpaired'` has no such term, and is exact."
+    ]
+
+
 def check_trainer(trainer: Any) -> None:
     """Raise SettingsError if a trainer is configured for something that has not been shown to be exact."""
     refuse = SettingsError
