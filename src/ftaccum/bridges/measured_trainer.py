@@ -125,7 +125,7 @@ class _MeanLoss:
             if count(batch) * n_equal == wanted:
                 return count
         raise DataError(
-            "`compute_loss_func` divides by `num_items_in_batch`, but it is unknown which items of the rows that counts. "
+            "`compute_loss_func` divides by `num_items_in_batch`, but it is unknown which items that counts. "
             "Give `exact` a `count_items`: a function that returns the number of items of a batch."
         )
 
