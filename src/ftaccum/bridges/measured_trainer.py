@@ -15,7 +15,8 @@ from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..data.loader import MicroBatch
 from ..data.probe_rows import labelled_positions, sample_of
-from ..errors import DataError, InexactLossError, InexactLossWarning, warn_user
+from ..data.row import as_row, is_row
+from ..errors import DataError, InexactLossError, InexactLossWarning, SettingsError, warn_user
 from ..objective.batch_changes import fresh_batch
 from ..objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter, relabelled
 from ..objective.objective import Objective
@@ -68,13 +69,17 @@ class MeasuredTrainer:
 
 
 def sample_of_loader(loader: Any) -> Sample | None:
-    """Return rows to measure a loss on, from the data set of a loader; None if it is a stream.
+    """Return rows to measure a loss on, from the data set of a loader.
+
+    Return None if it is a stream, or if its items are no rows before they are collated.
 
     Raises:
         DataError: if no row has a label that counts.
     """
     source = getattr(loader, "dataset", None)
     if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        return None
+    if not len(source) or not is_row(as_row(source[0])):
         return None
     rows, row_collator = Rows("train_dataset", source), RowCollator(loader.collate_fn)
     row_collator.find_draws(rows)
@@ -104,25 +109,32 @@ class _MeanLoss:
         return loss / (processes if self._trainer.args.average_tokens_across_devices else 1)
 
     def settle(self, sample: Sample) -> None:
-        """Find out whether `compute_loss_func` needs a count."""
+        """Find out whether the loss can be computed without a count for a window.
+
+        Raises:
+            SettingsError: if `compute_loss` of a subclass needs one.
+        """
         trainer = self._trainer
-        if trainer.compute_loss_func is None:
-            return
         try:
             with torch.no_grad():
                 self(trainer.model, dict(fresh_batch(sample.together, trainer.args.device)))
-        except TypeError:  # it divides by None
+        except TypeError as error:  # it divides by None
+            if trainer.compute_loss_func is None:
+                raise SettingsError(
+                    [
+                        f"`compute_loss` of {type(trainer).__name__} cannot be called without `num_items_in_batch`: "
+                        f"{error!r}. If that is None, return the mean over the micro-batch: `exact` weights it."
+                    ]
+                ) from error
             self.sums = True
             self.count_items = self.count_items or self._counts_of_trainer(sample.together)
 
     def _counts_of_trainer(self, batch: Batch) -> CountItems:
         """Return the way to count labels that the Trainer uses for `num_items_in_batch`."""
         batch = relabelled(batch, IGNORE_INDEX) or batch
-        args = self._trainer.args
-        _, wanted = Trainer.get_batch_samples(self._trainer, iter([batch]), 1, args.device)
-        n_equal = self._trainer.accelerator.num_processes if args.average_tokens_across_devices else 1
+        _, wanted = Trainer.get_batch_samples(self._trainer, iter([batch]), 1, self._trainer.args.device)
         for count in ItemCounter().applicable(batch).values() if wanted is not None else ():
-            if count(batch) * n_equal == wanted:
+            if count(batch) == wanted:
                 return count
         raise DataError(
             "`compute_loss_func` divides by `num_items_in_batch`, but it is unknown which items that counts. "
