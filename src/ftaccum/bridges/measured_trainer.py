@@ -76,7 +76,7 @@ def sample_of_loader(loader: Any) -> Sample | None:
     Raises:
         DataError: if no row has a label that counts.
     """
-    source = getattr(loader, "dataset", None)
+    source: Any = getattr(loader, "dataset", None)
     if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         return None
     if not len(source) or not is_row(as_row(source[0])):
