@@ -82,12 +82,15 @@ class MicroBatchPlanner:
             micro-batch as full as the limits allow.
         num_processes: number of processes to deal to.
         packed: whether a micro-batch is one sequence of rows without padding, instead of one padded sequence per row.
+        n_passes: number of passes on each process; None for as many as the cheapest cut has. Needs `costs`. No
+            micro-batch is a dummy unless there are fewer rows than micro-batches.
     """
 
     limits: BatchLimits
     costs: CostModel | None = DEFAULT_COSTS
     num_processes: int = 1
     packed: bool = False
+    n_passes: int | None = None
 
     def split(self, rows: RowIndices, lengths: Sequence[int] | None = None) -> list[list[MicroBatchRows]]:
         """Return the micro-batches of a window, as one list per process.
@@ -99,18 +102,32 @@ class MicroBatchPlanner:
         Args:
             rows: the rows of the window, in the order given by the seed.
             lengths: the lengths of these rows in tokens; None if unknown, in which case each row counts as one token.
+
+        Raises:
+            ValueError: if the rows do not fit into `n_passes` within the limits.
         """
         known = np.ones(len(rows), dtype=np.int64) if lengths is None else np.maximum(1, lengths)
         order = np.arange(len(rows)) if self.costs is None else np.argsort(-known, kind="stable")
         known = known[order]
-        ends = self._fullest(known) if self.costs is None else self._cheapest(known, self.costs)
+        ends = self._ends(known)
         slices = [
             self._slice(rows, tuple(order[start:end].tolist()), known[start:end])
             for start, end in zip([0, *ends[:-1]], ends, strict=True)
         ]
+        if self.n_passes is not None:
+            slices.sort(key=lambda piece: -piece.tokens)  # neighbours in length may differ in size
         rounds = [slices[n : n + self.num_processes] for n in range(0, len(slices), self.num_processes)]
-        rounds.sort(key=lambda slices: -max(piece.tokens for piece in slices))
+        rounds += [[]] * ((self.n_passes or 0) - len(rounds))
+        rounds.sort(key=lambda slices: -max((piece.tokens for piece in slices), default=0))
         return self._dealt(rounds)
+
+    def _ends(self, lengths: np.ndarray) -> list[int]:
+        """Return where each micro-batch ends."""
+        if self.costs is None:
+            return self._fullest(lengths)
+        if self.n_passes is None:
+            return self._cheapest(lengths, self.costs)
+        return self._cheapest_of(min(len(lengths), self.n_passes * self.num_processes), lengths, self.costs)
 
     def _slice(self, window: RowIndices, places: RowIndices, lengths: np.ndarray) -> MicroBatchRows:
         tokens = int(self._tokens(lengths)[-1])
@@ -164,6 +181,44 @@ class MicroBatchPlanner:
             ends_backwards.append(end)
             end, phase = int(came_from[end, phase]), (phase - 1) % processes
         return ends_backwards[::-1]
+
+    def _cheapest_of(self, n_slices: int, lengths: np.ndarray, costs: CostModel) -> list[int]:
+        """Return where each micro-batch ends in the cheapest cut of rows sorted by length into exactly `n_slices`.
+
+        The least cost of the first rows in n + 1 micro-batches follows from that in n.
+        """
+        n_rows = len(lengths)
+        last = self._costs_of_last(lengths, n_rows - n_slices + 1, costs)
+        most = len(last)
+        least = np.full((n_slices + 1, most + n_rows + 1), np.inf)  # [micro-batches, most + number of rows]
+        least[0, most] = 0.0
+        before = np.lib.stride_tricks.sliding_window_view(least, n_rows + 1, axis=1)  # the same, shifted as in `last`
+        for n in range(n_slices):
+            (before[n, :most] + last).min(axis=0, out=least[n + 1, most:])
+        if np.isinf(least[-1, -1]):
+            raise ValueError(f"{n_rows} rows do not fit into {n_slices} micro-batches within {self.limits}.")
+        ends = [n_rows]
+        for n in range(n_slices - 1, 0, -1):
+            j = int(np.argmin(before[n, :most, ends[-1]] + last[:, ends[-1]]))
+            ends.append(ends[-1] - most + j)
+        return ends[::-1]
+
+    def _costs_of_last(self, lengths: np.ndarray, most: int, costs: CostModel) -> np.ndarray:
+        """Return the costs of micro-batches by [most - number of rows, end]; infinity if one exceeds the limits.
+
+        `most` is the most rows in one, or fewer if the limits allow fewer.
+        """
+        n_rows = len(lengths)
+        most_tokens = n_rows * int(lengths.max()) if self.limits.tokens is None else self.limits.tokens
+        most = min(most, self.limits.rows or most, max(1, most_tokens // int(lengths.min())))
+        sizes, ends = np.arange(most, 0, -1)[:, None], np.arange(n_rows + 1)
+        starts = np.maximum(ends - sizes, 0)
+        width = lengths[starts]
+        sums = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = sums[ends] - sums[starts] if self.packed else width * sizes
+        fits = (tokens <= most_tokens) | (sizes == 1)
+        cost = np.where(fits, costs.of(tokens, tokens if self.packed else width), np.inf)
+        return cost[int(fits.any(axis=1).argmax()) :]
 
     def _dealt(self, rounds: list[list[MicroBatchRows]]) -> list[list[MicroBatchRows]]:
         """Deal round by round, the largest micro-batch to the process with the fewest tokens so far."""
