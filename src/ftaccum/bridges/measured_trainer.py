@@ -118,7 +118,9 @@ class _MeanLoss:
         try:
             with torch.no_grad():
                 self(trainer.model, dict(fresh_batch(sample.together, trainer.args.device)))
-        except TypeError as error:  # it divides by None
+        except (AttributeError, TypeError) as error:  # it divides by None, or calls a method of it
+            if isinstance(error, AttributeError) and "NoneType" not in str(error):
+                raise
             if trainer.compute_loss_func is None:
                 raise SettingsError(
                     [

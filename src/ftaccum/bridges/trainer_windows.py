@@ -68,8 +68,7 @@ class TrainerWindows:
         found += [self._micro_batch(None)] * (n_batches - len(found))
         # The last pass syncs the gradients, so it should use as many weights as possible.
         found.sort(key=lambda micro: (not micro.is_dummy, len(micro.terms)))
-        is_uneven = self._repeated.at_end and self._accelerator.num_processes > 1
-        window = CountedWindow(found, objective.terms, self._accelerator, is_uneven=is_uneven)
+        window = CountedWindow(found, objective.terms, self._accelerator, is_uneven=self._repeated.is_uneven)
         return [micro.batch for micro in found], window
 
     @contextmanager
