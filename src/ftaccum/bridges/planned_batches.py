@@ -5,19 +5,21 @@ Each window keeps its rows and its number of micro-batches on each process. Only
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ..data.convert import as_rows
 from ..errors import DataError
 from ..planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatchRows, RowIndices
 from ..runtime.log import logger
+from ..runtime.state_guards import preserve_rng
 
 _MOST_ROWS = 512  # to cut at once, because the time grows with the rows and with the passes
 # Fractions of the token limit to try. A lower limit costs few tokens, and lets loads be dealt evenly if a few rows are
@@ -34,7 +36,7 @@ class PlannedBatches(Sampler[list[int]]):
     have the same number of micro-batches, which is that of the loader without the planner.
 
     If the last window has fewer rows than micro-batches, the last batch of some processes is a placeholder: a row of
-    the same window that another process has. `is_placeholder` tells which batches these are.
+    the same window that another process has. `is_repeated` tells which batches these are.
 
     It has no attribute `batch_size`, so that Accelerate does not truncate what it gathers at the end of an epoch: it
     could not know which rows to drop.
@@ -81,7 +83,7 @@ class PlannedBatches(Sampler[list[int]]):
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def is_placeholder(self, n: int) -> bool:
+    def is_repeated(self, n: int) -> bool:
         """Return whether batch n of an epoch, from 0, on this process only keeps it in step with the others.
 
         It follows from the number of rows alone, so that batches may be read ahead or skipped.
@@ -147,8 +149,8 @@ def plan_batches(loader: DataLoader, lengths: Sequence[int] | None, k: int) -> P
     num_processes, process_index = (shard.num_processes, shard.process_index) if sharded else (1, 0)
     batches = shard.batch_sampler if sharded else shard
     reasons = {
-        "the lengths of the rows are unknown. Give the data set a column of lengths, or give a list of tokenized rows "
-        "or a `datasets.Dataset` with `input_ids`": lengths is None,
+        "it is unknown how long the rows are in a batch. Give tokenized rows with `input_ids`, and a `data_collator` "
+        "that pads to the longest row": lengths is None,
         "`dispatch_batches=True` cuts equal parts of the main process's batches": isinstance(
             loader, DataLoaderDispatcher
         ),
@@ -189,3 +191,21 @@ def row_lengths(dataset: Any, column: str = "length") -> Sequence[int] | None:
         return rows.lengths() if rows.have_tokens else None
     except DataError:
         return None
+
+
+def pads_to_longest(loader: Any, lengths: Sequence[int]) -> bool:
+    """Return whether the width of a batch follows from its longest row, as the lengths give it.
+
+    If all batches had one width, micro-batches of many short rows would need more memory.
+    """
+    shortest, longest = int(np.argmin(lengths)), int(np.argmax(lengths))
+    with preserve_rng():
+        widths = [_width(loader.collate_fn([loader.dataset[n]])) for n in (shortest, longest)]
+    if widths[0] is None or widths[1] is None:
+        return False
+    return lengths[shortest] == lengths[longest] or widths[0] < widths[1]
+
+
+def _width(batch: Any) -> int | None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None

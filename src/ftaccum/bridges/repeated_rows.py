@@ -9,6 +9,7 @@ from transformers import trainer_pt_utils
 
 from ..data.batches import take
 from ..objective.item_counts import Batch, rows_of
+from .planned_batches import PlannedBatches
 
 # Older versions of Transformers, with which `exact` is refused, do not have it.
 _Rebalance: Any = getattr(trainer_pt_utils, "BatchRebalanceSampler", object)
@@ -76,17 +77,23 @@ class RepeatedRows:
         at_end: whether the last batch that was read is the last one of its epoch.
     """
 
-    def __init__(self, loader: Any, accelerator: Accelerator) -> None:
-        """Make a loader leave out the rows that Accelerate would repeat, as far as it can."""
+    def __init__(self, loader: Any, accelerator: Accelerator, planned: PlannedBatches | None = None) -> None:
+        """Make a loader leave out the rows that Accelerate would repeat, as far as it can.
+
+        Args:
+            planned: the sampler of the loader, if it plans windows.
+        """
         self._accelerator = accelerator
         self._dispatches = isinstance(loader, DataLoaderDispatcher)
-        self._sampler = _distinct(getattr(loader, "batch_sampler", None))
+        self._sampler = planned or _distinct(getattr(loader, "batch_sampler", None))
         self.at_end, self._n_last = False, -1
 
     @property
     def is_uneven(self) -> bool:
         """Whether processes may have unequal numbers of rows in the batches that were read last."""
-        return self._accelerator.num_processes > 1 and (self.at_end or isinstance(self._sampler, DistinctGroups))
+        return self._accelerator.num_processes > 1 and (
+            self.at_end or isinstance(self._sampler, DistinctGroups | PlannedBatches)
+        )
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches of an epoch. A loader tells only while it is being read whether a batch is its last."""

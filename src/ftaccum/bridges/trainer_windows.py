@@ -13,7 +13,9 @@ from ..objective.item_counts import Batch
 from ..planning.micro_batches import MicroBatchRows
 from .counted_window import CountedWindow
 from .measured_trainer import MeasuredTrainer, sample_of_loader
+from .planned_batches import PlannedBatches, pads_to_longest, plan_batches, row_lengths
 from .repeated_rows import RepeatedRows
+from .shared_order import share_order
 from .trainer_forward import ComputeLoss
 from .uneven_gather import gather_uneven, gathering
 
@@ -32,7 +34,9 @@ class TrainerWindows:
                 the same.
         """
         self._trainer, self._accelerator, self._compute_loss = trainer, trainer.accelerator, compute_loss
-        self._repeated = RepeatedRows(loader, trainer.accelerator)
+        if trainer.accelerator.num_processes > 1:
+            share_order(loader, trainer.args.data_seed or trainer.args.seed)
+        self._repeated = RepeatedRows(loader, trainer.accelerator, _planned(trainer, loader))
         self._measured_on = trainer.model, trainer.train_dataset
         if before is not None and all(map(operator.is_, before._measured_on, self._measured_on)):
             self._measured: MeasuredTrainer | None = before._measured
@@ -97,3 +101,13 @@ class TrainerWindows:
         if not self.measured.objective.padding_sensitive:
             return batches
         return batches
+
+
+def _planned(trainer: Any, loader: Any) -> PlannedBatches | None:
+    """Have a loader read planned batches if `planner` is True, and return their sampler."""
+    if not trainer.exact_options.planner:
+        return None
+    lengths = row_lengths(trainer.train_dataset, trainer.args.length_column_name)
+    if lengths is not None and not pads_to_longest(loader, lengths):
+        lengths = None
+    return plan_batches(loader, lengths, trainer.args.gradient_accumulation_steps)
