@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import signal
@@ -23,6 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from accelerate.utils import set_seed  # noqa: E402
 
 TESTS = Path(__file__).parent
+
+
+def pytest_collection_finish() -> None:
+    """Hide what was imported from the garbage collector, which otherwise looks through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

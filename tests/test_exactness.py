@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -39,10 +39,17 @@ def test_heads_with_a_float32_part_are_exact_up_to_float32_rounding(name: str) -
 
 
 @pytest.mark.processes
-def test_two_processes_have_the_gradient_of_one_batch_or_both_raise(two_processes: Callable[..., str]) -> None:
-    printed = dict(line.split(" ", 1) for line in two_processes("all_heads.py").splitlines() if " " in line)
+@pytest.mark.parametrize(
+    "names",
+    [FAST_HEADS, pytest.param(sorted(HEADS.keys() - set(FAST_HEADS)), marks=pytest.mark.slow)],
+    ids=["fast", "others"],
+)
+def test_two_processes_have_the_gradient_of_one_batch_or_both_raise(
+    two_processes: Callable[..., str], names: Sequence[str]
+) -> None:
+    printed = dict(line.split(" ", 1) for line in two_processes("all_heads.py", *names).splitlines() if " " in line)
     errors = json.loads(printed["ERRORS"])
-    assert errors.keys() == HEADS.keys()
+    assert errors.keys() == set(names)
     assert max(errors.values()) < 1e-10, errors
     one, other = json.loads(printed["TOLD"])
     assert one == other

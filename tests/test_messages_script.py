@@ -1,6 +1,7 @@
 """The list of all messages (`scripts/messages.py`): it finds them all, and none has a private word."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -14,13 +15,17 @@ from messages import OTHER, Message, find_messages
 from structure import Module, modules
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "messages.py"
-MESSAGES = find_messages(modules())
 PRIVATE = re.compile(r"ghost|shaken|nudged|\bmend|rehears|headroom", re.IGNORECASE)
+
+
+@functools.cache
+def messages() -> list[Message]:
+    return find_messages(modules())
 
 
 def found(beginning: str) -> Message:
     """Return the only message with this beginning."""
-    (message,) = (message for message in MESSAGES if message.text.startswith(beginning))
+    (message,) = (message for message in messages() if message.text.startswith(beginning))
     return message
 
 
@@ -70,7 +75,7 @@ def test_long_texts_with_no_known_path_to_a_user_are_listed() -> None:
 
 
 def test_no_message_has_a_private_word() -> None:
-    assert [message for message in MESSAGES if PRIVATE.search(message.text)] == []
+    assert [message for message in messages() if PRIVATE.search(message.text)] == []
 
 
 @pytest.mark.slow

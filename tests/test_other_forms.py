@@ -1,5 +1,6 @@
 """Other forms of rows, labels, losses and models: each works, or the message names a form that does."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,10 @@ WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0
 
 
 def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
-    defaults = {"n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5, "progress": False}
+    defaults = {
+        "n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5, "audit": False,
+        "progress": False,
+    }  # fmt: skip
     return test_fine_tuning(model, train_data=data, **(defaults | arguments))
 
 
@@ -49,7 +53,12 @@ def bert(**settings: Any) -> Any:
 
 
 ROWS = plain()
-WANTED = run(CLASSIFIER.model(), ROWS).loss_history
+
+
+@functools.cache
+def wanted() -> list[float]:
+    """Return the losses of a run on `ROWS`."""
+    return run(CLASSIFIER.model(), ROWS).loss_history
 
 
 # --- tables and columns
@@ -77,7 +86,7 @@ def columns(rows: list[Row]) -> dict[str, list[Any]]:
     ids=range(9),
 )
 def test_tables_and_columns_are_rows(data: Any) -> None:
-    assert run(CLASSIFIER.model(), data).loss_history == WANTED
+    assert run(CLASSIFIER.model(), data).loss_history == wanted()
 
 
 @pytest.mark.slow
@@ -118,7 +127,7 @@ def nested(rows: list[Row]) -> list[Row]:
     ids=range(7),
 )
 def test_rows_made_with_return_tensors_train_like_those_without(data: Any) -> None:
-    assert run(CLASSIFIER.model(), data).loss_history == pytest.approx(WANTED, rel=1e-6)
+    assert run(CLASSIFIER.model(), data).loss_history == pytest.approx(wanted(), rel=1e-6)
 
 
 def test_lengths_of_rows_with_an_extra_dimension_are_known() -> None:
@@ -160,15 +169,21 @@ def named_labels() -> Any:
     return bert(label2id={"a": 0, "b": 1, "c": 2}, id2label={0: "a", 1: "b", 2: "c"})
 
 
+SPLIT = {"validation_split": 0.3, "n_epochs": 2}
+
+
+@functools.cache
+def of_numbers() -> Result:
+    return run(named_labels(), ROWS, **SPLIT)
+
+
 @pytest.mark.parametrize(
     "form", [list, Dataset.from_list, pytest.param(LazyRows, marks=pytest.mark.slow), pd.DataFrame]
 )
 def test_labels_that_are_strings_become_numbers(form: Callable[[list[Row]], Any]) -> None:
-    rows = form([{**row, "labels": "abc"[row["labels"]]} for row in ROWS])
-    assert run(named_labels(), rows).loss_history == pytest.approx(run(named_labels(), ROWS).loss_history, rel=1e-6)
-    split = {"validation_split": 0.3, "n_epochs": 2}
-    found, wanted = run(named_labels(), rows, **split), run(named_labels(), ROWS, **split)
-    assert found.val_loss_history == pytest.approx(wanted.val_loss_history, rel=1e-6)
+    found = run(named_labels(), form([{**row, "labels": "abc"[row["labels"]]} for row in ROWS]), **SPLIT)
+    assert found.loss_history == pytest.approx(of_numbers().loss_history, rel=1e-6)
+    assert found.val_loss_history == pytest.approx(of_numbers().val_loss_history, rel=1e-6)
     odd = form([{**row, "labels": "z" if n == 7 else "a"} for n, row in enumerate(ROWS)])
     with pytest.raises(DataError, match=r"row 7 .*label 'z', but the model's config.label2id knows \['a', 'b', 'c'\]"):
         run(named_labels(), odd)
@@ -182,26 +197,40 @@ def test_labels_of_tokens_may_be_strings() -> None:
     assert run(model, named).loss_history == run(TOKENS.model(), rows).loss_history
 
 
+@functools.cache
+def of_integers() -> list[float]:
+    return run(bert(), [{**row, "labels": int(row["labels"] > 0)} for row in ROWS]).loss_history
+
+
 @pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor, np.int8])
 def test_booleans_and_narrow_integers_are_classes(kind: Callable[[Any], Any]) -> None:
     rows = [{**row, "labels": row["labels"] > 0} for row in ROWS]
     found = run(bert(), [{**row, "labels": kind(row["labels"])} for row in rows]).loss_history
-    assert found == run(bert(), [{**row, "labels": int(row["labels"])} for row in rows]).loss_history
+    assert found == of_integers()
 
 
 def hot(row: Row, kind: Callable[[bool], Any]) -> list[Any]:
     return [kind(row["labels"] == n) for n in range(3)]
 
 
-@pytest.mark.parametrize("form", [list, Dataset.from_list, pytest.param(LazyRows, marks=pytest.mark.slow)])
+def several_labels() -> Any:
+    return bert(problem_type="multi_label_classification")
+
+
+@functools.cache
+def of_floats() -> list[float]:
+    return run(several_labels(), [{**row, "labels": hot(row, float)} for row in ROWS]).loss_history
+
+
+def tensors(rows: list[Row]) -> list[Row]:
+    return [{**row, "labels": torch.tensor(row["labels"])} for row in rows]
+
+
+@pytest.mark.parametrize("form", [list, tensors, Dataset.from_list, pytest.param(LazyRows, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [int, bool])
 def test_whole_numbers_for_several_labels_at_once_are_floats(kind: Any, form: Callable[[list[Row]], Any]) -> None:
-    several = {"problem_type": "multi_label_classification"}
-    found = run(bert(**several), form([{**row, "labels": hot(row, kind)} for row in ROWS])).loss_history
-    floats = [{**row, "labels": hot(row, float)} for row in ROWS]
-    assert found == pytest.approx(run(bert(**several), floats).loss_history, rel=1e-6)
-    tensors = [{**row, "labels": torch.tensor(hot(row, kind))} for row in ROWS]
-    assert run(bert(**several), tensors).loss_history == pytest.approx(found, rel=1e-6)
+    rows = form([{**row, "labels": hot(row, kind)} for row in ROWS])
+    assert run(several_labels(), rows).loss_history == pytest.approx(of_floats(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [int, bool])
@@ -236,7 +265,14 @@ def test_a_loss_given_by_the_user_gets_booleans_unchanged() -> None:
 # --- losses
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1), F.cross_entropy])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(),
+        pytest.param(nn.CrossEntropyLoss(label_smoothing=0.1), marks=pytest.mark.slow),
+        F.cross_entropy,
+    ],
+)
 def test_a_loss_of_two_tensors_on_a_models_outputs(loss: Any) -> None:
     words = r"compares two tensors, .*`loss_fn=lambda outputs, batch: loss\(outputs.logits, batch\['labels'\]\)`"
     with pytest.raises(DataError, match=words):

@@ -1,5 +1,6 @@
 """A sample of the sweep over all heads (`scripts/sweep_heads.py`), and that the sweep can fail."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ INEXACT = {
     "SEMANTIC_SEGMENTATION": "DPTForSemanticSegmentation",
     "IMAGE_CLASSIFICATION": "ResNetForImageClassification",
 }
+# Kinds of layers and of rows that `heads.HEADS` lacks, with a head of which padding matters.
+UNUSUAL = (
+    "MambaForCausalLM", "ModernBertForMaskedLM", "MixtralForSequenceClassification", "XLNetForQuestionAnsweringSimple",
+    "WhisperForConditionalGeneration",
+)  # fmt: skip
 FAILED = ("SILENTLY WRONG", "crashed")
 
 
@@ -47,10 +53,14 @@ def _cases(task: str, name: str) -> list[Case]:
     return [case for case in cases(task, name) if case.model_class.__name__ == name]
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def _verdict(task: str, name: str) -> Verdict:
+    return check(_cases(task, name)[0])
+
+
+@pytest.fixture
 def verdicts() -> list[Verdict]:
-    transformers.logging.set_verbosity_error()
-    return [check(_cases(task, name)[0]) for task, names in SAMPLE.items() for name in names.split()]
+    return [_verdict(task, name) for task, names in SAMPLE.items() for name in names.split()]
 
 
 @pytest.mark.slow
@@ -58,13 +68,21 @@ def test_the_sample_has_a_class_of_every_task(verdicts: list[Verdict]) -> None:
     assert {verdict.task for verdict in verdicts} | INEXACT.keys() == set(TASKS)
 
 
+@pytest.mark.slow
 def test_no_head_of_the_sample_is_silently_wrong(verdicts: list[Verdict]) -> None:
     assert [verdict for verdict in verdicts if verdict.kind in FAILED] == []
 
 
+@pytest.mark.slow
 def test_the_heads_of_the_sample_are_exact(verdicts: list[Verdict]) -> None:
     others = [verdict for verdict in verdicts if verdict.kind not in ("exact", "exact with a remedy")]
     assert len(others) <= 1, others
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_head_is_exact(name: str) -> None:
+    (task,) = (task for task, names in SAMPLE.items() if name in names.split())
+    assert _verdict(task, name).kind in ("exact", "exact with a remedy")
 
 
 @pytest.mark.parametrize(("task", "name"), INEXACT.items())

@@ -27,7 +27,10 @@ SIZE = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "int
 
 
 def run(model: nn.Module, data: Any, **arguments: Any) -> Result:
-    defaults = {"n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5, "progress": False}
+    defaults = {
+        "n_epochs": 1, "validation_split": 0.0, "batch_size": 2, "effective_batch_size": 5, "audit": False,
+        "progress": False,
+    }  # fmt: skip
     return test_fine_tuning(model, train_data=data, **(defaults | arguments))
 
 
@@ -120,7 +123,10 @@ def faulty(rows: list[Row], change: Row, first: int = 0) -> tuple[list[Row], int
     return [{**row, **change} if n == index else row for n, row in enumerate(rows)], index, update
 
 
-@pytest.mark.parametrize(("model", "rows", "change", "words"), FAULTS)
+@pytest.mark.parametrize(
+    ("model", "rows", "change", "words"),
+    [pytest.param(*fault, marks=pytest.mark.slow) if fault[0] is bart else fault for fault in FAULTS],
+)
 def test_a_bad_row_far_from_the_start_is_named(
     model: Callable[[], nn.Module],
     rows: Callable[[], list[Row]],

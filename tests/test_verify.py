@@ -24,7 +24,7 @@ from ftaccum.data.convert import as_rows
 from ftaccum.objective.normalizer import LossNormalizer, WeightedMeans
 from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
 from heads import HEADS, all_in_float64, one_batch, one_batch_gradient, relative_error
-from slow_parameters import FAST_HEADS, some_slow
+from slow_parameters import some_slow
 
 SIZES: dict[str, Any] = {"batch_size": 3, "effective_batch_size": 11, "progress": False}
 BERT, QUESTIONS, CAUSAL = "sequence classification, BERT", "question answering, BERT", "causal LM, Llama"
@@ -44,7 +44,7 @@ def of_head(name: str, **arguments: Any) -> Verification:
         return verify(HEADS[name].model(), HEADS[name].rows(30), **(SIZES | arguments))
 
 
-@pytest.mark.parametrize("name", some_slow(KINDS, FAST_HEADS))
+@pytest.mark.parametrize("name", some_slow(KINDS, (BERT, QUESTIONS)))
 def test_every_split_of_a_mean_over_items_is_exact(name: str) -> None:
     found = of_head(name)
     assert found.exact
@@ -75,7 +75,7 @@ def test_the_reference_is_one_batch_in_plain_pytorch(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Bench, "together", recorded)
     head = HEADS[CAUSAL]
-    of_head(CAUSAL)
+    assert of_head(CAUSAL, n_splits=0).exact
     assert {len(rows) for _, rows, _ in seen} == {11, 1, 3, 6, 9, 10}
     model, every = head.model(), head.rows(30)
     names = [name for name, _ in model.named_parameters()]
@@ -91,7 +91,7 @@ def test_a_broken_accumulation_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.stack(list(means.values())).sum() / self._passes
 
     monkeypatch.setattr(LossNormalizer, "contribution", mean_of_means)
-    found = of_head(CAUSAL)
+    found = of_head(CAUSAL, n_splits=0)
     assert not found
     wrong = {measured.split for measured in found.splits if not measured.exact}
     assert {"as trained", "equal slices, in order of arrival", "one row at a time"} <= wrong
@@ -237,7 +237,7 @@ def test_dropout_has_no_effect_and_an_adapted_norm_is_exact() -> None:
 
 
 def test_a_count_that_does_not_match_the_loss_is_found() -> None:
-    found = of_head("token classification, RoBERTa", count_items=lambda batch: len(batch["input_ids"]))
+    found = of_head("token classification, RoBERTa", count_items=lambda batch: len(batch["input_ids"]), n_splits=0)
     assert not found.exact
     assert "give `count_items`" in str(found).replace("\n  ", " ")
 
@@ -259,7 +259,7 @@ def test_a_collator_that_draws_is_exact() -> None:
         hidden[:, 0] = True
         return {**batch, "labels": batch["input_ids"].masked_fill(~hidden, -100)}
 
-    assert of_head("masked LM, BERT", data_collator=hides_some).exact
+    assert of_head("masked LM, BERT", data_collator=hides_some, n_splits=1).exact
 
 
 @pytest.mark.slow
@@ -355,7 +355,7 @@ def test_the_model_and_all_generators_are_left_unchanged() -> None:
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     settings, hooks = model.config.to_dict(), [len(m._forward_pre_hooks) for m in model.modules()]
     states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
-    found = verify(model, HEADS[BERT].rows(30), **SIZES)
+    found = verify(model, HEADS[BERT].rows(30), n_splits=1, **SIZES)
     assert found.exact
     assert found.others[-1].gradient_error is not None, "Trainer has had it, too"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

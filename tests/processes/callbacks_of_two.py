@@ -35,7 +35,9 @@ class OnProcessOne(TrainerCallback):
 def outcome_of(flag: str) -> list[Any]:
     """Return the number of updates, or the error, of each process."""
     try:
-        run = fine_tuned(callbacks=[OnProcessOne(flag)], output_dir=str(folder / flag), n_epochs=1, keep_checkpoints=9)
+        run = fine_tuned(
+            callbacks=[OnProcessOne(flag)], output_dir=str(folder / flag), n_epochs=1, keep_checkpoints=9, audit=False
+        )
     except CallbackError as error:
         return gather_object([str(error)])
     return gather_object([[run.result.optimizer_steps, run.result.evaluation_updates]])

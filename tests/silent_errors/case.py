@@ -22,6 +22,7 @@ class Case:
         run: returns the relative error of the result.
         refused: a part of the message that refuses it; None if it must be exact.
         tolerance: largest error that counts as exact.
+        slow: whether only `scripts/test --all` runs it, because another case has the same cause.
     """
 
     kind: int
@@ -29,6 +30,7 @@ class Case:
     run: Callable[[], float]
     refused: str | None
     tolerance: float
+    slow: bool = False
 
 
 CASES: list[Case] = []
@@ -38,12 +40,12 @@ WITHOUT_AUDITS: dict[str, Any] = {"audit": False} if "audit" in signature(test_f
 
 
 def case(
-    kind: int, name: str, *, refused: str | None = None, tolerance: float = 1e-9
+    kind: int, name: str, *, refused: str | None = None, tolerance: float = 1e-9, slow: bool = False
 ) -> Callable[[Callable[[], float]], Callable[[], float]]:
     """Register a function as a case."""
 
     def register(run: Callable[[], float]) -> Callable[[], float]:
-        CASES.append(Case(kind, name, run, refused, tolerance))
+        CASES.append(Case(kind, name, run, refused, tolerance, slow))
         return run
 
     return register

@@ -57,12 +57,12 @@ def weights_of_a_rare_class() -> float:
     return _error_of_tuples(_weighted(3, w2=20.0), _labels(400, l2=(17, 90, 211, 333)))
 
 
-@case(6, "class weights in a function, rows of a TensorDataset")
+@case(6, "class weights in a function, rows of a TensorDataset", slow=True)
 def weights_in_a_tensor_dataset() -> float:
     return _error_of_tuples(_weighted(3, w2=20.0), _labels(400, l2=(317, 390)), data=TensorDataset)
 
 
-@case(6, "class weights bound by functools.partial")
+@case(6, "class weights bound by functools.partial", slow=True)
 def weights_in_a_partial() -> float:
     weight = torch.tensor([1.0, 1.0, 20.0], dtype=torch.float64)
     return _error_of_tuples(functools.partial(F.cross_entropy, weight=weight), _labels(400, l2=(17, 90)))
@@ -185,7 +185,7 @@ def two_labels_left_out() -> float:
     return _error_of_tuples(lambda o, y: F.cross_entropy(o[y < 254], y[y < 254]), labels)
 
 
-@case(7, "255 ignored in a lambda")
+@case(7, "255 ignored in a lambda", slow=True)
 def ignored_in_a_lambda() -> float:
     labels = _labels(400, l255=(17, 90, 211, 333))
     return _error_of_tuples(lambda o, y: F.cross_entropy(o, y, ignore_index=255), labels)

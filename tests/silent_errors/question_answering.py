@@ -46,7 +46,7 @@ def _question_answering() -> nn.Module:
 def answers_beyond_the_width() -> float:
     rows = _answers(200, beyond=True)
     whole = _padded(rows, 14)
-    return update_error(_question_answering(), rows, lambda model: model(**whole).loss, len(rows))
+    return update_error(_question_answering(), rows, lambda model: model(**whole).loss, len(rows), batch_size=4)
 
 
 @case(13, "question answering with a collator that draws at random")
