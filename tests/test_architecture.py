@@ -60,6 +60,7 @@ def test_public_names() -> None:
         "ClassificationMetrics",
         "DataError",
         "DivergedError",
+        "ExactAccumulation",
         "InexactLossError",
         "InexactLossWarning",
         "LossScaleWarning",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .apps.search.api import search
     from .apps.verify.api import verify
     from .apps.verify.report import Verification
+    from .bridges.exact_accumulation import ExactAccumulation
     from .bridges.exact_trainer import exact
     from .errors import (
         CallbackError,
@@ -46,6 +47,7 @@ __all__ = [
     "ClassificationMetrics",
     "DataError",
     "DivergedError",
+    "ExactAccumulation",
     "InexactLossError",
     "InexactLossWarning",
     "LossScaleWarning",
@@ -72,6 +74,7 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning")) or name == "Preempted"], "errors"),
     **dict.fromkeys(["Accuracy", "ClassificationMetrics", "F1", "MeanSquaredError"], "metrics"),
+    "ExactAccumulation": "bridges.exact_accumulation",
     "Plan": "planning.plan",
     "Result": "tracking.result",
     "Verification": "apps.verify.report",

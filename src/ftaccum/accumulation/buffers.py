@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
@@ -66,10 +65,12 @@ class MovingBuffers:
         if not places:
             return
         parts = [bytes_of(in_memory(_at(place))) for place in places]
-        received = broadcast(torch.cat(parts)).split([len(part) for part in parts])
+        values = torch.cat(parts)
+        distributed.broadcast(values, src=0)
+        received = values.split([len(part) for part in parts])
         with torch.no_grad():
-            for place, values in zip(places, received, strict=True):
-                value = values.clone().view(_at(place).dtype).view(in_memory(_at(place)).shape)  # clones are aligned
+            for place, own in zip(places, received, strict=True):
+                value = own.clone().view(_at(place).dtype).view(in_memory(_at(place)).shape)  # clones are aligned
                 _write(place, value.expand(_at(place).shape))
 
     def snapshot(self) -> Buffers:

@@ -140,19 +140,30 @@ def _unlike(rows: Rows, candidates: Sequence[int]) -> tuple[list[int], int]:
     classes, and lengths with other remainders modulo 4, if there are any: the more the rows differ, the more a
     measurement can find. (A model that takes tokens in fours may be sensitive to padding at other lengths only.)
     """
-    fetched = dict(zip(candidates, rows.fetch(candidates), strict=True))
-    by_length = sorted(candidates, key=lambda position: length_of(fetched[position]))
+    fetched = rows.fetch(candidates)
+    places, longest = unlike_places([length_of(row) for row in fetched], [class_of(row) for row in fetched])
+    return [candidates[place] for place in places], candidates[longest]
+
+
+def unlike_places(lengths: Sequence[int], classes: Sequence[int | None]) -> tuple[list[int], int]:
+    """Return the places of four unlike rows, as `_unlike` chooses them, and of the longest row.
+
+    Args:
+        lengths: the length of each row.
+        classes: the class of each row; None if it has none.
+    """
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     longest = by_length[-1]
-    quick = max(_LONG_ENOUGH, 2 * length_of(fetched[by_length[0]]))
-    n_quick = sum(length_of(fetched[p]) <= quick for p in by_length)
+    quick = max(_LONG_ENOUGH, 2 * lengths[by_length[0]])
+    n_quick = sum(length <= quick for length in lengths)
     by_length = by_length[: max(n_quick, _PROBE_ROWS)]
     n = min(_PROBE_ROWS, len(by_length))
     chosen = [by_length[i * (len(by_length) - 1) // max(1, n - 1)] for i in range(n)]
-    kinds = {p: (class_of(fetched[p]), length_of(fetched[p]) % _STRIDE) for p in by_length}
+    kinds = {p: (classes[p], lengths[p] % _STRIDE) for p in by_length}
     for place in range(1, n - 1):
         others = [kinds[p] for i, p in enumerate(chosen) if i != place]
-        classes, rests = {kind for kind, _ in others}, {rest for _, rest in others}
-        chosen[place] = min(by_length, key=lambda p: (kinds[p][0] in classes, kinds[p][1] in rests, p != chosen[place]))
+        taken, rests = {kind for kind, _ in others}, {rest for _, rest in others}
+        chosen[place] = min(by_length, key=lambda p: (kinds[p][0] in taken, kinds[p][1] in rests, p != chosen[place]))
     # Copies of a row still help: they are measured with other labels, too.
     return (chosen * _PROBE_ROWS)[:_PROBE_ROWS], longest
 

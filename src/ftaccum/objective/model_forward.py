@@ -23,17 +23,26 @@ class ModelForward(Forward):
     Which of the three to use is decided once, from the arguments of `forward` and the columns of a batch.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, loss_fn: LossFn | None, *, token_ids: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_fn: LossFn | None,
+        *,
+        token_ids: bool = False,
+        source: str = "`train_data`",
+    ) -> None:
         """Args:
             model: the model, not yet wrapped for several processes.
             batch: a collated batch, whose columns decide which loss to use.
             loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for mappings, or None.
             token_ids: whether rows contain only token ids, so that each token is the target of the token before it.
+            source: how messages name the data.
 
         Raises:
             DataError: if the model and the batch give no loss. The message says what is missing.
         """
-        self.accepted = accepted_arguments(model)
+        self.accepted, self._source = accepted_arguments(model), source
         super().__init__(
             [loss_fn] if isinstance(loss_fn, nn.Module) else [], self._settle(model, batch, loss_fn, token_ids)
         )
@@ -95,7 +104,7 @@ class ModelForward(Forward):
             )
         if not isinstance(batch, Mapping):
             raise DataError(
-                "`train_data` gives (inputs, targets) tuples, but `loss_fn` is None. "
+                f"{self._source} gives (inputs, targets) tuples, but `loss_fn` is None. "
                 "Give a loss that compares outputs with targets, such as `loss_fn=torch.nn.CrossEntropyLoss()`."
             )
         labels = [key for key in batch if is_label(key)]
@@ -104,8 +113,8 @@ class ModelForward(Forward):
         if token_ids:
             return _next_token_loss
         raise DataError(
-            f"`train_data` has the columns {sorted(map(str, batch))}, and {name} computes no loss from them: they have "
-            f"{'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
+            f"{self._source} has the columns {sorted(map(str, batch))}, and {name} computes no loss from them: they "
+            f"have {'label columns ' + str(labels) + ' that forward does not take' if labels else 'no label column'}. "
             "Name the labels as in `forward`, or give a `loss_fn`; for a model that computes its loss without "
             "labels, `loss_fn=lambda outputs, batch: outputs.loss`."
         )

@@ -5,10 +5,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..runtime.module_attributes import preserve_attributes
+from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import gradient_hooks, inspection_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
@@ -68,7 +68,7 @@ def measured_objective(
             if not has_narrow_weights(model):
                 raise
             report = measurement.report(EXPLAINED_IN_HALF)
-    report, forward.factors = broadcast_object_list([report, forward.factors])
+    report, forward.factors = of_main_process((report, forward.factors))
     chosen = _chosen(measurement.ways(), report.ways, report.own_rules)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report)
 

@@ -20,7 +20,7 @@ from .process_group import ProcessGroup, open_process_group
 from .state_guards import preserve_rng, seed_all
 
 # Each process has a whole copy of the model, and DDP averages the gradients: one code path for all devices.
-_REPLICATED = {
+REPLICATED = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
@@ -121,7 +121,7 @@ def _accelerator(runtime: Runtime, project_dir: str | None) -> Accelerator:
                 "`distributed_type: MULTI_GPU` and `use_cpu: true`."
             ]
         )
-    if accelerator.distributed_type not in _REPLICATED:
+    if accelerator.distributed_type not in REPLICATED:
         raise SettingsError(
             [
                 f"Accelerate is configured for {accelerator.distributed_type.value}, but ftaccum has not been shown to "

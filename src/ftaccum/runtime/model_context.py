@@ -68,6 +68,22 @@ def unwrap_on_exit(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Run a model without autocast until exit: neither Accelerate's, in `forward`, nor one that is in force."""
+    given = dict(vars(model))
+    if "_original_forward" in given:
+        model.forward = given["_original_forward"]
+    device = next(model.parameters()).device.type
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        if "_original_forward" in given:
+            del model.forward
+            vars(model).update({name: value for name, value in given.items() if name == "forward"})
+
+
+@contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
     """Turn off the cache of keys and values, which only generation needs.
 

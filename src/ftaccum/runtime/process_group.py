@@ -127,6 +127,14 @@ class ProcessGroup:
 SINGLE = ProcessGroup(1)
 
 
+def of_main_process(value: T) -> T:
+    """Return the first process's value on every process of torch's default group, if there is one."""
+    values = [value]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 @contextmanager
 def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[ProcessGroup]:
     """Open a group over all processes, and close it on exit. All processes call this.

@@ -186,7 +186,7 @@ def _objective(
             components.model,
             forward,
             few,
-            item_counter=ItemCounter(ignore_index, class_weights_of(components)),
+            item_counter=ItemCounter(ignore_index, class_weights_of(components.model, components.loss_fn)),
             count_items=components.count_items,
             sums=components.reduction == "sum",
         )

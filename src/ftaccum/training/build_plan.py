@@ -1,12 +1,14 @@
 """The sizes of updates, and the planner that cuts their windows, resolved from the settings and the data."""
 
 import math
+from collections.abc import Collection
 
 from accelerate import Accelerator
 
 from ..data.dataset import mean_length
-from ..errors import DataError, InexactLossError, InexactLossWarning, LossScaleWarning, PaddingWarning, warn_user
+from ..errors import DataError, LossScaleWarning, warn_user
 from ..objective.report import ExactnessReport
+from ..objective.warn_inexact import warn_if_inexact
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes, batch_sizes_of
 from ..planning.micro_batches import DEFAULT_COSTS, BatchLimits, CostModel, MicroBatchPlanner
@@ -71,20 +73,16 @@ def report_inexact(
     """Raise or warn, as `on_inexact` says, if updates take several micro-batches and accumulation is not exact."""
     if planner.costs is None and not _splits(runtime, batch_sizes):
         return
-    sentences = report.inexact()
-    if sentences and runtime.on_inexact == "error":
-        raise InexactLossError([*sentences, "Set `on_inexact='warn'` to train anyway."])
-    if not is_main or runtime.on_inexact == "ignore":
-        return
-    for sentence in sentences:
-        warn_user(sentence, InexactLossWarning)
-    if padding := report.padding():
-        warn_user(padding, PaddingWarning)
+    warn_if_inexact(report, runtime.on_inexact, is_main=is_main)
 
 
-def report_loss_scale(divisor: int | None, batch_sizes: BatchSizes) -> None:
-    """Warn if `loss_fn` is smaller than the model's own loss by a whole number that may be the accumulation steps."""
-    steps = {sizes.gradient_accumulation_steps for _, sizes in batch_sizes.stages()}
+def report_loss_scale(divisor: int | None, steps: Collection[int]) -> None:
+    """Warn if `loss_fn` is smaller than the model's own loss by a whole number that may be the accumulation steps.
+
+    Args:
+        divisor: the number by which the loss is smaller, if it is a whole number.
+        steps: the accumulation steps of the run.
+    """
     if divisor is None or (divisor not in steps and divisor > _MOST_STEPS):
         return
     same = ", and this run accumulates that many micro-batches" if divisor in steps else ""

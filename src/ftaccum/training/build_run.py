@@ -122,7 +122,8 @@ class TrainingSetup(Run):
         is_main = self.process_group.is_main
         report_inexact(report, self.config.runtime, self.batch_sizes, self.planner, is_main=is_main)
         if is_main:
-            report_loss_scale(self.data.loss_divisor, self.batch_sizes)
+            steps = {sizes.gradient_accumulation_steps for _, sizes in self.batch_sizes.stages()}
+            report_loss_scale(self.data.loss_divisor, steps)
         refuse_single_rows(self.data, fresh, self.planner)
         return self.resume_point.resume_plan(fresh, self.identity, self.evaluation_schedule(fresh).is_due)
 

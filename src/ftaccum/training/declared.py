@@ -18,10 +18,22 @@ _OF_PIXELS = ("semantic_loss_ignore_index", "loss_ignore_index")  # in Transform
 
 def ignore_index_of(components: Components, rows: Rows) -> int:
     """Return the label that the loss ignores, which is also the padding of labels."""
-    named = [_declared(components, "ignore_index")]
-    if components.loss_fn is None:
-        of_pixels = _OF_PIXELS if _are_pixels(rows.fetch([0])[0]) else ()
-        named += [getattr(components.configuration, name, None) for name in (*of_pixels, "ignore_index")]
+    config, is_own = components.configuration, components.loss_fn is None
+    of_pixels = is_own and _are_pixels(rows.fetch([0])[0])
+    return declared_ignore_index(components.model, components.loss_fn, config, of_pixels=of_pixels)
+
+
+def declared_ignore_index(model: nn.Module, loss_fn: Any, config: Any, *, of_pixels: bool) -> int:
+    """Return the label that a loss ignores; -100 if neither the loss nor the model declares one.
+
+    Args:
+        loss_fn: the user's loss; None for the model's own.
+        config: the configuration of the model, or any object.
+        of_pixels: whether labels are images.
+    """
+    named = [_declared(model, loss_fn, "ignore_index")]
+    if loss_fn is None:
+        named += [getattr(config, name, None) for name in (*(_OF_PIXELS if of_pixels else ()), "ignore_index")]
     return next((n for n in named if isinstance(n, int)), IGNORE_INDEX)
 
 
@@ -30,20 +42,19 @@ def _are_pixels(row: Row) -> bool:
     return labels is not None and np.ndim(labels) > 1
 
 
-def class_weights_of(components: Components) -> Tensor | None:
+def class_weights_of(model: nn.Module, loss_fn: Any) -> Tensor | None:
     """Return the class weights that the loss declares, of shape (classes,), or None."""
-    weights = _declared(components, "weight")
+    weights = _declared(model, loss_fn, "weight")
     return weights if isinstance(weights, Tensor) and weights.ndim == 1 else None
 
 
-def _declared(components: Components, name: str) -> Any:
+def _declared(model: nn.Module, loss_fn: Any, name: str) -> Any:
     """Return an attribute of `loss_fn` or, if it has none, of the only loss module inside `loss_fn` or the model."""
-    loss_fn = components.loss_fn
     if isinstance(loss_fn, functools.partial):
         return loss_fn.keywords.get(name)
     if loss_fn is not None and hasattr(loss_fn, name):
         return getattr(loss_fn, name)
-    owner = components.model if loss_fn is None else loss_fn
+    owner = model if loss_fn is None else loss_fn
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
     losses = [module for module in modules if isinstance(module, _LOSSES)]
     return getattr(losses[0], name) if len(losses) == 1 else None

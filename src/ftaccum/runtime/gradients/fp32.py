@@ -13,6 +13,7 @@ from torch.optim import Optimizer, SparseAdam
 from ...errors import SettingsError
 from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
+from .averaged import average_gradients, dense_zeros
 from .plain import GradientStrategy, parameters_of
 
 
@@ -74,22 +75,8 @@ class Fp32Gradients(GradientStrategy):
                 hook.remove()
 
     def reduce(self, process_group: ProcessGroup) -> None:
-        """Average the sums over all processes.
-
-        A weight without a gradient on any process gets none, so that no optimizer decays it. If only some processes
-        have a gradient, it counts as 0 on the others.
-        """
-        if process_group.is_single:
-            return
-        sums = self._optimizer.sums.values()
-        for total, used in zip(sums, process_group.any_of(s.grad is not None for s in sums), strict=True):
-            if used and total.grad is None:
-                total.grad = _zeros(total)
-        gradients = [s.grad for s in sums if s.grad is not None]
-        for under_way in [distributed.all_reduce(g, async_op=True) for g in gradients]:
-            under_way.wait()
-        for gradient in gradients:
-            gradient /= distributed.get_world_size()
+        """Average the sums over all processes."""
+        average_gradients(list(self._optimizer.sums.values()), process_group)
 
     def show(self) -> None:
         self._optimizer.round()
@@ -100,7 +87,7 @@ class Fp32Gradients(GradientStrategy):
         assert found is not None, "autograd calls the hook once `grad` is set"
         p.grad = None
         if found.is_sparse:
-            rows = _zeros(total) if total.grad is None else total.grad
+            rows = dense_zeros(total) if total.grad is None else total.grad
             total.grad = rows.index_add_(0, found._indices()[0], found._values().to(total.dtype))
         elif total.grad is None:
             total.grad = found.to(total.dtype).contiguous()
@@ -166,10 +153,6 @@ def _wide(p: Tensor) -> torch.dtype:
 
 def _stand_in(p: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.zeros((), dtype=_wide(p), device=p.device).expand(p.shape))
-
-
-def _zeros(stand_in: Tensor) -> Tensor:
-    return torch.zeros_like(stand_in, memory_format=torch.contiguous_format)
 
 
 def _rounded(total: Tensor, p: Tensor) -> Tensor:

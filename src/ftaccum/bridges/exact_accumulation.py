@@ -1,0 +1,220 @@
+"""Exact gradient accumulation in a loop that the user wrote."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..accumulation.accumulator import GradientAccumulator
+from ..data.batches import padded
+from ..data.loader import MicroBatch
+from ..errors import refuse
+from ..objective.item_counts import Batch
+from ..objective.normalizer import gathered
+from ..objective.objective import Objective
+from ..planning.micro_batches import MicroBatchRows
+from ..runtime.gradients.averaged import AveragedGradients
+from ..runtime.loop_accelerator import LoopAccelerator, n_processes
+from ..runtime.memory import WindowOutOfMemoryError
+from ..runtime.process_group import ProcessGroup, open_process_group
+from ..runtime.wrapped_models import UnfinishedForward, ddp_around, faults_of_wrappers, inner_model
+from .loop_checks import check_arguments, check_loader, check_window
+from .loop_objective import LossArguments, measure_loss, one_width, padding_of
+from .loop_windows import windows_of
+
+
+class ExactAccumulation:
+    """Exact gradient accumulation in your own training loop, with Accelerate, DistributedDataParallel or plain PyTorch.
+
+    The gradient of a window of k micro-batches, on all processes, is that of one batch of its rows::
+
+        accumulation = ftaccum.ExactAccumulation(model, accelerator)
+        for window in accumulation.windows(loader, k):
+            loss = accumulation.backward(window)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    The first `backward` measures on a few rows which items the loss is a mean over. Later ones count these items over
+    the whole window, and weight each micro-batch by its share. Processes sync once per window, and may have unequally
+    many micro-batches, or none.
+
+    Attributes:
+        means: the mean of each term of the last window's loss, over all processes; NaN for a term without items. A loss
+            that is one number has the term "loss".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator | None = None,
+        *,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
+        reduction: str = "mean",
+        count_items: Callable[[Any], Any] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        on_inexact: str = "warn",
+        audit: bool = True,
+    ) -> None:
+        """Nothing is measured before the first `backward`.
+
+        Args:
+            model: the model to train, before or after `accelerator.prepare` or DistributedDataParallel.
+            accelerator: the Accelerator of the loop; None for plain PyTorch, on one process or on all processes of
+                torch's default process group.
+            loss_fn: `loss_fn(outputs, batch)` if batches are dicts, `loss_fn(outputs, targets)` if they are pairs
+                (inputs, targets); None for the model's own loss. It returns a number, or a dict of numbers by name,
+                which are added up. It does not divide by k.
+            reduction: "mean" if the loss is a mean over its items, "sum" if it is a sum.
+            count_items: returns the number of loss items of a batch, or a dict of them by name; None to measure how
+                they are counted.
+            scaler: the gradient scaler of a loop in fp16 without Accelerate. Unscale, step and update as usual.
+            on_inexact: what to do if the loss cannot be accumulated exactly: "warn", "error" or "ignore".
+            audit: whether to compare the gradient of some windows with that of one batch of the same rows.
+
+        Raises:
+            SettingsError: if an argument is invalid, or if the model is sharded, or wrapped in a way that cannot be
+                exact.
+        """
+        check_arguments(
+            model,
+            accelerator,
+            loss_fn=loss_fn,
+            reduction=reduction,
+            count_items=count_items,
+            scaler=scaler,
+            on_inexact=on_inexact,
+            audit=audit,
+        )
+        self._model, self._accelerator, self._scaler, self._audits = model, accelerator, scaler, audit
+        self._loss = LossArguments(loss_fn, reduction, count_items, on_inexact)
+        self._objective: Objective | None = None
+        self._open = ExitStack()
+        self.means: Mapping[str, float] = {}
+        self._unfinished = self._check_wrappers()
+
+    def windows(self, loader: Iterable[Any], k: int) -> Iterator[list[Any]]:
+        """Yield the windows of one epoch: lists of up to k batches of this process. The last one may be shorter.
+
+        Leave out rows that Accelerate or torch's DistributedSampler repeat at the end of an epoch. All processes get
+        the same number of windows, and a window may be empty on some of them.
+
+        Args:
+            loader: a DataLoader, prepared by Accelerate or not, or any other source of batches; each process its own.
+            k: the number of micro-batches per update.
+
+        Raises:
+            SettingsError: if `loader` or `k` is invalid.
+        """
+        check_loader(loader, k)
+        return windows_of(loader, k, self._process_group)
+
+    def backward(self, window: Sequence[Any]) -> float:
+        """Add the gradient of a window's mean loss to `grad` of the model's parameters, on all processes alike.
+
+        As in PyTorch, gradients add up until you set them to None or zero. If an error is raised, they are all None.
+        The model runs in the mode that it is in: call `model.train()` first.
+
+        If no row of the window has loss items (all its labels are ignored), gradients stay as they are, and an
+        optimizer leaves weights without a gradient unchanged. Only a gradient scaler needs a gradient: skip the step.
+
+        Args:
+            window: this process's micro-batches, as `windows` yields. All processes must make the same call.
+
+        Returns:
+            The mean loss of the window over all processes; NaN if no row has loss items.
+
+        Raises:
+            SettingsError, DataError: on all processes, if the batches of one of them cannot be used.
+            InexactLossError: if the loss is not exact and `on_inexact` is "error".
+            torch.OutOfMemoryError: on all processes, if memory ran out on one of them.
+        """
+        batches = self._process_group.run_on_all(lambda: self._checked(window))
+        if self._objective is None:
+            self._objective = self._measured(batches)
+        if self._objective is None:
+            self.means = {}
+            return float("nan")
+        micro_batches = self._micro_batches(batches, self._objective)
+        self._audit(micro_batches)
+        return self._accumulate(micro_batches)
+
+    @property
+    def report(self) -> str:
+        """A sentence on the items that the loss is a mean over, and on what is not exact, if anything."""
+        if self._objective is None:
+            return "The loss has not been measured yet. The first `backward` measures it."
+        report = self._objective.report
+        return " ".join([f"The loss is a mean over {report.counted_by}.", *report.inexact()])
+
+    @cached_property
+    def _inner(self) -> nn.Module:
+        """The model that runs. DDP would expect its own forward pass, and would average in the last pass alone."""
+        self._unfinished = self._unfinished or self._check_wrappers()  # it may have been wrapped since
+        return inner_model(self._model)
+
+    @cached_property
+    def _process_group(self) -> ProcessGroup:
+        return self._open.enter_context(open_process_group(n_processes(self._accelerator)))
+
+    @cached_property
+    def _runner(self) -> LoopAccelerator:
+        return LoopAccelerator(self._accelerator, self._scaler, next(self._inner.parameters()).device)
+
+    @cached_property
+    def _accumulator(self) -> GradientAccumulator:
+        assert self._objective is not None, "measured before the first window"
+        strategy = AveragedGradients(self._inner)
+        runner: Any = self._runner
+        return GradientAccumulator(runner, self._inner, self._objective, strategy, self._process_group)
+
+    def _check_wrappers(self) -> UnfinishedForward | None:
+        """Refuse wrappers that cannot be exact, and watch the forward passes of DistributedDataParallel."""
+        refuse(faults_of_wrappers(self._model, self._accelerator, n_processes(self._accelerator)))
+        ddp = ddp_around(self._model, self._accelerator)
+        return None if ddp is None else UnfinishedForward(ddp)
+
+    def _checked(self, window: Sequence[Any]) -> list[Batch]:
+        if self._unfinished is not None:
+            self._unfinished.check()
+        return check_window(window)
+
+    def _measured(self, batches: Sequence[Batch]) -> Objective | None:
+        return measure_loss(self._inner, batches, self._loss, self._process_group)
+
+    def _micro_batches(self, batches: Sequence[Batch], objective: Objective) -> list[MicroBatch]:
+        """Return the micro-batches that have loss items. No process waits for another one's passes."""
+        if objective.padding_sensitive:
+            width = one_width(batches, self._process_group)
+            fill = padding_of(self._inner, self._loss.loss_fn, batches[0]) if batches else {}
+            batches = [padded(batch, width, fill) for batch in batches]
+        counts = self._process_group.run_on_all(lambda: [objective.count(batch) for batch in batches])
+        return [
+            MicroBatch(batch, n, tuple(t for t in n if n[t]), MicroBatchRows(), 0, 0, f"micro-batch {i} of the window")
+            for i, (batch, n) in enumerate(zip(batches, counts, strict=True))
+            if any(n.values())
+        ]
+
+    def _audit(self, micro_batches: Sequence[MicroBatch]) -> None:
+        pass
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Accumulate the gradient, and return the window's loss."""
+        try:
+            window = self._accumulator.accumulate(micro_batches)
+        except WindowOutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                "Memory ran out in a pass, on this process or another one. Use smaller batches and a larger k, which "
+                f"leaves the update unchanged. {'' if error.failed is None else error.failed.message}"
+            ) from error
+        moved = self._process_group.any_of(bool(flag) for flag in window.moved_buffers.tolist())
+        self._accumulator.observe_buffers(moved, undone=False)
+        (losses,) = gathered([window.losses], self._runner)
+        self._runner.end_window()
+        self.means = losses.read()
+        return losses.total()

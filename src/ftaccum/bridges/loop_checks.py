@@ -1,0 +1,93 @@
+"""Checks of the arguments and the windows of a loop that the user wrote."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..errors import SettingsError, refuse, shown
+from ..fields import Rule, one_of
+from ..objective.item_counts import Batch, tensors_of
+
+_FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
+_FUNCTION = Rule(callable, "a function").or_none()
+_COUNT = Rule(lambda k: isinstance(k, int) and not isinstance(k, bool) and k > 0, "a positive integer")
+
+
+def check_arguments(model: Any, accelerator: Any, **others: Any) -> None:
+    """Raise SettingsError, with one sentence for each argument of `ExactAccumulation` that is invalid.
+
+    Args:
+        others: the keyword arguments, by name.
+    """
+    rules = {
+        "loss_fn": (_FUNCTION, "It is called as `loss_fn(outputs, batch)`."),
+        "reduction": (one_of("mean", "sum"), "Say whether the loss is a mean or a sum over its items."),
+        "count_items": (_FUNCTION, "It returns the number of loss items of a batch."),
+        "on_inexact": (one_of("error", "warn", "ignore"), "Say what to do if the loss cannot be accumulated exactly."),
+        "audit": (_FLAG, "Say whether to compare some gradients with that of one batch."),
+    }
+    faults = [rule.fault(name, others[name], remedy) for name, (rule, remedy) in rules.items()]
+    if not isinstance(model, nn.Module):
+        faults.append(
+            f"`model` must be a torch.nn.Module, but is {shown(model)} instead. Give the model that you train."
+        )
+    if accelerator is not None and not isinstance(accelerator, Accelerator):
+        faults.append(
+            f"`accelerator` must be an accelerate.Accelerator or None, but is {shown(accelerator)} instead. Leave it "
+            "out in a loop without Accelerate."
+        )
+    scaler = others["scaler"]
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        faults.append(f"`scaler` must be a torch.amp.GradScaler or None, but is {shown(scaler)} instead.")
+    elif scaler is not None and accelerator is not None:
+        faults.append(
+            "`scaler` and `accelerator` are both given, but an Accelerator has its own scaler. Give one of them."
+        )
+    refuse([fault for fault in faults if fault is not None])
+
+
+def check_loader(loader: Any, k: Any) -> None:
+    """Raise SettingsError if `windows` cannot take lists of k batches from a loader."""
+    faults = [_COUNT.fault("k", k, "It is the number of micro-batches per update.")]
+    if isinstance(loader, Mapping | Tensor | str) or not hasattr(loader, "__iter__"):
+        faults.append(f"`loader` must yield batches, as a DataLoader does, but is a {type(loader).__name__} instead.")
+    refuse([fault for fault in faults if fault is not None])
+
+
+def check_window(window: Any) -> list[Batch]:
+    """Return the batches of a window.
+
+    Raises:
+        SettingsError: if they are not a list of batches.
+    """
+    if not isinstance(window, Sequence) or isinstance(window, str):
+        raise SettingsError(
+            [
+                f"`window` must be a list of batches, as `windows` yields, but is a {type(window).__name__} instead. "
+                "For a single batch, give `[batch]`."
+            ]
+        )
+    refuse([fault for n, batch in enumerate(window) if (fault := _fault_of_batch(batch, n))])
+    return list(window)
+
+
+def _fault_of_batch(batch: Any, n: int) -> str | None:
+    allowed = "must be a dict of tensors, or a pair (inputs, targets)"
+    if isinstance(batch, Mapping):
+        return None if tensors_of(batch) else f"Micro-batch {n} {allowed}, but has no tensors. Check the collator."
+    if not isinstance(batch, list | tuple):
+        return f"Micro-batch {n} {allowed}, but is a {type(batch).__name__} instead. For one batch, give `[batch]`."
+    if batch and all(isinstance(row, Mapping) for row in batch):
+        return (
+            f"Micro-batch {n} {allowed}, but is a list of {len(batch)} dicts instead. Let `collate_fn` of the loader "
+            "stack them."
+        )
+    if len(batch) != 2 or not tensors_of(batch):
+        return (
+            f"Micro-batch {n} {allowed}, but has {len(batch)} parts instead. Put all inputs of the model into the "
+            "first part: `((ids, mask), labels)`."
+        )
+    return None

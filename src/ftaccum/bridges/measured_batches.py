@@ -1,0 +1,119 @@
+"""The choice of rows to measure a loss on, from batches that are collated already."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from ..data.batches import can_be_taken_apart, join, take, trimmed
+from ..data.probe_rows import unlike_places
+from ..errors import DataError
+from ..objective.item_counts import Batch, ItemCounter, rows_of, targets_of
+from ..objective.sample import Groups, Sample
+
+_MOST_ROWS = 256  # to choose from, in each process
+
+
+@dataclass(frozen=True)
+class CollatedRow:
+    """One row of a collated batch.
+
+    Attributes:
+        batch: the row as a batch of its own, on the host.
+        name: how messages name the row.
+        length: its number of tokens; 1 if it has none.
+        kind: its class; None if it has none.
+    """
+
+    batch: Batch
+    name: str
+    length: int
+    kind: int | None
+
+
+def sample_of_batches(batches: Sequence[Batch], item_counter: ItemCounter, pad_token_id: int = 0) -> Sample | None:
+    """Return up to four unlike rows of collated batches, for the objective to measure its loss on.
+
+    These are the shortest row with a label that counts, the longest, and two in between with other classes.
+
+    Returns:
+        The sample; None if no row has a label that counts.
+
+    Raises:
+        DataError: if the batches cannot be split into rows.
+    """
+    return sample_of_rows(unlike_rows(batches, item_counter), item_counter.ignore_index, pad_token_id)
+
+
+def unlike_rows(batches: Sequence[Batch], item_counter: ItemCounter) -> list[CollatedRow]:
+    """Return up to four unlike rows with labels that count.
+
+    Raises:
+        DataError: if the batches cannot be split into rows.
+    """
+    rows: list[CollatedRow] = []
+    for n, batch in enumerate(batches):
+        if len(rows) >= _MOST_ROWS:
+            break
+        if not can_be_taken_apart(batch, rows_of(batch)):
+            raise DataError(
+                "The batches cannot be split into rows, which is needed to measure how the loss is counted: some of "
+                "their values are not tensors with one row for each row of the batch. Make the first dimension of "
+                "every tensor the rows."
+            )
+        on_host = send_to_device(batch, "cpu")
+        rows += [
+            CollatedRow(row, f"row {place} of micro-batch {n}", _length(row), _kind(row))
+            for place in range(rows_of(batch))
+            if _has_items(row := take(on_host, [place]), item_counter)
+        ]
+    return _unlike(rows) if rows else []
+
+
+def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id: int) -> Sample | None:
+    """Return a sample of up to four of these rows; None if there are no rows.
+
+    Rows that have other columns or shapes than the longest one are left out.
+    """
+    fill = {"input_ids": pad_token_id, "labels": ignore_index}
+    longest = max(rows, key=lambda row: row.length, default=None)
+    if longest is None:
+        return None
+    chosen = _unlike([row for row in rows if join([longest.batch, row.batch], fill) is not None])
+    together = trimmed(join([row.batch for row in chosen], fill))
+
+    def cut(batch: Batch, groups: Groups) -> list[Batch]:
+        return [take(batch, group) for group in groups]
+
+    return Sample(
+        longest=trimmed(longest.batch),
+        together=together,
+        cut=cut,
+        collated=lambda groups: [trimmed(part) for part in cut(together, groups)],
+        names=[row.name for row in chosen],
+    )
+
+
+def _unlike(rows: Sequence[CollatedRow]) -> list[CollatedRow]:
+    places, _ = unlike_places([row.length for row in rows], [row.kind for row in rows])
+    return [rows[place] for place in places]
+
+
+def _length(row: Batch) -> int:
+    ids = row.get("input_ids") if isinstance(row, Mapping) else None
+    if not isinstance(ids, Tensor):
+        return 1
+    mask = row.get("attention_mask")
+    return int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
+
+
+def _kind(row: Batch) -> int | None:
+    targets = targets_of(row)
+    is_class = targets is not None and targets.ndim == 1 and not targets.is_floating_point()
+    return int(targets) if targets is not None and is_class else None
+
+
+def _has_items(row: Batch, item_counter: ItemCounter) -> bool:
+    count = item_counter.applicable(row).get("labels")
+    return count is None or bool(count(row))
