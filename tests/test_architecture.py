@@ -76,6 +76,7 @@ def test_public_names() -> None:
         "TextWarning",
         "Verification",
         "callbacks",
+        "exact",
         "plan",
         "search",
         "test_fine_tuning",

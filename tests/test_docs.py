@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 import ftaccum
+from ftaccum.runtime.accelerator import fresh_accelerate_state
 from silent_errors.text_columns import LABELS, REVIEWS, causal_lm, classifier, word_tokenizer
 from silent_errors.tokenizer_padding import CLASSIFIED, TOKENS
 from test_readme import PAGES, README, blocks
@@ -64,6 +65,23 @@ def hub_stream() -> dict[str, Any]:
     }
 
 
+def loop() -> dict[str, Any]:
+    """Return the parts of a hand-written loop: a model and a loader of rows, or a module and a loader of pairs."""
+    model, net = causal_lm(), torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD([*model.parameters(), *net.parameters()], lr=0.1)
+    return {
+        "model": model,
+        "net": net,
+        "k": 2,
+        "loader": torch.utils.data.DataLoader([{**row, "labels": row["input_ids"]} for row in EQUAL], batch_size=2),
+        "pairs": [(torch.randn(2, 3), torch.tensor([0, 1]))] * 6,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+    }
+
+
+EQUAL = [{"input_ids": torch.arange(n, n + 4)} for n in range(1, 6)]
+
 # Further names that a block may use, by a text that occurs in the block.
 NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "premise": pairs,
@@ -71,6 +89,8 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "streaming=True": hub_stream,
     'resume="auto"\n)': token_rows,
     "accumulation_steps=[(0, 2)": token_rows,
+    "Accelerator(": loop,
+    "ExactAccumulation(": loop,
     "optim.SGD": token_rows,
     "next_token_accuracy": token_rows,
     "verify": token_rows,
@@ -92,4 +112,5 @@ def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path
             names |= more()
     if "make_model" in block:
         names["make_model"] = causal_lm
-    exec(compile(block, "docs", "exec"), names)
+    with fresh_accelerate_state():
+        exec(compile(block, "docs", "exec"), names)

@@ -25,6 +25,7 @@ from ftaccum import (
 )
 from ftaccum.runtime.accelerator import fresh_accelerate_state
 from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
+from test_readme import ROOT, blocks
 
 FAST = {"causal LM, GPT-2", "masked LM, BERT", "sequence classification, GPT-2", "question answering, BERT"}
 BERT = HEADS["masked LM, BERT"]
@@ -439,6 +440,39 @@ def test_bad_windows_are_named(window: Any, message: str) -> None:
 def test_pairs_need_a_loss() -> None:
     with pytest.raises(DataError, match=r"The loader gives \(inputs, targets\) tuples, but `loss_fn` is None"):
         ExactAccumulation(Net()).backward([(X, LABELS)])
+
+
+def test_the_loop_of_the_docs_trains_as_on_large_batches() -> None:
+    before, after, *_ = blocks(ROOT / "docs" / "keep_your_loop.md", "python")
+    rows = BERT.rows(11)
+
+    def moved(train: Callable[[dict[str, Any]], object]) -> dict[str, Tensor]:
+        model = BERT.model()
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        loader = DataLoader(rows, batch_size=2, collate_fn=one_batch)  # type: ignore[arg-type, var-annotated]
+        train({"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader, "k": 4})
+        return {name: p.detach() - start[name] for name, p in model.named_parameters()}
+
+    def in_docs(block: str) -> Callable[[dict[str, Any]], object]:
+        def run(names: dict[str, Any]) -> None:
+            with fresh_accelerate_state():
+                exec(compile(block, "docs", "exec"), names)
+
+        return run
+
+    def in_large_batches(names: dict[str, Any]) -> None:
+        for part in (rows[:8], rows[8:]):
+            names["model"](**one_batch(part)).loss.backward()
+            nn.utils.clip_grad_norm_(names["model"].parameters(), 1.0)
+            names["optimizer"].step()
+            names["scheduler"].step()
+            names["optimizer"].zero_grad()
+
+    wanted = moved(in_large_batches)
+    assert relative_error(moved(in_docs(after)), wanted) < 1e-9
+    assert relative_error(moved(in_docs(before)), wanted) > 0.01
 
 
 @pytest.mark.slow
