@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..accumulation.accumulator import GradientAccumulator
-from ..data.batches import padded
 from ..data.loader import MicroBatch
 from ..errors import refuse
 from ..objective.item_counts import Batch
@@ -23,8 +22,9 @@ from ..runtime.memory import WindowOutOfMemoryError
 from ..runtime.process_group import ProcessGroup, open_process_group
 from ..runtime.wrapped_models import UnfinishedForward, ddp_around, faults_of_wrappers, inner_model
 from .loop_checks import check_arguments, check_loader, check_window
-from .loop_objective import LossArguments, measure_loss, one_width, padding_of
+from .loop_objective import LossArguments, measure_loss
 from .loop_windows import windows_of
+from .window_width import at_one_width, padding_of
 
 
 class ExactAccumulation:
@@ -190,9 +190,8 @@ class ExactAccumulation:
     def _micro_batches(self, batches: Sequence[Batch], objective: Objective) -> list[MicroBatch]:
         """Return the micro-batches that have loss items. No process waits for another one's passes."""
         if objective.padding_sensitive:
-            width = one_width(batches, self._process_group)
             fill = padding_of(self._inner, self._loss.loss_fn, batches[0]) if batches else {}
-            batches = [padded(batch, width, fill) for batch in batches]
+            batches = at_one_width(batches, fill, self._process_group)
         counts = self._process_group.run_on_all(lambda: [objective.count(batch) for batch in batches])
         return [
             MicroBatch(batch, n, tuple(t for t in n if n[t]), MicroBatchRows(), 0, 0, f"micro-batch {i} of the window")

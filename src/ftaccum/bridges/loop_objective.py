@@ -1,16 +1,13 @@
 """The loss of a loop that the user wrote, measured on rows of its first window."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import SettingsError
-from ..objective.item_counts import Batch, ItemCounter, targets_of
+from ..objective.item_counts import Batch, ItemCounter
 from ..objective.loss_scale import find_divisor
 from ..objective.model_forward import ModelForward
 from ..objective.objective import Objective
@@ -20,8 +17,9 @@ from ..runtime.model_context import run_eagerly, without_autocast
 from ..runtime.process_group import ProcessGroup
 from ..runtime.wrapped_models import uncompiled, weights_differ
 from ..training.build_plan import report_loss_scale
-from ..training.declared import class_weights_of, declared_ignore_index
-from .measured_batches import CollatedRow, sample_of_rows, unlike_rows
+from ..training.declared import class_weights_of
+from .measured_batches import sample_of_window
+from .window_width import padding_of
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,6 @@ class LossArguments:
     reduction: str
     count_items: Callable[[Any], Any] | None
     on_inexact: str
-
-
-def padding_of(model: nn.Module, loss_fn: Any, batch: Batch) -> dict[str, int]:
-    """Return the padding of columns: the model's padding token, and the label that the loss ignores."""
-    config: Any = getattr(model, "config", None) or SimpleNamespace()
-    targets, pad_token_id = targets_of(batch), getattr(config, "pad_token_id", None)
-    of_pixels = loss_fn is None and targets is not None and targets.ndim > 2
-    ignore_index = declared_ignore_index(model, loss_fn, config, of_pixels=of_pixels)
-    return {"input_ids": pad_token_id if isinstance(pad_token_id, int) else 0, "labels": ignore_index}
 
 
 def measure_loss(
@@ -72,8 +61,7 @@ def measure_loss(
     fill = padding_of(model, loss.loss_fn, batches[0]) if batches else None
     fill = next((each for each in process_group.gather(fill) if each), {"input_ids": 0, "labels": -100})
     item_counter = ItemCounter(fill["labels"], class_weights_of(model, loss.loss_fn))
-    own = process_group.run_on_all(lambda: unlike_rows(batches, item_counter))
-    sample = sample_of_rows(_named(process_group.gather(own)), fill["labels"], fill["input_ids"])
+    sample = sample_of_window(batches, item_counter, fill["input_ids"], process_group)
     if sample is None:
         return None
     with without_autocast(model), run_eagerly(model):
@@ -91,30 +79,3 @@ def measure_loss(
     if process_group.is_main:
         report_loss_scale(divisor, {len(batches)})
     return objective
-
-
-def one_width(batches: Sequence[Batch], process_group: ProcessGroup) -> int:
-    """Return the token positions of the widest batch of a window, on all processes; 0 if there are no tokens.
-
-    Raises:
-        SettingsError: on all processes, if a batch is padded on the left, where more padding would move its tokens.
-    """
-    ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
-    masks = [batch["attention_mask"] for batch in batches if batch.get("attention_mask") is not None]
-    is_left = any(mask.ndim == 2 and not bool(torch.as_tensor(mask)[:, 0].all()) for mask in masks)
-    if process_group.any(is_left):
-        raise SettingsError(
-            [
-                "Padding changes the loss of this model, so all rows of a window must have one length. But these rows "
-                "are padded on the left. Set `tokenizer.padding_side = 'right'`."
-            ]
-        )
-    return max(process_group.gather(max((each.shape[-1] for each in ids), default=0)))
-
-
-def _named(rows: Sequence[Sequence[CollatedRow]]) -> list[CollatedRow]:
-    """Return the rows of all processes. With several processes, name the process of each."""
-    if len(rows) == 1:
-        return list(rows[0])
-    named = ([replace(row, name=f"{row.name} of process {rank}") for row in own] for rank, own in enumerate(rows))
-    return list(chain.from_iterable(named))

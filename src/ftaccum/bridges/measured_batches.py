@@ -1,7 +1,8 @@
 """The choice of rows to measure a loss on, from batches that are collated already."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..data.probe_rows import unlike_places
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter, rows_of, targets_of
 from ..objective.sample import Groups, Sample
+from ..runtime.process_group import ProcessGroup
 
 _MOST_ROWS = 256  # to choose from, in each process
 
@@ -32,18 +34,30 @@ class CollatedRow:
     kind: int | None
 
 
-def sample_of_batches(batches: Sequence[Batch], item_counter: ItemCounter, pad_token_id: int = 0) -> Sample | None:
-    """Return up to four unlike rows of collated batches, for the objective to measure its loss on.
+def sample_of_window(
+    batches: Sequence[Batch], item_counter: ItemCounter, pad_token_id: int, process_group: ProcessGroup
+) -> Sample | None:
+    """Return up to four unlike rows of a window on all processes, for the objective to measure its loss on.
 
-    These are the shortest row with a label that counts, the longest, and two in between with other classes.
+    These are the shortest row with a label that counts, the longest, and two in between with other classes. All
+    processes call this, and get the same rows.
+
+    Args:
+        batches: this process's batches of the window.
 
     Returns:
         The sample; None if no row has a label that counts.
 
     Raises:
-        DataError: if the batches cannot be split into rows.
+        DataError: on all processes, if the batches of one of them cannot be split into rows.
     """
-    return sample_of_rows(unlike_rows(batches, item_counter), item_counter.ignore_index, pad_token_id)
+    own = process_group.run_on_all(lambda: unlike_rows(batches, item_counter))
+    everyone = process_group.gather(own)
+    if not process_group.is_single:
+        everyone = [
+            [replace(row, name=f"{row.name} of process {rank}") for row in rows] for rank, rows in enumerate(everyone)
+        ]
+    return sample_of_rows(list(chain.from_iterable(everyone)), item_counter.ignore_index, pad_token_id)
 
 
 def unlike_rows(batches: Sequence[Batch], item_counter: ItemCounter) -> list[CollatedRow]:

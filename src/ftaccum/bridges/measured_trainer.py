@@ -2,8 +2,9 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,18 @@ from ..data.dataset import Rows
 from ..data.loader import MicroBatch
 from ..data.probe_rows import labelled_positions, sample_of
 from ..data.row import as_row, is_row
-from ..errors import DataError, InexactLossError, InexactLossWarning, SettingsError, warn_user
+from ..errors import DataError, SettingsError
 from ..objective.batch_changes import fresh_batch
 from ..objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter, relabelled
+from ..objective.loss_scale import find_divisor
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
+from ..objective.warn_inexact import warn_if_inexact
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.log import logger
+from ..runtime.model_context import run_eagerly, without_autocast
+from ..training.build_plan import report_loss_scale
 from .exact_options import ExactOptions
 from .trainer_forward import ComputeLoss, TrainerForward
 from .trainer_support import known_as_inexact
@@ -49,7 +54,11 @@ class MeasuredTrainer:
             InexactLossError: if accumulating it is not exact, and `on_inexact` is "error".
         """
         options: ExactOptions = trainer.exact_options
-        with preserved(trainer), gathering(trainer.accelerator, lambda found: found):
+        model = trainer.model
+        with (
+            preserved(trainer), gathering(trainer.accelerator, lambda found: found), without_autocast(model),
+            run_eagerly(model),
+        ):  # fmt: skip
             mean_loss = _MeanLoss(trainer, compute_loss, options.count_items)
             forward = TrainerForward(mean_loss, trainer.model)
             mean_loss.settle(sample)
@@ -61,11 +70,16 @@ class MeasuredTrainer:
                 count_items=mean_loss.count_items,
                 sums=mean_loss.sums,
             )
-        forward.settle()
+            forward.settle()
+            if _computes_its_own(trainer, compute_loss):
+                self.objective.report = replace(self.objective.report, own_loss=False)
+            divisor = find_divisor(trainer.model, self.objective, sample)
         self.dummy = _dummy(sample, self.objective)
-        logger.debug(self.objective.report.describe_measurement())
-        sentences = [*known_as_inexact(trainer), *self.objective.report.inexact()]
-        _report(sentences, options.on_inexact, is_main=trainer.is_world_process_zero())
+        report, is_main = self.objective.report, trainer.is_world_process_zero()
+        logger.debug(report.describe_measurement())
+        warn_if_inexact(report, options.on_inexact, is_main=is_main, known=known_as_inexact(trainer))
+        if is_main:
+            report_loss_scale(divisor, {trainer.args.gradient_accumulation_steps})
 
 
 def sample_of_loader(loader: Any) -> Sample | None:
@@ -155,11 +169,10 @@ def _dummy(sample: Sample, objective: Objective) -> MicroBatch:
     raise DataError("No row of `train_dataset` that was checked counts in the loss. Check its labels.")
 
 
-def _report(sentences: Sequence[str], on_inexact: str, *, is_main: bool) -> None:
-    if sentences and on_inexact == "error":
-        raise InexactLossError([*sentences, "Set `on_inexact='warn'` to train anyway."])
-    for sentence in sentences if is_main and on_inexact == "warn" else ():
-        warn_user(sentence, InexactLossWarning)
+def _computes_its_own(trainer: Any, compute_loss: ComputeLoss) -> bool:
+    """Return whether the loss is not the one that the model returns."""
+    is_overridden = getattr(compute_loss, "__func__", None) is not Trainer.compute_loss
+    return is_overridden or trainer.compute_loss_func is not None or trainer.label_smoother is not None
 
 
 @contextmanager

@@ -2,22 +2,26 @@
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..accumulation.dummies import leaving_no_trace
 from ..data.loader import MicroBatch
-from ..objective.item_counts import Batch
+from ..errors import DataError
+from ..objective.item_counts import IGNORE_INDEX, Batch, ItemCounter
 from ..planning.micro_batches import MicroBatchRows
+from ..runtime.process_group import ProcessGroup, open_process_group
 from .counted_window import CountedWindow
+from .measured_batches import sample_of_window
 from .measured_trainer import MeasuredTrainer, sample_of_loader
 from .planned_batches import PlannedBatches, pads_to_longest, plan_batches, row_lengths
 from .repeated_rows import RepeatedRows
 from .shared_order import share_order
 from .trainer_forward import ComputeLoss
 from .uneven_gather import gather_uneven, gathering
+from .window_width import at_one_width, padding_of
 
 
 class TrainerWindows:
@@ -37,12 +41,15 @@ class TrainerWindows:
         if trainer.accelerator.num_processes > 1:
             share_order(loader, trainer.args.data_seed or trainer.args.seed)
         self._repeated = RepeatedRows(loader, trainer.accelerator, _planned(trainer, loader))
+        self._open: ExitStack = before._open if before else ExitStack()  # holds the group open
+        new_group = open_process_group(trainer.accelerator.num_processes)
+        self._process_group: ProcessGroup = before._process_group if before else self._open.enter_context(new_group)
         self._measured_on = trainer.model, trainer.train_dataset
+        self._measured: MeasuredTrainer | None = None
         if before is not None and all(map(operator.is_, before._measured_on, self._measured_on)):
-            self._measured: MeasuredTrainer | None = before._measured
-        else:
-            sample = sample_of_loader(loader)
-            self._measured = None if sample is None else MeasuredTrainer(trainer, compute_loss, sample)
+            self._measured = before._measured
+        elif (sample := sample_of_loader(loader)) is not None:
+            self._measured = MeasuredTrainer(trainer, compute_loss, sample)
 
     @property
     def measured(self) -> MeasuredTrainer:
@@ -67,6 +74,8 @@ class TrainerWindows:
         if not batches:
             return [], None
         distinct = self._repeated.leave_out(batches)
+        if self._measured is None:
+            self._measured = self._measured_on_window([batch for batch in distinct if batch is not None])
         objective = self.measured.objective
         found = [self._micro_batch(batch) for batch in self._at_one_width(distinct)]
         found += [self._micro_batch(None)] * (n_batches - len(found))
@@ -100,7 +109,21 @@ class TrainerWindows:
         """Return the batches as wide as the widest of the window on any process, if padding changes the loss."""
         if not self.measured.objective.padding_sensitive:
             return batches
-        return batches
+        fill = padding_of(self._trainer.model, None, self.measured.dummy.batch)
+        wide = iter(at_one_width([batch for batch in batches if batch is not None], fill, self._process_group))
+        return [None if batch is None else next(wide) for batch in batches]
+
+    def _measured_on_window(self, batches: Sequence[Batch]) -> MeasuredTrainer:
+        """Measure the loss of a stream on its first window."""
+        fill = padding_of(self._trainer.model, None, batches[0]) if batches else {"input_ids": 0}
+        item_counter = ItemCounter(IGNORE_INDEX)
+        sample = sample_of_window(batches, item_counter, fill["input_ids"], self._process_group)
+        if sample is None:
+            raise DataError(
+                "No row of the first window of `train_dataset` has a label that counts: all are "
+                f"{IGNORE_INDEX}, which the loss ignores. Check how the labels were made."
+            )
+        return MeasuredTrainer(self._trainer, self._compute_loss, sample)
 
 
 def _planned(trainer: Any, loader: Any) -> PlannedBatches | None:

@@ -1,20 +1,23 @@
 """The errors and warnings about a loss that was measured to be inexact."""
 
+from collections.abc import Sequence
+
 from ..errors import InexactLossError, InexactLossWarning, PaddingWarning, warn_user
 from .report import ExactnessReport
 
 
-def warn_if_inexact(report: ExactnessReport, on_inexact: str, *, is_main: bool) -> None:
+def warn_if_inexact(report: ExactnessReport, on_inexact: str, *, is_main: bool, known: Sequence[str] = ()) -> None:
     """Raise or warn if accumulating a loss only approximates one large batch; warn if padding counts in it.
 
     Args:
         on_inexact: "error", "warn" or "ignore".
         is_main: whether this process warns. All of them raise.
+        known: reasons why it is inexact that need no measurement.
 
     Raises:
         InexactLossError: if the loss is inexact and `on_inexact` is "error".
     """
-    sentences = report.inexact()
+    sentences = [*known, *report.inexact()]
     if sentences and on_inexact == "error":
         raise InexactLossError([*sentences, "Set `on_inexact='warn'` to train anyway."])
     if not is_main or on_inexact == "ignore":

@@ -1,0 +1,47 @@
+"""One width for all micro-batches of a window, for losses that padding changes."""
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.batches import padded
+from ..errors import SettingsError
+from ..objective.item_counts import Batch, targets_of
+from ..runtime.process_group import ProcessGroup
+from ..training.declared import declared_ignore_index
+
+
+def padding_of(model: nn.Module, loss_fn: Any, batch: Batch) -> dict[str, int]:
+    """Return the padding of columns: the model's padding token, and the label that the loss ignores."""
+    config: Any = getattr(model, "config", None) or SimpleNamespace()
+    targets, pad_token_id = targets_of(batch), getattr(config, "pad_token_id", None)
+    of_pixels = loss_fn is None and targets is not None and targets.ndim > 2
+    ignore_index = declared_ignore_index(model, loss_fn, config, of_pixels=of_pixels)
+    return {"input_ids": pad_token_id if isinstance(pad_token_id, int) else 0, "labels": ignore_index}
+
+
+def at_one_width(batches: Sequence[Batch], fill: Mapping[str, int], process_group: ProcessGroup) -> list[Batch]:
+    """Return batches padded to the width of the widest one of a window on any process. All processes call this.
+
+    Args:
+        batches: this process's batches.
+        fill: the padding of columns.
+
+    Raises:
+        SettingsError: on all processes, if a batch is padded on the left, where more padding would move its tokens.
+    """
+    ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+    masks = [batch["attention_mask"] for batch in batches if batch.get("attention_mask") is not None]
+    is_left = any(mask.ndim == 2 and not bool(torch.as_tensor(mask)[:, 0].all()) for mask in masks)
+    if process_group.any(is_left):
+        raise SettingsError(
+            [
+                "Padding changes the loss of this model, so all rows of a window must have one length. But these rows "
+                "are padded on the left. Set `tokenizer.padding_side = 'right'`."
+            ]
+        )
+    width = max(process_group.gather(max((each.shape[-1] for each in ids), default=0)))
+    return [padded(batch, width, fill) for batch in batches]
