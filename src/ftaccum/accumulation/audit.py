@@ -18,8 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..data.loader import LocalRows, MicroBatch
-from ..data.prefetch import LocalWindow, WindowLoader
+from ..data.loader import MicroBatch
 from ..objective.batch_changes import fresh_batch
 from ..objective.deterministic_forward import DeterministicMode
 from ..objective.gradient_sketch import GradientSketch
@@ -35,7 +34,7 @@ from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
 from .accumulator import GradientAccumulator
-from .audit_rows import AuditRows, part_of
+from .audit_sample import AuditSample
 
 # The maximum size of one batch, in micro-batches. The attention over packed rows grows with the square of their length.
 _LARGEST, _LARGEST_PACKED = 8, 4
@@ -78,7 +77,6 @@ class GradientAuditor:
         strategy: GradientStrategy,
         process_group: ProcessGroup,
         accumulator: GradientAccumulator,
-        window_loader: WindowLoader,
     ) -> None:
         """Create an auditor.
 
@@ -88,31 +86,29 @@ class GradientAuditor:
         """
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
-        self._accumulator, self._window_loader = accumulator, window_loader
+        self._accumulator = accumulator
         self._mode: DeterministicMode | None = None
         self._keeps_state, self._repeats = False, True
 
     @property
     def is_possible(self) -> bool:
-        """Whether windows can be audited: rows can be loaded again and run as single rows, and passes are repeatable
-        (a model may draw random numbers even in eval mode)."""
+        """Whether windows can be audited: the model runs single rows, and its passes are repeatable (it may draw random
+        numbers even in eval mode)."""
         if isinstance(self._model, FSDPModule):  # the main process cannot run it alone
             return False
         takes_single_rows = self._objective.report.in_training.complaint is None
-        return takes_single_rows and self._window_loader.loader.repeats and (self._repeats or self._keeps_state)
+        return takes_single_rows and (self._repeats or self._keeps_state)
 
-    def audit(self, local_window: LocalWindow, *, whole: bool, tolerance: float | None) -> Audit | None:
-        """Audit a window before its gradient is accumulated for training.
+    def audit(self, sample: AuditSample, *, tolerance: float | None) -> Audit | None:
+        """Audit rows of a window before its gradient is accumulated for training.
 
         Args:
-            whole: whether to audit the whole window; if not, up to four of its micro-batches.
             tolerance: measure rounding only if the error exceeds this value; None to measure it always.
 
         Returns:
-            None if memory ran out, gradients are not finite, no row has loss items or passes are not repeatable.
+            None if memory ran out, gradients are not finite, no row has loss items, passes are not repeatable or there
+            is nothing to compare with.
         """
-        rows = local_window.window.rows if whole else part_of(local_window, self._process_group)
-        sample = AuditRows.of(rows, local_window.window, self._window_loader)
         with ExitStack() as stack:
             stack.callback(self._accumulator.zero_gradients)
             stack.enter_context(run_eagerly(self._model))
@@ -122,16 +118,19 @@ class GradientAuditor:
             stack.enter_context(mode.passes())
             if (accumulated := self._accumulate(sample)) is None:
                 return None
-            reference, wanted = self._reference(sample)
-            audit = self._process_group.run_on_main(lambda: _compared(len(rows), reference, accumulated, wanted))
+            reference, compared, wanted = self._reference(sample)
+            audit = self._process_group.run_on_main(lambda: _compared(sample.n_rows, reference, accumulated, wanted))
             if audit is None:
                 return None
             rounding = None
             if tolerance is None or audit.error > tolerance:
-                rounding = self._rounding(sample, reference, accumulated, wanted)
+                if reference == ONE_BATCH:
+                    rounding = self._rounding_of_one(compared, wanted)
+                else:
+                    rounding = self._rounding_of_cut(sample, accumulated)
         return replace(audit, rounding=rounding, keeps_state=self._keeps_state)
 
-    def _deterministic_mode(self, sample: AuditRows) -> DeterministicMode | None:
+    def _deterministic_mode(self, sample: AuditSample) -> DeterministicMode | None:
         """Return the mode that runs the model without dropout, found in the first audit; None if memory runs out."""
         if self._mode is None:
             found = self._process_group.run_on_main(lambda: self._find_mode(sample))
@@ -143,10 +142,10 @@ class GradientAuditor:
             self._mode = replace(mode, moving={name: modules[name] for name in moving})
         return self._mode
 
-    def _find_mode(self, sample: AuditRows) -> tuple[bool, list[str], bool, bool] | None:
+    def _find_mode(self, sample: AuditSample) -> tuple[bool, list[str], bool, bool] | None:
         """Return whether the mode is train mode, the modules that change buffers, whether passes keep hidden state, and
         whether they are repeatable; None if memory runs out."""
-        micro, tolerance = self._load(sample)[-1], self._objective.report.tolerance
+        micro, tolerance = sample.load()[-1], self._objective.report.tolerance
 
         def losses() -> dict[str, float]:
             return {"loss": self._unweighted_loss(micro).item()}
@@ -163,9 +162,9 @@ class GradientAuditor:
             return None
         return mode.whole, list(mode.moving), bool(hidden.off), repeats or bool(mode.moving)
 
-    def _accumulate(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
+    def _accumulate(self, sample: AuditSample, factor: float = 1.0) -> "_Measured | None":
         """Accumulate a gradient as training does; return None on all processes if memory runs out."""
-        micro_batches = self._process_group.run_on_all(lambda: self._load(sample))
+        micro_batches = self._process_group.run_on_all(sample.load)
         try:
             losses = self._accumulator.accumulate(micro_batches, factor).losses
         except WindowOutOfMemoryError:
@@ -174,40 +173,42 @@ class GradientAuditor:
         loss = gathered([losses], self._accelerator)[0].total()
         return self._take(loss, self._accumulated_gradients(), factor)
 
-    def _reference(self, sample: AuditRows) -> tuple[str, "_Measured | None"]:
-        """Return the kind of reference, and the gradient to compare with."""
-        wanted: _Measured | None = None
+    def _reference(self, sample: AuditSample) -> "tuple[str, AuditSample | None, _Measured | None]":
+        """Return the kind of reference, its rows, and the gradient to compare with."""
+        if self._process_group.run_on_main(lambda: self._fits(sample)):
+            one, wanted = sample.in_one(), None
 
-        def one_batch() -> bool:
-            nonlocal wanted
-            wanted = self._one_batch(sample.in_one()) if self._fits(sample) else None
-            return wanted is not None
+            def one_batch() -> bool:
+                nonlocal wanted
+                wanted = None if one is None else self._one_batch(one)
+                return wanted is not None
 
-        if self._process_group.run_on_main(one_batch):
-            return ONE_BATCH, wanted
-        return ANOTHER_CUT, self._accumulate(sample.cut_otherwise(self._window_loader))
+            if self._process_group.run_on_main(one_batch):
+                return ONE_BATCH, one, wanted
+        other = sample.cut_otherwise()
+        return ANOTHER_CUT, other, None if other is None else self._accumulate(other)
 
-    def _rounding(
-        self, sample: AuditRows, reference: str, accumulated: "_Measured", wanted: "_Measured | None"
-    ) -> float | None:
-        """Measure the rounding of a gradient: compute it again with its rows in reverse and a third of the loss."""
-        if reference == ONE_BATCH:
+    def _rounding_of_one(self, one: AuditSample | None, wanted: "_Measured | None") -> float | None:
+        """Measure the rounding of one batch: compute it again with its rows in reverse and a third of the loss."""
 
-            def again() -> float | None:
-                turned = self._one_batch(sample.in_one().reversed(), _THIRD)
-                return None if turned is None or wanted is None else turned.error(wanted)
+        def again() -> float | None:
+            turned = None if one is None else self._one_batch(one.reversed(), _THIRD)
+            return None if turned is None or wanted is None else turned.error(wanted)
 
-            return self._process_group.run_on_main(again)
+        return self._process_group.run_on_main(again)
+
+    def _rounding_of_cut(self, sample: AuditSample, accumulated: "_Measured") -> float | None:
+        """Measure the rounding of an accumulated gradient in the same way."""
         turned = self._accumulate(sample.reversed(), _THIRD)
         return None if turned is None else self._process_group.broadcast(turned.error(accumulated))
 
-    def _one_batch(self, sample: AuditRows, factor: float = 1.0) -> "_Measured | None":
+    def _one_batch(self, sample: AuditSample, factor: float = 1.0) -> "_Measured | None":
         """Compute the gradient of one batch, on the main process; return None if memory runs out.
 
         Args:
             factor: multiplies the loss and divides the gradient, which changes nothing but rounding.
         """
-        (micro,) = self._load(sample)
+        (micro,) = sample.load()
         try:
             loss = self._unweighted_loss(micro)
             gradients = self._gradients(loss * factor) if loss.requires_grad else {}  # the loss may be a constant
@@ -240,10 +241,10 @@ class GradientAuditor:
         names = {id(p): name for name, p in self._model.named_parameters()}
         return [names.get(id(p), f"parameter {n} outside of the model") for n, p in enumerate(self._strategy.weights)]
 
-    def _fits(self, sample: AuditRows) -> bool:
+    def _fits(self, sample: AuditSample) -> bool:
         """Return whether to try one batch. On an accelerator, trying is safe; on a CPU, the process could be killed."""
         times = sample.times_largest
-        if times > (_LARGEST_PACKED if self._window_loader.planner.packed else _LARGEST):
+        if times > (_LARGEST_PACKED if sample.is_packed else _LARGEST):
             return False
         if self._accelerator.device.type != "cpu":
             return True
@@ -262,12 +263,6 @@ class GradientAuditor:
                 sketch.add(name, gradient if factor == 1 else gradient / factor)
         self._accumulator.zero_gradients()
         return _Measured(sketch, loss)
-
-    def _load(self, sample: AuditRows) -> list[MicroBatch]:
-        """Collate this process's micro-batches."""
-        share = sample.by_process[self._accelerator.process_index]
-        (micro_batches,) = self._window_loader.loader.load([LocalRows(sample.rows, share, sample.seed)])
-        return micro_batches
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..accumulation.audit import Audit, GradientAuditor
+from ..accumulation.audit_sample import AuditedWindow
 from ..data.novelty import SeenValues
-from ..data.prefetch import LocalWindow
 from ..errors import InexactLossError, InexactLossWarning, warn_user
 from ..objective.report import ExactnessReport
 from ..objective.rounding import Rounding
@@ -53,7 +53,7 @@ class AuditHandler:
         self._has_audited = False
         self._since = time.perf_counter()
 
-    def before_update(self, local_window: LocalWindow) -> None:
+    def before_update(self, window: AuditedWindow) -> None:
         """Audit a window if it is due.
 
         Raises:
@@ -63,12 +63,12 @@ class AuditHandler:
         self._schedule.trained += started - self._since
         if self._may_audit:
             looks = self._schedule.takes_others  # if not, nobody needs to know which values are new
-            is_new = looks and self._process_group.any(self._seen.add(local_window.micro_batches))
-            is_planned = self._schedule.is_due(local_window.window.index + 1)
+            is_new = looks and self._process_group.any(self._seen.add(window.micro_batches))
+            is_planned = self._schedule.is_due(window.update)
             # Only the main process's clock decides, so that all processes agree.
             may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
             if is_planned or (looks and self._process_group.any(may_take)):
-                self._audit(local_window, started, is_new=is_new, whole=self._is_whole and (is_planned or not is_new))
+                self._audit(window, started, is_new=is_new, whole=self._is_whole and (is_planned or not is_new))
         self._since = time.perf_counter()
 
     @property
@@ -98,10 +98,11 @@ class AuditHandler:
         self._causes, self._floor = state_dict["causes"], state_dict["floor"]
         self._has_audited = state_dict["audited"]
 
-    def _audit(self, local_window: LocalWindow, started: float, *, is_new: bool, whole: bool) -> None:
-        floor, window = self._floor, local_window.window
+    def _audit(self, window: AuditedWindow, started: float, *, is_new: bool, whole: bool) -> None:
+        floor = self._floor
         known = None if floor is None else self._tolerance(floor)
-        audit = self._auditor.audit(local_window, whole=whole, tolerance=known)
+        sample = window.take(whole)
+        audit = None if sample is None else self._auditor.audit(sample, tolerance=known)
         seconds = time.perf_counter() - started
         self._schedule.done(seconds, is_new=is_new)
         if audit is None:
@@ -111,7 +112,7 @@ class AuditHandler:
         tolerance = self._tolerance(max(self._floor or 0.0, audit.rounding or 0.0))
         self._record(
             AuditEntry(
-                audit=window.index + 1,
+                audit=window.update,
                 epoch=window.epoch,
                 rows=audit.n_rows,
                 reference=audit.reference,
@@ -122,12 +123,12 @@ class AuditHandler:
             )
         )
         logger.debug(
-            f"Audit of update {window.index + 1}: relative error {audit.error:.1e} of its gradient over {audit.n_rows} "
+            f"Audit of update {window.update}: relative error {audit.error:.1e} of its gradient over {audit.n_rows} "
             f"rows, tolerance {tolerance:.1e}, {seconds:.2f} s."
         )
         cause = cause_of(audit, tolerance, self._rounding.most)
         if cause is not None:
-            self._report_finding(audit, window.index + 1, tolerance, cause)
+            self._report_finding(audit, window.update, tolerance, cause)
 
     def _tolerance(self, floor: float) -> float:
         return max(_LEAST, self._rounding.tolerance(floor))

@@ -11,10 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
 
 from ..accumulation.audit import GradientAuditor
+from ..accumulation.audit_rows import audited_window
+from ..accumulation.audit_sample import AuditedWindow
 from ..checkpoint.compatibility import RunIdentity
 from ..checkpoint.directory import CheckpointDirectory
 from ..checkpoint.resume import ResumePoint
-from ..data.prefetch import WindowLoader
+from ..data.prefetch import LocalWindow, WindowLoader
 from ..errors import SettingsError
 from ..objective.rounding import Rounding
 from ..planning.audit_schedule import AuditSchedule
@@ -193,18 +195,22 @@ class TrainingSetup(Run):
             self.gradients,
             self.process_group,
             self.new_accumulator(self.prepared[0], self.accumulator.synced_buffers()),
-            self.window_loader,
         )
+        audit = runtime.audit if self.window_loader.loader.repeats else False  # an audit loads rows again
         dtypes = [p.dtype for p in self.model.parameters() if p.requires_grad]
         return AuditHandler(
             auditor,
-            AuditSchedule(runtime.audit, self.plan.n_windows),
+            AuditSchedule(audit, self.plan.n_windows),
             objective.report,
             self.process_group,
             self.metrics_logger.audit,
             rounding=Rounding.of(dtypes, self.accelerator.mixed_precision),
             on_inexact=runtime.on_inexact,
         )
+
+    def audited_window(self, window: LocalWindow) -> AuditedWindow:
+        """Return a window as audits see it."""
+        return audited_window(window, self.window_loader)
 
     @cached_property
     def criterion(self) -> Criterion:

@@ -248,7 +248,7 @@ class TrainingRun(EvaluatedSetup):
 
     def _before_update(self, window: LocalWindow) -> None:
         self.callback_handler.begin_step()
-        self.audits.before_update(window)
+        self.audits.before_update(self.audited_window(window))
 
     def _after_update(self, result: StepResult, non_finite: NonFiniteUpdate | None) -> bool:
         """Record an update, do what is due after it, and return whether training goes on."""

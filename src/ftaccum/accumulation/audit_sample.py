@@ -1,0 +1,94 @@
+"""The interface of the rows that an audit takes from a window. Loops differ in how they can run rows again."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol, TypeVar
+
+from ..data.loader import MicroBatch
+from ..data.novelty import kinds_of
+from ..objective.item_counts import Batch
+from ..runtime.process_group import ProcessGroup
+
+T = TypeVar("T")
+
+_PART = 4  # micro-batches in the first audit
+
+
+class AuditSample(Protocol):
+    """Rows to audit, cut into micro-batches on all processes.
+
+    All processes call the methods in the same order, except for `load` and `reversed`, which do not communicate.
+    """
+
+    @property
+    def n_rows(self) -> int:
+        """The number of rows, on all processes."""
+
+    @property
+    def times_largest(self) -> int:
+        """The size of all rows in one batch, in multiples of the largest micro-batch, rounded up."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a micro-batch is one sequence of rows, so that one batch is a longer sequence."""
+
+    def load(self) -> list[MicroBatch]:
+        """Return this process's micro-batches, dummies included. Dummies come first."""
+
+    def in_one(self) -> "AuditSample | None":
+        """Return all rows in one micro-batch of the main process, or None there if they do not fit into one batch.
+
+        Other processes must not load it.
+        """
+
+    def cut_otherwise(self) -> "AuditSample | None":
+        """Return the rows in smaller micro-batches, or in larger ones if each has a single row; None on all processes
+        if that is impossible."""
+
+    def reversed(self) -> "AuditSample":
+        """Return the same micro-batches in reverse order, with their rows in reverse order."""
+
+
+@dataclass(frozen=True)
+class AuditedWindow:
+    """A window before its update, as audits see it.
+
+    Attributes:
+        update: the number of the update, from 1.
+        epoch: the epoch that it belongs to.
+        micro_batches: this process's micro-batches.
+        take: returns the sample of an audit: the whole window if called with True, a few of its micro-batches if
+            called with False; None if these rows cannot be audited. All processes must call it.
+    """
+
+    update: int
+    epoch: int
+    micro_batches: Sequence[MicroBatch]
+    take: Callable[[bool], AuditSample | None]
+
+
+def choose_part(own: Sequence[tuple[T, Batch]], process_group: ProcessGroup) -> list[T]:
+    """Choose up to four micro-batches from all processes. All of them must call it.
+
+    Two have the rarest labels and flags, two the most common ones: between similar micro-batches, wrong item counts
+    would not show.
+
+    Args:
+        own: names for the micro-batches of this process, and their batches.
+
+    Returns:
+        The names of the chosen ones, the same on every process.
+    """
+    named = [(name, _kinds_of(batch)) for name, batch in own]
+    pieces = list(chain.from_iterable(process_group.gather(named)))
+    n_with = Counter(chain.from_iterable(kinds for _, kinds in pieces))
+    pieces.sort(key=lambda piece: -sum(1 / n_with[kind] for kind in piece[1]))
+    chosen = pieces if len(pieces) <= _PART else [*pieces[: _PART // 2], *pieces[-_PART // 2 :]]
+    return [name for name, _ in chosen]
+
+
+def _kinds_of(batch: Batch) -> list[tuple[str, Any]]:
+    """Return (column, value) pairs of labels, flags and similar columns."""
+    return [(name, value) for name, kinds in kinds_of(batch).items() for value in kinds.values]
