@@ -1,14 +1,16 @@
-"""Split, trim and compare collated batches."""
+"""Split, trim, join, pad and compare collated batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..objective.item_counts import TOKEN_COLUMNS, Batch
 from ..objective.model_forward import is_label
+
+_OF_DECODER = "decoder_"  # the prefix of columns that are as wide as the labels, not as `input_ids`
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
@@ -42,64 +44,71 @@ def trimmed(batch: Batch) -> Batch:
     }
 
 
-def padded(batch: Batch, width: int, fill: Mapping[str, int]) -> Batch:
-    """Return a batch with its token positions padded on the right to a width; unchanged if it has no `input_ids`.
+def join(batches: Sequence[Batch], fill: Mapping[str, int]) -> Batch | None:
+    """Return one batch of the rows of several collated batches; None if they cannot be one batch.
+
+    Columns along the tokens are padded on the right to the largest width, so that tokens keep their positions. These
+    are token ids and their masks, integer labels, and other columns that are as wide as `input_ids` in every batch.
+    All other columns must have the same shape in every batch, apart from the number of rows.
 
     Args:
-        fill: the padding of each column; 0 for a column that it does not name.
+        batches: mappings of tensors, or tuples (inputs, targets). Targets are padded as labels are.
+        fill: the padding of each column; 0 for a column that it does not name. That of `input_ids` is also for a
+            decoder's token ids and others with a name that ends like this.
+    """
+    if not all(map(has_rows, batches)):
+        return None
+    try:
+        return _joined("", batches, [_width(batch) for batch in batches], fill)
+    except _UnequalBatchesError:
+        return None
+
+
+def padded(batch: Batch, width: int, fill: Mapping[str, int]) -> Batch:
+    """Return a batch with its columns along the tokens padded on the right to a width.
+
+    These are `input_ids` and the columns of the same shape, such as its masks and integer labels, also if they have a
+    further dimension. The columns of a decoder, and its labels, stay as they are. Return the batch itself if it has no
+    `input_ids`, or if they are as wide already.
+
+    Args:
+        fill: the padding of each column, as in `join`.
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.ndim < 2:
+    if not isinstance(ids, Tensor) or ids.ndim < 2 or ids.shape[-1] >= width:
         return batch
+    has_decoder = any(name.startswith(_OF_DECODER) for name in batch)
 
     def of_tokens(name: str, value: Any) -> bool:
-        named = name in TOKEN_COLUMNS or (name == "labels" and not getattr(value, "is_floating_point", bool)())
-        return named and isinstance(value, Tensor) and value.shape == ids.shape
+        if not isinstance(value, Tensor) or name.startswith(_OF_DECODER):
+            return False
+        if is_label(name):
+            return value.shape == ids.shape and not value.is_floating_point() and not has_decoder
+        return value.shape[: ids.ndim] == ids.shape and value.ndim <= ids.ndim + 1
 
     return {
-        name: pad(value, (0, width - value.shape[-1]), value=fill.get(name, 0)) if of_tokens(name, value) else value
+        name: _pad(name, value, ids.ndim - 1, width, fill) if of_tokens(name, value) else value
         for name, value in batch.items()
     }
 
 
-def join(batches: Sequence[Batch], fill: Mapping[str, int]) -> Batch | None:
-    """Return the rows of several batches as one batch, padded on the right to the largest size.
-
-    Args:
-        fill: the padding of each column; 0 for a column that it does not name.
-
-    Returns:
-        The batch, or None if columns differ, or have other shapes but no known padding.
-    """
-    first = batches[0]
-    if isinstance(first, Mapping):
-        if any(not isinstance(batch, Mapping) or batch.keys() != first.keys() for batch in batches):
-            return None
-        columns = {name: _joined(name, [batch[name] for batch in batches], fill) for name in first}
-        return None if any(column is None for column in columns.values()) else columns
-    if isinstance(first, list | tuple):
-        if any(not isinstance(batch, list | tuple) or len(batch) != len(first) for batch in batches):
-            return None
-        parts = [_joined("", [batch[n] for batch in batches], fill) for n in range(len(first))]
-        return None if any(part is None for part in parts) else type(first)(parts)
-    return None
+def hides_padding(batches: Sequence[Batch]) -> bool:
+    """Return whether attention masks hide all padding that `join` adds to token ids. A decoder needs no mask."""
+    inputs = [batch if isinstance(batch, Mapping) else batch[0] for batch in batches]
+    for name in map(str, inputs[0] if isinstance(inputs[0], Mapping) else ()):
+        if not name.endswith("input_ids") or name.startswith(_OF_DECODER):
+            continue
+        mask = name.removesuffix("input_ids") + "attention_mask"
+        has_masks = all(mask in batch and batch[mask].shape == batch[name].shape for batch in inputs)
+        if not has_masks and len({batch[name].shape[-1] for batch in inputs}) > 1:
+            return False
+    return True
 
 
-def _joined(name: str, values: Sequence[Any], fill: Mapping[str, int]) -> Any:
-    if not all(isinstance(value, Tensor) for value in values):
-        return join(values, fill)
-    if len({(value.ndim, value.dtype) for value in values}) > 1 or not values[0].ndim:
-        return None
-    shapes = {value.shape[1:] for value in values}
-    if len(shapes) > 1 and not (name in TOKEN_COLUMNS or is_label(name) or name.startswith("decoder_")):
-        return None
-    size = [max(lengths) for lengths in zip(*shapes, strict=True)]
-    return torch.cat([_filled(value, size, fill.get(name, 0)) for value in values])
-
-
-def _filled(value: Tensor, size: Sequence[int], fill: int) -> Tensor:
-    missing = [wanted - length for wanted, length in zip(size, value.shape[1:], strict=True)]
-    return pad(value, [n for gap in reversed(missing) for n in (0, gap)], value=fill) if any(missing) else value
+def has_rows(batch: Batch) -> bool:
+    """Return whether a batch consists of tensors that all have the same number of rows along their first dimension."""
+    sizes = first_dimensions(batch)
+    return len(sizes) == 1 and can_be_taken_apart(batch, *sizes)
 
 
 def can_be_taken_apart(batch: Batch, n_rows: int) -> bool:
@@ -128,3 +137,59 @@ def equal_batches(one: Batch, other: Batch) -> bool:
     if not isinstance(one, Tensor):
         return True
     return one.shape == other.shape and bool(((one == other) | (one != one)).all())  # NaN counts as equal to NaN
+
+
+class _UnequalBatchesError(Exception):
+    """A difference between batches that padding does not remove."""
+
+
+def _joined(name: str, parts: Sequence[Any], widths: Sequence[int | None], fill: Mapping[str, int]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return _concatenated(name, parts, widths, fill)
+    if any(type(part) is not type(first) or len(part) != len(first) for part in parts):
+        raise _UnequalBatchesError
+    if isinstance(first, Mapping):
+        if any(part.keys() != first.keys() for part in parts):
+            raise _UnequalBatchesError
+        return {key: _joined(str(key), [part[key] for part in parts], widths, fill) for key in first}
+    is_pair = not name and len(first) == 2
+    names = ("inputs", "labels") if is_pair else [f"{name}[{n}]" for n in range(len(first))]
+    columns = zip(names, zip(*parts, strict=True), strict=True)
+    return type(first)(_joined(key, column, widths, fill) for key, column in columns)
+
+
+def _concatenated(name: str, tensors: Sequence[Any], widths: Sequence[int | None], fill: Mapping[str, int]) -> Tensor:
+    if len({tensor.ndim for tensor in tensors}) > 1 or len({tensor.dtype for tensor in tensors}) > 1:
+        raise _UnequalBatchesError
+    sizes = [{tensor.shape[dim] for tensor in tensors} for dim in range(tensors[0].ndim)]
+    unequal = [dim for dim, found in enumerate(sizes) if dim and len(found) > 1]
+    for dim in unequal:
+        if len(unequal) > 1 or not _is_along_tokens(name, tensors, dim, widths):
+            raise _UnequalBatchesError
+        tensors = [_pad(name, tensor, dim, max(sizes[dim]), fill) for tensor in tensors]
+    return torch.cat(list(tensors))
+
+
+def _is_along_tokens(name: str, tensors: Sequence[Tensor], dim: int, widths: Sequence[int | None]) -> bool:
+    if is_label(name):
+        return dim == 1 and not tensors[0].is_floating_point() and tensors[0].dtype != torch.bool
+    if name.startswith(_OF_DECODER) and name.endswith("embeds"):
+        return dim == 1
+    if any(name == column or name.endswith(f"_{column}") for column in TOKEN_COLUMNS):
+        return dim == tensors[0].ndim - 1
+    return [tensor.shape[dim] for tensor in tensors] == list(widths)
+
+
+def _width(batch: Batch) -> int | None:
+    """Return the number of tokens per row, padding included; None if there are no tokens."""
+    inputs = batch if isinstance(batch, Mapping) else batch[0]
+    columns = [inputs.get(name) for name in ("input_ids", "attention_mask")] if isinstance(inputs, Mapping) else []
+    return next((t.shape[-1] for t in columns if isinstance(t, Tensor) and t.ndim > 1), None)
+
+
+def _pad(name: str, tensor: Tensor, dim: int, width: int, fill: Mapping[str, int]) -> Tensor:
+    """Pad one dimension of a column on the right."""
+    of_ids = fill.get("input_ids", 0) if name.endswith("input_ids") else 0
+    after = (0, 0) * (tensor.ndim - 1 - dim)
+    return F.pad(tensor, (*after, 0, width - tensor.shape[dim]), value=fill.get(name, of_ids))

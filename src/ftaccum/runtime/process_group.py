@@ -25,6 +25,7 @@ class ProcessGroup:
         size: number of processes.
         is_single: whether there is only one process, so that no call communicates.
         is_main: whether this is the first process.
+        index: the rank of this process.
     """
 
     def __init__(self, size: int, group: distributed.ProcessGroup | None = None) -> None:
@@ -36,7 +37,8 @@ class ProcessGroup:
                 group.
         """
         self.size, self.is_single = size, size == 1
-        self.is_main = self.is_single or distributed.get_rank() == 0
+        self.index = 0 if self.is_single else distributed.get_rank()
+        self.is_main = self.index == 0
         self._group = group
 
     def any(self, flag: bool) -> bool:
