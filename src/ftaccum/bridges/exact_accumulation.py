@@ -1,5 +1,6 @@
 """Exact gradient accumulation in a loop that the user wrote."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -14,7 +15,7 @@ from ..data.loader import MicroBatch
 from ..errors import refuse
 from ..objective.item_counts import Batch
 from ..objective.normalizer import gathered
-from ..objective.objective import Objective
+from ..planning.audit_schedule import AuditSchedule
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.gradients.averaged import AveragedGradients
 from ..runtime.loop_accelerator import LoopAccelerator, n_processes
@@ -22,9 +23,10 @@ from ..runtime.memory import WindowOutOfMemoryError
 from ..runtime.process_group import ProcessGroup, open_process_group
 from ..runtime.wrapped_models import UnfinishedForward, ddp_around, faults_of_wrappers, inner_model
 from .loop_checks import check_arguments, check_loader, check_window
-from .loop_objective import LossArguments, measure_loss
+from .loop_objective import LossArguments, MeasuredLoss, measure_loss
 from .loop_windows import windows_of
-from .window_width import at_one_width, padding_of
+from .window_audits import WindowAudits
+from .window_width import at_one_width
 
 
 class ExactAccumulation:
@@ -91,9 +93,9 @@ class ExactAccumulation:
             on_inexact=on_inexact,
             audit=audit,
         )
-        self._model, self._accelerator, self._scaler, self._audits = model, accelerator, scaler, audit
+        self._model, self._accelerator, self._scaler, self._audit = model, accelerator, scaler, audit
         self._loss = LossArguments(loss_fn, reduction, count_items, on_inexact)
-        self._objective: Objective | None = None
+        self._measured: MeasuredLoss | None = None
         self._open = ExitStack()
         self.means: Mapping[str, float] = {}
         self._unfinished = self._check_wrappers()
@@ -135,21 +137,26 @@ class ExactAccumulation:
             torch.OutOfMemoryError: on all processes, if memory ran out on one of them.
         """
         batches = self._process_group.run_on_all(lambda: self._checked(window))
-        if self._objective is None:
-            self._objective = self._measured(batches)
-        if self._objective is None:
+        if self._measured is None:
+            self._measured = measure_loss(self._inner, batches, self._loss, self._process_group)
+        if self._measured is None:
             self.means = {}
             return float("nan")
-        micro_batches = self._micro_batches(batches, self._objective)
-        self._audit(micro_batches)
+        micro_batches = self._micro_batches(batches, self._measured)
+        self._audits.before_window(micro_batches)
         return self._accumulate(micro_batches)
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """The audits so far, with the keys of `Result.audits`: `error` is the relative error of a gradient."""
+        return [] if self._measured is None else list(self._audits.found)
 
     @property
     def report(self) -> str:
         """A sentence on the items that the loss is a mean over, and on what is not exact, if anything."""
-        if self._objective is None:
+        if self._measured is None:
             return "The loss has not been measured yet. The first `backward` measures it."
-        report = self._objective.report
+        report = self._measured.objective.report
         return " ".join([f"The loss is a mean over {report.counted_by}.", *report.inexact()])
 
     @cached_property
@@ -168,10 +175,26 @@ class ExactAccumulation:
 
     @cached_property
     def _accumulator(self) -> GradientAccumulator:
-        assert self._objective is not None, "measured before the first window"
         strategy = AveragedGradients(self._inner)
         runner: Any = self._runner
-        return GradientAccumulator(runner, self._inner, self._objective, strategy, self._process_group)
+        return GradientAccumulator(runner, self._inner, self._known.objective, strategy, self._process_group)
+
+    @cached_property
+    def _audits(self) -> WindowAudits:
+        return WindowAudits(
+            self._runner,
+            self._inner,
+            self._known.objective,
+            self._process_group,
+            self._known.fill,
+            AuditSchedule(self._audit, sys.maxsize),
+            self._loss.on_inexact,
+        )
+
+    @property
+    def _known(self) -> MeasuredLoss:
+        assert self._measured is not None, "measured before the first window"
+        return self._measured
 
     def _check_wrappers(self) -> UnfinishedForward | None:
         """Refuse wrappers that cannot be exact, and watch the forward passes of DistributedDataParallel."""
@@ -184,23 +207,17 @@ class ExactAccumulation:
             self._unfinished.check()
         return check_window(window)
 
-    def _measured(self, batches: Sequence[Batch]) -> Objective | None:
-        return measure_loss(self._inner, batches, self._loss, self._process_group)
-
-    def _micro_batches(self, batches: Sequence[Batch], objective: Objective) -> list[MicroBatch]:
+    def _micro_batches(self, batches: Sequence[Batch], measured: MeasuredLoss) -> list[MicroBatch]:
         """Return the micro-batches that have loss items. No process waits for another one's passes."""
+        objective = measured.objective
         if objective.padding_sensitive:
-            fill = padding_of(self._inner, self._loss.loss_fn, batches[0]) if batches else {}
-            batches = at_one_width(batches, fill, self._process_group)
+            batches = at_one_width(batches, measured.fill, self._process_group)
         counts = self._process_group.run_on_all(lambda: [objective.count(batch) for batch in batches])
         return [
             MicroBatch(batch, n, tuple(t for t in n if n[t]), MicroBatchRows(), 0, 0, f"micro-batch {i} of the window")
             for i, (batch, n) in enumerate(zip(batches, counts, strict=True))
             if any(n.values())
         ]
-
-    def _audit(self, micro_batches: Sequence[MicroBatch]) -> None:
-        pass
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Accumulate the gradient, and return the window's loss."""

@@ -107,6 +107,12 @@ class ExactTrainer:
         super().__init__(*args, **keywords)
         check_trainer(self)
 
+    @property
+    def exact_audits(self) -> list[dict[str, Any]]:
+        """The audits of the last training run, with the keys of `Result.audits`: `error` is the relative error of an
+        update's gradient. Empty if the rows of a batch are not those of the data set, as with pairs of preferences."""
+        return [] if self._windows is None else list(self._windows.audits)
+
     def get_train_dataloader(self: Any) -> Any:
         """Return this process's batches, without repeated rows. Before training, measure the loss."""
         loader = super().get_train_dataloader()  # type: ignore[misc]

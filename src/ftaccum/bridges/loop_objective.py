@@ -1,6 +1,6 @@
 """The loss of a loop that the user wrote, measured on rows of its first window."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,22 @@ class LossArguments:
     on_inexact: str
 
 
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """A measured loss.
+
+    Attributes:
+        objective: the loss, and how to count its items.
+        fill: the padding of columns, the same on all processes.
+    """
+
+    objective: Objective
+    fill: Mapping[str, int]
+
+
 def measure_loss(
     inner: nn.Module, batches: Sequence[Batch], loss: LossArguments, process_group: ProcessGroup
-) -> Objective | None:
+) -> MeasuredLoss | None:
     """Measure how the loss is counted, on a few rows of a window, and warn or raise if it is inexact.
 
     All processes measure the same rows, chosen from all of them.
@@ -44,7 +57,7 @@ def measure_loss(
         batches: this process's part of the window.
 
     Returns:
-        The objective; None if no row of the window has a label that counts, on any process.
+        The measured loss; None if no row of the window has a label that counts, on any process.
 
     Raises:
         DataError, SettingsError: if the batches cannot be used, or the model gives no loss for them.
@@ -78,4 +91,4 @@ def measure_loss(
     warn_if_inexact(objective.report, loss.on_inexact, is_main=process_group.is_main)
     if process_group.is_main:
         report_loss_scale(divisor, {len(batches)})
-    return objective
+    return MeasuredLoss(objective, fill)

@@ -41,6 +41,7 @@ class MeasuredTrainer:
     Attributes:
         objective: the loss, and how to count its items.
         dummy: a dummy micro-batch: a row with loss items, at weight 0.
+        has_rows: whether the tensors of a batch have the rows of the data set along their first dimension.
     """
 
     def __init__(self, trainer: Any, compute_loss: ComputeLoss, sample: Sample) -> None:
@@ -74,7 +75,7 @@ class MeasuredTrainer:
             if _computes_its_own(trainer, compute_loss):
                 self.objective.report = replace(self.objective.report, own_loss=False)
             divisor = find_divisor(trainer.model, self.objective, sample)
-        self.dummy = _dummy(sample, self.objective)
+        self.dummy, self.has_rows = _dummy(sample, self.objective), sample.cut is not None
         report, is_main = self.objective.report, trainer.is_world_process_zero()
         logger.debug(report.describe_measurement())
         warn_if_inexact(report, options.on_inexact, is_main=is_main, known=known_as_inexact(trainer))

@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from ..accumulation.dummies import leaving_no_trace
 from ..data.loader import MicroBatch
 from ..errors import DataError
-from ..objective.item_counts import IGNORE_INDEX, Batch, ItemCounter
+from ..objective.item_counts import IGNORE_INDEX, Batch, ItemCounter, rows_of
+from ..planning.audit_schedule import AuditSchedule
 from ..planning.micro_batches import MicroBatchRows
+from ..runtime.loop_accelerator import LoopAccelerator
 from ..runtime.process_group import ProcessGroup, open_process_group
 from .counted_window import CountedWindow
 from .measured_batches import sample_of_window
-from .measured_trainer import MeasuredTrainer, sample_of_loader
+from .measured_trainer import MeasuredTrainer, preserved, sample_of_loader
 from .planned_batches import PlannedBatches, pads_to_longest, plan_batches, row_lengths
 from .repeated_rows import RepeatedRows
 from .shared_order import share_order
 from .trainer_forward import ComputeLoss
 from .uneven_gather import gather_uneven, gathering
+from .window_audits import WindowAudits
 from .window_width import at_one_width, padding_of
 
 
@@ -46,6 +49,7 @@ class TrainerWindows:
         self._process_group: ProcessGroup = before._process_group if before else self._open.enter_context(new_group)
         self._measured_on = trainer.model, trainer.train_dataset
         self._measured: MeasuredTrainer | None = None
+        self._audits: WindowAudits | None = None
         if before is not None and all(map(operator.is_, before._measured_on, self._measured_on)):
             self._measured = before._measured
         elif (sample := sample_of_loader(loader)) is not None:
@@ -81,8 +85,35 @@ class TrainerWindows:
         found += [self._micro_batch(None)] * (n_batches - len(found))
         # The last pass syncs the gradients, so it should use as many weights as possible.
         found.sort(key=lambda micro: (not micro.is_dummy, len(micro.terms)))
+        self._audit(found)
         window = CountedWindow(found, objective.terms, self._accelerator, is_uneven=self._repeated.is_uneven)
         return [micro.batch for micro in found], window
+
+    def _audit(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Audit a window if it is due, and if the rows of its batches are those of the data set."""
+        if not self.measured.has_rows:
+            return
+        if self._audits is None:
+            self._audits = self._new_audits()
+        with preserved(self._trainer), gathering(self._accelerator, lambda found: found):
+            self._audits.before_window(micro_batches)
+
+    def _new_audits(self) -> WindowAudits:
+        trainer, options = self._trainer, self._trainer.exact_options
+        return WindowAudits(
+            LoopAccelerator(self._accelerator, None, self._accelerator.device),
+            trainer.model,
+            self.measured.objective,
+            self._process_group,
+            padding_of(trainer.model, None, self.measured.dummy.batch),
+            AuditSchedule(options.audit, trainer.state.max_steps),
+            options.on_inexact,
+        )
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """The audits so far, with the keys of `Result.audits`."""
+        return [] if self._audits is None else self._audits.found
 
     @contextmanager
     def one_pass(self, model: nn.Module, window: CountedWindow) -> Iterator[None]:
@@ -117,6 +148,11 @@ class TrainerWindows:
         """Measure the loss of a stream on its first window."""
         fill = padding_of(self._trainer.model, None, batches[0]) if batches else {"input_ids": 0}
         item_counter = ItemCounter(IGNORE_INDEX)
+        if any(rows_of(batch) > self._trainer.args.train_batch_size for batch in batches):
+            raise DataError(
+                "The rows of the batches are not those of `train_dataset`, as with pairs of preferences, so that their "
+                "loss cannot be measured on a stream. Give a data set with a length instead of a stream."
+            )
         sample = sample_of_window(batches, item_counter, fill["input_ids"], self._process_group)
         if sample is None:
             raise DataError(

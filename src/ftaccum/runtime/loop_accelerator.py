@@ -29,6 +29,19 @@ class LoopAccelerator:
         self.num_processes = n_processes(accelerator)
         self.gradient_accumulation_steps, self.step, self.sync_gradients = 1, 0, True
 
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler, if there is one."""
+        return self._scaler if self._accelerator is None else self._accelerator.scaler
+
+    @property
+    def mixed_precision(self) -> str:
+        """The 16-bit type in which autocast runs the passes, or "no"."""
+        if self._accelerator is not None:
+            return str(self._accelerator.mixed_precision)
+        device = self.device.type
+        return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "no"
+
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:  # noqa: ARG002
         self.step += 1

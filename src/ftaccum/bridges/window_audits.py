@@ -1,0 +1,84 @@
+"""Audits of the windows of a loop that is not ftaccum's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from ..accumulation.accumulator import GradientAccumulator
+from ..accumulation.audit import GradientAuditor
+from ..accumulation.audit_sample import AuditedWindow
+from ..accumulation.buffers import MovingBuffers, SyncedBuffers
+from ..data.loader import MicroBatch
+from ..objective.objective import Objective
+from ..objective.rounding import Rounding
+from ..planning.audit_schedule import AuditSchedule
+from ..runtime.gradients.averaged import AveragedGradients
+from ..runtime.loop_accelerator import LoopAccelerator
+from ..runtime.process_group import ProcessGroup
+from ..runtime.state_guards import preserve_gradients
+from ..training.audit import AuditHandler
+from .audit_batches import AuditBatches
+
+
+class WindowAudits:
+    """Audits some windows before their passes, and reports gradients that are not exact.
+
+    Attributes:
+        found: the audits so far, with the keys of `Result.audits`.
+    """
+
+    def __init__(
+        self,
+        accelerator: LoopAccelerator,
+        model: nn.Module,
+        objective: Objective,
+        process_group: ProcessGroup,
+        fill: Mapping[str, int],
+        schedule: AuditSchedule,
+        on_inexact: str,
+    ) -> None:
+        """Args:
+        model: the model inside all wrappers.
+        fill: the padding of columns when batches are joined.
+        on_inexact: "error", "warn" or "ignore".
+        """
+        self._model, self._objective = model, objective
+        self._process_group, self._fill = process_group, fill
+        self.found: list[dict[str, Any]] = []
+        strategy, runner = AveragedGradients(model), _as_accelerator(accelerator)
+        buffers = SyncedBuffers(MovingBuffers(model, process_group, objective.modules))
+        accumulator = GradientAccumulator(runner, model, objective, strategy, process_group, buffers)
+        dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
+        self._n_windows = 0
+        self._handler = AuditHandler(
+            GradientAuditor(runner, model, objective, strategy, process_group, accumulator),
+            schedule,
+            objective.report,
+            process_group,
+            lambda entry: self.found.append(asdict(entry)),
+            rounding=Rounding.of(dtypes, accelerator.mixed_precision),
+            on_inexact=on_inexact,
+        )
+
+    def before_window(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Audit a window if it is due. Gradients, weights, buffers and generators stay as they are.
+
+        All processes must make the same call.
+
+        Raises:
+            InexactLossError: on all processes, if the gradient is not exact and `on_inexact` is "error".
+        """
+        self._n_windows += 1
+
+        def take(whole: bool) -> AuditBatches | None:
+            return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, whole=whole)
+
+        with preserve_gradients(self._model):
+            self._handler.before_update(AuditedWindow(self._n_windows, 0, micro_batches, take))
+
+
+def _as_accelerator(accelerator: LoopAccelerator) -> Any:
+    """Return it for code that takes an `Accelerator`, of which it has the part that accumulates."""
+    return accelerator
