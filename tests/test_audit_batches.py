@@ -131,11 +131,16 @@ def test_other_cuts_halve_the_batches_and_reverse_keeps_them() -> None:
     assert torch.equal(turned[2].batch["labels"], window[3].batch["labels"].flip(0))
 
 
-def test_the_first_audit_takes_four_micro_batches(accelerator: Accelerator) -> None:
-    audit = audited(accelerator, "causal LM, Llama", (2, 2, 2, 2, 1, 1), whole=False)
-    assert audit is not None
-    assert audit.n_rows in (6, 7, 8)
-    assert audit.error < 1e-12
+def test_a_part_of_a_window_is_four_micro_batches_with_the_rarest_labels_among_them() -> None:
+    head = HEADS["sequence classification, BERT"]
+    objective = objective_of(head, head.model())
+    rows = [{**row, "labels": 2 if n == 6 else n % 2} for n, row in enumerate(head.rows(12))]
+    sample = sample_of(window_of(objective, rows, (2,) * 6), objective, SINGLE, whole=False)
+    assert sample is not None
+    labels = [micro.batch["labels"].tolist() for micro in sample.load()]
+    assert [2, 1] in labels
+    assert len(labels) == 4
+    assert sample.n_rows == 8
 
 
 def test_rows_without_loss_items_are_left_out(accelerator: Accelerator) -> None:
