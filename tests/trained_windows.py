@@ -28,14 +28,20 @@ class ReadRows(TrainerCallback):
         return self._collate(rows)
 
     def windows(self, k: int, n_epochs: int = 1) -> list[list[int]]:
-        """Return the rows of each window on all processes, each of them once."""
+        """Return the rows of each window on all processes, each row once in an epoch: not where it is repeated."""
         n_each, rest = divmod(len(self.batches), n_epochs)
         assert not rest
         starts = [start for epoch in range(n_epochs) for start in range(epoch * n_each, (epoch + 1) * n_each, k)]
         ends = [min(start + k, (start // n_each + 1) * n_each) for start in starts]
         mine = [list(chain(*self.batches[start:end])) for start, end in zip(starts, ends, strict=True)]
         everywhere = gather_object([mine])
-        return [sorted(set(chain(*parts))) for parts in zip(*everywhere, strict=True)]
+        windows: list[list[int]] = []
+        seen: set[int] = set()
+        for start, parts in zip(starts, zip(*everywhere, strict=True), strict=True):
+            seen = seen if start % n_each else set()
+            windows.append(sorted(set(chain(*parts)) - seen))
+            seen.update(windows[-1])
+        return windows
 
 
 def read_window_errors(
@@ -44,21 +50,19 @@ def read_window_errors(
     rows: list[Row],
     *,
     k: int,
-    without: Callable[[list[list[int]]], list[list[int]]] = lambda windows: windows,
     parts: dict[str, Any] | None = None,
     **given: Any,
 ) -> tuple[list[float], list[float], list[list[int]]]:
     """Return the relative error of each window's gradient, and of its loss, and the numbers of its rows.
 
     Args:
-        without: removes repeated rows from the windows.
         given: arguments of `TrainingArguments`.
     """
     read = ReadRows(rows)
     together: dict[str, Any] = {"callbacks": [read], **(parts or {})}
     given |= {"gradient_accumulation_steps": k}
     found, logged = gradients(trainer_class, model, rows, collate=read, parts=together, **given)
-    windows = without(read.windows(k, given.get("num_train_epochs", 1)))
+    windows = read.windows(k, given.get("num_train_epochs", 1))
     return (*errors_of(found, logged, model, [[rows[n] for n in window] for window in windows]), windows)
 
 
