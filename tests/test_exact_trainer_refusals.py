@@ -304,3 +304,13 @@ def test_an_inexact_loss_is_not_reported_if_it_is_to_be_ignored() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained("a comparison of rows", on_inexact="ignore", audit=False)
+
+
+def test_measuring_leaves_the_statistics_of_a_batch_norm_as_they_are() -> None:
+    """With one micro-batch per update, they are those of an unchanged Trainer."""
+    ours, theirs = Normed(), Normed()
+    given = {"gradient_accumulation_steps": 1}
+    gradients(exact(on_inexact="ignore", audit=False)(Trainer), ours, CLASSIFIER.rows(8), **given)
+    gradients(Trainer, theirs, CLASSIFIER.rows(8), **given)
+    assert ours.norm.num_batches_tracked == theirs.norm.num_batches_tracked == 4
+    assert torch.allclose(ours.norm.running_mean, theirs.norm.running_mean, rtol=1e-6)

@@ -28,6 +28,7 @@ from ..objective.warn_inexact import warn_if_inexact
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.log import logger
 from ..runtime.model_context import run_eagerly, without_autocast
+from ..runtime.state_guards import preserve_buffers, preserve_rng
 from ..training.build_plan import report_loss_scale
 from .exact_options import ExactOptions
 from .trainer_forward import ComputeLoss, TrainerForward
@@ -58,7 +59,7 @@ class MeasuredTrainer:
         model = trainer.model
         with (
             preserved(trainer), gathering(trainer.accelerator, lambda found: found), without_autocast(model),
-            run_eagerly(model),
+            run_eagerly(model), preserve_rng(), preserve_buffers(model),
         ):  # fmt: skip
             mean_loss = _MeanLoss(trainer, compute_loss, options.count_items)
             forward = TrainerForward(mean_loss, trainer.model)
