@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 import ftaccum
 from ftaccum.runtime.accelerator import fresh_accelerate_state
@@ -80,6 +81,13 @@ def loop() -> dict[str, Any]:
     }
 
 
+def trainer() -> dict[str, Any]:
+    """Return the parts of a Trainer."""
+    args = TrainingArguments("trained", max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no")
+    rows = [{"input_ids": torch.arange(n, n + 3), "labels": n % 2} for n in range(1, 9)]
+    return {"Trainer": Trainer, "args": args, "rows": rows, "collate": default_data_collator}
+
+
 EQUAL = [{"input_ids": torch.arange(n, n + 4)} for n in range(1, 6)]
 
 # Further names that a block may use, by a text that occurs in the block.
@@ -89,6 +97,7 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "streaming=True": hub_stream,
     'resume="auto"\n)': token_rows,
     "accumulation_steps=[(0, 2)": token_rows,
+    "exact": trainer,
     "Accelerator(": loop,
     "ExactAccumulation(": loop,
     "optim.SGD": token_rows,
