@@ -171,8 +171,6 @@ def heads() -> dict[str, float]:
     """Return the largest error of every head for windows of 8 rows, of 3 and of 1, where one process has none."""
     found = {}
     for name, head in HEADS.items():
-        if "answering" in name:
-            continue
         with quiet(), all_in_float64():
             parts = [window_errors(exact(Trainer), head.model(), head.rows(n), size=8)[0] for n in (9, 11)]
         found[name] = max(gather_object([*parts[0], *parts[1]]))
