@@ -95,12 +95,13 @@ def sample_of_loader(loader: Any) -> Sample | None:
     source: Any = getattr(loader, "dataset", None)
     if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         return None
-    if not len(source) or not is_row(as_row(source[0])):
-        return None
-    rows, row_collator = Rows("train_dataset", source), RowCollator(loader.collate_fn)
-    row_collator.find_draws(rows)
-    labelled = labelled_positions(rows, row_collator, IGNORE_INDEX)
-    return sample_of(rows, row_collator, labelled, IGNORE_INDEX)
+    with preserve_rng():
+        if not len(source) or not is_row(as_row(source[0])):
+            return None
+        rows, row_collator = Rows("train_dataset", source), RowCollator(loader.collate_fn)
+        row_collator.find_draws(rows)
+        labelled = labelled_positions(rows, row_collator, IGNORE_INDEX)
+        return sample_of(rows, row_collator, labelled, IGNORE_INDEX)
 
 
 class _MeanLoss:

@@ -95,8 +95,14 @@ class TrainerWindows:
             return
         if self._audits is None:
             self._audits = self._new_audits()
+            self._audits.during = self._unnoticed
+        self._audits.before_window(micro_batches)
+
+    @contextmanager
+    def _unnoticed(self) -> Iterator[None]:
+        """Hide passes from the Trainer's own metrics, and let each process run its own."""
         with preserved(self._trainer), gathering(self._accelerator, lambda found: found):
-            self._audits.before_window(micro_batches)
+            yield
 
     def _new_audits(self) -> WindowAudits:
         trainer, options = self._trainer, self._trainer.exact_options

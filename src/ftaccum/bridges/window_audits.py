@@ -1,6 +1,7 @@
 """Audits of the windows of a loop that is not ftaccum's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +28,7 @@ class WindowAudits:
 
     Attributes:
         found: the audits so far, with the keys of `Result.audits`.
+        during: returns a context manager that surrounds each audit.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class WindowAudits:
         fill: the padding of columns when batches are joined.
         on_inexact: "error", "warn" or "ignore".
         """
+        self.during: Callable[[], AbstractContextManager[None]] = nullcontext
         self._model, self._objective = model, objective
         self._process_group, self._fill = process_group, fill
         self.found: list[dict[str, Any]] = []
@@ -60,6 +63,7 @@ class WindowAudits:
             lambda entry: self.found.append(asdict(entry)),
             rounding=Rounding.of(dtypes, accelerator.mixed_precision),
             on_inexact=on_inexact,
+            during=self._preserving,
         )
 
     def before_window(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -75,8 +79,12 @@ class WindowAudits:
         def take(whole: bool) -> AuditBatches | None:
             return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, whole=whole)
 
-        with preserve_gradients(self._model):
-            self._handler.before_update(AuditedWindow(self._n_windows, 0, micro_batches, take))
+        self._handler.before_update(AuditedWindow(self._n_windows, 0, micro_batches, take))
+
+    @contextmanager
+    def _preserving(self) -> Iterator[None]:
+        with self.during(), preserve_gradients(self._model):
+            yield
 
 
 def _as_accelerator(accelerator: LoopAccelerator) -> Any:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..accumulation.audit import Audit, GradientAuditor
@@ -35,6 +36,7 @@ class AuditHandler:
         *,
         rounding: Rounding,
         on_inexact: str,
+        during: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Create a handler.
 
@@ -43,10 +45,11 @@ class AuditHandler:
             record: called with the ledger entry of each audit.
             rounding: the errors that count as rounding in the run's precision.
             on_inexact: "error", "warn" or "ignore".
+            during: returns a context manager that surrounds each audit.
         """
         self._auditor, self._schedule, self._report = auditor, schedule, report
         self._process_group, self._record = process_group, record
-        self._rounding, self._on_inexact = rounding, on_inexact
+        self._rounding, self._on_inexact, self._during = rounding, on_inexact, during
         self._seen = SeenValues()
         self._causes: dict[str, int] = {}  # findings by cause
         self._floor: float | None = None  # rounding error, measured in the first audit
@@ -101,8 +104,9 @@ class AuditHandler:
     def _audit(self, window: AuditedWindow, started: float, *, is_new: bool, whole: bool) -> None:
         floor = self._floor
         known = None if floor is None else self._tolerance(floor)
-        sample = window.take(whole)
-        audit = None if sample is None else self._auditor.audit(sample, tolerance=known)
+        with self._during():
+            sample = window.take(whole)
+            audit = None if sample is None else self._auditor.audit(sample, tolerance=known)
         seconds = time.perf_counter() - started
         self._schedule.done(seconds, is_new=is_new)
         if audit is None:
