@@ -114,6 +114,8 @@ def test_the_docs_have_python_blocks() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_blocks_run(block: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if "ftaccum.exact" in block and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        pytest.skip("`exact` needs a newer version of Transformers")
     monkeypatch.chdir(tmp_path)
     names = common()
     for text, more in NAMES.items():

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer
 
@@ -44,13 +43,6 @@ def test_a_trainer_object_is_refused(tmp_path: Path) -> None:
 def test_an_exact_class_is_not_made_exact_again() -> None:
     with pytest.raises(SettingsError, match="Trainer is exact already"):
         exact(exact(Trainer))
-
-
-def test_older_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga")
-    monkeypatch.setitem(vars(transformers), "__version__", "5.18.0")
-    with pytest.raises(SettingsError, match=r"needs transformers 5\.19 or newer, but 5\.18\.0 is installed"):
-        exact(Trainer)
 
 
 def test_a_trainer_that_makes_its_batches_during_training_is_refused() -> None:

@@ -34,7 +34,7 @@ class Quiet(Loud):
 def test_an_attribute_is_set_and_the_object_is_as_before_afterwards(name: str) -> None:
     owner: Any = Loud()
     before, value = dict(vars(owner)), Quiet if name == "__class__" else 7
-    with pytest.raises(ZeroDivisionError), temporary_attribute(owner, name, value):
+    with pytest.raises(ZeroDivisionError), temporary_attribute(owner, name, value):  # noqa: PT012
         assert getattr(owner, name) == value
         raise ZeroDivisionError
     assert vars(owner) == before

@@ -151,6 +151,6 @@ class ExactTrainer:
         if isinstance(num_items_in_batch, CountedWindow):
             loss, outputs = self._windows.loss(model, inputs, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
-        if self.is_in_train and torch.is_grad_enabled():
+        if self._windows is not None and self._windows.in_pass:
             raise RuntimeError(_NOT_HANDED_ON)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]

@@ -22,14 +22,14 @@ class TrainerForward(Forward):
         """
         super().__init__([], None)
         self._compute_loss, self._inner = compute_loss, inner
-        self._settled = False
+        self._is_settled = False
 
-    def settle(self) -> None:
-        """Look at the model's outputs from now on only if the terms of the loss are read from them."""
-        self._settled = True
+    def stop_reading_outputs(self) -> None:
+        """Read the model's outputs from now on only if the terms of the loss come from them."""
+        self._is_settled = True
 
     def _outputs(self, model: nn.Module, batch: Batch) -> Any:
-        if self._settled and not self.factors and not self.has_spans:  # a hook would make torch.compile start again
+        if self._is_settled and not self.factors and not self.has_spans:  # a hook would make torch.compile start again
             return {LOSS: self._compute_loss(model, dict(batch))}
         seen: list[Any] = []
         hook = self._inner.register_forward_hook(lambda _, __, outputs: seen.append(outputs))

@@ -1,5 +1,6 @@
 """The windows of a Trainer: read, counted before their first pass, and weighted."""
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 from ..accumulation.dummies import leaving_no_trace
 from ..data.loader import MicroBatch
 from ..errors import DataError
-from ..objective.item_counts import IGNORE_INDEX, Batch, ItemCounter, rows_of
+from ..objective.batch_changes import fresh_batch
+from ..objective.item_counts import Batch, rows_of
 from ..planning.audit_schedule import AuditSchedule
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.loop_accelerator import LoopAccelerator
 from ..runtime.process_group import ProcessGroup, open_process_group
 from .counted_window import CountedWindow
 from .measured_batches import sample_of_window
-from .measured_trainer import MeasuredTrainer, preserved, sample_of_loader
+from .measured_trainer import MeasuredTrainer, item_counter_of, sample_of_loader
 from .planned_batches import PlannedBatches, pads_to_longest, plan_batches, row_lengths
 from .repeated_rows import RepeatedRows
 from .shared_order import share_order
 from .trainer_forward import ComputeLoss
+from .trainer_state import preserved
 from .uneven_gather import gather_uneven, gathering
 from .window_audits import WindowAudits
 from .window_width import at_one_width, padding_of
@@ -42,18 +45,26 @@ class TrainerWindows:
         """
         self._trainer, self._accelerator, self._compute_loss = trainer, trainer.accelerator, compute_loss
         if trainer.accelerator.num_processes > 1:
-            share_order(loader, trainer.args.data_seed or trainer.args.seed)
+            seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+            share_order(loader, seed)
         self._repeated = RepeatedRows(loader, trainer.accelerator, _planned(trainer, loader))
         self._open: ExitStack = before._open if before else ExitStack()  # holds the group open
         new_group = open_process_group(trainer.accelerator.num_processes)
         self._process_group: ProcessGroup = before._process_group if before else self._open.enter_context(new_group)
-        self._measured_on = trainer.model, trainer.train_dataset
+        self.in_pass = False  # whether a forward and backward pass of a window is running
+        self._measured_on = (
+            trainer.model, trainer.train_dataset, trainer.data_collator, trainer.compute_loss_func,
+            trainer.label_smoother,
+        )  # fmt: skip
         self._measured: MeasuredTrainer | None = None
         self._audits: WindowAudits | None = None
+        self._audited_state: Any = None  # the Trainer has a new state in each run
         if before is not None and all(map(operator.is_, before._measured_on, self._measured_on)):
             self._measured = before._measured
-        elif (sample := sample_of_loader(loader)) is not None:
+            self._audits, self._audited_state = before._audits, before._audited_state
+        elif (sample := sample_of_loader(trainer, loader)) is not None:
             self._measured = MeasuredTrainer(trainer, compute_loss, sample)
+        self._batch_size = getattr(loader, "batch_size", None)
 
     @property
     def measured(self) -> MeasuredTrainer:
@@ -80,23 +91,29 @@ class TrainerWindows:
         distinct = self._repeated.leave_out(batches)
         if self._measured is None:
             self._measured = self._measured_on_window([batch for batch in distinct if batch is not None])
-        objective = self.measured.objective
-        found = [self._micro_batch(batch) for batch in self._at_one_width(distinct)]
-        found += [self._micro_batch(None)] * (n_batches - len(found))
+        wide = self._at_one_width(distinct)
+        found = self._process_group.run_on_all(lambda: [self._micro_batch(batch) for batch in wide])
+        found += [self.measured.dummy] * (n_batches - len(found))
         # The last pass syncs the gradients, so it should use as many weights as possible.
         found.sort(key=lambda micro: (not micro.is_dummy, len(micro.terms)))
         self._audit(found)
-        window = CountedWindow(found, objective.terms, self._accelerator, is_uneven=self._repeated.is_uneven)
-        return [micro.batch for micro in found], window
+        terms = self.measured.objective.terms
+        window = CountedWindow(found, terms, self._accelerator, is_uneven=self._repeated.is_uneven)
+        # A step may change its inputs, and the dummy comes again.
+        return [fresh_batch(m.batch, self._accelerator.device) if m.is_dummy else m.batch for m in found], window
 
     def _audit(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Audit a window if it is due, and if the rows of its batches are those of the data set."""
-        if not self.measured.has_rows:
+        """Audit a window if it is due, and if the rows of its batches are those of the data set.
+
+        On several processes, do not audit a loss of the user's own. It may communicate with the other processes, which
+        do not run the same passes in an audit.
+        """
+        if not self.measured.has_rows or (self.measured.is_overridden and not self._process_group.is_single):
             return
-        if self._audits is None:
-            self._audits = self._new_audits()
-            self._audits.during = self._unnoticed
-        self._audits.before_window(micro_batches)
+        state = self._trainer.state
+        if self._audits is None or self._audited_state is not state:
+            self._audits, self._audited_state = self._new_audits(), state
+        self._audits.before_window(micro_batches, state.global_step + 1, int(state.epoch or 0))
 
     @contextmanager
     def _unnoticed(self) -> Iterator[None]:
@@ -106,15 +123,17 @@ class TrainerWindows:
 
     def _new_audits(self) -> WindowAudits:
         trainer, options = self._trainer, self._trainer.exact_options
-        return WindowAudits(
+        audits = WindowAudits(
             LoopAccelerator(self._accelerator, None, self._accelerator.device),
             trainer.model,
             self.measured.objective,
             self._process_group,
-            padding_of(trainer.model, None, self.measured.dummy.batch),
+            padding_of(trainer.model, trainer.compute_loss_func, self.measured.dummy.batch),
             AuditSchedule(options.audit, trainer.state.max_steps),
             options.on_inexact,
         )
+        audits.during = self._unnoticed
+        return audits
 
     @property
     def audits(self) -> list[dict[str, Any]]:
@@ -125,15 +144,32 @@ class TrainerWindows:
     def one_pass(self, model: nn.Module, window: CountedWindow) -> Iterator[None]:
         """Surround the forward and backward pass of the window's next micro-batch."""
         uneven = gathering(self._accelerator, gather_uneven) if window.is_uneven else nullcontext()
-        with uneven, leaving_no_trace(window.coming, model, self.measured.objective):
-            yield
+        self.in_pass = True
+        try:
+            with uneven, leaving_no_trace(window.coming, model, self.measured.objective):
+                yield
+        finally:
+            self.in_pass = False
 
     def loss(self, model: nn.Module, inputs: Batch, window: CountedWindow) -> tuple[Tensor, Any]:
         """Run the forward pass of the window's next micro-batch; return its part of the loss, and the outputs."""
-        micro = window.next()
-        means, outputs = self.measured.objective.means(model, inputs, micro.counts, micro.terms, micro.names)
+        micro, objective = window.next(), self.measured.objective
+        self._check_counts(micro, inputs)
+        means, outputs = objective.means(model, inputs, micro.counts, micro.terms, micro.names)
         contribution = window.normalizer.contribution(means, micro.counts)
         return window.normalizer.for_backward(contribution), outputs
+
+    def _check_counts(self, micro: MicroBatch, inputs: Batch) -> None:
+        """Raise DataError if `training_step` has changed the inputs since their loss items were counted."""
+        if micro.is_dummy:
+            return
+        counts = self.measured.objective.count(inputs)
+        if any(not math.isclose(counts[term], n) for term, n in micro.counts.items()):
+            raise DataError(
+                f"`training_step` of {type(self._trainer).__name__} changes a micro-batch after its loss items were "
+                f"counted: {dict(micro.counts)} were counted, but it passes {dict(counts)} to `compute_loss`. Make the "
+                "change in the data or in `data_collator`."
+            )
 
     def _micro_batch(self, batch: Batch | None) -> MicroBatch:
         counts = None if batch is None else self.measured.objective.count(batch)
@@ -146,26 +182,32 @@ class TrainerWindows:
         """Return the batches as wide as the widest of the window on any process, if padding changes the loss."""
         if not self.measured.objective.padding_sensitive:
             return batches
-        fill = padding_of(self._trainer.model, None, self.measured.dummy.batch)
+        fill = padding_of(self._trainer.model, self._trainer.compute_loss_func, self.measured.dummy.batch)
         wide = iter(at_one_width([batch for batch in batches if batch is not None], fill, self._process_group))
         return [None if batch is None else next(wide) for batch in batches]
 
     def _measured_on_window(self, batches: Sequence[Batch]) -> MeasuredTrainer:
         """Measure the loss of a stream on its first window."""
-        fill = padding_of(self._trainer.model, None, batches[0]) if batches else {"input_ids": 0}
-        item_counter = ItemCounter(IGNORE_INDEX)
-        if any(rows_of(batch) > self._trainer.args.train_batch_size for batch in batches):
-            raise DataError(
-                "The rows of the batches are not those of `train_dataset`, as with pairs of preferences, so that their "
-                "loss cannot be measured on a stream. Give a data set with a length instead of a stream."
-            )
+        trainer = self._trainer
+        known = padding_of(trainer.model, trainer.compute_loss_func, batches[0]) if batches else None
+        fill = next(each for each in self._process_group.gather(known) if each is not None)
+        item_counter = item_counter_of(trainer, fill)
+        self._process_group.run_on_all(lambda: self._check_rows(batches))
         sample = sample_of_window(batches, item_counter, fill["input_ids"], self._process_group)
         if sample is None:
             raise DataError(
                 "No row of the first window of `train_dataset` has a label that counts: all are "
-                f"{IGNORE_INDEX}, which the loss ignores. Check how the labels were made."
+                f"{item_counter.ignore_index}, which the loss ignores. Check how the labels were made."
             )
         return MeasuredTrainer(self._trainer, self._compute_loss, sample)
+
+    def _check_rows(self, batches: Sequence[Batch]) -> None:
+        most = self._batch_size
+        if isinstance(most, int) and any(rows_of(batch) > most for batch in batches):
+            raise DataError(
+                "The rows of the batches are not those of `train_dataset`, as with pairs of preferences, so that their "
+                "loss cannot be measured on a stream. Give a data set with a length instead of a stream."
+            )
 
 
 def _planned(trainer: Any, loader: Any) -> PlannedBatches | None:

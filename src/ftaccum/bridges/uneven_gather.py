@@ -9,15 +9,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather, recursively_apply
 from torch import Tensor
 
+from ..runtime.temporary_attribute import temporary_attribute
+
 
 @contextmanager
 def gathering(accelerator: Accelerator, function: Callable[[Any], Any]) -> Iterator[None]:
     """Make `accelerator.gather` and `gather_for_metrics` call another function until exit."""
-    accelerator.gather = accelerator.gather_for_metrics = lambda found, **_: function(found)
-    try:
+
+    def gather_instead(found: Any, **_: Any) -> Any:
+        return function(found)
+
+    with (
+        temporary_attribute(accelerator, "gather", gather_instead),
+        temporary_attribute(accelerator, "gather_for_metrics", gather_instead),
+    ):
         yield
-    finally:
-        del accelerator.gather, accelerator.gather_for_metrics
 
 
 def gather_uneven(found: Any) -> Any:

@@ -66,10 +66,14 @@ class WindowAudits:
             during=self._preserving,
         )
 
-    def before_window(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def before_window(self, micro_batches: Sequence[MicroBatch], update: int | None = None, epoch: int = 0) -> None:
         """Audit a window if it is due. Gradients, weights, buffers and generators stay as they are.
 
         All processes must make the same call.
+
+        Args:
+            update: the number of the update, from 1; None to count the calls.
+            epoch: the epoch that it belongs to.
 
         Raises:
             InexactLossError: on all processes, if the gradient is not exact and `on_inexact` is "error".
@@ -79,7 +83,7 @@ class WindowAudits:
         def take(whole: bool) -> AuditBatches | None:
             return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, whole=whole)
 
-        self._handler.before_update(AuditedWindow(self._n_windows, 0, micro_batches, take))
+        self._handler.before_update(AuditedWindow(update or self._n_windows, epoch, micro_batches, take))
 
     @contextmanager
     def _preserving(self) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import functools
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -74,6 +74,24 @@ def preserve_attributes(*modules: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def preserve_object(owner: Any, without: Collection[str]) -> Iterator[None]:
+    """Restore the attributes of an object that is no module on exit, in place, and delete new ones.
+
+    Args:
+        without: names of attributes that are not looked at.
+    """
+    snapshots = _Snapshots()
+    kept = {name: snapshots.keep(value) for name, value in vars(owner).items() if name not in without}
+    try:
+        yield
+    finally:
+        for name in vars(owner).keys() - kept.keys() - set(without):
+            delattr(owner, name)
+        for name, snapshot in kept.items():
+            vars(owner)[name] = snapshot.restored()
 
 
 class _Snapshots:
