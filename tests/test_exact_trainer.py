@@ -35,6 +35,7 @@ CLASSIFIER = HEADS["sequence classification, BERT"]
 TOKENS = HEADS["token classification, BERT"]
 LOGGED = 1e-6  # Trainer adds the losses up in float32
 FAR = 0.1
+SLOW = pytest.mark.slow
 
 
 def below(errors: tuple[list[float], list[float]], tolerance: float = 1e-10) -> bool:
@@ -45,7 +46,7 @@ def below(errors: tuple[list[float], list[float]], tolerance: float = 1e-10) -> 
 
 # ---- Heads -----------------------------------------------------------------------------------------------------------
 
-FAST = ["sequence classification, BERT", "token classification, RoBERTa", "seq2seq, BART", "causal LM, GPT-2"]
+FAST = ["sequence classification, BERT", "token classification, RoBERTa", "causal LM, GPT-2"]
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -113,7 +114,7 @@ def test_batch_rebalance_repeats_rows_in_an_unchanged_trainer() -> None:
         assert max(read_window_errors(ExactTrainer, head.model(), head.rows(10), **given)[0]) < 1e-10
 
 
-@pytest.mark.parametrize("n_rows", [3, 5, 8, 13])
+@pytest.mark.parametrize("n_rows", [3, *(pytest.param(n, marks=SLOW) for n in (5, 8, 13))])
 def test_batch_rebalance_counts_every_row_once_at_any_number_of_rows(n_rows: int) -> None:
     given = {"k": 4, "train_sampling_strategy": "batch_rebalance", "num_train_epochs": 2}
     gradient, _, windows = read_window_errors(ExactTrainer, CLASSIFIER.model(), CLASSIFIER.rows(n_rows), **given)
@@ -141,7 +142,7 @@ class Streamed(IterableDataset[Row]):
         return iter(self.rows)
 
 
-@pytest.mark.parametrize("n_rows", [9, 10])
+@pytest.mark.parametrize("n_rows", [9, pytest.param(10, marks=SLOW)])
 def test_a_stream_that_ends_within_a_window_is_exact(n_rows: int) -> None:
     """The last window of the second epoch has fewer micro-batches than `max_steps` lets Trainer expect."""
     model, rows = CLASSIFIER.model(), CLASSIFIER.rows(n_rows)
@@ -296,7 +297,7 @@ def test_a_model_with_lora_is_exact() -> None:
     assert below(window_errors(ExactTrainer, adapted(), CLASSIFIER.rows(), size=4))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=SLOW)])
 def test_activation_checkpointing_is_exact(reentrant: bool) -> None:
     given = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     with warnings.catch_warnings():
@@ -373,7 +374,7 @@ class StopAt(TrainerCallback):
             raise StoppedError
 
 
-@pytest.mark.parametrize("strategy", ["random", "batch_rebalance"])
+@pytest.mark.parametrize("strategy", ["random", pytest.param("batch_rebalance", marks=SLOW)])
 def test_a_run_that_resumes_in_mid_epoch_has_the_same_weights_bit_for_bit(tmp_path: Path, strategy: str) -> None:
     given: dict[str, Any] = {"num_train_epochs": 2, "train_sampling_strategy": strategy, "rows": CLASSIFIER.rows(14)}
     given |= {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
@@ -425,8 +426,10 @@ def test_callbacks_evaluation_and_the_log_are_those_of_an_unchanged_trainer(tmp_
     assert logs[0][0]["eval_loss"] == pytest.approx(logs[1][0]["eval_loss"], rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["causal LM, GPT-2", "token classification, BERT"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [("causal LM, GPT-2", 0.1), pytest.param("causal LM, GPT-2", 0.0, marks=SLOW), ("token classification, BERT", 0.0)],
+)
 def test_evaluation_has_the_loss_of_an_unchanged_trainer(tmp_path: Path, name: str, smoothing: float) -> None:
     head, found = HEADS[name], []
     for trainer_class in (ExactTrainer, Trainer):
@@ -512,6 +515,7 @@ def test_models_from_model_init_are_measured_for_each_run(tmp_path: Path) -> Non
     assert trainer.model is mixing
 
 
+@pytest.mark.slow
 def test_a_search_over_hyperparameters_goes_on_working(tmp_path: Path) -> None:
     with contextlib.suppress(ImportError):
         import optuna
