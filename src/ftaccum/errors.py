@@ -120,10 +120,13 @@ class OutputWarning(UserWarning):
 
 
 def warn_user(sentence: str, category: type[UserWarning]) -> None:
-    """Issue a warning that points at the line that called ftaccum, not at a line inside ftaccum or its callbacks."""
+    """Issue a warning that points at the user's line that called ftaccum, or a Trainer of which ftaccum is a part."""
     frame, depth, last = sys._getframe(), 1, 1
     while frame.f_back is not None:
-        if Path(__file__).parent in Path(frame.f_code.co_filename).parents:
+        name = str(frame.f_globals.get("__name__", ""))
+        is_ours = Path(__file__).parent in Path(frame.f_code.co_filename).parents
+        # A Trainer that calls ftaccum was called by the user.
+        if is_ours or (last == depth - 1 and name.split(".")[0] in ("transformers", "trl", "accelerate")):
             last = depth
         frame, depth = frame.f_back, depth + 1
     warnings.warn(sentence, category, stacklevel=last + 1)

@@ -22,10 +22,22 @@ _NOT_HANDED_ON = (
     "backpropagate the loss that it returns. With `exact`, `num_items_in_batch` holds the counts that weight the loss. "
     "Leave `training_step` to Trainer, or call `super().training_step(model, inputs, num_items_in_batch)` in it."
 )
+_CHANGED = (
+    "`training_step` changes the loss that `compute_loss` returned. With `exact`, this loss is weighted already: a "
+    "division by the accumulation steps, for example, would make the gradient too small. Backpropagate it and return "
+    "it as it is. Scale the loss of every micro-batch in `compute_loss` of the class that you give to `exact`."
+)
 
 
 @overload
-def exact(trainer_class: TrainerClass) -> TrainerClass: ...
+def exact(
+    trainer_class: TrainerClass,
+    *,
+    planner: bool = False,
+    count_items: CountItems | None = None,
+    on_inexact: str = "warn",
+    audit: bool | int = True,
+) -> TrainerClass: ...
 
 
 @overload
@@ -113,6 +125,11 @@ class ExactTrainer:
         update's gradient. Empty if the rows of a batch are not those of the data set, as with pairs of preferences."""
         return [] if self._windows is None else list(self._windows.audits)
 
+    @property
+    def exact_report(self) -> str:
+        """A sentence on the items that the loss is a mean over, and on what is not exact, if anything."""
+        return "The loss has not been measured yet." if self._windows is None else self._windows.report
+
     def get_train_dataloader(self: Any) -> Any:
         """Return this process's batches, without repeated rows. Before training, measure the loss."""
         loader = super().get_train_dataloader()  # type: ignore[misc]
@@ -140,6 +157,8 @@ class ExactTrainer:
             loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if num_items_in_batch.n_left != n_left - 1:
             raise RuntimeError(_NOT_HANDED_ON)
+        if self._windows.is_changed(loss):
+            raise RuntimeError(_CHANGED)
         if not num_items_in_batch.n_left and num_items_in_batch.is_empty and self.accelerator.scaler is None:
             model.zero_grad()  # without a gradient, the optimizer does not change the weights
         return loss

@@ -30,6 +30,7 @@ from .mean_loss import MeanLoss
 from .trainer_forward import ComputeLoss, TrainerForward
 from .trainer_state import preserved
 from .trainer_support import known_as_inexact
+from .trainer_words import for_trainers
 from .uneven_gather import gathering
 from .window_width import padding_of
 
@@ -77,13 +78,19 @@ class MeasuredTrainer:
             if self.is_overridden or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
                 self.objective.report = replace(self.objective.report, own_loss=False)
             divisor = find_divisor(trainer.model, self.objective, sample)
+        self._known = [*known_as_inexact(trainer), *([of_count] if of_count else [])]
         self.dummy, self.has_rows = _dummy(sample, self.objective), sample.cut is not None
         report, is_main = self.objective.report, trainer.is_world_process_zero()
         logger.debug(report.describe_measurement())
-        known = [*known_as_inexact(trainer), *([of_count] if of_count else [])]
-        warn_if_inexact(report, options.on_inexact, is_main=is_main, known=known)
+        warn_if_inexact(report, options.on_inexact, is_main=is_main, known=self._known, rephrase=for_trainers)
         if is_main:
-            report_loss_scale(divisor, {trainer.args.gradient_accumulation_steps})
+            report_loss_scale(divisor, {trainer.args.gradient_accumulation_steps}, "compute_loss")
+
+    def describe(self) -> str:
+        """Return a sentence on the items that the loss is a mean over, and on what is not exact, if anything."""
+        report = self.objective.report
+        inexact = [*self._known, *report.inexact()]
+        return for_trainers(" ".join([f"The loss is a mean over {report.counted_by}.", *inexact]))
 
 
 def item_counter_of(trainer: Any, fill: Mapping[str, int]) -> ItemCounter:

@@ -15,6 +15,7 @@ from ..objective.batch_changes import fresh_batch
 from ..objective.item_counts import Batch, rows_of
 from ..planning.audit_schedule import AuditSchedule
 from ..planning.micro_batches import MicroBatchRows
+from ..runtime.log import logger
 from ..runtime.loop_accelerator import LoopAccelerator
 from ..runtime.process_group import ProcessGroup, open_process_group
 from .counted_window import CountedWindow
@@ -28,6 +29,8 @@ from .trainer_state import preserved
 from .uneven_gather import gather_uneven, gathering
 from .window_audits import WindowAudits
 from .window_width import at_one_width, padding_of
+
+_WITHOUT_OWN_STEP = ("transformers.trainer", "ftaccum.bridges.exact_trainer")
 
 
 class TrainerWindows:
@@ -65,6 +68,10 @@ class TrainerWindows:
         elif (sample := sample_of_loader(trainer, loader)) is not None:
             self._measured = MeasuredTrainer(trainer, compute_loss, sample)
         self._batch_size = getattr(loader, "batch_size", None)
+        self._has_own_step = any(
+            "training_step" in vars(each) and each.__module__ not in _WITHOUT_OWN_STEP for each in type(trainer).__mro__
+        )
+        self._loss: Tensor | None = None
 
     @property
     def measured(self) -> MeasuredTrainer:
@@ -108,7 +115,8 @@ class TrainerWindows:
         On several processes, do not audit a loss of the user's own. It may communicate with the other processes, which
         do not run the same passes in an audit.
         """
-        if not self.measured.has_rows or (self.measured.is_overridden and not self._process_group.is_single):
+        if reason := self._not_audited():
+            logger.info(f"No update is audited: {reason}.") if self._trainer.state.global_step == 0 else None
             return
         state = self._trainer.state
         if self._audits is None or self._audited_state is not state:
@@ -120,6 +128,13 @@ class TrainerWindows:
         """Hide passes from the Trainer's own metrics, and let each process run its own."""
         with preserved(self._trainer), gathering(self._accelerator, lambda found: found):
             yield
+
+    def _not_audited(self) -> str | None:
+        if not self.measured.has_rows:
+            return "batches cannot be split into the rows of the data set, as with pairs of preferences"
+        if self.measured.is_overridden and not self._process_group.is_single:
+            return "`compute_loss` is overridden, and may communicate with the other processes"
+        return None
 
     def _new_audits(self) -> WindowAudits:
         trainer, options = self._trainer, self._trainer.exact_options
@@ -157,7 +172,20 @@ class TrainerWindows:
         self._check_counts(micro, inputs)
         means, outputs = objective.means(model, inputs, micro.counts, micro.terms, micro.names)
         contribution = window.normalizer.contribution(means, micro.counts)
-        return window.normalizer.for_backward(contribution), outputs
+        self._loss = window.normalizer.for_backward(contribution)
+        return self._loss, outputs
+
+    def is_changed(self, loss: Tensor) -> bool:
+        """Return whether a step returns another loss than it got. Waits for the device only if a subclass has it."""
+        mine, self._loss = self._loss, None
+        return self._has_own_step and mine is not None and not bool(((loss == mine) | (loss != loss)).all())
+
+    @property
+    def report(self) -> str:
+        """A sentence on the items that the loss is a mean over, and on what is not exact, if anything."""
+        if self._measured is None:
+            return "The loss of a stream is measured on its first window."
+        return self._measured.describe()
 
     def _check_counts(self, micro: MicroBatch, inputs: Batch) -> None:
         """Raise DataError if `training_step` has changed the inputs since their loss items were counted."""

@@ -132,6 +132,13 @@ class Forward(ABC):
 
 
 def _scalar(term: str, mean: Any) -> Tensor:
+    if mean is None:
+        raise SettingsError(
+            [
+                f"The loss {term!r} is None. With a `loss_fn`, the model gets no `labels`, so `outputs.loss` is None. "
+                "Compute the loss from `outputs.logits` and `batch['labels']`, or leave `loss_fn` out."
+            ]
+        )
     if not isinstance(mean, Tensor) or mean.numel() != 1:
         shape = tuple(mean.shape) if isinstance(mean, Tensor) else type(mean).__name__
         raise SettingsError(

@@ -76,18 +76,19 @@ def report_inexact(
     warn_if_inexact(report, runtime.on_inexact, is_main=is_main)
 
 
-def report_loss_scale(divisor: int | None, steps: Collection[int]) -> None:
+def report_loss_scale(divisor: int | None, steps: Collection[int], name: str = "loss_fn") -> None:
     """Warn if `loss_fn` is smaller than the model's own loss by a whole number that may be the accumulation steps.
 
     Args:
         divisor: the number by which the loss is smaller, if it is a whole number.
         steps: the accumulation steps of the run.
+        name: how the message calls the loss.
     """
     if divisor is None or (divisor not in steps and divisor > _MOST_STEPS):
         return
     same = ", and this run accumulates that many micro-batches" if divisor in steps else ""
     warn_user(
-        f"`loss_fn` returns 1/{divisor} of the model's own loss on the same rows{same}. If it divides by the "
+        f"`{name}` returns 1/{divisor} of the model's own loss on the same rows{same}. If it divides by the "
         "accumulation steps, remove the division: ftaccum averages over the whole update, so the gradient is "
         f"{divisor} times too small.",
         LossScaleWarning,
