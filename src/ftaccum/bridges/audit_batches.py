@@ -139,11 +139,9 @@ class AuditBatches:
     def _micro_batch(self, batch: Batch) -> MicroBatch | None:
         """Return a micro-batch with its loss items; None if they cannot be counted."""
         try:
-            counts = self.objective.count(batch)
+            return MicroBatch.of(batch, self.objective.count(batch))
         except Exception:  # `count_items` may only know batches as the loop makes them
             return None
-        terms = tuple(term for term, n in counts.items() if n)
-        return MicroBatch(batch, counts, terms, MicroBatchRows(), 0, 0)
 
     def _with(self, own: Sequence[MicroBatch]) -> "AuditBatches":
         """Return the sample with other micro-batches of this process, and as many dummies as all processes need.

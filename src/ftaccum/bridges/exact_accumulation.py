@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +15,10 @@ from ..errors import refuse
 from ..objective.item_counts import Batch
 from ..objective.normalizer import gathered
 from ..planning.audit_schedule import AuditSchedule
-from ..planning.micro_batches import MicroBatchRows
 from ..runtime.gradients.averaged import AveragedGradients
 from ..runtime.loop_accelerator import LoopAccelerator, n_processes
 from ..runtime.memory import WindowOutOfMemoryError
-from ..runtime.process_group import ProcessGroup, open_process_group
+from ..runtime.process_group import ProcessGroup, lasting_process_group
 from ..runtime.wrapped_models import UnfinishedForward, ddp_around, faults_of_wrappers, inner_model
 from .loop_checks import check_arguments, check_loader, check_window
 from .loop_objective import LossArguments, MeasuredLoss, measure_loss
@@ -96,7 +94,6 @@ class ExactAccumulation:
         self._model, self._accelerator, self._scaler, self._audit = model, accelerator, scaler, audit
         self._loss = LossArguments(loss_fn, reduction, count_items, on_inexact)
         self._measured: MeasuredLoss | None = None
-        self._open = ExitStack()
         self.means: Mapping[str, float] = {}
         self._unfinished = self._check_wrappers()
 
@@ -167,7 +164,7 @@ class ExactAccumulation:
 
     @cached_property
     def _process_group(self) -> ProcessGroup:
-        return self._open.enter_context(open_process_group(n_processes(self._accelerator)))
+        return lasting_process_group(n_processes(self._accelerator))
 
     @cached_property
     def _runner(self) -> LoopAccelerator:
@@ -214,7 +211,7 @@ class ExactAccumulation:
             batches = at_one_width(batches, measured.fill, self._process_group)
         counts = self._process_group.run_on_all(lambda: [objective.count(batch) for batch in batches])
         return [
-            MicroBatch(batch, n, tuple(t for t in n if n[t]), MicroBatchRows(), 0, 0, f"micro-batch {i} of the window")
+            MicroBatch.of(batch, n, f"micro-batch {i} of the window")
             for i, (batch, n) in enumerate(zip(batches, counts, strict=True))
             if any(n.values())
         ]

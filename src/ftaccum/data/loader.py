@@ -61,6 +61,15 @@ class MicroBatch:
     positions: int
     names: str = "these rows"
 
+    @classmethod
+    def of(cls, batch: Batch, counts: Counts, names: str = "these rows") -> "MicroBatch":
+        """Return a collated batch, whose rows cannot be loaded again, as a micro-batch.
+
+        Args:
+            counts: the number of its loss items, by term.
+        """
+        return cls(batch, counts, _counted(counts), MicroBatchRows(), 0, 0, names)
+
     @property
     def is_dummy(self) -> bool:
         """Whether it must have no effect on gradients, random number generators and buffers."""

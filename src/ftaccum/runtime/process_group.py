@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
@@ -127,6 +128,7 @@ class ProcessGroup:
 
 
 SINGLE = ProcessGroup(1)
+_lasting: WeakKeyDictionary[distributed.ProcessGroup, ProcessGroup] = WeakKeyDictionary()  # by torch's default group
 
 
 def of_main_process(value: T) -> T:
@@ -147,7 +149,7 @@ def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[
         size: number of processes.
         timeout: how long a call may wait for another process; None for torch's default.
     """
-    if size == 1 or (timeout is None and "gloo" in distributed.get_backend()):
+    if size == 1 or (timeout is None and _communicates_between_hosts()):
         yield ProcessGroup(size)
         return
     group = distributed.new_group(backend="gloo", timeout=timeout)
@@ -155,6 +157,24 @@ def open_process_group(size: int, timeout: timedelta | None = None) -> Iterator[
         yield ProcessGroup(size, group)
     finally:
         distributed.destroy_process_group(group)
+
+
+def lasting_process_group(size: int) -> ProcessGroup:
+    """Return the group over all processes that lasts as long as torch's default group. All processes call this.
+
+    It is for objects that nobody closes. All of them share one group, so that they do not each open a connection.
+
+    Args:
+        size: number of processes, which torch's default group has, or 1.
+    """
+    if size == 1:
+        return SINGLE
+    default = distributed.group.WORLD
+    assert default is not None, "several processes have a default group"
+    if default not in _lasting:
+        group = None if _communicates_between_hosts() else distributed.new_group(backend="gloo")
+        _lasting[default] = ProcessGroup(size, group)
+    return _lasting[default]
 
 
 @contextmanager
@@ -177,6 +197,11 @@ def report_lost_process(is_single: bool, describe: Callable[[], str]) -> Iterato
             f"Another process of this run has ended or does not respond, and the run cannot continue without it. "
             f"{describe()} The error was: {cause}"
         ) from error
+
+
+def _communicates_between_hosts() -> bool:
+    """Return whether torch's default group does."""
+    return "gloo" in distributed.get_backend()
 
 
 def _call_and_pickle(function: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
