@@ -235,6 +235,15 @@ def test_weights_may_be_frozen_and_unfrozen_between_windows() -> None:
     assert relative_error(found, gradient_of(model)) < 1e-12
 
 
+def test_audits_follow_weights_that_are_frozen_and_unfrozen() -> None:
+    model, (x, labels) = Net(), pairs()
+    accumulation = ExactAccumulation(model, loss_fn=nn.CrossEntropyLoss())
+    for update in range(1, 5):
+        model.body.requires_grad_(update > 3)
+        accumulation.backward(loaded(x, labels))
+    assert [(audit["audit"], audit["error"] < 1e-12) for audit in accumulation.audits] == [(1, True), (4, True)]
+
+
 def test_a_window_that_fails_leaves_no_gradient() -> None:
     model, (x, labels) = Net(), pairs()
     calls = itertools.count()

@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -235,9 +234,9 @@ class GradientAuditor:
     def _accumulated_gradients(self) -> dict[str, Tensor | None]:
         return dict(zip(self._names, (p.grad for p in self._strategy.parameters), strict=True))
 
-    @cached_property
+    @property
     def _names(self) -> list[str]:
-        """The names of the strategy's weights."""
+        """The names of the strategy's weights, which may be frozen and unfrozen between audits."""
         names = {id(p): name for name, p in self._model.named_parameters()}
         return [names.get(id(p), f"parameter {n} outside of the model") for n, p in enumerate(self._strategy.weights)]
 
