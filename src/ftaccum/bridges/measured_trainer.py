@@ -19,7 +19,6 @@ from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
 from ..objective.warn_inexact import warn_if_inexact
-from ..planning.micro_batches import MicroBatchRows
 from ..runtime.log import logger
 from ..runtime.model_context import run_eagerly, without_autocast
 from ..runtime.state_guards import preserve_buffers, preserve_rng
@@ -129,6 +128,6 @@ def _dummy(sample: Sample, objective: Objective) -> MicroBatch:
     for batch in sample.separate(sample.together, groups):
         counts = objective.count(batch)
         if any(counts.values()):
-            terms = tuple(term for term, n in counts.items() if n)
-            return MicroBatch(batch, dict.fromkeys(counts, 0), terms, MicroBatchRows(), 0, 0, "a dummy micro-batch")
+            micro = MicroBatch.of(batch, counts, "a dummy micro-batch")
+            return replace(micro, counts=dict.fromkeys(counts, 0))
     raise DataError("No row of `train_dataset` that was checked counts in the loss. Check its labels.")

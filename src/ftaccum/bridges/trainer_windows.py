@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from ..errors import DataError
 from ..objective.batch_changes import fresh_batch
 from ..objective.item_counts import Batch, rows_of
 from ..planning.audit_schedule import AuditSchedule
-from ..planning.micro_batches import MicroBatchRows
 from ..runtime.log import logger
 from ..runtime.loop_accelerator import LoopAccelerator
-from ..runtime.process_group import ProcessGroup, open_process_group
+from ..runtime.process_group import lasting_process_group
 from .counted_window import CountedWindow
 from .measured_batches import sample_of_window
 from .measured_trainer import MeasuredTrainer, item_counter_of, sample_of_loader
@@ -51,9 +50,7 @@ class TrainerWindows:
             seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
             share_order(loader, seed)
         self._repeated = RepeatedRows(loader, trainer.accelerator, _planned(trainer, loader))
-        self._open: ExitStack = before._open if before else ExitStack()  # holds the group open
-        new_group = open_process_group(trainer.accelerator.num_processes)
-        self._process_group: ProcessGroup = before._process_group if before else self._open.enter_context(new_group)
+        self._process_group = lasting_process_group(trainer.accelerator.num_processes)
         self.in_pass = False  # whether a forward and backward pass of a window is running
         self._measured_on = (
             trainer.model, trainer.train_dataset, trainer.data_collator, trainer.compute_loss_func,
@@ -203,8 +200,7 @@ class TrainerWindows:
         counts = None if batch is None else self.measured.objective.count(batch)
         if counts is None or not any(counts.values()):
             return self.measured.dummy
-        terms = tuple(term for term, n in counts.items() if n)
-        return MicroBatch(batch, counts, terms, MicroBatchRows(), 0, 0, "this micro-batch")
+        return MicroBatch.of(batch, counts, "this micro-batch")
 
     def _at_one_width(self, batches: Sequence[Batch | None]) -> Sequence[Batch | None]:
         """Return the batches as wide as the widest of the window on any process, if padding changes the loss."""

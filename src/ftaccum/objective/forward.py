@@ -108,7 +108,7 @@ class Forward(ABC):
     def split_spans(self, model: nn.Module, batch: Batch) -> None:
         """Split the loss of a question-answering head into two terms, if it is the sum of two means on this batch."""
         if self.is_own:
-            outputs = self._outputs(model, batch)
+            outputs = self._inner_gradients.run(lambda: self._outputs(model, batch))
             self.has_spans = is_span_loss(outputs, self._loss_of(model, outputs, batch), batch)
 
     def may_have_parts(self, outputs: Any) -> bool:

@@ -1,6 +1,6 @@
 """The errors and warnings about a loss that was measured to be inexact."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import InexactLossError, InexactLossWarning, PaddingWarning, warn_user
 from .report import ExactnessReport
