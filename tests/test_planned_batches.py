@@ -95,9 +95,13 @@ def planned(
     ]  # fmt: skip
 
 
+def is_placeholder(batches: PlannedBatches, n: int) -> bool:
+    return n >= len(batches) - batches.n_repeated
+
+
 def real(batches: PlannedBatches) -> list[list[int]]:
     """Return the batches of an epoch, with nothing in the place of a placeholder."""
-    return [[] if batches.is_repeated(n) else batch for n, batch in enumerate(batches)]
+    return [[] if is_placeholder(batches, n) else batch for n, batch in enumerate(batches)]
 
 
 def test_windows_keep_their_rows_and_every_process_its_number_of_micro_batches_of_limited_size() -> None:
@@ -139,16 +143,16 @@ def test_only_the_last_batch_of_the_last_processes_is_a_placeholder_of_a_row_of_
         shares = [list(batches) for batches in samplers]
         for batches, share in zip(samplers, shares, strict=True):
             assert all(share), "a batch without rows"
-            marks = [batches.is_repeated(n) for n in range(len(share))]
+            marks = [is_placeholder(batches, n) for n in range(len(share))]
             assert not any(marks[:-1])
             if any(marks):
                 window = range((len(share) - 1) // k * k, len(share))
                 others = [row for b, s in zip(samplers, shares, strict=True) for n in window
-                          if not b.is_repeated(n) for row in s[n]]  # fmt: skip
+                          if not is_placeholder(b, n) for row in s[n]]  # fmt: skip
                 assert len(share[-1]) == 1
                 assert LENGTHS[share[-1][0]] == min(LENGTHS[row] for row in others)
                 n_placeholders += 1
-        marks = [batches.is_repeated(len(batches) - 1) for batches in samplers]
+        marks = [is_placeholder(batches, len(batches) - 1) for batches in samplers]
         assert marks == sorted(marks)
     assert n_placeholders > 10
 
@@ -219,7 +223,7 @@ def test_large_windows_are_cut_in_parts_of_whole_rounds(monkeypatch: pytest.Monk
         samplers = planned(sampler, 2, 6, 2, False)
         shares = [real(batches) for batches in samplers]
         assert windows_of(shares, 2) == arrival_windows(arrival(sampler, 2, 2, False), 2, n_rows)
-        n_placeholders += sum(batches.is_repeated(11) for batches in samplers)
+        n_placeholders += sum(is_placeholder(batches, 11) for batches in samplers)
     assert not n_placeholders, "a part has enough rows for both processes"
     five_rounds = Shuffled(range(20))  # in parts of one, two and two rounds
     first = [[share[:1] for share in shares] for shares in (
@@ -316,7 +320,7 @@ def test_a_loader_that_cannot_be_planned_stays_as_it_is_and_the_main_process_say
     own: Any = DataLoader(Rows(9), batch_sampler=[[0, 1], [2]])
     dispatched: Any = DataLoaderDispatcher(Rows(9), batch_sampler=BatchSampler(Shuffled(range(9)), 2, drop_last=False))
     cases: list[tuple[Any, Any, str]] = [
-        (loader_of(9, 0), None, "the lengths of the rows are unknown"),
+        (loader_of(9, 0), None, "it is unknown how long the rows are in a batch"),
         (own, LENGTHS, "the loader has a batch sampler of its own, list"),
         (uneven(0), LENGTHS, "`even_batches=False` gives processes different numbers of batches"),
         (dispatched, LENGTHS, "`dispatch_batches=True` cuts equal parts"),

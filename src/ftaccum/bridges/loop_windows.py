@@ -6,15 +6,16 @@ of an epoch at its end. Each repeated row would count twice in a window's mean.
 
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from ..data.batches import take
-from ..objective.item_counts import Batch, rows_of
+from ..objective.item_counts import Batch
 from ..runtime.process_group import ProcessGroup
+from ..runtime.temporary_attribute import temporary_attribute
+from .loader_repeats import parts_of, repeats_rows, without_fill
 
 
 def windows_of(loader: Iterable[Batch], k: int, process_group: ProcessGroup) -> Iterator[list[Batch]]:
@@ -39,38 +40,15 @@ def _without_repeats(loader: Any, process_group: ProcessGroup) -> Iterator[None]
     """Stop samplers and data sets from repeating rows until exit."""
     with ExitStack() as stack:
         if not process_group.is_single:
-            for part in _parts(loader):
+            for part in filter(repeats_rows, parts_of(loader)):
                 if isinstance(part, BatchSamplerShard):
-                    stack.enter_context(_attribute(part, "even_batches", False))
+                    stack.enter_context(temporary_attribute(part, "even_batches", False))
                 elif isinstance(part, IterableDatasetShard):
-                    stack.enter_context(_attribute(part, "__class__", _UnevenShard))
-                elif isinstance(part, DistributedSampler):
+                    stack.enter_context(temporary_attribute(part, "__class__", _UnevenShard))
+                elif type(part).__iter__ is DistributedSampler.__iter__:
                     stack.enter_context(_without_padding(loader, part))
             stack.enter_context(_counted_epoch(loader))
         yield
-
-
-def _parts(loader: Any) -> list[Any]:
-    """Return the samplers of a loader, those inside them, and its data set."""
-    found: list[Any] = []
-    waiting = [getattr(loader, name, None) for name in ("batch_sampler", "sampler", "dataset")]
-    while waiting:
-        part = waiting.pop()
-        if part is not None and not any(part is known for known in found):
-            found.append(part)
-            inside = ("batch_sampler", "sampler") if isinstance(part, BatchSampler) else ()
-            waiting += [getattr(part, name, None) for name in inside]
-    return found
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -82,14 +60,12 @@ def _counted_epoch(loader: Any) -> Iterator[None]:
         loader.iteration = before + 1
 
 
-def _without_padding(loader: Any, sampler: DistributedSampler[Any]) -> Any:
-    """Return a context manager in which a DistributedSampler does not repeat rows."""
+def _without_padding(loader: Any, sampler: DistributedSampler[Any]) -> AbstractContextManager[object]:
+    """Return a context manager in which a loader does not read the rows that a DistributedSampler repeats."""
     n_rows = len(sampler.dataset)  # type: ignore[arg-type]
-    is_padded = type(sampler).__iter__ is DistributedSampler.__iter__ and n_rows < sampler.total_size
-    own = len(range(sampler.rank, n_rows, sampler.num_replicas)) if is_padded else sampler.num_samples
-    first = _First(sampler, own)
+    first = _First(sampler, len(range(sampler.rank, n_rows, sampler.num_replicas)))
     owner = getattr(loader, "batch_sampler", None)
-    return _attribute(owner, "sampler", first) if isinstance(owner, BatchSampler) else ExitStack()
+    return temporary_attribute(owner, "sampler", first) if isinstance(owner, BatchSampler) else nullcontext()
 
 
 class _First:
@@ -123,17 +99,10 @@ class _UnevenShard(IterableDatasetShard):
 
 
 def _batches_of(loader: Iterable[Batch], inside: Any, process_group: ProcessGroup) -> Iterator[Batch]:
-    """Yield the batches of a loader.
-
-    If the main process reads the rows and deals them, it has completed the last batch with rows of the first one. Leave
-    these out: once the loader is at its end, `remainder` is the number of rows that all processes got before that.
-    """
+    """Yield the batches of a loader, without rows that the main process repeats if it reads and deals them."""
     is_dealt = not process_group.is_single and isinstance(inside, DataLoaderDispatcher)
     for batch in loader:
-        if is_dealt and inside.end_of_dataloader:
-            n_rows = rows_of(batch)
-            n_real = min(n_rows, inside.remainder - n_rows * inside.state.process_index)
-            if n_real > 0:
-                yield take(batch, range(n_real))
-        else:
+        if not (is_dealt and inside.end_of_dataloader):
             yield batch
+        elif (real := without_fill(batch, inside.remainder, inside.state.process_index)) is not None:
+            yield real

@@ -36,7 +36,7 @@ class PlannedBatches(Sampler[list[int]]):
     have the same number of micro-batches, which is that of the loader without the planner.
 
     If the last window has fewer rows than micro-batches, the last batch of some processes is a placeholder: a row of
-    the same window that another process has. `is_repeated` tells which batches these are.
+    the same window that another process has. `n_repeated` is their number on this process.
 
     It has no attribute `batch_size`, so that Accelerate does not truncate what it gathers at the end of an epoch: it
     could not know which rows to drop.
@@ -83,17 +83,16 @@ class PlannedBatches(Sampler[list[int]]):
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def is_repeated(self, n: int) -> bool:
-        """Return whether batch n of an epoch, from 0, on this process only keeps it in step with the others.
+    @property
+    def n_repeated(self) -> int:
+        """The number of batches at the end of an epoch that only keep this process in step with the others: 0 or 1.
 
         It follows from the number of rows alone, so that batches may be read ahead or skipped.
         """
-        if n != len(self) - 1:
-            return False
         starts_and_ends = [0, *self._part_ends((self._n_rows - 1) % (self._k * self._round) + 1)]
         rows = starts_and_ends[-1] - starts_and_ends[-2]
         n_placeholders = self._n_rounds(rows) * self._num_processes - rows
-        return self._process_index >= self._num_processes - n_placeholders
+        return int(self._process_index >= self._num_processes - n_placeholders)
 
     @property
     def _round(self) -> int:

@@ -1,14 +1,18 @@
 """The rows that are repeated at the end of an epoch so that all processes have equally many."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard, IterableDatasetShard
+from torch.utils.data import IterableDataset
 from transformers import trainer_pt_utils
 
-from ..data.batches import take
-from ..objective.item_counts import Batch, rows_of
+from ..errors import SettingsError
+from ..objective.item_counts import Batch
+from ..runtime.log import logger
+from .loader_repeats import parts_of, repeats_rows, without_fill
 from .planned_batches import PlannedBatches
 
 # Older versions of Transformers, with which `exact` is refused, do not have it.
@@ -18,29 +22,31 @@ _Rebalance: Any = getattr(trainer_pt_utils, "BatchRebalanceSampler", object)
 class DistinctBatches(BatchSamplerShard):
     """A process's share of the batches of an epoch, without repeated rows.
 
-    A batch that consists of repeated rows stays whole, so that every process has the same number of batches. This class
-    takes the place of that of Accelerate's sampler in a loader, because a `DataLoader` does not let its sampler be
-    replaced.
+    Every process has the same number of batches, so one without rows at the end gets one row again. This class takes
+    the place of that of Accelerate's sampler in a loader, because a `DataLoader` does not let its sampler be replaced.
+
+    Attributes:
+        n_repeated: how many batches at the end of an epoch consist of a repeated row, once the epoch is read.
     """
 
+    n_repeated = 0
+
     def __iter__(self) -> Iterator[list[int]]:
-        for n, batch in enumerate(super().__iter__()):
-            yield batch[: self._n_real(n) or None]
+        for own, others in self._shares():
+            self.n_repeated = 0 if own else 1
+            yield own or others[:1]
 
-    def is_repeated(self, n: int) -> bool:
-        """Return whether batch n of the epoch, on this process, consists of repeated rows."""
-        return not self._n_real(n)
-
-    def _n_real(self, n: int) -> int:
-        """Return how many rows of batch n are not repeated."""
-        n_rows = len(self.batch_sampler.sampler)
-        start = (n * self.num_processes + self.process_index) * self._n_each
-        return max(0, min(self._n_each, n_rows - start))
-
-    @property
-    def _n_each(self) -> int:
-        """The number of rows of a full batch on one process."""
-        return self.batch_size // self.num_processes if self.split_batches else self.batch_size
+    def _shares(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the rows of each batch on this process, and on the first one."""
+        batches = iter(self.batch_sampler)
+        if self.split_batches:
+            size = self.batch_size // self.num_processes
+            for batch in batches:
+                yield batch[size * self.process_index :][:size], batch
+            return
+        while round_ := list(itertools.islice(batches, self.num_processes)):
+            if len(round_) == self.num_processes or not self.drop_last:
+                yield next(iter(round_[self.process_index :]), []), round_[0]
 
 
 class DistinctGroups(_Rebalance):
@@ -56,10 +62,13 @@ class DistinctGroups(_Rebalance):
         """False, so that the rows that are left come without others. `num_global_batches` includes them."""
         return False
 
-    def is_repeated(self, n: int) -> bool:
-        """Return whether batch n of the epoch, on this process, consists of repeated rows."""
-        place, group = divmod(n, self.grad_accum)
-        return place == self.num_full_batches and self.remainder <= group * self.dp_size + self.rank
+    @property
+    def n_repeated(self) -> int:
+        """The number of batches at the end of an epoch, on this process, that consist of repeated rows."""
+        if self.num_global_batches == self.num_full_batches:
+            return 0
+        n_real = len(range(self.rank, self.remainder, self.dp_size))
+        return max(0, self.grad_accum - n_real)
 
     def _yield_global_batch(self, rows: list[int]) -> Iterator[list[int]]:
         if len(rows) >= self.grad_accum * self.dp_size:
@@ -78,15 +87,26 @@ class RepeatedRows:
     """
 
     def __init__(self, loader: Any, accelerator: Accelerator, planned: PlannedBatches | None = None) -> None:
-        """Make a loader leave out the rows that Accelerate would repeat, as far as it can.
+        """Make a loader leave out the rows that Accelerate would repeat, and log on the main process if it cannot.
 
         Args:
             planned: the sampler of the loader, if it plans windows.
+
+        Raises:
+            SettingsError: if each of several processes reads its own rows of a stream.
         """
+        _refuse_shared_streams(loader, accelerator.num_processes)
         self._accelerator = accelerator
         self._dispatches = isinstance(loader, DataLoaderDispatcher)
         self._sampler = planned or _distinct(getattr(loader, "batch_sampler", None))
         self.at_end, self._n_last = False, -1
+        for part in parts_of(loader):
+            if repeats_rows(part) and part is not self._sampler and accelerator.process_index == 0:
+                logger.warning(
+                    "Rows that %s repeats at the end of an epoch count again: `exact` cannot leave them out. "
+                    "Give `accelerator.prepare` a DataLoader with a sampler that repeats no rows.",
+                    type(part).__name__,
+                )
 
     @property
     def is_uneven(self) -> bool:
@@ -107,16 +127,27 @@ class RepeatedRows:
         if not self.at_end:
             return list(batches)
         if self._sampler is not None:
-            n_read = len(self._sampler)
-            repeated = map(self._sampler.is_repeated, range(n_read - len(batches), n_read))
-            return [None if is_repeated else batch for batch, is_repeated in zip(batches, repeated, strict=True)]
+            n_real = max(0, len(batches) - self._sampler.n_repeated)
+            return [*batches[:n_real], *[None] * (len(batches) - n_real)]
         if not self._dispatches or self._accelerator.num_processes == 1 or self._n_last <= 0:
             return list(batches)
-        # The main process has filled up the last batch and cut it into equal parts.
-        n_rows = rows_of(batches[-1])
-        n_real = min(n_rows, max(0, self._n_last - n_rows * self._accelerator.process_index))
-        last = take(batches[-1], range(n_real)) if n_real else None
-        return [*batches[:-1], last]
+        return [*batches[:-1], without_fill(batches[-1], self._n_last, self._accelerator.process_index)]
+
+
+def _refuse_shared_streams(loader: Any, num_processes: int) -> None:
+    """Refuse a stream of which each process reads its own rows, unless all get equally many of them, none again."""
+    dataset = getattr(loader, "dataset", None)
+    if num_processes == 1 or not (isinstance(loader, DataLoaderShard) and isinstance(dataset, IterableDataset)):
+        return
+    if isinstance(dataset, IterableDatasetShard) and not repeats_rows(dataset):
+        return
+    raise SettingsError(
+        [
+            "`accelerator_config.dispatch_batches` is False and `train_dataset` is a stream, but where a stream ends, "
+            f"{num_processes} processes that read their own rows would repeat some or wait for each other forever. "
+            "Leave `dispatch_batches` out: the main process then reads the rows and deals them."
+        ]
+    )
 
 
 def _distinct(sampler: Any) -> DistinctBatches | DistinctGroups | None:
@@ -128,7 +159,7 @@ def _distinct(sampler: Any) -> DistinctBatches | DistinctGroups | None:
     if type(sampler) is _Rebalance:
         sampler.__class__ = DistinctGroups
         return sampler
-    if type(sampler) is BatchSamplerShard and sampler.even_batches and sampler.batch_size:
+    if type(sampler) is BatchSamplerShard and sampler.even_batches and sampler.num_processes > 1:
         sampler.__class__ = DistinctBatches
         return sampler
     return None
