@@ -77,6 +77,8 @@ def loop() -> dict[str, Any]:
         "loader": torch.utils.data.DataLoader([{**row, "labels": row["input_ids"]} for row in EQUAL], batch_size=2),
         "pairs": [(torch.randn(2, 3), torch.tensor([0, 1]))] * 6,
         "optimizer": optimizer,
+        "scaler": torch.amp.GradScaler("cpu"),
+        "device": "cpu",
         "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
     }
 

@@ -1,9 +1,11 @@
 """`ExactAccumulation` in hand-written loops, compared with one batch of a window's rows in plain PyTorch."""
 
+import gc
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from ftaccum import (
@@ -24,6 +28,7 @@ from ftaccum import (
     SettingsError,
 )
 from ftaccum.runtime.accelerator import fresh_accelerate_state
+from ftaccum.runtime.loop_accelerator import LoopAccelerator
 from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from test_readme import ROOT, blocks
 
@@ -314,6 +319,117 @@ def test_a_gradient_scaler_scales_the_gradient_of_a_window() -> None:
     assert accumulation.backward(cut(rows)) < loss
 
 
+class CountingScaler(torch.amp.GradScaler):
+    """A gradient scaler that counts its steps."""
+
+    n_steps = 0
+
+    def step(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
+        self.n_steps += 1
+        return super().step(optimizer, *args, **kwargs)
+
+
+def test_the_docs_skip_the_step_of_a_scaler_for_a_window_without_loss_items() -> None:
+    block = next(b for b in blocks(ROOT / "docs" / "keep_your_loop.md", "python") if "scaler.step" in b)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(X.float(), LABELS), (X.float(), LABELS.where(LABELS < -100, -100)), (X.float(), LABELS)]
+    scaler = CountingScaler("cpu", init_scale=4.0)
+    names: dict[str, Any] = {
+        "net": model,
+        "optimizer": optimizer,
+        "pairs": batches,
+        "scaler": scaler,
+        "device": "cpu",
+        "k": 1,
+    }
+    exec(compile(block, "docs", "exec"), names)
+    assert scaler.n_steps == 2
+    names["accumulation"].backward(batches[1:2])
+    scaler.unscale_(optimizer)
+    with pytest.raises(AssertionError, match="No inf checks"):  # so the docs have a reason
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+def test_autocast_of_torch_is_named_as_accelerate_names_it(dtype: torch.dtype, name: str) -> None:
+    accelerator = LoopAccelerator(None, None, torch.device("cpu"))
+    assert accelerator.mixed_precision == "no"
+    with torch.autocast("cpu", dtype=dtype):
+        assert accelerator.mixed_precision == name
+
+
+def test_every_so_many_windows_are_audited_on_demand() -> None:
+    accumulation = ExactAccumulation(Net(), loss_fn=nn.CrossEntropyLoss(), audit=2)
+    for _ in range(4):
+        accumulation.backward(loaded(X, LABELS))
+    assert [audit["audit"] for audit in accumulation.audits] == [1, 3]
+
+
+@pytest.fixture
+def default_group() -> Iterator[None]:
+    """A process group of this process alone, for DistributedDataParallel."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("default_group")
+def test_the_hook_on_a_wrapper_goes_with_the_object() -> None:
+    wrapped = DistributedDataParallel(Net())
+    accumulation = ExactAccumulation(wrapped, loss_fn=nn.CrossEntropyLoss())
+    accumulation.backward(loaded(X, LABELS))
+    assert len(wrapped._forward_hooks) == 1
+    del accumulation
+    gc.collect()
+    assert len(wrapped._forward_hooks) == 0
+
+
+@dataclass
+class Outputs:
+    logits: Any
+
+
+NESTED: dict[str, Callable[[Tensor], Any]] = {
+    "tuples": lambda logits: (None, (logits, 3)),
+    "a dataclass": lambda logits: Outputs([logits]),
+    "a dict of dicts": lambda logits: {"all": {"logits": logits}},
+}
+
+
+@pytest.mark.usefixtures("default_group")
+@pytest.mark.parametrize("nest", NESTED.values(), ids=NESTED)
+def test_an_unfinished_forward_pass_is_seen_in_nested_outputs(nest: Callable[[Tensor], Any]) -> None:
+    class Nested(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            kept[:] = [super().forward(x)]
+            return nest(kept[0])
+
+    kept: list[Tensor] = []
+    wrapped = DistributedDataParallel(Nested(4, 3).double())
+    accumulation = ExactAccumulation(
+        wrapped, loss_fn=lambda _, labels: F.cross_entropy(kept[0], labels), count_items=lambda b: (b[1] != -100).sum()
+    )
+    wrapped(X)
+    kept[0].sum().backward()
+    accumulation.backward(loaded(X, LABELS))
+    wrapped(X)
+    with pytest.raises(SettingsError, match="no backward pass"):
+        accumulation.backward(loaded(X, LABELS))
+
+
+@pytest.mark.usefixtures("default_group")
+def test_communication_hooks_are_refused() -> None:
+    wrapped = DistributedDataParallel(Net())
+    accumulation = ExactAccumulation(wrapped, loss_fn=nn.CrossEntropyLoss())
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    message = "has the communication hook fp16_compress_hook.*`register_comm_hook`"
+    with pytest.raises(SettingsError, match=message):  # registered before the first window
+        accumulation.backward(loaded(X, LABELS))
+    with pytest.raises(SettingsError, match=message):
+        ExactAccumulation(wrapped)
+
+
 def test_a_compiled_model_is_measured_eagerly_and_trains_compiled() -> None:
     model, runs = Net(), []
     F.cross_entropy(model(X), LABELS).backward()
@@ -383,17 +499,18 @@ def own_loss(outputs: Any, batch: dict[str, Tensor]) -> Tensor:
     ("arguments", "message"),
     [
         ({"model": "bert"}, "`model` must be a torch.nn.Module, but is 'bert' instead"),
+        ({"model": nn.Flatten()}, "`model` has no parameters to train. It is a Flatten"),
         ({"accelerator": "cpu"}, "`accelerator` must be an accelerate.Accelerator or None, but is 'cpu'"),
         ({"loss_fn": 3}, "`loss_fn` must be a function or None, but is 3"),
         ({"reduction": "none"}, "`reduction` must be 'mean' or 'sum', but is 'none'"),
         ({"count_items": 7}, "`count_items` must be a function or None, but is 7"),
         ({"on_inexact": "raise"}, "`on_inexact` must be 'error', 'warn' or 'ignore', but is 'raise'"),
-        ({"audit": 1}, "`audit` must be True or False, but is 1"),
+        ({"audit": 0}, "`audit` must be True, False or a positive integer, but is 0"),
         ({"scaler": 2.0}, r"`scaler` must be a torch.amp.GradScaler or None, but is 2.0"),
-        ({"model": nn.DataParallel(nn.Linear(4, 3))}, "wrapped in DataParallel.*`torchrun`"),
+        ({"model": nn.DataParallel(nn.Linear(4, 3))}, "runs in DataParallel.*`torchrun`"),
         (
             {"model": nn.Sequential(nn.Linear(4, 4), nn.DataParallel(nn.Linear(4, 3)))},
-            "wrapped in DataParallel",
+            "runs in DataParallel",
         ),
     ],
 )
@@ -499,6 +616,8 @@ def test_two_processes(two_processes: Callable[..., str]) -> None:
         "window": "Micro-batch 0 must be",
         "norms": "SyncBatchNorm layers",
         "evaluation": "a forward pass with gradients, but no backward pass",
+        "own group": "The process group of `model` has only some of the processes",
+        "precision": "`mixed_precision` of DistributedDataParallel casts weights in hooks",
         "sharded": "The model uses FSDP",
         "sharded later": "The model uses FSDP",
     }.items():

@@ -68,8 +68,9 @@ def test_grpo_is_refused() -> None:
     [
         ({"planner": "yes"}, "`planner` must be True or False, but is 'yes'"),
         ({"count_items": 3}, "`count_items` must be a function or None, but is 3"),
-        ({"on_inexact": "raise"}, "`on_inexact` must be 'warn', 'error' or 'ignore', but is 'raise'"),
+        ({"on_inexact": "raise"}, "`on_inexact` must be 'error', 'warn' or 'ignore', but is 'raise'"),
         ({"audit": -1}, "`audit` must be True, False or a positive integer, but is -1"),
+        ({"audit": 0}, "`audit` must be True, False or a positive integer, but is 0"),
         ({"audit": "always"}, "`audit` must be .* but is 'always'"),
     ],
 )
@@ -90,7 +91,7 @@ def test_all_wrong_options_are_named_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["compute_loss", "get_batch_samples"])
 def test_a_subclass_that_changes_the_weighting_is_refused(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"`Mine\.{name}` would run outside of the weighting"):
+    with pytest.raises(SettingsError, match=rf"`Mine\.{name}` would run outside of the weighting"):
         type("Mine", (exact(Trainer),), {name: lambda self, *_, **__: None})  # noqa: ARG005
 
 
@@ -98,7 +99,7 @@ def test_a_subclass_of_a_subclass_is_checked_as_well() -> None:
     class Mine(exact(Trainer)):  # type: ignore[misc]
         pass
 
-    with pytest.raises(TypeError, match=r"`Below\.compute_loss` would run outside of the weighting"):
+    with pytest.raises(SettingsError, match=r"`Below\.compute_loss` would run outside of the weighting"):
         type("Below", (Mine,), {"compute_loss": lambda self, *_, **__: None})  # noqa: ARG005
 
 
@@ -185,7 +186,7 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
             super().create_accelerator_and_postprocess()
             self.args._n_gpu = 2
 
-    with pytest.raises(SettingsError, match=r"`DataParallel` would split each micro-batch over 2 devices.*torchrun"):
+    with pytest.raises(SettingsError, match=r"runs in DataParallel, which averages over unequal parts.*torchrun"):
         made(exact(OnTwoDevices), tmp_path)
 
 
@@ -203,9 +204,7 @@ def test_sharded_training_is_refused(tmp_path: Path, flag: str, name: str) -> No
             super().__init__(*args, **keywords)
             setattr(self, flag, True)
 
-    with pytest.raises(
-        SettingsError, match=f"{name} is configured, but `exact` has not been shown to be exact with it"
-    ):
+    with pytest.raises(SettingsError, match=f"The model uses {name}, but `exact` has only been shown to be exact if"):
         made(exact(Sharded), tmp_path)
 
 
@@ -215,7 +214,7 @@ def test_other_parallelism_is_refused(tmp_path: Path) -> None:
             super().__init__(*args, **keywords)
             self.accelerator = SimpleNamespace(parallelism_config=object(), num_processes=1)
 
-    with pytest.raises(SettingsError, match="Tensor, context or sequence parallelism is configured"):
+    with pytest.raises(SettingsError, match="The model uses tensor, context or sequence parallelism"):
         made(exact(Parallel), tmp_path)
 
 
@@ -229,6 +228,34 @@ def test_uneven_batches_of_several_processes_are_refused(tmp_path: Path) -> None
         SettingsError, match=r"`accelerator_config\.even_batches` is False.*wait for each other forever"
     ):
         made(exact(Uneven), tmp_path)
+
+
+def test_everything_that_a_trainer_cannot_do_is_named_at_once(tmp_path: Path) -> None:
+    class Faulty(Trainer):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            self.is_fsdp_enabled = True
+            self.accelerator = SimpleNamespace(num_processes=2, even_batches=False)
+            self.model = nn.Sequential(self.model, nn.SyncBatchNorm(3))
+
+    with pytest.raises(SettingsError, match="FSDP") as raised:
+        made(exact(Faulty), tmp_path)
+    fsdp, norms, even = raised.value.faults
+    assert "The model uses FSDP" in fsdp
+    assert "SyncBatchNorm layers" in norms
+    assert "`accelerator_config.even_batches` is False" in even
+
+
+def test_a_model_in_data_parallel_is_named_once(tmp_path: Path) -> None:
+    class OnTwoDevices(Trainer):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            self.args._n_gpu = 2
+            self.model = nn.DataParallel(self.model)
+
+    with pytest.raises(SettingsError, match="runs in DataParallel") as raised:
+        made(exact(OnTwoDevices), tmp_path)
+    assert len(raised.value.faults) == 1
 
 
 # ---- Inexact losses --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
@@ -248,6 +250,17 @@ def with_gradients_in_evaluation() -> None:
     accumulation.backward([batch])
 
 
+def with_a_group_of_its_own() -> None:
+    groups = [distributed.new_group([rank]) for rank in range(2)]
+    ExactAccumulation(DistributedDataParallel(nn.Linear(4, 3), process_group=groups[RANK]), loss_fn=F.cross_entropy)
+
+
+def with_precision_of_the_wrapper() -> None:
+    logging.getLogger("torch.nn.parallel.distributed").setLevel(logging.ERROR)  # it repeats the setting
+    model = DistributedDataParallel(nn.Linear(4, 3), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
+    ExactAccumulation(model, loss_fn=F.cross_entropy)
+
+
 def when_sharded() -> None:
     fully_shard(model := nn.Linear(4, 3), mesh=init_device_mesh("cpu", (2,)))
     ExactAccumulation(model, loss_fn=F.cross_entropy)
@@ -322,6 +335,8 @@ found["messages"] = {
     "window": messages(with_one_bad_window),
     "norms": messages(with_synced_norms),
     "evaluation": messages(with_gradients_in_evaluation),
+    "own group": messages(with_a_group_of_its_own),
+    "precision": messages(with_precision_of_the_wrapper),
     "sharded": messages(when_sharded),
     "sharded later": messages(when_sharded_later),
 }

@@ -59,7 +59,7 @@ class ExactAccumulation:
         count_items: Callable[[Any], Any] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         on_inexact: str = "warn",
-        audit: bool = True,
+        audit: bool | int = True,
     ) -> None:
         """Nothing is measured before the first `backward`.
 
@@ -75,7 +75,8 @@ class ExactAccumulation:
                 they are counted.
             scaler: the gradient scaler of a loop in fp16 without Accelerate. Unscale, step and update as usual.
             on_inexact: what to do if the loss cannot be accumulated exactly: "warn", "error" or "ignore".
-            audit: whether to compare the gradient of some windows with that of one batch of the same rows.
+            audit: True to compare the gradients of some windows with those of one batch of the same rows, a number to
+                do so every so many windows, or False.
 
         Raises:
             SettingsError: if an argument is invalid, or if the model is sharded, or wrapped in a way that cannot be
@@ -84,10 +85,10 @@ class ExactAccumulation:
         check_arguments(
             model,
             accelerator,
+            scaler,
             loss_fn=loss_fn,
             reduction=reduction,
             count_items=count_items,
-            scaler=scaler,
             on_inexact=on_inexact,
             audit=audit,
         )
@@ -120,7 +121,8 @@ class ExactAccumulation:
         The model runs in the mode that it is in: call `model.train()` first.
 
         If no row of the window has loss items (all its labels are ignored), gradients stay as they are, and an
-        optimizer leaves weights without a gradient unchanged. Only a gradient scaler needs a gradient: skip the step.
+        optimizer leaves weights without a gradient unchanged. A gradient scaler needs a gradient: unscale, step and
+        update it only `if not math.isnan(loss)`.
 
         Args:
             window: this process's micro-batches, as `windows` yields. All processes must make the same call.
@@ -159,7 +161,7 @@ class ExactAccumulation:
     @cached_property
     def _inner(self) -> nn.Module:
         """The model that runs. DDP would expect its own forward pass, and would average in the last pass alone."""
-        self._unfinished = self._unfinished or self._check_wrappers()  # it may have been wrapped since
+        self._unfinished = self._check_wrappers(self._unfinished)  # it may have been wrapped since
         return inner_model(self._model)
 
     @cached_property
@@ -193,11 +195,11 @@ class ExactAccumulation:
         assert self._measured is not None, "measured before the first window"
         return self._measured
 
-    def _check_wrappers(self) -> UnfinishedForward | None:
+    def _check_wrappers(self, watch: UnfinishedForward | None = None) -> UnfinishedForward | None:
         """Refuse wrappers that cannot be exact, and watch the forward passes of DistributedDataParallel."""
         refuse(faults_of_wrappers(self._model, self._accelerator, n_processes(self._accelerator)))
         ddp = ddp_around(self._model, self._accelerator)
-        return None if ddp is None else UnfinishedForward(ddp)
+        return watch if watch is not None or ddp is None else UnfinishedForward(ddp)
 
     def _checked(self, window: Sequence[Any]) -> list[Batch]:
         if self._unfinished is not None:

@@ -8,45 +8,41 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import SettingsError, refuse, shown
-from ..fields import Rule, one_of
+from ..fields import Rule
 from ..objective.item_counts import Batch, tensors_of
+from .exact_options import faults_of_options
 
-_FLAG = Rule(lambda value: isinstance(value, bool), "True or False")
-_FUNCTION = Rule(callable, "a function").or_none()
 _COUNT = Rule(lambda k: isinstance(k, int) and not isinstance(k, bool) and k > 0, "a positive integer")
 
 
-def check_arguments(model: Any, accelerator: Any, **others: Any) -> None:
+def check_arguments(model: Any, accelerator: Any, scaler: Any, **options: Any) -> None:
     """Raise SettingsError, with one sentence for each argument of `ExactAccumulation` that is invalid.
 
     Args:
-        others: the keyword arguments, by name.
+        options: the other arguments, by name.
     """
-    rules = {
-        "loss_fn": (_FUNCTION, "It is called as `loss_fn(outputs, batch)`."),
-        "reduction": (one_of("mean", "sum"), "Say whether the loss is a mean or a sum over its items."),
-        "count_items": (_FUNCTION, "It returns the number of loss items of a batch."),
-        "on_inexact": (one_of("error", "warn", "ignore"), "Say what to do if the loss cannot be accumulated exactly."),
-        "audit": (_FLAG, "Say whether to compare some gradients with that of one batch."),
-    }
-    faults = [rule.fault(name, others[name], remedy) for name, (rule, remedy) in rules.items()]
+    faults = faults_of_options(options)
     if not isinstance(model, nn.Module):
         faults.append(
             f"`model` must be a torch.nn.Module, but is {shown(model)} instead. Give the model that you train."
+        )
+    elif next(model.parameters(), None) is None:
+        faults.append(
+            f"`model` has no parameters to train. It is a {type(model).__name__}. Give the model whose weights the "
+            "optimizer updates."
         )
     if accelerator is not None and not isinstance(accelerator, Accelerator):
         faults.append(
             f"`accelerator` must be an accelerate.Accelerator or None, but is {shown(accelerator)} instead. Leave it "
             "out in a loop without Accelerate."
         )
-    scaler = others["scaler"]
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         faults.append(f"`scaler` must be a torch.amp.GradScaler or None, but is {shown(scaler)} instead.")
     elif scaler is not None and accelerator is not None:
         faults.append(
             "`scaler` and `accelerator` are both given, but an Accelerator has its own scaler. Give one of them."
         )
-    refuse([fault for fault in faults if fault is not None])
+    refuse(faults)
 
 
 def check_loader(loader: Any, k: Any) -> None:

@@ -6,7 +6,8 @@ import transformers
 from torch import nn
 from transformers import Trainer
 
-from ..errors import SettingsError
+from ..errors import SettingsError, refuse
+from ..runtime.wrapped_models import DATA_PARALLEL, faults_of_model
 
 _NEWEST_CHANGE = "5.19"  # since then, `loss_is_scaled_for_ga` tells a Trainer to use the loss as it is
 _OURS = ("compute_loss", "get_batch_samples")
@@ -39,15 +40,17 @@ def check_trainer_class(trainer_class: Any) -> None:
 
 
 def check_overrides(trainer_class: type, exact_class: type) -> None:
-    """Raise TypeError if a subclass overrides a method that weighs the loss."""
+    """Raise SettingsError if a subclass overrides a method that weighs the loss."""
     subclasses = trainer_class.__mro__[: trainer_class.__mro__.index(exact_class)]
-    for name in _OURS:
-        if any(name in vars(subclass) for subclass in subclasses):
-            raise TypeError(
-                f"`{trainer_class.__name__}.{name}` would run outside of the weighting that `exact` adds, and change "
-                f"it. Define it in a class without `exact`, and decorate that one: `@ftaccum.exact` above "
-                f"`class {trainer_class.__name__}(Trainer)`."
-            )
+    refuse(
+        [
+            f"`{trainer_class.__name__}.{name}` would run outside of the weighting that `exact` adds, and change it. "
+            "Define it in a class without `exact`, and decorate that one: `@ftaccum.exact` above "
+            f"`class {trainer_class.__name__}(Trainer)`."
+            for name in _OURS
+            if any(name in vars(subclass) for subclass in subclasses)
+        ]
+    )
 
 
 def known_as_inexact(trainer: Any) -> list[str]:
@@ -63,36 +66,22 @@ def known_as_inexact(trainer: Any) -> list[str]:
 
 def check_trainer(trainer: Any) -> None:
     """Raise SettingsError if a trainer is configured for something that has not been shown to be exact."""
-    refuse = SettingsError
-    accelerator, args = trainer.accelerator, trainer.args
-    if args.n_gpu > 1:
-        raise refuse(
-            [
-                f"`DataParallel` would split each micro-batch over {args.n_gpu} devices and average their losses with "
-                "equal weights, which is not exact. Launch one process per device: `torchrun --nproc_per_node "
-                f"{args.n_gpu}` or `accelerate launch`."
-            ]
-        )
+    accelerator = trainer.accelerator
+    is_fsdp = trainer.is_fsdp_enabled, trainer.is_fsdp_xla_enabled, trainer.is_distributed_loading_by_transformers
     kinds = {
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": any(
-            (trainer.is_fsdp_enabled, trainer.is_fsdp_xla_enabled, trainer.is_distributed_loading_by_transformers)
-        ),
-        "Tensor, context or sequence parallelism": getattr(accelerator, "parallelism_config", None) is not None,
+        "FSDP": any(is_fsdp),
+        "tensor, context or sequence parallelism": getattr(accelerator, "parallelism_config", None) is not None,
     }
-    for kind in (kind for kind, is_on in kinds.items() if is_on):
-        raise refuse(
-            [
-                f"{kind} is configured, but `exact` has not been shown to be exact with it. Use a single process or "
-                "data parallelism (DDP)."
-            ]
-        )
+    configured = [kind for kind, is_on in kinds.items() if is_on]
+    faults = faults_of_model(trainer.model, accelerator.num_processes, "exact", configured)
+    if trainer.args.n_gpu > 1 and DATA_PARALLEL not in faults:
+        faults.append(DATA_PARALLEL)
     if accelerator.num_processes > 1 and not accelerator.even_batches:
-        raise refuse(
-            [
-                "`accelerator_config.even_batches` is False, so processes may have unequal numbers of batches and wait "
-                "for each other forever. Leave it out: repeated rows get no weight."
-            ]
+        faults.append(
+            "`accelerator_config.even_batches` is False, so processes may have unequal numbers of batches and wait for "
+            "each other forever. Leave it out: repeated rows get no weight."
         )
     if isinstance(trainer.model, nn.parallel.DistributedDataParallel):
-        raise refuse(["`model` is wrapped in DistributedDataParallel. Give the model itself: Trainer wraps it."])
+        faults.append("`model` is wrapped in DistributedDataParallel. Give the model itself: Trainer wraps it.")
+    refuse(faults)

@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed
 
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 
 class LoopAccelerator:
     """The part of Accelerate's interface that accumulates a gradient, over the user's Accelerator or over plain torch.
@@ -36,11 +38,11 @@ class LoopAccelerator:
 
     @property
     def mixed_precision(self) -> str:
-        """The 16-bit type in which autocast runs the passes, or "no"."""
+        """The precision in which autocast runs the passes, in Accelerate's words; "no" without autocast."""
         if self._accelerator is not None:
             return str(self._accelerator.mixed_precision)
         device = self.device.type
-        return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "no"
+        return _PRECISIONS.get(torch.get_autocast_dtype(device), "no") if torch.is_autocast_enabled(device) else "no"
 
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:  # noqa: ARG002
