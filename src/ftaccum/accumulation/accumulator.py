@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ from ..errors import DataError
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, Means, WeightedMeans
 from ..objective.objective import Objective
+from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
@@ -44,7 +44,7 @@ class GradientAccumulator:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accelerator: AccumulationBackend,
         model: nn.Module,
         objective: Objective,
         strategy: GradientStrategy,

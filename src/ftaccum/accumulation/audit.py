@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -25,6 +24,7 @@ from ..objective.hidden_state import find_hidden_state
 from ..objective.normalizer import gathered
 from ..objective.objective import Objective
 from ..objective.probe import relative
+from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host, peak_of_process
 from ..runtime.memory import WindowOutOfMemoryError, give_back_memory, is_out_of_memory
@@ -70,7 +70,7 @@ class GradientAuditor:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accelerator: AccumulationBackend,
         model: nn.Module,
         objective: Objective,
         strategy: GradientStrategy,

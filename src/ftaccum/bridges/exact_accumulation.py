@@ -175,8 +175,7 @@ class ExactAccumulation:
     @cached_property
     def _accumulator(self) -> GradientAccumulator:
         strategy = AveragedGradients(self._inner)
-        runner: Any = self._runner
-        return GradientAccumulator(runner, self._inner, self._known.objective, strategy, self._process_group)
+        return GradientAccumulator(self._runner, self._inner, self._known.objective, strategy, self._process_group)
 
     @cached_property
     def _audits(self) -> WindowAudits:

@@ -10,8 +10,9 @@ A loss may have several terms, each a mean over its own kind of items. Each term
 from collections.abc import Mapping, Sequence
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
+
+from ..runtime.accumulation_backend import AccumulationBackend
 
 Counts = Mapping[str, float]  # loss items by term; whole numbers, unless the count adds up weights
 Means = Mapping[str, Tensor]  # mean loss by term, each a scalar
@@ -24,7 +25,7 @@ class LossNormalizer:
         self,
         counts: Sequence[Counts],
         terms: Sequence[str],
-        accelerator: Accelerator,
+        accelerator: AccumulationBackend,
         factor: float = 1.0,
         *,
         n_divided_by: int | None = None,
@@ -111,7 +112,7 @@ def means_of_sums(sums: Means, counts: Counts) -> dict[str, Tensor]:
     return {term: widened(found) / (counts[term] or 1) for term, found in sums.items()}
 
 
-def gathered(means: Sequence[WeightedMeans], accelerator: Accelerator) -> list[WeightedMeans]:
+def gathered(means: Sequence[WeightedMeans], accelerator: AccumulationBackend) -> list[WeightedMeans]:
     """Sum each of `means` over all processes and copy it to the host, with a single collective and a single wait."""
     if not means:
         return []

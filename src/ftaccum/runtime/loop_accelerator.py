@@ -12,7 +12,7 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class LoopAccelerator:
-    """The part of Accelerate's interface that accumulates a gradient, over the user's Accelerator or over plain torch.
+    """An `AccumulationBackend` over the user's Accelerator or over plain torch.
 
     The steps of a window are counted here. So the user's Accelerator keeps its own number of accumulation steps.
 
