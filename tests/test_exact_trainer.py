@@ -374,18 +374,31 @@ class StopAt(TrainerCallback):
             raise StoppedError
 
 
-@pytest.mark.parametrize("strategy", ["random", pytest.param("batch_rebalance", marks=SLOW)])
-def test_a_run_that_resumes_in_mid_epoch_has_the_same_weights_bit_for_bit(tmp_path: Path, strategy: str) -> None:
-    given: dict[str, Any] = {"num_train_epochs": 2, "train_sampling_strategy": strategy, "rows": CLASSIFIER.rows(14)}
+@pytest.mark.parametrize(
+    ("strategy", "planner"),
+    [
+        ("random", False),
+        pytest.param("batch_rebalance", False, marks=SLOW),
+        pytest.param("group_by_length", False, marks=SLOW),
+        pytest.param("random", True, marks=SLOW),
+    ],
+)
+def test_a_run_that_resumes_in_mid_epoch_has_the_same_weights_bit_for_bit(
+    tmp_path: Path, strategy: str, planner: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(globals(), "Listed", list)  # the planner knows the lengths of a list
+    rows, trainer_class = CLASSIFIER.rows(14), exact(planner=planner)(Trainer)
+    given: dict[str, Any] = {"num_train_epochs": 2, "train_sampling_strategy": strategy, "rows": rows}
     given |= {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
-    whole = trained(ExactTrainer, tmp_path / "whole", **given)
+    whole = trained(trainer_class, tmp_path / "whole", **given)
     with pytest.raises(StoppedError):
-        trained(ExactTrainer, tmp_path / "cut", callbacks=[StopAt(6)], **given)  # in the second epoch of 4 updates
+        trained(trainer_class, tmp_path / "cut", callbacks=[StopAt(6)], **given)  # in the second epoch of 4 updates
     set_seed(1)
-    trainer = trainer_of(ExactTrainer, dropout_model(), tmp_path / "cut", **given)
+    trainer = trainer_of(trainer_class, dropout_model(), tmp_path / "cut", **given)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-6"))
     assert trainer.state.global_step == 8
     assert equal(weights_of(trainer), whole)
+    assert "has no effect" not in capsys.readouterr().err
 
 
 class Events(TrainerCallback):
@@ -599,7 +612,14 @@ def test_windows_of_two_processes_are_exact_and_the_rest_of_trainer_works(two_pr
     assert min(gradient for gradient, *_ in found["unchanged"].values()) > FAR
     assert max(found["dispatched"]) < 1e-10
     assert found["resumed"]
-    uneven, wrapped = found["refusals"]
+    for gradient, loss, windows, arrived in found["planned"].values():
+        assert gradient < 1e-10
+        assert loss < LOGGED
+        assert windows == arrived
+    rows_of_epochs = list(chain(*found["grouped with dropout"]))
+    assert sorted(rows_of_epochs[:13]) == sorted(rows_of_epochs[13:]) == list(range(13))
+    uneven, wrapped, apart = found["refusals"]
+    assert "`dispatch_batches` is False and `train_dataset` is a stream" in apart.replace("accelerator_config.", "")
     assert "`accelerator_config.even_batches` is False" in uneven
     assert "`model` is wrapped in DistributedDataParallel" in wrapped
 

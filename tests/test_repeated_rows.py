@@ -147,21 +147,23 @@ def test_rows_that_complete_a_dealt_batch_are_left_out(n_dealt: int, wanted: tup
 # ---- One order for all processes -------------------------------------------------------------------------------------
 
 
-def grouped_order(seed: int, epoch: int, draws: int) -> list[int]:
+def grouped_order(seed: int, epoch: int, *, is_sharded: bool = True, draws: int = 0) -> list[int]:
     sampler = LengthGroupedSampler(2, lengths=[n % 7 + 1 for n in ROWS])
-    shard = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False))
-    share_order(DataLoader(ROWS, batch_sampler=shard), seed)
+    batches = BatchSampler(sampler, 2, drop_last=False)
+    loader: Any = DataLoaderShard(ROWS, batch_sampler=BatchSamplerShard(batches) if is_sharded else batches)
+    share_order(loader, seed)
     torch.rand(draws)  # dropout
-    sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    loader.set_epoch(epoch)
     return list(sampler)
 
 
 def test_rows_grouped_by_length_have_an_order_that_follows_from_seed_and_epoch() -> None:
-    orders = {(seed, epoch): grouped_order(seed, epoch, 0) for seed, epoch in [(0, 0), (0, 1), (7, 0)]}
+    orders = {(seed, epoch): grouped_order(seed, epoch) for seed, epoch in [(0, 0), (0, 1), (7, 0)]}
     assert len(set(map(tuple, orders.values()))) == 3
     for place, order in orders.items():
         assert sorted(order) == list(ROWS)
         assert grouped_order(*place, draws=5) == order
+        assert grouped_order(*place, is_sharded=False) == order
 
 
 # ---- Names of other libraries that subclasses and loaders rely on ----------------------------------------------------

@@ -9,18 +9,21 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, set_seed
 
+import trainers
 from ftaccum import SettingsError, exact
 from heads import HEADS, IGNORED, Row, all_in_float64, one_batch
 from interrupted import model as dropout_model
 from trained_windows import read_window_errors
-from trainers import Listed, arguments, window_errors
+from trainers import Listed, arguments, gradients, window_errors
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
@@ -46,6 +49,23 @@ class Gathering(Trainer):
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
 
+class OwnBatches(Trainer):
+    """A Trainer whose loader has a batch sampler that the user wrote, of batches of unequal sizes."""
+
+    def get_train_dataloader(self) -> Any:
+        rows: Any = self.train_dataset
+        batches = [[8, 0], [1, 2, 3], [4], [5], [6, 7]]
+        return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=self.data_collator))
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+
 def always_divided(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     logits = outputs["logits"].flatten(0, -2)
     loss = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -69,6 +89,7 @@ CASES: dict[str, tuple[Any, list[Row], int, dict[str, Any]]] = {
         CLASSIFIER, CLASSIFIER.rows(13), 2, {**EPOCH, "train_sampling_strategy": "group_by_length"},
     ),
     "3 rows": (CLASSIFIER, CLASSIFIER.rows(3), 2, {}),
+    "own batches, 9 rows": (CLASSIFIER, CLASSIFIER.rows(9), 2, {"class": OwnBatches}),
     "causal LM": (CAUSAL, CAUSAL.rows(9), 2, {}),
     "one process without labels": (TOKENS, with_an_ignored_half(TOKENS, 9), 2, {}),
     "split batches": (
@@ -104,8 +125,39 @@ def errors(trainer_class: Any, case: str) -> list[Any]:
     return [max(gather_object(gradient)), max(gather_object(loss)), windows]
 
 
+def planned() -> dict[str, list[Any]]:
+    """Return the errors and windows with the planner, and the windows without it."""
+    found = {}
+    for strategy in ("random", "group_by_length"):
+        rows, given = TOKENS.rows(23), {**EPOCH, "train_sampling_strategy": strategy}
+        with quiet(), all_in_float64(), patch.object(trainers, "Listed", list):  # the lengths of a list are known
+            gradient, loss, windows = read_window_errors(
+                exact(planner=True)(Trainer), TOKENS.model(), rows, k=3, **given
+            )
+            *_, arrived = read_window_errors(exact(Trainer), TOKENS.model(), rows, k=3, **given)
+        found[strategy] = [max(gather_object(gradient)), max(gather_object(loss)), windows, arrived]
+    return found
+
+
+def grouped_with_dropout() -> list[list[int]]:
+    """Return the windows of two epochs in an order that is drawn, while dropout moves each process's generator."""
+    with quiet():
+        *_, windows = read_window_errors(
+            exact(Trainer),
+            dropout_model(),
+            CLASSIFIER.rows(13),
+            k=2,
+            train_sampling_strategy="group_by_length",
+            **EPOCH,
+        )
+    return windows
+
+
 def dispatched() -> list[float]:
-    """Return the errors if the main process reads all batches. The others cannot record their rows."""
+    """Return the errors if the main process reads all batches, as it does for a stream by default.
+
+    The others cannot record their rows.
+    """
     # The main process concatenates the batches of both, so they have to be of one width.
     rows = [{"input_ids": (row["input_ids"] * 4)[:4], "labels": row["labels"]} for row in CLASSIFIER.rows(11)]
     found = []
@@ -115,7 +167,9 @@ def dispatched() -> list[float]:
         with quiet():
             gradient, _ = window_errors(exact(Trainer), CLASSIFIER.model(), rows, size=8, **given)
         found.append(max(gather_object(gradient)))
-    return found
+    with quiet(), patch.object(trainers, "Listed", Stream):
+        gradient, _ = window_errors(exact(Trainer), CLASSIFIER.model(), rows, size=8, max_steps=2)
+    return [*found, max(gather_object(gradient))]
 
 
 class StopAt(TrainerCallback):
@@ -154,7 +208,7 @@ def resumed() -> bool:
 
 
 def refusals() -> list[str]:
-    """Return the messages about batches that are uneven, and a model that is wrapped."""
+    """Return the messages about batches that are uneven, a model that is wrapped, and a stream that is not dealt."""
     found = []
     wrapped = nn.parallel.DistributedDataParallel(CLASSIFIER.model())
     uneven = {"accelerator_config": {"even_batches": False}}
@@ -164,6 +218,11 @@ def refusals() -> list[str]:
                 exact(Trainer)(model=model, args=arguments(folder, **given), train_dataset=Listed(CLASSIFIER.rows()))
         except SettingsError as error:
             found.append(str(error))
+    apart = {"accelerator_config": {"dispatch_batches": False}, "max_steps": 1}
+    try:
+        gradients(exact(Trainer), CLASSIFIER.model(), Stream(CLASSIFIER.rows()), **apart)
+    except SettingsError as error:
+        found.append(str(error))
     return found
 
 
@@ -184,6 +243,8 @@ else:
         "exact": {case: errors(None, case) for case in CASES},
         "unchanged": {case: errors(Trainer, case) for case in ("9 rows", "causal LM", "balanced, 10 rows")},
         "dispatched": dispatched(),
+        "planned": planned(),
+        "grouped with dropout": grouped_with_dropout(),
         "resumed": resumed(),
         "refusals": refusals(),
     }

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -10,7 +11,8 @@ class SharedLengthGroups(LengthGroupedSampler):
     """Rows grouped by length, in an order that follows from the seed and the epoch.
 
     Trainer's sampler draws from the generator of its process. Dropout moves these generators apart, so that from the
-    second epoch on, processes would share out different orders: some rows would come twice, and others not at all.
+    second epoch on, processes would share out different orders: some rows would come twice, and others not at all. And
+    a run that resumes within an epoch would draw another order, because Trainer restores the generator after it.
     """
 
     seed: int
@@ -21,12 +23,14 @@ class SharedLengthGroups(LengthGroupedSampler):
 
 
 def share_order(loader: Any, seed: int) -> None:
-    """Make the sampler of a loader draw the same order on all processes, if it does not do so already.
+    """Make the sampler of a loader draw one order on all processes, and again on resume, if it does not do so already.
 
     Like the samplers of `repeated_rows`, it becomes an object of another class, since loaders hold it.
     """
-    shard = getattr(loader, "batch_sampler", None)
-    sampler: Any = getattr(getattr(shard, "batch_sampler", None), "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, BatchSamplerShard):
+        batches = batches.batch_sampler
+    sampler: Any = getattr(batches, "sampler", None)
     if type(sampler) is LengthGroupedSampler and sampler.generator is None:
         sampler.__class__ = SharedLengthGroups
         sampler.seed = seed

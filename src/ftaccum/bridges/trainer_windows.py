@@ -46,9 +46,7 @@ class TrainerWindows:
                 the same.
         """
         self._trainer, self._accelerator, self._compute_loss = trainer, trainer.accelerator, compute_loss
-        if trainer.accelerator.num_processes > 1:
-            seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-            share_order(loader, seed)
+        share_order(loader, trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed)
         self._repeated = RepeatedRows(loader, trainer.accelerator, _planned(trainer, loader))
         self._process_group = lasting_process_group(trainer.accelerator.num_processes)
         self.in_pass = False  # whether a forward and backward pass of a window is running
