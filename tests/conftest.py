@@ -28,6 +28,7 @@ from accelerate.utils import set_seed  # noqa: E402
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
     collect_ignore = [
         "test_exact_trainer.py", "test_exact_trainer_refusals.py", "test_exact_trainer_windows.py", "test_exact_trl.py",
+        "test_repeated_rows.py",
     ]  # fmt: skip
 
 TESTS = Path(__file__).parent
