@@ -12,12 +12,14 @@ from torch import Tensor
 from batch_audits import FILL, auditor_of, dummy, micro_batch, objective_of, sample_of, weighted_error, window_of
 from ftaccum.accumulation.audit import Audit
 from ftaccum.data.batches import join, padded, take
+from ftaccum.data.column_fills import ColumnFills
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.process_group import SINGLE
 from ftaccum.settings import Runtime
 from heads import HEADS, IGNORED, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 SIZES = (3, 1, 4, 1)
+FILLS = ColumnFills(FILL, {})
 LLAMA = HEADS["causal LM, Llama"]
 SEVERAL = [
     "causal LM, Llama",
@@ -228,7 +230,6 @@ def test_columns_as_wide_as_the_tokens_are_padded_and_those_of_a_decoder_to_thei
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "completion_mask": torch.ones_like(ids, dtype=torch.bool),
-            "boxes": torch.ones(rows, width, 4),
             "labels": labels,
             "decoder_input_ids": labels,
         }
@@ -238,7 +239,6 @@ def test_columns_as_wide_as_the_tokens_are_padded_and_those_of_a_decoder_to_thei
     assert joined["input_ids"].tolist() == [[5, 5, 5, 9, 9]] * 2 + [[5] * 5]
     assert joined["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 2 + [[1] * 5]
     assert joined["completion_mask"].tolist() == [[True, True, True, False, False]] * 2 + [[True] * 5]
-    assert joined["boxes"].sum((1, 2)).tolist() == [12, 12, 20]
     assert joined["labels"].tolist() == [[7] * 6] * 2 + [[7, 7, *[IGNORED] * 4]]
     assert joined["decoder_input_ids"].tolist() == [[7] * 6] * 2 + [[7, 7, 9, 9, 9, 9]]
 
@@ -286,26 +286,26 @@ def test_a_batch_is_padded_to_a_width() -> None:
     widest = one_batch(rows)
     narrow = one_batch(rows[:2])
     width = widest["input_ids"].shape[1] + 3
-    found = padded(narrow, width, FILL)
+    found = padded(narrow, width, FILLS)
     assert {value.shape for value in found.values()} == {(2, width)}
     assert equal({name: value[:, : narrow[name].shape[1]] for name, value in found.items()}, narrow)
     assert set(found["labels"][:, narrow["labels"].shape[1] :].flatten().tolist()) == {IGNORED}
     assert set(found["attention_mask"][:, narrow["labels"].shape[1] :].flatten().tolist()) == {0}
-    assert padded(narrow, narrow["input_ids"].shape[1], FILL) is narrow
+    assert padded(narrow, narrow["input_ids"].shape[1], FILLS) is narrow
     image = {"pixel_values": torch.zeros(2, 1, 8, 8)}
-    assert padded(image, 9, FILL) is image
+    assert padded(image, 9, FILLS) is image
 
 
 def test_padding_leaves_labels_per_class_and_a_decoder_alone() -> None:
     batch = {"input_ids": ids(3), "labels": torch.ones(2, 3)}
-    assert padded(batch, 5, FILL)["labels"].shape == (2, 3)
+    assert padded(batch, 5, FILLS)["labels"].shape == (2, 3)
     batch = {"input_ids": ids(3), "labels": ids(3), "decoder_input_ids": ids(3)}
-    found = padded(batch, 5, FILL)
+    found = padded(batch, 5, FILLS)
     assert {name: value.shape[1] for name, value in found.items()} == {
         "input_ids": 5, "labels": 3, "decoder_input_ids": 3,
     }  # fmt: skip
     choices = one_batch(HEADS["multiple choice, BERT"].rows(2))
-    assert padded(choices, 20, FILL)["input_ids"].shape == (2, 3, 20)
+    assert padded(choices, 20, FILLS)["input_ids"].shape == (2, 3, 20)
 
 
 def test_span_heads_padded_to_one_width_are_at_rounding(accelerator: Accelerator) -> None:
@@ -315,7 +315,7 @@ def test_span_heads_padded_to_one_width_are_at_rounding(accelerator: Accelerator
     whole = one_batch(rows)
     parts = [one_batch(rows[:4]), take(whole, range(4, 9))]
     errors = []
-    for batches in (parts, [padded(batch, whole["input_ids"].shape[1], FILL) for batch in parts]):
+    for batches in (parts, [padded(batch, whole["input_ids"].shape[1], FILLS) for batch in parts]):
         sample = sample_of([micro_batch(objective, batch) for batch in batches], objective, SINGLE)
         assert sample is not None
         audit = auditor_of(accelerator, model, objective, SINGLE, model).audit(sample, tolerance=None)

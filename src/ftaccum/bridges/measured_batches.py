@@ -8,6 +8,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..data.batches import can_be_taken_apart, join, take, trimmed
+from ..data.column_fills import columns_of, is_along
 from ..data.probe_rows import unlike_places
 from ..errors import DataError
 from ..objective.item_counts import Batch, ItemCounter, rows_of, targets_of
@@ -90,21 +91,23 @@ def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id:
 
     Rows that have other columns or shapes than the longest one are left out.
     """
-    fill = {"input_ids": pad_token_id, "labels": ignore_index}
     longest = max(rows, key=lambda row: row.length, default=None)
     if longest is None:
         return None
+    unknown = dict.fromkeys(columns_of(longest.batch), 0)
+    fill = unknown | {"input_ids": pad_token_id, "labels": ignore_index}
     chosen = _unlike([row for row in rows if join([longest.batch, row.batch], fill) is not None])
-    together = trimmed(join([row.batch for row in chosen], fill))
+    along = _along_tokens([row.batch for row in rows])
+    together = trimmed(join([row.batch for row in chosen], fill), along)
 
     def cut(batch: Batch, groups: Groups) -> list[Batch]:
         return [take(batch, group) for group in groups]
 
     return Sample(
-        longest=trimmed(longest.batch),
+        longest=trimmed(longest.batch, along),
         together=together,
         cut=cut,
-        collated=lambda groups: [trimmed(part) for part in cut(together, groups)],
+        collated=lambda groups: [trimmed(part, along) for part in cut(together, groups)],
         names=[row.name for row in chosen],
     )
 
@@ -112,6 +115,19 @@ def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id:
 def _unlike(rows: Sequence[CollatedRow]) -> list[CollatedRow]:
     places, _ = unlike_places([row.length for row in rows], [row.kind for row in rows])
     return [rows[place] for place in places]
+
+
+def _along_tokens(rows: Sequence[Batch]) -> set[str]:
+    """Return the columns that have the shape of the attention mask in all rows, if the rows have several widths."""
+    columns = [columns_of(row) for row in rows]
+    masks = [of_row.get("attention_mask") for of_row in columns]
+    if len({mask.shape for mask in masks if mask is not None}) < 2:
+        return set()
+    return {
+        name
+        for name in columns[0]
+        if all(m is not None and is_along(of_row.get(name), m) for of_row, m in zip(columns, masks, strict=True))
+    }
 
 
 def _length(row: Batch) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..data.batches import padded
+from ..data.column_fills import ColumnFills, values_at_padding
 from ..errors import SettingsError
 from ..objective.item_counts import Batch, targets_of
 from ..runtime.process_group import ProcessGroup
@@ -28,9 +29,10 @@ def at_one_width(batches: Sequence[Batch], fill: Mapping[str, int], process_grou
 
     Args:
         batches: this process's batches.
-        fill: the padding of columns.
+        fill: the padding of columns, unless the batches show another one.
 
     Raises:
+        DataError: on all processes, if the padding of a column is unknown.
         SettingsError: on all processes, if a batch is padded on the left, where more padding would move its tokens.
     """
     ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
@@ -44,4 +46,14 @@ def at_one_width(batches: Sequence[Batch], fill: Mapping[str, int], process_grou
             ]
         )
     width = max(process_group.gather(max((each.shape[-1] for each in ids), default=0)))
-    return [padded(batch, width, fill) for batch in batches]
+    fills = ColumnFills(fill, _seen_by_all(batches, process_group))
+    return process_group.run_on_all(lambda: [padded(batch, width, fills) for batch in batches])
+
+
+def _seen_by_all(batches: Sequence[Batch], process_group: ProcessGroup) -> dict[str, set[float]]:
+    """Return the values that columns have at padding, on any process."""
+    merged: dict[str, set[float]] = {}
+    for seen in process_group.gather(values_at_padding(batches)):
+        for name, values in seen.items():
+            merged.setdefault(name, set()).update(values)
+    return merged
