@@ -110,10 +110,11 @@ class TrainerWindows:
         On several processes, do not audit a loss of the user's own. It may communicate with the other processes, which
         do not run the same passes in an audit.
         """
-        if reason := self._not_audited():
-            logger.info(f"No update is audited: {reason}.") if self._trainer.state.global_step == 0 else None
-            return
         state = self._trainer.state
+        if reason := self._not_audited():
+            if state.global_step == 0:
+                logger.info(f"No update is audited: {reason}.")
+            return
         if self._audits is None or self._audited_state is not state:
             self._audits, self._audited_state = self._new_audits(), state
         self._audits.before_window(micro_batches, state.global_step + 1, int(state.epoch or 0))
