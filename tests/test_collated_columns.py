@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ftaccum import DataError, ExactAccumulation
+from ftaccum import DataError, ExactAccumulation, PaddingWarning
 from ftaccum.bridges.window_width import at_one_width
 from ftaccum.data.batches import join, trimmed
 from ftaccum.runtime.process_group import SINGLE
@@ -116,3 +116,48 @@ def test_a_loop_with_other_columns_along_the_tokens_is_exact_and_raises_no_false
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert relative_error(found, wanted) < 1e-9  # type: ignore[arg-type]
     assert [audit["error"] < 1e-9 for audit in accumulation.audits] == [True]
+
+
+class LastState(nn.Module):
+    """A classifier whose result depends on the padding after the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.rnn = nn.Embedding(9, 4).double(), nn.LSTM(4, 5, batch_first=True).double()
+        self.classes = nn.Linear(5, 3).double()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.classes(self.rnn(self.table(input_ids))[0][:, -1])
+
+
+def without_mask(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    batch = masked(lengths, max(lengths))
+    ids = batch["attention_mask"] * (1 + torch.arange(max(lengths)) + torch.tensor(lengths)[:, None]) % 9
+    return ids, torch.tensor(lengths) % 3
+
+
+def as_dict(pair: tuple[Tensor, Tensor]) -> Any:
+    return {"input_ids": pair[0], "labels": pair[1]}
+
+
+def as_pair_of_dict(pair: tuple[Tensor, Tensor]) -> Any:
+    return {"input_ids": pair[0]}, pair[1]
+
+
+@pytest.mark.parametrize("form", [tuple, as_dict, as_pair_of_dict])
+def test_padding_without_a_mask_is_measured_and_rows_get_one_width(form: Any) -> None:
+    model, lengths = LastState(), [2, 3, 1, 5, 4, 2, 3, 4]
+    ids, labels = without_mask(lengths)
+    F.cross_entropy(model(ids), labels).backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    def loss_fn(logits: Tensor, targets: Any) -> Tensor:
+        return F.cross_entropy(logits, targets if isinstance(targets, Tensor) else targets["labels"])
+
+    accumulation = ExactAccumulation(model, loss_fn=loss_fn)
+    with pytest.warns(PaddingWarning, match="Padding counts"):
+        accumulation.backward([form(without_mask(lengths[n : n + 2])) for n in range(0, 8, 2)])
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert relative_error(found, wanted) < 1e-12  # type: ignore[arg-type]

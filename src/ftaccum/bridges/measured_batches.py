@@ -7,7 +7,7 @@ from itertools import chain
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..data.batches import can_be_taken_apart, join, take, trimmed
+from ..data.batches import as_mapping, can_be_taken_apart, in_form_of, join, take, trimmed
 from ..data.column_fills import columns_of, is_along
 from ..data.probe_rows import unlike_places
 from ..errors import DataError
@@ -94,6 +94,10 @@ def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id:
     longest = max(rows, key=lambda row: row.length, default=None)
     if longest is None:
         return None
+    own_form = longest.batch
+    if _shows_padding(rows, pad_token_id):
+        rows = [replace(row, batch=as_mapping(row.batch)) for row in rows]
+        longest = replace(longest, batch=as_mapping(longest.batch))
     unknown = dict.fromkeys(columns_of(longest.batch), 0)
     fill = unknown | {"input_ids": pad_token_id, "labels": ignore_index}
     chosen = _unlike([row for row in rows if join([longest.batch, row.batch], fill) is not None])
@@ -103,13 +107,26 @@ def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id:
     def cut(batch: Batch, groups: Groups) -> list[Batch]:
         return [take(batch, group) for group in groups]
 
+    def collated(groups: Groups) -> list[Batch]:
+        """Join the rows of each group as their batches have them, at the width of the widest one."""
+        joined = (join([chosen[n].batch for n in group], fill) for group in groups)
+        return [in_form_of(own_form, trimmed(each, along)) for each in joined]
+
     return Sample(
-        longest=trimmed(longest.batch, along),
-        together=together,
+        longest=in_form_of(own_form, trimmed(longest.batch, along)),
+        together=in_form_of(own_form, together),
         cut=cut,
-        collated=lambda groups: [trimmed(part, along) for part in cut(together, groups)],
+        collated=collated,
         names=[row.name for row in chosen],
     )
+
+
+def _shows_padding(rows: Sequence[CollatedRow], pad_token_id: int) -> bool:
+    """Return whether rows without a mapping are token ids, of which some end with padding. Others may have no padding,
+    but batches of rows of one length."""
+    columns = [as_mapping(row.batch) for row in rows]
+    last = [int(each["input_ids"][0, -1]) for each in columns if isinstance(each, Mapping) and "input_ids" in each]
+    return len(last) == len(rows) and len({token == pad_token_id for token in last}) == 2
 
 
 def _unlike(rows: Sequence[CollatedRow]) -> list[CollatedRow]:
@@ -131,6 +148,7 @@ def _along_tokens(rows: Sequence[Batch]) -> set[str]:
 
 
 def _length(row: Batch) -> int:
+    row = as_mapping(row)
     ids = row.get("input_ids") if isinstance(row, Mapping) else None
     if not isinstance(ids, Tensor):
         return 1

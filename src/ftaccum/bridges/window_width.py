@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..data.batches import padded
+from ..data.batches import as_mapping, in_form_of, padded
 from ..data.column_fills import ColumnFills, values_at_padding
 from ..errors import SettingsError
 from ..objective.item_counts import Batch, targets_of
@@ -35,9 +35,9 @@ def at_one_width(batches: Sequence[Batch], fill: Mapping[str, int], process_grou
         DataError: on all processes, if the padding of a column is unknown.
         SettingsError: on all processes, if a batch is padded on the left, where more padding would move its tokens.
     """
-    ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
-    masks = [batch["attention_mask"] for batch in batches if batch.get("attention_mask") is not None]
-    is_left = any(mask.ndim == 2 and not bool(torch.as_tensor(mask)[:, 0].all()) for mask in masks)
+    columns = [as_mapping(batch) for batch in batches]
+    ids = [each["input_ids"] for each in columns if isinstance(each, Mapping) and "input_ids" in each]
+    is_left = any(_is_padded_on_the_left(each, fill["input_ids"]) for each in columns if isinstance(each, Mapping))
     if process_group.any(is_left):
         raise SettingsError(
             [
@@ -47,7 +47,17 @@ def at_one_width(batches: Sequence[Batch], fill: Mapping[str, int], process_grou
         )
     width = max(process_group.gather(max((each.shape[-1] for each in ids), default=0)))
     fills = ColumnFills(fill, _seen_by_all(batches, process_group))
-    return process_group.run_on_all(lambda: [padded(batch, width, fills) for batch in batches])
+    wide = process_group.run_on_all(lambda: [padded(each, width, fills) for each in columns])
+    return [in_form_of(batch, each) for batch, each in zip(batches, wide, strict=True)]
+
+
+def _is_padded_on_the_left(batch: Mapping[str, Any], pad_token_id: int) -> bool:
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None:
+        return mask.ndim == 2 and not bool(torch.as_tensor(mask)[:, 0].all())
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return False
+    return bool(((ids[:, 0] == pad_token_id) & (ids[:, -1] != pad_token_id)).any())
 
 
 def _seen_by_all(batches: Sequence[Batch], process_group: ProcessGroup) -> dict[str, set[float]]:

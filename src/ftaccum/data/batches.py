@@ -22,6 +22,26 @@ def take(batch: Batch, rows: Sequence[int]) -> Batch:
     return batch[torch.tensor(rows)]
 
 
+def as_mapping(batch: Batch) -> Batch:
+    """Return a pair (inputs, targets) whose inputs are token ids, or a mapping, as a mapping; else the batch itself."""
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        return batch
+    inputs, targets = batch
+    if isinstance(inputs, Mapping):
+        return batch if "labels" in inputs else {**inputs, "labels": targets}
+    are_ids = isinstance(inputs, Tensor) and inputs.ndim == 2 and not inputs.is_floating_point()
+    return {"input_ids": inputs, "labels": targets} if are_ids else batch
+
+
+def in_form_of(batch: Batch, columns: Batch) -> Batch:
+    """Return columns that `as_mapping` may have made in the form of a batch."""
+    if not isinstance(columns, Mapping) or isinstance(batch, Mapping):
+        return columns
+    inputs = {name: value for name, value in columns.items() if name != "labels"}
+    parts = (inputs if isinstance(batch[0], Mapping) else columns["input_ids"], columns["labels"])
+    return type(batch)(parts)
+
+
 def trimmed(batch: Batch, along: Collection[str] = ()) -> Batch:
     """Return a batch without the token positions that are padding in every row, if it has an attention mask.
 
