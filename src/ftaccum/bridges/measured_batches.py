@@ -95,7 +95,7 @@ def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id:
     if longest is None:
         return None
     own_form = longest.batch
-    if _shows_padding(rows, pad_token_id):
+    if not isinstance(own_form, Mapping) and _shows_padding(rows, pad_token_id):
         rows = [replace(row, batch=as_mapping(row.batch)) for row in rows]
         longest = replace(longest, batch=as_mapping(longest.batch))
     unknown = dict.fromkeys(columns_of(longest.batch), 0)
@@ -125,7 +125,8 @@ def _shows_padding(rows: Sequence[CollatedRow], pad_token_id: int) -> bool:
     """Return whether rows without a mapping are token ids, of which some end with padding. Others may have no padding,
     but batches of rows of one length."""
     columns = [as_mapping(row.batch) for row in rows]
-    last = [int(each["input_ids"][0, -1]) for each in columns if isinstance(each, Mapping) and "input_ids" in each]
+    ids = [each.get("input_ids") for each in columns if isinstance(each, Mapping)]
+    last = [int(row[0, -1]) for row in ids if isinstance(row, Tensor) and row.ndim == 2]
     return len(last) == len(rows) and len({token == pad_token_id for token in last}) == 2
 
 
