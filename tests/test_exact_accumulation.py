@@ -28,6 +28,7 @@ from ftaccum import (
     SettingsError,
 )
 from ftaccum.runtime.accelerator import fresh_accelerate_state
+from ftaccum.runtime.gradients.averaged import AveragedGradients
 from ftaccum.runtime.loop_accelerator import LoopAccelerator
 from heads import HEADS, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from test_readme import ROOT, blocks
@@ -247,6 +248,36 @@ def test_audits_follow_weights_that_are_frozen_and_unfrozen() -> None:
         model.body.requires_grad_(update > 3)
         accumulation.backward(loaded(x, labels))
     assert [(audit["audit"], audit["error"] < 1e-12) for audit in accumulation.audits] == [(1, True), (4, True)]
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_audits_leave_the_gradients_of_weights_outside_the_model_alone(is_module: bool) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.classes, self.unused = nn.Linear(3, 3).double(), nn.Parameter(torch.zeros(1))
+
+        def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.classes(outputs), labels)
+
+    model, head, (x, labels) = Net(), Head(), pairs()
+    head(model(x), labels).backward()
+    wanted = gradient_of(head)
+    head.unused.grad = torch.ones(1)  # the gradient before the window, to which it adds
+    loss_fn = head if is_module else lambda outputs, labels: head(outputs, labels)
+    accumulation = ExactAccumulation(model, loss_fn=loss_fn)
+    accumulation.backward(loaded(x, labels))
+    found = gradient_of(head)
+    assert found.pop("unused").item() == 1
+    assert relative_error(found, {name: 2 * gradient for name, gradient in wanted.items()}) < 1e-12
+    assert [audit["error"] < 1e-12 for audit in accumulation.audits] == [True]
+
+
+def test_processes_average_the_gradients_of_a_loss_that_is_a_module() -> None:
+    model, loss = Net(), nn.Linear(3, 3)
+    loss.bias.requires_grad_(False)
+    assert [*AveragedGradients(model, loss, model).parameters] == [*model.parameters(), loss.weight]
 
 
 def test_a_window_that_fails_leaves_no_gradient() -> None:

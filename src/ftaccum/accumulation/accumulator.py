@@ -40,6 +40,7 @@ class GradientAccumulator:
 
     Attributes:
         after_pass: called after each forward and backward pass of a window, except for the last one.
+        before_backward: called with the loss of each pass before its backward pass.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class GradientAccumulator:
         self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
         self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
         self.after_pass: Callable[[], None] = lambda: None
+        self.before_backward: Callable[[Tensor], None] = lambda _: None
         self._gathers_weights = isinstance(model, FSDPModule) and not process_group.is_single
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
@@ -248,6 +250,7 @@ class GradientAccumulator:
     def _backward(self, contribution: Tensor, normalizer: LossNormalizer) -> None:
         """Run the backward pass of a micro-batch, unless its loss is a constant."""
         if contribution.requires_grad:
+            self.before_backward(contribution)
             self._accelerator.backward(normalizer.for_backward(contribution))
 
 

@@ -174,7 +174,7 @@ class ExactAccumulation:
 
     @cached_property
     def _accumulator(self) -> GradientAccumulator:
-        strategy = AveragedGradients(self._inner)
+        strategy = AveragedGradients(self._inner, *self._known.objective.modules)
         return GradientAccumulator(self._runner, self._inner, self._known.objective, strategy, self._process_group)
 
     @cached_property

@@ -1,11 +1,11 @@
 """Audits of the windows of a loop that is not ftaccum's."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..accumulation.accumulator import GradientAccumulator
 from ..accumulation.audit import GradientAuditor
@@ -16,6 +16,7 @@ from ..objective.objective import Objective
 from ..objective.rounding import Rounding
 from ..planning.audit_schedule import AuditSchedule
 from ..runtime.gradients.averaged import AveragedGradients
+from ..runtime.graph_leaves import leaves_besides
 from ..runtime.loop_accelerator import LoopAccelerator
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_gradients
@@ -50,9 +51,11 @@ class WindowAudits:
         self._model, self._objective = model, objective
         self._process_group, self._fill = process_group, fill
         self.found: list[dict[str, Any]] = []
-        strategy, runner = AveragedGradients(model), _as_accelerator(accelerator)
+        strategy, runner = AveragedGradients(model, *objective.modules), _as_accelerator(accelerator)
         buffers = SyncedBuffers(MovingBuffers(model, process_group, objective.modules))
         accumulator = GradientAccumulator(runner, model, objective, strategy, process_group, buffers)
+        accumulator.before_backward = self._keep_others
+        self._others: list[tuple[Tensor, Tensor | None]] = []
         dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
         self._n_windows = 0
         self._handler = AuditHandler(
@@ -87,8 +90,29 @@ class WindowAudits:
 
     @contextmanager
     def _preserving(self) -> Iterator[None]:
-        with self.during(), preserve_gradients(self._model):
+        """Restore all gradients on exit, also those of weights that neither the model nor the loss holds."""
+        with ExitStack() as stack:
+            stack.enter_context(self.during())
+            for module in (self._model, *self._objective.modules):
+                stack.enter_context(preserve_gradients(module))
+            stack.callback(self._restore_others)
             yield
+
+    def _keep_others(self, loss: Tensor) -> None:
+        """Take away the gradients of other weights before the first backward pass that reaches them."""
+        kept = [leaf for leaf, _ in self._others]
+        for leaf in leaves_besides(loss, [*self._known_parameters(), *kept]):
+            self._others.append((leaf, leaf.grad))
+            leaf.grad = None
+
+    def _restore_others(self) -> None:
+        for leaf, gradient in self._others:
+            leaf.grad = gradient
+        self._others.clear()
+
+    def _known_parameters(self) -> Iterator[Tensor]:
+        for module in (self._model, *self._objective.modules):
+            yield from module.parameters()
 
 
 def _as_accelerator(accelerator: LoopAccelerator) -> Any:

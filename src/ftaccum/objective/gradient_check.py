@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..runtime.graph_leaves import leaves_of
 from ..runtime.memory import is_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import preserve_buffers
@@ -111,7 +112,9 @@ class GradientCheck:
 
 def _backward(loss: Tensor) -> None:
     """Run the backward pass, and restore the gradients of all weights, also of those outside the model."""
-    before = [(leaf, leaf.grad) for leaf in _leaves(loss)]
+    before = [(leaf, leaf.grad) for leaf in leaves_of(loss)]
+    for leaf, _ in before:  # a backward pass adds to `grad` in place
+        leaf.grad = None
     try:
         loss.backward()
     except RuntimeError as error:
@@ -126,19 +129,6 @@ def _backward(loss: Tensor) -> None:
     finally:
         for leaf, gradient in before:
             leaf.grad = gradient
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Return the tensors in which the backward pass accumulates gradients."""
-    found, seen, ahead = [], set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found += [node.variable] if hasattr(node, "variable") else []
-        ahead += [following for following, _ in node.next_functions]
-    return found
 
 
 _NO_GRADIENT = (

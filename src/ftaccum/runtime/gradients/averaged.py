@@ -20,17 +20,24 @@ class AveragedGradients(GradientStrategy):
 
     reduces_after_passes = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         """Args:
-        model: the model that runs, without DDP. Its parameters may be frozen and unfrozen between windows.
+        modules: the model that runs, without DDP, and the modules that compute the loss. Their parameters may be frozen
+            and unfrozen between windows.
         """
-        self._model = model
-        tables = (module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))
+        self._modules = modules
+        tables = (
+            module
+            for each in modules
+            for module in each.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        )
         self.sparse_parameters = {table.weight for table in tables if table.sparse}
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        return [p for p in self._model.parameters() if p.requires_grad]
+        found = (p for module in self._modules for p in module.parameters() if p.requires_grad)
+        return list(dict.fromkeys(found))
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """Average the gradients over all processes, and coalesce sparse ones."""
