@@ -280,6 +280,13 @@ def test_processes_average_the_gradients_of_a_loss_that_is_a_module() -> None:
     assert [*AveragedGradients(model, loss, model).parameters] == [*model.parameters(), loss.weight]
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_disabled_gradients_are_refused(context: Callable[[], Any]) -> None:
+    accumulation = ExactAccumulation(Net(), loss_fn=nn.CrossEntropyLoss())
+    with context(), pytest.raises(SettingsError, match=r"needs gradients, but they are disabled.*no_grad"):
+        accumulation.backward(loaded(X, LABELS))
+
+
 def test_a_window_that_fails_leaves_no_gradient() -> None:
     model, (x, labels) = Net(), pairs()
     calls = itertools.count()

@@ -57,8 +57,15 @@ def check_window(window: Any) -> list[Batch]:
     """Return the batches of a window.
 
     Raises:
-        SettingsError: if they are not a list of batches.
+        SettingsError: if they are not a list of batches, or gradients are disabled.
     """
+    if not torch.is_grad_enabled():
+        raise SettingsError(
+            [
+                "`backward` needs gradients, but they are disabled. Call it outside of `torch.no_grad()` and "
+                "`torch.inference_mode()`."
+            ]
+        )
     if not isinstance(window, Sequence) or isinstance(window, str):
         raise SettingsError(
             [
