@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import BatchSampler, RandomSampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from ftaccum.bridges.planned_batches import PlannedBatches
+from ftaccum.bridges.trainer.planned_batches import PlannedBatches
 from workloads import movies
 
 SEED = 42

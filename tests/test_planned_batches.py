@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ftaccum.bridges.planned_batches import PlannedBatches, plan_batches, row_lengths
+from ftaccum.bridges.trainer.planned_batches import PlannedBatches, plan_batches, row_lengths
 from ftaccum.planning.micro_batches import BatchLimits, CostModel, MicroBatchPlanner
 
 # A third of the rows are the longest. Without a limit, the cheapest cut would put many of them into one micro-batch.
@@ -216,7 +216,7 @@ def test_padding_falls_by_half_where_a_few_rows_are_long() -> None:
 
 
 def test_large_windows_are_cut_in_parts_of_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftaccum.bridges.planned_batches._MOST_ROWS", 8)
+    monkeypatch.setattr("ftaccum.bridges.trainer.planned_batches._MOST_ROWS", 8)
     n_placeholders = 0
     for n_rows in (45, 47, 48):  # parts of two rounds
         sampler = Shuffled(range(n_rows))

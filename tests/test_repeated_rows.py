@@ -17,8 +17,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from ftaccum import SettingsError
 from ftaccum.bridges.loader_repeats import without_fill
-from ftaccum.bridges.repeated_rows import DistinctBatches, RepeatedRows
-from ftaccum.bridges.shared_order import share_order
+from ftaccum.bridges.trainer.repeated_rows import DistinctBatches, RepeatedRows
+from ftaccum.bridges.trainer.shared_order import share_order
 
 ROWS: Any = range(40)
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .apps.search.api import search
     from .apps.verify.api import verify
     from .apps.verify.report import Verification
-    from .bridges.exact_accumulation import ExactAccumulation
-    from .bridges.exact_trainer import exact
+    from .bridges.loop.exact_accumulation import ExactAccumulation
+    from .bridges.trainer.exact_trainer import exact
     from .errors import (
         CallbackError,
         CheckpointError,
@@ -74,11 +74,11 @@ __all__ = [
 _MODULES = {
     **dict.fromkeys([name for name in __all__ if name.endswith(("Error", "Warning")) or name == "Preempted"], "errors"),
     **dict.fromkeys(["Accuracy", "ClassificationMetrics", "F1", "MeanSquaredError"], "metrics"),
-    "ExactAccumulation": "bridges.exact_accumulation",
+    "ExactAccumulation": "bridges.loop.exact_accumulation",
     "Plan": "planning.plan",
     "Result": "tracking.result",
     "Verification": "apps.verify.report",
-    "exact": "bridges.exact_trainer",
+    "exact": "bridges.trainer.exact_trainer",
     "plan": "apps.plan",
     "search": "apps.search.api",
     "test_fine_tuning": "fine_tuning",

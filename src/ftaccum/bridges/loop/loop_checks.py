@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..errors import SettingsError, refuse, shown
-from ..fields import Rule
-from ..objective.item_counts import Batch, tensors_of
-from .exact_options import faults_of_options
+from ...errors import SettingsError, refuse, shown
+from ...fields import Rule
+from ...objective.item_counts import Batch, tensors_of
+from ..exact_options import faults_of_options
 
 _COUNT = Rule(lambda k: isinstance(k, int) and not isinstance(k, bool) and k > 0, "a positive integer")
 

@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SettingsError
-from ..objective.item_counts import Batch, ItemCounter
-from ..objective.loss_scale import find_divisor
-from ..objective.model_forward import ModelForward
-from ..objective.objective import Objective
-from ..objective.self_check import measured_objective
-from ..objective.warn_inexact import warn_if_inexact
-from ..runtime.model_context import run_eagerly, without_autocast
-from ..runtime.process_group import ProcessGroup
-from ..runtime.wrapped_models import uncompiled, weights_differ
-from ..training.build_plan import report_loss_scale
-from ..training.declared import class_weights_of
-from .measured_batches import sample_of_window
-from .window_width import padding_of
+from ...errors import SettingsError
+from ...objective.item_counts import Batch, ItemCounter
+from ...objective.loss_scale import find_divisor
+from ...objective.model_forward import ModelForward
+from ...objective.objective import Objective
+from ...objective.self_check import measured_objective
+from ...objective.warn_inexact import warn_if_inexact
+from ...runtime.model_context import run_eagerly, without_autocast
+from ...runtime.process_group import ProcessGroup
+from ...runtime.wrapped_models import uncompiled, weights_differ
+from ...training.build_plan import report_loss_scale
+from ...training.declared import class_weights_of
+from ..measured_batches import sample_of_window
+from ..window_width import padding_of
 
 
 @dataclass(frozen=True)

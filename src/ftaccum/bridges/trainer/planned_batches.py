@@ -15,11 +15,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from ..data.convert import as_rows
-from ..errors import DataError
-from ..planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatchRows, RowIndices
-from ..runtime.log import logger
-from ..runtime.state_guards import preserve_rng
+from ...data.convert import as_rows
+from ...errors import DataError
+from ...planning.micro_batches import BatchLimits, MicroBatchPlanner, MicroBatchRows, RowIndices
+from ...runtime.log import logger
+from ...runtime.state_guards import preserve_rng
 
 _MOST_ROWS = 512  # to cut at once, because the time grows with the rows and with the passes
 # Fractions of the token limit to try. A lower limit costs few tokens, and lets loads be dealt evenly if a few rows are

@@ -9,10 +9,10 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, Data
 from torch.utils.data import IterableDataset
 from transformers import trainer_pt_utils
 
-from ..errors import SettingsError
-from ..objective.item_counts import Batch
-from ..runtime.log import logger
-from .loader_repeats import parts_of, repeats_rows, without_fill
+from ...errors import SettingsError
+from ...objective.item_counts import Batch
+from ...runtime.log import logger
+from ..loader_repeats import parts_of, repeats_rows, without_fill
 from .planned_batches import PlannedBatches
 
 # Older versions of Transformers, with which `exact` is refused, do not have it.

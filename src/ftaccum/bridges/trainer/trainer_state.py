@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..runtime.module_attributes import preserve_object
-from ..runtime.own_generators import preserve_own_generators
-from ..runtime.state_guards import preserve_buffers
-from ..runtime.temporary_attribute import temporary_attribute
+from ...runtime.module_attributes import preserve_object
+from ...runtime.own_generators import preserve_own_generators
+from ...runtime.state_guards import preserve_buffers
+from ...runtime.temporary_attribute import temporary_attribute
 
 # Attributes of a Trainer that `compute_loss` only reads, or that are restored elsewhere.
 _OF_EVERY_TRAINER = {

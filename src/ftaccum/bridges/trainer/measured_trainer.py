@@ -7,31 +7,31 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
-from ..data.collator import RowCollator
-from ..data.dataset import Rows
-from ..data.loader import MicroBatch
-from ..data.probe_rows import labelled_positions, sample_of
-from ..data.row import as_row, is_row
-from ..errors import DataError
-from ..objective.item_counts import ItemCounter
-from ..objective.loss_scale import find_divisor
-from ..objective.objective import Objective
-from ..objective.sample import Sample
-from ..objective.self_check import measured_objective
-from ..objective.warn_inexact import warn_if_inexact
-from ..runtime.log import logger
-from ..runtime.model_context import run_eagerly, without_autocast
-from ..runtime.state_guards import preserve_buffers, preserve_rng
-from ..training.build_plan import report_loss_scale
-from ..training.declared import class_weights_of
-from .exact_options import ExactOptions
+from ...data.collator import RowCollator
+from ...data.dataset import Rows
+from ...data.loader import MicroBatch
+from ...data.probe_rows import labelled_positions, sample_of
+from ...data.row import as_row, is_row
+from ...errors import DataError
+from ...objective.item_counts import ItemCounter
+from ...objective.loss_scale import find_divisor
+from ...objective.objective import Objective
+from ...objective.sample import Sample
+from ...objective.self_check import measured_objective
+from ...objective.warn_inexact import warn_if_inexact
+from ...runtime.log import logger
+from ...runtime.model_context import run_eagerly, without_autocast
+from ...runtime.state_guards import preserve_buffers, preserve_rng
+from ...training.build_plan import report_loss_scale
+from ...training.declared import class_weights_of
+from ..exact_options import ExactOptions
+from ..window_width import padding_of
 from .mean_loss import MeanLoss
 from .trainer_forward import ComputeLoss, TrainerForward
 from .trainer_state import preserved
 from .trainer_support import known_as_inexact
 from .trainer_words import for_trainers
 from .uneven_gather import gathering
-from .window_width import padding_of
 
 
 class MeasuredTrainer:

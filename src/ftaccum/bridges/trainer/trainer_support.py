@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 from transformers import Trainer
 
-from ..errors import SettingsError, refuse
-from ..runtime.wrapped_models import DATA_PARALLEL, faults_of_model
+from ...errors import SettingsError, refuse
+from ...runtime.wrapped_models import DATA_PARALLEL, faults_of_model
 
 _NEWEST_CHANGE = "5.19"  # since then, `loss_is_scaled_for_ga` tells a Trainer to use the loss as it is
 _OURS = ("compute_loss", "get_batch_samples")

@@ -8,10 +8,10 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from ..errors import SettingsError
-from ..objective.item_counts import CountItems
+from ...errors import SettingsError
+from ...objective.item_counts import CountItems
+from ..exact_options import ExactOptions
 from .counted_window import CountedWindow
-from .exact_options import ExactOptions
 from .trainer_support import check_overrides, check_trainer, check_trainer_class
 from .trainer_windows import TrainerWindows
 

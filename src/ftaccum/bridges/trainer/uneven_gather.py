@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather, recursively_apply
 from torch import Tensor
 
-from ..runtime.temporary_attribute import temporary_attribute
+from ...runtime.temporary_attribute import temporary_attribute
 
 
 @contextmanager

@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..accumulation.dummies import leaving_no_trace
-from ..data.loader import MicroBatch
-from ..errors import DataError
-from ..objective.batch_changes import fresh_batch
-from ..objective.item_counts import Batch, rows_of
-from ..planning.audit_schedule import AuditSchedule
-from ..runtime.log import logger
-from ..runtime.loop_accelerator import LoopAccelerator
-from ..runtime.process_group import lasting_process_group
+from ...accumulation.dummies import leaving_no_trace
+from ...data.loader import MicroBatch
+from ...errors import DataError
+from ...objective.batch_changes import fresh_batch
+from ...objective.item_counts import Batch, rows_of
+from ...planning.audit_schedule import AuditSchedule
+from ...runtime.log import logger
+from ...runtime.loop_accelerator import LoopAccelerator
+from ...runtime.process_group import lasting_process_group
+from ..measured_batches import sample_of_window
+from ..window_audits import WindowAudits
+from ..window_width import at_one_width, padding_of
 from .counted_window import CountedWindow
-from .measured_batches import sample_of_window
 from .measured_trainer import MeasuredTrainer, item_counter_of, sample_of_loader
 from .planned_batches import PlannedBatches, pads_to_longest, plan_batches, row_lengths
 from .repeated_rows import RepeatedRows
@@ -26,10 +28,8 @@ from .shared_order import share_order
 from .trainer_forward import ComputeLoss
 from .trainer_state import preserved
 from .uneven_gather import gather_uneven, gathering
-from .window_audits import WindowAudits
-from .window_width import at_one_width, padding_of
 
-_WITHOUT_OWN_STEP = ("transformers.trainer", "ftaccum.bridges.exact_trainer")
+_WITHOUT_OWN_STEP = ("transformers.trainer", "ftaccum.bridges.trainer.exact_trainer")
 
 
 class TrainerWindows:

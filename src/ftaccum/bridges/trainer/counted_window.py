@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
-from ..data.loader import MicroBatch
-from ..objective.normalizer import LossNormalizer
+from ...data.loader import MicroBatch
+from ...objective.normalizer import LossNormalizer
 
 
 class CountedWindow:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..errors import DataError, SettingsError
-from ..objective.batch_changes import fresh_batch
-from ..objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter, relabelled
-from ..objective.sample import Sample
-from ..runtime.state_guards import inspection_mode
-from ..runtime.temporary_attribute import temporary_attribute
+from ...errors import DataError, SettingsError
+from ...objective.batch_changes import fresh_batch
+from ...objective.item_counts import IGNORE_INDEX, Batch, CountItems, ItemCounter, relabelled
+from ...objective.sample import Sample
+from ...runtime.state_guards import inspection_mode
+from ...runtime.temporary_attribute import temporary_attribute
 from .trainer_forward import ComputeLoss, TrainerForward
 
 _SAME = 1e-4  # relative difference of losses that count as equal

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..objective.forward import Forward
-from ..objective.item_counts import Batch
-from ..objective.own_loss import LOSS
+from ...objective.forward import Forward
+from ...objective.item_counts import Batch
+from ...objective.own_loss import LOSS
 
 ComputeLoss = Callable[..., Tensor]  # takes the model, a batch and, by name, `num_items_in_batch`
 

@@ -9,22 +9,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..accumulation.accumulator import GradientAccumulator
-from ..data.loader import MicroBatch
-from ..errors import refuse
-from ..objective.item_counts import Batch
-from ..objective.normalizer import gathered
-from ..planning.audit_schedule import AuditSchedule
-from ..runtime.gradients.averaged import AveragedGradients
-from ..runtime.loop_accelerator import LoopAccelerator, n_processes
-from ..runtime.memory import WindowOutOfMemoryError
-from ..runtime.process_group import ProcessGroup, lasting_process_group
-from ..runtime.wrapped_models import UnfinishedForward, ddp_around, faults_of_wrappers, inner_model
+from ...accumulation.accumulator import GradientAccumulator
+from ...data.loader import MicroBatch
+from ...errors import refuse
+from ...objective.item_counts import Batch
+from ...objective.normalizer import gathered
+from ...planning.audit_schedule import AuditSchedule
+from ...runtime.gradients.averaged import AveragedGradients
+from ...runtime.loop_accelerator import LoopAccelerator, n_processes
+from ...runtime.memory import WindowOutOfMemoryError
+from ...runtime.process_group import ProcessGroup, lasting_process_group
+from ...runtime.wrapped_models import UnfinishedForward, ddp_around, faults_of_wrappers, inner_model
+from ..window_audits import WindowAudits
+from ..window_width import at_one_width
 from .loop_checks import check_arguments, check_loader, check_window
 from .loop_objective import LossArguments, MeasuredLoss, measure_loss
 from .loop_windows import windows_of
-from .window_audits import WindowAudits
-from .window_width import at_one_width
 
 
 class ExactAccumulation:

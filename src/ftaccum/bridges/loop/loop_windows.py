@@ -12,10 +12,10 @@ from typing import Any
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from ..objective.item_counts import Batch
-from ..runtime.process_group import ProcessGroup
-from ..runtime.temporary_attribute import temporary_attribute
-from .loader_repeats import parts_of, repeats_rows, without_fill
+from ...objective.item_counts import Batch
+from ...runtime.process_group import ProcessGroup
+from ...runtime.temporary_attribute import temporary_attribute
+from ..loader_repeats import parts_of, repeats_rows, without_fill
 
 
 def windows_of(loader: Iterable[Batch], k: int, process_group: ProcessGroup) -> Iterator[list[Batch]]:
