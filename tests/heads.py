@@ -3,6 +3,7 @@
 Nothing here uses ftaccum: it is the reference for ftaccum.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class Head:
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.model_class(self.config).double()
+        return self.model_class(copy.deepcopy(self.config)).double()  # a Trainer changes it
 
     def rows(self, n: int = N_ROWS, seed: int = 7) -> list[Row]:
         draw = torch.Generator().manual_seed(seed)

@@ -36,7 +36,7 @@ def test_other_classes_are_refused(given: Any) -> None:
 
 
 def test_a_trainer_object_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"takes the class `Trainer`.* but got an object"):
+    with pytest.raises(SettingsError, match=r"takes the class `Trainer`.* but got an instance of Trainer"):
         exact(made(Trainer, tmp_path))
 
 

@@ -132,7 +132,8 @@ def test_a_model_and_rows_without_a_loss_are_an_error(batch: Any, message: str) 
 
 
 @pytest.mark.parametrize(
-    ("found", "message"), [(torch.ones(2), r"'loss' is \(2,\)"), (1.0, "'loss' is float"), (None, "'loss' is NoneType")]
+    ("found", "message"),
+    [(torch.ones(2), r"'loss' is \(2,\)"), (1.0, "'loss' is float"), (None, "The loss 'loss' is None")],
 )
 def test_a_loss_that_is_not_a_number_is_an_error(found: Any, message: str) -> None:
     batch = {"input_ids": IDS, "labels": IDS}

@@ -88,7 +88,7 @@ def test_the_reference_is_one_batch_in_plain_pytorch(monkeypatch: pytest.MonkeyP
 
 def test_a_broken_accumulation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean_of_means(self: LossNormalizer, means: dict[str, Tensor], _: Any) -> Tensor:
-        return torch.stack(list(means.values())).sum() / self._passes
+        return torch.stack(list(means.values())).sum() / self._n_divided_by
 
     monkeypatch.setattr(LossNormalizer, "contribution", mean_of_means)
     found = of_head(CAUSAL, n_splits=0)

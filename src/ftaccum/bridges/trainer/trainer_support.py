@@ -16,7 +16,11 @@ _OURS = ("compute_loss", "get_batch_samples")
 def check_trainer_class(trainer_class: Any) -> None:
     """Raise SettingsError if gradient accumulation of this class cannot be made exact."""
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
-        given = "an object" if isinstance(trainer_class, Trainer) else repr(trainer_class)
+        given = (
+            f"an instance of {type(trainer_class).__name__}"
+            if isinstance(trainer_class, Trainer)
+            else repr(trainer_class)
+        )
         raise SettingsError(
             [
                 f"`exact` takes the class `Trainer` or a subclass of it, but got {given}. Write "
@@ -34,7 +38,8 @@ def check_trainer_class(trainer_class: Any) -> None:
         raise SettingsError(
             [
                 f"{trainer_class.__name__} makes its batches during training, as trainers that generate text do, so "
-                "their loss items cannot be counted before the first forward pass. `exact` does not support it."
+                "their loss items cannot be counted before the first forward pass. Use "
+                f"{trainer_class.__name__} without `exact`."
             ]
         )
 
@@ -73,10 +78,13 @@ def check_trainer(trainer: Any) -> None:
         "FSDP": any(is_fsdp),
         "tensor, context or sequence parallelism": getattr(accelerator, "parallelism_config", None) is not None,
     }
+    steps = trainer.args.gradient_accumulation_steps
     configured = [kind for kind, is_on in kinds.items() if is_on]
     faults = faults_of_model(trainer.model, accelerator.num_processes, "exact", configured)
     if trainer.args.n_gpu > 1 and DATA_PARALLEL not in faults:
         faults.append(DATA_PARALLEL)
+    if steps < 1:
+        faults.append(f"`gradient_accumulation_steps` must be a positive integer, but is {steps} instead.")
     if accelerator.num_processes > 1 and not accelerator.even_batches:
         faults.append(
             "`accelerator_config.even_batches` is False, so processes may have unequal numbers of batches and wait for "
