@@ -98,14 +98,17 @@ class _Recording(torch.optim.Optimizer):
 
 @contextmanager
 def _kept_in_its_mode(model: Any) -> Iterator[None]:
-    """Keep the train or eval mode of each module, and the setting of the cache. Trainer would put all modules in train
-    mode before each pass, including those that are in eval mode so that they do not draw random numbers."""
+    """Keep the train or eval mode of each module, and the settings that a Trainer and the first pass of a head change.
+
+    Trainer would put all modules in train mode before each pass, including those that are in eval mode so that they do
+    not draw random numbers.
+    """
     config = getattr(model, "config", None)
-    uses_cache = getattr(config, "use_cache", None)
+    settings = {name: getattr(config, name) for name in ("use_cache", "problem_type") if hasattr(config, name)}
     model.train = lambda mode=True: model  # noqa: ARG005
     try:
         yield
     finally:
         del model.train
-        if config is not None and uses_cache is not None:
-            config.use_cache = uses_cache  # Trainer sets that of its own arguments
+        for name, value in settings.items():
+            setattr(config, name, value)
