@@ -277,13 +277,13 @@ def inspection_mode(model: nn.Module, *modules: nn.Module) -> Iterator[None]:
     """
     with (
         torch.no_grad(), preserve_rng(), preserve_buffers(model, *modules), training_mode(model, training=False),
-        _preserve_problem_type(model), preserve_attributes(model, *modules),
+        preserve_problem_type(model), preserve_attributes(model, *modules),
     ):  # fmt: skip
         yield
 
 
 @contextmanager
-def _preserve_problem_type(model: Any) -> Iterator[None]:
+def preserve_problem_type(model: Any) -> Iterator[None]:
     """Restore `config.problem_type` on exit.
 
     Transformers' heads infer it from the labels of their first forward pass. Labels that ftaccum rejects must not

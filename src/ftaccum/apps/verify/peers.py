@@ -98,13 +98,13 @@ class _Recording(torch.optim.Optimizer):
 
 @contextmanager
 def _kept_in_its_mode(model: Any) -> Iterator[None]:
-    """Keep the train or eval mode of each module, and the settings that a Trainer and the first pass of a head change.
+    """Keep the train or eval mode of each module, and the setting of the cache, which Trainer changes.
 
     Trainer would put all modules in train mode before each pass, including those that are in eval mode so that they do
     not draw random numbers.
     """
     config = getattr(model, "config", None)
-    settings = {name: getattr(config, name) for name in ("use_cache", "problem_type") if hasattr(config, name)}
+    settings = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
     model.train = lambda mode=True: model  # noqa: ARG005
     try:
         yield

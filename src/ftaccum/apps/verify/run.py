@@ -20,7 +20,7 @@ from ...planning.plan import Plan
 from ...runtime.gradients.plain import GradientStrategy
 from ...runtime.memory import give_back_memory, is_out_of_memory
 from ...runtime.progress_bar import tqdm
-from ...runtime.state_guards import cast_tensors, preserve_gradients
+from ...runtime.state_guards import cast_tensors, preserve_gradients, preserve_problem_type
 from ...training.base_run import Run
 from ...training.build_data import build_data
 from ...training.config import RunConfig
@@ -98,6 +98,7 @@ class VerificationRun(Run):
 
     def _prepare_model(self, stack: ExitStack) -> None:
         stack.enter_context(preserve_gradients(self.model))
+        stack.enter_context(preserve_problem_type(self.model))
         super()._prepare_model(stack)
 
     def _place_model(self, stack: ExitStack) -> None:
