@@ -104,11 +104,11 @@ def _kept_in_its_mode(model: Any) -> Iterator[None]:
     not draw random numbers.
     """
     config = getattr(model, "config", None)
-    settings = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
+    uses_cache = getattr(config, "use_cache", None)
     model.train = lambda mode=True: model  # noqa: ARG005
     try:
         yield
     finally:
         del model.train
-        for name, value in settings.items():
-            setattr(config, name, value)
+        if config is not None and uses_cache is not None:
+            config.use_cache = uses_cache
