@@ -51,15 +51,15 @@ class WindowAudits:
         self._model, self._objective = model, objective
         self._process_group, self._fill = process_group, fill
         self.found: list[dict[str, Any]] = []
-        strategy, runner = AveragedGradients(model, *objective.modules), _as_accelerator(accelerator)
+        strategy = AveragedGradients(model, *objective.modules)
         buffers = SyncedBuffers(MovingBuffers(model, process_group, objective.modules))
-        accumulator = GradientAccumulator(runner, model, objective, strategy, process_group, buffers)
+        accumulator = GradientAccumulator(accelerator, model, objective, strategy, process_group, buffers)
         accumulator.before_backward = self._keep_others
         self._others: list[tuple[Tensor, Tensor | None]] = []
         dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
         self._n_windows = 0
         self._handler = AuditHandler(
-            GradientAuditor(runner, model, objective, strategy, process_group, accumulator),
+            GradientAuditor(accelerator, model, objective, strategy, process_group, accumulator),
             schedule,
             objective.report,
             process_group,
@@ -113,8 +113,3 @@ class WindowAudits:
     def _known_parameters(self) -> Iterator[Tensor]:
         for module in (self._model, *self._objective.modules):
             yield from module.parameters()
-
-
-def _as_accelerator(accelerator: LoopAccelerator) -> Any:
-    """Return it for code that takes an `Accelerator`, of which it has the part that accumulates."""
-    return accelerator
