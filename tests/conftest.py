@@ -24,6 +24,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import transformers  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
 
+from ftaccum.runtime.accelerator import fresh_accelerate_state  # noqa: E402
+
 # `exact` needs a newer version of Transformers than the rest. test_exact_trainer_versions.py tests what it says then.
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
     collect_ignore = [
@@ -52,6 +54,16 @@ def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     folder = tmp_path_factory.getbasetemp() / "caches"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(folder / "metrics"))
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_without_traces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Clear the state that a Trainer's Accelerator leaves to the process, after tests of `exact`."""
+    if not request.node.path.name.startswith(("test_exact", "test_repeated", "test_planned", "test_audit_batches")):
+        yield
+        return
+    with fresh_accelerate_state():
+        yield
 
 
 @pytest.fixture(scope="session")

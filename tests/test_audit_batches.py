@@ -87,6 +87,7 @@ def test_a_wrong_count_has_the_error_that_plain_pytorch_gives(
     assert audit.error == pytest.approx(expected, rel=0.1)  # sketches of large parameters are estimates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES, (2, 2, 5)])
 def test_without_room_for_one_batch_the_reference_is_another_cut(
     sizes: tuple[int, ...], accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch

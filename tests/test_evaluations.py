@@ -175,6 +175,7 @@ def test_a_run_that_stopped_early_stays_ended_when_it_is_resumed(tmp_path: Path)
     assert whole.differences(fine_tuned(**arguments, resume="auto")) == []
 
 
+@pytest.mark.slow
 def test_a_run_resumes_between_evaluations_to_the_last_bit(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {
         "evaluate_every": 4, "compute_metrics": score, "metric_for_best": "accuracy", "restore_best_weights": True,

@@ -468,6 +468,7 @@ def test_communication_hooks_are_refused() -> None:
         ExactAccumulation(wrapped)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_measured_eagerly_and_trains_compiled() -> None:
     model, runs = Net(), []
     F.cross_entropy(model(X), LABELS).backward()

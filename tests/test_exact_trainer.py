@@ -310,6 +310,7 @@ def of_one_length(rows: list[Row], length: int = 5) -> list[Row]:
     return [{"input_ids": (row["input_ids"] * length)[:length], "labels": row["labels"]} for row in rows]
 
 
+@pytest.mark.slow
 def test_neftune_adds_its_noise_and_windows_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same noise for every row, so that one batch has the same."""
     monkeypatch.setattr(
@@ -474,6 +475,7 @@ class OverRowsFirst:
         return self.of(model(**batch).logits, batch["labels"])
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_trained_again_measures_its_new_rows(tmp_path: Path) -> None:
     model, loss = TOKENS.model(), OverRowsFirst()
     optimizer = RecordingOptimizer(model)
@@ -506,6 +508,7 @@ class Once:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_was_found_after_running_out_of_memory_is_exact() -> None:
     """Each attempt leaves the gradient of a first micro-batch behind."""
     model, rows = CLASSIFIER.model(), CLASSIFIER.rows(11)
@@ -516,6 +519,7 @@ def test_a_batch_size_that_was_found_after_running_out_of_memory_is_exact() -> N
     assert below(errors_of(found, logged, model, [rows[:4], rows[4:8], rows[8:]]))
 
 
+@pytest.mark.slow
 def test_models_from_model_init_are_measured_for_each_run(tmp_path: Path) -> None:
     """The second one has a batch norm."""
     mixing = CLASSIFIER.model()
@@ -561,6 +565,7 @@ class WithOptions(Weighted):
         self.margin = margin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer_class", [Plain, WithOptions])
 def test_a_decorated_class_is_exact(trainer_class: Any) -> None:
     assert below(window_errors(trainer_class, CLASSIFIER.model(), CLASSIFIER.rows(), size=4))

@@ -32,7 +32,7 @@ def _lists(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_lists")
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize("strategy", ["random", pytest.param("group_by_length", marks=pytest.mark.slow)])
 def test_planned_windows_are_exact_and_have_the_same_rows(strategy: str) -> None:
     rows, given = TOKENS.rows(23), {"train_sampling_strategy": strategy, "num_train_epochs": 2}
     gradient, loss, planned = read_window_errors(Planned, TOKENS.model(), rows, k=3, **given)
@@ -42,6 +42,7 @@ def test_planned_windows_are_exact_and_have_the_same_rows(strategy: str) -> None
     assert max(loss) < LOGGED
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_lists")
 def test_planned_windows_have_less_padding() -> None:
     rows = CLASSIFIER.rows(64)

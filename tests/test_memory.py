@@ -295,6 +295,7 @@ def test_two_processes_agree_when_one_runs_out_of_memory(two_processes: Callable
     assert found["single row"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_running_out_of_memory_in_the_synced_pass_ends_all_processes_soon(two_processes: Callable[..., str]) -> None:
     started = time.monotonic()

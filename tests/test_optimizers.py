@@ -177,6 +177,7 @@ def schedule_free(groups: Any) -> ScheduleFreeSGD:
     return ScheduleFreeSGD(groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", some_slow(["update-00000004", "update-00000007-epoch-0001", "update-00000012"], ["update-00000004"])
 )

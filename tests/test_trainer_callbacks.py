@@ -177,6 +177,7 @@ class Counter(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"norms": self.norms, "epochs": self.epochs}}
 
 
+@pytest.mark.slow
 def test_a_run_with_stateful_callbacks_resumes_to_the_last_bit(tmp_path: Path) -> None:
     def run(name: str, **more: Any) -> tuple[Any, Counter, Recorder]:
         counter, recorder = Counter(), Recorder()
@@ -253,6 +254,7 @@ def test_bad_callbacks_are_refused_before_training(callbacks: Any, message: str)
         fine_tuned(callbacks=callbacks)
 
 
+@pytest.mark.slow
 def test_flags_and_errors_on_one_of_two_processes_act_on_both(
     two_processes: Callable[..., str], tmp_path: Path
 ) -> None:

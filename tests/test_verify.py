@@ -437,6 +437,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["verify", "--model", str(folder / "model"), "--data", str(folder / "rows.csv"), "--no_progress"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_result_and_refuses_bad_options(
     named: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
