@@ -40,7 +40,7 @@ if not state.is_main_process:
 one_is_off = of_head(BERT)
 Bench.accumulated = accumulated  # type: ignore[method-assign]
 # Without the factor that undoes DDP's mean over processes.
-LossNormalizer.for_backward = lambda self, contribution: contribution * self._passes  # type: ignore[method-assign]
+LossNormalizer.for_backward = lambda self, contribution: contribution * self._n_divided_by  # type: ignore[method-assign]
 broken = of_head(BERT)
 told = {
     "exact": {name: each.exact for name, each in found.items()},
