@@ -121,7 +121,7 @@ def test_a_denominator_that_divides_by_the_passes_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def divided_by_k(self: LossNormalizer, means: dict[str, torch.Tensor], counts: dict[str, float]) -> torch.Tensor:  # noqa: ARG001
-        return sum(means.values(), torch.zeros(())) / self._passes
+        return sum(means.values(), torch.zeros(())) / self._n_divided_by
 
     monkeypatch.setattr(LossNormalizer, "contribution", divided_by_k)
     monkeypatch.setattr("ftaccum.training.audit.AuditHandler.before_update", lambda *_: None)  # an audit would find it
