@@ -120,7 +120,10 @@ class OutputWarning(UserWarning):
 
 
 def warn_user(sentence: str, category: type[UserWarning]) -> None:
-    """Issue a warning that points at the user's line that called ftaccum, or a Trainer of which ftaccum is a part."""
+    """Issue a warning that points at the line where the user called ftaccum, or a Trainer made exact.
+
+    It never points at a line inside ftaccum, its callbacks or that Trainer.
+    """
     frame, depth, last = sys._getframe(), 1, 1
     while frame.f_back is not None:
         name = str(frame.f_globals.get("__name__", ""))

@@ -122,8 +122,10 @@ def sample_of_rows(rows: Sequence[CollatedRow], ignore_index: int, pad_token_id:
 
 
 def _shows_padding(rows: Sequence[CollatedRow], pad_token_id: int) -> bool:
-    """Return whether rows without a mapping are token ids, of which some end with padding. Others may have no padding,
-    but batches of rows of one length."""
+    """Return whether the rows are token ids, and some but not all of them end with padding.
+
+    If none or all of them do, the batches may hold rows of one length, without any padding.
+    """
     columns = [as_mapping(row.batch) for row in rows]
     ids = [each.get("input_ids") for each in columns if isinstance(each, Mapping)]
     last = [int(row[0, -1]) for row in ids if isinstance(row, Tensor) and row.ndim == 2]

@@ -108,7 +108,7 @@ class PlannedBatches(Sampler[list[int]]):
         return math.ceil(n_rows / self._round)
 
     def _part_ends(self, n_rows: int) -> list[int]:
-        """Return where the parts of a window end that are cut separately, each of which has whole rounds."""
+        """Return the ends of a window's parts. Each part is cut separately, and consists of whole rounds."""
         n_rounds = self._n_rounds(n_rows)
         n_parts = min(n_rounds, math.ceil(n_rows / _MOST_ROWS))
         return [min(n_rows, n_rounds * part // n_parts * self._round) for part in range(1, n_parts + 1)]

@@ -50,7 +50,7 @@ class DistinctBatches(BatchSamplerShard):
 
 
 class DistinctGroups(_Rebalance):
-    """A process's share of balanced batches, of which those without rows of their own are known.
+    """A process's share of balanced batches. It knows which batches have only repeated rows.
 
     If an epoch leaves fewer rows than an update has micro-batches on all processes, Trainer fills up with rows from the
     beginning. This class gives each row that is left a micro-batch, and the others one of these rows again. Like
@@ -135,7 +135,7 @@ class RepeatedRows:
 
 
 def _refuse_shared_streams(loader: Any, num_processes: int) -> None:
-    """Refuse a stream of which each process reads its own rows, unless all get equally many of them, none again."""
+    """Refuse a stream that each process reads by itself, unless all get equally many rows and none is repeated."""
     dataset = getattr(loader, "dataset", None)
     if num_processes == 1 or not (isinstance(loader, DataLoaderShard) and isinstance(dataset, IterableDataset)):
         return
