@@ -26,6 +26,7 @@ from trl import (
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from heads import RecordingOptimizer
+from trainers import USUAL
 
 N_ROWS, WINDOW = 11, 8  # rows, and rows of a full window
 
@@ -110,21 +111,8 @@ class Case:
         """
         trained = model(reward=self.config_class.__name__ == "RewardConfig")
         optimizer = RecordingOptimizer(trained)
-        usual: dict[str, Any] = {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": batch_size,
-            "gradient_accumulation_steps": k,
-            "train_sampling_strategy": "sequential",
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-        }
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": k}
+        usual = {**USUAL, **sizes, "bf16": False, "gradient_checkpointing": False}
         with tempfile.TemporaryDirectory() as folder:
             trainer = trainer_class(
                 model=trained,

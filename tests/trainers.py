@@ -11,6 +11,19 @@ from transformers import TrainingArguments
 
 from heads import RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 
+# An epoch of rows in order, without clipping, that logs every update and writes nothing.
+USUAL: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+}
+
 
 class Listed(Dataset):
     """Rows as a torch data set, of which Trainer removes no columns."""
@@ -26,21 +39,8 @@ class Listed(Dataset):
 
 
 def arguments(folder: str, **given: Any) -> TrainingArguments:
-    usual: dict[str, Any] = {
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "train_sampling_strategy": "sequential",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(folder, **usual | given)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    return TrainingArguments(folder, **USUAL | sizes | {"remove_unused_columns": False} | given)
 
 
 def gradients(
