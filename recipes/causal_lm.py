@@ -26,15 +26,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import chat
 import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
-from ftaccum.apps.load import load_model, read_rows
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import find_faults, parse_settings
 from ftaccum.fields import PositiveInt, Text, setting
 from ftaccum.settings import Recipe, Runtime
+from ftaccum.tasks import chat_tokens as chat
+from ftaccum.tasks.arguments import ModelArguments
+from ftaccum.tasks.model_source import ModelSource
+from ftaccum.tasks.rows import read_rows
 
 
 @dataclass
@@ -49,7 +52,6 @@ class Sources:
     messages_column: Text = setting("messages", "column of the conversations: lists of {role, content}")
     max_train_rows: PositiveInt | None = setting(None, "use only the first N rows of `train_data`; none: all")
     max_val_rows: PositiveInt | None = setting(None, "use only the first N rows of `val_data`; none: all")
-    max_length: PositiveInt = setting(1024, "most tokens of a conversation; the rest is cut off")
 
     def __post_init__(self) -> None:
         if self.train_data == str(packaged.CHATS_TRAIN) and self.val_data is None:
@@ -58,17 +60,17 @@ class Sources:
 
 def main(arguments: list[str]) -> None:
     sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, description=__doc__ or "")
-    settings = vars(recipe) | vars(runtime)
+    settings, limit = vars(recipe) | vars(runtime), recipe.max_length or 1024
     if faults := find_faults(sources):
         raise SettingsError(faults)
     parse_settings(settings)  # before anything is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():  # the other processes reuse its files
         packaged.prepare_named(sources.model, sources.train_data, sources.val_data)
-    model, tokenizer = load_model("causal-lm", sources.model)
-    check_fit(sources, model, tokenizer)
+    model, tokenizer = ModelSource(ModelArguments(model=sources.model), AutoModelForCausalLM, AutoTokenizer).load()
+    check_fit(sources, model, tokenizer, limit)
     with state.main_process_first():
-        train, val = load_conversations(sources, tokenizer)
+        train, val = load_conversations(sources, tokenizer, limit)
 
     result = test_fine_tuning(model, train_data=train, val_data=val, tokenizer=tokenizer, **settings)
 
@@ -82,33 +84,40 @@ def main(arguments: list[str]) -> None:
     state.destroy_process_group()
 
 
-def check_fit(sources: Sources, model: Any, tokenizer: Any) -> None:
+def check_fit(sources: Sources, model: Any, tokenizer: Any, limit: int) -> None:
     """Check that the model and its tokenizer can be used for conversations.
 
     Raises:
         SettingsError: if they cannot.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or sources.max_length
+    longest = getattr(model.config, "max_position_embeddings", None) or limit
     if tokenizer.chat_template is None:
         fault = f"`model` {sources.model!r} has no chat template. Choose a chat model, often named -Instruct."
     elif not tokenizer.is_fast:
         fault = f"`model` {sources.model!r} has no fast tokenizer, needed for token positions. Choose one that has."
-    elif sources.max_length > longest:
-        fault = f"`max_length` must be at most {longest}, the model's limit, but is {sources.max_length} instead."
+    elif limit > longest:
+        fault = f"`max_length` must be at most {longest}, the model's limit, but is {limit} instead."
     else:
         return
     raise SettingsError([fault])
 
 
-def load_conversations(sources: Sources, tokenizer: Any) -> tuple[Dataset, Dataset | None]:
+def load_conversations(sources: Sources, tokenizer: Any, limit: int) -> tuple[Dataset, Dataset | None]:
     """Return the rows for training and, if named, for validation, as token ids and labels."""
     columns = {sources.messages_column: "messages"}
-    train = first(read_rows(sources.train_data, columns=columns), sources.max_train_rows)
-    train = as_tokens(train, "train_data", tokenizer, sources.max_length)
+    train = first(renamed(read_rows(sources.train_data), columns), sources.max_train_rows)
+    train = as_tokens(train, "train_data", tokenizer, limit)
     if sources.val_data is None:
         return train, None
-    val = first(read_rows(sources.val_data, split="validation", columns=columns), sources.max_val_rows)
-    return train, as_tokens(val, "val_data", tokenizer, sources.max_length)
+    val = first(renamed(read_rows(sources.val_data, split="validation"), columns), sources.max_val_rows)
+    return train, as_tokens(val, "val_data", tokenizer, limit)
+
+
+def renamed(rows: Dataset, columns: dict[str, str]) -> Dataset:
+    for old in columns:
+        if old not in rows.column_names:
+            raise DataError(f"The rows have no column {old!r}, only {rows.column_names}. Name it: `messages_column`.")
+    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
 def first(rows: Dataset, limit: int | None) -> Dataset:

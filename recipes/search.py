@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from accelerate import PartialState
 
 import packaged
-from ftaccum import ClassificationMetrics, DataError, SettingsError, search
-from ftaccum.apps.load import load_factory
-from ftaccum.apps.parser import TrainArguments, parse
+from ftaccum import DataError, SettingsError, search
+from ftaccum.apps.parser import parse
 from ftaccum.apps.search.settings import SearchSettings, SpaceArguments, TrialRecipe
 from ftaccum.apps.search.space import read_dimensions
 from ftaccum.apps.search.tables import best_trial
 from ftaccum.settings import Runtime
+from ftaccum.tasks.arguments import TrainArguments
+from ftaccum.tasks.load import load_factory
 
 
 @dataclass
@@ -44,18 +45,14 @@ def main(arguments: list[str]) -> None:
     kinds = [Sources, SpaceArguments, SearchSettings, TrialRecipe, Runtime]
     sources, varied, settings, recipe, runtime = parse(kinds, arguments, description=__doc__ or "")
     packaged.prepare_named(sources.model, sources.train_data)
-    model_factory, loaded = load_factory(sources)
+    model_factory, loaded = load_factory(sources, vars(recipe))
 
     study = search(
         model_factory,
-        None,
-        loaded.train,
-        loaded.val,
+        **loaded.arguments(),
         accumulation_steps=varied.accumulation_steps,
         learning_rate=varied.learning_rate,
         space=read_dimensions(varied.space),
-        tokenizer=loaded.tokenizer,
-        compute_metrics=ClassificationMetrics() if sources.task == "text-classification" else None,
         **vars(settings),
         **vars(recipe),
         **vars(runtime),

@@ -19,11 +19,12 @@ from pathlib import Path
 from accelerate import PartialState
 
 import packaged
-from ftaccum import ClassificationMetrics, DataError, SettingsError, test_fine_tuning
-from ftaccum.apps.load import load
-from ftaccum.apps.parser import TrainArguments, parse
+from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum.apps.parser import parse
 from ftaccum.arguments import parse_settings
 from ftaccum.settings import Recipe, Runtime
+from ftaccum.tasks.arguments import TrainArguments
+from ftaccum.tasks.load import load
 
 
 @dataclass
@@ -44,16 +45,9 @@ def main(arguments: list[str]) -> None:
     sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, description=__doc__ or "")
     settings = vars(recipe) | vars(runtime)
     parse_settings(settings)  # before anything is loaded
-    loaded = load(sources, recipe.random_seed)
+    loaded = load(sources, settings)
 
-    result = test_fine_tuning(
-        loaded.model,
-        train_data=loaded.train,
-        val_data=loaded.val,
-        tokenizer=loaded.tokenizer,
-        compute_metrics=ClassificationMetrics() if loaded.val is not None or recipe.validation_split else None,
-        **settings,
-    )
+    result = test_fine_tuning(**loaded.arguments(), **settings)
 
     if PartialState().is_main_process:
         if result.metrics and result.metrics[-1]:

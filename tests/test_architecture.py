@@ -15,6 +15,7 @@ import ftaccum
 
 WITHOUT_TORCH = [
     "apps.cli",
+    "apps.options",
     "apps.parser",
     "apps.plan",
     "apps.search.settings",
@@ -28,6 +29,7 @@ WITHOUT_TORCH = [
     "porting.keywords",
     "runtime.atomic_files",
     "settings",
+    "tasks.arguments",
     "tracking.ledger",
     "tracking.result",
 ]
@@ -77,6 +79,7 @@ def test_public_names() -> None:
         "Verification",
         "callbacks",
         "exact",
+        "load_task",
         "plan",
         "search",
         "test_fine_tuning",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import ftaccum
-from ftaccum.apps.cli import OPTIONS
+from ftaccum.apps.options import OPTIONS
 from ftaccum.apps.parser import build_parser
 from ftaccum.apps.plan import PlanArguments, PlanRecipe
 from ftaccum.apps.search.settings import SearchSettings, TrialRecipe, reserved
@@ -34,7 +34,8 @@ NAMES = (
     "evaluate_every",
     "gradient_accumulation_steps", "gradient_checkpointing", "gradient_clip_norm", "greater_is_better",
     "keep_checkpoints", "learning_rate", "learning_rate_scaling", "log_every", "log_with", "loss_fn",
-    "lr_scheduler", "max_tokens", "max_updates", "metric_for_best", "mixed_precision", "model", "n_epochs",
+    "lr_scheduler", "max_length", "max_tokens", "max_updates", "metric_for_best", "mixed_precision", "model",
+    "n_epochs",
     "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite", "optimizer", "output_dir", "padding_free",
     "planner", "planner_costs", "preprocess_logits_for_metrics",
     "progress", "random_seed", "reduction", "remainder", "restore_best_weights",

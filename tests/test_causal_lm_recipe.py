@@ -60,7 +60,7 @@ def recipe() -> ModuleType:
 
 @pytest.fixture
 def encoded() -> Callable[..., dict[str, list[int]]]:
-    import chat
+    from ftaccum.tasks import chat_tokens as chat
 
     return chat.encoded
 
@@ -216,12 +216,12 @@ def test_bad_input_is_reported_in_one_sentence(recipe: ModuleType, model: str, t
     tokenizer_with(None).save_pretrained(mute)
     LlamaForCausalLM.from_pretrained(model).save_pretrained(mute)
     for words, error, sentence in (
-        (["--max_length", "0"], SettingsError, "`max_length` must be a positive integer, but is 0 instead"),
+        (["--max_length", "0"], SettingsError, "`max_length` must be a positive integer or None, but is 0 instead"),
         (["--n_epochs", "0"], SettingsError, "`n_epochs` must be a positive integer"),
         (["--max_length", "129"], SettingsError, "`max_length` must be at most 128, the model's limit"),
         (["--max_length", "10"], DataError, "6 of 6 rows of `train_data` have no answer within 10 tokens. Raise"),
         (["--train_data", str(spoiled)], DataError, "Row 6 of `train_data`: The first message has the role"),
-        (["--messages_column", "talk"], DataError, "have no column 'talk'. Give"),
+        (["--messages_column", "talk"], DataError, "have no column 'talk'"),
         (["--model", mute], SettingsError, "has no chat template"),
         (["--model", str(tmp_path / "absent")], SettingsError, "cannot be loaded"),
     ):

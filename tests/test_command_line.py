@@ -17,9 +17,10 @@ from transformers import BertTokenizerFast, pipeline
 
 from ftaccum import OutputWarning, Result, SettingsError
 from ftaccum.apps.cli import main
-from ftaccum.apps.parser import NamedArguments, parse
+from ftaccum.apps.parser import parse
 from ftaccum.arguments import parse_settings
 from ftaccum.settings import Recipe, Runtime
+from ftaccum.tasks.arguments import NamedArguments
 from heads import HEADS, relative_error
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -119,7 +120,10 @@ def test_bad_input_is_reported_in_one_sentence_with_status_2(
             "Rows 'absent.csv' cannot be read: there is no such",
         ),
         (["train", "--model", "/absent", "--train_data", rows], "`model` '/absent' cannot be loaded"),
-        (["train", "--model", model, "--train_data", rows, "--label_column", "x"], "have no column 'x'. Give"),
+        (
+            ["train", "--model", model, "--train_data", rows, "--label_column", "x"],
+            "no column 'x' for the label",
+        ),
         (["train", "--model", model, "--train_data", rows, "--task", "x"], "`task` must be one of"),
         (["train", "--config", str(yaml)], "has the unknown key 'learnig_rate'. Did you mean 'learning_rate'?"),
         (["train", "--config", str(tmp_path / "absent.yaml")], "cannot be read"),
@@ -178,7 +182,9 @@ def test_a_run_without_an_output_folder_is_saved_and_resumes(tiny: Path, capsys:
     record = json.loads((folder / "run.json").read_text())
     assert record["sources"] == {
         "model": str(tiny / "model"), "train_data": str(tiny / "rows.csv"), "val_data": None,
-        "task": "text-classification", "label_column": "label", "max_train_rows": None,
+        "task": "text-classification", "columns": [], "label_column": None, "max_train_rows": None,
+        "tokenizer": None, "dtype": "auto", "attn_implementation": None, "revision": None,
+        "trust_remote_code": False, "add_tokens": [], "freeze": [],
     }  # fmt: skip
 
     (folder / "run.json").write_text(json.dumps(record | {"finished": False}))  # as if it was killed right before

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 import ftaccum
 from ftaccum.runtime.accelerator import fresh_accelerate_state
+from ftaccum.tasks.load import Loaded
 from silent_errors.text_columns import LABELS, REVIEWS, causal_lm, classifier, word_tokenizer
 from silent_errors.tokenizer_padding import CLASSIFIED, TOKENS
 from test_readme import PAGES, README, blocks
@@ -66,6 +68,13 @@ def hub_stream() -> dict[str, Any]:
     }
 
 
+def text_files() -> dict[str, Any]:
+    """Return a function that loads a tiny model and rows in place of the named ones."""
+    loaded = Loaded(classifier(), word_tokenizer(), Dataset.from_dict({"text": REVIEWS, "label": LABELS}), None)
+    run = ftaccum.test_fine_tuning
+    return {"ftaccum": SimpleNamespace(test_fine_tuning=run, load_task=lambda *_, **__: loaded)}
+
+
 def loop() -> dict[str, Any]:
     """Return the parts of a hand-written loop: a model and a loader of rows, or a module and a loader of pairs."""
     model, net = causal_lm(), torch.nn.Linear(3, 2)
@@ -105,6 +114,7 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "optim.SGD": token_rows,
     "next_token_accuracy": token_rows,
     "verify": token_rows,
+    "load_task": text_files,
     "search": token_rows,
     "trial.suggest": token_rows,
 }

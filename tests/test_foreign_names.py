@@ -16,7 +16,8 @@ from transformers import Trainer, TrainingArguments, ViTConfig
 
 import ftaccum
 from ftaccum import SettingsError
-from ftaccum.apps.cli import OPTIONS, main
+from ftaccum.apps.cli import main
+from ftaccum.apps.options import OPTIONS
 from ftaccum.porting.names import TABLES
 from ftaccum.training.config import faults_of_config
 
@@ -134,7 +135,7 @@ def test_the_other_functions_answer_unknown_arguments() -> None:
         (["train", "--bf16"], "There is no option '--bf16'; here: `--mixed_precision bf16`."),
         (["train", "--disable_tqdm", "true"], "; here: `--progress false`."),
         (["train", "-lr", "3"], "train: There is no option '-lr'; here: `--learning_rate`.\n"),
-        (["train", "--processing_class", "x"], "'--processing_class'; in Python: `tokenizer`."),
+        (["train", "--processing_class", "x"], "'--processing_class'; here: `--tokenizer`."),
         (["train", "--max_steps", "9"], "here: `--max_updates`. The epochs may end training earlier: set `--n_epochs`"),
         (["train", "--learn", "3"], "There is no option '--learn'. Did you mean '--learning_rate' or"),
         (["train", "--conf", "x.yaml"], "There is no option '--conf'."),

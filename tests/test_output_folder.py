@@ -12,13 +12,13 @@ import pytest
 
 from ftaccum import OutputWarning, SettingsError
 from ftaccum.apps.output_folder import default_name, output_folder
-from ftaccum.apps.parser import TrainArguments
 from ftaccum.apps.typed_command import resume_command
 from ftaccum.arguments import parse_settings
 from ftaccum.checkpoint.compatibility import recipe_identity
 from ftaccum.planning.batch_size import batch_sizes_of
 from ftaccum.runtime.run_dir import RunDir
 from ftaccum.settings import Runtime
+from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tracking.run_record import Command, RunRecord
 from interrupted import CutOff, fine_tuned
 

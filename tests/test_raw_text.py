@@ -8,11 +8,12 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from ftaccum import DataError, Result, SettingsError, TextWarning, search, test_fine_tuning, verify
-from ftaccum.apps.load import load_model
 from ftaccum.data.text_encoder import CUT, TextEncoder
+from ftaccum.tasks.arguments import TrainArguments
+from ftaccum.tasks.model_source import ModelSource
 from silent_errors.text_columns import LABELS, REVIEWS, WORDS, causal_lm, classifier, ids_of, word_tokenizer
 from silent_errors.tokenizer_padding import llama_classifier
 
@@ -205,7 +206,9 @@ def test_the_end_token_counts_even_if_it_is_the_padding_token() -> None:
 def test_a_loaded_model_knows_the_padding_of_its_tokenizer(tmp_path: Path) -> None:
     llama_classifier(pad_token_id=2).save_pretrained(tmp_path)
     word_tokenizer().save_pretrained(tmp_path)
-    model, tokenizer = load_model("text-classification", str(tmp_path), ["bad", "good"])
+    named = TrainArguments(model=str(tmp_path))
+    source = ModelSource(named, AutoModelForSequenceClassification, AutoTokenizer)
+    model, tokenizer = source.load()
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ftaccum.apps.cli import OPTIONS
+from ftaccum.apps.options import OPTIONS
 from ftaccum.apps.parser import parse
 
 ROOT = Path(__file__).parent.parent

@@ -20,11 +20,11 @@ from transformers import BertForMaskedLM, BertTokenizerFast
 import ftaccum.runtime.progress_bar
 from ftaccum import SettingsError, search, test_fine_tuning, verify
 from ftaccum.apps.cli import main
-from ftaccum.apps.load import load, loading
-from ftaccum.apps.parser import TrainArguments
 from ftaccum.runtime.library_output import library_bars, load_report_withheld
 from ftaccum.runtime.log import logger, run_logging
 from ftaccum.runtime.run_dir import RunDir
+from ftaccum.tasks.arguments import TrainArguments
+from ftaccum.tasks.load import load, loading
 from ftaccum.tracking.ledger import WindowEntry
 from ftaccum.tracking.progress import Progress
 from ftaccum.training.preflight import faults_before_loading
@@ -166,21 +166,21 @@ def test_the_load_report_is_withheld_unless_loading_fails() -> None:
 
 def test_new_weights_are_named_in_one_line(named: TrainArguments, capsys: pytest.CaptureFixture[str]) -> None:
     with loading(verbosity="normal", progress=False):
-        load(named, 0)
+        load(named, {"random_seed": 0})
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("New weights, which the checkpoint does not have: bert.pooler.dense.bias, ")
     assert "classifier.weight (" in line
     with loading(verbosity="quiet", progress=True):
-        load(named, 0)
+        load(named, {"random_seed": 0})
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_model_whose_body_is_new_is_a_warning(
     named: TrainArguments, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftaccum.apps.load._LARGEST_HEAD", 0.0)
+    monkeypatch.setattr("ftaccum.tasks.new_weights._LARGEST_HEAD", 0.0)
     with loading(verbosity="quiet", progress=True):
-        load(named, 0)
+        load(named, {"random_seed": 0})
     assert "Does the checkpoint belong to this kind of model?" in capsys.readouterr().err
 
 
@@ -283,7 +283,7 @@ def test_commands_report_faults_before_anything_is_loaded(
     def fail(*_: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("ftaccum.apps.load.load_rows", fail)
+    monkeypatch.setattr("ftaccum.tasks.load.load_rows", fail)
     (tmp_path / "file").touch()
     words = ["--model", "x", "--train_data", "y.csv", "--output_dir", str(tmp_path / "file" / "run")]
     assert main([command, *words, "--lr_scheduler", "linaer", "--log_with", "no_such_tracker"]) == 2
@@ -303,7 +303,7 @@ def test_a_search_compares_its_study_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(n_trials=1, n_epochs=1, output_dir=str(tmp_path))
-    monkeypatch.setattr("ftaccum.apps.load.load_rows", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("ftaccum.tasks.load.load_rows", lambda *_: pytest.fail("loaded"))
     words = ["--model", "x", "--train_data", "y.csv", "--output_dir", str(tmp_path)]
     assert main(["search", *words, "--n_epochs", "2"]) == 2
     assert "was created with `n_epochs` 1, and this search has 2" in capsys.readouterr().err

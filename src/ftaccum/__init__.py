@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .fine_tuning import test_fine_tuning
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
     from .planning.plan import Plan
+    from .tasks.load import load_task
     from .tracking.result import Result
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "Verification",
     "callbacks",
     "exact",
+    "load_task",
     "plan",
     "search",
     "test_fine_tuning",
@@ -79,6 +81,7 @@ _MODULES = {
     "Result": "tracking.result",
     "Verification": "apps.verify.report",
     "exact": "bridges.trainer.exact_trainer",
+    "load_task": "tasks.load",
     "plan": "apps.plan",
     "search": "apps.search.api",
     "test_fine_tuning": "fine_tuning",

@@ -30,6 +30,7 @@ def test_fine_tuning(
     validation_split: float = 0.1,
     text_columns: str | Sequence[str] | None = None,
     add_eos_token: bool = True,
+    max_length: int | None = None,
     n_epochs: int = 3,
     max_updates: int | None = None,
     batch_size: int | str = 4,
@@ -109,6 +110,8 @@ def test_fine_tuning(
             raises an error if there are several.
         add_eos_token: end each text of a causal LM with the tokenizer's end-of-text token, so that the model learns to
             stop. Texts that already end with it, and texts that are truncated, get none. False adds no token.
+        max_length: most tokens of a row of raw text. Longer rows are truncated, and a warning counts them. None: as
+            many as the tokenizer and the model accept.
         n_epochs: passes over the training rows; for a stream, the maximum number of passes.
         max_updates: updates (including skipped ones) after which training ends, unless the epochs end it earlier. The
             learning rate schedule is planned for this end.

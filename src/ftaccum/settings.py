@@ -74,6 +74,9 @@ class Recipe:
         "--text_column",
     )
     add_eos_token: Flag = _data(True, "end each text of a causal LM with the tokenizer's end-of-text token")
+    max_length: PositiveInt | None = _data(
+        None, "most tokens of a row of raw text; None: as many as the tokenizer and the model accept"
+    )
     n_epochs: PositiveInt = _training(3, "passes over the training rows", in_plan=True, unsearchable=SAME_ROWS)
     max_updates: PositiveInt | None = _training(
         None,

@@ -2,10 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.compatibility import recipe_identity, size_identity
 from ..errors import SettingsError
@@ -13,9 +14,9 @@ from ..planning.batch_size import batch_sizes_of
 from ..runtime.accelerator import launched_processes
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
+from ..tasks.arguments import TrainArguments
+from ..tasks.rows import READERS
 from ..tracking.run_record import Command, RunRecord
-from .load import READERS
-from .parser import TrainArguments
 from .typed_command import resume_command
 
 OUTPUTS = "outputs"  # the folder of the output folders that the user has not named
@@ -116,7 +117,7 @@ def _newest_unfinished(
 def _is_same(record: RunRecord, named: TrainArguments, recipe: Recipe, runtime: Runtime, num_processes: int) -> bool:
     """Return whether a run has these settings, apart from those that `allow_changed` names and its Runtime."""
     allowed = set(runtime.allow_changed)
-    was, now = record.recipe | record.sources, recipe_identity(recipe) | vars(named)
+    was, now = record.recipe | record.sources, recipe_identity(recipe) | _as_json(vars(named))
     if {name for name in now if name not in was or was[name] != now[name]} - allowed:
         return False
     if "effective_batch_size" in allowed:
@@ -125,3 +126,8 @@ def _is_same(record: RunRecord, named: TrainArguments, recipe: Recipe, runtime: 
         return recipe.tokens_per_update == record.tokens_per_update
     batch_size = runtime.batch_size if isinstance(runtime.batch_size, int) else 1  # "auto" does not set the update
     return size_identity(batch_sizes_of(recipe, batch_size, num_processes)) == size_identity(record.batch_sizes())
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as a record has them, which is JSON."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

@@ -4,8 +4,7 @@ import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import Field, dataclass, fields, replace
-from functools import partial
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -13,29 +12,9 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
 from ..errors import SettingsError, refuse, shown
-from ..fields import PositiveInt, Text, rules_of, setting, traits_of
+from ..fields import rules_of, traits_of
 from ..porting.names import KnownNames, flags, yaml
 from .yaml import read_mapping
-
-_data = partial(setting, group="model and data")
-
-
-@dataclass
-class NamedArguments:
-    """The names of a model and of training data."""
-
-    model: Text = _data("", "folder or hub name of the model (required)")
-    train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (required)", "--data")
-    task: Text = _data("text-classification", "text-classification or causal-lm")
-    label_column: Text = _data("label", "column of the classes, as names or numbers")
-    max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
-
-
-@dataclass
-class TrainArguments(NamedArguments):
-    """The names of a model, of training data and of validation data."""
-
-    val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DataError, TextWarning, warn_user
+from ..errors import DataError, SettingsError, TextWarning, warn_user
 from .dataset import Rows
 from .labels import label_id
 from .text_columns import TextColumns, show
@@ -58,8 +58,8 @@ class _Report:
         self._rows = rows
         read = " or ".join(map(repr, columns.texts))
         self._sentences = {
-            CUT: f"are longer than the {encoder.limit} tokens that the tokenizer and the model accept, and are "
-            "truncated. Split them first if the lost part matters.",
+            CUT: f"are longer than {encoder.limit} tokens, the limit of `max_length`, the tokenizer or the model, and "
+            "are truncated. Split them first if the lost part matters.",
             _BLANK: f"have no text in {read}, or only spaces. Drop them if the model should not train on them.",
         }
 
@@ -114,3 +114,17 @@ def most_tokens(tokenizer: Any, config: Any, model: nn.Module) -> int | None:
             break
     limits = (getattr(tokenizer, "model_max_length", None), positions)
     return min((n for n in limits if n and 0 < n < _LONGEST_UNBOUNDED), default=None)  # XLNet has -1 for no limit
+
+
+def token_limit(tokenizer: Any, config: Any, model: nn.Module, max_length: int | None) -> int | None:
+    """Return the most tokens of a row: `max_length`, or what the tokenizer and the model accept if that is less.
+
+    Raises:
+        SettingsError: if `max_length` is more than they accept.
+    """
+    accepted = most_tokens(tokenizer, config, model)
+    if max_length is not None and accepted is not None and max_length > accepted:
+        raise SettingsError(
+            [f"`max_length` is {max_length}, but the tokenizer and the model accept at most {accepted} tokens."]
+        )
+    return accepted if max_length is None else max_length

@@ -106,7 +106,7 @@ TRAINER = (
 
 TRL = (
     Name("dataset_text_field text_column", "`text_columns`"),
-    Name("max_length max_seq_length", "", "Not offered. Raw text is truncated to `tokenizer.model_max_length`."),
+    Name("max_seq_length", "`max_length`"),
     Name("formatting_func", "", "Not offered. Map the rows to a column of text, or to tokens, before training."),
     Name("dataset_num_proc dataset_kwargs dataset_batch_size skip_prepare_dataset", "",
          "Not offered. Prepare the rows with `datasets.Dataset.map`."),

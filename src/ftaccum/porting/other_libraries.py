@@ -101,7 +101,7 @@ AXOLOTL = (
     Name("micro_batch_size", "`batch_size`"),
     Name("num_epochs", "`n_epochs`"),
     Name("max_steps", "`max_updates`", "The epochs may end training earlier: set `n_epochs` high enough."),
-    Name("sequence_len", "", "Not offered. Raw text is truncated to `tokenizer.model_max_length`."),
+    Name("sequence_len", "`max_length`"),
     Name("sample_packing eval_sample_packing", "`padding_free=True`",
          "Rows are concatenated without padding, and do not see each other."),
     Name("pad_to_sequence_len", "", "Not needed. Rows are padded no further than the longest of their update."),

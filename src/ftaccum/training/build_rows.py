@@ -12,7 +12,7 @@ from ..data.iterable import Stream, StreamRows
 from ..data.labels import settle_labels
 from ..data.text_columns import TextColumns, choose_columns, is_raw_text
 from ..data.text_encoder import TextEncoder
-from ..data.tokenize import most_tokens, tokenize
+from ..data.tokenize import token_limit, tokenize
 from ..errors import DataError
 from ..objective.model_forward import accepted_arguments
 from ..planning.shuffle import hold_out
@@ -123,7 +123,7 @@ class _TextReader:
                 "first."
             )
         columns = choose_columns(rows.table, rows.argument, named, next_token=self.components.is_causal_lm)
-        encoder = TextEncoder(tokenizer, most_tokens(tokenizer, config, model), self.end)
+        encoder = TextEncoder(tokenizer, token_limit(tokenizer, config, model, self.recipe.max_length), self.end)
         is_main = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the other processes then find the cached table
             return tokenize(

@@ -1,0 +1,48 @@
+"""The command `ftaccum search`."""
+
+from collections.abc import Sequence
+
+from ..exit_status import FAILED, OK
+from ..options import checked_names, parse_options
+
+_DESCRIPTION = (
+    "Searches for the best number of accumulation steps and learning rate at a fixed physical batch size.\n"
+    "Run the same command again to resume the search. With `--storage`, any number of machines can share it."
+)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command, and return its exit status."""
+    named, varied, settings, recipe, runtime = parse_options("search", words, _DESCRIPTION)
+    named = checked_names(named, "search")
+    shared = vars(recipe) | vars(runtime) | {"output_dir": runtime.output_dir or "outputs/search"}
+
+    from accelerate import PartialState
+
+    from ...tasks.load import load_factory, loading, make_task
+    from ..search.api import search
+    from ..search.space import read_dimensions
+    from ..search.tables import best_trial
+    from ..search.validation import check_before_loading
+
+    arguments = (
+        vars(settings)
+        | shared
+        | {
+            "accumulation_steps": varied.accumulation_steps,
+            "learning_rate": varied.learning_rate,
+            "space": read_dimensions(varied.space),
+        }
+    )
+    task = make_task(named)
+    measures = bool(task.metrics) and (named.val_data is not None or recipe.validation_split > 0)
+    # The real metrics may need the tokenizer. Before it is loaded, it only matters whether there are any.
+    check_before_loading({**arguments, "val_data": named.val_data, "compute_metrics": print if measures else None})
+    with loading(verbosity=runtime.verbosity, progress=runtime.progress):
+        model_factory, loaded = load_factory(named, vars(recipe))
+    study = search(model_factory, **loaded.arguments(), **arguments)
+    found, state = best_trial(study) is not None, PartialState()
+    if found and not settings.refit and state.is_main_process and runtime.verbosity != "quiet":
+        print("No model was saved. To train the best one and save it, run the same command with `--refit`.")
+    state.destroy_process_group()
+    return OK if found else FAILED

@@ -1,0 +1,56 @@
+"""The options of each command, and how they are parsed. This module does not load torch."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..arguments import find_faults, read_settings
+from ..errors import SettingsError, refuse
+from ..settings import Recipe, Runtime
+from ..tasks.arguments import NamedArguments, TrainArguments
+from .parser import parse
+from .plan import PlanArguments, PlanRecipe
+from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
+from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
+
+# The options of a command are the fields of these dataclasses.
+OPTIONS: dict[str, list[type]] = {
+    "train": [TrainArguments, Recipe, Runtime],
+    "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
+    "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
+    "plan": [PlanArguments, PlanRecipe],
+}
+
+# The option of a search that stands for another option of a single run.
+_RENAMED = {"gradient_accumulation_steps": "accumulation_steps"}
+
+
+def parse_options(command: str, words: Sequence[str], description: str) -> Any:
+    """Parse the options of a command into one instance of each of its dataclasses."""
+    options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in OPTIONS.items()}
+    elsewhere = {
+        option: ", ".join(f"`ftaccum {each}`" for each in options if option in options[each])
+        for option in set().union(*options.values()) - options[command]
+    }
+    return parse(
+        OPTIONS[command],
+        words,
+        prog=f"ftaccum {command}",
+        description=description,
+        elsewhere=elsewhere,
+        renamed=_RENAMED if command == "search" else None,
+    )
+
+
+def checked_names(named: Any, command: str) -> Any:
+    """Return the names of a model and its data with each value parsed.
+
+    Raises:
+        SettingsError: if one is missing or breaks its rule.
+    """
+    needed = [name for name in ("model", "train_data") if not getattr(named, name)]
+    if needed:
+        raise SettingsError([f"`--{name}` is required. `ftaccum {command} --help` describes it." for name in needed])
+    named = read_settings(type(named), vars(named))
+    refuse(find_faults(named))
+    return named

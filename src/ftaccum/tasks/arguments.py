@@ -1,0 +1,51 @@
+"""The options that name a model, its data and the task. This module does not load torch."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from ..fields import Flag, Names, PositiveInt, Text, one_of, setting
+
+# What `--task` accepts.
+TASKS = {
+    "text-classification": "ftaccum.tasks.text_classification:TextClassification",
+    "causal-lm": "ftaccum.tasks.causal_lm:CausalLM",
+}
+
+Dtype = Annotated[str, one_of("auto", "float32", "bfloat16", "float16")]
+
+_data = partial(setting, group="model and data")
+
+
+@dataclass
+class ModelArguments:
+    """How to load a model."""
+
+    model: Text = _data("", "folder or hub name of the model (required)")
+    tokenizer: Text | None = _data(None, "folder or hub name of the tokenizer; none: that of the model")
+    attn_implementation: Text | None = _data(
+        None, "attention of the model: eager, sdpa, flash_attention_2, …; none: Transformers' choice"
+    )
+    revision: Text | None = _data(None, "branch, tag or commit of the model on the hub; none: its main branch")
+    trust_remote_code: Flag = _data(False, "run Python code that comes with the model; only for authors you trust")
+    add_tokens: Names = _data((), "tokens to add to the tokenizer and the model's embeddings, such as <call>,</call>")
+    freeze: Names = _data((), "patterns of weights that are not trained, such as embeddings.*,encoder.layer.[0-3].*")
+
+
+@dataclass
+class NamedArguments(ModelArguments):
+    """A model, and data to train it on."""
+
+    train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (required)", "--data")
+    task: Text = _data("text-classification", f"kind of task: {', '.join(TASKS)}")
+    columns: Names = _data((), "columns of the data by role, such as label=sentiment; `docs/tasks.md` lists the roles")
+    label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
+    max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
+
+
+@dataclass
+class TrainArguments(NamedArguments):
+    """A model, and data to train and validate it on."""
+
+    dtype: Dtype = _data("auto", "type of the weights: float32, bfloat16, float16, or auto: as in the checkpoint")
+    val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")

@@ -1,0 +1,148 @@
+"""Load the rows, the model and the metrics of a task."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from ..arguments import find_faults, parse_settings, read_settings
+from ..errors import SettingsError, refuse
+from ..runtime.accelerator import is_first_process
+from ..runtime.library_output import library_bars
+from ..runtime.log import run_logging
+from ..settings import Runtime
+from .arguments import TASKS, NamedArguments, TrainArguments
+from .model_source import ModelSource
+from .rows import load_rows
+from .task import EncodingOptions, Task
+
+_SETTINGS = ("random_seed", "validation_split", "text_columns", "max_length")  # what loading depends on
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model and rows that a command line names.
+
+    Attributes:
+        model: the model; None if it is loaded later.
+        tokenizer: the tokenizer or image processor.
+        train, val: the rows.
+        more: further arguments of `test_fine_tuning`, such as `data_collator` and `compute_metrics`.
+    """
+
+    model: Any
+    tokenizer: Any
+    train: Dataset
+    val: Dataset | None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all of it, except for a model that is loaded later, as arguments of `test_fine_tuning`."""
+        model = {} if self.model is None else {"model": self.model}
+        rows = {"train_data": self.train, "val_data": self.val, "tokenizer": self.tokenizer}
+        return model | rows | self.more
+
+
+def make_task(named: NamedArguments) -> Task:
+    """Return the task that the options name.
+
+    Raises:
+        SettingsError: if there is no such task, or an option does not fit it.
+    """
+    if named.task not in TASKS:
+        raise SettingsError([f"`task` must be one of {', '.join(map(repr, TASKS))}, but is {named.task!r} instead."])
+    module, _, name = TASKS[named.task].partition(":")
+    return getattr(import_module(module), name)(named)
+
+
+def load_task(task: str, model: str, train_data: str, val_data: str | None = None, **options: Any) -> Loaded:
+    """Load the model, the rows and the metrics of a task, as `ftaccum train` does.
+
+    Args:
+        task: the kind of task, such as "text-classification"; docs/tasks.md lists them.
+        model: folder or hub name of the model.
+        train_data, val_data: files, folders or hub names of the rows.
+        **options: further options of `ftaccum train` that concern the model and the data, such as `columns`,
+            `max_length`, `random_seed` and `validation_split`.
+
+    Returns:
+        The parts of a run. `test_fine_tuning(**loaded.arguments())` trains the model.
+
+    Raises:
+        DataError: if the rows cannot be read, or do not fit the task.
+        SettingsError: if an option is unknown or invalid, or the model cannot be loaded.
+    """
+    given = {"task": task, "model": model, "train_data": train_data, "val_data": val_data, **options}
+    known = {f.name for f in fields(TrainArguments)}
+    settings = {name: value for name, value in given.items() if name not in known}
+    refuse([f"`load_task` has no option {name!r}." for name in settings if name not in _SETTINGS])
+    named = read_settings(TrainArguments, given)
+    refuse(find_faults(named))
+    return load(named, settings)
+
+
+def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
+    """Load the rows and then the model, and encode the rows.
+
+    Args:
+        named: the names of the task, the model and the rows.
+        settings: settings of the run. `random_seed` decides the weights of a new head, so that runs can be repeated.
+            Metrics are computed if there are validation rows.
+
+    Raises:
+        DataError: if the rows cannot be read.
+        SettingsError: if the task is unknown, or the model cannot be loaded.
+    """
+    return _load(named, settings)[1]
+
+
+def load_factory(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[Callable[[], Any], Loaded]:
+    """Return a function that loads a new model at each call, and the tokenizer and rows.
+
+    The function can be pickled. `model` of the returned `Loaded` is None.
+
+    Raises:
+        DataError, SettingsError: as in `load`.
+    """
+    source, loaded = _load(named, settings)
+    return partial(_new_model, source, loaded.tokenizer), replace(loaded, model=None)
+
+
+def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSource, Loaded]:
+    task = make_task(named)
+    recipe, _ = parse_settings(settings)
+    train, val = load_rows(named, task, recipe.text_columns)
+    source = ModelSource(named, task.model_class, task.processor_class, task.head(train), named.dtype)
+    set_seed(recipe.random_seed)
+    model, processor = source.load()
+    options = EncodingOptions(recipe.text_columns, recipe.max_length)
+    train = task.encode(train, "train_data", processor, model, options)
+    val = None if val is None else task.encode(val, "val_data", processor, model, options)
+    more = task.training_arguments(processor, model)
+    if val is not None or recipe.validation_split:
+        more |= task.evaluation_arguments(processor, model)
+    return source, Loaded(model, processor, train, val, more)
+
+
+def _new_model(source: ModelSource, processor: Any) -> Any:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # warnings were shown when the first model was loaded
+    try:
+        with run_logging(enabled=False), library_bars(shown=False):
+            return source.load_model(processor)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def loading(*, verbosity: str, progress: bool) -> Iterator[None]:
+    """Show what is loaded on the first process only, as much as these settings of a run allow."""
+    is_first, shows_bars = is_first_process(), Runtime(verbosity=verbosity, progress=progress).shows_bars
+    with run_logging(enabled=is_first, verbosity=verbosity), library_bars(shown=is_first and shows_bars):
+        yield

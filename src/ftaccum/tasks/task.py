@@ -1,0 +1,92 @@
+"""What a task is: which columns it reads, which head it trains, how rows become tokens, and how it is evaluated."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from ..settings import Recipe
+from ..tracking.selection import Criterion
+from .arguments import NamedArguments
+from .columns import Role, named_columns
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How rows become tokens.
+
+    Attributes:
+        text_columns: the setting of this name.
+        max_length: the most tokens of a row; None: as many as the model and the tokenizer accept.
+        num_proc: the number of processes that tokenise; None for this one.
+    """
+
+    text_columns: Sequence[str] | None = None
+    max_length: int | None = None
+    num_proc: int | None = None
+
+
+class Task:
+    """A kind of task. Subclasses define what its rows, its head and its metrics are.
+
+    Attributes:
+        roles: what the task reads, by the names that `columns` uses.
+        model_class: the auto class with its head.
+        processor_class: the auto class that reads the inputs.
+        metrics: the names of its metrics, which `metric_for_best` may name.
+        reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+    model_class: ClassVar[Any] = None
+    processor_class: ClassVar[Any] = AutoTokenizer
+    metrics: ClassVar[tuple[str, ...]] = ()
+    reads_text: ClassVar[bool] = False
+
+    def __init__(self, named: NamedArguments) -> None:
+        """Args:
+            named: the options of the command line.
+
+        Raises:
+            SettingsError: if an option does not fit the task.
+        """
+        self.named = named
+        self.given = named_columns(named, self.roles)
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise SettingsError if the settings of a run do not fit the task. Nothing is loaded yet."""
+        if self.metrics:
+            Criterion.of_settings(recipe.metric_for_best, recipe.greater_is_better).check(self.metrics)
+
+    def head(self, train: Dataset) -> dict[str, Any]:  # noqa: ARG002
+        """Return the arguments of `from_pretrained` that define the head, such as the names of the classes.
+
+        Args:
+            train: the training rows, with the columns named by their roles.
+
+        Raises:
+            DataError: if the labels do not fit the task.
+        """
+        return {}
+
+    def encode(self, rows: Dataset, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Dataset:  # noqa: ARG002
+        """Return the rows as the model takes them, or as raw text for `test_fine_tuning`.
+
+        Args:
+            rows: rows with the columns named by their roles.
+            argument: the argument that names the rows, for messages.
+
+        Raises:
+            DataError: if a row cannot be encoded. It names the row.
+        """
+        return rows
+
+    def training_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Return further arguments of `test_fine_tuning`, such as `data_collator`."""
+        return {}
+
+    def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Return the arguments of `test_fine_tuning` that compute metrics. They need validation rows."""
+        return {}
