@@ -90,3 +90,12 @@ class Task:
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         """Return the arguments of `test_fine_tuning` that compute metrics. They need validation rows."""
         return {}
+
+    def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:
+        """Return the columns that `ftaccum predict` writes, with one value for each row, in the order of the rows.
+
+        Args:
+            predictions: what `compute_metrics` gets as `predictions`, of all rows.
+            rows: the rows, with the columns named by their roles, before `encode`.
+        """
+        raise NotImplementedError
