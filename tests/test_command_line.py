@@ -182,7 +182,8 @@ def test_a_run_without_an_output_folder_is_saved_and_resumes(tiny: Path, capsys:
     record = json.loads((folder / "run.json").read_text())
     assert record["sources"] == {
         "model": str(tiny / "model"), "train_data": str(tiny / "rows.csv"), "val_data": None,
-        "task": "text-classification", "columns": [], "label_column": None, "max_train_rows": None,
+        "task": "text-classification", "columns": [], "label_column": None, "problem_type": None,
+        "max_train_rows": None,
         "tokenizer": None, "dtype": "auto", "attn_implementation": None, "revision": None,
         "trust_remote_code": False, "add_tokens": [], "freeze": [],
     }  # fmt: skip
@@ -396,4 +397,4 @@ def test_an_unknown_metric_is_refused_before_the_model_is_loaded(
     (tmp_path / "rows.csv").write_text("text,label\ngood,1\n")
     options = ["--model", "no such model", "--train_data", str(tmp_path / "rows.csv"), "--greater_is_better", "true"]
     assert main(["train", *options, "--metric_for_best", "acuracy"]) == 2
-    assert "Choose one of: val_loss, accuracy, f1, precision, recall." in capsys.readouterr().err
+    assert "Choose one of: val_loss, accuracy, f1, precision, recall" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def hub_stream() -> dict[str, Any]:
 
 def text_files() -> dict[str, Any]:
     """Return a function that loads a tiny model and rows in place of the named ones."""
-    loaded = Loaded(classifier(), word_tokenizer(), Dataset.from_dict({"text": REVIEWS, "label": LABELS}), None)
+    loaded = Loaded(classifier(), word_tokenizer(), Dataset.from_dict({"text": REVIEWS, "label": LABELS}), None, None)
     run = ftaccum.test_fine_tuning
     return {"ftaccum": SimpleNamespace(test_fine_tuning=run, load_task=lambda *_, **__: loaded)}
 

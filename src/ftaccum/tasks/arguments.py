@@ -10,9 +10,13 @@ from ..fields import Flag, Names, PositiveInt, Text, one_of, setting
 TASKS = {
     "text-classification": "ftaccum.tasks.text_classification:TextClassification",
     "causal-lm": "ftaccum.tasks.causal_lm:CausalLM",
+    "multiple-choice": "ftaccum.tasks.multiple_choice:MultipleChoice",
+    "image-classification": "ftaccum.tasks.image_classification:ImageClassification",
 }
 
 Dtype = Annotated[str, one_of("auto", "float32", "bfloat16", "float16")]
+
+ProblemType = Annotated[str, one_of("single_label_classification", "multi_label_classification", "regression")]
 
 _data = partial(setting, group="model and data")
 
@@ -40,6 +44,11 @@ class NamedArguments(ModelArguments):
     task: Text = _data("text-classification", f"kind of task: {', '.join(TASKS)}")
     columns: Names = _data((), "columns of the data by role, such as label=sentiment; `docs/tasks.md` lists the roles")
     label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
+    problem_type: ProblemType | None = _data(
+        None,
+        "what the labels of text-classification and image-classification are: single_label_classification, "
+        "multi_label_classification or regression; none: told by their type",
+    )
     max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
 
 

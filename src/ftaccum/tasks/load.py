@@ -33,6 +33,7 @@ class Loaded:
         model: the model; None if it is loaded later.
         tokenizer: the tokenizer or image processor.
         train, val: the rows.
+        task: the task.
         more: further arguments of `test_fine_tuning`, such as `data_collator` and `compute_metrics`.
     """
 
@@ -40,6 +41,7 @@ class Loaded:
     tokenizer: Any
     train: Dataset
     val: Dataset | None
+    task: Task
     more: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
@@ -118,7 +120,9 @@ def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSour
     task = make_task(named)
     recipe, _ = parse_settings(settings)
     train, val = load_rows(named, task, recipe.text_columns)
-    source = ModelSource(named, task.model_class, task.processor_class, task.head(train), named.dtype)
+    head = task.head(train)
+    task.check(recipe)  # its metrics may depend on the labels
+    source = ModelSource(named, task.model_class, task.processor_class, head, named.dtype)
     set_seed(recipe.random_seed)
     model, processor = source.load()
     options = EncodingOptions(recipe.text_columns, recipe.max_length)
@@ -127,7 +131,7 @@ def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSour
     more = task.training_arguments(processor, model)
     if val is not None or recipe.validation_split:
         more |= task.evaluation_arguments(processor, model)
-    return source, Loaded(model, processor, train, val, more)
+    return source, Loaded(model, processor, train, val, task, more)
 
 
 def _new_model(source: ModelSource, processor: Any) -> Any:

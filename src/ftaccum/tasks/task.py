@@ -42,7 +42,7 @@ class Task:
     roles: ClassVar[Mapping[str, Role]] = {}
     model_class: ClassVar[Any] = None
     processor_class: ClassVar[Any] = AutoTokenizer
-    metrics: ClassVar[tuple[str, ...]] = ()
+    metrics: tuple[str, ...] = ()
     reads_text: ClassVar[bool] = False
 
     def __init__(self, named: NamedArguments) -> None:

@@ -1,0 +1,202 @@
+"""What the labels of rows are: one class, several classes, or a number; and the names of the classes."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from datasets import ClassLabel, Dataset, LargeList, List
+
+from ..errors import DataError
+from ..runtime.log import logger
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+_NAMED = 10  # classes to name in a message
+_REMEDY = (
+    "Labels are names, whole numbers from 0 on, booleans, lists of these, or decimal numbers to predict. "
+    "`problem_type` says which of these they are."
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of rows.
+
+    Attributes:
+        problem_type: as in the config of a Transformers model: one class, several classes, or a number.
+        names: the names of the classes, in the order of their numbers; none for a number.
+        values: the labels as they are in the data, in this order; none if they are class numbers already.
+        multi_hot: whether lists have a 0 or 1 for each class.
+    """
+
+    problem_type: str
+    names: tuple[str, ...] = ()
+    values: tuple[Hashable, ...] = ()
+    multi_hot: bool = False
+
+    @classmethod
+    def read(cls, rows: Dataset, argument: str, problem_type: str | None = None, column: str = "label") -> "Labels":
+        """Find out what the labels of a column are, and log the classes with their numbers of rows.
+
+        Args:
+            argument: the argument that names the rows, for messages.
+            problem_type: what they are; None to tell by their type.
+
+        Raises:
+            DataError: if rows have no label, or the labels do not fit.
+        """
+        values = check_labels(rows, argument, column)
+        feature = rows.features[column]
+        inner = feature.feature if isinstance(feature, List | LargeList) else None
+        problem_type = problem_type or _problem_type(values, argument, nested=inner is not None)
+        if problem_type == REGRESSION:
+            _check(values, argument, problem_type, _is_number, "a number")
+            return cls(REGRESSION)
+        if problem_type == MULTI:
+            _check(values, argument, problem_type, lambda value: isinstance(value, list), "a list of classes")
+            if _is_multi_hot(values):
+                return _described(cls(MULTI, tuple(f"class {n}" for n in range(len(values[0]))), (), True), values)
+            each = list(chain.from_iterable(values))
+        else:
+            inner, each = feature, values
+            _check(values, argument, problem_type, lambda value: not isinstance(value, list), "one class")
+        if isinstance(inner, ClassLabel):
+            return _described(cls(problem_type, tuple(inner.names)), values)
+        names, found = _classes(each, argument)
+        return _described(cls(problem_type, names, found), values)
+
+    def head(self) -> dict[str, Any]:
+        """Return the arguments of `from_pretrained` that define a head for these labels."""
+        head: dict[str, Any] = {"problem_type": self.problem_type, "ignore_mismatched_sizes": True}
+        if self.problem_type == REGRESSION:
+            return head | {"num_labels": 1}
+        ids = dict(enumerate(self.names))
+        return head | {"id2label": ids, "label2id": {name: n for n, name in ids.items()}}
+
+    def encode(self, rows: Dataset, argument: str, column: str = "label") -> Dataset:
+        """Return the rows with labels as the model takes them: a class number, a float, or a float for each class.
+
+        Raises:
+            DataError: naming the first row whose label is missing, or is none of the classes.
+        """
+        values = check_labels(rows, argument, column)
+        encoded = [self._number(value, f"In `{argument}`, row {n}") for n, value in enumerate(values)]
+        return rows.remove_columns(column).add_column(column, encoded)
+
+    def _number(self, value: Any, name: str) -> Any:
+        if self.problem_type == REGRESSION:
+            if not _is_number(value):
+                raise DataError(f"{name} has the label {value!r}, which is no number. Fix or drop the row.")
+            return float(value)
+        if self.problem_type == SINGLE:
+            return self._class(value, name)
+        if not isinstance(value, list):
+            raise DataError(f"{name} has the label {value!r}, which is no list of classes. Fix or drop the row.")
+        if self.multi_hot:
+            if len(value) != len(self.names):
+                raise DataError(f"{name} has {len(value)} labels, but there are {len(self.names)} classes.")
+            return [float(each) for each in value]
+        held = {self._class(each, name) for each in value}
+        return [float(n in held) for n in range(len(self.names))]
+
+    def _class(self, value: Any, name: str) -> int:
+        if not self.values:
+            if isinstance(value, int) and 0 <= value < len(self.names):
+                return value
+            value = str(value)
+            known: Sequence[Hashable] = self.names
+        else:
+            known = self.values
+        if value not in known:
+            more = ", …" if len(known) > _NAMED else ""
+            raise DataError(
+                f"{name} has the label {value!r}, which is none of the training rows' classes: "
+                f"{', '.join(map(repr, known[:_NAMED]))}{more}. Fix the label, or add such rows to `train_data`."
+            )
+        return known.index(value)
+
+
+def check_labels(rows: Dataset, argument: str, column: str) -> list[Any]:
+    """Return the labels of all rows.
+
+    Raises:
+        DataError: if rows have no label. It counts them and names the first.
+    """
+    values = list(rows[column])
+    missing = [n for n, value in enumerate(values) if _is_missing(value)]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(values)} rows of `{argument}` have no label in {column!r}; the first is row "
+            f"{missing[0]}. Give these rows a label, or drop them."
+        )
+    return values
+
+
+def _problem_type(values: Sequence[Any], argument: str, *, nested: bool) -> str:
+    if nested:
+        return MULTI
+    if not all(isinstance(value, float) for value in values):
+        return SINGLE
+    if all(value.is_integer() for value in values):
+        raise DataError(
+            f"The labels of `{argument}` are decimal numbers, such as {values[0]!r}, but all of them are whole. Set "
+            f"`problem_type` to {SINGLE!r} if they are classes, or to {REGRESSION!r} to predict a number."
+        )
+    return REGRESSION
+
+
+def _classes(values: Iterable[Any], argument: str) -> tuple[tuple[str, ...], tuple[Hashable, ...]]:
+    """Return the names of classes, and the values that stand for them if they are not class numbers."""
+    found = set(values)
+    if all(isinstance(value, bool) for value in found):
+        return ("false", "true"), (False, True)
+    if all(isinstance(value, str) for value in found):
+        names = tuple(sorted(found))
+        return names, names
+    whole = {int(value) for value in found if _is_number(value) and float(value).is_integer()}
+    if len(whole) == len(found) and min(whole) >= 0:
+        return tuple(map(str, range(max(whole) + 1))), tuple(range(max(whole) + 1))
+    shown = sorted(map(repr, found))[:_NAMED]
+    raise DataError(f"The labels of `{argument}` are {', '.join(shown)}. {_REMEDY}")
+
+
+def _check(values: Sequence[Any], argument: str, problem_type: str, fits: Callable[[Any], bool], wanted: str) -> None:
+    """Raise DataError for the first label that does not fit the problem type."""
+    for n, value in enumerate(values):
+        if not fits(value):
+            raise DataError(
+                f"In `{argument}`, row {n} has the label {value!r}, but the label of {problem_type!r} is {wanted}. "
+                f"{_REMEDY}"
+            )
+
+
+def _described(labels: Labels, values: Sequence[Any]) -> Labels:
+    """Log the classes and their numbers of rows, so that a misspelt one is seen, and return the labels."""
+    if labels.multi_hot:
+        counts = Counter({name: sum(bool(row[n]) for row in values) for n, name in enumerate(labels.names)})
+    else:
+        known = labels.values or range(len(labels.names))
+        each = chain.from_iterable(values) if labels.problem_type == MULTI else values
+        numbers_of = Counter(each)
+        counts = Counter({name: numbers_of[value] for name, value in zip(labels.names, known, strict=True)})
+    named = [f"{name} ({counts[name]:,})" for name in labels.names[:_NAMED]]
+    more = f" and {len(labels.names) - _NAMED} more" if len(labels.names) > _NAMED else ""
+    logger.info(f"Classes: {', '.join(named)}{more}")
+    return labels
+
+
+def _is_multi_hot(values: Sequence[Any]) -> bool:
+    """Return whether all lists have one 0 or 1 for each class."""
+    widths = {len(value) for value in values}
+    return len(widths) == 1 and widths != {1} and all(each in (0, 1) for value in values for each in value)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or value == ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

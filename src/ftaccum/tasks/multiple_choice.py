@@ -1,0 +1,126 @@
+"""The right one of several answers to a text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoModelForMultipleChoice
+
+from ..data.tokenize import token_limit
+from ..errors import DataError, TextWarning, warn_user
+from ..metrics import Accuracy
+from .columns import Role
+from .task import EncodingOptions, Task
+
+_CUT = "was_cut"
+
+
+class MultipleChoice(Task):
+    """The right one of several answers to a text. All rows have the same number of answers."""
+
+    roles: ClassVar[Mapping[str, Role]] = {
+        "context": Role(("context", "ctx", "question", "premise", "sent1", "text")),
+        "choices": Role(("choices", "endings", "options", "answers")),
+        "label": Role(("label", "labels", "answer", "answer_key")),
+    }
+    model_class = AutoModelForMultipleChoice
+    metrics = ("accuracy",)
+
+    def head(self, train: Dataset) -> dict[str, Any]:
+        _numbers(train, "train_data")
+        return {}
+
+    def encode(self, rows: Dataset, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
+        limit = token_limit(processor, model.config, model, options.max_length)
+        numbers = _numbers(rows, argument) if "label" in rows.column_names else None
+        encode = _Choices(processor, limit)
+        encoded = rows.select_columns(["context", "choices"]).map(
+            encode,
+            batched=True,
+            remove_columns=["context", "choices"],
+            num_proc=options.num_proc,
+            desc=f"Tokenising {argument}",
+        )
+        cut = encoded[_CUT][:]
+        if any(cut):
+            warn_user(
+                f"In `{argument}`, {sum(cut)} of {len(cut)} rows (the first is row {cut.index(True)}) are longer than "
+                f"{limit} tokens, and their contexts are truncated.",
+                TextWarning,
+            )
+        encoded = encoded.remove_columns(_CUT)
+        return encoded if numbers is None else encoded.add_column("labels", numbers)
+
+    def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        return {"compute_metrics": Accuracy()}
+
+    def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
+        best = np.asarray(predictions).argmax(-1).tolist()
+        return {"choice": best, "prediction": [choices[n] for choices, n in zip(rows["choices"], best, strict=True)]}
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """Turns each context with each of its answers into tokens of one length, (choices, tokens) for a row."""
+
+    tokenizer: Any
+    limit: int | None
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [
+            self._row(context, choices) for context, choices in zip(batch["context"], batch["choices"], strict=True)
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _row(self, context: str, choices: Sequence[str]) -> dict[str, Any]:
+        contexts = [context] * len(choices)
+        whole = self.tokenizer(contexts, list(choices), padding=True)
+        if self.limit is None or len(whole["input_ids"][0]) <= self.limit:
+            return {**whole, _CUT: False}
+        cut = self.tokenizer(contexts, list(choices), padding=True, truncation="only_first", max_length=self.limit)
+        return {**cut, _CUT: True}
+
+
+def _numbers(rows: Dataset, argument: str) -> list[int]:
+    """Return the number of each row's right answer, from 0 on.
+
+    Raises:
+        DataError: naming the first row whose columns do not fit.
+    """
+    n_choices, numbers = None, []
+    for n, (context, choices, label) in enumerate(zip(rows["context"], rows["choices"], rows["label"], strict=True)):
+        name = f"In `{argument}`, row {n}"
+        if not isinstance(context, str):
+            raise DataError(f"{name} has {context!r:.60} instead of a text as its context. Fix or drop the row.")
+        if not (isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices)):
+            raise DataError(
+                f"{name} has {choices!r:.60} instead of a list of texts as its choices. Fix or drop the row."
+            )
+        n_choices = n_choices or len(choices)
+        if len(choices) != n_choices:
+            raise DataError(
+                f"{name} has {len(choices)} choices, but the first row has {n_choices}. All rows must have as many."
+            )
+        number = _number(label, choices)
+        if number is None:
+            raise DataError(
+                f"{name} has the label {label!r}, but the label of {n_choices} choices is a number from 0 to "
+                f"{n_choices - 1}, a letter from A on, or the text of a choice. Fix or drop the row."
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _number(label: Any, choices: Sequence[str]) -> int | None:
+    """Return the number of the choice that a label names; None if it names none."""
+    if isinstance(label, str):
+        if label in choices:
+            return choices.index(label)
+        if label.isdecimal():
+            label = int(label)
+        elif len(label) == 1 and label.isalpha() and label.isascii():
+            label = ord(label.upper()) - ord("A")
+    is_number = isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices)
+    return label if is_number else None

@@ -1,0 +1,191 @@
+"""The tasks that give a row one class, several classes or a number."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from ftaccum import DataError, load_task, test_fine_tuning
+from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
+from silent_errors.text_columns import word_tokenizer
+from task_files import TEXTS, save_encoder, save_rows, task_errors
+
+QUIET = {"progress": False, "verbosity": "quiet", "n_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def labelled(labels: list[Any]) -> list[dict[str, Any]]:
+    return [{"text": text, "label": label} for text, label in zip(TEXTS, labels, strict=True)]
+
+
+def tokens(rows: list[dict[str, Any]]) -> Any:
+    return word_tokenizer()([row["text"] for row in rows], padding=True, return_tensors="pt")
+
+
+def test_classes_by_name_train_exactly_and_are_saved_in_the_config(encoder: str, tmp_path: Path) -> None:
+    names = ["neutral", "bad", "good"]
+    rows = labelled([names[n % 3] for n in range(7)])
+
+    def loss(model: nn.Module, window: list[dict[str, Any]]) -> Tensor:
+        classes = torch.tensor([sorted(names).index(row["label"]) for row in window])
+        return F.cross_entropy(model(**tokens(window)).logits, classes)
+
+    file = save_rows(tmp_path / "rows.jsonl", rows)
+    assert max(task_errors("text-classification", encoder, file, rows, loss)) < 1e-12
+    config = load_task("text-classification", encoder, file).model.config
+    assert config.id2label == {0: "bad", 1: "good", 2: "neutral"}
+
+
+def test_lists_of_names_are_several_classes(encoder: str, tmp_path: Path) -> None:
+    names = ["fun", "long", "sad"]
+    rows = labelled([["fun"], [], ["sad", "fun"], ["long"], ["long", "sad"], ["fun"], ["sad"]])
+
+    def loss(model: nn.Module, window: list[dict[str, Any]]) -> Tensor:
+        wanted = torch.tensor([[float(name in row["label"]) for name in names] for row in window]).double()
+        return F.binary_cross_entropy_with_logits(model(**tokens(window)).logits, wanted)
+
+    file = save_rows(tmp_path / "rows.jsonl", rows)
+    # The loss of float32 labels is float32, also for float64 logits, so the shares of its parts round to float32.
+    assert max(task_errors("text-classification", encoder, file, rows, loss)) < 1e-7
+    loaded = load_task("text-classification", encoder, file, file)
+    result = test_fine_tuning(**loaded.arguments(), **QUIET)
+    assert result.metrics[-1].keys() == {"f1_micro", "f1_macro", "exact_match"}
+    assert loaded.model.config.problem_type == "multi_label_classification"
+
+
+def test_decimal_numbers_are_predicted_as_numbers(encoder: str, tmp_path: Path) -> None:
+    rows = labelled([0.5, -1.0, 2.25, 0.0, 1.5, -0.5, 3.0])
+
+    def loss(model: nn.Module, window: list[dict[str, Any]]) -> Tensor:
+        wanted = torch.tensor([row["label"] for row in window]).double()
+        return F.mse_loss(model(**tokens(window)).logits.squeeze(-1), wanted)
+
+    file = save_rows(tmp_path / "rows.jsonl", rows)
+    assert max(task_errors("text-classification", encoder, file, rows, loss)) < 1e-12
+    loaded = load_task("text-classification", encoder, file, file)
+    result = test_fine_tuning(**loaded.arguments(), **QUIET)
+    assert result.metrics[-1].keys() == {"mse", "mae", "pearson", "spearman"}
+    columns = loaded.task.predicted_columns(np.array([[0.5], [1.0]]), loaded.train, None, loaded.model)
+    assert columns == {"prediction": [0.5, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "classes"),
+    [
+        ([True, False, True, True, False, False, True], {}, ["false", "true"]),
+        ([0, 2, 0, 1, 2, 0, 1], {}, ["0", "1", "2"]),
+        ([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0], {"problem_type": "single_label_classification"}, ["0", "1"]),
+        ([[1, 0], [1, 1], [0, 0], [0, 1], [1, 0], [1, 1], [0, 1]], {}, ["class 0", "class 1"]),
+    ],
+)
+def test_forms_of_labels(
+    encoder: str, tmp_path: Path, labels: list[Any], options: dict[str, Any], classes: list[str]
+) -> None:
+    file = save_rows(tmp_path / "rows.jsonl", labelled(labels))
+    loaded = load_task("text-classification", encoder, file, **options)
+    assert list(loaded.model.config.id2label.values()) == classes
+    test_fine_tuning(**loaded.arguments(), **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "words"),
+    [
+        ([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0], {}, "such as 0.0, but all of them are whole. Set `problem_type`"),
+        ([1, -1, 1, 1, -1, 1, 1], {}, "are -1, 1. Labels are names, whole numbers from 0"),
+        (
+            ["a", None, "b", None, "a", "a", "b"],
+            {},
+            "2 of the 7 rows of `train_data` have no label in 'label'; the first",
+        ),
+        (["a", "", "b", "a", "a", "a", "b"], {}, "the first is row 1. Give these rows a label, or drop them."),
+        (
+            ["a", "b", "a", "b", "a", "a", "b"],
+            {"problem_type": "regression"},
+            "row 0 has the label 'a', but the label of",
+        ),
+        ([["a"], ["b"]] * 3 + [[]], {"problem_type": "single_label_classification"}, "row 0 has the label ['a'], but"),
+        ([0, 1, 0, 1, 1, 1, 0], {"problem_type": "multi_label_classification"}, "is a list of classes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, labels: list[Any], options: dict[str, Any], words: str
+) -> None:
+    file = save_rows(tmp_path / "rows.jsonl", labelled(labels))
+    with pytest.raises(DataError) as caught:
+        load_task("text-classification", "/absent", file, **options)
+    assert words in str(caught.value)
+
+
+def test_a_validation_label_that_training_lacks_is_named(encoder: str, tmp_path: Path) -> None:
+    train = save_rows(tmp_path / "rows.jsonl", labelled(["a", "b"] * 3 + ["a"]))
+    val = save_rows(tmp_path / "val.jsonl", labelled(["a", "b", "c"] * 2 + ["a"]))
+    with pytest.raises(
+        DataError, match="In `val_data`, row 2 has the label 'c', which is none of the training rows' clas"
+    ):
+        load_task("text-classification", encoder, train, val)
+
+
+def test_images_of_a_folder_become_classes(tmp_path: Path) -> None:
+    for n in range(6):
+        file = tmp_path / "images" / ("dark", "light")[n % 2] / f"{n}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 7 + n), color=20 + 200 * (n % 2)).save(file)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    rows = [{"path": str(file), "label": file.parent.name} for file in sorted((tmp_path / "images").glob("*/*.png"))]
+    file_of_rows = save_rows(tmp_path / "rows.jsonl", rows)
+    loaded = load_task("image-classification", str(tmp_path / "vit"), file_of_rows, file_of_rows)
+    result = test_fine_tuning(**loaded.arguments(), **{**QUIET, "n_epochs": 8}, learning_rate=1e-2)
+    assert result.metrics[-1]["accuracy"] == 1
+    assert loaded.model.config.id2label == {0: "dark", 1: "light"}
+
+
+def test_the_right_choice_trains_exactly(encoder: str, tmp_path: Path) -> None:
+    ends = [["good", "slow plot"], ["the film drags", "good"], ["a", "the film"]] * 2 + [["slow", "a good act"]]
+    rows = [
+        {"ctx": text, "endings": end, "label": n % 2} for n, (text, end) in enumerate(zip(TEXTS, ends, strict=True))
+    ]
+
+    def loss(model: nn.Module, window: list[dict[str, Any]]) -> Tensor:
+        pairs = [(row["ctx"], end) for row in window for end in row["endings"]]
+        batch = word_tokenizer()(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+        shaped = {name: values.view(len(window), 2, -1) for name, values in batch.items()}
+        return F.cross_entropy(model(**shaped).logits, torch.tensor([row["label"] for row in window]))
+
+    file = save_rows(tmp_path / "rows.jsonl", rows)
+    assert max(task_errors("multiple-choice", encoder, file, rows, loss)) < 1e-12
+    letters = save_rows(tmp_path / "letters.jsonl", [{**row, "label": "AB"[row["label"]]} for row in rows])
+    loaded = load_task("multiple-choice", encoder, file)
+    assert load_task("multiple-choice", encoder, letters).train["labels"][:] == loaded.train["labels"][:]
+    bad = save_rows(tmp_path / "bad.jsonl", [*rows, {**rows[0], "label": 2}])
+    with pytest.raises(DataError, match="row 7 has the label 2, but the label of 2 choices is a number from 0 to 1"):
+        load_task("multiple-choice", "/absent", bad)
+    bad = save_rows(tmp_path / "more.jsonl", [*rows, {**rows[0], "endings": ["a", "the", "film"]}])
+    with pytest.raises(DataError, match="row 7 has 3 choices, but the first row has 2"):
+        load_task("multiple-choice", "/absent", bad)
+
+
+def test_metrics_of_several_classes_and_of_numbers() -> None:
+    wanted = np.array([[1, 0], [1, 1], [0, 0]])
+    found = multi_label_metrics(EvalPrediction(np.array([[2.0, -1.0], [3.0, -0.5], [-1.0, -2.0]]), wanted))
+    assert found == {
+        "f1_micro": pytest.approx(0.8),
+        "f1_macro": pytest.approx(0.5),
+        "exact_match": pytest.approx(2 / 3),
+    }
+    found = regression_metrics(EvalPrediction(np.array([[1.0], [2.0], [4.0]]), np.array([1.0, 2.0, 3.0])))
+    assert found["mse"] == pytest.approx(1 / 3)
+    assert found["spearman"] == pytest.approx(1)
+    assert np.isnan(regression_metrics(EvalPrediction(np.ones((3, 1)), np.array([1.0, 2.0, 3.0])))["pearson"])
