@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum.apps.help import HelpPage
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import find_faults, parse_settings
 from ftaccum.fields import PositiveInt, Text, setting
@@ -38,6 +39,8 @@ from ftaccum.tasks import chat_tokens as chat
 from ftaccum.tasks.arguments import ModelArguments
 from ftaccum.tasks.model_source import ModelSource
 from ftaccum.tasks.rows import read_rows
+
+_PAGE = HelpPage("python recipes/causal_lm.py [options]", __doc__ or "")
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Sources:
 
 
 def main(arguments: list[str]) -> None:
-    sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, description=__doc__ or "")
+    sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, page=_PAGE)
     settings, limit = vars(recipe) | vars(runtime), recipe.max_length or 1024
     if faults := find_faults(sources):
         raise SettingsError(faults)

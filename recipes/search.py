@@ -22,6 +22,7 @@ from accelerate import PartialState
 
 import packaged
 from ftaccum import DataError, SettingsError, search
+from ftaccum.apps.help import HelpPage
 from ftaccum.apps.parser import parse
 from ftaccum.apps.search.settings import SearchSettings, SpaceArguments, TrialRecipe
 from ftaccum.apps.search.space import read_dimensions
@@ -29,6 +30,8 @@ from ftaccum.apps.search.tables import best_trial
 from ftaccum.settings import Runtime
 from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tasks.load import load_factory
+
+_PAGE = HelpPage("python recipes/search.py [options]", __doc__ or "")
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Sources(TrainArguments):
 
 def main(arguments: list[str]) -> None:
     kinds = [Sources, SpaceArguments, SearchSettings, TrialRecipe, Runtime]
-    sources, varied, settings, recipe, runtime = parse(kinds, arguments, description=__doc__ or "")
+    sources, varied, settings, recipe, runtime = parse(kinds, arguments, page=_PAGE)
     packaged.prepare_named(sources.model, sources.train_data)
     model_factory, loaded = load_factory(sources, vars(recipe))
 

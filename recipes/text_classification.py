@@ -20,11 +20,14 @@ from accelerate import PartialState
 
 import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
+from ftaccum.apps.help import HelpPage
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import parse_settings
 from ftaccum.settings import Recipe, Runtime
 from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tasks.load import load
+
+_PAGE = HelpPage("python recipes/text_classification.py [options]", __doc__ or "")
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Sources(TrainArguments):
 
 
 def main(arguments: list[str]) -> None:
-    sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, description=__doc__ or "")
+    sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, page=_PAGE)
     settings = vars(recipe) | vars(runtime)
     parse_settings(settings)  # before anything is loaded
     loaded = load(sources, settings)

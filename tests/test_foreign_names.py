@@ -139,7 +139,7 @@ def test_the_other_functions_answer_unknown_arguments() -> None:
         (["train", "--max_steps", "9"], "here: `--max_updates`. The epochs may end training earlier: set `--n_epochs`"),
         (["train", "--learn", "3"], "There is no option '--learn'. Did you mean '--learning_rate' or"),
         (["train", "--conf", "x.yaml"], "There is no option '--conf'."),
-        (["train", "--physical_batch_size", "3"], "'--physical_batch_size'. `--help` lists the options.\n"),
+        (["train", "--physical_batch_size", "3"], "'--physical_batch_size'. `--help-all` lists the options.\n"),
         (["plan", "--lr", "1"], "'--lr'. `--learning_rate` is an option of `ftaccum train`, `ftaccum search`."),
         (["search", "--accum_steps", "1"], "'--accum_steps'; here: `--accumulation_steps`."),
     ],
@@ -160,7 +160,7 @@ def test_unknown_keys_of_a_file_are_answered(capsys: pytest.CaptureFixture[str],
         "key 'bf16'; here: `mixed_precision: bf16`.\n",
         "key 'base_model'; here: `model`.",
         "key 'sample_packing'; here: `padding_free: true`.",
-        "key 'physical_batch_size'. `--help` lists the options.\n",
+        "key 'physical_batch_size'. `--help-all` lists the options.\n",
     ):
         assert sentence in found
 

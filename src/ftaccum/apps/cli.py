@@ -1,5 +1,6 @@
 """The `ftaccum` command: a thin layer over the Python functions. Its options have the names of their arguments."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         print(f"ftaccum {command}: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # the reader of the output has what it wanted, as in `ftaccum train --help-all | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+        return OK
     except KeyboardInterrupt:
         resumes = ". The same command resumes the search." if command == "search" else "."
         print(f"ftaccum {command}: interrupted{resumes}", file=sys.stderr)

@@ -8,6 +8,7 @@ from ..arguments import find_faults, read_settings
 from ..errors import SettingsError, refuse
 from ..settings import Recipe, Runtime
 from ..tasks.arguments import NamedArguments, TrainArguments
+from .help import HelpPage
 from .parser import parse
 from .plan import PlanArguments, PlanRecipe
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
@@ -19,6 +20,20 @@ OPTIONS: dict[str, list[type]] = {
     "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
     "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
     "plan": [PlanArguments, PlanRecipe],
+}
+
+_DATA = ("model", "train_data", "val_data", "task", "max_length")
+# The options that most people need, which `--help` shows. Commands that are not here show all of theirs.
+_FIRST = {
+    "train": (*_DATA, "batch_size", "effective_batch_size", "n_epochs", "learning_rate", "output_dir"),
+    "search": (*_DATA[:-1], "batch_size", "accumulation_steps", "learning_rate", "n_trials", "n_epochs", "output_dir"),
+    "verify": ("model", "train_data", "task", "max_length", "batch_size", "effective_batch_size", "n_splits", "json"),
+}
+_USAGE = {
+    "train": "ftaccum train --model NAME --train_data FILE [options]",
+    "search": "ftaccum search --model NAME --train_data FILE [options]",
+    "verify": "ftaccum verify --model NAME --train_data FILE [options]",
+    "plan": "ftaccum plan --n_rows N [options]",
 }
 
 # The option of a search that stands for another option of a single run.
@@ -35,8 +50,7 @@ def parse_options(command: str, words: Sequence[str], description: str) -> Any:
     return parse(
         OPTIONS[command],
         words,
-        prog=f"ftaccum {command}",
-        description=description,
+        page=HelpPage(_USAGE.get(command, f"ftaccum {command} [options]"), description, _FIRST.get(command, ())),
         elsewhere=elsewhere,
         renamed=_RENAMED if command == "search" else None,
     )

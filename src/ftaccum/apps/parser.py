@@ -14,11 +14,8 @@ from transformers.hf_argparser import HfArgumentParser, string_to_bool
 from ..errors import SettingsError, refuse, shown
 from ..fields import rules_of, traits_of
 from ..porting.names import KnownNames, flags, yaml
+from .help import HelpPage
 from .yaml import read_mapping
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """A formatter that shows the default of every option, and does not wrap the description."""
 
 
 class _Parser(HfArgumentParser):
@@ -46,8 +43,7 @@ def parse(
     kinds: Sequence[type],
     arguments: Sequence[str],
     *,
-    prog: str | None = None,
-    description: str = "",
+    page: HelpPage | None = None,
     elsewhere: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
 ) -> Any:
@@ -58,6 +54,7 @@ def parse(
     a rule; that rule reports it later.
 
     Args:
+        page: what `--help` and `--help-all` show.
         elsewhere: for each option of other commands, by name, the names of those commands, for a message.
         renamed: for options of `train` that have another name here, that name.
 
@@ -66,7 +63,10 @@ def parse(
             that cannot be converted, if their fields have no rules.
         SystemExit: after `--help`.
     """
-    parser = build_parser(kinds, prog=prog, description=description)
+    if page is not None and any(word in ("-h", "--help", "--help-all") for word in arguments):
+        print(page.show(kinds, everything="--help-all" in arguments))
+        raise SystemExit(0)
+    parser = build_parser(kinds)
     options = KnownNames(
         [f.name for kind in kinds for f in fields(kind)],
         "option",
@@ -74,7 +74,7 @@ def parse(
         elsewhere=elsewhere or {},
         renamed=renamed or {},
         otherwise="in Python",
-        listed="`--help` lists the options.",
+        listed="`--help-all` lists the options.",
     )
     before = _Parser([], add_help=False, allow_abbrev=False)
     before.add_argument("--config")
@@ -87,10 +87,9 @@ def parse(
     return parsed[: len(kinds)]
 
 
-def build_parser(kinds: Sequence[type], *, prog: str | None = None, description: str = "") -> HfArgumentParser:
+def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
     """Return the parser of a command. Its options are the fields of `kinds` and `--config`."""
-    usage = "%(prog)s [options]"
-    parser = _Parser(kinds, prog=prog, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = _Parser(kinds, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of these options; flags override it")
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     ruled = {name for kind in kinds for name in rules_of(kind)}
