@@ -30,6 +30,7 @@ WITHOUT_TORCH = [
     "runtime.atomic_files",
     "settings",
     "tasks.arguments",
+    "tasks.reading.options",
     "tracking.ledger",
     "tracking.result",
 ]

@@ -75,6 +75,12 @@ def text_files() -> dict[str, Any]:
     return {"ftaccum": SimpleNamespace(test_fine_tuning=run, load_task=lambda *_, **__: loaded)}
 
 
+def csv_file() -> dict[str, Any]:
+    """Write the file that a block reads."""
+    Path("train.csv").write_text("text,label\ngood,1\n", encoding="utf-8")
+    return {}
+
+
 def loop() -> dict[str, Any]:
     """Return the parts of a hand-written loop: a model and a loader of rows, or a module and a loader of pairs."""
     model, net = causal_lm(), torch.nn.Linear(3, 2)
@@ -115,6 +121,7 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "next_token_accuracy": token_rows,
     "verify": token_rows,
     "load_task": text_files,
+    "read_rows": csv_file,
     "search": token_rows,
     "trial.suggest": token_rows,
 }
