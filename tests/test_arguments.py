@@ -37,7 +37,7 @@ NAMES = (
     "lr_scheduler", "max_length", "max_tokens", "max_updates", "metric_for_best", "mixed_precision", "model",
     "n_epochs",
     "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite", "optimizer", "output_dir", "padding_free",
-    "planner", "planner_costs", "preprocess_logits_for_metrics",
+    "planner", "planner_costs", "preprocess_logits_for_metrics", "preprocessing_num_workers",
     "progress", "random_seed", "reduction", "remainder", "restore_best_weights",
     "resume", "text_columns", "tokenizer", "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data",
     "validation_split", "verbosity", "warmup_ratio", "warmup_steps", "weight_decay",

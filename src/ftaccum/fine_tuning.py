@@ -56,6 +56,7 @@ def test_fine_tuning(
     gradient_checkpointing: bool = False,
     compile: bool = False,
     num_workers: int = 0,
+    preprocessing_num_workers: int | None = None,
     tokenizer: Any = None,
     data_collator: Collator | None = None,
     loss_fn: LossFn | None = None,
@@ -161,6 +162,9 @@ def test_fine_tuning(
         num_workers: processes that collate batches ahead, for rows that are slow to make, such as images to decode.
             With 0, the next window is collated while the device computes. A worker that dies is replaced. Must be 0 for
             a stream.
+        preprocessing_num_workers: processes that tokenise raw text before training. None: the main process. A stream is
+            tokenised as it arrives, in the main process. Tokenised rows are stored in the cache of `datasets`, if they
+            come from a file, and found again by later runs.
         tokenizer: tokenises raw text and defines the padding. Saved with the model.
         data_collator: function from a list of rows to a batch of tensors, with rows as the first dimension. None pads
             columns along the tokens.

@@ -199,6 +199,9 @@ class Runtime:
         False, "torch.compile the model; widths are padded to buckets to limit the shapes", matters_to_rounding=True
     )
     num_workers: Count = _speed(0, "processes that collate batches ahead, for rows that are slow to make; 0 for none")
+    preprocessing_num_workers: PositiveInt | None = _speed(
+        None, "processes that tokenise raw text before training; None tokenises in the main process"
+    )
     use_amp: Flag = _precision(
         False, "autocast: bf16 where the device supports it, else fp16 with a scaler", in_verify=True
     )

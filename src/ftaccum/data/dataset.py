@@ -17,14 +17,13 @@ from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
+from .encode_table import Encode, encode_table
 from .forms import ChangedRows
 from .row import Row, as_row, check_row, is_row, length_of
 from .table import make_table
 
 # Takes rows and the position of the first one, and returns rows. May raise a DataError that names a row.
 Step = Callable[[list[Row], int], list[Row]]
-# Takes the columns of a batch of rows, and the rows' positions, and returns new columns.
-Encode = Callable[[Mapping[str, list], Sequence[int]], dict[str, list]]
 # Takes columns of rows, and the position of the first row.
 Report = Callable[[Mapping[str, list], int], None]
 
@@ -78,6 +77,12 @@ class Rows:
         named = ", ".join(str(self._name(position)) for position in positions[:_NAMED])
         more = f" and {len(positions) - _NAMED} more" if len(positions) > _NAMED else ""
         return f"rows {named}{more}"
+
+    @property
+    def row_names(self) -> list[int] | None:
+        """For each position, the number by which messages name the row; None if it is the position."""
+        is_position = self._positions is None and self._names is None
+        return None if is_position else [self._name(position) for position in range(len(self))]
 
     @property
     def describe_all(self) -> str:
@@ -187,16 +192,9 @@ class Rows:
     def on_arrival(self, step: Step) -> None:
         """Apply a step to rows as they arrive. Here, it does nothing: all rows are present, and were checked."""
 
-    def encoded(self, encode: Encode, columns: Sequence[str], name: str) -> "Rows":  # noqa: ARG002
-        """Return the rows that `encode` makes of these, batch by batch.
-
-        Args:
-            columns: the columns that `encode` reads.
-            name: the title of the progress bar.
-        """
-        table = self.table
-        table = table.map(encode, with_indices=True, batched=True, remove_columns=table.column_names, desc=name)
-        return self.replaced(table)
+    def encoded(self, encode: Encode, columns: Sequence[str], name: str, n_processes: int = 1) -> "Rows":  # noqa: ARG002
+        """Return the rows that `encode` makes of these, of `columns` alone. `encode_table` describes the arguments."""
+        return self.replaced(encode_table(self.table, encode, name, n_processes, self.argument))
 
     def with_column(self, name: str, convert: Callable[[Any, str], Any]) -> "Rows":
         """Return the rows with one column converted.

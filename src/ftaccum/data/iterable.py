@@ -16,7 +16,8 @@ from ..runtime.process_group import ProcessGroup
 from ..runtime.single_process import single_process
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
 from ..settings import Recipe
-from .dataset import Encode, Report, Rows, Step
+from .dataset import Report, Rows, Step
+from .encode_table import Encode
 from .forms import is_nested, unnested
 from .row import Row, as_row, check_row, length_of
 
@@ -202,8 +203,8 @@ class StreamRows(Rows):
         self._held = dict(enumerate(step(list(self._held.values()), 0)))
         self._stream.steps.append(step)
 
-    def encoded(self, encode: Encode, columns: Sequence[str], name: str) -> "StreamRows":  # noqa: ARG002
-        """Encode the rows that were read, and all that follow."""
+    def encoded(self, encode: Encode, columns: Sequence[str], name: str, n_processes: int = 1) -> "StreamRows":  # noqa: ARG002
+        """Encode the rows that were read, and all that follow, in this process."""
 
         def encode_more(more: list[Row], first: int) -> list[Row]:
             if not more:

@@ -1,6 +1,7 @@
 """Tokenise rows of raw text."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -17,13 +18,21 @@ _LONGEST_UNBOUNDED = 1_000_000  # tokenizers without a limit report a very large
 
 
 def tokenize(
-    rows: Rows, columns: TextColumns, encoder: TextEncoder, config: Any, *, next_token: bool, warns: bool
+    rows: Rows,
+    columns: TextColumns,
+    encoder: TextEncoder,
+    config: Any,
+    *,
+    next_token: bool,
+    warns: bool,
+    n_processes: int = 1,
 ) -> Rows:
     """Return the rows as token ids, with labels. String labels become numbers by `config.label2id`.
 
     Args:
         next_token: whether rows predict their own tokens, as for a causal LM. Labels of whole rows are then dropped.
         warns: whether this process warns about rows. One of several processes should.
+        n_processes: the number of processes that tokenise; with 1, this process does.
 
     Raises:
         DataError: naming the first row whose text cannot be tokenised, or whose label is unknown.
@@ -32,23 +41,57 @@ def tokenize(
         TextWarning: if rows are truncated or have no text.
     """
 
-    def encode(table: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
-        names = [f"In `{rows.argument}`, {rows.name_of(position)}" for position in positions]
-        texts = [table[name] for name in columns.texts]
-        for name, values in zip(columns.texts, texts, strict=True):
-            _refuse_other_than_text(name, values, names)
-        encoded = _encode(encoder, texts, names)
-        encoded[_BLANK] = [not all(text.strip() for text in row) for row in zip(*texts, strict=True)]
-        if next_token:
-            encoded["labels"] = encoded["input_ids"]
-        elif columns.label is not None:
-            labels = zip(table[columns.label], names, strict=True)
-            encoded["labels"] = [label_id(value, name, config) for value, name in labels]
-        return encoded
-
+    label = None if next_token else columns.label
+    labels = (
+        _LabelNames() if label is None else _LabelNames(*(getattr(config, f.name, None) for f in fields(_LabelNames)))
+    )
+    encode = _RowEncoder(rows.argument, rows.row_names, columns.texts, label, labels, encoder, next_token)
     read = [*columns.texts, *([columns.label] if columns.label is not None else [])]
-    encoded = rows.encoded(encode, read, f"Tokenising {rows.argument}")
+    encoded = rows.encoded(encode, read, f"Tokenising {rows.argument}", n_processes)
     return encoded.take_out((CUT, _BLANK), _Report(rows, columns, encoder) if warns else None)
+
+
+@dataclass(frozen=True)
+class _LabelNames:
+    """The names of a model's classes, as its config has them."""
+
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class _RowEncoder:
+    """The function that tokenises a batch of rows.
+
+    `datasets` pickles it, to hash it and to send it to other processes. So it holds what decides the result, and no
+    rows: two runs with the same tokenizer then find the same stored tokens.
+
+    Attributes:
+        row_names: for each position, the number by which messages name the row; None if it is the position.
+    """
+
+    argument: str
+    row_names: Sequence[int] | None
+    texts: Sequence[str]
+    label: str | None
+    labels: _LabelNames
+    encoder: TextEncoder
+    next_token: bool
+
+    def __call__(self, table: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
+        numbers = positions if self.row_names is None else [self.row_names[position] for position in positions]
+        names = [f"In `{self.argument}`, row {number}" for number in numbers]
+        texts = [table[name] for name in self.texts]
+        for name, values in zip(self.texts, texts, strict=True):
+            _refuse_other_than_text(name, values, names)
+        encoded = _encode(self.encoder, texts, names)
+        encoded[_BLANK] = [not all(text.strip() for text in row) for row in zip(*texts, strict=True)]
+        if self.next_token:
+            encoded["labels"] = encoded["input_ids"]
+        elif self.label is not None:
+            labels = zip(table[self.label], names, strict=True)
+            encoded["labels"] = [label_id(value, name, self.labels) for value, name in labels]
+        return encoded
 
 
 class _Report:

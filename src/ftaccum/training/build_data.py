@@ -85,7 +85,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         DataError: if the data cannot be trained on.
     """
     components, runtime = config.components, config.runtime
-    given = build_rows(components, config.recipe, accelerator, stream)
+    given = build_rows(config, accelerator, stream)
     rows, val_rows = given.train, given.val
     ignore_index = ignore_index_of(components, rows)
     padding, val_padding = build_padding(components, rows, val_rows, ignore_index, _longest(config, rows))

@@ -16,8 +16,8 @@ from ..data.tokenize import token_limit, tokenize
 from ..errors import DataError
 from ..objective.model_forward import accepted_arguments
 from ..planning.shuffle import hold_out
-from ..settings import Recipe
-from .config import Components
+from ..settings import Recipe, Runtime
+from .config import Components, RunConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunRows:
         return [rows for rows in (self.train, self.val) if rows is not None]
 
 
-def build_rows(components: Components, recipe: Recipe, accelerator: Accelerator, stream: Stream | None) -> RunRows:
+def build_rows(config: RunConfig, accelerator: Accelerator, stream: Stream | None) -> RunRows:
     """Return the training and validation rows, tokenised.
 
     Args:
@@ -49,7 +49,8 @@ def build_rows(components: Components, recipe: Recipe, accelerator: Accelerator,
     Raises:
         DataError: if the data are not rows, or are raw text that cannot be tokenised.
     """
-    reader = _TextReader(components, recipe, accelerator)
+    components, recipe = config.components, config.recipe
+    reader = _TextReader(components, recipe, config.runtime, accelerator)
     given = None if components.val_data is None else as_rows(components.val_data, "val_data")
     if stream is None and components.train_data is None:
         rows, text = _synthetic(components.configuration, recipe.random_seed), None
@@ -95,6 +96,7 @@ class _TextReader:
 
     components: Components
     recipe: Recipe
+    runtime: Runtime
     accelerator: Accelerator
 
     @property
@@ -126,9 +128,16 @@ class _TextReader:
         encoder = TextEncoder(tokenizer, token_limit(tokenizer, config, model, self.recipe.max_length), self.end)
         is_main = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the other processes then find the cached table
-            return tokenize(
-                rows, columns, encoder, config, next_token=self.components.is_causal_lm, warns=is_main
-            ), columns
+            tokenized = tokenize(
+                rows,
+                columns,
+                encoder,
+                config,
+                next_token=self.components.is_causal_lm,
+                warns=is_main,
+                n_processes=self.runtime.preprocessing_num_workers or 1,
+            )
+        return tokenized, columns
 
     def describe(self, columns: TextColumns) -> str:
         """Return the banner's line about the text columns."""
