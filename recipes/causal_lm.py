@@ -38,7 +38,7 @@ from ftaccum.settings import Recipe, Runtime
 from ftaccum.tasks import chat_tokens as chat
 from ftaccum.tasks.arguments import ModelArguments
 from ftaccum.tasks.model_source import ModelSource
-from ftaccum.tasks.rows import read_rows
+from ftaccum.tasks.reading.rows import read_rows
 
 _PAGE = HelpPage("python recipes/causal_lm.py [options]", __doc__ or "")
 
@@ -112,7 +112,9 @@ def load_conversations(sources: Sources, tokenizer: Any, limit: int) -> tuple[Da
     train = as_tokens(train, "train_data", tokenizer, limit)
     if sources.val_data is None:
         return train, None
-    val = first(renamed(read_rows(sources.val_data, split="validation"), columns), sources.max_val_rows)
+    val = first(
+        renamed(read_rows(sources.val_data, argument="val_data", split="validation"), columns), sources.max_val_rows
+    )
     return train, as_tokens(val, "val_data", tokenizer, limit)
 
 

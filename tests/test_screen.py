@@ -167,7 +167,7 @@ def test_the_load_report_is_withheld_unless_loading_fails() -> None:
 def test_new_weights_are_named_in_one_line(named: TrainArguments, capsys: pytest.CaptureFixture[str]) -> None:
     with loading(verbosity="normal", progress=False):
         load(named, {"random_seed": 0})
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("New weights, which the checkpoint does not have: bert.pooler.dense.bias, ")
     assert "classifier.weight (" in line
     with loading(verbosity="quiet", progress=True):

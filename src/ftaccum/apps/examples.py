@@ -17,6 +17,9 @@ EXAMPLES = {
     "label_column": "sentiment",
     "problem_type": "regression",
     "max_train_rows": "1000",
+    "delimiter": "tab",
+    "encoding": "cp1252",
+    "train_data_weights": "0.7,0.3",
     "max_rows": "1000",
     "text_columns": "premise,hypothesis",
     "max_length": "512",
@@ -57,6 +60,7 @@ EXAMPLES = {
     "max_tokens": "4096",
     "planner_costs": "64 1 0.0005",
     "num_workers": "2",
+    "preprocessing_num_workers": "4",
     "mixed_precision": "bf16",
     # checks and reproducibility
     "on_inexact": "error",

@@ -15,7 +15,7 @@ from ..runtime.accelerator import launched_processes
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
 from ..tasks.arguments import TrainArguments
-from ..tasks.rows import READERS
+from ..tasks.reading.data_file import DataFile
 from ..tracking.run_record import Command, RunRecord
 from .typed_command import resume_command
 
@@ -54,8 +54,9 @@ def output_folder(
 
 def default_name(model: str, data: str) -> str:
     """Return a name for the output folder of a model and data: the last components of their paths, and today's date."""
-    path = Path(data)
-    names = [model, str(path.with_suffix("")) if path.suffix in READERS else data]
+    path = Path(data.partition(",")[0])
+    file = DataFile(path, "")
+    names = [model, str(path).removesuffix("".join(path.suffixes)) if file.kind else str(path)]
     return "-".join([*map(_safe, names), date.today().isoformat()])
 
 

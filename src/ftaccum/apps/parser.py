@@ -63,9 +63,6 @@ def parse(
             that cannot be converted, if their fields have no rules.
         SystemExit: after `--help`.
     """
-    if page is not None and any(word in ("-h", "--help", "--help-all") for word in arguments):
-        print(page.show(kinds, everything="--help-all" in arguments))
-        raise SystemExit(0)
     parser = build_parser(kinds)
     options = KnownNames(
         [f.name for kind in kinds for f in fields(kind)],
@@ -81,6 +78,9 @@ def parse(
     file = before.parse_known_args(arguments)[0].config
     if file is not None:
         parser.set_defaults(**_read(Path(file), kinds, replace(options, notation=yaml)))
+    if page is not None and any(word in ("-h", "--help", "--help-all") for word in arguments):
+        print(page.show(kinds, everything="--help-all" in arguments))
+        raise SystemExit(0)
     *parsed, others = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
     if unknown := [word for word in others if re.match("--|-[a-zA-Z]", word)] or others:
         raise SettingsError([f"There is no option {word!r}{options.hint(word.partition('=')[0])}" for word in unknown])

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Annotated
 
 from ..fields import Flag, Names, PositiveInt, Text, one_of, setting
+from .reading.options import ReadingOptions
 
 # What `--task` accepts.
 TASKS = {
@@ -37,10 +38,12 @@ class ModelArguments:
 
 
 @dataclass
-class NamedArguments(ModelArguments):
+class NamedArguments(ModelArguments, ReadingOptions):
     """A model, and data to train it on."""
 
-    train_data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (required)", "--data")
+    train_data: Text = _data(
+        "", "CSV, JSON or Parquet file, folder or hub name[:config]; several separated by commas (required)", "--data"
+    )
     task: Text = _data("text-classification", f"kind of task: {', '.join(TASKS)}")
     columns: Names = _data((), "columns of the data by role, such as label=sentiment; `docs/tasks.md` lists the roles")
     label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")

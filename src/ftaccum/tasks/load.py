@@ -22,7 +22,8 @@ from .model_source import ModelSource
 from .rows import load_rows
 from .task import EncodingOptions, Task
 
-_SETTINGS = ("random_seed", "validation_split", "text_columns", "max_length")  # what loading depends on
+# The settings that loading depends on.
+_SETTINGS = ("random_seed", "validation_split", "text_columns", "max_length", "preprocessing_num_workers")
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,14 @@ def load_factory(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[Ca
 
 def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSource, Loaded]:
     task = make_task(named)
-    recipe, _ = parse_settings(settings)
-    train, val = load_rows(named, task, recipe.text_columns)
+    recipe, runtime = parse_settings(settings)
+    train, val = load_rows(named, task, recipe.text_columns, recipe.random_seed)
     head = task.head(train)
     task.check(recipe)  # its metrics may depend on the labels
     source = ModelSource(named, task.model_class, task.processor_class, head, named.dtype)
     set_seed(recipe.random_seed)
     model, processor = source.load()
-    options = EncodingOptions(recipe.text_columns, recipe.max_length)
+    options = EncodingOptions(recipe.text_columns, recipe.max_length, runtime.preprocessing_num_workers)
     train = task.encode(train, "train_data", processor, model, options)
     val = None if val is None else task.encode(val, "val_data", processor, model, options)
     more = task.training_arguments(processor, model)

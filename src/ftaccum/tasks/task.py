@@ -37,6 +37,7 @@ class Task:
         processor_class: the auto class that reads the inputs.
         metrics: the names of its metrics, which `metric_for_best` may name.
         reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
+        streams: whether it can train on a stream of rows.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -44,6 +45,7 @@ class Task:
     processor_class: ClassVar[Any] = AutoTokenizer
     metrics: tuple[str, ...] = ()
     reads_text: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
 
     def __init__(self, named: NamedArguments) -> None:
         """Args:

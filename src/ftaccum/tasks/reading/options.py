@@ -48,9 +48,9 @@ Weights = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadingOptions:
-    """How files are read. `parse_options` turns the words of a command line into values."""
+@dataclass
+class FileOptions:
+    """How files are read."""
 
     delimiter: Delimiter | None = _data(
         None, "character between the columns of CSV and TSV files, such as ; or tab; none recognises , ; tab and |"
@@ -58,6 +58,12 @@ class ReadingOptions:
     encoding: Encoding | None = _data(
         None, "encoding of text files, such as cp1252; none recognises UTF-8 and UTF-16, and takes cp1252 otherwise"
     )
+
+
+@dataclass
+class ReadingOptions(FileOptions):
+    """How training data are read. `parse_options` turns the words of a command line into values."""
+
     train_data_weights: Weights | None = _data(
         None,
         "shares by which rows of several train_data are mixed, such as 0.7,0.3; none takes all rows, one source after "
