@@ -16,6 +16,7 @@ EXAMPLES = {
     "columns": "label=sentiment",
     "label_column": "sentiment",
     "problem_type": "regression",
+    "rows": "3",
     "max_train_rows": "1000",
     "delimiter": "tab",
     "encoding": "cp1252",

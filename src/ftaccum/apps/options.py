@@ -1,11 +1,12 @@
 """The options of each command, and how they are parsed. This module does not load torch."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..arguments import find_faults, read_settings
 from ..errors import SettingsError, refuse
+from ..fields import Count, setting
 from ..settings import Recipe, Runtime
 from ..tasks.arguments import NamedArguments, TrainArguments
 from .help import HelpPage
@@ -14,9 +15,18 @@ from .plan import PlanArguments, PlanRecipe
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
 
+
+@dataclass
+class PreviewOptions:
+    """What `ftaccum preview` shows."""
+
+    rows: Count = setting(3, "rows to show as the model sees them", group="model and data")
+
+
 # The options of a command are the fields of these dataclasses.
 OPTIONS: dict[str, list[type]] = {
     "train": [TrainArguments, Recipe, Runtime],
+    "preview": [PreviewOptions, TrainArguments, Recipe, Runtime],
     "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
     "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
     "plan": [PlanArguments, PlanRecipe],
@@ -26,6 +36,7 @@ _DATA = ("model", "train_data", "val_data", "task", "max_length")
 # The options that most people need, which `--help` shows. Commands that are not here show all of theirs.
 _FIRST = {
     "train": (*_DATA, "batch_size", "effective_batch_size", "n_epochs", "learning_rate", "output_dir"),
+    "preview": (*_DATA, "rows", "batch_size", "effective_batch_size", "n_epochs"),
     "search": (*_DATA[:-1], "batch_size", "accumulation_steps", "learning_rate", "n_trials", "n_epochs", "output_dir"),
     "verify": ("model", "train_data", "task", "max_length", "batch_size", "effective_batch_size", "n_splits", "json"),
 }

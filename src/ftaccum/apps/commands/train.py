@@ -1,9 +1,7 @@
 """The command `ftaccum train`."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from ...arguments import parse_settings
 from ...errors import refuse
@@ -33,6 +31,7 @@ def run(words: Sequence[str]) -> int:
     from ...training.preflight import faults_before_loading
     from ...training.run import run_training
     from ..output_folder import OUTPUTS, output_folder
+    from ..run_arguments import default_arguments
 
     settings = vars(recipe) | vars(runtime)
     given = settings if runtime.output_dir is not None else settings | {"output_dir": OUTPUTS}
@@ -46,13 +45,7 @@ def run(words: Sequence[str]) -> int:
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, given)
     with output_folder(named, recipe, replace(parsed, output_dir=runtime.output_dir), words) as (folder, command):
-        arguments = _default_arguments() | loaded.arguments() | settings | {"output_dir": folder}
+        arguments = default_arguments() | loaded.arguments() | settings | {"output_dir": folder}
         result = run_training(replace(RunConfig.from_arguments(arguments), command=command))
     PartialState().destroy_process_group()
     return FAILED if result.unwritten else OK
-
-
-def _default_arguments() -> dict[str, Any]:
-    from ...fine_tuning import test_fine_tuning
-
-    return {name: parameter.default for name, parameter in inspect.signature(test_fine_tuning).parameters.items()}

@@ -1,0 +1,155 @@
+"""What a run would do, without training: rows as the model sees them, batch sizes, memory and time."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from ..data.loader import LocalRows, MicroBatch
+from ..objective.batch_changes import fresh_batch
+from ..planning.micro_batches import MicroBatchRows
+from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.memory import is_out_of_memory
+from ..runtime.state_guards import preserve_gradients
+from .base_run import Run
+from .build_plan import describe_cut
+
+_TIMED = 8  # micro-batches to time
+_ADAM_STATES = 2  # numbers that Adam keeps for each trainable weight
+_LONGEST = 48  # tokens to show of each end of a row
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+class PreviewRun(Run):
+    """A run that shows what it would train on, and what an update would take."""
+
+    @cached_property
+    def gradients(self) -> GradientStrategy:
+        return GradientStrategy(SGD(self.model.parameters()))  # it never steps
+
+    def preview(self, n_rows: int) -> str:
+        """Return rows, batch sizes, memory and time as text.
+
+        Args:
+            n_rows: the number of rows to show.
+        """
+        cut = describe_cut(
+            self.config.runtime, self.batch_sizes, self.planner, knows_lengths=self.data.train.knows_lengths
+        )
+        rows = [line for position in range(min(n_rows, len(self.data.train_rows))) for line in self._row(position)]
+        return "\n".join([*rows, str(self.plan), *self.data.notes(), cut, *self._costs()])
+
+    def _row(self, position: int) -> Iterator[str]:
+        loader = self.data.train
+        piece = MicroBatchRows((position,), places=(0,))
+        (micro,) = loader.stream([LocalRows((position,), [piece], (0,))])
+        batch = micro.batch if isinstance(micro.batch, dict) or hasattr(micro.batch, "items") else {}
+        by_term = len(micro.counts) > 1
+        items = ", ".join(f"{count:g} of {term}" if by_term else f"{count:g}" for term, count in micro.counts.items())
+        yield f"--- {loader.name_of(position)}: {micro.tokens or 'no'} tokens, loss items: {items}"
+        tokenizer = self.config.components.tokenizer
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                yield f"  {name} {tuple(value.shape[1:])}: {self._shown(name, value[0], batch, tokenizer)}"
+
+    def _shown(self, name: str, value: Tensor, batch: Any, tokenizer: Any) -> str:
+        """Return a column of a row: token ids as text, labels of tokens with the tokens that they belong to."""
+        decodes = hasattr(tokenizer, "convert_ids_to_tokens")
+        ids = batch.get("input_ids")
+        if name == "input_ids" and value.ndim == 1 and decodes:
+            return _cut(tokenizer.convert_ids_to_tokens(value.tolist()))
+        if name == "labels" and not value.is_floating_point():
+            return self._labels(value, None if ids is None else ids[0], tokenizer if decodes else None)
+        if value.numel() > 1 and value.min() == value.max():
+            return f"all {value.flatten()[0].item():g}"
+        return _cut([f"{number:g}" for number in value.flatten()[: 2 * _LONGEST + 1].tolist()])
+
+    def _labels(self, labels: Tensor, ids: Tensor | None, tokenizer: Any) -> str:
+        """Return labels by name. `·` stands for a label that the loss ignores."""
+        ignored, names = self.data.ignore_index, getattr(self.model.config, "id2label", None) or {}
+        if labels.ndim != 1:
+            return names.get(int(labels), str(labels.tolist())) if labels.ndim == 0 else _cut(labels.tolist())
+        vocabulary = getattr(self.model.config, "vocab_size", 0) or 0
+        predicts_tokens = tokenizer is not None and len(names) < vocabulary and self._predicts_tokens(labels, ids)
+        known = [n if n == ignored else None for n in labels.tolist()]
+        words = tokenizer.convert_ids_to_tokens(labels.clamp(min=0).tolist()) if predicts_tokens else None
+        if words is None:
+            words = [names.get(n, str(n)) for n in labels.tolist()]
+        return _cut(["·" if one is not None else word for one, word in zip(known, words, strict=True)])
+
+    def _predicts_tokens(self, labels: Tensor, ids: Tensor | None) -> bool:
+        """Return whether labels are token ids: those of a language model, or of a decoder."""
+        has_output = getattr(self.model, "get_output_embeddings", lambda: None)() is not None
+        return has_output and (ids is not None or labels.ndim == 1)
+
+    def _costs(self) -> list[str]:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        states = trained * (1 + _ADAM_STATES)
+        lines = [f"Memory: {_size(weights)} of weights, {_size(states)} of gradients and AdamW states, and activations"]
+        with ExitStack() as stack:
+            stack.enter_context(preserve_gradients(self.model))
+            return lines + self._timed()
+
+    def _timed(self) -> list[str]:
+        """Return lines on the time of an update, from some of its forward and backward passes."""
+        window = next(iter(self.plan.windows(0)))
+        slices = self.data.train.cut(window.rows, self.planner)[self.accelerator.process_index]
+        (micros,) = self.data.train.load([LocalRows(window.rows, slices, (0,))])
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            longest = self.data.train.longest_rows(max(len(micro.slice.rows) for micro in micros))
+            seconds = [self._pass(micro) for micro in [longest, *micros[:_TIMED]]][1:]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return ["A forward and backward pass of the longest rows does not fit in memory. Lower `batch_size`."]
+        lines = []
+        if self.accelerator.device.type == "cuda":
+            lines.append(f"Peak memory of a pass of the longest rows: {_size(torch.cuda.max_memory_allocated())}")
+        each = sum(seconds) / len(seconds)
+        update = each * len(micros)
+        return [
+            *lines,
+            f"Time: about {each:.3g} s for a forward and backward pass, {update:.3g} s for an update of {len(micros)} "
+            f"passes, {_duration(update * self.plan.n_windows)} in all, without evaluation and optimizer steps",
+        ]
+
+    def _pass(self, micro: MicroBatch) -> float:
+        """Return the time in seconds of one forward and backward pass."""
+        started = time.perf_counter()
+        batch = fresh_batch(micro.batch, self.accelerator.device)
+        with self.accelerator.autocast():
+            means, _ = self.data.objective.means(self.model, batch, micro.counts, micro.terms, micro.names)
+        sum(means.values(), torch.zeros((), device=self.accelerator.device)).backward()
+        self.model.zero_grad(set_to_none=True)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def _cut(words: Sequence[Any]) -> str:
+    """Return words as one line; of a long row, its beginning and its end."""
+    shown = [str(word) for word in words]
+    if len(shown) > 2 * _LONGEST:
+        shown = [*shown[:_LONGEST], f"… ({len(shown) - 2 * _LONGEST} more) …", *shown[-_LONGEST:]]
+    return " ".join(shown)
+
+
+def _size(n_bytes: float) -> str:
+    power = 0
+    while n_bytes >= 1000 and power < len(_UNITS) - 1:
+        n_bytes, power = n_bytes / 1000, power + 1
+    return f"{n_bytes:.3g} {_UNITS[power]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
