@@ -33,14 +33,14 @@ NAMES = (
     "early_stopping_min_delta", "early_stopping_patience", "effective_batch_size", "eval_batch_size",
     "evaluate_every",
     "gradient_accumulation_steps", "gradient_checkpointing", "gradient_clip_norm", "greater_is_better",
-    "keep_checkpoints", "learning_rate", "learning_rate_scaling", "log_every", "log_with", "loss_fn",
-    "lr_scheduler", "max_length", "max_tokens", "max_updates", "metric_for_best", "mixed_precision", "model",
-    "n_epochs",
+    "keep_checkpoints", "learning_rate", "learning_rate_scaling", "log_every", "log_with", "lora",
+    "loss_fn", "lr_scheduler", "max_length", "max_tokens", "max_updates", "metric_for_best", "mixed_precision",
+    "model", "n_epochs",
     "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite", "optimizer", "output_dir", "padding_free",
     "planner", "planner_costs", "preprocess_logits_for_metrics", "preprocessing_num_workers",
     "progress", "random_seed", "reduction", "remainder", "restore_best_weights",
-    "resume", "text_columns", "tokenizer", "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data",
-    "validation_split", "verbosity", "warmup_ratio", "warmup_steps", "weight_decay",
+    "resume", "save", "text_columns", "tokenizer", "tokens_per_update", "train_data", "use_amp", "use_wandb",
+    "val_data", "validation_split", "verbosity", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 
 

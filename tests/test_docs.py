@@ -122,6 +122,7 @@ NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "verify": token_rows,
     "load_task": text_files,
     "read_rows": csv_file,
+    '"q_proj"': token_rows,
     "search": token_rows,
     "trial.suggest": token_rows,
 }

@@ -35,7 +35,7 @@ def chosen(named: TrainArguments = NAMED, *, fills: bool = True, **settings: Any
     """Return the folder that a run with these settings gets, and the note on it. If it `fills` it, it writes a file."""
     recipe, runtime = parse_settings({"output_dir": "outputs"} | settings)
     runtime = runtime if "output_dir" in settings else replace(runtime, output_dir=None)
-    with output_folder(named, recipe, runtime, ["--x"]) as (folder, command):
+    with output_folder(named, None, recipe, runtime, ["--x"]) as (folder, command):
         if fills:
             Path(folder, "ledger.jsonl").touch()
     return folder, command.note

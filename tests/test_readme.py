@@ -1,5 +1,6 @@
 """README and docs: the first Python block runs, commands parse, and links resolve."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("{}")  # a file of settings that commands name
     for command, *words in ftaccum_commands(page):
-        parse(OPTIONS[command], words)
+        parse(OPTIONS[command], list(itertools.dropwhile(lambda word: not word.startswith("-"), words)))  # after RUN
 
 
 @page

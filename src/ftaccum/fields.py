@@ -145,6 +145,7 @@ Remainder = Annotated[str, one_of("flush", "carry")]
 OnNonfinite = Annotated[str, one_of("skip", "error")]
 OnInexact = Annotated[str, one_of("error", "warn", "ignore")]
 Verbosity = Annotated[str, one_of("quiet", "normal", "debug")]
+Save = Annotated[str, one_of("adapter", "merged", "both")]
 BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or _is_positive_int(v), "a positive integer or 'auto'")]
 Pairs = Sequence[Sequence[int]]
 

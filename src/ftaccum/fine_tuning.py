@@ -57,6 +57,7 @@ def test_fine_tuning(
     compile: bool = False,
     num_workers: int = 0,
     preprocessing_num_workers: int | None = None,
+    lora: Any = None,
     tokenizer: Any = None,
     data_collator: Collator | None = None,
     loss_fn: LossFn | None = None,
@@ -79,6 +80,7 @@ def test_fine_tuning(
     nonfinite_patience: int | None = 25,
     deterministic: bool = False,
     output_dir: str | None = None,
+    save: str = "adapter",
     checkpoint_every: int | str | None = "15min",
     keep_checkpoints: int = 2,
     resume: str | None = None,
@@ -165,6 +167,10 @@ def test_fine_tuning(
         preprocessing_num_workers: processes that tokenise raw text before training. None: the main process. A stream is
             tokenised as it arrives, in the main process. Tokenised rows are stored in the cache of `datasets`, if they
             come from a file, and found again by later runs.
+        lora: adapters to train instead of the model's own weights. True: LoRA of rank 16, alpha 32, without dropout, on
+            all linear layers. A dict: arguments of `peft.LoraConfig` that replace these. Or any `peft.PeftConfig`. The
+            head of a classifier is trained in full. PEFT changes the model that is passed in: `result.model` is the
+            PEFT model, and `result.model.unload()` takes the adapters out.
         tokenizer: tokenises raw text and defines the padding. Saved with the model.
         data_collator: function from a list of rows to a batch of tensors, with rows as the first dimension. None pads
             columns along the tokens.
@@ -215,6 +221,9 @@ def test_fine_tuning(
         deterministic: use only deterministic algorithms.
         output_dir: folder for `run.json`, `ledger.jsonl`, `result.json`, `model/` and `checkpoints/`. If it becomes
             unwritable, the run warns and continues. None saves nothing; see `Result.save_model`.
+        save: files of the trained model in `model/`, if it has adapters. "adapter": only the adapters, to load with the
+            base model. "merged": a plain model that loads without PEFT. "both": the plain model, and the adapters in
+            `adapter/`. Merging works on a copy on the host; the model in memory keeps its adapters.
         checkpoint_every: updates between two checkpoints, or a time such as "90s", "15min" or "2h". None saves only at
             the ends of epochs and after evaluations that are the best so far, which are saved in any case. Checkpoints
             are written in the background.

@@ -24,6 +24,7 @@ from .fields import (
     Precision,
     Remainder,
     Resume,
+    Save,
     Scaling,
     Seed,
     Steps,
@@ -233,6 +234,12 @@ class Runtime:
         "folder for the ledger, the result, the checkpoints and the trained model",
         unsearchable=OWN_ARGUMENT,
     )
+    save: Save = _output(
+        "adapter",
+        "files of the trained model, if it has adapters: adapter, merged (a plain model that loads without peft), or "
+        "both",
+        unsearchable="trials save no model",
+    )
     checkpoint_every: Every | None = _output(
         "15min",
         "number of updates, or time (90s, 15min, 2h), between checkpoints; None saves only after epochs and the best "
@@ -276,5 +283,5 @@ SIZES = names_where(Recipe, lambda traits: traits.sizes_update)
 # The names that `allow_changed` accepts: what a resumed run must otherwise share with the previous run.
 CHANGEABLE = (
     *names_where(Recipe, lambda traits: not traits.sizes_update),
-    *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator"),
+    *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator", "lora"),
 )

@@ -15,6 +15,7 @@ COMMANDS = {
     "search": "find accumulation steps and learning rate at a fixed physical batch",
     "verify": "check on your model and rows that accumulation equals one large batch",
     "plan": "compute the batch sizes and updates of a run without running it",
+    "merge": "write the adapters of a run and their base model as one plain model",
 }
 
 _USAGE = """usage: ftaccum COMMAND [options]

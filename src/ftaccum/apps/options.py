@@ -8,8 +8,10 @@ from ..arguments import find_faults, read_settings
 from ..errors import SettingsError, refuse
 from ..fields import Count, setting
 from ..settings import Recipe, Runtime
+from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import NamedArguments, TrainArguments
 from .help import HelpPage
+from .merge import MergeArguments
 from .parser import parse
 from .plan import PlanArguments, PlanRecipe
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
@@ -25,11 +27,12 @@ class PreviewOptions:
 
 # The options of a command are the fields of these dataclasses.
 OPTIONS: dict[str, list[type]] = {
-    "train": [TrainArguments, Recipe, Runtime],
-    "preview": [PreviewOptions, TrainArguments, Recipe, Runtime],
-    "search": [TrainArguments, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
-    "verify": [NamedArguments, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
+    "train": [TrainArguments, AdapterOptions, Recipe, Runtime],
+    "preview": [PreviewOptions, TrainArguments, AdapterOptions, Recipe, Runtime],
+    "search": [TrainArguments, AdapterOptions, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
+    "verify": [NamedArguments, AdapterOptions, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
     "plan": [PlanArguments, PlanRecipe],
+    "merge": [MergeArguments],
 }
 
 _DATA = ("model", "train_data", "val_data", "task", "max_length")

@@ -25,11 +25,12 @@ _LONGEST = 60  # characters of a name
 
 @contextmanager
 def output_folder(
-    named: TrainArguments, recipe: Recipe, runtime: Runtime, words: Sequence[str]
+    named: TrainArguments, lora: dict[str, Any] | None, recipe: Recipe, runtime: Runtime, words: Sequence[str]
 ) -> Iterator[tuple[str, Command]]:
     """Choose the output folder of a run, on all processes together. If a new one stays empty, remove it on exit.
 
     Args:
+        lora: the argument of `test_fine_tuning`.
         words: the options of the command as typed.
 
     Yields:
@@ -39,13 +40,14 @@ def output_folder(
         SettingsError: if the folder cannot be created, or the sizes of an update contradict each other.
     """
     folder, note, is_main = runtime.output_dir, "", False
+    sources = vars(named) | {"lora": lora}
     if folder is None:
         with launched_processes() as processes:
             is_main = processes.is_main
-            folder, note = processes.run_on_main(lambda: _choose(named, recipe, runtime, processes.size))
+            folder, note = processes.run_on_main(lambda: _choose(sources, recipe, runtime, processes.size))
     made = Path(folder).absolute()
     try:
-        yield folder, Command(vars(named), resume_command(words, runtime, folder), note)
+        yield folder, Command(sources, resume_command(words, runtime, folder), note)
     finally:
         if is_main:
             with suppress(OSError):  # it is not empty, or not there
@@ -66,22 +68,22 @@ def _safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.")[:_LONGEST] or "unnamed"
 
 
-def _choose(named: TrainArguments, recipe: Recipe, runtime: Runtime, num_processes: int) -> tuple[str, str]:
+def _choose(sources: Mapping[str, Any], recipe: Recipe, runtime: Runtime, num_processes: int) -> tuple[str, str]:
     """Return the folder of the run to resume, or a new one; and a sentence on the choice if the run asks to resume."""
     if runtime.resume != "auto":
-        return _new_folder(named), ""
-    found = _newest_unfinished(named, recipe, runtime, num_processes)
+        return _new_folder(sources), ""
+    found = _newest_unfinished(sources, recipe, runtime, num_processes)
     if found is not None:
         unfinished, record = found
         since = record.started_at.replace("T", " ").partition(".")[0]
         return str(unfinished), f"Resuming the newest unfinished run with these settings: {unfinished}, of {since} UTC."
-    folder = _new_folder(named)
+    folder = _new_folder(sources)
     return folder, f"There is no unfinished run with these settings in {OUTPUTS!r}. Starting a new one in {folder!r}."
 
 
-def _new_folder(named: TrainArguments) -> str:
+def _new_folder(sources: Mapping[str, Any]) -> str:
     """Create a folder that no other run uses, and return its path."""
-    name = default_name(named.model, named.train_data)
+    name = default_name(sources["model"], sources["train_data"])
     folder, n = Path(OUTPUTS, name), 1
     while True:
         try:
@@ -102,23 +104,26 @@ def _refused(folder: Path, why: object) -> SettingsError:
 
 
 def _newest_unfinished(
-    named: TrainArguments, recipe: Recipe, runtime: Runtime, num_processes: int
+    sources: Mapping[str, Any], recipe: Recipe, runtime: Runtime, num_processes: int
 ) -> tuple[Path, RunRecord] | None:
     """Return the folder and the record of the newest unfinished run with these settings, if any."""
     records = [(file.parent, RunRecord.read(file)) for file in Path(OUTPUTS).glob(f"*/{RunDir(Path()).record.name}")]
     found = [
         (folder, record)
         for folder, record in records
-        if record is not None and not record.finished and _is_same(record, named, recipe, runtime, num_processes)
+        if record is not None and not record.finished and _is_same(record, sources, recipe, runtime, num_processes)
     ]
     idle = [one for one in found if not RunDir(one[0].absolute()).is_locked()]
     return max(idle, key=lambda one: one[1].started_at, default=None)
 
 
-def _is_same(record: RunRecord, named: TrainArguments, recipe: Recipe, runtime: Runtime, num_processes: int) -> bool:
+def _is_same(
+    record: RunRecord, sources: Mapping[str, Any], recipe: Recipe, runtime: Runtime, num_processes: int
+) -> bool:
     """Return whether a run has these settings, apart from those that `allow_changed` names and its Runtime."""
     allowed = set(runtime.allow_changed)
-    was, now = record.recipe | record.sources, recipe_identity(recipe) | _as_json(vars(named))
+    was = {"lora": None} | record.recipe | record.sources
+    now = recipe_identity(recipe) | _as_json(sources)
     if {name for name in now if name not in was or was[name] != now[name]} - allowed:
         return False
     if "effective_batch_size" in allowed:

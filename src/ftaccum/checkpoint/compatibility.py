@@ -24,6 +24,11 @@ from ..settings import SIZES, Recipe, Runtime
 
 FORMAT = 4  # version of the checkpoint files; other versions cannot be read
 _LOOKED_AT = 16  # leading numbers of each frozen weight that identify it
+_REPLACED = ".original_module."  # PEFT's name for a module whose trained copy takes its place
+_NOT_LEARNING = {  # values of a PEFT configuration that do not change the training, or show in the weights
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_version", "revision"),
+    *("target_modules", "task_type"),
+}
 _MATTER_TO_ROUNDING = names_where(Runtime, lambda traits: traits.matters_to_rounding)
 _RATES = {"lr", "initial_lr"}  # compared through the settings instead
 
@@ -91,11 +96,25 @@ def model_identity(model: nn.Module) -> str:
     weights = list(model.named_parameters())
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
     if hasattr(model, "peft_config"):  # frozen weights are not in the checkpoint
-        shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for _, p in weights if not p.requires_grad])
+        frozen = [p for name, p in weights if not p.requires_grad and _REPLACED not in name]
+        shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for p in frozen])
     trained = sum(p.numel() for _, p in weights if p.requires_grad)
     total = sum(p.numel() for _, p in weights)
     checksum = hashlib.sha256(shapes.encode()).hexdigest()[:8]
     return f"{type(model).__name__} with {total:,} weights, {trained:,} of them trained ({checksum})"
+
+
+def adapter_identity(model: Any) -> str | None:
+    """Return the configuration of a PEFT model's adapters; None for other models."""
+    found = getattr(model, "peft_config", None)
+    if not isinstance(found, Mapping):
+        return None
+    configs = {name: sorted(vars(config).items()) for name, config in found.items()}
+    named = {
+        name: ", ".join(f"{n}={_named(v)}" for n, v in values if n not in _NOT_LEARNING and v not in (None, {}, False))
+        for name, values in configs.items()
+    }
+    return "; ".join(f"{name}: {values}" for name, values in named.items())
 
 
 def optimizer_identity(optimizer: Optimizer) -> str:

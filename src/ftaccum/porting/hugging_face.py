@@ -120,7 +120,7 @@ TRL = (
          "Rows are concatenated without padding, and do not see each other."),
     Name("pad_to_multiple_of", "", "Not offered. A `data_collator` can pad to any width."),
     Name("shuffle_dataset", "", "Not needed. Rows are drawn in a new random order in each epoch."),
-    Name("peft_config", "", "Not offered. Give a PEFT model: `model=peft.get_peft_model(model, peft_config)`."),
+    Name("peft_config", "`lora`", "True, a dict of arguments of `peft.LoraConfig`, or a PEFT configuration."),
     Name("model_init_kwargs quantization_config", "", "Not offered. Load the model with these options first."),
     Name("activation_offloading", "`gradient_checkpointing=True`", "Activations are computed again instead of moved."),
     Name("loss_type", "`loss_fn`"),

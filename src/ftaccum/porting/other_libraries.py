@@ -7,7 +7,7 @@ _LOADER = "Give the rows, `loader.dataset`. ftaccum shuffles, batches and pads t
 _FIRST = "Not offered. Load the model with these options before training."
 _FEWER = "Not offered. Give fewer rows."
 _TRACKER = "Give an Accelerate tracker that has this setting."
-_LORA = "Not offered. Give a PEFT model: `peft.get_peft_model(model, peft.LoraConfig(r=8))`."
+_LORA = "A dict of arguments of `peft.LoraConfig`; the command line has `--lora_r` and others."
 
 PYTORCH = (
     Name("epochs num_epochs nb_epochs n_epoch", "`n_epochs`"),
@@ -111,7 +111,9 @@ AXOLOTL = (
          "Not offered. Load and change the tokenizer before training."),
     Name("model_type trust_remote_code load_in_8bit load_in_4bit", "", _FIRST),
     Name("flash_attention sdp_attention xformers_attention attn_implementation", "", _FIRST),
-    Name("adapter lora_model_dir lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear", "", _LORA),
+    Name("adapter", "`lora=True`"),
+    Name("lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora", "`lora`", _LORA),
+    Name("lora_model_dir", "`model`", "In Python, the PEFT model: `peft.PeftModel.from_pretrained` loads it."),
     Name("saves_per_epoch", "`checkpoint_every`", "A number of updates; None saves at the end of each epoch."),
     Name("evals_per_epoch", "`evaluate_every`", "A share of an epoch: 4 evaluations are `evaluate_every=0.25`."),
     Name("auto_resume_from_checkpoints", '`resume="auto"`'),

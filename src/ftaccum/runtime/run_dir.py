@@ -53,6 +53,10 @@ class RunDir:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from ..errors import OutputWarning, warn_user
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
 from .ledger import Ledger
-from .model_files import save_model
+from .model_files import TrainedModel, remove_adapter, save_model
 from .result import Result
 
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
@@ -21,8 +20,7 @@ _UNITS = ("bytes", "KB", "MB", "GB", "TB")
 def write_outputs(
     result: Result,
     ledger: Ledger,
-    model: nn.Module | None,
-    tokenizer: Any,
+    trained: TrainedModel | None,
     run_dir: RunDir | None,
     process_group: ProcessGroup,
 ) -> Result:
@@ -32,7 +30,7 @@ def write_outputs(
     Old files stay until their replacements are on the disk.
 
     Args:
-        model: the model to save, or None to save none.
+        trained: the model to save, or None to save none.
 
     Returns:
         the result on all processes, with a sentence in `unwritten` for each output that could not be written.
@@ -42,33 +40,40 @@ def write_outputs(
     """
     if run_dir is None:
         return result
-    faults = process_group.run_on_main(lambda: _write(result, ledger, model, tokenizer, run_dir))
+    faults = process_group.run_on_main(lambda: _write(result, ledger, trained, run_dir))
     if process_group.is_main:
         for fault in faults:
             warn_user(fault, OutputWarning)
     return replace(result, unwritten=faults)
 
 
-def write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir, process_group: ProcessGroup) -> list[str]:
-    """Write the model into the folder of a run. If that fails, return a sentence about it, on all processes."""
-    return process_group.run_on_main(lambda: _write_model(model, tokenizer, run_dir))
+def write_model(trained: TrainedModel, run_dir: RunDir, process_group: ProcessGroup) -> list[str]:
+    """Write the model into the folder of a run. If that fails, return sentences about it, on all processes."""
+    return process_group.run_on_main(lambda: _write_model(trained, run_dir))
 
 
-def _write(result: Result, ledger: Ledger, model: nn.Module | None, tokenizer: Any, run_dir: RunDir) -> list[str]:
+def _write(result: Result, ledger: Ledger, trained: TrainedModel | None, run_dir: RunDir) -> list[str]:
     """Return a sentence for each output that could not be written."""
     faults = _tried(run_dir.ledger, lambda _: ledger.write(), "The result also has its losses, norms and audits.")
-    if model is not None:
-        faults += _write_model(model, tokenizer, run_dir)
+    if trained is not None:
+        faults += _write_model(trained, run_dir)
     write = replace(result, unwritten=faults).save
     return faults + _tried(run_dir.result, write, "The call still returns the result: its `save` writes it elsewhere.")
 
 
-def _write_model(model: nn.Module, tokenizer: Any, run_dir: RunDir) -> list[str]:
+def _write_model(trained: TrainedModel, run_dir: RunDir) -> list[str]:
+    model, tokenizer, save = trained.model, trained.tokenizer, trained.save
     remedy = (
         f"The weights take {_describe(_bytes_of(model))}. The trained model is still in memory: save it to another "
         "place."
     )
-    return _tried(run_dir.model, lambda path: save_model(model, tokenizer, path), remedy)
+    merges = save != "adapter"
+    faults = _tried(run_dir.model, lambda path: save_model(model, tokenizer, path, merges=merges), remedy)
+    if save == "both":
+        return faults + _tried(run_dir.adapter, lambda path: save_model(model, tokenizer, path), remedy)
+    if not faults:
+        remove_adapter(run_dir.adapter)  # of an earlier run
+    return faults
 
 
 def _tried(path: Path, write: Callable[[Path], None], remedy: str) -> list[str]:

@@ -1,26 +1,66 @@
 """Write a model and its tokenizer into a folder."""
 
+import copy
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_model as save_weights
 from torch import distributed
 
+from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 
+ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
+MODEL_CONFIG = "model_config.json"  # beside it: the configuration of the trained model, with its labels
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False) -> None:
     """Save a model and its tokenizer, if any, in the form that `from_pretrained` and `pipeline` read.
 
     An existing folder is replaced only when the new one is complete.
+
+    Args:
+        merges: whether to save a PEFT model as a plain model, with its adapters merged.
+
+    Raises:
+        ValueError: if a merged weight is not finite.
     """
+    saved = merged_copy(model) if merges else model
     with atomic_directory(folder) as partial:
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(partial)
+        if hasattr(saved, "save_pretrained"):
+            saved.save_pretrained(partial)
         else:
-            save_weights(model, str(partial / "model.safetensors"))
+            save_weights(saved, str(partial / "model.safetensors"))
+        if is_peft_model(saved) and hasattr(saved.config, "to_json_file"):
+            # Not as `config.json`, which would make Transformers take the folder for a whole model.
+            config = copy.deepcopy(saved.config)
+            config.architectures = [type(saved.get_base_model()).__name__]
+            config.to_json_file(partial / MODEL_CONFIG)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model, and how to save it.
+
+    Attributes:
+        model: the model; a PEFT model if it has adapters.
+        tokenizer: saved with the model; None if there is none.
+        save: the setting: whether adapters are saved, merged, or both.
+    """
+
+    model: Any
+    tokenizer: Any
+    save: str
+
+
+def remove_adapter(folder: Path) -> None:
+    """Remove a folder of adapters, if there is one."""
+    if (folder / ADAPTER).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_main_process() -> bool:

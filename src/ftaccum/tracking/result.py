@@ -206,7 +206,7 @@ class Result(Mapping[str, Any]):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_trained"}
 
-    def save_model(self, path: str | Path) -> None:
+    def save_model(self, path: str | Path, *, merge: bool = False) -> None:
         """Write the trained model, and its tokenizer if it has one, into a folder that `from_pretrained` reads.
 
         An existing folder is replaced only when the new one is complete. On several processes, only the main one
@@ -214,9 +214,12 @@ class Result(Mapping[str, Any]):
 
         Args:
             path: the folder to write.
+            merge: whether to write a PEFT model as a plain model, with its adapters merged. The model in memory keeps
+                its adapters.
 
         Raises:
-            SettingsError: if the result has no model, because it was loaded from a file, copied or unpickled.
+            SettingsError: if the result has no model, because it was loaded from a file, copied or unpickled; or if
+                there are no adapters to merge.
             OSError: if the folder cannot be written.
         """
         model, tokenizer = self._trained
@@ -232,8 +235,10 @@ class Result(Mapping[str, Any]):
             )
         from .model_files import is_main_process, save_model  # imports torch
 
+        if merge and not hasattr(model, "merge_and_unload"):
+            raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
         if is_main_process():
-            save_model(model, tokenizer, Path(path))
+            save_model(model, tokenizer, Path(path), merges=merge)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON, with non-finite numbers as null.

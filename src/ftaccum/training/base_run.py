@@ -4,6 +4,7 @@ Each component is built once, on first use, from the components that it depends 
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import TypeVar
@@ -24,6 +25,7 @@ from ..runtime.log import run_logging
 from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
 from ..runtime.run_dir import RunDir
+from .adapters import added_adapters, describe_adapters
 from .build_data import TrainingData, build_data
 from .build_plan import build_batch_sizes, build_planner, check_batch_sizes
 from .config import RunConfig
@@ -42,13 +44,14 @@ class Run:
     """
 
     logs = True  # whether the run logs messages
+    keeps_adapters = False  # whether adapters of `lora` stay in the model
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._outer, self._inner = ExitStack(), ExitStack()
 
     def __enter__(self: RunType) -> RunType:
-        """Set up the processes, lock the output folder and put the model in train mode.
+        """Set up the processes, lock the output folder, add adapters and put the model in train mode.
 
         Raises:
             SettingsError, CheckpointError: if the processes, the precision or the folder are not available.
@@ -66,6 +69,9 @@ class Run:
             enter(library_bars(shown=self.process_group.is_main and runtime.shows_bars))
             if (run_dir := self.run_dir) is not None:
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
+            components, seed = self.config.components, recipe.random_seed
+            model = enter(added_adapters(components.model, components.lora, seed, lambda: self.keeps_adapters))
+            self.config = replace(self.config, components=replace(components, model=model))
             enter(self._inner)
             self._prepare_model(self._inner)
             self._outer = stack.pop_all()
@@ -86,7 +92,7 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
-        """The user's model, unwrapped."""
+        """The user's model, unwrapped; with `lora`, as a PEFT model."""
         return self.config.components.model
 
     @cached_property
@@ -101,6 +107,11 @@ class Run:
     def batch_sizes(self) -> BatchSizes:
         """The resolved sizes of an update."""
         return self.new_batch_sizes()
+
+    @property
+    def adapter_notes(self) -> list[str]:
+        """The line about the adapters, if the model has some."""
+        return describe_adapters(self.model)
 
     def new_batch_sizes(self, known: int | None = None) -> BatchSizes:
         """Resolve the sizes of an update; measure the physical batch size if it is "auto".

@@ -5,6 +5,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint.compatibility import (
     RunIdentity,
+    adapter_identity,
     function_identity,
     model_identity,
     optimizer_identity,
@@ -43,6 +44,7 @@ def build_identity(
             "train_data": rows_identity(data.train_rows),
             "val_data": rows_identity(data.val_rows),
             "model": model_identity(components.model),
+            "lora": adapter_identity(components.model),
             "optimizer": optimizer_identity(optimizer),
             "learning_rate": peak_rates(optimizer),
             "loss_fn": function_identity(components.loss_fn),

@@ -30,6 +30,7 @@ from ..runtime.optimizers import switches_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
+from ..tracking.model_files import TrainedModel
 from ..tracking.selection import Criterion
 from ..tracking.trackers import set_tracker_folder
 from .audit import AuditHandler
@@ -76,12 +77,17 @@ class TrainingSetup(Run):
 
     @property
     def notes(self) -> list[str]:
-        """The banner's lines about a user's optimizer, which may have rates of its own."""
+        """The banner's lines about adapters, and about a user's optimizer, which may have rates of its own."""
         if self.config.components.optimizer is None:
-            return []
+            return self.adapter_notes
         scheduled = switches_weights(self.optimizer) and self.config.recipe.lr_scheduler != "constant"
         hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
-        return [describe_rates(self.optimizer), *hint]
+        return [*self.adapter_notes, describe_rates(self.optimizer), *hint]
+
+    @property
+    def trained_model(self) -> TrainedModel:
+        """The model, and how its files are to be written."""
+        return TrainedModel(self.model, self.config.components.tokenizer, self.config.runtime.save)
 
     @cached_property
     def gradients(self) -> GradientStrategy:

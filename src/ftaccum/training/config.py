@@ -19,6 +19,7 @@ from ..objective.model_forward import LossFn
 from ..settings import Recipe, Runtime
 from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion
+from .adapters import faults_of_adapters
 from .metrics import ComputeMetrics, PreprocessLogits, faults_of_metrics
 from .optimizer import OptimizerFactory
 from .schedule import fault_of_schedule
@@ -42,6 +43,7 @@ class Components:
     compute_metrics: ComputeMetrics | None
     callbacks: Sequence[TrainerCallback] = ()
     preprocess_logits_for_metrics: PreprocessLogits | None = None
+    lora: Any = None
 
     @property
     def configuration(self) -> Any:
@@ -128,6 +130,8 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             "`model` has weights on the meta device, which are shapes without numbers. Create the model outside "
             "`torch.device('meta')` and `init_empty_weights`, or load it with `from_pretrained`."
         )
+    else:
+        faults += faults_of_adapters(components.model, components.lora, runtime.save)
     for name in ("data_collator", "loss_fn", "count_items"):
         part = getattr(components, name)
         if part is not None and not callable(part):

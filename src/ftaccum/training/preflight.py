@@ -9,6 +9,7 @@ from ..errors import SettingsError
 from ..runtime.accelerator import find_trackers, requested_processes
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
+from .adapters import faults_of_lora
 from .build_plan import check_batch_sizes
 from .schedule import fault_of_schedule
 
@@ -16,8 +17,8 @@ from .schedule import fault_of_schedule
 def faults_before_loading(given: Mapping[str, Any], *, looks_at_files: bool = True) -> list[str]:
     """Return a sentence for each fault of a run's settings that can be found without its model and data.
 
-    Besides the rules of the settings, this checks the schedule's name, the output folder, the trackers, the folder to
-    resume from, and the sizes of an update for the number of processes.
+    Besides the rules of the settings, this checks `lora`, the schedule's name, the output folder, the trackers, the
+    folder to resume from, and the sizes of an update for the number of processes.
 
     Args:
         given: settings by name; missing ones take their defaults, and other names are ignored.
@@ -30,6 +31,7 @@ def faults_before_loading(given: Mapping[str, Any], *, looks_at_files: bool = Tr
         faults += _faults_of(lambda: check_batch_sizes(recipe, runtime, requested_processes()))
     if fault := fault_of_schedule(recipe.lr_scheduler):
         faults.append(fault)
+    faults += faults_of_lora(given.get("lora"))
     faults += _faults_of(lambda: find_trackers(runtime, runtime.output_dir))
     return faults + (_faults_of_folders(runtime) if looks_at_files else [])
 

@@ -64,7 +64,7 @@ class TrainingRun(EvaluatedSetup):
         """
         self._announce()
         self._restore()
-        self._is_training = True
+        self._is_training = self.keeps_adapters = True
         try:
             self._train_epochs()
         except InexactLossError as error:
@@ -80,10 +80,9 @@ class TrainingRun(EvaluatedSetup):
         self.callback_handler.end(restored_best=restored is not None)
         result = replace(self._result(), restored_update=restored)
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
-        saved = self.model if self.callback.saves_model else None
-        ledger, tokenizer = self.metrics_logger.ledger, self.config.components.tokenizer
-        result = write_outputs(result, ledger, saved, tokenizer, self.run_dir, self.process_group)
-        result = result.with_model(self.model, tokenizer)
+        saved = self.trained_model if self.callback.saves_model else None
+        result = write_outputs(result, self.metrics_logger.ledger, saved, self.run_dir, self.process_group)
+        result = result.with_model(self.model, self.config.components.tokenizer)
         try:
             self.callback_handler.settle()
         except CallbackError as error:
@@ -119,7 +118,7 @@ class TrainingRun(EvaluatedSetup):
         self._inner.close()
         if not n_updates or self.run_dir is None or not self.callback.saves_model:
             return [f"The model in memory has had {n_updates} updates.", "Set `on_inexact='warn'` to train anyway."]
-        faults = write_model(self.model, self.config.components.tokenizer, self.run_dir, self.process_group)
+        faults = write_model(self.trained_model, self.run_dir, self.process_group)
         kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
         return [*kept, saved, "Set `on_inexact='warn'` to train anyway."]
 

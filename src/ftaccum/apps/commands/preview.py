@@ -15,8 +15,8 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    shown, named, recipe, runtime = parse_options("preview", words, _DESCRIPTION)
-    named = checked_names(named, "preview")
+    shown, named, adapters, recipe, runtime = parse_options("preview", words, _DESCRIPTION)
+    named, lora = checked_names(named, "preview"), adapters.lora_argument()
     refuse(find_faults(shown))
 
     # These imports take seconds, so check the input first.
@@ -27,7 +27,7 @@ def run(words: Sequence[str]) -> int:
     from ...training.preview import PreviewRun
     from ..run_arguments import default_arguments
 
-    settings = vars(recipe) | vars(runtime) | {"output_dir": None, "resume": None, "on_inexact": "ignore"}
+    settings = vars(recipe) | vars(runtime) | {"output_dir": None, "resume": None, "on_inexact": "ignore", "lora": lora}
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, settings)
     with PreviewRun(RunConfig.from_arguments(default_arguments() | loaded.arguments() | settings)) as run:

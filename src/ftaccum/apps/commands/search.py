@@ -13,9 +13,9 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    named, varied, settings, recipe, runtime = parse_options("search", words, _DESCRIPTION)
-    named = checked_names(named, "search")
-    shared = vars(recipe) | vars(runtime) | {"output_dir": runtime.output_dir or "outputs/search"}
+    named, adapters, varied, settings, recipe, runtime = parse_options("search", words, _DESCRIPTION)
+    named, lora = checked_names(named, "search"), adapters.lora_argument()
+    shared = vars(recipe) | vars(runtime) | {"lora": lora, "output_dir": runtime.output_dir or "outputs/search"}
 
     from accelerate import PartialState
 

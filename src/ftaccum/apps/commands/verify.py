@@ -23,8 +23,8 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    named, output, settings, recipe, runtime = parse_options("verify", words, _DESCRIPTION)
-    named = checked_names(named, "verify")
+    named, adapters, output, settings, recipe, runtime = parse_options("verify", words, _DESCRIPTION)
+    named, lora = checked_names(named, "verify"), adapters.lora_argument()
     if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
         raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Create the folder first."])
 
@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> int:
 
         with loading(verbosity=runtime.verbosity, progress=runtime.progress):
             loaded = load(TrainArguments(**vars(named)), vars(recipe) | {"validation_split": 0.0})
-        arguments = loaded.more | vars(settings) | vars(recipe) | vars(runtime)
+        arguments = loaded.more | vars(settings) | vars(recipe) | vars(runtime) | {"lora": lora}
         found = verify(loaded.model, loaded.train, tokenizer=loaded.tokenizer, **arguments)
         state = PartialState()
     if state.is_main_process:

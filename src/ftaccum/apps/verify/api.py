@@ -47,6 +47,7 @@ def verify(
     count_items: CountItems | None = None,
     random_seed: int = 42,
     deterministic: bool = False,
+    lora: Any = None,
     n_splits: int = 3,
     dtype: str | None = None,
     tolerance: float | None = None,
@@ -60,8 +61,8 @@ def verify(
     disagree with training. Then the code that trains accumulates the same rows: split as in training, one row at a
     time, in random orders and sizes, and in short windows like the last of an epoch. Rows with rare label values or
     columns replace up to a quarter of the rows of the update. The model runs in train mode without dropout, because
-    dropout would differ between splits. The model, gradients, random generators and the state of the process are
-    restored.
+    dropout would differ between splits. The model, without the adapters of `lora`, gradients, random generators and the
+    state of the process are restored.
 
     Args:
         data: rows, as `train_data` of `test_fine_tuning`. None: synthetic token ids below `config.vocab_size`.
@@ -114,6 +115,7 @@ def verify(
         "count_items": count_items,
         "random_seed": random_seed,
         "deterministic": deterministic,
+        "lora": lora,
         "n_splits": n_splits,
         "dtype": dtype,
         "tolerance": tolerance,

@@ -204,7 +204,7 @@ class VerificationRun(Run):
                 self.all_batch_sizes.later
             ),
         }
-        return [*self.data.text_notes, *(note for note, holds in notes.items() if holds)]
+        return [*self.adapter_notes, *self.data.text_notes, *(note for note, holds in notes.items() if holds)]
 
     def _verification(
         self, compared: Compared, precision: tuple[torch.dtype, str], notes: list[str], started: float
