@@ -176,7 +176,7 @@ def test_a_run_without_an_output_folder_is_saved_and_resumes(tiny: Path, capsys:
         "max_train_rows": None,
         "delimiter": None, "encoding": None, "train_data_weights": None, "streaming": False,
         "tokenizer": None, "dtype": "auto", "attn_implementation": None, "revision": None,
-        "trust_remote_code": False, "add_tokens": [], "freeze": [],
+        "trust_remote_code": False, "add_tokens": [], "freeze": [], "lora": None,
     }  # fmt: skip
 
     (folder / "run.json").write_text(json.dumps(record | {"finished": False}))  # as if it was killed right before

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import SettingsError
 from ..fields import Text, setting
@@ -44,7 +45,7 @@ def merge_run(source: str, output: str, base: str | None = None) -> Path:
 
     folder = find_adapter(source)
     try:
-        model = merged(load_with_base(folder, base))
+        model: Any = merged(load_with_base(folder, base))
     except ValueError as error:
         if isinstance(error, SettingsError):
             raise

@@ -56,7 +56,7 @@ class WindowAudits:
         accumulator = GradientAccumulator(accelerator, model, objective, strategy, process_group, buffers)
         accumulator.before_backward = self._keep_others
         self._others: list[tuple[Tensor, Tensor | None]] = []
-        dtypes = [p.dtype for p in model.parameters() if p.requires_grad]
+        dtypes = {p.dtype for p in model.parameters()}
         self._n_windows = 0
         self._handler = AuditHandler(
             GradientAuditor(accelerator, model, objective, strategy, process_group, accumulator),

@@ -27,10 +27,12 @@ class Rounding:
         """Return the bounds for weights of these types.
 
         Args:
-            dtypes: the types of the weights.
+            dtypes: the types of all weights, also those that are not trained. Integers are quantised weights, which
+                compute in 16 bits.
             autocast: "no", or the 16-bit type in which autocast runs operations on float32 weights.
         """
-        eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
+        real = (dtype if dtype.is_floating_point or dtype.is_complex else torch.float16 for dtype in dtypes)
+        eps = max(torch.finfo(dtype).eps for dtype in real)
         if eps <= torch.finfo(torch.float64).eps:  # autocast does not change float64
             return cls(1e-10, 1e-5)
         return cls(1e-6, 1e-3) if eps <= torch.finfo(torch.float32).eps and autocast == "no" else cls(1e-3, 0.1)

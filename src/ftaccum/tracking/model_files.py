@@ -27,7 +27,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False
     Raises:
         ValueError: if a merged weight is not finite.
     """
-    saved = merged_copy(model) if merges else model
+    saved: Any = merged_copy(model) if merges else model
     with atomic_directory(folder) as partial:
         if hasattr(saved, "save_pretrained"):
             saved.save_pretrained(partial)

@@ -203,7 +203,7 @@ class TrainingSetup(Run):
             self.new_accumulator(self.prepared[0], self.accumulator.synced_buffers()),
         )
         audit = runtime.audit if self.window_loader.loader.repeats else False  # an audit loads rows again
-        dtypes = [p.dtype for p in self.model.parameters() if p.requires_grad]
+        dtypes = {p.dtype for p in self.model.parameters()}
         return AuditHandler(
             auditor,
             AuditSchedule(audit, self.plan.n_windows),
