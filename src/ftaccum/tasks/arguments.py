@@ -60,4 +60,6 @@ class TrainArguments(NamedArguments):
     """A model, and data to train and validate it on."""
 
     dtype: Dtype = _data("auto", "type of the weights: float32, bfloat16, float16, or auto: as in the checkpoint")
+    load_in_4bit: Flag = _data(False, "load linear layers with 4 bits through bitsandbytes; needs lora")
+    load_in_8bit: Flag = _data(False, "load linear layers with 8 bits through bitsandbytes; needs lora")
     val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")

@@ -19,11 +19,12 @@ from ..runtime.log import run_logging
 from ..settings import Runtime
 from .arguments import TASKS, NamedArguments, TrainArguments
 from .model_source import ModelSource
+from .quantization import faults_of_quantization
 from .rows import load_rows
 from .task import EncodingOptions, Task
 
 # The settings that loading depends on.
-_SETTINGS = ("random_seed", "validation_split", "text_columns", "max_length", "preprocessing_num_workers")
+_SETTINGS = ("random_seed", "validation_split", "text_columns", "max_length", "preprocessing_num_workers", "lora")
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,15 @@ def load_factory(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[Ca
 
 def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSource, Loaded]:
     task = make_task(named)
+    bits = {"load_in_4bit": named.load_in_4bit, "load_in_8bit": named.load_in_8bit}
+    refuse(faults_of_quantization(**bits, has_adapters=bool(settings.get("lora"))))
     recipe, runtime = parse_settings(settings)
     train, val = load_rows(named, task, recipe.text_columns, recipe.random_seed)
     head = task.head(train)
     task.check(recipe)  # its metrics may depend on the labels
-    source = ModelSource(named, task.model_class, task.processor_class, head, named.dtype)
+    source = ModelSource(
+        named, task.model_class, task.processor_class, head, named.dtype, named.load_in_4bit, named.load_in_8bit
+    )
     set_seed(recipe.random_seed)
     model, processor = source.load()
     options = EncodingOptions(recipe.text_columns, recipe.max_length, runtime.preprocessing_num_workers)

@@ -12,6 +12,7 @@ from ..runtime.library_output import load_report_withheld
 from ..runtime.log import logger
 from .arguments import ModelArguments
 from .new_weights import NewWeights
+from .quantization import quantization_config
 
 _NAMED = 5  # weights to name in a message
 
@@ -26,6 +27,7 @@ class ModelSource:
         processor_class: the auto class of the tokenizer or image processor.
         head: further arguments of `from_pretrained`, such as the names of the classes.
         dtype: the type of the weights; "auto" as in the checkpoint.
+        load_in_4bit, load_in_8bit: whether linear layers have so few bits.
     """
 
     arguments: ModelArguments
@@ -33,6 +35,8 @@ class ModelSource:
     processor_class: Any
     head: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
 
     def load(self) -> tuple[Any, Any]:
         """Return the model and its tokenizer or image processor.
@@ -76,6 +80,10 @@ class ModelSource:
         if named.attn_implementation is not None:
             more["attn_implementation"] = named.attn_implementation
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        compute_dtype = None if dtype == "auto" else dtype
+        bits = {"load_in_4bit": self.load_in_4bit, "load_in_8bit": self.load_in_8bit}
+        if (quantization := quantization_config(**bits, dtype=compute_dtype)) is not None:
+            more["quantization_config"] = quantization
         try:
             with load_report_withheld():
                 model, report = self.model_class.from_pretrained(
