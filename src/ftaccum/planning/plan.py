@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import SettingsError
 from .base_plan import BasePlan, Progress, Window, describe_sizes
 from .batch_size import BatchSizes
-from .shuffle import order_of
+from .shuffle import balanced_order_of, order_of
 
 _FEW = 6  # epochs whose numbers of windows are listed one by one
 _MANY, _MOST_ROWS = 10**8, 2**63 - 1  # most updates or epochs (0.8 GB); most rows (64 bits)
@@ -22,9 +22,10 @@ _MANY, _MOST_ROWS = 10**8, 2**63 - 1  # most updates or epochs (0.8 GB); most ro
 class Plan(BasePlan):
     """All windows of a run, known before anything is loaded.
 
-    Each epoch has its own order of rows. With "flush", each epoch is cut into windows separately, so that its last
-    window may be short. With "carry", all epochs are cut as one sequence, so that only the last window of the run may
-    be short. `batch_sizes` gives the sizes of the windows.
+    Each epoch has its own order of rows. It takes each row once or, if `classes` are given, draws as many rows with
+    replacement, from each class with equal probability. With "flush", each epoch is cut into windows separately, so
+    that its last window may be short. With "carry", all epochs are cut as one sequence, so that only the last window of
+    the run may be short. `batch_sizes` gives the sizes of the windows.
 
     Attributes:
         n_rows: training rows, after the hold-out.
@@ -36,6 +37,7 @@ class Plan(BasePlan):
         max_updates: number of windows after which the run ends, unless the epochs end before; None for no limit.
         rate_scaling: how the learning rate follows k; see `rate_factor`.
         done: where the completed windows of a resumed run ended, in rows, if these settings would cut them differently.
+        classes: the class of each row, from 0 on, to draw balanced epochs; -1 for rows that are never drawn.
     """
 
     n_rows: int
@@ -47,6 +49,7 @@ class Plan(BasePlan):
     max_updates: int | None = None
     rate_scaling: str = "none"
     done: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the run is not too long.
@@ -144,7 +147,7 @@ class Plan(BasePlan):
         indices = self._indices(epoch)
         indices = indices[max(0, start - indices.start) :]
         before = self.rows_after(indices.start)
-        orders = (order_of(e, self.n_rows, self.seed) for e in itertools.count(before // self.n_rows))
+        orders = (self._order_of(e) for e in itertools.count(before // self.n_rows))
         rows = itertools.islice(itertools.chain.from_iterable(orders), before % self.n_rows, None)
         for index in indices:
             size = self.rows_after(index + 1) - self.rows_after(index)
@@ -186,6 +189,11 @@ class Plan(BasePlan):
                 *self.notes(),
             ]
         )
+
+    def _order_of(self, epoch: int) -> list[int]:
+        if self.classes:
+            return balanced_order_of(epoch, self.classes, self.seed)
+        return order_of(epoch, self.n_rows, self.seed)
 
     def _indices(self, epoch: int) -> range:
         """Return the indices of the windows of an epoch, which are those whose last row is in it."""
