@@ -15,6 +15,12 @@ NAMES = ("causal LM, Llama", "sequence classification, BERT", "token classificat
 # Physical batch → k on one process, for windows of 12 rows; 31 rows leave a remainder.
 CUTS = {1: 12, 3: 4, 4: 3, 5: 3, 12: 1}
 
+# Settings that balance classes, by model.
+BALANCED: dict[str, dict[str, Any]] = {
+    NAMES[1]: {"sampler": "balanced", "class_weights": [0.5, 3.0, 1.25]},
+    NAMES[2]: {"class_weights": "balanced", "label_smoothing": 0.1},
+}
+
 
 def trained(
     name: str, batch_size: int | str, prepare: Callable[[nn.Module], object] = lambda _: None, **arguments: Any

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heads import HEADS
-from invariance import CUTS, NAMES, difference, trained
+from invariance import BALANCED, CUTS, NAMES, difference, trained
 from test_growing_windows import CHANGING, cut_otherwise
 
 
@@ -20,6 +20,11 @@ def test_the_physical_batch_changes_nothing(name: str) -> None:
     assert len(runs[12][1].loss_history) == 6
     for batch_size, run in runs.items():
         assert difference(runs[12], run) < 1e-9, batch_size
+
+
+def test_the_physical_batch_changes_nothing_if_classes_are_balanced() -> None:
+    for name, arguments in BALANCED.items():
+        assert difference(trained(name, 12, **arguments), trained(name, 5, **arguments)) < 1e-9, name
 
 
 def test_sorting_rows_by_length_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,14 +45,16 @@ def test_the_recipe_changes_the_result() -> None:
 @pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
-    """Also if windows cross the end of an epoch or grow, and if the tracker or the disk fails."""
+    """Also if windows cross the end of an epoch or grow, classes are balanced, and the tracker or the disk fails."""
     alone = {name: trained(name, 12) for name in NAMES}
     growing = [trained(NAMES[2], **cut_otherwise(arguments, 4)) for arguments in CHANGING]
-    torch.save((alone, growing), tmp_path / "alone.pt")
+    balanced = {name: trained(name, 12, **arguments) for name, arguments in BALANCED.items()}
+    assert min(difference(alone[name], run) for name, run in balanced.items()) > 1e-3
+    torch.save((alone, growing, balanced), tmp_path / "alone.pt")
     (tmp_path / "out" / "result.json").mkdir(parents=True)
     printed = two_processes("invariance_of_two.py", str(tmp_path / "alone.pt"), str(tmp_path / "out"))
     found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
-    assert len(found["differences"]) == 9 + 6 + 1
+    assert len(found["differences"]) == 9 + 6 + 2 + 1
     assert max(found["differences"].values()) < 1e-9, found
     assert len(found["gradients"]) == 5
     assert max(found["gradients"]) < 1e-10, found

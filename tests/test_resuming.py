@@ -52,6 +52,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "by tokens": {"max_tokens": 24},
     "another optimizer": {"optimizer": lambda groups: torch.optim.SGD(groups, momentum=0.9)},
     "without validation": {"validation_split": 0.0},
+    "balanced draws": {"sampler": "balanced", "label_smoothing": 0.1},
+    "balanced weights": {"class_weights": "balanced", "remainder": "carry"},
 }  # fmt: skip
 
 

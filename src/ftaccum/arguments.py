@@ -40,6 +40,8 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         "Use only one of the two; `log_with='all'` uses every installed tracker.": (
             runtime.use_wandb and runtime.log_with not in (None, "wandb")
         ),
+        "`class_weights` and `sampler` are both 'balanced', so rare classes would count twice over. Set only one of "
+        "them.": (recipe.class_weights == recipe.sampler == "balanced"),
         f"`warmup_steps` is {recipe.warmup_steps} and `warmup_ratio` is {recipe.warmup_ratio}. "
         "Set only one of the two.": (recipe.warmup_steps > 0 and recipe.warmup_ratio > 0),
         f"`early_stopping_min_delta` is {recipe.early_stopping_min_delta}, but `early_stopping_patience` is None, so "

@@ -144,6 +144,7 @@ Precision = Annotated[str, one_of("no", "bf16", "fp16")]
 Remainder = Annotated[str, one_of("flush", "carry")]
 OnNonfinite = Annotated[str, one_of("skip", "error")]
 OnInexact = Annotated[str, one_of("error", "warn", "ignore")]
+Sampling = Annotated[str, one_of("shuffle", "balanced")]
 Verbosity = Annotated[str, one_of("quiet", "normal", "debug")]
 Save = Annotated[str, one_of("adapter", "merged", "both")]
 BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or _is_positive_int(v), "a positive integer or 'auto'")]
@@ -247,6 +248,21 @@ TextNames = Annotated[
         _names.read,
     ),
 ]
+
+
+def _read_weights(value: Any) -> Any:
+    try:
+        return [float(word) for word in value.split(",")]
+    except (AttributeError, ValueError):  # not text, or not numbers
+        return value
+
+
+_weights = Rule(
+    lambda v: v == "balanced" or (isinstance(v, list | tuple) and min(v) > 0 and all(map(_is_number, v))),
+    "'balanced', or a list of one positive number per class, such as [1, 2.5] or '1,2.5',",
+    _read_weights,
+)
+ClassWeights = Annotated[str, _weights]  # one command-line word, as for `Names`
 
 
 def _read_resume(value: Any) -> Any:

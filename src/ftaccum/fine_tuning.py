@@ -31,6 +31,7 @@ def test_fine_tuning(
     text_columns: str | Sequence[str] | None = None,
     add_eos_token: bool = True,
     max_length: int | None = None,
+    sampler: str = "shuffle",
     n_epochs: int = 3,
     max_updates: int | None = None,
     batch_size: int | str = 4,
@@ -61,6 +62,8 @@ def test_fine_tuning(
     tokenizer: Any = None,
     data_collator: Collator | None = None,
     loss_fn: LossFn | None = None,
+    class_weights: str | Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     count_items: CountItems | None = None,
     compute_metrics: ComputeMetrics | None = None,
@@ -115,6 +118,9 @@ def test_fine_tuning(
             stop. Texts that already end with it, and texts that are truncated, get none. False adds no token.
         max_length: most tokens of a row of raw text. Longer rows are truncated, and a warning counts them. None: as
             many as the tokenizer and the model accept.
+        sampler: which rows an epoch takes. "shuffle": each once, in random order. "balanced": as many draws as rows,
+            with replacement. Each draws a class with equal probability, and then one of its rows. Rows need one label
+            each: an integer, a string or a boolean. Not for streams.
         n_epochs: passes over the training rows; for a stream, the maximum number of passes.
         max_updates: updates (including skipped ones) after which training ends, unless the epochs end it earlier. The
             learning rate schedule is planned for this end.
@@ -177,6 +183,13 @@ def test_fine_tuning(
         loss_fn: `loss_fn(outputs, targets)` for tuples, `loss_fn(outputs, batch)` for dicts. Returns a mean, or a dict
             of named means, which are logged separately and summed for training. The model then gets no labels, except
             an encoder-decoder, which makes its decoder's inputs from them. None: the model's own loss.
+        class_weights: weights of the classes in the model's own loss, for sequence, token and image classification.
+            "balanced": n / (classes × n_c), with n_c of the n labels of the training rows in class c. Or one positive
+            number per class, in the order of the class numbers. The loss of an update is Σ w·ℓ / Σ w over all its
+            labels, as `torch.nn.CrossEntropyLoss(weight=…)` of one batch. The validation loss is weighted, too.
+        label_smoothing: ε of `torch.nn.CrossEntropyLoss(label_smoothing=ε)`, from 0 to below 1, for the model's own
+            loss if that is a cross entropy: of classifiers, and of causal, masked and encoder-decoder language models.
+            The validation loss is smoothed, too.
         reduction: "sum" if the loss is a sum over loss items, which ftaccum divides by their number; otherwise "mean".
         count_items: function from a batch to its number of loss items, or to a dict of these numbers by loss term. None
             measures it; for a sum, it counts labels that are not ignored (for non-integer targets, elements).

@@ -9,6 +9,7 @@ from functools import partial
 from .fields import (
     Audit,
     BatchSize,
+    ClassWeights,
     Costs,
     Count,
     EvaluateEvery,
@@ -24,6 +25,7 @@ from .fields import (
     Precision,
     Remainder,
     Resume,
+    Sampling,
     Save,
     Scaling,
     Seed,
@@ -57,6 +59,7 @@ _FROM_STEPS = "the effective batch sizes to try follow from `accumulation_steps`
 _FIXED_BATCH = "the physical batch of a search is fixed"
 
 _data = partial(setting, group="model and data", in_verify=True, unsearchable=SAME_ROWS)
+_loss = partial(_data, group="loss", unsearchable="it changes the validation loss, by which trials are compared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,21 @@ class Recipe:
     add_eos_token: Flag = _data(True, "end each text of a causal LM with the tokenizer's end-of-text token")
     max_length: PositiveInt | None = _data(
         None, "most tokens of a row of raw text; None: as many as the tokenizer and the model accept"
+    )
+    sampler: Sampling = _data(
+        "shuffle",
+        "rows of an epoch: shuffle takes each once; balanced draws as many with replacement, evenly from all classes",
+        in_verify=False,
+        decided_by_search=True,  # whose own `sampler` proposes trials
+    )
+    class_weights: ClassWeights | None = _loss(
+        None,
+        "weight of each class in the model's own loss: balanced (rare classes weigh more), or one number per class "
+        "(1,2.5); None weights all classes equally",
+    )
+    label_smoothing: Fraction = _loss(
+        0.0,
+        "share of each target that the model's own loss spreads evenly over all classes, as torch's CrossEntropyLoss",
     )
     n_epochs: PositiveInt = _training(3, "passes over the training rows", in_plan=True, unsearchable=SAME_ROWS)
     max_updates: PositiveInt | None = _training(

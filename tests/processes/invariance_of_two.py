@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 
 from exactness import window_errors
 from heads import HEADS, all_in_float64
-from invariance import NAMES, difference, trained
+from invariance import BALANCED, NAMES, difference, trained
 from test_growing_windows import CHANGING, cut_otherwise
 from test_trackers import Told, failing_in
 
@@ -21,7 +21,7 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
 torch.set_num_threads(1)
 
-alone, growing = torch.load(sys.argv[1], weights_only=False)
+alone, growing, balanced = torch.load(sys.argv[1], weights_only=False)
 found = {}
 for name in NAMES:
     for batch_size in (1, 4, 6):
@@ -32,6 +32,8 @@ for n, arguments in enumerate(CHANGING):
     for batch_size in (1, 2):
         run = trained(NAMES[2], **cut_otherwise(arguments, batch_size, num_processes=2))
         found[f"growing {n}, {batch_size}"] = difference(growing[n], run)
+for name, arguments in BALANCED.items():
+    found[f"balanced, {name}"] = difference(balanced[name], trained(name, 4, **arguments))
 head = HEADS["causal LM, Llama"]
 with all_in_float64():
     gradients = window_errors(

@@ -24,7 +24,7 @@ from .manifest import damage
 from .state import TrainState
 
 # If one of these differs, the rows are in another order, and rows that are done may be repeated.
-_OTHER_ROWS = {"train_data", "random_seed"}
+_OTHER_ROWS = {"train_data", "random_seed", "sampler"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ class ResumePoint:
             f"Resuming after update {len(self.checkpoint.windows)}, from {self.path}: "
             f"{self.checkpoint.metadata['rows']} rows are done"
         )
-        sentence += "." if self.changed & _OTHER_ROWS else ", and no row is skipped or repeated."
+        unit = "draw" if self.checkpoint.metadata["recipe"].get("sampler") == "balanced" else "row"
+        sentence += "." if self.changed & _OTHER_ROWS else f", and no {unit} is skipped or repeated."
         if self.changed:
             sentence += f" Changes allowed by `allow_changed`: {', '.join(sorted(self.changed))}."
         others = [f"{name} {now[name]} (was {was[name]})" for name in now if was.get(name) != now[name]]

@@ -21,6 +21,10 @@ class ModelForward(Forward):
     """A forward pass with its loss: the model's own, the user's `loss_fn`, or the next-token loss.
 
     Which of the three to use is decided once, from the arguments of `forward` and the columns of a batch.
+
+    Attributes:
+        accepted: the names of the arguments that `forward` takes; None if it takes any.
+        loss_fn: the function that computes the loss; None for the model's own and for the next-token loss.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class ModelForward(Forward):
         Raises:
             DataError: if the model and the batch give no loss. The message says what is missing.
         """
-        self.accepted, self._source = accepted_arguments(model), source
+        self.accepted, self.loss_fn, self._source = accepted_arguments(model), loss_fn, source
         super().__init__(
             [loss_fn] if isinstance(loss_fn, nn.Module) else [], self._settle(model, batch, loss_fn, token_ids)
         )

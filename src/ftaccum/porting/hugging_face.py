@@ -29,7 +29,7 @@ TRAINER = (
     Name("lr_scheduler_type", "`lr_scheduler`"),
     Name("lr_scheduler_kwargs", "", "Not offered. `lr_scheduler` takes a name, without options."),
     Name("max_grad_norm", "`gradient_clip_norm`", "None, not 0, disables clipping."),
-    Name("label_smoothing_factor", "`loss_fn`", "For example, with `torch.nn.CrossEntropyLoss(label_smoothing=0.1)`."),
+    Name("label_smoothing_factor", "`label_smoothing`", "The same formula, in training and in evaluation."),
     Name("average_tokens_across_devices", "", "Not needed. The loss is always a mean over the items of all processes."),
     Name("bf16", '`mixed_precision="bf16"`'),
     Name("fp16", '`mixed_precision="fp16"`'),
@@ -124,7 +124,7 @@ TRL = (
     Name("model_init_kwargs quantization_config", "", "Not offered. Load the model with these options first."),
     Name("activation_offloading", "`gradient_checkpointing=True`", "Activations are computed again instead of moved."),
     Name("loss_type", "`loss_fn`"),
-    Name("beta ref_model reference_free label_smoothing precompute_ref_log_probs", "", _PREFERENCES),
+    Name("beta ref_model reference_free precompute_ref_log_probs", "", _PREFERENCES),
     Name("ref_model_init_kwargs max_prompt_length max_completion_length truncation_mode", "", _PREFERENCES),
     Name("sync_ref_model rpo_alpha ld_alpha reward_funcs reward_model num_generations", "", _PREFERENCES),
 )  # fmt: skip

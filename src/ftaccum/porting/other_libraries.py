@@ -28,6 +28,7 @@ PYTORCH = (
     Name("amp autocast use_fp16 use_bf16", "`use_amp=True`", "bf16 where the device supports it, else fp16."),
     Name("dtype torch_dtype", "`mixed_precision`", "The type of the weights is that of the model that you load."),
     Name("criterion loss loss_func loss_function", "`loss_fn`"),
+    Name("class_weight", "`class_weights`", "For a binary `pos_weight`, give a `loss_fn`."),
     Name("optim_fn optimizer_class optimizer_cls", "`optimizer`"),
     Name("train_loader train_dataloader dataloader loader data_loader", "`train_data`", _LOADER),
     Name("val_loader val_dataloader valid_loader eval_dataloader test_loader", "`val_data`", _LOADER),

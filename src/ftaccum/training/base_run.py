@@ -18,6 +18,7 @@ from ..data.iterable import open_stream
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.micro_batches import MicroBatchPlanner
+from ..planning.plan import Plan
 from ..runtime.accelerator import accelerator_session
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.library_output import library_bars
@@ -136,8 +137,9 @@ class Run:
 
     def new_plan(self) -> BasePlan:
         """Return the windows of a run from its beginning."""
-        val_rows = self.data.val_rows
-        return self.data.train_rows.plan(self.config.recipe, self.batch_sizes, 0 if val_rows is None else len(val_rows))
+        data, n_validation = self.data, 0 if self.data.val_rows is None else len(self.data.val_rows)
+        plan = data.train_rows.plan(self.config.recipe, self.batch_sizes, n_validation)
+        return replace(plan, classes=data.classes) if isinstance(plan, Plan) else plan
 
     @cached_property
     def gradients(self) -> GradientStrategy:

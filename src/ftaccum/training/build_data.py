@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..data.classes import describe_draws, row_classes
 from ..data.collator import RowCollator
 from ..data.dataset import Rows
 from ..data.iterable import Stream
@@ -17,9 +18,10 @@ from ..data.tokenize import most_tokens
 from ..data.validation import check_lengths, check_sample
 from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
+from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import ItemCounter, tensors_of
 from ..objective.loss_scale import find_divisor
-from ..objective.model_forward import ModelForward
+from ..objective.model_forward import LossFn, ModelForward
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
@@ -27,6 +29,7 @@ from ..runtime.log import logger
 from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
 from .build_rows import build_rows
+from .class_loss import build_class_loss
 from .config import Components, RunConfig
 from .declared import class_weights_of, ignore_index_of
 from .loss_faults import loss_fault
@@ -47,6 +50,9 @@ class TrainingData:
         synthetic: whether the rows are random tokens.
         loss_divisor: the whole number by which `loss_fn` is smaller than the model's own loss, if there is one.
         text_notes: lines for the banner about raw text.
+        loss_fn: the function that computes the loss: the user's, or the one that `class_weights` and `label_smoothing`
+            define; None for the model's own.
+        classes: the class of each training row, if `sampler` is "balanced".
         packed: whether a row may hold several documents.
     """
 
@@ -59,6 +65,8 @@ class TrainingData:
     synthetic: bool
     loss_divisor: int | None = None
     text_notes: tuple[str, ...] = ()
+    loss_fn: LossFn | None = None
+    classes: tuple[int, ...] = ()
     packed: bool = False
 
     def notes(self) -> list[str]:
@@ -66,6 +74,8 @@ class TrainingData:
         objective = self.objective
         widths = ", rows padded to one length per update" if objective.padding_sensitive else ""
         notes = [*self.text_notes, f"Loss: mean over {objective.report.counted_by}{widths}"]
+        notes += self.loss_fn.describe() if isinstance(self.loss_fn, CrossEntropy) else []
+        notes += [describe_draws(self.classes)] if self.classes else []
         if self.packed:
             notes.append("Rows: packed; `position_ids` keep their documents apart")
         if self.synthetic:
@@ -107,7 +117,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     for group in few.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
-    objective = _objective(components, forward, rows, row_collator, few, labelled, ignore_index)
+    forward, objective = _objective(config, forward, rows, row_collator, few, labelled, ignore_index)
     if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
@@ -128,8 +138,10 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         val,
         ignore_index,
         synthetic=components.train_data is None,
-        loss_divisor=find_divisor(components.model, objective, few),
+        loss_divisor=None if components.loss_fn is None else find_divisor(components.model, objective, few),
         text_notes=given.notes,
+        loss_fn=forward.loss_fn,
+        classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
     )
 
@@ -173,20 +185,25 @@ def _check_padding(components: Components, objective: Objective) -> None:
 
 
 def _objective(
-    components: Components,
+    config: RunConfig,
     forward: ModelForward,
     rows: Rows,
     row_collator: RowCollator,
     few: Sample,
     labelled: list[int],
     ignore_index: int,
-) -> Objective:
+) -> tuple[ModelForward, Objective]:
+    """Return the forward pass with the loss of training, and the measured objective."""
+    components, recipe = config.components, config.recipe
     try:
+        loss = build_class_loss(components, recipe, forward, rows, row_collator, few.together, ignore_index)
+        if loss is not None:
+            forward = ModelForward(components.model, few.together, loss)
         objective = measured_objective(
             components.model,
             forward,
             few,
-            item_counter=ItemCounter(ignore_index, class_weights_of(components.model, components.loss_fn)),
+            item_counter=ItemCounter(ignore_index, class_weights_of(components.model, forward.loss_fn)),
             count_items=components.count_items,
             sums=components.reduction == "sum",
         )
@@ -195,4 +212,4 @@ def _objective(
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
     logger.debug(objective.report.describe_measurement())
-    return objective
+    return forward, objective

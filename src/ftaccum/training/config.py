@@ -120,6 +120,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
     """Raise SettingsError with every fault that can be found before anything is loaded."""
     faults = faults_of_config(components.config)
     faults += _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
+    faults += _faults_of_own_loss(components, recipe)
     if not isinstance(components.model, nn.Module):
         faults.append(
             f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
@@ -150,6 +151,24 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
     has_metrics, has_val_data = components.compute_metrics is not None, components.val_data is not None
     faults += faults_of_evaluation(recipe, has_metrics=has_metrics, has_val_data=has_val_data)
     refuse(faults)
+
+
+def _faults_of_own_loss(components: Components, recipe: Recipe) -> list[str]:
+    """Return a sentence for each setting of the model's own loss that contradicts the user's loss or its count."""
+    contradict = {
+        "`loss_fn` is given, which computes the loss itself. Put it into that loss": components.loss_fn is not None,
+        "`count_items` counts the items of the loss without it. Leave one of them out": (
+            components.count_items is not None
+        ),
+        "`reduction` is 'sum', but it makes a mean. Leave one of them out": components.reduction == "sum",
+    }
+    given = {name: getattr(recipe, name) for name in ("class_weights", "label_smoothing")}
+    return [
+        f"`{name}` is {shown(value)}, which changes the model's own loss, but {reason}."
+        for name, value in given.items()
+        for reason, holds in contradict.items()
+        if value and holds
+    ]
 
 
 def faults_of_evaluation(recipe: Recipe, *, has_metrics: bool, has_val_data: bool) -> list[str]:
@@ -215,6 +234,10 @@ def _faults_of_stream(components: Components, recipe: Recipe, runtime: Runtime) 
         f"`train_data` is a stream, which the main process reads and collates, but `num_workers` is "
         f"{runtime.num_workers}. Leave it out; the main process reads and collates the next window while the device "
         "computes.": runtime.num_workers > 0,
+        "`train_data` is a stream, whose classes are unknown, but `sampler` is 'balanced'. Leave it out, and balance "
+        "the stream itself.": recipe.sampler == "balanced",
+        "`train_data` is a stream, whose labels cannot be counted, but `class_weights` is 'balanced'. Give a list of "
+        "one number per class.": recipe.class_weights == "balanced",
         "`train_data` is a stream that `split_dataset_by_node` has divided among processes, but the main process "
         "reads it for all of them. Give the undivided stream.": is_split(components.train_data),
     }

@@ -18,7 +18,7 @@ from ...data.batches import can_be_taken_apart, first_dimensions, take
 from ...data.dataset import Rows
 from ...errors import DataError
 from ...objective.batch_changes import fresh_batch
-from ...objective.model_forward import accepted_arguments, is_label
+from ...objective.model_forward import LossFn, accepted_arguments, is_label
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...training.config import Components
 from ...training.declared import ignore_index_of
@@ -38,12 +38,14 @@ class Reference:
         rows: the rows of training.
         seed: the seed for random draws of rows and collator, as in training.
         device: the device of the model.
+        loss_fn: the loss that `class_weights` and `label_smoothing` define; None for that of `components`.
     """
 
     components: Components
     rows: Rows
     seed: tuple[int, ...]
     device: torch.device
+    loss_fn: LossFn | None = None
 
     def batch(self, positions: Sequence[int], *, backwards: bool = False, dtype: torch.dtype | None = None) -> Batch:
         """Collate rows with the user's collator, or with a plain one if the user gave none.
@@ -112,16 +114,15 @@ class Reference:
             return model(*inputs) if isinstance(inputs, list | tuple) else model(inputs)
         accepted = accepted_arguments(model)
         given = {name: value for name, value in batch.items() if accepted is None or name in accepted}
-        if self.components.loss_fn is not None and not _is_encoder_decoder(model):
+        if self._loss_fn is not None and not _is_encoder_decoder(model):
             given.pop("labels", None)  # an encoder-decoder makes its decoder's inputs from them
         if "input_ids" in batch and "input_ids" not in given:
             return model(batch["input_ids"], **given)
         return model(**given)
 
     def _loss_of(self, outputs: Any, batch: Batch) -> Any:
-        loss_fn = self.components.loss_fn
-        if loss_fn is not None:
-            return loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
+        if self._loss_fn is not None:
+            return self._loss_fn(outputs, batch if isinstance(batch, Mapping) else batch[1])
         if self._takes_labels(batch):
             return _own_loss(outputs)
         logits, labels = _logits(outputs), batch["labels"]
@@ -136,6 +137,10 @@ class Reference:
         count_items = self.components.count_items
         counted = _counted_plainly(batch, self._ignore_index) if count_items is None else count_items(batch)
         return counted if isinstance(counted, Mapping) else dict.fromkeys(terms, counted)
+
+    @property
+    def _loss_fn(self) -> LossFn | None:
+        return self.components.loss_fn if self.loss_fn is None else self.loss_fn
 
     @property
     def _ignore_index(self) -> int:

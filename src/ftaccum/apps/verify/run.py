@@ -54,7 +54,9 @@ class VerificationRun(Run):
         drawn = next(Plan(len(self.data.train_rows), 1, self.batch_sizes, self._seed).windows(0)).rows
         window = with_rare_rows(drawn, self._traits, self._seed)
         seed = (self._seed, 0)
-        reference = Reference(self.config.components, self.data.train_rows, seed, self.accelerator.device)
+        reference = Reference(
+            self.config.components, self.data.train_rows, seed, self.accelerator.device, self.data.loss_fn
+        )
         bench = Bench(self, reference, self._padded_loader, window, seed, None)
         dtype, notes = self._choose_dtype(bench)
         bench = replace(bench, dtype=dtype)
