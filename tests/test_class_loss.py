@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from exactness import accumulated_gradients, windows_of
 from ftaccum import CheckpointError, SettingsError, test_fine_tuning, verify
-from ftaccum.apps.cli import OPTIONS
+from ftaccum.apps.options import OPTIONS
 from ftaccum.apps.parser import parse
 from ftaccum.apps.search.settings import reserved
 from ftaccum.arguments import parse_settings

@@ -39,6 +39,11 @@ def test_help_names_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "commands:" in capsys.readouterr().out
 
 
+def test_options_of_one_name_have_their_own_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--sampler balanced" in page(capsys, "train", "--help-all")
+    assert "--sampler random" in page(capsys, "search", "--help-all")
+
+
 def test_every_option_with_a_value_has_an_example() -> None:
     takes_value = {name for name, f in DECLARED.items() if not isinstance(f.default, bool) or f.default is MISSING}
     assert takes_value - EXAMPLES.keys() == set()

@@ -1,6 +1,6 @@
-"""An example of each option that takes a value, for the help pages."""
+"""An example of each option that takes a value, for the help pages; by group, if several options have its name."""
 
-EXAMPLES = {
+EXAMPLES: dict[str, str | dict[str, str]] = {
     # model and data
     "model": "bert-base-uncased",
     "tokenizer": "my-tokenizer",
@@ -24,6 +24,10 @@ EXAMPLES = {
     "max_rows": "1000",
     "text_columns": "premise,hypothesis",
     "max_length": "512",
+    "sampler": {"model and data": "balanced", "search": "random"},
+    # loss
+    "class_weights": "balanced",
+    "label_smoothing": "0.1",
     # adapters
     "lora_r": "32",
     "lora_alpha": "64",
@@ -91,7 +95,6 @@ EXAMPLES = {
     "reference_batch_size": "32",
     "pruner": "none",
     "n_reports": "8",
-    "sampler": "random",
     "storage": "sqlite:///study.db",
     "study_name": "reviews",
     "n_workers": "2",

@@ -4,7 +4,6 @@ import shutil
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any
 
 from ..fields import traits_of
 from .examples import EXAMPLES
@@ -16,6 +15,7 @@ _NARROWEST, _WIDEST = 90, 120
 _GROUPS = (
     "model and data",
     "adapters",
+    "loss",
     "length of training",
     "size of an update",
     "optimization",
@@ -75,12 +75,14 @@ def _described(listed: Collection[Field], width: int) -> Iterator[str]:
         shown = default is not None and default is not False and default not in ("", ())
         value = ("on" if default else "off") if isinstance(default, bool) else default
         text = one.metadata["help"] + (f" (default: {value})" if shown else "")
-        yield _line(f"--{one.name} {_example(one.name, default)}".rstrip(), text, width)
+        yield _line(f"--{one.name} {_example(one)}".rstrip(), text, width)
 
 
-def _example(name: str, default: Any) -> str:
+def _example(option: Field) -> str:
     """Return an example of a value. A flag is turned on by its name alone."""
-    return EXAMPLES.get(name, "" if default is False else "no" if default is True else "…")
+    default = option.default
+    found = EXAMPLES.get(option.name, "" if default is False else "no" if default is True else "…")
+    return found if isinstance(found, str) else found[traits_of(option).group]
 
 
 def _line(option: str, text: str, width: int) -> str:
