@@ -130,7 +130,7 @@ def test_a_validation_label_that_training_lacks_is_named(encoder: str, tmp_path:
     train = save_rows(tmp_path / "rows.jsonl", labelled(["a", "b"] * 3 + ["a"]))
     val = save_rows(tmp_path / "val.jsonl", labelled(["a", "b", "c"] * 2 + ["a"]))
     with pytest.raises(
-        DataError, match="In `val_data`, row 2 has the label 'c', which is none of the training rows' clas"
+        DataError, match="In `val_data`, row 2 has the label 'c', which is none of the classes that the"
     ):
         load_task("text-classification", encoder, train, val)
 

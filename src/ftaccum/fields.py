@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -67,11 +67,16 @@ def names_where(kind: type, wanted: Callable[[Traits], bool]) -> tuple[str, ...]
 
 def select_settings(name: str, kind: type, wanted: Callable[[Traits], bool]) -> type:
     """Return a dataclass with the settings of `kind` whose traits satisfy `wanted`. It keeps their declarations."""
+    return select_fields(name, kind, names_where(kind, wanted))
+
+
+def select_fields(name: str, kind: type, names: Collection[str]) -> type:
+    """Return a dataclass with some fields of `kind`. It keeps their declarations."""
     hints = get_type_hints(kind, include_extras=True)
     chosen = [
         (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
         for f in fields(kind)
-        if wanted(traits_of(f))
+        if f.name in names
     ]
     return make_dataclass(name, chosen, frozen=True, kw_only=True)
 

@@ -12,6 +12,8 @@ from .exit_status import BAD_INPUT, FAILED, INTERRUPTED, OK
 COMMANDS = {
     "train": "fine-tune a model on files or hub data",
     "preview": "show rows as the model sees them, batch sizes, memory and time, without training",
+    "eval": "measure a trained model on labelled rows",
+    "predict": "write the predictions of a trained model to a file",
     "search": "find accumulation steps and learning rate at a fixed physical batch",
     "verify": "check on your model and rows that accumulation equals one large batch",
     "plan": "compute the batch sizes and updates of a run without running it",

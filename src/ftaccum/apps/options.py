@@ -9,12 +9,13 @@ from ..errors import SettingsError, refuse
 from ..fields import Count, setting
 from ..settings import Recipe, Runtime
 from ..tasks.adapter_options import AdapterOptions
-from ..tasks.arguments import NamedArguments, TrainArguments
+from ..tasks.arguments import NamedArguments, TrainArguments, TrainedArguments
 from .help import HelpPage
 from .merge import MergeArguments
 from .parser import parse
 from .plan import PlanArguments, PlanRecipe
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
+from .trained_options import EvaluationOutput, EvaluationRecipe, EvaluationRuntime, PredictionOutput
 from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
 
 
@@ -33,6 +34,8 @@ OPTIONS: dict[str, list[type]] = {
     "verify": [NamedArguments, AdapterOptions, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
     "plan": [PlanArguments, PlanRecipe],
     "merge": [MergeArguments],
+    "eval": [TrainedArguments, EvaluationOutput, EvaluationRecipe, EvaluationRuntime],
+    "predict": [TrainedArguments, PredictionOutput, EvaluationRecipe, EvaluationRuntime],
 }
 
 _DATA = ("model", "train_data", "val_data", "task", "max_length")
@@ -47,6 +50,9 @@ _USAGE = {
     "train": "ftaccum train --model NAME --train_data FILE [options]",
     "search": "ftaccum search --model NAME --train_data FILE [options]",
     "verify": "ftaccum verify --model NAME --train_data FILE [options]",
+    "merge": "ftaccum merge RUN --output DIR [options]",
+    "eval": "ftaccum eval RUN --data FILE [options]",
+    "predict": "ftaccum predict RUN --data FILE --output FILE [options]",
     "plan": "ftaccum plan --n_rows N [options]",
 }
 

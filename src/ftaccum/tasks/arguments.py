@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated
 
 from ..fields import Flag, Names, PositiveInt, Text, one_of, setting
-from .reading.options import ReadingOptions
+from .reading.options import FileOptions, ReadingOptions
 
 # What `--task` accepts.
 TASKS = {
@@ -53,6 +53,17 @@ class NamedArguments(ModelArguments, ReadingOptions):
         "multi_label_classification or regression; none: told by their type",
     )
     max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
+
+
+@dataclass
+class TrainedArguments(FileOptions):
+    """Data to evaluate a trained model on."""
+
+    data: Text = _data("", "CSV, JSON or Parquet file, saved folder or hub name[:config] (required)")
+    task: Text | None = _data(None, f"kind of task: {', '.join(TASKS)}; none: that of the run")
+    columns: Names | None = _data(None, "columns of the data by role, such as label=sentiment; none: those of the run")
+    label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
+    max_rows: PositiveInt | None = _data(None, "use only this many of the first rows; none: all rows")
 
 
 @dataclass

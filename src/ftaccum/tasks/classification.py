@@ -38,6 +38,10 @@ class Classification(Task):
         self.metrics = _METRICS[self.labels.problem_type]
         return self.labels.head()
 
+    def read_config(self, config: Any) -> None:
+        self.labels = Labels.of_config(config)
+        self.metrics = _METRICS[self.labels.problem_type]
+
     def encode(self, rows: Dataset, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Dataset:  # noqa: ARG002
         return self.labels.encode(rows, argument) if "label" in rows.column_names else rows
 

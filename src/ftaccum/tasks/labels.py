@@ -58,7 +58,7 @@ class Labels:
         if problem_type == MULTI:
             _check(values, argument, problem_type, lambda value: isinstance(value, list), "a list of classes")
             if _is_multi_hot(values):
-                return _described(cls(MULTI, tuple(f"class {n}" for n in range(len(values[0]))), (), True), values)
+                return _described(cls(MULTI, _unnamed(len(values[0])), (), True), values)
             each = list(chain.from_iterable(values))
         else:
             inner, each = feature, values
@@ -67,6 +67,15 @@ class Labels:
             return _described(cls(problem_type, tuple(inner.names)), values)
         names, found = _classes(each, argument)
         return _described(cls(problem_type, names, found), values)
+
+    @classmethod
+    def of_config(cls, config: Any) -> "Labels":
+        """Return the labels that a trained model predicts."""
+        if config.problem_type == REGRESSION or config.num_labels == 1:
+            return cls(REGRESSION)
+        names = tuple(config.id2label[n] for n in range(config.num_labels))
+        multi_hot = names == _unnamed(len(names))
+        return cls(config.problem_type or SINGLE, names, (), config.problem_type == MULTI and multi_hot)
 
     def head(self) -> dict[str, Any]:
         """Return the arguments of `from_pretrained` that define a head for these labels."""
@@ -106,15 +115,15 @@ class Labels:
         if not self.values:
             if isinstance(value, int) and 0 <= value < len(self.names):
                 return value
-            value = str(value)
+            value = str(value).lower() if isinstance(value, bool) else str(value)
             known: Sequence[Hashable] = self.names
         else:
             known = self.values
         if value not in known:
             more = ", …" if len(known) > _NAMED else ""
             raise DataError(
-                f"{name} has the label {value!r}, which is none of the training rows' classes: "
-                f"{', '.join(map(repr, known[:_NAMED]))}{more}. Fix the label, or add such rows to `train_data`."
+                f"{name} has the label {value!r}, which is none of the classes that the model is trained on: "
+                f"{', '.join(map(repr, known[:_NAMED]))}{more}. Fix the label, or train on such rows."
             )
         return known.index(value)
 
@@ -186,6 +195,11 @@ def _described(labels: Labels, values: Sequence[Any]) -> Labels:
     more = f" and {len(labels.names) - _NAMED} more" if len(labels.names) > _NAMED else ""
     logger.info(f"Classes: {', '.join(named)}{more}")
     return labels
+
+
+def _unnamed(n: int) -> tuple[str, ...]:
+    """Return the names of classes that the data do not name."""
+    return tuple(f"class {number}" for number in range(n))
 
 
 def _is_multi_hot(values: Sequence[Any]) -> bool:

@@ -36,6 +36,7 @@ class Task:
         model_class: the auto class with its head.
         processor_class: the auto class that reads the inputs.
         metrics: the names of its metrics, which `metric_for_best` may name.
+        targets: the roles that a prediction does without.
         reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
         streams: whether it can train on a stream of rows.
     """
@@ -46,6 +47,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     reads_text: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    targets: ClassVar[tuple[str, ...]] = ("label",)
 
     def __init__(self, named: NamedArguments) -> None:
         """Args:
@@ -61,6 +63,9 @@ class Task:
         """Raise SettingsError if the settings of a run do not fit the task. Nothing is loaded yet."""
         if self.metrics:
             Criterion.of_settings(recipe.metric_for_best, recipe.greater_is_better).check(self.metrics)
+
+    def read_config(self, config: Any) -> None:
+        """Learn what the labels are from the config of a trained model, instead of from the training rows."""
 
     def head(self, train: Dataset) -> dict[str, Any]:  # noqa: ARG002
         """Return the arguments of `from_pretrained` that define the head, such as the names of the classes.

@@ -8,13 +8,54 @@ from functools import cached_property
 from ..checkpoint.best_weights import BestWeights
 from ..checkpoint.manager import CheckpointManager, SavePolicy
 from ..checkpoint.state import TrainState
+from ..data.loader import Loader
 from ..runtime.optimizers import evaluation_weights
 from ..tracking.ledger import EvaluationEntry
+from .base_run import Run
 from .best_evaluation import BestEvaluation
 from .build_run import TrainingSetup
 from .evaluation import Evaluation
 from .evaluator import Evaluator
 from .metrics import Metrics
+
+
+def build_evaluation(run: Run, loader: Loader, n_rows: int) -> Evaluation:
+    """Return the evaluation of a run's model on rows.
+
+    Args:
+        loader: loads the rows.
+        n_rows: the number of rows.
+
+    Raises:
+        SettingsError: if the predictions for the metrics would not fit in memory.
+    """
+    limits = run.planner.limits
+    limits = replace(limits, rows=run.config.runtime.eval_batch_size or limits.rows)
+    evaluation = Evaluation(
+        run.accelerator,
+        run.data.objective,
+        loader,
+        n_rows=n_rows,
+        planner=replace(run.planner, packed=False, limits=limits),
+        process_group=run.process_group,
+        metrics=_build_metrics(run),
+    )
+    evaluation.check_memory(run.model, run.config.components.configuration)
+    return evaluation
+
+
+def _build_metrics(run: Run) -> Metrics | None:
+    components = run.config.components
+    if components.compute_metrics is None:
+        return None
+    return Metrics(
+        components.compute_metrics,
+        components.preprocess_logits_for_metrics,
+        run.model,
+        run.data.objective,
+        run.data.ignore_index,
+        run.process_group,
+    )
 
 
 class EvaluatedSetup(TrainingSetup):
@@ -26,32 +67,7 @@ class EvaluatedSetup(TrainingSetup):
         data = self.data
         if data.val is None or data.val_rows is None:
             return None
-        limits = self.planner.limits
-        limits = replace(limits, rows=self.config.runtime.eval_batch_size or limits.rows)
-        evaluation = Evaluation(
-            self.accelerator,
-            data.objective,
-            data.val,
-            n_rows=len(data.val_rows),
-            planner=replace(self.planner, packed=False, limits=limits),
-            process_group=self.process_group,
-            metrics=self._build_metrics(),
-        )
-        evaluation.check_memory(self.model, self.config.components.configuration)
-        return evaluation
-
-    def _build_metrics(self) -> Metrics | None:
-        components = self.config.components
-        if components.compute_metrics is None:
-            return None
-        return Metrics(
-            components.compute_metrics,
-            components.preprocess_logits_for_metrics,
-            self.model,
-            self.data.objective,
-            self.data.ignore_index,
-            self.process_group,
-        )
+        return build_evaluation(self, data.val, len(data.val_rows))
 
     def evaluate(self) -> tuple[float, dict[str, float]] | None:
         """Return the current validation loss and metrics; None if there are no validation rows.

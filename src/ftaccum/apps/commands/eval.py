@@ -1,0 +1,45 @@
+"""The command `ftaccum eval`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ...errors import SettingsError
+from ..exit_status import OK
+from ..options import parse_options
+from ..trained_options import checked, read_options
+
+_DESCRIPTION = (
+    "Evaluates a trained model on labelled rows: prints the loss and the metrics of its task.\n"
+    "`ftaccum eval RUN --data test.csv`. RUN is an output folder, or a folder or hub name of a model with `--task`.\n"
+    "With `accelerate launch -m ftaccum eval …`, all processes share the rows."
+)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command, and return its exit status."""
+    source, options = read_options("eval", words)
+    named, output, recipe, runtime = parse_options("eval", options, _DESCRIPTION)
+    named, settings = checked(named, output, recipe, runtime)
+    if output.json is not None and not Path(output.json).parent.is_dir():
+        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Create the folder first."])
+
+    # These imports take seconds, so check the input first.
+    from accelerate import PartialState
+
+    from ...tasks.load import loading
+    from ...tasks.trained import load_trained
+    from ...training.evaluate_rows import evaluate_rows
+    from ..trained_config import trained_config
+
+    with loading(verbosity=runtime.verbosity, progress=runtime.progress):
+        trained = load_trained(source, named, settings, needs_targets=True)
+    found, state = evaluate_rows(trained_config(trained)), PartialState()
+    if state.is_main_process:
+        print(f"rows  {found.n_rows:,}", f"loss  {found.loss:.6g}", sep="\n")
+        print(*(f"{name}  {value:.6g}" for name, value in found.metrics.items()), sep="\n")
+        if output.json is not None:
+            Path(output.json).write_text(json.dumps(asdict(found), indent=2) + "\n")
+    state.destroy_process_group()
+    return OK

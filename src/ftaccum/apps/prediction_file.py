@@ -1,0 +1,41 @@
+"""The file of `ftaccum predict`: the rows, with the columns that were predicted."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..errors import SettingsError
+from ..runtime.atomic_files import atomic_write
+
+_WRITERS: dict[str, Callable[[Dataset, str], Any]] = {
+    ".jsonl": lambda rows, path: rows.to_json(path, force_ascii=False),
+    ".csv": lambda rows, path: rows.to_csv(path),
+    ".parquet": lambda rows, path: rows.to_parquet(path),
+}
+
+
+def check_output(output: str) -> None:
+    """Raise SettingsError if predictions cannot be written to a file of this name."""
+    path = Path(output).expanduser()
+    if path.suffix not in _WRITERS:
+        raise SettingsError([f"`--output` must end in {', '.join(_WRITERS)}, but is {output!r} instead."])
+    if not path.parent.is_dir():
+        raise SettingsError([f"`--output` {output!r} is in a folder that does not exist. Create the folder first."])
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise SettingsError([f"`--output` {output!r} cannot be written."])
+
+
+def write_predictions(output: str, rows: Dataset, columns: Mapping[str, list[Any]]) -> None:
+    """Write rows with the columns that were predicted. These replace columns of the same names.
+
+    Lists become JSON text in a CSV file.
+    """
+    path = Path(output).expanduser()
+    rows = rows.remove_columns([name for name in columns if name in rows.column_names])
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    with atomic_write(path) as partial:
+        _WRITERS[path.suffix](rows, str(partial))

@@ -1,0 +1,66 @@
+"""The options of `ftaccum eval` and `ftaccum predict`. This module does not load torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..arguments import find_faults, parse_settings, read_settings
+from ..errors import SettingsError, refuse
+from ..fields import Text, select_fields, setting
+from ..settings import Recipe, Runtime
+from ..tasks.arguments import TrainedArguments
+
+_output = partial(setting, group="output")
+
+EvaluationRecipe = select_fields("EvaluationRecipe", Recipe, ("text_columns", "add_eos_token", "max_length"))
+EvaluationRuntime = select_fields(
+    "EvaluationRuntime",
+    Runtime,
+    ("batch_size", "max_tokens", "num_workers", "use_amp", "mixed_precision", "deterministic", "progress", "verbosity"),
+)
+
+
+@dataclass
+class EvaluationOutput:
+    """Where `ftaccum eval` writes to."""
+
+    json: Text | None = _output(None, "file to write the loss and the metrics to, as JSON; none: only print them")
+
+
+@dataclass
+class PredictionOutput:
+    """Where `ftaccum predict` writes to."""
+
+    output: Text = _output("", "file to write: .jsonl, .csv or .parquet, with the columns of the data (required)")
+
+
+def read_options(command: str, words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the RUN that a command begins with, and the other words.
+
+    Raises:
+        SettingsError: if there is none.
+    """
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--help-all")):
+        raise SettingsError(
+            [f"RUN is required: the output folder of a run, as in `ftaccum {command} RUN --data test.csv`."]
+        )
+    return (words[0], words[1:]) if not words[0].startswith("-") else ("", words)
+
+
+def checked(named: Any, output: Any, recipe: Any, runtime: Any) -> tuple[TrainedArguments, dict[str, Any]]:
+    """Return the options of the data with their values parsed, and the settings by name.
+
+    Raises:
+        SettingsError: with all faults.
+    """
+    settings = vars(recipe) | vars(runtime) | {"validation_split": 0.0}
+    needed = [name for name in ("data", "output") if getattr(named, name, getattr(output, name, None)) == ""]
+    refuse([f"`--{name}` is required." for name in needed])
+    named = read_settings(TrainedArguments, vars(named))
+    if runtime.batch_size == "auto":
+        raise SettingsError(["`batch_size` must be a number here, but is 'auto' instead."])
+    parsed_recipe, parsed_runtime = parse_settings(settings)
+    refuse(find_faults(named) + find_faults(output))
+    parsed = vars(parsed_recipe) | vars(parsed_runtime)
+    return named, {name: parsed[name] for name in settings}

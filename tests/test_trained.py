@@ -1,0 +1,88 @@
+"""`ftaccum eval` and `ftaccum predict`: a trained model on new rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from transformers import pipeline
+
+from ftaccum.apps.cli import main
+from silent_errors.text_columns import word_tokenizer
+from task_files import TEXTS, save_encoder, save_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore::ftaccum.TextWarning")
+ROWS = [{"review": f"{text} {word}", "stars": word} for text in TEXTS for word in ("good", "drags")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a trained classifier."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, rows = save_encoder(folder / "encoder"), save_rows(folder / "rows.jsonl", ROWS)
+    words = ["--model", model, "--train_data", rows, "--columns", "label=stars", "--max_length", "6", "--n_epochs", "1"]
+    words += ["--learning_rate", "1e-2", "--verbosity", "quiet", "--output_dir", str(folder / "run")]
+    assert main(["train", *words]) == 0
+    return folder / "run"
+
+
+def reference(run: Path) -> torch.Tensor:
+    """Return the logits of each row alone, in plain Transformers."""
+    loaded = pipeline("text-classification", model=str(run / "model"), device="cpu").model
+    with torch.no_grad():
+        batches = [word_tokenizer()(row["review"], truncation=True, max_length=6, return_tensors="pt") for row in ROWS]
+        return torch.cat([loaded(**batch).logits for batch in batches])
+
+
+def test_eval_measures_every_row_once(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows, file = save_rows(tmp_path / "test.jsonl", ROWS), tmp_path / "found.json"
+    assert main(["eval", str(run), "--data", rows, "--batch_size", "3", "--json", str(file)]) == 0
+    found: dict[str, Any] = json.loads(file.read_text())
+    logits, labels = reference(run), torch.tensor([["drags", "good"].index(row["stars"]) for row in ROWS])
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["metrics"]["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    assert found["n_rows"] == len(ROWS)
+    assert f"rows  {len(ROWS)}\nloss  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_predict_writes_the_rows_in_order_with_their_classes(run: Path, tmp_path: Path, suffix: str) -> None:
+    rows = save_rows(tmp_path / "new.jsonl", [{"id": n, "review": row["review"]} for n, row in enumerate(ROWS)])
+    file = tmp_path / f"predictions{suffix}"
+    assert main(["predict", str(run), "--data", rows, "--output", str(file), "--batch_size", "3"]) == 0
+    read = {".jsonl": lambda path: pd.read_json(path, lines=True), ".csv": pd.read_csv, ".parquet": pd.read_parquet}
+    table = read[suffix](file)
+    scores, classes = reference(run).softmax(-1).max(-1)
+    assert list(table.columns) == ["id", "review", "prediction", "score"]
+    assert list(table["id"]) == list(range(len(ROWS)))
+    assert list(table["prediction"]) == [["drags", "good"][n] for n in classes]
+    assert list(table["score"]) == pytest.approx(scores.tolist(), rel=1e-5)
+
+
+def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = save_rows(tmp_path / "new.jsonl", ROWS)
+    words = ["predict", str(run / "model"), "--data", rows, "--output", str(tmp_path / "out.csv")]
+    assert main(words) == 2
+    assert "does not say what task its model was trained for. Give it as `--task`." in capsys.readouterr().err
+    assert main([*words, "--task", "text-classification", "--text_columns", "review"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["eval"], "RUN is required: the output folder of a run, as in `ftaccum eval RUN --data test.csv`."),
+        (["eval", "no/such/folder", "--data", "x.csv"], "There is no folder 'no/such/folder'."),
+        (["eval", "{run}"], "`--data` is required."),
+        (["predict", "{run}", "--data", "x.csv"], "`--output` is required."),
+        (["predict", "{run}", "--data", "x.csv", "--output", "x.txt"], "`--output` must end in .jsonl, .csv, .parquet"),
+        (["eval", "{run}", "--data", "x.csv", "--batch_size", "auto"], "`batch_size` must be a number here"),
+        (["eval", "{rows}", "--data", "x.csv"], "has no trained model"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    run: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(run=run, rows=run.parent) for word in words]) == 2
+    assert sentence in capsys.readouterr().err
