@@ -140,7 +140,10 @@ def test_the_other_functions_answer_unknown_arguments() -> None:
         (["train", "--learn", "3"], "There is no option '--learn'. Did you mean '--learning_rate' or"),
         (["train", "--conf", "x.yaml"], "There is no option '--conf'."),
         (["train", "--physical_batch_size", "3"], "'--physical_batch_size'. `--help-all` lists the options.\n"),
-        (["plan", "--lr", "1"], "'--lr'. `--learning_rate` is an option of `ftaccum train`, `ftaccum search`."),
+        (
+            ["plan", "--lr", "1"],
+            "'--lr'. `--learning_rate` is an option of `ftaccum train`, `ftaccum preview`, `ftaccum search`.",
+        ),
         (["search", "--accum_steps", "1"], "'--accum_steps'; here: `--accumulation_steps`."),
     ],
 )
