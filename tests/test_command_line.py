@@ -174,7 +174,8 @@ def test_a_run_without_an_output_folder_is_saved_and_resumes(tiny: Path, capsys:
         "model": str(tiny / "model"), "train_data": str(tiny / "rows.csv"), "val_data": None,
         "task": "text-classification", "columns": [], "label_column": None, "problem_type": None,
         "max_train_rows": None,
-        "delimiter": None, "encoding": None, "train_data_weights": None, "streaming": False, "load_in_4bit": False, "load_in_8bit": False,
+        "delimiter": None, "encoding": None, "train_data_weights": None, "streaming": False,
+        "load_in_4bit": False, "load_in_8bit": False,
         "tokenizer": None, "dtype": "auto", "attn_implementation": None, "revision": None,
         "trust_remote_code": False, "add_tokens": [], "freeze": [], "lora": None,
     }  # fmt: skip
