@@ -10,7 +10,7 @@ import gzip
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Case:
     name: str
     content: str | bytes | Callable[[Path], None]
     words: tuple[str, ...]
-    options: ReadingOptions = ReadingOptions()
+    options: ReadingOptions = field(default_factory=ReadingOptions)
 
     def message(self, folder: Path) -> str:
         """Write the file, try to read it, and return the message, with the file's name instead of its path."""
