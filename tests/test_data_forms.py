@@ -457,7 +457,7 @@ def test_no_data_and_no_vocabulary_is_an_error() -> None:
         ({"restore_best_weights": True}, "`restore_best_weights` needs validation rows"),
         ({"lr_scheduler": "linaer"}, "`lr_scheduler` must be one of 'linear', .* but is 'linaer' instead"),
         ({"lr_scheduler": "reduce_lr_on_plateau"}, "`lr_scheduler` must be one of"),
-        ({"optimizer": "adamw"}, "`optimizer` must be a torch Optimizer or a function"),
+        ({"optimizer": 5}, "`optimizer` must be a name such as .adamw., a torch Optimizer, or a function"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)}, "`optimizer` holds none of the model's"),
         ({"gradient_accumulation_steps": 2, "effective_batch_size": 7}, "Sizes of an update disagree"),
         ({"log_with": "nothing"}, "`log_with` is 'nothing'"),

@@ -137,10 +137,10 @@ def test_an_optimizer_that_refuses_the_groups_is_an_error_with_a_remedy() -> Non
         train(model, rows, torch.optim.LBFGS)
 
 
-def test_a_name_as_optimizer_is_an_error_that_lists_what_is_allowed() -> None:
+def test_an_object_that_is_no_optimizer_is_an_error_that_says_what_is_allowed() -> None:
     model, rows = regression()
-    with pytest.raises(SettingsError, match="must be a torch Optimizer or a function that takes the parameter groups"):
-        train(model, rows, "adamw")
+    with pytest.raises(SettingsError, match="must be a name such as 'adamw', a torch Optimizer, or a function"):
+        train(model, rows, 5)
 
 
 def test_the_default_optimizer_is_looked_up_when_a_run_begins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,8 @@
 """Declarations of settings: defaults, metadata, rules, and the message for a value that breaks its rule."""
 
-import itertools
 import math
-import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from collections.abc import Callable, Collection
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import LARGEST, shown
@@ -105,7 +103,7 @@ class Rule:
         return f"`{name}` must be {self.words}, but is {shown(value)} instead. {remedy}"
 
     def or_none(self) -> "Rule":
-        return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or None", self.read)
+        return replace(self, accepts=lambda value: value is None or self.accepts(value), words=f"{self.words} or None")
 
 
 def one_of(*choices: str) -> Rule:
@@ -114,26 +112,26 @@ def one_of(*choices: str) -> Rule:
     return Rule(lambda value: value in choices, f"{', '.join(first)} or {last}")
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _is_positive_int(value: Any) -> bool:
-    return _is_int(value) and value > 0
+def is_positive_int(value: Any) -> bool:
+    return is_int(value) and value > 0
 
 
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+def is_number(value: Any) -> bool:
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-PositiveInt = Annotated[int, Rule(_is_positive_int, "a positive integer")]
-Count = Annotated[int, Rule(lambda v: _is_int(v) and v >= 0, "a non-negative integer")]
+PositiveInt = Annotated[int, Rule(is_positive_int, "a positive integer")]
+Count = Annotated[int, Rule(lambda v: is_int(v) and v >= 0, "a non-negative integer")]
 # torch takes 64-bit seeds and NumPy 32-bit seeds; the smaller bound fits both.
-Seed = Annotated[int, Rule(lambda v: _is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
-Positive = Annotated[float, Rule(lambda v: _is_number(v) and v > 0, "a positive number")]
-Length = Annotated[float, Rule(lambda v: _is_number(v) and v >= 1, "a number of 1 or more")]
-NonNegative = Annotated[float, Rule(lambda v: _is_number(v) and v >= 0, "a non-negative number")]
-Fraction = Annotated[float, Rule(lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
+Seed = Annotated[int, Rule(lambda v: is_int(v) and 0 <= v < 2**32, "an integer from 0 to 2**32 - 1")]
+Positive = Annotated[float, Rule(lambda v: is_number(v) and v > 0, "a positive number")]
+Length = Annotated[float, Rule(lambda v: is_number(v) and v >= 1, "a number of 1 or more")]
+NonNegative = Annotated[float, Rule(lambda v: is_number(v) and v >= 0, "a non-negative number")]
+Fraction = Annotated[float, Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
 Flag = Annotated[bool, Rule(lambda v: isinstance(v, bool), "True or False")]
 Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v) and "\0" not in v, "a non-empty string")]
 Tracker = Annotated[
@@ -152,93 +150,6 @@ OnInexact = Annotated[str, one_of("error", "warn", "ignore")]
 Sampling = Annotated[str, one_of("shuffle", "balanced")]
 Verbosity = Annotated[str, one_of("quiet", "normal", "debug")]
 Save = Annotated[str, one_of("adapter", "merged", "both")]
-BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or _is_positive_int(v), "a positive integer or 'auto'")]
-Pairs = Sequence[Sequence[int]]
-
-
-def _is_schedule(value: Any) -> bool:
-    pairs = isinstance(value, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
-    if not (value and pairs and all(_is_int(u) and _is_positive_int(k) for u, k in value)):
-        return False
-    updates = [u for u, _ in value]
-    return updates[0] == 0 and all(one < next_ for one, next_ in itertools.pairwise(updates))
-
-
-def _read_steps(value: Any) -> Any:
-    """Parse text such as '0:2,100:8' into pairs, and return any other value unchanged."""
-    if not isinstance(value, str) or ":" not in value:
-        return value
-    try:
-        return [[int(update), int(k)] for update, k in (pair.split(":") for pair in value.split(","))]
-    except ValueError:
-        return value
-
-
-Steps = Annotated[
-    int | str | Pairs,
-    Rule(
-        lambda v: _is_positive_int(v) or _is_schedule(v),
-        "a positive integer, or pairs (from_update, k) in ascending order, with the first from update 0 and every k "
-        "positive, such as '0:2,100:8'",
-        _read_steps,
-    ),
-]
-_SECONDS = {"s": 1, "min": 60, "h": 3600}
-
-
-def seconds_of(text: str) -> float | None:
-    """Convert a time such as '90s', '15min' or '1.5h' to seconds; return None for other text."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|min|h)", text)
-    return float(found[1]) * _SECONDS[found[2]] or None if found else None
-
-
-Every = Annotated[
-    int | str,
-    Rule(
-        lambda v: _is_positive_int(v) or (isinstance(v, str) and seconds_of(v) is not None),
-        "a positive number of updates, or a time such as '90s', '15min' or '2h'",
-    ),
-]
-
-
-def _read_share(value: Any) -> Any:
-    """Convert text to a number of updates ("200") or a share ("25%", "0.25"), and return any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        if value.endswith("%"):
-            return float(value[:-1]) / 100
-        return int(value) if value.isdecimal() else float(value)
-    except ValueError:
-        return value
-
-
-EvaluateEvery = Annotated[
-    int | float | str,  # str on the command line; `_read_share` parses it
-    Rule(
-        lambda v: _is_positive_int(v) or (isinstance(v, float) and 0 < v <= 1),
-        "a positive number of updates, or a share of an epoch above 0 and up to 1, such as 0.25 or '25%'",
-        _read_share,
-    ),
-]
-
-
-def _read_audit(value: Any) -> Any:
-    """Parse a flag or a number from text, and return any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    word = value.lower()
-    return {"true": True, "false": False}.get(word, int(word) if word.isdecimal() else value)
-
-
-Audit = Annotated[
-    int | str,  # str on the command line; `_read_audit` parses it
-    Rule(
-        lambda v: isinstance(v, bool) or (_is_int(v) and v > 1),
-        "True, False, or a number of updates that is at least 2",
-        _read_audit,
-    ),
-]
 _names = Rule(
     lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
     "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",
@@ -255,21 +166,6 @@ TextNames = Annotated[
 ]
 
 
-def _read_weights(value: Any) -> Any:
-    try:
-        return [float(word) for word in value.split(",")]
-    except (AttributeError, ValueError):  # not text, or not numbers
-        return value
-
-
-_weights = Rule(
-    lambda v: v == "balanced" or (isinstance(v, list | tuple) and min(v) > 0 and all(map(_is_number, v))),
-    "'balanced', or a list of one positive number per class, such as [1, 2.5] or '1,2.5',",
-    _read_weights,
-)
-ClassWeights = Annotated[str, _weights]  # one command-line word, as for `Names`
-
-
 def _read_resume(value: Any) -> Any:
     """Convert synonyms of None and 'auto' from YAML and other tools, and return any other value unchanged."""
     if isinstance(value, str | bool):
@@ -281,15 +177,6 @@ def _read_resume(value: Any) -> Any:
 Resume = Annotated[
     str,
     Rule(lambda v: isinstance(v, str) and bool(v), "'auto', the folder of a checkpoint or of a run,", _read_resume),
-]
-Costs = Annotated[
-    list[float],
-    Rule(
-        lambda v: (
-            isinstance(v, list | tuple) and len(v) == 3 and all(_is_number(c) and 0 <= c < 1e30 for c in v) and any(v)
-        ),
-        "three non-negative numbers below 1e30, at least one of them above 0, such as [64, 1, 0.0005]",
-    ),
 ]
 
 

@@ -1,6 +1,6 @@
 """`test_fine_tuning`, the main entry point of ftaccum."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -8,10 +8,11 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from .data.collator import Collator
-from .fields import DefaultFloat, Pairs
+from .fields import DefaultFloat
 from .objective.item_counts import CountItems
 from .objective.model_forward import LossFn
 from .porting.keywords import explain_keywords
+from .rules.update_size import Pairs
 from .runtime.host import is_interactive
 from .tracking.result import Result
 from .training.config import RunConfig
@@ -43,11 +44,17 @@ def test_fine_tuning(
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
+    optimizer: str | OptimizerFactory | Optimizer | None = None,
     learning_rate: float = DefaultFloat(5e-5),
     learning_rate_scaling: str = "none",
     weight_decay: float = DefaultFloat(0.01),
-    optimizer: OptimizerFactory | Optimizer | None = None,
+    adam_beta1: float | None = None,
+    adam_beta2: float | None = None,
+    layerwise_lr_decay: float | None = None,
+    head_learning_rate: float | None = None,
+    optimizer_groups: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, float]] | str | None = None,
     lr_scheduler: str = "linear",
+    lr_scheduler_kwargs: Mapping[str, Any] | str | None = None,
     warmup_steps: int = 0,
     warmup_ratio: float = 0.0,
     gradient_clip_norm: float | None = 1.0,
@@ -147,15 +154,29 @@ def test_fine_tuning(
             much as many hundred tokens: the planner then makes fewer passes.
         padding_free: concatenate the rows of a micro-batch instead of padding them. For causal language models that
             keep such rows apart by `position_ids`; this is checked before training.
+        optimizer: a name, a function that builds an optimizer from parameter groups (each with `lr` and
+            `weight_decay`), or an optimizer. The names are "adamw", "sgd" (without momentum), "adafactor", "lion",
+            "muon" (hidden matrices; AdamW for all else), "adamw_8bit", "paged_adamw_8bit" and "schedule_free_adamw".
+            Those that are not torch's need the extra `ftaccum[optimizers]`. A rate or decay that a function sets
+            (`lambda groups: SGD(groups, lr=0.1)`) takes effect and is printed. It is an error if it differs from a
+            `learning_rate` or `weight_decay` that you pass. None: AdamW.
         learning_rate: peak learning rate.
         learning_rate_scaling: how the learning rate follows a changing k. The rate of the schedule is multiplied by 1
             ("none"), by k/k0 ("linear", for SGD: Goyal et al. 2017, arXiv:1706.02677) or by √(k/k0) ("sqrt", for
             adaptive optimizers such as Adam: Malladi et al. 2022, arXiv:2205.10287), where k0 is the first k.
-        weight_decay: decoupled weight decay; none for biases and norms.
-        optimizer: an optimizer, or a function that builds one from parameter groups (each with `lr` and
-            `weight_decay`). A rate or decay set there (`lambda groups: SGD(groups, lr=0.1)`) takes effect and is
-            printed. It is an error if it differs from a `learning_rate` or `weight_decay` that you pass. None: AdamW.
-        lr_scheduler: a name that Transformers' `get_scheduler` accepts. The schedule steps once per successful update.
+        weight_decay: decoupled weight decay; none for biases and norms. With "sgd", an L2 penalty.
+        adam_beta1: β1 of an optimizer that has a name. None: its own, 0.9.
+        adam_beta2: β2 of an optimizer that has a name. None: its own, 0.999 ("lion": 0.99).
+        layerwise_lr_decay: factor of the learning rate from each layer to the one below it: learning_rate · decay^d for
+            weights d layers below the head; 1 for the top layer. The layers are the model's longest `nn.ModuleList`
+            that is in no other one. Embeddings are below all layers.
+        head_learning_rate: peak learning rate of the weights outside the base model (`model.base_model_prefix`).
+        optimizer_groups: `lr`, `weight_decay` or both for the parameters in whose names a regular expression is found
+            (`re.search`): {"embeddings": {"lr": 1e-5}}, or a list of {"pattern": …, "lr": …, "weight_decay": …}. The
+            first match counts, and counts more than the two arguments above.
+        lr_scheduler: a name that Transformers' `get_scheduler` accepts. The schedule steps once per successful update,
+            and scales the rate of each group.
+        lr_scheduler_kwargs: options of the schedule, such as {"min_lr_rate": 0.1} for "cosine_with_min_lr".
         warmup_steps: number of warm-up updates.
         warmup_ratio: share of all updates used for warm-up, instead of `warmup_steps`.
         gradient_clip_norm: largest total norm of an update's gradient. None disables clipping; norms are still

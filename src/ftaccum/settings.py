@@ -7,13 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from .fields import (
-    Audit,
-    BatchSize,
-    ClassWeights,
-    Costs,
     Count,
-    EvaluateEvery,
-    Every,
     Flag,
     Fraction,
     Names,
@@ -29,7 +23,6 @@ from .fields import (
     Save,
     Scaling,
     Seed,
-    Steps,
     Text,
     TextNames,
     Tracker,
@@ -37,6 +30,10 @@ from .fields import (
     names_where,
     setting,
 )
+from .rules.class_weights import ClassWeights
+from .rules.optimization import OPTIMIZER_NAMES, LayerDecay, OptimizerGroups, OptimizerName, SchedulerOptions
+from .rules.periods import Audit, EvaluateEvery, Every
+from .rules.update_size import BatchSize, Costs, Steps
 
 _training = partial(setting, group="length of training")
 _size = partial(setting, group="size of an update")
@@ -122,6 +119,9 @@ class Recipe:
         in_plan=True,
         unsearchable=SAME_ROWS,
     )
+    optimizer: OptimizerName | None = _optimization(
+        None, f"{OPTIMIZER_NAMES}; in Python also a function of the parameter groups, or an instance; None: adamw"
+    )
     learning_rate: Positive = _optimization(
         5e-5, "peak learning rate", decided_by_search=True, unsearchable=OWN_ARGUMENT
     )
@@ -134,7 +134,17 @@ class Recipe:
         unsearchable=_FROM_STEPS,
     )
     weight_decay: NonNegative = _optimization(0.01, "decoupled weight decay; none for biases and norms")
+    adam_beta1: Fraction | None = _optimization(None, "beta1 of an optimizer by name; None: its own, mostly 0.9")
+    adam_beta2: Fraction | None = _optimization(None, "beta2 of an optimizer by name; None: its own, mostly 0.999")
+    layerwise_lr_decay: LayerDecay | None = _optimization(None, "factor of the rate from each layer to the one below")
+    head_learning_rate: Positive | None = _optimization(None, "peak learning rate of the head; None: learning_rate")
+    optimizer_groups: OptimizerGroups | None = _optimization(
+        None, 'lr and weight_decay by regular expression for names, as JSON or a dict: {"embeddings": {"lr": 1e-5}}'
+    )
     lr_scheduler: Text = _optimization("linear", "name of a schedule that transformers' get_scheduler accepts")
+    lr_scheduler_kwargs: SchedulerOptions | None = _optimization(
+        None, 'options of the schedule, such as {"min_lr_rate": 0.1} for cosine_with_min_lr, as JSON or a dict'
+    )
     warmup_steps: Count = _optimization(0, "number of warm-up updates")
     warmup_ratio: Fraction = _optimization(0.0, "share of all updates used for warm-up, instead of warmup_steps")
     gradient_clip_norm: Positive | None = _optimization(1.0, "largest total gradient norm; None disables clipping")
@@ -301,5 +311,5 @@ SIZES = names_where(Recipe, lambda traits: traits.sizes_update)
 # The names that `allow_changed` accepts: what a resumed run must otherwise share with the previous run.
 CHANGEABLE = (
     *names_where(Recipe, lambda traits: not traits.sizes_update),
-    *("effective_batch_size", "train_data", "val_data", "model", "optimizer", "loss_fn", "data_collator", "lora"),
+    *("effective_batch_size", "train_data", "val_data", "model", "loss_fn", "data_collator", "lora"),
 )

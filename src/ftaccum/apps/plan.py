@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from ..arguments import faults_of_schedule, find_faults, read_settings
 from ..errors import refuse
-from ..fields import Length, Pairs, PositiveInt, select_settings, setting
+from ..fields import Length, PositiveInt, select_settings, setting
 from ..planning.batch_size import batch_sizes_of
 from ..planning.plan import Plan
 from ..planning.shuffle import n_held_out
 from ..porting.keywords import explain_keywords
+from ..rules.update_size import Pairs
 from ..settings import Recipe, Runtime
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Preempted
-from ..fields import seconds_of
+from ..rules.periods import seconds_of
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.host import free_on_host
 from ..runtime.log import logger

@@ -152,7 +152,8 @@ class TrainState:
         Args:
             changed: the settings in which this run differs from the checkpoint's run. If any differ, this run's
                 optimizer hyperparameters and schedule are used, and the schedule is advanced to the same update. If the
-                model differs, only tensors of unchanged shape are restored, and the optimizer starts fresh.
+                model differs, only tensors of unchanged shape are restored, and the optimizer starts fresh, as it does
+                if its groups differ.
         """
         folder = checkpoint.path
         fill(weights_of(self._model), load_file(folder / WEIGHTS), strict="model" not in changed)
@@ -160,7 +161,7 @@ class TrainState:
         if (folder / BESIDE).exists():
             fill(self._beside(), load_file(folder / BESIDE), strict=not {"model", "optimizer", "loss_fn"} & changed)
         steps = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        if not {"model", "optimizer"} & changed:
+        if not {"model", "optimizer", "optimizer_groups"} & changed:
             load_optimizer_state(self._optimizer, steps, own_numbers=bool(changed))
         if changed:
             _forward(self._schedule, sum(not entry.skipped for entry in checkpoint.windows))

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..errors import SettingsError
-from ..fields import Pairs
+from ..rules.update_size import Pairs
 from ..settings import Recipe
 
 

@@ -5,7 +5,7 @@ from .foreign_name import ForeignName as Name
 _LAUNCH = "Set it with `accelerate config`, `accelerate launch` or `torchrun`."
 _AFTER = "Not offered. Upload the trained model with `model.push_to_hub`."
 _TRACKER = "Give an Accelerate tracker that has this setting."
-_OPTIMIZER = "Give one with this setting, such as `lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95))`."
+_OPTIMIZER = "Give one with this setting, such as `lambda groups: torch.optim.AdamW(groups, eps=1e-6)`."
 _WORKERS = "Not offered. Workers live as long as the run, and read ahead by themselves."
 _PREFERENCES = "Not offered. ftaccum trains on rows with a loss; it has no losses over preferences or rewards."
 _COMPILE = "It compiles with torch's default backend and mode."
@@ -19,15 +19,15 @@ TRAINER = (
     Name("model_init", "`model`", "`ftaccum.search` takes a function, as `model_factory`."),
     Name("compute_loss_func", "`loss_fn`", "It gets outputs and batch, and returns the mean over that batch."),
     Name("optimizers", "`optimizer`, `lr_scheduler`", "The schedule is a name that `get_scheduler` accepts."),
-    Name("optim optimizer_cls_and_kwargs", "`optimizer`", "An optimizer, or a function of its groups. None: AdamW."),
-    Name("optim_args optim_target_modules adam_beta1 adam_beta2 adam_epsilon", "`optimizer`", _OPTIMIZER),
+    Name("optim optimizer_cls_and_kwargs", "`optimizer`",
+         'A name such as "adamw" or "adamw_8bit", an optimizer, or a function of its groups. None: AdamW.'),
+    Name("optim_args optim_target_modules adam_epsilon", "`optimizer`", _OPTIMIZER),
     Name("per_device_train_batch_size per_gpu_train_batch_size train_batch_size", "`batch_size`"),
     Name("per_device_eval_batch_size per_gpu_eval_batch_size", "`eval_batch_size`"),
     Name("auto_find_batch_size", '`batch_size="auto"`', "Set the size of an update with `effective_batch_size`."),
     Name("num_train_epochs", "`n_epochs`", "A whole number. For a part of an epoch, set `max_updates`."),
     Name("max_steps", "`max_updates`", "The epochs may end training earlier: set `n_epochs` high enough."),
     Name("lr_scheduler_type", "`lr_scheduler`"),
-    Name("lr_scheduler_kwargs", "", "Not offered. `lr_scheduler` takes a name, without options."),
     Name("max_grad_norm", "`gradient_clip_norm`", "None, not 0, disables clipping."),
     Name("label_smoothing_factor", "`label_smoothing`", "The same formula, in training and in evaluation."),
     Name("average_tokens_across_devices", "", "Not needed. The loss is always a mean over the items of all processes."),

@@ -44,6 +44,7 @@ from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
 from .optimizer import make_optimizer
+from .parameter_groups import describe_groups, parameter_groups
 from .rates import describe_rates, preserve_learning_rates
 from .schedule import make_schedule
 from .trainer_arguments import CallbackArguments
@@ -68,7 +69,8 @@ class TrainingSetup(Run):
     def optimizer(self) -> Optimizer:
         """The optimizer. Its learning rates are restored after the run, since it may be the user's own object."""
         config = self.config
-        optimizer = make_optimizer(self.model, config.components.optimizer, config.recipe, config.given)
+        own, coupled = config.components.optimizer, config.coupled_beta2
+        optimizer = make_optimizer(self.model, own, config.recipe, config.given, coupled)
         check_step(optimizer, scales_gradients=self.accelerator.scaler is not None)
         self._inner.enter_context(preserve_learning_rates(optimizer))
         self.weights_in_training.enter_context(training_weights(optimizer))
@@ -77,12 +79,15 @@ class TrainingSetup(Run):
 
     @property
     def notes(self) -> list[str]:
-        """The banner's lines about adapters, and about a user's optimizer, which may have rates of its own."""
-        if self.config.components.optimizer is None:
+        """The banner's lines about adapters, and about an optimizer or parameter groups that are not the default."""
+        recipe, own = self.config.recipe, self.config.components.optimizer
+        has_groups = not isinstance(own, Optimizer)
+        groups = describe_groups(parameter_groups(self.model, recipe)) if has_groups else []
+        if own is None and recipe.optimizer is None and not groups:
             return self.adapter_notes
-        scheduled = switches_weights(self.optimizer) and self.config.recipe.lr_scheduler != "constant"
+        scheduled = switches_weights(self.optimizer) and not recipe.lr_scheduler.startswith("constant")
         hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
-        return [*self.adapter_notes, describe_rates(self.optimizer), *hint]
+        return [*self.adapter_notes, describe_rates(self.optimizer), *groups, *hint]
 
     @property
     def trained_model(self) -> TrainedModel:
@@ -152,7 +157,9 @@ class TrainingSetup(Run):
 
     @cached_property
     def schedule(self) -> LRScheduler:
-        return make_schedule(self.config.recipe.lr_scheduler, self.optimizer, self.n_warmup, self.plan.n_windows)
+        recipe, is_own = self.config.recipe, self.config.components.optimizer is not None
+        peak = float(self.optimizer.param_groups[0]["lr"] or 0) if is_own else recipe.learning_rate
+        return make_schedule(recipe, self.optimizer, peak, self.n_warmup, self.plan.n_windows)
 
     @cached_property
     def window_loader(self) -> WindowLoader:

@@ -21,8 +21,9 @@ from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion
 from .adapters import faults_of_adapters
 from .metrics import ComputeMetrics, PreprocessLogits, faults_of_metrics
-from .optimizer import OptimizerFactory
-from .schedule import fault_of_schedule
+from .named_optimizers import faults_of_optimizer
+from .optimizer import CoupledBeta2, OptimizerFactory
+from .schedule import faults_of_lr_scheduler
 from .trainer_callbacks import fault_of_callbacks
 
 
@@ -90,6 +91,7 @@ class RunConfig:
         components: the user's model, data and functions.
         given: `learning_rate` and `weight_decay`, if the user gave them; if not, an optimizer may set its own.
         command: the command line that started the run; None if a call from Python did.
+        coupled_beta2: scales the optimizer's β2, if a search couples it to the batch size.
     """
 
     recipe: Recipe
@@ -97,6 +99,7 @@ class RunConfig:
     components: Components
     given: frozenset[str] = frozenset()
     command: Command | None = None
+    coupled_beta2: CoupledBeta2 | None = None
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "RunConfig":
@@ -109,11 +112,18 @@ class RunConfig:
             SettingsError: with a sentence for each fault, before anything is loaded.
         """
         recipe, runtime = parse_settings(arguments)
-        components = Components(**{f.name: arguments[f.name] for f in fields(Components) if f.name in arguments})
+        parts = {f.name: arguments[f.name] for f in fields(Components) if f.name in arguments}
+        components = Components(**parts | {"optimizer": own_optimizer(arguments)})
         check_components(components, recipe, runtime)
         defaults = {name for name, value in arguments.items() if isinstance(value, DefaultFloat)}
         given = {"learning_rate", "weight_decay"} & arguments.keys() - defaults
         return cls(recipe, runtime, components, frozenset(given))
+
+
+def own_optimizer(arguments: Mapping[str, Any]) -> Any:
+    """Return the user's optimizer or function among the arguments; None if they name an optimizer or give none."""
+    optimizer = arguments.get("optimizer")
+    return None if isinstance(optimizer, str) else optimizer
 
 
 def check_components(components: Components, recipe: Recipe, runtime: Runtime) -> None:
@@ -144,8 +154,9 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     more = (
         *faults_of_metrics(components.compute_metrics, components.preprocess_logits_for_metrics),
-        fault_of_schedule(recipe.lr_scheduler),
         fault_of_callbacks(components.callbacks),
+        *faults_of_optimizer(recipe, components.optimizer),
+        *faults_of_lr_scheduler(recipe),
     )
     faults += [fault for fault in more if fault]
     has_metrics, has_val_data = components.compute_metrics is not None, components.val_data is not None

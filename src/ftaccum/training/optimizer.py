@@ -1,14 +1,14 @@
-"""The optimizer of a run: the user's own, or made from the parameter groups."""
+"""The optimizer of a run: the user's own, or made from the parameter groups by a function or by name."""
 
 from collections.abc import Callable, Collection
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import SettingsError
 from ..settings import Recipe
+from .named_optimizers import make_named
 from .named_options import record_named_options
 from .parameter_groups import ParamGroups, parameter_groups
 from .rates import check_groups, check_rates_of_instance, settle_rates
@@ -17,28 +17,35 @@ OptimizerFactory = Callable[[ParamGroups], Optimizer]
 
 
 def make_optimizer(
-    model: nn.Module, optimizer: OptimizerFactory | Optimizer | None, recipe: Recipe, given: Collection[str]
+    model: nn.Module,
+    optimizer: OptimizerFactory | Optimizer | None,
+    recipe: Recipe,
+    given: Collection[str],
+    coupled: "CoupledBeta2 | None" = None,
 ) -> Optimizer:
-    """Return the user's optimizer, or one made from the parameter groups by the user's function or as AdamW.
+    """Return the user's optimizer, or one made from the parameter groups by the user's function or by name.
 
     Args:
         model: the model to train.
-        optimizer: the user's optimizer or function; None for AdamW.
-        recipe: the settings with the learning rate and the weight decay.
+        optimizer: the user's optimizer or function; None for the optimizer that the recipe names.
+        recipe: the settings of the optimizer and its parameter groups.
         given: `learning_rate` and `weight_decay`, if the user gave them.
+        coupled: scales β2, if a search couples it to the batch size.
 
     Raises:
         SettingsError: if `optimizer` is neither an optimizer nor a function that returns one, holds none of the model's
-            trainable parameters, or was made with other numbers than those given.
+            trainable parameters, or was made with other numbers than those given; or if the model does not suit the
+            settings.
     """
-    settings = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if isinstance(optimizer, Optimizer):
         made = optimizer
-        check_rates_of_instance(made, settings, given)
+        check_rates_of_instance(made, _rates_of(recipe), given)
+    elif optimizer is None:
+        made = make_named(recipe, parameter_groups(model, recipe))
     else:
         with record_named_options() as named:
-            made = _made(optimizer, parameter_groups(model, **settings))
-        settle_rates(made, settings, given, named)
+            made = _made(optimizer, [group.as_dict() for group in parameter_groups(model, recipe)])
+        settle_rates(made, _rates_of(recipe), {*given, *_set_by_groups(recipe)}, named)
     if not _held(made) & {p for p in model.parameters() if p.requires_grad}:
         raise SettingsError(
             [
@@ -47,11 +54,24 @@ def make_optimizer(
             ]
         )
     check_groups(made, given)
+    if coupled is not None:
+        coupled.scale(made)
     return made
 
 
-def _made(optimizer: OptimizerFactory | None, groups: ParamGroups) -> Optimizer:
-    factory = _adamw if optimizer is None else optimizer
+def _rates_of(recipe: Recipe) -> dict[str, float]:
+    return {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+
+
+def _set_by_groups(recipe: Recipe) -> set[str]:
+    """Return the settings that differ between groups, which a user's function must not replace by its own numbers."""
+    groups: Any = recipe.optimizer_groups or ()
+    rates = recipe.layerwise_lr_decay, recipe.head_learning_rate, *(group.get("lr") for group in groups)
+    names = {"learning_rate"} if any(rate is not None for rate in rates) else set()
+    return names | ({"weight_decay"} if any("weight_decay" in group for group in groups) else set())
+
+
+def _made(factory: Any, groups: ParamGroups) -> Optimizer:
     if callable(factory):
         try:
             made: Any = factory(groups)
@@ -68,55 +88,48 @@ def _made(optimizer: OptimizerFactory | None, groups: ParamGroups) -> Optimizer:
             return made
     raise SettingsError(
         [
-            "`optimizer` must be a torch Optimizer or a function that takes the parameter groups and returns one, but "
-            f"{optimizer!r} is neither. For example, give `optimizer=lambda groups: torch.optim.SGD(groups)`."
+            "`optimizer` must be a name such as 'adamw', a torch Optimizer, or a function that takes the parameter "
+            f"groups and returns one, but {factory!r} is none of these. For example, give "
+            "`optimizer=lambda groups: torch.optim.SGD(groups)`."
         ]
     )
 
 
-def _adamw(groups: ParamGroups) -> Optimizer:
-    # `fused` updates all weights in one kernel, which on a CPU takes a fifth of the time. It rejects complex weights.
-    is_real = all(p.is_floating_point() for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, fused=True) if is_real else torch.optim.AdamW(groups)
-
-
 class CoupledBeta2:
-    """Makes optimizers with β2 scaled to the batch size.
+    """A β2 that is scaled to the batch size.
 
     With β2' = β2^(B'/B), the second moment has the same half-life in rows at batch size B' as at B:
     B · ln(1/2) / ln β2 (Marek et al. 2025, arXiv:2507.07101).
 
     Attributes:
-        beta2: the scaled β2 of the last optimizer made.
+        beta2: the scaled β2 of the last optimizer.
     """
 
-    def __init__(self, factory: OptimizerFactory | None, ratio: float) -> None:
+    def __init__(self, ratio: float) -> None:
         """Args:
-        factory: makes the optimizer; None for AdamW.
         ratio: B'/B, the run's batch size divided by the batch size that the optimizer's own β2 is meant for.
         """
-        self._factory, self._ratio = factory or _adamw, ratio
+        self._ratio = ratio
         self.beta2: float | None = None
 
-    def __call__(self, groups: ParamGroups) -> Optimizer:
-        """Return an optimizer of the parameter groups.
+    def scale(self, optimizer: Optimizer) -> None:
+        """Scale the β2 of each group that has one.
 
         Raises:
-            SettingsError: if the optimizer has no β2.
+            SettingsError: if no group has a β2.
         """
-        optimizer = self._factory(groups)
-        for group in optimizer.param_groups:
-            if "betas" not in group:
-                raise SettingsError(
-                    [
-                        f"`couple_beta2` is True, but {type(optimizer).__name__} has no `betas`. Leave `couple_beta2` "
-                        "out, or use an optimizer such as Adam."
-                    ]
-                )
+        groups = [group for group in optimizer.param_groups if "betas" in group]
+        if not groups:
+            raise SettingsError(
+                [
+                    f"`couple_beta2` is True, but {type(optimizer).__name__} has no `betas`. Leave `couple_beta2` "
+                    "out, or use an optimizer such as Adam."
+                ]
+            )
+        for group in groups:
             beta1, beta2 = group["betas"]
             self.beta2 = beta2**self._ratio
             group["betas"] = (beta1, self.beta2)
-        return optimizer
 
 
 def _held(optimizer: Optimizer) -> set[nn.Parameter]:

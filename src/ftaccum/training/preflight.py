@@ -11,14 +11,16 @@ from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
 from .adapters import faults_of_lora
 from .build_plan import check_batch_sizes
-from .schedule import fault_of_schedule
+from .config import own_optimizer
+from .named_optimizers import faults_of_optimizer
+from .schedule import faults_of_lr_scheduler
 
 
 def faults_before_loading(given: Mapping[str, Any], *, looks_at_files: bool = True) -> list[str]:
     """Return a sentence for each fault of a run's settings that can be found without its model and data.
 
-    Besides the rules of the settings, this checks `lora`, the schedule's name, the output folder, the trackers, the
-    folder to resume from, and the sizes of an update for the number of processes.
+    Besides the rules of the settings, this checks `lora`, the optimizer, the schedule, the output folder, the trackers,
+    the folder to resume from, and the sizes of an update for the number of processes.
 
     Args:
         given: settings by name; missing ones take their defaults, and other names are ignored.
@@ -29,11 +31,16 @@ def faults_before_loading(given: Mapping[str, Any], *, looks_at_files: bool = Tr
     recipe, runtime = valid_settings(Recipe, given), valid_settings(Runtime, given)
     if not faults:
         faults += _faults_of(lambda: check_batch_sizes(recipe, runtime, requested_processes()))
-    if fault := fault_of_schedule(recipe.lr_scheduler):
-        faults.append(fault)
+    faults += faults_of_optimization(given)
     faults += faults_of_lora(given.get("lora"))
     faults += _faults_of(lambda: find_trackers(runtime, runtime.output_dir))
     return faults + (_faults_of_folders(runtime) if looks_at_files else [])
+
+
+def faults_of_optimization(given: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each fault of the optimizer's and the schedule's settings beyond the rule of each one."""
+    recipe = valid_settings(Recipe, given)
+    return faults_of_optimizer(recipe, own_optimizer(given)) + faults_of_lr_scheduler(recipe)
 
 
 def _faults_of(check: Callable[[], Any]) -> list[str]:

@@ -14,6 +14,7 @@ from ..errors import refuse
 from ..runtime.optimizers import inner_optimizers
 from .named_options import NamedOptions
 
+_LISTED = 3  # most numbers that the banner lists one by one
 # The settings, and their names in parameter groups.
 _NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay"}
 
@@ -179,4 +180,7 @@ def _contradiction(name: str, wanted: float, other: str) -> str:
 
 
 def _listed(numbers: Any) -> str:
-    return " and ".join(dict.fromkeys(f"{float(number):g}" for number in numbers))
+    listed = dict.fromkeys(float(number) for number in numbers)
+    if len(listed) > _LISTED:
+        return f"{min(listed):g} to {max(listed):g}"
+    return " and ".join(dict.fromkeys(f"{number:g}" for number in listed))

@@ -54,8 +54,10 @@ class CallbackArguments(TrainingArguments):
             gradient_accumulation_steps=batch_sizes.gradient_accumulation_steps,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
+            **_betas(recipe),
             max_grad_norm=recipe.gradient_clip_norm or 0.0,
             lr_scheduler_type=SchedulerType(recipe.lr_scheduler),
+            lr_scheduler_kwargs=recipe.lr_scheduler_kwargs,
             warmup_steps=recipe.warmup_steps or recipe.warmup_ratio,
             seed=recipe.random_seed,
             do_train=True,
@@ -83,6 +85,10 @@ class CallbackArguments(TrainingArguments):
         arguments.distributed_state = SimpleNamespace(**{name: getattr(accelerator, name) for name in names})
         arguments._n_gpu = int(accelerator.device.type != "cpu")
         return arguments
+
+
+def _betas(recipe: Recipe) -> dict[str, float]:
+    return {name: beta for name in ("adam_beta1", "adam_beta2") if (beta := getattr(recipe, name)) is not None}
 
 
 def _evaluation(recipe: Recipe, *, evaluates: bool) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from ...fine_tuning import test_fine_tuning
 from ...planning.batch_size import rate_factor
 from ...porting.keywords import argument_names
 from ...training.optimizer import CoupledBeta2
-from ...training.schedule import fault_of_schedule
+from ...training.preflight import faults_of_optimization
 from .settings import SearchSettings, reserved
 
-STEPS, RATE = "gradient_accumulation_steps", "learning_rate"
+STEPS, RATE, COUPLED = "gradient_accumulation_steps", "learning_rate", "coupled_beta2"
 Others = Mapping[str, BaseDistribution] | Callable[[BaseTrial], Mapping[str, Any]]
 _ARGUMENTS = inspect.signature(test_fine_tuning).parameters
 
@@ -51,7 +51,7 @@ class Space:
         return list(range(self.steps.low, self.steps.high + 1, self.steps.step))
 
     def suggest(self, trial: BaseTrial, fixed: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """Return all arguments of a trial, including those that all trials share.
+        """Return all arguments of a trial, those that all trials share and its scaling of β2 included.
 
         Args:
             trial: the trial, which proposes the values.
@@ -72,9 +72,7 @@ class Space:
         ratio = k * batch_size / (self.reference or batch_size)
         scale = rate_factor(self.couple_learning_rate, ratio)
         arguments = {**fixed, **others, STEPS: k, RATE: rate * scale}
-        if self.couple_beta2:
-            arguments["optimizer"] = CoupledBeta2(arguments["optimizer"], ratio)
-        return arguments
+        return arguments | ({COUPLED: CoupledBeta2(ratio)} if self.couple_beta2 else {})
 
     def dimensions(self) -> dict[str, BaseDistribution]:
         """Return the distributions that are known before a trial, by argument."""
@@ -226,12 +224,12 @@ def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
         values[RATE] = [space.rate]
     for name, each in values.items():
         for value in each:
-            unusable = fault_of_schedule(value) if name == "lr_scheduler" and isinstance(value, str) else None
-            faults += [unusable] if unusable else []
+            found = faults_of_optimization({**fixed, name: value})
             try:
                 parse_settings({**fixed, name: value})
             except SettingsError as error:
-                faults += [fault for fault in error.faults if fault not in faults]
+                found += error.faults
+            faults += [fault for fault in found if fault not in faults]
     refuse(faults)
 
 

@@ -4,7 +4,6 @@ import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from optuna.study import StudyDirection
 from sqlalchemy import NullPool, event, make_url
 from sqlalchemy.exc import ArgumentError
 
+from ...arguments import read_settings
 from ...errors import DataError, SettingsError, refuse
 from ...runtime.run_dir import RunDir
 from ...settings import Recipe
@@ -117,7 +117,8 @@ def _setup(search: Search, num_processes: int) -> dict[str, Any]:
     """Return the settings that must be equal for trials to be comparable: the Recipe without the searched arguments,
     and what decides where trials report."""
     settings = search.settings
-    recipe = {f.name: search.fixed[f.name] for f in fields(Recipe) if f.name not in search.space.dimensions()}
+    read = vars(read_settings(Recipe, search.fixed))  # an optimizer that has no name is None
+    recipe = {name: value for name, value in read.items() if name not in search.space.dimensions()}
     return {
         **recipe,
         "metric_for_best": search.criterion.metric,

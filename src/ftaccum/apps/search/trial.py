@@ -4,7 +4,7 @@ import math
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ...training.config import RunConfig
 from ...training.run import run_training
 from .processes import OutOfStepError, TrialProcesses
 from .report_steps import milestones
+from .space import COUPLED
 from .trial_record import TrialRecord
 
 _trained: weakref.WeakSet[Any] = weakref.WeakSet()  # models of trials that are still in memory
@@ -244,7 +245,8 @@ def train_new_model(model_factory: Callable[[], Any], arguments: Mapping[str, An
             ]
         )
     _trained.add(model)
-    result = run_training(RunConfig.from_arguments({**arguments, "model": model}), callback)
+    config = RunConfig.from_arguments({**arguments, "model": model})
+    result = run_training(replace(config, coupled_beta2=arguments.get(COUPLED)), callback)
     return result.without_model()  # or the models of all trials would stay in memory
 
 

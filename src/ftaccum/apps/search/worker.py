@@ -31,7 +31,7 @@ from .retry import (
     requeue_dead,
     this_worker,
 )
-from .space import RATE, STEPS
+from .space import COUPLED, RATE, STEPS
 from .study import has_heartbeat
 from .trial import TrialCallback, TrialResult, run_trial
 from .trial_callbacks import copy_callbacks
@@ -115,7 +115,7 @@ class TrialExecutor:
         if failure is not None and outcome.kind != "failed":
             return TrialResult("failed", failure)
         if outcome.result is not None:
-            beta2 = {"beta2": arguments["optimizer"].beta2} if settings.couple_beta2 else {}
+            beta2 = {"beta2": arguments[COUPLED].beta2} if settings.couple_beta2 else {}
             training_time, metrics = outcome.result.training_time, outcome.result.metrics[-1]
             val_loss = outcome.result.final_loss
             record.finish({"training_time": training_time, "val_loss": val_loss, "metrics": metrics, **beta2})
