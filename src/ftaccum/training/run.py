@@ -3,9 +3,6 @@
 from dataclasses import replace
 from functools import partial
 
-import torch
-from accelerate import Accelerator
-
 from ..checkpoint.manager import Interrupted
 from ..data.prefetch import LocalWindow
 from ..errors import CallbackError, DataError, DivergedError, InexactLossError, MetricsError, SettingsError
@@ -13,13 +10,9 @@ from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
 from ..tracking.console import describe_outputs
 from ..tracking.export import write_model, write_outputs
-from ..tracking.ledger import Ledger
 from ..tracking.result import Result
-from ..tracking.run_record import RunRecord
 from ..tracking.step import StepResult
-from ..tracking.throughput import Throughput
-from .build_evaluation import EvaluatedSetup
-from .build_identity import build_record
+from .build_outputs import RunWithOutputs
 from .build_plan import describe_cut
 from .callbacks import Callback
 from .config import RunConfig
@@ -30,11 +23,6 @@ from .trainer_callbacks import Requests
 _NOT_TRAINING = (
     "This happened before the first update of this call or after its last one. To continue from the newest checkpoint "
     "in `output_dir`, if there is one, make the same call with `resume='auto'`."
-)
-_NOT_REPEATABLE = (
-    "`train_data` or `data_collator` uses its own random number generator, whose state is not saved in checkpoints. A "
-    "resumed run will get other random numbers than an uninterrupted one. To make it repeatable, use the global "
-    "generators of `random`, `numpy.random` or `torch`."
 )
 
 
@@ -50,11 +38,10 @@ def run_training(config: RunConfig, callback: Callback | None = None, *, returns
         return run.train(returns_interrupted=returns_interrupted)
 
 
-class TrainingRun(EvaluatedSetup):
+class TrainingRun(RunWithOutputs):
     """A run that trains its model in place."""
 
     _is_training = False
-    _record: RunRecord | None = None  # what is in `run.json`; only on the main process
 
     def train(self, *, returns_interrupted: bool) -> Result:
         """Train to the end of the run and write its outputs.
@@ -102,14 +89,6 @@ class TrainingRun(EvaluatedSetup):
         self._inner.close()
         self.console.result(result)
         return result.with_model(self.model, self.config.components.tokenizer)
-
-    def _finish(self) -> None:
-        """Record that the run has finished, and remove the checkpoints that it no longer needs."""
-        if self._record is None or self.run_dir is None:
-            return
-        # Record it first: without checkpoints and record, `resume='auto'` would start again and replace the model.
-        if replace(self._record, finished=True).write(self.run_dir.record):
-            self.checkpoint_manager.finish(keeps=self.config.runtime.keep_checkpoints > 0)
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an audit has ended, and return sentences that say where it is saved."""
@@ -163,22 +142,6 @@ class TrainingRun(EvaluatedSetup):
         if self.process_group.is_main:  # after everything that may fail
             self._open_files(ledger)
         resume_point.restore_generators(self.state, self.config.recipe.random_seed)
-
-    def _open_files(self, ledger: Ledger) -> None:
-        """Open the ledger, and set aside newer checkpoints that the run does not continue from.
-
-        This runs on the main process only. It must build no component, because the other processes would not.
-        """
-        if self.run_dir is None or self.checkpoints is None:
-            return
-        ledger.keep_in(self.run_dir.ledger)
-        ledger.catch_up()
-        if self.callback.saves_model:  # a search records its trials itself
-            self._record = build_record(self.config, self.batch_sizes, self.accelerator)
-            self._record.write(self.run_dir.record)
-        self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
-        if not self.data.train.repeats:
-            logger.warning(_NOT_REPEATABLE)
 
     def _train_epochs(self) -> None:
         for epoch in self.plan.epochs:
@@ -276,24 +239,3 @@ class TrainingRun(EvaluatedSetup):
         """The types of errors that are raised on all processes together."""
         on_all = (CallbackError, DataError, DivergedError, MetricsError, SettingsError, AgreedOutOfMemoryError)
         return (Exception,) if self.process_group.is_single else on_all
-
-    def _result(self) -> Result:
-        scaler = self.accelerator.scaler
-        return Result.of(
-            self.metrics_logger.ledger,
-            self.batch_sizes,
-            self.criterion,
-            work=_over_processes(self.metrics_logger.throughput, self.accelerator),
-            training_time=self.metrics_logger.seconds,
-            out_of_memory=self.oom_recovery.limits.failures,
-            amp_enabled=self.accelerator.mixed_precision != "no",
-            final_loss_scale=None if scaler is None else scaler.get_scale(),
-            output_dir=None if self.run_dir is None else str(self.run_dir.path),
-        )
-
-
-def _over_processes(throughput: Throughput, accelerator: Accelerator) -> Throughput:
-    counts = [throughput.rows, throughput.tokens, throughput.positions, throughput.passes]
-    summed = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum")
-    rows, tokens, positions, passes = summed.tolist()
-    return Throughput(rows, tokens, positions, passes, throughput.seconds)

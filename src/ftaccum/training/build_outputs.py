@@ -1,0 +1,71 @@
+"""The files of a training run besides its checkpoints: its record, its ledger and its result."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+
+from ..runtime.log import logger
+from ..tracking.ledger import Ledger
+from ..tracking.result import Result
+from ..tracking.run_record import RunRecord
+from ..tracking.throughput import Throughput
+from .build_evaluation import EvaluatedSetup
+from .build_identity import build_record
+
+_NOT_REPEATABLE = (
+    "`train_data` or `data_collator` uses its own random number generator, whose state is not saved in checkpoints. A "
+    "resumed run will get other random numbers than an uninterrupted one. To make it repeatable, use the global "
+    "generators of `random`, `numpy.random` or `torch`."
+)
+
+
+class RunWithOutputs(EvaluatedSetup):
+    """The components of a training run, with those that describe it in files."""
+
+    _record: RunRecord | None = None  # what is in `run.json`; only on the main process
+
+    def _open_files(self, ledger: Ledger) -> None:
+        """Open the ledger, and set aside newer checkpoints that the run does not continue from.
+
+        This runs on the main process only. It must build no component, because the other processes would not.
+        """
+        if self.run_dir is None or self.checkpoints is None:
+            return
+        ledger.keep_in(self.run_dir.ledger)
+        ledger.catch_up()
+        if self.callback.saves_model:  # a search records its trials itself
+            self._record = build_record(self.config, self.batch_sizes, self.accelerator)
+            self._record.write(self.run_dir.record)
+        self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
+        if not self.data.train.repeats:
+            logger.warning(_NOT_REPEATABLE)
+
+    def _finish(self) -> None:
+        """Record that the run has finished, and remove the checkpoints that it no longer needs."""
+        if self._record is None or self.run_dir is None:
+            return
+        # Record it first: without checkpoints and record, `resume='auto'` would start again and replace the model.
+        if replace(self._record, finished=True).write(self.run_dir.record):
+            self.checkpoint_manager.finish(keeps=self.config.runtime.keep_checkpoints > 0)
+
+    def _result(self) -> Result:
+        scaler = self.accelerator.scaler
+        return Result.of(
+            self.metrics_logger.ledger,
+            self.batch_sizes,
+            self.criterion,
+            work=_over_processes(self.metrics_logger.throughput, self.accelerator),
+            training_time=self.metrics_logger.seconds,
+            out_of_memory=self.oom_recovery.limits.failures,
+            amp_enabled=self.accelerator.mixed_precision != "no",
+            final_loss_scale=None if scaler is None else scaler.get_scale(),
+            output_dir=None if self.run_dir is None else str(self.run_dir.path),
+        )
+
+
+def _over_processes(throughput: Throughput, accelerator: Accelerator) -> Throughput:
+    counts = [throughput.rows, throughput.tokens, throughput.positions, throughput.passes]
+    summed = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum")
+    rows, tokens, positions, passes = summed.tolist()
+    return Throughput(rows, tokens, positions, passes, throughput.seconds)
