@@ -11,6 +11,8 @@ from torch import distributed
 
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
+from ..runtime.log import logger
+from .generation_settings import save_pretrained
 
 ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
 MODEL_CONFIG = "model_config.json"  # beside it: the configuration of the trained model, with its labels
@@ -30,7 +32,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False
     saved: Any = merged_copy(model) if merges else model
     with atomic_directory(folder) as partial:
         if hasattr(saved, "save_pretrained"):
-            saved.save_pretrained(partial)
+            save_pretrained(saved, partial)
         else:
             save_weights(saved, str(partial / "model.safetensors"))
         if is_peft_model(saved) and hasattr(saved.config, "to_json_file"):
@@ -38,8 +40,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False
             config = copy.deepcopy(saved.config)
             config.architectures = [type(saved.get_base_model()).__name__]
             config.to_json_file(partial / MODEL_CONFIG)
-        if tokenizer is not None:
+        if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(partial)
+        elif tokenizer is not None:
+            logger.warning(f"`tokenizer` ({type(tokenizer).__name__}) has no `save_pretrained`, so it is not saved.")
 
 
 @dataclass(frozen=True)
