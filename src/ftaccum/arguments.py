@@ -54,6 +54,10 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         f"`allow_changed` contains {unknown}. It may contain only: {', '.join(CHANGEABLE)}.": bool(unknown),
         "`resume` is 'auto', but `output_dir` is None, so it cannot look for checkpoints. Set `output_dir`, or set "
         "`resume` to the folder of a checkpoint.": runtime.resume == "auto" and runtime.output_dir is None,
+        f"`push_to_hub` is {runtime.push_to_hub!r}, but `output_dir` is None, so a failed upload would lose the model. "
+        "Set `output_dir`: the model is saved there before it is uploaded.": (
+            runtime.push_to_hub is not None and runtime.output_dir is None
+        ),
     }
     found = [sentence for sentence, holds in faults.items() if holds]
     return found + _faults_of_auto(recipe, runtime) + faults_of_schedule(recipe)

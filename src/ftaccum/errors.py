@@ -116,7 +116,7 @@ class TextWarning(UserWarning):
 
 
 class OutputWarning(UserWarning):
-    """An output of the run is missing: a file could not be written, or a tracker failed."""
+    """An output of the run is missing: a file could not be written, the model not be uploaded, or a tracker failed."""
 
 
 def warn_user(sentence: str, category: type[UserWarning]) -> None:

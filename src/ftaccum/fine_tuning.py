@@ -95,6 +95,7 @@ def test_fine_tuning(
     keep_checkpoints: int = 2,
     resume: str | None = None,
     allow_changed: str | Sequence[str] = (),
+    push_to_hub: str | None = None,
     log_every: int = 10,
     log_with: Any = None,
     use_wandb: bool = False,
@@ -270,6 +271,9 @@ def test_fine_tuning(
             with another `batch_size`, it continues after the rows that are done.
         allow_changed: names of settings (`learning_rate`, `n_epochs`, `effective_batch_size`, `train_data`, …) that may
             differ from those of the resumed run. Any other difference is an error.
+        push_to_hub: repository on the Hugging Face Hub, "user/name", to upload the folder `model` in `output_dir` to at
+            the end. A new repository is private. Login, network and permission are checked before the data are read. If
+            the upload fails, the run warns, and the model is still in `output_dir`.
         log_every: updates between two entries for the trackers. An entry has the mean loss over the loss items of the
             updates since the last one, and their last and largest gradient norm. The ledger and the result have every
             update.

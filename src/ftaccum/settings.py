@@ -18,6 +18,7 @@ from .fields import (
     PositiveInt,
     Precision,
     Remainder,
+    Repository,
     Resume,
     Sampling,
     Save,
@@ -282,6 +283,11 @@ class Runtime:
         None, "auto resumes from the newest sound checkpoint in output_dir, if any; or a folder to resume from; or off"
     )
     allow_changed: Names = _output((), "settings that may differ from those of the resumed run")
+    push_to_hub: Repository | None = _output(
+        None,
+        "repository on the Hugging Face Hub (user/name) to upload the trained model to; a new one is private",
+        unsearchable="trials upload no model",
+    )
     log_every: PositiveInt = _logging(
         10, "updates between two tracker entries, each the mean over the updates since the last"
     )

@@ -3,7 +3,7 @@
 from .foreign_name import ForeignName as Name
 
 _LAUNCH = "Set it with `accelerate config`, `accelerate launch` or `torchrun`."
-_AFTER = "Not offered. Upload the trained model with `model.push_to_hub`."
+_UPLOADED = "Not offered. The folder `model` in `output_dir` is uploaded once, at the end."
 _TRACKER = "Give an Accelerate tracker that has this setting."
 _OPTIMIZER = "Give one with this setting, such as `lambda groups: torch.optim.AdamW(groups, eps=1e-6)`."
 _WORKERS = "Not offered. Workers live as long as the run, and read ahead by themselves."
@@ -76,8 +76,10 @@ TRAINER = (
     Name("resume_from_checkpoint", "`resume`", 'A folder, or "auto" for the newest checkpoint in `output_dir`.'),
     Name("ignore_data_skip", "", "Not offered. A resumed run always continues after the rows that are done."),
     Name("restore_callback_states_from_checkpoint", "", "Not needed. A resumed run restores its whole state."),
-    Name("push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision", "", _AFTER),
-    Name("push_to_hub_model_id push_to_hub_organization push_to_hub_token", "", _AFTER),
+    Name("hub_model_id push_to_hub_model_id push_to_hub_organization", "`push_to_hub`", 'The name: "user/name".'),
+    Name("hub_private_repo", "`push_to_hub`", "A new repository is private, and one that exists stays as it is."),
+    Name("hub_token push_to_hub_token", "", "Not offered. Log in with `hf auth login`, or set HF_TOKEN."),
+    Name("hub_strategy hub_always_push hub_revision", "", _UPLOADED),
     Name("seed data_seed", "`random_seed`", "One seed for the hold-out, the row order and dropout."),
     Name("full_determinism", "`deterministic=True`"),
     Name("dataloader_num_workers", "`num_workers`"),

@@ -2,9 +2,10 @@
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, distributed
 from torch.distributed import DistError
 
 from ..errors import DataError, LostProcessError, MetricsError, SettingsError
+from .background import start_thread
 
 T = TypeVar("T")
 
 _SHARED = (DataError, SettingsError, MetricsError)  # errors of one process that `run_on_all` raises on all of them
+_POLL = 5.0  # seconds between messages to processes that wait for a long call
 _NONE = 2**62  # represents None in a reduction over integers
 
 
@@ -97,6 +100,18 @@ class ProcessGroup:
         if error is not None:
             raise error
         return result
+
+    def run_long_on_main(self, function: Callable[[], T]) -> T:
+        """Do the same as `run_on_main`, for a function that may take longer than the other processes can wait.
+
+        With several processes, `function` runs in a thread of its own.
+        """
+        if self.is_single:
+            return function()
+        future = start_thread(function) if self.is_main else None
+        while not self.broadcast(future is not None and bool(wait([future], _POLL).done)):
+            pass
+        return self.run_on_main(lambda: cast(Future[T], future).result())
 
     def run_on_all(self, function: Callable[[], T]) -> T:
         """Call `function` on every process and return each process's own result.

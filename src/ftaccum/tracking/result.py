@@ -49,7 +49,7 @@ class Result(Mapping[str, Any]):
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         audits: one entry per audit, with the attributes of `AuditEntry`.
         output_dir: the folder of the ledger, result and model, if any.
-        unwritten: a sentence for each of these that could not be written.
+        unwritten: a sentence for each of these that could not be written, and for a model that could not be uploaded.
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and
             `final_loss` is the last validation loss so far (without validation data, the training loss of the last
             complete epoch), or NaN. In a loaded result of such a run, times and speeds are NaN.

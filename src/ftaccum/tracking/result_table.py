@@ -50,7 +50,9 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
     if result.audits:
         rows.append(("audits", _describe_audits(result)))
     if result.output_dir:
-        missing = f", except for {len(result.unwritten)} that could not be written" if result.unwritten else ""
+        missing = (
+            f", except for {len(result.unwritten)} that could not be written or uploaded" if result.unwritten else ""
+        )
         rows.append(("outputs", f"{result.output_dir}{missing}"))
     return rows
 

@@ -1,12 +1,16 @@
 """The files of a training run besides its checkpoints: its record, its ledger and its result."""
 
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 
+from ..errors import OutputWarning, warn_user
 from ..runtime.log import logger
+from ..tracking.hub import check_hub
 from ..tracking.ledger import Ledger
+from ..tracking.publishing import publish
 from ..tracking.result import Result
 from ..tracking.run_record import RunRecord
 from ..tracking.throughput import Throughput
@@ -25,6 +29,14 @@ class RunWithOutputs(EvaluatedSetup):
 
     _record: RunRecord | None = None  # what is in `run.json`; only on the main process
 
+    @cached_property
+    def repository(self) -> str | None:
+        """The full name of the repository on the hub, once it is sure that it can be written to; None without one."""
+        name = self.config.runtime.push_to_hub
+        if name is None or not self.callback.saves_model:
+            return None
+        return self.process_group.run_on_main(lambda: check_hub(name))
+
     def _open_files(self, ledger: Ledger) -> None:
         """Open the ledger, and set aside newer checkpoints that the run does not continue from.
 
@@ -40,6 +52,17 @@ class RunWithOutputs(EvaluatedSetup):
         self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
         if not self.data.train.repeats:
             logger.warning(_NOT_REPEATABLE)
+
+    def _publish(self, result: Result) -> Result:
+        """Upload the saved model, if asked to. If that fails, warn, and add a sentence to the result."""
+        repository, run_dir = self.repository, self.run_dir
+        if repository is None or run_dir is None:
+            return result
+        unwritten = self.process_group.run_long_on_main(lambda: publish(result, run_dir, repository))
+        if self.process_group.is_main:
+            for fault in unwritten[len(result.unwritten) :]:
+                warn_user(fault, OutputWarning)
+        return replace(result, unwritten=unwritten)
 
     def _finish(self) -> None:
         """Record that the run has finished, and remove the checkpoints that it no longer needs."""

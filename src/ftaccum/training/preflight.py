@@ -9,6 +9,7 @@ from ..errors import SettingsError
 from ..runtime.accelerator import find_trackers, requested_processes
 from ..runtime.run_dir import RunDir
 from ..settings import Recipe, Runtime
+from ..tracking.hub import check_hub
 from .adapters import faults_of_lora
 from .build_plan import check_batch_sizes
 from .config import own_optimizer
@@ -20,11 +21,11 @@ def faults_before_loading(given: Mapping[str, Any], *, looks_at_files: bool = Tr
     """Return a sentence for each fault of a run's settings that can be found without its model and data.
 
     Besides the rules of the settings, this checks `lora`, the optimizer, the schedule, the output folder, the trackers,
-    the folder to resume from, and the sizes of an update for the number of processes.
+    the folder to resume from, the access to the hub, and the sizes of an update for the number of processes.
 
     Args:
         given: settings by name; missing ones take their defaults, and other names are ignored.
-        looks_at_files: whether to check the folders, which only the main process uses.
+        looks_at_files: whether to check the folders and the hub, which only the main process uses.
     """
     faults = _faults_of(lambda: parse_settings(given))
     # A setting that breaks its rule is in `faults`. The others are checked as if it had its default.
@@ -34,7 +35,11 @@ def faults_before_loading(given: Mapping[str, Any], *, looks_at_files: bool = Tr
     faults += faults_of_optimization(given)
     faults += faults_of_lora(given.get("lora"))
     faults += _faults_of(lambda: find_trackers(runtime, runtime.output_dir))
-    return faults + (_faults_of_folders(runtime) if looks_at_files else [])
+    if not looks_at_files:
+        return faults
+    faults += _faults_of_folders(runtime)
+    repository = runtime.push_to_hub
+    return faults or ([] if repository is None else _faults_of(lambda: check_hub(repository)))
 
 
 def faults_of_optimization(given: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ class TrainingRun(RunWithOutputs):
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
         saved = self.trained_model if self.callback.saves_model else None
         result = write_outputs(result, self.metrics_logger.ledger, saved, self.run_dir, self.process_group)
-        result = result.with_model(self.model, self.config.components.tokenizer)
+        result = self._publish(result).with_model(self.model, self.config.components.tokenizer)
         try:
             self.callback_handler.settle()
         except CallbackError as error:
@@ -109,6 +109,7 @@ class TrainingRun(RunWithOutputs):
     def _announce(self) -> None:
         """Print the banner, and log where the run resumes."""
         _ = self.resume_point  # refuses a checkpoint of another run before the data are loaded
+        _ = self.repository  # refuses a repository that cannot be written to
         data, plan = self.data, self.plan
         knows_lengths = data.train.knows_lengths
         cut = describe_cut(self.config.runtime, self.batch_sizes, self.planner, knows_lengths=knows_lengths)

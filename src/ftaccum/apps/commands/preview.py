@@ -27,7 +27,8 @@ def run(words: Sequence[str]) -> int:
     from ...training.preview import PreviewRun
     from ..run_arguments import default_arguments
 
-    settings = vars(recipe) | vars(runtime) | {"output_dir": None, "resume": None, "on_inexact": "ignore", "lora": lora}
+    unused = {"output_dir": None, "resume": None, "push_to_hub": None}
+    settings = vars(recipe) | vars(runtime) | unused | {"on_inexact": "ignore", "lora": lora}
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         loaded = load(named, settings)
     with PreviewRun(RunConfig.from_arguments(default_arguments() | loaded.arguments() | settings)) as run:

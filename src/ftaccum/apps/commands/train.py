@@ -10,7 +10,7 @@ from ..options import checked_names, parse_options
 
 _DESCRIPTION = (
     "Fine-tunes a model. Exit status: 0 on success; 1 if the ledger, the result or the model could not be\n"
-    "written, or if training ended because its updates were not finite; 2 for bad input, before any training;\n"
+    "written or uploaded, or if updates were not finite; 2 for bad input, before any training;\n"
     "75 after SIGTERM or SIGUSR1; 130 after Ctrl-C. `--resume auto` resumes an interrupted run.\n\n"
     "Without `--output_dir`, the folder is outputs/MODEL-DATA-DATE, and `--resume auto` resumes the newest\n"
     "unfinished run in outputs/ that has the same settings."

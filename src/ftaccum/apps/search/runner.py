@@ -8,6 +8,7 @@ from optuna import Study
 
 from ...errors import SettingsError
 from ...runtime.signals import StopSignals
+from ...tracking.hub import check_hub
 from .definition import Search
 from .launcher import run_workers
 from .processes import OutOfStepError, open_trial_processes
@@ -28,6 +29,8 @@ def run_search(search: Search) -> Study:
                     "each trial together. Use one of the two, or launch several times with the same `storage`."
                 ]
             )
+        if search.settings.refit and (repository := search.fixed["push_to_hub"]) is not None:
+            processes.orders.run_on_main(lambda: check_hub(repository))
         executor = TrialExecutor(search, processes, StopSignals(ON_INTERRUPT))
         with executor.stop_signals.kept(), _silent_optuna():
             study = _run_main(executor) if processes.is_main else _copy_study(*follow(executor))

@@ -226,7 +226,7 @@ def _try_values(space: Space, fixed: Mapping[str, Any]) -> None:
         for value in each:
             found = faults_of_optimization({**fixed, name: value})
             try:
-                parse_settings({**fixed, name: value})
+                parse_settings({**fixed, "push_to_hub": None, name: value})  # trials upload nothing
             except SettingsError as error:
                 found += error.faults
             faults += [fault for fault in found if fault not in faults]

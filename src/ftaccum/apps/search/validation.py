@@ -124,7 +124,7 @@ def _check(
     run = {**fixed, "output_dir": output_dir}
     faults = find_faults(settings) + faults_before_loading(run, looks_at_files=looks_at_files)
     faults += faults_of_config(fixed["config"]) + _faults_of_runs(model_factory, fixed)
-    faults += _faults_of_search(settings, output_dir)
+    faults += _faults_of_search(settings, fixed, output_dir)
     refuse(faults)
 
 
@@ -175,7 +175,7 @@ def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:
     return [sentence for is_fault, sentence in checks if is_fault]
 
 
-def _faults_of_search(settings: SearchSettings, output_dir: str | None) -> list[str]:
+def _faults_of_search(settings: SearchSettings, fixed: Mapping[str, Any], output_dir: str | None) -> list[str]:
     """Return a sentence for each setting of the search that contradicts another one."""
     storage = settings.storage
     is_server = isinstance(storage, str) and "://" in storage and not storage.startswith("sqlite")
@@ -188,6 +188,11 @@ def _faults_of_search(settings: SearchSettings, output_dir: str | None) -> list[
         (
             settings.refit and output_dir is None,
             "`refit` saves a model, but `output_dir` is None. Give a folder.",
+        ),
+        (
+            fixed["push_to_hub"] is not None and not settings.refit,
+            f"`push_to_hub` is {fixed['push_to_hub']!r}, but `refit` is False, and the trials of a search save no "
+            "model. Set `refit=True`, which trains the best one again and uploads it.",
         ),
         (
             settings.n_workers != 1 and in_memory,
