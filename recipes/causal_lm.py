@@ -34,7 +34,8 @@ from ftaccum.apps.help import HelpPage
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import find_faults, parse_settings
 from ftaccum.fields import PositiveInt, Text, setting
-from ftaccum.settings import Recipe, Runtime
+from ftaccum.settings.recipe import Recipe
+from ftaccum.settings.runtime import Runtime
 from ftaccum.tasks import chat_tokens as chat
 from ftaccum.tasks.arguments import ModelArguments
 from ftaccum.tasks.model_source import ModelSource

@@ -27,7 +27,7 @@ from ftaccum.apps.parser import parse
 from ftaccum.apps.search.settings import SearchSettings, SpaceArguments, TrialRecipe
 from ftaccum.apps.search.space import read_dimensions
 from ftaccum.apps.search.tables import best_trial
-from ftaccum.settings import Runtime
+from ftaccum.settings.runtime import Runtime
 from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tasks.load import load_factory
 

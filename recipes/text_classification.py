@@ -23,7 +23,8 @@ from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.help import HelpPage
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import parse_settings
-from ftaccum.settings import Recipe, Runtime
+from ftaccum.settings.recipe import Recipe
+from ftaccum.settings.runtime import Runtime
 from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tasks.load import load
 

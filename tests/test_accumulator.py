@@ -22,7 +22,7 @@ from ftaccum.runtime.log import run_logging
 from ftaccum.runtime.memory import WindowOutOfMemoryError
 from ftaccum.runtime.process_group import SINGLE
 from ftaccum.runtime.state_guards import fingerprint, preserve_buffers
-from ftaccum.settings import Runtime
+from ftaccum.settings.runtime import Runtime
 
 
 class Net(nn.Module):

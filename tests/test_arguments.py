@@ -19,7 +19,8 @@ from ftaccum.apps.search.settings import SearchSettings, TrialRecipe, reserved
 from ftaccum.apps.verify.settings import VerifyRecipe, VerifyRuntime, VerifySettings
 from ftaccum.checkpoint.compatibility import _MATTER_TO_ROUNDING
 from ftaccum.fields import traits_of
-from ftaccum.settings import CHANGEABLE, SIZES, Recipe, Runtime
+from ftaccum.settings.recipe import CHANGEABLE, SIZES, Recipe
+from ftaccum.settings.runtime import Runtime
 from ftaccum.training.config import Components
 
 DOCS = Path(__file__).parent.parent / "docs" / "arguments.md"
@@ -28,14 +29,15 @@ SETTINGS: dict[str, tuple[type, Field]] = {f.name: (kind, f) for kind in (Recipe
 
 # Frozen, so that a new argument is a decision: declare it, document it, and then add it here.
 NAMES = (
-    "accumulate_in_fp32", "add_eos_token", "allow_changed", "audit", "batch_size", "callbacks", "checkpoint_every",
-    "class_weights", "compile", "compute_metrics", "config", "count_items", "data_collator", "deterministic",
-    "early_stopping_min_delta", "early_stopping_patience", "effective_batch_size", "eval_batch_size",
-    "evaluate_every", "gradient_accumulation_steps", "gradient_checkpointing", "gradient_clip_norm",
-    "greater_is_better", "keep_checkpoints", "label_smoothing", "learning_rate", "learning_rate_scaling",
-    "log_every", "log_with", "lora", "loss_fn", "lr_scheduler", "max_length", "max_tokens", "max_updates",
-    "metric_for_best", "mixed_precision", "model", "n_epochs", "nonfinite_patience", "num_workers", "on_inexact",
-    "on_nonfinite", "optimizer", "output_dir", "padding_free", "planner", "planner_costs",
+    "accumulate_in_fp32", "adam_beta1", "adam_beta2", "add_eos_token", "allow_changed", "audit", "batch_size",
+    "callbacks", "checkpoint_every", "class_weights", "compile", "compute_metrics", "config", "count_items",
+    "data_collator", "deterministic", "early_stopping_min_delta", "early_stopping_patience", "effective_batch_size",
+    "eval_batch_size", "evaluate_every", "gradient_accumulation_steps", "gradient_checkpointing",
+    "gradient_clip_norm", "greater_is_better", "head_learning_rate", "keep_checkpoints", "label_smoothing",
+    "layerwise_lr_decay", "learning_rate", "learning_rate_scaling", "log_every", "log_with", "lora", "loss_fn",
+    "lr_scheduler", "lr_scheduler_kwargs", "max_length", "max_tokens", "max_updates", "metric_for_best",
+    "mixed_precision", "model", "n_epochs", "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite",
+    "optimizer", "optimizer_groups", "output_dir", "padding_free", "planner", "planner_costs",
     "preprocess_logits_for_metrics", "preprocessing_num_workers", "progress", "push_to_hub", "random_seed",
     "reduction", "remainder", "restore_best_weights", "resume", "sampler", "save", "text_columns", "tokenizer",
     "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data", "validation_split", "verbosity",

@@ -15,7 +15,7 @@ from ftaccum.data.batches import join, padded, take
 from ftaccum.data.column_fills import ColumnFills
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.process_group import SINGLE
-from ftaccum.settings import Runtime
+from ftaccum.settings.runtime import Runtime
 from heads import HEADS, IGNORED, all_in_float64, one_batch, one_batch_gradient, relative_error
 
 SIZES = (3, 1, 4, 1)

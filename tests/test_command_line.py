@@ -19,7 +19,8 @@ from ftaccum import OutputWarning, Result, SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import parse_settings
-from ftaccum.settings import Recipe, Runtime
+from ftaccum.settings.recipe import Recipe
+from ftaccum.settings.runtime import Runtime
 from ftaccum.tasks.arguments import NamedArguments
 from heads import HEADS, relative_error
 

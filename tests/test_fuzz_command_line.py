@@ -14,7 +14,8 @@ from ftaccum import SettingsError, plan
 from ftaccum.apps.cli import main
 from ftaccum.apps.parser import parse
 from ftaccum.arguments import parse_settings
-from ftaccum.settings import Recipe, Runtime
+from ftaccum.settings.recipe import Recipe
+from ftaccum.settings.runtime import Runtime
 from fuzzing import fuzz
 
 

@@ -19,7 +19,8 @@ from ftaccum import SettingsError, plan, verify
 from ftaccum.apps.search.settings import SearchSettings
 from ftaccum.apps.verify.settings import VerifySettings
 from ftaccum.arguments import find_faults, parse_settings, read_settings
-from ftaccum.settings import Recipe, Runtime
+from ftaccum.settings.recipe import Recipe
+from ftaccum.settings.runtime import Runtime
 from fuzzing import fuzz
 
 SETTINGS = [

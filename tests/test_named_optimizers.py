@@ -20,7 +20,7 @@ from ftaccum.apps.cli import main
 from ftaccum.arguments import parse_settings
 from ftaccum.checkpoint.manager import CheckpointManager
 from ftaccum.rules.optimization import OPTIMIZERS
-from ftaccum.settings import Recipe
+from ftaccum.settings.recipe import Recipe
 from ftaccum.training.named_optimizers import NAMED
 from ftaccum.training.optimizer import make_optimizer
 from searching import quick

@@ -16,7 +16,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer, SparseAdam
 from transformers import Adafactor
 
 from ftaccum import CheckpointError, Preempted, SettingsError, search
-from ftaccum.settings import Recipe
+from ftaccum.settings.recipe import Recipe
 from ftaccum.training.optimizer import make_optimizer
 from interrupted import fine_tuned
 from optimizers import SAM, Chain

@@ -17,7 +17,7 @@ from ftaccum.arguments import parse_settings
 from ftaccum.checkpoint.compatibility import recipe_identity
 from ftaccum.planning.batch_size import batch_sizes_of
 from ftaccum.runtime.run_dir import RunDir
-from ftaccum.settings import Runtime
+from ftaccum.settings.runtime import Runtime
 from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tracking.run_record import Command, RunRecord
 from interrupted import CutOff, fine_tuned

@@ -19,7 +19,7 @@ from transformers import (
 
 from ftaccum import SettingsError, test_fine_tuning
 from ftaccum.arguments import parse_settings
-from ftaccum.settings import Recipe
+from ftaccum.settings.recipe import Recipe
 from ftaccum.training.model_parts import layer_depths
 from ftaccum.training.optimizer import make_optimizer
 from ftaccum.training.parameter_groups import parameter_groups

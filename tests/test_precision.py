@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ftaccum import Result, test_fine_tuning
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.gradients.fp32 import Fp32Gradients
-from ftaccum.settings import Runtime
+from ftaccum.settings.runtime import Runtime
 from heads import HEADS, RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 from running_out import limited
 from structures import Branching

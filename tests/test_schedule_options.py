@@ -10,7 +10,7 @@ from ftaccum import SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.options import OPTIONS
 from ftaccum.apps.parser import parse
-from ftaccum.settings import Recipe
+from ftaccum.settings.recipe import Recipe
 from silent_errors.rates import regression, train
 
 RATE = 0.1

@@ -9,7 +9,8 @@ import pytest
 
 from ftaccum import SettingsError, plan
 from ftaccum.arguments import parse_settings
-from ftaccum.settings import Recipe, Runtime
+from ftaccum.settings.recipe import Recipe
+from ftaccum.settings.runtime import Runtime
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, 1.5, True, "4", None])

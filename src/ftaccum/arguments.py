@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from .errors import refuse, shown
 from .fields import rules_of
-from .settings import CHANGEABLE, Recipe, Runtime
+from .settings.recipe import CHANGEABLE, Recipe
+from .settings.runtime import Runtime
 
 T = TypeVar("T")
 

@@ -134,17 +134,6 @@ NonNegative = Annotated[float, Rule(lambda v: is_number(v) and v >= 0, "a non-ne
 Fraction = Annotated[float, Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
 Flag = Annotated[bool, Rule(lambda v: isinstance(v, bool), "True or False")]
 Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v) and "\0" not in v, "a non-empty string")]
-_REPOSITORY = re.compile(r"(?=.{1,96}$)(?!.*(--|\.\.|\.git$))(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?", re.ASCII)
-
-
-def is_repository_name(value: Any) -> bool:
-    """Return whether a value is a valid name of a repository on the Hugging Face Hub."""
-    return isinstance(value, str) and _REPOSITORY.fullmatch(value) is not None
-
-
-Repository = Annotated[
-    str, Rule(is_repository_name, "the name of a repository on the Hugging Face Hub, such as 'user/name',")
-]
 Tracker = Annotated[
     str,
     Rule(

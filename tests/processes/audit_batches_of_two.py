@@ -12,7 +12,7 @@ from batch_audits import auditor_of, dummy, objective_of, sample_of, weighted_er
 from ftaccum.accumulation.audit import Audit
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.process_group import open_process_group
-from ftaccum.settings import Runtime
+from ftaccum.settings.runtime import Runtime
 from heads import HEADS, all_in_float64, one_batch
 
 assert os.environ["WORLD_SIZE"] == "2"

@@ -7,7 +7,8 @@ from typing import Any
 from ..arguments import find_faults, read_settings
 from ..errors import SettingsError, refuse
 from ..fields import Count, setting
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import NamedArguments, TrainArguments, TrainedArguments
 from .help import HelpPage

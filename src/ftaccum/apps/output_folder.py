@@ -13,7 +13,8 @@ from ..errors import SettingsError
 from ..planning.batch_size import batch_sizes_of
 from ..runtime.accelerator import launched_processes
 from ..runtime.run_dir import RunDir
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tasks.arguments import TrainArguments
 from ..tasks.reading.data_file import DataFile
 from ..tracking.run_record import Command, RunRecord

@@ -10,7 +10,8 @@ from ..planning.plan import Plan
 from ..planning.shuffle import n_held_out
 from ..porting.keywords import explain_keywords
 from ..rules.update_size import Pairs
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Any
 from ..arguments import find_faults, parse_settings, read_settings
 from ..errors import SettingsError, refuse
 from ..fields import Text, select_fields, setting
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tasks.arguments import TrainedArguments
 
 _output = partial(setting, group="output")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from ..settings import Runtime
+from ..settings.runtime import Runtime
 
 # Programs that start `ftaccum` and belong to the command that resumes it; `timeout`, for example, does not.
 _LAUNCHING_MODULES = {"accelerate.commands.launch", "torch.distributed.run"}

@@ -20,7 +20,8 @@ from ..errors import CheckpointError
 from ..fields import names_where
 from ..planning.batch_size import BatchSizes
 from ..runtime.state_guards import preserve_rng, seed_all
-from ..settings import SIZES, Recipe, Runtime
+from ..settings.recipe import SIZES, Recipe
+from ..settings.runtime import Runtime
 
 FORMAT = 4  # version of the checkpoint files; other versions cannot be read
 _LOOKED_AT = 16  # leading numbers of each frozen weight that identify it

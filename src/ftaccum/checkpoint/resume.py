@@ -12,7 +12,8 @@ from ..planning.base_plan import BasePlan
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry
 from ..tracking.metrics_logger import within
 from ..tracking.run_record import RunRecord

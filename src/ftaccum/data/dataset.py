@@ -16,7 +16,7 @@ from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .encode_table import Encode, encode_table
 from .forms import ChangedRows
 from .row import Row, as_row, check_row, is_row, length_of

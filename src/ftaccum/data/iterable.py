@@ -15,7 +15,7 @@ from ..planning.stream_plan import StreamPlan
 from ..runtime.process_group import ProcessGroup
 from ..runtime.single_process import single_process
 from ..runtime.state_guards import Generators, preserve_rng, seed_all
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .dataset import Report, Rows, Step
 from .encode_table import Encode
 from .forms import is_nested, unnested

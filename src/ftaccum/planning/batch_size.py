@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import SettingsError
 from ..rules.update_size import Pairs
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 
 
 @dataclass(frozen=True)

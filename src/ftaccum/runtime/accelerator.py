@@ -15,7 +15,7 @@ from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, LoggerType
 
 from ..errors import SettingsError
-from ..settings import Runtime
+from ..settings.runtime import Runtime
 from .process_group import ProcessGroup, open_process_group
 from .state_guards import preserve_rng, seed_all
 

@@ -16,7 +16,7 @@ from ..errors import SettingsError, refuse
 from ..runtime.accelerator import is_first_process
 from ..runtime.library_output import library_bars
 from ..runtime.log import run_logging
-from ..settings import Runtime
+from ..settings.runtime import Runtime
 from .arguments import TASKS, NamedArguments, TrainArguments
 from .model_source import ModelSource
 from .quantization import faults_of_quantization

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from ..tracking.selection import Criterion
 from .arguments import NamedArguments
 from .columns import Role, named_columns

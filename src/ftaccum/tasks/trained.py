@@ -11,7 +11,7 @@ from ..data.text_columns import check_column
 from ..errors import SettingsError
 from ..runtime.log import logger
 from ..runtime.run_dir import RunDir
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from ..tracking.model_files import ADAPTER
 from ..tracking.run_record import RunRecord
 from .adapter_folder import load_with_base

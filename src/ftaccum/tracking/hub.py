@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import SettingsError
-from ..fields import is_repository_name
+from ..rules.repository import is_repository_name
 from ..runtime.background import start_thread
 
 _PATIENCE = 60.0  # seconds for the check: the hub's client itself waits for as long as the network does

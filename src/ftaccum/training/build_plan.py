@@ -13,7 +13,8 @@ from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes, batch_sizes_of
 from ..planning.micro_batches import DEFAULT_COSTS, BatchLimits, CostModel, MicroBatchPlanner
 from ..runtime.process_group import ProcessGroup
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from .batch_size_finder import largest_batch
 from .build_data import TrainingData
 from .config import RunConfig

@@ -16,7 +16,8 @@ from ..data.tokenize import token_limit, tokenize
 from ..errors import DataError
 from ..objective.model_forward import accepted_arguments
 from ..planning.shuffle import hold_out
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from .config import Components, RunConfig
 
 

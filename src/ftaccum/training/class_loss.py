@@ -17,7 +17,7 @@ from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
 from ..objective.own_cross_entropy import own_cross_entropy
 from ..runtime.state_guards import inspection_mode
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .config import Components
 
 _INSTEAD = "Leave it out, or put it into a `loss_fn`."

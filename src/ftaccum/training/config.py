@@ -16,7 +16,8 @@ from ..errors import refuse, shown
 from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion
 from .adapters import faults_of_adapters

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..errors import SettingsError
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .muon import MuonWithAdamW
 from .parameter_groups import ParameterGroup
 

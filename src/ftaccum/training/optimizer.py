@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import SettingsError
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .named_optimizers import make_named
 from .named_options import record_named_options
 from .parameter_groups import ParamGroups, parameter_groups

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import SettingsError, refuse
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .model_parts import embedding_parameters, head_parameters, layer_depths
 
 ParamGroups = list[dict[str, Any]]

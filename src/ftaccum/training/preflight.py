@@ -8,7 +8,8 @@ from ..arguments import parse_settings, valid_settings
 from ..errors import SettingsError
 from ..runtime.accelerator import find_trackers, requested_processes
 from ..runtime.run_dir import RunDir
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tracking.hub import check_hub
 from .adapters import faults_of_lora
 from .build_plan import check_batch_sizes

@@ -15,7 +15,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from ..errors import SettingsError
-from ..settings import Recipe
+from ..settings.recipe import Recipe
 from .rates import sets_its_own
 
 _SET_HERE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # not by `lr_scheduler_kwargs`

@@ -10,7 +10,8 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrate
 from transformers.training_args import OptimizerNames
 
 from ..planning.batch_size import BatchSizes
-from ..settings import Recipe, Runtime
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
 from ..tracking.selection import LOSS, Criterion
 
 _OUTPUT_DIR = "trainer_output"  # where callbacks write if a run has no folder; also what `Trainer` takes

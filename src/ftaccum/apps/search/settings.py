@@ -5,7 +5,9 @@ from functools import partial
 from typing import Annotated
 
 from ...fields import SCALINGS, Flag, PositiveInt, Rule, Seed, Text, select_settings, setting, traits_of
-from ...settings import OWN_ARGUMENT, SAME_ROWS, Recipe, Runtime
+from ...settings.groups import OWN_ARGUMENT, SAME_ROWS
+from ...settings.recipe import Recipe
+from ...settings.runtime import Runtime
 
 PRUNERS = ("successive_halving", "hyperband", "median", "none")
 SAMPLERS = ("tpe", "random")

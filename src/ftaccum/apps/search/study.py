@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError
 from ...arguments import read_settings
 from ...errors import DataError, SettingsError, refuse
 from ...runtime.run_dir import RunDir
-from ...settings import Recipe
+from ...settings.recipe import Recipe
 from ...tracking.selection import LOSS, Criterion
 from .definition import Search
 from .retry import GRACE, requeue

@@ -5,7 +5,8 @@ from functools import partial
 from typing import Annotated
 
 from ...fields import Count, Positive, one_of, select_settings, setting
-from ...settings import Recipe, Runtime
+from ...settings.recipe import Recipe
+from ...settings.runtime import Runtime
 
 Measure = Annotated[str, one_of("float64", "float32", "model")]
 
