@@ -13,7 +13,7 @@ from torch import nn
 from fake_hub import READ, WRITE, FakeHub, fake_hub
 from ftaccum import OutputWarning, Result, SettingsError, search, test_fine_tuning
 from ftaccum.apps.cli import main
-from ftaccum.fields import is_repository_name
+from ftaccum.rules.repository import is_repository_name
 from ftaccum.tracking.hub import check_hub, upload_model
 from ftaccum.training.preflight import faults_before_loading
 from heads import HEADS

@@ -40,8 +40,12 @@ def foreign_private_names(module: Module) -> set[str]:
     return asked - own
 
 
+# Modules that may be longer, with the reason.
+LONG = {"fine_tuning": "one signature, with a description of every argument"}
+
+
 def test_no_module_is_long() -> None:
-    assert {module.name: module.n_lines for module in MODULES if module.n_lines > 300} == {}
+    assert {module.name: module.n_lines for module in MODULES if module.n_lines > 300 and module.name not in LONG} == {}
 
 
 def test_no_function_is_long() -> None:
