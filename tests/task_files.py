@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from exactness import windows_of
 from ftaccum import load_task, test_fine_tuning
@@ -15,14 +17,34 @@ from heads import RecordingOptimizer, relative_error
 from silent_errors.text_columns import TINY, word_tokenizer
 
 TEXTS = ["a good film", "the plot drags", "good", "a slow second act in the film", "the film", "a plot", "slow"]
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ann", "lives", "in", "new", "york", "and", "bo", "##by", "##s", "who"]
+PIECES += ["where", "?", "the", "big", "city", "was", "old", ",", "##land", "."]
 
 
-def save_encoder(folder: Path, **config: Any) -> str:
-    """Save a tiny BERT without a head, and a tokenizer of words, and return their folder."""
+def piece_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of pieces of words, which begins rows with [CLS] and ends texts with [SEP], as BERT's does."""
+    pieces = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(PIECES)}, unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [(name, PIECES.index(name)) for name in ("[CLS]", "[SEP]")]
+    pieces.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        **names,
+        model_max_length=32,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def save_encoder(folder: Path, tokenizer: Any = None, **config: Any) -> str:
+    """Save a tiny BERT without a head, and a tokenizer, by default of words, and return their folder."""
     torch.manual_seed(0)
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     BertModel(BertConfig(**{**TINY, **off, **config})).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    (tokenizer or word_tokenizer()).save_pretrained(folder)
     return str(folder)
 
 

@@ -67,13 +67,13 @@ class TextEncoder:
         return self.end is not None and list(row["input_ids"][-1:]) != [self.end]
 
     def _tokenize(self, texts: Sequence[list[str]], limit: int | None) -> list[_Tokens]:
-        with _preserve_truncation(self.tokenizer):
+        with preserve_truncation(self.tokenizer):
             encoded = self.tokenizer(*texts, truncation=limit is not None, max_length=limit)
         return [dict(zip(encoded.keys(), values, strict=True)) for values in zip(*encoded.values(), strict=True)]
 
 
 @contextmanager
-def _preserve_truncation(tokenizer: Any) -> Iterator[None]:
+def preserve_truncation(tokenizer: Any) -> Iterator[None]:
     """Keep the truncation setting of a fast tokenizer, which each call would change, and which is saved with it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

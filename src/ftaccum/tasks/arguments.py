@@ -1,6 +1,6 @@
 """The options that name a model, its data and the task. This module does not load torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated
 
@@ -13,6 +13,13 @@ TASKS = {
     "causal-lm": "ftaccum.tasks.causal_lm:CausalLM",
     "multiple-choice": "ftaccum.tasks.multiple_choice:MultipleChoice",
     "image-classification": "ftaccum.tasks.image_classification:ImageClassification",
+    "token-classification": "ftaccum.tasks.token_classification:TokenClassification",
+    "question-answering": "ftaccum.tasks.question_answering:QuestionAnswering",
+}
+
+# The tasks that an option belongs to; other options belong to all tasks.
+TASK_OPTIONS = {
+    "doc_stride": ("question-answering",),
 }
 
 Dtype = Annotated[str, one_of("auto", "float32", "bfloat16", "float16")]
@@ -52,6 +59,11 @@ class NamedArguments(ModelArguments, ReadingOptions):
         "what the labels of text-classification and image-classification are: single_label_classification, "
         "multi_label_classification or regression; none: told by their type",
     )
+    doc_stride: PositiveInt | None = _data(
+        None,
+        "question-answering: tokens that two windows of a long context share; none: 128, or a quarter of the most "
+        "tokens of a row if that is less",
+    )
     max_train_rows: PositiveInt | None = _data(None, "train on at most this many of the first rows; none: on all rows")
 
 
@@ -74,3 +86,14 @@ class TrainArguments(NamedArguments):
     load_in_4bit: Flag = _data(False, "load linear layers with 4 bits through bitsandbytes; needs lora")
     load_in_8bit: Flag = _data(False, "load linear layers with 8 bits through bitsandbytes; needs lora")
     val_data: Text | None = _data(None, "validation data, as for train_data; none: validation_split holds out rows")
+
+
+def faults_of_task_options(named: NamedArguments) -> list[str]:
+    """Return a sentence for each option that belongs to other tasks than the chosen one."""
+    given = [f.name for f in fields(named) if f.name in TASK_OPTIONS and getattr(named, f.name) != f.default]
+    return [
+        f"`{name}` is an option of the task {' and '.join(map(repr, TASK_OPTIONS[name]))}, but `task` is "
+        f"{named.task!r}. Leave it out, or choose another task."
+        for name in given
+        if named.task not in TASK_OPTIONS[name]
+    ]

@@ -132,8 +132,11 @@ def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSour
     set_seed(recipe.random_seed)
     model, processor = source.load()
     options = EncodingOptions(recipe.text_columns, recipe.max_length, runtime.preprocessing_num_workers)
-    train = task.encode(train, "train_data", processor, model, options)
-    val = None if val is None else task.encode(val, "val_data", processor, model, options)
+    rows, train = train, task.encode(train, "train_data", processor, model, options)
+    if val is not None:
+        val = task.encode(val, "val_data", processor, model, options)
+    elif recipe.validation_split:
+        train, val = task.hold_out(rows, train, recipe.validation_split, recipe.random_seed)
     more = task.training_arguments(processor, model)
     if val is not None or recipe.validation_split:
         more |= task.evaluation_arguments(processor, model)

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from ..errors import refuse
 from ..settings.recipe import Recipe
 from ..tracking.selection import Criterion
-from .arguments import NamedArguments
+from .arguments import NamedArguments, faults_of_task_options
 from .columns import Role, named_columns
 
 
@@ -56,6 +57,7 @@ class Task:
         Raises:
             SettingsError: if an option does not fit the task.
         """
+        refuse(faults_of_task_options(named))
         self.named = named
         self.given = named_columns(named, self.roles)
 
@@ -89,6 +91,18 @@ class Task:
             DataError: if a row cannot be encoded. It names the row.
         """
         return rows
+
+    def hold_out(self, rows: Dataset, encoded: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:  # noqa: ARG002
+        """Return the encoded rows to train on, and those to validate on if the task holds them out; the run does else.
+
+        A task whose `encode` makes several rows of one must hold out all of these together.
+
+        Args:
+            rows: the rows before `encode`.
+            share: the share of the rows to hold out.
+            seed: the seed that decides which.
+        """
+        return encoded, None
 
     def training_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         """Return further arguments of `test_fine_tuning`, such as `data_collator`."""
