@@ -19,42 +19,36 @@ about 7 minutes on one CPU core with bf16 units. On two cores it takes about 4 m
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import packaged
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.help import HelpPage
 from ftaccum.apps.parser import parse
-from ftaccum.arguments import find_faults, parse_settings
+from ftaccum.arguments import find_faults, parse_settings, read_settings
+from ftaccum.errors import refuse
 from ftaccum.fields import PositiveInt, Text, setting
 from ftaccum.settings.recipe import Recipe
 from ftaccum.settings.runtime import Runtime
-from ftaccum.tasks import chat_tokens as chat
-from ftaccum.tasks.arguments import ModelArguments
-from ftaccum.tasks.model_source import ModelSource
-from ftaccum.tasks.reading.rows import read_rows
+from ftaccum.tasks.arguments import TrainArguments
+from ftaccum.tasks.load import load
 
 _PAGE = HelpPage("python recipes/causal_lm.py [options]", __doc__ or "")
 
 
 @dataclass
-class Sources:
-    """Model and data, by default the packaged model and conversations."""
+class Sources(TrainArguments):
+    """Model and data: the arguments of `ftaccum train`, with the packaged model and conversations as defaults."""
 
+    task: Text = setting("chat", "kind of task: chat, or causal-lm for plain text")
     model: Text = setting(str(packaged.SMOLLM), "folder or hub name of a model with a chat template")
     train_data: Text = setting(
         str(packaged.CHATS_TRAIN), "JSON-lines or Parquet file, saved folder or hub name[:config] of conversations"
     )
-    val_data: Text | None = setting(None, "validation data in the same forms; none: hold out some of the training data")
-    messages_column: Text = setting("messages", "column of the conversations: lists of {role, content}")
-    max_train_rows: PositiveInt | None = setting(None, "use only the first N rows of `train_data`; none: all")
     max_val_rows: PositiveInt | None = setting(None, "use only the first N rows of `val_data`; none: all")
 
     def __post_init__(self) -> None:
@@ -64,19 +58,18 @@ class Sources:
 
 def main(arguments: list[str]) -> None:
     sources, recipe, runtime = parse([Sources, Recipe, Runtime], arguments, page=_PAGE)
-    settings, limit = vars(recipe) | vars(runtime), recipe.max_length or 1024
-    if faults := find_faults(sources):
-        raise SettingsError(faults)
+    settings = vars(recipe) | vars(runtime)
+    sources = read_settings(Sources, vars(sources))
+    refuse(find_faults(sources))
     parse_settings(settings)  # before anything is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first():  # the other processes reuse its files
         packaged.prepare_named(sources.model, sources.train_data, sources.val_data)
-    model, tokenizer = ModelSource(ModelArguments(model=sources.model), AutoModelForCausalLM, AutoTokenizer).load()
-    check_fit(sources, model, tokenizer, limit)
-    with state.main_process_first():
-        train, val = load_conversations(sources, tokenizer, limit)
+        loaded = load(sources, settings)
+    if loaded.val is not None and sources.max_val_rows is not None:
+        loaded = replace(loaded, val=loaded.val.select(range(min(sources.max_val_rows, len(loaded.val)))))
 
-    result = test_fine_tuning(model, train_data=train, val_data=val, tokenizer=tokenizer, **settings)
+    result = test_fine_tuning(**loaded.arguments(), **settings)
 
     if state.is_main_process:
         if result.val_loss_history:
@@ -86,78 +79,6 @@ def main(arguments: list[str]) -> None:
         if runtime.output_dir:
             print(f"Model, ledger and result: {Path(runtime.output_dir).resolve()}")
     state.destroy_process_group()
-
-
-def check_fit(sources: Sources, model: Any, tokenizer: Any, limit: int) -> None:
-    """Check that the model and its tokenizer can be used for conversations.
-
-    Raises:
-        SettingsError: if they cannot.
-    """
-    longest = getattr(model.config, "max_position_embeddings", None) or limit
-    if tokenizer.chat_template is None:
-        fault = f"`model` {sources.model!r} has no chat template. Choose a chat model, often named -Instruct."
-    elif not tokenizer.is_fast:
-        fault = f"`model` {sources.model!r} has no fast tokenizer, needed for token positions. Choose one that has."
-    elif limit > longest:
-        fault = f"`max_length` must be at most {longest}, the model's limit, but is {limit} instead."
-    else:
-        return
-    raise SettingsError([fault])
-
-
-def load_conversations(sources: Sources, tokenizer: Any, limit: int) -> tuple[Dataset, Dataset | None]:
-    """Return the rows for training and, if named, for validation, as token ids and labels."""
-    columns = {sources.messages_column: "messages"}
-    train = first(renamed(read_rows(sources.train_data), columns), sources.max_train_rows)
-    train = as_tokens(train, "train_data", tokenizer, limit)
-    if sources.val_data is None:
-        return train, None
-    val = first(
-        renamed(read_rows(sources.val_data, argument="val_data", split="validation"), columns), sources.max_val_rows
-    )
-    return train, as_tokens(val, "val_data", tokenizer, limit)
-
-
-def renamed(rows: Dataset, columns: dict[str, str]) -> Dataset:
-    for old in columns:
-        if old not in rows.column_names:
-            raise DataError(f"The rows have no column {old!r}, only {rows.column_names}. Name it: `messages_column`.")
-    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
-
-
-def first(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def as_tokens(rows: Dataset, argument: str, tokenizer: Any, max_length: int) -> Dataset:
-    """Return the token ids and labels of conversations, without those with no answer within `max_length` tokens.
-
-    Raises:
-        DataError: if the chat template cannot format a conversation, or if no conversation has an answer.
-    """
-
-    def encode(messages: Any, index: int) -> dict[str, list[int]]:
-        try:
-            return chat.encoded(messages, tokenizer, max_length)
-        except DataError as error:
-            raise DataError(f"Row {index} of `{argument}`: {error}") from error
-
-    tokens = rows.map(
-        encode,
-        with_indices=True,
-        input_columns="messages",
-        remove_columns=rows.column_names,
-        desc=f"Tokenising {argument}",
-    )
-    answered = tokens.filter(chat.has_answer, input_columns="labels", desc="Finding answers")
-    if dropped := len(rows) - len(answered):
-        told = f"{dropped} of {len(rows)} rows of `{argument}` have no answer within {max_length} tokens"
-        if not len(answered):
-            raise DataError(f"{told}. Raise `max_length`, or check the roles: the role of an answer is 'assistant'.")
-        if PartialState().is_main_process:
-            print(f"{told} and are skipped.")
-    return answered
 
 
 def perplexity(loss: float) -> float:

@@ -1,49 +1,19 @@
-"""The chat recipe: labels of a conversation, conversion of raw conversations, and a complete run."""
+"""The chat recipe: conversion of raw conversations, and a complete run."""
 
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import pipeline
 
-from ftaccum import DataError, Result, SettingsError
+from chats import save_chat_model
+from ftaccum import DataError, Result, SettingsError, TextWarning
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-
-PLAIN = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}"
-)
-NO_END_TOKEN = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-FORGETS_THOUGHTS = (
-    "{% for m in messages %}<|start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}(thinks) {% endif %}{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
-REFUSES = "{{ raise_exception('roles must alternate') }}"
-
-TWO_TURNS = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Who?"},
-    {"role": "assistant", "content": "Me.\nAnd you 🦜?"},
-    {"role": "user", "content": "You."},
-    {"role": "assistant", "content": "Fine."},
-]
 
 
 @pytest.fixture(autouse=True)
@@ -56,79 +26,6 @@ def recipe() -> ModuleType:
     import causal_lm
 
     return causal_lm
-
-
-@pytest.fixture
-def encoded() -> Callable[..., dict[str, list[int]]]:
-    from ftaccum.tasks import chat_tokens as chat
-
-    return chat.encoded
-
-
-def tokenizer_with(template: str | None, *merges: tuple[str, str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with a token for each byte, so that labels can be checked by character, and two for turns."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
-    special = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|end|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special)
-
-
-def learned(row: dict[str, list[int]], tokenizer: Any) -> list[str]:
-    """Return the parts of a row that have labels, as text."""
-    stretches: list[list[int]] = [[]]
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        assert label in (token, -100)
-        if label != -100:
-            stretches[-1].append(token)
-        elif stretches[-1]:
-            stretches.append([])
-    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_only_answers_and_their_end_of_turn_have_labels(encoded: Any, template: str) -> None:
-    tokenizer = tokenizer_with(template)
-    row = encoded(TWO_TURNS, tokenizer, 1000)
-    assert learned(row, tokenizer) == ["Me.\nAnd you 🦜?<|end|>", "Fine.<|end|>"]
-    assert row["input_ids"] == tokenizer.apply_chat_template(TWO_TURNS, return_dict=False)
-
-
-def test_text_after_an_answer_has_labels_if_no_token_ends_a_turn(encoded: Any) -> None:
-    tokenizer = tokenizer_with(NO_END_TOKEN)
-    assert learned(encoded(TWO_TURNS, tokenizer, 1000), tokenizer) == ["Me.\nAnd you 🦜?\n", "Fine.\n"]
-
-
-def test_a_token_that_spans_prompt_and_answer_belongs_to_the_answer(encoded: Any) -> None:
-    tokenizer = tokenizer_with(NO_END_TOKEN, ("Ġ", "F"))  # the prompt's last space and the answer's first letter
-    assert learned(encoded(TWO_TURNS, tokenizer, 1000), tokenizer)[-1] == " Fine.\n"
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED])
-def test_long_conversations_are_truncated_at_the_end(encoded: Any, template: str) -> None:
-    tokenizer = tokenizer_with(template)
-    whole = encoded(TWO_TURNS, tokenizer, 1000)
-    first_answer = next(n for n, label in enumerate(whole["labels"]) if label != -100)
-    for length, stretches in ((first_answer + 2, ["Me"]), (first_answer, [])):
-        row = encoded(TWO_TURNS, tokenizer, length)
-        assert row == {name: column[:length] for name, column in whole.items()}
-        assert learned(row, tokenizer) == stretches
-
-
-def test_messages_that_the_template_cannot_format_are_refused(encoded: Any) -> None:
-    for template, messages, words in (
-        (FORGETS_THOUGHTS, TWO_TURNS, "formats the messages before message 2 differently if more follow"),
-        (REFUSES, TWO_TURNS, "cannot format these messages: roles must alternate"),
-        (PLAIN, TWO_TURNS[2:], "The first message has the role 'assistant'"),
-        (PLAIN, [], r"must be a list such as .* but are \[\] instead"),
-        (PLAIN, "Hello", "but are 'Hello' instead"),
-    ):
-        with pytest.raises(DataError, match=words):
-            encoded(messages, tokenizer_with(template), 1000)
-    one_answer = encoded(TWO_TURNS[:3], tokenizer_with(PLAIN), 1000)
-    assert learned(one_answer, tokenizer_with(PLAIN)) == ["Me.\nAnd you 🦜?<|end|>"]
 
 
 def raw(*turns: str) -> dict[str, Any]:
@@ -155,23 +52,7 @@ def test_consecutive_texts_of_one_author_are_one_message() -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """Save a tiny Llama and a byte tokenizer in a folder."""
-    tokenizer = tokenizer_with(PLAIN)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "chat-model")
-    tokenizer.save_pretrained(tmp_path / "chat-model")
-    return str(tmp_path / "chat-model")
+    return save_chat_model(tmp_path / "chat-model")
 
 
 def conversations(file: Path, n: int, column: str = "messages") -> str:
@@ -189,14 +70,15 @@ def test_the_recipe_trains_a_model_that_answers_from_json_lines(
 ) -> None:
     train = conversations(tmp_path / "train.jsonl", 18, "talk")
     val = conversations(tmp_path / "val.jsonl", 6, "talk")
-    words = ["--model", model, "--train_data", train, "--val_data", val, "--messages_column", "talk"]
+    words = ["--model", model, "--train_data", train, "--val_data", val, "--columns", "messages=talk"]
     words += ["--max_length", "80", "--max_val_rows", "4", "--n_epochs", "2", "--learning_rate", "1e-2"]
     words += ["--batch_size", "2", "--effective_batch_size", "6", "--progress", "no"]
     words += ["--output_dir", str(tmp_path / "o")]
-    recipe.main(words)
+    with pytest.warns(TextWarning) as warned:
+        recipe.main(words)
+    sentence = "In `train_data`, 1 of 18 rows (the first is row 17) have no answer within 80 tokens and are skipped."
+    assert sentence in [str(warning.message) for warning in warned]
     shown = capfd.readouterr().out
-    assert "1 of 18 rows of `train_data` have no answer within 80 tokens and are skipped." in shown
-    assert "rows of `val_data`" not in shown
     assert "Training samples: 17\n" in shown
     assert "Validation samples: 4\n" in shown
     result = Result.load(tmp_path / "o")
@@ -211,17 +93,19 @@ def test_the_recipe_trains_a_model_that_answers_from_json_lines(
 def test_bad_input_is_reported_in_one_sentence(recipe: ModuleType, model: str, tmp_path: Path) -> None:
     rows = conversations(tmp_path / "rows.jsonl", 6)
     spoiled = tmp_path / "spoiled.jsonl"
-    spoiled.write_text(Path(rows).read_text() + '{"messages": [{"role": "assistant", "content": "Hello"}]}\n')
-    mute = str(tmp_path / "mute")
-    tokenizer_with(None).save_pretrained(mute)
-    LlamaForCausalLM.from_pretrained(model).save_pretrained(mute)
+    spoiled.write_text(Path(rows).read_text() + '{"messages": [{"role": "user", "text": "Hello"}]}\n')
+    mute = save_chat_model(tmp_path / "mute", None)
     for words, error, sentence in (
         (["--max_length", "0"], SettingsError, "`max_length` must be a positive integer or None, but is 0 instead"),
         (["--n_epochs", "0"], SettingsError, "`n_epochs` must be a positive integer"),
-        (["--max_length", "129"], SettingsError, "`max_length` must be at most 128, the model's limit"),
-        (["--max_length", "10"], DataError, "6 of 6 rows of `train_data` have no answer within 10 tokens. Raise"),
-        (["--train_data", str(spoiled)], DataError, "Row 6 of `train_data`: The first message has the role"),
-        (["--messages_column", "talk"], DataError, "have no column 'talk'"),
+        (["--max_length", "129"], SettingsError, "`max_length` is 129, but .* accept at most 128 tokens"),
+        (["--max_length", "10"], DataError, "No row of `train_data` has an answer within 10 tokens. Raise"),
+        (
+            ["--train_data", str(spoiled)],
+            DataError,
+            "row 6: message 0 of `messages`, .* has no content",
+        ),
+        (["--columns", "messages=talk"], DataError, "has no column 'talk' for the messages"),
         (["--model", mute], SettingsError, "has no chat template"),
         (["--model", str(tmp_path / "absent")], SettingsError, "cannot be loaded"),
     ):

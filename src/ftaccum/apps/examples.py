@@ -15,6 +15,8 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "task": "text-classification",
     "columns": "label=sentiment",
     "label_column": "sentiment",
+    "chat_template": "chatml.jinja",
+    "mlm_probability": "0.3",
     "problem_type": "regression",
     "rows": "3",
     "max_train_rows": "1000",
@@ -24,6 +26,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "max_rows": "1000",
     "text_columns": "premise,hypothesis",
     "max_length": "512",
+    "doc_stride": "128",
     "sampler": {"model and data": "balanced", "search": "random"},
     # loss
     "class_weights": "balanced",

@@ -4,27 +4,38 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated
 
-from ..fields import Flag, Names, PositiveInt, Text, one_of, setting
+from ..fields import Flag, Names, PositiveInt, Rule, Text, one_of, setting
 from .reading.options import FileOptions, ReadingOptions
 
 # What `--task` accepts.
 TASKS = {
     "text-classification": "ftaccum.tasks.text_classification:TextClassification",
-    "causal-lm": "ftaccum.tasks.causal_lm:CausalLM",
-    "multiple-choice": "ftaccum.tasks.multiple_choice:MultipleChoice",
-    "image-classification": "ftaccum.tasks.image_classification:ImageClassification",
     "token-classification": "ftaccum.tasks.token_classification:TokenClassification",
+    "image-classification": "ftaccum.tasks.image_classification:ImageClassification",
+    "multiple-choice": "ftaccum.tasks.multiple_choice:MultipleChoice",
     "question-answering": "ftaccum.tasks.question_answering:QuestionAnswering",
+    "chat": "ftaccum.tasks.chat:Chat",
+    "causal-lm": "ftaccum.tasks.causal_lm:CausalLM",
+    "masked-lm": "ftaccum.tasks.masked_lm:MaskedLM",
 }
 
 # The tasks that an option belongs to; other options belong to all tasks.
 TASK_OPTIONS = {
+    "packing": ("causal-lm",),
+    "chat_template": ("chat",),
+    "mlm_probability": ("masked-lm",),
     "doc_stride": ("question-answering",),
+    "problem_type": ("text-classification", "image-classification"),
 }
 
 Dtype = Annotated[str, one_of("auto", "float32", "bfloat16", "float16")]
 
 ProblemType = Annotated[str, one_of("single_label_classification", "multi_label_classification", "regression")]
+
+Share = Annotated[
+    float,
+    Rule(lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v <= 1, "a number above 0, up to 1"),
+]
 
 _data = partial(setting, group="model and data")
 
@@ -45,7 +56,16 @@ class ModelArguments:
 
 
 @dataclass
-class NamedArguments(ModelArguments, ReadingOptions):
+class LanguageModelOptions:
+    """Options of the tasks causal-lm, chat and masked-lm."""
+
+    packing: Flag = _data(False, "causal-lm: join the texts and split them into rows of max_length tokens")
+    chat_template: Text | None = _data(None, "chat: file of a Jinja chat template; none: that of the tokenizer")
+    mlm_probability: Share = _data(0.15, "masked-lm: share of the tokens to predict")
+
+
+@dataclass
+class NamedArguments(ModelArguments, LanguageModelOptions, ReadingOptions):
     """A model, and data to train it on."""
 
     train_data: Text = _data(

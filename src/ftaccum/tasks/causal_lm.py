@@ -1,12 +1,77 @@
 """Next-token prediction on plain text."""
 
+from typing import Any
+
 from transformers import AutoModelForCausalLM
 
-from .task import Task
+from ..data.text_columns import choose_columns
+from ..data.tokenize import token_limit
+from ..errors import refuse
+from ..runtime.log import logger
+from ..settings.recipe import Recipe
+from .packed_rows import BLANK, PACKED_COLUMNS, DocumentEncoder, pack
+from .plain_text import PlainText
+from .row_warnings import warn_of_rows
+from .task import EncodingOptions
+from .token_accuracy import TokenAccuracy, predicted_tokens
 
 
-class CausalLM(Task):
-    """Next-token prediction on plain text, with an end-of-text token after each row."""
+class CausalLM(PlainText):
+    """Next-token prediction on plain text, with an end-of-text token after each row.
 
-    reads_text = streams = True
+    Rows are cut to `max_length` tokens. With `packing`, they are joined and split into rows of this length.
+    """
+
     model_class = AutoModelForCausalLM
+    metrics = TokenAccuracy.NAMES
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        refuse(self._faults(EncodingOptions(recipe.text_columns, recipe.max_length)))
+
+    def encode(self, rows: Any, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Any:
+        refuse(self._faults(options))
+        texts = super().encode(rows, argument, processor, model, options)
+        if not self.named.packing:
+            return texts
+        limit = token_limit(processor, model.config, model, options.max_length)
+        assert limit is not None, "checked above"
+        columns = choose_columns(texts, argument, None, next_token=True)
+        end = processor.eos_token_id if options.add_eos_token else None
+        tokens = texts.map(
+            DocumentEncoder(columns.texts[0], argument, processor, end),
+            with_indices=True,
+            batched=True,
+            num_proc=options.num_proc,
+            remove_columns=texts.column_names,
+            desc=f"Tokenising {argument}",
+        )
+        packed = pack(tokens, argument, limit)
+        warn_of_rows(
+            argument, tokens[BLANK], "have no text, or only spaces. Drop them if the model should not train on them."
+        )
+        ended = "" if end is None else f", which end in {processor.decode([end])!r}"
+        logger.info(
+            f"{columns.describe()}; packed {len(texts)} texts of `{argument}`{ended}, into {len(packed)} rows of "
+            f"{limit} tokens ({', '.join(PACKED_COLUMNS)})"
+        )
+        return packed
+
+    def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        accuracy = TokenAccuracy(next_token=True)
+        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+
+    def _faults(self, options: EncodingOptions) -> list[str]:
+        if not self.named.packing:
+            return []
+        faults = []
+        if options.max_length is None:
+            faults.append("`packing` needs `max_length`, the number of tokens of a row, such as `max_length=1024`.")
+        if self.named.streaming:
+            faults.append("`packing` reads all texts, but `streaming` is on. Leave one of them out.")
+        if options.text_columns is not None:
+            faults.append(
+                f"`text_columns` names {', '.join(map(repr, options.text_columns))}, but `packing` turns the texts "
+                f"into tokens before. Name the column by its role: `columns=text={options.text_columns[0]}`."
+            )
+        return faults

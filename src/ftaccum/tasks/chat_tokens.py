@@ -5,93 +5,122 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ftaccum import DataError
+from ..errors import DataError
+from ..objective.item_counts import IGNORE_INDEX
+from .conversations import ASSISTANT, Conversation
 
-IGNORED = -100
+_GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_REMEDY = (
+    "Mark answers in the template with {% generation %} and {% endgeneration %} (`chat_template` names a file), or "
+    "shorten the conversation to one answer."
+)
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+def encoded(conversation: Conversation, tokenizer: Any, limit: int | None) -> tuple[list[int], list[int], bool]:
+    """Return the token ids and labels of a conversation, and whether it was cut.
 
-def encoded(messages: Any, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-    """Return a conversation as `input_ids` and `labels`.
-
-    Tokens of answers, including the end of turn, are labelled; all others have the label -100. Tokens beyond
-    `max_length` are cut off at the end, so that every remaining answer keeps its full context. Cutting at the start
-    would lose the system prompt and might begin in the middle of a sentence.
+    Tokens of answers, including the end of turn, are labelled; all others have the label -100. Tokens beyond the limit
+    are cut off at the end, so that every remaining answer keeps its full context. Cutting at the start would lose the
+    system prompt and might begin in the middle of a sentence.
 
     Raises:
-        DataError: if the messages are invalid, or if the template does not show where an answer begins and ends.
+        DataError: if the template cannot format the messages, or does not show where an answer begins and ends.
     """
-    messages = _checked(messages)
+    template = _Template(tokenizer, conversation)
     try:
-        if _GENERATION_MARK.search(tokenizer.get_chat_template()):
-            ids, answers = _marked(messages, tokenizer)
-        else:
-            ids, answers = _by_prefixes(messages, tokenizer, max_length)
+        ids, answers = template.marked() if template.marks_answers else template.by_prefixes(limit)
     except DataError:
         raise
     except Exception as error:  # templates may raise anything
         raise DataError(f"The chat template cannot format these messages: {error}. Fix or drop them.") from error
-    labels = [token if answer else IGNORED for token, answer in zip(ids, answers, strict=True)]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    labels = [token if is_answer else IGNORE_INDEX for token, is_answer in zip(ids, answers, strict=True)]
+    return ids[:limit], labels[:limit], limit is not None and len(ids) > limit
 
 
-def has_answer(labels: Sequence[int]) -> bool:
-    return any(label != IGNORED for label in labels)
+class _Template:
+    """The chat template of a tokenizer, applied to one conversation."""
 
+    def __init__(self, tokenizer: Any, conversation: Conversation) -> None:
+        self._tokenizer, self._conversation = tokenizer, conversation
 
-def _checked(messages: Any) -> list[dict[str, Any]]:
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(isinstance(m, Mapping) and "role" in m for m in messages)
-    ):
-        raise DataError(
-            "The messages must be a list such as [{'role': 'user', 'content': 'Hello'}, …], but are "
-            f"{messages!r:.80} instead."
-        )
-    # In a table, every message has all keys that any message has; the others are None.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    @property
+    def marks_answers(self) -> bool:
+        """Whether the template marks answers with {% generation %} and {% endgeneration %}."""
+        text = self._tokenizer.get_chat_template(tools=self._conversation.tools)
+        return bool(_GENERATION_MARK.search(text))
 
+    def marked(self) -> tuple[list[int], list[bool]]:
+        """Tokenise with a template that marks answers."""
+        messages, n_prompt = self._conversation.messages, self._conversation.n_prompt
+        more = {"tokenizer_kwargs": {"return_offsets_mapping": True}} if n_prompt else {}
+        written = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
+        answers = [bool(mark) for mark in written["assistant_masks"]]
+        if n_prompt:
+            prompt = self._text(messages[:n_prompt])
+            if not self._text(messages).startswith(prompt):
+                raise DataError(_changed(n_prompt))
+            ends = [end for _, end in written["offset_mapping"]]
+            first = bisect_right(ends, len(prompt))
+            answers[:first] = [False] * first
+        return written["input_ids"], answers
 
-def _marked(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokenise with a template that marks answers with {% generation %} and {% endgeneration %}."""
-    written = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    return written["input_ids"], [bool(mark) for mark in written["assistant_masks"]]
+    def by_prefixes(self, limit: int | None) -> tuple[list[int], list[bool]]:
+        """Tokenise with any template. Find each answer by formatting the messages up to its start and to its end."""
+        text = self._text(self._conversation.messages)
+        # Tokenise the whole text at once: tokens may span its parts. The template adds the special tokens.
+        tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, ends = tokens["input_ids"], [end for _, end in tokens["offset_mapping"]]
+        answers = [False] * len(ids)
+        for start, end in self._spans(text):
+            if start >= ends[:limit][-1]:
+                break
+            # A token belongs to the span in which it ends: it may start with the prompt's last space.
+            for place in range(bisect_right(ends, start), bisect_right(ends, end)):
+                answers[place] = True
+        return ids, answers
 
-
-def _by_prefixes(messages: list[dict[str, Any]], tokenizer: Any, max_length: int) -> tuple[list[int], list[bool]]:
-    """Tokenise with any template. Find each answer by formatting the conversation up to its start and to its end."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    # Tokenise the whole text at once: tokens may span its parts. The template adds the special tokens.
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, ends = tokens["input_ids"][:max_length], [end for _, end in tokens["offset_mapping"][:max_length]]
-    answers = [False] * len(ids)
-    for start, end in _spans(messages, tokenizer, text):
-        if start >= ends[-1]:
-            break
-        # A token belongs to the span in which it ends: it may start with the prompt's last space.
-        for place in range(bisect_right(ends, start), bisect_right(ends, end)):
-            answers[place] = True
-    return ids, answers
-
-
-def _spans(messages: list[dict[str, Any]], tokenizer: Any, text: str) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of each answer in `text`."""
-    special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if not n:
-            raise DataError("The first message has the role 'assistant'. Add the message that it answers before it.")
-        asked = tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=True)
-        answered = tokenizer.apply_chat_template(messages[: n + 1], tokenize=False)
-        if not (answered.startswith(asked) and text.startswith(answered)):
-            raise DataError(
-                f"The chat template formats the messages before message {n} differently if more follow, so the "
-                "position of this answer cannot be determined. Mark answers in the template with {% generation %} and "
-                "{% endgeneration %}, or shorten the conversation to one answer."
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield the start and end of each answer in `text`."""
+        special = tuple(str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special)
+        messages = self._conversation.messages
+        for n, message in enumerate(messages):
+            if message["role"] != ASSISTANT or n < self._conversation.n_prompt:
+                continue
+            answered = self._text(messages[: n + 1])
+            asked = self._text(messages[:n], add_generation_prompt=True) if n else self._before_first(answered)
+            if not (answered.startswith(asked) and text.startswith(answered)):
+                raise DataError(_changed(n))
+            # A template may add a newline after the end of turn, which a model never generates.
+            stripped = answered.rstrip()
+            yield (
+                len(asked),
+                len(stripped) if stripped.endswith(special) and len(stripped) > len(asked) else len(answered),
             )
-        # A template may add a newline after the end of turn, which a model never generates.
-        stripped = answered.rstrip()
-        yield len(asked), len(stripped) if stripped.endswith(special) and len(stripped) > len(asked) else len(answered)
+
+    def _before_first(self, answered: str) -> str:
+        """Return the text before an answer that is the first message: up to the template's start of answers."""
+        question = [{"role": "user", "content": "?"}]
+        before, after = self._text(question), self._text(question, add_generation_prompt=True)
+        start = after.removeprefix(before)
+        if start in ("", after) or start not in answered:
+            raise DataError(
+                f"The first message has the role {ASSISTANT!r}, and the chat template does not show where it begins. "
+                "Add the message that it answers before it, or mark answers in the template with {% generation %}."
+            )
+        return answered[: answered.index(start) + len(start)]
+
+    def _text(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
+        return self._apply(messages, tokenize=False, **more)
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> Any:
+        conversation = self._conversation
+        return self._tokenizer.apply_chat_template(
+            messages, tools=conversation.tools, **more, **conversation.template_arguments
+        )
+
+
+def _changed(n: int) -> str:
+    return (
+        f"The chat template formats the messages before message {n} differently if more follow, so the position of "
+        f"this answer cannot be determined. {_REMEDY}"
+    )

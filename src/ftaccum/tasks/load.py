@@ -24,7 +24,10 @@ from .rows import load_rows
 from .task import EncodingOptions, Task
 
 # The settings that loading depends on.
-_SETTINGS = ("random_seed", "validation_split", "text_columns", "max_length", "preprocessing_num_workers", "lora")
+_SETTINGS = (
+    "random_seed", "validation_split", "text_columns", "max_length", "add_eos_token", "preprocessing_num_workers",
+    "lora",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSour
     )
     set_seed(recipe.random_seed)
     model, processor = source.load()
-    options = EncodingOptions(recipe.text_columns, recipe.max_length, runtime.preprocessing_num_workers)
+    workers = runtime.preprocessing_num_workers
+    options = EncodingOptions(recipe.text_columns, recipe.max_length, workers, recipe.add_eos_token)
     rows, train = train, task.encode(train, "train_data", processor, model, options)
     if val is not None:
         val = task.encode(val, "val_data", processor, model, options)

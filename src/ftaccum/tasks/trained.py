@@ -86,7 +86,7 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
     else:
         model, processor = source.load()
     task.read_config(model.config)
-    encoding = EncodingOptions(settings["text_columns"], settings["max_length"])
+    encoding = EncodingOptions(settings["text_columns"], settings["max_length"], None, settings["add_eos_token"])
     return Trained(task, model, processor, raw, rows, task.encode(rows, "data", processor, model, encoding), settings)
 
 

@@ -1,0 +1,138 @@
+"""Supervised fine-tuning on conversations, with the loss on the assistant's answers alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from ..data.tokenize import token_limit
+from ..errors import DataError, SettingsError, refuse
+from ..objective.item_counts import IGNORE_INDEX
+from .arguments import NamedArguments
+from .chat_tokens import encoded
+from .columns import Role
+from .conversations import COMPLETION, MESSAGES, PROMPT, TEMPLATE_ARGUMENTS, TOOLS, Conversation
+from .row_warnings import warn_of_rows
+from .task import EncodingOptions, Task
+from .token_accuracy import TokenAccuracy, predicted_tokens
+
+_CUT, _ANSWERED = "was_cut", "is_answered"
+
+
+class Chat(Task):
+    """Conversations, of which the model learns the assistant's answers."""
+
+    roles: ClassVar[Mapping[str, Role]] = {
+        MESSAGES: Role(("messages", "conversations", "conversation"), required=False),
+        PROMPT: Role(("prompt",), required=False),
+        COMPLETION: Role(("completion",), required=False),
+        TOOLS: Role(("tools",), required=False),
+        TEMPLATE_ARGUMENTS: Role(("chat_template_kwargs",), required=False),
+    }
+    model_class = AutoModelForCausalLM
+    metrics = TokenAccuracy.NAMES
+
+    def __init__(self, named: NamedArguments) -> None:
+        super().__init__(named)
+        self._template = None if named.chat_template is None else _read(named.chat_template)
+
+    def head(self, train: Dataset) -> dict[str, Any]:
+        _check_columns(train, "train_data")
+        return {}
+
+    def encode(self, rows: Dataset, argument: str, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
+        """Return the rows as token ids and labels, without those that have no answer.
+
+        Raises:
+            DataError: if the chat template cannot format a conversation, or no conversation has an answer.
+        """
+        if self._template is not None:
+            processor.chat_template = self._template  # saved with the model, too
+        refuse(self._faults(processor))
+        _check_columns(rows, argument)
+        limit = token_limit(processor, model.config, model, options.max_length)
+        tokens = rows.map(
+            _Encoder(argument, processor, limit, tuple(name for name in rows.column_names if name in self.roles)),
+            with_indices=True,
+            batched=True,
+            num_proc=options.num_proc,
+            remove_columns=rows.column_names,
+            desc=f"Tokenising {argument}",
+        )
+        cut, answered = tokens[_CUT][:], tokens[_ANSWERED][:]
+        within = "" if limit is None else f" within {limit} tokens"
+        if not any(answered):
+            raise DataError(
+                f"No row of `{argument}` has an answer{within}. Raise `max_length`, or check the roles: the role of an "
+                "answer is 'assistant'."
+            )
+        of_limit = f"are longer than {limit} tokens, the limit of `max_length`, the tokenizer or the model, and"
+        warn_of_rows(argument, cut, f"{of_limit} are cut at the end.")
+        warn_of_rows(argument, [not has for has in answered], f"have no answer{within} and are skipped.")
+        tokens = tokens.remove_columns([_CUT, _ANSWERED])
+        return tokens if all(answered) else tokens.select([n for n, has in enumerate(answered) if has])
+
+    def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
+        accuracy = TokenAccuracy(next_token=True)
+        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+
+    def _faults(self, tokenizer: Any) -> list[str]:
+        named = self.named.tokenizer or self.named.model
+        if tokenizer.chat_template is None:
+            return [
+                f"The tokenizer of {named!r} has no chat template. Choose a chat model, often named -Instruct, or give "
+                "a template with `chat_template`."
+            ]
+        if not tokenizer.is_fast:
+            return [f"{named!r} has no fast tokenizer, which shows where answers begin. Choose one that has."]
+        return []
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A function for `Dataset.map` that tokenises conversations.
+
+    Attributes:
+        argument: the argument that names the rows, for messages.
+        limit: the most tokens of a row; None for no limit.
+        columns: the columns to read.
+    """
+
+    argument: str
+    tokenizer: Any
+    limit: int | None
+    columns: Sequence[str]
+
+    def __call__(self, table: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
+        columns: dict[str, list] = {"input_ids": [], "labels": [], _CUT: [], _ANSWERED: []}
+        for position, *values in zip(positions, *(table[name] for name in self.columns), strict=True):
+            try:
+                conversation = Conversation.of_row(dict(zip(self.columns, values, strict=True)))
+                ids, labels, is_cut = encoded(conversation, self.tokenizer, self.limit)
+            except DataError as error:
+                raise DataError(f"In `{self.argument}`, row {position}: {error}") from error
+            is_answered = any(label != IGNORE_INDEX for label in labels[1:])  # nothing predicts the first token
+            for name, value in zip(columns, (ids, labels, is_cut, is_answered), strict=True):
+                columns[name].append(value)
+        return columns
+
+
+def _check_columns(rows: Dataset, argument: str) -> None:
+    names = rows.column_names
+    if MESSAGES not in names and not (PROMPT in names and COMPLETION in names):
+        raise DataError(
+            f"`{argument}` has no column 'messages' or 'conversations', and no columns 'prompt' and 'completion', only "
+            f"{', '.join(map(repr, names))}. Name the conversations: `columns=messages=NAME`."
+        )
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(
+            [f"`chat_template` {file!r} cannot be read: {error}. Give a file with a Jinja template."]
+        ) from error
