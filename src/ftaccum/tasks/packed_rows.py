@@ -64,7 +64,6 @@ def pack(tokens: Dataset, argument: str, length: int) -> Dataset:
     ends_of_documents = np.cumsum(pa.compute.list_value_length(column).to_numpy())
     offsets = np.append(np.arange(0, len(ids), length), len(ids))  # where rows begin and end
     starts = np.union1d(ends_of_documents[:-1], offsets[:-1])
-    starts = starts[starts < len(ids)]
     positions = np.arange(len(ids)) - np.repeat(starts, np.diff(starts, append=len(ids)))
     columns = {"input_ids": ids, "labels": ids, "position_ids": pa.array(positions.astype(np.int32))}
     return Dataset(pa.table({name: pa.LargeListArray.from_arrays(offsets, columns[name]) for name in PACKED_COLUMNS}))
