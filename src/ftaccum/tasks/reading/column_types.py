@@ -12,9 +12,9 @@ _KINDS: dict[type, str] = {
 }  # fmt: skip
 
 
-def kind_of(value: Any) -> str | None:
-    """Return what a JSON value is, in words; None for null."""
-    return None if value is None else _KINDS[type(value)]
+def kind_of(value: Any) -> str:
+    """Return the kind of a JSON value in words, such as "a number"."""
+    return "null" if value is None else _KINDS[type(value)]
 
 
 def first_of_another_kind(values: Sequence[Any], kind: str | None) -> tuple[int | None, str | None]:

@@ -4,7 +4,8 @@ import bz2
 import gzip
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,12 @@ class DataFile:
 
     def empty(self) -> DataError:
         return self.error("the file is empty", "Give a file with rows.")
+
+    def check_unique(self, names: Sequence[str], where: str = "") -> None:
+        """Raise DataError if two columns have the same name."""
+        for name, n_times in Counter(names).most_common(1):
+            if n_times > 1:
+                raise self.error(f"{n_times} columns have the name {name!r}", "Give each column another name.", where)
 
     @contextmanager
     def open(self) -> Iterator[Any]:

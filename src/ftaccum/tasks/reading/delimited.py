@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,9 +100,7 @@ def _check_header(file: DataFile, delimiter: str, names: Sequence[str], line: in
     for n, name in enumerate(names[1:], 2):
         if not name:
             raise no_name(file, n, where)
-    name, n_times = Counter(names).most_common(1)[0]
-    if n_times > 1:
-        raise file.error(f"{n_times} columns have the name {name!r}", "Give each column another name.", where)
+    file.check_unique(names, where)
 
 
 def no_name(file: DataFile, column: int, where: str) -> Exception:

@@ -1,4 +1,4 @@
-"""How the characters of a text file are encoded, and what its bytes are."""
+"""The encoding of a text file, found from its bytes."""
 
 import codecs
 import hashlib
@@ -24,13 +24,13 @@ _GIVE = "Give the right one with `--encoding`, such as `--encoding cp1252`"
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at the bytes of a file finds.
+    """The findings of one pass over the bytes of a file.
 
     Attributes:
         digest: a hash of the bytes.
-        mark: the encoding that a byte-order mark says; empty if there is none, or that of UTF-8.
+        mark: the encoding that a byte-order mark declares; empty if there is none, or that of UTF-8.
         n_good: characters outside ASCII that are valid UTF-8.
-        n_bad: places that are not.
+        n_bad: places that are not valid UTF-8.
         nul_line: the line of the first zero byte; None if there is none.
     """
 

@@ -60,9 +60,7 @@ def read_images(source: Source) -> Dataset:
 
 
 def check_split(source: Source, splits: Iterable[str]) -> None:
-    """Raises:
-    DataError: if the split to read is not among these.
-    """
+    """Raise DataError if the split to read is not among these."""
     if source.split not in splits:
         raise DataError(
             f"`{source.argument}` {source.name!r} has no split {source.split!r}, but {', '.join(map(repr, splits))}. "

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .column_types import kind_of
 from .data_file import DataFile
 from .encodings import open_text
 
@@ -67,7 +68,7 @@ def _lines(file: DataFile, encoding: str) -> Iterator[Placed]:
             except RecursionError as error:
                 raise file.error("it is nested too deeply", "Flatten it.", where) from error
             if not isinstance(row, dict):
-                raise file.error(f"it is {_named(row)} instead of an object", f"{_EACH}.", where)
+                raise file.error(f"it is {kind_of(row)} instead of an object", f"{_EACH}.", where)
             yield where, row
 
 
@@ -88,7 +89,7 @@ def _placed(file: DataFile, rows: list[Any]) -> Iterator[Placed]:
     for n, row in enumerate(rows):
         where = f"row {n}"
         if not isinstance(row, dict):
-            raise file.error(f"it is {_named(row)} instead of an object", f"{_FORMS}.", where)
+            raise file.error(f"it is {kind_of(row)} instead of an object", f"{_FORMS}.", where)
         yield where, row
 
 
@@ -96,7 +97,7 @@ def _rows_of(file: DataFile, document: Any, split: str) -> list[Any]:
     if isinstance(document, list):
         return document
     if not isinstance(document, dict):
-        raise file.error(f"it holds {_named(document)}", f"{_FORMS}.")
+        raise file.error(f"it holds {kind_of(document)}", f"{_FORMS}.")
     lists = {name: value for name, value in document.items() if isinstance(value, list)}
     tables = [name for name, value in lists.items() if value and all(isinstance(row, dict) for row in value)]
     if len(tables) == 1 and len(lists) == 1:
@@ -125,8 +126,3 @@ def _columns_as_rows(file: DataFile, columns: Mapping[str, list[Any]]) -> list[A
         counted = ", ".join(f"{name!r} {n}" for name, n in itertools.islice(lengths.items(), _SHOWN))
         raise file.error(f"its columns have different lengths ({counted})", "Give all columns one value for each row.")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _named(value: Any) -> str:
-    names = {list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")

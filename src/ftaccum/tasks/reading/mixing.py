@@ -44,9 +44,7 @@ def join(
 
 
 def check_weights(weights: Sequence[float] | None, n_sources: int, argument: str) -> None:
-    """Raises:
-    SettingsError: if there is not one weight for each source.
-    """
+    """Raise SettingsError if there is not one weight for each source."""
     if weights is not None and len(weights) != n_sources:
         raise SettingsError(
             [

@@ -1,4 +1,4 @@
-"""The options of a command line that say how its files are read. Loads no torch."""
+"""The options for reading data files. This module does not load torch."""
 
 import math
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ Weights = Annotated[
 
 @dataclass
 class FileOptions:
-    """How files are read."""
+    """The options for reading files."""
 
     delimiter: Delimiter | None = _data(
         None, "character between the columns of CSV and TSV files, such as ; or tab; none recognises , ; tab and |"
@@ -62,7 +62,7 @@ class FileOptions:
 
 @dataclass
 class ReadingOptions(FileOptions):
-    """How training data are read. `parse_options` turns the words of a command line into values."""
+    """The options for reading training data. `parse_options` turns the words of a command line into values."""
 
     train_data_weights: Weights | None = _data(
         None,

@@ -1,6 +1,5 @@
 """Parquet files as a table."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,8 +64,6 @@ def _seekable(file: DataFile, stream: Any) -> Any:
 
 
 def _check_names(file: DataFile, names: list[str]) -> None:
-    name, n_times = Counter(names).most_common(1)[0]
-    if n_times > 1:
-        raise file.error(f"{n_times} columns have the name {name!r}", "Give each column another name.")
+    file.check_unique(names)
     if "" in names:
         raise file.error(f"column {names.index('') + 1} has no name", "Name it.")

@@ -1,4 +1,4 @@
-"""Find what a name of data stands for: files, a saved folder, a folder of images, or a data set on the hub."""
+"""Find the data that a name stands for: files, a saved folder, a folder of images, or a data set on the hub."""
 
 import difflib
 import glob
@@ -22,7 +22,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for.
+    """The data that a name stands for.
 
     Attributes:
         kind: "files", "saved", "images" or "hub".
@@ -42,7 +42,7 @@ class Source:
 
 
 def find_source(named: str, split: str, argument: str) -> Source:
-    """Return what a name stands for.
+    """Return the data that a name stands for.
 
     Names that look like paths are not looked up on the hub: those with a suffix of a data file, those that begin with
     ".", "/" or "~", and those with more than one "/".

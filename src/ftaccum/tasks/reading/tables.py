@@ -3,7 +3,7 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -17,7 +17,7 @@ HEAD = 10  # batches that decide the types of a stream
 
 @dataclass(frozen=True)
 class ReadingPlan:
-    """What the readers of files are told.
+    """The options of reading some files of one kind.
 
     Attributes:
         delimiter: of CSV files; None to recognise it.
@@ -59,11 +59,6 @@ class Table(ABC):
     def head(self, items: Iterator[T]) -> Iterator[T]:
         """Return the batches that decide the types: all, or the first ones of a stream."""
         return itertools.islice(items, HEAD) if self.plan.is_stream else items
-
-    def part(self, index: int) -> "Table":
-        """Return the table of one of the files."""
-        plan = replace(self.plan, encodings=self.plan.encodings[index : index + 1])
-        return type(self)(self.files[index : index + 1], plan)
 
 
 def batched(items: Iterator[T]) -> Iterator[list[T]]:
