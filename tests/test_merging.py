@@ -53,8 +53,9 @@ def test_bad_options_are_named(words: tuple[str, ...], sentence: str) -> None:
         options(*words).lora_argument()
 
 
-def test_train_search_and_verify_have_the_options_of_adapters() -> None:
-    assert [command for command, kinds in OPTIONS.items() if AdapterOptions in kinds] == ["train", "search", "verify"]
+def test_commands_that_load_a_model_to_train_have_the_options_of_adapters() -> None:
+    commands = [command for command, kinds in OPTIONS.items() if AdapterOptions in kinds]
+    assert commands == ["train", "preview", "search", "verify"]
 
 
 def write_inputs(folder: Path) -> None:
