@@ -1,7 +1,9 @@
 """The options of each command, and how they are parsed. This module does not load torch."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..arguments import find_faults, read_settings
@@ -22,7 +24,7 @@ from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySe
 
 @dataclass
 class PreviewOptions:
-    """What `ftaccum preview` shows."""
+    """The options of `ftaccum preview` besides those of `ftaccum train`."""
 
     rows: Count = setting(3, "rows to show as the model sees them", group="model and data")
 
@@ -75,6 +77,26 @@ def parse_options(command: str, words: Sequence[str], description: str) -> Any:
         elsewhere=elsewhere,
         renamed=_RENAMED if command == "search" else None,
     )
+
+
+def check_output_file(option: str, name: str) -> None:
+    """Check that a file can be written.
+
+    Args:
+        option: the option that names the file.
+        name: the path of the file.
+
+    Raises:
+        SettingsError: if the file is a folder, or is in a folder that does not exist or cannot be written to.
+    """
+    path = Path(name).expanduser()
+    if not path.parent.is_dir():
+        raise SettingsError([f"`--{option}` {name!r} is in a folder that does not exist. Create the folder first."])
+    if path.is_dir():
+        raise SettingsError([f"`--{option}` {name!r} is a folder. Give the name of a file."])
+    is_device = path.exists() and not path.is_file()  # such as /dev/stdout
+    if not is_device and not os.access(path.parent, os.W_OK):
+        raise SettingsError([f"`--{option}` {name!r} is in a folder without write permission. Give another folder."])
 
 
 def checked_names(named: Any, command: str) -> Any:

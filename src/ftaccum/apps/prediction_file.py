@@ -1,6 +1,5 @@
 """The file of `ftaccum predict`: the rows, with the columns that were predicted."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from datasets import Dataset
 
 from ..errors import SettingsError
 from ..runtime.atomic_files import atomic_write
+from .options import check_output_file
 
 _WRITERS: dict[str, Callable[[Dataset, str], Any]] = {
     ".jsonl": lambda rows, path: rows.to_json(path, force_ascii=False),
@@ -19,13 +19,9 @@ _WRITERS: dict[str, Callable[[Dataset, str], Any]] = {
 
 def check_output(output: str) -> None:
     """Raise SettingsError if predictions cannot be written to a file of this name."""
-    path = Path(output).expanduser()
-    if path.suffix not in _WRITERS:
+    if Path(output).suffix not in _WRITERS:
         raise SettingsError([f"`--output` must end in {', '.join(_WRITERS)}, but is {output!r} instead."])
-    if not path.parent.is_dir():
-        raise SettingsError([f"`--output` {output!r} is in a folder that does not exist. Create the folder first."])
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise SettingsError([f"`--output` {output!r} cannot be written."])
+    check_output_file("output", output)
 
 
 def write_predictions(output: str, rows: Dataset, columns: Mapping[str, list[Any]]) -> None:

@@ -24,14 +24,14 @@ EvaluationRuntime = select_fields(
 
 @dataclass
 class EvaluationOutput:
-    """Where `ftaccum eval` writes to."""
+    """The output option of `ftaccum eval`."""
 
     json: Text | None = _output(None, "file to write the loss and the metrics to, as JSON; none: only print them")
 
 
 @dataclass
 class PredictionOutput:
-    """Where `ftaccum predict` writes to."""
+    """The output option of `ftaccum predict`."""
 
     output: Text = _output("", "file to write: .jsonl, .csv or .parquet, with the columns of the data (required)")
 
@@ -60,7 +60,7 @@ def checked(named: Any, output: Any, recipe: Any, runtime: Any) -> tuple[Trained
     refuse([f"`--{name}` is required." for name in needed])
     named = read_settings(TrainedArguments, vars(named))
     if runtime.batch_size == "auto":
-        raise SettingsError(["`batch_size` must be a number here, but is 'auto' instead."])
+        raise SettingsError(["`batch_size` must be a positive integer to evaluate or predict, but is 'auto' instead."])
     parsed_recipe, parsed_runtime = parse_settings(settings)
     refuse(find_faults(named) + find_faults(output))
     parsed = vars(parsed_recipe) | vars(parsed_runtime)

@@ -1,4 +1,4 @@
-"""PEFT's adapters inside a model: found, taken out again, and merged into a copy."""
+"""Find PEFT's adapters in a model, remove them again, and merge them into a copy."""
 
 import copy
 import warnings
@@ -66,8 +66,7 @@ def merged_copy(model: Any) -> nn.Module:
     Raises:
         ValueError: if a merged weight is not finite.
     """
-    copied = _copied_to_host(model)
-    return merged(copied)
+    return merged(_copied_to_host(model))
 
 
 def merged(model: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Folders of adapters: found in a run's output folder, and loaded with their base model."""
+"""Find a folder of adapters in a run's output folder, and load it with its base model."""
 
 import json
 import shutil
@@ -156,6 +156,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         read = json.loads(path.read_text())
         if isinstance(read, dict):
             return read
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise SettingsError([f"{str(path)!r} cannot be read: {error}."]) from error
+        raise SettingsError([f"{str(path)!r} cannot be read: {error}. Copy or save the adapters again."]) from error

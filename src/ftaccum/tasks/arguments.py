@@ -42,7 +42,7 @@ _data = partial(setting, group="model and data")
 
 @dataclass
 class ModelArguments:
-    """How to load a model."""
+    """The options for loading a model."""
 
     model: Text = _data("", "folder or hub name of the model (required)")
     tokenizer: Text | None = _data(None, "folder or hub name of the tokenizer; none: that of the model")
@@ -76,8 +76,8 @@ class NamedArguments(ModelArguments, LanguageModelOptions, ReadingOptions):
     label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
     problem_type: ProblemType | None = _data(
         None,
-        "what the labels of text-classification and image-classification are: single_label_classification, "
-        "multi_label_classification or regression; none: told by their type",
+        "kind of labels of text-classification and image-classification: single_label_classification, "
+        "multi_label_classification or regression; none: recognised by their type",
     )
     doc_stride: PositiveInt | None = _data(
         None,

@@ -9,7 +9,7 @@ from .arguments import NamedArguments
 
 @dataclass(frozen=True)
 class Role:
-    """What a column is for.
+    """The use of a column in a task, such as its label.
 
     Attributes:
         usual: names of such a column, the most usual one first.
@@ -29,7 +29,7 @@ def named_columns(named: NamedArguments, roles: Mapping[str, Role]) -> dict[str,
     given = dict(pair.split("=", 1) for pair in named.columns if "=" in pair)
     faults = [f"`columns` has {pair!r}, which is not role=column." for pair in named.columns if "=" not in pair]
     faults += [
-        f"`columns` names the role {role!r}, but the task {named.task!r} has {_listed(roles)}."
+        f"`columns` names the role {role!r}, but the roles of the task {named.task!r} are: {_listed(roles)}."
         for role in given
         if role not in roles
     ]

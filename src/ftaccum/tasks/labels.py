@@ -1,4 +1,4 @@
-"""What the labels of rows are: one class, several classes, or a number; and the names of the classes."""
+"""The labels of rows: one class, several classes, or a number for each row; and the names of the classes."""
 
 import math
 from collections import Counter
@@ -17,7 +17,7 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 _NAMED = 10  # classes to name in a message
 _REMEDY = (
     "Labels are names, whole numbers from 0 on, booleans, lists of these, or decimal numbers to predict. "
-    "`problem_type` says which of these they are."
+    "`problem_type` decides which of these they are."
 )
 
 
@@ -39,11 +39,11 @@ class Labels:
 
     @classmethod
     def read(cls, rows: Dataset, argument: str, problem_type: str | None = None, column: str = "label") -> "Labels":
-        """Find out what the labels of a column are, and log the classes with their numbers of rows.
+        """Return the kind and the classes of the labels in a column. Log the classes with their numbers of rows.
 
         Args:
             argument: the argument that names the rows, for messages.
-            problem_type: what they are; None to tell by their type.
+            problem_type: the kind of the labels; None to recognise it by their type.
 
         Raises:
             DataError: if rows have no label, or the labels do not fit.
@@ -106,7 +106,9 @@ class Labels:
             raise DataError(f"{name} has the label {value!r}, which is no list of classes. Fix or drop the row.")
         if self.multi_hot:
             if len(value) != len(self.names):
-                raise DataError(f"{name} has {len(value)} labels, but there are {len(self.names)} classes.")
+                raise DataError(
+                    f"{name} has {len(value)} labels, but there are {len(self.names)} classes. Give a 0 or 1 for each."
+                )
             return [float(each) for each in value]
         held = {self._class(each, name) for each in value}
         return [float(n in held) for n in range(len(self.names))]

@@ -88,7 +88,13 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     given = {"task": task, "model": model, "train_data": train_data, "val_data": val_data, **options}
     known = {f.name for f in fields(TrainArguments)}
     settings = {name: value for name, value in given.items() if name not in known}
-    refuse([f"`load_task` has no option {name!r}." for name in settings if name not in _SETTINGS])
+    refuse(
+        [
+            f"`load_task` has no option {name!r}. Give settings of the run to `test_fine_tuning`."
+            for name in settings
+            if name not in _SETTINGS
+        ]
+    )
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
     return load(named, settings)

@@ -19,7 +19,7 @@ _NAMED = 5  # weights to name in a message
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from and how to load it. It can be pickled.
+    """The source of a model and the options for loading it. It can be pickled.
 
     Attributes:
         arguments: the options of loading.
@@ -128,12 +128,12 @@ def freeze(model: Any, patterns: Sequence[str]) -> None:
         if not matched:
             shown = ", ".join(list(names)[:_NAMED])
             raise SettingsError(
-                [f"`freeze` has the pattern {pattern!r}, which matches no weight. The model has {shown}, …"]
+                [f"`freeze` has the pattern {pattern!r}, which matches no weight. The first weights are {shown}."]
             )
         for name in matched:
             names[name].requires_grad_(False)
     if patterns and not any(p.requires_grad for p in names.values()):
-        raise SettingsError(["`freeze` matches all weights, so that nothing would be trained. Leave some out."])
+        raise SettingsError(["`freeze` matches all weights, so nothing would be trained. Leave some patterns out."])
 
 
 def _cannot_load(option: str, name: str, error: Exception) -> SettingsError:

@@ -101,7 +101,7 @@ def _numbers(rows: Dataset, argument: str) -> list[int]:
         n_choices = n_choices or len(choices)
         if len(choices) != n_choices:
             raise DataError(
-                f"{name} has {len(choices)} choices, but the first row has {n_choices}. All rows must have as many."
+                f"{name} has {len(choices)} choices, but the first row has {n_choices}. Give all rows the same number."
             )
         number = _number(label, choices)
         if number is None:

@@ -41,10 +41,7 @@ def load_rows(
         )
     options = ReadingOptions(**{f.name: getattr(named, f.name) for f in fields(ReadingOptions)})
     texts = text_columns or ()
-    train = read_rows(named.train_data, options, seed=seed, text_columns=texts)
-    if named.max_train_rows is not None:
-        few = named.max_train_rows
-        train = train.take(few) if isinstance(train, IterableDataset) else train.select(range(min(few, len(train))))
+    train = first_rows(read_rows(named.train_data, options, seed=seed, text_columns=texts), named.max_train_rows)
     val = None
     if named.val_data:
         val = read_rows(named.val_data, options, argument="val_data", split="validation", text_columns=texts)
@@ -58,6 +55,13 @@ def load_rows(
     if val is None:
         return by_role(train, chosen), None
     return by_role(train, chosen), by_role(val, choose_columns(val.column_names, task.roles, chosen, "val_data"))
+
+
+def first_rows(rows: Any, limit: int | None) -> Any:
+    """Return the first rows, at most `limit`; all rows if that is None."""
+    if limit is None:
+        return rows
+    return rows.take(limit) if isinstance(rows, IterableDataset) else rows.select(range(min(limit, len(rows))))
 
 
 def by_role(rows: Any, chosen: Mapping[str, str]) -> Any:

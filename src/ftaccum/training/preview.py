@@ -1,8 +1,7 @@
-"""What a run would do, without training: rows as the model sees them, batch sizes, memory and time."""
+"""Preview a run without training: rows as the model sees them, batch sizes, memory and time."""
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -76,11 +75,11 @@ class PreviewRun(Run):
             return names.get(int(labels), str(labels.tolist())) if labels.ndim == 0 else _cut(labels.tolist())
         vocabulary = getattr(self.model.config, "vocab_size", 0) or 0
         predicts_tokens = tokenizer is not None and len(names) < vocabulary and self._predicts_tokens(labels, ids)
-        known = [n if n == ignored else None for n in labels.tolist()]
-        words = tokenizer.convert_ids_to_tokens(labels.clamp(min=0).tolist()) if predicts_tokens else None
-        if words is None:
+        if predicts_tokens:
+            words = tokenizer.convert_ids_to_tokens(labels.clamp(min=0).tolist())
+        else:
             words = [names.get(n, str(n)) for n in labels.tolist()]
-        return _cut(["·" if one is not None else word for one, word in zip(known, words, strict=True)])
+        return _cut(["·" if n == ignored else word for n, word in zip(labels.tolist(), words, strict=True)])
 
     def _predicts_tokens(self, labels: Tensor, ids: Tensor | None) -> bool:
         """Return whether labels are token ids: those of a language model, or of a decoder."""
@@ -92,8 +91,7 @@ class PreviewRun(Run):
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         states = trained * (1 + _ADAM_STATES)
         lines = [f"Memory: {_size(weights)} of weights, {_size(states)} of gradients and AdamW states, and activations"]
-        with ExitStack() as stack:
-            stack.enter_context(preserve_gradients(self.model))
+        with preserve_gradients(self.model):
             return lines + self._timed()
 
     def _timed(self) -> list[str]:

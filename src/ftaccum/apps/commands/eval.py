@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ...errors import SettingsError
 from ..exit_status import OK
-from ..options import parse_options
+from ..options import check_output_file, parse_options
 from ..trained_options import checked, read_options
 
 _DESCRIPTION = (
@@ -22,8 +21,8 @@ def run(words: Sequence[str]) -> int:
     source, options = read_options("eval", words)
     named, output, recipe, runtime = parse_options("eval", options, _DESCRIPTION)
     named, settings = checked(named, output, recipe, runtime)
-    if output.json is not None and not Path(output.json).parent.is_dir():
-        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Create the folder first."])
+    if output.json is not None:
+        check_output_file("json", output.json)
 
     # These imports take seconds, so check the input first.
     from accelerate import PartialState
@@ -40,6 +39,6 @@ def run(words: Sequence[str]) -> int:
         print(f"rows  {found.n_rows:,}", f"loss  {found.loss:.6g}", sep="\n")
         print(*(f"{name}  {value:.6g}" for name, value in found.metrics.items()), sep="\n")
         if output.json is not None:
-            Path(output.json).write_text(json.dumps(asdict(found), indent=2) + "\n")
+            Path(output.json).expanduser().write_text(json.dumps(asdict(found), indent=2) + "\n")
     state.destroy_process_group()
     return OK

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...arguments import find_faults, parse_settings
-from ...errors import SettingsError, refuse
+from ...errors import refuse
 from ...tasks.arguments import TrainArguments
 from ..exit_status import FAILED, OK
-from ..options import checked_names, parse_options
+from ..options import check_output_file, checked_names, parse_options
 
 _DESCRIPTION = (
     "Accumulates the gradient of one update in many ways, and compares each with the gradient of the same rows\n"
@@ -25,8 +25,8 @@ def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
     named, adapters, output, settings, recipe, runtime = parse_options("verify", words, _DESCRIPTION)
     named, lora = checked_names(named, "verify"), adapters.lora_argument()
-    if output.json not in (None, "-") and not Path(output.json).parent.is_dir():
-        raise SettingsError([f"`--json` {output.json!r} is in a folder that does not exist. Create the folder first."])
+    if output.json not in (None, "-"):
+        check_output_file("json", output.json)
 
     parse_settings(vars(recipe) | vars(runtime))
     refuse(find_faults(settings))
@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
         state = PartialState()
     if state.is_main_process:
         if output.json not in (None, "-"):
-            found.save(output.json)
+            found.save(Path(output.json).expanduser())
         print(found.to_json() if output.json == "-" else found)
     state.destroy_process_group()
     return OK if found.exact else FAILED
