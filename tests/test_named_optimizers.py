@@ -321,6 +321,17 @@ def test_a_search_varies_the_optimizer() -> None:
         quick(space={"optimizer": CategoricalDistribution(["lion", "sgd"])}, adam_beta1=0.8)
 
 
+def test_a_search_with_a_function_continues_with_it_and_not_with_a_name(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path), "accumulation_steps": (1,), "n_epochs": 1, "n_trials": 1,
+        "optimizer_groups": {"weight": {"lr": 0.1}},
+    }  # fmt: skip
+    for _ in range(2):
+        assert len(quick(optimizer=SGD, **arguments).trials) == 1
+    with pytest.raises(SettingsError, match=r"was created with `optimizer` None, and this search has 'lion'"):
+        quick(optimizer="lion", **arguments)
+
+
 def test_a_search_couples_the_beta2_of_a_named_optimizer() -> None:
     study = quick(
         couple_beta2=True, optimizer="muon", adam_beta2=0.99, accumulation_steps=(2,), n_epochs=1, n_trials=3,

@@ -77,7 +77,7 @@ def test_two_stacks_of_layers_have_embeddings_of_their_own() -> None:
 
 
 class Experts(nn.Module):
-    """A model of two layers with five experts each, whose head is registered first."""
+    """A model of two layers with five experts each, whose head is registered first, and an embedding last."""
 
     base_model_prefix = "base"
 
@@ -87,15 +87,13 @@ class Experts(nn.Module):
         self.base = nn.Module()
         self.base.first = nn.Linear(2, 2)
         self.base.layers = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(5)) for _ in range(2))
+        self.base.embedding = nn.Embedding(3, 2)
 
 
 def test_lists_inside_a_layer_are_no_layers() -> None:
     rates = rates_of(Experts(), layerwise_lr_decay=DECAY)
-    expected = {
-        name: RATE * {"h": 1, "base.l": 0, "base.f": 1 / 8}[re.match(r"h|base\.[lf]", name)[0]]  # type: ignore[index]
-        or RATE / (4 if ".layers.0." in name else 2)
-        for name in rates
-    }
+    factors = {"head": 1, "base.layers.1": 1 / 2, "base.layers.0": 1 / 4, "base.first": 1 / 8, "base.embedding": 1 / 8}
+    expected = {name: RATE * next(f for part, f in factors.items() if name.startswith(part)) for name in rates}
     assert {name: rate for name, (rate, _) in rates.items()} == pytest.approx(expected)
 
 

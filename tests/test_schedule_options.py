@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+from torch import nn
 from torch.optim import SGD
 
 from ftaccum import SettingsError
@@ -42,6 +43,15 @@ def test_a_minimum_is_compared_with_the_peak_of_the_run() -> None:
     own = lambda groups: SGD(groups, lr=0.1)
     arguments = {"n_epochs": 6, **options}
     assert train(model, rows, own, **arguments).lr_history == pytest.approx(cosine(0.2))
+
+
+def test_a_minimum_is_compared_with_the_learning_rate_if_all_groups_have_lower_ones() -> None:
+    _, rows = regression()
+    model = nn.Sequential(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(5, 2).double()])}))
+    model.forward = lambda inputs: model[0]["layers"][0](inputs)  # type: ignore[method-assign]
+    options: dict[str, Any] = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.02}}
+    found = train(model, rows, None, learning_rate=RATE, n_epochs=6, layerwise_lr_decay=0.5, **options).lr_history
+    assert found == pytest.approx([rate / 2 for rate in cosine(0.2)])
 
 
 def test_the_default_rate_of_an_optimizer_is_unchanged() -> None:
