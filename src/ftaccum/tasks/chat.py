@@ -15,6 +15,7 @@ from .arguments import NamedArguments
 from .chat_tokens import encoded
 from .columns import Role
 from .conversations import COMPLETION, MESSAGES, PROMPT, TEMPLATE_ARGUMENTS, TOOLS, Conversation
+from .fast_tokenizer import check_fast
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
 from .token_accuracy import TokenAccuracy, predicted_tokens
@@ -52,6 +53,7 @@ class Chat(Task):
         if self._template is not None:
             processor.chat_template = self._template  # saved with the model, too
         refuse(self._faults(processor))
+        check_fast(processor, self.named.task)
         _check_columns(rows, argument)
         limit = token_limit(processor, model.config, model, options.max_length)
         tokens = rows.map(
@@ -80,15 +82,12 @@ class Chat(Task):
         return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
 
     def _faults(self, tokenizer: Any) -> list[str]:
-        named = self.named.tokenizer or self.named.model
-        if tokenizer.chat_template is None:
-            return [
-                f"The tokenizer of {named!r} has no chat template. Choose a chat model, often named -Instruct, or give "
-                "a template with `chat_template`."
-            ]
-        if not tokenizer.is_fast:
-            return [f"{named!r} has no fast tokenizer, which shows where answers begin. Choose one that has."]
-        return []
+        if tokenizer.chat_template is not None:
+            return []
+        return [
+            f"The tokenizer of {self.named.tokenizer or self.named.model!r} has no chat template. Choose a chat model, "
+            "often named -Instruct, or give a template with `chat_template`."
+        ]
 
 
 @dataclass(frozen=True)
