@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
+from transformers import BertTokenizerFast
 
 from fake_hub import READ, WRITE, FakeHub, fake_hub
 from ftaccum import OutputWarning, Result, SettingsError, search, test_fine_tuning
@@ -233,6 +234,26 @@ def test_the_command_line_checks_the_hub_before_it_loads_anything(
     given = {"push_to_hub": "anna/model", "output_dir": str(tmp_path)}
     assert faults_before_loading(given, looks_at_files=False) == []
     assert hub.asked == []
+
+
+@pytest.mark.slow
+def test_commands_without_an_output_folder_upload_the_model_from_their_own(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    CLASSIFIER.model().float().save_pretrained("base")
+    Path("vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nbad\n")
+    BertTokenizerFast(vocab="vocab.txt", model_max_length=8).save_pretrained("base")
+    Path("rows.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 8)
+    words = ["--model", "base", "--train_data", "rows.csv", "--n_epochs", "1", "--verbosity", "quiet", "--push_to_hub"]
+    assert main(["train", *words, "anna/one"]) == 0
+    (folder,) = Path("outputs").iterdir()
+    assert hub.files["anna/one"] == contents(folder / "model")
+    assert "tokenizer.json" in hub.files["anna/one"]
+    assert main(["preview", *words, "anna/two"]) == 0
+    assert "anna/two" not in hub.files
+    assert main(["search", *words, "anna/two", "--n_trials", "1", "--accumulation_steps", "1", "--refit"]) == 0
+    assert hub.files["anna/two"] == contents(Path("outputs/search/best/model"))
 
 
 @pytest.mark.slow

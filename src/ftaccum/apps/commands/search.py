@@ -39,7 +39,7 @@ def run(words: Sequence[str]) -> int:
     # The real metrics may need the tokenizer. Before it is loaded, it only matters whether there are any.
     check_before_loading({**arguments, "val_data": named.val_data, "compute_metrics": print if measures else None})
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
-        model_factory, loaded = load_factory(named, vars(recipe) | vars(runtime) | {"lora": lora})
+        model_factory, loaded = load_factory(named, shared)
     study = search(model_factory, **loaded.arguments(), **arguments)
     found, state = best_trial(study) is not None, PartialState()
     if found and not settings.refit and state.is_main_process and runtime.verbosity != "quiet":
