@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CanineTokenizer, EvalPrediction, GPT2Tokenizer
+from transformers import ByT5Tokenizer, EvalPrediction, GPT2Tokenizer
 
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.tasks.entities import entities, entity_scores, mark_entities
@@ -140,8 +140,8 @@ def test_a_validation_tag_that_training_lacks_is_named(encoder: str, tmp_path: P
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(SettingsError, match="CanineTokenizer is a slow tokenizer"):
-        check_fast(CanineTokenizer(), "token-classification")
+    with pytest.raises(SettingsError, match="ByT5Tokenizer is a slow tokenizer"):
+        check_fast(ByT5Tokenizer(), "token-classification")
     check_fast(piece_tokenizer(), "token-classification")
 
 
