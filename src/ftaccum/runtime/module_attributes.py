@@ -29,6 +29,8 @@ class ModuleAttributes:
     def __init__(self, *modules: nn.Module) -> None:
         everything = dict.fromkeys(inner for module in modules for inner in module.modules())
         snapshots = _Snapshots()
+        for module in everything:
+            _settle_8bit_weights(module)
         self._kept = {
             module: {name: snapshots.keep(value) for name, value in _attributes(module)} for module in everything
         }
@@ -56,6 +58,15 @@ class ModuleAttributes:
     def hold_generators(self) -> bool:
         """Return whether any attribute is a random number generator."""
         return any(isinstance(value.value, _GENERATORS) for kept in self._kept.values() for value in kept.values())
+
+
+def _settle_8bit_weights(module: Any) -> None:
+    """Do what the first forward pass of an 8-bit layer of bitsandbytes does: move scales from the weight to its state.
+
+    The move cannot be undone. If only the state were restored, the layer would quantise its 8-bit weights again.
+    """
+    if getattr(module, "init_8bit_state", None) is not None and getattr(module.weight, "CB", None) is not None:
+        module.init_8bit_state()
 
 
 @functools.cache
