@@ -20,6 +20,7 @@ from ftaccum import CheckpointError, SettingsError, test_fine_tuning, verify
 from ftaccum.training.adapters import head_modules, task_type
 from heads import HEADS, Row, all_in_float64, one_batch, relative_error
 from interrupted import fine_tuned
+from interrupted import model as interrupted_model
 from invariance import difference, trained
 from running_out import limited
 from searching import quick
@@ -114,6 +115,17 @@ def test_a_dict_or_a_configuration_of_peft_sets_the_adapters() -> None:
 def test_task_and_head_follow_the_model(name: str, task: str | None, modules: list[str]) -> None:
     model = HEADS[name].model()
     assert (task_type(model), head_modules(model)) == (task, modules)
+
+
+def test_the_seed_of_the_run_decides_the_first_adapters() -> None:
+    weights = []
+    for state, seed in ((0, 42), (1, 42), (0, 43)):
+        torch.manual_seed(state)
+        initial = Initial()
+        run(BERT.model(), BERT.rows(), lora=True, max_updates=1, callbacks=[initial], random_seed=seed)
+        weights.append(next(t for name, t in initial.weights.items() if "lora_A" in name))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 class Linear(nn.Module):
@@ -295,6 +307,10 @@ def test_resuming_adapters_with_dropout_changes_no_bit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"`lora` was .*lora_alpha=4.* but is .*lora_alpha=8"):
         fine_tuned(lora=lora | {"lora_alpha": 8}, resume=str(there), **arguments)
     fine_tuned(lora=lora | {"lora_alpha": 8}, resume=str(there), allow_changed=["lora"], **arguments)
+    other: Any = interrupted_model()
+    nn.init.normal_(other.classifier.weight)  # the head that the trained one replaces
+    differences = whole.differences(fine_tuned(other, lora=lora, resume=str(there), **arguments))
+    assert differences == ["classifier.original_module.weight"]
 
 
 def test_a_search_adds_adapters_to_each_new_model() -> None:

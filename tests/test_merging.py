@@ -58,6 +58,20 @@ def test_commands_that_load_a_model_to_train_have_the_options_of_adapters() -> N
     assert commands == ["train", "preview", "search", "verify"]
 
 
+@pytest.mark.parametrize("command", ["verify", "search"])
+def test_verify_and_search_pass_adapters_on(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, lora: Any, **__: Any) -> None:
+        raise SettingsError([f"given: {lora}"])
+
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"ftaccum.apps.{command}.api.{command}", refuse)
+    assert main([command, "--model", "base", "--train_data", "rows.csv", "--lora_r", "4"]) == 2
+    assert capsys.readouterr().err.endswith("given: {'r': 4}\n")
+
+
 def write_inputs(folder: Path) -> None:
     """Write a tiny language model, which lacks the pooler and the head of a classifier, and texts of three classes."""
     config = {**HEADS["masked LM, BERT"].config.to_dict(), "architectures": None}
