@@ -81,6 +81,12 @@ def csv_file() -> dict[str, Any]:
     return {}
 
 
+def answers() -> dict[str, Any]:
+    """Return a causal LM and rows of prompts and answers."""
+    rows = [{"input_ids": [3, 4, n, 2], "labels": [-100, -100, n, 2]} for n in range(5, 12)]
+    return {"model": causal_lm(), "prompts_and_answers": rows}
+
+
 def loop() -> dict[str, Any]:
     """Return the parts of a hand-written loop: a model and a loader of rows, or a module and a loader of pairs."""
     model, net = causal_lm(), torch.nn.Linear(3, 2)
@@ -111,6 +117,7 @@ EQUAL = [{"input_ids": torch.arange(n, n + 4)} for n in range(1, 6)]
 NAMES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "premise": pairs,
     "my_loss": weighted_loss,
+    "prompts_and_answers": answers,
     "streaming=True": hub_stream,
     'resume="auto"\n)': token_rows,
     "accumulation_steps=[(0, 2)": token_rows,

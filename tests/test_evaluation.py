@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 from evaluated import ROWS, VAL_ROWS, evaluated, reference
 from ftaccum import F1, Accuracy, ClassificationMetrics, MeanSquaredError, SettingsError, test_fine_tuning
 from heads import HEADS, all_in_float64, one_batch
+from test_generation import OPTIONS, predicted
 
 
 @pytest.mark.parametrize("name", ["causal LM, Llama", "token classification, BERT", "question answering, BERT"])
@@ -184,6 +185,8 @@ def test_two_processes_evaluate_the_same_rows(two_processes: Callable[..., str])
         wanted = logits.argmax(-1).tolist()
         assert ids == wanted + [-100] * (len(ids) - len(wanted))
     assert found["gathered"] == [[13, 13], [0, 0]]
+    sampled = predicted(name, eval_batch_size=3, generation_kwargs=OPTIONS | {"do_sample": True, "top_k": 0})
+    assert found["texts"] == sampled.predictions.tolist()
     (failed,) = set(found["failed"])
     assert failed.startswith("MetricsError: `preprocess_logits_for_metrics` failed on row")
     assert "OwnError('broken') (Process 1 raised this" in failed

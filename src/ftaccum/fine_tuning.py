@@ -75,6 +75,7 @@ def test_fine_tuning(
     count_items: CountItems | None = None,
     compute_metrics: ComputeMetrics | None = None,
     preprocess_logits_for_metrics: PreprocessLogits | None = None,
+    generation_kwargs: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     evaluate_every: int | float | str | None = None,
     eval_batch_size: int | None = None,
@@ -224,6 +225,9 @@ def test_fine_tuning(
             over all batches, these are the `predictions` that `compute_metrics` gets. A language model needs it to
             keep token ids (`lambda logits, labels: logits.argmax(-1)`) instead of logits for the whole vocabulary.
             `compute_metrics` must be a function; an `evaluate` module gets classes without it.
+        generation_kwargs: arguments of `model.generate`, such as {"max_new_tokens": 64}. An evaluation then generates
+            a text for each row, greedily by default, and the `predictions` are its token ids, padded with -100. A
+            decoder-only model continues the tokens before a row's first label. None: the predictions are logits.
         callbacks: `transformers.TrainerCallback` objects, called as `Trainer` calls them, except that `global_step`
             counts skipped updates too. They may stop the run, and request an evaluation, a checkpoint or a log entry.
             If one raises, the run ends with the current update and a checkpoint. `ftaccum.callbacks` has some.

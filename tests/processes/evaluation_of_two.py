@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from evaluated import evaluated
 from ftaccum import Accuracy, MetricsError, SettingsError
 from ftaccum.training import metrics, predictions
+from test_generation import OPTIONS, PROMPTS, lively
 
 state = PartialState(cpu=True)
 assert state.num_processes == 2, "torchrun was to start two"
@@ -77,6 +78,15 @@ evaluated(
     preprocess_logits_for_metrics=lambda logits, _: logits.argmax(-1),
 )
 found["gathered"] = gather_object([[len(batches) for batches in gathered]])
+evaluated(
+    CAUSAL,
+    model=lively(CAUSAL),
+    val_data=PROMPTS[CAUSAL],
+    batch_size=2,
+    learning_rate=1e-12,
+    compute_metrics=lambda p: found.update(texts=p.predictions.tolist()) or {},
+    generation_kwargs=OPTIONS | {"do_sample": True, "top_k": 0},
+)
 
 
 def fails_on_the_second(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "text_columns": "premise,hypothesis",
     "max_length": "512",
     "doc_stride": "128",
+    "source_prefix": "'summarize: '",
+    "max_target_length": "128",
     "sampler": {"model and data": "balanced", "search": "random"},
     # loss
     "class_weights": "balanced",

@@ -83,6 +83,13 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
             vars(model).update({name: value for name, value in given.items() if name == "forward"})
 
 
+def computes_in_16_bits(model: nn.Module) -> bool:
+    """Return whether any weight is bf16 or fp16, or the model autocasts to one of them."""
+    weights = list(model.parameters())
+    autocasts = "_original_forward" in vars(model) or torch.is_autocast_enabled(weights[0].device.type)
+    return autocasts or any(p.dtype.itemsize == 2 for p in weights)
+
+
 @contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
     """Turn off the cache of keys and values, which only generation needs.

@@ -17,6 +17,7 @@ TASKS = {
     "chat": "ftaccum.tasks.chat:Chat",
     "causal-lm": "ftaccum.tasks.causal_lm:CausalLM",
     "masked-lm": "ftaccum.tasks.masked_lm:MaskedLM",
+    "seq2seq": "ftaccum.tasks.seq2seq:Seq2Seq",
 }
 
 # The tasks that an option belongs to; other options belong to all tasks.
@@ -26,6 +27,8 @@ TASK_OPTIONS = {
     "mlm_probability": ("masked-lm",),
     "doc_stride": ("question-answering",),
     "problem_type": ("text-classification", "image-classification"),
+    "source_prefix": ("seq2seq",),
+    "max_target_length": ("seq2seq",),
 }
 
 Dtype = Annotated[str, one_of("auto", "float32", "bfloat16", "float16")]
@@ -57,11 +60,15 @@ class ModelArguments:
 
 @dataclass
 class LanguageModelOptions:
-    """Options of the tasks causal-lm, chat and masked-lm."""
+    """Options of the tasks causal-lm, chat, masked-lm and seq2seq."""
 
     packing: Flag = _data(False, "causal-lm: join the texts and split them into rows of max_length tokens")
     chat_template: Text | None = _data(None, "chat: file of a Jinja chat template; none: that of the tokenizer")
     mlm_probability: Share = _data(0.15, "masked-lm: share of the tokens to predict")
+    source_prefix: Text | None = _data(None, "seq2seq: text to put before each source, such as 'summarize: '")
+    max_target_length: PositiveInt | None = _data(
+        None, "seq2seq: most tokens of a target, and of a generated text; none: 128, or the positions of the model"
+    )
 
 
 @dataclass

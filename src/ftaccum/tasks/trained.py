@@ -77,7 +77,7 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
         logger.info(describe_columns(chosen, raw.column_names))
     rows = by_role(raw, chosen)
     if not needs_targets:
-        rows = rows.remove_columns([name for name in ("label", "labels") if name in rows.column_names])
+        rows = rows.remove_columns([n for n in {"label", "labels", *task.targets} if n in rows.column_names])
     source = ModelSource(named, task.model_class, task.processor_class, {}, named.dtype)
     if (Path(named.model) / ADAPTER).is_file():
         model, processor = load_with_base(Path(named.model)), source.load_processor()

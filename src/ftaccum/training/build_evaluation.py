@@ -16,6 +16,7 @@ from .best_evaluation import BestEvaluation
 from .build_run import TrainingSetup
 from .evaluation import Evaluation
 from .evaluator import Evaluator
+from .generator import Generator
 from .metrics import Metrics
 
 
@@ -39,6 +40,7 @@ def build_evaluation(run: Run, loader: Loader, n_rows: int) -> Evaluation:
         planner=replace(run.planner, packed=False, limits=limits),
         process_group=run.process_group,
         metrics=_build_metrics(run),
+        generator=build_generator(run, run.data.ignore_index),
     )
     evaluation.check_memory(run.model, run.config.components.configuration)
     return evaluation
@@ -55,6 +57,25 @@ def _build_metrics(run: Run) -> Metrics | None:
         run.data.objective,
         run.data.ignore_index,
         run.process_group,
+    )
+
+
+def build_generator(run: Run, ignore_index: int) -> Generator | None:
+    """Return what generates the texts of a run's model; None if it has no `generation_kwargs`.
+
+    Args:
+        ignore_index: the label of tokens that are no answer.
+    """
+    components = run.config.components
+    if components.generation_kwargs is None:
+        return None
+    return Generator(
+        run.model,
+        components.generation_kwargs,
+        tokenizer=components.tokenizer,
+        pad_token_id=components.pad_token_id,
+        ignore_index=ignore_index,
+        seed=run.config.recipe.random_seed,
     )
 
 

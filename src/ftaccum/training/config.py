@@ -21,7 +21,8 @@ from ..settings.runtime import Runtime
 from ..tracking.run_record import Command
 from ..tracking.selection import fault_of_criterion
 from .adapters import faults_of_adapters
-from .metrics import ComputeMetrics, PreprocessLogits, faults_of_metrics
+from .generation_config import faults_of_generation
+from .metrics import ComputeMetrics, PreprocessLogits, faults_of_metrics, is_function
 from .named_optimizers import faults_of_optimizer
 from .optimizer import CoupledBeta2, OptimizerFactory
 from .schedule import faults_of_lr_scheduler
@@ -46,6 +47,7 @@ class Components:
     callbacks: Sequence[TrainerCallback] = ()
     preprocess_logits_for_metrics: PreprocessLogits | None = None
     lora: Any = None
+    generation_kwargs: Mapping[str, Any] | None = None
 
     @property
     def configuration(self) -> Any:
@@ -155,6 +157,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     more = (
         *faults_of_metrics(components.compute_metrics, components.preprocess_logits_for_metrics),
+        *_faults_of_generation(components),
         fault_of_callbacks(components.callbacks),
         *faults_of_optimizer(recipe, components.optimizer),
         *faults_of_lr_scheduler(recipe),
@@ -181,6 +184,17 @@ def _faults_of_own_loss(components: Components, recipe: Recipe) -> list[str]:
         for reason, holds in contradict.items()
         if value and holds
     ]
+
+
+def _faults_of_generation(components: Components) -> list[str]:
+    if components.generation_kwargs is None:
+        return []
+    return faults_of_generation(
+        components.generation_kwargs,
+        components.model,
+        has_function=is_function(components.compute_metrics),
+        preprocesses=components.preprocess_logits_for_metrics is not None,
+    )
 
 
 def faults_of_evaluation(recipe: Recipe, *, has_metrics: bool, has_val_data: bool) -> list[str]:

@@ -15,7 +15,8 @@ from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import training_mode
-from .metrics import Metrics
+from .generator import Generator
+from .metrics import GENERATED, Metrics
 from .prediction_memory import check_prediction_memory, vocabulary_sizes
 from .predictions import BatchPredictions
 
@@ -36,10 +37,11 @@ class Evaluation:
         planner: MicroBatchPlanner,
         process_group: ProcessGroup,
         metrics: Metrics | None,
+        generator: Generator | None = None,
     ) -> None:
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
         self._n_rows, self._planner, self._process_group = n_rows, planner, process_group
-        self._metrics = metrics
+        self._metrics, self._generator = metrics, generator
 
     def check_memory(self, model: nn.Module, config: Any) -> None:
         """Raise SettingsError if `compute_metrics` would get the logits of every token of a language model.
@@ -50,7 +52,7 @@ class Evaluation:
             config: the model's configuration, or another object that may have a `vocab_size`.
         """
         metrics = self._metrics
-        if metrics is None or not metrics.keeps_outputs:
+        if metrics is None or self._generator is not None or not metrics.keeps_outputs:
             return
         with torch.no_grad(), training_mode(model, training=False):
             micro = self._loader.longest_rows(1)
@@ -111,6 +113,10 @@ class Evaluation:
         metrics, batch = self._metrics, fresh_batch(micro.batch, self._accelerator.device)
         labels = None if metrics is None else metrics.labels_of(batch)
         means, outputs = self._objective.means(model, batch, micro.counts, micro.terms, micro.names)
+        if self._generator is not None:
+            del outputs  # their memory is needed
+            batch, rows = fresh_batch(micro.batch, self._accelerator.device), micro.slice.rows
+            outputs = {GENERATED: self._generator(model, batch, rows, self._loader.name_of)}
         kept = [] if metrics is None else [metrics.keep(micro, outputs, labels)]
         return {term: mean.detach() for term, mean in means.items()}, kept
 

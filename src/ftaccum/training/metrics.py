@@ -34,6 +34,8 @@ from .predictions import (
 ComputeMetrics: TypeAlias = Callable[[EvalPrediction], Mapping[str, float]] | EvaluationModule | CombinedEvaluations
 PreprocessLogits: TypeAlias = Callable[[Any, Any], Any]
 
+GENERATED = "sequences"  # the output of generated token ids, as `model.generate` names it
+
 _MODULES = (EvaluationModule, CombinedEvaluations)
 
 
@@ -64,6 +66,11 @@ def faults_of_metrics(compute_metrics: Any, preprocess_logits: Any) -> list[str]
             "from the logits. Give a function as `compute_metrics`, or leave out `preprocess_logits_for_metrics`."
         )
     return faults
+
+
+def is_function(compute_metrics: Any) -> bool:
+    """Return whether `compute_metrics` gets an EvalPrediction."""
+    return callable(compute_metrics) and not isinstance(compute_metrics, _MODULES)
 
 
 def has_labels(compute_metrics: ComputeMetrics, model: nn.Module, batch: Batch) -> bool:

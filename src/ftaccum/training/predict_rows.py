@@ -14,6 +14,7 @@ from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.state_guards import training_mode
 from .base_run import Run
 from .build_collator import build_padding, build_row_collator
+from .build_evaluation import build_generator
 from .build_rows import build_rows
 from .config import RunConfig
 from .predictions import (
@@ -30,7 +31,8 @@ from .predictions import (
 
 _ROWS_SORTED = 4096  # rows to sort by length together
 
-Predict = Callable[[Any, Any], Any]  # takes the model and a batch on its device, and returns tensors with rows first
+# Takes the model, a batch on its device and the positions of its rows, and returns tensors with rows first.
+Predict = Callable[[Any, Any, RowIndices], Any]
 
 
 def predict_rows(config: RunConfig, predict: Predict | None = None) -> Any:
@@ -38,8 +40,8 @@ def predict_rows(config: RunConfig, predict: Predict | None = None) -> Any:
 
     Args:
         config: the configuration of a run.
-        predict: returns the predictions of a batch. None: the model's outputs, or what
-            `preprocess_logits_for_metrics` makes of them.
+        predict: returns the predictions of a batch. None: the token ids of generated texts, if there are
+            `generation_kwargs`; else the model's outputs, or what `preprocess_logits_for_metrics` makes of them.
 
     Returns:
         On the main process, arrays with the rows in their order, padded with -100 as for `compute_metrics`. On the
@@ -49,7 +51,7 @@ def predict_rows(config: RunConfig, predict: Predict | None = None) -> Any:
         DataError: if the rows cannot be used.
     """
     with PredictionRun(config) as run:
-        return run.predict(predict or run.outputs_of)
+        return run.predict(predict or run.default_predict())
 
 
 class PredictionRun(Run):
@@ -72,6 +74,13 @@ class PredictionRun(Run):
         if not self.process_group.is_main:
             return None
         return join([each.predictions for each in gathered], [each.rows for each in gathered])
+
+    def default_predict(self) -> Predict:
+        """Return what generates texts, if there are `generation_kwargs`, or else what returns the model's outputs."""
+        generator = build_generator(self, IGNORE_INDEX)
+        if generator is None:
+            return lambda model, batch, _: self.outputs_of(model, batch)
+        return lambda model, batch, rows: generator(model, batch, rows, lambda row: f"row {row} of the data")
 
     def outputs_of(self, model: Any, batch: Any) -> Any:
         """Return a model's outputs for a batch, or what `preprocess_logits_for_metrics` makes of them."""
@@ -97,7 +106,7 @@ class PredictionRun(Run):
         batch = send_to_device(collator(rows, positions), self.accelerator.device)
         try:
             with self.accelerator.autocast():
-                predictions = predict(self.model, batch)
+                predictions = predict(self.model, batch, positions)
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(positions) < 2:
                 raise
