@@ -26,6 +26,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "max_rows": "1000",
     "text_columns": "premise,hypothesis",
     "max_length": "512",
+    "max_new_tokens": "256",
     "doc_stride": "128",
     "source_prefix": "'summarize: '",
     "max_target_length": "128",

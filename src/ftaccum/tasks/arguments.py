@@ -102,6 +102,9 @@ class TrainedArguments(FileOptions):
     task: Text | None = _data(None, f"kind of task: {', '.join(TASKS)}; none: that of the run")
     columns: Names | None = _data(None, "columns of the data by role, such as label=sentiment; none: those of the run")
     label_column: Text | None = _data(None, "column of the labels; short for columns label=NAME")
+    max_new_tokens: PositiveInt | None = _data(
+        None, "predict: most tokens of a generated text; none: 256, or for seq2seq max_target_length"
+    )
     max_rows: PositiveInt | None = _data(None, "use only this many of the first rows; none: all rows")
 
 

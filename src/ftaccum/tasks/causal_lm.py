@@ -2,13 +2,16 @@
 
 from typing import Any
 
+from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from ..data.encode_table import encode_table
 from ..data.text_columns import choose_columns
 from ..data.tokenize import token_limit
-from ..errors import refuse
+from ..errors import DataError, refuse
 from ..runtime.log import logger
 from ..settings.recipe import Recipe
+from .generated_text import generated_columns, generation_arguments
 from .packed_rows import BLANK, PACKED_COLUMNS, DocumentEncoder, pack
 from .plain_text import PlainText
 from .row_warnings import warn_of_rows
@@ -60,6 +63,24 @@ class CausalLM(PlainText):
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         accuracy = TokenAccuracy(next_token=True)
         return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+
+    def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
+        """Return the tokens of each text, which the model continues."""
+        texts = super().encode(rows, "data", processor, model, options)
+        columns = choose_columns(texts, "data", options.text_columns, next_token=True)
+        limit = token_limit(processor, model.config, model, options.max_length)
+        encode = DocumentEncoder(columns.texts[0], "data", processor, None)
+        tokens = encode_table(texts, encode, "Tokenising data", options.num_proc or 1, "data").remove_columns([BLANK])
+        too_long = next((n for n, ids in enumerate(tokens["input_ids"]) if limit and len(ids) > limit), None)
+        if too_long is not None:
+            raise DataError(f"In `data`, row {too_long} has more than {limit} tokens. Shorten it.")
+        return tokens
+
+    def prediction_arguments(self, processor: Any, model: Any, max_new_tokens: int | None) -> dict[str, Any]:  # noqa: ARG002
+        return generation_arguments(max_new_tokens)
+
+    def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
+        return generated_columns(predictions, processor)
 
     def _faults(self, options: EncodingOptions) -> list[str]:
         if not self.named.packing:

@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from ..data.encode_table import encode_table
 from ..data.tokenize import token_limit
 from ..errors import DataError, SettingsError, refuse
 from ..objective.item_counts import IGNORE_INDEX
 from .arguments import NamedArguments
-from .chat_tokens import encoded
+from .chat_tokens import encoded, prompt_tokens
 from .columns import Role
 from .conversations import COMPLETION, MESSAGES, PROMPT, TEMPLATE_ARGUMENTS, TOOLS, Conversation
 from .fast_tokenizer import check_fast
+from .generated_text import generated_columns, generation_arguments
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
 from .token_accuracy import TokenAccuracy, predicted_tokens
@@ -81,6 +83,18 @@ class Chat(Task):
         accuracy = TokenAccuracy(next_token=True)
         return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
 
+    def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:  # noqa: ARG002
+        """Return the tokens of each conversation up to its last answer, which is left out."""
+        refuse(self._faults(processor))
+        columns = tuple(name for name in rows.column_names if name in self.roles)
+        return encode_table(rows, _PromptEncoder(processor, columns), "Tokenising data", options.num_proc or 1, "data")
+
+    def prediction_arguments(self, processor: Any, model: Any, max_new_tokens: int | None) -> dict[str, Any]:  # noqa: ARG002
+        return generation_arguments(max_new_tokens)
+
+    def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
+        return generated_columns(predictions, processor)
+
     def _faults(self, tokenizer: Any) -> list[str]:
         if tokenizer.chat_template is not None:
             return []
@@ -117,6 +131,28 @@ class _Encoder:
             for name, value in zip(columns, (ids, labels, is_cut, is_answered), strict=True):
                 columns[name].append(value)
         return columns
+
+
+@dataclass(frozen=True)
+class _PromptEncoder:
+    """A function that tokenises conversations without their last answer.
+
+    Attributes:
+        columns: the columns to read.
+    """
+
+    tokenizer: Any
+    columns: Sequence[str]
+
+    def __call__(self, table: Mapping[str, list], positions: Sequence[int]) -> dict[str, list]:
+        return {"input_ids": [self._tokens(table, n, position) for n, position in enumerate(positions)]}
+
+    def _tokens(self, table: Mapping[str, list], n: int, position: int) -> list[int]:
+        row = {COMPLETION: "", **{name: table[name][n] for name in self.columns}}
+        try:
+            return prompt_tokens(Conversation.of_row(row), self.tokenizer)
+        except DataError as error:
+            raise DataError(f"In `data`, row {position}: {error}") from error
 
 
 def _check_columns(rows: Dataset, argument: str) -> None:

@@ -37,6 +37,25 @@ def encoded(conversation: Conversation, tokenizer: Any, limit: int | None) -> tu
     return ids[:limit], labels[:limit], limit is not None and len(ids) > limit
 
 
+def prompt_tokens(conversation: Conversation, tokenizer: Any) -> list[int]:
+    """Return the token ids of a conversation up to the start of its last answer, which is left out.
+
+    Raises:
+        DataError: if the template cannot format the messages, or there is nothing to answer.
+    """
+    messages = list(conversation.messages)
+    if messages and messages[-1]["role"] == ASSISTANT:
+        messages.pop()
+    if not messages:
+        raise DataError("there is no message to answer. Add one, or drop the row.")
+    more = {"tools": conversation.tools, **conversation.template_arguments}
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
+    except Exception as error:  # templates may raise anything
+        raise DataError(f"The chat template cannot format these messages: {error}. Fix or drop them.") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 class _Template:
     """The chat template of a tokenizer, applied to one conversation."""
 

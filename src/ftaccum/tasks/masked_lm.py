@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from datasets import Dataset
 from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 
 from ..errors import refuse
@@ -18,6 +17,7 @@ class MaskedLM(PlainText):
     and 10% by none (Devlin et al. 2019, BERT, appendix A.1).
     """
 
+    predicts = False  # what it predicts are tokens that training hides
     model_class = AutoModelForMaskedLM
     metrics = TokenAccuracy.NAMES
 
@@ -40,9 +40,3 @@ class MaskedLM(PlainText):
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         accuracy = TokenAccuracy(next_token=False)
         return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
-
-    def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:
-        raise NotImplementedError(
-            "The task 'masked-lm' has no predictions for a row of text: it predicts tokens that training hides. To "
-            "fill in a mask, use `pipeline('fill-mask', model=...)`."
-        )

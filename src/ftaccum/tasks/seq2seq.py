@@ -16,9 +16,10 @@ from ..runtime.log import logger
 from ..settings.recipe import Recipe
 from .arguments import NamedArguments
 from .columns import Role
+from .generated_text import generated_columns, generation_arguments
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
-from .text_metrics import TextMetrics, decoded, installed_metrics, missing_metrics
+from .text_metrics import TextMetrics, installed_metrics, missing_metrics
 
 _TARGET_LENGTH = 128  # tokens, if neither the user nor the model's positions say otherwise
 _CUT_TARGET, _BLANK_SOURCE, _BLANK_TARGET = "was_cut_target", "is_blank_source", "is_blank_target"
@@ -90,8 +91,11 @@ class Seq2Seq(Task):
             "generation_kwargs": {"max_new_tokens": self._longest_target(model)},
         }
 
+    def prediction_arguments(self, processor: Any, model: Any, max_new_tokens: int | None) -> dict[str, Any]:  # noqa: ARG002
+        return generation_arguments(max_new_tokens or self._longest_target(model))
+
     def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
-        return {"prediction": decoded(predictions, processor)}
+        return generated_columns(predictions, processor)
 
     def _longest_target(self, model: Any) -> int:
         """Return the most tokens of a target, its end token included.

@@ -39,6 +39,7 @@ class Task:
         model_class: the auto class with its head.
         processor_class: the auto class that reads the inputs.
         metrics: the names of its metrics, which `metric_for_best` may name.
+        predicts: whether it has predictions for rows.
         targets: the roles that a prediction does without.
         reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
         streams: whether it can train on a stream of rows.
@@ -50,6 +51,7 @@ class Task:
     metrics: tuple[str, ...] = ()
     reads_text: ClassVar[bool] = False
     streams: ClassVar[bool] = False
+    predicts: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("label",)
 
     def __init__(self, named: NamedArguments) -> None:
@@ -113,6 +115,22 @@ class Task:
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         """Return the arguments of `test_fine_tuning` that compute metrics. They need validation rows."""
         return {}
+
+    def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
+        """Return rows to predict, without what is predicted, as the model takes them.
+
+        Raises:
+            DataError: as in `encode`.
+        """
+        return self.encode(rows, "data", processor, model, options)
+
+    def prediction_arguments(self, processor: Any, model: Any, max_new_tokens: int | None) -> dict[str, Any]:  # noqa: ARG002
+        """Return the arguments of `test_fine_tuning` that decide what is predicted.
+
+        Args:
+            max_new_tokens: the most tokens of a generated text; None for the task's own limit.
+        """
+        return self.evaluation_arguments(processor, model)
 
     def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:
         """Return the columns that `ftaccum predict` writes, with one value for each row, in the order of the rows.

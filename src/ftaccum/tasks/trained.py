@@ -64,6 +64,8 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
     record, folder = _find(run)
     named = _named(run, given, record, folder)
     task = make_task(named)
+    if not (needs_targets or task.predicts):
+        raise SettingsError([f"The task {named.task!r} has no predictions for rows. Use `pipeline` of Transformers."])
     settings = _settings(settings, record)
     texts = settings["text_columns"] or ()
     options = ReadingOptions(delimiter=given.delimiter, encoding=given.encoding)
@@ -85,7 +87,11 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
         model, processor = source.load()
     task.read_config(model.config)
     encoding = EncodingOptions(settings["text_columns"], settings["max_length"], None, settings["add_eos_token"])
-    return Trained(task, model, processor, raw, rows, task.encode(rows, "data", processor, model, encoding), settings)
+    if needs_targets:
+        encoded = task.encode(rows, "data", processor, model, encoding)
+    else:
+        encoded = task.encode_inputs(rows, processor, model, encoding)
+    return Trained(task, model, processor, raw, rows, encoded, settings)
 
 
 def _find(run: str) -> tuple[RunRecord | None, str]:

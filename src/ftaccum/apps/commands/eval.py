@@ -34,7 +34,8 @@ def run(words: Sequence[str]) -> int:
 
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         trained = load_trained(source, named, settings, needs_targets=True)
-    found, state = evaluate_rows(trained_config(trained)), PartialState()
+    evaluation = trained.task.evaluation_arguments(trained.processor, trained.model)
+    found, state = evaluate_rows(trained_config(trained, evaluation)), PartialState()
     if state.is_main_process:
         print(f"rows  {found.n_rows:,}", f"loss  {found.loss:.6g}", sep="\n")
         print(*(f"{name}  {value:.6g}" for name, value in found.metrics.items()), sep="\n")

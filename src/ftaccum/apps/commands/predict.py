@@ -34,7 +34,8 @@ def run(words: Sequence[str]) -> int:
 
     with loading(verbosity=runtime.verbosity, progress=runtime.progress):
         trained = load_trained(source, named, settings, needs_targets=False)
-    predictions, state = predict_rows(trained_config(trained)), PartialState()
+    prediction = trained.task.prediction_arguments(trained.processor, trained.model, named.max_new_tokens)
+    predictions, state = predict_rows(trained_config(trained, prediction)), PartialState()
     if state.is_main_process:
         columns = trained.task.predicted_columns(predictions, trained.rows, trained.processor, trained.model)
         write_predictions(output.output, trained.raw, columns)
