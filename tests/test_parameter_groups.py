@@ -53,7 +53,7 @@ def expected_depth(name: str, layer: str, embeddings: str) -> int:
         ("causal LM, GPT-2", r"transformer\.h", r"wte|wpe"),
         ("seq2seq, T5", r"(?:encoder|decoder)\.block", "shared"),
         ("seq2seq, BART", r"(?:encoder|decoder)\.layers", r"shared|embed_"),
-        ("image classification, ViT", r"encoder\.layer|vit\.layers", "embeddings"),
+        ("image classification, ViT", r"(?:encoder\.layer|vit\.layers)", "embeddings"),
     ],
 )
 def test_the_rate_falls_from_layer_to_layer(head: str, layer: str, embeddings: str) -> None:
