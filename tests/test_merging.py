@@ -122,6 +122,7 @@ def test_adapters_of_a_new_classifier_are_merged_for_pipeline(
 
     # The base model has moved.
     shutil.move("base", "elsewhere")
+    capsys.readouterr()  # the progress bars of `pipeline`
     for words, sentence in (
         (["run", "--output", "again"], "The base model 'base' of the adapters cannot be loaded: "),
         (["run", "--output", "merged"], "`--output` is 'merged', which is not empty. Give a new folder."),
