@@ -52,4 +52,4 @@ def test_a_language_model_continues_each_text(tmp_path: Path) -> None:
 def test_a_task_without_predictions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--task", "masked-lm", "--data", "x.csv", "--output", str(tmp_path / "out.csv")]
     assert main(["predict", save_chat_model(tmp_path / "m"), *words]) == 2
-    assert "The task 'masked-lm' has no predictions for rows." in capsys.readouterr().err
+    assert "`ftaccum predict` has no predictions for the task 'masked-lm'." in capsys.readouterr().err

@@ -81,6 +81,14 @@ def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest
         (["eval", "{run}", "--data", "x.csv", "--json", "no/folder/found.json"], "in a folder that does not exist"),
         (["eval", "{run}", "--data", "x.csv", "--json", "{rows}"], "is a folder. Give the name of a file."),
         (["eval", "{rows}", "--data", "x.csv"], "has no trained model"),
+        (
+            ["eval", "{run}", "--data", "x.csv", "--task", "causal-lm"],
+            "the roles of the task 'causal-lm' are: none. Leave it out.",
+        ),
+        (
+            ["predict", "{run}/model", "--data", "x.csv", "--output", "x.csv", "--task", "causal-lm"],
+            "`ftaccum predict` has no predictions for the task 'causal-lm'.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(

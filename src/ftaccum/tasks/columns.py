@@ -38,7 +38,8 @@ def named_columns(named: NamedArguments, roles: Mapping[str, Role]) -> dict[str,
             faults.append(f"`label_column` is given, but the task {named.task!r} has no labels of that kind.")
         given["label"] = named.label_column
     if faults:
-        raise SettingsError([f"{fault} Write, for example, `columns={next(iter(roles))}=NAME`." for fault in faults])
+        remedy = f"Write, for example, `columns={next(iter(roles))}=NAME`." if roles else "Leave it out."
+        raise SettingsError([f"{fault} {remedy}" for fault in faults])
     return given
 
 

@@ -17,7 +17,6 @@ class MaskedLM(PlainText):
     and 10% by none (Devlin et al. 2019, BERT, appendix A.1).
     """
 
-    predicts = False  # what it predicts are tokens that training hides
     model_class = AutoModelForMaskedLM
     metrics = TokenAccuracy.NAMES
 

@@ -39,7 +39,6 @@ class Task:
         model_class: the auto class with its head.
         processor_class: the auto class that reads the inputs.
         metrics: the names of its metrics, which `metric_for_best` may name.
-        predicts: whether it has predictions for rows.
         targets: the roles that a prediction does without.
         reads_text: whether `test_fine_tuning` tokenises its rows, and shows which columns it reads.
         streams: whether it can train on a stream of rows.
@@ -51,7 +50,6 @@ class Task:
     metrics: tuple[str, ...] = ()
     reads_text: ClassVar[bool] = False
     streams: ClassVar[bool] = False
-    predicts: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("label",)
 
     def __init__(self, named: NamedArguments) -> None:

@@ -58,14 +58,16 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
         needs_targets: whether the rows must have the columns to compare with.
 
     Raises:
-        SettingsError: if there is no such run, or its model cannot be loaded.
+        SettingsError: if there is no such run, its model cannot be loaded, or its task cannot predict.
         DataError: if the rows cannot be read, or do not fit the task.
     """
     record, folder = _find(run)
     named = _named(run, given, record, folder)
     task = make_task(named)
-    if not (needs_targets or task.predicts):
-        raise SettingsError([f"The task {named.task!r} has no predictions for rows. Use `pipeline` of Transformers."])
+    if not needs_targets and type(task).predicted_columns is Task.predicted_columns:
+        raise SettingsError(
+            [f"`ftaccum predict` has no predictions for the task {named.task!r}. `ftaccum eval` measures its loss."]
+        )
     settings = _settings(settings, record)
     texts = settings["text_columns"] or ()
     options = ReadingOptions(delimiter=given.delimiter, encoding=given.encoding)
