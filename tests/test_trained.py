@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import pipeline
 
+from ftaccum import SettingsError
 from ftaccum.apps.cli import main
+from ftaccum.tasks.arguments import NamedArguments
+from ftaccum.tasks.columns import named_columns
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, save_encoder, save_rows
 
@@ -82,10 +85,6 @@ def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest
         (["eval", "{run}", "--data", "x.csv", "--json", "{rows}"], "is a folder. Give the name of a file."),
         (["eval", "{rows}", "--data", "x.csv"], "has no trained model"),
         (
-            ["eval", "{run}", "--data", "x.csv", "--task", "causal-lm"],
-            "the roles of the task 'causal-lm' are: none. Leave it out.",
-        ),
-        (
             ["predict", "{run}/model", "--data", "x.csv", "--output", "x.csv", "--task", "causal-lm"],
             "`ftaccum predict` has no predictions for the task 'causal-lm'.",
         ),
@@ -96,3 +95,8 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     assert main([word.format(run=run, rows=run.parent) for word in words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_columns_of_a_task_without_roles_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"names the role 'label', but .* are: none\. Leave it out"):
+        named_columns(NamedArguments(task="plain", columns=("label=stars",)), {})
