@@ -1,11 +1,13 @@
 """The tasks that give a row one class, several classes or a number."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, V
 
 from ftaccum import DataError, load_task, test_fine_tuning
 from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
+from ftaccum.tasks.labels import Labels
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, save_encoder, save_rows, task_errors
 
@@ -133,6 +136,54 @@ def test_a_validation_label_that_training_lacks_is_named(encoder: str, tmp_path:
         DataError, match="In `val_data`, row 2 has the label 'c', which is none of the classes that the"
     ):
         load_task("text-classification", encoder, train, val)
+
+
+RATED = Labels("single_label_classification", ("1", "10", "2"))  # sorted as text
+SPECIES = Labels("single_label_classification", ("ant", "bee", "cat"))
+KINDS = Labels("multi_label_classification", ("fun", "sad", "long"))
+
+
+def rows_with(labels: Any, feature: Any) -> Dataset:
+    rows = Dataset.from_dict({"text": ["a"] * len(labels), "label": labels})
+    return rows if feature is None else rows.cast(Features({"text": rows.features["text"], "label": feature}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "given", "encoded"),
+    [
+        pytest.param(SPECIES, ClassLabel(names=["bee", "cat"]), [0, 1], [1, 2], id="a folder that lacks a class"),
+        pytest.param(SPECIES, ClassLabel(names=["cat", "bee", "ant"]), [0, 2], [2, 0], id="another order"),
+        pytest.param(SPECIES, None, [0, 2], [0, 2], id="numbers"),
+        pytest.param(RATED, None, [1, 2, 10], [0, 2, 1], id="names that a CSV file has as numbers"),
+        pytest.param(
+            replace(SPECIES, names=("0", "1"), values=(0, 1)), ClassLabel(names=["no", "yes"]), [1, 0], [1, 0],
+            id="classes without names",
+        ),
+        pytest.param(KINDS, None, [[1, 0, 1], [0, 1, 1]], [[1, 0, 1], [0, 1, 1]], id="0 or 1 for each class"),
+        pytest.param(KINDS, None, [[0, 2], [1]], [[1, 0, 1], [0, 1, 0]], id="class numbers"),
+        pytest.param(KINDS, List(ClassLabel(names=["sad", "fun"])), [[0], [1, 0]], [[0, 1, 0], [1, 1, 0]], id="lists"),
+    ],
+)  # fmt: skip
+def test_other_rows_may_number_the_classes_otherwise(labels: Labels, feature: Any, given: Any, encoded: Any) -> None:
+    rows = rows_with(given, feature)
+    assert labels.encode(rows, "data")["label"][:] == encoded
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "given", "words"),
+    [
+        (SPECIES, ClassLabel(names=["bee", "dog"]), [0, 1], "row 1 has the label 'dog', which is none of the classes"),
+        (SPECIES, ClassLabel(names=["bee", "cat"]), [0, -1], "row 1 has the label -1, which is none"),
+        (replace(KINDS, multi_hot=True), None, [[1, 0, 1], [0, 1, 2]], "row 1 has the label [0, 1, 2], but needs a 0"),
+        (KINDS, None, [1, 0], "row 0 has the label 1, which is no list of classes"),
+        (SPECIES, None, [["ant"], ["bee"]], "row 0 has the label \"['ant']\", which is none"),
+    ],
+)
+def test_a_class_that_the_model_lacks_is_named(labels: Labels, feature: Any, given: Any, words: str) -> None:
+    rows = rows_with(given, feature)
+    with pytest.raises(DataError) as caught:
+        labels.encode(rows, "data")
+    assert words in str(caught.value)
 
 
 def test_images_of_a_folder_become_classes(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest
         (["eval", "{run}", "--data", "x.csv", "--json", "{rows}"], "is a folder. Give the name of a file."),
         (["eval", "{rows}", "--data", "x.csv"], "has no trained model"),
         (
-            ["predict", "{run}/model", "--data", "x.csv", "--output", "x.csv", "--task", "causal-lm"],
-            "`ftaccum predict` has no predictions for the task 'causal-lm'.",
+            ["predict", "{run}/model", "--data", "x.csv", "--output", "x.csv", "--task", "masked-lm"],
+            "`ftaccum predict` has no predictions for the task 'masked-lm'.",
         ),
     ],
 )

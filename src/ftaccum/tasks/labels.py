@@ -1,9 +1,10 @@
 """The labels of rows: one class, several classes, or a number for each row; and the names of the classes."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -92,8 +93,31 @@ class Labels:
             DataError: naming the first row whose label is missing, or is none of the classes.
         """
         values = check_labels(rows, argument, column)
-        encoded = [self._number(value, f"In `{argument}`, row {n}") for n, value in enumerate(values)]
+        labels, values = self._of_rows(values, rows.features[column])
+        encoded = [labels._number(value, f"In `{argument}`, row {n}") for n, value in enumerate(values)]
         return rows.remove_columns(column).add_column(column, encoded)
+
+    def _of_rows(self, values: list[Any], feature: Any) -> tuple["Labels", list[Any]]:
+        """Return the labels and values of rows in which numbers of classes are this object's, or names.
+
+        The classes of other rows may have other numbers: those of a folder of images that lacks a class, or class names
+        that are numbers, which a CSV file has as whole numbers.
+        """
+        if self.problem_type == REGRESSION:
+            return self, values
+        are_lists = all(isinstance(value, list) for value in values)
+        if self.problem_type == MULTI and are_lists and _is_multi_hot(values) and len(values[0]) == len(self.names):
+            return replace(self, multi_hot=True), values
+        inner = feature.feature if isinstance(feature, List | LargeList) else feature
+        if isinstance(inner, ClassLabel):
+            if tuple(inner.names) == self.names or _are_unnamed(self.names):
+                return replace(self, values=()), values
+            names = dict(enumerate(inner.names))
+            return replace(self, values=self.names), _mapped(values, lambda each: names.get(each, each))
+        each = chain.from_iterable(values) if are_lists else values
+        if self.values or not all(isinstance(one, int) and str(one) in self.names for one in each):
+            return self, values
+        return replace(self, values=self.names), _mapped(values, str)
 
     def _number(self, value: Any, name: str) -> Any:
         if self.problem_type == REGRESSION:
@@ -109,6 +133,8 @@ class Labels:
                 raise DataError(
                     f"{name} has {len(value)} labels, but there are {len(self.names)} classes. Give a 0 or 1 for each."
                 )
+            if not all(each in (0, 1) for each in value):
+                raise DataError(f"{name} has the label {value!r}, but needs a 0 or 1 for each class. Fix the label.")
             return [float(each) for each in value]
         held = {self._class(each, name) for each in value}
         return [float(n in held) for n in range(len(self.names))]
@@ -202,6 +228,16 @@ def _described(labels: Labels, values: Sequence[Any]) -> Labels:
 def _unnamed(n: int) -> tuple[str, ...]:
     """Return the names of classes that the data do not name."""
     return tuple(f"class {number}" for number in range(n))
+
+
+def _are_unnamed(names: Sequence[str]) -> bool:
+    """Return whether classes have only numbers: those of data without names, or those that Transformers gives them."""
+    return all(re.fullmatch(rf"(class |LABEL_)?{n}", name) for n, name in enumerate(names))
+
+
+def _mapped(values: Sequence[Any], change: Callable[[Any], Any]) -> list[Any]:
+    """Return values, or the values in lists, as a function changes them."""
+    return [[change(each) for each in value] if isinstance(value, list) else change(value) for value in values]
 
 
 def _is_multi_hot(values: Sequence[Any]) -> bool:
