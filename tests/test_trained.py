@@ -1,5 +1,6 @@
 """`ftaccum eval` and `ftaccum predict`: a trained model on new rows."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from transformers import pipeline
+from datasets import Dataset
+from transformers import GPT2Config, GPT2Model, pipeline
 
 from ftaccum import SettingsError
 from ftaccum.apps.cli import main
+from ftaccum.apps.prediction_file import write_predictions
 from ftaccum.tasks.arguments import NamedArguments
 from ftaccum.tasks.columns import named_columns
 from silent_errors.text_columns import word_tokenizer
@@ -100,3 +103,32 @@ def test_bad_input_is_one_sentence(
 def test_columns_of_a_task_without_roles_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"names the role 'label', but .* are: none\. Leave it out"):
         named_columns(NamedArguments(task="plain", columns=("label=stars",)), {})
+
+
+def test_written_rows_keep_every_digit_and_lists_become_json(tmp_path: Path) -> None:
+    rows = [{"id": 2**60 + 1, "x": 1 / 7, "tags": ["a", "ü"]}, {"id": None, "x": 1e-15, "tags": []}]
+    scores = [[1e-12, 1 / 3], [0.5, float("nan")]]
+    for suffix in (".jsonl", ".csv"):
+        write_predictions(str(tmp_path / f"out{suffix}"), Dataset.from_list(rows), {"scores": scores})
+    wanted = [row | {"scores": each} for row, each in zip(rows, [scores[0], [0.5, None]], strict=True)]
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == wanted
+    with (tmp_path / "out.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first == {"id": str(2**60 + 1), "x": repr(1 / 7), "tags": '["a", "ü"]', "scores": json.dumps(scores[0])}
+    assert second == {"id": "", "x": "1e-15", "tags": "[]", "scores": "[0.5, null]"}
+
+
+def test_a_run_of_adapters_is_evaluated_with_the_padding_that_it_was_trained_with(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 24, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    GPT2Model(GPT2Config(**sizes, **off, pad_token_id=3)).save_pretrained(tmp_path / "gpt")  # the tokenizer's is 0
+    word_tokenizer().save_pretrained(tmp_path / "gpt")
+    rows, run = save_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "run"
+    words = ["--model", str(tmp_path / "gpt"), "--train_data", rows, "--val_data", rows, "--label_column", "stars"]
+    words += ["--text_columns", "review", "--lora", "--n_epochs", "1", "--learning_rate", "1e-2", "--batch_size", "4"]
+    assert main(["train", *words, "--verbosity", "quiet", "--output_dir", str(run)]) == 0
+    assert main(["eval", str(run), "--data", rows, "--batch_size", "4", "--json", str(tmp_path / "found.json")]) == 0
+    trained = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    losses = [entry["val_loss"] for entry in trained if entry.get("val_loss") is not None]
+    assert json.loads((tmp_path / "found.json").read_text())["loss"] == pytest.approx(losses[-1], rel=1e-5)

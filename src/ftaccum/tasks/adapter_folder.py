@@ -73,7 +73,8 @@ def load_with_base(folder: Path, base: str | None = None) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
-            loaded = PeftModel.from_pretrained(model, str(folder))
+            # An evaluation measures gradients first, and so needs weights that can be trained.
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:  # PEFT raises errors of many types
         raise SettingsError(
             [f"The adapters in {str(folder)!r} do not fit the base model {name!r}: {error} Give theirs as `--base`."]
@@ -132,6 +133,8 @@ def _load_base(name: str, adapter: dict[str, Any], saved: dict[str, Any]) -> tup
     size = saved.get("vocab_size")
     if isinstance(size, int) and model.get_input_embeddings().weight.shape[0] != size:
         model.resize_token_embeddings(size)
+    if saved.get("pad_token_id") is not None:  # that of the tokenizer, by which classifiers find the last token
+        model.config.pad_token_id = saved["pad_token_id"]
     return model, sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
 
 
