@@ -26,6 +26,8 @@ from transformers import (
 from evaluated import VAL_ROWS, evaluated
 from ftaccum import Accuracy, PaddingWarning, SettingsError, test_fine_tuning
 from ftaccum.training.predictions import (
+    BatchPredictions,
+    HostArray,
     check_form,
     copy_to_host,
     ignored_outputs,
@@ -367,3 +369,9 @@ def test_the_loss_and_what_the_config_ignores_are_no_predictions() -> None:
     assert list(named_outputs((one, loss, other), ignored, None)) == ["0", "1", "2"]
     assert list(named_outputs(namedtuple("Outputs", "loss scores")(loss, other), ignored, None)) == ["1"]
     assert unwrapped(named_outputs(one, ignored, None)).equal(one)
+
+
+def test_predictions_of_rows_without_labels_have_a_size() -> None:
+    """Processes send predictions to the main one in pieces of a certain size."""
+    values = np.zeros((2, 3), np.float32)
+    assert BatchPredictions((0, 1), {"logits": HostArray(values, values.dtype)}, None).n_bytes == 24

@@ -40,7 +40,7 @@ class BatchPredictions:
 
     Attributes:
         rows: positions of its rows in the validation rows.
-        predictions, labels: HostArrays, or nested tuples, lists and dicts of them.
+        predictions, labels: HostArrays, or nested tuples, lists and dicts of them; labels are None for rows without.
     """
 
     rows: RowIndices
@@ -49,7 +49,8 @@ class BatchPredictions:
 
     @property
     def n_bytes(self) -> int:
-        return sum(array.values.nbytes for array in _arrays((self.predictions, self.labels)))
+        known = [each for each in (self.predictions, self.labels) if each is not None]
+        return sum(array.values.nbytes for array in _arrays(known))
 
 
 def label_columns(model: nn.Module) -> tuple[str, ...]:
