@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ftaccum import DataError, load_task, test_fine_tuning
+from ftaccum import DataError, SettingsError, load_task, test_fine_tuning
 from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
 from ftaccum.tasks.labels import Labels
 from silent_errors.text_columns import word_tokenizer
@@ -240,3 +240,16 @@ def test_metrics_of_several_classes_and_of_numbers() -> None:
     assert found["mse"] == pytest.approx(1 / 3)
     assert found["spearman"] == pytest.approx(1)
     assert np.isnan(regression_metrics(EvalPrediction(np.ones((3, 1)), np.array([1.0, 2.0, 3.0])))["pearson"])
+
+
+def test_freezing_weights_besides_adapters_is_refused() -> None:
+    """PEFT would train its own copy of a frozen head, and adapters in frozen layers."""
+    with pytest.raises(SettingsError, match="`freeze` is \\['classifier'\\], but `lora` freezes all weights besides"):
+        load_task("text-classification", "/absent", "/absent.csv", freeze=["classifier"], lora={})
+
+
+def test_adapters_with_their_usual_options_can_be_trained_on_weights_of_few_bits() -> None:
+    """The option `--lora` alone is an empty dict."""
+    with pytest.raises((DataError, SettingsError)) as caught:
+        load_task("text-classification", "/absent", "/absent.csv", load_in_8bit=True, lora={})
+    assert "cannot be trained" not in str(caught.value)

@@ -130,7 +130,8 @@ def load_factory(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[Ca
 def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSource, Loaded]:
     task = make_task(named)
     bits = {"load_in_4bit": named.load_in_4bit, "load_in_8bit": named.load_in_8bit}
-    refuse(faults_of_quantization(**bits, has_adapters=bool(settings.get("lora"))))
+    has_adapters = settings.get("lora") not in (None, False)
+    refuse(faults_of_quantization(**bits, has_adapters=has_adapters) + _faults_of_freeze(named, has_adapters))
     recipe, runtime = parse_settings(settings)
     train, val = load_rows(named, task, recipe.text_columns, recipe.random_seed)
     head = task.head(train)
@@ -151,6 +152,15 @@ def _load(named: TrainArguments, settings: Mapping[str, Any]) -> tuple[ModelSour
     if val is not None or recipe.validation_split:
         more |= task.evaluation_arguments(processor, model)
     return source, Loaded(model, processor, train, val, task, more)
+
+
+def _faults_of_freeze(named: TrainArguments, has_adapters: bool) -> list[str]:
+    if not (named.freeze and has_adapters):
+        return []
+    return [
+        f"`freeze` is {list(named.freeze)}, but `lora` freezes all weights besides the adapters and the head. Leave it "
+        "out; `target_modules` (`--lora_targets`) chooses the layers that get adapters."
+    ]
 
 
 def _new_model(source: ModelSource, processor: Any) -> Any:
