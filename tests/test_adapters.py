@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from exactness import windows_of
 from ftaccum import CheckpointError, SettingsError, test_fine_tuning, verify
+from ftaccum.runtime.adapters import fully_trained_modules
 from ftaccum.training.adapters import head_modules, task_type
 from heads import HEADS, Row, all_in_float64, one_batch, relative_error
 from interrupted import fine_tuned
@@ -85,6 +86,13 @@ def test_true_is_rank_16_on_all_linear_layers_with_the_head_trained_in_full(caps
     trainable, total = result.model.get_nb_trainable_parameters()
     by_hand = sum(p.numel() for n, p in result.model.named_parameters() if "lora_" in n or "modules_to_save" in n)
     assert trainable == by_hand < total
+
+
+def test_a_head_that_peft_does_not_know_is_trained_in_full() -> None:
+    result = run(HEADS["multiple choice, BERT"].model(), HEADS["multiple choice, BERT"].rows(), lora=True)
+    assert fully_trained_modules(result.model) == ["classifier"]
+    head = result.model.base_model.model.classifier
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
 
 
 def test_a_dict_or_a_configuration_of_peft_sets_the_adapters() -> None:

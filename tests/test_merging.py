@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast, LlamaForCausalLM, pipeline
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaForCausalLM,
+    pipeline,
+)
 from transformers.pipelines import Pipeline
 
 from ftaccum import SettingsError
@@ -150,6 +157,19 @@ def adapter_of(folder: Path, base: str, **lora: Any) -> Path:
     adapted = peft.get_peft_model(model, config)
     adapted.save_pretrained(folder)
     return folder
+
+
+def test_adapters_without_weights_that_their_base_model_lacks_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import peft
+
+    write_inputs(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")  # with a new pooler
+    config = peft.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 2
+    assert "lacks the weights bert.pooler.dense.bias, bert.pooler.dense.weight, and the" in capsys.readouterr().err
 
 
 def test_adapters_that_ftaccum_did_not_write_are_merged(tmp_path: Path) -> None:
