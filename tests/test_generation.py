@@ -19,6 +19,7 @@ from evaluated import VAL_ROWS, evaluated
 from ftaccum import Accuracy, DataError, SettingsError
 from ftaccum.training.generate_rows import generate_rows, generate_texts
 from ftaccum.training.generator import Generator
+from ftaccum.training.prompts import left_padded
 from heads import HEADS, Row, all_in_float64, one_batch
 
 CAUSAL, BART, T5 = "causal LM, Llama", "seq2seq, BART", "seq2seq, T5"
@@ -127,7 +128,6 @@ def test_an_evaluation_measures_the_loss_and_generates_each_row_once_in_order(na
     [
         (CAUSAL, {"num_beams": 3, "length_penalty": 2.0, "max_new_tokens": 5}),
         (CAUSAL, {"repetition_penalty": 3.0, "max_new_tokens": 9}),
-        (CAUSAL, {"repetition_penalty": 0.1}),
         (CAUSAL, {"no_repeat_ngram_size": 2, "min_new_tokens": 4, "max_new_tokens": 9}),
         (BART, {"num_beams": 3, "max_length": 5}),
         (BART, {"encoder_repetition_penalty": 3.0}),
@@ -214,6 +214,12 @@ def test_ngrams_of_padding_are_not_counted() -> None:
     texts = generate_rows(model, rows, options)
     assert texts == [generate_rows(model, [row], options)[0] for row in rows]
     assert [52, 52] in texts
+
+
+def test_padding_repeats_a_token_that_a_repetition_penalty_counts_anyway() -> None:
+    batch = left_padded([torch.tensor([9, 8]), torch.tensor([5, 6, 7, 5])])
+    assert batch["input_ids"].tolist() == [[9, 9, 9, 8], [5, 6, 7, 5]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
 
 
 def test_a_start_token_that_is_an_end_token_does_not_end_a_text() -> None:
