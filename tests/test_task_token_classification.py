@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from transformers import ByT5Tokenizer, EvalPrediction, GPT2Tokenizer
 
 from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
+from ftaccum.tasks.arguments import TrainedArguments
 from ftaccum.tasks.entities import entities, entity_scores, mark_entities
 from ftaccum.tasks.fast_tokenizer import check_fast
 from ftaccum.tasks.tagged_words import TaggedWords
 from ftaccum.tasks.token_classification import TagMetrics
+from ftaccum.tasks.trained import load_trained
 from task_files import piece_tokenizer, save_encoder, save_rows, task_errors
 
 NAMES = ["O", "B-LOC", "I-LOC", "B-PER"]
@@ -184,6 +186,19 @@ def test_metrics_count_the_first_token_of_each_word_and_match_the_predictions(en
     wanted = entity_scores(rows["tags"], named) | {"accuracy": right.mean()}
     assert result.metrics[-1] == pytest.approx(wanted)
     assert wanted["f1"] > 0.3, "it has learned something"
+
+
+def test_a_trained_model_reads_tags_by_its_own_names_and_predicts_without_them(encoder: str, tmp_path: Path) -> None:
+    loaded = load_task("token-classification", encoder, save_rows(tmp_path / "rows.jsonl", ROWS))
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    settings = {"text_columns": None, "max_length": None, "add_eos_token": None}
+    few = TrainedArguments(data=save_rows(tmp_path / "few.jsonl", ROWS[1:3]), task="token-classification")
+    trained = load_trained(str(tmp_path / "model"), few, settings, needs_targets=True)
+    assert trained.encoded["labels"][:] == loaded.train["labels"][1:3]
+    other = [{**row, "tags": ["?"]} for row in ROWS]
+    few = TrainedArguments(data=save_rows(tmp_path / "other.jsonl", other), task="token-classification")
+    assert "labels" not in load_trained(str(tmp_path / "model"), few, settings, needs_targets=False).encoded.features
 
 
 @pytest.mark.parametrize(
