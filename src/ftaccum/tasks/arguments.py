@@ -55,7 +55,7 @@ class ModelArguments:
     revision: Text | None = _data(None, "branch, tag or commit of the model on the hub; none: its main branch")
     trust_remote_code: Flag = _data(False, "run Python code that comes with the model; only for authors you trust")
     add_tokens: Names = _data((), "tokens to add to the tokenizer and the model's embeddings, such as <call>,</call>")
-    freeze: Names = _data((), "patterns of weights that are not trained, such as embeddings.*,encoder.layer.[0-3].*")
+    freeze: Names = _data((), "patterns of weights or modules that are not trained, such as *.embeddings,*.layer.[0-3]")
 
 
 @dataclass
