@@ -175,6 +175,9 @@ def test_the_command_trains_and_saves_the_template(tmp_path: Path, capsys: pytes
     assert main(["train", *words]) == 0
     assert "token_accuracy" in capsys.readouterr().out
     assert (tmp_path / "o" / "model" / "chat_template.jinja").read_text() == MARKED
+    (tmp_path / "mine.jinja").unlink()  # the model has it
+    assert main(["eval", str(tmp_path / "o"), "--data", rows, "--progress", "no"]) == 0
+    assert "token_accuracy" in capsys.readouterr().out
 
 
 def test_token_accuracy_counts_labelled_tokens_alone(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def _named(run: str, given: TrainedArguments, record: RunRecord | None, folder: 
         "add_tokens",
         "freeze",
         "max_train_rows",
+        "chat_template",  # the tokenizer has it
     }
     sources = {} if record is None else {name: value for name, value in record.sources.items() if name in known}
     task = given.task or sources.get("task")
