@@ -107,6 +107,13 @@ def test_an_error_names_the_values_that_are_allowed(name: str, value: Any, words
         parse_settings({name: value})
 
 
+@pytest.mark.parametrize(
+    ("word", "value"), [("no", False), ("off", False), ("True", True), ("yes", True), ("100", 100)]
+)
+def test_audit_takes_the_words_of_flags(word: str, value: Any) -> None:
+    assert parse_settings({"audit": word})[1].audit == value
+
+
 def test_one_error_reports_all_faults() -> None:
     with pytest.raises(SettingsError) as caught:
         parse_settings({"batch_size": 0, "learning_rate": -1, "use_amp": 1})

@@ -50,7 +50,8 @@ def _read_audit(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     word = value.lower()
-    return {"true": True, "false": False}.get(word, int(word) if word.isdecimal() else value)
+    flags = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
+    return flags.get(word, int(word) if word.isdecimal() else value)
 
 
 Audit = Annotated[
