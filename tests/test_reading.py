@@ -291,6 +291,9 @@ def test_folders_of_images_have_the_classes_of_their_sub_folders(tmp_path: Path)
     rows = read_rows(str(tmp_path))
     assert rows.features["label"] == ClassLabel(names=["cats", "dogs"])
     assert [(row["image"].getpixel((0, 0)), row["label"]) for row in rows] == [(10, 0), (200, 1)]
+    assert len(read_rows(str(tmp_path), argument="val_data", split="validation")) == 2
+    with pytest.raises(DataError, match="has no split 'test', but 'train'"):
+        read_rows(f"{tmp_path}@test")
     Image.new("L", (2, 2), 30).save(tmp_path / "cats" / "1.png")
     assert read_rows(str(tmp_path))[0]["image"].getpixel((0, 0)) == 30
     (tmp_path / "cats" / "2.png").touch()

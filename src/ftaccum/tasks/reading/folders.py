@@ -49,8 +49,11 @@ def read_images(source: Source) -> Dataset:
         found = datasets.load_dataset("imagefolder", data_dir=source.name)
     except Exception as error:
         raise _unreadable(source, error, "Put the images of each class in a folder with its name.") from error
-    check_split(source, found)
-    rows = found[source.split]
+    if source.has_split or len(found) > 1:
+        check_split(source, found)
+        rows = found[source.split]
+    else:  # all images
+        (rows,) = found.values()
     if "label" not in rows.column_names and rows.column_names == ["image"]:
         raise DataError(
             f"`{source.argument}` {source.name!r} has images, but no classes. Put the images of each class "

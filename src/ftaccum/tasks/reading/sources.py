@@ -30,6 +30,7 @@ class Source:
         split: the split to read.
         config: the configuration of a data set on the hub; None for its default.
         files: the files, if they are files.
+        has_split: whether the name of a folder of images chooses the split.
         argument: the argument that named it, for messages.
     """
 
@@ -39,6 +40,7 @@ class Source:
     argument: str
     config: str | None = None
     files: tuple[DataFile, ...] = ()
+    has_split: bool = False
 
 
 def find_source(named: str, split: str, argument: str) -> Source:
@@ -117,7 +119,8 @@ def _in_folder(folder: Path, split: str, argument: str, named: str) -> Source:
         return Source("saved", str(folder), split, argument)
     found = list(_visible(folder))
     if any(path.suffix.lower() in IMAGES for path in found):
-        return Source("images", str(folder), split, argument)
+        has_split = folder != Path(named).expanduser()
+        return Source("images", str(folder), split, argument, has_split=has_split)
     data = [path for path in found if DataFile(path, argument).kind]
     if not data:
         inside = ", ".join(sorted(path.name for path in found)[:_SHOWN]) or "nothing"
