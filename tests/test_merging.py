@@ -183,6 +183,7 @@ def test_adapters_that_ftaccum_did_not_write_are_merged(tmp_path: Path) -> None:
     assert len(same) == sum("proj" not in name for name, _ in base.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_adapters_without_the_name_of_their_base_model_need_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,10 +8,15 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+_ADAPTED = {"base_layer", "modules_to_save", "token_adapter"}  # PEFT's names in layers that it has wrapped
+
 
 def has_adapters(model: Any) -> bool:
     """Return whether a model is a PEFT model, or contains adapters of PEFT."""
-    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    # Not by `peft_config`, which PEFT's `unload` leaves in older versions.
+    return isinstance(model, nn.Module) and any(_ADAPTED & module._modules.keys() for module in model.modules())
 
 
 def is_peft_model(model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False
     saved: Any = merged_copy(model) if merges else model
     with atomic_directory(folder) as partial:
         if hasattr(saved, "save_pretrained"):
-            save_pretrained(saved, partial)
+            with warnings.catch_warnings():
+                # Of older versions of PEFT, about a base model without a name.
+                warnings.filterwarnings("ignore", message="Could not find a config file in  - will assume")
+                save_pretrained(saved, partial)
         else:
             save_weights(saved, str(partial / "model.safetensors"))
         if is_peft_model(saved) and hasattr(saved.config, "to_json_file"):

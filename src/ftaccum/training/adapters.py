@@ -211,6 +211,7 @@ def _configuration(lora: Any, model: nn.Module) -> Any:
 def _with_adapters(model: Any, configuration: Any, seed: int) -> Any:
     from peft import get_peft_model
 
+    vars(model).pop("peft_config", None)  # older versions of PEFT leave it when adapters are taken out
     try:
         with preserve_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # PEFT sets it right
