@@ -160,7 +160,7 @@ def test_raw_text_is_tokenised_and_truncated_at_the_limit(tokenizer: BertTokeniz
     features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
     numbered = Dataset.from_dict({"text": texts, "label": [1, 0, 1, 0]}, features=features)
     listed = [{"sentence": t, "label": n} for t, n in zip(texts, [1, 0, 1, 0], strict=True)]
-    with pytest.warns(TextWarning, match=r"1 of 4 rows \(the first is row 3\) are longer than the 8 tokens"):
+    with pytest.warns(TextWarning, match=r"1 of 4 rows \(the first is row 3\) are longer than 8 tokens"):
         by_name, by_number, as_list = (
             run(text_classifier(), rows, tokenizer=tokenizer) for rows in (named, numbered, listed)
         )
@@ -311,7 +311,7 @@ def test_long_texts_are_truncated_if_positions_start_after_the_padding_index(tok
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = 10**30
     rows = [{"text": "a good film " * 9, "label": n % 2} for n in range(4)]
-    with pytest.warns(TextWarning, match="4 of 4 rows .* are longer than the 10 tokens"):
+    with pytest.warns(TextWarning, match="4 of 4 rows .* are longer than 10 tokens"):
         assert run(model, rows, tokenizer=tokenizer).optimizer_steps == 1
 
 

@@ -32,7 +32,7 @@ def found(beginning: str) -> Message:
 @pytest.mark.parametrize(
     ("beginning", "kind", "trigger"),
     [
-        ("The rows have no label column ⟨label⟩", "DataError", "label not in rows.column_names"),
+        ("`⟨argument⟩` has no column ⟨name⟩ to read", "DataError", "name not in table.column_names"),
         (
             "`planner_costs` is given",
             "SettingsError",

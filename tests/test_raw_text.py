@@ -218,7 +218,7 @@ def test_truncated_rows_are_counted_even_if_their_tokens_are_cached(tmp_path: Pa
     for _ in range(2):
         rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")
         with pytest.warns(
-            TextWarning, match=r"In `train_data`, 3 of 8 rows \(the first is row 5\) are longer than the 32 tokens"
+            TextWarning, match=r"In `train_data`, 3 of 8 rows \(the first is row 5\) are longer than 32 tokens"
         ):
             run(causal_lm(), rows)
 
