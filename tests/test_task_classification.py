@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,6 +185,12 @@ def test_a_class_that_the_model_lacks_is_named(labels: Labels, feature: Any, giv
     with pytest.raises(DataError) as caught:
         labels.encode(rows, "data")
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "single_label_classification", "regression"])
+def test_a_trained_model_with_one_output_keeps_its_kind_of_labels(problem_type: str) -> None:
+    config = SimpleNamespace(problem_type=problem_type, num_labels=1, id2label={0: "fun"})
+    assert Labels.of_config(config).problem_type == problem_type
 
 
 def test_images_of_a_folder_become_classes(tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ class Classification(Task):
     def predicted_columns(self, predictions: Any, rows: Dataset, processor: Any, model: Any) -> dict[str, list[Any]]:  # noqa: ARG002
         logits = np.asarray(predictions, dtype=np.float64)
         config = model.config
-        if config.problem_type == REGRESSION or config.num_labels == 1:
+        if self.labels.problem_type == REGRESSION:
             return {"prediction": logits.reshape(len(logits)).tolist()}
-        if config.problem_type == MULTI:
+        if self.labels.problem_type == MULTI:
             scores = 1 / (1 + np.exp(-logits))
             named = [[config.id2label[n] for n in np.flatnonzero(row > 0.5)] for row in scores]
             return {"prediction": named, "scores": scores.tolist()}

@@ -72,7 +72,7 @@ class Labels:
     @classmethod
     def of_config(cls, config: Any) -> "Labels":
         """Return the labels that a trained model predicts."""
-        if config.problem_type == REGRESSION or config.num_labels == 1:
+        if config.problem_type == REGRESSION or (config.problem_type is None and config.num_labels == 1):
             return cls(REGRESSION)
         names = tuple(config.id2label[n] for n in range(config.num_labels))
         multi_hot = names == _unnamed(len(names))
