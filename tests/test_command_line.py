@@ -242,7 +242,7 @@ def test_columns_are_named_by_flags_and_in_files(
 def test_a_model_that_cannot_be_saved_gives_status_1(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("ftaccum.tracking.export.save_model", full)
