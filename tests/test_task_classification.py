@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ftaccum import DataError, SettingsError, load_task, test_fine_tuning
+from ftaccum import DataError, SettingsError, TextWarning, load_task, test_fine_tuning
 from ftaccum.tasks.classification import multi_label_metrics, regression_metrics
 from ftaccum.tasks.labels import Labels
 from silent_errors.text_columns import word_tokenizer
@@ -185,6 +185,13 @@ def test_a_class_that_the_model_lacks_is_named(labels: Labels, feature: Any, giv
     with pytest.raises(DataError) as caught:
         labels.encode(rows, "data")
     assert words in str(caught.value)
+
+
+def test_the_length_of_texts_reaches_the_run(encoder: str, tmp_path: Path) -> None:
+    rows = save_rows(tmp_path / "r.jsonl", labelled([0, 1] * 3 + [0]))
+    loaded = load_task("text-classification", encoder, rows, validation_split=0.0, max_length=4)
+    with pytest.warns(TextWarning, match="are longer than 4 tokens"):
+        test_fine_tuning(**loaded.arguments(), **QUIET, max_updates=1, validation_split=0.0)
 
 
 @pytest.mark.parametrize("problem_type", ["multi_label_classification", "single_label_classification", "regression"])

@@ -30,6 +30,9 @@ _SETTINGS = (
 )  # fmt: skip
 
 
+_TEXT_SETTINGS = ("text_columns", "max_length", "add_eos_token", "preprocessing_num_workers")
+
+
 @dataclass(frozen=True)
 class Loaded:
     """The model and rows that a command line names.
@@ -97,7 +100,10 @@ def load_task(task: str, model: str, train_data: str, val_data: str | None = Non
     )
     named = read_settings(TrainArguments, given)
     refuse(find_faults(named))
-    return load(named, settings)
+    loaded = load(named, settings)
+    # `test_fine_tuning` tokenises the texts of some tasks.
+    text = {name: settings[name] for name in _TEXT_SETTINGS if name in settings}
+    return replace(loaded, more=loaded.more | text)
 
 
 def load(named: TrainArguments, settings: Mapping[str, Any]) -> Loaded:
