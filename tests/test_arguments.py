@@ -39,9 +39,9 @@ NAMES = (
     "metric_for_best", "mixed_precision", "model", "n_epochs", "nonfinite_patience", "num_workers", "on_inexact",
     "on_nonfinite", "optimizer", "optimizer_groups", "output_dir", "padding_free", "planner", "planner_costs",
     "preprocess_logits_for_metrics", "preprocessing_num_workers", "progress", "push_to_hub", "random_seed",
-    "reduction", "remainder", "restore_best_weights", "resume", "sampler", "save", "text_columns", "tokenizer",
-    "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data", "validation_split", "verbosity",
-    "warmup_ratio", "warmup_steps", "weight_decay",
+    "reduction", "remainder", "restore_best_weights", "resume", "sampler", "save", "sharding", "sync",
+    "text_columns", "tokenizer", "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data",
+    "validation_split", "verbosity", "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 
 

@@ -150,6 +150,8 @@ OnInexact = Annotated[str, one_of("error", "warn", "ignore")]
 Sampling = Annotated[str, one_of("shuffle", "balanced")]
 Verbosity = Annotated[str, one_of("quiet", "normal", "debug")]
 Save = Annotated[str, one_of("adapter", "merged", "both")]
+Sharding = Annotated[str, one_of("fsdp2", "off")]
+Sync = Annotated[str, one_of("each", "last")]
 _names = Rule(
     lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
     "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",

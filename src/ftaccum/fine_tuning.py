@@ -65,6 +65,8 @@ def test_fine_tuning(
     compile: bool = False,
     num_workers: int = 0,
     preprocessing_num_workers: int | None = None,
+    sharding: str | None = None,
+    sync: str = "each",
     lora: Any = None,
     tokenizer: Any = None,
     data_collator: Collator | None = None,
@@ -196,6 +198,11 @@ def test_fine_tuning(
         preprocessing_num_workers: processes that tokenise raw text before training. None: the main process. A stream is
             tokenised as it arrives, in the main process. Tokenised rows are stored in the cache of `datasets`, if they
             come from a file, and found again by later runs.
+        sharding: "fsdp2" shards weights, gradients and optimizer state over the processes, for models that do not fit
+            on one device. The model stays sharded after the run; the saved files are whole. "off": each process holds
+            whole copies. None: as the config file of `accelerate launch` says.
+        sync: with sharding, the passes of an update that sync gradients. "each": gradients stay sharded. "last": only
+            the last pass, which communicates less, but each process holds whole gradients until then.
         lora: adapters to train instead of the model's own weights. True: LoRA of rank 16, alpha 32, without dropout, on
             all linear layers. A dict: arguments of `peft.LoraConfig` that replace these. Or any `peft.PeftConfig`. The
             head of a classifier is trained in full. PEFT changes the model that is passed in: `result.model` is the

@@ -79,6 +79,8 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "planner_costs": "64 1 0.0005",
     "num_workers": "2",
     "preprocessing_num_workers": "4",
+    "sharding": "fsdp2",
+    "sync": "last",
     "mixed_precision": "bf16",
     # checks and reproducibility
     "on_inexact": "error",

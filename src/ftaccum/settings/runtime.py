@@ -12,6 +12,8 @@ from ..fields import (
     Precision,
     Resume,
     Save,
+    Sharding,
+    Sync,
     Text,
     Tracker,
     Verbosity,
@@ -58,6 +60,18 @@ class Runtime:
     num_workers: Count = speed(0, "processes that collate batches ahead, for rows that are slow to make; 0 for none")
     preprocessing_num_workers: PositiveInt | None = speed(
         None, "processes that tokenise raw text before training; None tokenises in the main process"
+    )
+    sharding: Sharding | None = speed(
+        None,
+        "fsdp2 shards weights, gradients and optimizer state over the processes; off: whole copies on each; None "
+        "follows the config file of accelerate launch",
+        matters_to_rounding=True,
+    )
+    sync: Sync = speed(
+        "each",
+        "with sharding, the passes of an update that sync gradients: each one, or only the last, which is faster but "
+        "needs memory for whole gradients",
+        matters_to_rounding=True,
     )
     use_amp: Flag = precision(
         False, "autocast: bf16 where the device supports it, else fp16 with a scaler", in_verify=True

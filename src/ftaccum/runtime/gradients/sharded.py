@@ -1,0 +1,1 @@
+"""Gradients of weights that are sharded over the processes."""
