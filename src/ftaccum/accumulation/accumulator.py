@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
@@ -66,7 +65,6 @@ class GradientAccumulator:
         self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
         self.after_pass: Callable[[], None] = lambda: None
         self.before_backward: Callable[[Tensor], None] = lambda _: None
-        self._gathers_weights = isinstance(model, FSDPModule) and not process_group.is_single
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
         """Add the gradient of a window's loss, the mean over its loss items on all processes, to `grad`.
@@ -90,6 +88,7 @@ class GradientAccumulator:
             window = self._accumulate(micro_batches, start, factor)
         except Exception:  # restore the state after the previous update
             self.zero_gradients()
+            self._strategy.reset()
             start.generators.restore()
             self._buffers.restore(start.buffers)
             raise
@@ -147,7 +146,7 @@ class GradientAccumulator:
         """
         if self._process_group.is_single or self._strategy.reduces_after_passes:
             return len(micro_batches)
-        return 0 if self._gathers_weights else len(micro_batches) - 1
+        return 0 if self._strategy.gathers_weights else len(micro_batches) - 1
 
     def _run_local(
         self, micro_batches: Sequence[MicroBatch], normalizer: LossNormalizer, window: AccumulatedWindow
@@ -195,6 +194,7 @@ class GradientAccumulator:
         """
         ddp = self._model if isinstance(self._model, DistributedDataParallel) else None
         with self._accelerator.accumulate(self._model), leaving_no_trace(micro, self._model, self._objective):
+            self._strategy.begin_pass(is_last=self._accelerator.sync_gradients, counts=not micro.is_dummy)
             try:
                 if failure is None:
                     # Without `no_sync`, DDP would expect a backward pass after this forward pass.
@@ -203,11 +203,14 @@ class GradientAccumulator:
             except (DataError, RuntimeError) as error:
                 if (failure := self._failure(index, error)) is None:
                     raise
+            if failure is not None:
+                self._strategy.catch_up()
             self._leave_after(failure)
             if ddp is not None:
                 ddp.reducer.prepare_for_forward()
                 ddp.reducer.prepare_for_backward([contribution])
             self._backward(contribution, normalizer)
+            self._strategy.end_pass()
         window.add(micro, means, contribution)
 
     def _pass_done(self) -> None:
@@ -218,9 +221,7 @@ class GradientAccumulator:
         """Return the failure that all processes raise after an error in this one; None if this one raises it alone."""
         if isinstance(error, DataError):
             return error
-        # If memory runs out in a forward pass that gathers weights, the other processes are waiting in that pass.
-        recoverable = is_out_of_memory(error) and not self._gathers_weights
-        return WindowOutOfMemoryError(FailedPass(index, str(error))) if recoverable else None
+        return WindowOutOfMemoryError(FailedPass(index, str(error))) if is_out_of_memory(error) else None
 
     def _leave_after(self, failure: Failure | None) -> None:
         """Raise an error on all processes if any of them has a failure: its DataError, or an out-of-memory error."""

@@ -26,6 +26,8 @@ from ..runtime.log import run_logging
 from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
 from ..runtime.run_dir import RunDir
+from ..runtime.sharding.options import ShardingOptions
+from ..runtime.sharding.units import CallOrder, candidate_units, observing
 from .adapters import added_adapters, describe_adapters
 from .build_data import TrainingData, build_data
 from .build_plan import build_batch_sizes, build_planner, check_batch_sizes
@@ -68,6 +70,9 @@ class Run:
             self.process_group = enter(open_process_group(processes))
             enter(run_logging(enabled=self.logs and self.process_group.is_main, verbosity=runtime.verbosity))
             enter(library_bars(shown=self.process_group.is_main and runtime.shows_bars))
+            self.sharding = None
+            if runtime.sharding == "fsdp2" and processes > 1:
+                self.sharding = ShardingOptions(syncs_each_pass=runtime.sync == "each")
             if (run_dir := self.run_dir) is not None:
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
             components, seed = self.config.components, recipe.random_seed
@@ -102,7 +107,15 @@ class Run:
         recipe, components = self.config.recipe, self.config.components
         check_batch_sizes(recipe, self.config.runtime, self.process_group.size)
         stream = open_stream(components.train_data, recipe.random_seed, self.process_group)
-        return build_data(self.config, self.accelerator, self._inner.enter_context(stream))
+        with observing(self.call_order):
+            return build_data(self.config, self.accelerator, self._inner.enter_context(stream))
+
+    @cached_property
+    def call_order(self) -> CallOrder | None:
+        """The order in which the passes before training run the model's blocks; None if it is not sharded."""
+        if self.sharding is None:
+            return None
+        return CallOrder(self.model, candidate_units(self.model, self.sharding.block_classes))
 
     @cached_property
     def batch_sizes(self) -> BatchSizes:
@@ -154,8 +167,10 @@ class Run:
     @cached_property
     def prepared(self) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The model and the optimizer, prepared for all processes: compiled, cast and synced as the settings say."""
+        _ = self.data  # measures the loss, while the weights are whole
         if self.config.runtime.compile:
             self._inner.enter_context(compile_model(self.model))
+        self._inner.callback(self.gradients.close)
         return self.gradients.prepare(self.accelerator, self.model)
 
     def new_accumulator(self, wrapped: nn.Module, buffers: SyncedBuffers | None = None) -> GradientAccumulator:

@@ -26,6 +26,7 @@ from ..planning.evaluation_schedule import EvaluationSchedule
 from ..planning.plan import Plan
 from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.gradients.sharded import ShardedGradients
 from ..runtime.optimizers import switches_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
@@ -96,6 +97,9 @@ class TrainingSetup(Run):
 
     @cached_property
     def gradients(self) -> GradientStrategy:
+        if self.sharding is not None and self.call_order is not None:
+            order = self.call_order
+            return ShardedGradients(self.optimizer, self.sharding, self.process_group, lambda: order.names)
         return gradient_strategy(self.optimizer, in_float32=self.config.runtime.accumulate_in_fp32)
 
     @cached_property

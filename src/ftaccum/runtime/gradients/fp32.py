@@ -8,11 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer, SparseAdam
 
 from ...errors import SettingsError
 from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
+from ..sharding.tensors import local_part
 from .averaged import average_gradients, dense_zeros
 from .plain import GradientStrategy, parameters_of
 
@@ -23,7 +25,7 @@ def gradient_strategy(optimizer: Optimizer, *, in_float32: bool) -> GradientStra
     Raises:
         SettingsError: if float32 sums are requested for SparseAdam.
     """
-    narrow = any(p.dtype != _wide(p) for p in _trained(optimizer))
+    narrow = has_narrow_weights(optimizer)
     if in_float32 and narrow and any(isinstance(o, SparseAdam) for o in (optimizer, *inner_optimizers(optimizer))):
         raise SettingsError(
             [
@@ -44,10 +46,10 @@ class Fp32Gradients(GradientStrategy):
     """
 
     reduces_after_passes = True
-    _optimizer: "_Rounding"
+    _optimizer: "RoundingOptimizer"
 
     def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(_Rounding(optimizer))
+        super().__init__(RoundingOptimizer(optimizer))
 
     @property
     def weights(self) -> Sequence[nn.Parameter]:
@@ -67,7 +69,7 @@ class Fp32Gradients(GradientStrategy):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        hooks = [p.register_post_accumulate_grad_hook(self._add) for p in self._optimizer.sums]
+        hooks = [p.register_post_accumulate_grad_hook(self._optimizer.add) for p in self._optimizer.sums]
         try:
             yield
         finally:
@@ -81,21 +83,8 @@ class Fp32Gradients(GradientStrategy):
     def show(self) -> None:
         self._optimizer.round()
 
-    def _add(self, p: nn.Parameter) -> None:
-        """Add a weight's gradient to its float32 sum and clear it. An embedding table's gradient may be sparse."""
-        found, total = p.grad, self._optimizer.sums[p]
-        assert found is not None, "autograd calls the hook once `grad` is set"
-        p.grad = None
-        if found.is_sparse:
-            rows = dense_zeros(total) if total.grad is None else total.grad
-            total.grad = rows.index_add_(0, found._indices()[0], found._values().to(total.dtype))
-        elif total.grad is None:
-            total.grad = found.to(total.dtype).contiguous()
-        else:
-            total.grad += found
 
-
-class _Rounding(Optimizer):
+class RoundingOptimizer(Optimizer):
     """An optimizer over float32 stand-ins for 16-bit weights.
 
     Code that unscales, clips or steps sees float32 parameters with float32 gradients. The wrapped optimizer gets these
@@ -132,6 +121,23 @@ class _Rounding(Optimizer):
         self._round()
         self._is_rounded = True
 
+    def add(self, p: nn.Parameter) -> None:
+        """Add a weight's gradient, if it has one, to its float32 sum, and clear it.
+
+        The gradient of an embedding table may be sparse.
+        """
+        found, total = p.grad, self.sums[p]
+        if found is None:
+            return
+        p.grad = None
+        if found.is_sparse:
+            rows = dense_zeros(total) if total.grad is None else total.grad
+            total.grad = rows.index_add_(0, found._indices()[0], found._values().to(total.dtype))
+        elif total.grad is None:
+            total.grad = found.to(total.dtype).contiguous()
+        else:
+            total.grad += found
+
     def _drop(self) -> None:
         for p in self.sums:
             p.grad = None
@@ -143,6 +149,11 @@ class _Rounding(Optimizer):
             total.grad = None  # freed one by one, so that memory never holds both copies in full
 
 
+def has_narrow_weights(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer trains weights of 16 bits."""
+    return any(p.dtype != _wide(p) for p in _trained(optimizer))
+
+
 def _trained(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for p in parameters_of(optimizer) if p.requires_grad]
 
@@ -152,7 +163,11 @@ def _wide(p: Tensor) -> torch.dtype:
 
 
 def _stand_in(p: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.zeros((), dtype=_wide(p), device=p.device).expand(p.shape))
+    zeros = torch.zeros((), dtype=_wide(p), device=p.device).expand(local_part(p).shape)
+    if isinstance(p, DTensor):
+        whole = {"shape": p.shape, "stride": p.stride()}
+        zeros = DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, **whole)
+    return nn.Parameter(zeros)
 
 
 def _rounded(total: Tensor, p: Tensor) -> Tensor:

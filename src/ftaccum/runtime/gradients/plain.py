@@ -1,7 +1,7 @@
 """The sums of gradients over a window, as autograd and DDP compute them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -22,10 +22,12 @@ class GradientStrategy:
 
     Attributes:
         reduces_after_passes: whether processes communicate only in `reduce`, and in no pass of a window.
+        gathers_weights: whether processes gather weights in every pass, also in those without gradients.
         sparse_parameters: the parameters whose sparse gradients the optimizer gets as they are. Others get dense ones.
     """
 
     reduces_after_passes = False
+    gathers_weights = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Create a strategy.
@@ -58,6 +60,33 @@ class GradientStrategy:
     def accumulating(self) -> Iterator[None]:
         """Hold whatever the strategy needs during the windows of an epoch."""
         yield
+
+    def begin_pass(self, *, is_last: bool, counts: bool) -> None:
+        """Begin a pass of a window.
+
+        Args:
+            is_last: whether it is the last one of the window.
+            counts: whether its rows count, and it is not that of a dummy micro-batch.
+        """
+
+    def end_pass(self) -> None:
+        """End a pass of a window, after its backward pass."""
+
+    def catch_up(self) -> None:
+        """Complete what other processes wait for in a forward pass that has failed on this one."""
+
+    def reset(self) -> None:
+        """Forget a window that all processes have abandoned."""
+
+    def run_apart(self) -> AbstractContextManager[None]:
+        """Return a context in which each process may run any number of passes without gradients.
+
+        All processes must enter it, and leave it together.
+        """
+        return nullcontext()
+
+    def close(self) -> None:
+        """Remove what the run has added to the model, except its shards."""
 
     def show(self) -> None:
         """Put the gradient that the next step will use into the `grad` of the weights, if it is not there."""

@@ -1,1 +1,154 @@
-"""Gradients of weights that are sharded over the processes."""
+"""Gradients of weights that are sharded over the processes with FSDP2."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..memory import give_back_memory
+from ..optimizers import inner_optimizers, place_state
+from ..process_group import ProcessGroup
+from ..sharding.gathers import GatherOrder
+from ..sharding.options import ShardingOptions
+from ..sharding.shard import shard_model
+from ..sharding.tensors import local_part
+from ..sharding.units import weights_by_name
+from ..sharding.used_weights import UsedWeights
+from .averaged import average_gradients
+from .fp32 import RoundingOptimizer, has_narrow_weights
+from .plain import GradientStrategy
+
+
+class ShardedGradients(GradientStrategy):
+    """Gradients of which each process keeps its shard, the average over all processes.
+
+    Each pass of a window reduces its gradients, so that none is ever whole; or only the last one does. The shards of
+    16-bit gradients are summed in float32.
+    """
+
+    gathers_weights = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        options: ShardingOptions,
+        process_group: ProcessGroup,
+        units: Callable[[], Sequence[str]],
+    ) -> None:
+        """Create a strategy.
+
+        Args:
+            units: returns the names of the modules to gather separately, in the order in which a pass runs them.
+        """
+        super().__init__(optimizer)
+        self._options, self._process_group, self._units = options, process_group, units
+        self._sums: RoundingOptimizer | None = None  # of 16-bit weights
+        self._handles: list[RemovableHandle] = []
+
+    def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """Shard the model in place, with the main process's weights, and let the optimizer hold the shards."""
+        whole = weights_by_name(model)
+        names = self._process_group.broadcast(list(self._units()))
+        units = shard_model(model, names, accelerator.device, self._options)
+        assert isinstance(model, FSDPModule)
+        _replace_parameters(self._optimizer, whole, weights_by_name(model))
+        place_state(self._optimizer)
+        self._model, self._names = model, {p: name for name, p in model.named_parameters()}
+        self._order, self._used = GatherOrder(model, units, self._process_group), UsedWeights(model, units)
+        self._handles = [*self._order.install(), *self._used.install(model)]
+        if has_narrow_weights(self._optimizer):
+            self._sums = RoundingOptimizer(self._optimizer)
+        optimizer = accelerator.prepare_optimizer(self._sums or self._optimizer, device_placement=False)
+        # Accelerate leaves DDP out in "evaluation mode".
+        return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), optimizer
+
+    def close(self) -> None:
+        """Remove the hooks of the run from the model, which stays sharded."""
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        return super().parameters if self._sums is None else list(self._sums.sums.values())
+
+    @property
+    def weights(self) -> Sequence[nn.Parameter]:
+        return super().parameters if self._sums is None else list(self._sums.sums)
+
+    def begin_pass(self, *, is_last: bool, counts: bool) -> None:
+        self._order.begin_pass()
+        self._used.is_recording = counts
+        if not self._options.syncs_each_pass:
+            self._model.set_requires_gradient_sync(is_last)
+            self._model.set_is_last_backward(is_last)
+
+    def catch_up(self) -> None:
+        give_back_memory()  # which the gathers need, if it has run out
+        self._order.catch_up()
+
+    def end_pass(self) -> None:
+        if self._sums is not None:
+            for p in self._sums.sums:
+                if isinstance(p, DTensor):  # others are summed after the window
+                    self._sums.add(p)
+
+    def reset(self) -> None:
+        self._order.reset()
+        self._used.forget()
+
+    def run_apart(self) -> AbstractContextManager[None]:
+        return self._order.run_apart()
+
+    def reduce(self, process_group: ProcessGroup) -> None:
+        """Average what FSDP2 does not shard, and leave weights that no process has used without a gradient."""
+        used = self._used.agreed(process_group)
+        average_gradients([p for p in self.weights if not isinstance(p, DTensor)], process_group)
+        for p, holder in zip(self.weights, self.parameters, strict=True):
+            if isinstance(p, DTensor) and self._names.get(p) not in used:
+                holder.grad = None
+            elif holder is not p and not isinstance(p, DTensor) and p.grad is not None:
+                assert self._sums is not None
+                self._sums.add(p)
+
+    def show(self) -> None:
+        if self._sums is not None:
+            self._sums.round()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the window's gradient to a total norm over all processes, and return the norm before clipping."""
+        gradients = [(p.grad, local_part(p.grad)) for p in self.parameters if p.grad is not None]
+        sharded = [part for gradient, part in gradients if isinstance(gradient, DTensor)]
+        whole = [part for gradient, part in gradients if not isinstance(gradient, DTensor)]
+        device = self._device
+        squares = _sum_of_squares(sharded, device)
+        distributed.all_reduce(squares)
+        norm = (squares + _sum_of_squares(whole, device)).sqrt()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for part in (*sharded, *whole):
+            part.mul_(factor.to(part.device, part.dtype))
+        return norm
+
+    @property
+    def _device(self) -> torch.device:
+        return self._order.device
+
+
+def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the sum of the squares of all numbers, a float64 scalar: the square of a float32 norm may overflow."""
+    norms = [torch.linalg.vector_norm(t).to(device, torch.float64) for t in tensors]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _replace_parameters(optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:
+    """Let an optimizer, and those that it contains, hold the sharded parameters in place of the whole ones."""
+    sharded = {id(p): after[name] for name, p in before.items()}
+    for each in (optimizer, *inner_optimizers(optimizer)):
+        for group in each.param_groups:
+            group["params"] = [sharded.get(id(p), p) for p in group["params"]]

@@ -1,0 +1,182 @@
+"""The gathers of sharded weights, which all processes must make in the same order, whatever rows they run.
+
+A process gathers the weights of a unit when its forward pass reaches the unit. The other processes wait until they
+gather the same unit. So a unit that only some of them run, or a pass that fails on one of them, would stop all.
+
+- In training, all processes run the same number of passes. `GatherOrder` makes each pass gather all units in one order:
+  a unit that the rows of a process skip is gathered and synced all the same, with zero gradients.
+- Without gradients, processes may run different numbers of passes, and of other lengths, as in generation. Inside
+  `run_apart`, they agree before each gather on the unit.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from ...errors import DataError
+from ..process_group import ProcessGroup
+from ..temporary_attribute import temporary_attribute
+
+
+class GatherOrder:
+    """Makes each pass of a sharded model gather all units, in one order."""
+
+    def __init__(self, model: FSDPModule, units: Sequence[FSDPModule], process_group: ProcessGroup) -> None:
+        """Args:
+        model: the sharded model.
+        units: its units, in the order in which a pass runs them.
+        """
+        self._model, self._units, self._process_group = model, list(units), process_group
+        self._names = {module: name for name, module in model.named_modules()}  # type: ignore[attr-defined]
+        self._next = 0  # the place of the next unit that the current pass may run
+        self._gathered = 0  # how many units the current pass has gathered
+        self._has_root = False  # whether the current pass has gathered the weights outside of the units
+        self._is_apart = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device that gathers."""
+        state: Any = self._model
+        return state._get_fsdp_state()._device
+
+    def install(self) -> list[RemovableHandle]:
+        """Add the hooks that keep the order to the model, and return their handles."""
+        root: Any = self._model
+        handles = [
+            root.register_forward_pre_hook(self._begin, prepend=True),  # before FSDP's own hook
+            root.register_forward_pre_hook(self._gathered_root),  # after it
+            root.register_forward_hook(self._end, prepend=True),  # before FSDP's own hook
+        ]
+        for place, unit in enumerate(self._units):
+            module: Any = unit
+            handles.append(module.register_forward_pre_hook(self._before(place), prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(self._after_gather, place)))
+        return handles
+
+    def begin_pass(self) -> None:
+        """Begin a pass of training."""
+        self._next, self._gathered, self._has_root = 0, 0, False
+
+    def catch_up(self) -> None:
+        """Gather the units that a failed forward pass has not reached, for which other processes wait."""
+        if not self._has_root:
+            self._model.unshard()
+        for place in range(self._gathered, len(self._units)):
+            self._gather(place)
+        self._gathered, self._has_root = len(self._units), True
+
+    def reset(self) -> None:
+        """Forget a pass that all processes have abandoned."""
+        self._model.reset_iter_state()
+
+    @contextmanager
+    def run_apart(self) -> Iterator[None]:
+        """Let each process run any number of passes without gradients, until all have left the context."""
+        root: Any = self._model
+        root._get_fsdp_state()._lazy_init()
+        self._model.unshard()  # stays so, for passes that begin inside the model, as in `generate` of PEFT
+        self._is_apart = True
+        try:
+            yield
+        finally:
+            while (place := self._process_group.min(None)) is not None:
+                self._gather(place)
+            self._is_apart = False
+            self.reset()
+
+    def _begin(self, *_: Any) -> None:
+        if not in_backward():
+            self.begin_pass()
+
+    def _gathered_root(self, *_: Any) -> None:
+        self._has_root = True
+
+    def _after_gather(self, place: int, *_: Any) -> None:
+        if not in_backward():
+            self._gathered = place + 1
+
+    def _before(self, place: int) -> Callable[..., Any]:
+        """Return the hook before the unit at a place of the order."""
+
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if in_backward():  # gradient checkpointing runs the unit again
+                return None
+            if self._is_apart:
+                self._agree_on(place)
+                return None
+            if place < self._next:
+                raise DataError(_twice(self._names[module]))
+            skipped = self._units[self._next : place]
+            self._next = place + 1
+            return _through(skipped, (args, kwargs)) if skipped else None
+
+        return hook
+
+    @torch.compiler.disable
+    def _end(self, _: nn.Module, __: Any, outputs: Any) -> Any:
+        if in_backward() or self._is_apart:
+            return None
+        skipped, self._next = self._units[self._next :], len(self._units)
+        return _through(skipped, outputs) if skipped else None
+
+    def _agree_on(self, place: int) -> None:
+        """Gather with the other processes whatever they need first, until all gather the unit at `place`."""
+        self._units[place].reshard()  # a failed pass may have left it gathered
+        while (first := self._process_group.min(place)) != place:
+            assert first is not None
+            self._gather(first)
+
+    def _gather(self, place: int) -> None:
+        """Gather a unit that other processes run, and free it again."""
+        self._units[place].reshard()
+        self._units[place].unshard()
+        self._units[place].reshard()
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass is running: gradient checkpointing runs forward passes in it."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _through(units: Sequence[FSDPModule], values: Any) -> Any:
+    """Lead the tensors of nested values through units that the pass skips, without a change.
+
+    Each unit gathers its weights in the forward pass and again in the backward pass, and reduces zero gradients, in
+    step with the processes that run it.
+    """
+    flat, structure = tree_flatten(values)
+    places = [n for n, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
+    if any(flat[n].requires_grad for n in places):
+        places = [n for n in places if flat[n].requires_grad]
+    for unit in units:
+        module: Any = unit
+        trains = any(p.requires_grad for p in module.parameters())
+        with temporary_attribute(module, "forward", lambda *tensors, trains=trains: _same(tensors, trains)):
+            # Not `module(…)`, which gradient checkpointing may replace: it would run the module's own forward again.
+            through = nn.Module.__call__(module, *(flat[n] for n in places))
+            for n, value in zip(places, through, strict=True):
+                flat[n] = value
+    return tree_unflatten(flat, structure)
+
+
+def _same(tensors: tuple[Tensor, ...], trains: bool) -> tuple[Tensor, ...]:
+    """Return copies of tensors that have a gradient wherever those of a unit that trains have one."""
+    if trains and torch.is_grad_enabled() and not any(t.requires_grad for t in tensors):
+        return tuple(t.detach().requires_grad_() for t in tensors)
+    return tuple(t.clone() for t in tensors)
+
+
+def _twice(name: str) -> str:
+    return (
+        f"`sharding` gathers the weights of `{name}` once per pass, but a pass has run it twice, or after a block that "
+        "follows it. Name the classes of the blocks to gather in the launcher's config file "
+        "(`fsdp_transformer_layer_cls_to_wrap`), without the class of this one."
+    )
