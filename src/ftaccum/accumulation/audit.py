@@ -7,17 +7,12 @@ share. Both gradients are computed without dropout, and only their sketches are 
 """
 
 import math
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from ..data.loader import MicroBatch
-from ..objective.batch_changes import fresh_batch
 from ..objective.deterministic_forward import DeterministicMode
 from ..objective.gradient_sketch import GradientSketch
 from ..objective.hidden_state import find_hidden_state
@@ -26,17 +21,15 @@ from ..objective.objective import Objective
 from ..objective.probe import relative
 from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.host import free_on_host, peak_of_process
 from ..runtime.memory import WindowOutOfMemoryError, give_back_memory, is_out_of_memory
 from ..runtime.model_context import run_eagerly
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
+from ..runtime.sharding.tensors import whole_tensor
 from ..runtime.state_guards import Generators
 from .accumulator import GradientAccumulator
 from .audit_sample import AuditSample
-
-# The maximum size of one batch, in micro-batches. The attention over packed rows grows with the square of their length.
-_LARGEST, _LARGEST_PACKED = 8, 4
+from .one_batch import OneBatch
 
 _THIRD = 1 / 3  # a factor that makes every number round differently
 ONE_BATCH, ANOTHER_CUT = "one batch", "another cut"
@@ -86,6 +79,7 @@ class GradientAuditor:
         self._accelerator, self._model, self._objective = accelerator, model, objective
         self._strategy, self._process_group = strategy, process_group
         self._accumulator = accumulator
+        self._one_batch = OneBatch(accelerator, model, objective, strategy, process_group)
         self._mode: DeterministicMode | None = None
         self._keeps_state, self._repeats = False, True
 
@@ -93,8 +87,6 @@ class GradientAuditor:
     def is_possible(self) -> bool:
         """Whether windows can be audited: the model runs single rows, and its passes are repeatable (it may draw random
         numbers even in eval mode)."""
-        if isinstance(self._model, FSDPModule):  # the main process cannot run it alone
-            return False
         takes_single_rows = self._objective.report.in_training.complaint is None
         return takes_single_rows and (self._repeats or self._keeps_state)
 
@@ -132,7 +124,7 @@ class GradientAuditor:
     def _deterministic_mode(self, sample: AuditSample) -> DeterministicMode | None:
         """Return the mode that runs the model without dropout, found in the first audit; None if memory runs out."""
         if self._mode is None:
-            found = self._process_group.run_on_main(lambda: self._find_mode(sample))
+            found = self._one_batch.run_on_main(lambda: self._find_mode(sample))
             if found is None:
                 return None
             whole, moving, self._keeps_state, self._repeats = found
@@ -147,7 +139,7 @@ class GradientAuditor:
         micro, tolerance = sample.load()[-1], self._objective.report.tolerance
 
         def losses() -> dict[str, float]:
-            return {"loss": self._unweighted_loss(micro).item()}
+            return {"loss": self._one_batch.loss(micro).item()}
 
         try:
             mode = DeterministicMode.of(self._model, lambda: list(losses().values()), self._objective.modules)
@@ -174,62 +166,32 @@ class GradientAuditor:
 
     def _reference(self, sample: AuditSample) -> "tuple[str, AuditSample | None, _Measured | None]":
         """Return the kind of reference, its rows, and the gradient to compare with."""
-        if self._process_group.run_on_main(lambda: self._fits(sample)):
-            one, wanted = sample.in_one(), None
-
-            def one_batch() -> bool:
-                nonlocal wanted
-                wanted = None if one is None else self._one_batch(one)
-                return wanted is not None
-
-            if self._process_group.run_on_main(one_batch):
-                return ONE_BATCH, one, wanted
+        one = sample.in_one() if self._process_group.run_on_main(lambda: self._one_batch.fits(sample)) else None
+        wanted = self._measured(one)
+        if self._process_group.broadcast(wanted is not None):
+            return ONE_BATCH, one, wanted
         other = sample.cut_otherwise()
         return ANOTHER_CUT, other, None if other is None else self._accumulate(other)
 
     def _rounding_of_one(self, one: AuditSample | None, wanted: "_Measured | None") -> float | None:
         """Measure the rounding of one batch: compute it again with its rows in reverse and a third of the loss."""
-
-        def again() -> float | None:
-            turned = None if one is None else self._one_batch(one.reversed(), _THIRD)
-            return None if turned is None or wanted is None else turned.error(wanted)
-
-        return self._process_group.run_on_main(again)
+        turned = self._measured(None if one is None else one.reversed(), _THIRD)
+        return self._process_group.broadcast(None if turned is None or wanted is None else turned.error(wanted))
 
     def _rounding_of_cut(self, sample: AuditSample, accumulated: "_Measured") -> float | None:
         """Measure the rounding of an accumulated gradient in the same way."""
         turned = self._accumulate(sample.reversed(), _THIRD)
         return None if turned is None else self._process_group.broadcast(turned.error(accumulated))
 
-    def _one_batch(self, sample: AuditSample, factor: float = 1.0) -> "_Measured | None":
-        """Compute the gradient of one batch, on the main process; return None if memory runs out.
-
-        Args:
-            factor: multiplies the loss and divides the gradient, which changes nothing but rounding.
-        """
-        (micro,) = sample.load()
-        try:
-            loss = self._unweighted_loss(micro)
-            gradients = self._gradients(loss * factor) if loss.requires_grad else {}  # the loss may be a constant
-        except RuntimeError as error:
-            if self._process_group.is_single and not is_out_of_memory(error):
-                raise
+    def _measured(self, one: AuditSample | None, factor: float = 1.0) -> "_Measured | None":
+        """Sketch the gradient of one batch; return None if there is no such batch, or memory runs out."""
+        found = self._one_batch.gradient(one, factor)
+        if found is None:
             self._accumulator.zero_gradients()
             give_back_memory()
             return None
-        return self._take(loss.item(), gradients, factor)
-
-    def _gradients(self, loss: Tensor) -> dict[str, Tensor | None]:
-        """Return the gradient of a loss by parameter, on the main process.
-
-        On several processes, do not call `backward`, which would trigger DDP's hooks.
-        """
-        scaled = loss if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss)
-        if self._process_group.is_single:
-            scaled.backward()
-            return self._accumulated_gradients()
-        weights = self._strategy.weights
-        return dict(zip(self._names, torch.autograd.grad(scaled, weights, allow_unused=True), strict=True))
+        loss, gradients = found
+        return self._take(loss, dict(zip(self._names, gradients, strict=True)), factor)
 
     def _accumulated_gradients(self) -> dict[str, Tensor | None]:
         return dict(zip(self._names, (p.grad for p in self._strategy.parameters), strict=True))
@@ -240,26 +202,13 @@ class GradientAuditor:
         names = {id(p): name for name, p in self._model.named_parameters()}
         return [names.get(id(p), f"parameter {n} outside of the model") for n, p in enumerate(self._strategy.weights)]
 
-    def _fits(self, sample: AuditSample) -> bool:
-        """Return whether to try one batch. On an accelerator, trying is safe; on a CPU, the process could be killed."""
-        times = sample.times_largest
-        if times > (_LARGEST_PACKED if sample.is_packed else _LARGEST):
-            return False
-        if self._accelerator.device.type != "cpu":
-            return True
-        # The peak memory of the process is an upper bound for each micro-batch so far.
-        return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-    def _unweighted_loss(self, micro: MicroBatch) -> Tensor:
-        batch = fresh_batch(micro.batch, self._accelerator.device)
-        return self._objective.unweighted_loss(self._model, batch, micro.counts)
-
     def _take(self, loss: float, gradients: Mapping[str, Tensor | None], factor: float) -> "_Measured":
         """Sketch a gradient, divided by a factor, on the main process, and then drop the gradient."""
         sketch = GradientSketch()
-        for name, gradient in gradients.items() if self._process_group.is_main else ():
-            if gradient is not None:
-                sketch.add(name, gradient if factor == 1 else gradient / factor)
+        for name, gradient in gradients.items():
+            whole = None if gradient is None else whole_tensor(gradient)  # together with the other processes
+            if whole is not None and self._process_group.is_main:
+                sketch.add(name, whole if factor == 1 else whole / factor)
         self._accumulator.zero_gradients()
         return _Measured(sketch, loss)
 

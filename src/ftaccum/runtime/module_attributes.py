@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .log import logger
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_SHARDING = "__composable_api_state_key"  # prefix of the attributes of FSDP2, which keeps its own state
 _BUDGET = 2**28  # most bytes of tensors and arrays to copy
 _DEPTH = 3  # levels of containers and objects to look into
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -192,7 +193,11 @@ def _fill(items: Any, copy: Any) -> None:
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and not name.startswith(_OF_SHARDING)
+    ]
 
 
 def _same_items(one: Any, other: Any) -> bool:

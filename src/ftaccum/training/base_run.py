@@ -3,7 +3,7 @@
 Each component is built once, on first use, from the components that it depends on.
 """
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -172,6 +172,10 @@ class Run:
             self._inner.enter_context(compile_model(self.model))
         self._inner.callback(self.gradients.close)
         return self.gradients.prepare(self.accelerator, self.model)
+
+    def run_apart(self) -> AbstractContextManager[None]:
+        """Return a context in which each process may run any number of passes without gradients."""
+        return nullcontext() if self.sharding is None else self.gradients.run_apart()
 
     def new_accumulator(self, wrapped: nn.Module, buffers: SyncedBuffers | None = None) -> GradientAccumulator:
         """Return an accumulator that has accumulated no window yet."""

@@ -42,7 +42,8 @@ def build_evaluation(run: Run, loader: Loader, n_rows: int) -> Evaluation:
         metrics=_build_metrics(run),
         generator=build_generator(run, run.data.ignore_index),
     )
-    evaluation.check_memory(run.model, run.config.components.configuration)
+    with run.run_apart():
+        evaluation.check_memory(run.model, run.config.components.configuration)
     return evaluation
 
 
@@ -99,7 +100,7 @@ class EvaluatedSetup(TrainingSetup):
         if self.evaluation is None:
             return None
         with self.evaluation_weights():
-            return self.evaluation(self.model)
+            return self.evaluation(self.model, self.run_apart)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:

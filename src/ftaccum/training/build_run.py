@@ -185,6 +185,7 @@ class TrainingSetup(Run):
             self.accelerator.device,
             raises=runtime.on_nonfinite == "error",
             patience=runtime.nonfinite_patience,
+            run_apart=self.run_apart,
         )
 
     @cached_property

@@ -1,6 +1,7 @@
 """Validation: the loss over every validation row, and metrics on the model's predictions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -63,12 +64,15 @@ class Evaluation:
             named, vocabulary_sizes(model, config), self._n_rows, predicts_next_token=self._objective.shifts
         )
 
-    def __call__(self, model: nn.Module) -> tuple[float, dict[str, float]]:
+    def __call__(
+        self, model: nn.Module, run_apart: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> tuple[float, dict[str, float]]:
         """Return the loss, a mean over all loss items, and the metrics by name.
 
         Args:
-            model: the unwrapped model. A wrapped one might communicate in its forward pass, but processes may have
-                different numbers of batches.
+            model: the model without DDP, which would communicate in its forward pass: processes may have different
+                numbers of batches.
+            run_apart: returns a context in which they may, if the weights are sharded.
 
         Raises:
             DataError: on all processes, if a row of one of them cannot be read or used.
@@ -80,8 +84,9 @@ class Evaluation:
         predicted: list[BatchPredictions] = []
 
         def evaluate_all() -> None:
-            for micro in self._loader.stream(self._local_rows()):
-                self._evaluate(model, micro, losses, predicted)
+            with run_apart():
+                for micro in self._loader.stream(self._local_rows()):
+                    self._evaluate(model, micro, losses, predicted)
 
         with torch.no_grad(), training_mode(model, training=False):
             self._process_group.run_on_all(evaluate_all)

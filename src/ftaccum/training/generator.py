@@ -141,7 +141,8 @@ class Generator:
         with preserve_rng(), temporary_attribute(base, "generation_config", config), run_eagerly(model):
             if config.do_sample:
                 seed_all(self._seed, row)
-            return model.generate(**inputs, generation_config=config, **more)
+            # Processes with sharded weights wait for each other by other means.
+            return model.generate(**inputs, generation_config=config, synced_gpus=False, **more)
 
     def _prompts(
         self, batch: Mapping[str, Any], inputs: Mapping[str, Any], rows: Sequence[int], name_of: NameOf

@@ -1,7 +1,8 @@
 """Updates whose loss or gradient is not finite: finding the rows at fault, reporting them and ending the run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,15 +137,18 @@ class NonFiniteHandler:
         *,
         raises: bool,
         patience: int | None,
+        run_apart: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Create a handler.
 
         Args:
-            model: the unwrapped model, which a process can run without the others.
+            model: the model without DDP, which a process can run without the others.
             loader: loads the training rows.
             raises: whether the first such update ends the run, unless it is an overflow of fp16.
             patience: the number of such updates in a row, overflows included, that ends the run; None for no limit.
+            run_apart: returns a context in which each process may run any number of passes without gradients.
         """
+        self._run_apart = run_apart
         self._model, self._objective, self._loader, self._process_group = model, objective, loader, process_group
         self._device, self._raises, self._patience = device, raises, patience
         self.counts = NonFiniteCounts()
@@ -197,7 +201,7 @@ class NonFiniteHandler:
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0
-        with inspection_mode(self._model, *self._objective.modules):
+        with inspection_mode(self._model, *self._objective.modules), self._run_apart():
             for micro, place in places:
                 loss = self._loss_of(micro, place)
                 n_tried += loss is not None

@@ -1,7 +1,8 @@
 """Gradients of weights that are sharded over the processes with FSDP2."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -73,6 +74,13 @@ class ShardedGradients(GradientStrategy):
         """Remove the hooks of the run from the model, which stays sharded."""
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            # Of the whole model, whose outputs need no gather in the backward pass.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+            yield
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:

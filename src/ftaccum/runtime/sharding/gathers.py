@@ -58,6 +58,7 @@ class GatherOrder:
             module: Any = unit
             handles.append(module.register_forward_pre_hook(self._before(place), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_pre_hook(partial(self._after_gather, place)))
+            handles.append(module.register_forward_hook(_without_views, prepend=True))
         return handles
 
     def begin_pass(self) -> None:
@@ -139,6 +140,18 @@ class GatherOrder:
         self._units[place].reshard()
         self._units[place].unshard()
         self._units[place].reshard()
+
+
+def _without_views(_: nn.Module, __: Any, outputs: Any) -> Any:
+    """Copy outputs that are views: changing one in place (`x += y`) would remove the hook of its backward pass."""
+    flat, structure = tree_flatten(outputs)
+    if not any(_is_view(value) for value in flat):
+        return None
+    return tree_unflatten([value.clone() if _is_view(value) else value for value in flat], structure)
+
+
+def _is_view(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value._base is not None
 
 
 def in_backward() -> bool:

@@ -1,0 +1,135 @@
+"""The gradient of all rows of an audit in one batch, without weights: what accumulation must equal."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loader import MicroBatch
+from ..objective.batch_changes import fresh_batch
+from ..objective.objective import Objective
+from ..runtime.accumulation_backend import AccumulationBackend
+from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.host import free_on_host, peak_of_process
+from ..runtime.memory import is_out_of_memory
+from ..runtime.process_group import ProcessGroup
+from .audit_sample import AuditSample
+
+T = TypeVar("T")
+
+# The maximum size of one batch, in micro-batches. The attention over packed rows grows with the square of their length.
+_LARGEST, _LARGEST_PACKED = 8, 4
+
+
+class OneBatch:
+    """Runs one batch on the main process alone or, if the weights are sharded, on all processes together."""
+
+    def __init__(
+        self,
+        accelerator: AccumulationBackend,
+        model: nn.Module,
+        objective: Objective,
+        strategy: GradientStrategy,
+        process_group: ProcessGroup,
+    ) -> None:
+        """Args:
+        model: the model, not wrapped for several processes.
+        """
+        self._accelerator, self._model, self._objective = accelerator, model, objective
+        self._strategy, self._process_group = strategy, process_group
+
+    def fits(self, sample: AuditSample) -> bool:
+        """Return whether to try one batch. On an accelerator, trying is safe; on a CPU, the process could be killed."""
+        times, shards = sample.times_largest, self._strategy.gathers_weights
+        if times > (_LARGEST_PACKED if sample.is_packed else _LARGEST):
+            return False
+        if self._accelerator.device.type != "cpu":
+            # Processes that gather weights cannot go on if memory runs out in the backward pass of one of them.
+            peak, free = torch.accelerator.max_memory_allocated, torch.accelerator.get_memory_info
+            return not shards or times * peak() < free()[0]
+        # The peak memory of the process is an upper bound for each micro-batch so far.
+        return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def loss(self, micro: MicroBatch) -> Tensor:
+        """Return the mean loss of a batch, as the model or the loss function computes it."""
+        batch = fresh_batch(micro.batch, self._accelerator.device)
+        return self._objective.unweighted_loss(self._model, batch, micro.counts)
+
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Call a function that runs passes without gradients on the main process; return its result on all."""
+        if not self._strategy.gathers_weights:
+            return self._process_group.run_on_main(function)
+        result: list[T] = []
+        with self._strategy.run_apart(), torch.no_grad():
+            if self._process_group.is_main:
+                result.append(function())
+        return self._process_group.broadcast(result)[0]
+
+    def gradient(self, sample: AuditSample | None, factor: float) -> tuple[float, Sequence[Tensor | None]] | None:
+        """Return the loss of one batch, and its gradient for each of the strategy's weights.
+
+        Both are None on processes that do not run the batch, and everywhere if memory runs out or there is no batch.
+
+        Args:
+            sample: the rows in one micro-batch; None on processes other than the main one, which must not load it.
+            factor: multiplies the loss, and so the gradient.
+        """
+        if self._strategy.gathers_weights:
+            return self._gradient_of_all(sample, factor)
+        found: list[tuple[float, Sequence[Tensor | None]]] = []
+
+        def on_main() -> None:
+            if sample is not None and (gradient := self._gradient_of_main(sample, factor)) is not None:
+                found.append(gradient)
+
+        self._process_group.run_on_main(on_main)
+        return found[0] if found else None
+
+    def _gradient_of_main(self, sample: AuditSample, factor: float) -> tuple[float, Sequence[Tensor | None]] | None:
+        (micro,) = sample.load()
+        try:
+            loss = self.loss(micro)
+            return loss.item(), self._backward(loss * factor)
+        except RuntimeError as error:
+            if self._process_group.is_single and not is_out_of_memory(error):
+                raise
+            return None
+
+    def _backward(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """Run the backward pass. On several processes, do not call `backward`, which would trigger DDP's hooks."""
+        weights = self._strategy.weights
+        if not loss.requires_grad:  # it may be a constant
+            return [None] * len(weights)
+        scaled = loss if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss)
+        if self._process_group.is_single:
+            scaled.backward()
+            return [p.grad for p in self._strategy.parameters]
+        return torch.autograd.grad(scaled, weights, allow_unused=True)
+
+    def _gradient_of_all(
+        self, sample: AuditSample | None, factor: float
+    ) -> tuple[float, Sequence[Tensor | None]] | None:
+        """Run the same batch on all processes: the average of its gradients is the gradient."""
+        micro = self._process_group.run_on_main(lambda: None if sample is None else sample.load()[0])
+        if micro is None:
+            return None
+        self._strategy.begin_pass(is_last=True, counts=True)
+        loss = None
+        try:
+            loss = self.loss(micro)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if loss is None:
+            self._strategy.catch_up()
+        if self._process_group.any(loss is None) or loss is None:
+            self._strategy.reset()
+            return None
+        scaled = loss * factor if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss * factor)
+        if scaled.requires_grad:
+            scaled.backward()
+        self._strategy.end_pass()
+        self._strategy.reduce(self._process_group)
+        return loss.item(), [p.grad for p in self._strategy.parameters]
