@@ -38,7 +38,7 @@ class GatherOrder:
         self._next = 0  # the place of the next unit that the current pass may run
         self._gathered = 0  # how many units the current pass has gathered
         self._has_root = False  # whether the current pass has gathered the weights outside of the units
-        self._is_apart = False
+        self._is_apart = self._skips = False
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +108,7 @@ class GatherOrder:
 
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if in_backward():  # gradient checkpointing runs the unit again
+            if in_backward() or self._skips:  # gradient checkpointing runs the unit again
                 return None
             if self._is_apart:
                 self._agree_on(place)
@@ -117,7 +117,7 @@ class GatherOrder:
                 raise DataError(_twice(self._names[module]))
             skipped = self._units[self._next : place]
             self._next = place + 1
-            return _through(skipped, (args, kwargs)) if skipped else None
+            return self._skip(skipped, (args, kwargs)) if skipped else None
 
         return hook
 
@@ -126,7 +126,12 @@ class GatherOrder:
         if in_backward() or self._is_apart:
             return None
         skipped, self._next = self._units[self._next :], len(self._units)
-        return _through(skipped, outputs) if skipped else None
+        return self._skip(skipped, outputs) if skipped else None
+
+    def _skip(self, units: Sequence[FSDPModule], values: Any) -> Any:
+        """Lead values through units that the pass skips, without a change."""
+        with temporary_attribute(self, "_skips", True):
+            return _through(units, values)
 
     def _agree_on(self, place: int) -> None:
         """Gather with the other processes whatever they need first, until all gather the unit at `place`."""
