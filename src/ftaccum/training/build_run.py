@@ -72,7 +72,8 @@ class TrainingSetup(Run):
         config = self.config
         own, coupled = config.components.optimizer, config.coupled_beta2
         optimizer = make_optimizer(self.model, own, config.recipe, config.given, coupled)
-        check_step(optimizer, scales_gradients=self.accelerator.scaler is not None)
+        scaler, is_sharded = self.accelerator.scaler, self.sharding is not None
+        check_step(optimizer, scales_gradients=scaler is not None, is_sharded=is_sharded)
         self._inner.enter_context(preserve_learning_rates(optimizer))
         self.weights_in_training.enter_context(training_weights(optimizer))
         self._inner.callback(self.weights_in_training.close)

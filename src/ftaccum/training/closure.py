@@ -70,11 +70,12 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return _takes_closure(optimizer) and any(map(_requires_closure, (optimizer, *inner_optimizers(optimizer))))
 
 
-def check_step(optimizer: Optimizer, *, scales_gradients: bool) -> None:
+def check_step(optimizer: Optimizer, *, scales_gradients: bool, is_sharded: bool = False) -> None:
     """Raise SettingsError if the training loop cannot call an optimizer's `step`.
 
     Args:
         scales_gradients: whether a gradient scaler is in use (fp16).
+        is_sharded: whether the weights will be sharded.
     """
     kind, faults = type(optimizer).__name__, []
     required = [p.name for p in _parameters(optimizer) if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -92,6 +93,11 @@ def check_step(optimizer: Optimizer, *, scales_gradients: bool) -> None:
         faults.append(
             f"{kind} steps with a closure, which the gradient scaler of `mixed_precision='fp16'` does not support. "
             "Use 'bf16' or 'no'."
+        )
+    elif needs_closure(optimizer) and is_sharded:
+        faults.append(
+            f"`sharding` is 'fsdp2', but {kind} steps with a closure, and such optimizers compute with all weights "
+            "together. Use an optimizer such as 'adamw', or leave `sharding` out."
         )
     refuse(faults)
 

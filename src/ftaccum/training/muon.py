@@ -16,7 +16,12 @@ class MuonWithAdamW(Optimizer):
 
     Example:
         >>> MuonWithAdamW([{"params": matrices, "lr": 5e-5}], [{"params": others, "lr": 5e-5}])
+
+    Attributes:
+        takes_sharded_weights: Muon multiplies sharded matrices as a whole, so its step is the same.
     """
+
+    takes_sharded_weights = True
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw_groups: list[dict[str, Any]]) -> None:
         """Args:

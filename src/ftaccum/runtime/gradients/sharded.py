@@ -17,6 +17,7 @@ from ..memory import give_back_memory
 from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
 from ..sharding.gathers import GatherOrder
+from ..sharding.optimizer_check import check_optimizer
 from ..sharding.options import ShardingOptions
 from ..sharding.shard import shard_model
 from ..sharding.tensors import local_part
@@ -55,6 +56,7 @@ class ShardedGradients(GradientStrategy):
 
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
         """Shard the model in place, with the main process's weights, and let the optimizer hold the shards."""
+        check_optimizer(self._optimizer, accelerator.device)
         whole = weights_by_name(model)
         names = self._process_group.broadcast(list(self._units()))
         units = shard_model(model, names, accelerator.device, self._options)
