@@ -115,17 +115,8 @@ class OneBatch:
         micro = self._process_group.run_on_main(lambda: None if sample is None else sample.load()[0])
         if micro is None:
             return None
-        self._strategy.begin_pass(is_last=True, counts=True)
-        loss = None
-        try:
-            loss = self.loss(micro)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        loss = self._strategy.run_together(lambda: self.loss(micro))
         if loss is None:
-            self._strategy.catch_up()
-        if self._process_group.any(loss is None) or loss is None:
-            self._strategy.reset()
             return None
         scaled = loss * factor if self._accelerator.scaler is None else self._accelerator.scaler.scale(loss * factor)
         if scaled.requires_grad:

@@ -1,12 +1,15 @@
 """Running out of memory: detecting it, reporting it between processes, and adapting the micro-batches."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..planning.micro_batches import BatchLimits
+
+T = TypeVar("T")
 
 # Windows without a failure before larger micro-batches are tried again; doubled each time that this fails.
 _CALM = 50
@@ -43,6 +46,16 @@ def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out, so that a smaller micro-batch may help."""
     is_named = isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
     return isinstance(error, torch.OutOfMemoryError) or is_named
+
+
+def none_if_out_of_memory(function: Callable[[], T]) -> T | None:
+    """Return the result of a function, or None if memory runs out in it."""
+    try:
+        return function()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def give_back_memory() -> None:

@@ -133,7 +133,16 @@ class Run:
         Args:
             known: the size that "auto" was resolved to earlier, if any.
         """
-        return build_batch_sizes(self.config, self.data, self.accelerator, self.process_group, known)
+        return build_batch_sizes(
+            self.config, self.data, self.accelerator, self.process_group, known, self._sharded_model
+        )
+
+    def _sharded_model(self) -> GradientStrategy | None:
+        """Shard the model, if the run does, and return the strategy that has."""
+        if self.sharding is None:
+            return None
+        self.gradients.shard(self.model, self.accelerator.device)
+        return self.gradients
 
     @cached_property
     def planner(self) -> MicroBatchPlanner:

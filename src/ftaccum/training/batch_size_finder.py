@@ -8,19 +8,21 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.loader import Loader, MicroBatch
 from ..errors import SettingsError
 from ..objective.batch_changes import fresh_batch
 from ..objective.objective import Objective
+from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host
-from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.memory import give_back_memory, none_if_out_of_memory
 from ..runtime.process_group import ProcessGroup
+from ..runtime.sharding.tensors import local_part
 from ..runtime.state_guards import preserve_buffers, preserve_rng
 
-# Share of the host's free memory to use. When a host runs out of memory, it kills the process without an error.
-_SHARE_OF_HOST = 0.8
+# Share of the free memory to use, where it must not run out.
+_SHARE = 0.8
 
 
 def largest_batch(
@@ -31,6 +33,7 @@ def largest_batch(
     process_group: ProcessGroup,
     at_most: int,
     wide: bool,
+    sharded: GradientStrategy | None = None,
 ) -> int:
     """Return the largest number of rows whose forward and backward pass fits in memory on every process.
 
@@ -42,33 +45,35 @@ def largest_batch(
         model: the model on its device, before it is wrapped.
         at_most: the number of rows of an update on one process.
         wide: whether 16-bit gradients will be summed in float32.
+        sharded: the strategy that has sharded the model, if it is sharded.
 
     Raises:
         SettingsError: if not even one row fits.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     copies = 2 + (wide or not process_group.is_single)
-    on_host = accelerator.device.type == "cpu"
-    aside = [] if on_host else [torch.empty_like(p) for p in trainable for _ in range(copies)]
-    host = _Host(copies * sum(p.numel() * p.element_size() for p in trainable)) if on_host else None
+    device = accelerator.device
+    # A host kills a process that runs out of memory, and processes that gather weights would wait for each other.
+    predicts = device.type == "cpu" or sharded is not None
+    aside = [] if predicts else [torch.empty_like(p) for p in trainable for _ in range(copies)]
+    room = _Room(device, copies * sum(local_part(p).nbytes for p in trainable)) if predicts else None
 
     def fits(n_rows: int) -> bool:
-        if host is not None and not host.has_room_for(n_rows):
+        if room is not None and not _agreed(room.has_for(n_rows), sharded, process_group):
             return False
         with preserve_rng(), preserve_buffers(model, *objective.modules):
-            try:
-                _pass(model, objective, loader.longest_rows(n_rows), accelerator)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
+            micro = loader.longest_rows(n_rows)
+            if not _passes(lambda: _loss(model, objective, micro, accelerator), sharded):
                 return False
-        if host is not None:
-            host.took(n_rows)
+        if room is not None:
+            room.took(n_rows)
         return True
 
     # Each trial keeps the gradients of the one before in memory, as each micro-batch does in training.
     most = largest(fits, at_most)
     model.zero_grad(set_to_none=True)
+    if sharded is not None:
+        sharded.reset()
     del aside
     give_back_memory()
     agreed = process_group.min(most) or 0
@@ -94,32 +99,60 @@ def largest(fits: Callable[[int], bool], at_most: int) -> int:
     return good
 
 
-def _pass(model: nn.Module, objective: Objective, micro: MicroBatch, accelerator: Accelerator) -> None:
+def _loss(model: nn.Module, objective: Objective, micro: MicroBatch, accelerator: Accelerator) -> Tensor:
     with accelerator.autocast():
         batch = fresh_batch(micro.batch, accelerator.device)
         # If no label counts, the mean is NaN, but takes the same memory.
         means = objective.means(model, batch, micro.counts, objective.terms)[0]
-    torch.stack(list(means.values())).sum().backward()
+    return torch.stack(list(means.values())).sum()
 
 
-class _Host:
-    """The memory of a machine without an accelerator, which may kill the process before anything raises an error.
+def _passes(forward: Callable[[], Tensor], sharded: GradientStrategy | None) -> bool:
+    """Run a forward and a backward pass, and return whether memory sufficed.
+
+    If the weights are sharded, running out of memory in the backward pass is an error.
+    """
+    if sharded is None:
+        loss = none_if_out_of_memory(forward)
+        return loss is not None and none_if_out_of_memory(lambda: [loss.backward()]) is not None
+    loss = sharded.run_together(forward)
+    if loss is not None:
+        loss.backward()
+        sharded.end_pass()
+    return loss is not None
+
+
+def _agreed(flag: bool, sharded: GradientStrategy | None, process_group: ProcessGroup) -> bool:
+    """Return a flag, or whether it is true on all processes, if they run trials together."""
+    return flag if sharded is None else not process_group.any(not flag)
+
+
+class _Room:
+    """The memory for trials, where running out of it must be avoided.
 
     So a batch is tried only if the memory per row of a smaller one predicts that it fits.
     """
 
-    def __init__(self, set_aside: int) -> None:
+    def __init__(self, device: torch.device, set_aside: int) -> None:
+        self._on_host = device.type == "cpu"
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-        self._free = _SHARE_OF_HOST * free_on_host() / here - set_aside
+        free = free_on_host() / here if self._on_host else torch.accelerator.get_memory_info()[0]
+        self._free = _SHARE * free - set_aside
         self._per_row = 0.0
-        _forget_peak()
-        self._started = _peak()
+        if self._on_host:
+            _forget_peak()
+        else:
+            torch.accelerator.reset_peak_memory_stats()
+        self._started = self._peak()
 
-    def has_room_for(self, n_rows: int) -> bool:
+    def has_for(self, n_rows: int) -> bool:
         return self._per_row * n_rows <= self._free
 
     def took(self, n_rows: int) -> None:
-        self._per_row = max(0, _peak() - self._started) / n_rows
+        self._per_row = max(0, self._peak() - self._started) / n_rows
+
+    def _peak(self) -> int:
+        return _peak() if self._on_host else torch.accelerator.max_memory_allocated()
 
 
 def _forget_peak() -> None:

@@ -1,7 +1,7 @@
 """The sizes of updates, and the planner that cuts their windows, resolved from the settings and the data."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from accelerate import Accelerator
 
@@ -12,6 +12,7 @@ from ..objective.warn_inexact import warn_if_inexact
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes, batch_sizes_of
 from ..planning.micro_batches import DEFAULT_COSTS, BatchLimits, CostModel, MicroBatchPlanner
+from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.process_group import ProcessGroup
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
@@ -29,12 +30,18 @@ def check_batch_sizes(recipe: Recipe, runtime: Runtime, num_processes: int) -> N
 
 
 def build_batch_sizes(
-    config: RunConfig, data: TrainingData, accelerator: Accelerator, process_group: ProcessGroup, known: int | None
+    config: RunConfig,
+    data: TrainingData,
+    accelerator: Accelerator,
+    process_group: ProcessGroup,
+    known: int | None,
+    sharded: Callable[[], GradientStrategy | None] = lambda: None,
 ) -> BatchSizes:
     """Resolve the sizes of a run's updates; measure the physical batch size if it is "auto".
 
     Args:
         known: the physical batch size that "auto" was resolved to before the run was resumed, if any.
+        sharded: returns the strategy that has sharded the model; None if it is whole.
     """
     recipe, size, processes = config.recipe, config.runtime.batch_size, accelerator.num_processes
     length = mean_length(data.train_rows) if recipe.tokens_per_update else None
@@ -48,6 +55,7 @@ def build_batch_sizes(
             process_group,
             at_most=math.ceil(rows / processes),
             wide=config.runtime.accumulate_in_fp32,
+            sharded=sharded(),
         )
     return batch_sizes_of(recipe, size, processes, length)
 

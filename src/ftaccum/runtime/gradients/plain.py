@@ -1,6 +1,6 @@
 """The sums of gradients over a window, as autograd and DDP compute them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..library_output import ddp_warnings_silenced
+from ..memory import none_if_out_of_memory
 from ..optimizers import place_state, takes_sparse_gradients
 from ..process_group import ProcessGroup
 
@@ -56,6 +57,9 @@ class GradientStrategy:
         with ddp_warnings_silenced(accelerator):
             return accelerator.prepare(model, self._optimizer, device_placement=[None, False])
 
+    def shard(self, model: nn.Module, device: torch.device) -> None:
+        """Shard a model over the processes, if that is what the strategy does."""
+
     @contextmanager
     def accumulating(self) -> Iterator[None]:
         """Hold whatever the strategy needs during the windows of an epoch."""
@@ -74,6 +78,14 @@ class GradientStrategy:
 
     def catch_up(self) -> None:
         """Complete what other processes wait for in a forward pass that has failed on this one."""
+
+    def run_together(self, forward: Callable[[], Tensor]) -> Tensor | None:
+        """Run a forward pass outside of windows, and return its loss; None on all processes if memory runs out on one.
+
+        Args:
+            forward: runs the pass. If the strategy gathers weights, all processes call this together.
+        """
+        return none_if_out_of_memory(forward)
 
     def reset(self) -> None:
         """Forget a window that all processes have abandoned."""

@@ -55,11 +55,20 @@ class ShardedGradients(GradientStrategy):
         self._handles: list[RemovableHandle] = []
 
     def prepare(self, accelerator: Accelerator, model: nn.Module) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Shard the model in place, with the main process's weights, and let the optimizer hold the shards."""
-        check_optimizer(self._optimizer, accelerator.device)
+        """Shard the model, if it is not sharded yet. Return it without DDP, and the optimizer."""
+        self.shard(model, accelerator.device)
+        optimizer = accelerator.prepare_optimizer(self._sums or self._optimizer, device_placement=False)
+        # Accelerate leaves DDP out in "evaluation mode".
+        return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), optimizer
+
+    def shard(self, model: nn.Module, device: torch.device) -> None:
+        """Shard a model in place, with the main process's weights, and let the optimizer hold the shards."""
+        if self._handles:
+            return
+        check_optimizer(self._optimizer, device)
         whole = weights_by_name(model)
         names = self._process_group.broadcast(list(self._units()))
-        units = shard_model(model, names, accelerator.device, self._options)
+        units = shard_model(model, names, device, self._options)
         assert isinstance(model, FSDPModule)
         _replace_parameters(self._optimizer, whole, weights_by_name(model))
         place_state(self._optimizer)
@@ -68,9 +77,6 @@ class ShardedGradients(GradientStrategy):
         self._handles = [*self._order.install(), *self._used.install(model)]
         if has_narrow_weights(self._optimizer):
             self._sums = RoundingOptimizer(self._optimizer)
-        optimizer = accelerator.prepare_optimizer(self._sums or self._optimizer, device_placement=False)
-        # Accelerate leaves DDP out in "evaluation mode".
-        return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), optimizer
 
     def close(self) -> None:
         """Remove the hooks of the run from the model, which stays sharded."""
@@ -108,6 +114,16 @@ class ShardedGradients(GradientStrategy):
             for p in self._sums.sums:
                 if isinstance(p, DTensor):  # others are summed after the window
                     self._sums.add(p)
+
+    def run_together(self, forward: Callable[[], Tensor]) -> Tensor | None:
+        self.begin_pass(is_last=True, counts=True)
+        loss = super().run_together(forward)
+        if loss is None:
+            self.catch_up()
+        if self._process_group.any(loss is None):
+            self.reset()
+            return None
+        return loss
 
     def reset(self) -> None:
         self._order.reset()

@@ -74,8 +74,14 @@ class GatherOrder:
         self._gathered, self._has_root = len(self._units), True
 
     def reset(self) -> None:
-        """Forget a pass that all processes have abandoned."""
+        """Forget the passes of a window that all processes have abandoned, and gradients that are not reduced yet."""
         self._model.reset_iter_state()
+        for module in (self._model, *self._units):
+            state: Any = module._get_fsdp_state()
+            for p in (p for group in state._fsdp_param_groups for p in group.fsdp_params):
+                p.unsharded_accumulated_grad = None
+                if hasattr(p, "_unsharded_param"):
+                    p._unsharded_param.grad = None
 
     @contextmanager
     def run_apart(self) -> Iterator[None]:
