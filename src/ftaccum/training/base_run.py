@@ -27,6 +27,7 @@ from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
 from ..runtime.run_dir import RunDir
 from ..runtime.sharding.options import ShardingOptions
+from ..runtime.sharding.shard import fits_whole
 from ..runtime.sharding.units import CallOrder, candidate_units, observing
 from .adapters import added_adapters, describe_adapters
 from .build_data import TrainingData, build_data
@@ -199,4 +200,6 @@ class Run:
         stack.enter_context(model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing))
 
     def _place_model(self, stack: ExitStack) -> None:  # noqa: ARG002
-        self.model.to(self.accelerator.device)
+        device = self.accelerator.device
+        if self.sharding is None or fits_whole(self.model, device):  # else its loss is measured on the host
+            self.model.to(device)

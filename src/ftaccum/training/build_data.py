@@ -106,7 +106,8 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
-    ranges = find_ranges(components, forward, rows, row_collator, ignore_index, accelerator.device)
+    device = next(components.model.parameters()).device  # the host's, if the whole model fits on no device
+    ranges = find_ranges(components, forward, rows, row_collator, ignore_index, device)
     for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
     check_sample(rows, row_collator, ranges)

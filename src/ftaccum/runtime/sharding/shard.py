@@ -12,6 +12,18 @@ from ...errors import SettingsError
 from .options import ShardingOptions
 
 
+# Room for a whole model while its loss is measured: its weights, copies of some in float32, gradients, activations.
+_ROOM = 4
+
+
+def fits_whole(model: nn.Module, device: torch.device) -> bool:
+    """Return whether a device has room for a whole model while its loss is measured, before it is sharded."""
+    if device.type == "cpu":
+        return True
+    needed = _ROOM * sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return needed < torch.accelerator.get_memory_info(device)[0]
+
+
 def shard_model(
     model: nn.Module, units: Sequence[str], device: torch.device, options: ShardingOptions
 ) -> list[FSDPModule]:
