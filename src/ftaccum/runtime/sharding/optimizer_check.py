@@ -1,5 +1,6 @@
 """Whether an optimizer takes the same step on sharded weights as on whole ones."""
 
+import copy
 from collections import defaultdict
 from typing import Any
 
@@ -67,7 +68,9 @@ def _stepped(optimizer: Optimizer, device: torch.device, mesh: DeviceMesh | None
     weights = [nn.Parameter(placed(values)) for values in numbers]
     targets = [placed(torch.randn(shape, generator=draw)) for shape in _SHAPES]
     trial: Any = object.__new__(type(optimizer))  # `copy.copy` leaves out attributes that are not in its state
-    vars(trial).update({name: value for name, value in vars(optimizer).items() if name != "step"})
+    for name, value in vars(optimizer).items():
+        if name != "step":  # which a schedule may have replaced
+            vars(trial)[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
     trial.state = defaultdict(dict)
     trial.param_groups = [{**optimizer.param_groups[0], "params": weights, "lr": 0.1}]
 
