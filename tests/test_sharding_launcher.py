@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate.state
@@ -20,11 +21,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from ftaccum import SettingsError, verify
 from ftaccum.apps.run_arguments import default_arguments
+from ftaccum.apps.search.trial import train_new_model
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.sharding.launcher import find_sharding, hidden_modes, sharding_notes
 from ftaccum.runtime.sharding.options import ShardingOptions
 from ftaccum.settings.runtime import Runtime
+from ftaccum.tasks.arguments import ModelArguments
+from ftaccum.tasks.model_source import ModelSource
 from ftaccum.training.base_run import Run
+from ftaccum.training.callbacks import Callback
 from ftaccum.training.config import RunConfig
 from heads import HEADS
 
@@ -297,6 +302,29 @@ def test_a_run_under_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(SettingsError, match="The launcher asks for DeepSpeed, which ftaccum does not support"):
         start()
     start(sharding="off")
+
+
+def test_a_run_checks_what_it_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, FSDP2)
+    monkeypatch.setattr("ftaccum.training.base_run.find_sharding", lambda runtime, _: find_sharding(runtime, 2))
+    with pytest.raises(SettingsError, match="the adapters of a sharded model cannot be merged"):
+        start(lora=True, save="merged")
+
+
+def test_models_are_loaded_as_without_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, FSDP2)
+    seen: list[str | None] = []
+
+    def load(*_: Any, **__: Any) -> None:
+        seen.append(os.environ.get("ACCELERATE_USE_FSDP"))
+        raise ValueError("seen")
+
+    with pytest.raises(SettingsError, match="seen"):
+        ModelSource(ModelArguments("folder"), SimpleNamespace(from_pretrained=load), None).load_model(None)
+    with pytest.raises(ValueError, match="seen"):
+        train_new_model(load, {"random_seed": 1}, Callback())
+    assert seen == [None, None]
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
 def test_verify_is_refused_when_sharded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, LoggerType
+
+from accelerate import Accelerator
 
 from ..errors import SettingsError
 from ..settings.runtime import Runtime
