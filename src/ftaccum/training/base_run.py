@@ -199,7 +199,10 @@ class Run:
         runtime = self.config.runtime
         if not getattr(self.model, "hf_device_map", None):  # a model spread over devices stays where it is
             self._place_model(stack)
-        stack.enter_context(model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing))
+        checkpoints = self.sharding is not None and self.sharding.checkpoints_activations  # by the launcher's file
+        stack.enter_context(
+            model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing or checkpoints)
+        )
 
     def _place_model(self, stack: ExitStack) -> None:  # noqa: ARG002
         self.model.to(self.accelerator.device)
