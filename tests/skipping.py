@@ -8,7 +8,7 @@ from heads import CLASSES, VOCABULARY
 
 
 class Skipping(nn.Module):
-    """A model of four blocks, of which each row skips one, by its first token. A pass skips a block that no row uses."""
+    """A model of four blocks. Each row skips one, by its first token. A pass skips a block that no row uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Skipping(nn.Module):
 class Unused(Skipping):
     """A model whose third block no row uses."""
 
-    def run_blocks(self, hidden_BD: Tensor, first_B: Tensor) -> Tensor:
+    def run_blocks(self, hidden_BD: Tensor, first_B: Tensor) -> Tensor:  # noqa: ARG002
         for number, block in enumerate(self.blocks):
             if number != 2:
                 hidden_BD = block(hidden_BD).tanh()
@@ -46,7 +46,7 @@ class Unused(Skipping):
 class Looping(Skipping):
     """A model that runs its blocks twice."""
 
-    def run_blocks(self, hidden_BD: Tensor, first_B: Tensor) -> Tensor:
+    def run_blocks(self, hidden_BD: Tensor, first_B: Tensor) -> Tensor:  # noqa: ARG002
         for block in (*self.blocks, *self.blocks):
             hidden_BD = block(hidden_BD).tanh()
         return hidden_BD
@@ -61,7 +61,7 @@ class Turning(Skipping):
 
     turns = False
 
-    def run_blocks(self, hidden_BD: Tensor, first_B: Tensor) -> Tensor:
+    def run_blocks(self, hidden_BD: Tensor, first_B: Tensor) -> Tensor:  # noqa: ARG002
         for block in reversed(self.blocks) if self.turns else self.blocks:
             hidden_BD = block(hidden_BD).tanh()
         return hidden_BD

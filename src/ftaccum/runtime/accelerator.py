@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Gra
 from ..errors import SettingsError
 from ..settings.runtime import Runtime
 from .process_group import ProcessGroup, open_process_group
+from .sharding.launcher import hidden_modes
 from .state_guards import preserve_rng, seed_all
 
 # Each process has a whole copy of the model, and DDP averages the gradients: one code path for all devices.
@@ -27,11 +28,14 @@ REPLICATED = {
     DistributedType.MULTI_XPU,
     DistributedType.MULTI_NPU,
 }
+_KINDS = {"cpu": DistributedType.MULTI_CPU, "xpu": DistributedType.MULTI_XPU, "npu": DistributedType.MULTI_NPU}
 
 
 @contextmanager
 def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) -> Iterator[Accelerator]:
     """Create an Accelerator with the run's precision, and restore the process's global state on exit.
+
+    Accelerate itself never shards a model, even if the launcher asks for FSDP.
 
     That is Accelerate's shared state, the random number generators and torch's determinism setting. So a process can
     have many sessions, of any precision. A process group that the launcher asked for stays open for the next session.
@@ -43,8 +47,9 @@ def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) ->
         SettingsError: if the number of processes is not the requested one, if their kind of parallelism has not been
             shown to be exact, or if a tracker is not installed.
     """
-    with fresh_accelerate_state():
-        accelerator = _accelerator(runtime, project_dir)
+    with fresh_accelerate_state(), _data_parallel(launched_state()):
+        with hidden_modes():
+            accelerator = _accelerator(runtime, project_dir)
         with preserve_rng(), _determinism(runtime.deterministic):
             seed_all(seed, accelerator.process_index)  # dropout must differ between processes
             try:
@@ -58,9 +63,29 @@ def accelerator_session(runtime: Runtime, seed: int, project_dir: str | None) ->
 @contextmanager
 def launched_processes() -> Iterator[ProcessGroup]:
     """Open a group over the processes that the launcher started. The runs that follow use the same processes."""
-    state = PartialState(cpu=not torch.accelerator.is_available())  # as in `_accelerator`
-    with open_process_group(state.num_processes) as process_group:
+    with open_process_group(launched_state().num_processes) as process_group:
         yield process_group
+
+
+def launched_state() -> PartialState:
+    """Return Accelerate's state of the processes that the launcher started, and connect them."""
+    # Accelerate must see that the launcher asks for FSDP, because offloaded weights need a backend for the host too.
+    with hidden_modes("ACCELERATE_USE_DEEPSPEED"):
+        return PartialState(cpu=not torch.accelerator.is_available())  # as in `_accelerator`
+
+
+@contextmanager
+def _data_parallel(state: PartialState) -> Iterator[None]:
+    """Make Accelerate forget, until exit, that an Accelerator of the user has been set up for FSDP."""
+    shared = state._shared_state
+    if shared.get("distributed_type") != DistributedType.FSDP:
+        yield
+        return
+    shared["distributed_type"] = _KINDS.get(state.device.type, DistributedType.MULTI_GPU)
+    try:
+        yield
+    finally:
+        shared["distributed_type"] = DistributedType.FSDP
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from ..errors import SettingsError
 from ..runtime.library_output import load_report_withheld
 from ..runtime.log import logger
+from ..runtime.sharding.launcher import hidden_modes
 from .arguments import ModelArguments
 from .new_weights import NewWeights
 from .quantization import quantization_config
@@ -85,7 +86,7 @@ class ModelSource:
         if (quantization := quantization_config(**bits, dtype=compute_dtype)) is not None:
             more["quantization_config"] = quantization
         try:
-            with load_report_withheld():
+            with load_report_withheld(), hidden_modes():
                 model, report = self.model_class.from_pretrained(
                     named.model, dtype=dtype, output_loading_info=True, **self._hub(True), **more
                 )

@@ -22,16 +22,17 @@ from ..planning.plan import Plan
 from ..runtime.accelerator import accelerator_session
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.library_output import library_bars
-from ..runtime.log import run_logging
+from ..runtime.log import logger, run_logging
 from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
 from ..runtime.run_dir import RunDir
-from ..runtime.sharding.options import ShardingOptions
+from ..runtime.sharding.launcher import find_sharding, sharding_notes
 from ..runtime.sharding.shard import fits_whole
 from ..runtime.sharding.units import CallOrder, candidate_units, observing
 from .adapters import added_adapters, describe_adapters
 from .build_data import TrainingData, build_data
 from .build_plan import build_batch_sizes, build_planner, check_batch_sizes
+from .build_sharding import check_sharding
 from .config import RunConfig
 
 RunType = TypeVar("RunType", bound="Run")
@@ -45,6 +46,7 @@ class Run:
         run_dir: the output folder, locked until exit; None if the run writes nothing.
         accelerator: the accelerator, set up for the requested precision and the launched processes.
         process_group: the processes of the run.
+        sharding: how the model is sharded; None if each process holds all of it.
     """
 
     logs = True  # whether the run logs messages
@@ -71,9 +73,10 @@ class Run:
             self.process_group = enter(open_process_group(processes))
             enter(run_logging(enabled=self.logs and self.process_group.is_main, verbosity=runtime.verbosity))
             enter(library_bars(shown=self.process_group.is_main and runtime.shows_bars))
-            self.sharding = None
-            if runtime.sharding == "fsdp2" and processes > 1:
-                self.sharding = ShardingOptions(syncs_each_pass=runtime.sync == "each")
+            self.sharding = find_sharding(runtime, processes)
+            for note in sharding_notes(runtime, processes):
+                logger.info(note)
+            check_sharding(self.config.components, runtime, self.sharding)
             if (run_dir := self.run_dir) is not None:
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
             components, seed = self.config.components, recipe.random_seed
@@ -197,7 +200,10 @@ class Run:
         runtime = self.config.runtime
         if not getattr(self.model, "hf_device_map", None):  # a model spread over devices stays where it is
             self._place_model(stack)
-        stack.enter_context(model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing))
+        checkpoints = self.sharding is not None and self.sharding.checkpoints_activations  # by the launcher's file
+        stack.enter_context(
+            model_context(self.model, gradient_checkpointing=runtime.gradient_checkpointing or checkpoints)
+        )
 
     def _place_model(self, stack: ExitStack) -> None:  # noqa: ARG002
         device = self.accelerator.device

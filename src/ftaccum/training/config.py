@@ -16,6 +16,8 @@ from ..errors import refuse, shown
 from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
+from ..runtime.sharding.launcher import loads_on_one_process
+from ..runtime.sharding.tensors import has_sharded_tensors
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tracking.run_record import Command
@@ -139,10 +141,15 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
             f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
             "Load it first, for example with `AutoModelForSequenceClassification.from_pretrained`."
         )
+    elif has_sharded_tensors(components.model):
+        faults.append(
+            "`model` has weights that are divided among processes already (DTensor). An earlier run has sharded them, "
+            "or they were loaded for tensor parallelism. Load the model again, without `tp_plan` and `device_mesh`."
+        )
     elif _has_missing_weights(components.model):
         faults.append(
             "`model` has weights on the meta device, which are shapes without numbers. Create the model outside "
-            "`torch.device('meta')` and `init_empty_weights`, or load it with `from_pretrained`."
+            f"`torch.device('meta')` and `init_empty_weights`, or load it with `from_pretrained`.{_hint_on_loading()}"
         )
     else:
         faults += faults_of_adapters(components.model, components.lora, runtime.save)
@@ -166,6 +173,15 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
     has_metrics, has_val_data = components.compute_metrics is not None, components.val_data is not None
     faults += faults_of_evaluation(recipe, has_metrics=has_metrics, has_val_data=has_val_data)
     refuse(faults)
+
+
+def _hint_on_loading() -> str:
+    if not loads_on_one_process():
+        return ""
+    return (
+        " The launcher asks for `fsdp_cpu_ram_efficient_loading`, with which only one process of a machine gets the "
+        "weights: set it to false."
+    )
 
 
 def _faults_of_own_loss(components: Components, recipe: Recipe) -> list[str]:

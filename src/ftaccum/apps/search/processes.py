@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
-from accelerate import PartialState
-
+from ...runtime.accelerator import launched_state
 from ...runtime.process_group import ProcessGroup, open_process_group
 
 T = TypeVar("T")
@@ -59,7 +57,7 @@ class TrialProcesses:
 @contextmanager
 def open_trial_processes() -> Iterator[TrialProcesses]:
     """Connect the processes that were launched together. Call it on all processes."""
-    size = PartialState(cpu=not torch.accelerator.is_available()).num_processes
+    size = launched_state().num_processes
     with (
         open_process_group(size, _ORDERS_WITHIN) as orders,
         open_process_group(size, _OUTCOMES_WITHIN) as outcomes,

@@ -14,6 +14,7 @@ from ...errors import CallbackError, DataError, DivergedError, Preempted, Settin
 from ...planning.base_plan import BasePlan
 from ...planning.plan import Plan
 from ...runtime.memory import give_back_memory
+from ...runtime.sharding.launcher import hidden_modes
 from ...runtime.signals import StopSignals
 from ...runtime.state_guards import preserve_rng, seed_all
 from ...tracking.console import Console
@@ -234,7 +235,7 @@ def train_new_model(model_factory: Callable[[], Any], arguments: Mapping[str, An
     Raises:
         SettingsError: if the factory returns a model that an earlier trial has trained.
     """
-    with preserve_rng():
+    with preserve_rng(), hidden_modes():
         seed_all(arguments["random_seed"])
         model = model_factory()
     if model in _trained:

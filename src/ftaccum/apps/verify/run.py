@@ -12,7 +12,7 @@ from torch.optim import SGD
 from ...checkpoint.compatibility import package_versions
 from ...data.convert import as_rows
 from ...data.loader import Loader
-from ...errors import DataError
+from ...errors import DataError, SettingsError
 from ...objective.deterministic_forward import DeterministicMode
 from ...planning.batch_size import BatchSizes, batch_sizes_of
 from ...planning.micro_batches import RowIndices
@@ -36,6 +36,10 @@ from .settings import VerifySettings
 _FLOAT64 = 1e-12  # upper bound of rounding errors in float64
 _ROWS = 1024  # enough to find how the loss is counted; more are read and tokenised only if the window needs them
 _RARE = 64  # further rows to keep, for label values or columns that the others lack
+_SHARDED = (
+    "The launcher asks for FSDP, but `verify` measures a whole model on each process. Start it with `torchrun`, with "
+    "another config file of `accelerate launch`, or on a single process."
+)
 
 
 class VerificationRun(Run):
@@ -99,6 +103,8 @@ class VerificationRun(Run):
         return build_data(replace(self.config, runtime=runtime), self.accelerator, None).train
 
     def _prepare_model(self, stack: ExitStack) -> None:
+        if self.sharding is not None:
+            raise SettingsError([_SHARDED])
         stack.enter_context(preserve_gradients(self.model))
         stack.enter_context(preserve_problem_type(self.model))
         super()._prepare_model(stack)

@@ -13,9 +13,11 @@ class ShardingOptions:
         block_classes: the names of the classes whose modules are gathered as one unit; none to choose units by
             structure.
         syncs_each_pass: whether each pass of a window syncs its gradients, and not only the last one.
+        checkpoints_activations: whether to recompute activations in the backward pass, like `gradient_checkpointing`.
     """
 
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     block_classes: tuple[str, ...] = ()
     syncs_each_pass: bool = True
+    checkpoints_activations: bool = False

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from ...errors import SettingsError
 from .options import ShardingOptions
 
-
 # Room for a whole model while its loss is measured: its weights, copies of some in float32, gradients, activations.
 _ROOM = 4
 

@@ -1,0 +1,91 @@
+"""Checks of a model and an optimizer that are to be sharded over the processes."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer, SparseAdam
+
+from ..errors import refuse
+from ..runtime.adapters import has_adapters
+from ..runtime.optimizers import inner_optimizers
+from ..runtime.sharding.options import ShardingOptions
+from ..settings.runtime import Runtime
+from .adapters import quantised_bits
+from .config import Components
+
+_WHOLE = "train a whole copy on each process (`sharding='off'`)"
+
+
+def check_sharding(components: Components, runtime: Runtime, options: ShardingOptions | None) -> None:
+    """Check that a model and an optimizer can be sharded, before anything is loaded or moved.
+
+    Args:
+        options: how the model is sharded; None to check nothing, because each process holds all of it.
+
+    Raises:
+        SettingsError: with a sentence for each fault.
+    """
+    if options is None:
+        return
+    refuse(
+        [
+            *_faults_of_model(components.model),
+            *_faults_of_save(components, runtime.save),
+            *_faults_of_optimizer(components.optimizer),
+        ]
+    )
+
+
+def _faults_of_model(model: Any) -> list[str]:
+    faults = []
+    bits = quantised_bits(model)
+    if bits or getattr(model, "is_quantized", False):
+        kind = f"of {bits} bits" if bits else "that are quantised"
+        faults.append(
+            f"`model` has weights {kind}, which FSDP2 cannot shard. Load it in 16 bits (`dtype='bfloat16'`), or "
+            f"{_WHOLE}."
+        )
+    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        faults.append(
+            f"`model` is spread over the devices {', '.join(devices)} by `device_map`, but each process must shard the "
+            "whole model. Load it without `device_map`."
+        )
+    tables = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    ]
+    if tables:
+        faults.append(
+            f"`model` has embedding tables with sparse gradients ({', '.join(tables)}), which FSDP2 does not support. "
+            f"Create them with `sparse=False`, or {_WHOLE}."
+        )
+    return faults
+
+
+def _faults_of_save(components: Components, save: str) -> list[str]:
+    adds = components.lora is not None and components.lora is not False
+    if save == "adapter" or not (adds or has_adapters(components.model)):
+        return []
+    return [
+        f"`save` is {save!r}, but the adapters of a sharded model cannot be merged. Leave `save` out, and run `ftaccum "
+        "merge` afterwards, which merges the saved adapters into the base model."
+    ]
+
+
+def _faults_of_optimizer(optimizer: Any) -> list[str]:
+    kind = getattr(optimizer, "func", optimizer)  # of a functools.partial
+    every = [optimizer, *inner_optimizers(optimizer)] if isinstance(optimizer, Optimizer) else []
+    faults = []
+    if kind is SparseAdam or any(isinstance(each, SparseAdam) for each in every):
+        faults.append(
+            "`optimizer` is SparseAdam, which takes sparse gradients only, and those of a sharded model are dense. Use "
+            f"another optimizer, or {_WHOLE}."
+        )
+    if any(each.state for each in every):
+        faults.append(
+            f"`optimizer` ({type(optimizer).__name__}) has trained before, and its state belongs to whole weights. "
+            f"Give a new optimizer, or a function that creates it, or {_WHOLE}."
+        )
+    return faults

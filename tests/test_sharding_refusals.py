@@ -1,0 +1,178 @@
+"""Models, optimizers and settings that cannot be sharded, and models that are sharded already."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.optim import SGD, AdamW, SparseAdam
+
+from ftaccum import SettingsError, test_fine_tuning
+from ftaccum.apps.run_arguments import default_arguments
+from ftaccum.runtime.sharding.options import ShardingOptions
+from ftaccum.settings.runtime import Runtime
+from ftaccum.training.build_sharding import check_sharding
+from ftaccum.training.config import RunConfig
+from heads import HEADS
+
+HEAD = HEADS["sequence classification, BERT"]
+
+
+def faults(model: nn.Module | None = None, save: str = "adapter", **components: Any) -> list[str]:
+    """Return the messages that refuse to shard a model with these components."""
+    arguments = default_arguments() | {"model": model or HEAD.model(), "train_data": HEAD.rows(4)} | components
+    parts, runtime = RunConfig.from_arguments(arguments).components, Runtime(save=save)
+    check_sharding(parts, runtime, None)  # whole copies are not checked
+    try:
+        check_sharding(parts, runtime, ShardingOptions())
+    except SettingsError as error:
+        return list(error.faults)
+    return []
+
+
+def with_attribute(name: str, value: Any) -> nn.Module:
+    model = HEAD.model()
+    setattr(model, name, value)
+    return model
+
+
+def with_adapters() -> nn.Module:
+    return get_peft_model(HEAD.model(), LoraConfig(target_modules="all-linear"))
+
+
+def with_a_sparse_table() -> nn.Module:
+    model = HEAD.model()
+    model.bert.embeddings.word_embeddings.sparse = True
+    return model
+
+
+def trained(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_models_and_optimizers_that_can_be_sharded() -> None:
+    model = with_attribute("hf_device_map", {"": 0})
+    for optimizer in (None, AdamW, partial(SGD, lr=0.1), SGD(model.parameters(), lr=0.1)):
+        assert faults(model, optimizer=optimizer) == []
+    assert faults(with_adapters()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            partial(with_attribute, "is_quantized", True),
+            "`model` has weights that are quantised, which FSDP2 cannot sh",
+        ),
+        (
+            partial(with_attribute, "hf_device_map", {"bert": 0, "classifier": "cpu"}),
+            "`model` is spread over the devices 0, cpu by `device_map`, but each process must shard the whole model",
+        ),
+        (
+            with_a_sparse_table,
+            "`model` has embedding tables with sparse gradients (bert.embeddings.word_embeddings), which FSDP2 does",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_sharded_is_refused(model: Callable[[], nn.Module], expected: str) -> None:
+    (fault,) = faults(model())
+    assert fault.startswith(expected)
+
+
+def test_weights_of_few_bits_are_refused() -> None:
+    model = with_adapters()
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    (fault,) = faults(model)
+    assert fault == (
+        "`model` has weights of 4 bits, which FSDP2 cannot shard. Load it in 16 bits (`dtype='bfloat16'`), or train a "
+        "whole copy on each process (`sharding='off'`)."
+    )
+
+
+@pytest.mark.parametrize("save", ["merged", "both"])
+def test_merging_the_adapters_of_a_sharded_model_is_refused(save: str) -> None:
+    expected = (
+        f"`save` is {save!r}, but the adapters of a sharded model cannot be merged. Leave `save` out, and run `ft"
+    )
+    for message in (faults(with_adapters(), save), faults(save=save, lora=True)):
+        assert len(message) == 1
+        assert message[0].startswith(expected)
+
+
+def test_an_optimizer_that_has_trained_is_refused() -> None:
+    model = HEAD.model()
+    (fault,) = faults(model, optimizer=trained(AdamW(model.parameters())))
+    assert fault.startswith("`optimizer` (AdamW) has trained before, and its state belongs to whole weights.")
+
+
+def test_the_state_of_an_inner_optimizer_is_found() -> None:
+    model = HEAD.model()
+    outer = SGD(model.parameters(), lr=0.1)
+    outer.inner = trained(AdamW(model.parameters()))  # type: ignore[attr-defined]
+    assert len(faults(model, optimizer=outer)) == 1
+
+
+@pytest.mark.parametrize("optimizer", [SparseAdam, partial(SparseAdam, lr=0.1), None])
+def test_sparse_adam_is_refused(optimizer: Any) -> None:
+    model = HEAD.model()
+    (fault,) = faults(model, optimizer=optimizer or SparseAdam(model.parameters()))
+    assert fault.startswith("`optimizer` is SparseAdam, which takes sparse gradients only")
+
+
+def test_the_page_on_launching_quotes_the_messages() -> None:
+    quantised = with_adapters()
+    quantised.is_loaded_in_4bit = True  # type: ignore[assignment]
+    spread, tables = (
+        with_attribute("hf_device_map", {"a": 0, "b": 1}),
+        nn.ModuleDict({"embeddings": nn.Embedding(2, 2)}),
+    )
+    tables["embeddings"].sparse = True  # type: ignore[assignment]
+    optimizer = trained(AdamW(HEAD.model().parameters()))
+    found = [
+        *(faults(quantised) + faults(spread) + faults(tables) + faults(with_adapters(), "merged")),
+        *(faults(optimizer=SparseAdam) + faults(optimizer=optimizer)),
+    ]
+    page = (Path(__file__).parents[1] / "docs" / "launching.md").read_text(encoding="utf-8")
+    assert len(found) == 6
+    assert [message for message in found if f"| {message} |" not in page] == []
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_model_that_is_sharded_already_is_refused(mesh: Any) -> None:
+    model = HEAD.model()
+    layer = model.classifier
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
+    with pytest.raises(
+        SettingsError, match=r"`model` has weights that are divided among processes already \(DTensor\)."
+    ):
+        test_fine_tuning(model, train_data=HEAD.rows(4))
+
+
+@pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}])
+def test_weights_that_only_another_process_has_name_the_option(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    model = HEAD.model()
+    model.classifier.to("meta")
+    with pytest.raises(SettingsError, match="`model` has weights on the meta device") as raised:
+        test_fine_tuning(model, train_data=HEAD.rows(4))
+    hint = "The launcher asks for `fsdp_cpu_ram_efficient_loading`, with which only one process of a machine gets the w"
+    assert (hint in str(raised.value)) == bool(environment)
