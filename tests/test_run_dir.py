@@ -31,9 +31,9 @@ def test_a_relative_folder_stays_where_it_was_after_a_change_of_directory(
     monkeypatch.chdir(tmp_path)
     save = export.save_model
 
-    def after_a_change(*arguments: Any) -> None:
+    def after_a_change(*arguments: Any, **options: Any) -> None:
         os.chdir(elsewhere)
-        save(*arguments)
+        save(*arguments, **options)
 
     monkeypatch.setattr(export, "save_model", after_a_change)
     run = fine_tuned(output_dir="run", checkpoint_every=3)
@@ -67,9 +67,9 @@ def test_the_lock_is_held_until_the_model_is_written(tmp_path: Path, monkeypatch
     seen: list[bool] = []
     save = export.save_model
 
-    def watched(*arguments: Any) -> None:
+    def watched(*arguments: Any, **options: Any) -> None:
         seen.append(is_locked_for_others(tmp_path))
-        save(*arguments)
+        save(*arguments, **options)
 
     monkeypatch.setattr(export, "save_model", watched)
     fine_tuned(output_dir=str(tmp_path))

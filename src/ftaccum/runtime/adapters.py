@@ -45,6 +45,26 @@ def new_modules(model: nn.Module) -> list[str]:
     return [name for name in dict.fromkeys(new) if name]
 
 
+def saved_by_peft(model: Any) -> list[str]:
+    """Return the names of the weights that a PEFT model saves, and of all that are trained. Tied weights count once.
+
+    PEFT saves adapters, modules that are trained in full, and embeddings if they have adapters or were resized. The
+    weights may be on torch's meta device.
+    """
+    from peft import get_peft_model_state_dict  # an optional dependency
+
+    state, saved = model.state_dict(keep_vars=True), set[int]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # saving shows them
+        for adapter, config in model.peft_config.items():
+            if config.is_prompt_learning:  # what is saved is computed
+                saved |= {id(p) for p in model.prompt_encoder[adapter].parameters()}
+            else:
+                found = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter)
+                saved |= {id(tensor) for tensor in found.values()}
+    return [name for name, p in model.named_parameters() if p.requires_grad or id(p) in saved]
+
+
 class ModuleTree:
     """The submodules of a model, and which of its parameters are trained, as they were before adapters were added."""
 

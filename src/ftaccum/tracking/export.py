@@ -1,7 +1,8 @@
 """Write the files of a finished run into its folder, and describe those that cannot be written."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,19 @@ from torch import nn
 from ..errors import OutputWarning, warn_user
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
+from ..runtime.sharding.tensors import is_sharded
+from ..runtime.sharding.whole_weights import WholeWeights, whole_weights
 from .ledger import Ledger
 from .model_files import TrainedModel, remove_adapter, save_model
 from .result import Result
 
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
+_WHOLE = ". The trained model is still in memory: save it to another place."
+_SHARDED = (
+    ", and twice that while a sharded model is saved. The trained model is still in the memory of its processes: "
+    "`save_model` of the result saves it to another place if all of them call it. The same run with `resume='auto'` "
+    "continues from the newest checkpoint, if there is one."
+)
 
 
 def write_outputs(
@@ -27,7 +36,8 @@ def write_outputs(
     """Complete the ledger and write the model and the result, if the run has a folder.
 
     This raises no errors: training is done, and a failed write must cost neither its result nor the model in memory.
-    Old files stay until their replacements are on the disk.
+    Old files stay until their replacements are on the disk. All processes call this, as they gather a sharded model
+    together.
 
     Args:
         trained: the model to save, or None to save none.
@@ -40,7 +50,8 @@ def write_outputs(
     """
     if run_dir is None:
         return result
-    faults = process_group.run_on_main(lambda: _write(result, ledger, trained, run_dir))
+    with _whole(trained, run_dir, process_group) as write:
+        faults = process_group.run_on_main(lambda: _write(result, ledger, write, run_dir))
     if process_group.is_main:
         for fault in faults:
             warn_user(fault, OutputWarning)
@@ -48,27 +59,44 @@ def write_outputs(
 
 
 def write_model(trained: TrainedModel, run_dir: RunDir, process_group: ProcessGroup) -> list[str]:
-    """Write the model into the folder of a run. If that fails, return sentences about it, on all processes."""
-    return process_group.run_on_main(lambda: _write_model(trained, run_dir))
+    """Write the model into the folder of a run. If that fails, return sentences about it, on all processes.
+
+    All processes call this.
+    """
+    with _whole(trained, run_dir, process_group) as write:
+        return process_group.run_on_main(write)
 
 
-def _write(result: Result, ledger: Ledger, trained: TrainedModel | None, run_dir: RunDir) -> list[str]:
+@contextmanager
+def _whole(
+    trained: TrainedModel | None, run_dir: RunDir, process_group: ProcessGroup
+) -> Iterator[Callable[[], list[str]]]:
+    """Gather a sharded model on all processes. Yield a function that writes the model on the main process, if any."""
+    if trained is None:
+        yield list
+        return
+    with whole_weights(trained.model, run_dir.path, process_group) as weights:
+        yield lambda: _write_model(trained, run_dir, weights)
+
+
+def _write(result: Result, ledger: Ledger, write_model: Callable[[], list[str]], run_dir: RunDir) -> list[str]:
     """Return a sentence for each output that could not be written."""
     faults = _tried(run_dir.ledger, lambda _: ledger.write(), "The result also has its losses, norms and audits.")
-    if trained is not None:
-        faults += _write_model(trained, run_dir)
+    faults += write_model()
     write = replace(result, unwritten=faults).save
     return faults + _tried(run_dir.result, write, "The call still returns the result: its `save` writes it elsewhere.")
 
 
-def _write_model(trained: TrainedModel, run_dir: RunDir) -> list[str]:
+def _write_model(trained: TrainedModel, run_dir: RunDir, weights: WholeWeights) -> list[str]:
     model, tokenizer, save = trained.model, trained.tokenizer, trained.save
-    remedy = (
-        f"The weights take {_describe(_bytes_of(model))}. The trained model is still in memory: save it to another "
-        "place."
-    )
+    remedy = f"The weights take {_describe(_bytes_of(model))}{_SHARDED if is_sharded(model) else _WHOLE}"
     merges = save != "adapter"
-    faults = _tried(run_dir.model, lambda path: save_model(model, tokenizer, path, merges=merges), remedy)
+
+    def write(path: Path) -> None:
+        with weights.in_model():
+            save_model(model, tokenizer, path, merges=merges)
+
+    faults = _tried(run_dir.model, write, remedy)
     if save == "both":
         return faults + _tried(run_dir.adapter, lambda path: save_model(model, tokenizer, path), remedy)
     if not faults:

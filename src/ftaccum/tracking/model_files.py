@@ -10,13 +10,22 @@ from typing import Any
 from safetensors.torch import save_model as save_weights
 from torch import distributed
 
+from ..errors import SettingsError
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.log import logger
+from ..runtime.process_group import lasting_process_group
+from ..runtime.sharding.tensors import is_sharded
+from ..runtime.sharding.whole_weights import whole_weights
 from .generation_settings import save_pretrained
 
 ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
 MODEL_CONFIG = "model_config.json"  # beside it: the configuration of the trained model, with its labels
+
+_CANNOT_MERGE = (
+    "`merge` is True, but the model is sharded over the processes, and adapters are merged only into whole weights. "
+    "Leave `merge` out, and run `ftaccum merge` on the saved folder."
+)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False) -> None:
@@ -71,6 +80,29 @@ def remove_adapter(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_main_process() -> bool:
+def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool) -> None:
+    """Save a model as `save_model` does, on the main process only. If the model is sharded, all processes call this.
+
+    Raises:
+        SettingsError: if the adapters of a sharded model are to be merged.
+        Exception: whatever saving raises: on the main process, and also on the others if the model is sharded.
+    """
+    if not is_sharded(model):
+        if _is_main_process():
+            save_model(model, tokenizer, folder, merges=merges)
+        return
+    if merges:
+        raise SettingsError([_CANNOT_MERGE])
+    process_group = lasting_process_group(distributed.get_world_size())
+    with whole_weights(model, folder.absolute().parent, process_group) as weights:
+
+        def save() -> None:
+            with weights.in_model():
+                save_model(model, tokenizer, folder, merges=merges)
+
+        process_group.run_on_main(save)
+
+
+def _is_main_process() -> bool:
     """Return whether this is the first process that a launcher started, or the only one."""
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -210,7 +210,7 @@ class Result(Mapping[str, Any]):
         """Write the trained model, and its tokenizer if it has one, into a folder that `from_pretrained` reads.
 
         An existing folder is replaced only when the new one is complete. On several processes, only the main one
-        writes.
+        writes. If they train with sharding, all of them must call this, because they gather the weights together.
 
         Args:
             path: the folder to write.
@@ -219,7 +219,7 @@ class Result(Mapping[str, Any]):
 
         Raises:
             SettingsError: if the result has no model, because it was loaded from a file, copied or unpickled; or if
-                there are no adapters to merge.
+                there are no adapters to merge, or they are those of a sharded model.
             OSError: if the folder cannot be written.
         """
         model, tokenizer = self._trained
@@ -233,12 +233,11 @@ class Result(Mapping[str, Any]):
                     f"`test_fine_tuning` returns has it, not one that was loaded, copied or unpickled.{saved}"
                 ]
             )
-        from .model_files import is_main_process, save_model  # imports torch
+        from .model_files import save_on_main  # imports torch
 
         if merge and not hasattr(model, "merge_and_unload"):
             raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
-        if is_main_process():
-            save_model(model, tokenizer, Path(path), merges=merge)
+        save_on_main(model, tokenizer, Path(path), merges=merge)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON, with non-finite numbers as null.

@@ -87,7 +87,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     """Convert the data to rows, check a sample of them, and measure how the loss is counted.
 
     Args:
-        config: the configuration; its model must be on its device, and not wrapped yet.
+        config: the configuration; its model must be whole, and on the device where it is to be measured.
         accelerator: the accelerator of the run.
         stream: the training data, if they are a stream.
 
@@ -106,8 +106,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
-    device = next(components.model.parameters()).device  # the host's, if the whole model fits on no device
-    ranges = find_ranges(components, forward, rows, row_collator, ignore_index, device)
+    ranges = find_ranges(components, forward, rows, row_collator, ignore_index)
     for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
     check_sample(rows, row_collator, ranges)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,18 +29,14 @@ _BINARY_FUNCTIONS = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 
 def find_ranges(
-    components: Components,
-    forward: ModelForward,
-    rows: Rows,
-    row_collator: RowCollator,
-    ignore_index: int,
-    device: torch.device,
+    components: Components, forward: ModelForward, rows: Rows, row_collator: RowCollator, ignore_index: int
 ) -> ValueRanges:
     """Return the ranges of the numbers in a batch.
 
     A `loss_fn` without an attribute `ignore_index` may accept any label, so its labels have no range.
     """
     model, loss_fn = components.model, components.loss_fn
+    device = next(model.parameters()).device
     few = [fresh_batch(row_collator.seeded(rows, [position], 0), device) for position in _short_rows(rows)]
     sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
     with inspection_mode(model, *forward.modules), IndexGuard():
