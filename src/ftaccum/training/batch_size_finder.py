@@ -113,8 +113,7 @@ def _passes(forward: Callable[[], Tensor], sharded: GradientStrategy | None) -> 
     If the weights are sharded, running out of memory in the backward pass is an error.
     """
     if sharded is None:
-        loss = none_if_out_of_memory(forward)
-        return loss is not None and none_if_out_of_memory(lambda: [loss.backward()]) is not None
+        return none_if_out_of_memory(lambda: [forward().backward()]) is not None
     loss = sharded.run_together(forward)
     if loss is not None:
         loss.backward()

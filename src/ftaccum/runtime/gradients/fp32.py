@@ -165,8 +165,9 @@ def _wide(p: Tensor) -> torch.dtype:
 def _stand_in(p: Tensor) -> nn.Parameter:
     zeros = torch.zeros((), dtype=_wide(p), device=p.device).expand(local_part(p).shape)
     if isinstance(p, DTensor):
-        whole = {"shape": p.shape, "stride": p.stride()}
-        zeros = DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, **whole)
+        zeros = DTensor.from_local(
+            zeros, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
     return nn.Parameter(zeros)
 
 

@@ -112,7 +112,7 @@ class GatherOrder:
     def _before(self, place: int) -> Callable[..., Any]:
         """Return the hook before the unit at a place of the order."""
 
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if in_backward() or self._skips:  # gradient checkpointing runs the unit again
                 return None
@@ -127,7 +127,7 @@ class GatherOrder:
 
         return hook
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, _: nn.Module, __: Any, outputs: Any) -> Any:
         if in_backward() or self._is_apart:
             return None

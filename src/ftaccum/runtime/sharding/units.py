@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def candidate_units(model: nn.Module, block_classes: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -16,7 +16,7 @@ def candidate_units(model: nn.Module, block_classes: Sequence[str] = ()) -> dict
     Args:
         block_classes: the names of the classes of the blocks; none to find them by structure.
     """
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
         is_block = type(module).__name__ in block_classes if block_classes else _is_in_outermost_list(model, name)
@@ -108,6 +108,6 @@ def _is_within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 
-def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
+def weights_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of a model by name, a tied one under each of its names."""
     return dict(model.named_parameters(remove_duplicate=False))

@@ -50,7 +50,7 @@ class UsedWeights:
         """Forget an abandoned window."""
         self._used.clear()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _watch(self, module: nn.Module, skipped: set[int] | None = None) -> None:
         """Watch the weights of a module that has just gathered them."""
         prefix = self._by_module[module]
