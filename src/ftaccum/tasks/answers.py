@@ -37,8 +37,8 @@ class Answers:
 def read_answers(rows: Dataset, argument: str) -> list[Answers]:
     """Return the answers of each row, found in its context.
 
-    An answer that does not stand where the data say, or of which they do not say it, is looked for: its context must
-    contain it exactly once.
+    An answer is searched for if the data give no position, or if it is not at that position. Its context must contain
+    it exactly once.
 
     Args:
         argument: the argument that names the rows, for messages.

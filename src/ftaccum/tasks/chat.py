@@ -26,7 +26,7 @@ _CUT, _ANSWERED = "was_cut", "is_answered"
 
 
 class Chat(Task):
-    """Conversations, of which the model learns the assistant's answers."""
+    """Conversations. The model learns the assistant's answers."""
 
     roles: ClassVar[Mapping[str, Role]] = {
         MESSAGES: Role(("messages", "conversations", "conversation"), required=False),

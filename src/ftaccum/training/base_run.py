@@ -27,6 +27,7 @@ from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
 from ..runtime.run_dir import RunDir
 from ..runtime.sharding.launcher import find_sharding, sharding_notes
+from ..runtime.sharding.options import ShardingOptions
 from ..runtime.sharding.shard import fits_whole
 from ..runtime.sharding.units import CallOrder, candidate_units, observing
 from .adapters import added_adapters, describe_adapters
@@ -50,6 +51,7 @@ class Run:
     """
 
     logs = True  # whether the run logs messages
+    can_shard = False  # whether the model may be sharded; if not, each process holds all of it
     keeps_adapters = False  # whether adapters of `lora` stay in the model
 
     def __init__(self, config: RunConfig) -> None:
@@ -73,10 +75,7 @@ class Run:
             self.process_group = enter(open_process_group(processes))
             enter(run_logging(enabled=self.logs and self.process_group.is_main, verbosity=runtime.verbosity))
             enter(library_bars(shown=self.process_group.is_main and runtime.shows_bars))
-            self.sharding = find_sharding(runtime, processes)
-            for note in sharding_notes(runtime, processes):
-                logger.info(note)
-            check_sharding(self.config.components, runtime, self.sharding)
+            self.sharding = self._find_sharding()
             if (run_dir := self.run_dir) is not None:
                 self.process_group.run_on_main(lambda: enter(run_dir.lock()))
             components, seed = self.config.components, recipe.random_seed
@@ -86,6 +85,17 @@ class Run:
             self._prepare_model(self._inner)
             self._outer = stack.pop_all()
         return self
+
+    def _find_sharding(self) -> ShardingOptions | None:
+        """Return how the run shards its model, if it does, and log what it does not take from the launcher."""
+        runtime, processes = self.config.runtime, self.process_group.size
+        if not self.can_shard:
+            return None
+        options = find_sharding(runtime, processes)
+        for note in sharding_notes(runtime, processes):
+            logger.info(note)
+        check_sharding(self.config.components, runtime, options)
+        return options
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -55,6 +55,8 @@ from .trainer_callbacks import CallbackHandler
 class TrainingSetup(Run):
     """The components of a training run. `TrainingRun` trains with them."""
 
+    can_shard = True
+
     def __init__(self, config: RunConfig, callback: Callback) -> None:
         super().__init__(config)
         self.callback = callback

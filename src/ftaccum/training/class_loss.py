@@ -36,7 +36,7 @@ def build_class_loss(
 
     Args:
         forward: the forward pass with the model's own loss.
-        rows: the training rows, of which "balanced" counts the labels.
+        rows: the training rows. "balanced" counts their labels.
         batch: a few labelled rows, on the host.
         ignore_index: the label that the model's own loss ignores.
 

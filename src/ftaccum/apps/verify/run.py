@@ -45,6 +45,8 @@ _SHARDED = (
 class VerificationRun(Run):
     """A run that accumulates one window in many ways. It restores the model, including its gradients."""
 
+    can_shard = True  # finds out whether training would, which is refused below
+
     def __init__(self, config: RunConfig, settings: VerifySettings) -> None:
         super().__init__(config)
         self._settings = settings

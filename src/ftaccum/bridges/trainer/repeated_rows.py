@@ -135,7 +135,7 @@ class RepeatedRows:
 
 
 def _refuse_shared_streams(loader: Any, num_processes: int) -> None:
-    """Refuse a stream that each process reads by itself, unless all get equally many rows and none is repeated."""
+    """Refuse a stream that each process reads itself, unless each row goes to one process, and all get the same number."""
     dataset = getattr(loader, "dataset", None)
     if num_processes == 1 or not (isinstance(loader, DataLoaderShard) and isinstance(dataset, IterableDataset)):
         return

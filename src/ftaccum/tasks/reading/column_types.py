@@ -13,7 +13,7 @@ _KINDS: dict[type, str] = {
 
 
 def kind_of(value: Any) -> str:
-    """Return the kind of a JSON value in words, such as "a number"."""
+    """Return the kind of a JSON value as messages name it, such as "a number"."""
     return "null" if value is None else _KINDS[type(value)]
 
 
