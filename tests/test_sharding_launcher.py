@@ -284,10 +284,14 @@ def test_an_accelerator_of_the_user_under_fsdp_does_not_change_a_run() -> None:
     assert AcceleratorState._shared_state == {}
 
 
+class ShardingRun(Run):
+    can_shard = True
+
+
 def start(**settings: Any) -> None:
     """Start a run that shards nothing, and end it before its data are read."""
     arguments = default_arguments() | {"model": HEAD.model(), "train_data": HEAD.rows(4)}
-    with Run(RunConfig.from_arguments(arguments | settings)) as run:
+    with ShardingRun(RunConfig.from_arguments(arguments | settings)) as run:
         assert run.sharding is None
 
 

@@ -135,7 +135,7 @@ class RepeatedRows:
 
 
 def _refuse_shared_streams(loader: Any, num_processes: int) -> None:
-    """Refuse a stream that each process reads itself, unless each row goes to one process, and all get the same number."""
+    """Refuse a stream that each process reads itself, unless all get the same number of rows, and none twice."""
     dataset = getattr(loader, "dataset", None)
     if num_processes == 1 or not (isinstance(loader, DataLoaderShard) and isinstance(dataset, IterableDataset)):
         return
