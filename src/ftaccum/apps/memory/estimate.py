@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...runtime.attention import stores_attention_matrices
+from ...runtime.sharding.units import candidate_units
 from ...settings.recipe import Recipe
 from ...training.parameter_groups import parameter_groups
 from .activations import Activations, BlockShape, estimate_activations, logits_bytes
 from .optimizer_states import state_bytes
-from .units import blocks_of
 
 _FLOAT32, _HALF = 4, 2  # bytes of a number
 
@@ -46,14 +46,16 @@ class MemoryEstimate:
     Attributes:
         weights, buffers: the model; tied weights count once. Exact.
         gradients: the gradients in the type of the weights. Exact.
-        gradient_sums: float32 sums of gradients of 16-bit weights, which replace `gradients`. Exact.
+        gradient_sums: float32 sums of the gradients of 16-bit weights. Exact. Whole copies add each gradient at once,
+            so that `gradients` is 0; with FSDP2 `gradients` is what one pass adds.
         optimizer_states: the moments and other states of the optimizer. Exact for torch's optimizers.
         ddp_buckets: the copies of all gradients that DDP sends.
         gathered_weights: with FSDP2, whole weights: those outside of blocks, the largest block, and the next one, which
             FSDP2 gathers ahead.
         whole_gradients: with FSDP2, the gradient of the largest unit, and its copy in float32 that is sent; with
             `sync="last"` also whole float32 gradients of all weights.
-        autocast_copies: 16-bit copies of the matrices of linear layers.
+        autocast_copies: 16-bit copies of the matrices of linear layers, which autocast keeps to the end of the forward
+            pass, and autograd for the backward pass. With FSDP2 they are whole on each process.
         activations: what autograd keeps, by a formula; None if it does not hold for the model.
         logits: the logits of a language model in float32, and what the loss makes of them.
     """
@@ -88,21 +90,21 @@ def estimate_memory(model: Any, setup: MemorySetup, *, sharded: bool) -> MemoryE
     p = setup.num_processes if sharded else 1
     weights = list(model.parameters())
     sums_in_fp32 = {w for w in weights if _is_narrow(w) and (sharded or setup.accumulate_in_fp32)}
-    gradients = sum(_held(w, p) * w.element_size() for w in weights if w not in sums_in_fp32)
+    gradients = sum(_held(w, p) * w.element_size() for w in weights if sharded or w not in sums_in_fp32)
     common = {
         "weights": sum(_held(w, p) * w.element_size() for w in weights),
         "buffers": sum(b.numel() * b.element_size() for b in model.buffers()),
         "gradients": gradients,
         "gradient_sums": sum(_held(w, p) * _FLOAT32 for w in sums_in_fp32),
         "optimizer_states": _states(model, setup.optimizer, p),
+        "autocast_copies": _HALF * sum(map(Tensor.numel, _autocast_weights(model))) if setup.autocast else 0,
         "activations": activations_of(model, setup),
         "logits": _logits(model, setup),
     }
     if sharded:
         return MemoryEstimate(**common, **_sharding_costs(model, setup))
-    copies = _HALF * sum(map(Tensor.numel, _autocast_weights(model))) if setup.autocast else 0
     buckets = gradients if setup.num_processes > 1 and not sums_in_fp32 else 0
-    return MemoryEstimate(**common, ddp_buckets=buckets, autocast_copies=copies)
+    return MemoryEstimate(**common, ddp_buckets=buckets)
 
 
 def activations_of(model: Any, setup: MemorySetup) -> int | None:
@@ -120,7 +122,7 @@ def kept_of_blocks(model: Any, setup: MemorySetup) -> Activations:
     Raises:
         ValueError: if the formula does not hold for the model. The message is a clause that says why.
     """
-    blocks = blocks_of(model)
+    blocks = list(candidate_units(model).values())
     shape = BlockShape.of(model.config, blocks)
     if stores_attention_matrices(model):
         raise ValueError("its attention stores matrices of tokens × tokens, and the formula is for fused attention")
@@ -168,9 +170,9 @@ def _logits(model: Any, setup: MemorySetup) -> int:
 
 
 def _sharding_costs(model: nn.Module, setup: MemorySetup) -> dict[str, int]:
-    """Return the bytes that FSDP2 needs besides the shards. Under autocast it gathers weights in 16 bits."""
-    size = min(_HALF if setup.autocast else _FLOAT32, _weight_size(model))
-    blocks = [sum(map(Tensor.numel, block.parameters())) for block in blocks_of(model)]
+    """Return the bytes that FSDP2 needs besides the shards. It gathers weights in their own type."""
+    size = _weight_size(model)
+    blocks = [sum(map(Tensor.numel, block.parameters())) for block in candidate_units(model).values()]
     whole = sum(map(Tensor.numel, model.parameters()))
     root, largest = whole - sum(blocks), max(blocks, default=0)
     gradients = max(root, largest) * (size + _FLOAT32)

@@ -45,7 +45,7 @@ STATES: Mapping[str, Callable[[Shape, int], int]] = {
 # What a reader should know about some of them.
 NOTES: Mapping[str, str] = {
     "sgd": "sgd has no momentum, and so no state.",
-    "adafactor": "adafactor keeps a mean for each row and column of a matrix; shards may hold some of them whole.",
+    "adafactor": "adafactor keeps a mean for each row and column of a matrix. It cannot step on shards (FSDP2).",
     "muon": "muon keeps one moment for hidden matrices, and two for other weights.",
     "adamw_8bit": "adamw_8bit: 8 bits and a scale per 256 numbers, as bitsandbytes documents it.",
     "paged_adamw_8bit": "paged_adamw_8bit moves its states to host memory when the device has no room for them.",
