@@ -14,6 +14,7 @@ from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import NamedArguments, TrainArguments, TrainedArguments
 from .help import HelpPage
+from .memory.options import MemoryRecipe, MemoryRuntime, PlannedModel
 from .merge import MergeArguments
 from .parser import parse
 from .plan import PlanArguments, PlanRecipe
@@ -35,7 +36,7 @@ OPTIONS: dict[str, list[type]] = {
     "preview": [PreviewOptions, TrainArguments, AdapterOptions, Recipe, Runtime],
     "search": [TrainArguments, AdapterOptions, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
     "verify": [NamedArguments, AdapterOptions, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
-    "plan": [PlanArguments, PlanRecipe],
+    "plan": [PlanArguments, PlanRecipe, PlannedModel, MemoryRecipe, MemoryRuntime],
     "merge": [MergeArguments],
     "eval": [TrainedArguments, EvaluationOutput, EvaluationRecipe, EvaluationRuntime],
     "predict": [TrainedArguments, PredictionOutput, EvaluationRecipe, EvaluationRuntime],
