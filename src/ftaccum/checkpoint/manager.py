@@ -9,17 +9,15 @@ from pathlib import Path
 
 from ..errors import Preempted
 from ..rules.periods import seconds_of
-from ..runtime.host import free_on_host
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
 from ..tracking.selection import Criterion
 from .compatibility import RunIdentity
 from .directory import CheckpointDirectory
+from .sharded_writer import ShardedWriter
 from .state import TrainState
 from .writer import CheckpointWriter
-
-_ROOM = 1.2  # free host memory that a copy requires, as a multiple of its size
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ class CheckpointManager:
         """
         self._state, self._identity, self._directory, self._policy = state, identity, directory, policy
         self._process_group, self._stop_signals, self._is_healthy = process_group, stop_signals, is_healthy
-        writes = directory is not None and process_group.is_main
-        self._writer = CheckpointWriter(directory, policy.keep, resumed_from) if directory and writes else None
+        self._writer = None if directory is None else self._new_writer(directory, resumed_from)
         self._saved, self._saved_at = self._n_updates, time.monotonic()
 
     def after_update(self, *, improved: bool = False, requested: bool = False) -> bool:
@@ -85,7 +82,10 @@ class CheckpointManager:
             Preempted, KeyboardInterrupt: on all processes, once the run is saved.
         """
         due = self._is_due() or requested or (improved and self._policy.at_evaluations)
-        stop, by_hand, due = self._process_group.any_of([*self._stop_requests(), due])
+        writing = [] if self._writer is None else self._writer.status()
+        stop, by_hand, due, *writing = self._process_group.any_of([*self._stop_requests(), due, *writing])
+        if self._writer is not None:
+            self._writer.advance(busy=writing[0], failed=writing[1])
         saved = self.save() if stop or due else False
         if stop:
             raise self._stopped(by_hand)
@@ -112,19 +112,19 @@ class CheckpointManager:
         Args:
             n_epochs: number of epochs so far, if the last update ended one.
         """
-        if self._directory is None or not self._is_healthy():
+        if self._directory is None or self._writer is None or not self._is_healthy():
             return False
         self._state.metrics_logger.drain()
         self._saved, self._saved_at = self._n_updates, time.monotonic()
-        self.close()  # two copies at once could exceed the memory
-        fits = self._state.n_bytes * _ROOM < free_on_host()
+        self._writer.finish()  # two copies at once could exceed the memory
+        fits = self._writer.has_room(self._state.n_bytes)
         snapshot = self._state.snapshot(self._identity.as_metadata(), copy=fits)
-        if self._writer is not None and snapshot is not None:
+        if snapshot is not None:
             best = self._policy.criterion.best(self._state.metrics_logger.ledger.evaluations)
             place = self._directory.place(self._saved, n_epochs)
             self._writer.write(snapshot, place, None if best is None else best.evaluation)
             if not fits:
-                self._writer.finish()
+                self._writer.release()
         return True
 
     @contextmanager
@@ -143,12 +143,13 @@ class CheckpointManager:
             self._state.metrics_logger.drain()
             if is_whole():
                 self.save()
+                self._finish_writing()
             raise
 
     def close(self) -> None:
-        """Wait until the current checkpoint is written."""
+        """Wait until the current checkpoint is written, if the other processes may be gone."""
         if self._writer is not None:
-            self._writer.finish()
+            self._writer.close()
 
     def finish(self, *, keeps: bool) -> None:
         """Remove the checkpoints of a run that has finished, and log which one stays. The main process removes them.
@@ -156,15 +157,17 @@ class CheckpointManager:
         Args:
             keeps: whether to keep the newest, so that the run can be extended.
         """
-        self.close()
-        if self._writer is not None:
+        self._finish_writing()
+        if self._writer is not None and self._process_group.is_main:
             self._writer.keep_last(keeps=keeps)
 
     def describe(self) -> str:
         """Return a sentence on the newest checkpoint, for the run's last message."""
         self.close()
+        if self._writer is not None and not self._process_group.is_main:
+            return ""
         if self._writer is None or self._writer.last is None:
-            return "" if self._directory and not self._process_group.is_main else "No checkpoint was kept."
+            return "No checkpoint was kept."
         return f"The newest checkpoint is {self._writer.last}. To resume, make the same call with `resume='auto'`."
 
     @property
@@ -182,11 +185,21 @@ class CheckpointManager:
         if isinstance(every, int):
             return self._n_updates // every > self._saved // every
         # Only the main process's clock decides.
-        seconds = None if every is None or self._writer is None else seconds_of(every)
+        seconds = None if every is None or not self._process_group.is_main else seconds_of(every)
         return seconds is not None and time.monotonic() - self._saved_at >= seconds
 
+    def _new_writer(self, directory: CheckpointDirectory, last: Path | None) -> CheckpointWriter:
+        if self._state.is_sharded:
+            return ShardedWriter(directory, self._policy.keep, last, self._process_group)
+        return CheckpointWriter(directory, self._policy.keep, last)
+
+    def _finish_writing(self) -> None:
+        """Wait until the current checkpoint is written. All processes must call this together."""
+        if self._writer is not None:
+            self._writer.finish()
+
     def _stopped(self, by_hand: bool) -> BaseException:
-        self.close()
+        self._finish_writing()
         # A launcher kills all processes when the first one ends, while the main process may still write.
         self._process_group.any(False)
         message = f"Stopped after update {self._n_updates}, as requested. {self.describe()}"

@@ -21,6 +21,11 @@ class RunTensors:
         """The weights and persistent buffers of the model."""
         return weights_of(self._model)
 
+    def names(self) -> dict[int, str]:
+        """Return the names of all parameters, by `id`."""
+        named = {**dict(self._model.named_parameters()), **self.beside()}
+        return {id(tensor): name for name, tensor in reversed(named.items())}
+
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that are not in the model's `state_dict`."""

@@ -4,12 +4,17 @@ import errno
 import shutil
 import threading
 from pathlib import Path
+from typing import cast
 
 from ..runtime.atomic_files import atomic_directory
+from ..runtime.host import free_on_host
 from ..runtime.log import logger
 from .directory import CheckpointDirectory
 from .format import Snapshot
 from .manifest import seal
+from .shards import Shard
+
+ROOM = 1.2  # free host memory that a copy requires, as a multiple of its size
 
 
 class CheckpointWriter:
@@ -26,20 +31,41 @@ class CheckpointWriter:
         self._directory, self._keep = directory, keep
         self._thread: threading.Thread | None = None
 
-    def write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
+    def has_room(self, n_bytes: int) -> bool:
+        """Return whether host memory has room for a copy of a snapshot of this size."""
+        return n_bytes * ROOM < free_on_host()
+
+    def write(self, snapshot: Snapshot | Shard, place: Path, best: int | None) -> None:
         """Begin to write a checkpoint. The previous one must be finished.
 
         Args:
             best: number of updates at the best evaluation, whose checkpoint is always kept.
         """
-        self._thread = threading.Thread(target=self._write, args=(snapshot, place, best), daemon=True)
+        whole = cast(Snapshot, snapshot)  # the main process alone writes, so there are no shards
+        self._thread = threading.Thread(target=self._write, args=(whole, place, best), daemon=True)
         self._thread.start()
 
+    def release(self) -> None:
+        """Wait until the snapshot is written, so that the run may change the tensors in it."""
+        self.finish()
+
+    def status(self) -> list[bool]:
+        """Return whether this process still writes its part of a checkpoint that others wait for, and whether that
+        failed."""
+        return [False, False]
+
+    def advance(self, *, busy: bool, failed: bool) -> None:
+        """Go on with a checkpoint, given whether any process has these states."""
+
     def finish(self) -> None:
-        """Wait until the current checkpoint is written."""
+        """Wait until the current checkpoint is written. All processes must call this together."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def close(self) -> None:
+        """Wait until the current checkpoint is written, if the other processes may be gone."""
+        self.finish()
 
     def keep_last(self, *, keeps: bool) -> None:
         """Remove all checkpoints; if `keeps`, all except the newest, whose size is logged. Log errors as warnings."""
@@ -57,22 +83,41 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(place.parent).free
-            if free < snapshot.n_bytes:  # do not fill up a disk that others write to
-                raise OSError(errno.ENOSPC, f"No space left on device ({_megabytes(free)} free)")
+            check_disk(place, snapshot.n_bytes)
             with atomic_directory(place) as folder:
                 snapshot.write(folder)
                 seal(folder)
-            self.last = place
-            self._directory.prune(self._keep, best)
+            self._put_in_place(place, best)
         except Exception as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-            there = f"the newest checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
-            logger.warning(
-                f"The checkpoint {place.name} ({_megabytes(snapshot.n_bytes)}) could not be written: {why}. "
-                f"Training continues and will try again at the next checkpoint; {there}."
-            )
+            self._warn(place, snapshot.n_bytes, reason(error))
+
+    def _put_in_place(self, place: Path, best: int | None) -> None:
+        self.last = place
+        self._directory.prune(self._keep, best)
+
+    def _warn(self, place: Path, n_bytes: int, why: str) -> None:
+        there = f"the newest checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
+        logger.warning(
+            f"The checkpoint {place.name} ({_megabytes(n_bytes)}) could not be written: {why}. "
+            f"Training continues and will try again at the next checkpoint; {there}."
+        )
+
+
+def check_disk(place: Path, n_bytes: int) -> None:
+    """Make the folder for a checkpoint.
+
+    Raises:
+        OSError: if it cannot be made, or if the disk has no room. A full disk would fail others that write to it.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place.parent).free
+    if free < n_bytes:
+        raise OSError(errno.ENOSPC, f"No space left on device ({_megabytes(free)} free)")
+
+
+def reason(error: Exception) -> str:
+    """Return a clause on why a checkpoint could not be written."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
 
 
 def _megabytes(n_bytes: int) -> str:
