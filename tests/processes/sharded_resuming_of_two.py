@@ -57,9 +57,9 @@ with patch("ftaccum.training.run.write_outputs", lambda result, *_: result):
         found[name] = on_both(whole.differences(again))
         found[name] += ["ledger"] if ledger_of(folder / "again") != ledger_of(folder / "whole") else []
 
-    # Both processes end in the middle of an update, right after a checkpoint was begun.
+    # Both processes end in update 8, right after a checkpoint was begun.
     try:
-        sharded(cut_off_at=7, output_dir=str(folder / "cut"), **kept)
+        sharded(cut_off_at=3, output_dir=str(folder / "cut"), **kept)
     except CutOff:
         found["left"] = checkpoints_of(folder / "cut")
     again = sharded(output_dir=str(folder / "cut"), resume="auto", **kept)
@@ -89,7 +89,7 @@ with patch("ftaccum.training.run.write_outputs", lambda result, *_: result):
     found["full"] = on_both(whole.differences(again))
     found["full left"] = checkpoints_of(folder / "full")
 
-    # An optimizer that trains other weights than it evaluates, and an adapted model with frozen bfloat16 weights.
+    # An optimizer that trains other weights than it evaluates, and one with a single moment.
     for kind in ("schedule_free_adamw", "lion"):
         arguments: dict[str, Any] = {"optimizer": kind, "lr_scheduler": "constant", "warmup_steps": 0}
         undisturbed = sharded(output_dir=str(folder / kind), **kept, **arguments)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,17 @@ class Layout:
 
     def _placements(self) -> list[Placement]:
         return [Replicate() if dim is None else Shard(dim) for dim in self.sharded_dims]
+
+
+def shard_like(value: Any, weight: Tensor) -> Any:
+    """Return this process's part of state that has the shape of a weight, shared as the weight is; else the state."""
+    if not (isinstance(value, Tensor) and isinstance(weight, DTensor) and value.shape == weight.shape):
+        return value
+    offset, shape = Layout.of(weight).local_box()
+    own = tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))
+    state = torch.empty_like(weight.detach(), dtype=value.dtype)  # on its device, which offloading changes
+    state.to_local().copy_(value[own])
+    return state
 
 
 def reshard(model: nn.Module) -> None:
