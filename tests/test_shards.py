@@ -22,7 +22,7 @@ from ftaccum.checkpoint.saved_tensors import SavedTensors, load, local_parts
 from ftaccum.checkpoint.serialization import on_host
 from ftaccum.checkpoint.shard_index import FOLDER, read_indices
 from ftaccum.checkpoint.shards import ShardTaker
-from ftaccum.runtime.sharding.layout import Layout, leading_values
+from ftaccum.runtime.sharding.layout import Layout, leading_values, shard_like
 from ftaccum.runtime.sharding.tensors import local_part
 from sharding import as_process, sharded, sharded_model, single_gloo, small_model
 
@@ -349,3 +349,13 @@ def test_leading_values_are_gathered_in_order(monkeypatch: pytest.MonkeyPatch) -
         with as_process(process, 3) as mesh:
             found = leading_values([sharded(t, mesh) for t in whole], 12)
     assert found == [t.flatten()[:12].tolist() for t in whole] == leading_values(whole, 12)
+
+
+def test_state_from_before_sharding_is_shared_as_its_weight_is() -> None:
+    with as_process(1, 2) as mesh:
+        weight = sharded(WHOLE["odd"], mesh)
+        state = shard_like(WHOLE["odd"] * 2, weight)
+        assert isinstance(state, DTensor)
+        assert torch.equal(state.to_local(), WHOLE["odd"][4:] * 2)
+        step = torch.tensor(3.0)
+        assert shard_like(step, weight) is step

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .tensors import local_part
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,7 +62,7 @@ def shard_like(value: Any, weight: Tensor) -> Any:
     offset, shape = Layout.of(weight).local_box()
     own = tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))
     state = torch.empty_like(weight.detach(), dtype=value.dtype)  # on its device, which offloading changes
-    state.to_local().copy_(value[own])
+    local_part(state).copy_(value[own])
     return state
 
 
