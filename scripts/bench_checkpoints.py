@@ -49,7 +49,8 @@ from transformers import (
 )
 
 from ftaccum import test_fine_tuning
-from ftaccum.checkpoint.manager import CheckpointManager, CheckpointWriter
+from ftaccum.checkpoint.manager import CheckpointManager
+from ftaccum.checkpoint.writer import CheckpointWriter
 from measuring import DEVICE, machine, now, quiet
 from workloads import Row, Workload, movies
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, EvalPrediction
 
 from ftaccum import test_fine_tuning
+from ftaccum.runtime.sharding.tensors import local_part
 from ftaccum.runtime.state_guards import seed_all
 
 N_ROWS, VOCABULARY, CLASSES, LONGEST = 120, 50, 3, 20
@@ -115,6 +116,10 @@ KINDS = {
             "compute_metrics": accuracy,
         },
     ),
+    "sharded": Kind(
+        bert,
+        lambda: {"train_data": list(map(row, range(N_ROWS))), "gradient_accumulation_steps": 2, "sharding": "fsdp2"},
+    ),
     "stream": Kind(
         bert,
         lambda: {
@@ -186,4 +191,4 @@ def _n_unlike(one: dict[Any, str], other: dict[Any, str]) -> int:
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().cpu().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(local_part(tensor.detach()).contiguous().cpu().numpy().tobytes()).hexdigest()

@@ -1,5 +1,6 @@
-"""Run a small storm on one process and on two, and kill processes at moments that it may miss. This script starts its
-own processes, because a launcher would end the survivors."""
+"""Run a small storm on one process and on two, and kill processes at moments that it may miss. With the argument
+"sharded", run one on two processes with sharded weights. This script starts its own processes, because a launcher would
+end the survivors."""
 
 import os
 import random
@@ -52,6 +53,14 @@ def main(folder: Path) -> None:
         assert team.statuses == {0: LOST, 1: -signal.SIGKILL}, (there / "0.log").read_text()
 
 
+def sharded(folder: Path) -> None:
+    weather = Weather(2, 0, saves=0.7, asks=0.0, damages=0.4)
+    tally = storm(weather, 4, ["sharded"], random.Random(0), folder)
+    print(table([weather], [tally]))
+    assert tally.faults == []
+    assert tally.kills
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        main(Path(folder))
+        (sharded if "sharded" in sys.argv else main)(Path(folder))

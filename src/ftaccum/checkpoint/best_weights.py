@@ -1,13 +1,14 @@
 """The weights of the best evaluation, and the tensors of a model that checkpoints save."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
+from ..runtime.sharding.layout import reshard
+from ..runtime.sharding.tensors import local_part
+
 
 class BestWeights:
-    """A copy of the weights of the best evaluation, in host memory.
+    """A copy of the weights of the best evaluation, in host memory. Of sharded weights, a process keeps its own part.
 
     Attributes:
         is_kept: whether the run keeps a copy. If not, `keep` does nothing.
@@ -24,15 +25,16 @@ class BestWeights:
     def keep(self, model: nn.Module, n_updates: int) -> None:
         """Copy the current weights of a model."""
         if self.is_kept:
-            named = weights_of(model).items()
-            self.weights = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in named}
+            named = {name: local_part(t.detach()) for name, t in weights_of(model).items()}
+            self.weights = {name: t.to("cpu", copy=True).contiguous() for name, t in named.items()}
             self.n_updates = n_updates
 
     def restore(self, model: nn.Module) -> bool:
         """Load the weights into the model, and return whether there were any."""
         if self.weights is None:
             return False
-        fill(weights_of(model), self.weights)
+        for name, tensor in weights_of(model).items():
+            assign(tensor, self.weights[name])
         return True
 
     def state_dict(self) -> dict[str, int]:
@@ -46,8 +48,10 @@ class BestWeights:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights and persistent buffers of a model by name, with tied weights only once.
 
-    For a PEFT model, frozen base weights are left out, because they come with the model.
+    For a PEFT model, frozen base weights are left out, because they come with the model. If the model is sharded, its
+    gathered weights are freed first.
     """
+    reshard(model)
     adapted = hasattr(model, "peft_config")
     weights: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad or not adapted}
     passing = passing_of(model)
@@ -62,11 +66,9 @@ def passing_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in model.named_buffers() if name in names}
 
 
-def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """Copy saved values into tensors of the same names. Unless `strict`, skip tensors whose saved shape differs."""
-    for name, tensor in own.items():
-        if not strict and (name not in saved or saved[name].shape != tensor.shape):
-            continue
-        # An expanded tensor cannot be written to. It need not be if its values are equal already.
-        if tensor.is_contiguous() or not torch.equal(tensor.cpu(), saved[name]):
-            tensor.detach().copy_(saved[name])
+def assign(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor; of a sharded one, those of this process's part."""
+    part = local_part(tensor.detach())
+    # An expanded tensor cannot be written to. It need not be if its values are equal already.
+    if part.is_contiguous() or not torch.equal(part.cpu(), values):
+        part.copy_(values)

@@ -19,6 +19,7 @@ from ..data.probe_rows import sample_positions
 from ..errors import CheckpointError
 from ..fields import names_where
 from ..planning.batch_size import BatchSizes
+from ..runtime.sharding.layout import leading_values, unsharded_class
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..settings.recipe import SIZES, Recipe
 from ..settings.runtime import Runtime
@@ -93,16 +94,19 @@ def rows_identity(rows: Rows | None) -> str | None:
 
 
 def model_identity(model: nn.Module) -> str:
-    """Return a model's class, its numbers of weights and a checksum of their names, shapes and types."""
+    """Return a model's class, its numbers of weights and a checksum of their names, shapes and types.
+
+    It is the same whether the model is sharded or not. If it is, all processes must call this together.
+    """
     weights = list(model.named_parameters())
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in weights])
     if hasattr(model, "peft_config"):  # frozen weights are not in the checkpoint
         frozen = [p for name, p in weights if not p.requires_grad and _REPLACED not in name]
-        shapes += repr([p.flatten()[:_LOOKED_AT].tolist() for p in frozen])
+        shapes += repr(leading_values(frozen, _LOOKED_AT))
     trained = sum(p.numel() for _, p in weights if p.requires_grad)
     total = sum(p.numel() for _, p in weights)
     checksum = hashlib.sha256(shapes.encode()).hexdigest()[:8]
-    return f"{type(model).__name__} with {total:,} weights, {trained:,} of them trained ({checksum})"
+    return f"{unsharded_class(model).__name__} with {total:,} weights, {trained:,} of them trained ({checksum})"
 
 
 def adapter_identity(model: Any) -> str | None:

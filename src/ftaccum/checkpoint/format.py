@@ -15,38 +15,39 @@ from ..runtime.log import logger
 from ..tracking.ledger import Entry, EpochEntry, EvaluationEntry, WindowEntry, read_entry
 from .manifest import damage
 from .serialization import n_bytes_in
+from .shards import Shard
 
 STATE, LEDGER, WEIGHTS, BUFFERS = "state.json", "ledger.jsonl", "model/model.safetensors", "buffers.safetensors"
 OPTIMIZER, PROCESSES, BEST, BESIDE = "optimizer.pt", "processes.pt", "best.safetensors", "beside.safetensors"
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A copy of a run's state in host memory, which the run no longer changes."""
+class WholeTensors:
+    """A copy of the tensors of a run whose model is not sharded, in host memory.
 
-    metadata: dict[str, Any]
-    entries: list[Entry]
+    Attributes:
+        weights, buffers, beside: see `RunTensors`.
+        best: the weights of the best evaluation, if they are kept.
+        config: the model's configuration in JSON, if it has one.
+    """
+
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
     beside: dict[str, Tensor]
     best: dict[str, Tensor] | None
-    steps: dict[str, Any]
-    processes: list[dict[str, Any]]
     config: str | None
 
     @property
     def n_bytes(self) -> int:
         """Approximate size on disk."""
-        return n_bytes_in([self.weights, self.buffers, self.beside, self.best, self.steps]) + 300 * len(self.entries)
+        return n_bytes_in([self.weights, self.buffers, self.beside, self.best])
 
     def write(self, folder: Path) -> None:
-        """Write the files of a checkpoint into an empty folder.
+        """Write the tensors into the folder of a checkpoint.
 
         Raises:
             OSError: if the disk is full, among other causes.
-            pickle.UnpicklingError: if reading the optimizer's state would require running code.
         """
-        started = time.perf_counter()
         (folder / WEIGHTS).parent.mkdir()
         save_file(self.weights, folder / WEIGHTS, metadata={"format": "pt"})  # as Transformers writes it
         if self.config is not None:
@@ -56,6 +57,36 @@ class Snapshot:
             save_file(self.beside, folder / BESIDE)
         if self.best is not None:
             save_file(self.best, folder / BEST)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a run's state in host memory, which the run no longer changes.
+
+    Attributes:
+        tensors: the tensors of the run; if its model is sharded, those that the main process saves.
+    """
+
+    metadata: dict[str, Any]
+    entries: list[Entry]
+    tensors: WholeTensors | Shard
+    steps: dict[str, Any]
+    processes: list[dict[str, Any]]
+
+    @property
+    def n_bytes(self) -> int:
+        """Approximate size on disk."""
+        return self.tensors.n_bytes + n_bytes_in(self.steps) + 300 * len(self.entries)
+
+    def write(self, folder: Path) -> None:
+        """Write the files of a checkpoint into an empty folder.
+
+        Raises:
+            OSError: if the disk is full, among other causes.
+            pickle.UnpicklingError: if reading the optimizer's state would require running code.
+        """
+        started = time.perf_counter()
+        self.tensors.write(folder)
         torch.save(self.steps, folder / OPTIMIZER)
         torch.save(self.processes, folder / PROCESSES)
         torch.load(folder / OPTIMIZER, weights_only=True, mmap=True)

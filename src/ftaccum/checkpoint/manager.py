@@ -1,9 +1,6 @@
 """Save a run, and stop it on request. Both happen between two windows, on all processes together."""
 
-import errno
-import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,19 +9,15 @@ from pathlib import Path
 
 from ..errors import Preempted
 from ..rules.periods import seconds_of
-from ..runtime.atomic_files import atomic_directory
-from ..runtime.host import free_on_host
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..runtime.signals import StopSignals
 from ..tracking.selection import Criterion
 from .compatibility import RunIdentity
 from .directory import CheckpointDirectory
-from .format import Snapshot
-from .manifest import seal
+from .sharded_writer import ShardedWriter
 from .state import TrainState
-
-_ROOM = 1.2  # free host memory that a copy requires, as a multiple of its size
+from .writer import CheckpointWriter
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,7 @@ class CheckpointManager:
         """
         self._state, self._identity, self._directory, self._policy = state, identity, directory, policy
         self._process_group, self._stop_signals, self._is_healthy = process_group, stop_signals, is_healthy
-        writes = directory is not None and process_group.is_main
-        self._writer = CheckpointWriter(directory, policy.keep, resumed_from) if directory and writes else None
+        self._writer = None if directory is None else self._new_writer(directory, resumed_from)
         self._saved, self._saved_at = self._n_updates, time.monotonic()
 
     def after_update(self, *, improved: bool = False, requested: bool = False) -> bool:
@@ -90,7 +82,10 @@ class CheckpointManager:
             Preempted, KeyboardInterrupt: on all processes, once the run is saved.
         """
         due = self._is_due() or requested or (improved and self._policy.at_evaluations)
-        stop, by_hand, due = self._process_group.any_of([*self._stop_requests(), due])
+        writing = [] if self._writer is None else self._writer.status()
+        stop, by_hand, due, *writing = self._process_group.any_of([*self._stop_requests(), due, *writing])
+        if self._writer is not None:
+            self._writer.advance(busy=writing[0], failed=writing[1])
         saved = self.save() if stop or due else False
         if stop:
             raise self._stopped(by_hand)
@@ -117,19 +112,19 @@ class CheckpointManager:
         Args:
             n_epochs: number of epochs so far, if the last update ended one.
         """
-        if self._directory is None or not self._is_healthy():
+        if self._directory is None or self._writer is None or not self._is_healthy():
             return False
         self._state.metrics_logger.drain()
         self._saved, self._saved_at = self._n_updates, time.monotonic()
-        self.close()  # two copies at once could exceed the memory
-        fits = self._state.n_bytes * _ROOM < free_on_host()
+        self._writer.finish()  # two copies at once could exceed the memory
+        fits = self._writer.has_room(self._state.n_bytes)
         snapshot = self._state.snapshot(self._identity.as_metadata(), copy=fits)
-        if self._writer is not None and snapshot is not None:
+        if snapshot is not None:
             best = self._policy.criterion.best(self._state.metrics_logger.ledger.evaluations)
             place = self._directory.place(self._saved, n_epochs)
             self._writer.write(snapshot, place, None if best is None else best.evaluation)
             if not fits:
-                self._writer.finish()
+                self._writer.release()
         return True
 
     @contextmanager
@@ -148,12 +143,13 @@ class CheckpointManager:
             self._state.metrics_logger.drain()
             if is_whole():
                 self.save()
+                self._finish_writing()
             raise
 
     def close(self) -> None:
-        """Wait until the current checkpoint is written."""
+        """Wait until the current checkpoint is written, if the other processes may be gone."""
         if self._writer is not None:
-            self._writer.finish()
+            self._writer.close()
 
     def finish(self, *, keeps: bool) -> None:
         """Remove the checkpoints of a run that has finished, and log which one stays. The main process removes them.
@@ -161,15 +157,17 @@ class CheckpointManager:
         Args:
             keeps: whether to keep the newest, so that the run can be extended.
         """
-        self.close()
-        if self._writer is not None:
+        self._finish_writing()
+        if self._writer is not None and self._process_group.is_main:
             self._writer.keep_last(keeps=keeps)
 
     def describe(self) -> str:
         """Return a sentence on the newest checkpoint, for the run's last message."""
         self.close()
+        if self._writer is not None and not self._process_group.is_main:
+            return ""
         if self._writer is None or self._writer.last is None:
-            return "" if self._directory and not self._process_group.is_main else "No checkpoint was kept."
+            return "No checkpoint was kept."
         return f"The newest checkpoint is {self._writer.last}. To resume, make the same call with `resume='auto'`."
 
     @property
@@ -187,80 +185,23 @@ class CheckpointManager:
         if isinstance(every, int):
             return self._n_updates // every > self._saved // every
         # Only the main process's clock decides.
-        seconds = None if every is None or self._writer is None else seconds_of(every)
+        seconds = None if every is None or not self._process_group.is_main else seconds_of(every)
         return seconds is not None and time.monotonic() - self._saved_at >= seconds
 
+    def _new_writer(self, directory: CheckpointDirectory, last: Path | None) -> CheckpointWriter:
+        if self._state.is_sharded:
+            return ShardedWriter(directory, self._policy.keep, last, self._process_group)
+        return CheckpointWriter(directory, self._policy.keep, last)
+
+    def _finish_writing(self) -> None:
+        """Wait until the current checkpoint is written. All processes must call this together."""
+        if self._writer is not None:
+            self._writer.finish()
+
     def _stopped(self, by_hand: bool) -> BaseException:
-        self.close()
+        self._finish_writing()
         # A launcher kills all processes when the first one ends, while the main process may still write.
         self._process_group.any(False)
         message = f"Stopped after update {self._n_updates}, as requested. {self.describe()}"
         logger.warning(message)
         return Interrupted(message) if by_hand else Preempted(message)
-
-
-class CheckpointWriter:
-    """The writer that saves checkpoints in a thread, one at a time, and removes old ones.
-
-    If a checkpoint cannot be written, it logs a warning. The run and earlier checkpoints are not affected.
-
-    Attributes:
-        last: the newest sound checkpoint of this run, or the one that it resumed from.
-    """
-
-    def __init__(self, directory: CheckpointDirectory, keep: int, last: Path | None) -> None:
-        self.last = last
-        self._directory, self._keep = directory, keep
-        self._thread: threading.Thread | None = None
-
-    def write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
-        """Begin to write a checkpoint. The previous one must be finished.
-
-        Args:
-            best: number of updates at the best evaluation, whose checkpoint is always kept.
-        """
-        self._thread = threading.Thread(target=self._write, args=(snapshot, place, best), daemon=True)
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Wait until the current checkpoint is written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def keep_last(self, *, keeps: bool) -> None:
-        """Remove all checkpoints; if `keeps`, all except the newest, whose size is logged. Log errors as warnings."""
-        kept = self.last if keeps else None
-        try:
-            self._directory.finish(kept)
-            if kept is not None:
-                size = sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
-                logger.info(
-                    f"Kept the newest checkpoint, from which the run can be extended: {kept} ({size / 1e6:,.1f} MB). "
-                    "`keep_checkpoints=0` keeps none."
-                )
-        except OSError as error:
-            logger.warning(f"Old checkpoints in {self._directory.folder} could not be removed: {error}.")
-
-    def _write(self, snapshot: Snapshot, place: Path, best: int | None) -> None:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(place.parent).free
-            if free < snapshot.n_bytes:  # do not fill up a disk that others write to
-                raise OSError(errno.ENOSPC, f"No space left on device ({_megabytes(free)} free)")
-            with atomic_directory(place) as folder:
-                snapshot.write(folder)
-                seal(folder)
-            self.last = place
-            self._directory.prune(self._keep, best)
-        except Exception as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-            there = f"the newest checkpoint is {self.last}" if self.last else "there is no checkpoint yet"
-            logger.warning(
-                f"The checkpoint {place.name} ({_megabytes(snapshot.n_bytes)}) could not be written: {why}. "
-                f"Training continues and will try again at the next checkpoint; {there}."
-            )
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.0f} MB"

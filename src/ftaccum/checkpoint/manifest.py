@@ -4,18 +4,24 @@ import hashlib
 import json
 from pathlib import Path
 
+from .shard_index import shard_files
+
 _NAME = "manifest.json"
 _PIECE = 2**20
-_REQUIRED = {
-    *("model/model.safetensors", "buffers.safetensors", "optimizer.pt", "processes.pt", "state.json", "ledger.jsonl"),
-}
+_REQUIRED = {"optimizer.pt", "processes.pt", "state.json", "ledger.jsonl"}
+_WHOLE = {"model/model.safetensors", "buffers.safetensors"}  # of a checkpoint that is not in shards
 
 
-def seal(folder: Path) -> None:
-    """Write a manifest of all files in the folder."""
+def seal(folder: Path, n_shards: int = 0) -> None:
+    """Write a manifest of all files in the folder.
+
+    Args:
+        n_shards: number of processes whose parts of the tensors are in shards; 0 if the tensors are in whole files.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / _NAME]
     listed = {path.relative_to(folder).as_posix(): _listed(path) for path in files}
-    (folder / _NAME).write_text(json.dumps({"files": listed}, indent=2) + "\n")
+    shards = {"shards": n_shards} if n_shards else {}
+    (folder / _NAME).write_text(json.dumps({**shards, "files": listed}, indent=2) + "\n")
 
 
 def damage(folder: Path) -> str | None:
@@ -25,14 +31,16 @@ def damage(folder: Path) -> str | None:
         OSError: if a file exists but cannot be read at the moment.
     """
     try:
-        wanted = json.loads((folder / _NAME).read_text())["files"]
-        if not isinstance(wanted, dict):
+        manifest = json.loads((folder / _NAME).read_text())
+        wanted, n_shards = manifest["files"], manifest.get("shards", 0)
+        if not isinstance(wanted, dict) or not isinstance(n_shards, int):
             raise TypeError(wanted)
     except FileNotFoundError:
         return f"it has no {_NAME}"
     except (ValueError, KeyError, TypeError):
         return f"its {_NAME} cannot be read"
-    if missing := sorted(_REQUIRED - wanted.keys()):
+    of_tensors = {name for process in range(n_shards) for name in shard_files(process)} or _WHOLE
+    if missing := sorted((_REQUIRED | of_tensors) - wanted.keys()):
         return f"its {_NAME} does not list {missing[0]}"
     for name, listed in wanted.items():
         try:

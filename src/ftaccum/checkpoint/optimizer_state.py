@@ -1,6 +1,6 @@
 """Save and load the state of an optimizer and of the optimizers that it contains."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from ..runtime.optimizers import inner_optimizers, keep_groups
 from .serialization import holds_same
 
 
-def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_state(optimizer: Optimizer, names: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Return the state of an optimizer and, under `inner`, of the optimizers that it contains.
+
+    Args:
+        names: the names of weights, by `id`, to be used in place of their numbers.
 
     A class that overrides `state_dict` is trusted to include inner optimizers, so `inner` is empty then. torch's
     `state_dict` leaves them out, for example the moments of the optimizer that a SAM optimizer wraps.
@@ -21,33 +24,58 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     holds_all = type(optimizer).state_dict is not Optimizer.state_dict
     inner = [] if holds_all else inner_optimizers(optimizer)
     return {
-        "optimizer": _without_functions(optimizer.state_dict()),
-        "inner": [_without_functions(each.state_dict()) for each in inner],
+        "optimizer": _state_of(optimizer, names),
+        "inner": [_state_of(each, names) for each in inner],
     }
 
 
-def load_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any], *, own_numbers: bool) -> None:
+def load_optimizer_state(
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    *,
+    own_numbers: bool,
+    names: Mapping[int, str],
+    restore: Callable[[Any, Tensor | None], Any],
+) -> None:
     """Load what `optimizer_state` returned.
 
     Args:
         own_numbers: whether to keep the hyperparameters of this run's parameter groups.
+        names: the names of weights, by `id`.
+        restore: returns saved state, given the weight that it belongs to or None, with its tensors as this run needs
+            them.
+
+    Raises:
+        ValueError: if the saved state is of other weights.
     """
     inner = inner_optimizers(optimizer)
     numbers = [(group, dict(group)) for each in (optimizer, *inner) for group in each.param_groups]
     with keep_groups([optimizer, *inner]):
-        _load(optimizer, saved["optimizer"])
+        _load(optimizer, saved["optimizer"], names, restore)
         for each, state in zip(inner, saved.get("inner", []), strict=False):
-            _load(each, state)
+            _load(each, state, names, restore)
     for group, before in numbers if own_numbers else []:
         group.update(before)
 
 
-def _load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _load(
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    names: Mapping[int, str],
+    restore: Callable[[Any, Tensor | None], Any],
+) -> None:
     if _is_of_torch(saved):
         own = optimizer.state_dict()["param_groups"]  # functions in the groups are not in the checkpoint
+        saved = _by_number(saved, _names_in(optimizer, names))
         groups = [mine | group for mine, group in zip(own, saved["param_groups"], strict=True)]
-        _load_exactly(optimizer, saved["state"], groups)
+        held = _weights_in(optimizer)
+        state = {
+            number: restore(values, held[number] if isinstance(number, int) else None)
+            for number, values in saved["state"].items()
+        }
+        _load_exactly(optimizer, state, groups)
         return
+    saved = restore(saved, None)
     optimizer.load_state_dict(saved)
     if not holds_same(saved, optimizer.state_dict()):
         logger.warning(
@@ -63,7 +91,7 @@ def _load_exactly(optimizer: Optimizer, state: dict[int, Any], groups: list[dict
     memory layout, or sums round differently.
     """
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = _weights_in(optimizer)
     for index, values in state.items():
         weight, own = held[index], optimizer.state[held[index]]
         for name, value in values.items():
@@ -71,6 +99,40 @@ def _load_exactly(optimizer: Optimizer, state: dict[int, Any], groups: list[dict
                 own[name] = value.to(own[name].device)
             if isinstance(value, Tensor) and value.shape == weight.shape and not weight.is_contiguous():
                 own[name] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _state_of(optimizer: Optimizer, names: Mapping[int, str] | None) -> dict[str, Any]:
+    """Return an optimizer's state without functions; if it has torch's form, by the names of the weights, if given."""
+    state = _without_functions(optimizer.state_dict())
+    if names is None or not _is_of_torch(state):
+        return state
+    own = _names_in(optimizer, names)
+    by_name = {own[key] if isinstance(key, int) else key: values for key, values in state["state"].items()}
+    groups = [{**group, "params": [own[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": by_name, "param_groups": groups}
+
+
+def _by_number(saved: dict[str, Any], own: list[str]) -> dict[str, Any]:
+    """Return a saved state with the numbers that weights have in this run's optimizer, if it was saved by name."""
+    held = [name for group in saved["param_groups"] for name in group["params"]]
+    if not any(isinstance(name, str) for name in held):
+        return saved
+    if other := sorted({*held} ^ {*own}):
+        raise ValueError(f"its optimizer trains other weights, such as {other[0]!r}")
+    numbers = {name: number for number, name in enumerate(own)}
+    state = {numbers.get(key, key): values for key, values in saved["state"].items()}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in saved["param_groups"]]
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def _names_in(optimizer: Optimizer, names: Mapping[int, str]) -> list[str]:
+    """Return the names of an optimizer's weights, by number; those without a name are called by their number."""
+    return [names.get(id(p), f"#{number}") for number, p in enumerate(_weights_in(optimizer))]
+
+
+def _weights_in(optimizer: Optimizer) -> list[Tensor]:
+    """Return the weights of an optimizer, by the number that torch's `state_dict` gives them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _without_functions(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,29 +2,42 @@
 
 import io
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.sharding.tensors import local_part
 
-def on_host(value: Any, copy: bool) -> Any:
-    """Return a nested value with its tensors in host memory; with `copy`, always as copies."""
+
+def map_tensors(value: Any, function: Callable[[Tensor, str], Any], path: str = "") -> Any:
+    """Return a nested value with the result of `function` in place of each tensor.
+
+    Args:
+        function: called with a tensor and its path, such as "state/0/exp_avg".
+        path: the path of the value itself.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=copy).contiguous()
+        return function(value, path)
+    inner = f"{path}/" if path else ""
     if isinstance(value, Mapping):
-        return {key: on_host(item, copy) for key, item in value.items()}
+        return {key: map_tensors(item, function, f"{inner}{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [on_host(item, copy) for item in value]
+        items = [map_tensors(item, function, f"{inner}{index}") for index, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
+def on_host(value: Any, copy: bool) -> Any:
+    """Return a nested value with its tensors in host memory; with `copy`, always as copies."""
+    return map_tensors(value, lambda tensor, _: tensor.detach().to("cpu", copy=copy).contiguous())
+
+
 def n_bytes_in(value: Any) -> int:
-    """Return the total bytes of all tensors in a nested value."""
+    """Return the total bytes of all tensors in a nested value; of sharded ones, those of this process's part."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+        return local_part(value).numel() * value.element_size()
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return sum(map(n_bytes_in, items))
 

@@ -30,11 +30,13 @@ def build_identity(
     accelerator: Accelerator,
     *,
     plans: bool,
+    is_sharded: bool,
 ) -> RunIdentity:
     """Return the identity of a run.
 
     Args:
         plans: whether the planner chooses where to cut windows.
+        is_sharded: whether the model is sharded, which a config file of the launcher may ask for.
     """
     components, sizes = config.components, batch_sizes
     return RunIdentity(
@@ -56,6 +58,8 @@ def build_identity(
             "mixed_precision": accelerator.mixed_precision,
             "device": accelerator.device.type,
             **rounding_settings(config.runtime),
+            "sharding": "fsdp2" if is_sharded else None,
+            "sync": config.runtime.sync if is_sharded else None,
             "planner": plans,
         },
         n_rows=len(data.train_rows),

@@ -128,6 +128,7 @@ class TrainingSetup(Run):
             self.batch_sizes,
             self.accelerator,
             plans=self.planner.costs is not None,
+            is_sharded=self.sharding is not None,
         )
 
     @cached_property

@@ -17,6 +17,7 @@ from ..memory import give_back_memory
 from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
 from ..sharding.gathers import GatherOrder
+from ..sharding.layout import shard_like
 from ..sharding.optimizer_check import check_optimizer
 from ..sharding.options import ShardingOptions
 from ..sharding.shard import shard_model
@@ -178,3 +179,6 @@ def _replace_parameters(optimizer: Optimizer, before: dict[str, nn.Parameter], a
     for each in (optimizer, *inner_optimizers(optimizer)):
         for group in each.param_groups:
             group["params"] = [sharded.get(id(p), p) for p in group["params"]]
+        for p in [p for p in each.state if id(p) in sharded]:  # some make state before their first step
+            after_p, values = sharded[id(p)], each.state.pop(p)
+            each.state[after_p].update({name: shard_like(value, after_p) for name, value in values.items()})
