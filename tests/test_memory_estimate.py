@@ -160,7 +160,9 @@ def test_several_whole_copies_need_ddp_buckets_and_shards_need_gathered_units() 
     assert shards.whole_gradients == 8 * max(root, block)
     autocast = estimate_memory(model, MemorySetup(num_processes=8, autocast=True), sharded=True)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    assert autocast.autocast_copies == 2 * linear  # whole on each process
+    assert autocast.autocast_copies == 0  # made again in the backward pass
+    whole = estimate_memory(model, MemorySetup(num_processes=8, autocast=True), sharded=False)
+    assert whole.autocast_copies == 2 * linear
     late = estimate_memory(model, MemorySetup(num_processes=8, sync="last"), sharded=True)
     assert late.whole_gradients - shards.whole_gradients == 4 * model.num_parameters()
 

@@ -54,8 +54,8 @@ class MemoryEstimate:
             FSDP2 gathers ahead.
         whole_gradients: with FSDP2, the gradient of the largest unit, and its copy in float32 that is sent; with
             `sync="last"` also whole float32 gradients of all weights.
-        autocast_copies: 16-bit copies of the matrices of linear layers, which autocast keeps to the end of the forward
-            pass, and autograd for the backward pass. With FSDP2 they are whole on each process.
+        autocast_copies: with whole copies, the 16-bit copies of the matrices of linear layers, which autocast keeps to
+            the end of the forward pass, and autograd for the backward pass. With FSDP2 they are made again instead.
         activations: what autograd keeps, by a formula; None if it does not hold for the model.
         logits: the logits of a language model in float32, and what the loss makes of them.
     """
@@ -97,14 +97,14 @@ def estimate_memory(model: Any, setup: MemorySetup, *, sharded: bool) -> MemoryE
         "gradients": gradients,
         "gradient_sums": sum(_held(w, p) * _FLOAT32 for w in sums_in_fp32),
         "optimizer_states": _states(model, setup.optimizer, p),
-        "autocast_copies": _HALF * sum(map(Tensor.numel, _autocast_weights(model))) if setup.autocast else 0,
         "activations": activations_of(model, setup),
         "logits": _logits(model, setup),
     }
     if sharded:
         return MemoryEstimate(**common, **_sharding_costs(model, setup))
     buckets = gradients if setup.num_processes > 1 and not sums_in_fp32 else 0
-    return MemoryEstimate(**common, ddp_buckets=buckets)
+    copies = _HALF * sum(map(Tensor.numel, _autocast_weights(model))) if setup.autocast else 0
+    return MemoryEstimate(**common, ddp_buckets=buckets, autocast_copies=copies)
 
 
 def activations_of(model: Any, setup: MemorySetup) -> int | None:

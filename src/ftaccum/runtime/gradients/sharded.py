@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from ..sharding.gathers import GatherOrder
 from ..sharding.layout import shard_like
 from ..sharding.optimizer_check import check_optimizer
 from ..sharding.options import ShardingOptions
+from ..sharding.recast import RecastWeights
 from ..sharding.shard import shard_model
 from ..sharding.tensors import local_part
 from ..sharding.units import weights_by_name
@@ -59,6 +61,8 @@ class ShardedGradients(GradientStrategy):
         """Shard the model, if it is not sharded yet. Return it without DDP, and the optimizer."""
         self.shard(model, accelerator.device)
         optimizer = accelerator.prepare_optimizer(self._sums or self._optimizer, device_placement=False)
+        # Autocast would cache 16-bit copies of all weights until the end of a forward pass.
+        accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # Accelerate leaves DDP out in "evaluation mode".
         return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True), optimizer
 
@@ -86,7 +90,7 @@ class ShardedGradients(GradientStrategy):
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), RecastWeights(self._used.gathered).saved():
             # Of the whole model, whose outputs need no gather in the backward pass.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             yield

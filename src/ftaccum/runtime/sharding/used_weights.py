@@ -20,6 +20,7 @@ class UsedWeights:
 
     Attributes:
         is_recording: whether passes count.
+        gathered: the ids of the gathered weights that are trained.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[FSDPModule]) -> None:
@@ -27,7 +28,7 @@ class UsedWeights:
         self._by_module: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._used: set[str] = set()
         self._watched: list[Tensor] = []  # keeps them alive, so that no other tensor gets their id
-        self._known: set[int] = set()
+        self.gathered: set[int] = set()
         self.is_recording = True
         self._units = units
 
@@ -58,8 +59,8 @@ class UsedWeights:
             if skipped is not None and id(part) in skipped:
                 continue
             for own, p in part.named_parameters(recurse=False):
-                if p.requires_grad and id(p) not in self._known:
-                    self._known.add(id(p))
+                if p.requires_grad and id(p) not in self.gathered:
+                    self.gathered.add(id(p))
                     self._watched.append(p)
                     full_name = f"{name}.{own}" if name else own
                     p.register_post_accumulate_grad_hook(partial(self._record, full_name))
