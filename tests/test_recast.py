@@ -28,7 +28,7 @@ def gradients(recast: bool, kept: list[tuple[int, ...]], frozen: bool = False) -
     model[0].weight.requires_grad_(not frozen)
     watched = Watched({id(p) for p in model.parameters()} if recast else set())
     watched.kept = kept
-    inputs = torch.randn(2, 4, 6)
+    inputs = torch.randn(2, 4, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), watched.saved():
         loss = model(inputs).float().square().sum()
     with torch.no_grad():
