@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import DataError
 from ..process_group import ProcessGroup
-from ..temporary_attribute import temporary_attribute
 
 
 class GatherOrder:
@@ -38,7 +37,7 @@ class GatherOrder:
         self._next = 0  # the place of the next unit that the current pass may run
         self._gathered = 0  # how many units the current pass has gathered
         self._has_root = False  # whether the current pass has gathered the weights outside of the units
-        self._is_apart = self._skips = False
+        self._is_apart = False
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +113,7 @@ class GatherOrder:
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if in_backward() or self._skips:  # gradient checkpointing runs the unit again
+            if in_backward():  # gradient checkpointing runs the unit again
                 return None
             if self._is_apart:
                 self._agree_on(place)
@@ -136,8 +135,28 @@ class GatherOrder:
 
     def _skip(self, units: Sequence[FSDPModule], values: Any) -> Any:
         """Lead values through units that the pass skips, without a change."""
-        with temporary_attribute(self, "_skips", True):
-            return _through(units, values)
+        for unit in units:
+            values = self._through(unit, values)
+        return values
+
+    def _through(self, unit: Any, values: Any) -> Any:
+        """Lead the tensors of nested values through a unit that the pass skips, without a change.
+
+        The unit gathers its weights in the forward pass and again in the backward pass, and reduces zero gradients, in
+        step with the processes that run it. This calls FSDP's hooks alone: the module would also call those that the
+        user has added, which may change the values.
+        """
+        flat, structure = tree_flatten(values)
+        places = [n for n, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
+        if any(flat[n].requires_grad for n in places):
+            places = [n for n in places if flat[n].requires_grad]
+        state = unit._get_fsdp_state()
+        inputs, _ = state._pre_forward(unit, tuple(flat[n] for n in places), {})
+        self._gathered += 1
+        outputs = _same(inputs, any(p.requires_grad for p in unit.parameters()))
+        for n, value in zip(places, state._post_forward(unit, inputs, outputs), strict=True):
+            flat[n] = value
+        return tree_unflatten(flat, structure)
 
     def _agree_on(self, place: int) -> None:
         """Gather with the other processes whatever they need first, until all gather the unit at `place`."""
@@ -168,27 +187,6 @@ def _is_view(value: Any) -> bool:
 def in_backward() -> bool:
     """Return whether a backward pass is running: gradient checkpointing runs forward passes in it."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _through(units: Sequence[FSDPModule], values: Any) -> Any:
-    """Lead the tensors of nested values through units that the pass skips, without a change.
-
-    Each unit gathers its weights in the forward pass and again in the backward pass, and reduces zero gradients, in
-    step with the processes that run it.
-    """
-    flat, structure = tree_flatten(values)
-    places = [n for n, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
-    if any(flat[n].requires_grad for n in places):
-        places = [n for n in places if flat[n].requires_grad]
-    for unit in units:
-        module: Any = unit
-        trains = any(p.requires_grad for p in module.parameters())
-        with temporary_attribute(module, "forward", lambda *tensors, trains=trains: _same(tensors, trains)):
-            # Not `module(…)`, which gradient checkpointing may replace: it would run the module's own forward again.
-            through = nn.Module.__call__(module, *(flat[n] for n in places))
-            for n, value in zip(places, through, strict=True):
-                flat[n] = value
-    return tree_unflatten(flat, structure)
 
 
 def _same(tensors: tuple[Tensor, ...], trains: bool) -> tuple[Tensor, ...]:
