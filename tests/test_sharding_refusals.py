@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.optim import SGD, AdamW, SparseAdam
 
-from ftaccum import SettingsError, test_fine_tuning
+from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.run_arguments import default_arguments
 from ftaccum.runtime.gradients.sharded import ShardedGradients
 from ftaccum.runtime.process_group import ProcessGroup
@@ -226,4 +226,32 @@ def test_a_loss_that_uses_a_weight_as_it_was_before_sharding_is_refused() -> Non
     assert own.grad is not None
     with pytest.raises(SettingsError, match="the loss uses a whole copy of the weight `weight`"):
         (kept * own).sum().backward()
+    strategy.close()
+
+
+class OtherReachesAll(ProcessGroup):
+    """Stands for two processes: this one, and one whose loss depends on both units of a model."""
+
+    def any_of(self, flags: Any) -> list[bool]:
+        return [flag or other for flag, other in zip(flags, (True, True, False, False), strict=True)]
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_loss_that_depends_on_a_block_on_some_processes_only_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    strategy = ShardedGradients(optimizer, ShardingOptions(), OtherReachesAll(1), lambda: ["0", "1"])
+    strategy.shard(model, torch.device("cpu"))
+    first = []
+    model[0].register_forward_hook(lambda _, __, output: first.append(output))
+    for finds_all in (True, False):
+        strategy.begin_pass(is_last=True, counts=True)
+        whole = model(torch.ones(1, 2)).sum()
+        loss = whole if finds_all else first[-1].sum() + 0 * whole.detach()
+        if finds_all:
+            strategy.check_backward(loss)
+            loss.backward()
+        else:
+            with pytest.raises(DataError, match="The loss depends on the output of `1` on some processes, but not on"):
+                strategy.check_backward(loss)
     strategy.close()

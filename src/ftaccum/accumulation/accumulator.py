@@ -131,9 +131,9 @@ class GradientAccumulator:
         if names:
             raise SettingsError(
                 [
-                    f"The weight `{names[0].removeprefix('module.')}` was frozen at the start of the run and is not any "
-                    "more. With several processes, weights can be frozen during a run, but not unfrozen. Leave them "
-                    "trainable with a learning rate of 0, or start a new run after unfreezing them."
+                    f"The weight `{names[0].removeprefix('module.')}` was frozen at the start of the run and is not "
+                    "any more. With several processes, weights can be frozen during a run, but not unfrozen. Leave it "
+                    "trainable with a learning rate of 0, or start a new run after unfreezing it."
                 ]
             )
 
@@ -223,6 +223,7 @@ class GradientAccumulator:
             if failure is not None:
                 self._strategy.catch_up()
             self._leave_after(failure)
+            self._strategy.check_backward(contribution)
             if ddp is not None:
                 ddp.reducer.prepare_for_forward()
                 ddp.reducer.prepare_for_backward([contribution])

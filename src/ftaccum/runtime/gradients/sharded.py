@@ -113,6 +113,9 @@ class ShardedGradients(GradientStrategy):
         give_back_memory()  # which the gathers need, if it has run out
         self._order.catch_up()
 
+    def check_backward(self, loss: Tensor) -> None:
+        self._order.check_backward(loss)
+
     def end_pass(self) -> None:
         if self._sums is not None:
             for p in self._sums.sums:

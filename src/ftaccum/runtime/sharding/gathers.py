@@ -38,6 +38,7 @@ class GatherOrder:
         self._gathered = 0  # how many units the current pass has gathered
         self._has_root = False  # whether the current pass has gathered the weights outside of the units
         self._is_apart = False
+        self._outputs: list[list[Any]] = [[] for _ in units]  # of each unit in this pass, as nodes of its graph
 
     @property
     def device(self) -> torch.device:
@@ -58,14 +59,30 @@ class GatherOrder:
             handles.append(module.register_forward_pre_hook(self._before(place), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_pre_hook(partial(self._after_gather, place)))
             handles.append(module.register_forward_hook(_without_views, prepend=True))
+            handles.append(module.register_forward_hook(partial(self._ran, place)))
         return handles
 
     def begin_pass(self) -> None:
         """Begin a pass of training."""
         self._next, self._gathered, self._has_root = 0, 0, False
+        self._forget_outputs()
+
+    def check_backward(self, loss: Tensor) -> None:
+        """Check that the backward pass of a loss gathers the same units on all processes.
+
+        Raises:
+            DataError: on all processes, if the loss depends on the output of a unit on some of them only.
+        """
+        reached = _reached(loss, self._outputs)
+        self._forget_outputs()
+        flags = self._process_group.any_of([*reached, *(not flag for flag in reached)])
+        for place, on_some in enumerate(flags[: len(reached)]):
+            if on_some and flags[len(reached) + place]:
+                raise DataError(_on_some(self._names[self._units[place]]))
 
     def catch_up(self) -> None:
         """Gather the units that a failed forward pass has not reached, for which other processes wait."""
+        self._forget_outputs()
         if not self._has_root:
             self._model.unshard()
         for place in range(self._gathered, len(self._units)):
@@ -96,6 +113,14 @@ class GatherOrder:
                 self._gather(place)
             self._is_apart = False
             self.reset()
+
+    def _forget_outputs(self) -> None:
+        for nodes in self._outputs:  # they keep the activations of the pass in memory
+            nodes.clear()
+
+    def _ran(self, place: int, _: nn.Module, __: Any, outputs: Any) -> None:
+        if not (in_backward() or self._is_apart):
+            self._outputs[place] += _nodes(outputs)
 
     def _begin(self, *_: Any) -> None:
         if not in_backward():
@@ -154,7 +179,9 @@ class GatherOrder:
         inputs, _ = state._pre_forward(unit, tuple(flat[n] for n in places), {})
         self._gathered += 1
         outputs = _same(inputs, any(p.requires_grad for p in unit.parameters()))
-        for n, value in zip(places, state._post_forward(unit, inputs, outputs), strict=True):
+        outputs = state._post_forward(unit, inputs, outputs)
+        self._outputs[self._gathered - 1] += _nodes(outputs)
+        for n, value in zip(places, outputs, strict=True):
             flat[n] = value
         return tree_unflatten(flat, structure)
 
@@ -184,6 +211,24 @@ def _is_view(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value._base is not None
 
 
+def _nodes(outputs: Any) -> list[Any]:
+    """Return the nodes of the graph that compute the tensors of nested outputs."""
+    flat, _ = tree_flatten(outputs)
+    return [value.grad_fn for value in flat if isinstance(value, Tensor) and value.grad_fn is not None]
+
+
+def _reached(loss: Tensor, outputs: Sequence[Sequence[Any]]) -> list[bool]:
+    """Return for each group of nodes whether the graph of a loss has one of them."""
+    wanted = {node for nodes in outputs for node in nodes}
+    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    while waiting and not wanted <= seen:
+        node = waiting.pop()
+        new = {each for each, _ in ([] if node is None else node.next_functions) if each is not None} - seen
+        seen |= new
+        waiting += new
+    return [any(node in seen for node in nodes) for nodes in outputs]
+
+
 def in_backward() -> bool:
     """Return whether a backward pass is running: gradient checkpointing runs forward passes in it."""
     return torch._C._current_graph_task_id() != -1
@@ -194,6 +239,14 @@ def _same(tensors: tuple[Tensor, ...], trains: bool) -> tuple[Tensor, ...]:
     if trains and torch.is_grad_enabled() and not any(t.requires_grad for t in tensors):
         return tuple(t.detach().requires_grad_() for t in tensors)
     return tuple(t.clone() for t in tensors)
+
+
+def _on_some(name: str) -> str:
+    return (
+        f"The loss depends on the output of `{name}` on some processes, but not on others. `sharding` gathers the "
+        "weights of this block in the backward pass of all processes or of none. Let every loss depend on it, such as "
+        "by adding 0 times the sum of the output, or set `sharding='off'`."
+    )
 
 
 def _twice(name: str) -> str:
