@@ -255,3 +255,42 @@ def test_a_loss_that_depends_on_a_block_on_some_processes_only_is_refused() -> N
             with pytest.raises(DataError, match="The loss depends on the output of `1` on some processes, but not on"):
                 strategy.check_backward(loss)
     strategy.close()
+
+
+class Collecting(nn.Module):
+    """A block that adds a number to a list among its arguments, as some models collect parts of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, hidden_BD: torch.Tensor, collected: list[torch.Tensor]) -> torch.Tensor:
+        hidden_BD = self.layer(hidden_BD)
+        collected.append(hidden_BD.sum())
+        return hidden_BD
+
+
+class CollectingTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Collecting(), Collecting()])
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        collected: list[torch.Tensor] = []
+        for block in self.blocks:
+            hidden_BD = block(hidden_BD, collected)
+        return hidden_BD.sum() + sum(collected)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_block_that_changes_a_list_among_its_arguments_is_refused() -> None:
+    model = CollectingTwice()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    strategy = ShardedGradients(optimizer, ShardingOptions(), ProcessGroup(1), lambda: ["blocks.0", "blocks.1"])
+    strategy.shard(model, torch.device("cpu"))
+    with torch.no_grad():
+        model(torch.ones(1, 2))  # without gradients, nothing is copied
+    strategy.begin_pass(is_last=True, counts=True)
+    with pytest.raises(DataError, match=r"`blocks\.1` changes a list or a dictionary among its arguments"):
+        model(torch.ones(1, 2))
+    strategy.close()

@@ -38,6 +38,7 @@ class GatherOrder:
         self._gathered = 0  # how many units the current pass has gathered
         self._has_root = False  # whether the current pass has gathered the weights outside of the units
         self._is_apart = False
+        self._arguments: Any = None  # of the unit that runs
         self._outputs: list[list[Any]] = [[] for _ in units]  # of each unit in this pass, as nodes of its graph
 
     @property
@@ -57,9 +58,9 @@ class GatherOrder:
         for place, unit in enumerate(self._units):
             module: Any = unit
             handles.append(module.register_forward_pre_hook(self._before(place), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_pre_hook(partial(self._after_gather, place)))
+            handles.append(module.register_forward_pre_hook(partial(self._after_gather, place), with_kwargs=True))
             handles.append(module.register_forward_hook(_without_views, prepend=True))
-            handles.append(module.register_forward_hook(partial(self._ran, place)))
+            handles.append(module.register_forward_hook(partial(self._ran, place), with_kwargs=True))
         return handles
 
     def begin_pass(self) -> None:
@@ -118,9 +119,13 @@ class GatherOrder:
         for nodes in self._outputs:  # they keep the activations of the pass in memory
             nodes.clear()
 
-    def _ran(self, place: int, _: nn.Module, __: Any, outputs: Any) -> None:
-        if not (in_backward() or self._is_apart):
-            self._outputs[place] += _nodes(outputs)
+    def _ran(self, place: int, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        if in_backward() or self._is_apart:
+            return
+        self._outputs[place] += _nodes(outputs)
+        before, self._arguments = self._arguments, None
+        if before is not None and _seen((args, kwargs)) != before:
+            raise DataError(_changes_arguments(self._names[module]))
 
     def _begin(self, *_: Any) -> None:
         if not in_backward():
@@ -129,9 +134,9 @@ class GatherOrder:
     def _gathered_root(self, *_: Any) -> None:
         self._has_root = True
 
-    def _after_gather(self, place: int, *_: Any) -> None:
+    def _after_gather(self, place: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         if not in_backward():
-            self._gathered = place + 1
+            self._gathered, self._arguments = place + 1, _seen((args, kwargs))
 
     def _before(self, place: int) -> Callable[..., Any]:
         """Return the hook before the unit at a place of the order."""
@@ -209,6 +214,20 @@ def _without_views(_: nn.Module, __: Any, outputs: Any) -> Any:
 
 def _is_view(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value._base is not None
+
+
+def _seen(arguments: Any) -> tuple[list[int], Any] | None:
+    """Return the ids and the structure of the arguments of a unit; None if FSDP2 has not copied their containers."""
+    flat, structure = tree_flatten(arguments)
+    copied = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
+    return ([id(value) for value in flat], structure) if copied else None
+
+
+def _changes_arguments(name: str) -> str:
+    return (
+        f"`{name}` changes a list or a dictionary among its arguments. With `sharding`, a block gets copies of them, "
+        "so the change would be lost. Let the block return the new values, or set `sharding='off'`."
+    )
 
 
 def _nodes(outputs: Any) -> list[Any]:
