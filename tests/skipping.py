@@ -65,3 +65,13 @@ class Turning(Skipping):
         for block in reversed(self.blocks) if self.turns else self.blocks:
             hidden_BD = block(hidden_BD).tanh()
         return hidden_BD
+
+
+class Hooked(Skipping):
+    """A model whose blocks have hooks of the user, which change inputs, outputs and gradients of a block that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 1.5,))
+            block.register_forward_hook(lambda _, __, output: output * 1.5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ftaccum.accumulation.accumulator import GradientAccumulator
 from ftaccum.accumulation.buffers import MovingBuffers
 from ftaccum.data.loader import MicroBatch
+from ftaccum.errors import SettingsError
 from ftaccum.planning.micro_batches import MicroBatchRows
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.gradients.plain import GradientStrategy
@@ -336,3 +337,16 @@ def test_a_batch_that_one_process_cannot_train_on_stops_both_with_one_message(
         assert difference == 0, "resumed with another loss, the run ends as one that was never interrupted"
     assert sharded[0] == sharded[1]
     assert constant in sharded[0]
+
+
+def test_a_weight_unfrozen_during_a_run_of_several_processes_is_refused() -> None:
+    model, buffers = Net(), MovingBuffers(Net(), SINGLE)
+    model.layer.bias.requires_grad_(False)
+    strategy = GradientStrategy(torch.optim.SGD(model.parameters()))
+    several: Any = SimpleNamespace(is_single=False)
+    accelerator: Any = None
+    objective: Any = SquaredError()
+    accumulator = GradientAccumulator(accelerator, model, objective, strategy, several, buffers)
+    model.layer.bias.requires_grad_(True)
+    with pytest.raises(SettingsError, match=r"The weight `layer\.bias` was frozen at the start of the run"):
+        accumulator.accumulate([])

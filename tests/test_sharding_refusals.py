@@ -13,8 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.optim import SGD, AdamW, SparseAdam
 
-from ftaccum import SettingsError, test_fine_tuning
+from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.run_arguments import default_arguments
+from ftaccum.runtime.gradients.sharded import ShardedGradients
+from ftaccum.runtime.process_group import ProcessGroup
+from ftaccum.runtime.sharding.optimizer_check import check_optimizer
 from ftaccum.runtime.sharding.options import ShardingOptions
 from ftaccum.settings.runtime import Runtime
 from ftaccum.training.build_sharding import check_sharding
@@ -52,6 +55,12 @@ def with_a_sparse_table() -> nn.Module:
     return model
 
 
+def with_a_hook(kind: str) -> nn.Module:
+    model = HEAD.model()
+    getattr(model.classifier.weight, kind)(lambda _: None)
+    return model
+
+
 def trained(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -81,6 +90,14 @@ def test_models_and_optimizers_that_can_be_sharded() -> None:
         (
             with_a_sparse_table,
             "`model` has embedding tables with sparse gradients (bert.embeddings.word_embeddings), which FSDP2 does",
+        ),
+        (
+            partial(with_a_hook, "register_hook"),
+            "`model` has weights with hooks on their gradients (classifier.weight), which sharded weights would lose.",
+        ),
+        (
+            partial(with_a_hook, "register_post_accumulate_grad_hook"),
+            "`model` has weights with hooks on their gradients (classifier.weight), which sharded weights would lose.",
         ),
     ],
 )
@@ -140,10 +157,11 @@ def test_the_page_on_launching_quotes_the_messages() -> None:
     optimizer = trained(AdamW(HEAD.model().parameters()))
     found = [
         *(faults(quantised) + faults(spread) + faults(tables) + faults(with_adapters(), "merged")),
+        *faults(with_a_hook("register_hook")),
         *(faults(optimizer=SparseAdam) + faults(optimizer=optimizer)),
     ]
     page = (Path(__file__).parents[1] / "docs" / "launching.md").read_text(encoding="utf-8")
-    assert len(found) == 6
+    assert len(found) == 7
     assert [message for message in found if f"| {message} |" not in page] == []
 
 
@@ -176,3 +194,103 @@ def test_weights_that_only_another_process_has_name_the_option(
         test_fine_tuning(model, train_data=HEAD.rows(4))
     hint = "The launcher asks for `fsdp_cpu_ram_efficient_loading`, with which only one process of a machine gets the w"
     assert (hint in str(raised.value)) == bool(environment)
+
+
+class HoldingItsOwn(torch.optim.Optimizer):
+    """An optimizer whose step changes the weights of a list of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.1})
+        self.held = list(model.parameters())
+
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+        for p in self.held:
+            if p.grad is not None:
+                p.data -= self.param_groups[0]["lr"] * p.grad
+
+
+@pytest.mark.usefixtures("mesh")
+def test_an_optimizer_that_steps_on_weights_outside_of_its_groups_is_refused() -> None:
+    with pytest.raises(SettingsError, match="HoldingItsOwn does not change the weights in its `param_groups`"):
+        check_optimizer(HoldingItsOwn(HEAD.model()), torch.device("cpu"))
+    check_optimizer(SGD(HEAD.model().parameters(), lr=0.1), torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_loss_that_uses_a_weight_as_it_was_before_sharding_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    kept, own = model.weight, nn.Parameter(torch.ones(2))
+    strategy = ShardedGradients(SGD([*model.parameters(), own], lr=0.1), ShardingOptions(), ProcessGroup(1), list)
+    strategy.shard(model, torch.device("cpu"))
+    (model(torch.ones(1, 2)) * own).sum().backward()
+    assert own.grad is not None
+    with pytest.raises(SettingsError, match="the loss uses a whole copy of the weight `weight`"):
+        (kept * own).sum().backward()
+    strategy.close()
+
+
+class OtherReachesAll(ProcessGroup):
+    """Stands for two processes: this one, and one whose loss depends on both units of a model."""
+
+    def any_of(self, flags: Any) -> list[bool]:
+        return [flag or other for flag, other in zip(flags, (True, True, False, False), strict=True)]
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_loss_that_depends_on_a_block_on_some_processes_only_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    strategy = ShardedGradients(optimizer, ShardingOptions(), OtherReachesAll(1), lambda: ["0", "1"])
+    strategy.shard(model, torch.device("cpu"))
+    first = []
+    model[0].register_forward_hook(lambda _, __, output: first.append(output))
+    for finds_all in (True, False):
+        strategy.begin_pass(is_last=True, counts=True)
+        whole = model(torch.ones(1, 2)).sum()
+        loss = whole if finds_all else first[-1].sum() + 0 * whole.detach()
+        if finds_all:
+            strategy.check_backward(loss)
+            loss.backward()
+        else:
+            with pytest.raises(DataError, match="The loss depends on the output of `1` on some processes, but not on"):
+                strategy.check_backward(loss)
+    strategy.close()
+
+
+class Collecting(nn.Module):
+    """A block that adds a number to a list among its arguments, as some models collect parts of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, hidden_BD: torch.Tensor, collected: list[torch.Tensor]) -> torch.Tensor:
+        hidden_BD = self.layer(hidden_BD)
+        collected.append(hidden_BD.sum())
+        return hidden_BD
+
+
+class CollectingTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Collecting(), Collecting()])
+
+    def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        collected: list[torch.Tensor] = []
+        for block in self.blocks:
+            hidden_BD = block(hidden_BD, collected)
+        return hidden_BD.sum() + sum(collected)
+
+
+@pytest.mark.usefixtures("mesh")
+def test_a_block_that_changes_a_list_among_its_arguments_is_refused() -> None:
+    model = CollectingTwice()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    strategy = ShardedGradients(optimizer, ShardingOptions(), ProcessGroup(1), lambda: ["blocks.0", "blocks.1"])
+    strategy.shard(model, torch.device("cpu"))
+    with torch.no_grad():
+        model(torch.ones(1, 2))  # without gradients, nothing is copied
+    strategy.begin_pass(is_last=True, counts=True)
+    with pytest.raises(DataError, match=r"`blocks\.1` changes a list or a dictionary among its arguments"):
+        model(torch.ones(1, 2))
+    strategy.close()

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from exactness import window_errors
 from heads import HEADS, all_in_float64
-from skipping import Looping, Skipping, Unused
+from skipping import Hooked, Looping, Skipping, Unused
 from structures import STRUCTURES, Structure
 
 state = PartialState(cpu=True)
@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 _ROWS = HEADS["sequence classification, BERT"].rows
 OTHERS = {
     "skipped blocks": Structure(lambda: Skipping().double(), _ROWS),
+    "skipped blocks with hooks": Structure(lambda: Hooked().double(), _ROWS),
     "an unused block": Structure(lambda: Unused().double(), _ROWS),
     "blocks that run twice": Structure(lambda: Looping().double(), _ROWS),
 }

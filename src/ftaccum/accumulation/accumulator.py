@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, Means, WeightedMeans
 from ..objective.objective import Objective
@@ -78,10 +78,12 @@ class GradientAccumulator:
 
         Raises:
             DataError: on all processes, if the rows of one of them cannot be trained on.
+            SettingsError: if a weight has been unfrozen, whose gradient would not be synced.
             WindowOutOfMemoryError: on all processes, if memory ran out on one of them before the gradients were
                 synced.
             torch.OutOfMemoryError: if memory ran out in a pass that other processes wait in.
         """
+        self._refuse_unfrozen()
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
         try:
@@ -119,6 +121,21 @@ class GradientAccumulator:
         self._embeddings.drop()
         for p in (*self._strategy.parameters, *self._trained):
             p.grad = None
+
+    def _refuse_unfrozen(self) -> None:
+        """Refuse weights that have been unfrozen: DDP would not sync their gradients, and FSDP2 would drop them."""
+        if self._process_group.is_single or self._strategy.reduces_after_passes:
+            return
+        known = set(self._trained)
+        names = [name for name, p in self._model.named_parameters() if p.requires_grad and p not in known]
+        if names:
+            raise SettingsError(
+                [
+                    f"The weight `{names[0].removeprefix('module.')}` was frozen at the start of the run and is not "
+                    "any more. With several processes, weights can be frozen during a run, but not unfrozen. Leave it "
+                    "trainable with a learning rate of 0, or start a new run after unfreezing it."
+                ]
+            )
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], start: WindowStart, factor: float) -> AccumulatedWindow:
         terms = self._objective.terms
@@ -206,6 +223,7 @@ class GradientAccumulator:
             if failure is not None:
                 self._strategy.catch_up()
             self._leave_after(failure)
+            self._strategy.check_backward(contribution)
             if ddp is not None:
                 ddp.reducer.prepare_for_forward()
                 ddp.reducer.prepare_for_backward([contribution])

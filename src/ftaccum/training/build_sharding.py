@@ -9,6 +9,7 @@ from ..errors import refuse
 from ..runtime.adapters import has_adapters
 from ..runtime.optimizers import inner_optimizers
 from ..runtime.sharding.options import ShardingOptions
+from ..runtime.sharding.tensors import has_hooks
 from ..settings.runtime import Runtime
 from .adapters import quantised_bits
 from .config import Components
@@ -60,6 +61,13 @@ def _faults_of_model(model: Any) -> list[str]:
         faults.append(
             f"`model` has embedding tables with sparse gradients ({', '.join(tables)}), which FSDP2 does not support. "
             f"Create them with `sparse=False`, or {_WHOLE}."
+        )
+    hooked = [name for name, p in model.named_parameters() if p.ndim and has_hooks(p)]
+    if hooked:
+        rest = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
+        faults.append(
+            f"`model` has weights with hooks on their gradients ({hooked[0]}{rest}), which sharded weights would lose. "
+            f"Remove the hooks, or {_WHOLE}."
         )
     return faults
 

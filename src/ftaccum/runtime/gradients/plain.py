@@ -73,6 +73,13 @@ class GradientStrategy:
             counts: whether its rows count, and it is not that of a dummy micro-batch.
         """
 
+    def check_backward(self, loss: Tensor) -> None:
+        """Check that a backward pass will communicate in the same way on all processes, which call this together.
+
+        Raises:
+            DataError: on all processes, if it will not.
+        """
+
     def end_pass(self) -> None:
         """End a pass of a window, after its backward pass."""
 

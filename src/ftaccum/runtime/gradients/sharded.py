@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ...errors import SettingsError
 from ..memory import give_back_memory
 from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
@@ -76,6 +78,7 @@ class ShardedGradients(GradientStrategy):
         units = shard_model(model, names, device, self._options)
         assert isinstance(model, FSDPModule)
         _replace_parameters(self._optimizer, whole, weights_by_name(model))
+        _refuse_gradients(whole, weights_by_name(model))
         place_state(self._optimizer)
         self._model, self._names = model, {p: name for name, p in model.named_parameters()}
         self._order, self._used = GatherOrder(model, units, self._process_group), UsedWeights(model, units)
@@ -113,6 +116,9 @@ class ShardedGradients(GradientStrategy):
     def catch_up(self) -> None:
         give_back_memory()  # which the gathers need, if it has run out
         self._order.catch_up()
+
+    def check_backward(self, loss: Tensor) -> None:
+        self._order.check_backward(loss)
 
     def end_pass(self) -> None:
         if self._sums is not None:
@@ -186,3 +192,20 @@ def _replace_parameters(optimizer: Optimizer, before: dict[str, nn.Parameter], a
         for p in [p for p in each.state if id(p) in sharded]:  # some make state before their first step
             after_p, values = sharded[id(p)], each.state.pop(p)
             each.state[after_p].update({name: shard_like(value, after_p) for name, value in values.items()})
+
+
+def _refuse_gradients(before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:
+    """Raise SettingsError in a backward pass that reaches a whole weight, which no optimizer holds any more."""
+    for name, p in before.items():
+        if p is not after[name] and p.requires_grad:
+            p.register_hook(partial(_refuse_gradient, name))
+
+
+def _refuse_gradient(name: str, _: Tensor) -> None:
+    raise SettingsError(
+        [
+            f"`sharding` is 'fsdp2', but the loss uses a whole copy of the weight `{name}`, as it was before sharding. "
+            "The loss function or the model keeps the parameter outside of the model's modules, such as in a list or "
+            "in a variable. Let it use the module that holds the weight, or set `sharding='off'`."
+        ]
+    )

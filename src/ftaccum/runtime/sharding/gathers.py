@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import DataError
 from ..process_group import ProcessGroup
-from ..temporary_attribute import temporary_attribute
 
 
 class GatherOrder:
@@ -38,7 +37,9 @@ class GatherOrder:
         self._next = 0  # the place of the next unit that the current pass may run
         self._gathered = 0  # how many units the current pass has gathered
         self._has_root = False  # whether the current pass has gathered the weights outside of the units
-        self._is_apart = self._skips = False
+        self._is_apart = False
+        self._arguments: Any = None  # of the unit that runs
+        self._outputs: list[list[Any]] = [[] for _ in units]  # of each unit in this pass, as nodes of its graph
 
     @property
     def device(self) -> torch.device:
@@ -57,16 +58,32 @@ class GatherOrder:
         for place, unit in enumerate(self._units):
             module: Any = unit
             handles.append(module.register_forward_pre_hook(self._before(place), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_pre_hook(partial(self._after_gather, place)))
+            handles.append(module.register_forward_pre_hook(partial(self._after_gather, place), with_kwargs=True))
             handles.append(module.register_forward_hook(_without_views, prepend=True))
+            handles.append(module.register_forward_hook(partial(self._ran, place), with_kwargs=True))
         return handles
 
     def begin_pass(self) -> None:
         """Begin a pass of training."""
         self._next, self._gathered, self._has_root = 0, 0, False
+        self._forget_outputs()
+
+    def check_backward(self, loss: Tensor) -> None:
+        """Check that the backward pass of a loss gathers the same units on all processes.
+
+        Raises:
+            DataError: on all processes, if the loss depends on the output of a unit on some of them only.
+        """
+        reached = _reached(loss, self._outputs)
+        self._forget_outputs()
+        flags = self._process_group.any_of([*reached, *(not flag for flag in reached)])
+        for place, on_some in enumerate(flags[: len(reached)]):
+            if on_some and flags[len(reached) + place]:
+                raise DataError(_on_some(self._names[self._units[place]]))
 
     def catch_up(self) -> None:
         """Gather the units that a failed forward pass has not reached, for which other processes wait."""
+        self._forget_outputs()
         if not self._has_root:
             self._model.unshard()
         for place in range(self._gathered, len(self._units)):
@@ -98,6 +115,18 @@ class GatherOrder:
             self._is_apart = False
             self.reset()
 
+    def _forget_outputs(self) -> None:
+        for nodes in self._outputs:  # they keep the activations of the pass in memory
+            nodes.clear()
+
+    def _ran(self, place: int, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        if in_backward() or self._is_apart:
+            return
+        self._outputs[place] += _nodes(outputs)
+        before, self._arguments = self._arguments, None
+        if before is not None and _seen((args, kwargs)) != before:
+            raise DataError(_changes_arguments(self._names[module]))
+
     def _begin(self, *_: Any) -> None:
         if not in_backward():
             self.begin_pass()
@@ -105,16 +134,16 @@ class GatherOrder:
     def _gathered_root(self, *_: Any) -> None:
         self._has_root = True
 
-    def _after_gather(self, place: int, *_: Any) -> None:
+    def _after_gather(self, place: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         if not in_backward():
-            self._gathered = place + 1
+            self._gathered, self._arguments = place + 1, _seen((args, kwargs))
 
     def _before(self, place: int) -> Callable[..., Any]:
         """Return the hook before the unit at a place of the order."""
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if in_backward() or self._skips:  # gradient checkpointing runs the unit again
+            if in_backward():  # gradient checkpointing runs the unit again
                 return None
             if self._is_apart:
                 self._agree_on(place)
@@ -136,8 +165,30 @@ class GatherOrder:
 
     def _skip(self, units: Sequence[FSDPModule], values: Any) -> Any:
         """Lead values through units that the pass skips, without a change."""
-        with temporary_attribute(self, "_skips", True):
-            return _through(units, values)
+        for unit in units:
+            values = self._through(unit, values)
+        return values
+
+    def _through(self, unit: Any, values: Any) -> Any:
+        """Lead the tensors of nested values through a unit that the pass skips, without a change.
+
+        The unit gathers its weights in the forward pass and again in the backward pass, and reduces zero gradients, in
+        step with the processes that run it. This calls FSDP's hooks alone: the module would also call those that the
+        user has added, which may change the values.
+        """
+        flat, structure = tree_flatten(values)
+        places = [n for n, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
+        if any(flat[n].requires_grad for n in places):
+            places = [n for n in places if flat[n].requires_grad]
+        state = unit._get_fsdp_state()
+        inputs, _ = state._pre_forward(unit, tuple(flat[n] for n in places), {})
+        self._gathered += 1
+        outputs = _same(inputs, any(p.requires_grad for p in unit.parameters()))
+        outputs = state._post_forward(unit, inputs, outputs)
+        self._outputs[self._gathered - 1] += _nodes(outputs)
+        for n, value in zip(places, outputs, strict=True):
+            flat[n] = value
+        return tree_unflatten(flat, structure)
 
     def _agree_on(self, place: int) -> None:
         """Gather with the other processes whatever they need first, until all gather the unit at `place`."""
@@ -165,30 +216,41 @@ def _is_view(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value._base is not None
 
 
+def _seen(arguments: Any) -> tuple[list[int], Any] | None:
+    """Return the ids and the structure of the arguments of a unit; None if FSDP2 has not copied their containers."""
+    flat, structure = tree_flatten(arguments)
+    copied = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
+    return ([id(value) for value in flat], structure) if copied else None
+
+
+def _changes_arguments(name: str) -> str:
+    return (
+        f"`{name}` changes a list or a dictionary among its arguments. With `sharding`, a block gets copies of them, "
+        "so the change would be lost. Let the block return the new values, or set `sharding='off'`."
+    )
+
+
+def _nodes(outputs: Any) -> list[Any]:
+    """Return the nodes of the graph that compute the tensors of nested outputs."""
+    flat, _ = tree_flatten(outputs)
+    return [value.grad_fn for value in flat if isinstance(value, Tensor) and value.grad_fn is not None]
+
+
+def _reached(loss: Tensor, outputs: Sequence[Sequence[Any]]) -> list[bool]:
+    """Return for each group of nodes whether the graph of a loss has one of them."""
+    wanted = {node for nodes in outputs for node in nodes}
+    seen, waiting = {loss.grad_fn}, [loss.grad_fn]
+    while waiting and not wanted <= seen:
+        node = waiting.pop()
+        new = {each for each, _ in ([] if node is None else node.next_functions) if each is not None} - seen
+        seen |= new
+        waiting += new
+    return [any(node in seen for node in nodes) for nodes in outputs]
+
+
 def in_backward() -> bool:
     """Return whether a backward pass is running: gradient checkpointing runs forward passes in it."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _through(units: Sequence[FSDPModule], values: Any) -> Any:
-    """Lead the tensors of nested values through units that the pass skips, without a change.
-
-    Each unit gathers its weights in the forward pass and again in the backward pass, and reduces zero gradients, in
-    step with the processes that run it.
-    """
-    flat, structure = tree_flatten(values)
-    places = [n for n, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
-    if any(flat[n].requires_grad for n in places):
-        places = [n for n in places if flat[n].requires_grad]
-    for unit in units:
-        module: Any = unit
-        trains = any(p.requires_grad for p in module.parameters())
-        with temporary_attribute(module, "forward", lambda *tensors, trains=trains: _same(tensors, trains)):
-            # Not `module(…)`, which gradient checkpointing may replace: it would run the module's own forward again.
-            through = nn.Module.__call__(module, *(flat[n] for n in places))
-            for n, value in zip(places, through, strict=True):
-                flat[n] = value
-    return tree_unflatten(flat, structure)
 
 
 def _same(tensors: tuple[Tensor, ...], trains: bool) -> tuple[Tensor, ...]:
@@ -196,6 +258,14 @@ def _same(tensors: tuple[Tensor, ...], trains: bool) -> tuple[Tensor, ...]:
     if trains and torch.is_grad_enabled() and not any(t.requires_grad for t in tensors):
         return tuple(t.detach().requires_grad_() for t in tensors)
     return tuple(t.clone() for t in tensors)
+
+
+def _on_some(name: str) -> str:
+    return (
+        f"The loss depends on the output of `{name}` on some processes, but not on others. `sharding` gathers the "
+        "weights of this block in the backward pass of all processes or of none. Let every loss depend on it, such as "
+        "by adding 0 times the sum of the output, or set `sharding='off'`."
+    )
 
 
 def _twice(name: str) -> str:

@@ -30,7 +30,7 @@ def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
     weights with an attribute `takes_sharded_weights`.
 
     Raises:
-        SettingsError: if the steps differ, or the optimizer cannot be tried.
+        SettingsError: if the steps differ or change nothing, or the optimizer cannot be tried.
     """
     kind = type(optimizer).__name__
     if getattr(optimizer, "takes_sharded_weights", False):
@@ -46,6 +46,14 @@ def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
         raise SettingsError(
             [f"`sharding` is 'fsdp2', but {kind} cannot step on sharded weights: {_first_line(error)} {_REMEDY}"]
         ) from error
+    if all(torch.equal(stepped.cpu(), before) for stepped, before in zip(whole, _numbers()[0], strict=True)):
+        raise SettingsError(
+            [
+                f"`sharding` is 'fsdp2', but {kind} does not change the weights in its `param_groups`. Sharding "
+                "replaces the weights there, but not those held elsewhere. Let `step` change the weights in "
+                "`param_groups`, or leave `sharding` out."
+            ]
+        )
     if not all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in zip(whole, sharded, strict=True)):
         raise SettingsError(
             [f"`sharding` is 'fsdp2', but {kind} takes another step on sharded weights than on whole ones. {_REMEDY}"]
@@ -58,15 +66,14 @@ def _stepped(optimizer: Optimizer, device: torch.device, mesh: DeviceMesh | None
     Args:
         mesh: the processes to shard the weights over; None for whole weights.
     """
-    draw = torch.Generator().manual_seed(0)
-    numbers = [torch.randn(shape, generator=draw) for shape in _SHAPES]
+    numbers, aims = _numbers()
 
     def placed(values: Tensor) -> Tensor:
         values = values.to(device)
         return values.clone() if mesh is None else distribute_tensor(values, mesh, [Shard(0)])
 
     weights = [nn.Parameter(placed(values)) for values in numbers]
-    targets = [placed(torch.randn(shape, generator=draw)) for shape in _SHAPES]
+    targets = [placed(values) for values in aims]
     trial: Any = object.__new__(type(optimizer))  # `copy.copy` leaves out attributes that are not in its state
     for name, value in vars(optimizer).items():
         if name != "step":  # which a schedule may have replaced
@@ -79,6 +86,13 @@ def _stepped(optimizer: Optimizer, device: torch.device, mesh: DeviceMesh | None
             p.grad = (p.detach() - target) * (n + 1)
         trial.step()
     return [whole_tensor(p.detach()) for p in weights]
+
+
+def _numbers() -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights of the trial before its first step, and those that would make its gradients zero."""
+    draw = torch.Generator().manual_seed(0)
+    weights, targets = ([torch.randn(shape, generator=draw) for shape in _SHAPES] for _ in range(2))
+    return weights, targets
 
 
 def _first_line(error: Exception) -> str:

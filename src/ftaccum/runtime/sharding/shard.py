@@ -29,7 +29,7 @@ def shard_model(
     """Shard the weights of a model, in place, and return its units in order. All processes must call this together.
 
     The weights become those of the main process. The device holds one whole unit at a time. Weights without dimensions
-    stay whole on each process.
+    or numbers stay whole on each process.
 
     Args:
         units: the names of the modules to gather separately; the rest of the model is gathered as one.
@@ -39,7 +39,7 @@ def shard_model(
         SettingsError: if the weights that one unit trains have different types.
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    whole = {p for p in model.parameters() if p.ndim == 0}
+    whole = {p for p in model.parameters() if p.ndim == 0 or not p.numel()}
     modules = [model.get_submodule(name) for name in units]
     _check_types(model, modules, units)
     placed: set[Tensor] = set()
