@@ -78,6 +78,7 @@ def _stepped(optimizer: Optimizer, device: torch.device, mesh: DeviceMesh | None
     for name, value in vars(optimizer).items():
         if name != "step":  # which a schedule may have replaced
             vars(trial)[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
+    trial._optimizer_step_pre_hooks, trial._optimizer_step_post_hooks = {}, {}  # the user's hooks wait for real steps
     trial.state = defaultdict(dict)
     trial.param_groups = [{**optimizer.param_groups[0], "params": weights, "lr": 0.1}]
 
