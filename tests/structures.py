@@ -6,10 +6,7 @@ from typing import Any
 
 import peft
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from heads import CLASSES, HEADS, N_ROWS, VOCABULARY, Row
@@ -98,20 +95,3 @@ def with_a_narrow_weight(model: nn.Module) -> nn.Module:
 
     model.register_forward_hook(add)
     return model
-
-
-_prepare = Accelerator.prepare
-
-
-def sharding(accelerator: Accelerator, model: nn.Module, optimizer: Any, **arguments: Any) -> Any:
-    """Stand in for `Accelerator.prepare`, and shard the weights.
-
-    Accelerate shards only on GPUs, so this function sets the state that makes it shard on CPUs.
-    """
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, cpu_ram_efficient_loading=False, auto_wrap_policy="transformer_based_wrap"
-    )
-    prepared = _prepare(accelerator, model, optimizer, **arguments)
-    assert sum(isinstance(module, FSDPModule) for module in prepared[0].modules()) > 2
-    return prepared

@@ -7,18 +7,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ftaccum import DataError, test_fine_tuning
 from heads import HEADS, relative_error
 from interrupted import checkpoints_of, ledger_of
-from structures import sharding
 from training_passes import is_training_pass
 
 state = PartialState(cpu=True)
@@ -115,11 +113,10 @@ def constant_when_sharded() -> None:
             outputs.loss = outputs.loss.detach()
 
     model.register_forward_hook(detach)
-    with patch.object(Accelerator, "prepare", sharding):
-        test_fine_tuning(
-            model, train_data=head.rows(), batch_size=1, gradient_accumulation_steps=2, n_epochs=1, audit=False,
-            validation_split=0.0, planner=False, progress=False,
-        )  # fmt: skip
+    test_fine_tuning(
+        model, train_data=head.rows(), batch_size=1, gradient_accumulation_steps=2, n_epochs=1, audit=False,
+        validation_split=0.0, planner=False, progress=False, sharding="fsdp2",
+    )  # fmt: skip
 
 
 found["sharded"] = told(constant_when_sharded)

@@ -1,23 +1,22 @@
 """Train every structure on two processes. Print a JSON line {structure, way of summing: largest relative error}.
 
-Only one process has the row that takes the rare branch. Two models have their weights sharded over both processes.
+Only one process has the row that takes the rare branch.
 """
 
 import copy
 import itertools
 import json
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from exactness import window_errors
 from ftaccum import DivergedError, test_fine_tuning
-from heads import HEADS, all_in_float64, relative_error, unsharded
-from structures import STRUCTURES, sharding, with_a_narrow_weight
+from heads import all_in_float64
+from structures import STRUCTURES, with_a_narrow_weight
 from test_nonfinite import BAD, Normed, infinite_loss, infinite_rows, points, run
 from training_passes import in_self_check, is_training_pass
 
@@ -91,26 +90,6 @@ with all_in_float64():
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert gather_object([run(model, rows, loss_fn=loss, effective_batch_size=12).skipped_steps]) == [1, 1]
         found[f"alike where {loss} is not finite on one process"] = unlike(model)
-
-
-def trained(name: str) -> dict[str, Tensor]:
-    """Return weights and norms after a run, which depend on clipping, the optimizer and the schedule."""
-    model = HEADS[name].model()
-    result = test_fine_tuning(
-        model, train_data=HEADS[name].rows(), batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-3,
-        gradient_clip_norm=0.5, validation_split=0.0, progress=False,
-    )  # fmt: skip
-    weights = {name: unsharded(value) for name, value in model.state_dict().items()}
-    return {**weights, "norms": torch.tensor(result.grad_norm_history)}
-
-
-for name in ("causal LM, Llama", "causal LM, GPT-2"):  # the second with tied weights
-    with all_in_float64():
-        replicated = trained(name)
-        with patch.object(Accelerator, "prepare", sharding):
-            errors = window_errors(HEADS[name].model(), HEADS[name].rows(), **SIZES)
-            found[f"{name}, sharded"] = max(gather_object(errors))
-            found[f"{name}, weights and norms"] = relative_error(trained(name), replicated)
 if state.is_main_process:
     print("ERRORS", json.dumps(found))
 state.destroy_process_group()
