@@ -128,10 +128,11 @@ PLANNED = {
     "max_tokens": Case(_LLAMA.model, _LLAMA.rows, {"max_tokens": 24, **_WIDE}),
     "batch_size='auto'": Case(_LLAMA.model, _LLAMA.rows, {"batch_size": "auto", "effective_batch_size": 4}),
     "evaluate_every": Case(_LLAMA.model, _LLAMA.rows, {"evaluate_every": 1, "eval_batch_size": 2}),
+    # The first evaluation has the larger number.
     "restore_best_weights": Case(
-        _LLAMA.model,
-        _LLAMA.rows,
-        {"restore_best_weights": True, "learning_rate": 0.3, "n_epochs": 4, "evaluate_every": 1},
+        _T5.model,
+        _T5.rows,
+        {**_GENERATES, "restore_best_weights": True, "metric_for_best": "sum", "greater_is_better": True},
     ),
 }
 GENERATING = {
