@@ -48,8 +48,9 @@ def parts_of(model: str, num_processes: int, folder: Path) -> list[Part]:
         return {"errors": _largest([each["errors"] for each in found]), "windows": found[0]["windows"]}
 
     def speed(seconds: float) -> dict[str, Any]:
-        size = {"batch_size": 4, "length": 512} if accelerator() is not None else {}
-        job = Job("memory and speed", str(folder / "speed"), num_processes, model=model, seconds=seconds, **size)
+        rows, length = (4, 512) if accelerator() is not None else (2, 32)
+        place = str(folder / "speed")
+        job = Job("memory and speed", place, num_processes, model, batch_size=rows, length=length, seconds=seconds)
         found = run(job)
         memory = _largest([each["memory"] for each in found])
         return found[0] | {"memory": memory, "estimates": estimates_of(job, found[0]["autocast"]), "model": model}

@@ -119,7 +119,8 @@ def no_float32(dtype: torch.dtype) -> Iterator[None]:
     """Keep float64 where the loss of Llama converts to float32, so that only the error of the accumulation is left."""
     to_float32 = torch.Tensor.float
     if dtype == torch.float64:
-        torch.Tensor.float = lambda t: t if t.dtype == torch.float64 else to_float32(t)  # type: ignore[method-assign, assignment]
+        patched: Any = torch.Tensor
+        patched.float = lambda t: t if t.dtype == torch.float64 else to_float32(t)
     try:
         yield
     finally:

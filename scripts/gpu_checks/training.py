@@ -23,7 +23,8 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.started = self.seconds = 0.0
-        self.before = self.peak = None
+        self.before: int | None = None
+        self.peak: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if state.global_step == 1:
