@@ -90,6 +90,8 @@ class ShardedGradients(GradientStrategy):
         """Remove the hooks of the run from the model, which stays sharded."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            self._used.close()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ class UsedWeights:
         self.gathered: set[int] = set()
         self.is_recording = True
         self._units = units
+        self._hooks: list[RemovableHandle] = []
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
         """Add the hooks that record to the model, and return their handles."""
@@ -46,6 +47,13 @@ class UsedWeights:
         flags = process_group.any_of(name in self._used for name in self._names)
         self._used.clear()
         return {name for name, used in zip(self._names, flags, strict=True) if used}
+
+    def close(self) -> None:
+        """Remove the hooks from the weights: with them, the model would stay in memory when nobody holds it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._watched.clear()
 
     def forget(self) -> None:
         """Forget an abandoned window."""
@@ -63,7 +71,7 @@ class UsedWeights:
                     self.gathered.add(id(p))
                     self._watched.append(p)
                     full_name = f"{name}.{own}" if name else own
-                    p.register_post_accumulate_grad_hook(partial(self._record, full_name))
+                    self._hooks.append(p.register_post_accumulate_grad_hook(partial(self._record, full_name)))
 
     def _record(self, name: str, _: Tensor) -> None:
         if self.is_recording:

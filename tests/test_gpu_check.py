@@ -1,0 +1,108 @@
+"""`scripts/gpu_check`: its parts on the CPU, and the whole command on two CPU processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from gpu_checks import report
+from gpu_checks.__main__ import Part, main, run_parts
+from gpu_checks.estimates import estimates_of
+from gpu_checks.exactness import accumulated, largest_error, no_float32, one_batch, relative_error, windows_of
+from gpu_checks.job import EACH, LAST, ONE_COPY, WHOLE, Job, rows_of
+from gpu_checks.resume import differing_bits
+
+ROOT = Path(__file__).parents[1]
+
+
+def failing(_: float) -> dict[str, Any]:
+    raise ZeroDivisionError("no such number")
+
+
+def test_a_part_that_fails_is_reported_and_the_others_go_on() -> None:
+    shown: list[str] = []
+    parts = [
+        Part("first", 0.5, failing, str),
+        Part("second", 0.5, lambda seconds: {"budget": seconds}, lambda found: f"second took {found['budget']:.0f}"),
+    ]
+    found = run_parts(parts, 100, shown.append)
+    assert found["first"]["failed"] == "ZeroDivisionError: no such number"
+    assert "FAILED: ZeroDivisionError: no such number" in shown
+    assert 99 < found["second"]["budget"] <= 100, "it gets the time that the first part has left"
+    assert "second took 100" in shown
+
+
+def test_parts_without_time_are_skipped_with_the_remedy() -> None:
+    found = run_parts([Part("only", 1.0, failing, str)], 5, lambda _: None)
+    assert found["only"]["failed"] == "skipped, because only 5 s are left for it. Raise `--minutes`"
+
+
+def test_differing_bits_are_counted_over_all_processes(tmp_path: Path) -> None:
+    for name, value in (("one", 1.0), ("other", -1.0)):
+        (tmp_path / name).mkdir()
+        torch.save({"w": torch.tensor([value, 2.0])}, tmp_path / name / "0.pt")
+        torch.save({"w": torch.tensor([[3.0]])}, tmp_path / name / "1.pt")
+    assert differing_bits(tmp_path / "one", tmp_path / "other", 2) == 1  # the sign
+    assert differing_bits(tmp_path / "one", tmp_path / "one", 2) == 0
+
+
+def test_errors_are_relative_and_a_missing_gradient_counts_as_zero() -> None:
+    wanted = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+    assert relative_error({"a": torch.tensor([3.0])}, wanted) == pytest.approx(0.8)
+    assert largest_error([wanted], [wanted, {"a": torch.tensor([1.0])}]) == 0  # one update was skipped
+    with pytest.raises(ArithmeticError, match="all updates were skipped"):
+        largest_error([], [wanted])
+
+
+def test_the_gradient_of_one_copy_is_that_of_one_batch() -> None:
+    rows = rows_of(512, 5, 24, shortest=4)
+    windows = windows_of(rows, 1)
+    assert [len(window) for window in windows] == [3, 2]
+    with no_float32(torch.float64):
+        wanted = [one_batch("tiny", window, torch.float64) for window in windows]
+        found = accumulated("tiny", rows, torch.float64, {})
+    assert largest_error(found, wanted) < 1e-14
+    assert largest_error(found, wanted[::-1]) > 0.1
+    assert "2.0e-03" in report.exactness({"errors": {"bf16": {ONE_COPY: 0.002}}})
+
+
+def test_shards_are_estimated_to_take_less_memory_than_whole_copies() -> None:
+    found = estimates_of(Job("memory and speed", "", 8, model="mid-size"), autocast=True)
+    assert found[EACH] < found[LAST]
+    assert found[EACH] < found[WHOLE]
+
+
+def test_a_wrong_limit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--minutes", "0"])
+    assert "--minutes must be a positive number, but is 0 instead." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.timeout(700)
+def test_the_command_runs_on_two_cpu_processes(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    ended = subprocess.run(
+        [str(ROOT / "scripts" / "gpu_check"), "--json", str(file), "--minutes", "10"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "No GPU was found." in ended.stdout
+    parts = json.loads(file.read_text())["parts"]
+    errors = parts["exactness (tiny model)"]["errors"]
+    assert max(errors["float64"].values()) < 1e-14
+    assert min(parts["memory and speed"]["tokens per second"].values()) > 0
+    for way in (WHOLE, EACH):
+        assert parts[f"resume, {way}"]["resumed at update"] > 1
+        assert parts[f"resume, {way}"]["differing bits"] == parts[f"resume, {way}"]["differing losses"] == 0
