@@ -139,18 +139,18 @@ def test_faults_of_one_process_stop_or_skip_on_both(two_processes: Callable[...,
     assert found["overflow"]["skipped"] == [1] * 4
     assert found["overflow"]["difference"] < 1e-5
 
-    refused, remedy = found["refused"], "Use an optimizer that treats each number by itself, such as 'adamw'"
+    refused, remedy = found["refused"], "Use an optimizer that updates weights element by element, such as 'adamw'"
     assert all(one == other for one, other in refused.values()), "on both processes"
     starts = {
         "Adafactor": "Adafactor cannot step on sharded weights: ",
         "adafactor": "Adafactor cannot step on sharded weights: ",
         "LBFGS": "LBFGS steps with a closure, and such optimizers compute with all weights together. Use an optimizer ",
-        "Trusting": "Trusting takes another step on sharded weights than on whole ones. ",
-        "OfShards": "OfShards takes another step on sharded weights than on whole ones. ",
+        "Trusting": "Trusting computes another update on sharded weights than on whole ones. ",
+        "OfShards": "OfShards computes another update on sharded weights than on whole ones. ",
         "Chain": "Chain contains other optimizers, so its step cannot be tried. ",
     }
     assert refused.pop("SGD")[0] == "nothing"
     assert refused.keys() == starts.keys()
     for name, start in starts.items():
-        assert refused[name][0].startswith(f"`sharding` is 'fsdp2', but {start}"), refused[name]
+        assert refused[name][0].startswith(f"The model is sharded, but {start}"), refused[name]
         assert remedy in refused[name][0] or name == "LBFGS"

@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, SparseAdam
 from ftaccum import DataError, SettingsError, test_fine_tuning
 from ftaccum.apps.run_arguments import default_arguments
 from ftaccum.runtime.gradients.sharded import ShardedGradients
-from ftaccum.runtime.process_group import ProcessGroup
+from ftaccum.runtime.process_group import SINGLE, ProcessGroup
 from ftaccum.runtime.sharding.optimizer_check import check_optimizer
 from ftaccum.runtime.sharding.options import ShardingOptions
 from ftaccum.settings.runtime import Runtime
@@ -30,13 +30,20 @@ HEAD = HEADS["sequence classification, BERT"]
 def faults(model: nn.Module | None = None, save: str = "adapter", **components: Any) -> list[str]:
     """Return the messages that refuse to shard a model with these components."""
     arguments = default_arguments() | {"model": model or HEAD.model(), "train_data": HEAD.rows(4)} | components
-    parts, runtime = RunConfig.from_arguments(arguments).components, Runtime(save=save)
-    check_sharding(parts, runtime, None)  # whole copies are not checked
+    config, runtime = RunConfig.from_arguments(arguments), Runtime(save=save)
+    parts, recipe = config.components, config.recipe
+    check_sharding(parts, recipe, runtime, None)  # whole copies are not checked
     try:
-        check_sharding(parts, runtime, ShardingOptions())
+        check_sharding(parts, recipe, runtime, ShardingOptions())
     except SettingsError as error:
         return list(error.faults)
     return []
+
+
+def test_optimizers_by_name_that_fail_on_shards_are_refused() -> None:
+    (fault,) = faults(optimizer="adafactor")
+    assert fault.startswith("`optimizer` is 'adafactor', which cannot step on sharded weights. Use 'adamw', 'sgd'")
+    assert faults(optimizer="muon") == []
 
 
 def with_attribute(name: str, value: Any) -> nn.Module:
@@ -212,8 +219,8 @@ class HoldingItsOwn(torch.optim.Optimizer):
 @pytest.mark.usefixtures("mesh")
 def test_an_optimizer_that_steps_on_weights_outside_of_its_groups_is_refused() -> None:
     with pytest.raises(SettingsError, match="HoldingItsOwn does not change the weights in its `param_groups`"):
-        check_optimizer(HoldingItsOwn(HEAD.model()), torch.device("cpu"))
-    check_optimizer(SGD(HEAD.model().parameters(), lr=0.1), torch.device("cpu"))
+        check_optimizer(HoldingItsOwn(HEAD.model()), torch.device("cpu"), SINGLE)
+    check_optimizer(SGD(HEAD.model().parameters(), lr=0.1), torch.device("cpu"), SINGLE)
 
 
 @pytest.mark.usefixtures("mesh")
@@ -233,7 +240,9 @@ class OtherReachesAll(ProcessGroup):
     """Stands for two processes: this one, and one whose loss depends on both units of a model."""
 
     def any_of(self, flags: Any) -> list[bool]:
-        return [flag or other for flag, other in zip(flags, (True, True, False, False), strict=True)]
+        own = list(flags)
+        others = (True, True, False, False) if len(own) == 4 else [False] * len(own)
+        return [flag or other for flag, other in zip(own, others, strict=True)]
 
 
 @pytest.mark.usefixtures("mesh")

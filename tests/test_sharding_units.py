@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import SettingsError
+from ftaccum.runtime.process_group import SINGLE
 from ftaccum.runtime.sharding.shard import fits_whole
 from ftaccum.runtime.sharding.units import CallOrder, candidate_units
 from ftaccum.training.batch_size_finder import largest_batch
@@ -101,7 +102,6 @@ def test_the_names_of_classes_replace_the_search_for_lists() -> None:
     model = Model(layers=blocks(2), head=Block(), rest=nn.Sequential(nn.Linear(2, 2)))
     assert units(model, "Block") == ["layers.0", "layers.1", "head"]
     assert units(model, "Linear", "Block") == ["embed", "layers.0", "layers.1", "head", "rest.0"]
-    assert units(model, "Other") == []
     assert units(nn.Linear(2, 2), "Linear") == [], "the model itself is gathered anyway"
 
 
@@ -162,10 +162,18 @@ def test_a_model_fits_whole_if_a_quarter_of_the_free_memory_holds_its_tensors(mo
     assert n_bytes == 4 * 400 + 8
     free = [4 * n_bytes + 1]
     monkeypatch.setattr("torch.accelerator.get_memory_info", lambda _: (free[0], 10**12))
-    assert fits_whole(model, GPU)
+    assert fits_whole(model, GPU, SINGLE)
     free[0] -= 1
-    assert not fits_whole(model, GPU)
-    assert fits_whole(model, torch.device("cpu")), "a host has no free memory that is known so exactly"
+    assert not fits_whole(model, GPU, SINGLE)
+    assert fits_whole(model, torch.device("cpu"), SINGLE), "a host has no free memory that is known so exactly"
+    monkeypatch.setattr("ftaccum.runtime.sharding.shard.free_on_host", lambda: 4 * n_bytes - 1)
+    with pytest.raises(SettingsError, match="its loss is measured on the whole model"):
+        fits_whole(model, GPU, SINGLE)
+
+
+def test_unknown_classes_of_blocks_are_refused() -> None:
+    with pytest.raises(SettingsError, match="names Blok, but the model has no module of this class"):
+        candidate_units(nn.Sequential(nn.Linear(2, 2)), ["Linear", "Blok"])
 
 
 class Together:
@@ -206,7 +214,7 @@ def found_on_a_gpu(
     group = SimpleNamespace(is_single=False, any=lambda flag: flag or (other and ROWS != []), min=lambda number: number)
     finder = "ftaccum.training.batch_size_finder"
     monkeypatch.setattr(f"{finder}._loss", loss)
-    monkeypatch.setattr("torch.accelerator.get_memory_info", lambda: (free, 10**12))
+    monkeypatch.setattr(f"{finder}.free_on_device", lambda: free)
     monkeypatch.setattr("torch.accelerator.max_memory_allocated", lambda: peak[0])
     monkeypatch.setattr("torch.accelerator.reset_peak_memory_stats", lambda: peak.__setitem__(0, 1000))
     ROWS.clear()

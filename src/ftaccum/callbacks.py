@@ -108,6 +108,8 @@ class GenerateSamples(TrainerCallback):
         samples: for each evaluation, the number of updates before it and the generated texts.
     """
 
+    runs_model = True  # on the main process alone, in which the others take part if the weights are sharded
+
     def __init__(self, prompts: Sequence[str] | str | Path, *, max_new_tokens: int = 40, **options: Any) -> None:
         """Create the callback.
 
@@ -160,7 +162,7 @@ class GenerateSamples(TrainerCallback):
         inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
         pad = getattr(tokenizer, "pad_token_id", None)
         options = {"pad_token_id": pad} | self._options if pad is not None else self._options
-        return tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True)
+        return tokenizer.decode(model.generate(**inputs, **options, synced_gpus=False)[0], skip_special_tokens=True)
 
 
 class OptunaPruning(TrainerCallback):

@@ -166,7 +166,7 @@ class GradientAuditor:
 
     def _reference(self, sample: AuditSample) -> "tuple[str, AuditSample | None, _Measured | None]":
         """Return the kind of reference, its rows, and the gradient to compare with."""
-        one = sample.in_one() if self._process_group.run_on_main(lambda: self._one_batch.fits(sample)) else None
+        one = sample.in_one() if self._one_batch.fits(sample) else None
         wanted = self._measured(one)
         if self._process_group.broadcast(wanted is not None):
             return ONE_BATCH, one, wanted

@@ -13,7 +13,7 @@ from ..objective.objective import Objective
 from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host, peak_of_process
-from ..runtime.memory import is_out_of_memory
+from ..runtime.memory import free_on_device, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from .audit_sample import AuditSample
 
@@ -41,14 +41,19 @@ class OneBatch:
         self._strategy, self._process_group = strategy, process_group
 
     def fits(self, sample: AuditSample) -> bool:
-        """Return whether to try one batch. On an accelerator, trying is safe; on a CPU, the process could be killed."""
-        times, shards = sample.times_largest, self._strategy.gathers_weights
+        """Return whether to try one batch, the same on all processes."""
+        if not self._strategy.gathers_weights:
+            return self._process_group.run_on_main(lambda: self._has_memory(sample))
+        return not self._process_group.any(not self._has_memory(sample))
+
+    def _has_memory(self, sample: AuditSample) -> bool:
+        """Return whether this process may try. On an accelerator, trying is safe; on a CPU, it could be killed."""
+        times, gathers = sample.times_largest, self._strategy.gathers_weights
         if times > (_LARGEST_PACKED if sample.is_packed else _LARGEST):
             return False
         if self._accelerator.device.type != "cpu":
-            # Processes that gather weights cannot go on if memory runs out in the backward pass of one of them.
-            peak, free = torch.accelerator.max_memory_allocated, torch.accelerator.get_memory_info
-            return not shards or times * peak() < free()[0]
+            # Processes that gather weights cannot recover if memory runs out in the backward pass of one of them.
+            return not gathers or times * torch.accelerator.max_memory_allocated() < free_on_device()
         # The peak memory of the process is an upper bound for each micro-batch so far.
         return times * peak_of_process() < free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -62,7 +67,7 @@ class OneBatch:
         if not self._strategy.gathers_weights:
             return self._process_group.run_on_main(function)
         result: list[T] = []
-        with self._strategy.run_apart(), torch.no_grad():
+        with self._strategy.independent_passes(), torch.no_grad():
             if self._process_group.is_main:
                 result.append(function())
         return self._process_group.broadcast(result)[0]

@@ -143,7 +143,7 @@ class CheckpointManager:
             self._state.metrics_logger.drain()
             if is_whole():
                 self.save()
-                self._finish_writing()
+                self.finish_writing()
             raise
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class CheckpointManager:
         Args:
             keeps: whether to keep the newest, so that the run can be extended.
         """
-        self._finish_writing()
+        self.finish_writing()
         if self._writer is not None and self._process_group.is_main:
             self._writer.keep_last(keeps=keeps)
 
@@ -193,13 +193,13 @@ class CheckpointManager:
             return ShardedWriter(directory, self._policy.keep, last, self._process_group)
         return CheckpointWriter(directory, self._policy.keep, last)
 
-    def _finish_writing(self) -> None:
+    def finish_writing(self) -> None:
         """Wait until the current checkpoint is written. All processes must call this together."""
         if self._writer is not None:
             self._writer.finish()
 
     def _stopped(self, by_hand: bool) -> BaseException:
-        self._finish_writing()
+        self.finish_writing()
         # A launcher kills all processes when the first one ends, while the main process may still write.
         self._process_group.any(False)
         message = f"Stopped after update {self._n_updates}, as requested. {self.describe()}"

@@ -28,7 +28,7 @@ class StateRestorer:
         self._mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
 
     def restore(self, value: Any, weight: Tensor | None = None) -> Any:
-        """Return nested state with its tensors as this run needs them, of which each process reads its own part.
+        """Return nested state laid out for this run. Each process reads only its own part.
 
         Args:
             weight: the weight whose state this is, if any. Its state is shared between processes as it is.

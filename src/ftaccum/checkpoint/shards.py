@@ -107,7 +107,7 @@ class ShardTaker:
 
 
 def _with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of which no two share memory, which safetensors requires: copies of the second ones."""
+    """Return tensors with separate memory, which safetensors requires: copies of those that share that of another."""
     known: set[int] = set()
     found = {}
     for name, tensor in tensors.items():

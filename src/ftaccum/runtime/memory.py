@@ -58,6 +58,12 @@ def none_if_out_of_memory(function: Callable[[], T]) -> T | None:
         return None
 
 
+def free_on_device() -> int:
+    """Return the free bytes of the current accelerator, with those that torch keeps for reuse."""
+    reused = torch.accelerator.memory_reserved() - torch.accelerator.memory_allocated()
+    return torch.accelerator.get_memory_info()[0] + reused
+
+
 def give_back_memory() -> None:
     """Return unused memory from the allocator to the device, once the objects that held it are deleted."""
     gc.collect()

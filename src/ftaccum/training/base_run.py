@@ -26,7 +26,7 @@ from ..runtime.log import logger, run_logging
 from ..runtime.model_context import compile_model, model_context
 from ..runtime.process_group import open_process_group, report_lost_process
 from ..runtime.run_dir import RunDir
-from ..runtime.sharding.launcher import find_sharding, sharding_notes
+from ..runtime.sharding.launcher import find_sharding, ignored_modes, sharding_notes
 from ..runtime.sharding.options import ShardingOptions
 from ..runtime.sharding.shard import fits_whole
 from ..runtime.sharding.units import CallOrder, candidate_units, observing
@@ -90,11 +90,13 @@ class Run:
         """Return how the run shards its model, if it does, and log what it does not take from the launcher."""
         runtime, processes = self.config.runtime, self.process_group.size
         if not self.can_shard:
+            for note in ignored_modes():
+                logger.info(note)
             return None
         options = find_sharding(runtime, processes)
         for note in sharding_notes(runtime, processes):
             logger.info(note)
-        check_sharding(self.config.components, runtime, options)
+        check_sharding(self.config.components, self.config.recipe, runtime, options)
         return options
 
     def __exit__(
@@ -196,9 +198,9 @@ class Run:
         self._inner.callback(self.gradients.close)
         return self.gradients.prepare(self.accelerator, self.model)
 
-    def run_apart(self) -> AbstractContextManager[None]:
+    def independent_passes(self) -> AbstractContextManager[None]:
         """Return a context in which each process may run any number of passes without gradients."""
-        return nullcontext() if self.sharding is None else self.gradients.run_apart()
+        return nullcontext() if self.sharding is None else self.gradients.independent_passes()
 
     def new_accumulator(self, wrapped: nn.Module, buffers: SyncedBuffers | None = None) -> GradientAccumulator:
         """Return an accumulator that has accumulated no window yet."""
@@ -217,5 +219,5 @@ class Run:
 
     def _place_model(self, stack: ExitStack) -> None:  # noqa: ARG002
         device = self.accelerator.device
-        if self.sharding is None or fits_whole(self.model, device):  # else its loss is measured on the host
+        if self.sharding is None or fits_whole(self.model, device, self.process_group):  # else the host does
             self.model.to(device)

@@ -16,7 +16,7 @@ from ..objective.batch_changes import fresh_batch
 from ..objective.objective import Objective
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.host import free_on_host
-from ..runtime.memory import give_back_memory, none_if_out_of_memory
+from ..runtime.memory import free_on_device, give_back_memory, none_if_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.sharding.tensors import local_part
 from ..runtime.state_guards import preserve_buffers, preserve_rng
@@ -56,17 +56,17 @@ def largest_batch(
     # A host kills a process that runs out of memory, and processes that gather weights would wait for each other.
     predicts = device.type == "cpu" or sharded is not None
     aside = [] if predicts else [torch.empty_like(p) for p in trainable for _ in range(copies)]
-    room = _Room(device, copies * sum(local_part(p).nbytes for p in trainable)) if predicts else None
+    budget = _MemoryBudget(device, copies * sum(local_part(p).nbytes for p in trainable)) if predicts else None
 
     def fits(n_rows: int) -> bool:
-        if room is not None and not _agreed(room.has_for(n_rows), sharded, process_group):
+        if budget is not None and not _agreed(budget.allows(n_rows), sharded, process_group):
             return False
         with preserve_rng(), preserve_buffers(model, *objective.modules):
             micro = loader.longest_rows(n_rows)
             if not _passes(lambda: _loss(model, objective, micro, accelerator), sharded):
                 return False
-        if room is not None:
-            room.took(n_rows)
+        if budget is not None:
+            budget.record(n_rows)
         return True
 
     # Each trial keeps the gradients of the one before in memory, as each micro-batch does in training.
@@ -126,8 +126,8 @@ def _agreed(flag: bool, sharded: GradientStrategy | None, process_group: Process
     return flag if sharded is None else not process_group.any(not flag)
 
 
-class _Room:
-    """The memory for trials, where running out of it must be avoided.
+class _MemoryBudget:
+    """A budget of memory for trials, where running out of memory must be avoided.
 
     So a batch is tried only if the memory per row of a smaller one predicts that it fits.
     """
@@ -135,7 +135,7 @@ class _Room:
     def __init__(self, device: torch.device, set_aside: int) -> None:
         self._on_host = device.type == "cpu"
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-        free = free_on_host() / here if self._on_host else torch.accelerator.get_memory_info()[0]
+        free = free_on_host() / here if self._on_host else free_on_device()
         self._free = _SHARE * free - set_aside
         self._per_row = 0.0
         if self._on_host:
@@ -144,10 +144,10 @@ class _Room:
             torch.accelerator.reset_peak_memory_stats()
         self._started = self._peak()
 
-    def has_for(self, n_rows: int) -> bool:
+    def allows(self, n_rows: int) -> bool:
         return self._per_row * n_rows <= self._free
 
-    def took(self, n_rows: int) -> None:
+    def record(self, n_rows: int) -> None:
         self._per_row = max(0, self._peak() - self._started) / n_rows
 
     def _peak(self) -> int:

@@ -42,7 +42,7 @@ def build_evaluation(run: Run, loader: Loader, n_rows: int) -> Evaluation:
         metrics=_build_metrics(run),
         generator=build_generator(run, run.data.ignore_index),
     )
-    with run.run_apart():
+    with run.independent_passes():
         evaluation.check_memory(run.model, run.config.components.configuration)
     return evaluation
 
@@ -100,7 +100,7 @@ class EvaluatedSetup(TrainingSetup):
         if self.evaluation is None:
             return None
         with self.evaluation_weights():
-            return self.evaluation(self.model, self.run_apart)
+            return self.evaluation(self.model, self.independent_passes)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:

@@ -4,8 +4,6 @@ import math
 from contextlib import ExitStack
 from functools import cached_property
 
-import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
@@ -17,7 +15,6 @@ from ..checkpoint.compatibility import RunIdentity
 from ..checkpoint.directory import CheckpointDirectory
 from ..checkpoint.resume import ResumePoint
 from ..data.prefetch import LocalWindow, WindowLoader
-from ..errors import SettingsError
 from ..objective.rounding import Rounding
 from ..planning.audit_schedule import AuditSchedule
 from ..planning.base_plan import BasePlan
@@ -38,13 +35,14 @@ from .audit import AuditHandler
 from .base_run import Run
 from .build_identity import build_identity
 from .build_plan import refuse_single_rows, report_inexact, report_loss_scale
+from .build_sharding import describe_sharding
 from .callbacks import Callback
 from .closure import check_step
 from .config import RunConfig
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, refuse_float16
 from .parameter_groups import describe_groups, parameter_groups
 from .rates import describe_rates, preserve_learning_rates
 from .schedule import make_schedule
@@ -83,15 +81,19 @@ class TrainingSetup(Run):
 
     @property
     def notes(self) -> list[str]:
-        """The banner's lines about adapters, and about an optimizer or parameter groups that are not the default."""
+        """The banner's lines about sharding, adapters, and an optimizer or groups that are not the default."""
+        return [*describe_sharding(self.sharding, self.call_order), *self.adapter_notes, *self._optimizer_notes]
+
+    @property
+    def _optimizer_notes(self) -> list[str]:
         recipe, own = self.config.recipe, self.config.components.optimizer
         has_groups = not isinstance(own, Optimizer)
         groups = describe_groups(parameter_groups(self.model, recipe)) if has_groups else []
         if own is None and recipe.optimizer is None and not groups:
-            return self.adapter_notes
+            return []
         scheduled = switches_weights(self.optimizer) and not recipe.lr_scheduler.startswith("constant")
         hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
-        return [*self.adapter_notes, describe_rates(self.optimizer), *groups, *hint]
+        return [describe_rates(self.optimizer), *groups, *hint]
 
     @property
     def trained_model(self) -> TrainedModel:
@@ -189,7 +191,7 @@ class TrainingSetup(Run):
             self.accelerator.device,
             raises=runtime.on_nonfinite == "error",
             patience=runtime.nonfinite_patience,
-            run_apart=self.run_apart,
+            independent_passes=self.independent_passes,
         )
 
     @cached_property
@@ -268,7 +270,9 @@ class TrainingSetup(Run):
             "train_dataloader": self.window_loader,
             "eval_dataloader": self.data.val,
         }
-        return CallbackHandler(components.callbacks, self.process_group, arguments, state, objects)
+        return CallbackHandler(
+            components.callbacks, self.process_group, arguments, state, objects, self.independent_passes
+        )
 
     @cached_property
     def metrics_logger(self) -> MetricsLogger:
@@ -282,16 +286,6 @@ class TrainingSetup(Run):
 
     def _prepare_model(self, stack: ExitStack) -> None:
         if self.accelerator.mixed_precision == "fp16" and not self.config.runtime.accumulate_in_fp32:
-            _refuse_float16(self.model)
+            refuse_float16(self.model)
         _ = self.optimizer  # must be made before the model moves to its device
         super()._prepare_model(stack)
-
-
-def _refuse_float16(model: nn.Module) -> None:
-    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
-        raise SettingsError(
-            [
-                "`mixed_precision` is 'fp16', but the trainable weights are float16, whose gradients cannot be "
-                "unscaled. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
-            ]
-        )

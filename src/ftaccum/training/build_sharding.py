@@ -1,4 +1,4 @@
-"""Checks of a model and an optimizer that are to be sharded over the processes."""
+"""Check a model and an optimizer that are to be sharded over the processes, and describe how."""
 
 from typing import Any
 
@@ -10,14 +10,17 @@ from ..runtime.adapters import has_adapters
 from ..runtime.optimizers import inner_optimizers
 from ..runtime.sharding.options import ShardingOptions
 from ..runtime.sharding.tensors import has_hooks
+from ..runtime.sharding.units import CallOrder
+from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from .adapters import quantised_bits
 from .config import Components
 
 _WHOLE = "train a whole copy on each process (`sharding='off'`)"
+_WHOLE_MATRICES = ("adafactor", "adamw_8bit", "paged_adamw_8bit")  # optimizers that fail on shards
 
 
-def check_sharding(components: Components, runtime: Runtime, options: ShardingOptions | None) -> None:
+def check_sharding(components: Components, recipe: Recipe, runtime: Runtime, options: ShardingOptions | None) -> None:
     """Check that a model and an optimizer can be sharded, before anything is loaded or moved.
 
     Args:
@@ -32,9 +35,18 @@ def check_sharding(components: Components, runtime: Runtime, options: ShardingOp
         [
             *_faults_of_model(components.model),
             *_faults_of_save(components, runtime.save),
+            *_faults_of_name(recipe.optimizer),
             *_faults_of_optimizer(components.optimizer),
         ]
     )
+
+
+def describe_sharding(options: ShardingOptions | None, order: CallOrder | None) -> list[str]:
+    """Return the banner's line about sharding; none for whole copies."""
+    if options is None or order is None:
+        return []
+    passes = "each pass" if options.syncs_each_pass else "the last pass of an update"
+    return [f"Sharding: FSDP2; {len(order.names)} blocks are gathered one at a time; gradients are synced in {passes}"]
 
 
 def _faults_of_model(model: Any) -> list[str]:
@@ -82,6 +94,15 @@ def _faults_of_save(components: Components, save: str) -> list[str]:
     ]
 
 
+def _faults_of_name(optimizer: str | None) -> list[str]:
+    if optimizer not in _WHOLE_MATRICES:
+        return []
+    return [
+        f"`optimizer` is {optimizer!r}, which cannot step on sharded weights. Use 'adamw', 'sgd', 'lion', 'muon' or "
+        f"'schedule_free_adamw', or {_WHOLE}."
+    ]
+
+
 def _faults_of_optimizer(optimizer: Any) -> list[str]:
     kind = getattr(optimizer, "func", optimizer)  # of a functools.partial
     every = [optimizer, *inner_optimizers(optimizer)] if isinstance(optimizer, Optimizer) else []
@@ -91,7 +112,9 @@ def _faults_of_optimizer(optimizer: Any) -> list[str]:
             "`optimizer` is SparseAdam, which takes sparse gradients only, and those of a sharded model are dense. Use "
             f"another optimizer, or {_WHOLE}."
         )
-    if any(each.state for each in every):
+    # Adagrad, for one, makes its state before the first step.
+    steps = [state.get("step", 1) for each in every for state in each.state.values()]
+    if any(float(step) > 0 for step in steps):
         faults.append(
             f"`optimizer` ({type(optimizer).__name__}) has trained before, and its state belongs to whole weights. "
             f"Give a new optimizer, or a function that creates it, or {_WHOLE}."

@@ -96,8 +96,8 @@ def check_step(optimizer: Optimizer, *, scales_gradients: bool, is_sharded: bool
         )
     elif needs_closure(optimizer) and is_sharded:
         faults.append(
-            f"`sharding` is 'fsdp2', but {kind} steps with a closure, and such optimizers compute with all weights "
-            "together. Use an optimizer such as 'adamw', or leave `sharding` out."
+            f"The model is sharded, but {kind} steps with a closure, and such optimizers compute with all weights "
+            "together. Use an optimizer such as 'adamw', or set `sharding='off'`."
         )
     refuse(faults)
 

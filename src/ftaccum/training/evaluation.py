@@ -65,14 +65,15 @@ class Evaluation:
         )
 
     def __call__(
-        self, model: nn.Module, run_apart: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, model: nn.Module, independent_passes: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[float, dict[str, float]]:
         """Return the loss, a mean over all loss items, and the metrics by name.
 
         Args:
             model: the model without DDP, which would communicate in its forward pass: processes may have different
                 numbers of batches.
-            run_apart: returns a context in which they may, if the weights are sharded.
+            independent_passes: returns a context in which processes may run different numbers of batches of a sharded
+                model.
 
         Raises:
             DataError: on all processes, if a row of one of them cannot be read or used.
@@ -84,7 +85,7 @@ class Evaluation:
         predicted: list[BatchPredictions] = []
 
         def evaluate_all() -> None:
-            with run_apart():
+            with independent_passes():
                 for micro in self._loader.stream(self._local_rows()):
                     self._evaluate(model, micro, losses, predicted)
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..accumulation.accumulator import GradientAccumulator
@@ -143,9 +141,8 @@ class TrainingLoop:
 
     def _clip(self, accumulated: AccumulatedWindow) -> ClippedGradient:
         """Clip the gradient of a window, and return the numbers that decide whether to step."""
-        # Accelerate's `clip_grad_norm_` fails for sharded weights that are not in the model's order.
         self._accelerator.unscale_gradients()
-        norm = _full(self._strategy.clip(self._max_grad_norm))
+        norm = self._strategy.clip(self._max_grad_norm)
         # The only wait for the device in an update: these numbers decide whether to step.
         grad_norm, n_items, losses, moved = accumulated.read_with(norm)
         passes = zip(accumulated.contributions, losses, strict=True)
@@ -195,8 +192,3 @@ class TrainingLoop:
         accumulated.start.buffers.restore()  # a NaN would stay in batch norm's running statistics forever
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.update()  # the overflow was recorded when the gradients were unscaled
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """Return the full tensor of one that may be sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -137,7 +137,7 @@ class NonFiniteHandler:
         *,
         raises: bool,
         patience: int | None,
-        run_apart: Callable[[], AbstractContextManager[None]],
+        independent_passes: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Create a handler.
 
@@ -146,9 +146,9 @@ class NonFiniteHandler:
             loader: loads the training rows.
             raises: whether the first such update ends the run, unless it is an overflow of fp16.
             patience: the number of such updates in a row, overflows included, that ends the run; None for no limit.
-            run_apart: returns a context in which each process may run any number of passes without gradients.
+            independent_passes: returns a context in which each process may run any number of passes without gradients.
         """
-        self._run_apart = run_apart
+        self._independent_passes = independent_passes
         self._model, self._objective, self._loader, self._process_group = model, objective, loader, process_group
         self._device, self._raises, self._patience = device, raises, patience
         self.counts = NonFiniteCounts()
@@ -201,7 +201,7 @@ class NonFiniteHandler:
         places = [(micro, place) for micro in own for place in range(len(micro.slice.rows))]
         found: dict[int, float] = {}
         n_tried = 0
-        with inspection_mode(self._model, *self._objective.modules), self._run_apart():
+        with inspection_mode(self._model, *self._objective.modules), self._independent_passes():
             for micro, place in places:
                 loss = self._loss_of(micro, place)
                 n_tried += loss is not None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -130,6 +131,17 @@ class CoupledBeta2:
             beta1, beta2 = group["betas"]
             self.beta2 = beta2**self._ratio
             group["betas"] = (beta1, self.beta2)
+
+
+def refuse_float16(model: nn.Module) -> None:
+    """Raise SettingsError if a model trains float16 weights, whose gradients a scaler cannot unscale."""
+    if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
+        raise SettingsError(
+            [
+                "`mixed_precision` is 'fp16', but the trainable weights are float16, whose gradients cannot be "
+                "unscaled. Load the model in float32 (`dtype=torch.float32`), or use `accumulate_in_fp32`."
+            ]
+        )
 
 
 def _held(optimizer: Optimizer) -> set[nn.Parameter]:

@@ -92,6 +92,7 @@ class TrainingRun(RunWithOutputs):
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an audit has ended, and return sentences that say where it is saved."""
+        self.checkpoint_manager.finish_writing()
         n_updates, saved = self.metrics_logger.n_windows, self.checkpoint_manager.describe()
         self.weights_in_training.close()
         self._inner.close()

@@ -1,8 +1,8 @@
 """Call Transformers' `TrainerCallback` objects at the events of a run."""
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -68,6 +68,7 @@ class CallbackHandler:
         arguments: TrainingArguments,
         state: TrainerState,
         objects: Mapping[str, Any],
+        independent_passes: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Create a handler.
 
@@ -75,7 +76,9 @@ class CallbackHandler:
             arguments: the settings of the run.
             state: the progress of the run, which this handler updates.
             objects: the keyword arguments of all events: the model, the optimizer, and so on.
+            independent_passes: returns a context in which each process may run any number of passes without gradients.
         """
+        self._independent_passes = independent_passes
         self._callbacks, self._process_group = callbacks, process_group
         self._arguments, self._state, self._objects = arguments, state, objects
         self._control = TrainerControl()
@@ -85,6 +88,8 @@ class CallbackHandler:
 
     def send(self, event: str, **more: Any) -> None:
         """Call the method of this name of each callback. One that has raised an error gets no more calls.
+
+        A callback with a true attribute `runs_model` may run a sharded model in `on_evaluate` on any of the processes.
 
         The modes of the model's modules, train or eval, are restored afterwards. As with `Trainer`, `on_evaluate` gets
         a model in eval mode.
@@ -96,10 +101,12 @@ class CallbackHandler:
             return
         model: nn.Module = self._objects["model"]
         for callback in self._callbacks:
-            if any(callback is failed for failed in self._failed):
-                continue  # the others go on: their state must include the current update, which is completed
-            with training_mode(model, training=False if event == "on_evaluate" else None):
-                self._call(callback, event, more)
+            runs_model = event == "on_evaluate" and getattr(callback, "runs_model", False)
+            with self._independent_passes() if runs_model else nullcontext():
+                if any(callback is failed for failed in self._failed):
+                    continue  # the others go on: their state must include the current update, which is completed
+                with training_mode(model, training=False if event == "on_evaluate" else None):
+                    self._call(callback, event, more)
 
     def _call(self, callback: TrainerCallback, event: str, more: Mapping[str, Any]) -> None:
         """Call a method of a callback, and keep its error if it is the first one."""

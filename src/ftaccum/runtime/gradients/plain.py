@@ -97,7 +97,7 @@ class GradientStrategy:
     def reset(self) -> None:
         """Forget a window that all processes have abandoned."""
 
-    def run_apart(self) -> AbstractContextManager[None]:
+    def independent_passes(self) -> AbstractContextManager[None]:
         """Return a context in which each process may run any number of passes without gradients.
 
         All processes must enter it, and leave it together.

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import SettingsError
+from ..log import logger
 from ..memory import give_back_memory
 from ..optimizers import inner_optimizers, place_state
 from ..process_group import ProcessGroup
@@ -32,9 +33,14 @@ from .averaged import average_gradients
 from .fp32 import RoundingOptimizer, has_narrow_weights
 from .plain import GradientStrategy
 
+_NO_UNITS = (
+    "No blocks of the model were found that can be gathered separately, so each process holds all weights during a "
+    "pass. Blocks are the modules in a `ModuleList` that every pass runs once, in the same order."
+)
+
 
 class ShardedGradients(GradientStrategy):
-    """Gradients of which each process keeps its shard, the average over all processes.
+    """Averaged gradients. Each process keeps its own shard.
 
     Each pass of a window reduces its gradients, so that none is ever whole; or only the last one does. The shards of
     16-bit gradients are summed in float32.
@@ -72,9 +78,11 @@ class ShardedGradients(GradientStrategy):
         """Shard a model in place, with the main process's weights, and let the optimizer hold the shards."""
         if self._handles:
             return
-        check_optimizer(self._optimizer, device)
+        check_optimizer(self._optimizer, device, self._process_group)
         whole = weights_by_name(model)
         names = self._process_group.broadcast(list(self._units()))
+        if not names and self._process_group.is_main:
+            logger.warning(_NO_UNITS)
         units = shard_model(model, names, device, self._options)
         assert isinstance(model, FSDPModule)
         _replace_parameters(self._optimizer, whole, weights_by_name(model))
@@ -142,8 +150,8 @@ class ShardedGradients(GradientStrategy):
         self._order.reset()
         self._used.forget()
 
-    def run_apart(self) -> AbstractContextManager[None]:
-        return self._order.run_apart()
+    def independent_passes(self) -> AbstractContextManager[None]:
+        return self._order.independent_passes()
 
     def reduce(self, process_group: ProcessGroup) -> None:
         """Average what FSDP2 does not shard, and leave weights that no process has used without a gradient."""
@@ -206,7 +214,7 @@ def _refuse_gradients(before: dict[str, nn.Parameter], after: dict[str, nn.Param
 def _refuse_gradient(name: str, _: Tensor) -> None:
     raise SettingsError(
         [
-            f"`sharding` is 'fsdp2', but the loss uses a whole copy of the weight `{name}`, as it was before sharding. "
+            f"The model is sharded, but the loss uses a whole copy of the weight `{name}`, as it was before sharding. "
             "The loss function or the model keeps the parameter outside of the model's modules, such as in a list or "
             "in a variable. Let it use the module that holds the weight, or set `sharding='off'`."
         ]

@@ -1,12 +1,12 @@
 """The gathers of sharded weights, which all processes must make in the same order, whatever rows they run.
 
-A process gathers the weights of a unit when its forward pass reaches the unit. The other processes wait until they
-gather the same unit. So a unit that only some of them run, or a pass that fails on one of them, would stop all.
+A process gathers the weights of a unit when its forward pass reaches the unit, and waits until the others gather the
+same unit. A unit that only some processes run, or a pass that fails on one, would block them all.
 
 - In training, all processes run the same number of passes. `GatherOrder` makes each pass gather all units in one order:
   a unit that the rows of a process skip is gathered and synced all the same, with zero gradients.
 - Without gradients, processes may run different numbers of passes, and of other lengths, as in generation. Inside
-  `run_apart`, they agree before each gather on the unit.
+  `independent_passes`, they agree before each gather on the unit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ class GatherOrder:
         self._next = 0  # the place of the next unit that the current pass may run
         self._gathered = 0  # how many units the current pass has gathered
         self._has_root = False  # whether the current pass has gathered the weights outside of the units
-        self._is_apart = False
+        self._is_independent = False
         self._arguments: Any = None  # of the unit that runs
         self._outputs: list[list[Any]] = [[] for _ in units]  # of each unit in this pass, as nodes of its graph
 
@@ -50,6 +50,7 @@ class GatherOrder:
     def install(self) -> list[RemovableHandle]:
         """Add the hooks that keep the order to the model, and return their handles."""
         root: Any = self._model
+        root._get_fsdp_state()._lazy_init()  # a process may fail before its first forward pass
         handles = [
             root.register_forward_pre_hook(self._begin, prepend=True),  # before FSDP's own hook
             root.register_forward_pre_hook(self._gathered_root),  # after it
@@ -79,7 +80,7 @@ class GatherOrder:
         flags = self._process_group.any_of([*reached, *(not flag for flag in reached)])
         for place, on_some in enumerate(flags[: len(reached)]):
             if on_some and flags[len(reached) + place]:
-                raise DataError(_on_some(self._names[self._units[place]]))
+                raise DataError(_dependency_message(self._names[self._units[place]]))
 
     def catch_up(self) -> None:
         """Gather the units that a failed forward pass has not reached, for which other processes wait."""
@@ -101,18 +102,16 @@ class GatherOrder:
                     p._unsharded_param.grad = None
 
     @contextmanager
-    def run_apart(self) -> Iterator[None]:
+    def independent_passes(self) -> Iterator[None]:
         """Let each process run any number of passes without gradients, until all have left the context."""
-        root: Any = self._model
-        root._get_fsdp_state()._lazy_init()
         self._model.unshard()  # stays so, for passes that begin inside the model, as in `generate` of PEFT
-        self._is_apart = True
+        self._is_independent = True
         try:
             yield
         finally:
             while (place := self._process_group.min(None)) is not None:
                 self._gather(place)
-            self._is_apart = False
+            self._is_independent = False
             self.reset()
 
     def _forget_outputs(self) -> None:
@@ -120,7 +119,7 @@ class GatherOrder:
             nodes.clear()
 
     def _ran(self, place: int, module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
-        if in_backward() or self._is_apart:
+        if in_backward() or self._is_independent:
             return
         self._outputs[place] += _nodes(outputs)
         before, self._arguments = self._arguments, None
@@ -145,11 +144,11 @@ class GatherOrder:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if in_backward():  # gradient checkpointing runs the unit again
                 return None
-            if self._is_apart:
+            if self._is_independent:
                 self._agree_on(place)
                 return None
             if place < self._next:
-                raise DataError(_twice(self._names[module]))
+                raise DataError(_order_message(self._names[module]))
             skipped = self._units[self._next : place]
             self._next = place + 1
             return self._skip(skipped, (args, kwargs)) if skipped else None
@@ -158,7 +157,7 @@ class GatherOrder:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end(self, _: nn.Module, __: Any, outputs: Any) -> Any:
-        if in_backward() or self._is_apart:
+        if in_backward() or self._is_independent:
             return None
         skipped, self._next = self._units[self._next :], len(self._units)
         return self._skip(skipped, outputs) if skipped else None
@@ -166,10 +165,10 @@ class GatherOrder:
     def _skip(self, units: Sequence[FSDPModule], values: Any) -> Any:
         """Lead values through units that the pass skips, without a change."""
         for unit in units:
-            values = self._through(unit, values)
+            values = self._pass_through(unit, values)
         return values
 
-    def _through(self, unit: Any, values: Any) -> Any:
+    def _pass_through(self, unit: Any, values: Any) -> Any:
         """Lead the tensors of nested values through a unit that the pass skips, without a change.
 
         The unit gathers its weights in the forward pass and again in the backward pass, and reduces zero gradients, in
@@ -180,10 +179,13 @@ class GatherOrder:
         places = [n for n, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
         if any(flat[n].requires_grad for n in places):
             places = [n for n in places if flat[n].requires_grad]
+        trains = any(p.requires_grad for p in unit.parameters())
+        if trains and not places and torch.is_grad_enabled():
+            raise DataError(_no_tensors_message(self._names[unit], values))
         state = unit._get_fsdp_state()
         inputs, _ = state._pre_forward(unit, tuple(flat[n] for n in places), {})
         self._gathered += 1
-        outputs = _same(inputs, any(p.requires_grad for p in unit.parameters()))
+        outputs = _same(inputs, trains)
         outputs = state._post_forward(unit, inputs, outputs)
         self._outputs[self._gathered - 1] += _nodes(outputs)
         for n, value in zip(places, outputs, strict=True):
@@ -260,7 +262,15 @@ def _same(tensors: tuple[Tensor, ...], trains: bool) -> tuple[Tensor, ...]:
     return tuple(t.clone() for t in tensors)
 
 
-def _on_some(name: str) -> str:
+def _no_tensors_message(name: str, values: Any) -> str:
+    return (
+        f"A pass skips the block `{name}`. `sharding` then needs a tensor to lead through it, but finds none in "
+        f"{type(values).__name__}. Let the model return a tensor, tuple, dict or `ModelOutput`, or set "
+        "`sharding='off'`."
+    )
+
+
+def _dependency_message(name: str) -> str:
     return (
         f"The loss depends on the output of `{name}` on some processes, but not on others. `sharding` gathers the "
         "weights of this block in the backward pass of all processes or of none. Let every loss depend on it, such as "
@@ -268,9 +278,9 @@ def _on_some(name: str) -> str:
     )
 
 
-def _twice(name: str) -> str:
+def _order_message(name: str) -> str:
     return (
         f"`sharding` gathers the weights of `{name}` once per pass, but a pass has run it twice, or after a block that "
-        "follows it. Name the classes of the blocks to gather in the launcher's config file "
-        "(`fsdp_transformer_layer_cls_to_wrap`), without the class of this one."
+        "follows it. Run the blocks in one order, set `sharding='off'`, or name the classes of other blocks in a "
+        "config file of `accelerate launch` (`fsdp_transformer_layer_cls_to_wrap`)."
     )

@@ -96,6 +96,13 @@ def sharding_notes(runtime: Runtime, num_processes: int) -> list[str]:
     return [f"These options of FSDP have no effect: {names}"] if names else []
 
 
+def ignored_modes() -> list[str]:
+    """Return a line to log about the parallelism that the launcher asks for, for a run that does not train."""
+    asked = [name for mode, name in ((_FSDP, "FSDP"), *_OTHERS.items()) if _is_on(mode)]
+    note = f"The launcher's {' and '.join(asked)} has no effect here: each process holds the whole model"
+    return [note] if asked else []
+
+
 @contextmanager
 def hidden_modes(*modes: str) -> Iterator[None]:
     """Hide from Accelerate and Transformers that the launcher asks for FSDP, DeepSpeed or other parallelism.

@@ -2,27 +2,30 @@
 
 import copy
 from collections import defaultdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from ...errors import SettingsError
 from ..optimizers import inner_optimizers
+from ..process_group import ProcessGroup
+from ..state_guards import preserve_rng
 from .tensors import whole_tensor
 
 _SHAPES = ((5, 4), (7,), (3, 2))  # of the trial's weights, which processes share unevenly
 _STEPS = 3
 _TOLERANCE = 1e-4
 _REMEDY = (
-    "Use an optimizer that treats each number by itself, such as 'adamw' or torch.optim.SGD, or leave `sharding` out."
+    "Use an optimizer that updates weights element by element, such as 'adamw' or torch.optim.SGD, or set "
+    "`sharding='off'`."
 )
 
 
-def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
+def check_optimizer(optimizer: Optimizer, device: torch.device, process_group: ProcessGroup) -> None:
     """Let a copy of an optimizer step on a few small weights, whole and sharded. All processes call this together.
 
     An optimizer that computes with whole matrices, or with all weights together, may fail on shards, or do something
@@ -30,34 +33,44 @@ def check_optimizer(optimizer: Optimizer, device: torch.device) -> None:
     weights with an attribute `takes_sharded_weights`.
 
     Raises:
-        SettingsError: if the steps differ or change nothing, or the optimizer cannot be tried.
+        SettingsError: on all processes, if the steps differ or change nothing, or the optimizer cannot be tried.
     """
-    kind = type(optimizer).__name__
     if getattr(optimizer, "takes_sharded_weights", False):
         return
+    kind = type(optimizer).__name__
     if inner_optimizers(optimizer):
-        raise SettingsError(
-            [f"`sharding` is 'fsdp2', but {kind} contains other optimizers, so its step cannot be tried. {_REMEDY}"]
-        )
-    try:
-        whole = _stepped(optimizer, device, None)
-        sharded = _stepped(optimizer, device, init_device_mesh(device.type, (distributed.get_world_size(),)))
-    except Exception as error:  # an optimizer may raise anything
-        raise SettingsError(
-            [f"`sharding` is 'fsdp2', but {kind} cannot step on sharded weights: {_first_line(error)} {_REMEDY}"]
-        ) from error
+        _refuse(f"{kind} contains other optimizers, so its step cannot be tried. {_REMEDY}")
+    with preserve_rng():
+        whole = _tried(optimizer, device, None, process_group)
+        sharded = _tried(optimizer, device, init_device_mesh(device.type, (process_group.size,)), process_group)
     if all(torch.equal(stepped.cpu(), before) for stepped, before in zip(whole, _numbers()[0], strict=True)):
-        raise SettingsError(
-            [
-                f"`sharding` is 'fsdp2', but {kind} does not change the weights in its `param_groups`. Sharding "
-                "replaces the weights there, but not those held elsewhere. Let `step` change the weights in "
-                "`param_groups`, or leave `sharding` out."
-            ]
+        _refuse(
+            f"{kind} does not change the weights in its `param_groups`. Sharding replaces the weights there, but not "
+            "those held elsewhere. Let `step` change the weights in `param_groups`, or set `sharding='off'`."
         )
-    if not all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in zip(whole, sharded, strict=True)):
-        raise SettingsError(
-            [f"`sharding` is 'fsdp2', but {kind} takes another step on sharded weights than on whole ones. {_REMEDY}"]
-        )
+    pairs = zip(whole, sharded, strict=True)
+    if process_group.any(not all(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE) for a, b in pairs)):
+        _refuse(f"{kind} computes another update on sharded weights than on whole ones. {_REMEDY}")
+
+
+def _refuse(fault: str) -> NoReturn:
+    raise SettingsError([f"The model is sharded, but {fault}"])
+
+
+def _tried(
+    optimizer: Optimizer, device: torch.device, mesh: DeviceMesh | None, process_group: ProcessGroup
+) -> list[Tensor]:
+    """Return the weights of the trial after a few steps. Raise SettingsError on all processes if one fails."""
+    found: list[Tensor] | str
+    try:
+        found = _stepped(optimizer, device, mesh)
+    except Exception as error:  # an optimizer may raise anything
+        found = _first_line(error)
+    faults = process_group.gather(found if isinstance(found, str) else None)
+    if fault := next(filter(None, faults), None):
+        _refuse(f"{type(optimizer).__name__} cannot step on sharded weights: {fault} {_REMEDY}")
+    assert not isinstance(found, str)
+    return found
 
 
 def _stepped(optimizer: Optimizer, device: torch.device, mesh: DeviceMesh | None) -> list[Tensor]:

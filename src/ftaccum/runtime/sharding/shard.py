@@ -1,5 +1,6 @@
 """Shard a model over the processes, block by block."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,18 +10,36 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from ...errors import SettingsError
+from ..host import free_on_host
+from ..process_group import ProcessGroup
 from .options import ShardingOptions
 
-# Room for a whole model while its loss is measured: its weights, copies of some in float32, gradients, activations.
-_ROOM = 4
+# A whole model while its loss is measured: its weights, copies of some in float32, gradients, activations.
+_COPIES = 4
 
 
-def fits_whole(model: nn.Module, device: torch.device) -> bool:
-    """Return whether a device has room for a whole model while its loss is measured, before it is sharded."""
+def fits_whole(model: nn.Module, device: torch.device, process_group: ProcessGroup) -> bool:
+    """Return whether each device has memory for a whole model while its loss is measured, before it is sharded.
+
+    Raises:
+        SettingsError: if neither a device nor its host has.
+    """
     if device.type == "cpu":
         return True
-    needed = _ROOM * sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    return needed < torch.accelerator.get_memory_info(device)[0]
+    needed = _COPIES * sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    if not process_group.any(needed >= torch.accelerator.get_memory_info(device)[0]):
+        return True
+    on_host = free_on_host() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if process_group.any(needed > on_host):
+        raise SettingsError(
+            [
+                "Before the model is sharded, its loss is measured on the whole model. This needs "
+                f"{needed / 1e9:.0f} GB per process, but neither a device nor the host has as much free (the host has "
+                f"{on_host / 1e9:.0f} GB per process). Start fewer processes per machine, or load the model in 16 bits "
+                "(`dtype='bfloat16'`)."
+            ]
+        )
+    return False
 
 
 def shard_model(
@@ -92,10 +111,10 @@ def _check_types(model: nn.Module, modules: Sequence[nn.Module], names: Sequence
     for name, weights in [*zip(names, (list(m.parameters()) for m in modules), strict=True), ("", rest)]:
         types = sorted({str(p.dtype).removeprefix("torch.") for p in weights if p.requires_grad and p.ndim})
         if len(types) > 1:
-            where = f"`{name}`" if name else "the weights outside of the blocks"
+            where = f"`{name}`" if name else "the model outside of its blocks"
             raise SettingsError(
                 [
-                    f"`sharding` is 'fsdp2', but {where} has trained weights of the types {' and '.join(types)}, which "
+                    f"The model is sharded, but {where} has trained weights of the types {' and '.join(types)}, which "
                     "FSDP2 cannot shard together. Convert the model to one type, such as `model.float()` or "
                     "`model.bfloat16()`."
                 ]

@@ -1,10 +1,11 @@
 """The modules whose weights are gathered and freed together: the blocks of a model that each pass runs once."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
+
+from ...errors import SettingsError
 
 
 def candidate_units(model: nn.Module, block_classes: Sequence[str] = ()) -> dict[str, nn.Module]:
@@ -15,7 +16,18 @@ def candidate_units(model: nn.Module, block_classes: Sequence[str] = ()) -> dict
 
     Args:
         block_classes: the names of the classes of the blocks; none to find them by structure.
+
+    Raises:
+        SettingsError: if the model has no module of one of these classes.
     """
+    classes = {type(module).__name__ for module in model.modules()}
+    if unknown := sorted({*block_classes} - classes):
+        raise SettingsError(
+            [
+                f"`fsdp_transformer_layer_cls_to_wrap` names {', '.join(unknown)}, but the model has no module of this "
+                f"class. Its classes are: {', '.join(sorted(classes))}."
+            ]
+        )
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
@@ -77,7 +89,7 @@ class CallOrder:
             self._passes[-1].append(name)
 
 
-def observing(order: CallOrder | None) -> Any:
+def observing(order: CallOrder | None) -> AbstractContextManager[None]:
     """Return a context in which the order, if there is one, records passes."""
     return nullcontext() if order is None else order.observed()
 

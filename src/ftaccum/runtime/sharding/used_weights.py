@@ -1,4 +1,4 @@
-"""The weights that have had a gradient in a window, which FSDP2 does not tell."""
+"""Record which weights got a gradient in a window. FSDP2 does not report this."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Give a sharded model its whole weights on the main process, for as long as it is saved there."""
+"""Put whole weights into a sharded model on the main process while it is saved."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..adapters import is_peft_model, saved_by_peft
 from ..process_group import ProcessGroup
+from .layout import reshard, unsharded_class
 from .scratch_file import ScratchFile
 from .tensors import is_sharded, whole_tensor
 
@@ -94,8 +95,8 @@ def whole_weights(model: nn.Module, folder: Path, process_group: ProcessGroup) -
     """Gather what is saved of a sharded model. All processes enter together, and no error is raised.
 
     One weight at a time is gathered. The main process writes it to a file, so that neither a device nor the host ever
-    holds the whole model. All weights of a PEFT model that are not saved stay as they are. Of a model that is not
-    sharded, nothing is gathered.
+    holds the whole model. All weights of a PEFT model that are not saved stay as they are. If the model
+    is not sharded, this does nothing.
 
     Args:
         folder: where the main process puts the file, which has no name and is gone on exit. It takes as much space as
@@ -112,9 +113,7 @@ def whole_weights(model: nn.Module, folder: Path, process_group: ProcessGroup) -
 
 def _to_gather(model: nn.Module, process_group: ProcessGroup) -> list[nn.Parameter]:
     """Return the sharded weights that are saved, tied ones once, in the same order on all processes."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the outermost unit may still be whole after a forward pass
+    reshard(model)  # the outermost unit may still be whole after a forward pass
     weights = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
     if not is_peft_model(model):
         return list(weights.values())
@@ -142,8 +141,8 @@ def _without_shards(model: nn.Module, whole: Mapping[int, nn.Parameter]) -> Iter
     try:
         for module, name, p in places:
             module._parameters[name] = replacements.setdefault(id(p), _empty_like(p))
-        for module, sharded_class in classes:
-            module.__class__ = _own_class(sharded_class)
+        for module, _ in classes:
+            module.__class__ = unsharded_class(module)
         yield
     finally:
         for module, name, p in places:
@@ -154,8 +153,3 @@ def _without_shards(model: nn.Module, whole: Mapping[int, nn.Parameter]) -> Iter
 
 def _empty_like(p: Any) -> nn.Parameter:
     return nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), requires_grad=p.requires_grad)
-
-
-def _own_class(sharded_class: type) -> type:
-    """Return the class that a module had before it was sharded."""
-    return next(each for each in sharded_class.__mro__ if not issubclass(each, FSDPModule))
