@@ -143,7 +143,6 @@ def test_faults_of_one_process_stop_or_skip_on_both(two_processes: Callable[...,
     assert all(one == other for one, other in refused.values()), "on both processes"
     starts = {
         "Adafactor": "Adafactor cannot step on sharded weights: ",
-        "adafactor": "Adafactor cannot step on sharded weights: ",
         "LBFGS": "LBFGS steps with a closure, and such optimizers compute with all weights together. Use an optimizer ",
         "Trusting": "Trusting computes another update on sharded weights than on whole ones. ",
         "OfShards": "OfShards computes another update on sharded weights than on whole ones. ",

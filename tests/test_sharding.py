@@ -34,6 +34,13 @@ def test_gradients_of_sharded_weights_are_those_of_one_batch(
 
 
 @pytest.mark.slow
+def test_a_callback_generates_samples_on_the_main_process(two_processes: Callable[..., str]) -> None:
+    whole, sharded = printed(two_processes("sharded_samples_of_two.py"), "SAMPLES")
+    assert whole == sharded
+    assert len(whole) > 1
+
+
+@pytest.mark.slow
 def test_gradients_are_exact_on_three_processes(processes: Callable[..., str]) -> None:
     said = processes(3, "sharded_gradients.py", *FAST, "causal LM, Llama", "adapters", *BLOCKS[2:])
     assert max(printed(said, "ERRORS").values()) < 1e-14

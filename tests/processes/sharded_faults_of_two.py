@@ -136,7 +136,6 @@ found["overflow"] = {
 }
 found["refused"] = {
     "Adafactor": refused(lambda groups: Adafactor(groups)),
-    "adafactor": refused("adafactor"),
     "LBFGS": refused(lambda groups: LBFGS([p for group in groups for p in group["params"]], lr=1e-3)),
     "Trusting": refused(Trusting),
     "OfShards": refused(OfShards),

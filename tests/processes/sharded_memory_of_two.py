@@ -85,7 +85,7 @@ def refused_in_evaluation(_: nn.Module, args: tuple[Any, ...]) -> None:
 def load(*args: Any) -> Any:
     """Fail once before a forward pass, when the batch is moved to the device."""
     loads.append(1)
-    if state.process_index and len(loads) == 2:
+    if state.process_index and len(loads) == fails_at:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return fresh_batch(*args)
 
@@ -105,7 +105,10 @@ found: dict[str, Any] = {
     "auto": sharded(lambda model: limited(model, 2), batch_size="auto"),
 }
 with patch("ftaccum.accumulation.accumulator.fresh_batch", load):
+    fails_at = 2
     found["before the pass"] = sharded(lambda _: None)
+    loads, fails_at = [], 1
+    found["before the first pass"] = sharded(lambda _: None)
 evaluated = {"val_data": VALIDATION, "eval_batch_size": 6}
 found["in an evaluation"] = sharded(
     lambda model: model.get_submodule(BLOCK).output.register_forward_pre_hook(refused_in_evaluation),
