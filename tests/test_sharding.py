@@ -43,6 +43,10 @@ def test_a_callback_generates_samples_on_the_main_process(two_processes: Callabl
 @pytest.mark.slow
 def test_gradients_are_exact_on_three_processes(processes: Callable[..., str]) -> None:
     said = processes(3, "sharded_gradients.py", *FAST, "causal LM, Llama", "adapters", *BLOCKS[2:])
-    assert max(printed(said, "ERRORS").values()) < 1e-14
+    errors = printed(said, "ERRORS")
+    # Transformers computes some of these in float32, where a factor of 3, unlike one of 2, is rounded.
+    in_float32 = ("seq2seq, T5", "causal LM, Llama", "adapters")
+    assert max(error for name, error in errors.items() if name.rsplit(", ", 1)[0] not in in_float32) < 1e-14, errors
+    assert max(errors.values()) < 1e-6, errors
     assert printed(said, "UNITS")["an unused block"] == 4
     assert printed(said, "UNITS")["blocks that run twice"] == 1
