@@ -58,12 +58,12 @@ def parts_of(model: str, num_processes: int, folder: Path) -> list[Part]:
     def resuming(way: str) -> Part:
         place = folder / f"resume {way}"
         place.mkdir()
-        return Part(f"resume, {way}", 0.15, lambda s: resume_check(place, way, num_processes, s), report.resume)
+        return Part(f"resume, {way}", 0.25, lambda s: resume_check(place, way, num_processes, s), report.resume)
 
     ways = [WHOLE, EACH] if num_processes > 1 else [ONE_COPY]
     return [
         Part("exactness (tiny model)", 0.3, exactness, report.exactness),
-        Part("memory and speed", 0.4, speed, report.memory_and_speed),
+        Part("memory and speed", 0.25, speed, report.memory_and_speed),
         *map(resuming, ways),
     ]
 

@@ -22,6 +22,8 @@ Gradient = dict[str, Tensor]
 class Recorder(torch.optim.Optimizer):
     """An optimizer that records the gradient of each update and does not change the weights."""
 
+    takes_sharded_weights = True  # which ftaccum's trial of the optimizer cannot show
+
     def __init__(self, model: nn.Module) -> None:
         self.model, self.gradients = model, list[Gradient]()
         super().__init__(model.parameters(), {"lr": 1.0})

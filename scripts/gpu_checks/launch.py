@@ -60,7 +60,7 @@ class Processes:
             if all(status == 0 for status in statuses):
                 return reached()
             if time.monotonic() > deadline:
-                raise PartError(f"not done after {seconds:.0f} s. The log of the main process ends: {self._tail(0)}")
+                raise PartError(f"out of time; raise `--minutes`. The log of the main process ends: {self._tail(0)}")
             time.sleep(_LOOK_EVERY)
         return True
 

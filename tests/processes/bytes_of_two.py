@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -61,6 +60,7 @@ class Held:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.optimizer: torch.optim.Optimizer | None = None
+        self.after_pass: Callable[[], None] = lambda: None
         self.moments: dict[str, dict[str, int]] = {}
 
     def count(self, moment: str) -> None:
@@ -130,6 +130,7 @@ def counted_passes(held: Held) -> Iterator[None]:
 
     def pass_done(accumulator: Any) -> None:
         if not accumulator._accelerator.sync_gradients:
+            held.after_pass()
             held.count(BETWEEN)
         done(accumulator)
 
@@ -146,12 +147,9 @@ def keep_whole_weights(model: nn.Module) -> list[Tensor]:
     return [p.data for p in model.parameters()]
 
 
-def keep_gathered(model: nn.Module) -> Any:
-    """Gather a block after each pass, and leave it so."""
-    block = model.model.layers[0]
-    return block.register_full_backward_hook(lambda *_: torch.autograd.Variable._execution_engine.queue_callback(
-        lambda: block.unshard() if isinstance(block, FSDPModule) else None
-    ))  # fmt: skip
+def keep_gathered(model: nn.Module) -> Callable[[], None]:
+    """Return a function that gathers a block after a pass, and leaves it so."""
+    return lambda: model.model.layers[0].unshard()
 
 
 def run(keep: Callable[[nn.Module], Any], **arguments: Any) -> dict[str, dict[str, int]]:
@@ -159,6 +157,8 @@ def run(keep: Callable[[nn.Module], Any], **arguments: Any) -> dict[str, dict[st
     torch.manual_seed(0)
     model = LlamaForCausalLM(CONFIG)
     held, kept = Held(model), keep(model)
+    if callable(kept):
+        held.after_pass = kept
     # The table of random signs, of a fixed size, that measuring a loss leaves in a cache.
     with counted_passes(held), patch("ftaccum.objective.gradient_sketch._SIGNS", 64):
         test_fine_tuning(
