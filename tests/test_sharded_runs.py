@@ -100,7 +100,7 @@ def test_running_out_of_memory_on_one_process_changes_no_update(two_processes: C
     assert found.pop("refused") == [0, 2], "memory ran out in both evaluations"
     for said in found.pop("a single row"):
         assert said.startswith("Memory ran out in a micro-batch of a single row. Truncate the rows")
-    assert len(found) == 11
+    assert len(found) == 12
     assert max(each["difference"] for each in found.values()) < 1e-12, found
     quiet = ("auto", "in an evaluation")  # no update is run again
     assert all((each["times"] > 0) is (name not in quiet) for name, each in found.items()), found
