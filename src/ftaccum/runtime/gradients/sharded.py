@@ -121,7 +121,6 @@ class ShardedGradients(GradientStrategy):
         self._used.is_recording = counts
         if not self._options.syncs_each_pass:
             self._model.set_requires_gradient_sync(is_last)
-            self._model.set_is_last_backward(is_last)
 
     def catch_up(self) -> None:
         give_back_memory()  # which the gathers need, if it has run out
