@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ftaccum import Result, test_fine_tuning
 from ftaccum.runtime.accelerator import accelerator_session
-from ftaccum.runtime.gradients.fp32 import Fp32Gradients
+from ftaccum.runtime.gradients.fp32 import Fp32Gradients, RoundingOptimizer
 from ftaccum.settings.runtime import Runtime
 from heads import HEADS, RecordingOptimizer, Row, one_batch, one_batch_gradient, relative_error
 from running_out import limited
@@ -194,13 +194,13 @@ def test_sums_in_float32_do_not_affect_wider_weights() -> None:
 
 def test_rows_of_an_embedding_are_added_to_its_sum_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse: list[bool] = []
-    add = Fp32Gradients._add
+    add = RoundingOptimizer.add
 
-    def watched(sums: Fp32Gradients, p: Tensor) -> None:
+    def watched(sums: RoundingOptimizer, p: Tensor) -> None:
         sparse.append(p.grad.is_sparse)
         add(sums, p)
 
-    monkeypatch.setattr(Fp32Gradients, "_add", watched)
+    monkeypatch.setattr(RoundingOptimizer, "add", watched)
     model = CLASSIFIER.model().bfloat16()
     update(model, CLASSIFIER.rows(4), 1, accumulate_in_fp32=True, audit=False)
     assert sum(sparse) == 4 * sum(isinstance(module, nn.Embedding) for module in model.modules())

@@ -13,7 +13,7 @@ from test_sharding import printed
 
 pytestmark = pytest.mark.processes
 
-FAST = ["T5"]
+FAST = ["skipped blocks"]
 STRUCTURES = [name for name in sharded_cases.STRUCTURED if name not in FAST]
 
 
