@@ -13,8 +13,7 @@ from test_sharding import printed
 
 pytestmark = pytest.mark.processes
 
-FAST = ["skipped blocks"]
-STRUCTURES = [name for name in sharded_cases.STRUCTURED if name not in FAST]
+STRUCTURES = [*sharded_cases.STRUCTURED]
 
 
 def differences(two_processes: Callable[..., str], names: Sequence[str]) -> dict[str, Any]:
@@ -32,16 +31,9 @@ def differences(two_processes: Callable[..., str], names: Sequence[str]) -> dict
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "names",
-    [
-        FAST,
-        *(
-            pytest.param(STRUCTURES[start : start + 5], marks=pytest.mark.slow)
-            for start in range(0, len(STRUCTURES), 5)
-        ),
-    ],
-    ids=lambda names: names[0],
+    "names", [STRUCTURES[start : start + 5] for start in range(0, len(STRUCTURES), 5)], ids=lambda names: names[0]
 )
 def test_runs_with_sharded_weights_are_those_with_whole_ones(
     two_processes: Callable[..., str], names: Sequence[str]
