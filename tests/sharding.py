@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftaccum.runtime.sharding.layout import Layout
+
+needs_sharding = pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="`sharding` is refused with this version of torch"
+)
 
 
 @contextmanager

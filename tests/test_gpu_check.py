@@ -17,6 +17,7 @@ from gpu_checks.estimates import estimates_of
 from gpu_checks.exactness import accumulated, largest_error, no_float32, one_batch, relative_error, windows_of
 from gpu_checks.job import EACH, LAST, ONE_COPY, WHOLE, Job, rows_of
 from gpu_checks.resume import differing_bits
+from sharding import needs_sharding
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +61,7 @@ def test_errors_are_relative_and_a_missing_gradient_counts_as_zero() -> None:
         largest_error([], [wanted])
 
 
+@needs_sharding  # as the script does
 def test_the_gradient_of_one_copy_is_that_of_one_batch() -> None:
     rows = rows_of(512, 5, 24, shortest=4)
     windows = windows_of(rows, 1)

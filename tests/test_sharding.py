@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from heads import HEADS
+from sharding import needs_sharding
 from structures import STRUCTURES
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, needs_sharding]
 
 FAST = ["seq2seq, T5", "conditional branches"]
 BLOCKS = ["skipped blocks", "skipped blocks with hooks", "an unused block", "blocks that run twice"]

@@ -23,6 +23,7 @@ from ftaccum.settings.runtime import Runtime
 from ftaccum.training.build_sharding import check_sharding
 from ftaccum.training.config import RunConfig
 from heads import HEADS
+from sharding import needs_sharding
 
 HEAD = HEADS["sequence classification, BERT"]
 
@@ -223,6 +224,7 @@ def test_an_optimizer_that_steps_on_weights_outside_of_its_groups_is_refused() -
     check_optimizer(SGD(HEAD.model().parameters(), lr=0.1), torch.device("cpu"), SINGLE)
 
 
+@needs_sharding
 @pytest.mark.usefixtures("mesh")
 def test_a_loss_that_uses_a_weight_as_it_was_before_sharding_is_refused() -> None:
     model = nn.Linear(2, 2)
@@ -245,6 +247,7 @@ class OtherReachesAll(ProcessGroup):
         return [flag or other for flag, other in zip(own, others, strict=True)]
 
 
+@needs_sharding
 @pytest.mark.usefixtures("mesh")
 def test_a_loss_that_depends_on_a_block_on_some_processes_only_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -291,6 +294,7 @@ class CollectingTwice(nn.Module):
         return hidden_BD.sum() + sum(collected)
 
 
+@needs_sharding
 @pytest.mark.usefixtures("mesh")
 def test_a_block_that_changes_a_list_among_its_arguments_is_refused() -> None:
     model = CollectingTwice()

@@ -24,7 +24,7 @@ from ftaccum.checkpoint.shard_index import FOLDER, read_indices
 from ftaccum.checkpoint.shards import ShardTaker
 from ftaccum.runtime.sharding.layout import Layout, leading_values, shard_like
 from ftaccum.runtime.sharding.tensors import local_part
-from sharding import as_process, sharded, sharded_model, single_gloo, small_model
+from sharding import as_process, needs_sharding, sharded, sharded_model, single_gloo, small_model
 
 WHOLE = {
     "odd": torch.randn(7, 5, dtype=torch.float64),
@@ -322,6 +322,7 @@ def test_the_best_weights_are_the_own_parts() -> None:
         assert torch.equal(model.weight.to_local(), WHOLE["odd"][4:])
 
 
+@needs_sharding
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_sharded_model_has_the_identity_of_the_whole_one(adapted: bool) -> None:
     whole = small_model()

@@ -1,4 +1,4 @@
-"""The index of a shard: which parts of which tensors one process has saved."""
+"""The index of a shard: the parts of tensors that one process has saved."""
 
 import json
 import math

@@ -1,5 +1,6 @@
 """Build a model from its config alone, on the meta device: shapes and types of its weights, but no values."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -54,6 +55,8 @@ def model_of_config(config: Any, task: str | None = None, dtype: str = "auto") -
     """
     asked = getattr(config, "dtype", None) if dtype == "auto" else dtype
     kind = getattr(torch, asked) if isinstance(asked, str) else asked or torch.float32
+    config = copy.deepcopy(config)
+    config.dtype = kind  # which older versions of Transformers prefer to the argument below
     with torch.device("meta"), _default_dtype(kind):
         if task is not None:
             return _head_of(task).from_config(config, dtype=kind)

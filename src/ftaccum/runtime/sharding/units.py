@@ -85,7 +85,7 @@ class CallOrder:
                 handle.remove()
 
     def _ran(self, name: str) -> None:
-        if self._passes:  # else a part of the model runs by itself
+        if self._passes:  # empty if a part of the model is called directly
             self._passes[-1].append(name)
 
 
