@@ -53,6 +53,7 @@ class SquaredError:
 
     terms = ("all", "even")
     modules: Sequence[nn.Module] = ()
+    window = None
 
     def __init__(self, complaint: str | None = None) -> None:
         self.report = SimpleNamespace(in_training=SimpleNamespace(complaint=complaint))
@@ -110,9 +111,9 @@ def test_the_gradient_is_that_of_all_rows_at_once(sizes: tuple[int, ...], accele
         assert p.grad is not None
         torch.testing.assert_close(p.grad, gradient[f"layer.{name}"], rtol=1e-14, atol=1e-15)
     assert accumulated.losses.total() == pytest.approx(loss, rel=1e-14)
-    norm, n_items, parts, _ = accumulated.read_with(torch.tensor(3.0))
-    assert (norm, n_items) == (3.0, sum(sum(micro.counts.values()) for micro in window))
-    assert sum(parts) == pytest.approx(loss, rel=1e-14)
+    numbers = accumulated.read_with(torch.tensor(3.0))
+    assert (numbers.grad_norm, numbers.n_items) == (3.0, sum(sum(micro.counts.values()) for micro in window))
+    assert sum(numbers.losses) == pytest.approx(loss, rel=1e-14)
     assert [micro for micro, _ in accumulated.contributions] == window
     assert model.unused.weight.grad is None
 
@@ -144,8 +145,8 @@ def test_a_dummy_runs_only_if_other_processes_may_wait_and_leaves_no_trace(accel
     assert model.passes == 1
     assert model.modes == [True, True]
     assert torch.equal(model.layer.weight.grad, torch.zeros_like(model.layer.weight))
-    _, n_items, parts, _ = accumulated.read_with(torch.tensor(0.0))
-    assert (n_items, parts) == (0, [0.0])
+    numbers = accumulated.read_with(torch.tensor(0.0))
+    assert (numbers.n_items, numbers.losses) == (0, [0.0])
 
 
 def test_a_dummy_runs_in_eval_mode_if_the_model_cannot_train_on_a_single_row(accelerator: Accelerator) -> None:

@@ -152,6 +152,8 @@ Verbosity = Annotated[str, one_of("quiet", "normal", "debug")]
 Save = Annotated[str, one_of("adapter", "merged", "both")]
 Sharding = Annotated[str, one_of("fsdp2", "off")]
 Sync = Annotated[str, one_of("each", "last")]
+LossOver = Annotated[str, one_of("items", "window")]
+Balance = Annotated[str, one_of("window", "micro_batch")]
 _names = Rule(
     lambda v: isinstance(v, list | tuple) and all(isinstance(name, str) and name for name in v),
     "a list of names, such as ['learning_rate'], or 'learning_rate,n_epochs'",

@@ -11,6 +11,7 @@ from .data.collator import Collator
 from .fields import DefaultFloat
 from .objective.item_counts import CountItems
 from .objective.model_forward import LossFn
+from .objective.window_loss import LossInputs
 from .porting.keywords import explain_keywords
 from .rules.update_size import Pairs
 from .runtime.host import is_interactive
@@ -73,6 +74,9 @@ def test_fine_tuning(
     loss_fn: LossFn | None = None,
     class_weights: str | Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    loss_over: str = "items",
+    loss_inputs: LossInputs | None = None,
+    router_balance: str = "window",
     reduction: str = "mean",
     count_items: CountItems | None = None,
     compute_metrics: ComputeMetrics | None = None,
@@ -220,6 +224,14 @@ def test_fine_tuning(
         label_smoothing: ε of `torch.nn.CrossEntropyLoss(label_smoothing=ε)`, from 0 to below 1, for the model's own
             loss if that is a cross entropy: of classifiers, and of causal, masked and encoder-decoder language models.
             The validation loss is smoothed, too.
+        loss_over: "window" for a `loss_fn` that reads all rows of an update together, as contrastive and ranking losses
+            do. `loss_fn(inputs, batch)` is then called once per update, with what `loss_inputs` returns for all rows on
+            all processes in the update's order, and with the columns that have the same shape for all rows. It returns
+            a number or a dict of numbers, and may read parameters. Each micro-batch runs forward twice.
+        loss_inputs: with `loss_over="window"`, a function of a micro-batch's outputs and batch that returns what
+            `loss_fn` reads of its rows: a tensor or a dict of tensors, rows first. None: the model's outputs.
+        router_balance: "window" computes the load-balancing loss of a mixture of experts over all tokens of an update,
+            in two forward passes; "micro_batch" takes the mean over micro-batches, which only approximates it.
         reduction: "sum" if the loss is a sum over loss items, which ftaccum divides by their number; otherwise "mean".
         count_items: function from a batch to its number of loss items, or to a dict of these numbers by loss term. None
             measures it; for a sum, it counts labels that are not ignored (for non-integer targets, elements).

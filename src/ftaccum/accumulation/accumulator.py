@@ -3,33 +3,31 @@
 With N loss items in the window on all processes, the gradient is ∇ Σ ℓ(item) / N, however the window is split. The
 accumulator first counts: it sums N over all processes before the first forward pass. Then it scales: a micro-batch of n
 items adds the gradient of its mean loss times n / N. All processes run the same number of passes, and sync gradients
-once, in the last pass.
+once, in the last pass. A loss that reads all rows of the window together takes two passes (`two_passes`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
 from ..errors import DataError, SettingsError
 from ..objective.batch_changes import fresh_batch
-from ..objective.normalizer import LossNormalizer, Means, WeightedMeans
+from ..objective.normalizer import LossNormalizer, WeightedMeans
 from ..objective.objective import Objective
 from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
-from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
 from .buffers import MovingBuffers, SyncedBuffers
 from .dummies import leaving_no_trace
+from .failures import Failure, failure_of, leave_after, synced_pass
+from .two_passes import MicroBatchLoss, TwoPasses
 from .window import AccumulatedWindow, WindowStart
-
-Failure = DataError | WindowOutOfMemoryError  # errors with which all processes leave a window together
 
 
 class GradientAccumulator:
@@ -140,21 +138,45 @@ class GradientAccumulator:
     def _accumulate(self, micro_batches: Sequence[MicroBatch], start: WindowStart, factor: float) -> AccumulatedWindow:
         terms = self._objective.terms
         normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator, factor)
-        window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer.items_T)
+        two_passes = self._first_pass(micro_batches, start)
+        window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer, two_passes)
         # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of that number.
         self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0
         n_local = self._n_local_passes(micro_batches)
         with self._embeddings.sparse():
-            failure = self._run_local(micro_batches[:n_local], normalizer, window)
+            failure = self._run_local(micro_batches[:n_local], window)
         if n_local == len(micro_batches):
-            self._leave_after(failure)
+            leave_after(failure, self._process_group)
         self._embeddings.hand_over()
         for index, micro in enumerate(micro_batches[n_local:], n_local):
-            with _synced_pass():
-                self._run_synced(index, micro, normalizer, window, failure)
+            with synced_pass():
+                self._run_synced(index, micro, window, failure)
             self._pass_done()
         self._strategy.reduce(self._process_group)
         return window
+
+    def _first_pass(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> TwoPasses | None:
+        """Run the first of two passes, if the loss reads all rows of a window together."""
+        if self._objective.window is None:
+            return None
+        is_only = self._process_group.is_single and len(micro_batches) == 1
+        two_passes = TwoPasses(
+            self._model, self._objective, self._objective.window, self._process_group, self._accelerator.device
+        )
+        failure: Failure | None = None
+        with self._strategy.independent_passes():
+            for index, micro in enumerate(micro_batches):
+                try:
+                    two_passes.run_first(index, micro, is_only=is_only)
+                except (DataError, RuntimeError) as error:
+                    if (failure := failure_of(index, error)) is None:
+                        raise
+                    break
+        leave_after(failure, self._process_group)
+        two_passes.settle()
+        if not is_only:
+            start.buffers.restore()  # the second pass moves them again
+        return two_passes
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:
         """Return the number of passes at the start of a window that need no other process.
@@ -165,22 +187,20 @@ class GradientAccumulator:
             return len(micro_batches)
         return 0 if self._strategy.gathers_weights else len(micro_batches) - 1
 
-    def _run_local(
-        self, micro_batches: Sequence[MicroBatch], normalizer: LossNormalizer, window: AccumulatedWindow
-    ) -> Failure | None:
+    def _run_local(self, micro_batches: Sequence[MicroBatch], window: AccumulatedWindow) -> Failure | None:
         """Run passes until one fails; return its failure, or None if all succeed."""
         for index, micro in enumerate(micro_batches):
             try:
-                self._run(micro, normalizer, window)
+                self._run(index, micro, window)
                 self._embeddings.collect()
                 self._pass_done()
             except (DataError, RuntimeError) as error:
-                if (failure := self._failure(index, error)) is None:
+                if (failure := failure_of(index, error)) is None:
                     raise
                 return failure
         return None
 
-    def _run(self, micro: MicroBatch, normalizer: LossNormalizer, window: AccumulatedWindow) -> None:
+    def _run(self, index: int, micro: MicroBatch, window: AccumulatedWindow) -> None:
         """Run one forward and backward pass.
 
         Skip a dummy micro-batch unless it is the last one. Its zero gradients would reach weights that no row of the
@@ -189,18 +209,11 @@ class GradientAccumulator:
         with self._accelerator.accumulate(self._model), leaving_no_trace(micro, self._model, self._objective):
             if micro.is_dummy and not self._accelerator.sync_gradients:
                 return
-            means, contribution = self._forward(micro, normalizer)
-            self._backward(contribution, normalizer)
-        window.add(micro, means, contribution)
+            loss = self._forward(index, micro, window)
+            self._backward(loss, window.normalizer)
+        window.add(micro, loss)
 
-    def _run_synced(
-        self,
-        index: int,
-        micro: MicroBatch,
-        normalizer: LossNormalizer,
-        window: AccumulatedWindow,
-        failure: Failure | None,
-    ) -> None:
+    def _run_synced(self, index: int, micro: MicroBatch, window: AccumulatedWindow, failure: Failure | None) -> None:
         """Run a pass in which processes wait for each other.
 
         If one process has failed, all of them leave the window before the backward pass, in which they would wait.
@@ -216,78 +229,52 @@ class GradientAccumulator:
                 if failure is None:
                     # Without `no_sync`, DDP would expect a backward pass after this forward pass.
                     with nullcontext() if ddp is None else ddp.no_sync():
-                        means, contribution = self._forward(micro, normalizer)
+                        loss = self._forward(index, micro, window)
             except (DataError, RuntimeError) as error:
-                if (failure := self._failure(index, error)) is None:
+                if (failure := failure_of(index, error)) is None:
                     raise
             if failure is not None:
                 self._strategy.catch_up()
-            self._leave_after(failure)
-            self._strategy.check_backward(contribution)
+            leave_after(failure, self._process_group)
+            self._strategy.check_backward(loss.backward)
             if ddp is not None:
                 ddp.reducer.prepare_for_forward()
-                ddp.reducer.prepare_for_backward([contribution])
-            self._backward(contribution, normalizer)
+                ddp.reducer.prepare_for_backward([loss.backward])
+            self._backward(loss, window.normalizer)
             self._strategy.end_pass()
-        window.add(micro, means, contribution)
+        window.add(micro, loss)
 
     def _pass_done(self) -> None:
         if not self._accelerator.sync_gradients:
             self.after_pass()
 
-    def _failure(self, index: int, error: Exception) -> Failure | None:
-        """Return the failure that all processes raise after an error in this one; None if this one raises it alone."""
-        if isinstance(error, DataError):
-            return error
-        return WindowOutOfMemoryError(FailedPass(index, str(error))) if is_out_of_memory(error) else None
+    def _forward(self, index: int, micro: MicroBatch, window: AccumulatedWindow) -> MicroBatchLoss:
+        """Return the loss of a micro-batch.
 
-    def _leave_after(self, failure: Failure | None) -> None:
-        """Raise an error on all processes if any of them has a failure: its DataError, or an out-of-memory error."""
-        if not self._process_group.any(failure is not None):
-            return
-        self._process_group.run_on_all(lambda: _raise_data_error(failure))
-        raise failure or WindowOutOfMemoryError(None)
-
-    def _forward(self, micro: MicroBatch, normalizer: LossNormalizer) -> tuple[Means, Tensor]:
-        """Return a micro-batch's mean loss by term, and its part of the window's loss (a scalar).
+        Args:
+            index: the position of the pass in the window.
 
         Raises:
             DataError: on several processes, if there is nothing to backpropagate: others may wait in the backward pass.
         """
-        batch = fresh_batch(micro.batch, self._accelerator.device)
-        # Do not assign the outputs to a variable, which would keep the logits in memory during the backward pass.
-        means = self._objective.means(self._model, batch, micro.counts, micro.terms, micro.names)[0]
-        contribution = normalizer.contribution(means, micro.counts)
-        if not contribution.requires_grad and not self._process_group.is_single:
+        if window.two_passes is not None:
+            loss = window.two_passes.loss(index, micro, window.normalizer, is_last=self._accelerator.sync_gradients)
+        else:
+            batch = fresh_batch(micro.batch, self._accelerator.device)
+            # Do not assign the outputs to a variable, which would keep the logits in memory during the backward pass.
+            means = self._objective.means(self._model, batch, micro.counts, micro.terms, micro.names)[0]
+            contribution = window.normalizer.contribution(means, micro.counts)
+            loss = MicroBatchLoss(means, contribution, contribution)
+        if not loss.backward.requires_grad and not self._process_group.is_single:
             raise DataError(
                 f"The loss of {micro.names} does not depend on any trainable parameter. With several processes, every "
                 "micro-batch needs a gradient. Instead of a constant, return 0 times the sum of an output, such as "
                 "`0 * outputs.logits.sum()`."
             )
-        return means, contribution
+        return loss
 
-    def _backward(self, contribution: Tensor, normalizer: LossNormalizer) -> None:
+    def _backward(self, loss: MicroBatchLoss, normalizer: LossNormalizer) -> None:
         """Run the backward pass of a micro-batch, unless its loss is a constant."""
-        if contribution.requires_grad:
-            self.before_backward(contribution)
-            self._accelerator.backward(normalizer.for_backward(contribution))
-
-
-@contextmanager
-def _synced_pass() -> Iterator[None]:
-    """Extend an out-of-memory error with a remedy, in a pass where processes wait for each other."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise torch.OutOfMemoryError(
-            "Memory ran out in a pass in which gradients are synced or weights are gathered. The other processes are "
-            "in the middle of this pass, so the run cannot continue. Lower `batch_size` or `max_tokens`, which leaves "
-            f"the effective batch unchanged, or set `gradient_checkpointing`. The device reported: {error}"
-        ) from error
-
-
-def _raise_data_error(failure: Failure | None) -> None:
-    if isinstance(failure, DataError):
-        raise failure
+        if loss.backward.requires_grad:
+            self.before_backward(loss.contribution)
+            self._accelerator.backward(normalizer.for_backward(loss.backward))

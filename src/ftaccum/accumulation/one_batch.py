@@ -60,7 +60,7 @@ class OneBatch:
     def loss(self, micro: MicroBatch) -> Tensor:
         """Return the mean loss of a batch, as the model or the loss function computes it."""
         batch = fresh_batch(micro.batch, self._accelerator.device)
-        return self._objective.unweighted_loss(self._model, batch, micro.counts)
+        return self._objective.unweighted_loss(self._model, batch, micro.counts, micro.slice.places)
 
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Call a function that runs passes without gradients on the main process; return its result on all."""

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..data.loader import MicroBatch
-from ..objective.normalizer import Means, WeightedMeans
+from ..objective.normalizer import LossNormalizer, WeightedMeans
 from ..runtime.state_guards import Buffers, Generators
+from .two_passes import MicroBatchLoss, TwoPasses
 
 
 @dataclass(frozen=True)
@@ -28,35 +29,60 @@ class WindowStart:
 
 
 @dataclass(frozen=True)
+class WindowNumbers:
+    """The numbers about a window that the host reads from the device.
+
+    Attributes:
+        grad_norm: the norm of the gradient.
+        n_items: the number of loss items, on all processes.
+        losses: the part of the window's loss of each micro-batch that was run.
+        drift: the largest relative difference between the outputs of the first and the second pass; 0 with one pass.
+        moved_buffers: for each large buffer that no earlier window had changed, whether this one did.
+    """
+
+    grad_norm: float
+    n_items: float
+    losses: list[float]
+    drift: float
+    moved_buffers: list[bool]
+
+
+@dataclass(frozen=True)
 class AccumulatedWindow:
     """The losses of this process's passes over a window; tensors stay on the device.
 
     Attributes:
         start: the state to restore if the window's update is skipped.
         losses: the mean losses over this process's micro-batches.
-        items: the window's loss items on all processes, of shape (terms,).
+        normalizer: holds the window's loss items on all processes.
+        two_passes: the first of two passes, if the loss reads all rows of the window together.
         contributions: each micro-batch that was run, with its part of the window's loss (a scalar).
         moved_buffers: for each large buffer that no earlier window had changed, whether this one did.
     """
 
     start: WindowStart
     losses: WeightedMeans
-    items: Tensor
+    normalizer: LossNormalizer
+    two_passes: TwoPasses | None = None
     contributions: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
     moved_buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def add(self, micro: MicroBatch, means: Means, contribution: Tensor) -> None:
+    @property
+    def most_drift(self) -> float:
+        """The largest difference between two passes that counts as rounding."""
+        return 0.0 if self.two_passes is None else self.two_passes.most_drift
+
+    def add(self, micro: MicroBatch, loss: MicroBatchLoss) -> None:
         """Record one forward and backward pass."""
-        self.losses.add(means, micro.counts)
-        self.contributions.append((micro, contribution.detach()))
+        self.losses.add(loss.means, micro.counts)
+        self.contributions.append((micro, loss.contribution.detach()))
 
-    def read_with(self, norm: Tensor) -> tuple[float, float, list[float], list[bool]]:
-        """Return the gradient's norm, the number of loss items, each micro-batch's part of the loss, and moved buffers.
-
-        Read all of them from the device at once.
-        """
+    def read_with(self, norm: Tensor) -> WindowNumbers:
+        """Return the gradient's norm and the other numbers about the window, read from the device at once."""
         losses = torch.stack([contribution for _, contribution in self.contributions])
-        parts = [norm.reshape(1), self.items.sum().reshape(1), losses, self.moved_buffers]
-        grad_norm, n_items, *others = torch.cat([part.to(norm.device) for part in parts]).tolist()
+        drift = torch.zeros(1) if self.two_passes is None else self.two_passes.drift.reshape(1)
+        items = self.normalizer.items_T.sum().reshape(1)
+        parts = [norm.reshape(1), items, drift, losses, self.moved_buffers]
+        grad_norm, n_items, off, *others = torch.cat([part.to(norm.device) for part in parts]).tolist()
         n_passes = len(losses)
-        return grad_norm, n_items, others[:n_passes], [bool(flag) for flag in others[n_passes:]]
+        return WindowNumbers(grad_norm, n_items, others[:n_passes], off, [bool(flag) for flag in others[n_passes:]])

@@ -34,6 +34,8 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     # loss
     "class_weights": "balanced",
     "label_smoothing": "0.1",
+    "loss_over": "items",
+    "router_balance": "micro_batch",
     # adapters
     "lora_r": "32",
     "lora_alpha": "64",

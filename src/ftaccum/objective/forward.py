@@ -51,6 +51,10 @@ class Forward(ABC):
         """Return the means by term, as scalars, and the model's outputs. The model or the loss may change the batch."""
         return self._inner_gradients.run(lambda: self._means(model, batch))
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model on a batch and return its outputs, without computing the loss."""
+        return self._inner_gradients.run(lambda: self._outputs(model, batch))
+
     def _means(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         outputs = self._outputs(model, batch)
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
@@ -60,18 +64,17 @@ class Forward(ABC):
                 name: factor * outputs[name] for name, factor in self.factors.items() if outputs.get(name) is not None
             }
             loss = {LOSS: loss - sum(given.values()), **{name: given.get(name, 0 * loss) for name in self.factors}}
-        means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
-        return {term: _scalar(term, mean) for term, mean in means.items()}, outputs
+        return scalars_of(loss), outputs
 
-    def unweighted_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def unweighted_loss(self, model: nn.Module, batch: Batch, places: Sequence[int] = ()) -> Tensor:  # noqa: ARG002
         """Return the loss of a batch as the model or `loss_fn` returns it, with its terms added up.
 
         It uses no counts or factors that were measured.
+
+        Args:
+            places: the positions of the rows in their window, if the loss depends on it.
         """
-        loss = self._loss_of(model, self._outputs(model, batch), batch)
-        terms = loss if isinstance(loss, Mapping) else {LOSS: loss}
-        means = [_scalar(term, mean) for term, mean in terms.items()]
-        return torch.stack(means).sum() if means else torch.zeros(())
+        return total_of(self._loss_of(model, self._outputs(model, batch), batch))
 
     def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
         """Return the loss as given: a number, or a mapping from terms to numbers."""
@@ -129,6 +132,22 @@ class Forward(ABC):
     def loss_place(self) -> int | None:
         """The position of the model's own loss among its outputs in eval mode, if they have no names."""
         return self._own_loss.place_in_eval_mode if self.is_own else None
+
+
+def scalars_of(loss: Any) -> dict[str, Tensor]:
+    """Return what a loss gives, a number or a dict of numbers, as scalars by term.
+
+    Raises:
+        SettingsError: if it gives something else.
+    """
+    means = dict(loss) if isinstance(loss, Mapping) else {LOSS: loss}
+    return {term: _scalar(term, mean) for term, mean in means.items()}
+
+
+def total_of(loss: Any) -> Tensor:
+    """Return the sum of the terms that a loss gives."""
+    means = list(scalars_of(loss).values())
+    return torch.stack(means).sum() if means else torch.zeros(())
 
 
 def _scalar(term: str, mean: Any) -> Tensor:

@@ -30,7 +30,12 @@ def find_divisor(model: nn.Module, objective: Objective, sample: Sample) -> int 
         sample: the rows to compare on.
     """
     together = sample.together
-    if objective.report.own_loss or not isinstance(together, Mapping) or not any(map(is_label, together)):
+    if (
+        objective.report.own_loss
+        or objective.window is not None
+        or not isinstance(together, Mapping)
+        or not any(map(is_label, together))
+    ):
         return None
     try:
         own = ModelForward(model, together, None)

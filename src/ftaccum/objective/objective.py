@@ -13,6 +13,7 @@ from .forward import Forward
 from .item_counts import Batch
 from .normalizer import Counts, Means, means_of_sums
 from .report import ExactnessReport
+from .window_terms import Values, WindowTerms
 
 
 class Objective:
@@ -22,10 +23,17 @@ class Objective:
         terms: the names of the means.
         count: maps a collated batch to its number of loss items, by term.
         report: how the counts were found, and how exact they are.
+        window: the terms that read all rows of a window together; None if there are none.
     """
 
-    def __init__(self, forward: Forward, count: Callable[[Batch], Counts], report: ExactnessReport) -> None:
-        self._forward = forward
+    def __init__(
+        self,
+        forward: Forward,
+        count: Callable[[Batch], Counts],
+        report: ExactnessReport,
+        window: WindowTerms | None = None,
+    ) -> None:
+        self._forward, self.window = forward, window
         self.terms = tuple(report.ways)
         self.count = count
         self.report = report
@@ -65,14 +73,32 @@ class Objective:
         nothing = torch.zeros((), device=next(model.parameters()).device)
         return {term: means.get(term, nothing) for term in terms}, outputs
 
-    def unweighted_loss(self, model: nn.Module, batch: Batch, counts: Counts) -> Tensor:
+    def observe(
+        self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str], rows: str = "these rows"
+    ) -> tuple[Means, Values, Any]:
+        """Return the means of the terms that do not read the window, what the others read, and the model's outputs.
+
+        The arguments are those of `means`.
+        """
+        if self.window is None:
+            means, outputs = self.means(model, batch, counts, terms, rows)
+            return means, {}, outputs
+        if set(self.window.names) == set(self.terms):
+            outputs = self._forward.outputs(model, batch)
+            return {}, self.window.read(outputs, batch), outputs
+        means, outputs = self.means(model, batch, counts, terms, rows)
+        others = {term: mean for term, mean in means.items() if term not in self.window.names}
+        return others, self.window.read(outputs, batch), outputs
+
+    def unweighted_loss(self, model: nn.Module, batch: Batch, counts: Counts, places: Sequence[int] = ()) -> Tensor:
         """Return the loss of one batch as the model or `loss_fn` returns it; divide a sum by the batch's items.
 
         Args:
             counts: the batch's number of loss items, by term.
+            places: the positions of the rows in their window, for a loss over the window; empty if they are in order.
         """
         if not self.report.sums:
-            return self._forward.unweighted_loss(model, batch)
+            return self._forward.unweighted_loss(model, batch, places)
         sums, _ = self._forward(model, batch)
         return torch.stack(list(means_of_sums(sums, counts).values())).sum()
 

@@ -60,6 +60,8 @@ class ExactnessReport:
         gradient_hooks: the parameters with hooks that run after each accumulated gradient.
         hidden_state: the state that a pass leaves behind outside buffers.
         unmeasured: the terms that were 0 in all rows, so that any way to count explains them.
+        over_window: whether the loss reads all rows of a window together, so that there are no items to count.
+        read_parameters: the names of the model's parameters that such a loss reads itself.
     """
 
     ways: Mapping[str, str]
@@ -82,6 +84,15 @@ class ExactnessReport:
     gradient_hooks: Sequence[str] = ()
     hidden_state: HiddenState = HiddenState()
     unmeasured: Sequence[str] = ()
+    over_window: bool = False
+    read_parameters: Sequence[str] = ()
+
+    @property
+    def describes(self) -> str:
+        """The description of the loss for a message."""
+        if self.over_window:
+            return "over all rows of an update together; each micro-batch runs forward twice"
+        return f"mean over {self.counted_by}"
 
     @property
     def counted_by(self) -> str:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from ..fields import (
+    Balance,
     Count,
     Flag,
     Fraction,
+    LossOver,
     NonNegative,
     Positive,
     PositiveInt,
@@ -70,6 +72,16 @@ class Recipe:
     label_smoothing: Fraction = loss(
         0.0,
         "share of each target that the model's own loss spreads evenly over all classes, as torch's CrossEntropyLoss",
+    )
+    loss_over: LossOver = loss(
+        "items",
+        "what loss_fn reads: items, the rows of one micro-batch, of which it is a mean; or window, all rows of an "
+        "update together, as a contrastive loss does",
+    )
+    router_balance: Balance = loss(
+        "window",
+        "tokens over which the load-balancing loss of a mixture of experts is computed: those of the window (the whole "
+        "update), which takes two forward passes, or of each micro_batch, which only approximates it",
     )
     n_epochs: PositiveInt = training(3, "passes over the training rows", in_plan=True, unsearchable=SAME_ROWS)
     max_updates: PositiveInt | None = training(

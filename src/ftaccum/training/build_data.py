@@ -25,6 +25,9 @@ from ..objective.model_forward import LossFn, ModelForward
 from ..objective.objective import Objective
 from ..objective.sample import Sample
 from ..objective.self_check import measured_objective
+from ..objective.window_check import window_objective
+from ..objective.window_forward import WindowForward
+from ..objective.window_loss import WindowLoss
 from ..runtime.log import logger
 from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
@@ -73,7 +76,7 @@ class TrainingData:
         """Return the banner's lines about the data and the loss."""
         objective = self.objective
         widths = ", rows padded to one length per update" if objective.padding_sensitive else ""
-        notes = [*self.text_notes, f"Loss: mean over {objective.report.counted_by}{widths}"]
+        notes = [*self.text_notes, f"Loss: {objective.report.describes}{widths}"]
         notes += self.loss_fn.describe() if isinstance(self.loss_fn, CrossEntropy) else []
         notes += [describe_draws(self.classes)] if self.classes else []
         if self.packed:
@@ -105,7 +108,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
             check_lengths(each, runtime.max_tokens, row_collator)
         collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
-    forward = ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
+    forward = _forward(config, sample, rows)
     ranges = find_ranges(components, forward, rows, row_collator, ignore_index)
     for each in given.all if components.data_collator is None else ():  # a user's collator may change the numbers
         ranges.check_all(each)
@@ -140,7 +143,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         synthetic=components.train_data is None,
         loss_divisor=None if components.loss_fn is None else find_divisor(components.model, objective, few),
         text_notes=given.notes,
-        loss_fn=forward.loss_fn,
+        loss_fn=None if isinstance(forward, WindowForward) else forward.loss_fn,
         classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
     )
@@ -184,6 +187,16 @@ def _check_padding(components: Components, objective: Objective) -> None:
     refuse([sentence for sentence, holds in faults.items() if holds])
 
 
+def _forward(config: RunConfig, sample: Any, rows: Rows) -> ModelForward:
+    """Return the forward pass with the loss that the arguments define, before `class_weights` and similar settings."""
+    components = config.components
+    if config.recipe.loss_over == "window" and components.loss_fn is not None:
+        window_loss = WindowLoss(components.loss_fn, components.loss_inputs)
+        window_loss.to(next(components.model.parameters()).device)
+        return WindowForward(components.model, sample, window_loss)
+    return ModelForward(components.model, sample, components.loss_fn, token_ids=rows.are_token_ids)
+
+
 def _objective(
     config: RunConfig,
     forward: ModelForward,
@@ -196,6 +209,8 @@ def _objective(
     """Return the forward pass with the loss of training, and the measured objective."""
     components, recipe = config.components, config.recipe
     try:
+        if isinstance(forward, WindowForward):
+            return forward, window_objective(components.model, forward, few)
         loss = build_class_loss(components, recipe, forward, rows, row_collator, few.together, ignore_index)
         if loss is not None:
             forward = ModelForward(components.model, few.together, loss)

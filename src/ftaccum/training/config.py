@@ -16,6 +16,7 @@ from ..errors import refuse, shown
 from ..fields import DefaultFloat
 from ..objective.item_counts import CountItems
 from ..objective.model_forward import LossFn
+from ..objective.window_loss import LossInputs
 from ..runtime.sharding.launcher import loads_on_one_process
 from ..runtime.sharding.tensors import has_sharded_tensors
 from ..settings.recipe import Recipe
@@ -29,6 +30,7 @@ from .named_optimizers import faults_of_optimizer
 from .optimizer import CoupledBeta2, OptimizerFactory
 from .schedule import faults_of_lr_scheduler
 from .trainer_callbacks import fault_of_callbacks
+from .window_loss_faults import faults_of_window_loss
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Components:
     preprocess_logits_for_metrics: PreprocessLogits | None = None
     lora: Any = None
     generation_kwargs: Mapping[str, Any] | None = None
+    loss_inputs: LossInputs | None = None
 
     @property
     def configuration(self) -> Any:
@@ -135,7 +138,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
     """Raise SettingsError with every fault that can be found before anything is loaded."""
     faults = faults_of_config(components.config)
     faults += _faults_of_stream(components, recipe, runtime) if is_stream(components.train_data) else []
-    faults += _faults_of_own_loss(components, recipe)
+    faults += [*_faults_of_own_loss(components, recipe), *faults_of_window_loss(components, recipe, runtime)]
     if not isinstance(components.model, nn.Module):
         faults.append(
             f"`model` must be a torch.nn.Module, but is {type(components.model).__name__} instead. "
@@ -153,7 +156,7 @@ def check_components(components: Components, recipe: Recipe, runtime: Runtime) -
         )
     else:
         faults += faults_of_adapters(components.model, components.lora, runtime.save)
-    for name in ("data_collator", "loss_fn", "count_items"):
+    for name in ("data_collator", "loss_fn", "loss_inputs", "count_items"):
         part = getattr(components, name)
         if part is not None and not callable(part):
             faults.append(f"`{name}` must be callable or None, but is {shown(part)} instead. Give a function.")

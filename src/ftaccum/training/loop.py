@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..accumulation.accumulator import GradientAccumulator
 from ..accumulation.window import AccumulatedWindow
 from ..data.prefetch import LocalWindow, LocalWindows
+from ..errors import InexactLossError
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, give_back_memory
 from ..runtime.optimizers import OptimizerBackup
@@ -20,6 +21,12 @@ from .closure import ClippedGradient, NonFiniteStepError, closure_of, needs_clos
 from .nonfinite import NonFiniteUpdate
 from .rates import rate_in_use, scale_learning_rates
 
+_PASSES_DIFFER = (
+    "With `loss_over='window'` or `router_balance='window'`, each micro-batch runs twice, and both passes must give "
+    "the same outputs. On this process they differ by {drift} (relative); up to {most} counts as rounding. So the "
+    "gradient of this update would be wrong, and the update is not made. Something in the forward pass draws random "
+    "numbers that ftaccum does not replay, or depends on how often it has run, such as a counter in `forward`."
+)
 # Returns a window in smaller micro-batches, given the pass of this process that ran out of memory, if one did.
 Split = Callable[[LocalWindow, FailedPass | None], LocalWindow]
 
@@ -144,12 +151,22 @@ class TrainingLoop:
         self._accelerator.unscale_gradients()
         norm = self._strategy.clip(self._max_grad_norm)
         # The only wait for the device in an update: these numbers decide whether to step.
-        grad_norm, n_items, losses, moved = accumulated.read_with(norm)
-        passes = zip(accumulated.contributions, losses, strict=True)
+        numbers = accumulated.read_with(norm)
+        passes = zip(accumulated.contributions, numbers.losses, strict=True)
         suspects = [micro for (micro, _), loss in passes if not math.isfinite(loss)]
-        # The norm is the same on every process, but losses and buffers are not.
-        in_loss, *moved = self._process_group.any_of([bool(suspects), *moved])
-        return ClippedGradient(grad_norm, n_items, losses, suspects, in_loss, moved)
+        # The norm is the same on every process, but losses, outputs and buffers are not.
+        has_drifted = numbers.drift > accumulated.most_drift
+        in_loss, any_drifted, *moved = self._process_group.any_of([bool(suspects), has_drifted, *numbers.moved_buffers])
+        if any_drifted:
+            self._abandon(accumulated, numbers.drift)
+        return ClippedGradient(numbers.grad_norm, numbers.n_items, numbers.losses, suspects, in_loss, moved)
+
+    def _abandon(self, accumulated: AccumulatedWindow, drift: float) -> None:
+        """Restore the state before a window whose two passes differ, and raise InexactLossError."""
+        accumulated.start.restore()
+        self._accumulator.zero_gradients()
+        self.in_update = False
+        raise InexactLossError([_PASSES_DIFFER.format(drift=f"{drift:.1e}", most=f"{accumulated.most_drift:.0e}")])
 
     def _step(self, window: LocalWindow, accumulated: AccumulatedWindow, split: Split) -> None:
         """Step the optimizer; if it needs a closure, let it evaluate the same rows again with the same random draws.

@@ -13,6 +13,7 @@ from ...errors import SettingsError, refuse
 from ...fine_tuning import test_fine_tuning
 from ...objective.item_counts import CountItems
 from ...objective.model_forward import LossFn
+from ...objective.window_loss import LossInputs
 from ...porting.keywords import explain_keywords
 from ...training.config import RunConfig
 from .report import Verification
@@ -45,6 +46,9 @@ def verify(
     loss_fn: LossFn | None = None,
     class_weights: str | Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    loss_over: str = "items",
+    loss_inputs: LossInputs | None = None,
+    router_balance: str = "window",
     reduction: str = "mean",
     count_items: CountItems | None = None,
     random_seed: int = 42,
@@ -115,6 +119,9 @@ def verify(
         "loss_fn": loss_fn,
         "class_weights": class_weights,
         "label_smoothing": label_smoothing,
+        "loss_over": loss_over,
+        "loss_inputs": loss_inputs,
+        "router_balance": router_balance,
         "reduction": reduction,
         "count_items": count_items,
         "random_seed": random_seed,

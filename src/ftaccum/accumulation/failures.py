@@ -1,0 +1,51 @@
+"""Failures in a window with which all processes leave it together."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import DataError
+from ..runtime.memory import FailedPass, WindowOutOfMemoryError, is_out_of_memory
+from ..runtime.process_group import ProcessGroup
+
+Failure = DataError | WindowOutOfMemoryError
+
+
+def failure_of(index: int, error: Exception) -> Failure | None:
+    """Return the failure that all processes raise after an error in this one; None if this one raises it alone.
+
+    Args:
+        index: the position of the pass in the window.
+    """
+    if isinstance(error, DataError):
+        return error
+    return WindowOutOfMemoryError(FailedPass(index, str(error))) if is_out_of_memory(error) else None
+
+
+def leave_after(failure: Failure | None, process_group: ProcessGroup) -> None:
+    """Raise an error on all processes if any of them has a failure: its DataError, or an out-of-memory error."""
+    if not process_group.any(failure is not None):
+        return
+    process_group.run_on_all(lambda: _raise_data_error(failure))
+    raise failure or WindowOutOfMemoryError(None)
+
+
+@contextmanager
+def synced_pass() -> Iterator[None]:
+    """Extend an out-of-memory error with a remedy, in a pass where processes wait for each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(
+            "Memory ran out in a pass in which gradients are synced or weights are gathered. The other processes are "
+            "in the middle of this pass, so the run cannot continue. Lower `batch_size` or `max_tokens`, which leaves "
+            f"the effective batch unchanged, or set `gradient_checkpointing`. The device reported: {error}"
+        ) from error
+
+
+def _raise_data_error(failure: Failure | None) -> None:
+    if isinstance(failure, DataError):
+        raise failure

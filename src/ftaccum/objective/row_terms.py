@@ -1,0 +1,113 @@
+"""A user's loss over a window, as terms: its gradient by each row, and by its own parameters."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.gather_rows import gather_rows, positions_of
+from ..runtime.process_group import ProcessGroup
+from ..runtime.state_guards import preserve_rng, seed_all
+from .item_counts import Batch
+from .normalizer import Means, widened
+from .window_loss import WindowLoss
+from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTerms
+
+
+class RowTerms(WindowTerms):
+    """The terms of a loss that reads values of all rows of a window, such as their embeddings."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        window_loss: WindowLoss,
+        means: Callable[[Any], Means],
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        device: torch.device,
+    ) -> None:
+        """Args:
+        means: converts what `loss_fn` returns to scalars by term.
+        parameters: returns the parameters that the loss may read itself.
+        """
+        self.names = tuple(names)
+        self._window_loss, self._means, self._parameters, self._device = window_loss, means, parameters, device
+
+    def read(self, outputs: Any, batch: Batch) -> Values:
+        return self._window_loss.read(outputs, batch)
+
+    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledRows":
+        own = {name: torch.cat([each.values[name] for each in passes]) for name in (passes[0].values if passes else ())}
+        values = gather_rows(own, process_group, self._device)
+        places = positions_of([each.places for each in passes], process_group)
+        order = torch.tensor(places).argsort().to(self._device)
+        seed = process_group.broadcast(_drawn_seed())
+        with preserve_rng(), torch.enable_grad():
+            seed_all(seed)  # so that all processes draw the same numbers
+            means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
+        inputs = WindowLoss.inputs(values).values()
+        finite = torch.stack([value.isfinite().all() for value in inputs]).all()
+        return SettledRows(means, len(places), [each.places for each in passes], finite, by_row, by_parameter)
+
+    def _gradients(self, values: Values) -> tuple[Means, dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
+        """Return the loss of the window, its gradient by each input, rows first, and that by each parameter."""
+        inputs = {name: value for name, value in WindowLoss.inputs(values).items() if value.is_floating_point()}
+        inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+        means = self._means(self._window_loss.loss({**values, **inputs}))
+        total = torch.stack([widened(mean) for mean in means.values()]).sum()
+        parameters = [p for p in self._parameters() if p.requires_grad]
+        found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
+        if total.requires_grad:
+            found = torch.autograd.grad(total, [*inputs.values(), *parameters], allow_unused=True)
+        by_row = dict(zip(inputs, found, strict=False))
+        by_parameter = zip(parameters, found[len(inputs) :], strict=True)
+        return (
+            {term: mean.detach() for term, mean in means.items()},
+            {name: gradient for name, gradient in by_row.items() if gradient is not None},
+            [(p, gradient) for p, gradient in by_parameter if gradient is not None],
+        )
+
+
+@dataclass(frozen=True)
+class SettledRows(SettledTerms):
+    """The loss of a window and its gradient by each row.
+
+    Attributes:
+        n_rows: the number of rows of the window.
+        places: the positions of the rows of this process's micro-batches in the window.
+        finite: whether all inputs of the loss are finite (a scalar).
+        by_row: the gradient by each input of the loss, with the rows in the window's order.
+        by_parameter: the gradient by each parameter that the loss reads itself.
+    """
+
+    means: Means
+    n_rows: int
+    places: Sequence[Sequence[int]]
+    finite: Tensor
+    by_row: Mapping[str, Tensor]
+    by_parameter: Sequence[tuple[nn.Parameter, Tensor]]
+
+    def part(self, index: int, values: Values) -> WindowPart:
+        places = self.places[index]
+        products = [
+            (widened(values[name]) * widened(gradient[torch.tensor(places, device=gradient.device)])).sum()
+            for name, gradient in self.by_row.items()
+        ]
+        share = torch.stack([widened(mean) for mean in self.means.values()]).sum() * (len(places) / self.n_rows)
+        return WindowPart(self._blamed(share, values), torch.stack(products).sum() if products else share * 0)
+
+    def _blamed(self, share: Tensor, values: Values) -> Tensor:
+        """Return a part of a loss that is not finite as 0, if inputs of other micro-batches are at fault."""
+        own = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
+        return torch.where(share.isfinite() | self.finite | ~own, share, 0.0)
+
+    def of_parameters(self) -> Tensor | None:
+        products = [(widened(p) * widened(gradient)).sum() for p, gradient in self.by_parameter]
+        return torch.stack(products).sum() if products else None
+
+
+def _drawn_seed() -> int:
+    """Return a random seed, without moving the generators: the same rows after the same updates get the same one."""
+    with preserve_rng():
+        return int(torch.randint(2**31, ()))

@@ -1,0 +1,240 @@
+"""The check of a loss over the window before training: what it reads of each row must depend on that row alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingsError
+from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
+from ..runtime.process_group import of_main_process
+from ..runtime.state_guards import gradient_hooks, inspection_mode, preserve_buffers
+from .batch_changes import fresh_batch
+from .deterministic_forward import DeterministicMode
+from .equal_draws import equal_draws
+from .forward import scalars_of
+from .hidden_state import find_hidden_state
+from .item_counts import Batch, rows_of
+from .objective import Objective
+from .perturbation import float32_weights, has_narrow_weights, perturb_norms
+from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
+from .report import ExactnessReport, InTraining
+from .row_terms import RowTerms
+from .sample import PAIRS, SINGLE, UNEQUAL, Sample
+from .window_forward import WindowForward
+from .window_loss import WindowLoss
+from .window_terms import Values
+
+
+def window_objective(model: nn.Module, forward: WindowForward, sample: Sample) -> Objective:
+    """Return the objective of a loss over the window, after checking what the loss reads of a few rows.
+
+    This takes some ten forward passes of at most four rows. Weights, gradients, modes, generators and buffers are
+    restored. All processes use the main process's findings.
+
+    Args:
+        model: the model on its device, before it is wrapped.
+        sample: the rows to check on.
+
+    Raises:
+        SettingsError: if the loss reads nothing that can be trained, or a row's values depend on other rows.
+        DataError: if the inputs of the loss are not tensors with one entry per row.
+    """
+    forward.window_loss.find_columns([sample.together, *_collated(sample)])
+    check = _Check(model, forward, sample)
+    with inspection_mode(model, *forward.modules):
+        try:
+            with float32_weights(model, *forward.modules) as widened:
+                report = check.report(widened, EXPLAINED)
+        except RuntimeError:  # memory ran out, or the model needs its own type
+            if not has_narrow_weights(model):
+                raise
+            report = check.report(lambda batch: batch, EXPLAINED_IN_HALF)
+    report = of_main_process(report)
+    names = list(report.ways)
+    terms = RowTerms(
+        names,
+        forward.window_loss,
+        scalars_of,
+        lambda: [*model.parameters(), *forward.window_loss.parameters()],
+        next(model.parameters()).device,
+    )
+    return Objective(forward, lambda batch: dict.fromkeys(names, rows_of(batch)), report, terms)
+
+
+def _collated(sample: Sample) -> Sequence[Batch]:
+    """Return the rows in groups, each padded to its own width."""
+    return [] if sample.collated is None else sample.collated(UNEQUAL)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """The check of one loss; for the fields see `window_objective`."""
+
+    model: nn.Module
+    forward: WindowForward
+    sample: Sample
+
+    def report(self, prepared: Callable[[Batch], Batch], tolerance: float) -> ExactnessReport:
+        """Check the loss; differences up to `tolerance` count as rounding.
+
+        Args:
+            prepared: converts a batch to the types that the model takes.
+        """
+        if ModuleAttributes(self.model, *self.forward.modules).hold_generators():
+            raise SettingsError([_OWN_GENERATORS])
+
+        def read(batch: Batch) -> Values:
+            trains = any(module.training for module in self.model.modules())
+            draws = nullcontext() if trains else equal_draws(rows_of(batch))
+            with preserve_attributes(self.model, *self.forward.modules), draws:
+                return self._read(prepared(fresh_batch(batch, self._device)))
+
+        read(self.sample.longest)  # it needs the most memory
+        together = read(self.sample.together)
+        padding = self._padding_difference(read, together, tolerance)
+        names = list(scalars_of(self.forward.window_loss.loss(together)))
+        hidden = find_hidden_state(
+            self.model, self.forward.modules, lambda: _norms(read(self.sample.together)), tolerance
+        )
+        in_training = self._in_training(read, names)
+        self._check_gradient(prepared)
+        loss = {term: mean.item() for term, mean in scalars_of(self.forward.window_loss.loss(together)).items()}
+        return ExactnessReport(
+            ways=dict.fromkeys(names, "rows"),
+            measured=False,
+            shifts=False,
+            explanation=Explanation(dict.fromkeys(names, 0.0), padding, adds_up=False),
+            in_training=in_training,
+            joint=loss,
+            single_rows=loss,
+            parts=(),
+            tolerance=tolerance,
+            sums=False,
+            own_loss=False,
+            gradient_hooks=gradient_hooks(self.model),
+            hidden_state=hidden,
+            over_window=True,
+            read_parameters=self._read_parameters(together),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _read(self, batch: Batch) -> Values:
+        return self.forward.window_loss.read(self.forward.outputs(self.model, batch), batch)
+
+    def _padding_difference(self, read: Callable[[Batch], Values], together: Values, tolerance: float) -> float:
+        """Return how far the inputs change with the width that rows are padded to; 0 if that is rounding.
+
+        Raises:
+            SettingsError: if a row's inputs depend on the other rows, or their shapes depend on padding.
+        """
+        sample = self.sample
+        if sample.cut is not None:
+            off, name = _difference(together, [read(batch) for batch in sample.cut(sample.together, UNEQUAL)])
+            if off > tolerance:
+                raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
+        collated = _collated(sample)
+        off, name = _difference(together, [read(batch) for batch in collated]) if collated else (0.0, "")
+        if off > tolerance and sample.cut is None:
+            raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
+        return off if off > tolerance else 0.0
+
+    def _in_training(self, read: Callable[[Batch], Values], names: Sequence[str]) -> InTraining:
+        """Measure whether modules such as batch norm mix rows in train mode."""
+
+        def norms() -> list[float]:
+            return list(_norms(read(self.sample.together)).values())
+
+        mode = DeterministicMode.of(self.model, norms, self.forward.modules)
+        if not mode.moving:
+            return InTraining(dict.fromkeys(names, 0.0))
+        with mode.passes(), perturb_norms(mode.moving.values()):
+
+            def from_the_start(batch: Batch) -> Values:
+                with preserve_buffers(self.model, *mode.modules):
+                    return read(batch)
+
+            together = from_the_start(self.sample.together)
+            separate = [from_the_start(part) for part in self.sample.separate(self.sample.together, PAIRS)]
+            off, _ = _difference(together, separate)
+            complaint = None
+            try:
+                from_the_start(self.sample.separate(self.sample.together, SINGLE)[0])
+            except ValueError as error:  # batch norm raises for a single value
+                complaint = str(error)
+        mixing = [f"{type(module).__name__} {name!r}" for name, module in mode.moving.items()]
+        return InTraining(dict.fromkeys(names, off), 0.0, mixing, complaint)
+
+    def _check_gradient(self, prepared: Callable[[Batch], Batch]) -> None:
+        """Raise SettingsError if no input of the loss has a gradient."""
+        with torch.enable_grad():
+            values = self._read(prepared(fresh_batch(self.sample.together, self._device)))
+        inputs = WindowLoss.inputs(values)
+        if not any(value.requires_grad for value in inputs.values()):
+            raise SettingsError(
+                [
+                    "With `loss_over='window'`, at least one input of the loss must depend on a trainable parameter, "
+                    f"but none of {len(inputs)} does. Do not detach what `loss_inputs` returns, and check that the "
+                    "model has trainable parameters."
+                ]
+            )
+
+    def _read_parameters(self, values: Values) -> list[str]:
+        """Return the names of the model's parameters that the loss reads itself."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        with torch.enable_grad():
+            total = torch.stack(list(scalars_of(self.forward.window_loss.loss(values)).values())).sum()
+        if not total.requires_grad:
+            return []
+        found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        return [name for (name, _), gradient in zip(named, found, strict=True) if gradient is not None]
+
+
+_OWN_GENERATORS = (
+    "With `loss_over='window'`, each micro-batch runs twice and must draw the same random numbers, but the model or "
+    "the loss holds a random number generator of its own. Draw from the global generators, which ftaccum replays."
+)
+_DEPENDS_ON_ROWS = (
+    "With `loss_over='window'`, what the loss reads of a row must not depend on the other rows of its micro-batch, but "
+    "{name} does: it differs by {off} (relative) between one batch and separate ones. Return the values of single rows "
+    "from `loss_inputs`, such as their embeddings, and let `loss_fn` compare, center or normalize them over all rows."
+)
+
+
+def _difference(together: Values, separate: Sequence[Values]) -> tuple[float, str]:
+    """Return the largest difference of any input between one batch and separate ones, relative to its largest number,
+    and the name of that input.
+
+    Raises:
+        SettingsError: if an input has another shape, besides the number of rows.
+    """
+    worst, worst_name = 0.0, ""
+    for name, whole in WindowLoss.inputs(together).items():
+        parts = [values[name] for values in separate]
+        for part in parts:
+            if part.shape[1:] != whole.shape[1:]:
+                raise SettingsError(
+                    [
+                        "With `loss_over='window'`, each input of the loss must have a fixed shape, besides the number "
+                        f"of rows, but {WindowLoss.describe(name)} has the shapes {tuple(whole.shape)} and "
+                        f"{tuple(part.shape)} in two batches. Let `loss_inputs` return one vector or number per row, "
+                        "for example by pooling over tokens where `attention_mask` is 1."
+                    ]
+                )
+        off = _relative(torch.cat(parts), whole)
+        worst, worst_name = max((worst, worst_name), (off, name))
+    return worst, worst_name
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    largest = other.double().abs().max().item() if other.numel() else 0.0
+    return ((one.double() - other.double()).abs().max().item() / (largest or 1.0)) if one.numel() else 0.0
+
+
+def _norms(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: value.double().norm().item() for name, value in WindowLoss.inputs(values).items()}

@@ -1,0 +1,51 @@
+"""Gather tensors of which each process has another number of rows."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from .process_group import ProcessGroup
+
+_Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor, by name
+
+
+def gather_rows(own: Mapping[str, Tensor], process_group: ProcessGroup, device: torch.device) -> dict[str, Tensor]:
+    """Return tensors with the rows of all processes, in order of rank. All processes call this together.
+
+    Args:
+        own: this process's tensors by name, rows first; empty if it has no rows. The shapes of a row and the types must
+            be the same on all processes that have rows.
+        device: where the result is to be.
+    """
+    if process_group.is_single:
+        return dict(own)
+    specs: list[_Spec] = process_group.gather({name: (tuple(t.shape), t.dtype) for name, t in own.items()})
+    sizes = [sum(prod(shape) * dtype.itemsize for shape, dtype in spec.values()) for spec in specs]
+    # As bytes, so that all tensors take one collective, of any type.
+    parts = [tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8) for tensor in own.values()]
+    sent = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    if parts:
+        torch.cat(parts, out=sent[: sizes[process_group.index]])
+    received = [torch.empty_like(sent) for _ in specs]
+    distributed.all_gather(received, sent)
+    by_process = [_unpacked(data, spec) for data, spec in zip(received, specs, strict=True)]
+    names = next((list(spec) for spec in specs if spec), [])
+    return {name: torch.cat([tensors[name] for tensors in by_process if tensors]) for name in names}
+
+
+def _unpacked(data: Tensor, spec: _Spec) -> dict[str, Tensor]:
+    found, start = {}, 0
+    for name, (shape, dtype) in spec.items():
+        size = prod(shape) * dtype.itemsize
+        found[name] = data[start : start + size].clone().view(dtype).reshape(shape)  # clones are aligned
+        start += size
+    return found
+
+
+def positions_of(places: Sequence[Sequence[int]], process_group: ProcessGroup) -> list[int]:
+    """Return the places of all processes' rows in one list, in order of rank."""
+    everyone: list[Any] = process_group.gather([place for part in places for place in part])
+    return [place for own in everyone for place in own]
