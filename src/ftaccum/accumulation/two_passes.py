@@ -58,6 +58,7 @@ class TwoPasses:
 
     Attributes:
         drift: the largest relative difference so far between values of the first and the second pass (a scalar).
+        forward_passes: the number of forward passes of each micro-batch.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class TwoPasses:
     process_group: ProcessGroup
     device: torch.device
     drift: Tensor = field(init=False)
+    forward_passes: int = 2
     _kept: dict[int, _Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ class TwoPasses:
         detached = {name: value.detach() for name, value in values.items()}
         self._kept[index] = _Kept(generators, FirstPass(micro.slice.places, detached))
         if is_only:
-            self._kept[index].live = means, values
+            self._kept[index].live, self.forward_passes = (means, values), 1
 
     def settle(self) -> None:
         """Compute the terms of the window. All processes call this after their first passes."""

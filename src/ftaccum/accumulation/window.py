@@ -68,6 +68,11 @@ class AccumulatedWindow:
     moved_buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
+    def forward_passes(self) -> int:
+        """The number of forward passes of each micro-batch."""
+        return 1 if self.two_passes is None else self.two_passes.forward_passes
+
+    @property
     def most_drift(self) -> float:
         """The largest difference between two passes that counts as rounding."""
         return 0.0 if self.two_passes is None else self.two_passes.most_drift

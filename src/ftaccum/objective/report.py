@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from .gradient_check import GradientDifference
 from .hidden_state import HiddenState
 from .item_counts import CountItems
+from .loss_memory import LossMemory
 from .probe import Explanation
 
 _NAMED = 3  # modules or parameters to name in a message
@@ -62,6 +63,7 @@ class ExactnessReport:
         unmeasured: the terms that were 0 in all rows, so that any way to count explains them.
         over_window: whether the loss reads all rows of a window together, so that there are no items to count.
         read_parameters: the names of the model's parameters that such a loss reads itself.
+        loss_memory: the memory that such a loss takes; None if unknown.
     """
 
     ways: Mapping[str, str]
@@ -86,6 +88,7 @@ class ExactnessReport:
     unmeasured: Sequence[str] = ()
     over_window: bool = False
     read_parameters: Sequence[str] = ()
+    loss_memory: LossMemory | None = None
 
     @property
     def describes(self) -> str:

@@ -14,9 +14,10 @@ from ..runtime.state_guards import gradient_hooks, inspection_mode, preserve_buf
 from .batch_changes import fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
-from .forward import scalars_of
+from .forward import scalars_of, total_of
 from .hidden_state import find_hidden_state
 from .item_counts import Batch, rows_of
+from .loss_memory import LossMemory
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_norms
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Explanation
@@ -118,6 +119,7 @@ class _Check:
             hidden_state=hidden,
             over_window=True,
             read_parameters=self._read_parameters(together),
+            loss_memory=LossMemory.measure(self.forward.window_loss, together, total_of),
         )
 
     @property
@@ -188,7 +190,7 @@ class _Check:
         """Return the names of the model's parameters that the loss reads itself."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         with torch.enable_grad():
-            total = torch.stack(list(scalars_of(self.forward.window_loss.loss(values)).values())).sum()
+            total = total_of(self.forward.window_loss.loss(values))
         if not total.requires_grad:
             return []
         found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)

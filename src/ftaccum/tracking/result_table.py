@@ -41,7 +41,7 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
     if not math.isnan(result.training_time):
         speed = f"{result.samples_per_second:.1f} rows/s in training"
         rows.append(("time", f"{result.training_time:.1f} s, {speed}"))
-    passes = f"{result.passes_per_update:.1f} micro-batches per update on each process"
+    passes = f"{result.passes_per_update:.1f} forward passes per update on each process"
     if result.padding_fraction is not None:
         passes += f", {result.padding_fraction:.1%} of token positions were padding"
     if result.out_of_memory:

@@ -1,10 +1,8 @@
 """The components of a training run, each built once, on first use."""
 
 import math
-from contextlib import ExitStack
 from functools import cached_property
 
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
 
@@ -21,10 +19,6 @@ from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.evaluation_schedule import EvaluationSchedule
 from ..planning.plan import Plan
-from ..runtime.gradients.fp32 import gradient_strategy
-from ..runtime.gradients.plain import GradientStrategy
-from ..runtime.gradients.sharded import ShardedGradients
-from ..runtime.optimizers import switches_weights, training_weights
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
@@ -32,80 +26,43 @@ from ..tracking.model_files import TrainedModel
 from ..tracking.selection import Criterion
 from ..tracking.trackers import set_tracker_folder
 from .audit import AuditHandler
-from .base_run import Run
 from .build_identity import build_identity
+from .build_optimizer import OptimizedRun
 from .build_plan import refuse_single_rows, report_inexact, report_loss_scale
 from .build_sharding import describe_sharding
 from .callbacks import Callback
-from .closure import check_step
+from .check_window_loss import check_loss_memory, refuse_sharded_parameters
 from .config import RunConfig
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
 from .oom_recovery import OomRecovery
-from .optimizer import make_optimizer, refuse_float16
-from .parameter_groups import describe_groups, parameter_groups
-from .rates import describe_rates, preserve_learning_rates
 from .schedule import make_schedule
 from .trainer_arguments import CallbackArguments
 from .trainer_callbacks import CallbackHandler
 
 
-class TrainingSetup(Run):
+class TrainingSetup(OptimizedRun):
     """The components of a training run. `TrainingRun` trains with them."""
-
-    can_shard = True
 
     def __init__(self, config: RunConfig, callback: Callback) -> None:
         super().__init__(config)
         self.callback = callback
         self.logs = callback.logs or config.runtime.verbosity == "debug"
-        self.weights_in_training = ExitStack()  # closing it leaves the model with the weights to evaluate and save
 
     @cached_property
     def console(self) -> Console:
         runtime = self.config.runtime
         return self.callback.console(self.process_group.is_main and not runtime.is_quiet, runtime.shows_bars)
 
-    @cached_property
-    def optimizer(self) -> Optimizer:
-        """The optimizer. Its learning rates are restored after the run, since it may be the user's own object."""
-        config = self.config
-        own, coupled = config.components.optimizer, config.coupled_beta2
-        optimizer = make_optimizer(self.model, own, config.recipe, config.given, coupled)
-        scaler, is_sharded = self.accelerator.scaler, self.sharding is not None
-        check_step(optimizer, scales_gradients=scaler is not None, is_sharded=is_sharded)
-        self._inner.enter_context(preserve_learning_rates(optimizer))
-        self.weights_in_training.enter_context(training_weights(optimizer))
-        self._inner.callback(self.weights_in_training.close)
-        return optimizer
-
     @property
     def notes(self) -> list[str]:
         """The banner's lines about sharding, adapters, and an optimizer or groups that are not the default."""
-        return [*describe_sharding(self.sharding, self.call_order), *self.adapter_notes, *self._optimizer_notes]
-
-    @property
-    def _optimizer_notes(self) -> list[str]:
-        recipe, own = self.config.recipe, self.config.components.optimizer
-        has_groups = not isinstance(own, Optimizer)
-        groups = describe_groups(parameter_groups(self.model, recipe)) if has_groups else []
-        if own is None and recipe.optimizer is None and not groups:
-            return []
-        scheduled = switches_weights(self.optimizer) and not recipe.lr_scheduler.startswith("constant")
-        hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
-        return [describe_rates(self.optimizer), *groups, *hint]
+        return [*describe_sharding(self.sharding, self.call_order), *self.adapter_notes, *self.optimizer_notes]
 
     @property
     def trained_model(self) -> TrainedModel:
         """The model, and how its files are to be written."""
         return TrainedModel(self.model, self.config.components.tokenizer, self.config.runtime.save)
-
-    @cached_property
-    def gradients(self) -> GradientStrategy:
-        if self.sharding is not None and self.call_order is not None:
-            order = self.call_order
-            return ShardedGradients(self.optimizer, self.sharding, self.process_group, lambda: order.names)
-        return gradient_strategy(self.optimizer, in_float32=self.config.runtime.accumulate_in_fp32)
 
     @cached_property
     def checkpoints(self) -> CheckpointDirectory | None:
@@ -148,6 +105,9 @@ class TrainingSetup(Run):
             steps = {sizes.gradient_accumulation_steps for _, sizes in self.batch_sizes.stages()}
             report_loss_scale(self.data.loss_divisor, steps)
         refuse_single_rows(self.data, fresh, self.planner)
+        check_loss_memory(report, fresh, self.batch_sizes, self.accelerator.device)
+        if self.sharding is not None:
+            refuse_sharded_parameters(report.read_parameters)
         return self.resume_point.resume_plan(fresh, self.identity, self.evaluation_schedule(fresh).is_due)
 
     def evaluation_schedule(self, plan: BasePlan) -> EvaluationSchedule:
@@ -283,9 +243,3 @@ class TrainingSetup(Run):
         return MetricsLogger(
             self.accelerator, Ledger(), bar, self.batch_sizes, self.config.runtime.log_every, self.callback_handler.log
         )
-
-    def _prepare_model(self, stack: ExitStack) -> None:
-        if self.accelerator.mixed_precision == "fp16" and not self.config.runtime.accumulate_in_fp32:
-            refuse_float16(self.model)
-        _ = self.optimizer  # must be made before the model moves to its device
-        super()._prepare_model(stack)

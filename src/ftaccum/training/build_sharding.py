@@ -16,7 +16,7 @@ from ..settings.runtime import Runtime
 from .adapters import quantised_bits
 from .config import Components
 
-_WHOLE = "train a whole copy on each process (`sharding='off'`)"
+WHOLE = "train a whole copy on each process (`sharding='off'`)"
 _WHOLE_MATRICES = ("adafactor", "adamw_8bit", "paged_adamw_8bit")  # optimizers that fail on shards
 
 
@@ -56,7 +56,7 @@ def _faults_of_model(model: Any) -> list[str]:
         kind = f"of {bits} bits" if bits else "that are quantised"
         faults.append(
             f"`model` has weights {kind}, which FSDP2 cannot shard. Load it in 16 bits (`dtype='bfloat16'`), or "
-            f"{_WHOLE}."
+            f"{WHOLE}."
         )
     devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
     if len(devices) > 1:
@@ -72,14 +72,14 @@ def _faults_of_model(model: Any) -> list[str]:
     if tables:
         faults.append(
             f"`model` has embedding tables with sparse gradients ({', '.join(tables)}), which FSDP2 does not support. "
-            f"Create them with `sparse=False`, or {_WHOLE}."
+            f"Create them with `sparse=False`, or {WHOLE}."
         )
     hooked = [name for name, p in model.named_parameters() if p.ndim and has_hooks(p)]
     if hooked:
         rest = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
         faults.append(
             f"`model` has weights with hooks on their gradients ({hooked[0]}{rest}), which sharded weights would lose. "
-            f"Remove the hooks, or {_WHOLE}."
+            f"Remove the hooks, or {WHOLE}."
         )
     return faults
 
@@ -99,7 +99,7 @@ def _faults_of_name(optimizer: str | None) -> list[str]:
         return []
     return [
         f"`optimizer` is {optimizer!r}, which cannot step on sharded weights. Use 'adamw', 'sgd', 'lion', 'muon' or "
-        f"'schedule_free_adamw', or {_WHOLE}."
+        f"'schedule_free_adamw', or {WHOLE}."
     ]
 
 
@@ -110,13 +110,13 @@ def _faults_of_optimizer(optimizer: Any) -> list[str]:
     if kind is SparseAdam or any(isinstance(each, SparseAdam) for each in every):
         faults.append(
             "`optimizer` is SparseAdam, which takes sparse gradients only, and those of a sharded model are dense. Use "
-            f"another optimizer, or {_WHOLE}."
+            f"another optimizer, or {WHOLE}."
         )
     # Adagrad, for one, makes its state before the first step.
     steps = [state.get("step", 1) for each in every for state in each.state.values()]
     if any(float(step) > 0 for step in steps):
         faults.append(
             f"`optimizer` ({type(optimizer).__name__}) has trained before, and its state belongs to whole weights. "
-            f"Give a new optimizer, or a function that creates it, or {_WHOLE}."
+            f"Give a new optimizer, or a function that creates it, or {WHOLE}."
         )
     return faults

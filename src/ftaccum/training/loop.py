@@ -133,7 +133,8 @@ class TrainingLoop:
             self._skip(accumulated)
         self._accumulator.zero_gradients()
         rows = len(window.window.rows)
-        result = StepResult(window.work, rows, accumulated.losses, gradient.norm, rate, skipped)
+        work = window.work.with_passes(accumulated.forward_passes)
+        result = StepResult(work, rows, accumulated.losses, gradient.norm, rate, skipped)
         if gradient.is_finite:
             return result, None
         return result, NonFiniteUpdate(

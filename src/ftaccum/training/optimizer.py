@@ -23,6 +23,7 @@ def make_optimizer(
     recipe: Recipe,
     given: Collection[str],
     coupled: "CoupledBeta2 | None" = None,
+    loss_module: nn.Module | None = None,
 ) -> Optimizer:
     """Return the user's optimizer, or one made from the parameter groups by the user's function or by name.
 
@@ -32,6 +33,7 @@ def make_optimizer(
         recipe: the settings of the optimizer and its parameter groups.
         given: `learning_rate` and `weight_decay`, if the user gave them.
         coupled: scales β2, if a search couples it to the batch size.
+        loss_module: a loss whose parameters are trained too.
 
     Raises:
         SettingsError: if `optimizer` is neither an optimizer nor a function that returns one, holds none of the model's
@@ -42,10 +44,10 @@ def make_optimizer(
         made = optimizer
         check_rates_of_instance(made, _rates_of(recipe), given)
     elif optimizer is None:
-        made = make_named(recipe, parameter_groups(model, recipe))
+        made = make_named(recipe, parameter_groups(model, recipe, loss_module))
     else:
         with record_named_options() as named:
-            made = _made(optimizer, [group.as_dict() for group in parameter_groups(model, recipe)])
+            made = _made(optimizer, [group.as_dict() for group in parameter_groups(model, recipe, loss_module)])
         settle_rates(made, _rates_of(recipe), {*given, *_set_by_groups(recipe)}, named)
     if not _held(made) & {p for p in model.parameters() if p.requires_grad}:
         raise SettingsError(

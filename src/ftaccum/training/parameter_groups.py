@@ -52,7 +52,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return trainable
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, recipe: Recipe, loss_module: nn.Module | None = None) -> list[ParameterGroup]:
     """Return the groups of the trainable parameters; without settings for groups: matrices, and the rest.
 
     Parameters of fewer than two dimensions are biases, scales of norms and the like, which usually get no weight decay
@@ -62,14 +62,21 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[ParameterGroup]:
     With `layerwise_lr_decay`, the rate d layers below the head is learning_rate · decay^d (the discriminative
     fine-tuning of Howard & Ruder 2018, arXiv:1801.06146; also in ELECTRA, Clark et al. 2020, arXiv:2003.10555).
 
+    Args:
+        loss_module: a loss whose parameters are trained too. Their names begin with `loss_fn.`
+
     Raises:
         SettingsError: if every parameter is frozen, or the model lacks a part that a setting needs.
     """
     trainable_parameters(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    muon = _hidden_matrices(model, named.values()) if recipe.optimizer == _MUON else set()
+    if loss_module is not None:
+        known = set(named.values())
+        of_loss = ((f"loss_fn.{name}", p) for name, p in loss_module.named_parameters())
+        named |= {name: p for name, p in of_loss if p.requires_grad and p not in known}
     rates = _rates_by_part(model, recipe)
     patterns = _first_patterns(list(named), _asked_groups(recipe))
-    muon = _hidden_matrices(model, named.values()) if recipe.optimizer == _MUON else set()
     groups: dict[tuple, ParameterGroup] = {}
     for name, p in named.items():
         rank, origin, lr = rates.get(p, (0, "", recipe.learning_rate))
