@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -240,13 +241,14 @@ def test_a_dense_model_is_not_recognised() -> None:
 
 def test_a_factor_that_is_not_a_constant_is_not_recognised(model: nn.Module) -> None:
     batch = _batch(ROWS, masked=True)
-    assert RouterBalance.find(model, model(**batch), batch, "aux_loss", float("nan")) is None
+    assert RouterBalance.find(model, model(**batch), batch, "aux_loss", math.nan) is None
 
 
-def test_another_term_of_the_loss_is_not_taken_for_the_balance(model: nn.Module) -> None:
+@pytest.mark.parametrize("factor", [1.0001, math.inf, math.nan])
+def test_another_term_of_the_loss_is_not_taken_for_the_balance(model: nn.Module, factor: float) -> None:
     batch = _batch(ROWS, masked=True)
     outputs = model(**batch)
-    outputs.aux_loss = outputs.aux_loss * 1.0001
+    outputs.aux_loss = outputs.aux_loss * factor
     assert RouterBalance.find(model, outputs, batch, "aux_loss", FACTOR) is None
 
 

@@ -171,7 +171,7 @@ class RouterBalance:
             recomputed = self.balance(self.totals(outputs, batch)).item()
         except ValueError:
             return False
-        return abs(recomputed - own.item()) <= _TOLERANCE * abs(own.item())  # False for NaN
+        return math.isclose(recomputed, own.item(), rel_tol=_TOLERANCE)
 
     def totals(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> RouterTotals:
         """Return the totals of a micro-batch, with the gradient of its router if the outputs have one.
