@@ -61,6 +61,7 @@ class ExactnessReport:
         gradient_hooks: the parameters with hooks that run after each accumulated gradient.
         hidden_state: the state that a pass leaves behind outside buffers.
         unmeasured: the terms that were 0 in all rows, so that any way to count explains them.
+        balanced: the terms that are computed over all tokens of a window together.
         over_window: whether the loss reads all rows of a window together, so that there are no items to count.
         read_parameters: the names of the model's parameters that such a loss reads itself.
         loss_memory: the memory that such a loss takes; None if unknown.
@@ -86,16 +87,29 @@ class ExactnessReport:
     gradient_hooks: Sequence[str] = ()
     hidden_state: HiddenState = HiddenState()
     unmeasured: Sequence[str] = ()
+    balanced: Sequence[str] = ()
     over_window: bool = False
     read_parameters: Sequence[str] = ()
     loss_memory: LossMemory | None = None
 
+    def over_whole_window(self, terms: Sequence[str]) -> "ExactnessReport":
+        """Return the report of a loss of which some terms are computed over all tokens of a window together."""
+        return replace(
+            self,
+            ways={**self.ways, **dict.fromkeys(terms, "all tokens of an update together")},
+            explanation=self.explanation.with_exact(terms),
+            in_training=self.in_training.with_exact(terms),
+            balanced=tuple(terms),
+        )
+
     @property
     def describes(self) -> str:
         """The description of the loss for a message."""
+        twice = "each micro-batch runs forward twice, which takes a third more time"
         if self.over_window:
-            return "over all rows of an update together; each micro-batch runs forward twice"
-        return f"mean over {self.counted_by}"
+            return f"over all rows of an update together; {twice}"
+        described = f"mean over {self.counted_by}"
+        return f"{described}; {twice} (`router_balance`)" if self.balanced else described
 
     @property
     def counted_by(self) -> str:

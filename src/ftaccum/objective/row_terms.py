@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..runtime.gather_rows import gather_rows, positions_of
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
+from ..runtime.tensor_collectives import gather_rows, positions_of
 from .item_counts import Batch
 from .normalizer import Means, widened
 from .window_loss import WindowLoss

@@ -22,6 +22,7 @@ from .perturbation import float32_weights, has_narrow_weights, perturb_head
 from .probe import EXPLAINED, EXPLAINED_IN_HALF, Cut, Explanation, Losses, Ways, cache_losses, choose, explain
 from .recount import Observed, RareCheck, Recount
 from .report import ExactnessReport
+from .router_check import find_router_terms
 from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 from .span_loss import WITHIN, span_counts
 from .structure import ObservedPasses, check_means, terms_of, without_items
@@ -36,6 +37,7 @@ def measured_objective(
     item_counter: ItemCounter,
     count_items: CountItems | None = None,
     sums: bool = False,
+    balances_window: bool = False,
 ) -> Objective:
     """Decide how to count the loss, and measure whether accumulating it is exact.
 
@@ -52,6 +54,8 @@ def measured_objective(
         item_counter: the ways to count.
         count_items: the user's way to count, if there is one.
         sums: whether the loss is given as a sum instead of a mean.
+        balances_window: whether to compute the balance of a mixture of experts over all tokens of a window, if its
+            formula is known.
     """
     device = next(model.parameters()).device
     with inspection_mode(model, *forward.modules):
@@ -70,7 +74,10 @@ def measured_objective(
             report = measurement.report(EXPLAINED_IN_HALF)
     report, forward.factors = of_main_process((report, forward.factors))
     chosen = _chosen(measurement.ways(), report.ways, report.own_rules)
-    return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report)
+    window = find_router_terms(model, forward, sample) if balances_window and report.parts else None
+    if window is not None:
+        report = report.over_whole_window(window.names)
+    return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report, window)
 
 
 @dataclass(frozen=True)

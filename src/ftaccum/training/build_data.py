@@ -221,6 +221,7 @@ def _objective(
             item_counter=ItemCounter(ignore_index, class_weights_of(components.model, forward.loss_fn)),
             count_items=components.count_items,
             sums=components.reduction == "sum",
+            balances_window=recipe.router_balance == "window",
         )
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise

@@ -1,4 +1,4 @@
-"""Gather tensors of which each process has another number of rows."""
+"""Tensors gathered and summed over processes, on their devices."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -34,6 +34,15 @@ def gather_rows(own: Mapping[str, Tensor], process_group: ProcessGroup, device: 
     by_process = [_unpacked(data, spec) for data, spec in zip(received, specs, strict=True)]
     names = next((list(spec) for spec in specs if spec), [])
     return {name: torch.cat([tensors[name] for tensors in by_process if tensors]) for name in names}
+
+
+def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
+    """Return the sum of a tensor over all processes, which call this together."""
+    if process_group.is_single:
+        return tensor
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total
 
 
 def _unpacked(data: Tensor, spec: _Spec) -> dict[str, Tensor]:
