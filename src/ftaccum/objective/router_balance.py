@@ -5,9 +5,9 @@ Dimensions: N tokens of a layer, E experts.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -228,7 +228,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
                 yield str(name), number
 
 
-def _is_layers(value: Any) -> bool:
+def _is_layers(value: Any) -> TypeGuard[Sequence[Tensor]]:
     """Return whether an output is a tensor per layer of numbers per expert."""
     return (
         isinstance(value, list | tuple)
