@@ -120,6 +120,7 @@ def test_totals_survive_the_sum_over_processes_as_one_tensor(model: nn.Module) -
     summed = RouterTotals.from_stacked(shares[0].stacked() + shares[1].stacked() + no_row.stacked())
     together = shares[0] + shares[1].detached() + no_row
     assert not summed.probabilities_E.requires_grad
+    assert not shares[1].detached().probabilities_E.requires_grad
     for name in ("choices_E", "probabilities_E", "n_tokens"):
         assert torch.equal(getattr(summed, name), getattr(together, name))
     assert balance.balance(summed).item() == pytest.approx(model(**batch).aux_loss.item(), rel=1e-6)
@@ -244,7 +245,7 @@ def test_a_factor_that_is_not_a_constant_is_not_recognised(model: nn.Module) -> 
     assert RouterBalance.find(model, model(**batch), batch, "aux_loss", math.nan) is None
 
 
-@pytest.mark.parametrize("factor", [1.0001, math.inf, math.nan])
+@pytest.mark.parametrize("factor", [1 + 2e-6, math.inf, math.nan])
 def test_another_term_of_the_loss_is_not_taken_for_the_balance(model: nn.Module, factor: float) -> None:
     batch = _batch(ROWS, masked=True)
     outputs = model(**batch)
@@ -264,6 +265,15 @@ def test_a_mask_of_another_number_of_tokens_is_an_error(model: nn.Module) -> Non
     with pytest.raises(ValueError, match="`attention_mask` has 77 tokens, but `router_logits` has 84"):
         balance.totals(outputs, shorter)
     assert not balance.explains(outputs, shorter)
+
+
+def test_outputs_of_another_number_of_experts_are_an_error(model: nn.Module) -> None:
+    batch = _batch(ROWS, masked=True)
+    outputs = model(**batch)
+    balance = _found(model, outputs, batch)
+    outputs.router_logits = tuple(layer[:, 1:] for layer in outputs.router_logits)
+    with pytest.raises(ValueError, match="`router_logits` must be a tensor of 4 experts per layer"):
+        balance.totals(outputs, batch)
 
 
 def _reference(logits_LNE: Tensor, mask_N: Tensor, top_k: int) -> Tensor:
