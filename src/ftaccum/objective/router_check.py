@@ -1,6 +1,7 @@
 """Find out before training whether a model's balance of experts can be computed over a window."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from .sample import UNEQUAL, Sample
 
 
 def find_router_terms(model: nn.Module, forward: Forward, sample: Sample) -> RouterTerms | None:
-    """Return the balance of experts that a model adds to its own loss, if recomputing it gives the model's own number.
+    """Return the balances of experts that a model adds to its own loss, if recomputing them gives its own numbers.
 
     Try it on a few rows in train mode: in one batch, in separate ones, and with other padding. All processes use the
     main process's finding.
@@ -27,28 +28,21 @@ def find_router_terms(model: nn.Module, forward: Forward, sample: Sample) -> Rou
     """
     device = next(model.parameters()).device
     with inspection_mode(model, *forward.modules), training_mode(model, training=True):
-        return _terms(of_main_process(_find(model, forward, sample, device)), device)
+        balances = of_main_process(_balances(model, forward, sample, device))
+    return RouterTerms(balances, device) if balances else None
 
 
-def _terms(balance: RouterBalance | None, device: torch.device) -> RouterTerms | None:
-    return None if balance is None else RouterTerms(balance, device)
-
-
-def _find(model: nn.Module, forward: Forward, sample: Sample, device: torch.device) -> RouterBalance | None:
+def _balances(model: nn.Module, forward: Forward, sample: Sample, device: torch.device) -> list[RouterBalance]:
+    if not isinstance(sample.together, Mapping):
+        return []
     others = [*sample.separate(sample.together, UNEQUAL), *(sample.collated(UNEQUAL) if sample.collated else [])]
+    together, *runs = [_run(model, forward, batch, device) for batch in (sample.together, *others)]
+    tried = [RouterBalance.find(model, *together, name, factor) for name, factor in forward.factors.items()]
+    return [balance for balance in tried if balance is not None and all(balance.explains(*run) for run in runs)]
 
-    def explains(balance: RouterBalance, batch: Batch) -> bool:
-        given = fresh_batch(batch, device)
-        with preserve_attributes(model, *forward.modules):
-            return balance.explains(forward.outputs(model, given), given)
 
-    for name, factor in forward.factors.items():
-        given = fresh_batch(sample.together, device)
-        if not isinstance(given, Mapping):
-            return None
-        with preserve_attributes(model, *forward.modules):
-            outputs = forward.outputs(model, given)
-        balance = RouterBalance.find(model, outputs, given, name, factor)
-        if balance is not None and all(explains(balance, batch) for batch in others):
-            return balance
-    return None
+def _run(model: nn.Module, forward: Forward, batch: Batch, device: torch.device) -> tuple[Any, Batch]:
+    """Return the outputs of a batch, and the batch as the model saw it."""
+    given = fresh_batch(batch, device)
+    with preserve_attributes(model, *forward.modules):
+        return forward.outputs(model, given), given

@@ -1,10 +1,11 @@
-"""The balance of a mixture of experts over a window, as a term of which each micro-batch adds a part."""
+"""The balances of a mixture of experts over a window, as terms of which each micro-batch adds a part."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..runtime.process_group import ProcessGroup
 from ..runtime.tensor_collectives import sum_over_processes
@@ -15,35 +16,49 @@ from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTer
 
 
 class RouterTerms(WindowTerms):
-    """The balance of a model's experts over all tokens of a window."""
+    """The balances of a model's experts over all tokens of a window: one, or several in an encoder-decoder."""
 
-    def __init__(self, balance: RouterBalance, device: torch.device) -> None:
-        self.names = (balance.name,)
-        self._balance, self._device = balance, device
+    def __init__(self, balances: Sequence[RouterBalance], device: torch.device) -> None:
+        self.names = tuple(balance.name for balance in balances)
+        self._balances, self._device = balances, device
 
     def read(self, outputs: Any, batch: Batch) -> Values:
-        return vars(self._balance.totals(outputs, batch))
+        return {
+            f"{balance.name}.{name}": value
+            for balance in self._balances
+            for name, value in vars(balance.totals(outputs, batch)).items()
+        }
 
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledBalance":
-        total = RouterTotals.of_no_tokens(self._balance.reading.n_experts, self._device)
-        for each in passes:
-            total = total + RouterTotals(**each.values)
-        window = RouterTotals.from_stacked(sum_over_processes(total.stacked(), process_group))
-        return SettledBalance(self._balance, window, {self._balance.name: self._balance.part(window, window)})
+    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledBalances":
+        windows = {}
+        for balance in self._balances:
+            total = RouterTotals.of_no_tokens(balance.reading.n_experts, self._device)
+            for each in passes:
+                total = total + _totals_of(balance, each.values)
+            windows[balance.name] = RouterTotals.from_stacked(sum_over_processes(total.stacked(), process_group))
+        means = {balance.name: balance.part(windows[balance.name], windows[balance.name]) for balance in self._balances}
+        return SettledBalances(self._balances, windows, means)
 
 
 @dataclass(frozen=True)
-class SettledBalance(SettledTerms):
-    """The balance of one window.
+class SettledBalances(SettledTerms):
+    """The balances of one window.
 
     Attributes:
-        window: the numbers that the balance reads, over all tokens of the window.
+        windows: the numbers that each balance reads, over all tokens of the window, by its name.
     """
 
-    balance: RouterBalance
-    window: RouterTotals
+    balances: Sequence[RouterBalance]
+    windows: Mapping[str, RouterTotals]
     means: Means
 
     def part(self, index: int, values: Values) -> WindowPart:  # noqa: ARG002
-        part = self.balance.part(RouterTotals(**values), self.window)
-        return WindowPart(part, part)
+        parts = [balance.part(_totals_of(balance, values), self.windows[balance.name]) for balance in self.balances]
+        total = torch.stack(parts).sum()
+        return WindowPart(total, total)
+
+
+def _totals_of(balance: RouterBalance, values: Values) -> RouterTotals:
+    prefix = f"{balance.name}."
+    own: dict[str, Tensor] = {name[len(prefix) :]: v for name, v in values.items() if name.startswith(prefix)}
+    return RouterTotals(**own)
