@@ -82,6 +82,7 @@ def test_public_names() -> None:
         "callbacks",
         "exact",
         "load_task",
+        "losses",
         "plan",
         "search",
         "test_fine_tuning",

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import callbacks
+    from . import callbacks, losses
     from .apps.plan import plan
     from .apps.search.api import search
     from .apps.verify.api import verify
@@ -66,6 +66,7 @@ __all__ = [
     "callbacks",
     "exact",
     "load_task",
+    "losses",
     "plan",
     "search",
     "test_fine_tuning",
@@ -90,8 +91,8 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "callbacks":
-        return importlib.import_module(".callbacks", __name__)
+    if name in ("callbacks", "losses"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
