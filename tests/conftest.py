@@ -1,9 +1,6 @@
 import gc
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,7 @@ import transformers  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
 
 from ftaccum.runtime.accelerator import fresh_accelerate_state  # noqa: E402
+from launching import Launcher  # noqa: E402
 
 # `exact` needs a newer version of Transformers than the rest. test_exact_trainer_versions.py tests what it says then.
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
@@ -34,6 +32,7 @@ if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
     ]  # fmt: skip
 
 TESTS = Path(__file__).parent
+_LAUNCHER = pytest.StashKey[Launcher]()
 
 
 def pytest_collection_finish() -> None:
@@ -66,21 +65,25 @@ def _accelerate_without_traces(request: pytest.FixtureRequest) -> Iterator[None]
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Fork the process that starts scripts, if a test needs it, while this one has imported all and run nothing.
+
+    A process of its own would import everything again, which takes as long as most of the scripts.
+    """
+    if not session.config.option.collectonly and any("_launcher" in item.fixturenames for item in session.items):
+        session.config.stash[_LAUNCHER] = Launcher()
+
+
 @pytest.fixture(scope="session")
-def _launcher() -> Iterator[subprocess.Popen[str]]:
-    """Start the process that imports everything once for all scripts of these tests."""
-    command = [sys.executable, str(TESTS / "launching.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as launcher:
-        yield launcher
-        assert launcher.stdin is not None
-        launcher.stdin.close()
+def _launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
+    launcher = request.config.stash[_LAUNCHER]
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture
-def processes(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+def processes(_launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Return a function that runs a script of `processes/` on n CPU processes (gloo) and returns their output.
 
     `accelerate.debug_launcher` does not work here: once the parent has made an Accelerator, each child takes itself for
@@ -88,13 +91,9 @@ def processes(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPat
     """
 
     def run(n: int, script: str, *arguments: str) -> str:
-        assert _launcher.stdin is not None
-        assert _launcher.stdout is not None
         logs = [tmp_path_factory.mktemp("said") / str(rank) for rank in range(n)]
         job = {"script": str(TESTS / "processes" / script), "arguments": arguments, "logs": [str(log) for log in logs]}
-        _launcher.stdin.write(json.dumps(job) + "\n")
-        _launcher.stdin.flush()
-        statuses = json.loads(_launcher.stdout.readline())
+        statuses = _launcher.statuses(job)
         said = "".join(log.read_text() for log in logs)
         assert statuses == [0] * n, said
         return said
