@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launching import Launcher
+
+# Nothing here imports torch on being imported: the process that only hands out tests to others would wait for it.
+
 pytest_plugins = ["pytester"]
 
 # Set before torch is imported: two OpenMP threads are far slower than one while another process is busy.
@@ -18,21 +22,21 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import transformers  # noqa: E402
-from accelerate.utils import set_seed  # noqa: E402
-
-from ftaccum.runtime.accelerator import fresh_accelerate_state  # noqa: E402
-from launching import Launcher  # noqa: E402
-
-# `exact` needs a newer version of Transformers than the rest. test_exact_trainer_versions.py tests what it says then.
-if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
-    collect_ignore = [
-        "test_exact_trainer.py", "test_exact_trainer_refusals.py", "test_exact_trainer_windows.py", "test_exact_trl.py",
-        "test_repeated_rows.py",
-    ]  # fmt: skip
-
 TESTS = Path(__file__).parent
+OF_EXACT = {
+    "test_exact_trainer.py", "test_exact_trainer_refusals.py", "test_exact_trainer_windows.py", "test_exact_trl.py",
+    "test_repeated_rows.py",
+}  # fmt: skip
 _LAUNCHER = pytest.StashKey[Launcher]()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out tests of `exact` with older versions of Transformers, which test_exact_trainer_versions.py tests."""
+    if collection_path.name not in OF_EXACT:
+        return None
+    from transformers import Trainer
+
+    return None if hasattr(Trainer, "loss_is_scaled_for_ga") else True
 
 
 def pytest_collection_finish() -> None:
@@ -44,6 +48,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Seed each test equally, so that its result depends on neither the order of tests nor earlier ones."""
+    from accelerate.utils import set_seed
+
     set_seed(0)
 
 
@@ -61,6 +67,8 @@ def _accelerate_without_traces(request: pytest.FixtureRequest) -> Iterator[None]
     if not request.node.path.name.startswith(("test_exact", "test_repeated", "test_planned", "test_audit_batches")):
         yield
         return
+    from ftaccum.runtime.accelerator import fresh_accelerate_state
+
     with fresh_accelerate_state():
         yield
 
