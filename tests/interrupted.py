@@ -1,5 +1,6 @@
 """Runs that are interrupted, and the complete runs that they are compared with."""
 
+import functools
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -58,6 +59,12 @@ def fine_tuned(trained: nn.Module | None = None, cut_off_at: int | None = None, 
     with _all_kept(arguments):
         result = test_fine_tuning(trained, **defaults | arguments)
     return Ended({name: t.clone() for name, t in trained.state_dict().items() if isinstance(t, Tensor)}, result)
+
+
+@functools.cache
+def uninterrupted() -> "Ended":
+    """Return the run of `fine_tuned()`, which each process of tests needs once. Not to be changed."""
+    return fine_tuned()
 
 
 def _all_kept(arguments: dict[str, Any]) -> AbstractContextManager[Any]:

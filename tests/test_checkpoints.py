@@ -23,7 +23,7 @@ from ftaccum.checkpoint.directory import CheckpointDirectory
 from ftaccum.checkpoint.format import Snapshot
 from ftaccum.checkpoint.manager import CheckpointManager
 from ftaccum.checkpoint.manifest import damage, seal
-from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model, without_audits
+from interrupted import CutOff, checkpoints_of, fine_tuned, ledger_of, model, uninterrupted, without_audits
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,7 @@ def test_an_error_while_taking_a_checkpoint_loses_no_update(
     monkeypatch.setattr("ftaccum.checkpoint.state.on_host", no_memory)
     run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3)
     assert "can't allocate memory\")" in capsys.readouterr().err
-    assert fine_tuned().differences(run) == []
+    assert uninterrupted().differences(run) == []
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path, monkey
     trained.register_forward_hook(lambda *_: release.set() if float(trained.n_passes) >= 4 * 5 else None)
     run = fine_tuned(trained, output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
     assert passes[1] >= passes[0] + 4
-    assert fine_tuned().differences(run) == []
+    assert uninterrupted().differences(run) == []
     there = str(tmp_path / "checkpoints" / "update-00000003")  # holds the state at the time when writing began
     assert fine_tuned(resume=there).differences(run) == []
 
@@ -346,7 +346,7 @@ def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: p
     available = psutil.virtual_memory()._replace(available=10)
     monkeypatch.setattr("psutil.virtual_memory", lambda: available)
     run = fine_tuned(output_dir=str(tmp_path), checkpoint_every=3, keep_checkpoints=9)
-    assert fine_tuned().differences(run) == []
+    assert uninterrupted().differences(run) == []
     for name in ("update-00000003", "update-00000012"):
         assert fine_tuned(resume=str(tmp_path / "checkpoints" / name)).differences(run) == []
 

@@ -12,7 +12,7 @@ from torch import nn
 import ftaccum.runtime.signals
 from ftaccum import Preempted
 from ftaccum.runtime.signals import StopSignals
-from interrupted import checkpoints_of, fine_tuned, model, updates_of
+from interrupted import checkpoints_of, fine_tuned, model, uninterrupted, updates_of
 from training_passes import is_training_pass
 
 
@@ -53,7 +53,7 @@ def test_a_signal_stops_the_run_after_the_current_update(
     )
     assert signal.getsignal(number) == handler
     again = fine_tuned(output_dir=str(tmp_path), resume="auto")
-    assert fine_tuned().differences(again) == []
+    assert uninterrupted().differences(again) == []
 
 
 @pytest.mark.slow
@@ -69,7 +69,7 @@ def test_a_signal_during_evaluation_stops_the_run_after_it(tmp_path: Path) -> No
     with pytest.raises(Preempted, match="Stopped after update 7"):
         fine_tuned(trained, output_dir=str(tmp_path))
     assert checkpoints_of(tmp_path) == ["update-00000007-epoch-0001"]
-    assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+    assert uninterrupted().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
 
 
 @pytest.mark.slow

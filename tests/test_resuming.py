@@ -21,7 +21,17 @@ from ftaccum.arguments import parse_settings
 from ftaccum.checkpoint.manifest import seal
 from ftaccum.planning.shuffle import hold_out, order_of
 from heads import relative_error
-from interrupted import CLASSIFIER, CutOff, checkpoints_of, elastic, fine_tuned, ledger_of, model, without_audits
+from interrupted import (
+    CLASSIFIER,
+    CutOff,
+    checkpoints_of,
+    elastic,
+    fine_tuned,
+    ledger_of,
+    model,
+    uninterrupted,
+    without_audits,
+)
 from training_passes import is_training_pass
 
 
@@ -287,7 +297,7 @@ def _refuse_to_train(module: nn.Module, *_: Any) -> None:
 
 @pytest.mark.slow
 def test_auto_starts_a_new_run_if_there_is_no_checkpoint(tmp_path: Path) -> None:
-    assert fine_tuned().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
+    assert uninterrupted().differences(fine_tuned(output_dir=str(tmp_path), resume="auto")) == []
 
 
 @pytest.mark.slow

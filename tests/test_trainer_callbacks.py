@@ -145,12 +145,12 @@ class Raiser(TrainerCallback):
 
 @pytest.mark.parametrize("event", some_slow(UPDATE_EVENTS, fast=["on_evaluate"]))
 def test_a_callback_that_raises_ends_the_run_with_a_checkpoint(event: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"output_dir": str(tmp_path), "evaluate_every": 4}
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "evaluate_every": 4, "n_epochs": 1}
     with pytest.raises(CallbackError, match=rf"The callback Raiser raised in `{event}` after update \d: KeyError") as e:
         fine_tuned(callbacks=[Raiser(event)], **options)
     assert isinstance(e.value.__cause__, KeyError)
     assert len(checkpoints_of(tmp_path)) == 1
-    assert fine_tuned(**options, resume="auto").differences(fine_tuned(evaluate_every=4)) == []
+    assert fine_tuned(**options, resume="auto").differences(fine_tuned(evaluate_every=4, n_epochs=1)) == []
 
 
 @pytest.mark.slow
@@ -218,14 +218,14 @@ def test_an_average_of_weights_is_evaluated_and_saved() -> None:
                 torch.testing.assert_close(p.detach(), self.average[name])
 
     follow = Follow()
-    averaged = fine_tuned(followed, callbacks=[follow, ExponentialMovingAverage(0.8)])
-    plain = fine_tuned()
+    averaged = fine_tuned(followed, callbacks=[follow, ExponentialMovingAverage(0.8)], n_epochs=1)
+    plain = fine_tuned(n_epochs=1)
     for name, p in followed.named_parameters():
         torch.testing.assert_close(p.detach(), follow.average[name])
         assert torch.equal(trained[name], plain.weights[name])  # training goes on with its own weights
     assert averaged.result.loss_history == plain.result.loss_history
     assert averaged.result.val_loss_history != plain.result.val_loss_history
-    again = fine_tuned(followed, learning_rate=1e-12).result
+    again = fine_tuned(followed, learning_rate=1e-12, n_epochs=1).result
     assert again.initial_loss == averaged.result.final_loss
 
 
