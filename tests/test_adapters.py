@@ -296,7 +296,7 @@ def test_running_out_of_memory_changes_no_update_of_adapters() -> None:
     assert difference(in_plenty, retried) < 1e-9
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_audits_of_float32_adapters_allow_for_the_rounding_of_16_bit_weights(dtype: torch.dtype) -> None:
     """Such rounding would look like a model that keeps state."""
     result = run(LLAMA.model().to(dtype), LLAMA.rows(), lora=RANDOM, audit=2, n_epochs=2)

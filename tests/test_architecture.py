@@ -38,7 +38,7 @@ WITHOUT_TORCH = [
 
 
 def test_modules_load_without_torch() -> None:
-    """One process imports all of them, because starting each takes a third of a second. It stops at the first with torch."""
+    """One process imports all of them, as starting each takes a third of a second."""
     code = (
         "import importlib, sys\n"
         "for module in sys.argv[1:]:\n"

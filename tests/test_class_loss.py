@@ -73,8 +73,11 @@ def largest_error(name: str, rows: list[Row], given: Any, weights: Any, smoothin
 @pytest.mark.parametrize(
     ("name", "given", "smoothing"),
     [
-        (ROWS, "balanced", 0.0), (ROWS, WEIGHTS, 0.2), (ROWS, None, 0.2), (TAGS, "balanced", 0.1), (TAGS, WEIGHTS, 0.0),
-        (IMAGES, "balanced", 0.0), (CAUSAL, None, 0.1), (SUMMARIES, None, 0.1), ("masked LM, BERT", None, 0.1),
+        (ROWS, "balanced", 0.0), (ROWS, WEIGHTS, 0.2), (TAGS, "balanced", 0.1), (CAUSAL, None, 0.1),
+        (SUMMARIES, None, 0.1), pytest.param(ROWS, None, 0.2, marks=pytest.mark.slow),
+        pytest.param(TAGS, WEIGHTS, 0.0, marks=pytest.mark.slow),
+        pytest.param(IMAGES, "balanced", 0.0, marks=pytest.mark.slow),
+        pytest.param("masked LM, BERT", None, 0.1, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_gradients_are_those_of_one_batch(name: str, given: Any, smoothing: float) -> None:

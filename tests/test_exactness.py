@@ -19,6 +19,7 @@ from heads import HEADS, RecordingOptimizer, Row, all_in_float64, one_batch, one
 from slow_parameters import FAST_HEADS, some_slow
 from structures import RARE, STRUCTURES, Branching, with_a_narrow_weight
 
+FAST_APART = ("conditional branches", "frozen weights", "tied weights")
 # Means over tokens, over rows, and over rows whose loss depends on the padded width.
 FAST_ON_TWO = ("causal LM, Llama", "sequence classification, BERT", "question answering, BERT")
 
@@ -35,7 +36,9 @@ def test_gradient_of_every_window_is_that_of_one_batch(name: str) -> None:
     assert max(errors) < 1e-10
 
 
-@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.tolerance > 1e-10])
+@pytest.mark.parametrize(
+    "name", some_slow([name for name, head in HEADS.items() if head.tolerance > 1e-10], ["causal LM, Llama"])
+)
 def test_heads_with_a_float32_part_are_exact_up_to_float32_rounding(name: str) -> None:
     head = HEADS[name]
     assert max(window_errors(head.model(), head.rows(), batch_size=2, effective_batch_size=7)) < head.tolerance
@@ -59,8 +62,16 @@ def test_two_processes_have_the_gradient_of_one_batch_or_both_raise(
     assert "BatchNorm1d '1' mixes the rows" in one
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["by autograd", "apart"])
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize(
+    ("name", "wide"),
+    [
+        pytest.param(
+            name, wide, id=f"{name}-{where}", marks=[pytest.mark.slow] if wide and name not in FAST_APART else []
+        )
+        for name in STRUCTURES
+        for wide, where in ((False, "by autograd"), (True, "apart"))
+    ],
+)
 def test_weights_unused_in_some_passes_are_exact_in_both_gradient_sums(name: str, wide: bool) -> None:
     structure = STRUCTURES[name]
     model = with_a_narrow_weight(structure.model()) if wide else structure.model()

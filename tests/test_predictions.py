@@ -181,7 +181,7 @@ def test_a_loss_that_padding_changes_does_not_depend_on_eval_batch_size(eval_bat
     assert found.initial_loss == pytest.approx((64 * first + 6 * second) / 70, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", [CAUSAL, "masked LM, BERT", SEQ2SEQ])
+@pytest.mark.parametrize("name", [CAUSAL, pytest.param("masked LM, BERT", marks=pytest.mark.slow), SEQ2SEQ])
 def test_logits_of_a_language_model_are_refused_with_a_remedy_that_works(name: str) -> None:
     with pytest.raises(SettingsError, match=r"logits \(rows, length, vocabulary\), which would take about") as refused:
         predictions_of(name)

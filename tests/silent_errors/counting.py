@@ -68,7 +68,7 @@ def weights_in_a_partial() -> float:
     return _error_of_tuples(functools.partial(F.cross_entropy, weight=weight), _labels(400, l2=(17, 90)))
 
 
-@case(6, "class weights and 255 ignored, in a module around the loss")
+@case(6, "class weights and 255 ignored, in a module around the loss", slow=True)
 def weights_in_a_module() -> float:
     class Loss(nn.Module):
         def __init__(self) -> None:
@@ -179,7 +179,7 @@ def keep_tokens() -> float:
     return update_error(model, rows, lambda model: loss_fn(model(ids), columns), 200, batch_size=4, loss_fn=loss_fn)
 
 
-@case(7, "two labels left out by their numbers")
+@case(7, "two labels left out by their numbers", slow=True)
 def two_labels_left_out() -> float:
     labels = _labels(400, l254=(17, 90), l255=(21, 91))
     return _error_of_tuples(lambda o, y: F.cross_entropy(o[y < 254], y[y < 254]), labels)
