@@ -12,6 +12,9 @@ from .probe import Explanation
 
 _NAMED = 3  # modules or parameters to name in a message
 _OF_WEIGHTS = "If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
+_OVER_WINDOW = (
+    "Give it as a `loss_fn` with `loss_over='window'`, which gets all rows of an update at once: then it is exact."
+)
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,12 @@ class ExactnessReport:
             return (
                 f"A single row has a loss of {self.single_rows[term]:.2g}, a few rows in one batch "
                 f"{self.joint[term]:.2g}: rows are compared with each other, as in-batch negatives are. No weighting "
-                "replaces the rows that a micro-batch lacks. Make `batch_size` as large as the comparison needs."
+                f"replaces the rows that a micro-batch lacks. {_OVER_WINDOW}"
             )
         return (
             "Accumulating it only approximates one large batch. This is so for losses that compare the rows of a batch "
-            "with each other. If yours is a mean over other items, give `count_items`. If it is the sum of several "
-            f"means, have `loss_fn` return them by name, in a dict. {_OF_WEIGHTS}"
+            f"with each other. {_OVER_WINDOW} If yours is a mean over other items, give `count_items`. If it is the "
+            f"sum of several means, have `loss_fn` return them by name, in a dict. {_OF_WEIGHTS}"
         )
 
     def _of_rows_at_fault(self, term: str) -> str:

@@ -1,6 +1,10 @@
 """Messages about a loss, in the words of a Trainer's users."""
 
 _REPHRASED = {
+    " Give it as a `loss_fn` with `loss_over='window'`, which gets all rows of an update at once: then it is exact.": (
+        " Make `batch_size` as large as the comparison needs, or train with `test_fine_tuning(loss_over='window')`, "
+        "which gives the loss all rows of an update at once."
+    ),
     " If it is the sum of several means, have `loss_fn` return them by name, in a dict.": "",
     " If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted.": "",
     "set `reduction='sum'`": "return their mean instead",
