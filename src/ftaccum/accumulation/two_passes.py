@@ -71,6 +71,8 @@ class TwoPasses:
     _kept: dict[int, _Kept] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Graphs compiled without gradients draw other random numbers than with them.
+        self._first_has_graphs = is_compiled(self._inner)
         self.drift = torch.zeros((), device=self.device)
 
     @property
@@ -88,10 +90,9 @@ class TwoPasses:
         if micro.is_dummy:
             return
         generators, batch = Generators.now(), fresh_batch(micro.batch, self.device)
-        # DDP would expect a backward pass. Graphs compiled without gradients draw other random numbers than with them.
-        model = self._inner
-        with nullcontext() if is_only or is_compiled(model) else torch.no_grad():
-            means, values, _ = self.objective.observe(model, batch, micro.counts, micro.terms, micro.names)
+        with nullcontext() if is_only or self._first_has_graphs else torch.no_grad():
+            # Not DDP, which would expect a backward pass.
+            means, values, _ = self.objective.observe(self._inner, batch, micro.counts, micro.terms, micro.names)
         detached = {name: value.detach() for name, value in values.items()}
         self._kept[index] = _Kept(generators, FirstPass(micro.slice.places, detached))
         if is_only:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
-from ..runtime.tensor_collectives import gather_rows, positions_of
+from ..runtime.tensor_collectives import gather_rows
 from .item_counts import Batch
 from .normalizer import Means, widened
 from .window_loss import WindowLoss
@@ -40,15 +40,17 @@ class RowTerms(WindowTerms):
     def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledRows":
         own = {name: torch.cat([each.values[name] for each in passes]) for name in (passes[0].values if passes else ())}
         values = gather_rows(own, process_group, self._device)
-        places = positions_of([each.places for each in passes], process_group)
+        own_places = [place for each in passes for place in each.places]
+        places = [place for part in process_group.gather(own_places) for place in part]
         order = torch.tensor(places).argsort().to(self._device)
         seed = process_group.broadcast(_drawn_seed())
         with preserve_rng(), torch.enable_grad():
             seed_all(seed)  # so that all processes draw the same numbers
             means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
-        inputs = WindowLoss.inputs(values).values()
-        finite = torch.stack([value.isfinite().all() for value in inputs]).all()
-        return SettledRows(means, len(places), [each.places for each in passes], finite, by_row, by_parameter)
+        finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
+        back, sizes = torch.tensor(own_places).to(self._device), [len(each.places) for each in passes]
+        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()} if passes else {}
+        return SettledRows(means, len(places), sizes, finite, by_pass, by_parameter)
 
     def _gradients(self, values: Values) -> tuple[Means, dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
         """Return the loss of the window, its gradient by each input, rows first, and that by each parameter."""
@@ -75,26 +77,24 @@ class SettledRows(SettledTerms):
 
     Attributes:
         n_rows: the number of rows of the window.
-        places: the positions of the rows of this process's micro-batches in the window.
+        sizes: the number of rows of each micro-batch of this process.
         finite: whether all inputs of the loss are finite (a scalar).
-        by_row: the gradient by each input of the loss, with the rows in the window's order.
+        by_pass: the gradient by each input of the loss, for the rows of each micro-batch of this process.
         by_parameter: the gradient by each parameter that the loss reads itself.
     """
 
     means: Means
     n_rows: int
-    places: Sequence[Sequence[int]]
+    sizes: Sequence[int]
     finite: Tensor
-    by_row: Mapping[str, Tensor]
+    by_pass: Mapping[str, Sequence[Tensor]]
     by_parameter: Sequence[tuple[nn.Parameter, Tensor]]
 
     def part(self, index: int, values: Values) -> WindowPart:
-        places = self.places[index]
         products = [
-            (widened(values[name]) * widened(gradient[torch.tensor(places, device=gradient.device)])).sum()
-            for name, gradient in self.by_row.items()
+            (widened(values[name]) * widened(gradients[index])).sum() for name, gradients in self.by_pass.items()
         ]
-        share = torch.stack([widened(mean) for mean in self.means.values()]).sum() * (len(places) / self.n_rows)
+        share = torch.stack([widened(mean) for mean in self.means.values()]).sum() * (self.sizes[index] / self.n_rows)
         return WindowPart(self._blamed(share, values), torch.stack(products).sum() if products else share * 0)
 
     def _blamed(self, share: Tensor, values: Values) -> Tensor:

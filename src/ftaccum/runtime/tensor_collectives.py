@@ -1,8 +1,7 @@
 """Tensors gathered and summed over processes, on their devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -52,9 +51,3 @@ def _unpacked(data: Tensor, spec: _Spec) -> dict[str, Tensor]:
         found[name] = data[start : start + size].clone().view(dtype).reshape(shape)  # clones are aligned
         start += size
     return found
-
-
-def positions_of(places: Sequence[Sequence[int]], process_group: ProcessGroup) -> list[int]:
-    """Return the places of all processes' rows in one list, in order of rank."""
-    everyone: list[Any] = process_group.gather([place for part in places for place in part])
-    return [place for own in everyone for place in own]
