@@ -92,16 +92,15 @@ class TwoPasses:
         model = self._inner
         with nullcontext() if is_only or is_compiled(model) else torch.no_grad():
             means, values, _ = self.objective.observe(model, batch, micro.counts, micro.terms, micro.names)
-        detached = {name: value.detach() for name, value in values.items()}
-        self._kept[index] = _Kept(generators, FirstPass(micro.slice.places, detached))
+        self._kept[index] = _Kept(generators, FirstPass.of(micro.slice.places, values))
         if is_only:
             self._kept[index].live, self.forward_passes = (means, values), 1
 
     def settle(self) -> None:
         """Compute the terms of the window. All processes call this after their first passes."""
-        self._settled: SettledTerms = self.terms.settle(
-            [kept.found for kept in self._kept.values()], self.process_group
-        )
+        passes = [kept.found for kept in self._kept.values()]
+        with torch.enable_grad():
+            self._settled: SettledTerms = self.terms.settle(passes, self.process_group)
         self._numbers = {index: n for n, index in enumerate(self._kept)}
 
     def loss(self, index: int, micro: MicroBatch, normalizer: LossNormalizer, *, is_last: bool) -> MicroBatchLoss:

@@ -43,7 +43,7 @@ class RowTerms(WindowTerms):
         places = positions_of([each.places for each in passes], process_group)
         order = torch.tensor(places).argsort().to(self._device)
         seed = process_group.broadcast(_drawn_seed())
-        with preserve_rng(), torch.enable_grad():
+        with preserve_rng():
             seed_all(seed)  # so that all processes draw the same numbers
             means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
         inputs = WindowLoss.inputs(values).values()
