@@ -44,7 +44,7 @@ class RowTerms(WindowTerms):
         places = [place for part in process_group.gather(own_places) for place in part]
         order = torch.tensor(places).argsort().to(self._device)
         seed = process_group.broadcast(_drawn_seed())
-        with preserve_rng(), torch.enable_grad():
+        with preserve_rng():
             seed_all(seed)  # so that all processes draw the same numbers
             means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
         finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
