@@ -124,16 +124,24 @@ def settings(batch_sizes: list[int]) -> list[Setting]:
         for checkpointing in (False, True):
             found.append(
                 Setting(
-                    "mixture of experts", experts, lambda ids: {"input_ids": ids, "labels": ids},
-                    {"router_balance": "window"}, {"router_balance": "micro_batch"}, batch_size, checkpointing,
+                    "mixture of experts",
+                    experts,
+                    lambda ids: {"input_ids": ids, "labels": ids},
+                    {"router_balance": "window"},
+                    {"router_balance": "micro_batch"},
+                    batch_size,
+                    checkpointing,
                 )  # fmt: skip
             )
             found.append(
                 Setting(
-                    "contrastive loss", encoder, lambda ids: {"input_ids": ids},
+                    "contrastive loss",
+                    encoder,
+                    lambda ids: {"input_ids": ids},
                     {"loss_fn": contrastive, "loss_over": "window", "loss_inputs": pool},
                     {"loss_fn": lambda outputs, batch: contrastive(pool(outputs, batch), batch)},
-                    batch_size, checkpointing,
+                    batch_size,
+                    checkpointing,
                 )  # fmt: skip
             )
     return sorted(found, key=lambda setting: setting.name, reverse=True)
@@ -143,7 +151,9 @@ def main() -> None:
     options = _options()
     transformers.logging.set_verbosity_error()
     print(machine(), end="\n\n")
-    print("| loss | rows | checkpointing | one pass, s | two passes, s | time | one pass, MB | two passes, MB | memory |")
+    print(
+        "| loss | rows | checkpointing | one pass, s | two passes, s | time | one pass, MB | two passes, MB | memory |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for setting in settings(options.batch_sizes):
         times: dict[bool, list[float]] = {False: [], True: []}

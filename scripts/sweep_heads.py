@@ -98,7 +98,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=list(TASKS), help="task to check, repeatable (default: all)")
     parser.add_argument("--only", default="", metavar="NAME", help="check only classes whose names contain this")
-    parser.add_argument("--variant", metavar="NAME", help="check only this variant, such as 'router loss' (default: all)")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="check only this variant, such as 'router loss' (default: all)"
+    )
     parser.add_argument(
         "--router-balance", choices=["window", "micro_batch"], default="window", help="as in training (default: window)"
     )
