@@ -3,7 +3,8 @@
 Each setting is trained in both ways, interleaved in rounds: over the whole update (`router_balance="window"`, or
 `loss_over="window"`), and over each micro-batch alone (`router_balance="micro_batch"`, or the same loss per
 micro-batch), which is another loss and takes one pass. Times are those of the updates only, without the measurements
-before training, and on a CPU those of the processor: the medians of the rounds, and of the rounds' ratios. Memory is the most bytes that torch's
+before training, and on a CPU those of the processor: the medians of the rounds, and of the rounds' ratios. Memory is
+the most bytes that torch's
 allocator had handed out, from the profiler's record of one run. Models have random weights; rows have the same length.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_two_passes.py      # some five minutes on one thread
@@ -131,7 +132,7 @@ def settings(batch_sizes: list[int]) -> list[Setting]:
                     {"router_balance": "micro_batch"},
                     batch_size,
                     checkpointing,
-                )  # fmt: skip
+                )
             )
             found.append(
                 Setting(
@@ -142,7 +143,7 @@ def settings(batch_sizes: list[int]) -> list[Setting]:
                     {"loss_fn": lambda outputs, batch: contrastive(pool(outputs, batch), batch)},
                     batch_size,
                     checkpointing,
-                )  # fmt: skip
+                )
             )
     return sorted(found, key=lambda setting: setting.name, reverse=True)
 
