@@ -100,8 +100,9 @@ class VerificationRun(Run):
     def _trained(self) -> list[nn.Module]:
         """The modules whose gradients are compared: the model, and a loss over the window with parameters."""
         loss_fn = self.config.components.loss_fn
-        is_trained = self.config.recipe.loss_over == "window" and isinstance(loss_fn, nn.Module)
-        return [self.model, *([loss_fn] if is_trained else [])]
+        if self.config.recipe.loss_over == "window" and isinstance(loss_fn, nn.Module):
+            return [self.model, loss_fn]
+        return [self.model]
 
     def _measured_in(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
         components = self.config.components
