@@ -4,7 +4,8 @@ Each setting is trained in both ways, interleaved in rounds: over the whole upda
 `loss_over="window"`), and over each micro-batch alone (`router_balance="micro_batch"`, or the same loss per
 micro-batch), which is another loss and takes one pass. Times are those of the updates only, without the measurements
 before training, and on a CPU those of the processor: the medians of the rounds, and of the rounds' ratios. Memory is
-the most bytes that torch's allocator had handed out, from the profiler's record of one run. Models have random weights; rows have the same length.
+the most bytes that torch's allocator had handed out, from the profiler's record of one run. Models have random weights;
+rows have the same length.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_two_passes.py      # some five minutes on one thread
 """

@@ -38,6 +38,7 @@ def run(case: Case, model: nn.Module | None = None, **arguments: Any) -> None:
         ({"padding_free": True}, "`padding_free` is True, but with `loss_over='window'` each row must stay a row"),
         ({"class_weights": "balanced"}, "`class_weights` is 'balanced', .* but `loss_fn` is given"),
         ({"label_smoothing": 0.1}, "`label_smoothing` is 0.1, .* but `loss_fn` is given"),
+        ({"loss_inputs": torch.nn.Linear(2, 2)}, "`loss_inputs` is a module with trainable parameters"),
         ({"loss_inputs": "embeds"}, "`loss_inputs` must be callable or None, but is 'embeds' instead"),
     ],
     ids=str,
