@@ -153,6 +153,8 @@ class GradientAccumulator:
                 self._run_synced(index, micro, window, failure)
             self._pass_done()
         self._strategy.reduce(self._process_group)
+        if two_passes is not None:
+            two_passes.finish()
         return window
 
     def _first_pass(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> TwoPasses | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..runtime.memory import is_out_of_memory
+from ..runtime.memory import AgreedOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.tensor_collectives import gather_rows
@@ -45,18 +45,23 @@ class RowTerms(WindowTerms):
         own_places = [place for each in passes for place in each.places]
         places = [place for part in process_group.gather(own_places) for place in part]
         order = torch.tensor(places).argsort().to(self._device)
-        seed = process_group.broadcast(_drawn_seed())
+        seed = process_group.broadcast(int(torch.randint(2**31, ())))
+        found, failure = None, None
         with preserve_rng():
             seed_all(seed)  # so that all processes draw the same numbers
             try:
-                means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
+                found = self._gradients({name: value[order] for name, value in values.items()})
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                raise torch.OutOfMemoryError(_out_of_memory(len(places), error)) from error
+                failure = error
+        if process_group.any(failure is not None):
+            raise AgreedOutOfMemoryError(_out_of_memory(len(places), failure)) from failure
+        assert found is not None, "memory has run out on no process"
+        means, by_row, by_parameter = found
         finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
-        back, sizes = torch.tensor(own_places).to(self._device), [len(each.places) for each in passes]
-        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()} if passes else {}
+        back, sizes = torch.tensor(own_places, dtype=torch.long).to(self._device), [len(each.places) for each in passes]
+        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()}
         return SettledRows(means, len(places), sizes, finite, by_pass, by_parameter)
 
     def _gradients(self, values: Values) -> tuple[Means, dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
@@ -110,6 +115,9 @@ class SettledRows(SettledTerms):
         share = torch.stack([widened(mean) for mean in self.means.values()]).sum() * (self.sizes[index] / self.n_rows)
         return WindowPart(self._blamed(share, values), torch.stack(products).sum() if products else share * 0)
 
+    def zero(self, values: Values) -> Tensor:
+        return torch.stack([widened(values[name]).sum() * 0 for name in self.by_pass] or [torch.zeros(())]).sum()
+
     def _blamed(self, share: Tensor, values: Values) -> Tensor:
         """Return a part of a loss that is not finite as 0, if inputs of other micro-batches are at fault."""
         own = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
@@ -138,17 +146,11 @@ def _joined(passes: Sequence[Values]) -> dict[str, Tensor]:
     return joined
 
 
-def _out_of_memory(n_rows: int, error: Exception) -> str:
+def _out_of_memory(n_rows: int, error: Exception | None) -> str:
     scores = 4 * n_rows**2 / 2**20
     return (
         f"Memory ran out while `loss_fn` computed the loss of all {n_rows:,} rows of an update together. Smaller "
         f"micro-batches do not help. A matrix of {n_rows:,} × {n_rows:,} scores takes {scores:,.0f} MiB in float32, "
-        "and a loss holds several of that size. Lower the effective batch, or let `loss_fn` compute it in parts. The "
-        f"device reported: {error}"
+        "and a loss holds several of that size. Lower the effective batch, or let `loss_fn` compute it in parts. All "
+        "earlier updates are complete." + ("" if error is None else f" The device reported: {error}")
     )
-
-
-def _drawn_seed() -> int:
-    """Return a random seed, without moving the generators: the same rows after the same updates get the same one."""
-    with preserve_rng():
-        return int(torch.randint(2**31, ()))
