@@ -32,9 +32,9 @@ def check_loss_memory(
     if needed > free:
         raise SettingsError(
             [
-                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {_gigabytes(needed)} of "
+                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {_size(needed)} of "
                 f"memory: with `loss_over='window'`, it gets all rows of an update at once, and each process computes "
-                f"it. {_gigabytes(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
+                f"it. {_size(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
             ]
         )
 
@@ -61,5 +61,5 @@ def check_sharded_window(objective: Objective, *, is_compiled: bool) -> None:
     refuse(faults)
 
 
-def _gigabytes(number: float) -> str:
-    return f"{number / 2**30:.1f} GiB"
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
