@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum import DataError, SettingsError
+from ftaccum.checkpoint.compatibility import function_identity
 from ftaccum.losses import CoxLoss, InfoNCELoss, MultipleNegativesRankingLoss, PairwiseRankingLoss
 
 ROWS = 7
