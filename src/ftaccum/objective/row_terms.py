@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..runtime.gradient_hooks import suspend_tensor_hooks
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.tensor_collectives import gather_rows
@@ -56,12 +57,15 @@ class RowTerms(WindowTerms):
         """Return the loss of the window, its gradient by each input, rows first, and that by each parameter."""
         inputs = {name: value for name, value in WindowLoss.inputs(values).items() if value.is_floating_point()}
         inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-        means = self._means(self._window_loss.loss({**values, **inputs}))
+        copies = {name: value.clone() for name, value in inputs.items()}  # the loss may write to what it gets
+        means = self._means(self._window_loss.loss({**values, **copies}))
         total = torch.stack([widened(mean) for mean in means.values()]).sum()
-        parameters = [p for p in self._parameters() if p.requires_grad]
+        # The model and the loss may share some, and each must get its gradient once.
+        parameters = list(dict.fromkeys(p for p in self._parameters() if p.requires_grad))
         found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
         if total.requires_grad:
-            found = torch.autograd.grad(total, [*inputs.values(), *parameters], allow_unused=True)
+            with suspend_tensor_hooks(parameters):  # they run in the backward pass of the second pass
+                found = torch.autograd.grad(total, [*inputs.values(), *parameters], allow_unused=True)
         by_row = dict(zip(inputs, found, strict=False))
         by_parameter = zip(parameters, found[len(inputs) :], strict=True)
         return (

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import of_main_process
-from ..runtime.state_guards import gradient_hooks, inspection_mode
+from ..runtime.state_guards import inspection_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.process_group import of_main_process
-from ..runtime.state_guards import gradient_hooks, inspection_mode, preserve_buffers
+from ..runtime.state_guards import inspection_mode, preserve_buffers
 from .batch_changes import fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
