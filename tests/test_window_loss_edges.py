@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from windowed import GROUP, ROWS, Embedder, ordered, trained
+from windowed import GROUP, ROWS, Embedder, trained
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -106,3 +105,42 @@ def test_a_loss_may_write_to_what_it_gets() -> None:
         return compared(embeddings_BD, batch)
 
     assert difference(Embedder(), writing) < 1e-12
+
+
+class Centring(nn.Module):
+    """A loss that centres what it reads by a moving average, which each call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, embeddings_BD: Tensor, batch: Any) -> Tensor:
+        loss = compared(embeddings_BD - self.centre, batch)
+        self.centre = 0.5 * self.centre + embeddings_BD.detach().mean(0)
+        return loss
+
+
+def test_the_loss_moves_its_buffers_once_per_update_however_it_is_cut() -> None:
+    centres = []
+    for batch_size in (1, 2, GROUP):
+        loss = Centring()
+        trained(Embedder(), loss_fn=loss, val_data=None, validation_split=0.0, batch_size=batch_size)
+        centres.append(loss.centre)
+    assert centres[0].abs().min() > 0
+    assert torch.allclose(centres[0], centres[2], rtol=1e-12)
+    assert torch.allclose(centres[1], centres[2], rtol=1e-12)
+
+
+def test_each_update_draws_other_numbers_in_its_loss_however_it_is_cut() -> None:
+    def drawn(batch_size: int) -> list[float]:
+        numbers = []
+
+        def drawing(embeddings_BD: Tensor, batch: Any) -> Tensor:
+            numbers.append(torch.rand(()).item())
+            return compared(embeddings_BD, batch) * numbers[-1]
+
+        trained(loss_fn=drawing, val_data=None, validation_split=0.0, batch_size=batch_size)
+        return numbers[-3:]  # the updates
+
+    assert len(set(drawn(1))) == 3
+    assert drawn(1) == drawn(2) == drawn(GROUP)

@@ -153,6 +153,8 @@ class GradientAccumulator:
                 self._run_synced(index, micro, window, failure)
             self._pass_done()
         self._strategy.reduce(self._process_group)
+        if two_passes is not None:
+            two_passes.end()
         return window
 
     def _first_pass(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> TwoPasses | None:
@@ -173,9 +175,14 @@ class GradientAccumulator:
                         raise
                     break
         leave_after(failure, self._process_group)
+        if is_only:
+            two_passes.settle()
+            return two_passes
+        # The second pass moves buffers again. But only here, once, does the loss move its own.
+        of_model, of_loss = start.buffers.split(self._model)
+        of_loss.restore()
         two_passes.settle()
-        if not is_only:
-            start.buffers.restore()  # the second pass moves them again
+        of_model.restore()
         return two_passes
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:

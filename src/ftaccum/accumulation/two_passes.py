@@ -126,6 +126,11 @@ class TwoPasses:
             backward = backward + of_parameters / self.process_group.size
         return MicroBatchLoss({**means, **settled}, contribution, backward)
 
+    def end(self) -> None:
+        """Move the generators on, so that the next window draws other numbers, even if no pass draws any."""
+        if self.terms.may_draw:
+            torch.rand(())
+
     @property
     def _inner(self) -> nn.Module:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

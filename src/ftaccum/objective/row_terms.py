@@ -20,6 +20,8 @@ from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTer
 class RowTerms(WindowTerms):
     """The terms of a loss that reads values of all rows of a window, such as their embeddings."""
 
+    may_draw = True
+
     def __init__(
         self,
         names: Sequence[str],
@@ -112,6 +114,6 @@ class SettledRows(SettledTerms):
 
 
 def _drawn_seed() -> int:
-    """Return a random seed, without moving the generators: the same rows after the same updates get the same one."""
+    """Return a random seed, without moving the generators, which the second pass sets back anyway."""
     with preserve_rng():
         return int(torch.randint(2**31, ()))

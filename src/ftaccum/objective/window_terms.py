@@ -89,9 +89,11 @@ class WindowTerms(ABC):
 
     Attributes:
         names: the names of the terms.
+        may_draw: whether the terms may draw random numbers.
     """
 
     names: Sequence[str]
+    may_draw = False
 
     @abstractmethod
     def read(self, outputs: Any, batch: Batch) -> Values:
