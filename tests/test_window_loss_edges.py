@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from ftaccum.errors import DataError, InexactLossWarning, SettingsError
 from windowed import GROUP, ROWS, Embedder, trained
 
 Loss = Callable[[Any, Any], Tensor]
@@ -144,3 +146,92 @@ def test_each_update_draws_other_numbers_in_its_loss_however_it_is_cut() -> None
 
     assert len(set(drawn(1))) == 3
     assert drawn(1) == drawn(2) == drawn(GROUP)
+
+
+def short_run(model: nn.Module, loss: Loss, **arguments: Any) -> None:
+    trained(model, loss_fn=loss, val_data=None, validation_split=0.0, max_updates=1, **arguments)
+
+
+def refusal(loss: Loss, **arguments: Any) -> str:
+    with pytest.raises((SettingsError, DataError)) as caught:
+        short_run(Embedder(), loss, **arguments)
+    return str(caught.value)
+
+
+def test_parameters_that_only_a_closure_holds_are_refused() -> None:
+    temperature, head = torch.tensor(1.0, requires_grad=True), nn.Linear(3, 3, dtype=torch.float64)
+    wanted = "belongs to neither the model nor `loss_fn`"
+    assert wanted in refusal(lambda x, batch: compared(x * temperature, batch))
+    assert wanted in refusal(compared, loss_inputs=lambda outputs, _: head(outputs))
+    assert temperature.grad is None
+    assert head.weight.grad is None
+
+
+def test_a_loss_may_read_frozen_parameters_and_tensors_made_in_the_pass() -> None:
+    teacher = nn.Linear(3, 3, dtype=torch.float64).requires_grad_(requires_grad=False)
+
+    def inputs(outputs: Tensor, _: Any) -> Tensor:
+        return teacher(outputs) + torch.zeros_like(outputs).requires_grad_()
+
+    assert difference(Embedder(), compared, inputs) < 1e-12
+
+
+def test_complex_inputs_are_refused() -> None:
+    wanted = "must be real numbers"
+    assert wanted in refusal(lambda x, batch: compared(x.abs(), batch), loss_inputs=lambda x, _: torch.fft.fft(x))
+
+
+def test_a_collator_that_returns_several_rows_for_one_is_refused() -> None:
+    def two_views(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: column.repeat_interleave(2, 0) for name, column in collate(rows).items()}
+
+    assert "returns 2 rows for a single one" in refusal(compared, data_collator=two_views)
+
+
+class Queueing(Embedder):
+    """An embedder that compares each row with the mean of the pass before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = super().forward(input_ids, attention_mask)
+        past, self.queue = self.queue, found.detach().mean(0) if self.training else self.queue
+        return found * past
+
+
+class Clamping(Embedder):
+    """An embedder whose gradient is clamped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+class Leaving(Embedder):
+    """An embedder that leaves a number of its last batch behind."""
+
+    scale = torch.ones(())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = super().forward(input_ids, attention_mask)
+        self.scale = found.detach().norm()
+        return found
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (Queueing(), "changes buffers that the next one depends on"),
+        (Clamping(), "Hooks, autograd functions and layers that clamp"),
+        (Leaving(), "`loss_fn` may read what the last forward pass left behind"),
+    ],
+    ids=["queue", "hook", "attribute"],
+)
+def test_a_model_that_makes_two_passes_inexact_is_named(model: nn.Module, cause: str) -> None:
+    def loss(embeddings_BD: Tensor, batch: Any) -> Tensor:
+        return compared(embeddings_BD, batch) * getattr(model, "scale", 1.0)
+
+    with pytest.warns(InexactLossWarning, match=cause):
+        short_run(model, loss)

@@ -1,6 +1,7 @@
 """A user's loss over a window, as terms: its gradient by each row, and by its own parameters."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,7 @@ class RowTerms(WindowTerms):
         own_places = [place for each in passes for place in each.places]
         places = [place for part in process_group.gather(own_places) for place in part]
         order = torch.tensor(places).argsort().to(self._device)
-        seed = process_group.broadcast(_drawn_seed())
-        with preserve_rng():
-            seed_all(seed)  # so that all processes draw the same numbers
+        with seeded_draws(process_group):
             means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
         finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
         back, sizes = torch.tensor(own_places).to(self._device), [len(each.places) for each in passes]
@@ -113,7 +112,12 @@ class SettledRows(SettledTerms):
         return torch.stack(products).sum() if products else None
 
 
-def _drawn_seed() -> int:
-    """Return a random seed, without moving the generators, which the second pass sets back anyway."""
+@contextmanager
+def seeded_draws(process_group: ProcessGroup) -> Iterator[None]:
+    """Let a loss draw the same random numbers on all processes, and restore the generators on exit.
+
+    The seed is drawn, so it is another one after the generators have moved.
+    """
     with preserve_rng():
-        return int(torch.randint(2**31, ()))
+        seed_all(process_group.broadcast(int(torch.randint(2**31, ()))))
+        yield

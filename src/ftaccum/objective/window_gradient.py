@@ -1,0 +1,127 @@
+"""The check before training that two passes over a window give the gradient that plain PyTorch gives for one batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SettingsError
+from ..runtime.graph_leaves import leaves_besides
+from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.module_attributes import preserve_attributes
+from ..runtime.process_group import ProcessGroup
+from ..runtime.state_guards import preserve_buffers
+from .forward import total_of
+from .gradient_check import GradientDifference, backward, difference_of
+from .gradient_sketch import GradientSketch, sketch_gradients
+from .item_counts import Batch, rows_of
+from .row_terms import RowTerms, seeded_draws
+from .sample import UNEQUAL, Sample
+from .window_forward import WindowForward
+from .window_terms import FirstPass
+
+_REVERSED = (3, 2, 1, 0)
+
+
+@dataclass(frozen=True)
+class WindowGradientCheck:
+    """A comparison of the gradient of two passes over a few rows with that of one batch.
+
+    Attributes:
+        model: the model, in the mode to check it in. Its passes must be the same each time.
+        prepared: returns a batch as the model takes it, on its device.
+    """
+
+    model: nn.Module
+    forward: WindowForward
+    terms: RowTerms
+    sample: Sample
+    prepared: Callable[[Batch], Batch]
+
+    def refuse_unknown_parameters(self) -> None:
+        """Raise SettingsError if the loss depends on a parameter that belongs to neither the model nor `loss_fn`."""
+        loss_fn = self.forward.window_loss.loss_fn
+        modules = [self.model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
+        known = [p for module in modules for p in module.parameters()]
+
+        def unknown() -> list[Tensor]:
+            with torch.enable_grad(), preserve_attributes(self._both), preserve_buffers(self._both):
+                return leaves_besides(self._loss(self.sample.together), known)
+
+        found = unknown()
+        again = {id(leaf) for leaf in unknown()} if found else set()
+        lasting = [leaf for leaf in found if id(leaf) in again]  # not what a pass creates, to differentiate by it
+        if lasting:
+            raise SettingsError(
+                [
+                    f"The loss depends on a tensor of shape {tuple(lasting[0].shape)} that requires a gradient, but "
+                    "belongs to neither the model nor `loss_fn`. With `loss_over='window'`, it would not be trained. "
+                    "Make it a parameter of one of them (`loss_fn` may be an nn.Module, `loss_inputs` must have none "
+                    "of its own), or set its `requires_grad` to False."
+                ]
+            )
+
+    def difference(self, tolerance: float) -> GradientDifference:
+        """Return how far the gradient of two passes is from that of one batch, if memory allows to measure it.
+
+        Args:
+            tolerance: the largest relative difference that counts as rounding.
+        """
+        try:
+            cut = self.sample.cut
+            reordered = None if cut is None else cut(self.sample.together, (_REVERSED,))[0]
+            again = None if reordered is None else lambda: self._of_one_batch(reordered, _REVERSED)
+            return difference_of(self._of_one_batch(self.sample.together), self._of_two_passes(), again, tolerance)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        give_back_memory()
+        return GradientDifference()
+
+    @property
+    def _both(self) -> nn.Module:
+        return nn.ModuleDict({"model": self.model, "loss": self.forward.window_loss})
+
+    def _loss(self, batch: Batch, places: Sequence[int] = ()) -> Tensor:
+        given = self.prepared(batch)
+        outputs = self.forward.outputs(self.model, given)
+        with seeded_draws(ProcessGroup(1)):
+            return total_of(self.forward.window_loss(outputs, given, places))
+
+    def _of_one_batch(self, batch: Batch, places: Sequence[int] = ()) -> GradientSketch:
+        both = self._both
+        with torch.enable_grad(), sketch_gradients(both) as sketch, preserve_attributes(both), preserve_buffers(both):
+            loss = self._loss(batch, places)
+            if loss.requires_grad:
+                backward(loss)
+        return _named(sketch)
+
+    def _of_two_passes(self) -> GradientSketch:
+        both, passes, n_before = self._both, [], 0
+        parts = self.sample.separate(self.sample.together, UNEQUAL)
+        with torch.enable_grad(), sketch_gradients(both) as sketch, preserve_attributes(both), preserve_buffers(both):
+            for part in parts:
+                places = range(n_before, n_before + rows_of(part))
+                with torch.no_grad(), preserve_buffers(both):
+                    given = self.prepared(part)
+                    values = self.terms.read(self.forward.outputs(self.model, given), given)
+                passes.append(FirstPass.of(places, values))
+                n_before += len(places)
+            settled = self.terms.settle(passes, ProcessGroup(1))
+            for n, part in enumerate(parts):
+                with preserve_buffers(both):
+                    given = self.prepared(part)
+                    values = self.terms.read(self.forward.outputs(self.model, given), given)
+                    surrogate = settled.part(n, values).surrogate
+                    if n == 0 and (of_parameters := settled.of_parameters()) is not None:
+                        surrogate = surrogate + of_parameters
+                    if surrogate.requires_grad:
+                        backward(surrogate)
+        return _named(sketch)
+
+
+def _named(sketch: GradientSketch) -> GradientSketch:
+    """Return a sketch with the names of the model's and the loss's own parameters."""
+    shorter = (name.removeprefix("model.").removeprefix("loss.") for name in sketch.sums)
+    return GradientSketch(dict(zip(shorter, sketch.sums.values(), strict=True)))
