@@ -146,3 +146,12 @@ def test_an_attribute_that_cannot_be_restored_is_reported(
         in capsys.readouterr().err
     )
     assert before.changed() == ["`large` of Keeps"]
+
+
+def test_hooks_of_transformers_that_collect_outputs_are_installed_once() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=9, **sizes))
+    for _ in range(2):
+        with preserve_attributes(model):
+            outputs = model(torch.ones(1, 2, dtype=torch.long), output_hidden_states=True)
+    assert len(outputs.hidden_states) == 2  # the embeddings, and the layer

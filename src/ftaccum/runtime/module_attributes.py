@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .log import logger
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Transformers notes here that its hooks, which collect hidden states and the like, are installed. They stay, so this
+# must stay too: installed twice, they collect each layer's output twice.
+_OF_HOOKS = "_output_capturing_hooks_installed"
 _OF_SHARDING = "__composable_api_state_key"  # prefix of the attributes of FSDP2, which keeps its own state
 _BUDGET = 2**28  # most bytes of tensors and arrays to copy
 _DEPTH = 3  # levels of containers and objects to look into
@@ -196,7 +199,7 @@ def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return [
         (name, value)
         for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE and not name.startswith(_OF_SHARDING)
+        if name not in _OF_EVERY_MODULE and name != _OF_HOOKS and not name.startswith(_OF_SHARDING)
     ]
 
 
