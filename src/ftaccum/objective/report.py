@@ -97,12 +97,13 @@ class ExactnessReport:
     read_parameters: Sequence[str] = ()
     loss_memory: LossMemory | None = None
 
-    def over_whole_window(self, terms: Sequence[str]) -> "ExactnessReport":
-        """Return the report of a loss of which some terms are computed over all tokens of a window together."""
+    def over_whole_window(self, terms: Sequence[str], padding: float) -> "ExactnessReport":
+        """Return the report of a loss of which some terms are computed over all tokens of a window, padding included."""
+        explanation = replace(self.explanation, padding=max(self.explanation.padding, padding))
         return replace(
             self,
             ways={**self.ways, **dict.fromkeys(terms, "all tokens of an update together")},
-            explanation=self.explanation.with_exact(terms),
+            explanation=explanation.with_exact(terms),
             in_training=self.in_training.with_exact(terms),
             balanced=tuple(terms),
         )

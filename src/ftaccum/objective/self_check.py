@@ -77,7 +77,7 @@ def measured_objective(
     chosen = _chosen(measurement.ways(), report.ways, report.own_rules)
     window = find_router_terms(model, forward, sample) if balances_window and report.parts else None
     if window is not None:
-        report = report.over_whole_window(window.names)
+        report = report.over_whole_window(window.names, window.padding)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report, window)
 
 
