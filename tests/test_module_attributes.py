@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from ftaccum.objective.hidden_state import HiddenState, find_hidden_state
 from ftaccum.runtime.log import run_logging

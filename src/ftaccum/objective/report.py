@@ -98,7 +98,7 @@ class ExactnessReport:
     loss_memory: LossMemory | None = None
 
     def over_whole_window(self, terms: Sequence[str], padding: float) -> "ExactnessReport":
-        """Return the report of a loss of which some terms are computed over all tokens of a window, padding included."""
+        """Return the report of a loss with terms over all tokens of a window, a share of which may be padding."""
         explanation = replace(self.explanation, padding=max(self.explanation.padding, padding))
         return replace(
             self,
