@@ -1,13 +1,16 @@
 """Losses over the window with unusual inputs, parameters, state and models: each is exact, or named before training."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from ftaccum.errors import DataError, InexactLossWarning, SettingsError
+from ftaccum.errors import CheckpointError, DataError, InexactLossWarning, SettingsError, UntrainedLossWarning
 from windowed import GROUP, ROWS, Embedder, trained
 
 Loss = Callable[[Any, Any], Tensor]
@@ -235,3 +238,71 @@ def test_a_model_that_makes_two_passes_inexact_is_named(model: nn.Module, cause:
 
     with pytest.warns(InexactLossWarning, match=cause):
         short_run(model, loss)
+
+
+def test_a_balance_of_experts_that_counts_padding_is_that_of_one_batch() -> None:
+    """Without a mask, the balance reads padding, so the rows of an update are padded to one length."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(
+        vocab_size=20, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=1.0,
+        **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+
+    def without_mask(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collate(rows)
+        return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].where(batch["attention_mask"] > 0, -100)}
+
+    made: list[Recording] = []
+
+    def optimizer(groups: Any) -> Recording:
+        made.append(Recording(groups))
+        return made[0]
+
+    one_update = {"train_data": ROWS[:GROUP], "val_data": None, "validation_split": 0.0, "gradient_clip_norm": None}
+    own_loss = {"loss_fn": None, "loss_over": "items", "data_collator": without_mask}
+    trained(model, optimizer=optimizer, **one_update, **own_loss)
+    model.train()
+    model.zero_grad()
+    model(**without_mask(ROWS[:GROUP])).loss.backward()
+    gate = model.model.layers[0].mlp.gate.weight
+    assert (made[0].gradients[0][gate] - gate.grad).norm() < 1e-5 * gate.grad.norm()
+
+
+def test_parameters_of_a_loss_that_the_optimizer_lacks_are_named() -> None:
+    model = Embedder()
+    with pytest.warns(UntrainedLossWarning, match="`loss_fn` has the parameter `scale`"):
+        short_run(model, Scaled(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntrainedLossWarning)
+        short_run(Embedder(), Scaled())
+
+
+class Listening(nn.Module):
+    """A loss that notes whether it is in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def forward(self, embeddings_BD: Tensor, batch: Any) -> Tensor:
+        self.modes.append(self.training)
+        return compared(embeddings_BD, batch)
+
+
+def test_a_loss_is_in_eval_mode_in_evaluations_alone() -> None:
+    loss = Listening()
+    trained(Embedder(), loss_fn=loss, train_data=ROWS[:GROUP], val_data=ROWS[:GROUP])
+    assert loss.modes == [False, True, False]  # before the update, in it and after it
+    assert loss.training
+
+
+def test_a_run_with_other_inputs_of_its_loss_is_not_resumed(tmp_path: Path) -> None:
+    saved = {"output_dir": str(tmp_path), "checkpoint_every": 1, "val_data": None, "validation_split": 0.0}
+    trained(loss_fn=compared, max_updates=1, **saved)
+    with pytest.raises(CheckpointError, match="`loss_inputs` was None, but is '.*lambda"):
+        trained(
+            loss_fn=compared, loss_inputs=lambda x, _: 2 * x, max_updates=2, resume="auto",
+            allow_changed=["max_updates"], **saved,
+        )  # fmt: skip

@@ -53,6 +53,7 @@ def build_identity(
             "optimizer": optimizer_identity(optimizer),
             "learning_rate": peak_rates(optimizer),
             "loss_fn": function_identity(components.loss_fn),
+            "loss_inputs": function_identity(components.loss_inputs),
             "data_collator": function_identity(components.data_collator),
         },
         run_with={
