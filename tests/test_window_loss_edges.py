@@ -191,6 +191,19 @@ def test_a_collator_that_returns_several_rows_for_one_is_refused() -> None:
     assert "returns 2 rows for a single one" in refusal(compared, data_collator=two_views)
 
 
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_column_that_is_not_one_of_rows_is_named_where_the_loss_reads_it(size: int) -> None:
+    """Also if it has as many entries as the batch has rows, by chance."""
+
+    def with_prior(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return collate(rows) | {"prior": torch.ones(size)}
+
+    def loss(embeddings_BD: Tensor, batch: Any) -> Tensor:
+        return compared(embeddings_BD, batch) * batch["prior"].mean()
+
+    assert "reads column 'prior' of the batch, but" in refusal(loss, data_collator=with_prior)
+
+
 class Queueing(Embedder):
     """An embedder that compares each row with the mean of the pass before."""
 
@@ -301,7 +314,7 @@ def test_a_loss_is_in_eval_mode_in_evaluations_alone() -> None:
 def test_a_run_with_other_inputs_of_its_loss_is_not_resumed(tmp_path: Path) -> None:
     saved = {"output_dir": str(tmp_path), "checkpoint_every": 1, "val_data": None, "validation_split": 0.0}
     trained(loss_fn=compared, max_updates=1, **saved)
-    with pytest.raises(CheckpointError, match="`loss_inputs` was None, but is '.*lambda"):
+    with pytest.raises(CheckpointError, match=r"`loss_inputs` was None, but is '.*lambda"):
         trained(
             loss_fn=compared, loss_inputs=lambda x, _: 2 * x, max_updates=2, resume="auto",
             allow_changed=["max_updates"], **saved,

@@ -41,7 +41,8 @@ class WindowLoss(nn.Module):
             batches: batches of rows of different lengths.
         """
         named = [_columns_of(batch) for batch in batches]
-        shapes = {name: {column.shape[1:] for columns in named for column in [columns[name]]} for name in named[0]}
+        of_rows = set.intersection(*(set(columns) for columns in named))  # others may have as many entries by chance
+        shapes = {name: {columns[name].shape[1:] for columns in named} for name in of_rows}
         self._columns = frozenset(
             name for name, found in shapes.items() if len(found) == 1 and name not in TOKEN_COLUMNS
         )
