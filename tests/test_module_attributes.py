@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
 
 from ftaccum.objective.hidden_state import HiddenState, find_hidden_state
 from ftaccum.runtime.log import run_logging
@@ -149,10 +148,38 @@ def test_an_attribute_that_cannot_be_restored_is_reported(
     assert before.changed() == ["`large` of Keeps"]
 
 
-def test_hooks_of_transformers_that_collect_outputs_are_installed_once() -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = BertModel(BertConfig(vocab_size=9, **sizes))
-    for _ in range(2):
-        with preserve_attributes(model):
-            outputs = model(torch.ones(1, 2, dtype=torch.long), output_hidden_states=True)
-    assert len(outputs.hidden_states) == 2  # the embeddings, and the layer
+class InstallsHooks(nn.Module):
+    """Collects the outputs of a layer with a hook that its first pass installs, as Transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.collected: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if not getattr(self, "has_hooks", False):
+            self.layer.register_forward_hook(lambda *given: self.collected.append(given[-1]))
+            self.layer.register_forward_pre_hook(lambda _, given: given[0] + 1, with_kwargs=False)
+            self.has_hooks = True
+        self.collected.clear()
+        self.layer(x)
+        return list(self.collected)
+
+
+def test_hooks_that_a_first_pass_installs_are_not_installed_twice() -> None:
+    module, x = InstallsHooks(), torch.zeros(1, 2)
+    for _ in range(3):
+        with preserve_attributes(module):
+            assert len(module(x)) == 1
+    outputs = module(x)
+    torch.testing.assert_close(outputs, [nn.functional.linear(x + 1, module.layer.weight, module.layer.bias)])
+    assert len(module(x)) == 1
+
+
+def test_a_hook_from_before_stays() -> None:
+    module, calls = nn.Linear(2, 2), []
+    module.register_forward_hook(lambda *_: calls.append(1), always_call=True)
+    with preserve_attributes(module):
+        module(torch.zeros(1, 2))
+    module(torch.zeros(1, 2))
+    assert len(calls) == 2

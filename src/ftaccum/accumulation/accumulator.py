@@ -154,7 +154,7 @@ class GradientAccumulator:
             self._pass_done()
         self._strategy.reduce(self._process_group)
         if two_passes is not None:
-            two_passes.end()
+            two_passes.finish()
         return window
 
     def _first_pass(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> TwoPasses | None:
@@ -175,14 +175,9 @@ class GradientAccumulator:
                         raise
                     break
         leave_after(failure, self._process_group)
-        if is_only:
-            two_passes.settle()
-            return two_passes
-        # The second pass moves buffers again. But only here, once, does the loss move its own.
-        of_model, of_loss = start.buffers.split(self._model)
-        of_loss.restore()
+        if not is_only:
+            start.buffers.restore()  # the second pass moves them again; the loss moves its own once, in `settle`
         two_passes.settle()
-        of_model.restore()
         return two_passes
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:

@@ -103,6 +103,11 @@ class TwoPasses:
         with torch.enable_grad():
             self._settled: SettledTerms = self.terms.settle(passes, self.process_group)
         self._numbers = {index: n for n, index in enumerate(self._kept)}
+        self._end = Generators.now()
+
+    def finish(self) -> None:
+        """Leave the generators as the first passes and the terms did: the second passes have only drawn again."""
+        self._end.restore()
 
     def loss(self, index: int, micro: MicroBatch, normalizer: LossNormalizer, *, is_last: bool) -> MicroBatchLoss:
         """Run the second pass of a micro-batch.
@@ -113,8 +118,8 @@ class TwoPasses:
         """
         means, values = self._second(index, micro)
         if micro.is_dummy:
-            settled, contribution = {term: mean * 0 for term, mean in self._settled.means.items()}, _zero(values)
-            backward = contribution
+            settled = {term: mean * 0 for term, mean in self._settled.means.items()}
+            contribution = backward = self._settled.zero(values)
         else:
             part = self._settled.part(self._numbers[index], values)
             settled, contribution, backward = dict(self._settled.means), part.loss, part.surrogate
@@ -125,11 +130,6 @@ class TwoPasses:
             # Each process has the whole of it, and the gradients of all processes are added up.
             backward = backward + of_parameters / self.process_group.size
         return MicroBatchLoss({**means, **settled}, contribution, backward)
-
-    def end(self) -> None:
-        """Move the generators on, so that the next window draws other numbers, even if no pass draws any."""
-        if self.terms.may_draw:
-            torch.rand(())
 
     @property
     def _inner(self) -> nn.Module:
@@ -147,12 +147,6 @@ class TwoPasses:
         if kept is not None:
             self.drift = torch.maximum(self.drift, _difference(kept.found.values, values))
         return means, values
-
-
-def _zero(values: Values) -> Tensor:
-    """Return 0, with a gradient of zeros by all values that have one."""
-    parts = [widened(value).sum() * 0 for value in values.values() if value.requires_grad]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 def _difference(first: Values, second: Mapping[str, Tensor]) -> Tensor:

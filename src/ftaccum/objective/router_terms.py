@@ -62,6 +62,10 @@ class SettledBalances(SettledTerms):
         total = torch.stack(parts).sum()
         return WindowPart(total, total)
 
+    def zero(self, values: Values) -> Tensor:
+        probabilities = [_totals_of(balance, values).probabilities_E for balance in self.balances]
+        return torch.stack([each.sum() * 0 for each in probabilities]).sum()
+
 
 def _totals_of(balance: RouterBalance, values: Values) -> RouterTotals:
     prefix = f"{balance.name}."

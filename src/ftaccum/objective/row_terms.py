@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
 from ..runtime.gradient_hooks import suspend_tensor_hooks
+from ..runtime.memory import AgreedOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.tensor_collectives import gather_rows
@@ -20,8 +22,6 @@ from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTer
 
 class RowTerms(WindowTerms):
     """The terms of a loss that reads values of all rows of a window, such as their embeddings."""
-
-    may_draw = True
 
     def __init__(
         self,
@@ -42,27 +42,41 @@ class RowTerms(WindowTerms):
         return self._window_loss.read(outputs, batch)
 
     def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledRows":
-        own = {name: torch.cat([each.values[name] for each in passes]) for name in (passes[0].values if passes else ())}
+        own = process_group.run_on_all(lambda: _joined([each.values for each in passes]))
         values = gather_rows(own, process_group, self._device)
         own_places = [place for each in passes for place in each.places]
         places = [place for part in process_group.gather(own_places) for place in part]
         order = torch.tensor(places).argsort().to(self._device)
+        found, failure = None, None
         with seeded_draws(process_group):
-            means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
+            try:
+                found = self._gradients({name: value[order] for name, value in values.items()})
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error
+        if process_group.any(failure is not None):
+            raise AgreedOutOfMemoryError(_out_of_memory(len(places), failure)) from failure
+        assert found is not None, "memory has run out on no process"
+        means, by_row, by_parameter = found
         finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
-        back, sizes = torch.tensor(own_places).to(self._device), [len(each.places) for each in passes]
-        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()} if passes else {}
+        back, sizes = torch.tensor(own_places, dtype=torch.long).to(self._device), [len(each.places) for each in passes]
+        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()}
         return SettledRows(means, len(places), sizes, finite, by_pass, by_parameter)
 
     def _gradients(self, values: Values) -> tuple[Means, dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
         """Return the loss of the window, its gradient by each input, rows first, and that by each parameter."""
         inputs = {name: value for name, value in WindowLoss.inputs(values).items() if value.is_floating_point()}
         inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-        copies = {name: value.clone() for name, value in inputs.items()}  # the loss may write to what it gets
-        means = self._means(self._window_loss.loss({**values, **copies}))
+        means = self._means(self._window_loss.loss({**values, **inputs}))
+        if set(means) != set(self.names):
+            raise DataError(
+                f"`loss_fn` returns the terms {sorted(means)} for an update, but {sorted(self.names)} in the check "
+                "before training. Return the same terms for any rows, and 0 for one that does not apply to them."
+            )
         total = torch.stack([widened(mean) for mean in means.values()]).sum()
-        # The model and the loss may share some, and each must get its gradient once.
-        parameters = list(dict.fromkeys(p for p in self._parameters() if p.requires_grad))
+        # A loss may hold the model, or its parameters, as attributes. Each of them counts once.
+        parameters = [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
         if total.requires_grad:
             with suspend_tensor_hooks(parameters):  # they run in the backward pass of the second pass
@@ -102,6 +116,9 @@ class SettledRows(SettledTerms):
         share = torch.stack([widened(mean) for mean in self.means.values()]).sum() * (self.sizes[index] / self.n_rows)
         return WindowPart(self._blamed(share, values), torch.stack(products).sum() if products else share * 0)
 
+    def zero(self, values: Values) -> Tensor:
+        return torch.stack([widened(values[name]).sum() * 0 for name in self.by_pass] or [torch.zeros(())]).sum()
+
     def _blamed(self, share: Tensor, values: Values) -> Tensor:
         """Return a part of a loss that is not finite as 0, if inputs of other micro-batches are at fault."""
         own = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
@@ -114,10 +131,36 @@ class SettledRows(SettledTerms):
 
 @contextmanager
 def seeded_draws(process_group: ProcessGroup) -> Iterator[None]:
-    """Let a loss draw the same random numbers on all processes, and restore the generators on exit.
-
-    The seed is drawn, so it is another one after the generators have moved.
-    """
+    """Let a loss draw the same random numbers on all processes, with a drawn seed."""
+    seed = process_group.broadcast(int(torch.randint(2**31, ())))
     with preserve_rng():
-        seed_all(process_group.broadcast(int(torch.randint(2**31, ()))))
+        seed_all(seed)
         yield
+
+
+def _joined(passes: Sequence[Values]) -> dict[str, Tensor]:
+    """Return the values of all micro-batches of this process, one after the other.
+
+    Raises:
+        DataError: if rows of a value have different shapes.
+    """
+    joined = {}
+    for name in passes[0] if passes else ():
+        parts = [values[name] for values in passes]
+        if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
+            raise DataError(
+                f"With `loss_over='window'`, {WindowLoss.describe(name)} must have the same shape for all rows, but "
+                f"rows of one update have the shapes {sorted(shapes)}. Pad it to a fixed length, or leave it out."
+            )
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def _out_of_memory(n_rows: int, error: Exception | None) -> str:
+    scores = 4 * n_rows**2 / 2**20
+    return (
+        f"Memory ran out while `loss_fn` computed the loss of all {n_rows:,} rows of an update together. Smaller "
+        f"micro-batches do not help. A matrix of {n_rows:,} × {n_rows:,} scores takes {scores:,.0f} MiB in float32, "
+        "and a loss holds several of that size. Lower the effective batch, or let `loss_fn` compute it in parts. All "
+        "earlier updates are complete." + ("" if error is None else f" The device reported: {error}")
+    )

@@ -76,6 +76,14 @@ class SettledTerms(ABC):
             values: what the terms read of it in the second pass, with its graph.
         """
 
+    @abstractmethod
+    def zero(self, values: Values) -> Tensor:
+        """Return 0, a scalar with a gradient of zeros by what the surrogate of a micro-batch depends on.
+
+        Args:
+            values: what the terms read of a dummy micro-batch.
+        """
+
     def of_parameters(self) -> Tensor | None:
         """Return a scalar whose gradient is that of the terms by the parameters that they read themselves.
 
@@ -89,11 +97,9 @@ class WindowTerms(ABC):
 
     Attributes:
         names: the names of the terms.
-        may_draw: whether the terms may draw random numbers.
     """
 
     names: Sequence[str]
-    may_draw = False
 
     @abstractmethod
     def read(self, outputs: Any, batch: Batch) -> Values:

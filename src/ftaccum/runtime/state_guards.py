@@ -145,16 +145,6 @@ class Buffers:
         """Return a copy of all buffers of `modules`."""
         return cls(cls.now(buffers_of(*modules)).kept, unset_buffers_of(*modules))
 
-    def split(self, module: nn.Module) -> tuple["Buffers", "Buffers"]:
-        """Return the copies of the buffers inside a module, and those of all others."""
-        inside = set(module.modules())
-
-        def part(*, wanted: bool) -> Buffers:
-            kept = {place: value for place, value in self.kept.items() if (place[0] in inside) == wanted}
-            return Buffers(kept, [place for place in self.unset if (place[0] in inside) == wanted])
-
-        return part(wanted=True), part(wanted=False)
-
     def moved(self, module: nn.Module, name: str) -> bool:
         """Return whether a buffer was replaced or has other values.
 

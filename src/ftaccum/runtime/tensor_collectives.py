@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import prod
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from .process_group import ProcessGroup
 
@@ -42,6 +42,16 @@ def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
     total = tensor.clone()
     distributed.all_reduce(total)
     return total
+
+
+def copy_from_main(module: nn.Module, process_group: ProcessGroup) -> None:
+    """Copy the main process's parameters of a module to all processes, which call this together."""
+    if process_group.is_single:
+        return
+    for p in module.parameters():
+        values = p.data.contiguous()
+        distributed.broadcast(values, src=0)
+        p.data.copy_(values)
 
 
 def _unpacked(data: Tensor, spec: _Spec) -> dict[str, Tensor]:

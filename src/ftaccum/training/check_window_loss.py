@@ -1,11 +1,11 @@
 """Checks of a loss over the window that need the sizes of the run: memory, and sharded weights that it reads."""
 
 import os
-from collections.abc import Sequence
 
 import torch
 
-from ..errors import SettingsError
+from ..errors import SettingsError, refuse
+from ..objective.objective import Objective
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
@@ -35,16 +35,26 @@ def check_loss_memory(report: ExactnessReport, plan: BasePlan, batch_sizes: Batc
         )
 
 
-def refuse_sharded_parameters(names: Sequence[str]) -> None:
-    """Raise SettingsError if a loss over the window reads weights of a sharded model itself."""
+def check_sharded_window(objective: Objective, *, is_compiled: bool) -> None:
+    """Raise SettingsError if the terms over the window cannot be computed with a sharded model.
+
+    Args:
+        is_compiled: whether the model is compiled.
+    """
+    names, faults = objective.report.read_parameters, []
     if names:
-        raise SettingsError(
-            [
-                f"The model is sharded, but `loss_fn` reads its weight `{names[0]}` outside of `forward`, where no "
-                "process has all of it. Make it a parameter of the loss (`loss_fn` may be an nn.Module), return what "
-                f"depends on it from `loss_inputs`, or {WHOLE}."
-            ]
+        faults.append(
+            f"The model is sharded, but `loss_fn` reads its weight `{names[0]}` outside of `forward`, where no process "
+            "has all of it. Make it a parameter of the loss (`loss_fn` may be an nn.Module), return what depends on it "
+            f"from `loss_inputs`, or {WHOLE}."
         )
+    if objective.window is not None and is_compiled:
+        balance = ", set `router_balance='micro_batch'`" if objective.report.balanced else ""
+        faults.append(
+            "The model is sharded and `compile` is True, but with two passes over an update, both need the same "
+            f"compiled graph, which shards do not have. Leave `compile` out{balance}, or {WHOLE}."
+        )
+    refuse(faults)
 
 
 def _gigabytes(number: float) -> str:
