@@ -34,7 +34,12 @@ class RouterTerms(WindowTerms):
             for name, value in vars(balance.totals(outputs, batch)).items()
         }
 
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledBalances":
+    def settle(
+        self,
+        passes: Sequence[FirstPass],
+        process_group: ProcessGroup,
+        seed: Sequence[int],  # noqa: ARG002
+    ) -> "SettledBalances":
         windows = {}
         for balance in self._balances:
             total = RouterTotals.of_no_tokens(balance.reading.n_experts, self._device)

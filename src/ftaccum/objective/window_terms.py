@@ -111,9 +111,10 @@ class WindowTerms(ABC):
         """
 
     @abstractmethod
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> SettledTerms:
+    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup, seed: Sequence[int]) -> SettledTerms:
         """Compute the terms of a window, with their gradients if gradients are on. All processes call this together.
 
         Args:
             passes: what the first pass collected on this process; empty if it has no rows of the window.
+            seed: seeds the random numbers that the terms draw; the same on all processes.
         """

@@ -210,7 +210,7 @@ class TrainingLoop:
         """Accumulate a window, and return it with the result. Retry in smaller micro-batches while memory runs out."""
         while True:
             try:
-                return window, self._accumulator.accumulate(window.micro_batches)
+                return window, self._accumulator.accumulate(window.micro_batches, seed=window.seed)
             except WindowOutOfMemoryError as error:
                 failed = error.failed
             give_back_memory()  # outside the handler, where the error's traceback still held the failed pass
