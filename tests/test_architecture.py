@@ -84,6 +84,7 @@ def test_public_names() -> None:
         "Result",
         "SettingsError",
         "TextWarning",
+        "UntrainedLossWarning",
         "Verification",
         "callbacks",
         "exact",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Preempted,
         SettingsError,
         TextWarning,
+        UntrainedLossWarning,
     )
     from .fine_tuning import test_fine_tuning
     from .metrics import F1, Accuracy, ClassificationMetrics, MeanSquaredError
@@ -62,6 +63,7 @@ __all__ = [
     "Result",
     "SettingsError",
     "TextWarning",
+    "UntrainedLossWarning",
     "Verification",
     "callbacks",
     "exact",

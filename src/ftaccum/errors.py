@@ -111,6 +111,10 @@ class LossScaleWarning(UserWarning):
     """The user's loss is a whole fraction of the model's own, as if it were divided by the accumulation steps."""
 
 
+class UntrainedLossWarning(UserWarning):
+    """The user's loss has trainable parameters that no optimizer holds."""
+
+
 class TextWarning(UserWarning):
     """Some rows of raw text are truncated or empty."""
 

@@ -117,7 +117,7 @@ class MultipleNegativesRankingLoss(nn.Module):
         if similarity not in ("cosine", "dot"):
             faults.append(f"`similarity` must be 'cosine' or 'dot', but is {shown(similarity)} instead.")
         refuse(faults)
-        self.scale, self.similarity, self.group = scale, similarity, group
+        self.scale, self.similarity, self.group = float(scale), similarity, group
 
     def forward(self, inputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
         """Return the loss of all rows."""

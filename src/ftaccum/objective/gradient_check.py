@@ -69,7 +69,7 @@ class GradientCheck:
                     means = {term: mean for term, mean in self.run(batch).items() if counted.get(term)}
                     loss = weighted_sum(means, counted, items) if means else torch.zeros(())
                     if loss.requires_grad:
-                        _backward(loss)
+                        backward(loss)
                     elif needs_gradient and any(counted.values()):
                         raise SettingsError([_NO_GRADIENT])
         return sketch
@@ -93,24 +93,39 @@ class GradientCheck:
             reordered: the rows in another order, to measure rounding with; None if their order is fixed.
             tolerance: the largest relative difference that counts as rounding.
         """
-        size, sizes = together.norm(), together.norms()
-        off = together.minus(self.gradient(separate)).norms()
-        if not math.isfinite(size) or not size:
-            return GradientDifference()
-
-        def beyond(name: str) -> bool:
-            return off[name] > tolerance * max(sizes.get(name, 0.0), _OF_ALL * size)
-
-        suspects = [name for name in off if beyond(name)]
-        if suspects and reordered is not None:
-            rounding = together.minus(self.gradient([reordered])).norms()
-            suspects = [name for name in suspects if off[name] > _OF_ROUNDING * rounding.get(name, 0.0)]
-        if not suspects:
-            return GradientDifference()
-        return GradientDifference(math.hypot(*off.values()) / size, sorted(suspects, key=lambda name: -off[name]))
+        again = None if reordered is None else lambda: self.gradient([reordered])
+        return difference_of(together, self.gradient(separate), again, tolerance)
 
 
-def _backward(loss: Tensor) -> None:
+def difference_of(
+    together: GradientSketch, separate: GradientSketch, reordered: Callable[[], GradientSketch] | None, tolerance: float
+) -> GradientDifference:
+    """Return how far a gradient is from that of one batch.
+
+    Args:
+        together: the sketch of the gradient of one batch.
+        separate: that of the same rows in separate batches.
+        reordered: returns that of one batch in another order, to measure rounding with; None if the order is fixed.
+        tolerance: the largest relative difference that counts as rounding.
+    """
+    size, sizes = together.norm(), together.norms()
+    off = together.minus(separate).norms()
+    if not math.isfinite(size) or not size:
+        return GradientDifference()
+
+    def beyond(name: str) -> bool:
+        return off[name] > tolerance * max(sizes.get(name, 0.0), _OF_ALL * size)
+
+    suspects = [name for name in off if beyond(name)]
+    if suspects and reordered is not None:
+        rounding = together.minus(reordered()).norms()
+        suspects = [name for name in suspects if off[name] > _OF_ROUNDING * rounding.get(name, 0.0)]
+    if not suspects:
+        return GradientDifference()
+    return GradientDifference(math.hypot(*off.values()) / size, sorted(suspects, key=lambda name: -off[name]))
+
+
+def backward(loss: Tensor) -> None:
     """Run the backward pass, and restore the gradients of all weights, also of those outside the model."""
     before = [(leaf, leaf.grad) for leaf in leaves_of(loss)]
     for leaf, _ in before:  # a backward pass adds to `grad` in place

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..runtime.state_guards import preserve_gradients, suspend_gradient_hooks
+from ..runtime.gradient_hooks import suspend_gradient_hooks
+from ..runtime.state_guards import preserve_gradients
 
 _SUMS = 1024  # per parameter
 _SIGNS = 1 << 20

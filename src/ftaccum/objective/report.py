@@ -12,6 +12,8 @@ from .probe import Explanation
 
 _NAMED = 3  # modules or parameters to name in a message
 _OF_WEIGHTS = "If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
+_OF_ITEMS = "the items that the loss is a mean over may be counted wrong: give `count_items`."
+_OF_LEFT = "`loss_fn` may read what the last forward pass left behind: return it from `loss_inputs` instead."
 OVER_WINDOW = (
     "Give it as a `loss_fn` with `loss_over='window'`, which gets all rows of an update at once: then it is exact."
 )
@@ -95,12 +97,13 @@ class ExactnessReport:
     read_parameters: Sequence[str] = ()
     loss_memory: LossMemory | None = None
 
-    def over_whole_window(self, terms: Sequence[str]) -> "ExactnessReport":
-        """Return the report of a loss of which some terms are computed over all tokens of a window together."""
+    def over_whole_window(self, terms: Sequence[str], padding: float) -> "ExactnessReport":
+        """Return the report of a loss with terms over all tokens of a window, a share of which may be padding."""
+        explanation = replace(self.explanation, padding=max(self.explanation.padding, padding))
         return replace(
             self,
             ways={**self.ways, **dict.fromkeys(terms, "all tokens of an update together")},
-            explanation=self.explanation.with_exact(terms),
+            explanation=explanation.with_exact(terms),
             in_training=self.in_training.with_exact(terms),
             balanced=tuple(terms),
         )
@@ -244,14 +247,13 @@ class ExactnessReport:
 
     def _of_gradient(self) -> str:
         named = ", ".join(f"'{name}'" for name in self.gradient.tensors[:_NAMED])
-        ways = " and ".join(dict.fromkeys(self.ways.values()))
+        ways = "" if self.over_window else f", weighted by {' and '.join(dict.fromkeys(self.ways.values()))},"
         return (
-            f"The gradient over separate micro-batches, weighted by {ways}, is {_percent(self.gradient.off)} off that "
-            f"of the same rows in one batch, although the losses agree. The parameters that differ most: {named}. "
+            f"The gradient over separate micro-batches{ways} is {_percent(self.gradient.off)} off that of the same "
+            f"rows in one batch, although the losses agree. The parameters that differ most: {named}. "
             "Hooks, autograd functions and layers that clamp, normalize or scale a gradient (`scale_grad_by_freq`) act "
             "on every micro-batch. Do this once per update, as `gradient_clip_norm` does, or raise `batch_size` to the "
-            "rows of an update. If the model does none of this, the items that the loss is a mean over may be counted "
-            "wrong: give `count_items`."
+            f"rows of an update. If the model does none of this, {_OF_LEFT if self.over_window else _OF_ITEMS}"
         )
 
     def _of_hooks(self) -> str:

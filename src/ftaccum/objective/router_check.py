@@ -1,6 +1,6 @@
 """Find out before training whether a model's balance of experts can be computed over a window."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,17 +28,36 @@ def find_router_terms(model: nn.Module, forward: Forward, sample: Sample) -> Rou
     """
     device = next(model.parameters()).device
     with inspection_mode(model, *forward.modules), training_mode(model, training=True):
-        balances = of_main_process(_balances(model, forward, sample, device))
-    return RouterTerms(balances, device) if balances else None
+        balances, padding = of_main_process(_balances(model, forward, sample, device))
+    return RouterTerms(balances, device, padding) if balances else None
 
 
-def _balances(model: nn.Module, forward: Forward, sample: Sample, device: torch.device) -> list[RouterBalance]:
+def _balances(
+    model: nn.Module, forward: Forward, sample: Sample, device: torch.device
+) -> tuple[list[RouterBalance], float]:
+    """Return the balances, and the share of padding in the tokens that they read of one batch."""
     if not isinstance(sample.together, Mapping):
-        return []
-    others = [*sample.separate(sample.together, UNEQUAL), *(sample.collated(UNEQUAL) if sample.collated else [])]
-    together, *runs = [_run(model, forward, batch, device) for batch in (sample.together, *others)]
+        return [], 0.0
+
+    def runs_of(batches: Sequence[Batch]) -> list[tuple[Any, Batch]]:
+        return [_run(model, forward, batch, device) for batch in batches]
+
+    (together,) = runs_of([sample.together])
+    separate = runs_of(sample.separate(sample.together, UNEQUAL))
+    own_width = runs_of(sample.collated(UNEQUAL) if sample.collated else [])
     tried = [RouterBalance.find(model, *together, name, factor) for name, factor in forward.factors.items()]
-    return [balance for balance in tried if balance is not None and all(balance.explains(*run) for run in runs)]
+    runs = [*separate, *own_width]
+    found = [balance for balance in tried if balance is not None and all(balance.explains(*run) for run in runs)]
+    if not own_width:
+        return found, 0.0
+    return found, max((_share_of_padding(balance, together, own_width) for balance in found), default=0.0)
+
+
+def _share_of_padding(
+    balance: RouterBalance, together: tuple[Any, Batch], own_width: Sequence[tuple[Any, Batch]]
+) -> float:
+    n_tokens = sum(balance.totals(*run).n_tokens.item() for run in own_width)
+    return 1 - n_tokens / balance.totals(*together).n_tokens.item()
 
 
 def _run(model: nn.Module, forward: Forward, batch: Batch, device: torch.device) -> tuple[Any, Batch]:

@@ -16,9 +16,14 @@ from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTer
 
 
 class RouterTerms(WindowTerms):
-    """The balances of a model's experts over all tokens of a window: one, or several in an encoder-decoder."""
+    """The balances of a model's experts over all tokens of a window: one, or several in an encoder-decoder.
 
-    def __init__(self, balances: Sequence[RouterBalance], device: torch.device) -> None:
+    Attributes:
+        padding: the share of padding in the tokens that they read; 0 if padding does not count.
+    """
+
+    def __init__(self, balances: Sequence[RouterBalance], device: torch.device, padding: float = 0.0) -> None:
+        self.padding = padding
         self.names = tuple(balance.name for balance in balances)
         self._balances, self._device = balances, device
 

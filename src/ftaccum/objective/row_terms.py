@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..runtime.gradient_hooks import suspend_tensor_hooks
 from ..runtime.memory import AgreedOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
@@ -91,7 +92,8 @@ class RowTerms(WindowTerms):
         parameters = [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
         if total.requires_grad:
-            found = torch.autograd.grad(total, [*inputs.values(), *parameters], allow_unused=True)
+            with suspend_tensor_hooks(parameters):  # they run in the backward pass of the second pass
+                found = torch.autograd.grad(total, [*inputs.values(), *parameters], allow_unused=True)
         by_row = dict(zip(inputs, found, strict=False))
         by_parameter = zip(parameters, found[len(inputs) :], strict=True)
         return (

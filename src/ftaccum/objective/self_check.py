@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import of_main_process
-from ..runtime.state_guards import gradient_hooks, inspection_mode
+from ..runtime.state_guards import inspection_mode
 from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
@@ -76,7 +77,7 @@ def measured_objective(
     chosen = _chosen(measurement.ways(), report.ways, report.own_rules)
     window = find_router_terms(model, forward, sample) if balances_window and report.parts else None
     if window is not None:
-        report = report.over_whole_window(window.names)
+        report = report.over_whole_window(window.names, window.padding)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report, window)
 
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..runtime.gradient_hooks import gradient_hooks
 from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.process_group import of_main_process
-from ..runtime.state_guards import gradient_hooks, inspection_mode, preserve_buffers
+from ..runtime.state_guards import inspection_mode, preserve_buffers
 from .batch_changes import fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import scalars_of, total_of
+from .gradient_check import GradientDifference
 from .hidden_state import find_hidden_state
 from .item_counts import Batch, rows_of
 from .loss_memory import LossMemory
@@ -25,6 +27,7 @@ from .report import ExactnessReport, InTraining
 from .row_terms import RowTerms
 from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 from .window_forward import WindowForward
+from .window_gradient import WindowGradientCheck
 from .window_loss import WindowLoss
 from .window_terms import Values
 
@@ -45,6 +48,7 @@ def window_objective(model: nn.Module, forward: WindowForward, sample: Sample) -
     """
     forward.window_loss.find_columns([sample.together, sample.longest, *_collated(sample)])
     check = _Check(model, forward, sample)
+    _refuse_other_rows(sample)
     with inspection_mode(model, *forward.modules):
         try:
             with float32_weights(model, *forward.modules) as widened:
@@ -55,14 +59,19 @@ def window_objective(model: nn.Module, forward: WindowForward, sample: Sample) -
             report = check.report(lambda batch: batch, EXPLAINED_IN_HALF)
     report = of_main_process(report)
     names = list(report.ways)
-    terms = RowTerms(
-        names,
-        forward.window_loss,
-        scalars_of,
-        lambda: [*model.parameters(), *forward.window_loss.parameters()],
-        next(model.parameters()).device,
-    )
-    return Objective(forward, lambda batch: dict.fromkeys(names, rows_of(batch)), report, terms)
+    return Objective(forward, lambda batch: dict.fromkeys(names, rows_of(batch)), report, check.terms(names))
+
+
+def _refuse_other_rows(sample: Sample) -> None:
+    """Raise SettingsError if the collator returns several rows for one."""
+    if (n := rows_of(sample.longest)) != 1:
+        raise SettingsError(
+            [
+                f"`data_collator` returns {n} rows for a single one. With `loss_over='window'`, each row must stay one "
+                "row of its batch. Return the parts of a row as columns, or as a second dimension of shape "
+                f"(rows, {n}, …), and let the model flatten them."
+            ]
+        )
 
 
 def _collated(sample: Sample) -> Sequence[Batch]:
@@ -100,8 +109,8 @@ class _Check:
         hidden = find_hidden_state(
             self.model, self.forward.modules, lambda: _norms(read(self.sample.together)), tolerance
         )
-        in_training = self._in_training(read, names)
         self._check_gradient(prepared)
+        in_training, gradient = self._in_training(read, names, prepared, tolerance)
         loss = {term: mean.item() for term, mean in scalars_of(self.forward.window_loss.loss(together)).items()}
         return ExactnessReport(
             ways=dict.fromkeys(names, "rows"),
@@ -115,6 +124,7 @@ class _Check:
             tolerance=tolerance,
             sums=False,
             own_loss=False,
+            gradient=gradient,
             gradient_hooks=gradient_hooks(self.model),
             hidden_state=hidden,
             over_window=True,
@@ -146,13 +156,47 @@ class _Check:
             raise SettingsError([_DEPENDS_ON_ROWS.format(name=WindowLoss.describe(name), off=f"{off:.1e}")])
         return off if off > tolerance else 0.0
 
-    def _in_training(self, read: Callable[[Batch], Values], names: Sequence[str]) -> InTraining:
-        """Measure whether modules such as batch norm mix rows in train mode."""
+    def terms(self, names: Sequence[str]) -> RowTerms:
+        """Return the terms of the loss with these names."""
+        window_loss = self.forward.window_loss
+        return RowTerms(
+            names,
+            window_loss,
+            scalars_of,
+            lambda: [*self.model.parameters(), *window_loss.parameters()],
+            self._device,
+        )
+
+    def _in_training(
+        self,
+        read: Callable[[Batch], Values],
+        names: Sequence[str],
+        prepared: Callable[[Batch], Batch],
+        tolerance: float,
+    ) -> tuple[InTraining, GradientDifference]:
+        """Measure whether train mode mixes rows, and if not, whether two passes give the gradient of one batch."""
 
         def norms() -> list[float]:
             return list(_norms(read(self.sample.together)).values())
 
         mode = DeterministicMode.of(self.model, norms, self.forward.modules)
+        check = WindowGradientCheck(
+            self.model,
+            self.forward,
+            self.terms(names),
+            self.sample,
+            lambda batch: prepared(fresh_batch(batch, self._device)),
+        )
+        with mode.passes():
+            check.refuse_unknown_parameters()
+        in_training = self._mixing(mode, read, names)
+        if max(in_training.differences.values(), default=0.0) > tolerance:
+            return in_training, GradientDifference()
+        with mode.passes():
+            return in_training, check.difference(10 * tolerance)
+
+    def _mixing(self, mode: DeterministicMode, read: Callable[[Batch], Values], names: Sequence[str]) -> InTraining:
+        """Measure whether modules such as batch norm mix rows in train mode, or move what the next pass depends on."""
         if not mode.moving:
             return InTraining(dict.fromkeys(names, 0.0))
         with mode.passes(), perturb_norms(mode.moving.values()):
@@ -169,8 +213,10 @@ class _Check:
                 from_the_start(self.sample.separate(self.sample.together, SINGLE)[0])
             except ValueError as error:  # batch norm raises for a single value
                 complaint = str(error)
+            once, again = read(self.sample.together), read(self.sample.together)
+            drift, _ = _difference(once, [again])
         mixing = [f"{type(module).__name__} {name!r}" for name, module in mode.moving.items()]
-        return InTraining(dict.fromkeys(names, off), 0.0, mixing, complaint)
+        return InTraining(dict.fromkeys(names, off), drift, mixing, complaint)
 
     def _check_gradient(self, prepared: Callable[[Batch], Batch]) -> None:
         """Raise SettingsError if no input of the loss has a gradient."""

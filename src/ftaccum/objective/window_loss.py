@@ -76,6 +76,7 @@ class WindowLoss(nn.Module):
             given = _called("loss_inputs", self._loss_inputs, outputs, batch, "The outputs are", "the batch is")
         inputs = _inputs_of(given, has_function=self._loss_inputs is not None)
         for name, value in inputs.items():
+            _refuse_complex(name, value)
             _check_rows(name, value, n_rows, has_function=self._loss_inputs is not None)
         columns = {n: v for n, v in _columns_of(batch).items() if self._columns is None or n in self._columns}
         return {_INPUT + n: v for n, v in inputs.items()} | {_COLUMN + n: v for n, v in columns.items()}
@@ -187,6 +188,14 @@ def _inputs_of(given: Any, *, has_function: bool) -> dict[str, Tensor]:
 
 def _listed(kinds: Mapping[str, str]) -> str:
     return ", ".join(f"{name!r} is {kind}" for name, kind in kinds.items())
+
+
+def _refuse_complex(name: str, value: Tensor) -> None:
+    if value.is_complex():
+        raise DataError(
+            f"With `loss_over='window'`, the inputs of the loss must be real numbers, but "
+            f"{WindowLoss.describe(_INPUT + name)} is {value.dtype}. Return `torch.view_as_real(x)` from `loss_inputs`."
+        )
 
 
 def _check_rows(name: str, value: Tensor, n_rows: int, *, has_function: bool) -> None:

@@ -232,25 +232,6 @@ def preserve_gradients(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
-def gradient_hooks(model: nn.Module) -> list[str]:
-    """Return the names of the parameters with hooks that run after a gradient is accumulated."""
-    return [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
-
-
-@contextmanager
-def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
-    """Remove hooks that run after a gradient is accumulated (some step an optimizer), and restore them on exit."""
-    found = [hooks for p in model.parameters() if (hooks := p._post_accumulate_grad_hooks)]
-    before = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, kept in zip(found, before, strict=True):
-            hooks.update(kept)
-
-
 @contextmanager
 def cast_tensors(
     tensors: Sequence[Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None

@@ -14,7 +14,7 @@ from ..runtime.tensor_collectives import copy_from_main
 from .base_run import Run
 from .closure import check_step
 from .config import RunConfig
-from .optimizer import make_optimizer, refuse_float16
+from .optimizer import make_optimizer, refuse_float16, warn_of_untrained_loss
 from .parameter_groups import describe_groups, parameter_groups
 from .rates import describe_rates, preserve_learning_rates
 
@@ -34,6 +34,8 @@ class OptimizedRun(Run):
         config = self.config
         own, coupled = config.components.optimizer, config.coupled_beta2
         optimizer = make_optimizer(self.model, own, config.recipe, config.given, coupled, self._loss_module)
+        if self.process_group.is_main:
+            warn_of_untrained_loss(optimizer, config.components.loss_fn)
         scaler, is_sharded = self.accelerator.scaler, self.sharding is not None
         check_step(optimizer, scales_gradients=scaler is not None, is_sharded=is_sharded)
         self._inner.enter_context(preserve_learning_rates(optimizer))

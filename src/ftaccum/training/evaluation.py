@@ -114,7 +114,8 @@ class Evaluation:
                 for micro in micro_batches():
                     self._evaluate(model, micro, found)
 
-        with torch.no_grad(), training_mode(model, training=False):
+        both = nn.ModuleList([model, *self._objective.modules])  # a loss may have dropout, or state, too
+        with torch.no_grad(), training_mode(both, training=False):
             if window is None:
                 stream = self._loader.stream(self._local_rows(self._rows_together()))
                 self._process_group.run_on_all(lambda: evaluate(lambda: stream))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import SettingsError
+from ..errors import SettingsError, UntrainedLossWarning, warn_user
 from ..settings.recipe import Recipe
 from .named_optimizers import make_named
 from .named_options import record_named_options
@@ -60,6 +60,22 @@ def make_optimizer(
     if coupled is not None:
         coupled.scale(made)
     return made
+
+
+def warn_of_untrained_loss(optimizer: Optimizer, loss_fn: Any) -> None:
+    """Warn if a loss has trainable parameters that the optimizer does not hold."""
+    if not isinstance(loss_fn, nn.Module):
+        return
+    held = _held(optimizer)
+    names = [name for name, p in loss_fn.named_parameters() if p.requires_grad and p not in held]
+    if names:
+        warn_user(
+            f"`loss_fn` has the parameter `{names[0]}`, but `optimizer` does not hold it, so it stays as it is. To "
+            "train it, make it a parameter of the model, or give an `optimizer` that holds it; with "
+            "`loss_over='window'`, the default optimizer does. If it is meant to stay, set its `requires_grad` to "
+            "False.",
+            UntrainedLossWarning,
+        )
 
 
 def _rates_of(recipe: Recipe) -> dict[str, float]:

@@ -1,0 +1,39 @@
+"""The hooks of parameters on their gradients."""
+
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def gradient_hooks(model: nn.Module) -> list[str]:
+    """Return the names of the parameters with hooks that run after a gradient is accumulated."""
+    return [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]
+
+
+@contextmanager
+def suspend_gradient_hooks(model: nn.Module) -> Iterator[None]:
+    """Remove hooks that run after a gradient is accumulated (some step an optimizer), and restore them on exit."""
+    with _emptied(p._post_accumulate_grad_hooks for p in model.parameters()):
+        yield
+
+
+@contextmanager
+def suspend_tensor_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Remove hooks that change a gradient before it is accumulated (`register_hook`), and restore them on exit."""
+    with _emptied(tensor._backward_hooks for tensor in tensors):
+        yield
+
+
+@contextmanager
+def _emptied(hooks: Iterable[MutableMapping[Any, Any] | None]) -> Iterator[None]:
+    found = [each for each in hooks if each]
+    before = [dict(each) for each in found]
+    for each in found:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, kept in zip(found, before, strict=True):
+            each.update(kept)
