@@ -134,6 +134,9 @@ class Settled(SettledTerms):
     def part(self, *_: Any) -> WindowPart:
         raise AssertionError("an evaluation has no second pass")
 
+    def zero(self, *_: Any) -> Tensor:
+        raise AssertionError("an evaluation has no dummies")
+
 
 class Pairwise(WindowTerms):
     """The term "pairs" of a loss, over all rows of a group."""

@@ -147,15 +147,15 @@ class TwoPasses:
         batch = fresh_batch(micro.batch, self._device)
         means, values, _ = self._objective.observe(self._model, batch, micro.counts, micro.terms, micro.names)
         if kept is not None:
-            self.drift = torch.maximum(self.drift, _difference(kept.found.values, values))
+            self.drift = torch.maximum(self.drift, _difference(self._terms.compared(kept.found.values), values))
         return means, values
 
 
 def _difference(first: Values, second: Mapping[str, Tensor]) -> Tensor:
-    """Return the largest difference of floating-point values between two passes, relative to the largest number."""
+    """Return the largest difference between values of two passes, relative to the largest number of each."""
     found = []
     for name, one in first.items():
-        if one.is_floating_point() and one.numel():
+        if one.numel():
             largest = widened(one).abs().max()
             found.append((widened(one) - widened(second[name].detach())).abs().max() / largest.clamp_min(1e-30))
     return torch.stack(found).max().float() if found else torch.zeros(())

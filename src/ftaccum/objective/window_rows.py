@@ -55,7 +55,11 @@ def check_equal(rows: Sequence[RowSpec]) -> None:
         for name, (shape, dtype) in other.items():
             if (shape, dtype) != rows[0][name]:
                 shapes = sorted({str(each[name][0]) for each in (rows[0], other)})
-                differ = f"the shapes {shapes}" if len(shapes) > 1 else f"the types {rows[0][name][1]} and {dtype}"
+                differ = (
+                    f"the shapes {' and '.join(shapes)}"
+                    if len(shapes) > 1
+                    else f"the types {rows[0][name][1]} and {dtype}"
+                )
                 raise DataError(
                     f"With `loss_over='window'`, {WindowLoss.describe(name)} must have the same shape and type for all "
                     f"rows, but rows of one update have {differ}. Pad it to a fixed length, or leave it out."

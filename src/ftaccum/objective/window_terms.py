@@ -101,6 +101,10 @@ class WindowTerms(ABC):
 
     names: Sequence[str]
 
+    def compared(self, values: Values) -> Values:
+        """Return what must be the same in both passes of a micro-batch, among what the terms read of it."""
+        return {name: value for name, value in values.items() if value.is_floating_point()}
+
     @abstractmethod
     def read(self, outputs: Any, batch: Batch) -> Values:
         """Return what the terms read of a micro-batch.

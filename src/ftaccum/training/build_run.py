@@ -113,7 +113,7 @@ class TrainingSetup(OptimizedRun):
             steps = {sizes.gradient_accumulation_steps for _, sizes in self.batch_sizes.stages()}
             report_loss_scale(self.data.loss_divisor, steps)
         refuse_single_rows(self.data, fresh, self.planner)
-        check_loss_memory(report, fresh, self.batch_sizes, self.accelerator.device)
+        check_loss_memory(report, fresh, self.batch_sizes, self.accelerator.device, self.process_group)
         if self.sharding is not None:
             check_sharded_window(self.data.objective, is_compiled=self.config.runtime.compile)
         return self.resume_point.resume_plan(fresh, self.identity, self.evaluation_schedule(fresh).is_due)
