@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2Model, pipeline
 from ftaccum import SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.prediction_file import write_predictions
-from ftaccum.tasks.arguments import NamedArguments
+from ftaccum.tasks.arguments import NamedArguments, TrainedArguments
 from ftaccum.tasks.columns import named_columns
+from ftaccum.tasks.trained import load_trained
 from silent_errors.text_columns import word_tokenizer
 from task_files import TEXTS, save_encoder, save_rows
 
@@ -51,6 +52,18 @@ def test_eval_measures_every_row_once(run: Path, capsys: pytest.CaptureFixture[s
     assert found["metrics"]["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
     assert found["n_rows"] == len(ROWS)
     assert f"rows  {len(ROWS)}\nloss  " in capsys.readouterr().out
+
+
+def test_the_settings_of_a_run_on_which_its_validation_loss_depends_are_those_of_its_evaluation(
+    run: Path, tmp_path: Path
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"effective_batch_size": 5}))
+    given = TrainedArguments(data=save_rows(tmp_path / "test.jsonl", ROWS))
+    read = dict.fromkeys(("text_columns", "max_length", "add_eos_token"))
+    settings = load_trained(str(run), given, read, needs_targets=True).settings
+    (run / "run.json").write_text(json.dumps(record))
+    assert (settings["effective_batch_size"], settings["router_balance"]) == (5, "window")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -226,8 +226,9 @@ def test_fine_tuning(
             The validation loss is smoothed, too.
         loss_over: "window" for a `loss_fn` that reads all rows of an update together, as contrastive and ranking losses
             do. `loss_fn(inputs, batch)` is then called once per update, with what `loss_inputs` returns for all rows on
-            all processes in the update's order, and with the columns that have the same shape for all rows. It returns
-            a number or a dict of numbers, and may read parameters. Each micro-batch runs forward twice.
+            all processes in the update's order, and with the columns of at most two dimensions whose rows all have the
+            same shape. It returns a number or a dict of numbers, and may read parameters. Each micro-batch runs forward
+            twice.
         loss_inputs: with `loss_over="window"`, a function of a micro-batch's outputs and batch that returns what
             `loss_fn` reads of its rows: a tensor or a dict of tensors, rows first. None: the model's outputs.
         router_balance: "window" computes the load-balancing loss of a mixture of experts over all tokens of an update,

@@ -173,9 +173,9 @@ class GradientAccumulator:
                         raise
                     break
         leave_after(failure, self._process_group)
-        two_passes.settle()
         if not is_only:
-            start.buffers.restore()  # the second pass moves them again
+            start.buffers.restore()  # the second pass moves them again; the loss moves its own once, in `settle`
+        two_passes.settle()
         return two_passes
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:

@@ -138,15 +138,16 @@ class GradientAuditor:
         whether they are repeatable; None if memory runs out."""
         micro, tolerance = sample.load()[-1], self._objective.report.tolerance
 
-        def losses() -> dict[str, float]:
-            return {"loss": self._one_batch.loss(micro).item()}
+        def numbers() -> dict[str, float]:
+            return self._one_batch.numbers(micro)
 
         try:
-            mode = DeterministicMode.of(self._model, lambda: list(losses().values()), self._objective.modules)
-            hidden = find_hidden_state(self._model, self._objective.modules, losses, tolerance)
+            mode = DeterministicMode.of(self._model, lambda: list(numbers().values()), self._objective.modules)
+            hidden = find_hidden_state(self._model, self._objective.modules, numbers, tolerance)
             with mode.passes():
-                generators, first = Generators.now(), losses()["loss"]
-                repeats = generators.unchanged() and relative(losses()["loss"], first) <= tolerance
+                generators, first = Generators.now(), numbers()
+                same = all(relative(number, first[name]) <= tolerance for name, number in numbers().items())
+                repeats = same and generators.unchanged()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

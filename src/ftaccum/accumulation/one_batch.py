@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data.loader import MicroBatch
 from ..objective.batch_changes import fresh_batch
+from ..objective.normalizer import widened
 from ..objective.objective import Objective
 from ..runtime.accumulation_backend import AccumulationBackend
 from ..runtime.gradients.plain import GradientStrategy
@@ -61,6 +62,17 @@ class OneBatch:
         """Return the mean loss of a batch, as the model or the loss function computes it."""
         batch = fresh_batch(micro.batch, self._accelerator.device)
         return self._objective.unweighted_loss(self._model, batch, micro.counts, micro.slice.places)
+
+    def numbers(self, micro: MicroBatch) -> dict[str, float]:
+        """Return numbers by which two passes of a batch can be compared: its loss.
+
+        A loss over a window may not take these rows alone, so of such a loss they are the norms of what it reads.
+        """
+        if self._objective.window is None:
+            return {"loss": self.loss(micro).item()}
+        batch = fresh_batch(micro.batch, self._accelerator.device)
+        means, values, _ = self._objective.observe(self._model, batch, micro.counts, micro.terms, micro.names)
+        return {name: widened(number).norm().item() for name, number in {**means, **values}.items()}
 
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Call a function that runs passes without gradients on the main process; return its result on all."""

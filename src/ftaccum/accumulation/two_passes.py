@@ -93,16 +93,15 @@ class TwoPasses:
         with nullcontext() if is_only or self._first_has_graphs else torch.no_grad():
             # Not DDP, which would expect a backward pass.
             means, values, _ = self.objective.observe(self._inner, batch, micro.counts, micro.terms, micro.names)
-        detached = {name: value.detach() for name, value in values.items()}
-        self._kept[index] = _Kept(generators, FirstPass(micro.slice.places, detached))
+        self._kept[index] = _Kept(generators, FirstPass.of(micro.slice.places, values))
         if is_only:
             self._kept[index].live, self.forward_passes = (means, values), 1
 
     def settle(self) -> None:
         """Compute the terms of the window. All processes call this after their first passes."""
-        self._settled: SettledTerms = self.terms.settle(
-            [kept.found for kept in self._kept.values()], self.process_group
-        )
+        passes = [kept.found for kept in self._kept.values()]
+        with torch.enable_grad():
+            self._settled: SettledTerms = self.terms.settle(passes, self.process_group)
         self._numbers = {index: n for n, index in enumerate(self._kept)}
 
     def loss(self, index: int, micro: MicroBatch, normalizer: LossNormalizer, *, is_last: bool) -> MicroBatchLoss:

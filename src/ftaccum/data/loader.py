@@ -145,10 +145,15 @@ class Loader:
 
     def stream(self, shares: Iterable[LocalRows]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of all shares one by one, without dummies: for evaluation, not for training."""
+        for micro_batches in self.stream_shares(shares):
+            yield from micro_batches
+
+    def stream_shares(self, shares: Iterable[LocalRows]) -> Iterator[Iterator[MicroBatch]]:
+        """Yield the same by share. Each share must be read to its end before the next one."""
         taken, given = itertools.tee(shares)
         batches = self._collated(taken, ahead=True)
         for share in given:
-            yield from self._micro_batches(share, batches)
+            yield self._micro_batches(share, batches)
             self._deaths = 0
 
     def name_of(self, position: int) -> str:
@@ -246,8 +251,11 @@ class Loader:
         )
 
     def _part(self, micro: MicroBatch, places: Sequence[int]) -> MicroBatch:
-        rows = MicroBatchRows(tuple(micro.slice.rows[n] for n in places))
-        return self._micro_batch(take(micro.batch, places), rows)
+        rows, in_window = micro.slice.rows, micro.slice.places
+        part = MicroBatchRows(
+            tuple(rows[n] for n in places), places=tuple(in_window[n] for n in places) if in_window else ()
+        )
+        return self._micro_batch(take(micro.batch, places), part)
 
     def _or_dummy(self, micro: MicroBatch) -> MicroBatch:
         if micro.terms:

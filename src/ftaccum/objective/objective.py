@@ -41,6 +41,11 @@ class Objective:
         self.shifts = report.shifts
 
     @property
+    def is_over_window(self) -> bool:
+        """Whether all terms read the window, so that a row has no loss of its own."""
+        return self.window is not None and set(self.window.names) == set(self.terms)
+
+    @property
     def modules(self) -> Sequence[nn.Module]:
         """The modules that compute the loss, besides the model."""
         return self._forward.modules
@@ -83,12 +88,30 @@ class Objective:
         if self.window is None:
             means, outputs = self.means(model, batch, counts, terms, rows)
             return means, {}, outputs
-        if set(self.window.names) == set(self.terms):
+        if self.is_over_window:
             outputs = self._forward.outputs(model, batch)
             return {}, self.window.read(outputs, batch), outputs
         means, outputs = self.means(model, batch, counts, terms, rows)
         others = {term: mean for term, mean in means.items() if term not in self.window.names}
         return others, self.window.read(outputs, batch), outputs
+
+    def loss_of_row(self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str]) -> float | None:
+        """Return the loss of one row, run separately; None if it has no loss items.
+
+        If all terms read the window, return a number that the loss reads of the row instead: one that is not finite, or
+        0 if all of them are finite. The loss of a row alone says nothing then: a ranking of one row may be NaN.
+
+        Args:
+            batch: a copy (`fresh_batch`) of the batch with this row.
+            counts: the batch's number of loss items, by term.
+            terms: the terms with items in the batch.
+        """
+        if not self.is_over_window:
+            means, _ = self.means(model, batch, counts, terms)
+            return sum(mean.item() for mean in means.values()) if means else None
+        _, values, _ = self.observe(model, batch, counts, terms)
+        numbers = (value[~value.isfinite()] for value in values.values() if value.is_floating_point())
+        return next((found[0].item() for found in numbers if len(found)), 0.0)
 
     def unweighted_loss(self, model: nn.Module, batch: Batch, counts: Counts, places: Sequence[int] = ()) -> Tensor:
         """Return the loss of one batch as the model or `loss_fn` returns it; divide a sum by the batch's items.

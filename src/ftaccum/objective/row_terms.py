@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
+from ..runtime.memory import is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.tensor_collectives import gather_rows
@@ -38,15 +40,20 @@ class RowTerms(WindowTerms):
         return self._window_loss.read(outputs, batch)
 
     def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledRows":
-        own = {name: torch.cat([each.values[name] for each in passes]) for name in (passes[0].values if passes else ())}
+        own = process_group.run_on_all(lambda: _joined([each.values for each in passes]))
         values = gather_rows(own, process_group, self._device)
         own_places = [place for each in passes for place in each.places]
         places = [place for part in process_group.gather(own_places) for place in part]
         order = torch.tensor(places).argsort().to(self._device)
         seed = process_group.broadcast(_drawn_seed())
-        with preserve_rng(), torch.enable_grad():
+        with preserve_rng():
             seed_all(seed)  # so that all processes draw the same numbers
-            means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
+            try:
+                means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise torch.OutOfMemoryError(_out_of_memory(len(places), error)) from error
         finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
         back, sizes = torch.tensor(own_places).to(self._device), [len(each.places) for each in passes]
         by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()} if passes else {}
@@ -57,8 +64,14 @@ class RowTerms(WindowTerms):
         inputs = {name: value for name, value in WindowLoss.inputs(values).items() if value.is_floating_point()}
         inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
         means = self._means(self._window_loss.loss({**values, **inputs}))
+        if set(means) != set(self.names):
+            raise DataError(
+                f"`loss_fn` returns the terms {sorted(means)} for an update, but {sorted(self.names)} in the check "
+                "before training. Return the same terms for any rows, and 0 for one that does not apply to them."
+            )
         total = torch.stack([widened(mean) for mean in means.values()]).sum()
-        parameters = [p for p in self._parameters() if p.requires_grad]
+        # A loss may hold the model, or its parameters, as attributes. Each of them counts once.
+        parameters = [p for p in dict.fromkeys(self._parameters()) if p.requires_grad]
         found: Sequence[Tensor | None] = [None] * (len(inputs) + len(parameters))
         if total.requires_grad:
             found = torch.autograd.grad(total, [*inputs.values(), *parameters], allow_unused=True)
@@ -105,6 +118,34 @@ class SettledRows(SettledTerms):
     def of_parameters(self) -> Tensor | None:
         products = [(widened(p) * widened(gradient)).sum() for p, gradient in self.by_parameter]
         return torch.stack(products).sum() if products else None
+
+
+def _joined(passes: Sequence[Values]) -> dict[str, Tensor]:
+    """Return the values of all micro-batches of this process, one after the other.
+
+    Raises:
+        DataError: if rows of a value have different shapes.
+    """
+    joined = {}
+    for name in passes[0] if passes else ():
+        parts = [values[name] for values in passes]
+        if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
+            raise DataError(
+                f"With `loss_over='window'`, {WindowLoss.describe(name)} must have the same shape for all rows, but "
+                f"rows of one update have the shapes {sorted(shapes)}. Pad it to a fixed length, or leave it out."
+            )
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def _out_of_memory(n_rows: int, error: Exception) -> str:
+    scores = 4 * n_rows**2 / 2**20
+    return (
+        f"Memory ran out while `loss_fn` computed the loss of all {n_rows:,} rows of an update together. Smaller "
+        f"micro-batches do not help. A matrix of {n_rows:,} × {n_rows:,} scores takes {scores:,.0f} MiB in float32, "
+        "and a loss holds several of that size. Lower the effective batch, or let `loss_fn` compute it in parts. The "
+        f"device reported: {error}"
+    )
 
 
 def _drawn_seed() -> int:

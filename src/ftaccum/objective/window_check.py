@@ -43,7 +43,7 @@ def window_objective(model: nn.Module, forward: WindowForward, sample: Sample) -
         SettingsError: if the loss reads nothing that can be trained, or a row's values depend on other rows.
         DataError: if the inputs of the loss are not tensors with one entry per row.
     """
-    forward.window_loss.find_columns([sample.together, *_collated(sample)])
+    forward.window_loss.find_columns([sample.together, sample.longest, *_collated(sample)])
     check = _Check(model, forward, sample)
     with inspection_mode(model, *forward.modules):
         try:
@@ -127,7 +127,7 @@ class _Check:
         return next(self.model.parameters()).device
 
     def _read(self, batch: Batch) -> Values:
-        return self.forward.window_loss.read(self.forward.outputs(self.model, batch), batch)
+        return self.forward.values(self.model, batch)
 
     def _padding_difference(self, read: Callable[[Batch], Values], together: Values, tolerance: float) -> float:
         """Return how far the inputs change with the width that rows are padded to; 0 if that is rounding.

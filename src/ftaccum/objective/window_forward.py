@@ -9,6 +9,7 @@ from .forward import total_of
 from .item_counts import Batch
 from .model_forward import LossFn, ModelForward
 from .window_loss import WindowLoss
+from .window_terms import Values
 
 
 class WindowForward(ModelForward):
@@ -27,6 +28,10 @@ class WindowForward(ModelForward):
         token_ids: bool,  # noqa: ARG002
     ) -> Callable[[Any, Batch], Any] | None:
         return loss_fn
+
+    def values(self, model: nn.Module, batch: Batch) -> Values:
+        """Run the model on a batch, and return what the loss reads of it."""
+        return self.window_loss.read(self.outputs(model, batch), batch)
 
     def unweighted_loss(self, model: nn.Module, batch: Batch, places: Sequence[int] = ()) -> Tensor:
         return total_of(self.window_loss(self._outputs(model, batch), batch, places))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from ..errors import DataError, SettingsError
+from ..runtime.memory import is_out_of_memory
 from .item_counts import TOKEN_COLUMNS, Batch, rows_of, tensors_of
 from .window_terms import Values
 
@@ -14,6 +15,7 @@ LossInputs = Callable[[Any, Any], Any]
 
 _INPUT, _COLUMN = "input ", "column "  # prefixes of the names among the values of a micro-batch
 _ONLY = ""  # the name of inputs or columns that are a single tensor
+_MOST_DIMENSIONS = 2  # of a column that the loss gets: images of all rows of a window would take too much memory
 
 
 class WindowLoss(nn.Module):
@@ -35,15 +37,19 @@ class WindowLoss(nn.Module):
         self._columns: frozenset[str] | None = None
 
     def find_columns(self, batches: Sequence[Batch]) -> None:
-        """Decide which columns the loss gets: those whose shape is the same for all rows, besides their number.
+        """Decide which columns the loss gets: those of at most two dimensions whose rows all have the same shape.
 
         Args:
             batches: batches of rows of different lengths.
         """
         named = [_columns_of(batch) for batch in batches]
-        shapes = {name: {column.shape[1:] for columns in named for column in [columns[name]]} for name in named[0]}
+        in_all = [name for name in named[0] if all(name in columns for columns in named)]
+        shapes = {name: {columns[name].shape[1:] for columns in named} for name in in_all}
         self._columns = frozenset(
-            name for name, found in shapes.items() if len(found) == 1 and name not in TOKEN_COLUMNS
+            name
+            for name, found in shapes.items()
+            if len(found) == 1 and name not in TOKEN_COLUMNS
+            if name == _ONLY or all(len(shape) < _MOST_DIMENSIONS for shape in found)
         )
 
     def forward(self, outputs: Any, batch: Batch, places: Sequence[int] = ()) -> Any:
@@ -62,10 +68,12 @@ class WindowLoss(nn.Module):
         """Return the inputs and the columns of the loss, by name.
 
         Raises:
-            DataError: if the inputs are not tensors with one entry per row.
+            DataError: if `loss_inputs` raises an error, or the inputs are not tensors with one entry per row.
         """
         n_rows = rows_of(batch)
-        given = outputs if self._loss_inputs is None else self._loss_inputs(outputs, batch)
+        given = outputs
+        if self._loss_inputs is not None:
+            given = _called("loss_inputs", self._loss_inputs, outputs, batch, "The outputs are", "the batch is")
         inputs = _inputs_of(given, has_function=self._loss_inputs is not None)
         for name, value in inputs.items():
             _check_rows(name, value, n_rows, has_function=self._loss_inputs is not None)
@@ -73,9 +81,20 @@ class WindowLoss(nn.Module):
         return {_INPUT + n: v for n, v in inputs.items()} | {_COLUMN + n: v for n, v in columns.items()}
 
     def loss(self, values: Values) -> Any:
-        """Return the loss of all rows, as `loss_fn` returns it."""
-        inputs, columns = _with_prefix(values, _INPUT), _with_prefix(values, _COLUMN)
-        return self.loss_fn(inputs.get(_ONLY, inputs), columns.get(_ONLY, _Columns(columns)))
+        """Return the loss of all rows, as `loss_fn` returns it, which may change what it is given in place.
+
+        Raises:
+            DataError: if `loss_fn` raises an error.
+            SettingsError: if it returns neither a number nor a dict of numbers.
+        """
+        copies = {name: value.clone() for name, value in values.items()}
+        inputs, columns = _with_prefix(copies, _INPUT), _with_prefix(copies, _COLUMN)
+        given = inputs.get(_ONLY, inputs), columns.get(_ONLY, _Columns(columns))
+        found = _called("loss_fn", self.loss_fn, *given, "The inputs of all rows are", "the columns are")
+        terms = found if isinstance(found, Mapping) else {"": found}
+        if not terms or not all(isinstance(term, Tensor) and term.numel() == 1 for term in terms.values()):
+            raise SettingsError([_NO_NUMBER.format(found=_described(found))])
+        return found
 
     @staticmethod
     def inputs(values: Values) -> dict[str, Tensor]:
@@ -96,9 +115,51 @@ class _Columns(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         raise DataError(
-            f"`loss_fn` reads column {name!r} of the batch, but with `loss_over='window'` it only gets columns that "
-            f"have the same shape for all rows: {sorted(self)}. Return what it needs from `loss_inputs`."
+            f"`loss_fn` reads column {name!r} of the batch, but with `loss_over='window'` it only gets columns of at "
+            f"most {_MOST_DIMENSIONS} dimensions whose rows all have the same shape: {sorted(self)}. Return what it "
+            "needs from `loss_inputs`."
         )
+
+
+_NO_NUMBER = (
+    "With `loss_over='window'`, `loss_fn` must return one number for all rows of an update as a tensor, or a dict of "
+    "such numbers by name, but returns {found}. Reduce it to one number, such as a mean over rows."
+)
+
+
+def _called(name: str, function: Callable[[Any, Any], Any], first: Any, batch: Any, *described: str) -> Any:
+    """Call a function of the user.
+
+    Args:
+        described: how a message introduces each of the two arguments.
+
+    Raises:
+        DataError: if it raises an error, with the shapes of what it was given.
+    """
+    try:
+        return function(first, batch)
+    except (DataError, SettingsError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        given = ", ".join(
+            f"{words} {_described(value)}" for words, value in zip(described, (first, batch), strict=True)
+        )
+        raise DataError(f"`{name}` raised {error!r}. {given}.") from error
+
+
+def _described(value: Any) -> str:
+    """Return the shapes of the tensors in a value, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return str(
+            {str(key): tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for key, v in value.items()}
+        )
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of ({', '.join(map(_described, value))})"
+    return type(value).__name__
 
 
 def _inputs_of(given: Any, *, has_function: bool) -> dict[str, Tensor]:

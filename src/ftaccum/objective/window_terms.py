@@ -31,6 +31,19 @@ class FirstPass:
     places: Sequence[int]
     values: Values
 
+    @classmethod
+    def of(cls, places: Sequence[int], values: Values) -> "FirstPass":
+        """Return what was collected, without keeping more in memory than that.
+
+        What a loss reads may be a view of a much larger output, such as the first token of the hidden states.
+        """
+        return cls(places, {name: _without_rest(value.detach()) for name, value in values.items()})
+
+
+def _without_rest(value: Tensor) -> Tensor:
+    """Return a tensor that keeps no more memory than its own numbers."""
+    return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
+
 
 @dataclass(frozen=True)
 class WindowPart:
@@ -91,7 +104,7 @@ class WindowTerms(ABC):
 
     @abstractmethod
     def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> SettledTerms:
-        """Compute the terms of a window. All processes call this together.
+        """Compute the terms of a window, with their gradients if gradients are on. All processes call this together.
 
         Args:
             passes: what the first pass collected on this process; empty if it has no rows of the window.

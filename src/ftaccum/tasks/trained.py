@@ -36,7 +36,8 @@ class Trained:
         raw: the rows as they are in the data, with all columns.
         rows: the rows with the columns of the task, named by their roles.
         encoded: the rows as the model takes them, or raw text.
-        settings: the settings that decide how text is read: those given, or else those of the run.
+        settings: the settings that decide how text is read: those given, or else those of the run; and those of the run
+            that its validation loss depends on.
     """
 
     task: Task
@@ -68,7 +69,7 @@ def load_trained(run: str, given: TrainedArguments, settings: Mapping[str, Any],
         raise SettingsError(
             [f"`ftaccum predict` has no predictions for the task {named.task!r}. `ftaccum eval` measures its loss."]
         )
-    settings = _settings(settings, record)
+    settings = _settings(settings, record) | _loss_settings(record)
     texts = settings["text_columns"] or ()
     options = ReadingOptions(delimiter=given.delimiter, encoding=given.encoding)
     raw = first_rows(read_rows(given.data, options, argument="data", split="test", text_columns=texts), given.max_rows)
@@ -131,6 +132,14 @@ def _named(run: str, given: TrainedArguments, record: RunRecord | None, folder: 
     if given.columns is not None:
         named = replace(named, columns=given.columns, label_column=None)
     return named if given.label_column is None else replace(named, label_column=given.label_column)
+
+
+def _loss_settings(record: RunRecord | None) -> dict[str, Any]:
+    """Return the settings that the validation loss of a run depends on."""
+    if record is None:
+        return {}
+    balance = record.recipe.get("router_balance")
+    return {"effective_batch_size": record.effective_batch_size} | ({"router_balance": balance} if balance else {})
 
 
 def _settings(given: Mapping[str, Any], record: RunRecord | None) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Result(Mapping[str, Any]):
         val_loss_history, metrics, evaluation_updates: one entry per evaluation: its validation loss, its metrics by
             name, and the number of updates before it. The evaluation before training is not included.
         optimizer_steps, skipped_steps: windows with and without an optimizer step; together, all windows.
+        short_updates: numbers of the updates with fewer rows than a full window, such as the last one of an epoch. A
+            loss over the window depends on the number of rows, so it cannot be compared with that of a full one.
         effective_batch_size, gradient_accumulation_steps: rows of a full window, over all processes, and k. If k
             changed, these are the values of the last update.
         batch_size, num_processes: most rows of a micro-batch, and the number of processes.
@@ -90,6 +92,7 @@ class Result(Mapping[str, Any]):
     unwritten: list[str] = field(default_factory=list)
     interrupted: bool = False
     restored_update: int | None = None
+    short_updates: list[int] = field(default_factory=list)
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
     _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
@@ -146,6 +149,7 @@ class Result(Mapping[str, Any]):
             accumulation_schedule=stages if batch_sizes.later else None,
             audits=[dict(vars(audit)) for audit in ledger.audits],
             interrupted=interrupted,
+            short_updates=[w.window + 1 for w in windows if w.rows < batch_sizes.at(w.window).effective_batch_size],
         )
 
     def __getitem__(self, name: str) -> Any:

@@ -15,17 +15,18 @@ from .base_run import Run
 from .best_evaluation import BestEvaluation
 from .build_run import TrainingSetup
 from .evaluation import Evaluation
+from .evaluation_groups import EvaluationGroups
 from .evaluator import Evaluator
 from .generator import Generator
 from .metrics import Metrics
 
 
-def build_evaluation(run: Run, loader: Loader, n_rows: int) -> Evaluation:
+def build_evaluation(run: Run, loader: Loader, groups: EvaluationGroups) -> Evaluation:
     """Return the evaluation of a run's model on rows.
 
     Args:
         loader: loads the rows.
-        n_rows: the number of rows.
+        groups: the groups of rows that the loss reads together, if it reads several rows.
 
     Raises:
         SettingsError: if the predictions for the metrics would not fit in memory.
@@ -36,7 +37,7 @@ def build_evaluation(run: Run, loader: Loader, n_rows: int) -> Evaluation:
         run.accelerator,
         run.data.objective,
         loader,
-        n_rows=n_rows,
+        groups=groups,
         planner=replace(run.planner, packed=False, limits=limits),
         process_group=run.process_group,
         metrics=_build_metrics(run),
@@ -89,7 +90,27 @@ class EvaluatedSetup(TrainingSetup):
         data = self.data
         if data.val is None or data.val_rows is None:
             return None
-        return build_evaluation(self, data.val, len(data.val_rows))
+        return build_evaluation(self, data.val, EvaluationGroups(len(data.val_rows), self.evaluation_rows))
+
+    @property
+    def notes(self) -> list[str]:
+        """The banner's lines, with those on losses that depend on the number of rows that they read together."""
+        return [*super().notes, *self._notes_on_window]
+
+    @property
+    def _notes_on_window(self) -> list[str]:
+        if self.data.objective.window is None:
+            return []
+        notes = []
+        if self.data.val_rows is not None:
+            notes.append(EvaluationGroups(len(self.data.val_rows), self.evaluation_rows).describe())
+        sizes = self.plan.batch_sizes
+        if any(len(w.rows) < sizes.at(w.index).effective_batch_size for w in self.plan.sample_windows()):
+            notes.append(
+                f"Note: some updates have fewer than {sizes.effective_batch_size} rows, which changes their loss; "
+                "`short_updates` of the result lists them"
+            )
+        return notes
 
     def evaluate(self) -> tuple[float, dict[str, float]] | None:
         """Return the current validation loss and metrics; None if there are no validation rows.

@@ -29,12 +29,14 @@ def build_identity(
     batch_sizes: BatchSizes,
     accelerator: Accelerator,
     *,
+    evaluation_rows: int,
     plans: bool,
     is_sharded: bool,
 ) -> RunIdentity:
     """Return the identity of a run.
 
     Args:
+        evaluation_rows: the rows of a group of validation rows.
         plans: whether the planner chooses where to cut windows.
         is_sharded: whether the model is sharded, which a config file of the launcher may ask for.
     """
@@ -43,6 +45,7 @@ def build_identity(
         recipe=recipe_identity(config.recipe),
         trained_on={
             "effective_batch_size": size_identity(sizes),
+            "evaluation_rows": evaluation_rows,
             "train_data": rows_identity(data.train_rows),
             "val_data": rows_identity(data.val_rows),
             "model": model_identity(components.model),
@@ -50,6 +53,7 @@ def build_identity(
             "optimizer": optimizer_identity(optimizer),
             "learning_rate": peak_rates(optimizer),
             "loss_fn": function_identity(components.loss_fn),
+            "loss_inputs": function_identity(components.loss_inputs),
             "data_collator": function_identity(components.data_collator),
         },
         run_with={

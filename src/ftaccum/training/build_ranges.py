@@ -18,6 +18,7 @@ from ..objective.embedding_limits import find_embedding_limits
 from ..objective.index_guard import IndexGuard
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward, logits_of
+from ..objective.window_forward import WindowForward
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
@@ -41,7 +42,7 @@ def find_ranges(
     sizes, lengths = dict(ValueRanges.of_tokens(model).limits), []
     with inspection_mode(model, *forward.modules), IndexGuard():
         for row in few:  # several, since a faulty row may end its pass before it reaches all embeddings
-            limits = find_embedding_limits(partial(forward, model, row), row)
+            limits = find_embedding_limits(partial(_run, forward, model, row), row)
             sizes |= limits.sizes
             lengths += [] if limits.longest is None else [limits.longest]
         is_binary = _is_binary_module(loss_fn) or (loss_fn is None and _computes_binary(forward, model, few[0]))
@@ -62,10 +63,18 @@ def _takes(forward: ModelForward, model: nn.Module, row: Batch) -> bool:
     """Return whether the forward pass of a row succeeds."""
     try:
         with inspection_mode(model, *forward.modules), IndexGuard():
-            forward(model, row)
+            _run(forward, model, row)
     except Exception:
         return False
     return True
+
+
+def _run(forward: ModelForward, model: nn.Module, row: Batch) -> None:
+    """Run a forward pass with its loss, unless the loss reads all rows of a window, which one row does not show."""
+    if isinstance(forward, WindowForward):
+        forward.outputs(model, row)
+    else:
+        forward(model, row)
 
 
 def _stretched(row: Batch, length: int) -> Batch:

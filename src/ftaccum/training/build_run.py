@@ -77,6 +77,13 @@ class TrainingSetup(OptimizedRun):
     def batch_sizes(self) -> BatchSizes:
         return self.new_batch_sizes(self.resume_point.batch_size)
 
+    @property
+    def evaluation_rows(self) -> int:
+        """Rows of a group of validation rows. A resumed run keeps them, so that its losses stay comparable."""
+        checkpoint = self.resume_point.checkpoint
+        known = None if checkpoint is None else checkpoint.metadata["trained_on"].get("evaluation_rows")
+        return known or self.batch_sizes.effective_batch_size
+
     @cached_property
     def identity(self) -> RunIdentity:
         """The identity of the run, which its checkpoints save so that only the same run resumes from them."""
@@ -86,6 +93,7 @@ class TrainingSetup(OptimizedRun):
             self.optimizer,
             self.batch_sizes,
             self.accelerator,
+            evaluation_rows=self.evaluation_rows,
             plans=self.planner.costs is not None,
             is_sharded=self.sharding is not None,
         )

@@ -6,9 +6,15 @@ from functools import cached_property
 from torch.optim import SGD
 
 from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.log import logger
 from .base_run import Run
 from .build_evaluation import build_evaluation
 from .config import RunConfig
+from .evaluation_groups import EvaluationGroups
+
+# Rows of a group on which a loss that reads several rows is computed, if the model's run does not tell. It is fixed so
+# that the loss does not depend on `batch_size`.
+_ROWS_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ def evaluate_rows(config: RunConfig) -> Evaluated:
         SettingsError: if the metrics cannot be computed.
     """
     with EvaluationRun(config) as run:
-        rows = len(run.data.train_rows)
-        return Evaluated(rows, *build_evaluation(run, run.data.train, rows)(run.model))
+        groups = EvaluationGroups(len(run.data.train_rows), config.recipe.effective_batch_size or _ROWS_TOGETHER)
+        if run.data.objective.window is not None:
+            logger.info(f"{groups.describe()}.")
+        return Evaluated(groups.n_rows, *build_evaluation(run, run.data.train, groups)(run.model))
 
 
 class EvaluationRun(Run):

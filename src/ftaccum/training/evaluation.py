@@ -1,7 +1,8 @@
 """Validation: the loss over every validation row, and metrics on the model's predictions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from ..data.loader import Loader, LocalRows, MicroBatch
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import Means, WeightedMeans, gathered
 from ..objective.objective import Objective
-from ..planning.micro_batches import MicroBatchPlanner
+from ..objective.window_terms import FirstPass, WindowTerms
+from ..planning.micro_batches import MicroBatchPlanner, RowIndices
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import training_mode
+from ..runtime.state_guards import preserve_rng, seed_all, training_mode
+from .evaluation_groups import EvaluationGroups
 from .generator import Generator
 from .metrics import GENERATED, Metrics
 from .prediction_memory import check_prediction_memory, vocabulary_sizes
@@ -26,6 +29,23 @@ from .predictions import BatchPredictions
 _ROWS_TOGETHER, _ROWS_SORTED = 64, 4096
 
 
+@dataclass
+class _Found:
+    """What this process has found on its batches.
+
+    Attributes:
+        losses: the mean losses of all rows so far.
+        predicted: the predictions of all rows so far.
+        passes: what the terms that read several rows together read of the current group.
+        n_rows: the number of rows of this process in the current group.
+    """
+
+    losses: WeightedMeans
+    predicted: list[BatchPredictions] = field(default_factory=list)
+    passes: list[FirstPass] = field(default_factory=list)
+    n_rows: int = 0
+
+
 class Evaluation:
     """Evaluates a model on the validation rows, each exactly once, on all processes together."""
 
@@ -34,14 +54,17 @@ class Evaluation:
         accelerator: Accelerator,
         objective: Objective,
         loader: Loader,
-        n_rows: int,
+        groups: EvaluationGroups,
         planner: MicroBatchPlanner,
         process_group: ProcessGroup,
         metrics: Metrics | None,
         generator: Generator | None = None,
     ) -> None:
+        """Args:
+        groups: the groups of rows that the loss reads together, if it reads several rows.
+        """
         self._accelerator, self._objective, self._loader = accelerator, objective, loader
-        self._n_rows, self._planner, self._process_group = n_rows, planner, process_group
+        self._groups, self._planner, self._process_group = groups, planner, process_group
         self._metrics, self._generator = metrics, generator
 
     def check_memory(self, model: nn.Module, config: Any) -> None:
@@ -58,16 +81,19 @@ class Evaluation:
         with torch.no_grad(), training_mode(model, training=False):
             micro = self._loader.longest_rows(1)
             batch = fresh_batch(micro.batch, self._accelerator.device)
-            outputs = self._objective.means(model, batch, micro.counts, micro.terms, micro.names)[1]
+            *_, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names)
         named = metrics.named_outputs(outputs)
         check_prediction_memory(
-            named, vocabulary_sizes(model, config), self._n_rows, predicts_next_token=self._objective.shifts
+            named, vocabulary_sizes(model, config), self._groups.n_rows, predicts_next_token=self._objective.shifts
         )
 
     def __call__(
         self, model: nn.Module, independent_passes: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[float, dict[str, float]]:
         """Return the loss, a mean over all loss items, and the metrics by name.
+
+        Terms of the loss that read several rows together are computed on groups of rows. Their mean is weighted by the
+        rows of the groups.
 
         Args:
             model: the model without DDP, which would communicate in its forward pass: processes may have different
@@ -80,56 +106,75 @@ class Evaluation:
             MetricsError: on all processes of several, if `compute_metrics` or `preprocess_logits_for_metrics` fails.
             SettingsError: if what one of these returns cannot be used.
         """
-        accelerator, metrics = self._accelerator, self._metrics
-        losses = WeightedMeans(self._objective.terms, accelerator.device)
-        predicted: list[BatchPredictions] = []
+        accelerator, metrics, window = self._accelerator, self._metrics, self._objective.window
+        found = _Found(WeightedMeans(self._objective.terms, accelerator.device))
 
-        def evaluate_all() -> None:
+        def evaluate(micro_batches: Callable[[], Iterable[MicroBatch]]) -> None:
             with independent_passes():
-                for micro in self._loader.stream(self._local_rows()):
-                    self._evaluate(model, micro, losses, predicted)
+                for micro in micro_batches():
+                    self._evaluate(model, micro, found)
 
         with torch.no_grad(), training_mode(model, training=False):
-            self._process_group.run_on_all(evaluate_all)
-        (losses,) = gathered([losses], accelerator)
-        return losses.total(), {} if metrics is None else metrics.compute(predicted)
+            if window is None:
+                stream = self._loader.stream(self._local_rows(self._rows_together()))
+                self._process_group.run_on_all(lambda: evaluate(lambda: stream))
+            else:
+                shares = self._loader.stream_shares(self._local_rows(self._groups))
+                for group in self._groups:
+                    self._process_group.run_on_all(lambda: evaluate(lambda: next(shares)))
+                    self._settle(window, group, found)
+        (losses,) = gathered([found.losses], accelerator)
+        return losses.total(), {} if metrics is None else metrics.compute(found.predicted)
 
-    def _evaluate(
-        self, model: nn.Module, micro: MicroBatch, losses: WeightedMeans, predicted: list[BatchPredictions]
-    ) -> None:
+    def _settle(self, window: WindowTerms, group: RowIndices, found: _Found) -> None:
+        """Add the terms of a group of which all batches have run."""
+        passes, n_rows = found.passes, found.n_rows
+        found.passes, found.n_rows = [], 0
+        with preserve_rng():
+            seed_all(group[0])  # a loss that draws random numbers draws the same in each evaluation
+            settled = window.settle(passes, self._process_group)
+        found.losses.add(settled.means, {term: n_rows * (term in window.names) for term in self._objective.terms})
+
+    def _evaluate(self, model: nn.Module, micro: MicroBatch, found: _Found) -> None:
         """Evaluate one batch or, if memory runs out, its two halves."""
         try:
-            means, kept = self._forward(model, micro)
+            means, first, kept = self._forward(model, micro)
         except RuntimeError as error:
             if not is_out_of_memory(error) or len(micro.slice.rows) < 2:
                 raise
         else:
-            losses.add(means, micro.counts)
-            predicted += kept
+            together = () if self._objective.window is None else self._objective.window.names
+            found.losses.add(means, {term: 0 if term in together else n for term, n in micro.counts.items()})
+            found.n_rows += len(micro.slice.rows)
+            found.passes += [first] if together else []
+            found.predicted += kept
             return
         give_back_memory()
         for half in self._loader.halves(micro):
-            self._evaluate(model, half, losses, predicted)
+            self._evaluate(model, half, found)
 
-    def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Means, list[BatchPredictions]]:
-        """Return the losses of one batch, and its predictions if there are metrics.
+    def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Means, FirstPass, list[BatchPredictions]]:
+        """Return the losses of one batch, what terms over several rows read of it, and its predictions for the metrics.
 
         The outputs live no longer than this call, so that the device never holds those of two batches.
         """
         metrics, batch = self._metrics, fresh_batch(micro.batch, self._accelerator.device)
         labels = None if metrics is None else metrics.labels_of(batch)
-        means, outputs = self._objective.means(model, batch, micro.counts, micro.terms, micro.names)
+        means, values, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names)
+        first = FirstPass.of(micro.slice.places, values)
         if self._generator is not None:
             del outputs  # their memory is needed
             batch, rows = fresh_batch(micro.batch, self._accelerator.device), micro.slice.rows
             outputs = {GENERATED: self._generator(model, batch, rows, self._loader.name_of)}
         kept = [] if metrics is None else [metrics.keep(micro, outputs, labels)]
-        return {term: mean.detach() for term, mean in means.items()}, kept
+        return {term: mean.detach() for term, mean in means.items()}, first, kept
 
-    def _local_rows(self) -> Iterator[LocalRows]:
-        together = _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED
-        for start in range(0, self._n_rows, together):
-            rows = tuple(range(start, min(start + together, self._n_rows)))
+    def _rows_together(self) -> EvaluationGroups:
+        """Return the groups of rows to load together if the loss does not read them together."""
+        return EvaluationGroups(self._groups.n_rows, _ROWS_TOGETHER if self._loader.by_window else _ROWS_SORTED)
+
+    def _local_rows(self, groups: EvaluationGroups) -> Iterator[LocalRows]:
+        for rows in groups:
             slices = self._loader.cut(rows, self._planner)[self._accelerator.process_index]
-            # No process waits for another one here, so no dummy micro-batches are needed.
-            yield LocalRows(rows, [piece for piece in slices if piece.rows], (start,))
+            # No process waits for another one in its passes, so no dummy micro-batches are needed.
+            yield LocalRows(rows, [piece for piece in slices if piece.rows], (rows[0],))

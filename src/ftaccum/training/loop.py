@@ -27,6 +27,12 @@ _PASSES_DIFFER = (
     "gradient of this update would be wrong, and the update is not made. Something in the forward pass draws random "
     "numbers that ftaccum does not replay, or depends on how often it has run, such as a counter in `forward`."
 )
+
+
+class PassesDifferError(InexactLossError):
+    """The two passes over a window differ. Its update is not made, whatever `on_inexact` is."""
+
+
 # Returns a window in smaller micro-batches, given the pass of this process that ran out of memory, if one did.
 Split = Callable[[LocalWindow, FailedPass | None], LocalWindow]
 
@@ -163,17 +169,17 @@ class TrainingLoop:
         return ClippedGradient(numbers.grad_norm, numbers.n_items, numbers.losses, suspects, in_loss, moved)
 
     def _abandon(self, accumulated: AccumulatedWindow, drift: float) -> None:
-        """Restore the state before a window whose two passes differ, and raise InexactLossError."""
+        """Restore the state before a window whose two passes differ, and raise PassesDifferError."""
         accumulated.start.restore()
         self._accumulator.zero_gradients()
         self.in_update = False
-        raise InexactLossError([_PASSES_DIFFER.format(drift=f"{drift:.1e}", most=f"{accumulated.most_drift:.0e}")])
+        raise PassesDifferError([_PASSES_DIFFER.format(drift=f"{drift:.1e}", most=f"{accumulated.most_drift:.0e}")])
 
     def _step(self, window: LocalWindow, accumulated: AccumulatedWindow, split: Split) -> None:
         """Step the optimizer; if it needs a closure, let it evaluate the same rows again with the same random draws.
 
         Buffers and random number generators end as the window's first evaluation left them. If a step with a closure
-        fails, restore the weights and the optimizer.
+        fails, restore the weights and the optimizer; if two passes differ, the whole state before the window.
         """
         if not self._needs_closure:
             self._optimizer.step()
@@ -189,8 +195,9 @@ class TrainingLoop:
         backup, end = OptimizerBackup(self._schedule.optimizer), accumulated.start.now()
         try:
             self._optimizer.step(closure_of(evaluate, lambda loss: sum(self._process_group.gather(loss))))
-        except Exception:
+        except Exception as error:
             backup.restore()
+            end = accumulated.start if isinstance(error, PassesDifferError) else end
             raise
         finally:
             end.restore()

@@ -12,6 +12,7 @@ from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import columns_of
 from ..objective.item_counts import Batch, targets_of
 from ..objective.model_forward import ModelForward
+from ..objective.window_forward import WindowForward
 from ..runtime.state_guards import inspection_mode
 from .config import Components
 
@@ -57,7 +58,11 @@ def _failing_row(
     for position in candidates:
         try:
             with inspection_mode(components.model, *forward.modules):
-                forward(components.model, fresh_batch(row_collator.seeded(rows, [position], 0), device))
+                row = fresh_batch(row_collator.seeded(rows, [position], 0), device)
+                if isinstance(forward, WindowForward):  # its loss may not take a single row
+                    forward.values(components.model, row)
+                else:
+                    forward(components.model, row)
         except Exception:
             return position
     return None

@@ -93,7 +93,8 @@ class _Looked:
 
     Attributes:
         loss: the window's loss, or this process's part of it.
-        found: the rows whose loss is not finite when they are run separately, each with that loss.
+        found: the rows whose loss is not finite when they are run separately, each with that loss. For a loss over the
+            window, the rows of which it reads such a number, each with that number.
         n_tried: the number of rows that were run separately.
         together: the rows of one micro-batch whose loss is not finite.
         throughout: whether no micro-batch had a finite loss.
@@ -214,12 +215,12 @@ class NonFiniteHandler:
         return _Looked.of_all(self._process_group.gather(mine))
 
     def _loss_of(self, micro: MicroBatch, place: int) -> float | None:
-        """Return the loss of one row, run separately; None if it has no loss items or cannot be run so."""
+        """Return the loss of one row, run separately, or for a loss over the window a number that it reads of the row;
+        None if the row has no loss items or cannot be run so."""
         try:
             row = self._loader.row_of(micro, place)
             batch = fresh_batch(row.batch, self._device)
-            means = self._objective.means(self._model, batch, row.counts, row.terms)[0]
-            return sum(mean.item() for mean in means.values()) if means else None
+            return self._objective.loss_of_row(self._model, batch, row.counts, row.terms)
         except Exception:  # the model may reject a single row, or this one, which must not end the run
             return None
 
@@ -229,6 +230,8 @@ class NonFiniteHandler:
                 f"the norm of its gradient is {fault.grad_norm}, but its loss, {looked.loss:.4g}, is finite. The fault "
                 "is in the backward pass, so no row can be named."
             )
+        if not looked.found and self._objective.is_over_window:
+            return f"its loss is {looked.loss}, but all that it reads of the rows is finite, so `loss_fn` makes it so."
         if not looked.found:
             rows = [self._loader.name_of(row) for row in looked.together]
             of_pass = f" A micro-batch whose loss was not finite contains {_listed(rows)}." if rows else ""
@@ -239,7 +242,8 @@ class NonFiniteHandler:
             if looked.blames_the_model
             else ""
         )
-        return f"its loss is {looked.loss}. Rows whose own loss is not finite: {_listed(rows)}.{every}"
+        kind = "of which the loss reads a number that" if self._objective.is_over_window else "whose own loss"
+        return f"its loss is {looked.loss}. Rows {kind} is not finite: {_listed(rows)}.{every}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from .build_outputs import RunWithOutputs
 from .build_plan import describe_cut
 from .callbacks import Callback
 from .config import RunConfig
-from .loop import LoopHooks
+from .loop import LoopHooks, PassesDifferError
 from .nonfinite import NonFiniteUpdate
 from .trainer_callbacks import Requests
 
@@ -55,7 +55,8 @@ class TrainingRun(RunWithOutputs):
         try:
             self._train_epochs()
         except InexactLossError as error:
-            raise InexactLossError([*error.faults, *self._keep_inexact()]) from error
+            remedy = [] if isinstance(error, PassesDifferError) else ["Set `on_inexact='warn'` to train anyway."]
+            raise InexactLossError([*error.faults, *self._keep_inexact(), *remedy]) from error
         except Interrupted:
             if not (returns_interrupted and self.metrics_logger.n_windows):
                 raise
@@ -91,16 +92,16 @@ class TrainingRun(RunWithOutputs):
         return result.with_model(self.model, self.config.components.tokenizer)
 
     def _keep_inexact(self) -> list[str]:
-        """Save the model of a run that an audit has ended, and return sentences that say where it is saved."""
+        """Save the model of a run that an inexact gradient has ended; return sentences that say where it is saved."""
         self.checkpoint_manager.finish_writing()
         n_updates, saved = self.metrics_logger.n_windows, self.checkpoint_manager.describe()
         self.weights_in_training.close()
         self._inner.close()
         if not n_updates or self.run_dir is None or not self.callback.saves_model:
-            return [f"The model in memory has had {n_updates} updates.", "Set `on_inexact='warn'` to train anyway."]
+            return [f"The model in memory has had {n_updates} updates."]
         faults = write_model(self.trained_model, self.run_dir, self.process_group)
         kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
-        return [*kept, saved, "Set `on_inexact='warn'` to train anyway."]
+        return [*kept, saved]
 
     def describe_progress(self) -> str:
         if not self._is_training:

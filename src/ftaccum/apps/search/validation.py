@@ -16,12 +16,12 @@ from ...errors import refuse
 from ...fine_tuning import test_fine_tuning
 from ...porting.keywords import argument_names, unknown_arguments
 from ...runtime.accelerator import is_first_process, requested_processes
-from ...tracking.selection import fault_of_criterion
+from ...tracking.selection import LOSS, Criterion, fault_of_criterion
 from ...training.config import faults_of_config
 from ...training.preflight import faults_before_loading
 from .definition import Search
 from .settings import SearchSettings
-from .space import STEPS, Others, make_space
+from .space import STEPS, Others, Space, make_space
 from .study import check_study
 from .trial_callbacks import fault_of_copies
 
@@ -91,6 +91,7 @@ def define_search(
     _check(settings, model_factory, fixed, output_dir, looks_at_files=looks_at_files)
     refuse(_faults_of_shared(fixed, space))
     varied = make_space(settings, accumulation_steps, learning_rate, space, fixed)
+    refuse(_faults_of_comparison(varied, fixed))
     folder = None if output_dir is None else Path(output_dir)
     return Search(model_factory, fixed, varied, settings, folder, progress)
 
@@ -133,6 +134,20 @@ def _faults_of_shared(fixed: Mapping[str, Any], space: Others | None) -> list[st
     has_metrics = fixed["compute_metrics"] is not None or callable(space)  # a function of the trial may return one
     objective = fault_of_criterion(fixed["metric_for_best"], fixed["greater_is_better"], has_metrics)
     return [fault for fault in (objective, fault_of_copies(fixed["callbacks"])) if fault]
+
+
+def _faults_of_comparison(space: Space, fixed: Mapping[str, Any]) -> list[str]:
+    """Return a sentence if the validation losses of trials cannot be compared."""
+    by_loss = Criterion.of_settings(fixed["metric_for_best"], fixed["greater_is_better"]).metric == LOSS
+    steps = space.candidates()
+    if fixed["loss_over"] != "window" or not by_loss or len(steps) == 1:
+        return []
+    return [
+        "`loss_over` is 'window', so a validation loss depends on the effective batch size, and a search cannot "
+        f"compare those of trials with `accumulation_steps` from {min(steps)} to {max(steps)}. Name a metric of "
+        "`compute_metrics` in `metric_for_best`, or give `accumulation_steps=(1,)` and the effective batch size as "
+        "`batch_size`."
+    ]
 
 
 def _faults_of_runs(model_factory: Any, fixed: Mapping[str, Any]) -> list[str]:
