@@ -5,6 +5,7 @@ the same updates, with the same AdamW, schedule and clipping, in float32, withou
 
 - window: ftaccum with `loss_over="window"`;
 - window-unaudited: the same without audits, which sentence-transformers has not either;
+- window-unplanned: the same without the planner, so that rows of unequal length are padded as in those that follow;
 - items: ftaccum with ordinary accumulation, where a text is compared with the pairs of its micro-batch;
 - cached: sentence-transformers with `CachedMultipleNegativesRankingLoss`, installed into `.venv-peers` on first use;
 - untuned: the metrics before training.
@@ -90,6 +91,7 @@ def n_rows(batch: Any) -> int:
 OURS: dict[str, dict[str, Any]] = {
     "window": {"loss_over": "window"},
     "window-unaudited": {"loss_over": "window", "audit": False},
+    "window-unplanned": {"loss_over": "window", "audit": False, "planner": False},
     "items": {"loss_over": "items", "planner": False, "audit": False, "count_items": n_rows},
     "untuned": {},
 }
@@ -197,9 +199,10 @@ def table(runs: list[Run]) -> list[str]:
 
 
 def spread(values: list[float]) -> str:
-    """Return the median and the range."""
+    """Return the median, and the range if there are several values."""
     known = [value for value in values if value == value]
-    return f"{median(known):.2f} ({min(known):.2f}–{max(known):.2f})" if known else "–"
+    extent = f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else ""
+    return f"{median(known):.2f}{extent}" if known else "–"
 
 
 def compare(given: argparse.Namespace) -> list[Run]:
@@ -212,7 +215,6 @@ def compare(given: argparse.Namespace) -> list[Run]:
         task_file = folder / "task.json"
         task_file.write_text(json.dumps(asdict(make_task(given.updates, given.held_out, given.seed))))
         given.results.parent.mkdir(parents=True, exist_ok=True)
-        given.results.write_text("")
         for number, contenders in [(0, ["untuned"]), *rounds]:
             for contender in contenders:
                 runs.append(Run.of(contender, number, run(contender, task_file, folder)))
@@ -236,6 +238,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         runs = [Run(**json.loads(line)) for line in given.results.read_text().splitlines()]
+    elif given.results.exists():
+        parser.error(f"{given.results} has the figures of another comparison. Move it, or name a new file.")
     else:
         runs = compare(given)
     print(f"\n{machine()}\n", *table(runs), sep="\n")
