@@ -228,10 +228,10 @@ def main(arguments: list[str]) -> None:
 
     if state.is_main_process:
         if result.metrics and result.metrics[-1]:
-            # The saved model is that of the best or the last epoch.
-            losses = result.val_loss_history
-            epoch = losses.index(min(losses)) if recipe.restore_best_weights else -1
-            found = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics[epoch].items())
+            # The saved model is that of the best or the last evaluation.
+            restored = result.restored_update
+            saved = -1 if restored is None else result.evaluation_updates.index(restored)
+            found = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics[saved].items())
             print(f"Held-out retrieval: {found}")
         if runtime.output_dir:
             print(f"Model, ledger and result: {Path(runtime.output_dir).resolve()}")

@@ -8,6 +8,7 @@ wrong or crashes.
     .venv/bin/python scripts/sweep_heads.py
     .venv/bin/python scripts/sweep_heads.py --task CAUSAL_LM --only Mixtral
     .venv/bin/python scripts/sweep_heads.py --jobs 4 --json heads.json
+    .venv/bin/python scripts/sweep_heads.py --variant "router loss" --router-balance micro_batch
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,8 +37,9 @@ FAILED = ("crashed", "SILENTLY WRONG")
 def main() -> int:
     options = _options()
     found = [case for task in options.task or TASKS for case in cases(task, options.only)]
+    found = [case for case in found if options.variant in (None, case.variant)]
     started, verdicts = time.perf_counter(), []
-    for n, verdict in enumerate(_checked(found, options.jobs), start=1):
+    for n, verdict in enumerate(_checked(found, options.jobs, options.router_balance), start=1):
         verdicts.append(verdict)
         seconds = time.perf_counter() - started
         print(f"{n}/{len(found)} {seconds:.0f} s {_name(verdict)}: {verdict.kind}", file=sys.stderr, flush=True)
@@ -63,13 +66,14 @@ def table(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(lines)
 
 
-def _checked(found: Sequence[Case], jobs: int) -> Iterator[Verdict]:
+def _checked(found: Sequence[Case], jobs: int, router_balance: str) -> Iterator[Verdict]:
+    checked = partial(check, router_balance=router_balance)
     if jobs == 1:
         _quiet()
-        yield from map(check, found)
+        yield from map(checked, found)
         return
     with ProcessPoolExecutor(jobs, initializer=_quiet) as workers:
-        yield from workers.map(check, found)
+        yield from workers.map(checked, found)
 
 
 def _quiet() -> None:
@@ -94,6 +98,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=list(TASKS), help="task to check, repeatable (default: all)")
     parser.add_argument("--only", default="", metavar="NAME", help="check only classes whose names contain this")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="check only this variant, such as 'router loss' (default: all)"
+    )
+    parser.add_argument(
+        "--router-balance", choices=["window", "micro_batch"], default="window", help="as in training (default: window)"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all verdicts to")
     return parser.parse_args()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from ftaccum import test_fine_tuning
 from heads import CLASSES, HEADS, RecordingOptimizer, one_batch, relative_error
@@ -114,3 +115,21 @@ def test_a_loss_with_a_hidden_ignore_index_is_counted() -> None:
     model = Tagger(7, as_module=False)
     rows = [{"input_ids": ids_L, "labels": labels_L} for ids_L, labels_L in zip(ids_BL, labels_BL, strict=True)]
     assert one_window(model, rows, model(ids_BL, labels_BL)["loss"]) < 1e-9
+
+
+def test_a_loss_of_hidden_states_gets_each_layer_once() -> None:
+    numbers = []
+
+    def loss_fn(outputs: Any, batch: Any) -> Tensor:
+        numbers.append(len(outputs.hidden_states))
+        return F.cross_entropy(outputs.logits, batch["labels"])
+
+    config = BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8,
+        output_hidden_states=True,
+    )  # fmt: skip
+    rows = [{"input_ids": [n + 1, 2, 3], "labels": n % 2} for n in range(6)]
+    model = BertForSequenceClassification(config)
+    test_fine_tuning(model, train_data=rows, loss_fn=loss_fn, n_epochs=1, validation_split=0.0, verbosity="quiet")
+    assert set(numbers) == {3}
+    assert len(model(torch.tensor([[1, 2]])).hidden_states) == 3

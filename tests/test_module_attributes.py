@@ -146,3 +146,40 @@ def test_an_attribute_that_cannot_be_restored_is_reported(
         in capsys.readouterr().err
     )
     assert before.changed() == ["`large` of Keeps"]
+
+
+class InstallsHooks(nn.Module):
+    """Collects the outputs of a layer with a hook that its first pass installs, as Transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.collected: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if not getattr(self, "has_hooks", False):
+            self.layer.register_forward_hook(lambda *given: self.collected.append(given[-1]))
+            self.layer.register_forward_pre_hook(lambda _, given: given[0] + 1, with_kwargs=False)
+            self.has_hooks = True
+        self.collected.clear()
+        self.layer(x)
+        return list(self.collected)
+
+
+def test_hooks_that_a_first_pass_installs_are_not_installed_twice() -> None:
+    module, x = InstallsHooks(), torch.zeros(1, 2)
+    for _ in range(3):
+        with preserve_attributes(module):
+            assert len(module(x)) == 1
+    outputs = module(x)
+    torch.testing.assert_close(outputs, [nn.functional.linear(x + 1, module.layer.weight, module.layer.bias)])
+    assert len(module(x)) == 1
+
+
+def test_a_hook_from_before_stays() -> None:
+    module, calls = nn.Linear(2, 2), []
+    module.register_forward_hook(lambda *_: calls.append(1), always_call=True)
+    with preserve_attributes(module):
+        module(torch.zeros(1, 2))
+    module(torch.zeros(1, 2))
+    assert len(calls) == 2

@@ -127,7 +127,7 @@ def mixtral(coefficient: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 1e-3])
-def test_a_router_balance_is_weighted_by_tokens_and_the_loss_by_labels(coefficient: float) -> None:
+def test_a_router_balance_of_micro_batches_is_weighted_by_tokens_and_the_loss_by_labels(coefficient: float) -> None:
     """The gradient is that of the cross entropy in one batch plus that of the balances' mean, weighted by tokens."""
     rows, size = HEADS["causal LM, Llama"].rows(8), 2
     model, wanted = mixtral(coefficient), mixtral(coefficient)
@@ -143,7 +143,8 @@ def test_a_router_balance_is_weighted_by_tokens_and_the_loss_by_labels(coefficie
         with pytest.warns(InexactLossWarning, match="'aux_loss', .*% of the loss, depends on the rows of a batch"):
             test_fine_tuning(
                 model, train_data=_in_the_order_of_training(rows), optimizer=optimizer, batch_size=size,
-                effective_batch_size=len(rows), gradient_clip_norm=None, planner=False, **ONCE,
+                effective_batch_size=len(rows), gradient_clip_norm=None, planner=False, router_balance="micro_batch",
+                **ONCE,
             )  # fmt: skip
     error = relative_error(optimizer.gradients[0], {name: p.grad for name, p in wanted.named_parameters()})
     assert error < 1e-12
@@ -162,5 +163,7 @@ def _in_the_order_of_training(rows: list[Any]) -> list[Any]:
 def test_a_router_whose_batch_is_whole_is_exact() -> None:
     with warnings.catch_warnings(), all_in_float64():
         warnings.simplefilter("ignore", InexactLossWarning)
-        errors = window_errors(mixtral(1.0), HEADS["causal LM, Llama"].rows(), batch_size=9)
+        errors = window_errors(
+            mixtral(1.0), HEADS["causal LM, Llama"].rows(), batch_size=9, router_balance="micro_batch"
+        )
     assert max(errors) < 1e-12

@@ -281,7 +281,7 @@ def test_terms_with_different_means_are_not_taken_for_one_mean() -> None:
         )
 
 
-def test_router_losses_cause_a_warning() -> None:
+def test_router_losses_of_micro_batches_cause_a_warning() -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -292,7 +292,7 @@ def test_router_losses_cause_a_warning() -> None:
     ):
         test_fine_tuning(
             MixtralForCausalLM(config), train_data=HEADS["causal LM, Llama"].rows(), n_epochs=1,
-            gradient_accumulation_steps=2, validation_split=0.0,
+            gradient_accumulation_steps=2, validation_split=0.0, router_balance="micro_batch",
             progress=False,
         )  # fmt: skip
 

@@ -400,6 +400,12 @@ def test_losses_show_their_settings() -> None:
     assert repr(MultipleNegativesRankingLoss()) == shown
     assert repr(PairwiseRankingLoss()) == "PairwiseRankingLoss(labels='labels', group=None, scores='logits')"
     assert repr(CoxLoss()) == "CoxLoss(time='time', event='event', scores='logits')"
-    bounded = InfoNCELoss()
-    nn.init.constant_(bounded.log_scale, 10.0)
-    assert "temperature=0.01," in repr(bounded)
+    trained = InfoNCELoss()
+    nn.init.constant_(trained.log_scale, 10.0)
+    assert repr(trained) == repr(InfoNCELoss()), "a resumed run compares the settings"
+
+
+def test_a_run_does_not_resume_with_other_options_of_its_loss() -> None:
+    one, other = MultipleNegativesRankingLoss(scale=20), MultipleNegativesRankingLoss(scale=2)
+    assert function_identity(one) == function_identity(MultipleNegativesRankingLoss())
+    assert function_identity(one) != function_identity(other)

@@ -90,9 +90,10 @@ def test_batch_norm_in_train_mode_is_caught(task: str, name: str) -> None:
     assert check(_cases(task, name)[0]).kind == "caught"
 
 
-def test_a_router_loss_is_caught() -> None:
+@pytest.mark.parametrize(("balance", "kind"), [("window", "exact"), ("micro_batch", "caught")])
+def test_a_router_loss_is_exact_over_the_window_and_caught_over_micro_batches(balance: str, kind: str) -> None:
     (case,) = [case for case in _cases("CAUSAL_LM", "Qwen3MoeForCausalLM") if case.variant == "router loss"]
-    assert check(case).kind == "caught"
+    assert check(case, router_balance=balance).kind == kind
 
 
 @pytest.mark.slow

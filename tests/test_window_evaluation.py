@@ -134,6 +134,9 @@ class Settled(SettledTerms):
     def part(self, *_: Any) -> WindowPart:
         raise AssertionError("an evaluation has no second pass")
 
+    def zero(self, *_: Any) -> Tensor:
+        raise AssertionError("an evaluation has no dummies")
+
 
 class Pairwise(WindowTerms):
     """The term "pairs" of a loss, over all rows of a group."""
@@ -143,7 +146,7 @@ class Pairwise(WindowTerms):
     def read(self, outputs: Tensor, _: Batch) -> Values:
         return {"embeddings": outputs}
 
-    def settle(self, passes: Sequence[FirstPass], _: ProcessGroup) -> Settled:
+    def settle(self, passes: Sequence[FirstPass], _: ProcessGroup, __: Sequence[int]) -> Settled:
         places = torch.tensor([place for each in passes for place in each.places])
         embedded = torch.cat([each.values["embeddings"] for each in passes])[places.argsort()]
         return Settled({"pairs": ordered(embedded, {"labels": torch.tensor([0.0, 2.0])})})

@@ -38,9 +38,10 @@ def run(case: Case, model: nn.Module | None = None, **arguments: Any) -> None:
         ({"padding_free": True}, "`padding_free` is True, but with `loss_over='window'` each row must stay a row"),
         ({"class_weights": "balanced"}, "`class_weights` is 'balanced', .* but `loss_fn` is given"),
         ({"label_smoothing": 0.1}, "`label_smoothing` is 0.1, .* but `loss_fn` is given"),
+        ({"loss_inputs": torch.nn.Linear(2, 2)}, "`loss_inputs` is a module with trainable parameters"),
         ({"loss_inputs": "embeds"}, "`loss_inputs` must be callable or None, but is 'embeds' instead"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else ", ".join(given),
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message) as raised:
@@ -202,7 +203,7 @@ def test_columns_whose_shape_first_varies_in_training_are_named() -> None:
     rows = [{**row, "number": n} for n, row in enumerate(INFO_NCE.rows(60))]
     lengths = [len(row["input_ids"]) for row in rows]
     assert min(lengths) < lengths[31] < max(lengths)
-    with pytest.raises(DataError, match=r"column 'extra' must have the same shape .* the shapes \[\(2,\), \(3,\)\]"):
+    with pytest.raises(DataError, match=r"column 'extra' must have the same shape .* the shapes \(2,\) and \(3,\)"):
         test_fine_tuning(
             model, train_data=rows, batch_size=2, effective_batch_size=60, n_epochs=1, validation_split=0.0,
             progress=False, loss_over="window", audit=False,

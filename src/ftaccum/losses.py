@@ -70,7 +70,7 @@ class InfoNCELoss(nn.Module):
         if not isinstance(names, tuple | list) or len(names) != 2 or names[0] == names[1]:
             faults.append(f"`names` must be two different names of embeddings, but is {shown(names)} instead.")
         refuse(faults)
-        self.names, self.max_scale, self.group = tuple(names), max_scale, group
+        self.names, self.temperature, self.max_scale, self.group = tuple(names), temperature, max_scale, group
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
 
     def forward(self, inputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
@@ -82,8 +82,8 @@ class InfoNCELoss(nn.Module):
         return (_diagonal_cross_entropy(logits_NN) + _diagonal_cross_entropy(logits_NN.T)) / 2
 
     def extra_repr(self) -> str:
-        temperature = max(math.exp(-self.log_scale.item()), 1 / self.max_scale)
-        return f"names={self.names}, temperature={temperature:.4g}, max_scale={self.max_scale}, group={self.group!r}"
+        # The temperature at the start: a resumed run compares this with the earlier one, which has trained it.
+        return f"names={self.names}, temperature={self.temperature}, max_scale={self.max_scale}, group={self.group!r}"
 
 
 class MultipleNegativesRankingLoss(nn.Module):

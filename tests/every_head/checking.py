@@ -73,18 +73,19 @@ class _TimeOutError(BaseException):
     """Derived from BaseException, since models and ftaccum may catch an Exception."""
 
 
-def check(case: Case, limit: int = 60) -> Verdict:
+def check(case: Case, limit: int = 60, **arguments: Any) -> Verdict:
     """Build the class of a case, train it on fixed weights, and compare its gradients with one batch.
 
     Args:
         limit: seconds after which the check is given up.
+        arguments: of `test_fine_tuning`.
     """
     built = None
     try:
         with _time_limit(limit), _in_float64(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built = _built(case)
-            kind, why, error = _judged(built)
+            kind, why, error = _judged(built, **arguments)
     except _NotBuildableError as reason:
         kind, why, error = "not buildable", str(reason), None
     except _TimeOutError:
@@ -94,11 +95,11 @@ def check(case: Case, limit: int = 60) -> Verdict:
     return Verdict(case.task, case.model_class.__name__, case.variant, kind, " ".join(why.split()), error)
 
 
-def _judged(built: _Built) -> tuple[Kind, str, float | None]:
+def _judged(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
     """Return the verdict. If a warning advises `reduction='sum'`, try that too."""
-    kind, why, error = _trained(built)
+    kind, why, error = _trained(built, **arguments)
     if kind == "caught" and "`reduction='sum'`" in why:
-        remedied, more, error_then = _trained(built.as_sum(), reduction="sum")
+        remedied, more, error_then = _trained(built.as_sum(), reduction="sum", **arguments)
         if remedied in ("exact", "exact with a remedy"):
             return (
                 "exact with a remedy",

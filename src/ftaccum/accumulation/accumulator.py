@@ -64,7 +64,9 @@ class GradientAccumulator:
         self.after_pass: Callable[[], None] = lambda: None
         self.before_backward: Callable[[Tensor], None] = lambda _: None
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], factor: float = 1.0) -> AccumulatedWindow:
+    def accumulate(
+        self, micro_batches: Sequence[MicroBatch], factor: float = 1.0, seed: Sequence[int] = (0,)
+    ) -> AccumulatedWindow:
         """Add the gradient of a window's loss, the mean over its loss items on all processes, to `grad`.
 
         If this fails, drop gradients and restore random state and buffers.
@@ -73,6 +75,7 @@ class GradientAccumulator:
             micro_batches: this process's part of the window. All processes must have the same number; dummy
                 micro-batches stand in for missing rows.
             factor: multiplies the gradient, to measure the effect of rounding.
+            seed: seeds the random numbers that a loss over the window draws; the same on all processes.
 
         Raises:
             DataError: on all processes, if the rows of one of them cannot be trained on.
@@ -85,7 +88,7 @@ class GradientAccumulator:
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
         try:
-            window = self._accumulate(micro_batches, start, factor)
+            window = self._accumulate(micro_batches, start, factor, seed)
         except Exception:  # restore the state after the previous update
             self.zero_gradients()
             self._strategy.reset()
@@ -135,10 +138,12 @@ class GradientAccumulator:
                 ]
             )
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], start: WindowStart, factor: float) -> AccumulatedWindow:
+    def _accumulate(
+        self, micro_batches: Sequence[MicroBatch], start: WindowStart, factor: float, seed: Sequence[int]
+    ) -> AccumulatedWindow:
         terms = self._objective.terms
         normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator, factor)
-        two_passes = self._first_pass(micro_batches, start)
+        two_passes = self._first_pass(micro_batches, start, seed)
         window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer, two_passes)
         # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of that number.
         self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0
@@ -153,29 +158,22 @@ class GradientAccumulator:
                 self._run_synced(index, micro, window, failure)
             self._pass_done()
         self._strategy.reduce(self._process_group)
-        return window
+        return window if two_passes is None else window.after(two_passes)
 
-    def _first_pass(self, micro_batches: Sequence[MicroBatch], start: WindowStart) -> TwoPasses | None:
+    def _first_pass(
+        self, micro_batches: Sequence[MicroBatch], start: WindowStart, seed: Sequence[int]
+    ) -> TwoPasses | None:
         """Run the first of two passes, if the loss reads all rows of a window together."""
-        if self._objective.window is None:
+        terms = self._objective.window
+        if terms is None:
             return None
-        is_only = self._process_group.is_single and len(micro_batches) == 1
-        two_passes = TwoPasses(
-            self._model, self._objective, self._objective.window, self._process_group, self._accelerator.device
-        )
-        failure: Failure | None = None
+        two_passes = TwoPasses(self._model, self._objective, terms, self._process_group)
         with self._strategy.independent_passes():
-            for index, micro in enumerate(micro_batches):
-                try:
-                    two_passes.run_first(index, micro, is_only=is_only)
-                except (DataError, RuntimeError) as error:
-                    if (failure := failure_of(index, error)) is None:
-                        raise
-                    break
+            failure = two_passes.collect(micro_batches)
         leave_after(failure, self._process_group)
-        if not is_only:
+        if two_passes.forward_passes > 1:
             start.buffers.restore()  # the second pass moves them again; the loss moves its own once, in `settle`
-        two_passes.settle()
+        two_passes.settle(seed)
         return two_passes
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:

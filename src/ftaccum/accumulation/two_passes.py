@@ -1,14 +1,15 @@
 """The two passes over a window whose loss reads all of its rows together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import MicroBatch
+from ..errors import DataError
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, Means, widened
 from ..objective.objective import Objective
@@ -16,6 +17,7 @@ from ..objective.window_terms import FirstPass, SettledTerms, Values, WindowTerm
 from ..runtime.model_context import computes_in_16_bits, is_compiled
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
+from .failures import Failure, failure_of
 
 _MOST_DRIFT, _MOST_DRIFT_IN_16_BITS = 1e-5, 1e-2
 
@@ -50,58 +52,67 @@ class _Kept:
     live: tuple[Means, Values] | None = None
 
 
-@dataclass
 class TwoPasses:
-    """Runs the micro-batches of a window twice: first without gradients, to settle the window's terms, then with them.
+    """Runs the micro-batches of one window twice: without gradients, to compute the window's terms, then with them.
 
     If a window is a single micro-batch on a single process, its first pass has gradients, and there is no second one.
+    Call `collect`, then `settle`, then `loss` for each micro-batch in turn.
 
     Attributes:
         drift: the largest relative difference so far between values of the first and the second pass (a scalar).
+        most_drift: the largest drift that counts as rounding.
         forward_passes: the number of forward passes of each micro-batch.
     """
 
-    model: nn.Module
-    objective: Objective
-    terms: WindowTerms
-    process_group: ProcessGroup
-    device: torch.device
-    drift: Tensor = field(init=False)
-    forward_passes: int = 2
-    _kept: dict[int, _Kept] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, terms: WindowTerms, process_group: ProcessGroup) -> None:
+        """Args:
+        terms: the terms of the objective that read the whole window.
+        """
+        self._model, self._objective, self._terms, self._process_group = model, objective, terms, process_group
+        self._inner = model.module if isinstance(model, DistributedDataParallel) else model
         # Graphs compiled without gradients draw other random numbers than with them.
         self._first_has_graphs = is_compiled(self._inner)
-        self.drift = torch.zeros((), device=self.device)
+        self._device = next(model.parameters()).device
+        self._kept: dict[int, _Kept] = {}
+        self.drift = torch.zeros((), device=self._device)
+        self.most_drift = _MOST_DRIFT_IN_16_BITS if computes_in_16_bits(self._inner) else _MOST_DRIFT
+        self.forward_passes = 2
 
-    @property
-    def most_drift(self) -> float:
-        """The largest drift that counts as rounding."""
-        return _MOST_DRIFT_IN_16_BITS if computes_in_16_bits(self._inner) else _MOST_DRIFT
+    def collect(self, micro_batches: Sequence[MicroBatch]) -> Failure | None:
+        """Run the first passes of this process's micro-batches, dummies left out, until one fails.
 
-    def run_first(self, index: int, micro: MicroBatch, *, is_only: bool) -> None:
-        """Run the first pass of a micro-batch, unless it is a dummy.
-
-        Args:
-            index: the position of the micro-batch in this process's part of the window.
-            is_only: whether the window has no other micro-batch, on any process.
+        Returns:
+            Its failure, after which all processes must leave the window; None if all succeed.
         """
-        if micro.is_dummy:
-            return
-        generators, batch = Generators.now(), fresh_batch(micro.batch, self.device)
+        is_only = self._process_group.is_single and len(micro_batches) == 1
+        self.forward_passes = 1 if is_only else 2
+        for index, micro in enumerate(micro_batches):
+            try:
+                if not micro.is_dummy:
+                    self._kept[index] = self._run_first(micro, is_only=is_only)
+            except (DataError, RuntimeError) as error:
+                if (failure := failure_of(index, error)) is None:
+                    raise
+                return failure
+        return None
+
+    def _run_first(self, micro: MicroBatch, *, is_only: bool) -> "_Kept":
+        generators, batch = Generators.now(), fresh_batch(micro.batch, self._device)
         with nullcontext() if is_only or self._first_has_graphs else torch.no_grad():
             # Not DDP, which would expect a backward pass.
-            means, values, _ = self.objective.observe(self._inner, batch, micro.counts, micro.terms, micro.names)
-        self._kept[index] = _Kept(generators, FirstPass.of(micro.slice.places, values))
-        if is_only:
-            self._kept[index].live, self.forward_passes = (means, values), 1
+            means, values, _ = self._objective.observe(self._inner, batch, micro.counts, micro.terms, micro.names)
+        live = (means, values) if is_only else None
+        return _Kept(generators, FirstPass.of(micro.slice.places, values), live)
 
-    def settle(self) -> None:
-        """Compute the terms of the window. All processes call this after their first passes."""
+    def settle(self, seed: Sequence[int]) -> None:
+        """Compute the terms of the window. All processes call this together.
+
+        Args:
+            seed: seeds the random numbers that the terms draw; the same on all processes.
+        """
         passes = [kept.found for kept in self._kept.values()]
         with torch.enable_grad():
-            self._settled: SettledTerms = self.terms.settle(passes, self.process_group)
+            self._settled: SettledTerms = self._terms.settle(passes, self._process_group, seed)
         self._numbers = {index: n for n, index in enumerate(self._kept)}
 
     def loss(self, index: int, micro: MicroBatch, normalizer: LossNormalizer, *, is_last: bool) -> MicroBatchLoss:
@@ -113,8 +124,8 @@ class TwoPasses:
         """
         means, values = self._second(index, micro)
         if micro.is_dummy:
-            settled, contribution = {term: mean * 0 for term, mean in self._settled.means.items()}, _zero(values)
-            backward = contribution
+            settled = {term: mean * 0 for term, mean in self._settled.means.items()}
+            contribution = backward = self._settled.zero(values)
         else:
             part = self._settled.part(self._numbers[index], values)
             settled, contribution, backward = dict(self._settled.means), part.loss, part.surrogate
@@ -123,12 +134,8 @@ class TwoPasses:
             contribution, backward = contribution + others, backward + others
         if is_last and (of_parameters := self._settled.of_parameters()) is not None:
             # Each process has the whole of it, and the gradients of all processes are added up.
-            backward = backward + of_parameters / self.process_group.size
+            backward = backward + of_parameters / self._process_group.size
         return MicroBatchLoss({**means, **settled}, contribution, backward)
-
-    @property
-    def _inner(self) -> nn.Module:
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def _second(self, index: int, micro: MicroBatch) -> tuple[Means, Values]:
         kept = self._kept.get(index)
@@ -137,24 +144,18 @@ class TwoPasses:
             return live
         if kept is not None:
             kept.generators.restore()
-        batch = fresh_batch(micro.batch, self.device)
-        means, values, _ = self.objective.observe(self.model, batch, micro.counts, micro.terms, micro.names)
+        batch = fresh_batch(micro.batch, self._device)
+        means, values, _ = self._objective.observe(self._model, batch, micro.counts, micro.terms, micro.names)
         if kept is not None:
-            self.drift = torch.maximum(self.drift, _difference(kept.found.values, values))
+            self.drift = torch.maximum(self.drift, _difference(self._terms.compared(kept.found.values), values))
         return means, values
 
 
-def _zero(values: Values) -> Tensor:
-    """Return 0, with a gradient of zeros by all values that have one."""
-    parts = [widened(value).sum() * 0 for value in values.values() if value.requires_grad]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
-
-
 def _difference(first: Values, second: Mapping[str, Tensor]) -> Tensor:
-    """Return the largest difference of floating-point values between two passes, relative to the largest number."""
+    """Return the largest difference between values of two passes, relative to the largest number of each."""
     found = []
     for name, one in first.items():
-        if one.is_floating_point() and one.numel():
+        if one.numel():
             largest = widened(one).abs().max()
             found.append((widened(one) - widened(second[name].detach())).abs().max() / largest.clamp_min(1e-30))
     return torch.stack(found).max().float() if found else torch.zeros(())

@@ -1,6 +1,6 @@
 """The results of accumulating a window, besides the gradient."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,11 @@ class AccumulatedWindow:
         start: the state to restore if the window's update is skipped.
         losses: the mean losses over this process's micro-batches.
         normalizer: holds the window's loss items on all processes.
-        two_passes: the first of two passes, if the loss reads all rows of the window together.
+        two_passes: runs the second passes while a window is accumulated whose loss reads all of its rows together;
+            None for another loss, and after the last pass.
+        drift: the largest relative difference between the outputs of two passes (a scalar).
+        most_drift: the largest one that counts as rounding.
+        forward_passes: the number of forward passes of each micro-batch.
         contributions: each micro-batch that was run, with its part of the window's loss (a scalar).
         moved_buffers: for each large buffer that no earlier window had changed, whether this one did.
     """
@@ -66,16 +70,19 @@ class AccumulatedWindow:
     two_passes: TwoPasses | None = None
     contributions: list[tuple[MicroBatch, Tensor]] = field(default_factory=list)
     moved_buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    drift: Tensor = field(default_factory=lambda: torch.zeros(()))
+    most_drift: float = 0.0
+    forward_passes: int = 1
 
-    @property
-    def forward_passes(self) -> int:
-        """The number of forward passes of each micro-batch."""
-        return 1 if self.two_passes is None else self.two_passes.forward_passes
-
-    @property
-    def most_drift(self) -> float:
-        """The largest difference between two passes that counts as rounding."""
-        return 0.0 if self.two_passes is None else self.two_passes.most_drift
+    def after(self, two_passes: TwoPasses) -> "AccumulatedWindow":
+        """Return the window after its second passes, without what they kept in memory."""
+        return replace(
+            self,
+            two_passes=None,
+            drift=two_passes.drift,
+            most_drift=two_passes.most_drift,
+            forward_passes=two_passes.forward_passes,
+        )
 
     def add(self, micro: MicroBatch, loss: MicroBatchLoss) -> None:
         """Record one forward and backward pass."""
@@ -85,9 +92,8 @@ class AccumulatedWindow:
     def read_with(self, norm: Tensor) -> WindowNumbers:
         """Return the gradient's norm and the other numbers about the window, read from the device at once."""
         losses = torch.stack([contribution for _, contribution in self.contributions])
-        drift = torch.zeros(1) if self.two_passes is None else self.two_passes.drift.reshape(1)
-        items = self.normalizer.items_T.sum().reshape(1)
-        parts = [norm.reshape(1), items, drift, losses, self.moved_buffers]
+        items = self.normalizer.items_T.sum()
+        parts = [norm.reshape(1), items.reshape(1), self.drift.reshape(1), losses, self.moved_buffers]
         grad_norm, n_items, off, *others = torch.cat([part.to(norm.device) for part in parts]).tolist()
         n_passes = len(losses)
         return WindowNumbers(grad_norm, n_items, others[:n_passes], off, [bool(flag) for flag in others[n_passes:]])

@@ -132,7 +132,9 @@ def optimizer_identity(optimizer: Optimizer) -> str:
 
 
 def function_identity(function: Any) -> str | None:
-    """Return the name of a function, or the class name of another callable."""
+    """Return the name of a function, the representation of a module, which shows its options, or another class name."""
+    if isinstance(function, nn.Module):
+        return repr(function)
     return None if function is None else getattr(function, "__qualname__", type(function).__name__)
 
 

@@ -18,11 +18,13 @@ class LocalWindow:
 
     Attributes:
         planner: the planner that split the window.
+        seed: the seed of its random numbers.
     """
 
     window: Window
     planner: MicroBatchPlanner
     micro_batches: list[MicroBatch]
+    seed: tuple[int, ...] = (0,)
 
     @property
     def work(self) -> Throughput:
@@ -60,7 +62,7 @@ class WindowLoader:
         """Do the same as `again`, but on this process alone."""
         share, planner = self._local_rows(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
-        return LocalWindow(local_window.window, planner, micro_batches)
+        return LocalWindow(local_window.window, planner, micro_batches, share.seed)
 
     def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[LocalWindow]:
         # Workers take shares ahead of time, so each window is kept with the planner that split it.
@@ -75,11 +77,14 @@ class WindowLoader:
             window, planner = cut.pop(0)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug(_describe_cut(window, micro_batches))
-            yield LocalWindow(window, planner, micro_batches)
+            yield LocalWindow(window, planner, micro_batches, self._seed(window))
 
     def _local_rows(self, window: Window) -> LocalRows:
         slices = self.loader.cut(window.rows, self.planner)[self.process_index]
-        return LocalRows(window.rows, slices, (self.plan.seed, window.index))
+        return LocalRows(window.rows, slices, self._seed(window))
+
+    def _seed(self, window: Window) -> tuple[int, ...]:
+        return self.plan.seed, window.index
 
 
 def _describe_cut(window: Window, micro_batches: list[MicroBatch]) -> str:

@@ -12,7 +12,7 @@ from .probe import Explanation
 
 _NAMED = 3  # modules or parameters to name in a message
 _OF_WEIGHTS = "If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
-_OVER_WINDOW = (
+OVER_WINDOW = (
     "Give it as a `loss_fn` with `loss_over='window'`, which gets all rows of an update at once: then it is exact."
 )
 
@@ -108,7 +108,7 @@ class ExactnessReport:
     @property
     def describes(self) -> str:
         """The description of the loss for a message."""
-        twice = "each micro-batch runs forward twice, which takes a third more time"
+        twice = "micro-batches run forward twice"
         if self.over_window:
             return f"over all rows of an update together; {twice}"
         described = f"mean over {self.counted_by}"
@@ -202,11 +202,11 @@ class ExactnessReport:
             return (
                 f"A single row has a loss of {self.single_rows[term]:.2g}, a few rows in one batch "
                 f"{self.joint[term]:.2g}: rows are compared with each other, as in-batch negatives are. No weighting "
-                f"replaces the rows that a micro-batch lacks. {_OVER_WINDOW}"
+                f"replaces the rows that a micro-batch lacks. {OVER_WINDOW}"
             )
         return (
             "Accumulating it only approximates one large batch. This is so for losses that compare the rows of a batch "
-            f"with each other. {_OVER_WINDOW} If yours is a mean over other items, give `count_items`. If it is the "
+            f"with each other. {OVER_WINDOW} If yours is a mean over other items, give `count_items`. If it is the "
             f"sum of several means, have `loss_fn` return them by name, in a dict. {_OF_WEIGHTS}"
         )
 

@@ -29,7 +29,16 @@ class RouterTerms(WindowTerms):
             for name, value in vars(balance.totals(outputs, batch)).items()
         }
 
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledBalances":
+    def compared(self, values: Values) -> Values:
+        # Not the choices: on a GPU, rounding can decide which of two experts a token chooses.
+        return {name: value for name, value in values.items() if name.endswith(".probabilities_E")}
+
+    def settle(
+        self,
+        passes: Sequence[FirstPass],
+        process_group: ProcessGroup,
+        seed: Sequence[int],  # noqa: ARG002
+    ) -> "SettledBalances":
         windows = {}
         for balance in self._balances:
             total = RouterTotals.of_no_tokens(balance.reading.n_experts, self._device)
@@ -56,6 +65,10 @@ class SettledBalances(SettledTerms):
         parts = [balance.part(_totals_of(balance, values), self.windows[balance.name]) for balance in self.balances]
         total = torch.stack(parts).sum()
         return WindowPart(total, total)
+
+    def zero(self, values: Values) -> Tensor:
+        probabilities = [_totals_of(balance, values).probabilities_E for balance in self.balances]
+        return torch.stack([each.sum() * 0 for each in probabilities]).sum()
 
 
 def _totals_of(balance: RouterBalance, values: Values) -> RouterTotals:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..runtime.memory import is_out_of_memory
+from ..runtime.memory import AgreedOutOfMemoryError, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import preserve_rng, seed_all
 from ..runtime.tensor_collectives import gather_rows
 from .item_counts import Batch
 from .normalizer import Means, widened
 from .window_loss import WindowLoss
+from .window_rows import MicroBatches, check_equal, joined
 from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTerms
 
 
@@ -39,25 +40,41 @@ class RowTerms(WindowTerms):
     def read(self, outputs: Any, batch: Batch) -> Values:
         return self._window_loss.read(outputs, batch)
 
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> "SettledRows":
-        own = process_group.run_on_all(lambda: _joined([each.values for each in passes]))
-        values = gather_rows(own, process_group, self._device)
-        own_places = [place for each in passes for place in each.places]
-        places = [place for part in process_group.gather(own_places) for place in part]
+    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup, seed: Sequence[int]) -> "SettledRows":
+        own = MicroBatches.of(passes)
+        shares = process_group.gather(own)
+        check_equal([row for share in shares for row in share.rows])
+        values = gather_rows(joined(passes), [share.specs for share in shares], process_group, self._device)
+        places = [place for share in shares for place in share.places]
         order = torch.tensor(places).argsort().to(self._device)
-        seed = process_group.broadcast(_drawn_seed())
+        means, by_row, by_parameter = self._agreed_gradients(values, order, process_group, seed)
+        finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
+        back = torch.tensor(own.places, dtype=torch.long).to(self._device)
+        sizes = [len(each.places) for each in passes]
+        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()}
+        return SettledRows(means, len(places), sizes, finite, by_pass, by_parameter)
+
+    def _agreed_gradients(
+        self, values: Values, order: Tensor, process_group: ProcessGroup, seed: Sequence[int]
+    ) -> "tuple[Means, dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]":
+        """Return `_gradients` of the values in this order.
+
+        Raises:
+            AgreedOutOfMemoryError: on all processes, if memory runs out on one of them.
+        """
+        found, failure = None, None
         with preserve_rng():
-            seed_all(seed)  # so that all processes draw the same numbers
+            seed_all(*seed)  # all processes draw the same numbers, however the window is cut
             try:
-                means, by_row, by_parameter = self._gradients({name: value[order] for name, value in values.items()})
+                found = self._gradients({name: value[order] for name, value in values.items()})
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                raise torch.OutOfMemoryError(_out_of_memory(len(places), error)) from error
-        finite = torch.stack([value.isfinite().all() for value in WindowLoss.inputs(values).values()]).all()
-        back, sizes = torch.tensor(own_places).to(self._device), [len(each.places) for each in passes]
-        by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()} if passes else {}
-        return SettledRows(means, len(places), sizes, finite, by_pass, by_parameter)
+                failure = error
+        if process_group.any(failure is not None):
+            raise AgreedOutOfMemoryError(_out_of_memory(len(order), failure)) from failure
+        assert found is not None, "memory has run out on no process"
+        return found
 
     def _gradients(self, values: Values) -> tuple[Means, dict[str, Tensor], list[tuple[nn.Parameter, Tensor]]]:
         """Return the loss of the window, its gradient by each input, rows first, and that by each parameter."""
@@ -108,7 +125,13 @@ class SettledRows(SettledTerms):
             (widened(values[name]) * widened(gradients[index])).sum() for name, gradients in self.by_pass.items()
         ]
         share = torch.stack([widened(mean) for mean in self.means.values()]).sum() * (self.sizes[index] / self.n_rows)
-        return WindowPart(self._blamed(share, values), torch.stack(products).sum() if products else share * 0)
+        surrogate = torch.stack(products).sum() if products else self.zero(values)
+        return WindowPart(self._blamed(share, values), surrogate)
+
+    def zero(self, values: Values) -> Tensor:
+        names = self.by_pass or WindowLoss.inputs(values)  # the loss of this window may be a constant
+        parts = [widened(values[name]).sum() * 0 for name in names if values[name].requires_grad]
+        return torch.stack(parts).sum() if parts else torch.zeros((), device=self.finite.device)
 
     def _blamed(self, share: Tensor, values: Values) -> Tensor:
         """Return a part of a loss that is not finite as 0, if inputs of other micro-batches are at fault."""
@@ -120,35 +143,11 @@ class SettledRows(SettledTerms):
         return torch.stack(products).sum() if products else None
 
 
-def _joined(passes: Sequence[Values]) -> dict[str, Tensor]:
-    """Return the values of all micro-batches of this process, one after the other.
-
-    Raises:
-        DataError: if rows of a value have different shapes.
-    """
-    joined = {}
-    for name in passes[0] if passes else ():
-        parts = [values[name] for values in passes]
-        if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
-            raise DataError(
-                f"With `loss_over='window'`, {WindowLoss.describe(name)} must have the same shape for all rows, but "
-                f"rows of one update have the shapes {sorted(shapes)}. Pad it to a fixed length, or leave it out."
-            )
-        joined[name] = torch.cat(parts)
-    return joined
-
-
-def _out_of_memory(n_rows: int, error: Exception) -> str:
+def _out_of_memory(n_rows: int, error: Exception | None) -> str:
     scores = 4 * n_rows**2 / 2**20
     return (
         f"Memory ran out while `loss_fn` computed the loss of all {n_rows:,} rows of an update together. Smaller "
         f"micro-batches do not help. A matrix of {n_rows:,} × {n_rows:,} scores takes {scores:,.0f} MiB in float32, "
-        "and a loss holds several of that size. Lower the effective batch, or let `loss_fn` compute it in parts. The "
-        f"device reported: {error}"
+        "and a loss holds several of that size. Lower the effective batch, or let `loss_fn` compute it in parts. All "
+        "earlier updates are complete." + ("" if error is None else f" The device reported: {error}")
     )
-
-
-def _drawn_seed() -> int:
-    """Return a random seed, without moving the generators: the same rows after the same updates get the same one."""
-    with preserve_rng():
-        return int(torch.randint(2**31, ()))

@@ -76,6 +76,14 @@ class SettledTerms(ABC):
             values: what the terms read of it in the second pass, with its graph.
         """
 
+    @abstractmethod
+    def zero(self, values: Values) -> Tensor:
+        """Return 0, a scalar with a gradient of zeros by what the surrogate of a micro-batch depends on.
+
+        Args:
+            values: what the terms read of a dummy micro-batch.
+        """
+
     def of_parameters(self) -> Tensor | None:
         """Return a scalar whose gradient is that of the terms by the parameters that they read themselves.
 
@@ -93,6 +101,10 @@ class WindowTerms(ABC):
 
     names: Sequence[str]
 
+    def compared(self, values: Values) -> Values:
+        """Return what must be the same in both passes of a micro-batch, among what the terms read of it."""
+        return {name: value for name, value in values.items() if value.is_floating_point()}
+
     @abstractmethod
     def read(self, outputs: Any, batch: Batch) -> Values:
         """Return what the terms read of a micro-batch.
@@ -103,9 +115,10 @@ class WindowTerms(ABC):
         """
 
     @abstractmethod
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup) -> SettledTerms:
+    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup, seed: Sequence[int]) -> SettledTerms:
         """Compute the terms of a window, with their gradients if gradients are on. All processes call this together.
 
         Args:
             passes: what the first pass collected on this process; empty if it has no rows of the window.
+            seed: seeds the random numbers that the terms draw; the same on all processes.
         """

@@ -31,7 +31,7 @@ class WindowOutOfMemoryError(Exception):
 
 
 class AgreedOutOfMemoryError(torch.OutOfMemoryError):
-    """Memory ran out for a single row. All processes raise this after the same update."""
+    """Memory ran out in what cannot be split. All processes raise this after the same update."""
 
 
 @dataclass(frozen=True)

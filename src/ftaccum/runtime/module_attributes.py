@@ -21,11 +21,20 @@ _DEPTH = 3  # levels of containers and objects to look into
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Objects not to look into: modules are visited one by one, and the others have no state or are restored elsewhere.
 _WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
+# Where a module keeps its forward hooks, by id.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 _PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
 
 
 class ModuleAttributes:
-    """A snapshot of the plain attributes of modules, which are neither parameters nor buffers."""
+    """A snapshot of the plain attributes of modules, which are neither parameters nor buffers, and of their hooks.
+
+    Some models install forward hooks in their first pass and set an attribute that says so. If only the attribute were
+    restored, they would install them again, and collect their hidden states twice.
+    """
 
     def __init__(self, *modules: nn.Module) -> None:
         everything = dict.fromkeys(inner for module in modules for inner in module.modules())
@@ -35,6 +44,7 @@ class ModuleAttributes:
         self._kept = {
             module: {name: snapshots.keep(value) for name, value in _attributes(module)} for module in everything
         }
+        self._hooks = {module: {name: set(vars(module)[name]) for name in _HOOKS} for module in everything}
 
     def changed(self) -> list[str]:
         """Return a description of each attribute that has changed since the snapshot."""
@@ -46,7 +56,11 @@ class ModuleAttributes:
         ]
 
     def restore(self) -> None:
-        """Restore all attributes and delete new ones. Warn about those that cannot be restored."""
+        """Restore all attributes; delete new ones and new forward hooks. Warn about those that cannot be restored."""
+        for module, hooks in self._hooks.items():
+            for name, known in hooks.items():
+                for new in vars(module)[name].keys() - known:
+                    del vars(module)[name][new]
         for module, kept in self._kept.items():
             for name, _ in _attributes(module):
                 if name not in kept:

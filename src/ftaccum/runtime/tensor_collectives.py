@@ -1,27 +1,28 @@
 """Tensors gathered and summed over processes, on their devices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from .process_group import ProcessGroup
 
-_Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor, by name
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type of each tensor, by name
 
 
-def gather_rows(own: Mapping[str, Tensor], process_group: ProcessGroup, device: torch.device) -> dict[str, Tensor]:
+def gather_rows(
+    own: Mapping[str, Tensor], specs: Sequence[Specs], process_group: ProcessGroup, device: torch.device
+) -> dict[str, Tensor]:
     """Return tensors with the rows of all processes, in order of rank. All processes call this together.
 
     Args:
-        own: this process's tensors by name, rows first; empty if it has no rows. The shapes of a row and the types must
-            be the same on all processes that have rows.
+        own: this process's tensors by name, rows first; empty if it has no rows.
+        specs: the shapes and types of these tensors on each process; empty for a process without rows.
         device: where the result is to be.
     """
     if process_group.is_single:
         return dict(own)
-    specs: list[_Spec] = process_group.gather({name: (tuple(t.shape), t.dtype) for name, t in own.items()})
     sizes = [sum(prod(shape) * dtype.itemsize for shape, dtype in spec.values()) for spec in specs]
     # As bytes, so that all tensors take one collective, of any type.
     parts = [tensor.detach().to(device).contiguous().reshape(-1).view(torch.uint8) for tensor in own.values()]
@@ -44,7 +45,17 @@ def sum_over_processes(tensor: Tensor, process_group: ProcessGroup) -> Tensor:
     return total
 
 
-def _unpacked(data: Tensor, spec: _Spec) -> dict[str, Tensor]:
+def copy_from_main(module: nn.Module, process_group: ProcessGroup) -> None:
+    """Copy the main process's parameters of a module to all processes, which call this together."""
+    if process_group.is_single:
+        return
+    for p in module.parameters():
+        values = p.data.contiguous()
+        distributed.broadcast(values, src=0)
+        p.data.copy_(values)
+
+
+def _unpacked(data: Tensor, spec: Specs) -> dict[str, Tensor]:
     found, start = {}, 0
     for name, (shape, dtype) in spec.items():
         size = prod(shape) * dtype.itemsize

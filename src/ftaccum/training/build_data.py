@@ -190,7 +190,8 @@ def _check_padding(components: Components, objective: Objective) -> None:
 def _forward(config: RunConfig, sample: Any, rows: Rows) -> ModelForward:
     """Return the forward pass with the loss that the arguments define, before `class_weights` and similar settings."""
     components = config.components
-    if config.recipe.loss_over == "window" and components.loss_fn is not None:
+    if config.recipe.loss_over == "window":
+        assert components.loss_fn is not None, "refused with the settings"
         window_loss = WindowLoss(components.loss_fn, components.loss_inputs)
         window_loss.to(next(components.model.parameters()).device)
         return WindowForward(components.model, sample, window_loss)

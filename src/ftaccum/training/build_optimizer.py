@@ -10,6 +10,7 @@ from ..runtime.gradients.fp32 import gradient_strategy
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sharded import ShardedGradients
 from ..runtime.optimizers import switches_weights, training_weights
+from ..runtime.tensor_collectives import copy_from_main
 from .base_run import Run
 from .closure import check_step
 from .config import RunConfig
@@ -70,3 +71,6 @@ class OptimizedRun(Run):
             refuse_float16(self.model)
         _ = self.optimizer  # must be made before the model moves to its device
         super()._prepare_model(stack)
+        if self._loss_module is not None:
+            self._loss_module.to(self.accelerator.device)
+            copy_from_main(self._loss_module, self.process_group)

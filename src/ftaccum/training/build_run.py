@@ -31,7 +31,7 @@ from .build_optimizer import OptimizedRun
 from .build_plan import refuse_single_rows, report_inexact, report_loss_scale
 from .build_sharding import describe_sharding
 from .callbacks import Callback
-from .check_window_loss import check_loss_memory, refuse_sharded_parameters
+from .check_window_loss import check_loss_memory, check_sharded_window
 from .config import RunConfig
 from .loop import TrainingLoop
 from .nonfinite import NonFiniteHandler
@@ -113,9 +113,9 @@ class TrainingSetup(OptimizedRun):
             steps = {sizes.gradient_accumulation_steps for _, sizes in self.batch_sizes.stages()}
             report_loss_scale(self.data.loss_divisor, steps)
         refuse_single_rows(self.data, fresh, self.planner)
-        check_loss_memory(report, fresh, self.batch_sizes, self.accelerator.device)
+        check_loss_memory(report, fresh, self.batch_sizes, self.accelerator.device, self.process_group)
         if self.sharding is not None:
-            refuse_sharded_parameters(report.read_parameters)
+            check_sharded_window(self.data.objective, is_compiled=self.config.runtime.compile)
         return self.resume_point.resume_plan(fresh, self.identity, self.evaluation_schedule(fresh).is_due)
 
     def evaluation_schedule(self, plan: BasePlan) -> EvaluationSchedule:

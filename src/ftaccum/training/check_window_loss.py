@@ -1,22 +1,25 @@
 """Checks of a loss over the window that need the sizes of the run: memory, and sharded weights that it reads."""
 
 import os
-from collections.abc import Sequence
 
 import torch
 
-from ..errors import SettingsError
+from ..errors import SettingsError, refuse
+from ..objective.objective import Objective
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.plan import Plan
 from ..runtime.host import free_on_host
 from ..runtime.memory import free_on_device
+from ..runtime.process_group import ProcessGroup
 from .build_sharding import WHOLE
 
 
-def check_loss_memory(report: ExactnessReport, plan: BasePlan, batch_sizes: BatchSizes, device: torch.device) -> None:
-    """Raise SettingsError if the loss of a whole update will not fit in the free memory of the device."""
+def check_loss_memory(
+    report: ExactnessReport, plan: BasePlan, batch_sizes: BatchSizes, device: torch.device, process_group: ProcessGroup
+) -> None:
+    """Raise SettingsError, on all processes, if the loss of a whole update will not fit in the free memory of one."""
     if report.loss_memory is None:
         return
     n_rows = max(sizes.effective_batch_size for _, sizes in batch_sizes.stages())
@@ -24,28 +27,39 @@ def check_loss_memory(report: ExactnessReport, plan: BasePlan, batch_sizes: Batc
         n_rows = min(n_rows, plan.n_rows)
     needed = report.loss_memory.of(n_rows)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-    free = free_on_host() / here if device.type == "cpu" else free_on_device()
+    free = process_group.min(int(free_on_host() / here if device.type == "cpu" else free_on_device()))
+    assert free is not None, "each process has a number"
     if needed > free:
         raise SettingsError(
             [
-                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {_gigabytes(needed)} of "
+                f"An update has {n_rows:,} rows, for which `loss_fn` needs about {_size(needed)} of "
                 f"memory: with `loss_over='window'`, it gets all rows of an update at once, and each process computes "
-                f"it. {_gigabytes(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
+                f"it. {_size(free)} are free. Lower `effective_batch_size` or `gradient_accumulation_steps`."
             ]
         )
 
 
-def refuse_sharded_parameters(names: Sequence[str]) -> None:
-    """Raise SettingsError if a loss over the window reads weights of a sharded model itself."""
+def check_sharded_window(objective: Objective, *, is_compiled: bool) -> None:
+    """Raise SettingsError if the terms over the window cannot be computed with a sharded model.
+
+    Args:
+        is_compiled: whether the model is compiled.
+    """
+    names, faults = objective.report.read_parameters, []
     if names:
-        raise SettingsError(
-            [
-                f"The model is sharded, but `loss_fn` reads its weight `{names[0]}` outside of `forward`, where no "
-                "process has all of it. Make it a parameter of the loss (`loss_fn` may be an nn.Module), return what "
-                f"depends on it from `loss_inputs`, or {WHOLE}."
-            ]
+        faults.append(
+            f"The model is sharded, but `loss_fn` reads its weight `{names[0]}` outside of `forward`, where no process "
+            "has all of it. Make it a parameter of the loss (`loss_fn` may be an nn.Module), return what depends on it "
+            f"from `loss_inputs`, or {WHOLE}."
         )
+    if objective.window is not None and is_compiled:
+        balance = ", set `router_balance='micro_batch'`" if objective.report.balanced else ""
+        faults.append(
+            "The model is sharded and `compile` is True, but with two passes over an update, both need the same "
+            f"compiled graph, which shards do not have. Leave `compile` out{balance}, or {WHOLE}."
+        )
+    refuse(faults)
 
 
-def _gigabytes(number: float) -> str:
-    return f"{number / 2**30:.1f} GiB"
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

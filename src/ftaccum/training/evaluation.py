@@ -17,7 +17,7 @@ from ..objective.window_terms import FirstPass, WindowTerms
 from ..planning.micro_batches import MicroBatchPlanner, RowIndices
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
-from ..runtime.state_guards import preserve_rng, seed_all, training_mode
+from ..runtime.state_guards import training_mode
 from .evaluation_groups import EvaluationGroups
 from .generator import Generator
 from .metrics import GENERATED, Metrics
@@ -130,9 +130,8 @@ class Evaluation:
         """Add the terms of a group of which all batches have run."""
         passes, n_rows = found.passes, found.n_rows
         found.passes, found.n_rows = [], 0
-        with preserve_rng():
-            seed_all(group[0])  # a loss that draws random numbers draws the same in each evaluation
-            settled = window.settle(passes, self._process_group)
+        # A loss that draws random numbers draws the same in each evaluation.
+        settled = window.settle(passes, self._process_group, (group[0],))
         found.losses.add(settled.means, {term: n_rows * (term in window.names) for term in self._objective.terms})
 
     def _evaluate(self, model: nn.Module, micro: MicroBatch, found: _Found) -> None:

@@ -23,7 +23,7 @@ from .rates import rate_in_use, scale_learning_rates
 
 _PASSES_DIFFER = (
     "With `loss_over='window'` or `router_balance='window'`, each micro-batch runs twice, and both passes must give "
-    "the same outputs. On this process they differ by {drift} (relative); up to {most} counts as rounding. So the "
+    "the same outputs. {place} they differ by {drift} (relative); up to {most} counts as rounding. So the "
     "gradient of this update would be wrong, and the update is not made. Something in the forward pass draws random "
     "numbers that ftaccum does not replay, or depends on how often it has run, such as a counter in `forward`."
 )
@@ -173,7 +173,11 @@ class TrainingLoop:
         accumulated.start.restore()
         self._accumulator.zero_gradients()
         self.in_update = False
-        raise PassesDifferError([_PASSES_DIFFER.format(drift=f"{drift:.1e}", most=f"{accumulated.most_drift:.0e}")])
+        drifts = self._process_group.gather(drift)
+        worst = max(range(len(drifts)), key=drifts.__getitem__)
+        place = "But" if len(drifts) == 1 else f"But on process {worst}"
+        message = _PASSES_DIFFER.format(place=place, drift=f"{drifts[worst]:.1e}", most=f"{accumulated.most_drift:.0e}")
+        raise PassesDifferError([message])
 
     def _step(self, window: LocalWindow, accumulated: AccumulatedWindow, split: Split) -> None:
         """Step the optimizer; if it needs a closure, let it evaluate the same rows again with the same random draws.
@@ -206,7 +210,7 @@ class TrainingLoop:
         """Accumulate a window, and return it with the result. Retry in smaller micro-batches while memory runs out."""
         while True:
             try:
-                return window, self._accumulator.accumulate(window.micro_batches)
+                return window, self._accumulator.accumulate(window.micro_batches, seed=window.seed)
             except WindowOutOfMemoryError as error:
                 failed = error.failed
             give_back_memory()  # outside the handler, where the error's traceback still held the failed pass

@@ -101,7 +101,7 @@ class TrainingRun(RunWithOutputs):
             return [f"The model in memory has had {n_updates} updates."]
         faults = write_model(self.trained_model, self.run_dir, self.process_group)
         kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
-        return [*kept, saved]
+        return [*kept, saved] if saved else kept
 
     def describe_progress(self) -> str:
         if not self._is_training:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 
@@ -18,6 +20,8 @@ def faults_of_window_loss(components: "Components", recipe: Recipe, runtime: Run
             "`loss_inputs` is given, but `loss_over` is 'items', with which `loss_fn` gets the outputs themselves. Set "
             "`loss_over='window'` for a loss that reads all rows of an update together, or leave `loss_inputs` out."
         ]
+    inputs = components.loss_inputs
+    trains = isinstance(inputs, nn.Module) and any(p.requires_grad for p in inputs.parameters())
     contradictions = {
         "`loss_over` is 'window', but `loss_fn` is None. Give the loss: `loss_fn(inputs, batch)` gets what "
         "`loss_inputs` returns for all rows of an update. `ftaccum.losses` has ready-made ones.": (
@@ -27,6 +31,8 @@ def faults_of_window_loss(components: "Components", recipe: Recipe, runtime: Run
         "Leave `reduction` out.": components.reduction == "sum",
         "`count_items` is given, but with `loss_over='window'` no items are counted: the loss is one number per "
         "update. Leave it out.": components.count_items is not None,
+        "`loss_inputs` is a module with trainable parameters, which no optimizer would hold. Make it a part of the "
+        "model, and let `forward` return what it computes.": trains,
         "`padding_free` is True, but with `loss_over='window'` each row must stay a row of its batch. Leave it "
         "out.": runtime.padding_free,
     }

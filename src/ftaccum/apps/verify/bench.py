@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from ...accumulation.accumulator import GradientAccumulator
 from ...data.batches import can_be_taken_apart, take
@@ -29,6 +30,7 @@ class Bench:
 
     Attributes:
         run: the run, with the unwrapped model and the loader of training.
+        modules: the model, and a loss over the window whose parameters are trained.
         reference: the loss of one batch, without anything that ftaccum infers.
         padded: the loader of training, with `padding_free` off.
         window: the positions of all rows of a full window.
@@ -37,6 +39,7 @@ class Bench:
     """
 
     run: Run
+    modules: Sequence[nn.Module]
     reference: Reference
     padded: Loader
     window: RowIndices
@@ -55,9 +58,19 @@ class Bench:
             torch.OutOfMemoryError: if the rows do not fit in memory together.
         """
         with self.from_the_start():
-            loss = self.reference.loss(self.reference.batch(rows, backwards=backwards, dtype=self.dtype))
-            (loss * factor * self.scale).backward()
-        return WindowGradient(taken(self.run.model, factor * self.scale), loss.item())
+            batch = self.reference.batch(rows, backwards=backwards, dtype=self.dtype)
+            loss = self.reference.loss(batch, backwards=backwards)
+            self.backward(loss * factor)
+        return WindowGradient(self.taken(factor), loss.item())
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass of a loss, unless it depends on no weight, as the loss of a single row may."""
+        if loss.requires_grad or not self.reference.over_window:
+            (loss * self.scale).backward()
+
+    def taken(self, factor: float = 1.0) -> list[Tensor | None]:
+        """Remove the gradients, and return them divided by the scale and a factor of the loss."""
+        return taken((p for module in self.modules for p in module.parameters()), factor * self.scale)
 
     def loss(self) -> float:
         """Return the reference's loss of the full window.
@@ -94,7 +107,7 @@ class Bench:
             except WindowOutOfMemoryError as error:
                 reason = f" The device reported: {error.failed.message}" if error.failed else ""
                 raise torch.OutOfMemoryError(f"Memory ran out while accumulating '{split.name}'.{reason}") from error
-        return WindowGradient(taken(self.run.model, self.scale), gathered([losses], self.run.accelerator)[0].total())
+        return WindowGradient(self.taken(), gathered([losses], self.run.accelerator)[0].total())
 
     def takes(self, split: Split) -> bool:
         """Return whether the model can run on the smallest micro-batches of the split.
@@ -104,12 +117,8 @@ class Bench:
         """
         if all(len(piece.rows) > 1 for share in split.by_process for piece in share):
             return True
-        try:
-            with self.from_the_start(), torch.no_grad():
-                self.reference.loss(self.reference.batch(self.window[:1], dtype=self.dtype))
-        except ValueError:
-            return False
-        return True
+        with self.from_the_start(), torch.no_grad():
+            return self.reference.can_run(self.reference.batch(self.window[:1], dtype=self.dtype))
 
     def whole(self, rows: RowIndices) -> MicroBatch:
         """Return rows in one micro-batch, loaded as in training but padded."""

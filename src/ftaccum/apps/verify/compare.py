@@ -19,6 +19,7 @@ from .report import SplitResult
 from .splits import Split, splits_of
 
 _TOO_SMALL = "(the model cannot run on a single row)"
+_NOT_FINITE = "(the loss of these rows is not finite in one batch)"
 _TRAINER = f"Trainer, transformers {transformers.__version__}"
 
 
@@ -111,7 +112,12 @@ class Comparison:
     ) -> SplitResult:
         if not self.bench.takes(split):
             return SplitResult(*split.summary, exact=False, note=_TOO_SMALL)
-        return SplitResult(*split.summary, *_errors(self.bench.accumulated(new_accumulator(), split), wanted))
+        found = self.bench.accumulated(new_accumulator(), split)
+        if self.bench.reference.over_window and not math.isfinite(wanted.loss):
+            # Such a loss may be undefined for few rows, and the accumulated one must be so too.
+            undefined = self.bench.run.process_group.any(not math.isfinite(found.loss))
+            return SplitResult(*split.summary, exact=undefined, note=_NOT_FINITE)
+        return SplitResult(*split.summary, *_errors(found, wanted))
 
     def _divided_by_k(self, whole: WindowGradient, short: RowIndices) -> Iterator[SplitResult]:
         """Yield the errors of `loss / k` for the full window, and for a short one if there is one.
@@ -138,7 +144,7 @@ class Comparison:
             with unwrap_on_exit(self.bench.run.model):
                 found = with_trainer(self.bench, split)
         except Exception as error:  # Trainer may raise anything for a model that it does not support
-            self.bench.run.model.zero_grad(set_to_none=True)
+            self.bench.taken()
             return SplitResult(*split.summary, note=f"({shown(error)})")
         return SplitResult(*split.summary, *_errors(found, whole))
 

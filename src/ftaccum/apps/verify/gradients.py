@@ -1,7 +1,7 @@
 """Take gradients out of `param.grad`, and compare them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,10 @@ class WindowGradient:
         return max(self.gradient_error(wanted), self.loss_error(wanted))
 
 
-def taken(model: nn.Module, scale: float = 1.0) -> list[Tensor | None]:
-    """Remove the gradients from a model, and return them divided by `scale`."""
+def taken(parameters: Iterable[nn.Parameter], scale: float = 1.0) -> list[Tensor | None]:
+    """Remove the gradients from parameters, and return those of trainable ones divided by `scale`."""
     found = []
-    for p in model.parameters():
+    for p in parameters:
         if p.requires_grad:
             found.append(None if p.grad is None else p.grad.div_(scale) if scale != 1 else p.grad)
         p.grad = None

@@ -18,14 +18,17 @@ from .splits import Split
 
 
 def divided_by_k(bench: Bench, split: Split, k: int) -> WindowGradient:
-    """Return the gradient of each micro-batch's mean loss divided by k, as in a simple training loop."""
+    """Return the gradient of each micro-batch's loss divided by k, as in a simple training loop.
+
+    A loss over the window then reads only the rows of one micro-batch together.
+    """
     losses = []
     with bench.from_the_start():
         for micro in bench.micro_batches(split):
             loss = bench.reference.loss(micro.batch) / k
-            (loss * bench.scale).backward()
+            bench.backward(loss)
             losses.append(loss.item())
-    return WindowGradient(taken(bench.run.model, bench.scale), sum(losses))
+    return WindowGradient(bench.taken(), sum(losses))
 
 
 def why_not_trainer(bench: Bench) -> str | None:
@@ -93,7 +96,7 @@ class _Recording(torch.optim.Optimizer):
         self.gradient: list[Tensor | None] | None = None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override] # noqa: ARG002
-        self.gradient = taken(self._model)
+        self.gradient = taken(self._model.parameters())
 
 
 @contextmanager

@@ -39,9 +39,9 @@ def candidates(model: nn.Module, wanted: str | None, autocast: str) -> list[torc
 
 
 @contextmanager
-def measured_in(model: nn.Module, loss_fn: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Hold all weights and buffers of a model, and of a loss that is a module, in one type. None changes nothing."""
-    modules = [model, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
+def measured_in(model: nn.Module, dtype: torch.dtype | None, *functions: Any) -> Iterator[None]:
+    """Hold all weights and buffers of a model, and of functions that are modules, in one type. None changes nothing."""
+    modules = [model, *(function for function in functions if isinstance(function, nn.Module))]
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     with cast_tensors(tensors if dtype is not None else [], dtype):
         yield

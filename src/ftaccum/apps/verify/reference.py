@@ -39,6 +39,7 @@ class Reference:
         seed: the seed for random draws of rows and collator, as in training.
         device: the device of the model.
         loss_fn: the loss that `class_weights` and `label_smoothing` define; None for that of `components`.
+        over_window: whether the loss reads all rows of a window together (`loss_over`).
     """
 
     components: Components
@@ -46,6 +47,7 @@ class Reference:
     seed: tuple[int, ...]
     device: torch.device
     loss_fn: LossFn | None = None
+    over_window: bool = False
 
     def batch(self, positions: Sequence[int], *, backwards: bool = False, dtype: torch.dtype | None = None) -> Batch:
         """Collate rows with the user's collator, or with a plain one if the user gave none.
@@ -62,22 +64,44 @@ class Reference:
         # Reverse the rows after collating, so that a collator makes the same random draws for each row.
         return cast(_backwards(batch) if backwards else batch, dtype)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch, *, backwards: bool = False) -> Tensor:
         """Return the loss of a batch, with its graph.
 
         If `reduction` is "sum", each term is divided by the user's `count_items`. Without `count_items`, the documented
         rule applies: the divisor is the number of labels that are not ignored, of elements of a floating-point target,
         or of rows.
+
+        Args:
+            backwards: whether the rows of the batch are reversed. A loss over the window gets them in their own order,
+                which it may depend on.
         """
         batch = fresh_batch(batch, self.device)
         outputs = self._outputs(batch)
-        loss = self._loss_of(outputs, batch)
+        if self.over_window:
+            loss = self._loss_over_window(self._inputs(outputs, batch), batch, backwards=backwards)
+        else:
+            loss = self._loss_of(outputs, batch)
         terms = dict(loss) if isinstance(loss, Mapping) else {"loss": loss}
         if self.components.reduction == "sum":
             # Count after the forward pass, which may change the labels.
             counts = self._counts(batch, terms)
             terms = {name: term / counts[name] for name, term in terms.items()}
         return _added_up([term.reshape(()) for term in terms.values()])
+
+    def can_run(self, batch: Batch) -> bool:
+        """Return whether the model, and a loss that reads single micro-batches, can run on a batch.
+
+        Batch norm, for example, rejects a single row in train mode.
+        """
+        try:
+            if self.over_window:
+                batch = fresh_batch(batch, self.device)
+                self._inputs(self._outputs(batch), batch)
+            else:
+                self.loss(batch)
+        except ValueError:
+            return False
+        return True
 
     def _kept_columns(self, row: Any) -> Any:
         """Return a row without its text columns, which cannot become tensors. A row without any column that the model
@@ -128,6 +152,18 @@ class Reference:
         logits, labels = _logits(outputs), batch["labels"]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
+
+    def _inputs(self, outputs: Any, batch: Batch) -> Any:
+        """Return what a loss over the window reads besides the batch."""
+        if self.components.loss_inputs is not None:
+            return self.components.loss_inputs(outputs, batch)
+        return dict(outputs) if isinstance(outputs, Mapping) else outputs
+
+    def _loss_over_window(self, inputs: Any, batch: Batch, *, backwards: bool) -> Any:
+        assert self.components.loss_fn is not None, "checked with the arguments"
+        if backwards and (reversed_batch := _backwards(batch)) is not batch:
+            batch, inputs = reversed_batch, _rows_reversed(inputs)
+        return self.components.loss_fn(inputs, batch if isinstance(batch, Mapping) else batch[1])
 
     def _takes_labels(self, batch: Batch) -> bool:
         accepted = accepted_arguments(self.components.model)
@@ -193,6 +229,10 @@ def _backwards(batch: Batch) -> Batch:
     """Return a batch with its rows reversed; unchanged, if its tensors differ in their numbers of rows."""
     n_rows = max(first_dimensions(batch))
     return take(batch, range(n_rows)[::-1]) if can_be_taken_apart(batch, n_rows) else batch
+
+
+def _rows_reversed(inputs: Any) -> Any:
+    return {n: value.flip(0) for n, value in inputs.items()} if isinstance(inputs, Mapping) else inputs.flip(0)
 
 
 def _is_encoder_decoder(model: Any) -> bool:

@@ -57,6 +57,7 @@ class Verification:
         reasons: why accumulating this loss is not exact, according to the check before training.
         notes: further remarks on the measurement.
         seconds: the duration of the measurement.
+        loss_over: what the loss reads: "items", or "window" for all rows of an update together.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Verification:
     random_seed: int
     versions: dict[str, str]
     seconds: float
+    loss_over: str = "items"
 
     @property
     def exact(self) -> bool:
@@ -100,7 +102,7 @@ class Verification:
                 _RULE,
                 f"Model: {self.model}, {self.n_parameters:,} parameters, in {precision}, on {self.device}",
                 f"Rows of an update: {self.effective_batch_size} ({sizes})",
-                f"Loss: mean over {self.counted_by}",
+                f"Loss: {'over' if self.loss_over == 'window' else 'mean over'} {self.counted_by}",
                 *(line for note in self.notes for line in _wrapped(note)),
                 "",
                 _line(heading, widths),

@@ -1,12 +1,13 @@
 """The run of a verification. It is built like a training run, but measures instead of training."""
 
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import SGD
 
 from ...checkpoint.compatibility import package_versions
@@ -60,14 +61,15 @@ class VerificationRun(Run):
         drawn = next(Plan(len(self.data.train_rows), 1, self.batch_sizes, self._seed).windows(0)).rows
         window = with_rare_rows(drawn, self._traits, self._seed)
         seed = (self._seed, 0)
+        over_window = self.config.recipe.loss_over == "window"
         reference = Reference(
-            self.config.components, self.data.train_rows, seed, self.accelerator.device, self.data.loss_fn
+            self.config.components, self.data.train_rows, seed, self.accelerator.device, self.data.loss_fn, over_window
         )
-        bench = Bench(self, reference, self._padded_loader, window, seed, None)
+        bench = Bench(self, self._trained, reference, self._padded_loader, window, seed, None)
         dtype, notes = self._choose_dtype(bench)
         bench = replace(bench, dtype=dtype)
         precision = dtype or dtype_of(self.model), self.accelerator.mixed_precision
-        with measured_in(self.model, self.config.components.loss_fn, dtype):
+        with self._measured_in(dtype):
             bench = self._that_fits(bench)
             mode = DeterministicMode.of(self.model, lambda: [bench.loss()])
             with mode.passes():
@@ -81,7 +83,9 @@ class VerificationRun(Run):
 
     @cached_property
     def gradients(self) -> GradientStrategy:
-        return GradientStrategy(SGD(trainable_parameters(self.model)))  # it never steps
+        model, *losses = self._trained
+        of_loss = [p for loss in losses for p in loss.parameters() if p.requires_grad]
+        return GradientStrategy(SGD([*trainable_parameters(model), *of_loss]))  # it never steps
 
     @cached_property
     def batch_sizes(self) -> BatchSizes:
@@ -91,6 +95,18 @@ class VerificationRun(Run):
     @cached_property
     def all_batch_sizes(self) -> BatchSizes:
         return self.new_batch_sizes()
+
+    @property
+    def _trained(self) -> list[nn.Module]:
+        """The modules whose gradients are compared: the model, and a loss over the window with parameters."""
+        loss_fn = self.config.components.loss_fn
+        if self.config.recipe.loss_over == "window" and isinstance(loss_fn, nn.Module):
+            return [self.model, loss_fn]
+        return [self.model]
+
+    def _measured_in(self, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+        components = self.config.components
+        return measured_in(self.model, dtype, components.loss_fn, components.loss_inputs)
 
     @property
     def _seed(self) -> int:
@@ -107,7 +123,8 @@ class VerificationRun(Run):
     def _prepare_model(self, stack: ExitStack) -> None:
         if self.sharding is not None:
             raise SettingsError([_SHARDED])
-        stack.enter_context(preserve_gradients(self.model))
+        for module in self._trained:
+            stack.enter_context(preserve_gradients(module))
         stack.enter_context(preserve_problem_type(self.model))
         super()._prepare_model(stack)
 
@@ -145,12 +162,12 @@ class VerificationRun(Run):
         if not has_room(self.model, dtype):
             return "the gradients would not fit in memory"
         try:
-            with measured_in(self.model, self.config.components.loss_fn, dtype), bench.from_the_start():
+            with self._measured_in(dtype), bench.from_the_start():
                 replace(bench, dtype=dtype).together(bench.window)
         except DataError:
             raise
         except Exception as error:
-            self.model.zero_grad(set_to_none=True)
+            bench.taken()
             give_back_memory()
             return f"{type(self.model).__name__} cannot run in this type ({shown(error)})"
         return None
@@ -171,7 +188,7 @@ class VerificationRun(Run):
                 failed = error.with_traceback(None)  # a traceback would keep tensors of the pass
             if not self.process_group.any(failed is not None):
                 return bench
-            self.model.zero_grad(set_to_none=True)
+            bench.taken()
             give_back_memory()
             if len(bench.window) == 1:
                 raise torch.OutOfMemoryError(f"A single row does not fit in memory. The device reported: {failed}")
@@ -227,7 +244,7 @@ class VerificationRun(Run):
             dtype=str(precision[0]).removeprefix("torch."),
             autocast=precision[1],
             device=self.accelerator.device.type,
-            counted_by=report.counted_by,
+            counted_by="all rows of an update together" if report.over_window else report.counted_by,
             reasons=report.inexact(),
             notes=notes,
             batch_size=sizes.batch_size,
@@ -236,6 +253,7 @@ class VerificationRun(Run):
             effective_batch_size=sizes.effective_batch_size,
             random_seed=self._seed,
             versions=package_versions(),
+            loss_over=self.config.recipe.loss_over,
             seconds=round(time.perf_counter() - started, 3),
         )
 

@@ -1,7 +1,9 @@
 """Messages about a loss, in the words of a Trainer's users."""
 
+from ...objective.report import OVER_WINDOW
+
 _REPHRASED = {
-    " Give it as a `loss_fn` with `loss_over='window'`, which gets all rows of an update at once: then it is exact.": (
+    f" {OVER_WINDOW}": (
         " Make `batch_size` as large as the comparison needs, or train with `test_fine_tuning(loss_over='window')`, "
         "which gives the loss all rows of an update at once."
     ),
