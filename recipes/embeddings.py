@@ -9,6 +9,10 @@ A contrastive loss compares each text with all pairs of its batch, so more pairs
 With ordinary accumulation, a text would only be compared with the pairs of its micro-batch. This recipe computes the
 loss over the whole update (`loss_over="window"`), in the memory of one micro-batch.
 
+With embeddings.yaml, an update of 512 pairs takes about 16 seconds on one CPU core, and training takes 0.65 GB more.
+After 20 updates without dropout, 25.7% of 2,000 held-out definitions find their word first. That is 22.3% if each is
+compared with 16 words, and 18.5% before training (docs/window_losses.md).
+
 The packaged task is a reverse dictionary: find the word for a definition. It takes any model that `AutoModel` loads and
 whose outputs have one state per token. The embedding of a text is the mean of these states. The data are CSV, JSON or
 Parquet files or Hub data sets with a column for each side of the pairs. The saved model in OUTPUT_DIR/model loads with

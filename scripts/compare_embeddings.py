@@ -5,12 +5,16 @@ the same updates, with the same AdamW, schedule and clipping, in float32, withou
 
 - window: ftaccum with `loss_over="window"`;
 - window-unaudited: the same without audits, which sentence-transformers has not either;
+- window-unplanned: the same without the planner, so that rows of unequal length are padded as in those that follow;
 - items: ftaccum with ordinary accumulation, where a text is compared with the pairs of its micro-batch;
-- cached: sentence-transformers with `CachedMultipleNegativesRankingLoss`, installed into `.venv-peers` on first use.
+- cached: sentence-transformers with `CachedMultipleNegativesRankingLoss`, installed into `.venv-peers` on first use;
+- untuned: the metrics before training.
 
-Each run is a process of its own. The rounds interleave the contenders, in rotating order.
+Each run is a process of its own. The rounds interleave the contenders, in rotating order. The figures of a run are
+printed and added to `--results` as soon as it ends, so that nothing is lost if the comparison is interrupted.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/compare_embeddings.py --updates 30 --rounds 3
+    .venv/bin/python scripts/compare_embeddings.py --table                # the runs in `--results` again
 """
 
 import argparse
@@ -18,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -45,9 +50,38 @@ PEERS = HERE.parent / ".venv-peers"
 PEER_PACKAGE = "sentence-transformers[train]==6.2.0"
 SIDES = ("definition", "word")
 COLUMNS = (
-    "", "seconds per update (range)", "peak memory, MB", "of it in training, MB", "recall@1", "recall@10", "MRR",
-    "largest difference of losses",
+    "", "seconds per update (range)", "CPU seconds per update (range)", "time / cached", "CPU time / cached",
+    "peak memory, MB", "of it in training, MB", "recall@1", "recall@10", "MRR", "largest difference of losses",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """The figures of a contender in a round.
+
+    Attributes:
+        losses: the loss of each update, before its step.
+        seconds, cpu_seconds: the medians over the updates from the second on; NaN without such updates.
+        peak, training: resident memory in bytes at most, and how much of it came with training.
+        metrics: of the held-out pairs.
+    """
+
+    contender: str
+    round: int
+    losses: list[float]
+    seconds: float
+    cpu_seconds: float
+    peak: int
+    training: int
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, contender: str, number: int, outcome: Outcome) -> "Run":
+        seconds, cpu_seconds = (median(x) if x else float("nan") for x in (outcome.seconds, outcome.cpu_seconds))
+        anchors, positives = map(np.asarray, outcome.held_out)
+        metrics = retrieval(EvalPrediction((anchors, positives), np.arange(len(anchors))))
+        training = outcome.peak - outcome.before
+        return cls(contender, number, outcome.losses, seconds, cpu_seconds, outcome.peak, training, metrics)
 
 
 def n_rows(batch: Any) -> int:
@@ -57,7 +91,9 @@ def n_rows(batch: Any) -> int:
 OURS: dict[str, dict[str, Any]] = {
     "window": {"loss_over": "window"},
     "window-unaudited": {"loss_over": "window", "audit": False},
+    "window-unplanned": {"loss_over": "window", "audit": False, "planner": False},
     "items": {"loss_over": "items", "planner": False, "audit": False, "count_items": n_rows},
+    "untuned": {},
 }
 
 
@@ -85,16 +121,19 @@ def train_ours(task: Task, options: dict[str, Any]) -> Outcome:
     model, clock = PairEncoder(AutoModel.from_pretrained(task.model)), Clock()
     without_dropout(model)
     before = memory().now
-    result = test_fine_tuning(
-        model, train_data=train, validation_split=0.0, n_epochs=1, batch_size=task.batch_size,
-        effective_batch_size=task.effective_batch_size, data_collator=collate, learning_rate=task.learning_rate,
-        warmup_steps=task.warmup_steps, weight_decay=task.weight_decay, gradient_clip_norm=task.clip,
-        random_seed=task.seed, loss_fn=MultipleNegativesRankingLoss(scale=task.scale), callbacks=[clock],
-        progress=False, verbosity="quiet", **options,
-    )  # fmt: skip
+    losses: list[float] = []
+    if options:  # none: leave the model untuned
+        result = test_fine_tuning(
+            model, train_data=train, validation_split=0.0, n_epochs=1, batch_size=task.batch_size,
+            effective_batch_size=task.effective_batch_size, data_collator=collate, learning_rate=task.learning_rate,
+            warmup_steps=task.warmup_steps, weight_decay=task.weight_decay, gradient_clip_norm=task.clip,
+            random_seed=task.seed, loss_fn=MultipleNegativesRankingLoss(scale=task.scale), callbacks=[clock],
+            progress=False, verbosity="quiet", **options,
+        )  # fmt: skip
+        losses = result.loss_history
     peak = memory().peak
     held_out = embed(model, val, collate, task.batch_size)
-    return Outcome(result.loss_history, np.diff(clock.ends).tolist(), before, peak, held_out)
+    return Outcome(losses, clock.seconds(), clock.cpu_seconds(), before, peak, held_out)
 
 
 def make_task(updates: int, n_val: int, seed: int) -> Task:
@@ -138,28 +177,52 @@ def run(contender: str, task_file: Path, folder: Path) -> Outcome:
     return Outcome(**json.loads(result.read_text()))
 
 
-def metrics(outcome: Outcome) -> dict[str, float]:
-    anchors, positives = map(np.asarray, outcome.held_out)
-    return retrieval(EvalPrediction((anchors, positives), np.arange(len(anchors))))
+def table(runs: list[Run]) -> list[str]:
+    """Return the lines of a table. Times and losses are compared with those of `cached` in the same round."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    peers = {run.round: run for run in runs if run.contender == "cached"}
+    for name in dict.fromkeys(run.contender for run in runs):
+        own = [run for run in runs if run.contender == name]
+        pairs = [(run, peers[run.round]) for run in own if run.losses and run.round in peers]
+        differences = [np.abs(np.subtract(run.losses, peer.losses)).max() for run, peer in pairs]
+        cells = [
+            spread([run.seconds for run in own]),
+            spread([run.cpu_seconds for run in own]),
+            spread([run.seconds / peer.seconds for run, peer in pairs]),
+            spread([run.cpu_seconds / peer.cpu_seconds for run, peer in pairs]),
+            *(f"{max(values) / 1e6:.0f}" for values in ([run.peak for run in own], [run.training for run in own])),
+            *(f"{value:.3f}" for value in own[0].metrics.values()),
+            f"{max(differences):.1e}" if differences else "–",
+        ]
+        lines.append(f"| {' | '.join((name, *cells))} |")
+    return lines
 
 
-def report(found: dict[str, list[Outcome]]) -> None:
-    """Print a table. The curve of a contender is compared with that of `cached`, in the same round."""
-    print(f"\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    for name, outcomes in found.items():
-        times = [median(outcome.seconds) for outcome in outcomes]
-        peak, training = (
-            max(values) / 1e6 for values in zip(*((o.peak, o.peak - o.before) for o in outcomes), strict=True)
-        )
-        both = zip(outcomes, found.get("cached", []), strict=False)
-        differences = [np.abs(np.subtract(one.losses, other.losses)).max() for one, other in both]
-        print(
-            f"| {name} | {median(times):.2f} ({min(times):.2f}–{max(times):.2f}) | {peak:.0f} | {training:.0f} | "
-            + " | ".join(f"{value:.3f}" for value in metrics(outcomes[0]).values())
-            + f" | {f'{max(differences):.1e}' if differences else '–'} |"
-        )
-    for name, outcomes in found.items():
-        print(f"\nLosses of {name}: {' '.join(f'{loss:.4f}' for loss in outcomes[0].losses)}")
+def spread(values: list[float]) -> str:
+    """Return the median, and the range if there are several values."""
+    known = [value for value in values if value == value]
+    extent = f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else ""
+    return f"{median(known):.2f}{extent}" if known else "–"
+
+
+def compare(given: argparse.Namespace) -> list[Run]:
+    rounds = [
+        (n + 1, [given.only[(n + k) % len(given.only)] for k in range(len(given.only))]) for n in range(given.rounds)
+    ]
+    runs = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        task_file = folder / "task.json"
+        task_file.write_text(json.dumps(asdict(make_task(given.updates, given.held_out, given.seed))))
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+        for number, contenders in [(0, ["untuned"]), *rounds]:
+            for contender in contenders:
+                runs.append(Run.of(contender, number, run(contender, task_file, folder)))
+                line = json.dumps(asdict(runs[-1]))
+                print(line, flush=True)
+                with given.results.open("a") as file:
+                    print(line, file=file)
+    return runs
 
 
 def main() -> None:
@@ -168,26 +231,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=[*OURS, "cached"], default=[*OURS, "cached"])
+    contenders = [*(name for name in OURS if name != "untuned"), "cached"]
+    parser.add_argument("--only", nargs="+", choices=contenders, default=contenders)
+    parser.add_argument("--results", type=Path, default=HERE.parent / "outputs" / "compare_embeddings.jsonl")
+    parser.add_argument("--table", action="store_true", help="print the table of the runs in `--results`, without runs")
     given = parser.parse_args()
-    found: dict[str, list[Outcome]] = {name: [] for name in given.only}
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        task_file = folder / "task.json"
-        task_file.write_text(json.dumps(vars(make_task(given.updates, given.held_out, given.seed))))
-        for n in range(given.rounds):
-            for k in range(len(given.only)):
-                contender = given.only[(n + k) % len(given.only)]
-                found[contender].append(run(contender, task_file, folder))
-                seconds = median(found[contender][-1].seconds)
-                print(f"round {n + 1}: {contender}, {seconds:.2f} s per update", file=sys.stderr, flush=True)
-    print(machine())
-    report(found)
+    if given.table:
+        runs = [Run(**json.loads(line)) for line in given.results.read_text().splitlines()]
+    elif given.results.exists():
+        parser.error(f"{given.results} has the figures of another comparison. Move it, or name a new file.")
+    else:
+        runs = compare(given)
+    print(f"\n{machine()}\n", *table(runs), sep="\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--contender"]:
         outcome = train_ours(Task(**json.loads(Path(sys.argv[3]).read_text())), OURS[sys.argv[2]])
-        Path(sys.argv[4]).write_text(json.dumps(vars(outcome)))
+        Path(sys.argv[4]).write_text(json.dumps(asdict(outcome)))
     else:
         main()

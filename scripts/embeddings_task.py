@@ -5,6 +5,7 @@ This module does not need ftaccum, because sentence-transformers runs in an envi
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,26 +44,34 @@ class Outcome:
 
     Attributes:
         losses: the loss of each update, before its step.
-        seconds: of each update from the second on.
+        seconds, cpu_seconds: of each update from the second on. Other processes on the machine prolong the first more
+            than the second.
         before, peak: resident memory in bytes, before training and at most until its end.
         held_out: the embeddings of the anchors and of the positives in `val`.
     """
 
     losses: list[float]
     seconds: list[float]
+    cpu_seconds: list[float]
     before: int
     peak: int
     held_out: list[list[list[float]]]
 
 
 class Clock(TrainerCallback):
-    """Keeps the time at the end of each update."""
+    """Keeps the time and this process's CPU time at the end of each update."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
+
+    def seconds(self) -> list[float]:
+        return [end - start for (start, _), (end, _) in pairwise(self.ends)]
+
+    def cpu_seconds(self) -> list[float]:
+        return [end - start for (_, start), (_, end) in pairwise(self.ends)]
 
 
 class Memory(NamedTuple):

@@ -135,10 +135,11 @@ def test_the_recipe_compares_each_pair_with_all_others_of_its_update(
 def test_bad_input_is_reported_in_one_sentence(recipe: ModuleType, model: str, tmp_path: Path) -> None:
     pairs = save_pairs(tmp_path / "pairs.csv", PAIRS)
     blank = save_pairs(tmp_path / "blank.csv", [*PAIRS[:3], ("film", "")])
+    absent = str(tmp_path / "absent")
     given: dict[str, Any] = {"--model": model, "--train_data": pairs, "--anchor": "query", "--positive": "answer"}
     for changed, error, sentence in (
-        ({"--scale": "0"}, SettingsError, "`scale` must be a positive number, but is 0"),
-        ({"--model": str(tmp_path / "absent")}, SettingsError, "cannot be loaded"),
+        ({"--scale": "0", "--model": absent}, SettingsError, "`scale` must be a positive number, but is 0"),
+        ({"--model": absent}, SettingsError, "cannot be loaded"),
         ({"--positive": "reply"}, DataError, "'reply'"),
         ({"--train_data": blank}, DataError, "In `train_data`, row 3 has no text in the column 'answer'"),
         ({"--max_length": "99"}, SettingsError, "`max_length` is 99, but .* accept at most"),
