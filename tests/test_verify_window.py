@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ftaccum import Verification, verify
 from ftaccum.objective.router_balance import RouterBalance, RouterTotals
-from ftaccum.objective.row_terms import SettledRows
+from ftaccum.objective.row_terms import ComputedRows
 from heads import HEADS
 from test_router_windows import moe, routers_in_float64
 
@@ -71,13 +71,13 @@ def test_inputs_of_several_names_are_exact() -> None:
 
 def test_a_wrong_gradient_of_the_loss_itself_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where each micro-batch adds the whole gradient of a temperature."""
-    of_parameters = SettledRows.of_parameters
+    of_parameters = ComputedRows.of_parameters
 
-    def thrice(settled: SettledRows) -> Tensor | None:
-        found = of_parameters(settled)
+    def thrice(computed: ComputedRows) -> Tensor | None:
+        found = of_parameters(computed)
         return None if found is None else 3 * found
 
-    monkeypatch.setattr(SettledRows, "of_parameters", thrice)
+    monkeypatch.setattr(ComputedRows, "of_parameters", thrice)
     assert not verified(Contrastive()).exact
 
 

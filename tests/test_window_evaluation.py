@@ -18,7 +18,7 @@ from ftaccum.apps.run_arguments import default_arguments
 from ftaccum.apps.search.validation import define_search
 from ftaccum.data.loader import LocalRows
 from ftaccum.objective.item_counts import Batch
-from ftaccum.objective.window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTerms
+from ftaccum.objective.window_terms import CollectedValues, ComputedTerms, Values, WindowPart, WindowTerms
 from ftaccum.planning.micro_batches import MicroBatchRows
 from ftaccum.runtime.process_group import ProcessGroup
 from ftaccum.training.build_evaluation import build_evaluation
@@ -128,7 +128,7 @@ def test_a_row_that_cannot_be_read_ends_the_evaluation_with_its_name() -> None:
 
 
 @dataclass(frozen=True)
-class Settled(SettledTerms):
+class Computed(ComputedTerms):
     means: dict[str, Tensor]
 
     def part(self, *_: Any) -> WindowPart:
@@ -146,10 +146,10 @@ class Pairwise(WindowTerms):
     def read(self, outputs: Tensor, _: Batch) -> Values:
         return {"embeddings": outputs}
 
-    def settle(self, passes: Sequence[FirstPass], _: ProcessGroup, __: Sequence[int]) -> Settled:
+    def compute(self, passes: Sequence[CollectedValues], _: ProcessGroup, __: Sequence[int]) -> Computed:
         places = torch.tensor([place for each in passes for place in each.places])
         embedded = torch.cat([each.values["embeddings"] for each in passes])[places.argsort()]
-        return Settled({"pairs": ordered(embedded, {"labels": torch.tensor([0.0, 2.0])})})
+        return Computed({"pairs": ordered(embedded, {"labels": torch.tensor([0.0, 2.0])})})
 
 
 def two_terms(embeddings_BD: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def test_rows_are_evaluated_without_training_in_groups_of_the_run(size: int | No
 
 def test_what_a_loss_reads_of_a_batch_does_not_keep_its_outputs_in_memory() -> None:
     outputs = torch.randn(5, 7, 3)
-    kept = FirstPass.of((), {"first": outputs[:, 0], "whole": outputs}).values
+    kept = CollectedValues.of((), {"first": outputs[:, 0], "whole": outputs}).values
     assert kept["first"].untyped_storage().nbytes() == 5 * 3 * 4
     assert torch.equal(kept["first"], outputs[:, 0])
     assert kept["whole"].data_ptr() == outputs.data_ptr()

@@ -17,7 +17,7 @@ from exactness import accumulated_gradients, windows_of
 from ftaccum import InexactLossError, InexactLossWarning, Result, test_fine_tuning
 from ftaccum.checkpoint.manager import CheckpointManager
 from ftaccum.objective.gradient_check import GradientDifference
-from ftaccum.objective.row_terms import SettledRows
+from ftaccum.objective.row_terms import ComputedRows
 from ftaccum.objective.window_gradient import WindowGradientCheck
 from heads import RecordingOptimizer, relative_error
 from training_passes import in_self_check
@@ -462,13 +462,13 @@ def test_audits_run_without_the_models_dropout(tmp_path: Path) -> None:
 
 
 def _temperature_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = SettledRows.of_parameters
-    monkeypatch.setattr(SettledRows, "of_parameters", lambda self: 2 * right(self))
+    right = ComputedRows.of_parameters
+    monkeypatch.setattr(ComputedRows, "of_parameters", lambda self: 2 * right(self))
 
 
 def _rows_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = SettledRows.part
-    monkeypatch.setattr(SettledRows, "part", lambda self, _, values: right(self, 0, values))
+    right = ComputedRows.part
+    monkeypatch.setattr(ComputedRows, "part", lambda self, _, values: right(self, 0, values))
 
 
 @pytest.mark.parametrize("fault", [_temperature_twice, _rows_of_others])

@@ -172,8 +172,8 @@ class GradientAccumulator:
             failure = two_passes.collect(micro_batches)
         leave_after(failure, self._process_group)
         if two_passes.forward_passes > 1:
-            start.buffers.restore()  # the second pass moves them again; the loss moves its own once, in `settle`
-        two_passes.settle(seed)
+            start.buffers.restore()  # the second pass moves them again; the loss moves its own once, in `compute`
+        two_passes.compute(seed)
         return two_passes
 
     def _n_local_passes(self, micro_batches: Sequence[MicroBatch]) -> int:

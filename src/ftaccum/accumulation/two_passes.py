@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, Means, widened
 from ..objective.objective import Objective
-from ..objective.window_terms import FirstPass, SettledTerms, Values, WindowTerms
+from ..objective.window_terms import CollectedValues, ComputedTerms, Values, WindowTerms
 from ..runtime.model_context import computes_in_16_bits, is_compiled
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators
@@ -43,12 +43,12 @@ class _Kept:
 
     Attributes:
         generators: the random state that it started from.
-        found: what the window's terms read.
+        collected: what the window's terms read.
         live: the means and the values with their graph, if there is no second pass; None otherwise.
     """
 
     generators: Generators
-    found: FirstPass
+    collected: CollectedValues
     live: tuple[Means, Values] | None = None
 
 
@@ -56,7 +56,7 @@ class TwoPasses:
     """Runs the micro-batches of one window twice: without gradients, to compute the window's terms, then with them.
 
     If a window is a single micro-batch on a single process, its first pass has gradients, and there is no second one.
-    Call `collect`, then `settle`, then `loss` for each micro-batch in turn.
+    Call `collect`, then `compute`, then `loss` for each micro-batch in turn.
 
     Attributes:
         drift: the largest relative difference so far between values of the first and the second pass (a scalar).
@@ -102,17 +102,17 @@ class TwoPasses:
             # Not DDP, which would expect a backward pass.
             means, values, _ = self._objective.observe(self._inner, batch, micro.counts, micro.terms, micro.names)
         live = (means, values) if is_only else None
-        return _Kept(generators, FirstPass.of(micro.slice.places, values), live)
+        return _Kept(generators, CollectedValues.of(micro.slice.places, values), live)
 
-    def settle(self, seed: Sequence[int]) -> None:
+    def compute(self, seed: Sequence[int]) -> None:
         """Compute the terms of the window. All processes call this together.
 
         Args:
             seed: seeds the random numbers that the terms draw; the same on all processes.
         """
-        passes = [kept.found for kept in self._kept.values()]
+        passes = [kept.collected for kept in self._kept.values()]
         with torch.enable_grad():
-            self._settled: SettledTerms = self._terms.settle(passes, self._process_group, seed)
+            self._computed: ComputedTerms = self._terms.compute(passes, self._process_group, seed)
         self._numbers = {index: n for n, index in enumerate(self._kept)}
 
     def loss(self, index: int, micro: MicroBatch, normalizer: LossNormalizer, *, is_last: bool) -> MicroBatchLoss:
@@ -124,18 +124,18 @@ class TwoPasses:
         """
         means, values = self._second(index, micro)
         if micro.is_dummy:
-            settled = {term: mean * 0 for term, mean in self._settled.means.items()}
-            contribution = backward = self._settled.zero(values)
+            computed = {term: mean * 0 for term, mean in self._computed.means.items()}
+            contribution = backward = self._computed.zero(values)
         else:
-            part = self._settled.part(self._numbers[index], values)
-            settled, contribution, backward = dict(self._settled.means), part.loss, part.surrogate
+            part = self._computed.part(self._numbers[index], values)
+            computed, contribution, backward = dict(self._computed.means), part.loss, part.surrogate
         if means:
             others = normalizer.contribution(means, micro.counts)
             contribution, backward = contribution + others, backward + others
-        if is_last and (of_parameters := self._settled.of_parameters()) is not None:
+        if is_last and (of_parameters := self._computed.of_parameters()) is not None:
             # Each process has the whole of it, and the gradients of all processes are added up.
             backward = backward + of_parameters / self._process_group.size
-        return MicroBatchLoss({**means, **settled}, contribution, backward)
+        return MicroBatchLoss({**means, **computed}, contribution, backward)
 
     def _second(self, index: int, micro: MicroBatch) -> tuple[Means, Values]:
         kept = self._kept.get(index)
@@ -147,7 +147,7 @@ class TwoPasses:
         batch = fresh_batch(micro.batch, self._device)
         means, values, _ = self._objective.observe(self._model, batch, micro.counts, micro.terms, micro.names)
         if kept is not None:
-            self.drift = torch.maximum(self.drift, _difference(self._terms.compared(kept.found.values), values))
+            self.drift = torch.maximum(self.drift, _difference(self._terms.compared(kept.collected.values), values))
         return means, values
 
 

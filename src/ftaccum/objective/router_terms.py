@@ -12,7 +12,7 @@ from ..runtime.tensor_collectives import sum_over_processes
 from .item_counts import Batch
 from .normalizer import Means
 from .router_balance import RouterBalance, RouterTotals
-from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTerms
+from .window_terms import CollectedValues, ComputedTerms, Values, WindowPart, WindowTerms
 
 
 class RouterTerms(WindowTerms):
@@ -38,12 +38,12 @@ class RouterTerms(WindowTerms):
         # Not the choices: on a GPU, rounding can decide which of two experts a token chooses.
         return {name: value for name, value in values.items() if name.endswith(".probabilities_E")}
 
-    def settle(
+    def compute(
         self,
-        passes: Sequence[FirstPass],
+        passes: Sequence[CollectedValues],
         process_group: ProcessGroup,
         seed: Sequence[int],  # noqa: ARG002
-    ) -> "SettledBalances":
+    ) -> "ComputedBalances":
         windows = {}
         for balance in self._balances:
             total = RouterTotals.of_no_tokens(balance.reading.n_experts, self._device)
@@ -51,11 +51,11 @@ class RouterTerms(WindowTerms):
                 total = total + _totals_of(balance, each.values)
             windows[balance.name] = RouterTotals.from_stacked(sum_over_processes(total.stacked(), process_group))
         means = {balance.name: balance.part(windows[balance.name], windows[balance.name]) for balance in self._balances}
-        return SettledBalances(self._balances, windows, means)
+        return ComputedBalances(self._balances, windows, means)
 
 
 @dataclass(frozen=True)
-class SettledBalances(SettledTerms):
+class ComputedBalances(ComputedTerms):
     """The balances of one window.
 
     Attributes:

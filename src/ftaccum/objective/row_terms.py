@@ -17,7 +17,7 @@ from .item_counts import Batch
 from .normalizer import Means, widened
 from .window_loss import WindowLoss
 from .window_rows import MicroBatches, check_equal, joined
-from .window_terms import FirstPass, SettledTerms, Values, WindowPart, WindowTerms
+from .window_terms import CollectedValues, ComputedTerms, Values, WindowPart, WindowTerms
 
 
 class RowTerms(WindowTerms):
@@ -41,7 +41,9 @@ class RowTerms(WindowTerms):
     def read(self, outputs: Any, batch: Batch) -> Values:
         return self._window_loss.read(outputs, batch)
 
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup, seed: Sequence[int]) -> "SettledRows":
+    def compute(
+        self, passes: Sequence[CollectedValues], process_group: ProcessGroup, seed: Sequence[int]
+    ) -> "ComputedRows":
         own = MicroBatches.of(passes)
         shares = process_group.gather(own)
         check_equal([row for share in shares for row in share.rows])
@@ -53,7 +55,7 @@ class RowTerms(WindowTerms):
         back = torch.tensor(own.places, dtype=torch.long).to(self._device)
         sizes = [len(each.places) for each in passes]
         by_pass = {name: gradient[back].split(sizes) for name, gradient in by_row.items()}
-        return SettledRows(means, len(places), sizes, finite, by_pass, by_parameter)
+        return ComputedRows(means, len(places), sizes, finite, by_pass, by_parameter)
 
     def _agreed_gradients(
         self, values: Values, order: Tensor, process_group: ProcessGroup, seed: Sequence[int]
@@ -104,7 +106,7 @@ class RowTerms(WindowTerms):
 
 
 @dataclass(frozen=True)
-class SettledRows(SettledTerms):
+class ComputedRows(ComputedTerms):
     """The loss of a window and its gradient by each row.
 
     Attributes:

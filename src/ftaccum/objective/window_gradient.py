@@ -21,7 +21,7 @@ from .item_counts import Batch, rows_of
 from .row_terms import RowTerms
 from .sample import UNEQUAL, Sample
 from .window_forward import WindowForward
-from .window_terms import FirstPass
+from .window_terms import CollectedValues
 
 _REVERSED = (3, 2, 1, 0)
 _SEED = (0,)  # of what the loss draws
@@ -133,19 +133,19 @@ class WindowGradientCheck:
                 with torch.no_grad(), preserve_buffers(both):
                     given = self.prepared(part)
                     values = self.terms.read(self.forward.outputs(self.model, given), given)
-                passes.append(FirstPass.of(places, values))
+                passes.append(CollectedValues.of(places, values))
                 n_before += len(places)
-            settled = self.terms.settle(passes, ProcessGroup(1), _SEED)
+            computed = self.terms.compute(passes, ProcessGroup(1), _SEED)
             for n, part in enumerate(parts):
                 with preserve_buffers(both):
                     given = self.prepared(part)
                     values = self.terms.read(self.forward.outputs(self.model, given), given)
-                    surrogate = settled.part(n, values).surrogate
-                    if n == 0 and (of_parameters := settled.of_parameters()) is not None:
+                    surrogate = computed.part(n, values).surrogate
+                    if n == 0 and (of_parameters := computed.of_parameters()) is not None:
                         surrogate = surrogate + of_parameters
                     if surrogate.requires_grad:
                         backward(surrogate)
-        by_inputs = [gradient.double().norm().item() for parts in settled.by_pass.values() for gradient in parts]
+        by_inputs = [gradient.double().norm().item() for parts in computed.by_pass.values() for gradient in parts]
         return _named(sketch), math.hypot(*by_inputs)
 
 

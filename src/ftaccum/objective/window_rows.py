@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .window_loss import WindowLoss
-from .window_terms import FirstPass
+from .window_terms import CollectedValues
 
 RowSpec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # the shape of a row and the type, by name
 
@@ -26,7 +26,7 @@ class MicroBatches:
     rows: Sequence[RowSpec]
 
     @classmethod
-    def of(cls, passes: Sequence[FirstPass]) -> "MicroBatches":
+    def of(cls, passes: Sequence[CollectedValues]) -> "MicroBatches":
         return cls(
             [place for each in passes for place in each.places],
             [{name: (tuple(v.shape[1:]), v.dtype) for name, v in each.values.items()} for each in passes],
@@ -66,7 +66,7 @@ def check_equal(rows: Sequence[RowSpec]) -> None:
                 )
 
 
-def joined(passes: Sequence[FirstPass]) -> dict[str, Tensor]:
+def joined(passes: Sequence[CollectedValues]) -> dict[str, Tensor]:
     """Return the values of micro-batches, one after the other."""
     names = passes[0].values if passes else ()
     return {name: torch.cat([each.values[name] for each in passes]) for name in names}

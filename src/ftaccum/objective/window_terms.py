@@ -20,7 +20,7 @@ Values = Mapping[str, Tensor]  # what the terms read of a micro-batch, by name
 
 
 @dataclass(frozen=True)
-class FirstPass:
+class CollectedValues:
     """What the first pass collected from a micro-batch.
 
     Attributes:
@@ -32,7 +32,7 @@ class FirstPass:
     values: Values
 
     @classmethod
-    def of(cls, places: Sequence[int], values: Values) -> "FirstPass":
+    def of(cls, places: Sequence[int], values: Values) -> "CollectedValues":
         """Return what was collected, without keeping more in memory than that.
 
         What a loss reads may be a view of a much larger output, such as the first token of the hidden states.
@@ -58,7 +58,7 @@ class WindowPart:
     surrogate: Tensor
 
 
-class SettledTerms(ABC):
+class ComputedTerms(ABC):
     """The terms of one window, after its first pass.
 
     Attributes:
@@ -115,7 +115,9 @@ class WindowTerms(ABC):
         """
 
     @abstractmethod
-    def settle(self, passes: Sequence[FirstPass], process_group: ProcessGroup, seed: Sequence[int]) -> SettledTerms:
+    def compute(
+        self, passes: Sequence[CollectedValues], process_group: ProcessGroup, seed: Sequence[int]
+    ) -> ComputedTerms:
         """Compute the terms of a window, with their gradients if gradients are on. All processes call this together.
 
         Args:

@@ -13,7 +13,7 @@ from ..data.loader import Loader, LocalRows, MicroBatch
 from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import Means, WeightedMeans, gathered
 from ..objective.objective import Objective
-from ..objective.window_terms import FirstPass, WindowTerms
+from ..objective.window_terms import CollectedValues, WindowTerms
 from ..planning.micro_batches import MicroBatchPlanner, RowIndices
 from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.process_group import ProcessGroup
@@ -42,7 +42,7 @@ class _Found:
 
     losses: WeightedMeans
     predicted: list[BatchPredictions] = field(default_factory=list)
-    passes: list[FirstPass] = field(default_factory=list)
+    passes: list[CollectedValues] = field(default_factory=list)
     n_rows: int = 0
 
 
@@ -123,17 +123,17 @@ class Evaluation:
                 shares = self._loader.stream_shares(self._local_rows(self._groups))
                 for group in self._groups:
                     self._process_group.run_on_all(lambda: evaluate(lambda: next(shares)))
-                    self._settle(window, group, found)
+                    self._compute(window, group, found)
         (losses,) = gathered([found.losses], accelerator)
         return losses.total(), {} if metrics is None else metrics.compute(found.predicted)
 
-    def _settle(self, window: WindowTerms, group: RowIndices, found: _Found) -> None:
+    def _compute(self, window: WindowTerms, group: RowIndices, found: _Found) -> None:
         """Add the terms of a group of which all batches have run."""
         passes, n_rows = found.passes, found.n_rows
         found.passes, found.n_rows = [], 0
         # A loss that draws random numbers draws the same in each evaluation.
-        settled = window.settle(passes, self._process_group, (group[0],))
-        found.losses.add(settled.means, {term: n_rows * (term in window.names) for term in self._objective.terms})
+        computed = window.compute(passes, self._process_group, (group[0],))
+        found.losses.add(computed.means, {term: n_rows * (term in window.names) for term in self._objective.terms})
 
     def _evaluate(self, model: nn.Module, micro: MicroBatch, found: _Found) -> None:
         """Evaluate one batch or, if memory runs out, its two halves."""
@@ -153,7 +153,7 @@ class Evaluation:
         for half in self._loader.halves(micro):
             self._evaluate(model, half, found)
 
-    def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Means, FirstPass, list[BatchPredictions]]:
+    def _forward(self, model: nn.Module, micro: MicroBatch) -> tuple[Means, CollectedValues, list[BatchPredictions]]:
         """Return the losses of one batch, what terms over several rows read of it, and its predictions for the metrics.
 
         The outputs live no longer than this call, so that the device never holds those of two batches.
@@ -161,7 +161,7 @@ class Evaluation:
         metrics, batch = self._metrics, fresh_batch(micro.batch, self._accelerator.device)
         labels = None if metrics is None else metrics.labels_of(batch)
         means, values, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names)
-        first = FirstPass.of(micro.slice.places, values)
+        first = CollectedValues.of(micro.slice.places, values)
         if self._generator is not None:
             del outputs  # their memory is needed
             batch, rows = fresh_batch(micro.batch, self._accelerator.device), micro.slice.rows
