@@ -10,7 +10,7 @@ from ftaccum.training.check_window_loss import check_sharded_window
 
 
 def objective(*, window: bool, read: tuple[str, ...] = (), balanced: tuple[str, ...] = ()) -> Any:
-    report = SimpleNamespace(read_parameters=read, balanced=balanced)
+    report = SimpleNamespace(window=SimpleNamespace(read_parameters=read) if read else None, balanced=balanced)
     return SimpleNamespace(report=report, window=object() if window else None)
 
 

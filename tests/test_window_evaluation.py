@@ -258,15 +258,16 @@ def test_a_row_of_which_the_loss_reads_a_number_that_is_not_finite_is_named(chan
     error = diverged(**changed)
     assert error.rows == (f"row {BAD} of `train_data`",)
     value = changed.get("labels", math.nan)
-    assert f"Rows of which the loss reads a number that is not finite: row {BAD} of `train_data` ({value})" in str(
-        error
+    assert (
+        f"Rows with a number among the inputs of the loss that is not finite: row {BAD} of `train_data` ({value})"
+        in str(error)
     )
 
 
 def test_no_row_is_named_if_the_loss_itself_makes_nan() -> None:
     error = diverged(labels=7.0)
     assert error.rows == ()
-    assert "its loss is nan, but all that it reads of the rows is finite, so `loss_fn` makes it so." in str(error)
+    assert "its loss is nan, although all that it reads is finite. The fault is in `loss_fn`." in str(error)
 
 
 @pytest.mark.slow

@@ -606,7 +606,10 @@ def test_rows_with_values_that_are_not_finite_are_named(capsys: pytest.CaptureFi
     given = {**defaults(), **INFO_NCE.arguments(model), **IN_FIVES, "loss_inputs": inputs, "verbosity": "normal"}
     result = test_fine_tuning(model, train_data=rows, n_epochs=1, validation_split=0.0, progress=False, **given)
     assert result.skipped_steps == 1
-    assert "Rows of which the loss reads a number that is not finite: row 7 of `train_data`" in capsys.readouterr().err
+    assert (
+        "Rows with a number among the inputs of the loss that is not finite: row 7 of `train_data`"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_loss_that_is_not_finite_for_sound_rows_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -615,4 +618,4 @@ def test_a_loss_that_is_not_finite_for_sound_rows_is_named(capsys: pytest.Captur
 
     result = run(INFO_NCE, INFO_NCE.model(), loss_fn=loss, verbosity="normal")
     assert result.skipped_steps == 1
-    assert "all that it reads of the rows is finite" in capsys.readouterr().err
+    assert "all that it reads is finite" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def _check_ends(found: dict[str, Any], name: str) -> None:
         assert both == ["DataError: no text in row 3 (Process 1 raised this, so all processes stop.)"] * 2
         assert kept == "update-00000001"
     *both, kept, model = found[f"{name} drift"]
-    assert all("But on process 1 they differ by 1.0e-03 (relative); up to 1e-05" in said for said in both)
+    assert all("On process 1 they differ by 1.0e-03 (relative); up to 1e-05" in said for said in both)
     assert all("on_inexact" not in said for said in both)
     assert (len(both), kept, model) == (2, "update-00000002", "model.safetensors")
 

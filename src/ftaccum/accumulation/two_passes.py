@@ -147,7 +147,8 @@ class TwoPasses:
         batch = fresh_batch(micro.batch, self._device)
         means, values, _ = self._objective.observe(self._model, batch, micro.counts, micro.terms, micro.names)
         if kept is not None:
-            self.drift = torch.maximum(self.drift, _difference(self._terms.compared(kept.collected.values), values))
+            difference = _difference(self._terms.compared(kept.collected.values), values)
+            self.drift = torch.maximum(self.drift, difference.to(self._device))
         return means, values
 
 

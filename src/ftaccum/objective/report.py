@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from .gradient_check import GradientDifference
 from .hidden_state import HiddenState
 from .item_counts import CountItems
-from .loss_memory import LossMemory
 from .probe import Explanation
+from .window_report import WindowReport
 
 _NAMED = 3  # modules or parameters to name in a message
 _OF_WEIGHTS = "If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
@@ -67,9 +67,7 @@ class ExactnessReport:
         hidden_state: the state that a pass leaves behind outside buffers.
         unmeasured: the terms that were 0 in all rows, so that any way to count explains them.
         balanced: the terms that are computed over all tokens of a window together.
-        over_window: whether the loss reads all rows of a window together, so that there are no items to count.
-        read_parameters: the names of the model's parameters that such a loss reads itself.
-        loss_memory: the memory that such a loss takes; None if unknown.
+        window: what is known of a loss that reads all rows of a window together; None for another loss.
     """
 
     ways: Mapping[str, str]
@@ -93,12 +91,14 @@ class ExactnessReport:
     hidden_state: HiddenState = HiddenState()
     unmeasured: Sequence[str] = ()
     balanced: Sequence[str] = ()
-    over_window: bool = False
-    read_parameters: Sequence[str] = ()
-    loss_memory: LossMemory | None = None
+    window: WindowReport | None = None
 
     def over_whole_window(self, terms: Sequence[str], padding: float) -> "ExactnessReport":
-        """Return the report of a loss with terms over all tokens of a window, a share of which may be padding."""
+        """Return the report of a loss with terms that are computed over all tokens of a window.
+
+        Args:
+            padding: the share of padding in these tokens.
+        """
         explanation = replace(self.explanation, padding=max(self.explanation.padding, padding))
         return replace(
             self,
@@ -111,8 +111,8 @@ class ExactnessReport:
     @property
     def describes(self) -> str:
         """The description of the loss for a message."""
-        twice = "micro-batches run forward twice"
-        if self.over_window:
+        twice = "micro-batches run forward twice, which takes 1.3 to 1.6 times as long"
+        if self.window:
             return f"over all rows of an update together; {twice}"
         described = f"mean over {self.counted_by}"
         return f"{described}; {twice} (`router_balance`)" if self.balanced else described
@@ -247,13 +247,13 @@ class ExactnessReport:
 
     def _of_gradient(self) -> str:
         named = ", ".join(f"'{name}'" for name in self.gradient.tensors[:_NAMED])
-        ways = "" if self.over_window else f", weighted by {' and '.join(dict.fromkeys(self.ways.values()))},"
+        ways = "" if self.window else f", weighted by {' and '.join(dict.fromkeys(self.ways.values()))},"
         return (
             f"The gradient over separate micro-batches{ways} is {_percent(self.gradient.off)} off that of the same "
             f"rows in one batch, although the losses agree. The parameters that differ most: {named}. "
             "Hooks, autograd functions and layers that clamp, normalize or scale a gradient (`scale_grad_by_freq`) act "
             "on every micro-batch. Do this once per update, as `gradient_clip_norm` does, or raise `batch_size` to the "
-            f"rows of an update. If the model does none of this, {_OF_LEFT if self.over_window else _OF_ITEMS}"
+            f"rows of an update. If the model does none of this, {_OF_LEFT if self.window else _OF_ITEMS}"
         )
 
     def _of_hooks(self) -> str:

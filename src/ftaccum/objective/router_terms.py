@@ -1,4 +1,4 @@
-"""The balances of a mixture of experts over a window, as terms of which each micro-batch adds a part."""
+"""The balances of a mixture of experts over a window. Each micro-batch adds a part."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A user's loss over a window, as terms: its gradient by each row, and by its own parameters."""
+"""The user's loss over a window: its value, and its gradients by rows and by parameters."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -29,6 +29,7 @@ from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 from .window_forward import WindowForward
 from .window_gradient import WindowGradientCheck
 from .window_loss import WindowLoss
+from .window_report import WindowReport
 from .window_terms import Values
 
 
@@ -127,9 +128,9 @@ class _Check:
             gradient=gradient,
             gradient_hooks=gradient_hooks(self.model),
             hidden_state=hidden,
-            over_window=True,
-            read_parameters=self._read_parameters(together),
-            loss_memory=LossMemory.measure(self.forward.window_loss, together, total_of),
+            window=WindowReport(
+                self._read_parameters(together), LossMemory.measure(self.forward.window_loss, together, total_of)
+            ),
         )
 
     @property

@@ -72,7 +72,7 @@ class AuditHandler:
             may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
             if is_planned or (looks and self._process_group.any(may_take)):
                 # A loss over the window may not take fewer rows.
-                whole = self._report.over_window or (self._is_whole and (is_planned or not is_new))
+                whole = self._report.window is not None or (self._is_whole and (is_planned or not is_new))
                 self._audit(window, started, is_new=is_new, whole=whole)
         self._since = time.perf_counter()
 

@@ -20,12 +20,13 @@ def check_loss_memory(
     report: ExactnessReport, plan: BasePlan, batch_sizes: BatchSizes, device: torch.device, process_group: ProcessGroup
 ) -> None:
     """Raise SettingsError, on all processes, if the loss of a whole update will not fit in the free memory of one."""
-    if report.loss_memory is None:
+    memory = None if report.window is None else report.window.memory
+    if memory is None:
         return
     n_rows = max(sizes.effective_batch_size for _, sizes in batch_sizes.stages())
     if isinstance(plan, Plan) and plan.remainder == "flush":  # no update goes beyond an epoch
         n_rows = min(n_rows, plan.n_rows)
-    needed = report.loss_memory.of(n_rows)
+    needed = memory.of(n_rows)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
     free = process_group.min(int(free_on_host() / here if device.type == "cpu" else free_on_device()))
     assert free is not None, "each process has a number"
@@ -45,7 +46,8 @@ def check_sharded_window(objective: Objective, *, is_compiled: bool) -> None:
     Args:
         is_compiled: whether the model is compiled.
     """
-    names, faults = objective.report.read_parameters, []
+    window, faults = objective.report.window, []
+    names = () if window is None else window.read_parameters
     if names:
         faults.append(
             f"The model is sharded, but `loss_fn` reads its weight `{names[0]}` outside of `forward`, where no process "

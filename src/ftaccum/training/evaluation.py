@@ -128,7 +128,7 @@ class Evaluation:
         return losses.total(), {} if metrics is None else metrics.compute(found.predicted)
 
     def _compute(self, window: WindowTerms, group: RowIndices, found: _Found) -> None:
-        """Add the terms of a group of which all batches have run."""
+        """Add the terms of a group after its last batch."""
         passes, n_rows = found.passes, found.n_rows
         found.passes, found.n_rows = [], 0
         # A loss that draws random numbers draws the same in each evaluation.

@@ -23,8 +23,8 @@ from .rates import rate_in_use, scale_learning_rates
 
 _PASSES_DIFFER = (
     "With `loss_over='window'` or `router_balance='window'`, each micro-batch runs twice, and both passes must give "
-    "the same outputs. {place} they differ by {drift} (relative); up to {most} counts as rounding. So the "
-    "gradient of this update would be wrong, and the update is not made. Something in the forward pass draws random "
+    "the same outputs. {place} they differ by {drift} (relative); up to {most} counts as rounding. The gradient of "
+    "this update would be wrong, so ftaccum does not make the update. Something in the forward pass draws random "
     "numbers that ftaccum does not replay, or depends on how often it has run, such as a counter in `forward`."
 )
 
@@ -175,7 +175,7 @@ class TrainingLoop:
         self.in_update = False
         drifts = self._process_group.gather(drift)
         worst = max(range(len(drifts)), key=drifts.__getitem__)
-        place = "But" if len(drifts) == 1 else f"But on process {worst}"
+        place = "Here" if len(drifts) == 1 else f"On process {worst}"
         message = _PASSES_DIFFER.format(place=place, drift=f"{drifts[worst]:.1e}", most=f"{accumulated.most_drift:.0e}")
         raise PassesDifferError([message])
 

@@ -231,7 +231,7 @@ class NonFiniteHandler:
                 "is in the backward pass, so no row can be named."
             )
         if not looked.found and self._objective.is_over_window:
-            return f"its loss is {looked.loss}, but all that it reads of the rows is finite, so `loss_fn` makes it so."
+            return f"its loss is {looked.loss}, although all that it reads is finite. The fault is in `loss_fn`."
         if not looked.found:
             rows = [self._loader.name_of(row) for row in looked.together]
             of_pass = f" A micro-batch whose loss was not finite contains {_listed(rows)}." if rows else ""
@@ -242,7 +242,7 @@ class NonFiniteHandler:
             if looked.blames_the_model
             else ""
         )
-        kind = "of which the loss reads a number that" if self._objective.is_over_window else "whose own loss"
+        kind = "with a number among the inputs of the loss that" if self._objective.is_over_window else "whose own loss"
         return f"its loss is {looked.loss}. Rows {kind} is not finite: {_listed(rows)}.{every}"
 
 

@@ -244,7 +244,7 @@ class VerificationRun(Run):
             dtype=str(precision[0]).removeprefix("torch."),
             autocast=precision[1],
             device=self.accelerator.device.type,
-            counted_by="all rows of an update together" if report.over_window else report.counted_by,
+            counted_by="all rows of an update together" if report.window else report.counted_by,
             reasons=report.inexact(),
             notes=notes,
             batch_size=sizes.batch_size,
