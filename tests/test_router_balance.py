@@ -18,6 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from ftaccum.errors import DataError
 from ftaccum.objective.aux_losses import factors_of
 from ftaccum.objective.router_balance import RouterBalance, RouterTotals
 from heads import HEADS, PAD, Row, one_batch, relative_error
@@ -262,7 +263,7 @@ def test_a_mask_of_another_number_of_tokens_is_an_error(model: nn.Module) -> Non
     outputs = model(**batch)
     balance = _found(model, outputs, batch)
     shorter = {"attention_mask": batch["attention_mask"][:, 1:]}
-    with pytest.raises(ValueError, match="`attention_mask` has 77 tokens, but `router_logits` has 84"):
+    with pytest.raises(DataError, match="`attention_mask` has 77 tokens, but `router_logits` has 84"):
         balance.totals(outputs, shorter)
     assert not balance.explains(outputs, shorter)
 
@@ -272,7 +273,7 @@ def test_outputs_of_another_number_of_experts_are_an_error(model: nn.Module) -> 
     outputs = model(**batch)
     balance = _found(model, outputs, batch)
     outputs.router_logits = tuple(layer[:, 1:] for layer in outputs.router_logits)
-    with pytest.raises(ValueError, match="`router_logits` must be a tensor of 4 experts per layer"):
+    with pytest.raises(DataError, match="`router_logits` must be a tensor of 4 experts per layer"):
         balance.totals(outputs, batch)
 
 

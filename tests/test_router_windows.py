@@ -20,7 +20,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from exactness import accumulated_gradients, window_errors
-from ftaccum import InexactLossWarning
+from ftaccum import InexactLossWarning, test_fine_tuning
 from heads import HEADS, IGNORED, PAD, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from slow_parameters import some_slow
 
@@ -226,6 +226,17 @@ def test_a_model_that_returns_its_routers_in_train_mode_only_is_exact() -> None:
     assert model.eval()(**one_batch(ROWS)).router_logits is None
     (error,) = errors_in_float64(model, batch_size=2, **WHOLE)
     assert error < 1e-10
+
+
+def test_a_model_without_routers_in_eval_mode_is_evaluated_without_its_balance() -> None:
+    model = moe()
+    model.__class__ = InTrainModeOnly
+    result = test_fine_tuning(
+        model, train_data=ROWS, val_data=ROWS, n_epochs=1, batch_size=2, effective_batch_size=9, learning_rate=1e-12,
+        verbosity="quiet", audit=False,
+    )  # fmt: skip
+    wanted = model.eval()(**one_batch(ROWS)).loss.item()  # its own loss in eval mode, which has no balance
+    assert result.val_loss_history == [pytest.approx(wanted, rel=1e-6)]
 
 
 class OfUnknownFormula(MixtralForCausalLM):

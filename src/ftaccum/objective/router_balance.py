@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ..errors import DataError
+
 # The model's own number has float32's rounding: 1e-7 in batches of up to 260,000 tokens. Wrong readings can be as close
 # as 2e-6: with a balanced router, all are close to k.
 _TOLERANCE = 4 * torch.finfo(torch.float32).eps
@@ -90,11 +92,11 @@ class RouterReading:
         """Return the totals of a batch.
 
         Raises:
-            ValueError: if the outputs lack the tensors of the router, or the mask has another number of tokens.
+            DataError: if the outputs lack the tensors of the router, or the mask has another number of tokens.
         """
         layers = outputs.get(self.output)
         if not _is_layers(layers) or layers[0].shape[-1] != self.n_experts:
-            raise ValueError(f"`{self.output}` must be a tensor of {self.n_experts} experts per layer.")
+            raise DataError(f"`{self.output}` must be a tensor of {self.n_experts} experts per layer.")
         device = layers[0].device
         mask_N = batch.get(self.mask) if self.mask is not None else None
         if mask_N is not None:
@@ -106,7 +108,7 @@ class RouterReading:
 
     def _layer_totals(self, layer_NE: Tensor, mask_N: Tensor | None) -> RouterTotals:
         if mask_N is not None and len(mask_N) != len(layer_NE):
-            raise ValueError(f"`{self.mask}` has {len(mask_N)} tokens, but `{self.output}` has {len(layer_NE)}.")
+            raise DataError(f"`{self.mask}` has {len(mask_N)} tokens, but `{self.output}` has {len(layer_NE)}.")
         wide = _wide(layer_NE.device)
         counted_N = torch.ones(len(layer_NE), dtype=wide, device=layer_NE.device) if mask_N is None else mask_N
         probabilities_NE = _probabilities(layer_NE, self.router)
@@ -170,7 +172,7 @@ class RouterBalance:
             return False
         try:
             recomputed = self.balance(self.totals(outputs, batch)).item()
-        except ValueError:
+        except DataError:
             return False
         return math.isclose(recomputed, own.item(), rel_tol=_TOLERANCE)
 
@@ -178,7 +180,7 @@ class RouterBalance:
         """Return the totals of a micro-batch, with the gradient of its router if the outputs have one.
 
         Raises:
-            ValueError: if the outputs lack the tensors of the router, or the mask has another number of tokens.
+            DataError: if the outputs lack the tensors of the router, or the mask has another number of tokens.
         """
         return self.reading.totals(outputs, batch)
 

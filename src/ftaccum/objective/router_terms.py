@@ -31,6 +31,7 @@ class RouterTerms(WindowTerms):
         return {
             f"{balance.name}.{name}": value
             for balance in self._balances
+            if outputs.get(balance.name) is not None  # some models leave it out in eval mode
             for name, value in vars(balance.totals(outputs, batch)).items()
         }
 
@@ -48,7 +49,8 @@ class RouterTerms(WindowTerms):
         for balance in self._balances:
             total = RouterTotals.of_no_tokens(balance.reading.n_experts, self._device)
             for each in passes:
-                total = total + _totals_of(balance, each.values)
+                if own := _named(balance, each.values):
+                    total = total + RouterTotals(**own)
             windows[balance.name] = RouterTotals.from_stacked(sum_over_processes(total.stacked(), process_group))
         means = {balance.name: balance.part(windows[balance.name], windows[balance.name]) for balance in self._balances}
         return ComputedBalances(self._balances, windows, means)
@@ -67,16 +69,19 @@ class ComputedBalances(ComputedTerms):
     means: Means
 
     def part(self, index: int, values: Values) -> WindowPart:  # noqa: ARG002
-        parts = [balance.part(_totals_of(balance, values), self.windows[balance.name]) for balance in self.balances]
+        parts = [
+            balance.part(RouterTotals(**_named(balance, values)), self.windows[balance.name])
+            for balance in self.balances
+        ]
         total = torch.stack(parts).sum()
         return WindowPart(total, total)
 
     def zero(self, values: Values) -> Tensor:
-        probabilities = [_totals_of(balance, values).probabilities_E for balance in self.balances]
+        probabilities = [RouterTotals(**_named(balance, values)).probabilities_E for balance in self.balances]
         return torch.stack([each.sum() * 0 for each in probabilities]).sum()
 
 
-def _totals_of(balance: RouterBalance, values: Values) -> RouterTotals:
+def _named(balance: RouterBalance, values: Values) -> dict[str, Tensor]:
+    """Return the values of one balance, by the names that its totals have."""
     prefix = f"{balance.name}."
-    own: dict[str, Tensor] = {name[len(prefix) :]: v for name, v in values.items() if name.startswith(prefix)}
-    return RouterTotals(**own)
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
