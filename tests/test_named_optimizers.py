@@ -321,6 +321,7 @@ def test_a_search_varies_the_optimizer() -> None:
         quick(space={"optimizer": CategoricalDistribution(["lion", "sgd"])}, adam_beta1=0.8)
 
 
+@pytest.mark.slow
 def test_a_search_with_a_function_continues_with_it_and_not_with_a_name(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {
         "output_dir": str(tmp_path), "accumulation_steps": (1,), "n_epochs": 1, "n_trials": 1,

@@ -88,9 +88,9 @@ def test_max_tokens_replaces_the_cap_on_rows_with_one_on_tokens(monkeypatch: pyt
     sizes: list[int] = []
     taken = GradientAccumulator._run
 
-    def watched(accumulator: GradientAccumulator, micro: MicroBatch, *others: Any) -> None:
+    def watched(accumulator: GradientAccumulator, index: int, micro: MicroBatch, *others: Any) -> None:
         sizes.append(micro.positions)
-        taken(accumulator, micro, *others)
+        taken(accumulator, index, micro, *others)
 
     monkeypatch.setattr(GradientAccumulator, "_run", watched)
     few = trained(NAMES[1], 1, max_tokens=60)[1]
@@ -252,8 +252,11 @@ def test_a_row_that_cannot_be_collated_is_named_with_and_without_workers(num_wor
         )
 
 
-@pytest.mark.parametrize("k", [1, 2, 16])
-def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int) -> None:
+OVER_WINDOW = {"loss_over": "window", "loss_inputs": lambda logits, _: logits}
+
+
+@pytest.mark.parametrize(("k", "loss"), [(1, {}), (2, {}), (16, {}), (2, OVER_WINDOW), (16, OVER_WINDOW)])
+def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int, loss: dict[str, Any]) -> None:
     """This counts only ftaccum's own waits. A model may wait in its forward pass, but this one does not."""
 
     class Bag(nn.Module):
@@ -268,9 +271,9 @@ def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int) ->
     accumulate, update = GradientAccumulator.accumulate, TrainingLoop.update
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             with syncs:
-                return function(*arguments)
+                return function(*arguments, **options)
 
         return call
 
@@ -280,7 +283,7 @@ def test_the_host_waits_once_per_update_whatever_the_number_of_passes(k: int) ->
         result = test_fine_tuning(
             Bag(), train_data=[{"input_ids": [n, n + 1], "labels": n % 3} for n in range(48)], batch_size=1,
             gradient_accumulation_steps=k, n_epochs=1, validation_split=0.0, progress=False,
-            loss_fn=lambda logits, batch: nn.functional.cross_entropy(logits, batch["labels"]),
+            loss_fn=lambda logits, batch: nn.functional.cross_entropy(logits, batch["labels"]), **loss,
         )  # fmt: skip
         windows = len(result.loss_history)
     assert syncs.total == windows, syncs.where

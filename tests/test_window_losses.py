@@ -560,6 +560,7 @@ def test_a_run_whose_passes_differ_ends_with_a_checkpoint_and_the_model(tmp_path
     assert all(torch.equal(value, sound.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.slow
 def test_passes_that_differ_in_a_closure_undo_the_whole_step(tmp_path: Path) -> None:
     def lbfgs(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.LBFGS([p for group in groups for p in group["params"]], lr=0.1, max_iter=3)
