@@ -1,18 +1,27 @@
 """Uses that once gave wrong results silently: each is now exact, or refused with a message."""
 
+from collections import Counter
+
 import pytest
 
 from ftaccum import DataError, SettingsError
 from silent_errors import all_cases
 from silent_errors.case import Case
 
-PARAMETERS = [
-    pytest.param(case, id=f"{case.kind}: {case.name}", marks=[pytest.mark.slow] if case.slow else [])
-    for case in all_cases()
-]
+_FAST = 4  # cases of each kind; the others run with the slow tests
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
+def parameters() -> list[object]:
+    seen: Counter[int] = Counter()
+    found = []
+    for case in all_cases():
+        seen[case.kind] += not case.slow
+        marks = [pytest.mark.slow] if case.slow or seen[case.kind] > _FAST else []
+        found.append(pytest.param(case, id=f"{case.kind}: {case.name}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("case", parameters())
 def test_use_is_exact_or_refused(case: Case) -> None:
     if case.refused is None:
         assert case.run() <= case.tolerance
