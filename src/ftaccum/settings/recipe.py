@@ -75,8 +75,8 @@ class Recipe:
     )
     loss_over: LossOver = loss(
         "items",
-        "what loss_fn reads: items, the rows of one micro-batch, of which it is a mean; or window, all rows of an "
-        "update together, as a contrastive loss does",
+        "what loss_fn reads: items, if it is a mean over the rows or labels of a micro-batch; or window, all rows of "
+        "an update together, as a contrastive loss does",
     )
     router_balance: Balance = loss(
         "window",

@@ -45,7 +45,7 @@ class OptimizedRun(Run):
 
     @property
     def _loss_module(self) -> nn.Module | None:
-        """The module whose parameters are trained beside the model's: a loss over the window may have some."""
+        """The loss over the window, if it is a module. The optimizer trains its parameters, too."""
         loss_fn = self.config.components.loss_fn
         return loss_fn if self.config.recipe.loss_over == "window" and isinstance(loss_fn, nn.Module) else None
 

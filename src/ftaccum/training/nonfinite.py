@@ -94,7 +94,7 @@ class _Looked:
     Attributes:
         loss: the window's loss, or this process's part of it.
         found: the rows whose loss is not finite when they are run separately, each with that loss. For a loss over the
-            window, the rows of which it reads such a number, each with that number.
+            window, the rows with such a number among its inputs, each with that number.
         n_tried: the number of rows that were run separately.
         together: the rows of one micro-batch whose loss is not finite.
         throughout: whether no micro-batch had a finite loss.
