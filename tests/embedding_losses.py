@@ -15,7 +15,6 @@ from sharded_runs import whole_weights
 from training_passes import in_self_check
 
 WIDTH = 6  # of an embedding
-_RANK = int(os.environ.get("RANK", "0"))
 Hook = Callable[[nn.Module, int], Any]
 ROWS = [{**row, "row": n} for n, row in enumerate(HEADS["regression, BERT"].rows(21))]
 
@@ -124,6 +123,11 @@ def with_another(outputs: Any, _: Any) -> dict[str, Tensor]:
     return {name: outputs[name] for name in ("mean", "first", "ignored")}
 
 
+def _rank() -> int:
+    # Not when this module is imported, which may be in the process that forks the others.
+    return int(os.environ.get("RANK", "0"))
+
+
 def trained(hook: Hook | None = None, loss: Any = None, inputs: Any = inputs_of, **arguments: Any) -> dict[str, Any]:
     """Train for six updates, and return the weights, those of the loss included, and the result.
 
@@ -134,7 +138,7 @@ def trained(hook: Hook | None = None, loss: Any = None, inputs: Any = inputs_of,
     loss = loss or InfoNCE().double()
 
     def before(module: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
-        if module.training and _RANK and not in_self_check():
+        if module.training and _rank() and not in_self_check():
             hook(module, len(kwargs["input_ids"]))
 
     if hook is not None:

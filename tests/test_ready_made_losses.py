@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ftaccum import DataError, SettingsError
 from ftaccum.checkpoint.compatibility import function_identity
+from ftaccum.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
 from ftaccum.losses import CoxLoss, InfoNCELoss, MultipleNegativesRankingLoss, PairwiseRankingLoss
 
 ROWS = 7
@@ -410,3 +411,9 @@ def test_a_run_does_not_resume_with_other_options_of_its_loss() -> None:
     one, other = MultipleNegativesRankingLoss(scale=20), MultipleNegativesRankingLoss(scale=2)
     assert function_identity(one) == function_identity(MultipleNegativesRankingLoss())
     assert function_identity(one) != function_identity(other)
+
+
+def test_a_loss_with_other_parameters_cannot_take_the_optimizer_of_a_checkpoint() -> None:
+    one, two = torch.optim.AdamW(InfoNCELoss().parameters()), torch.optim.AdamW([torch.zeros(1), torch.ones(1)])
+    with pytest.raises(CheckpointError, match=r"groups of \[2\] parameters, but had groups of \[1\]"):
+        load_optimizer_state(two, optimizer_state(one), own_numbers=False, names={}, restore=lambda value, _: value)

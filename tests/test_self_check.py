@@ -116,7 +116,7 @@ def test_rows_that_are_compared_with_each_other_are_named() -> None:
         InexactLossWarning, match=r"A single row has a loss of 0, .* one batch [\d.]+: rows are compared"
     ):
         train(Net(nn.LayerNorm(6)), in_batch, **TWICE)
-    with pytest.raises(InexactLossError, match="Give it as a `loss_fn` with `loss_over='window'`"):
+    with pytest.raises(InexactLossError, match="Set `loss_over='window'`"):
         train(Net(nn.LayerNorm(6)), in_batch, on_inexact="error", **TWICE)
 
 

@@ -113,7 +113,7 @@ def test_a_sharded_model_is_saved_with_its_own_class(tmp_path: Path) -> None:
 def test_sharded_models_on_two_processes(two_processes: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "own_code.py").write_text(OWN_CODE)
     printed = two_processes("sharded_models_of_two.py", str(tmp_path))
-    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    found = json.loads(printed.partition("FOUND ")[2].splitlines()[0])
     for name, (main, other) in found["compared"].items():
         _check_saved(name, main)
         assert (other["unwritten"], other["restored"]) == ([], True), name

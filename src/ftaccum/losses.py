@@ -83,7 +83,9 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         # The temperature at the start: a resumed run compares this with the earlier one, which has trained it.
-        return f"names={self.names}, temperature={self.temperature}, max_scale={self.max_scale}, group={self.group!r}"
+        learns = "" if self.log_scale.requires_grad else "learn_temperature=False, "
+        of_scale = f"temperature={self.temperature}, {learns}max_scale={self.max_scale}"
+        return f"names={self.names}, {of_scale}, group={self.group!r}"
 
 
 class MultipleNegativesRankingLoss(nn.Module):

@@ -1,12 +1,13 @@
 """Save and load the state of an optimizer and of the optimizers that it contains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import CheckpointError
 from ..runtime.log import logger
 from ..runtime.optimizers import inner_optimizers, keep_groups
 from .serialization import holds_same
@@ -46,7 +47,7 @@ def load_optimizer_state(
             them.
 
     Raises:
-        ValueError: if the saved state is of other weights.
+        CheckpointError, ValueError: if the saved state is of other weights.
     """
     inner = inner_optimizers(optimizer)
     numbers = [(group, dict(group)) for each in (optimizer, *inner) for group in each.param_groups]
@@ -67,6 +68,7 @@ def _load(
     if _is_of_torch(saved):
         own = optimizer.state_dict()["param_groups"]  # functions in the groups are not in the checkpoint
         saved = _by_number(saved, _names_in(optimizer, names))
+        _check_sizes(saved["param_groups"], own)
         groups = [mine | group for mine, group in zip(own, saved["param_groups"], strict=True)]
         held = _weights_in(optimizer)
         state = {
@@ -81,6 +83,19 @@ def _load(
         logger.warning(
             f"The state that {type(optimizer).__name__} loaded (`load_state_dict`) differs from the one that it saved "
             "(`state_dict`). The resumed run may differ from an uninterrupted one. Fix these two methods."
+        )
+
+
+def _check_sizes(saved: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -> None:
+    """Raise CheckpointError if an optimizer holds another number of parameters than it did when it was saved."""
+    before, now = ([len(group["params"]) for group in groups] for groups in (saved, own))
+    if before != now:
+        raise CheckpointError(
+            [
+                f"The optimizer has groups of {now} parameters, but had groups of {before} when the checkpoint was "
+                "written. The model or a `loss_fn` with parameters has others now. Use the same ones, or start a new "
+                "run (`resume=None`)."
+            ]
         )
 
 

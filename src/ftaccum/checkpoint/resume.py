@@ -291,9 +291,8 @@ def _opened(path: Path) -> Checkpoint:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        [
-            f"`resume` found {path}, which cannot be read: {error}. Another version of ftaccum may have written it. "
-            "Resume with that version, name another checkpoint, or start a new run (`resume=None`)."
-        ]
-    )
+    if isinstance(error, CheckpointError):
+        return CheckpointError(error.faults)
+    found = f"`resume` found {path}, which cannot be read: {error}. Another version of ftaccum may have written it."
+    remedy = "Resume with that version, name another checkpoint, or start a new run (`resume=None`)."
+    return CheckpointError([f"{found} {remedy}"])

@@ -14,9 +14,7 @@ _NAMED = 3  # modules or parameters to name in a message
 _OF_WEIGHTS = "If the loss weights classes, give `nn.CrossEntropyLoss(weight=…)` as `loss_fn`: its weights are counted."
 _OF_ITEMS = "the items that the loss is a mean over may be counted wrong: give `count_items`."
 _OF_LEFT = "`loss_fn` may read what the last forward pass left behind: return it from `loss_inputs` instead."
-OVER_WINDOW = (
-    "Give it as a `loss_fn` with `loss_over='window'`, which gets all rows of an update at once: then it is exact."
-)
+OVER_WINDOW = "Set `loss_over='window'`, with which `loss_fn` gets all rows of an update at once: then it is exact."
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class ExactnessReport:
     @property
     def describes(self) -> str:
         """The description of the loss for a message."""
-        twice = "micro-batches run forward twice, which takes 1.3 to 1.6 times as long"
+        twice = "if an update has several micro-batches, they run forward twice, which takes 1.3 to 1.6 times as long"
         if self.window:
             return f"over all rows of an update together; {twice}"
         described = f"mean over {self.counted_by}"

@@ -271,8 +271,8 @@ def _difference(together: Values, separate: Sequence[Values]) -> tuple[float, st
                     [
                         "With `loss_over='window'`, each input of the loss must have a fixed shape, besides the number "
                         f"of rows, but {WindowLoss.describe(name)} has the shapes {tuple(whole.shape)} and "
-                        f"{tuple(part.shape)} in two batches. Let `loss_inputs` return one vector or number per row, "
-                        "for example by pooling over tokens where `attention_mask` is 1."
+                        f"{tuple(part.shape)} in two batches. Let `loss_inputs` return one vector or number per row: "
+                        "pool tokens where `attention_mask` is 1, and compute similarities of rows in `loss_fn`."
                     ]
                 )
         off = _relative(torch.cat(parts), whole)

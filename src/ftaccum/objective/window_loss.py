@@ -124,7 +124,7 @@ class _Columns(dict[str, Tensor]):
 
 _NO_NUMBER = (
     "With `loss_over='window'`, `loss_fn` must return one number for all rows of an update as a tensor, or a dict of "
-    "such numbers by name, but returns {found}. Reduce it to one number, such as a mean over rows."
+    "such numbers by name, but returns {found}. Return a mean over rows, as the tensor itself (without `.item()`)."
 )
 
 

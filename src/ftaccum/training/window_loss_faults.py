@@ -24,9 +24,8 @@ def faults_of_window_loss(components: "Components", recipe: Recipe, runtime: Run
     trains = isinstance(inputs, nn.Module) and any(p.requires_grad for p in inputs.parameters())
     contradictions = {
         "`loss_over` is 'window', but `loss_fn` is None. Give the loss: `loss_fn(inputs, batch)` gets what "
-        "`loss_inputs` returns for all rows of an update. `ftaccum.losses` has ready-made ones.": (
-            components.loss_fn is None
-        ),
+        "`loss_inputs` returns for all rows of an update. `ftaccum.losses` has ready-made ones. The command line takes "
+        "none: start from the script `recipes/embeddings.py`.": (components.loss_fn is None),
         "`reduction` is 'sum', but with `loss_over='window'` the loss is one number per update, which nothing divides. "
         "Leave `reduction` out.": components.reduction == "sum",
         "`count_items` is given, but with `loss_over='window'` no items are counted: the loss is one number per "
