@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ftaccum import DataError, SettingsError
 from ftaccum.checkpoint.compatibility import function_identity
 from ftaccum.checkpoint.optimizer_state import load_optimizer_state, optimizer_state
+from ftaccum.errors import CheckpointError
 from ftaccum.losses import CoxLoss, InfoNCELoss, MultipleNegativesRankingLoss, PairwiseRankingLoss
 
 ROWS = 7
