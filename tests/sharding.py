@@ -13,9 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftaccum.runtime.sharding.layout import Layout
 
-needs_sharding = pytest.mark.skipif(
-    not hasattr(FSDPModule, "reset_iter_state"), reason="`sharding` is refused with this version of torch"
-)
+can_shard = hasattr(FSDPModule, "reset_iter_state")
+needs_sharding = pytest.mark.skipif(not can_shard, reason="`sharding` is refused with this version of torch")
 
 
 @contextmanager
