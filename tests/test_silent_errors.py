@@ -8,7 +8,7 @@ from ftaccum import DataError, SettingsError
 from silent_errors import all_cases
 from silent_errors.case import Case
 
-_FAST = 4  # cases of each kind; the others run with the slow tests
+_FAST = 2  # cases of each kind; the others run with the slow tests
 
 
 def parameters() -> list[object]:
