@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from exactness import accumulated_gradients, window_errors
 from ftaccum import InexactLossWarning, test_fine_tuning
+from ftaccum.objective.router_terms import RouterTerms
 from heads import HEADS, IGNORED, PAD, Row, all_in_float64, one_batch, one_batch_gradient, relative_error
 from slow_parameters import some_slow
 
@@ -257,3 +258,9 @@ def test_a_balance_of_unknown_formula_is_that_of_micro_batches_with_a_warning() 
     with pytest.warns(InexactLossWarning, match="'aux_loss', .*% of the loss, depends on the rows of a batch together"):
         grads = grads_of_passes(model, on_inexact="warn")
     assert grads == [True] * 3
+
+
+def test_only_probabilities_are_compared_between_passes() -> None:
+    """On a GPU, rounding can decide which of two experts a token chooses."""
+    values = dict.fromkeys(("aux_loss.choices_E", "aux_loss.probabilities_E", "aux_loss.n_tokens"), torch.ones(2))
+    assert RouterTerms([], torch.device("cpu")).compared(values).keys() == {"aux_loss.probabilities_E"}
