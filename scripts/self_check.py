@@ -1,14 +1,21 @@
 """Measure the cost of the self-check before the first update, and print its warnings for three faulty losses.
 
     .venv/bin/python scripts/self_check.py
+    .venv/bin/python scripts/self_check.py --passes           # every pass of it, for three models
 
 The cost is for MiniLM on film reviews at batch 8 × 4, in forward passes and as a share of the time of 100 updates.
 """
 
 import argparse
 import contextlib
+import copy
 import io
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -21,10 +28,12 @@ from torch.nn import functional as F
 
 import ftaccum
 from ftaccum.objective.self_check import measured_objective
+from ftaccum.tasks.load import load_task
 from measuring import DEVICE, machine, now, quiet
-from workloads import Workload, movies
+from workloads import Workload, movies, packaged
 
 _UPDATES, _BATCH_SIZE, _K = 100, 8, 4
+_OBJECTIVE = str(Path("ftaccum") / "objective")
 
 
 def cost(workload: Workload, rounds: int) -> None:
@@ -50,6 +59,121 @@ def cost(workload: Workload, rounds: int) -> None:
         shares.append(check[1] / result.training_time)
         print(f"{check[0]:.0f} forward passes, {check[1]:.2f} s; {_UPDATES} updates {result.training_time:.1f} s")
     print(f"Median: {100 * median(shares):.2f}% of {_UPDATES} updates, {median(c[1] for c in checks):.2f} s")
+
+
+@dataclass
+class Watch:
+    """A record of the passes of a start, and its time.
+
+    Attributes:
+        passes: one line per forward pass.
+        tokens: positions of all forward passes, padding included.
+        backward: number of backward passes.
+        check: seconds of `measured_objective`.
+        start: seconds from the call to the first update.
+    """
+
+    passes: list[str] = field(default_factory=list)
+    tokens: int = 0
+    backward: int = 0
+    check: float = 0.0
+    start: float = 0.0
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        began = [0.0]
+
+        def before(module: nn.Module, _: Any, given: dict[str, Any]) -> None:
+            ids = given["input_ids"]
+            self.tokens += ids.numel()
+            kind = ("train" if module.training else "eval") + (", gradients" if torch.is_grad_enabled() else "")
+            weights = str(next(module.parameters()).dtype).removeprefix("torch.")
+            self.passes.append(f"{ids.shape[0]} × {ids.shape[1]:<4} {weights} {kind:<16} {_caller()}")
+            began[0] = now()
+
+        def after(*_: Any) -> None:
+            self.passes[-1] = f"{now() - began[0]:6.2f} s  {self.passes[-1]}"
+
+        def backward(*args: Any, real: Any = torch.autograd.backward, **given: Any) -> Any:
+            self.backward += 1
+            return real(*args, **given)
+
+        handles = [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
+        with patch("torch.autograd.backward", backward):
+            yield
+        for handle in handles:
+            handle.remove()
+
+    def timed(self, *args: Any, **given: Any) -> Any:
+        """Run `measured_objective`."""
+        started = now()
+        with self.watching(args[0]):
+            found = measured_objective(*args, **given)
+        self.check = now() - started
+        return found
+
+
+def _caller() -> str:
+    """Return the functions of `objective/` that lead to this pass, the innermost first."""
+    names, frame = list[str](), sys._getframe(2)
+    while frame is not None:
+        if _OBJECTIVE in frame.f_code.co_filename:
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back  # type: ignore[assignment]
+    dull = {"__call__", "run", "_means", "outputs", "<lambda>", "_outputs", "answered", "_losses", "<genexpr>", "of"}
+    shown = [name for name in names if name not in dull and not name.startswith("<")]
+    return " < ".join(shown[:3])
+
+
+def starts() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return functions that load the arguments of a run, by name."""
+    packaged.prepare_named(str(packaged.MINILM), str(packaged.MOVIES_TRAIN), str(packaged.SMOLLM), str(packaged.CHATS_TRAIN))
+    texts = Path(tempfile.mkdtemp()) / "texts.jsonl"
+    rows = datasets.Dataset.from_csv(str(packaged.MOVIES_TRAIN)).remove_columns("label")
+    rows.select(range(4000)).to_json(str(texts))
+
+    def of_task(*names: str, dtype: str = "float32", max_rows: int = 4000) -> Callable[[], dict[str, Any]]:
+        return lambda: load_task(*names, dtype=dtype, max_train_rows=max_rows, validation_split=0.0).arguments()
+
+    chats = "chat", str(packaged.SMOLLM), str(packaged.CHATS_TRAIN)
+    return {
+        "MiniLM, masked LM": of_task("masked-lm", str(packaged.MINILM), str(texts)),
+        "MiniLM, classification": of_task("text-classification", str(packaged.MINILM), str(packaged.MOVIES_TRAIN)),
+        "SmolLM2-135M, chats": of_task(*chats, max_rows=1000),
+        "SmolLM2-135M in bfloat16, chats": of_task(*chats, dtype="bfloat16", max_rows=1000),
+    }
+
+
+def passes(names: list[str], rounds: int, **settings: Any) -> None:
+    """Print every pass of the check, and how long a start takes beyond loading."""
+    for name, loaded in starts().items():
+        if names and not any(each in name for each in names):
+            continue
+        arguments = loaded()
+        model = arguments.pop("model")
+        for number in range(rounds):
+            watch = Watch()
+            started = now()
+
+            def begin(*_: Any, watch: Watch = watch, started: float = started) -> None:
+                watch.start = now() - started
+                raise KeyboardInterrupt
+
+            with (
+                quiet(0), contextlib.suppress(KeyboardInterrupt),
+                patch("ftaccum.training.build_data.measured_objective", watch.timed),
+                patch("ftaccum.training.build_run.TrainingLoop.train", begin),
+            ):  # fmt: skip
+                ftaccum.test_fine_tuning(
+                    copy.deepcopy(model), **arguments, max_updates=8, validation_split=0.0, batch_size=_BATCH_SIZE,
+                    gradient_accumulation_steps=_K, progress=False, **settings,
+                )  # fmt: skip
+            if number == 0:
+                print("\n".join(["", f"{name}:", *(f"  {line}" for line in watch.passes)]))
+            print(
+                f"{name}: {len(watch.passes)} forward and {watch.backward} backward passes, {watch.tokens} positions; "
+                f"check {watch.check:.2f} s, start {watch.start:.2f} s"
+            )
 
 
 class Classifier(nn.Module):
@@ -102,11 +226,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-faults", action="store_true", help="skip the cost")
+    parser.add_argument("--passes", nargs="*", metavar="NAME", help="print every pass, for models with such a name")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     print(machine())
+    if options.passes is not None:
+        passes(options.passes, options.rounds)
+        return
     if not options.only_faults:
         cost(movies(42), options.rounds)
     faults()
