@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..runtime.module_attributes import ModuleAttributes, preserve_attributes
 from ..runtime.state_guards import Buffers, Generators, preserve_buffers, preserve_rng, training_mode
+from .probe import relative
 
 _DROPOUTS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
@@ -97,11 +99,53 @@ class DeterministicMode:
         """
         whole = cls(model, True, {}, modules)
         repeats, moved = whole._tried(run)
-        moving = {name: module for name, module in whole.named_modules().items() if module in moved}
-        if repeats:
-            return replace(whole, moving=moving)
-        partly = cls(model, False, moving, modules)
-        return partly if partly._tried(run)[0] else cls(model, False, {}, modules)
+        whole = whole._with_moving(moved)
+        return whole if repeats else whole._without_draws(run)
+
+    @classmethod
+    def of_pair(
+        cls, model: nn.Module, run: Callable[[], Mapping[str, float]], modules: Sequence[nn.Module], tolerance: float
+    ) -> "tuple[DeterministicMode | None, bool]":
+        """Find the mode, and whether a pass leaves state behind that the next one depends on, in the same two passes.
+
+        Generators and buffers are restored between the two passes, but nothing else that a pass may change.
+
+        Args:
+            run: runs one pass of the model, and returns its losses by term.
+            tolerance: the largest difference that counts as rounding.
+
+        Returns:
+            The mode; None if the two passes differ, so that they do not show it. And whether they agree.
+        """
+        whole = cls(model, True, {}, modules)
+        attributes = ModuleAttributes(model, *modules)
+        with whole.passes():
+            try:
+                with preserve_rng(), preserve_buffers(model, *modules):
+                    generators, buffers = Generators.now(), Buffers.of(model, *modules)
+                    first = run()
+                    draws, moved = not generators.unchanged(), buffers.all_moved()
+                with preserve_rng(), preserve_buffers(model, *modules):
+                    second = run()
+            finally:
+                attributes.restore()
+        if difference_of_passes(first, second) > tolerance or not _repeat(list(first.values()), list(second.values())):
+            return None, difference_of_passes(first, second) <= tolerance
+        whole = whole._with_moving(moved)
+
+        def run_once() -> list[float]:
+            with preserve_attributes(model, *modules):
+                return list(run().values())
+
+        return whole._without_draws(run_once) if draws else whole, True
+
+    def _with_moving(self, moved: set[nn.Module]) -> "DeterministicMode":
+        return replace(self, moving={name: module for name, module in self.named_modules().items() if module in moved})
+
+    def _without_draws(self, run: Callable[[], Sequence[float]]) -> "DeterministicMode":
+        """Return the mode for a model that draws in train mode."""
+        partly = replace(self, whole=False)
+        return partly if partly._tried(run)[0] else replace(partly, moving={})
 
     def named_modules(self) -> dict[str, nn.Module]:
         """Return all modules by name, including those of the loss."""
@@ -131,7 +175,16 @@ class DeterministicMode:
         with self.passes():
             generators, buffers = Generators.now(), Buffers.of(self.model, *self.modules)
             first = run()
-            moved = {module for module, name in buffers.kept if buffers.moved(module, name)}
+            moved = buffers.all_moved()
             buffers.restore()
-            repeats = generators.unchanged() and np.allclose(run(), first, rtol=1e-6, equal_nan=True)
+            repeats = generators.unchanged() and _repeat(first, run())
         return repeats, moved
+
+
+def difference_of_passes(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    """Return the largest relative difference in loss between two passes over the same rows."""
+    return max((relative(other[term], loss) for term, loss in one.items() if loss == loss), default=0.0)
+
+
+def _repeat(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and np.allclose(second, first, rtol=1e-6, equal_nan=True)

@@ -36,6 +36,7 @@ class Forward(ABC):
         self.has_spans = False
         self._inner_gradients = InnerGradients()
         self._own_loss = OwnLoss()
+        self._is_open_in_train_mode = False  # whether the first pass in train mode decides where the loss is
         self._read_loss = read_loss
 
     @property
@@ -79,6 +80,9 @@ class Forward(ABC):
     def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
         """Return the loss as given: a number, or a mapping from terms to numbers."""
         if self._read_loss is None:
+            if model.training and self._is_open_in_train_mode:
+                self._is_open_in_train_mode = False
+                self._find_loss(model, outputs, batch)
             return self._own_loss(outputs, training=model.training)
         return self._read_loss(outputs, batch)
 
@@ -90,10 +94,40 @@ class Forward(ABC):
         """
         for training in (False, True):
             with training_mode(model, training=training):
-                outputs = self._inner_gradients.run(lambda: self._outputs(model, batch())) if self.is_own else None
-                if isinstance(outputs, list | tuple):
-                    with torch.enable_grad():  # the graph shows which number is computed from the others
-                        self._own_loss.settle(self._outputs(model, batch()), training=training)
+                if self.is_own:
+                    outputs = self._inner_gradients.run(lambda: self._outputs(model, batch()))
+                    self._find_loss(model, outputs, batch())
+
+    def _find_loss(self, model: nn.Module, outputs: Any, batch: Batch) -> None:
+        """Find the loss among these outputs without names, in the mode that the model is in."""
+        if isinstance(outputs, list | tuple):
+            with torch.enable_grad():  # the graph shows which number is computed from the others
+                self._own_loss.settle(self._outputs(model, batch), training=model.training)
+
+    def first_means(
+        self, model: nn.Module, batch: Batch, again: Callable[[], Batch], *, may_split: bool
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Run several rows in eval mode, find the loss among the outputs, and return the means and the outputs.
+
+        If the outputs name the loss, the first pass in train mode decides where it is in train mode.
+
+        Args:
+            batch: several rows, so that no prediction is a single number.
+            again: returns the same rows for another pass.
+            may_split: whether to split the loss of a question-answering head into two terms, if it is the sum of two
+                means on these rows.
+        """
+        if not self.is_own:
+            return self(model, batch)
+        outputs = self.outputs(model, batch)
+        self._is_open_in_train_mode = not isinstance(outputs, list | tuple)
+        if not self._is_open_in_train_mode:
+            self.settle_outputs(model, again)
+        loss = self._own_loss(outputs, training=False)
+        if may_split and is_span_loss(outputs, loss, batch):
+            self.has_spans = True
+            loss = span_losses(outputs, batch)
+        return scalars_of(loss), outputs
 
     def take_apart(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         """Split off the terms that the model's own loss adds up and its outputs name.
@@ -107,12 +141,6 @@ class Forward(ABC):
         with torch.enable_grad():
             found = [factors_of(outputs, LOSS) for outputs in (self._outputs(model, batch) for batch in batches)]
         self.factors = {name: factor for name, factor in found[0].items() if all(f.get(name) == factor for f in found)}
-
-    def split_spans(self, model: nn.Module, batch: Batch) -> None:
-        """Split the loss of a question-answering head into two terms, if it is the sum of two means on this batch."""
-        if self.is_own:
-            outputs = self._inner_gradients.run(lambda: self._outputs(model, batch))
-            self.has_spans = is_span_loss(outputs, self._loss_of(model, outputs, batch), batch)
 
     def may_have_parts(self, outputs: Any) -> bool:
         """Return whether the outputs hold numbers that the model's own loss may add up."""

@@ -7,8 +7,7 @@ from torch import nn
 
 from ..runtime.module_attributes import ModuleAttributes
 from ..runtime.state_guards import preserve_buffers, preserve_rng
-from .deterministic_forward import DeterministicMode
-from .probe import relative
+from .deterministic_forward import DeterministicMode, difference_of_passes
 
 Run = Callable[[], Mapping[str, float]]
 
@@ -50,10 +49,10 @@ def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, 
         with DeterministicMode(model, training, {}, modules).passes():
             try:
                 first, changed, second = from_the_start(), attributes.changed(), from_the_start()
-                if (found := _difference(first, second)) <= tolerance:
+                if (found := difference_of_passes(first, second)) <= tolerance:
                     return 0.0, [], 0.0
                 attributes.restore()
-                return found, changed, _difference(first, from_the_start())
+                return found, changed, difference_of_passes(first, from_the_start())
             finally:
                 attributes.restore()
 
@@ -63,7 +62,3 @@ def find_hidden_state(model: nn.Module, modules: Sequence[nn.Module], run: Run, 
     if changed and left <= tolerance:
         return HiddenState(found, changed)
     return HiddenState() if attributes.hold_generators() else HiddenState(off(training=False)[0])
-
-
-def _difference(one: Mapping[str, float], other: Mapping[str, float]) -> float:
-    return max((relative(other[term], loss) for term, loss in one.items() if loss == loss), default=0.0)

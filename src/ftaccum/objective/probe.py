@@ -62,17 +62,25 @@ class Explanation:
         return replace(self, differences={**self.differences, **dict.fromkeys(terms, 0.0)})
 
 
-def cache_losses(losses: Losses) -> Losses:
-    """Return a function that remembers the losses of each batch. It is valid as long as the weights stay the same."""
-    known: dict[Any, Mapping[str, float]] = {}
+def cache_losses(losses: Losses, known: Sequence[tuple[Batch, Mapping[str, float]]] = ()) -> Losses:
+    """Return a function that remembers the losses of each batch. It is valid as long as the weights stay the same.
+
+    Args:
+        known: batches whose losses are known already.
+    """
+    found = {_key(batch): losses_of_batch for batch, losses_of_batch in known}
 
     def answered(batch: Batch) -> Mapping[str, float]:
-        key = tuple((t.shape, t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors_of(batch))
-        if key not in known:
-            known[key] = losses(batch)
-        return known[key]
+        key = _key(batch)
+        if key not in found:
+            found[key] = losses(batch)
+        return found[key]
 
     return answered
+
+
+def _key(batch: Batch) -> tuple[Any, ...]:
+    return tuple((t.shape, t.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors_of(batch))
 
 
 def choose(losses: Losses, together: Batch, parts: Cut, ways: Ways, ignore_index: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,8 +15,9 @@ from .batch_changes import WatchedBatch, fresh_batch
 from .deterministic_forward import DeterministicMode
 from .equal_draws import equal_draws
 from .forward import Forward
-from .hidden_state import find_hidden_state
-from .item_counts import OF_USER, Batch, CountItems, ItemCounter, counts_from_user, rows_of
+from .hidden_state import HiddenState, find_hidden_state
+from .item_counts import OF_USER, Batch, CountItems, ItemCounter, rows_of
+from .measured_counts import MeasuredCounts, chosen_counts, count_of_term
 from .normalizer import means_of_sums
 from .objective import Objective
 from .perturbation import float32_weights, has_narrow_weights, perturb_head
@@ -28,6 +29,8 @@ from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 from .span_loss import WITHIN, span_counts
 from .structure import ObservedPasses, check_means, terms_of, without_items
 from .train_mode import TrainMode
+
+T = TypeVar("T")
 
 
 def measured_objective(
@@ -58,23 +61,20 @@ def measured_objective(
         balances_window: whether to compute the balance of a mixture of experts over all tokens of a window, if its
             formula is known.
     """
-    device = next(model.parameters()).device
     with inspection_mode(model, *forward.modules):
-        forward.settle_outputs(model, lambda: fresh_batch(sample.together, device))
-        if count_items is None:
-            forward.split_spans(model, fresh_batch(sample.together, device))
         measurement = _Measurement(model, forward, sample, item_counter, count_items, sums)
-        terms = terms_of(model, lambda batch: measurement.outputs(batch)[0], sample, count_items)
-        measurement = replace(measurement, terms=terms)
+        in_longest = measurement.run_longest()
         try:
             with float32_weights(model, *forward.modules) as widened:
-                report = replace(measurement, prepared=widened).report(EXPLAINED)
+                measurement = replace(measurement, prepared=widened).begun(in_longest, EXPLAINED)
+                report = measurement.report(EXPLAINED)
         except RuntimeError:  # memory ran out, or the model needs its own type
             if not has_narrow_weights(model):
                 raise
+            measurement = replace(measurement, prepared=lambda batch: batch).begun(in_longest, EXPLAINED_IN_HALF)
             report = measurement.report(EXPLAINED_IN_HALF)
     report, forward.factors = of_main_process((report, forward.factors))
-    chosen = _chosen(measurement.ways(), report.ways, report.own_rules)
+    chosen = chosen_counts(measurement.ways(), report.ways, report.own_rules)
     window = find_router_terms(model, forward, sample) if balances_window and report.parts else None
     if window is not None:
         report = report.over_whole_window(window.names, window.padding)
@@ -86,9 +86,12 @@ class _Measurement:
     """A measurement of a loss; for the other fields see `measured_objective`.
 
     Attributes:
-        terms: the terms of the loss, before terms that the model adds up are split off.
         prepared: converts a batch to the types that the model takes.
         observed: a record of the passes.
+        terms: the terms of the loss, before terms that the model adds up are split off.
+        first: the losses of the rows in one batch in eval mode.
+        mode: how to run the model as in training.
+        hidden: the state that a pass leaves behind outside buffers.
     """
 
     model: nn.Module
@@ -97,14 +100,57 @@ class _Measurement:
     item_counter: ItemCounter
     count_items: CountItems | None
     sums: bool
-    terms: Sequence[str] = ()
     prepared: Callable[[Batch], Batch] = lambda batch: batch
     observed: ObservedPasses = field(default_factory=ObservedPasses)
+    terms: Sequence[str] = ()
+    first: Mapping[str, float] = field(default_factory=dict)
+    mode: DeterministicMode | None = None
+    hidden: HiddenState = HiddenState()
+
+    def run_longest(self) -> list[str]:
+        """Run the longest row, in the types of training, and return the terms of its loss."""
+        if self.forward.is_own:  # which output is the loss shows on several rows only
+            self._run(self.sample.longest, self.forward.outputs)
+            return []
+        return list(self.outputs(self.sample.longest)[0])
+
+    def begun(self, in_longest: Sequence[str], tolerance: float) -> "_Measurement":
+        """Return the measurement with what the rows in one batch show, with the model's own weights.
+
+        Args:
+            in_longest: the terms of the loss of the longest row.
+        """
+        known = dict.fromkeys(in_longest, 0.0)
+        first, outputs = self._first_pass()
+        found: dict[str, float] = known | first
+
+        def run() -> dict[str, float]:
+            nonlocal outputs
+            means, outputs = self.outputs(self.sample.together)
+            losses = {term: mean.item() for term, mean in means.items()}
+            found.update(losses)
+            return losses
+
+        def run_once() -> list[float]:
+            with preserve_attributes(self.model, *self.forward.modules):
+                return list(run().values())
+
+        modules = self.forward.modules
+        mode, agree = DeterministicMode.of_pair(self.model, run, modules, tolerance)
+        hidden = HiddenState() if agree else find_hidden_state(self.model, modules, run, tolerance)
+        mode = mode or DeterministicMode.of(self.model, run_once, modules)
+        terms = terms_of(found, self.sample.together, self.count_items)
+        begun = replace(self, terms=terms, first=first, mode=mode, hidden=hidden)
+        # The user's count is of the whole loss, and so is the count that divides a sum.
+        if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
+            few = self.sample.separate(self.sample.together, PAIRS if mode.moving else SINGLE)
+            with mode.passes():
+                self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
+        return begun
 
     def report(self, tolerance: float) -> ExactnessReport:
         """Measure the loss; differences up to `tolerance` count as rounding."""
-        hidden = find_hidden_state(self.model, self.forward.modules, self._losses_together, tolerance)
-        mode = self._deterministic_mode()
+        assert self.mode is not None, "`begun` found it"
         with perturb_head(self.model):
             losses = cache_losses(self._losses)
             counts = self._count(losses, tolerance)
@@ -112,10 +158,14 @@ class _Measurement:
             unlike = self._explain(losses, counts.with_items, tolerance).with_differences(
                 {term: recount.difference for term, recount in counts.recounts.items()}
             )
-            train_mode = TrainMode(self.model, mode, self.sample, self._means, self._losses)
-            in_training = train_mode.in_training(counts.with_items, joint)
-            off = max(hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift)
-            gradient = train_mode.gradient(counts.by_term, exact=off <= tolerance, tolerance=10 * tolerance)
+            train_mode = TrainMode(self.model, self.mode, self.sample, self._means, self._losses)
+            together = train_mode.gradient_together(counts.by_term)
+            in_training = train_mode.in_training(counts.with_items, joint, together and together.losses)
+            off = max(
+                self.hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift
+            )
+            together = together if off <= tolerance else None
+            gradient = train_mode.gradient(together, counts.by_term, 10 * tolerance)
         explanation = unlike.worst(self._explain_as_it_is(counts, tolerance))
         unexplained = {term for term, off in explanation.differences.items() if off > tolerance}
         measures = self.count_items is None and not self.sums
@@ -135,21 +185,21 @@ class _Measurement:
             counts_before_changes=self.observed.counts_before_changes(counts.with_items, unexplained),
             gradient=gradient,
             gradient_hooks=gradient_hooks(self.model),
-            hidden_state=hidden,
+            hidden_state=self.hidden,
             unmeasured=[term for term in self.terms if term not in self.observed.shown] if measures else [],
             own_rules=counts.own_rules,
             at_fault={term: recount.at_fault for term, recount in counts.recounts.items() if recount.at_fault},
             not_looked_at="" if self._knows_count else self.sample.not_looked_at,
         )
 
-    def _count(self, losses: Losses, tolerance: float) -> "_Counts":
+    def _count(self, losses: Losses, tolerance: float) -> MeasuredCounts:
         """Choose how to count each term."""
         together, item_counter, ways = self.sample.together, self.item_counter, self.ways()
         names = choose(losses, together, self._apart, ways, item_counter.ignore_index)
         # The user's count does not show whether labels are shifted, but the loss does.
         every = dict.fromkeys(ways, item_counter.applicable(together))
         nearest = choose(losses, together, self._apart, every, item_counter.ignore_index)
-        unlike = self._explain(losses, _chosen(ways, names), tolerance)
+        unlike = self._explain(losses, chosen_counts(ways, names), tolerance)
         # A term that no count explains probably looks at all tokens together. So may a term that eval mode leaves out.
         parts = self.forward.parts
         others = [part for part in parts if unlike.differences[part] > tolerance or not losses(together)[part]]
@@ -159,16 +209,17 @@ class _Measurement:
             recounts = self._rare_check(losses).recounts({term: names[term] for term in self.terms}, ways, tolerance)
         names |= {term: recount.name for term, recount in recounts.items()}
         own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
-        by_term = _chosen(ways, names, own_rules)
+        by_term = chosen_counts(ways, names, own_rules)
         shifts = "labels after the next-token shift" in nearest.values()
-        return _Counts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
+        return MeasuredCounts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
 
     def _explain(self, losses: Losses, chosen: Mapping[str, CountItems], tolerance: float) -> Explanation:
         return explain(losses, self.sample.together, self._cut, self._collated, chosen, tolerance)
 
-    def _explain_as_it_is(self, counts: "_Counts", tolerance: float) -> Explanation:
+    def _explain_as_it_is(self, counts: MeasuredCounts, tolerance: float) -> Explanation:
         """Explain the loss with the model's own weights, without noise on its head."""
-        losses = cache_losses(self._losses)
+        known = [] if self.forward.factors or self.sums else [(self.sample.together, self._with_all_terms(self.first))]
+        losses = cache_losses(self._losses, known)
         check_means(losses, self.sample, counts.by_term)
         explanation = self._explain(losses, counts.with_items, tolerance)
         if not counts.own_rules:
@@ -205,7 +256,7 @@ class _Measurement:
         """Return the ways to count that are possible for each term."""
         parts = dict.fromkeys(self.forward.parts, self.item_counter.applicable(self.sample.together))
         if self.count_items is not None:
-            return {term: {OF_USER: _of_term(self.count_items, term, self.terms)} for term in self.terms}
+            return {term: {OF_USER: count_of_term(self.count_items, term, self.terms)} for term in self.terms}
         if self.forward.has_spans:
             return {term: {WITHIN: count} for term, count in span_counts().items()}
         if self.sums:
@@ -219,11 +270,10 @@ class _Measurement:
     def _losses(self, batch: Batch) -> dict[str, float]:
         with preserve_attributes(self.model, *self.forward.modules):
             found = self._means(batch)
-        known = dict.fromkeys((*self.terms, *self.forward.parts), 0.0)
-        return known | {term: mean.item() for term, mean in found.items()}
+        return self._with_all_terms({term: mean.item() for term, mean in found.items()})
 
-    def _losses_together(self) -> dict[str, float]:
-        return {term: mean.item() for term, mean in self.outputs(self.sample.together)[0].items()}
+    def _with_all_terms(self, losses: Mapping[str, float]) -> dict[str, float]:
+        return {**dict.fromkeys((*self.terms, *self.forward.parts), 0.0), **losses}
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
         found = self.outputs(batch)[0]
@@ -234,67 +284,29 @@ class _Measurement:
 
     def outputs(self, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Return the means of a batch by term, and the model's outputs."""
-        watched = WatchedBatch(self._on_device(batch))
-        trains = any(module.training for module in self.model.modules())
-        with nullcontext() if trains else equal_draws(rows_of(batch)):
-            found = self.forward(self.model, watched.batch)
+        found, watched = self._run(batch, self.forward)
         self.observed.add(batch, watched, found[0], self.terms)
         return found
 
+    def _first_pass(self) -> tuple[dict[str, float], Any]:
+        """Return the losses of the rows in one batch in eval mode, and the outputs; find the loss among them."""
+        together = self.sample.together
+
+        def first_means(model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+            again = lambda: self._on_device(together)
+            return self.forward.first_means(model, batch, again, may_split=self.count_items is None)
+
+        with preserve_attributes(self.model, *self.forward.modules):
+            (means, outputs), watched = self._run(together, first_means)
+        self.observed.add(together, watched, means, self.terms)
+        return {term: mean.item() for term, mean in means.items()}, outputs
+
+    def _run(self, batch: Batch, run: Callable[[nn.Module, Batch], T]) -> tuple[T, WatchedBatch]:
+        """Run a pass on a copy of a batch; in eval mode with equal random draws for all rows."""
+        watched = WatchedBatch(self._on_device(batch))
+        trains = any(module.training for module in self.model.modules())
+        with nullcontext() if trains else equal_draws(rows_of(batch)):
+            return run(self.model, watched.batch), watched
+
     def _on_device(self, batch: Batch) -> Batch:
         return self.prepared(fresh_batch(batch, next(self.model.parameters()).device))
-
-    def _deterministic_mode(self) -> DeterministicMode:
-        """Return how to run the model as in training, and split off the terms that its loss adds up in train mode."""
-        outputs: Any = None
-
-        def run() -> list[float]:
-            nonlocal outputs
-            with preserve_attributes(self.model, *self.forward.modules):
-                means, outputs = self.outputs(self.sample.together)
-            return [mean.item() for mean in means.values()]
-
-        mode = DeterministicMode.of(self.model, run, self.forward.modules)
-        # The user's count is of the whole loss, and so is the count that divides a sum.
-        if self.count_items is None and not self.sums and self.forward.may_have_parts(outputs):
-            few = self.sample.separate(self.sample.together, PAIRS if mode.moving else SINGLE)
-            with mode.passes():
-                self.forward.take_apart(self.model, [self._on_device(batch) for batch in few])
-        return mode
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """How each term is counted.
-
-    Attributes:
-        names: the names of the counts.
-        by_term: the counts themselves.
-        empty: the terms without items in the first rows.
-        recounts: the counts of all terms after the check on rare rows, if there was one.
-        own_rules: the counts that are none of the named ways, because the loss has a rule of its own.
-        shifts: whether logits predict the next label.
-    """
-
-    names: dict[str, str]
-    by_term: dict[str, CountItems]
-    empty: Sequence[str]
-    recounts: Mapping[str, Recount]
-    own_rules: Mapping[str, CountItems]
-    shifts: bool
-
-    @property
-    def with_items(self) -> dict[str, CountItems]:
-        """The counts of the terms with items in the first rows."""
-        return {term: count for term, count in self.by_term.items() if term not in self.empty}
-
-
-def _chosen(
-    ways: Ways, names: Mapping[str, str], own_rules: Mapping[str, CountItems] | None = None
-) -> dict[str, CountItems]:
-    own_rules = own_rules or {}
-    return {term: own_rules[term] if term in own_rules else ways[term][name] for term, name in names.items()}
-
-
-def _of_term(count_items: CountItems, term: str, terms: Sequence[str]) -> CountItems:
-    return lambda batch: counts_from_user(count_items(batch), terms)[term]

@@ -1,16 +1,14 @@
 """The structure of a loss, as a few passes show it: its terms, when they are missing, and changes of the batch."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DataError, SettingsError
-from ..runtime.state_guards import training_mode
 from .batch_changes import WatchedBatch
 from .item_counts import Batch, CountItems
-from .normalizer import Means
 from .objective import refuse_mean_over_nothing
 from .probe import Losses
 from .sample import Sample
@@ -18,22 +16,17 @@ from .sample import Sample
 ROWS = "the first rows"
 
 
-def terms_of(
-    model: nn.Module, run: Callable[[Batch], Means], sample: Sample, count_items: CountItems | None
-) -> tuple[str, ...]:
-    """Return every term that the loss has in eval mode or in train mode, or that `count_items` counts.
+def terms_of(found: Mapping[str, float], together: Batch, count_items: CountItems | None) -> tuple[str, ...]:
+    """Return every term that the loss has, or that `count_items` counts.
 
     Args:
-        run: maps a batch to the means of its loss by term.
+        found: the terms that the loss has in eval mode or in train mode, with their values.
+        together: a few rows.
 
     Raises:
         SettingsError: if `count_items` leaves out a term of the loss.
     """
-    found = dict.fromkeys(run(sample.longest), 0.0)
-    for training in (False, True):
-        with training_mode(model, training=training):
-            found |= {term: mean.item() for term, mean in run(sample.together).items()}
-    counted = None if count_items is None else count_items(sample.together)
+    counted = None if count_items is None else count_items(together)
     if not isinstance(counted, Mapping):
         return tuple(found)
     if any(loss and math.isfinite(loss) and term not in counted for term, loss in found.items()):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -9,6 +10,7 @@ from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.state_guards import preserve_buffers
 from .deterministic_forward import DeterministicMode
 from .gradient_check import GradientCheck, GradientDifference
+from .gradient_sketch import GradientSketch
 from .item_counts import Batch, CountItems
 from .perturbation import perturb_norms
 from .probe import difference, relative
@@ -16,6 +18,17 @@ from .report import InTraining
 from .sample import PAIRS, SINGLE, UNEQUAL, Sample
 
 _UNCHANGED = 1e-6  # between two equal passes
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JointGradient:
+    """The gradient of a few rows in one batch, and their losses by term."""
+
+    sketch: GradientSketch
+    losses: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -35,11 +48,14 @@ class TrainMode:
     means: Callable[[Batch], Mapping[str, Tensor]]
     losses: Callable[[Batch], Mapping[str, float]]
 
-    def in_training(self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float]) -> InTraining:
+    def in_training(
+        self, chosen: Mapping[str, CountItems], in_eval: Mapping[str, float], known: Mapping[str, float] | None = None
+    ) -> InTraining:
         """Compare the losses of separate batches with that of one batch.
 
         Args:
             chosen: how to count each term.
+            known: the loss of one batch in train mode, if it was measured already and no buffers move.
             in_eval: the loss of one batch in eval mode. If the loss in train mode is equal, and no buffers move, train
                 mode does not mix rows, and nothing else is measured.
         """
@@ -50,7 +66,7 @@ class TrainMode:
                 return self.losses(batch)
 
         with self.mode.passes(), perturb_norms(moving.values()):
-            joint = from_the_start(together)
+            joint = from_the_start(together) if known is None or moving else known
             if not moving and all(relative(joint[term], in_eval[term]) <= _UNCHANGED for term in chosen):
                 return InTraining(dict.fromkeys(chosen, 0.0))
             separate = self.sample.separate(together, PAIRS)
@@ -65,31 +81,50 @@ class TrainMode:
             complaint,
         )
 
-    def gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
+    def gradient_together(self, counts: Mapping[str, CountItems]) -> JointGradient | None:
+        """Return the gradient of one batch and its losses; None if memory does not allow it.
+
+        Raises:
+            SettingsError: if there is no gradient.
+        """
+        losses: dict[str, float] = {}
+
+        def watched(batch: Batch) -> Mapping[str, Tensor]:
+            means = self.means(batch)
+            losses.update({term: mean.item() for term, mean in means.items()})
+            return means
+
+        def run() -> JointGradient:
+            with self.mode.passes():
+                sketch = self._check(counts, watched).together(self.sample.together)
+            return JointGradient(sketch, dict.fromkeys(counts, 0.0) | losses)
+
+        return _if_memory_allows(run)
+
+    def gradient(
+        self, joint: JointGradient | None, counts: Mapping[str, CountItems], tolerance: float
+    ) -> GradientDifference:
         """Compare the gradient accumulated over separate batches with that of one batch, if memory allows.
 
         Args:
+            joint: the gradient of one batch, if memory allowed it.
             counts: how to count each term.
-            exact: whether the losses agree. If not, only check that there is a gradient.
             tolerance: the largest relative difference that counts as rounding.
         """
-        try:
-            return self._gradient(counts, exact=exact, tolerance=tolerance)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        give_back_memory()  # a few long rows may need more than a micro-batch
-        return GradientDifference()
-
-    def _gradient(self, counts: Mapping[str, CountItems], *, exact: bool, tolerance: float) -> GradientDifference:
+        if joint is None:
+            return GradientDifference()
         together, groups = self.sample.together, PAIRS if self.mode.moving else UNEQUAL
-        check = GradientCheck(self.model, self.means, counts, self.mode.modules)
-        with self.mode.passes():
-            joint = check.together(together)
-            if not exact:
-                return GradientDifference()
-            reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
-            return check.difference(joint, self.sample.separate(together, groups), reordered, tolerance)
+
+        def run() -> GradientDifference:
+            with self.mode.passes():
+                reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
+                separate = self.sample.separate(together, groups)
+                return self._check(counts, self.means).difference(joint.sketch, separate, reordered, tolerance)
+
+        return _if_memory_allows(run) or GradientDifference()
+
+    def _check(self, counts: Mapping[str, CountItems], means: Callable[[Batch], Mapping[str, Tensor]]) -> GradientCheck:
+        return GradientCheck(self.model, means, counts, self.mode.modules)
 
     def _complaint_of_one_row(self) -> str | None:
         # Batch norm raises for a single value.
@@ -98,3 +133,14 @@ class TrainMode:
         except ValueError as error:
             return str(error)
         return None
+
+
+def _if_memory_allows(run: Callable[[], T]) -> T | None:
+    """Return the result of passes with gradients; None if memory runs out."""
+    try:
+        return run()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    give_back_memory()  # a few long rows may need more than a micro-batch
+    return None

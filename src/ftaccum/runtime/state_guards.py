@@ -153,6 +153,10 @@ class Buffers:
         buffer, value = self.kept[module, name]
         return module._buffers[name] is not buffer or not torch.equal(buffer, value)
 
+    def all_moved(self) -> set[nn.Module]:
+        """Return the modules with a buffer that was replaced or has other values."""
+        return {module for module, name in self.kept if self.moved(module, name)}
+
     def restore(self) -> None:
         with torch.no_grad():
             for module, name in self.unset:
