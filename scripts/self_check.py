@@ -9,8 +9,8 @@ The cost is for MiniLM on film reviews at batch 8 × 4, in forward passes and as
 import argparse
 import contextlib
 import copy
+import inspect
 import io
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,7 +30,9 @@ import ftaccum
 from ftaccum.objective.self_check import measured_objective
 from ftaccum.tasks.load import load_task
 from measuring import DEVICE, machine, now, quiet
-from workloads import Workload, movies, packaged
+from workloads import Workload, movies
+
+import packaged  # isort: skip; `workloads` adds its folder
 
 _UPDATES, _BATCH_SIZE, _K = 100, 8, 4
 _OBJECTIVE = str(Path("ftaccum") / "objective")
@@ -71,6 +73,7 @@ class Watch:
         backward: number of backward passes.
         check: seconds of `measured_objective`.
         start: seconds from the call to the first update.
+        shows: whether to record passes. Its hooks keep a verdict from being cached.
     """
 
     passes: list[str] = field(default_factory=list)
@@ -78,6 +81,7 @@ class Watch:
     backward: int = 0
     check: float = 0.0
     start: float = 0.0
+    shows: bool = True
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -107,7 +111,7 @@ class Watch:
     def timed(self, *args: Any, **given: Any) -> Any:
         """Run `measured_objective`."""
         started = now()
-        with self.watching(args[0]):
+        with self.watching(args[0]) if self.shows else contextlib.nullcontext():
             found = measured_objective(*args, **given)
         self.check = now() - started
         return found
@@ -115,11 +119,11 @@ class Watch:
 
 def _caller() -> str:
     """Return the functions of `objective/` that lead to this pass, the innermost first."""
-    names, frame = list[str](), sys._getframe(2)
+    names, frame = list[str](), inspect.currentframe()
     while frame is not None:
         if _OBJECTIVE in frame.f_code.co_filename:
             names.append(frame.f_code.co_name)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     dull = {"__call__", "run", "_means", "outputs", "<lambda>", "_outputs", "answered", "_losses", "<genexpr>", "of"}
     shown = [name for name in names if name not in dull and not name.startswith("<")]
     return " < ".join(shown[:3])
@@ -135,7 +139,9 @@ def starts() -> dict[str, Callable[[], dict[str, Any]]]:
     rows.select(range(4000)).to_json(str(texts))
 
     def of_task(*names: str, dtype: str = "float32", max_rows: int = 4000) -> Callable[[], dict[str, Any]]:
-        return lambda: load_task(*names, dtype=dtype, max_train_rows=max_rows, validation_split=0.0).arguments()
+        return lambda: load_task(
+            *names, dtype=dtype, max_train_rows=max_rows, max_length=384, validation_split=0.0
+        ).arguments()
 
     chats = "chat", str(packaged.SMOLLM), str(packaged.CHATS_TRAIN)
     return {
@@ -146,7 +152,7 @@ def starts() -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def passes(names: list[str], rounds: int, **settings: Any) -> None:
+def passes(names: list[str], rounds: int, cache: str | None) -> None:
     """Print every pass of the check, and how long a start takes beyond loading."""
     for name, loaded in starts().items():
         if names and not any(each in name for each in names):
@@ -154,7 +160,7 @@ def passes(names: list[str], rounds: int, **settings: Any) -> None:
         arguments = loaded()
         model = arguments.pop("model")
         for number in range(rounds):
-            watch = Watch()
+            watch = Watch(shows=cache is None)
             started = now()
 
             def begin(*_: Any, watch: Watch = watch, started: float = started) -> None:
@@ -168,9 +174,9 @@ def passes(names: list[str], rounds: int, **settings: Any) -> None:
             ):  # fmt: skip
                 ftaccum.test_fine_tuning(
                     copy.deepcopy(model), **arguments, max_updates=8, validation_split=0.0, batch_size=_BATCH_SIZE,
-                    gradient_accumulation_steps=_K, progress=False, **settings,
+                    gradient_accumulation_steps=_K, progress=False, self_check_cache=cache or False,
                 )  # fmt: skip
-            if number == 0:
+            if number == 0 and watch.shows:
                 print("\n".join(["", f"{name}:", *(f"  {line}" for line in watch.passes)]))
             print(
                 f"{name}: {len(watch.passes)} forward and {watch.backward} backward passes, {watch.tokens} positions; "
@@ -229,13 +235,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-faults", action="store_true", help="skip the cost")
     parser.add_argument("--passes", nargs="*", metavar="NAME", help="print every pass, for models with such a name")
+    parser.add_argument("--cache", help="with --passes: only time it, with verdicts in this folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     print(machine())
     if options.passes is not None:
-        passes(options.passes, options.rounds)
+        passes(options.passes, options.rounds, options.cache)
         return
     if not options.only_faults:
         cost(movies(42), options.rounds)

@@ -55,8 +55,9 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the caches of `evaluate` and `datasets` out of the user's home."""
+    """Keep the caches of `evaluate`, `datasets` and ftaccum out of the user's home."""
     folder = tmp_path_factory.getbasetemp() / "caches"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(folder / "metrics"))
 

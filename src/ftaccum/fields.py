@@ -132,6 +132,20 @@ Positive = Annotated[float, Rule(lambda v: is_number(v) and v > 0, "a positive n
 Length = Annotated[float, Rule(lambda v: is_number(v) and v >= 1, "a number of 1 or more")]
 NonNegative = Annotated[float, Rule(lambda v: is_number(v) and v >= 0, "a non-negative number")]
 Fraction = Annotated[float, Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")]
+
+
+def read_flag(value: Any) -> Any:
+    """Parse a flag from text, and return any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    flags = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
+    return flags.get(value.lower(), value)
+
+
+FlagOrFolder = Annotated[
+    bool | str,
+    Rule(lambda v: isinstance(v, bool) or (isinstance(v, str) and bool(v)), "True, False, or a folder", read_flag),
+]
 Flag = Annotated[bool, Rule(lambda v: isinstance(v, bool), "True or False")]
 Text = Annotated[str, Rule(lambda v: isinstance(v, str) and bool(v) and "\0" not in v, "a non-empty string")]
 Tracker = Annotated[

@@ -93,6 +93,7 @@ def test_fine_tuning(
     random_seed: int = 42,
     on_inexact: str = "warn",
     audit: bool | int = True,
+    self_check_cache: bool | str = True,
     on_nonfinite: str = "skip",
     nonfinite_patience: int | None = 25,
     deterministic: bool = False,
@@ -271,6 +272,7 @@ def test_fine_tuning(
         audit: compare the gradient of some updates with the gradient of one batch of the same rows, without dropout.
             True: updates 1, 4, 16 and 64, then up to 1% of the training time. An integer: the number of updates
             between two audits. `on_inexact` determines what happens if a gradient is not exact.
+        self_check_cache: keep the verdict of the check before training, to only confirm it later; or a folder for it.
         on_nonfinite: what to do with an update if its gradient, or its loss in any micro-batch on any process, is not
             finite. "skip": leave weights, buffers, optimizer and schedule unchanged, report which rows have a
             non-finite loss of their own, and continue. "error": end the run; only an overflow that the gradient scaler

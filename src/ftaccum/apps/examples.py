@@ -87,6 +87,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     # checks and reproducibility
     "on_inexact": "error",
     "audit": "100",
+    "self_check_cache": "no",
     "on_nonfinite": "error",
     "nonfinite_patience": "10",
     "random_seed": "7",

@@ -72,9 +72,10 @@ class Measurement:
             unlike = self._explain(losses, counts.with_items, tolerance).with_differences(
                 {term: recount.difference for term, recount in counts.recounts.items()}
             )
-            train_mode = TrainMode(self.model, self.mode, self.sample, self._means, self._losses)
+            train_mode = TrainMode(self.model, self.mode, self.sample, self.means, self._losses)
             together = train_mode.gradient_together(counts.by_term)
-            in_training = train_mode.in_training(counts.with_items, joint, together and together.losses)
+            known = None if together is None else together.losses
+            in_training = train_mode.in_training(counts.with_items, joint, known)
             off = max(
                 self.hidden.off, *unlike.differences.values(), *in_training.differences.values(), in_training.drift
             )
@@ -103,7 +104,7 @@ class Measurement:
             unmeasured=[term for term in self.terms if term not in self.observed.shown] if measures else [],
             own_rules=counts.own_rules,
             at_fault={term: recount.at_fault for term, recount in counts.recounts.items() if recount.at_fault},
-            not_looked_at="" if self._knows_count else self.sample.not_looked_at,
+            not_looked_at="" if self.knows_count else self.sample.not_looked_at,
         )
 
     def _count(self, losses: Losses, tolerance: float) -> MeasuredCounts:
@@ -119,7 +120,7 @@ class Measurement:
         others = [part for part in parts if unlike.differences[part] > tolerance or not losses(together)[part]]
         names |= {part: list(item_counter.of_inputs(together))[-1] for part in others}
         recounts: dict[str, Recount] = {}
-        if tolerance <= EXPLAINED and not self._knows_count:
+        if tolerance <= EXPLAINED and not self.knows_count:
             recounts = self._rare_check(losses).recounts({term: names[term] for term in self.terms}, ways, tolerance)
         names |= {term: recount.name for term, recount in recounts.items()}
         own_rules = {term: recount.count for term, recount in recounts.items() if recount.name not in ways[term]}
@@ -128,7 +129,7 @@ class Measurement:
         return MeasuredCounts(names, by_term, without_items(by_term, together), recounts, own_rules, shifts)
 
     def _explain(self, losses: Losses, chosen: Mapping[str, CountItems], tolerance: float) -> Explanation:
-        return explain(losses, self.sample.together, self._cut, self._collated, chosen, tolerance)
+        return explain(losses, self.sample.together, self._cut, self.own_width, chosen, tolerance)
 
     def _explain_as_it_is(self, counts: MeasuredCounts, tolerance: float) -> Explanation:
         """Explain the loss with the model's own weights, without noise on its head."""
@@ -148,7 +149,8 @@ class Measurement:
         return None if self.sample.cut is None else lambda batch: self.sample.separate(batch, UNEQUAL)
 
     @property
-    def _collated(self) -> Sequence[Batch]:
+    def own_width(self) -> Sequence[Batch]:
+        """The rows in groups of unequal size, each padded to its own width; empty if that is impossible."""
         return [] if self.sample.collated is None else self.sample.collated(UNEQUAL)
 
     def _apart(self, batch: Batch) -> Sequence[Batch]:
@@ -161,7 +163,8 @@ class Measurement:
         return RareCheck(losses, first, self.sample, self.item_counter.ignore_index)
 
     @property
-    def _knows_count(self) -> bool:
+    def knows_count(self) -> bool:
+        """Whether the count need not be measured."""
         if self.count_items is not None:
             return False  # the user's count may be wrong
         return self.sums or self.forward.has_spans or self.forward.counted_by is not None
@@ -183,13 +186,14 @@ class Measurement:
 
     def _losses(self, batch: Batch) -> dict[str, float]:
         with preserve_attributes(self.model, *self.forward.modules):
-            found = self._means(batch)
+            found = self.means(batch)
         return self._with_all_terms({term: mean.item() for term, mean in found.items()})
 
     def _with_all_terms(self, losses: Mapping[str, float]) -> dict[str, float]:
         return {**dict.fromkeys((*self.terms, *self.forward.parts), 0.0), **losses}
 
-    def _means(self, batch: Batch) -> dict[str, Tensor]:
+    def means(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the means of a batch by term; those of a loss that is given as a sum, too."""
         found = self.outputs(batch)[0]
         if not self.sums:
             return found

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..runtime.log import logger
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode
@@ -15,10 +16,14 @@ from .item_counts import CountItems, ItemCounter
 from .measured_counts import chosen_counts
 from .measurement import Measurement
 from .objective import Objective
+from .own_loss import LOSS
 from .perturbation import float32_weights, has_narrow_weights
 from .probe import EXPLAINED, EXPLAINED_IN_HALF
+from .report import ExactnessReport
 from .router_check import find_router_terms
 from .sample import PAIRS, SINGLE, Sample
+from .self_check_cache import Verdict, VerdictCache
+from .self_check_confirm import confirmed, length_of_longest
 from .structure import terms_of
 
 
@@ -31,6 +36,7 @@ def measured_objective(
     count_items: CountItems | None = None,
     sums: bool = False,
     balances_window: bool = False,
+    cache: VerdictCache | None = None,
 ) -> Objective:
     """Decide how to count the loss, and measure whether accumulating it is exact.
 
@@ -49,25 +55,56 @@ def measured_objective(
         sums: whether the loss is given as a sum instead of a mean.
         balances_window: whether to compute the balance of a mixture of experts over all tokens of a window, if its
             formula is known.
+        cache: where to look for an earlier verdict, to be confirmed instead of measured, and to keep this one.
     """
     with inspection_mode(model, *forward.modules):
         measurement = Measurement(model, forward, sample, item_counter, count_items, sums)
-        in_longest = measurement.run_longest()
-        try:
-            with float32_weights(model, *forward.modules) as widened:
-                measurement = _begun(replace(measurement, prepared=widened), in_longest, EXPLAINED)
-                report = measurement.report(EXPLAINED)
-        except RuntimeError:  # memory ran out, or the model needs its own type
-            if not has_narrow_weights(model):
-                raise
-            measurement = _begun(replace(measurement, prepared=lambda batch: batch), in_longest, EXPLAINED_IN_HALF)
-            report = measurement.report(EXPLAINED_IN_HALF)
+        report = _cached(measurement, cache)
+        if report is None:
+            measurement, report = _measured(measurement)
+            _keep(measurement, report, cache)
     report, forward.factors = of_main_process((report, forward.factors))
+    measurement = replace(measurement, terms=measurement.terms or tuple(report.ways))
     chosen = chosen_counts(measurement.ways(), report.ways, report.own_rules)
     window = find_router_terms(model, forward, sample) if balances_window and report.parts else None
     if window is not None:
         report = report.over_whole_window(window.names, window.padding)
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report, window)
+
+
+def _cached(measurement: Measurement, cache: VerdictCache | None) -> ExactnessReport | None:
+    """Return the report of an earlier verdict, if these rows confirm it. The main process decides."""
+    verdict = of_main_process(None if cache is None else cache.find())
+    if verdict is None:
+        return None
+    report = of_main_process(confirmed(measurement, verdict))
+    if report is not None:
+        logger.debug("self-check: confirmed from cache (2 passes)")
+    return report
+
+
+def _keep(measurement: Measurement, report: ExactnessReport, cache: VerdictCache | None) -> None:
+    """Write the verdict to the cache, if it is a plain one of a loss that the outputs name."""
+    verdict = Verdict.of(report, length_of_longest(measurement))
+    is_named = measurement.forward.loss_place is None and not measurement.forward.has_spans
+    whole = measurement.mode is not None and measurement.mode.whole
+    if cache is not None and verdict is not None and is_named and whole and tuple(report.ways) == (LOSS,):
+        cache.keep(verdict)
+
+
+def _measured(measurement: Measurement) -> tuple[Measurement, ExactnessReport]:
+    """Return the complete measurement and its report."""
+    model, modules = measurement.model, measurement.forward.modules
+    in_longest = measurement.run_longest()
+    try:
+        with float32_weights(model, *modules) as widened:
+            found = _begun(replace(measurement, prepared=widened), in_longest, EXPLAINED)
+            return found, found.report(EXPLAINED)
+    except RuntimeError:  # memory ran out, or the model needs its own type
+        if not has_narrow_weights(model):
+            raise
+    found = _begun(measurement, in_longest, EXPLAINED_IN_HALF)
+    return found, found.report(EXPLAINED_IN_HALF)
 
 
 def _begun(measurement: Measurement, in_longest: Sequence[str], tolerance: float) -> Measurement:

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any
 
-from ..fields import Rule, is_int, is_positive_int
+from ..fields import Rule, is_int, is_positive_int, read_flag
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
@@ -47,11 +47,8 @@ EvaluateEvery = Annotated[
 
 def _read_audit(value: Any) -> Any:
     """Parse a flag or a number from text, and return any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    word = value.lower()
-    flags = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
-    return flags.get(word, int(word) if word.isdecimal() else value)
+    found = read_flag(value)
+    return int(found) if isinstance(found, str) and found.isdecimal() else found
 
 
 Audit = Annotated[

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ..fields import (
     Count,
     Flag,
+    FlagOrFolder,
     Names,
     OnInexact,
     OnNonfinite,
@@ -89,6 +90,12 @@ class Runtime:
         True,
         "compare the gradient of some updates with the gradient of one batch of the same rows: true, false, or the "
         "number of updates between two audits",
+    )
+    self_check_cache: FlagOrFolder = check(
+        True,
+        "keep the verdict of the check before training in a folder, and only confirm it in later runs on the same "
+        "installed code, model and kind of data: true (in the user's cache folder), false, or a folder",
+        unsearchable=OWN_ARGUMENT,
     )
     on_nonfinite: OnNonfinite = check(
         "skip", "what to do with an update whose loss or gradient is not finite: skip it, or error to end the run"

@@ -29,6 +29,7 @@ from ..objective.window_check import window_objective
 from ..objective.window_forward import WindowForward
 from ..objective.window_loss import WindowLoss
 from ..runtime.log import logger
+from .build_cache import build_cache
 from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
 from .build_ranges import find_ranges
 from .build_rows import build_rows
@@ -223,6 +224,7 @@ def _objective(
             count_items=components.count_items,
             sums=components.reduction == "sum",
             balances_window=recipe.router_balance == "window",
+            cache=build_cache(config, forward.loss_fn, few, ignore_index),
         )
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise

@@ -1,0 +1,88 @@
+"""A cache of verdicts of the self-check, as small JSON files."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.atomic_files import atomic_write
+from ..runtime.log import logger
+from .probe import EXPLAINED
+from .report import ExactnessReport
+
+_VERSION = 1
+_MOST_BYTES = 10_000  # an entry has about 100
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a loss that is one mean, and that accumulates exactly.
+
+    Attributes:
+        way: the name of the way to count.
+        measured: whether there were several ways to choose from.
+        shifts: whether logits predict the next label.
+        longest: the positions of the longest row that was run.
+    """
+
+    way: str
+    measured: bool
+    shifts: bool
+    longest: int
+
+    @classmethod
+    def of(cls, report: ExactnessReport, longest: int) -> "Verdict | None":
+        """Return the verdict of a report; None if it is about anything but one exact mean by a named count."""
+        is_plain = (
+            len(report.ways) == 1
+            and report.tolerance == EXPLAINED
+            and not (report.sums or report.parts or report.balanced or report.window or report.own_rules)
+            and not (report.absent_is_zero or report.counts_before_changes or report.unmeasured)
+            and not (report.explanation.padding_sensitive or report.in_training.mixing or report.inexact())
+        )
+        way = next(iter(report.ways.values()), "")
+        return cls(way, report.measured, report.shifts, longest) if is_plain else None
+
+
+@dataclass(frozen=True)
+class VerdictCache:
+    """A folder with a file for each verdict.
+
+    Attributes:
+        folder: the folder, which is created on the first write.
+        key: the name of the entry: a hash of everything that the verdict depends on.
+    """
+
+    folder: Path
+    key: str
+
+    def find(self) -> Verdict | None:
+        """Return the verdict; None if there is none, or if the entry is broken."""
+        try:
+            with self._path.open("rb") as file:
+                found = json.loads(file.read(_MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return _verdict(found)
+
+    def keep(self, verdict: Verdict) -> None:
+        """Write a verdict. A folder that cannot be written to is no error."""
+        try:
+            with atomic_write(self._path) as path:
+                path.write_text(json.dumps({"version": _VERSION, **asdict(verdict)}), encoding="utf-8")
+        except OSError as error:  # a full disk, or another process that writes the same entry
+            logger.debug(f"The verdict of the self-check was not cached: {error}")
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.key}.json"
+
+
+def _verdict(found: Any) -> Verdict | None:
+    """Return the verdict that an entry holds; None if anything in it has another name or type."""
+    kinds = {"version": int, "way": str, "measured": bool, "shifts": bool, "longest": int}
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        return None
+    if any(type(found[name]) is not kind for name, kind in kinds.items()) or found.pop("version") != _VERSION:
+        return None
+    return Verdict(**found)

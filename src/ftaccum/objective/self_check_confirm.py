@@ -1,0 +1,92 @@
+"""A short confirmation of a cached verdict: one batch and separate ones, with gradients, on the rows of this run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..errors import SettingsError
+from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.state_guards import Generators
+from .deterministic_forward import DeterministicMode
+from .gradient_check import GradientCheck
+from .item_counts import Batch, tensors_of
+from .measured_counts import chosen_counts
+from .measurement import Measurement
+from .own_loss import LOSS
+from .perturbation import float32_weights, perturb_head
+from .probe import EXPLAINED, Explanation, difference
+from .report import ExactnessReport, InTraining
+from .sample import UNEQUAL
+from .self_check_cache import Verdict
+
+
+def length_of_longest(measurement: Measurement) -> int:
+    """Return the positions of the longest row."""
+    return max((t.numel() for t in tensors_of(measurement.sample.longest)), default=0)
+
+
+def confirmed(measurement: Measurement, verdict: Verdict) -> ExactnessReport | None:
+    """Return the report that a verdict stands for, if the loss and the gradient of the rows agree with it; else None.
+
+    The rows run in train mode without random draws, once in one batch and once in separate ones, at their own widths.
+    A longest row that is longer than the one that was run runs as well.
+    """
+    measurement = replace(measurement, terms=(LOSS,))
+    if verdict.way not in measurement.ways()[LOSS]:
+        return None
+    try:
+        if length_of_longest(measurement) > verdict.longest:
+            measurement.run_longest()
+        with float32_weights(measurement.model, *measurement.forward.modules) as widened:
+            loss = _loss(replace(measurement, prepared=widened), verdict)
+    except (RuntimeError, SettingsError) as error:  # the measurement that follows reports it
+        if is_out_of_memory(error):
+            give_back_memory()
+        return None
+    return None if loss is None else _report(measurement, verdict, loss)
+
+
+def _loss(measurement: Measurement, verdict: Verdict) -> float | None:
+    """Return the loss of the rows in one batch; None if that of separate ones, or its gradient, differs."""
+    sample, model, modules = measurement.sample, measurement.model, measurement.forward.modules
+    counts = chosen_counts(measurement.ways(), {LOSS: verdict.way})
+    losses: list[Mapping[str, float]] = []
+
+    def means(batch: Batch) -> Mapping[str, Tensor]:
+        found = measurement.means(batch)
+        losses.append({term: mean.item() for term, mean in found.items()})
+        return found
+
+    separate = measurement.own_width or sample.separate(sample.together, UNEQUAL)
+    reordered = None if sample.cut is None else sample.cut(sample.together, ([3, 2, 1, 0],))[0]
+    check = GradientCheck(model, means, counts, modules)
+    with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
+        generators = Generators.now()
+        joint = check.together(sample.together)
+        if not generators.unchanged() or not math.isfinite(joint.norm()) or not joint.norm():
+            return None
+        gradient = check.difference(joint, separate, reordered, 10 * EXPLAINED)
+    if gradient.off or any(found.keys() != {LOSS} for found in losses):
+        return None
+    first, *others = losses
+    off = difference(first, others[: len(separate)], separate, LOSS, counts[LOSS])
+    return first[LOSS] if off <= EXPLAINED else None
+
+
+def _report(measurement: Measurement, verdict: Verdict, loss: float) -> ExactnessReport:
+    return ExactnessReport(
+        ways={LOSS: verdict.way},
+        measured=verdict.measured,
+        shifts=verdict.shifts,
+        explanation=Explanation({LOSS: 0.0}, 0.0, adds_up=False),
+        in_training=InTraining({LOSS: 0.0}),
+        joint={LOSS: loss},
+        single_rows={LOSS: abs(loss)},
+        parts=(),
+        tolerance=EXPLAINED,
+        sums=False,
+        own_loss=measurement.forward.is_own,
+        not_looked_at="" if measurement.knows_count else measurement.sample.not_looked_at,
+    )
