@@ -76,11 +76,13 @@ def _of_model(model: nn.Module) -> list[Any]:
     ]
     loss = getattr(model, "loss_function", None)  # of Transformers' models, looked up in a table
     attributes = [(name, sorted(_plain_attributes(module))) for name, module in model.named_modules()]
-    return [described, tensors, _of(loss), attributes, [_of_class(kind) for kind in _kinds(model)]]
+    return [described, tensors, _of(loss), attributes, [_of_class(kind) for kind in _classes(model)]]
 
 
-def _kinds(model: nn.Module) -> list[type]:
-    return sorted({type(module) for module in model.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__))
+def _classes(model: nn.Module) -> list[type]:
+    """Return the classes of all modules, and their bases."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__ if base is not object}
+    return sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__))
 
 
 def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -92,17 +94,12 @@ def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _of_class(kind: type) -> list[Any]:
-    """Return the files of a class and of its bases, and the code of their functions.
-
-    The code shows functions that were replaced after the file was loaded.
-    """
-    found: list[Any] = [kind.__qualname__]
-    for base in kind.__mro__:
-        if base is object:
-            continue
-        found.append(_of_file(sys.modules.get(base.__module__)))
-        found += [_of_code(f.__code__) for _, f in sorted(vars(base).items()) if isinstance(f, FunctionType)]
-    return found
+    """Return the file of a class, and the code of its functions, of which some may have been replaced since."""
+    functions = [
+        (name, f) for name, f in sorted(vars(kind).items(), key=lambda item: item[0]) if isinstance(f, FunctionType)
+    ]
+    file = _of_file(sys.modules.get(kind.__module__))
+    return [kind.__qualname__, file, [(name, _of_code(f.__code__)) for name, f in functions]]
 
 
 def _of(value: Any, depth: int = _DEPTH) -> Any:
@@ -124,11 +121,12 @@ def _of(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, ModuleType):
         return [value.__name__, _of_file(value)]
     if isinstance(value, type):
-        return _of_class(value)
+        return [_of_class(base) for base in value.__mro__ if base is not object]
     if callable(value) and type(value).__module__ == "builtins":  # a function written in C
         return [getattr(value, "__module__", None), getattr(value, "__qualname__", None)]
     if hasattr(value, "__dict__"):
-        return [_of_class(type(value)), _of(vars(value), depth - 1)]
+        bases = [_of_class(base) for base in type(value).__mro__ if base is not object]
+        return [bases, _of(vars(value), depth - 1)]
     raise _UnknownError
 
 
@@ -136,14 +134,14 @@ def _of_function(function: FunctionType, depth: int) -> list[Any]:
     names = function.__code__.co_names
     named = {name: function.__globals__[name] for name in names if name in function.__globals__}
     held = [cell.cell_contents for cell in function.__closure__ or ()]
-    is_library = _is_within(Path(function.__code__.co_filename), _folders_of_versions())
+    is_library = _is_within(function.__code__.co_filename, _folders_of_versions())
     more = [] if is_library else [_of(value, depth - 1) for value in (held, named)]
     given = [_of(value, depth - 1) for value in (function.__defaults__, function.__kwdefaults__)]
     return [_of_file(sys.modules.get(function.__module__)), _of_code(function.__code__), given, more]
 
 
 def _of_code(code: CodeType) -> str:
-    _check_place(Path(code.co_filename))
+    _check_place(code.co_filename)
     inner = [
         _of_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)
     ]
@@ -155,7 +153,7 @@ def _of_file(module: ModuleType | None) -> str:
     path = getattr(module, "__file__", None)
     if module is None or path is None or module.__name__ == "__main__":
         raise _UnknownError
-    _check_place(Path(path))
+    _check_place(path)
     return _of_path(path, Path(path).stat().st_mtime_ns)
 
 
@@ -164,28 +162,30 @@ def _of_path(path: str, _: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _check_place(path: Path) -> None:
-    if not _is_within(path, (*map(Path, _library_folders()), _PACKAGE)):
+def _check_place(path: str) -> None:
+    if not _is_within(path, (*_library_folders(), str(_PACKAGE))):
         raise _UnknownError
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_within(path: Path, folders: tuple[Path, ...]) -> bool:
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(folder.resolve()) for folder in folders)
+def _is_within(path: str, folders: tuple[str, ...]) -> bool:
+    resolved = Path(path).resolve()
+    return any(resolved.is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
-def _library_folders() -> list[str]:
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
     """Return the folders of installed packages and of the standard library."""
     user = site.getusersitepackages()
     paths = (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib"))
-    return [*site.getsitepackages(), user, *(path for path in paths if path)]
+    return (*site.getsitepackages(), user, *(path for path in paths if path))
 
 
-def _folders_of_versions() -> tuple[Path, ...]:
+@functools.cache
+def _folders_of_versions() -> tuple[str, ...]:
     """Return the packages whose versions are part of the key, so that one need not follow what their functions call."""
     files = (getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES)
-    return tuple(Path(path).parent for path in files if path)
+    return tuple(str(Path(path).parent) for path in files if path)
 
 
 def _of_sample(sample: Sample) -> list[Any]:
