@@ -136,12 +136,14 @@ def explain(
     groups = [group for group in (cut(together) if cut else [], padded_apart) if group]
     assert groups, "`cut` or `padded_apart` is given"
     found, adds_up = [], False
-    for separate in groups:
+    for separate in reversed(groups):
         means = [losses(part) for part in separate]
         found.append({term: difference(joint, means, separate, term, count) for term, count in chosen.items()})
         sums = {term: sum(mean[term] for mean in means) for term in joint}
         adds_up = adds_up or all(relative(sums[term], joint[term]) <= tolerance for term in joint)
-    equal_width, own_width = found[0], found[-1]
+        if max(found[0].values(), default=0.0) <= tolerance:  # one width adds nothing to this
+            break
+    own_width, equal_width = found[0], found[-1]
     # Terms that are explained only if all groups have the same width: a softmax over padding, for example.
     sensitive = [own_width[term] for term in chosen if equal_width[term] <= tolerance < own_width[term]]
     return Explanation(equal_width if sensitive else own_width, max(sensitive, default=0.0), adds_up)
