@@ -17,7 +17,7 @@ from .row import class_of, length_of
 _SAMPLE, _PROBE_ROWS = 32, 4
 
 
-_LONG_ENOUGH = 64  # tokens: a row up to this length, or twice the shortest, is quick to measure
+_LONG_ENOUGH, _TIMES_SHORTEST = 32, 1.5  # tokens: a row up to this length, or so many times the shortest, is quick
 
 
 _STRIDE = 4
@@ -154,7 +154,7 @@ def unlike_places(lengths: Sequence[int], classes: Sequence[int | None]) -> tupl
     """
     by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     longest = by_length[-1]
-    quick = max(_LONG_ENOUGH, 2 * lengths[by_length[0]])
+    quick = max(_LONG_ENOUGH, _TIMES_SHORTEST * lengths[by_length[0]])
     n_quick = sum(length <= quick for length in lengths)
     by_length = by_length[: max(n_quick, _PROBE_ROWS)]
     n = min(_PROBE_ROWS, len(by_length))
