@@ -45,6 +45,7 @@ def test_fine_tuning(
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
+    loss_head: str = "auto",
     optimizer: str | OptimizerFactory | Optimizer | None = None,
     learning_rate: float = DefaultFloat(5e-5),
     learning_rate_scaling: str = "none",

@@ -81,7 +81,7 @@ class Evaluation:
         with torch.no_grad(), training_mode(model, training=False):
             micro = self._loader.longest_rows(1)
             batch = fresh_batch(micro.batch, self._accelerator.device)
-            *_, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names)
+            *_, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names, whole=True)
         named = metrics.named_outputs(outputs)
         check_prediction_memory(
             named, vocabulary_sizes(model, config), self._groups.n_rows, predicts_next_token=self._objective.shifts
@@ -160,7 +160,10 @@ class Evaluation:
         """
         metrics, batch = self._metrics, fresh_batch(micro.batch, self._accelerator.device)
         labels = None if metrics is None else metrics.labels_of(batch)
-        means, values, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names)
+        whole = metrics is not None and self._generator is None and metrics.needs_all_logits
+        means, values, outputs = self._objective.observe(
+            model, batch, micro.counts, micro.terms, micro.names, whole=whole
+        )
         first = CollectedValues.of(micro.slice.places, values)
         if self._generator is not None:
             del outputs  # their memory is needed
