@@ -158,7 +158,7 @@ CONTENDERS: dict[str, Contender] = {
     "ours-dense": ours_dense,
     "ours-arrival": ours(lambda _: {"planner": False}),
     "ours": ours(lambda _: {}),
-    "ours-tokens": ours(lambda job: {"max_tokens": job.batch_size * job.longest}),
+    "ours-tokens": ours(lambda _: {"max_tokens": "auto"}),
 }
 NAMES = {
     "trainer": "`Trainer`",
