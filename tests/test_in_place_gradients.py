@@ -1,5 +1,7 @@
 """Gradients of large linear layers, which the backward pass adds to `weight.grad` in place, against plain autograd."""
 
+import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from ftaccum.runtime.gradients import in_place
 from ftaccum.runtime.gradients.in_place import InPlaceGradients
@@ -16,23 +19,30 @@ from ftaccum.runtime.gradients.sparse import SparseEmbeddingGradients
 class Tied(nn.Module):
     """A tiny language model whose output embedding is its input embedding, used twice in a pass."""
 
-    def __init__(self, *, has_penalty: bool = False) -> None:
+    def __init__(self, *, penalty: str = "") -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
         self.head.weight = self.table.weight
-        self.has_penalty = has_penalty
+        self.penalty = penalty
         self.double()
 
     def forward(self, ids: Tensor) -> Tensor:
         hidden = self.table(ids).tanh()
         loss: Tensor = nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), ids.flatten())
         loss = loss + self.head(hidden[:, 0]).square().mean()
-        if self.has_penalty:
-            (slope,) = torch.autograd.grad(loss, hidden, create_graph=True)
-            (of_weight,) = torch.autograd.grad(loss, self.head.weight, create_graph=True)
+        if self.penalty:
+            is_trained = self.penalty == "trained"
+            (slope,) = torch.autograd.grad(loss, hidden, create_graph=is_trained, retain_graph=True)
+            (of_weight,) = torch.autograd.grad(loss, self.head.weight, create_graph=is_trained, retain_graph=True)
             loss = loss + slope.square().sum() + of_weight.square().sum()
         return loss
+
+
+class Recomputed(nn.Sequential):
+    def forward(self, given: Tensor) -> Tensor:
+        result: Tensor = checkpoint(super().forward, given, use_reentrant=True)
+        return result
 
 
 @pytest.fixture(autouse=True)
@@ -76,19 +86,17 @@ def test_gradients_added_in_place_are_those_of_autograd(small_layers_count: list
     torch.testing.assert_close(added, gradients(Tied(), adds=False), rtol=1e-13, atol=1e-15)
 
 
-def test_gradients_inside_a_forward_pass_are_not_added(small_layers_count: list[Any]) -> None:
-    added = gradients(Tied(has_penalty=True), adds=True)
+@pytest.mark.parametrize("penalty", ["trained", "constant"])
+def test_gradients_inside_a_forward_pass_are_not_added(small_layers_count: list[Any], penalty: str) -> None:
+    added = gradients(Tied(penalty=penalty), adds=True)
     assert in_place_passes(small_layers_count) > 0
-    torch.testing.assert_close(added, gradients(Tied(has_penalty=True), adds=False), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(added, gradients(Tied(penalty=penalty), adds=False), rtol=1e-12, atol=1e-14)
 
 
 def test_recomputed_layers_add_once(small_layers_count: list[Any]) -> None:
     def run(*, adds: bool) -> list[Tensor]:
         model = Tied()
-        own = model.head
-        model.head = nn.Sequential(own)
-        forward = model.head.forward
-        model.head.forward = lambda x: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=True)  # type: ignore[method-assign]
+        model.head = Recomputed(model.head)  # type: ignore[assignment]
         return gradients(model, adds=adds)
 
     torch.testing.assert_close(run(adds=True), run(adds=False), rtol=1e-13, atol=1e-15)
@@ -123,3 +131,12 @@ def test_layers_get_their_forward_back_after_an_error() -> None:
     with pytest.raises(IndexError), InPlaceGradients(model).in_place():
         model(torch.tensor([[99]]))
     assert "forward" not in vars(model.head)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_two_processes_average_gradients_added_in_place(two_processes: Callable[..., str]) -> None:
+    printed = two_processes("in_place_of_two.py")
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("FOUND "))[6:])
+    assert [n_added for _, n_added in found] == [10, 8]
+    assert max(error for error, _ in found) < 1e-14
