@@ -50,6 +50,7 @@ from measuring import machine
 from workloads import Row, movies
 
 SEED, ROWS, BATCH = 42, 32, 8
+TASKS = ("classification", "masked LM")
 PASS_COLUMNS = ("forward", "backward", "adding up", "sparse", "in place", "around the model", "pass in ftaccum")
 UPDATE_COLUMNS = ("clipping", "optimizer", "clearing")
 
@@ -146,6 +147,8 @@ def masked(collate: Any, rows: list[Row]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, nargs="+", default=[BATCH, 1], help="rows of a micro-batch")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
@@ -160,9 +163,10 @@ def main() -> None:
     }
     rows = sorted(workload.rows.select(range(ROWS)).to_list(), key=lambda row: len(row["input_ids"]))
     print(machine(), f"\n\n| | {' | '.join((*PASS_COLUMNS, *UPDATE_COLUMNS))} |\n|" + " --- |" * 11)
-    for name, (model, collate) in tasks.items():
+    for name in options.task:
+        model, collate = tasks[name]
         model.train()
-        for size in (BATCH, 1):
+        for size in options.size:
             batches = [collate(rows[start : start + size]) for start in range(0, ROWS, size)]
             times = profile(model, batches, options.rounds)
             cells = [f"{times[column]:.1f}" for column in (*PASS_COLUMNS, *UPDATE_COLUMNS)]
