@@ -27,8 +27,7 @@ try:
 except ImportError:
     sft_peer = None  # type: ignore[assignment]
 
-Contender = Callable[[Any, Job], Any]
-"""Trains a model; returns ftaccum's result, if it has one."""
+Contender = Callable[[Any, Job], None]
 
 
 def trainer(strategy: str, *, exactly: bool = False, **options: Any) -> Contender:
@@ -99,8 +98,8 @@ def bare_loop(model: Any, job: Job) -> None:
 def ours(options: Callable[[Job], dict[str, Any]]) -> Contender:
     """Return a contender that runs `test_fine_tuning` with options that depend on the job."""
 
-    def run(model: Any, job: Job) -> Any:
-        return fine_tune(model, job, **options(job))
+    def run(model: Any, job: Job) -> None:
+        fine_tune(model, job, **options(job))
 
     return run
 
@@ -114,10 +113,10 @@ def fine_tune(model: Any, job: Job, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def ours_dense(model: Any, job: Job) -> Any:
+def ours_dense(model: Any, job: Job) -> None:
     """Run ftaccum with no more than a bare loop does: no planner, and dense gradients of embedding tables."""
     with patch("ftaccum.runtime.gradients.sparse._can_be_sparse", return_value=False):
-        return fine_tune(model, job, planner=False)
+        fine_tune(model, job, planner=False)
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -1,16 +1,19 @@
 """Runs of the contenders of scripts/bench_trainer.py: their time, their counts and their peak memory."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from embeddings_task import memory
+from ftaccum.accumulation.audit import GradientAuditor
 from ftaccum.bridges.trainer import measured_trainer
 from ftaccum.training import build_data
 from host_syncs import HostSyncs
@@ -23,7 +26,6 @@ from peers import Contender
 ON_HOST = ("ftaccum/data/", "torch/optim/adam.py")
 # Places where the models themselves wait once or twice per forward pass, in every contender.
 IN_MODEL = ("transformers/masking_utils.py", "transformers/models/")
-_SELF_CHECKS = (build_data, measured_trainer)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Timing:
         steady: per update, from the end of the first update to the end of the last; None with fewer than two updates.
         updates: number of updates.
         self_check: of `before`, those of ftaccum's self-check.
-        audits, steady_audits: in all audits and in those after the first update, per update; None if not known.
+        audits, steady_audits: in all audits, and per update in those after the first update.
     """
 
     before: float
@@ -43,7 +45,7 @@ class Timing:
     steady: float | None
     updates: int
     self_check: float
-    audits: float | None
+    audits: float
     steady_audits: float | None
 
     @property
@@ -64,29 +66,34 @@ class Counts:
     waited_at: dict[str, int]
 
 
+class _Span(NamedTuple):
+    """A period of time."""
+
+    start: float
+    seconds: float
+
+
 def timed(contender: Contender, job: Job) -> Timing:
     model, first = job.workload.new_model(), list[float]()
-    Passes(model, lambda: first.append(now()))
-    with quiet(job.seed), _steps() as steps, _self_checks() as checks:
+    passes = Passes(model, lambda: first.append(now()))
+    with quiet(job.seed), _steps(model) as steps, _Checks(passes) as checks:
         started = now()
-        result = contender(model, job)
+        contender(model, job)
         ended = now()
     n = len(steps) - 1
-    audits = getattr(result, "audits", None)  # only ftaccum returns a result
-    later = None if audits is None or not n else sum(a["seconds"] for a in audits if a["audit"] > 1) / n
     return Timing(
-        first[0] - started,
-        ended - first[0],
-        (steps[-1] - steps[0]) / n if n else None,
-        len(steps),
-        sum(checks),
-        None if audits is None else sum(audit["seconds"] for audit in audits),
-        later,
+        before=first[0] - started,
+        seconds=ended - first[0],
+        steady=(steps[-1] - steps[0]) / n if n else None,
+        updates=len(steps),
+        self_check=sum(check.seconds for check in checks.self_checks),
+        audits=sum(audit.seconds for audit in checks.audits),
+        steady_audits=sum(audit.seconds for audit in checks.audits if audit.start > steps[0]) / n if n else None,
     )
 
 
 def counted(contender: Contender, job: Job) -> Counts:
-    """Run a contender without timing, and count.
+    """Run a contender without timing, and count, without ftaccum's self-check and audits.
 
     Waits count from the first forward pass on, as on a GPU: there, ftaccum keeps the gradients of embeddings dense.
     """
@@ -96,7 +103,7 @@ def counted(contender: Contender, job: Job) -> Counts:
         HostSyncs(except_under=ON_HOST) as syncs,
     ):
         passes = Passes(model, syncs.where.clear)
-        with quiet(job.seed):
+        with quiet(job.seed), _Checks(passes, syncs.where):
             contender(model, job)
     in_model = sum(n for place, n in syncs.where.items() if any(part in place for part in IN_MODEL))
     places = {short(place): n for place, n in syncs.where.most_common()}
@@ -118,33 +125,49 @@ def grown(contender: Contender, job: Job) -> int:
 
 
 @contextlib.contextmanager
-def _steps() -> Iterator[list[float]]:
-    """Note the time at the end of each step of any optimizer."""
-    ends: list[float] = []
-    hook = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
+def _steps(model: Any) -> Iterator[list[float]]:
+    """Note the time at the end of each step of the model's optimizer."""
+    ends, weights = list[float](), {id(weight) for weight in model.parameters()}
+
+    def note(optimizer: Any, *_: Any) -> None:
+        if id(optimizer.param_groups[0]["params"][0]) in weights:  # ftaccum tries out the schedule with another one
+            ends.append(now())
+
+    hook = register_optimizer_step_post_hook(note)
     try:
         yield ends
     finally:
         hook.remove()
 
 
-@contextlib.contextmanager
-def _self_checks() -> Iterator[list[float]]:
-    """Note the seconds of each self-check."""
-    seconds: list[float] = []
+class _Checks:
+    """A context manager that notes ftaccum's self-checks and audits, whose passes and waits it does not count."""
 
-    def noting(check: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any, **options: Any) -> Any:
-            started = now()
+    def __init__(self, passes: Passes, waits: Counter[str] | None = None) -> None:
+        self.self_checks, self.audits = list[_Span](), list[_Span]()
+        self._passes, self._waits, self._patches = passes, Counter[str]() if waits is None else waits, ExitStack()
+
+    def __enter__(self) -> "_Checks":
+        for module in (build_data, measured_trainer):
+            self._note(module, "measured_objective", self.self_checks)
+        self._note(GradientAuditor, "audit", self.audits)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def _note(self, owner: Any, name: str, found: list[_Span]) -> None:
+        function = getattr(owner, name)
+
+        def noting(*given: Any, **options: Any) -> Any:
+            waits, started = self._waits.copy(), now()
+            self._passes.paused = True
             try:
-                return check(*given, **options)
+                return function(*given, **options)
             finally:
-                seconds.append(now() - started)
+                self._passes.paused = False
+                found.append(_Span(started, now() - started))
+                self._waits.clear()
+                self._waits.update(waits)
 
-        return run
-
-    with contextlib.ExitStack() as stack:
-        for module in _SELF_CHECKS:
-            check = module.measured_objective
-            stack.enter_context(patch.object(module, "measured_objective", noting(check)))
-        yield seconds
+        self._patches.enter_context(patch.object(owner, name, noting))

@@ -112,5 +112,5 @@ def _baselines(measure: Measure, rounds: Sequence[Round]) -> dict[str, str]:
 
 
 def _share(parts: Sequence[tuple[float | None, float | None]]) -> str:
-    shares = [part / whole for part, whole in parts if part is not None and whole]
-    return f"{median(shares):.1%}" if shares else "–"
+    shares = [(part or 0.0) / whole for part, whole in parts if whole]
+    return f"{median(shares):.1%}" if shares and any(shares) else "–"
