@@ -3,8 +3,12 @@
 import itertools
 import json
 import random
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from datasets import Dataset
 from transformers import (
