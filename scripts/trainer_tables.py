@@ -104,11 +104,12 @@ def spread(values: Sequence[float]) -> str:
 
 def _baselines(measure: Measure, rounds: Sequence[Round]) -> dict[str, str]:
     """Return the contenders to compare with, with the headings of their columns."""
-    found = {name: f"× {NAMES[name]}" for name in ("trainer", *OTHERS) if name in rounds[0]}
     best = measure.best_trainer(rounds)
-    if best not in (None, "trainer"):
-        found[str(best)] = f"× its best, {NAMES[str(best)].partition(', ')[2]}"
-    return found
+    found = {"trainer": f"× {NAMES['trainer']}"}
+    if best is not None:
+        found.setdefault(best, f"× its best, {NAMES[best].partition(', ')[2]}")
+    found |= {name: f"× {NAMES[name]}" for name in OTHERS}
+    return {name: heading for name, heading in found.items() if name in rounds[0]}
 
 
 def _share(parts: Sequence[tuple[float | None, float | None]]) -> str:
