@@ -8,7 +8,7 @@ contenders, in rotating order. Everything runs on one thread. A contender that d
   the weights and the tokenised rows already in memory. It includes the self-check, reading lengths and packing.
 - The steady state runs from the end of the first update's optimizer step to the end of the last one's, and is divided
   by the number of updates after the first. It includes ftaccum's audits. The second table has their share, and the
-  seconds before the first forward pass in training mode, of which the self-check is a part.
+  seconds before the first forward pass of training, which include the self-check and the first audit.
 - Peak memory is that of one run in a process of its own: on a CPU, how much resident memory grows at most beyond the
   loaded weights, and on a GPU the allocator's peak.
 

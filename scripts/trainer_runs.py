@@ -33,7 +33,8 @@ class Timing:
     """The seconds of a run.
 
     Attributes:
-        before, seconds: before the first forward pass of training, and from there to the end.
+        before, seconds: before the first forward pass of training, with ftaccum's self-check and first audit, and from
+            there to the end.
         steady: per update, from the end of the first update to the end of the last; None with fewer than two updates.
         updates: number of updates.
         self_check: of `before`, those of ftaccum's self-check.
