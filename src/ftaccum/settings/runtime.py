@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ..fields import (
     Count,
     Flag,
+    LossHead,
     Names,
     OnInexact,
     OnNonfinite,
@@ -53,6 +54,11 @@ class Runtime:
         "None takes 64, 1 and 0.0005",
     )
     padding_free: Flag = cut(False, "concatenate the rows of a micro-batch instead of padding them (causal LMs)")
+    loss_head: LossHead = cut(
+        "auto",
+        "positions at which a language model computes logits: auto takes those with a label, if that gives the model's "
+        "own loss and gradient; full takes all",
+    )
     gradient_checkpointing: Flag = cut(False, "recompute activations in the backward pass to save memory")
     compile: Flag = speed(
         False, "torch.compile the model; widths are padded to buckets to limit the shapes", matters_to_rounding=True

@@ -20,6 +20,7 @@ from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
 from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import ItemCounter, tensors_of
+from ..objective.labelled_check import find_labelled_head
 from ..objective.loss_scale import find_divisor
 from ..objective.model_forward import LossFn, ModelForward
 from ..objective.objective import Objective
@@ -229,4 +230,9 @@ def _objective(
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
     logger.debug(objective.report.describe_measurement())
+    if config.runtime.loss_head == "auto":
+        reason = find_labelled_head(components.model, forward, few, objective, ignore_index)
+        logger.debug(
+            f"Logits are computed {'at labelled positions only' if reason is None else f'at all positions: {reason}'}."
+        )
     return forward, objective
