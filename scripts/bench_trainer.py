@@ -67,7 +67,7 @@ def compare(job: Job, names: Sequence[str], rounds: int) -> tuple[dict[str, Coun
         times = {}
         for name in [*names[first:], *names[:first]]:
             times[name] = timed(CONTENDERS[name], job)
-            _progress(f"{job.workload.name}, round {number + 1} of {rounds}, {name}: {times[name].seconds:.1f} s")
+            _progress(f"{job.workload.name}, round {number + 1} of {rounds}, {name}: {times[name]}")
         timings.append(times)
     return counts, timings
 
@@ -78,10 +78,10 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         job = _job(options, name)
         names = _fitting(options.contenders, job)
         counts, rounds = compare(job, names, options.rounds)
-        peaks = {} if options.no_memory else {contender: _peak(name, contender) for contender in names}
         sizes = f"{job.updates} updates of {job.batch_size} × {job.k} rows, longest {job.longest} tokens"
         print(f"\n{name}: {sizes}, precision {job.precision}\n")
-        print("\n".join(trainer_tables.times(rounds)), end="\n\n")
+        print("\n".join(trainer_tables.times(rounds)), end="\n\n", flush=True)
+        peaks = {} if options.no_memory else {contender: _peak(name, contender) for contender in names}
         print("\n".join(trainer_tables.details(job, counts, rounds, peaks)), flush=True)
         found[name] = {
             "counts": {n: asdict(count) for n, count in counts.items()},

@@ -53,6 +53,10 @@ class Timing:
     def whole(self) -> float:
         return self.before + self.seconds
 
+    def __str__(self) -> str:
+        update = "" if self.steady is None else f", {self.steady:.2f} s an update in steady state"
+        return f"{self.whole:.2f} s{update}"
+
 
 @dataclass(frozen=True)
 class Counts:
