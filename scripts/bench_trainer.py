@@ -17,7 +17,7 @@ sentence-transformers, whose trainer needs a window loss.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py                                # all but chat
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --workload chat \\
-        --contenders trainer trainer-rebalance sft sft-packed bare ours                        # about 1.5 hours
+        --contenders trainer trainer-rebalance sft sft-packed bare ours                        # an hour or two
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --k 32 --workload long-tailed  # windows of 256 rows
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --sweep-k                      # time per row against k
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --start-up
