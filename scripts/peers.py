@@ -134,7 +134,7 @@ CONTENDERS: dict[str, Contender] = {
     "ours-dense": ours_dense,
     "ours-arrival": ours(lambda _: {"planner": False}),
     "ours": ours(lambda _: {}),
-    "ours-tokens": ours(lambda job: {"max_tokens": job.batch_size * job.longest}),
+    "ours-tokens": ours(lambda _: {"max_tokens": "auto"}),
 }
 if "loss_head" in signature(test_fine_tuning).parameters:
     CONTENDERS["ours-full-head"] = ours(lambda _: {"loss_head": "full"})

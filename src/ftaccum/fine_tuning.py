@@ -41,7 +41,7 @@ def test_fine_tuning(
     effective_batch_size: int | None = None,
     tokens_per_update: int | None = None,
     remainder: str = "flush",
-    max_tokens: int | None = None,
+    max_tokens: int | str | None = None,
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
@@ -155,7 +155,9 @@ def test_fine_tuning(
             last update of the run may be smaller. Such an update counts towards the epoch of its last row, and an
             epoch may have no update.
         max_tokens: maximum positions per micro-batch, padding included. If set, it limits micro-batches instead of
-            `batch_size`, which then only helps to determine the size of an update.
+            `batch_size`, which then only helps to determine the size of an update. "auto" takes `batch_size` × the
+            longest training row, so short rows make fewer and larger micro-batches. Refused for rows that need memory
+            for more than their `input_ids`, for models that mix the rows of a micro-batch, and for streams.
         planner: split each window where it costs least, once its rows are drawn. False splits it into equal slices in
             order of arrival. The update is the same either way.
         planner_costs: costs of a forward and backward pass, in any unit: per pass, per padded token, and per row ×

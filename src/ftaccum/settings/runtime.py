@@ -21,7 +21,7 @@ from ..fields import (
 )
 from ..rules.periods import Audit, Every
 from ..rules.repository import Repository
-from ..rules.update_size import BatchSize, Costs
+from ..rules.update_size import BatchSize, Costs, MaxTokens
 from .groups import FIXED_BATCH, OWN_ARGUMENT, check, cut, evaluation, logging, output, precision, repeat, size, speed
 
 
@@ -40,9 +40,10 @@ class Runtime:
         "rows per batch of an evaluation on one process; None takes as many as batch_size",
         unsearchable=FIXED_BATCH,
     )
-    max_tokens: PositiveInt | None = cut(
+    max_tokens: MaxTokens | None = cut(
         None,
-        "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows",
+        "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows; auto "
+        "takes batch_size × the longest training row",
         unsearchable=FIXED_BATCH,
     )
     planner: Flag = cut(

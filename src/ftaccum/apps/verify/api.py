@@ -34,7 +34,7 @@ def verify(
     gradient_accumulation_steps: int = 1,
     effective_batch_size: int | None = None,
     tokens_per_update: int | None = None,
-    max_tokens: int | None = None,
+    max_tokens: int | str | None = None,
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
