@@ -16,7 +16,7 @@ from .labelled_head import LabelledHead
 from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS
-from .perturbation import float32_weights
+from .perturbation import float32_weights, perturb_head
 from .probe import relative
 from .report import ExactnessReport
 from .sample import Sample
@@ -94,7 +94,11 @@ class _Comparison:
     def reason(self) -> str | None:
         """Return how the two differ, or the error that the selection of positions causes; None if they are equal."""
         modules = self._forward.modules
-        with inspection_mode(self._model, *modules), float32_weights(self._model, *modules) as prepared:
+        with (
+            inspection_mode(self._model, *modules),
+            float32_weights(self._model, *modules) as prepared,
+            perturb_head(self._model),  # with a new head, a penalty of large logits hardly shows
+        ):
             self._prepared = prepared
             try:
                 return self._of_losses() or self._of_gradient()
