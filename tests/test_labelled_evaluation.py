@@ -26,14 +26,16 @@ def trained(model: nn.Module, rows: list[Row], **arguments: Any) -> Result:
     return test_fine_tuning(copy.deepcopy(model), train_data=rows, **defaults | arguments)
 
 
-def both_ways(name: str, **arguments: Any) -> tuple[Result, Result]:
+def both_ways(name: str, *, return_dict: bool = True, **arguments: Any) -> tuple[Result, Result]:
     """Return the result with logits at labelled positions, and that with all logits."""
     head = HEADS[name]
+    model: Any = head.model()
+    model.config.return_dict = return_dict
     val = head.rows(7, seed=8)
     val[2]["labels"] = [IGNORED] * len(val[2]["labels"])
     with choices_of_head() as choices:
         found = [
-            trained(head.model(), head.rows(), **{"val_data": val, "loss_head": loss_head} | arguments)
+            trained(model, head.rows(), **{"val_data": val, "loss_head": loss_head} | arguments)
             for loss_head in ("auto", "full")
         ]
     assert choices == [SHORT_WAY]
@@ -74,7 +76,6 @@ def test_the_validation_loss_and_metrics_equal_those_of_all_logits(metrics: str)
     short, full = both_ways(name, **arguments)
     assert short.val_loss_history == pytest.approx(full.val_loss_history, rel=1e-6)
     assert short.metrics == full.metrics
-    print(short.metrics)
 
 
 def test_a_function_of_logits_gets_those_of_all_positions() -> None:
@@ -87,3 +88,9 @@ def test_a_function_of_logits_gets_those_of_all_positions() -> None:
     both_ways(MASKED, compute_metrics=lambda _: {"n": 1.0}, preprocess_logits_for_metrics=keep)
     assert shapes
     assert all(found == wanted for found, wanted in shapes)
+
+
+def test_predicted_tokens_are_read_from_outputs_without_names() -> None:
+    arguments = {"compute_metrics": checksum, "preprocess_logits_for_metrics": PredictedTokens()}
+    short, full = both_ways(MASKED, return_dict=False, **arguments)
+    assert short.metrics == full.metrics

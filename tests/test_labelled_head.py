@@ -20,6 +20,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from transformers.modeling_outputs import CausalLMOutput
+
 from exactness import accumulated_gradients, window_errors
 from heads import HEADS, IGNORED, PAD, Row, all_in_float64, relative_error
 from labelled_heads import WithLoss, choices_of_head, record_positions
@@ -217,7 +219,7 @@ class Functional(LlamaForCausalLM):
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         logits = F.linear(hidden, self.lm_head.weight)
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return {"loss": loss, "logits": logits}
+        return CausalLMOutput(loss=loss, logits=logits)
 
 
 class Twice(WithLoss, LlamaForCausalLM):
@@ -227,7 +229,7 @@ class Twice(WithLoss, LlamaForCausalLM):
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         logits = self.lm_head(hidden) + self.lm_head(hidden.flip(1)).flip(1)
         loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return {"loss": loss, "logits": logits}
+        return CausalLMOutput(loss=loss, logits=logits)
 
 
 class NeedsLabels(LlamaForCausalLM):
