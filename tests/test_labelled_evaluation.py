@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor, nn
 
 import ftaccum
 from ftaccum import Result, test_fine_tuning
 from ftaccum.tasks.token_accuracy import PredictedTokens, TokenAccuracy
-from heads import HEADS, IGNORED, Row
+from heads import HEADS, IGNORED, RecordingOptimizer, Row, relative_error
 from labelled_heads import choices_of_head
 
 MASKED, CAUSAL, T5 = "masked LM, BERT", "causal LM, Llama", "seq2seq, T5"
@@ -94,3 +93,24 @@ def test_predicted_tokens_are_read_from_outputs_without_names() -> None:
     arguments = {"compute_metrics": checksum, "preprocess_logits_for_metrics": PredictedTokens()}
     short, full = both_ways(MASKED, return_dict=False, **arguments)
     assert short.metrics == full.metrics
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_at_labelled_positions_and_validates_at_all() -> None:
+    """Evaluate before, between and after updates with a metric of all logits, in as few graphs as all logits need."""
+    gradients, metrics = [], []
+    for compiled in (False, True):
+        model = HEADS[MASKED].model()
+        optimizer = RecordingOptimizer(model)
+        with choices_of_head() as choices:
+            result = test_fine_tuning(
+                model, train_data=HEADS[MASKED].rows(12), val_data=HEADS[MASKED].rows(7, seed=8), batch_size=2,
+                effective_batch_size=5, n_epochs=2, gradient_clip_norm=None, progress=False, verbosity="debug",
+                optimizer=optimizer, compile=compiled, compute_metrics=checksum,
+                preprocess_logits_for_metrics=lambda logits, _: first(logits).argmax(-1),
+            )  # fmt: skip
+        assert choices == [SHORT_WAY]
+        gradients.append(optimizer.gradients)
+        metrics.append(result.metrics)
+    assert max(map(relative_error, *gradients)) < 1e-6
+    assert metrics[0] == metrics[1]

@@ -19,7 +19,6 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
-
 from transformers.modeling_outputs import CausalLMOutput
 
 from exactness import accumulated_gradients, window_errors
