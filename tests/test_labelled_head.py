@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from exactness import accumulated_gradients, window_errors
+from ftaccum import DataError
 from heads import HEADS, IGNORED, PAD, Row, all_in_float64, relative_error
 from labelled_heads import WithLoss, choices_of_head, record_positions
 
@@ -288,7 +289,7 @@ ALL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "the entropy of all positions": (lambda: tiny(Entropic), {"on_inexact": "ignore"}, "the loss"),
     "a gradient without a value": (lambda: tiny(Cancelling), {}, "the gradient differs by"),
     "a penalty of large logits": (lambda: tiny(Penalized), {}, "the loss differs by"),
-    "a functional head": (lambda: tiny(Functional), {}, "the model cannot run so: its logits have the shape"),
+    "a functional head": (lambda: tiny(Functional), {}, "the model cannot run so: The logits have the shape"),
     "a head called twice": (lambda: tiny(Twice), {}, "the"),
     "labels as inputs": (lambda: tiny(NeedsLabels), {"on_inexact": "ignore"}, "the model cannot run so"),
     "dropout of logits": (with_dropped_logits, {}, "the gradient differs by"),
@@ -312,3 +313,18 @@ def test_all_logits_are_computed_if_the_loss_differs_on_a_rare_row_only() -> Non
     assert choice(tiny(Renames), rows) == SHORT_WAY
     rows[33]["labels"][-1] = 2
     assert choice(tiny(Renames), rows).startswith("all positions: the loss differs by")
+
+
+class Widens(LlamaForCausalLM):
+    """Appends a position to single rows, and drops its logits."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        more = int(len(input_ids) == 1)
+        ids, mask = F.pad(input_ids, (0, more)), F.pad(attention_mask, (0, more))
+        outputs = super().forward(ids, mask, labels=None if labels is None else F.pad(labels, (0, more), value=IGNORED))
+        return CausalLMOutput(outputs.loss, outputs.logits[:, : input_ids.shape[1]])
+
+
+def test_a_selection_that_works_only_before_training_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"The logits have the shape .* Pass `loss_head='full'`"):
+        accumulated_gradients(tiny(Widens), LLAMA.rows(60), **SIZES | {"batch_size": 1})

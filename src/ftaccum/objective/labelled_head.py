@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import DataError
 from .item_counts import Batch
 from .own_loss import logits_of
 
@@ -49,7 +50,7 @@ class LabelledHead:
             n_labels: the number of labelled positions; None to count them, which waits for the device.
 
         Raises:
-            ValueError: if the logits do not have this shape.
+            DataError: if the logits do not have this shape.
         """
         labels_BL = batch["labels"]
         positions_N = self._positions(labels_BL, n_labels)
@@ -57,7 +58,10 @@ class LabelledHead:
             outputs = run(self._without_labels(batch))
         logits_1NV = logits_of(outputs)
         if logits_1NV.shape[:-1] != (1, len(positions_N)):
-            raise ValueError(f"its logits have the shape {tuple(logits_1NV.shape)} after such a selection")
+            raise DataError(
+                f"The logits have the shape {tuple(logits_1NV.shape)} after the selection of {len(positions_N)} labelled "
+                "positions, which worked before training. Pass `loss_head='full'`."
+            )
         logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
         return F.cross_entropy(logits_NV, self._targets(labels_BL, positions_N)), outputs
 
