@@ -12,7 +12,7 @@ from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
 from .item_counts import Batch
-from .labelled_head import LabelledHead
+from .labelled_head import LabelledHead, Logits
 from .normalizer import Counts
 from .own_loss import LOSS, OwnLoss
 from .span_loss import is_span_loss, span_losses
@@ -52,26 +52,26 @@ class Forward(ABC):
         """Run the model on a batch and return its outputs."""
 
     def __call__(
-        self, model: nn.Module, batch: Batch, counts: Counts | None = None, *, whole: bool = False
+        self, model: nn.Module, batch: Batch, counts: Counts | None = None, logits: Logits = Logits.ALL
     ) -> tuple[dict[str, Tensor], Any]:
         """Return the means by term, as scalars, and the model's outputs. The model or the loss may change the batch.
 
         Args:
             counts: the batch's number of loss items by term, if known.
-            whole: whether the outputs must have the logits of all positions.
+            logits: the logits that the outputs must have.
         """
-        return self._inner_gradients.run(lambda: self._means(model, batch, counts, whole=whole))
+        return self._inner_gradients.run(lambda: self._means(model, batch, counts, logits))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on a batch and return its outputs, without computing the loss."""
         return self._inner_gradients.run(lambda: self._all_outputs(model, batch))
 
     def _means(
-        self, model: nn.Module, batch: Batch, counts: Counts | None, *, whole: bool
+        self, model: nn.Module, batch: Batch, counts: Counts | None, logits: Logits
     ) -> tuple[dict[str, Tensor], Any]:
-        if self.labelled_head is not None and not whole:
+        if self.labelled_head is not None and logits is not Logits.ALL:
             n_labels = int(counts[LOSS]) if counts and counts[LOSS] else None
-            mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels)
+            mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels, logits)
             return {LOSS: mean, **self._parts(outputs, mean)}, outputs
         outputs = self._all_outputs(model, batch)
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..runtime.memory import is_out_of_memory
@@ -12,10 +13,10 @@ from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_r
 from .batch_changes import fresh_batch
 from .gradient_check import GradientCheck, difference_of
 from .item_counts import Batch, targets_of
-from .labelled_head import LabelledHead
+from .labelled_head import LabelledHead, Logits
 from .model_forward import ModelForward
 from .objective import Objective
-from .own_loss import LOSS
+from .own_loss import LOSS, logits_of
 from .perturbation import float32_weights, perturb_head
 from .probe import relative
 from .report import ExactnessReport
@@ -52,7 +53,8 @@ def find_labelled_head(
         return reason
     shifts = _WAYS[objective.report.ways[LOSS]]
     labelled = LabelledHead(model, head, shifts=shifts, ignore_index=ignore_index)
-    reason = of_main_process(_Comparison(model, forward, sample, objective, labelled).reason())
+    comparison = _Comparison(model, forward, sample, objective, labelled)
+    reason, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
     forward.labelled_head = labelled if reason is None else None
     return reason
 
@@ -77,7 +79,11 @@ def _excluded(model: nn.Module, head: nn.Module, batch: Batch, report: Exactness
 
 
 class _Comparison:
-    """A comparison of the loss and the gradient from labelled positions with the model's own."""
+    """A comparison of the loss and the gradient from labelled positions with the model's own.
+
+    Attributes:
+        gives_logits: whether the outputs of the head are the model's logits.
+    """
 
     def __init__(
         self,
@@ -90,6 +96,7 @@ class _Comparison:
         self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
         self._labelled, self._tolerance = labelled, objective.report.tolerance
         self._prepared: Callable[[Batch], Batch] = lambda batch: batch
+        self.gives_logits = False
 
     def reason(self) -> str | None:
         """Return how the two differ, or the error that the selection of positions causes; None if they are equal."""
@@ -139,5 +146,14 @@ class _Comparison:
             return {term: mean.item() for term, mean in self._means(batch).items()}
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the means of a batch, and compare the model's logits with the outputs of its head."""
+        found: list[Tensor] = []
         given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
-        return self._forward(self._model, given)[0]
+        hook = self._labelled.head.register_forward_hook(lambda _, __, output: found.append(output))
+        try:
+            means, outputs = self._forward(self._model, given, logits=Logits.LABELLED)
+        finally:
+            hook.remove()
+        logits = logits_of(outputs)
+        self.gives_logits = len(found) == 1 and torch.equal(found[0].to(logits.dtype), logits)
+        return means

@@ -8,6 +8,7 @@ Shape suffixes: B rows, L tokens of a row, N labelled positions, H hidden size, 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,8 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
+from ..runtime.model_context import is_compiled
+from ..runtime.sharding.tensors import is_sharded
+from .chunked_loss import chunked_cross_entropy
 from .item_counts import Batch
 from .own_loss import logits_of
+
+
+class Logits(Enum):
+    """The logits that the outputs of a forward pass must have, besides those that its loss needs."""
+
+    NONE = "none"
+    LABELLED = "labelled"  # of labelled positions, in order, of shape (1, N, V), or of all positions
+    ALL = "all"
 
 
 class LabelledHead:
@@ -24,6 +36,11 @@ class LabelledHead:
 
     The loss is the mean cross entropy of the labels. Whether this is the model's own loss must be measured
     (`labelled_check`).
+
+    Attributes:
+        head: the last layer of the model.
+        gives_logits: whether the outputs of the head are the logits, without a scale or a soft cap. If so, the logits
+            of many positions are computed in chunks.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, *, shifts: bool, ignore_index: int) -> None:
@@ -33,29 +50,42 @@ class LabelledHead:
         shifts: whether logits predict the next label.
         ignore_index: the label that the loss ignores.
         """
-        self._head, self._offset, self._ignore_index = head, int(shifts), ignore_index
+        self.gives_logits = False
+        self._model, self.head, self._offset, self._ignore_index = model, head, int(shifts), ignore_index
         self._decoder_inputs: Callable[..., Tensor] | None = None
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             self._decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         self._shape_BL = torch.Size()
         self._positions_N: Tensor | None = None
+        self._chunked_targets_N: Tensor | None = None
+        self._chunked_loss: Tensor | None = None
 
     def __call__(
-        self, run: Callable[[Batch], Any], batch: Mapping[str, Tensor], n_labels: int | None = None
+        self,
+        run: Callable[[Batch], Any],
+        batch: Mapping[str, Tensor],
+        n_labels: int | None = None,
+        logits: Logits = Logits.LABELLED,
     ) -> tuple[Tensor, Any]:
-        """Return the mean loss of a batch, and the model's outputs, with logits of shape (1, N, V).
+        """Return the mean loss of a batch, and the model's outputs.
 
         Args:
             run: runs the model on a batch.
             n_labels: the number of labelled positions; None to count them, which waits for the device.
+            logits: `LABELLED`, or `NONE` if the outputs need no logits.
 
         Raises:
-            DataError: if the logits do not have this shape.
+            DataError: if the model does not return one logit for each of these positions and each word.
         """
         labels_BL = batch["labels"]
         positions_N = self._positions(labels_BL, n_labels)
+        targets_N = self._targets(labels_BL, positions_N)
         with self._selecting(labels_BL.shape, positions_N):
+            self._chunked_targets_N = targets_N if logits is Logits.NONE and self._may_chunk() else None
             outputs = run(self._without_labels(batch))
+            loss, self._chunked_loss = self._chunked_loss, None
+        if loss is not None:
+            return loss, outputs
         logits_1NV = logits_of(outputs)
         if logits_1NV.shape[:-1] != (1, len(positions_N)):
             raise DataError(
@@ -63,7 +93,11 @@ class LabelledHead:
                 "positions, which worked before training. Pass `loss_head='full'`."
             )
         logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
-        return F.cross_entropy(logits_NV, self._targets(labels_BL, positions_N)), outputs
+        return F.cross_entropy(logits_NV, targets_N), outputs
+
+    def _may_chunk(self) -> bool:
+        # Chunks use the weight before the head's forward pass, in which FSDP2 gathers it.
+        return self.gives_logits and not is_sharded(self._model) and not is_compiled(self._model)
 
     def whole(self, run: Callable[[Batch], Any], batch: Batch) -> Any:
         """Run the model on a batch as it is. A compiled model then has the same hooks as in other passes."""
@@ -102,12 +136,12 @@ class LabelledHead:
     @contextmanager
     def _selecting(self, shape_BL: torch.Size, positions_N: Tensor | None) -> Iterator[None]:
         self._shape_BL, self._positions_N = shape_BL, positions_N
-        handle = self._head.register_forward_pre_hook(self._select)
+        handle = self.head.register_forward_pre_hook(self._select)
         try:
             yield
         finally:
             handle.remove()
-            self._positions_N = None
+            self._positions_N = self._chunked_targets_N = None
 
     def _select(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._positions_N is None or not inputs:
@@ -116,4 +150,8 @@ class LabelledHead:
         if hidden_BLH.ndim != 3 or hidden_BLH.shape[:2] != self._shape_BL:
             return None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._positions_N)
+        if self._chunked_targets_N is not None:
+            self._chunked_loss = chunked_cross_entropy(self.head, hidden_NH, self._chunked_targets_N)
+            if self._chunked_loss is not None:
+                hidden_NH = hidden_NH[:0].detach()
         return (hidden_NH[None], *others)

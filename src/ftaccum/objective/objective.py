@@ -11,7 +11,7 @@ from ..errors import DataError
 from .batch_changes import WatchedBatch
 from .forward import Forward
 from .item_counts import Batch
-from .labelled_head import LabelledHead
+from .labelled_head import LabelledHead, Logits
 from .normalizer import Counts, Means, means_of_sums
 from .report import ExactnessReport
 from .window_terms import Values, WindowTerms
@@ -68,8 +68,7 @@ class Objective:
         counts: Counts,
         terms: Sequence[str],
         rows: str = "these rows",
-        *,
-        whole: bool = False,
+        logits: Logits = Logits.NONE,
     ) -> tuple[Means, Any]:
         """Return the means of these terms over the batch's own items, and the model's outputs.
 
@@ -78,14 +77,13 @@ class Objective:
             counts: the batch's number of loss items, by term.
             terms: the terms with items in the batch; the mean of any other would be NaN.
             rows: the name of the rows in messages.
-            whole: whether the outputs must have the logits of all positions. If not, they may have those of labelled
-                positions only, in order, of shape (1, positions, vocabulary).
+            logits: the logits that the outputs must have.
 
         Raises:
             DataError: if the loss has other terms, or other items, than were counted.
         """
         watched = WatchedBatch(batch)
-        found, outputs = self._forward(model, batch, counts, whole=whole)
+        found, outputs = self._forward(model, batch, counts, logits)
         if any(counts.values()) and not self.report.counts_before_changes:
             refuse_other_counts(watched, self.count, counts, rows)
         self._check_terms(found, counts, terms, rows)
@@ -100,20 +98,19 @@ class Objective:
         counts: Counts,
         terms: Sequence[str],
         rows: str = "these rows",
-        *,
-        whole: bool = False,
+        logits: Logits = Logits.NONE,
     ) -> tuple[Means, Values, Any]:
         """Return the means of the terms that do not read the window, what the others read, and the model's outputs.
 
         The arguments are those of `means`.
         """
         if self.window is None:
-            means, outputs = self.means(model, batch, counts, terms, rows, whole=whole)
+            means, outputs = self.means(model, batch, counts, terms, rows, logits=logits)
             return means, {}, outputs
         if self.is_over_window:
             outputs = self._forward.outputs(model, batch)
             return {}, self.window.read(outputs, batch), outputs
-        means, outputs = self.means(model, batch, counts, terms, rows, whole=whole)
+        means, outputs = self.means(model, batch, counts, terms, rows, logits=logits)
         others = {term: mean for term, mean in means.items() if term not in self.window.names}
         return others, self.window.read(outputs, batch), outputs
 

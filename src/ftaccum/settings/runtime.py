@@ -56,8 +56,8 @@ class Runtime:
     padding_free: Flag = cut(False, "concatenate the rows of a micro-batch instead of padding them (causal LMs)")
     loss_head: LossHead = cut(
         "auto",
-        "auto: compute the logits of a language model only at positions with a label, if that gives the model's own "
-        "loss and gradient; full: at all positions",
+        "positions at which a language model computes logits: auto takes those with a label, if that gives the model's "
+        "own loss and gradient; full takes all",
     )
     gradient_checkpointing: Flag = cut(False, "recompute activations in the backward pass to save memory")
     compile: Flag = speed(

@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 from ..data.loader import MicroBatch
 from ..errors import MetricsError, SettingsError, shown
 from ..objective.item_counts import Batch, targets_of
+from ..objective.labelled_head import Logits
 from ..objective.objective import Objective
 from ..objective.own_loss import logits_of
 from ..runtime.memory import is_out_of_memory
@@ -110,9 +111,9 @@ class Metrics:
             self._loss_place = None  # the outputs have no loss
 
     @property
-    def needs_all_logits(self) -> bool:
-        """Whether the metrics read logits at positions without a label."""
-        return self._labelled_head is None
+    def logits(self) -> Logits:
+        """The logits that the metrics read."""
+        return Logits.ALL if self._labelled_head is None else Logits.LABELLED
 
     def labels_of(self, batch: Batch) -> Any:
         """Return the labels of a batch. Call this before the forward pass, which may change the batch."""
