@@ -146,14 +146,19 @@ class _Comparison:
             return {term: mean.item() for term, mean in self._means(batch).items()}
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the means of a batch, and compare the model's logits with the outputs of its head."""
-        found: list[Tensor] = []
+        """Return the means of a batch, and find out whether the model returns the outputs of its head unchanged.
+
+        Equal numbers do not show that: large logits may be clamped.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
         given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
-        hook = self._labelled.head.register_forward_hook(lambda _, __, output: found.append(output))
+        hook = self._labelled.head.register_forward_hook(
+            lambda _, __, output: found.append((output, output.detach().clone()))  # which may change in place
+        )
         try:
             means, outputs = self._forward(self._model, given, logits=Logits.LABELLED)
         finally:
             hook.remove()
         logits = logits_of(outputs)
-        self.gives_logits = len(found) == 1 and torch.equal(found[0].to(logits.dtype), logits)
+        self.gives_logits = len(found) == 1 and found[0][0] is logits and torch.equal(found[0][1], logits)
         return means

@@ -136,22 +136,24 @@ class LabelledHead:
     @contextmanager
     def _selecting(self, shape_BL: torch.Size, positions_N: Tensor | None) -> Iterator[None]:
         self._shape_BL, self._positions_N = shape_BL, positions_N
-        handle = self.head.register_forward_pre_hook(self._select)
+        handle = self.head.register_forward_pre_hook(self._select, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
             self._positions_N = self._chunked_targets_N = None
 
-    def _select(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _select(
+        self, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._positions_N is None or not inputs:
             return None
         hidden_BLH, *others = inputs
         if hidden_BLH.ndim != 3 or hidden_BLH.shape[:2] != self._shape_BL:
             return None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._positions_N)
-        if self._chunked_targets_N is not None:
+        if self._chunked_targets_N is not None and not others and not options:
             self._chunked_loss = chunked_cross_entropy(self.head, hidden_NH, self._chunked_targets_N)
             if self._chunked_loss is not None:
                 hidden_NH = hidden_NH[:0].detach()
-        return (hidden_NH[None], *others)
+        return (hidden_NH[None], *others), options
