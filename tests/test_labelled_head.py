@@ -322,7 +322,7 @@ class Widens(LlamaForCausalLM):
         more = int(len(input_ids) == 1)
         ids, mask = F.pad(input_ids, (0, more)), F.pad(attention_mask, (0, more))
         outputs = super().forward(ids, mask, labels=None if labels is None else F.pad(labels, (0, more), value=IGNORED))
-        return CausalLMOutput(outputs.loss, outputs.logits[:, : input_ids.shape[1]])
+        return CausalLMOutput(outputs.loss, outputs.logits[:, : outputs.logits.shape[1] - more])
 
 
 def test_a_selection_that_works_only_before_training_is_an_error() -> None:

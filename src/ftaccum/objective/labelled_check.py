@@ -112,7 +112,8 @@ class _Comparison:
             except Exception as error:  # a model may need its labels, or use its hidden states in another way
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     return "there is not enough memory to compare it"
-                return f"the model cannot run so: {next(iter(str(error).splitlines()), type(error).__name__)}"
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
+                return f"the model cannot run so: {first_line.rstrip('.')}"
             finally:
                 self._forward.labelled_head = None
 

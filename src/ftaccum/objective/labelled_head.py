@@ -89,8 +89,8 @@ class LabelledHead:
         logits_1NV = logits_of(outputs)
         if logits_1NV.shape[:-1] != (1, len(positions_N)):
             raise DataError(
-                f"The logits have the shape {tuple(logits_1NV.shape)} after the selection of {len(positions_N)} labelled "
-                "positions, which worked before training. Pass `loss_head='full'`."
+                f"The logits have the shape {tuple(logits_1NV.shape)} although {len(positions_N)} labelled positions "
+                "were selected before the head. Pass `loss_head='full'`."
             )
         logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
         return F.cross_entropy(logits_NV, targets_N), outputs
