@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from exactness import window_errors
@@ -92,3 +92,27 @@ def test_logits_are_not_computed_in_chunks_if_the_model_changes_them_by(model_cl
     model.lm_head.__class__ = Scaled if model_class is Options else nn.Linear
     assert errors(model, LLAMA.rows()) < 1e-12
     assert not any(chunked)
+
+
+class Halving(TrainerCallback):
+    """Registers a hook that changes logits, after the checks before training."""
+
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        model.lm_head.register_forward_hook(lambda _, __, logits: 0.5 * logits)
+
+
+def test_a_hook_on_the_head_changes_the_logits_of_labelled_positions(chunked: list[bool]) -> None:
+    assert max(both_ways(LLAMA.model(), LLAMA.rows(), callbacks=[Halving()])) < 1e-12
+    assert not any(chunked)
+
+
+class ByDimensions(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (0.5 if hidden.ndim == 3 else 1.0)
+
+
+def test_heads_get_as_many_dimensions_in_chunks(chunked: list[bool]) -> None:
+    model: Any = tiny(LlamaForCausalLM)
+    model.lm_head.__class__ = ByDimensions
+    assert errors(model, LLAMA.rows()) < 1e-12
+    assert any(chunked)

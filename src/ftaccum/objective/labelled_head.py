@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 from ..runtime.model_context import is_compiled
+from ..runtime.module_attributes import has_forward_hooks
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import chunked_cross_entropy
 from .item_counts import Batch
@@ -80,8 +81,9 @@ class LabelledHead:
         labels_BL = batch["labels"]
         positions_N = self._positions(labels_BL, n_labels)
         targets_N = self._targets(labels_BL, positions_N)
+        in_chunks = logits is Logits.NONE and self._may_chunk()
         with self._selecting(labels_BL.shape, positions_N):
-            self._chunked_targets_N = targets_N if logits is Logits.NONE and self._may_chunk() else None
+            self._chunked_targets_N = targets_N if in_chunks else None
             outputs = run(self._without_labels(batch))
             loss, self._chunked_loss = self._chunked_loss, None
         if loss is not None:
@@ -96,8 +98,11 @@ class LabelledHead:
         return F.cross_entropy(logits_NV, targets_N), outputs
 
     def _may_chunk(self) -> bool:
-        # Chunks use the weight before the head's forward pass, in which FSDP2 gathers it.
-        return self.gives_logits and not is_sharded(self._model) and not is_compiled(self._model)
+        # Chunks use the weight before the head's forward pass, in which FSDP2 gathers it. Hooks that callbacks have
+        # registered read or change logits.
+        if not self.gives_logits or has_forward_hooks(self._model) or has_forward_hooks(self.head):
+            return False
+        return not is_sharded(self._model) and not is_compiled(self._model)
 
     def whole(self, run: Callable[[Batch], Any], batch: Batch) -> Any:
         """Run the model on a batch as it is. A compiled model then has the same hooks as in other passes."""
@@ -153,6 +158,7 @@ class LabelledHead:
             return None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._positions_N)
         if self._chunked_targets_N is not None and not others and not options:
+            self._positions_N = None  # chunks run the head
             self._chunked_loss = chunked_cross_entropy(self.head, hidden_NH, self._chunked_targets_N)
             if self._chunked_loss is not None:
                 hidden_NH = hidden_NH[:0].detach()
