@@ -98,7 +98,7 @@ def test_predicted_tokens_are_read_from_outputs_without_names() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_trains_at_labelled_positions_and_validates_at_all() -> None:
-    """Evaluate before, between and after updates with a metric of all logits, in as few graphs as all logits need."""
+    """Evaluate before, between and after updates with a metric of all logits."""
     gradients, metrics = [], []
     for compiled in (False, True):
         model = HEADS[MASKED].model()
@@ -106,8 +106,8 @@ def test_a_compiled_model_trains_at_labelled_positions_and_validates_at_all() ->
         with choices_of_head() as choices:
             result = test_fine_tuning(
                 model, train_data=HEADS[MASKED].rows(12), val_data=HEADS[MASKED].rows(7, seed=8), batch_size=2,
-                effective_batch_size=5, n_epochs=2, gradient_clip_norm=None, progress=False, verbosity="debug", audit=False,
-                optimizer=optimizer, compile=compiled, compute_metrics=checksum,
+                effective_batch_size=5, n_epochs=2, gradient_clip_norm=None, progress=False, verbosity="debug",
+                audit=False, optimizer=optimizer, compile=compiled, compute_metrics=checksum,
                 preprocess_logits_for_metrics=lambda logits, _: first(logits).argmax(-1),
             )  # fmt: skip
         assert choices == [SHORT_WAY]
