@@ -47,6 +47,6 @@ def _suits_torch(weight: Tensor, hidden_NH: Tensor) -> bool:
 
 
 def _summed(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
-    logits_NV: Tensor = head(hidden_NH)
+    logits_NV: Tensor = head(hidden_NH[None])[0]  # with as many dimensions as in the model
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return F.cross_entropy(logits_NV, targets_N, reduction="sum")

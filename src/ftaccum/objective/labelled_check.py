@@ -17,7 +17,7 @@ from .labelled_head import LabelledHead, Logits
 from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS, logits_of
-from .perturbation import float32_weights
+from .perturbation import float32_weights, perturb_head
 from .probe import relative
 from .report import ExactnessReport
 from .sample import Sample
@@ -101,14 +101,19 @@ class _Comparison:
     def reason(self) -> str | None:
         """Return how the two differ, or the error that the selection of positions causes; None if they are equal."""
         modules = self._forward.modules
-        with inspection_mode(self._model, *modules), float32_weights(self._model, *modules) as prepared:
+        with (
+            inspection_mode(self._model, *modules),
+            float32_weights(self._model, *modules) as prepared,
+            perturb_head(self._model),  # with a new head, a penalty of large logits hardly shows
+        ):
             self._prepared = prepared
             try:
                 return self._of_losses() or self._of_gradient()
             except Exception as error:  # a model may need its labels, or use its hidden states in another way
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
                     return "there is not enough memory to compare it"
-                return f"the model cannot run so: {error}"
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
+                return f"the model cannot run so: {first_line.rstrip('.')}"
             finally:
                 self._forward.labelled_head = None
 
@@ -142,14 +147,19 @@ class _Comparison:
             return {term: mean.item() for term, mean in self._means(batch).items()}
 
     def _means(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the means of a batch, and compare the model's logits with the outputs of its head."""
-        found: list[Tensor] = []
+        """Return the means of a batch, and find out whether the model returns the outputs of its head unchanged.
+
+        Equal numbers do not show that: large logits may be clamped.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
         given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
-        hook = self._labelled.head.register_forward_hook(lambda _, __, output: found.append(output))
+        hook = self._labelled.head.register_forward_hook(
+            lambda _, __, output: found.append((output, output.detach().clone()))  # which may change in place
+        )
         try:
             means, outputs = self._forward(self._model, given, logits=Logits.LABELLED)
         finally:
             hook.remove()
         logits = logits_of(outputs)
-        self.gives_logits = len(found) == 1 and torch.equal(found[0].to(logits.dtype), logits)
+        self.gives_logits = len(found) == 1 and found[0][0] is logits and torch.equal(found[0][1], logits)
         return means

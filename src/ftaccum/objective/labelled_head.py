@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import DataError
 from ..runtime.model_context import is_compiled
+from ..runtime.module_attributes import has_forward_hooks
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import chunked_cross_entropy
 from .item_counts import Batch
@@ -74,26 +76,33 @@ class LabelledHead:
             logits: `LABELLED`, or `NONE` if the outputs need no logits.
 
         Raises:
-            ValueError: if the model does not return one logit for each of these positions and each word.
+            DataError: if the model does not return one logit for each of these positions and each word.
         """
         labels_BL = batch["labels"]
         positions_N = self._positions(labels_BL, n_labels)
         targets_N = self._targets(labels_BL, positions_N)
+        in_chunks = logits is Logits.NONE and self._may_chunk()
         with self._selecting(labels_BL.shape, positions_N):
-            self._chunked_targets_N = targets_N if logits is Logits.NONE and self._may_chunk() else None
+            self._chunked_targets_N = targets_N if in_chunks else None
             outputs = run(self._without_labels(batch))
             loss, self._chunked_loss = self._chunked_loss, None
         if loss is not None:
             return loss, outputs
         logits_1NV = logits_of(outputs)
         if logits_1NV.shape[:-1] != (1, len(positions_N)):
-            raise ValueError(f"its logits have the shape {tuple(logits_1NV.shape)} after such a selection")
+            raise DataError(
+                f"The logits have the shape {tuple(logits_1NV.shape)} although {len(positions_N)} labelled positions "
+                "were selected before the head. Pass `loss_head='full'`."
+            )
         logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
         return F.cross_entropy(logits_NV, targets_N), outputs
 
     def _may_chunk(self) -> bool:
-        # Chunks use the weight before the head's forward pass, in which FSDP2 gathers it.
-        return self.gives_logits and not is_sharded(self._model) and not is_compiled(self._model)
+        # Chunks use the weight before the head's forward pass, in which FSDP2 gathers it. Hooks that callbacks have
+        # registered read or change logits.
+        if not self.gives_logits or has_forward_hooks(self._model) or has_forward_hooks(self.head):
+            return False
+        return not is_sharded(self._model) and not is_compiled(self._model)
 
     def whole(self, run: Callable[[Batch], Any], batch: Batch) -> Any:
         """Run the model on a batch as it is. A compiled model then has the same hooks as in other passes."""
@@ -132,22 +141,25 @@ class LabelledHead:
     @contextmanager
     def _selecting(self, shape_BL: torch.Size, positions_N: Tensor | None) -> Iterator[None]:
         self._shape_BL, self._positions_N = shape_BL, positions_N
-        handle = self.head.register_forward_pre_hook(self._select)
+        handle = self.head.register_forward_pre_hook(self._select, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
             self._positions_N = self._chunked_targets_N = None
 
-    def _select(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _select(
+        self, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._positions_N is None or not inputs:
             return None
         hidden_BLH, *others = inputs
         if hidden_BLH.ndim != 3 or hidden_BLH.shape[:2] != self._shape_BL:
             return None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._positions_N)
-        if self._chunked_targets_N is not None:
+        if self._chunked_targets_N is not None and not others and not options:
+            self._positions_N = None  # chunks run the head
             self._chunked_loss = chunked_cross_entropy(self.head, hidden_NH, self._chunked_targets_N)
             if self._chunked_loss is not None:
                 hidden_NH = hidden_NH[:0].detach()
-        return (hidden_NH[None], *others)
+        return (hidden_NH[None], *others), options

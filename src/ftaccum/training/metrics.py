@@ -107,6 +107,8 @@ class Metrics:
         self.keeps_outputs = preprocess is None and not self._is_module
         reads_labelled = self._is_module or getattr(preprocess, "by_position", False)
         self._labelled_head = objective.labelled_head if reads_labelled else None
+        if self._labelled_head is not None:
+            self._loss_place = None  # the outputs have no loss
 
     @property
     def logits(self) -> Logits:
