@@ -1,15 +1,23 @@
-"""Time the same updates with ftaccum, Transformers' Trainer, Accelerate's documented loop and a bare PyTorch loop.
+"""Time the same updates with ftaccum, Transformers' Trainer, TRL's SFTTrainer, Accelerate's loop and bare PyTorch.
 
 All contenders have the same rows per update, initial weights, precision, AdamW, schedule and clipping. Each trains one
 epoch over the same rows. A first round counts waits and padding without timing; the timed rounds then interleave the
-contenders, in rotating order. Everything runs on one thread.
+contenders, in rotating order. Everything runs on one thread. A contender that does not fit a workload is left out.
 
-For all contenders, "seconds" run from the first forward pass in training mode to the return of the call (`train()`,
-`test_fine_tuning`, or the loop's function). The column "before" has the time until then, with the weights already in
-memory: it creates objects, reads lengths, collates the first rows and, in ftaccum, measures the loss. The two columns
-add up to the whole call. No contender evaluates, saves or shows progress.
+- The whole call runs from before the trainer is made to the return of `train()`, `test_fine_tuning` or the loop, with
+  the weights and the tokenised rows already in memory. It includes the self-check, reading lengths and packing.
+- The steady state runs from the end of the first update's optimizer step to the end of the last one's, and is divided
+  by the number of updates after the first. It includes ftaccum's audits. The second table has their share, and the
+  seconds before the first forward pass of training, which include the self-check and the first audit.
+- Peak memory is that of one run in a process of its own: on a CPU, how much resident memory grows at most beyond the
+  loaded weights, and on a GPU the allocator's peak.
 
-    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py                                # both workloads
+No contender evaluates, saves or shows progress. scripts/compare_embeddings.py compares time and memory with
+sentence-transformers, whose trainer needs a window loss.
+
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py                                # all but chat
+    OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --workload chat \\
+        --contenders trainer trainer-rebalance sft sft-packed bare ours                        # an hour or two
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --k 32 --workload long-tailed  # windows of 256 rows
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --sweep-k                      # time per row against k
     OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_trainer.py --start-up
@@ -19,13 +27,13 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,67 +43,17 @@ import datasets
 import torch
 import transformers
 
-from host_syncs import HostSyncs
-from measuring import Passes, machine, now, quiet, short
-from peers import CONTENDERS, NAMES, Contender, Job, fine_tune
-from workloads import WORKLOADS, equal_lengths
+import trainer_tables
+from jobs import Job
+from measuring import Passes, machine, now, quiet
+from partly_labelled import PARTLY_LABELLED
+from peers import CONTENDERS, NAMES, fine_tune, why_left_out
+from trainer_runs import Counts, Timing, counted, grown, timed
+from workloads import WORKLOADS, Workload, equal_lengths
 
-TRAINERS = ("trainer", "trainer-group", "trainer-rebalance")
 SWEEP_K, SWEEP_BATCH, SWEEP_LENGTH = (1, 4, 16, 64), 8, 256
-# Code that reads tensors which stay on the host even with a GPU. On a CPU they cannot be recognised: ftaccum's batches
-# before they are sent to the device, and AdamW's step count.
-ON_HOST = ("ftaccum/data/", "torch/optim/adam.py")
-# Places where the models themselves wait once or twice per forward pass, in every contender.
-IN_MODEL = ("transformers/masking_utils.py", "transformers/models/")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds before the first forward pass of training, and from there to the end."""
-
-    before: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Counts of one run: positions with and without padding, forward passes, and waits for tensor values, in total, in
-    the model's own code, and by place."""
-
-    positions: int
-    tokens: int
-    passes: int
-    waits: int
-    waits_in_model: int
-    waited_at: dict[str, int]
-
-
-def timed(contender: Contender, job: Job) -> Timing:
-    model, first = job.workload.new_model(), list[float]()
-    Passes(model, lambda: first.append(now()))
-    with quiet(job.seed):
-        started = now()
-        contender(model, job)
-        ended = now()
-    return Timing(first[0] - started, ended - first[0])
-
-
-def counted(contender: Contender, job: Job) -> Counts:
-    """Run a contender without timing, and count.
-
-    Waits count from the first forward pass on, as on a GPU: there, ftaccum keeps the gradients of embeddings dense.
-    """
-    model = job.workload.new_model()
-    with (
-        patch("ftaccum.runtime.gradients.sparse._can_be_sparse", return_value=False),
-        HostSyncs(except_under=ON_HOST) as syncs,
-    ):
-        passes = Passes(model, syncs.where.clear)
-        with quiet(job.seed):
-            contender(model, job)
-    in_model = sum(n for place, n in syncs.where.items() if any(part in place for part in IN_MODEL))
-    places = {short(place): n for place, n in syncs.where.most_common()}
-    return Counts(passes.positions, passes.tokens, passes.passes, syncs.total, in_model, places)
+ALL = WORKLOADS | PARTLY_LABELLED
+SLOW = ("chat",)
 
 
 def compare(job: Job, names: Sequence[str], rounds: int) -> tuple[dict[str, Counts], list[dict[str, Timing]]]:
@@ -109,67 +67,58 @@ def compare(job: Job, names: Sequence[str], rounds: int) -> tuple[dict[str, Coun
         times = {}
         for name in [*names[first:], *names[:first]]:
             times[name] = timed(CONTENDERS[name], job)
-            _progress(f"{job.workload.name}, round {number + 1} of {rounds}, {name}: {times[name].seconds:.1f} s")
+            _progress(f"{job.workload.name}, round {number + 1} of {rounds}, {name}: {times[name]}")
         timings.append(times)
     return counts, timings
-
-
-def table(job: Job, counts: dict[str, Counts], timings: list[dict[str, Timing]]) -> Iterator[str]:
-    """Yield a table of how fast each contender is relative to the others, as medians of the rounds' ratios."""
-    medians = {name: median(times[name].seconds for times in timings) for name in counts}
-    best = min((name for name in TRAINERS if name in medians), key=medians.__getitem__, default="")
-    headings = [
-        "", "seconds", "× as fast as `Trainer` (range)", f"as {NAMES.get(best, 'the best `Trainer`')}",
-        "as the bare loop", "before, s", "padded per token", "passes", "waits an update, model's own",
-    ]  # fmt: skip
-    yield f"| {' | '.join(headings)} |\n|{' --- |' * len(headings)}"
-    for name, count in counts.items():
-        cells = [
-            NAMES[name],
-            f"{medians[name]:.2f}",
-            f"{_ratio(timings, 'trainer', name)} ({_range(_ratios(timings, 'trainer', name))})",
-            _ratio(timings, best, name),
-            _ratio(timings, "bare", name),
-            f"{median(times[name].before for times in timings):.2f}",
-            f"{count.positions / count.tokens:.2f}",
-            str(count.passes),
-            f"{(count.waits - count.waits_in_model) / job.updates:.1f}, {count.waits_in_model / job.updates:.1f}",
-        ]
-        yield f"| {' | '.join(cells)} |"
-
-
-def _ratios(timings: list[dict[str, Timing]], slower: str, name: str) -> list[float]:
-    return [times[slower].seconds / times[name].seconds for times in timings if slower in times]
-
-
-def _ratio(timings: list[dict[str, Timing]], slower: str, name: str) -> str:
-    ratios = _ratios(timings, slower, name)
-    return f"{median(ratios):.2f}" if ratios else "–"
-
-
-def _range(values: list[float]) -> str:
-    return f"{min(values):.2f}–{max(values):.2f}" if values else "–"
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in options.workload:
         job = _job(options, name)
-        counts, timings = compare(job, options.contenders, options.rounds)
-        print(f"\n{name}: {job.updates} updates of {job.batch_size} × {job.k} rows, longest {job.longest} tokens\n")
-        print("\n".join(table(job, counts, timings)))
+        names = _fitting(options.contenders, job)
+        counts, rounds = compare(job, names, options.rounds)
+        sizes = f"{job.updates} updates of {job.batch_size} × {job.k} rows, longest {job.longest} tokens"
+        print(f"\n{name}: {sizes}, precision {job.precision}\n")
+        print("\n".join(trainer_tables.times(rounds)), end="\n\n", flush=True)
+        peaks = {} if options.no_memory else {contender: _peak(name, contender) for contender in names}
+        print("\n".join(trainer_tables.details(job, counts, rounds, peaks)), flush=True)
         found[name] = {
             "counts": {n: asdict(count) for n, count in counts.items()},
-            "timings": [{n: asdict(timing) for n, timing in times.items()} for times in timings],
+            "timings": [{n: asdict(timing) for n, timing in times.items()} for times in rounds],
+            "peaks": peaks,
         }
     return found
+
+
+def _fitting(names: Sequence[str], job: Job) -> list[str]:
+    """Return the contenders that fit a workload, and print why the others do not."""
+    reasons = {name: why_left_out(name, job.workload) for name in names}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"{job.workload.name} without {NAMES[name]}: {reason}.")
+    return [name for name, reason in reasons.items() if not reason]
+
+
+def _peak(workload: str, contender: str) -> int:
+    """Return the bytes by which memory grows in a run, in a new process with the arguments of this one."""
+    command = [sys.executable, *sys.argv, "--workload", workload, "--peak-of", contender]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    _progress(f"{workload}, memory of {contender}: {int(printed.split()[-1]) / 1e6:.0f} MB")
+    return int(printed.split()[-1])
+
+
+def print_peak(options: argparse.Namespace) -> None:
+    print(grown(CONTENDERS[options.peak_of], _job(options, options.workload[0])))
 
 
 def sweep_k(options: argparse.Namespace) -> dict[str, Any]:
     """Measure training time per row, for ftaccum and the bare loop, with the same rows in fewer and fewer updates."""
     workload = equal_lengths(options.seed, SWEEP_LENGTH)
     rows = workload.rows.select(range(SWEEP_BATCH * max(SWEEP_K)))
-    jobs = {k: Job(workload, rows, SWEEP_BATCH, k, options.seed, options.precision) for k in SWEEP_K}
+    jobs = {
+        k: Job(workload, rows, SWEEP_BATCH, k, options.seed, options.precision or workload.precision) for k in SWEEP_K
+    }
     names = ("ours-arrival", "bare")
     for name in names:
         timed(CONTENDERS[name], replace(jobs[1], rows=rows.select(range(4 * SWEEP_BATCH))))
@@ -193,8 +142,8 @@ def start_up(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the seconds from the call of `test_fine_tuning` on all rows to the first forward pass of training."""
     found: dict[str, list[float]] = {}
     for name in options.workload:
-        workload = WORKLOADS[name](options.seed)
-        job = Job(workload, workload.rows, *_sizes(options), options.seed, options.precision)
+        workload = ALL[name](options.seed)
+        job = Job(workload, workload.rows, **_setting(options, workload))
         # Enough validation rows for one forward pass: the time for more is not part of starting up.
         validation = {"without validation": {}, "with validation": {"val_data": job.rows.select(range(job.batch_size))}}
         for number in range(options.rounds + 1):
@@ -204,7 +153,7 @@ def start_up(options: argparse.Namespace) -> dict[str, Any]:
                     found.setdefault(f"{name}, {len(job.rows)} rows, {kind}", []).append(seconds)
     print("\n| until the first forward pass of training | seconds | range |\n| --- | --- | --- |")
     for label, times in found.items():
-        print(f"| {label} | {median(times):.2f} | {_range(times)} |")
+        print(f"| {label} | {median(times):.2f} | {trainer_tables.extent(times)} |")
     return {"start_up": found}
 
 
@@ -226,18 +175,20 @@ def _until_first_pass(job: Job, given: dict[str, Any]) -> float:
 
 
 def _job(options: argparse.Namespace, name: str) -> Job:
-    workload = WORKLOADS[name](options.seed)
-    batch_size, k = _sizes(options)
-    n_rows = (options.updates or workload.updates) * batch_size * k
+    workload = ALL[name](options.seed)
+    setting = _setting(options, workload)
+    n_rows = (options.updates or workload.updates) * setting["batch_size"] * setting["k"]
     if n_rows > len(workload.rows):
         sys.exit(
             f"{name} has {len(workload.rows)} rows, but {n_rows} are needed. Lower --updates, --k or --batch-size."
         )
-    return Job(workload, workload.rows.select(range(n_rows)), batch_size, k, options.seed, options.precision)
+    return Job(workload, workload.rows.select(range(n_rows)), **setting)
 
 
-def _sizes(options: argparse.Namespace) -> tuple[int, int]:
-    return options.batch_size, options.k
+def _setting(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
+    names = ("batch_size", "k", "precision")
+    given = {name: getattr(options, name) or getattr(workload, name) for name in names}
+    return {**given, "seed": options.seed}
 
 
 def _progress(line: str) -> None:
@@ -246,18 +197,20 @@ def _progress(line: str) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workload", nargs="+", choices=ALL, default=[name for name in ALL if name not in SLOW])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, help="updates per contender and round (default: set by the workload)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per micro-batch")
-    parser.add_argument("--k", type=int, default=8, help="micro-batches per update")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--batch-size", type=int, help="rows per micro-batch (default: set by the workload)")
+    parser.add_argument("--k", type=int, help="micro-batches per update (default: set by the workload)")
+    parser.add_argument("--precision", choices=("no", "bf16"), help="(default: set by the workload)")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all figures to")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sweep-k", action="store_true", help="measure the time per row for several k instead")
     instead.add_argument("--start-up", action="store_true", help="measure the time until training begins instead")
+    instead.add_argument("--peak-of", choices=CONTENDERS, help="print the growth of memory, in bytes, instead")
     return parser.parse_args()
 
 
@@ -267,6 +220,9 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if options.peak_of:
+        print_peak(options)
+        return
     print(machine())
     run = sweep_k if options.sweep_k else start_up if options.start_up else bench
     found = run(options)

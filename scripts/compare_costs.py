@@ -36,8 +36,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ftaccum import plan
 from ftaccum.planning.micro_batches import DEFAULT_COSTS, BatchLimits, CostModel, MicroBatchPlanner
+from jobs import Job
 from measuring import DEVICE, Passes, machine, now, quiet
-from peers import Job, fine_tune
+from peers import fine_tune
 from workloads import WORKLOADS, Workload
 
 Costs = tuple[float, float, float]

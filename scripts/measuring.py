@@ -22,11 +22,15 @@ DEVICE = (torch.accelerator.is_available() and torch.accelerator.current_acceler
 
 
 class Passes:
-    """A counter of the forward passes of training, by a hook on the model."""
+    """A counter of the forward passes of training, by a hook on the model.
+
+    Attributes:
+        paused: whether to ignore passes.
+    """
 
     def __init__(self, model: Any, on_first: Callable[[], None]) -> None:
         self.positions, self.passes, self._masks = 0, 0, list[Tensor]()
-        self._on_first = on_first
+        self.paused, self._on_first = False, on_first
         model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     @property
@@ -34,7 +38,7 @@ class Passes:
         return sum(int(mask.sum()) for mask in self._masks)
 
     def _see(self, model: Any, _: Any, given: dict[str, Any]) -> None:
-        if not (model.training and torch.is_grad_enabled()):
+        if self.paused or not (model.training and torch.is_grad_enabled()):
             return
         if not self.passes:
             self._on_first()

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,41 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
 from ftaccum import exact, plan, test_fine_tuning
+from jobs import CLIP, DECAY, RATE, Job, sizes, trainer_settings
 from measuring import DEVICE
 from workloads import Row, Workload
 
-RATE, DECAY, CLIP = 2e-5, 0.01, 1.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One epoch over `rows`, with the same number of updates of batch_size × k rows for every contender.
-
-    Attributes:
-        precision: "no" for float32, or "bf16".
-    """
-
-    workload: Workload
-    rows: Dataset
-    batch_size: int
-    k: int
-    seed: int
-    precision: str
-
-    @property
-    def updates(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.k))
-
-    @property
-    def longest(self) -> int:
-        return max(map(len, self.rows["input_ids"]))
-
+try:
+    import sft_peer
+except ImportError:
+    sft_peer = None  # type: ignore[assignment]
 
 Contender = Callable[[Any, Job], None]
 
@@ -61,12 +39,7 @@ def trainer(strategy: str, *, exactly: bool = False, **options: Any) -> Contende
 
     def run(model: Any, job: Job) -> None:
         with TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                folder, num_train_epochs=1, per_device_train_batch_size=job.batch_size,
-                gradient_accumulation_steps=job.k, train_sampling_strategy=strategy, learning_rate=RATE,
-                weight_decay=DECAY, max_grad_norm=CLIP, optim="adamw_torch_fused", bf16=job.precision == "bf16",
-                seed=job.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=DEVICE.type == "cpu",
-            )  # fmt: skip
+            arguments = TrainingArguments(folder, train_sampling_strategy=strategy, **trainer_settings(job))
             trainer_class = exact(**options)(Trainer) if exactly else Trainer
             trainer_class(model, arguments, train_dataset=job.rows, data_collator=job.workload.collate).train()
 
@@ -153,13 +126,18 @@ CONTENDERS: dict[str, Contender] = {
     "exact": trainer("random", exactly=True),
     "exact-unaudited": trainer("random", exactly=True, audit=False),
     "exact-planned": trainer("random", exactly=True, planner=True),
+    "sft": lambda model, job: sft_peer.sft(model, job),
+    "sft-checkpointed": lambda model, job: sft_peer.sft(model, job, checkpointing=True),
+    "sft-packed": lambda model, job: sft_peer.sft_packed(model, job),
     "accelerate": accelerate_loop,
     "bare": bare_loop,
     "ours-dense": ours_dense,
     "ours-arrival": ours(lambda _: {"planner": False}),
     "ours": ours(lambda _: {}),
-    "ours-tokens": ours(lambda job: {"max_tokens": job.batch_size * job.longest}),
+    "ours-tokens": ours(lambda _: {"max_tokens": "auto"}),
 }
+if "loss_head" in signature(test_fine_tuning).parameters:
+    CONTENDERS["ours-full-head"] = ours(lambda _: {"loss_head": "full"})
 NAMES = {
     "trainer": "`Trainer`",
     "trainer-group": "`Trainer`, `group_by_length`",
@@ -167,17 +145,26 @@ NAMES = {
     "exact": "`exact(Trainer)`",
     "exact-unaudited": "`exact(Trainer)`, no audits",
     "exact-planned": "`exact(Trainer)`, `planner=True`",
+    "sft": "`SFTTrainer`",
+    "sft-checkpointed": "`SFTTrainer`, its default of checkpointing",
+    "sft-packed": "`SFTTrainer`, `packing=True`",
     "accelerate": "Accelerate's documented loop",
     "bare": "bare PyTorch, arrival order",
     "ours-dense": "ftaccum, `planner=False`, dense embedding gradients",
     "ours-arrival": "ftaccum, `planner=False`",
     "ours": "**ftaccum**",
     "ours-tokens": "ftaccum, `max_tokens` = batch × longest row",
+    "ours-full-head": 'ftaccum, `loss_head="full"`',
 }
 
 
-def sizes(job: Job) -> dict[str, Any]:
-    return {"batch_size": job.batch_size, "gradient_accumulation_steps": job.k}
+def why_left_out(name: str, workload: Workload) -> str | None:
+    """Return why a contender cannot run a workload; None if it can."""
+    if not name.startswith("sft"):
+        return None
+    if workload.tokenizer is None:
+        return "SFTTrainer is for conversations"
+    return "TRL is not installed" if sft_peer is None else None
 
 
 def _optimizer(model: Any, updates: int) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ import transformers
 
 from every_head import KINDS, TASKS, Case, Verdict, cases, check
 
+LANGUAGE_MODELS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT")
 FAILED = ("crashed", "SILENTLY WRONG")
 
 
@@ -63,7 +64,18 @@ def table(verdicts: Sequence[Verdict]) -> str:
         those = [verdict for verdict in verdicts if verdict.kind == kind]
         lines += ["", f"{kind}: {len(those)}"] if those else []
         lines += [f"  {_name(verdict)}: {_shortened(verdict)}" for verdict in those]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_of_logits(verdicts)])
+
+
+def _of_logits(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return how many language models compute logits at labelled positions only, and why others do not."""
+    known = [verdict for verdict in verdicts if verdict.logits and verdict.task in LANGUAGE_MODELS]
+    if not known:
+        return []
+    labelled = [verdict for verdict in known if verdict.logits == "at labelled positions only"]
+    lines = ["", f"Of {len(known)} language models, {len(labelled)} compute logits at labelled positions only."]
+    others = [verdict for verdict in known if verdict not in labelled]
+    return lines + [f"  {_name(verdict)}: {verdict.logits}" for verdict in others]
 
 
 def _checked(found: Sequence[Case], jobs: int, router_balance: str) -> Iterator[Verdict]:

@@ -39,7 +39,9 @@ class Workload:
         rows: tokenised rows, in an order that depends on the seed.
         collate: pads rows to a batch, as in Transformers' documentation for this task.
         n_items: returns the number of loss items of rows.
-        updates: default number of updates of a timed run.
+        updates, batch_size, k, precision: defaults of a timed run: number of updates, rows per micro-batch,
+            micro-batches per update, and "no" for float32 or "bf16" for autocast.
+        tokenizer: for conversations, the tokenizer with the chat template.
     """
 
     name: str
@@ -48,6 +50,10 @@ class Workload:
     collate: Callable[[list[Row]], dict[str, Any]]
     n_items: Callable[[Sequence[Row]], int]
     updates: int
+    batch_size: int = 8
+    k: int = 8
+    precision: str = "no"
+    tokenizer: Any = None
 
     def new_model(self) -> Any:
         return copy.deepcopy(self.model)

@@ -66,7 +66,7 @@ def auditor_of(
 def sample_of(
     window: Sequence[MicroBatch], objective: Objective, group: ProcessGroup, *, whole: bool = True
 ) -> AuditBatches | None:
-    return AuditBatches.of(window, objective, group, FILL, whole=whole)
+    return AuditBatches.of(window, objective, group, FILL, None if whole else 4)
 
 
 def weighted_error(model: nn.Module, rows: Sequence[Row], sizes: Sequence[int], count: Count) -> float:

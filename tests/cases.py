@@ -173,7 +173,7 @@ _OTHERS: dict[str, st.SearchStrategy[Any]] = {
     "n_epochs": st.integers(1, 3),
     "max_updates": st.integers(1, 8),
     "remainder": st.sampled_from(["flush", "carry"]),
-    "max_tokens": st.sampled_from([1, 12, 40, 100]),
+    "max_tokens": st.sampled_from([1, 12, 40, 100, "auto"]),
     "planner": st.booleans(),
     "planner_costs": st.sampled_from([[64, 1, 0.0005], [1, 0, 0], [0, 0, 1.0]]),
     "padding_free": st.booleans(),
@@ -215,7 +215,7 @@ def _reconciled(case: Case) -> Case:
         "lr_scheduler": case.lr_scheduler == "reduce_lr_on_plateau",
         "padding_free": case.kind != "causal LM",
         "gradient_checkpointing": case.kind == "pairs",
-        "max_tokens": case.form == "torch" or (case.max_tokens or 0) < max(map(_length, case.rows)),
+        "max_tokens": _cap_is_refused(case),
     } | dict.fromkeys(sizes[1:], True)
     kept = replace(case, arguments={name: value for name, value in case.arguments.items() if not drop.get(name)})
     if case.form == "stream":
@@ -237,7 +237,6 @@ def split(case: Case) -> tuple[list[Any], list[Any]]:
 def refused(case: Case) -> bool:
     """Return whether the run must be refused: for an invalid argument, a contradiction, or unusable rows."""
     train, val = split(case)
-    longest = max(map(_length, case.rows))
     return any(
         [
             case.form == "stream" and case.max_updates is None,
@@ -246,13 +245,19 @@ def refused(case: Case) -> bool:
             bool(case.warmup_steps and case.warmup_ratio),
             case.learning_rate_scaling != "none" and not _changes(case),
             case.planner_costs is not None and not case.planner,
-            case.max_tokens is not None and (case.form == "torch" or longest > case.max_tokens),
+            _cap_is_refused(case),
             case.padding_free and case.kind != "causal LM",
             not train,
             not sum(map(KINDS[case.kind].items, train)),
             bool(val) and not sum(map(KINDS[case.kind].items, val)),
         ]
     ) or (bool(train) and not _sizes_agree(case, train))
+
+
+def _cap_is_refused(case: Case) -> bool:
+    if case.max_tokens == "auto":
+        return case.form in ("torch", "stream") or case.kind == "pairs"
+    return case.max_tokens is not None and (case.form == "torch" or max(map(_length, case.rows)) > case.max_tokens)
 
 
 def _changes(case: Case) -> bool:

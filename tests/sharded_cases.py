@@ -125,7 +125,7 @@ STRUCTURED = {
 }
 PLANNED = {
     "padding_free": Case(_LLAMA.model, _LLAMA.rows, {"padding_free": True, "batch_size": 2}),
-    "max_tokens": Case(_LLAMA.model, _LLAMA.rows, {"max_tokens": 24, **_WIDE}),
+    "max_tokens": Case(_LLAMA.model, _LLAMA.rows, {"max_tokens": "auto", **_WIDE}),
     "batch_size='auto'": Case(_LLAMA.model, _LLAMA.rows, {"batch_size": "auto", "effective_batch_size": 4}),
     "evaluate_every": Case(_LLAMA.model, _LLAMA.rows, {"evaluate_every": 1, "eval_batch_size": 2}),
     # The first evaluation has the larger number.

@@ -172,7 +172,7 @@ def test_training_is_the_same_with_and_without_generation() -> None:
         for options in (None, {**OPTIONS, "do_sample": True})
     ]  # fmt: skip
     assert runs[0].train_loss_history == runs[1].train_loss_history
-    assert runs[0].val_loss_history == runs[1].val_loss_history
+    assert runs[0].val_loss_history == pytest.approx(runs[1].val_loss_history, rel=1e-12)  # other logits are computed
     assert not model.model.layers[0].training
 
 

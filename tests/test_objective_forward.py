@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ftaccum.errors import DataError, SettingsError
 from ftaccum.objective.aux_losses import factors_of, has_parts
-from ftaccum.objective.model_forward import ModelForward, accepted_arguments, is_label, logits_of
+from ftaccum.objective.model_forward import ModelForward, accepted_arguments, is_label
+from ftaccum.objective.own_loss import logits_of
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 0, 1]])
 

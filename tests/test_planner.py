@@ -36,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "padding is dear": {"planner_costs": (0.0, 1.0, 0.1)},
     "max_tokens": {"max_tokens": 40},
     "max_tokens, planner off": {"max_tokens": 40, "planner": False},
+    "max_tokens of 4 longest rows": {"max_tokens": "auto"},
     "workers": {"num_workers": 2},
 }
 
@@ -97,6 +98,88 @@ def test_max_tokens_replaces_the_cap_on_rows_with_one_on_tokens(monkeypatch: pyt
     assert few.gradient_accumulation_steps == 12
     assert few.passes_per_update < 6
     assert 40 < max(sizes) <= 60
+
+
+@pytest.mark.parametrize("more", [{}, {"padding_free": True}, {"batch_size": "auto"}], ids=str)
+def test_automatic_max_tokens_make_fewer_passes_for_the_gradient_of_one_batch(
+    more: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftaccum.training.build_plan.largest_batch", lambda *_, **__: 2)
+    head, rows = HEADS[CAUSAL], HEADS[CAUSAL].rows(12)
+    longest, positions, sizes = max(len(row["input_ids"]) for row in rows), GradientAccumulator._run, list[list[int]]()
+
+    def watched(accumulator: GradientAccumulator, index: int, micro: MicroBatch, *others: Any) -> None:
+        sizes[-1].append(micro.positions)
+        positions(accumulator, index, micro, *others)
+
+    monkeypatch.setattr(GradientAccumulator, "_run", watched)
+    with all_in_float64():
+        wanted = one_batch_gradient(head.model(), rows)
+        for cap in (None, "auto"):
+            sizes.append([])
+            arguments = {"batch_size": 2, "effective_batch_size": 12, "max_tokens": cap, "verbosity": "normal"} | more
+            (found,) = accumulated_gradients(head.model(), rows, audit=False, **arguments)
+            assert relative_error(found, wanted) < 1e-11
+    few, fewer = sizes
+    assert len(fewer) < len(few)
+    assert max(fewer) <= 2 * longest
+    found_by = ", the most that fit in memory or in an update," if more.get("batch_size") == "auto" else ""
+    assert f"at most {2 * longest} tokens (batch_size 2{found_by} × longest row {longest});" in capsys.readouterr().out
+
+
+class Mixing(nn.Module):
+    """A classifier with a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(99, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.norm(self.embed(input_ids).mean(1)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class WithAnswers(Mixing):
+    """A classifier of two sequences."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, answer_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        assert len(answer_ids) == len(input_ids)
+        return super().forward(input_ids, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("seq2seq, T5", "`labels` is a second sequence, for the decoder"),
+        ("image classification, ViT", "there are no token ids"),
+        ("multiple choice, BERT", "`input_ids` has 2 dimensions in each row, not one"),
+    ],
+)
+def test_automatic_max_tokens_are_refused_where_tokens_do_not_tell_the_memory(name: str, words: str) -> None:
+    with pytest.raises(DataError, match=rf"`max_tokens` is 'auto', but {words}.* Omit `max_tokens`"):
+        test_fine_tuning(HEADS[name].model(), train_data=HEADS[name].rows(9), max_tokens="auto")
+
+
+def test_automatic_max_tokens_are_refused_for_rows_with_a_second_sequence() -> None:
+    rows = [{**row, "answer_ids": [5] * 7} for row in HEADS[NAMES[1]].rows(9)]
+    with pytest.raises(DataError, match="`max_tokens` is 'auto', but `answer_ids` has sizes of its own"):
+        test_fine_tuning(WithAnswers(), train_data=rows, max_tokens="auto")
+
+
+def test_automatic_max_tokens_are_refused_where_rows_mix() -> None:
+    rows = HEADS[NAMES[1]].rows(24)
+    with pytest.raises(SettingsError, match=r"`max_tokens` is 'auto', but the loss of a row depends on.*norm"):
+        test_fine_tuning(Mixing().double(), train_data=rows, max_tokens="auto", effective_batch_size=8)
+
+
+def test_a_validation_row_may_be_longer_than_automatic_max_tokens() -> None:
+    head = HEADS[CAUSAL]
+    long = {"input_ids": list(range(3, 43)), "labels": list(range(3, 43))}
+    result = test_fine_tuning(
+        head.model(), train_data=head.rows(4), val_data=[long], batch_size=1, effective_batch_size=4, n_epochs=1,
+        max_tokens="auto", progress=False, verbosity="quiet", audit=False,
+    )  # fmt: skip
+    assert len(result.val_loss_history) == 1
 
 
 def test_max_tokens_is_refused_with_a_collator_that_pads_further() -> None:
@@ -364,6 +447,7 @@ def test_workers_leave_no_files_open() -> None:
 @pytest.mark.processes
 def test_two_processes_make_the_same_cuts_and_change_nothing(two_processes: Callable[..., str], tmp_path: Path) -> None:
     ways = {"planner off": WAYS["planner off"], "max_tokens": WAYS["max_tokens"], "workers": WAYS["workers"]}
+    ways["max_tokens of 4 longest rows"] = WAYS["max_tokens of 4 longest rows"]
     # Costs change in the tenth window, after workers have cut it. With dummies, they change unequally often.
     ways["costs that change"] = {"n_epochs": 6, "num_workers": 2, "max_tokens": 26}
     (tmp_path / "ways.json").write_text(json.dumps({**ways, "padding-free": {"padding_free": True}}))
@@ -371,5 +455,5 @@ def test_two_processes_make_the_same_cuts_and_change_nothing(two_processes: Call
     torch.save(runs, tmp_path / "alone.pt")
     printed = two_processes("planner_of_two.py", str(tmp_path / "alone.pt"), str(tmp_path / "ways.json"))
     differences = json.loads(next(line for line in printed.splitlines() if line.startswith("DIFFERENCES "))[12:])
-    assert len(differences) == 9
+    assert len(differences) == 11
     assert max(differences.values()) < 1e-9, differences

@@ -60,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "capped": {"max_updates": 11, "n_epochs": 9},
     "by tokens": {"max_tokens": 24},
+    "by the longest row": {"max_tokens": "auto"},
     "another optimizer": {"optimizer": lambda groups: torch.optim.SGD(groups, momentum=0.9)},
     "without validation": {"validation_split": 0.0},
     "balanced draws": {"sampler": "balanced", "label_smoothing": 0.1},
@@ -440,7 +441,9 @@ def test_restoring_best_weights_can_be_switched_off_when_resuming(tmp_path: Path
     assert fine_tuned(**arguments).differences(again) == []
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 5}, {"max_tokens": 30}, {"planner": False}])
+@pytest.mark.parametrize(
+    "arguments", [{"batch_size": 5}, {"max_tokens": 30}, {"max_tokens": "auto"}, {"planner": False}]
+)
 def test_another_physical_batch_continues_after_the_rows_already_done(
     arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ def test_steps_that_change_exclude_other_sizes_of_an_update() -> None:
     [
         ("batch_size", 0, "a positive integer or 'auto'"),
         ("batch_size", "most", "a positive integer or 'auto'"),
-        ("max_tokens", 0, "a positive integer or None"),
+        ("max_tokens", 0, "a positive integer or 'auto' or None"),
         ("planner_costs", [1, 2], "three non-negative numbers"),
         ("planner_costs", [0, 0, 0], "three non-negative numbers"),
         ("max_updates", 0, "a positive integer or None"),
@@ -131,7 +131,7 @@ def test_one_error_reports_all_faults() -> None:
         ({"batch_size": "auto"}, "but the size of an update is not set"),
         (
             {"batch_size": "auto", "effective_batch_size": 8, "max_tokens": 99},
-            "limits micro-batches by tokens, not rows",
+            "`max_tokens` is 99, which limits micro-batches by tokens, not rows",
         ),
     ],
 )

@@ -380,6 +380,7 @@ def test_raw_text_is_tokenised_as_it_comes(tmp_path: Path, monkeypatch: pytest.M
             f"In `train_data`, row 3 has the label {CLASSES}",
         ),
         ({"max_tokens": 2}, r"has \d+ tokens, but `max_tokens` is 2"),
+        ({"max_tokens": "auto"}, "`max_tokens` is 'auto', which needs the longest training row"),
     ],
 )
 def test_unusable_rows_and_settings_are_reported_before_training(given: dict[str, Any], words: str) -> None:

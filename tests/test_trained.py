@@ -97,6 +97,7 @@ def test_a_model_folder_needs_the_task(run: Path, tmp_path: Path, capsys: pytest
         (["predict", "{run}", "--data", "x.csv"], "`--output` is required."),
         (["predict", "{run}", "--data", "x.csv", "--output", "x.txt"], "`--output` must end in .jsonl, .csv, .parquet"),
         (["eval", "{run}", "--data", "x.csv", "--batch_size", "auto"], "`batch_size` must be a positive integer"),
+        (["eval", "{run}", "--data", "x.csv", "--max_tokens", "auto"], "`max_tokens` must be a positive integer"),
         (["eval", "{run}", "--data", "x.csv", "--json", "no/folder/found.json"], "in a folder that does not exist"),
         (["eval", "{run}", "--data", "x.csv", "--json", "{rows}"], "is a folder. Give the name of a file."),
         (["eval", "{rows}", "--data", "x.csv"], "has no trained model"),

@@ -243,7 +243,14 @@ def test_a_count_that_does_not_match_the_loss_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"padding_free": True}, {"max_tokens": 30}, {"planner": False}, {"gradient_checkpointing": True}]
+    "more",
+    [
+        {"padding_free": True},
+        {"max_tokens": 30},
+        {"max_tokens": "auto"},
+        {"planner": False},
+        {"gradient_checkpointing": True},
+    ],
 )
 @pytest.mark.slow
 def test_other_ways_to_run_are_exact(more: dict[str, Any]) -> None:

@@ -62,6 +62,10 @@ def defaults() -> dict[str, Any]:
     return {"loss_over": "window", "audit": False, "verbosity": "quiet"}
 
 
+def test_a_cap_of_the_longest_rows_leaves_the_gradient_of_all_rows() -> None:
+    assert max(errors(POSITIONS, batch_size=2, effective_batch_size=13, max_tokens="auto")) < 1e-11
+
+
 def run(case: Case, model: nn.Module, n_rows: int = 13, **arguments: Any) -> Result:
     given = {
         "n_epochs": 1, "validation_split": 0.0, "progress": False, "lr_scheduler": "constant", **IN_FIVES, **defaults(),

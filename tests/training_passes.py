@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-_BEFORE_TRAINING = {"measured_objective", "window_objective", "find_ranges"}
+_BEFORE_TRAINING = {"measured_objective", "window_objective", "find_ranges", "find_labelled_head"}
 
 
 def in_self_check() -> bool:

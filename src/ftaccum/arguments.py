@@ -86,9 +86,10 @@ def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
     if runtime.batch_size != "auto":
         return []
     found = []
-    if runtime.max_tokens is not None:
+    if isinstance(runtime.max_tokens, int):
         found.append(
-            "`batch_size` is 'auto', but `max_tokens` limits micro-batches by tokens, not rows. Set only one of them."
+            f"`batch_size` is 'auto', but `max_tokens` is {runtime.max_tokens}, which limits micro-batches by tokens, "
+            "not rows. Set only one of them, or `max_tokens='auto'`."
         )
     if recipe.gradient_accumulation_steps != 1:
         found.append(

@@ -41,10 +41,11 @@ def test_fine_tuning(
     effective_batch_size: int | None = None,
     tokens_per_update: int | None = None,
     remainder: str = "flush",
-    max_tokens: int | None = None,
+    max_tokens: int | str | None = None,
     planner: bool = True,
     planner_costs: Sequence[float] | None = None,
     padding_free: bool = False,
+    loss_head: str = "auto",
     optimizer: str | OptimizerFactory | Optimizer | None = None,
     learning_rate: float = DefaultFloat(5e-5),
     learning_rate_scaling: str = "none",
@@ -155,7 +156,9 @@ def test_fine_tuning(
             last update of the run may be smaller. Such an update counts towards the epoch of its last row, and an
             epoch may have no update.
         max_tokens: maximum positions per micro-batch, padding included. If set, it limits micro-batches instead of
-            `batch_size`, which then only helps to determine the size of an update.
+            `batch_size`, which then only helps to determine the size of an update. "auto" takes `batch_size` × the
+            longest training row, so short rows make fewer and larger micro-batches. Refused for rows that need memory
+            for more than their `input_ids`, for models that mix the rows of a micro-batch, and for streams.
         planner: split each window where it costs least, once its rows are drawn. False splits it into equal slices in
             order of arrival. The update is the same either way.
         planner_costs: costs of a forward and backward pass, in any unit: per pass, per padded token, and per row ×
@@ -163,6 +166,8 @@ def test_fine_tuning(
             much as many hundred tokens: the planner then makes fewer passes.
         padding_free: concatenate the rows of a micro-batch instead of padding them. For causal language models that
             keep such rows apart by `position_ids`; this is checked before training.
+        loss_head: "auto" computes the logits of a language model only at positions with a label, if a check before
+            training finds the model's own loss and gradient. "full" computes all.
         optimizer: a name, a function that builds an optimizer from parameter groups (each with `lr` and
             `weight_decay`), or an optimizer. The names are "adamw", "sgd" (without momentum), "adafactor", "lion",
             "muon" (hidden matrices; AdamW for all else), "adamw_8bit", "paged_adamw_8bit" and "schedule_free_adamw".

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import logging
 import math
 import signal
 import traceback
@@ -38,6 +39,7 @@ class Verdict:
     Attributes:
         why: the remedy, ftaccum's message, the reason why the model cannot be built, or the failure.
         error: the largest relative error of any window's gradient; None if there is no gradient.
+        logits: the positions at which logits are computed, and the reason if these are not the labelled ones.
     """
 
     task: str
@@ -46,6 +48,20 @@ class Verdict:
     kind: Kind
     why: str = ""
     error: float | None = None
+    logits: str = ""
+
+
+class _LogitsHandler(logging.Handler):
+    """A handler that keeps what a run says about its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix, found, text = record.getMessage().partition("Logits are computed ")
+        if found and not prefix:
+            self.found = text.removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,9 @@ def check(case: Case, limit: int = 60, **arguments: Any) -> Verdict:
         limit: seconds after which the check is given up.
         arguments: of `test_fine_tuning`.
     """
-    built = None
+    built, handler = None, _LogitsHandler()
+    logger = logging.getLogger("ftaccum")
+    logger.addHandler(handler)
     try:
         with _time_limit(limit), _in_float64(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -91,8 +109,10 @@ def check(case: Case, limit: int = 60, **arguments: Any) -> Verdict:
     except _TimeOutError:
         kind, why, error = "crashed" if built else "not buildable", f"took longer than {limit} s", None
     finally:
+        logger.removeHandler(handler)
         gc.collect()
-    return Verdict(case.task, case.model_class.__name__, case.variant, kind, " ".join(why.split()), error)
+    why = " ".join(why.split())
+    return Verdict(case.task, case.model_class.__name__, case.variant, kind, why, error, handler.found)
 
 
 def _judged(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
@@ -115,7 +135,7 @@ def _trained(built: _Built, **arguments: Any) -> tuple[Kind, str, float | None]:
     with warnings.catch_warnings(record=True) as told, contextlib.redirect_stdout(console):
         warnings.simplefilter("always")
         try:
-            found = accumulated_gradients(built.model, built.rows, **WINDOWS, **arguments)
+            found = accumulated_gradients(built.model, built.rows, verbosity="debug", **WINDOWS, **arguments)
             error = _largest_error(found, built.wanted)
         except (DataError, SettingsError) as refusal:
             return "caught", f"{type(refusal).__name__}: {refusal}", None

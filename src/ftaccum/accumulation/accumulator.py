@@ -19,6 +19,7 @@ from ..objective.batch_changes import fresh_batch
 from ..objective.normalizer import LossNormalizer, WeightedMeans
 from ..objective.objective import Objective
 from ..runtime.accumulation_backend import AccumulationBackend
+from ..runtime.gradients.in_place import InPlaceGradients
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.gradients.sparse import SparseEmbeddingGradients
 from ..runtime.process_group import ProcessGroup
@@ -60,6 +61,7 @@ class GradientAccumulator:
         self._strategy, self._process_group = strategy, process_group
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._embeddings = SparseEmbeddingGradients(model, strategy.sparse_parameters)
+        self._large_layers = InPlaceGradients(model)
         self._buffers = buffers or MovingBuffers(model, process_group, objective.modules)
         self.after_pass: Callable[[], None] = lambda: None
         self.before_backward: Callable[[Tensor], None] = lambda _: None
@@ -148,7 +150,7 @@ class GradientAccumulator:
         # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of that number.
         self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0
         n_local = self._n_local_passes(micro_batches)
-        with self._embeddings.sparse():
+        with self._embeddings.sparse(), self._large_layers.in_place():
             failure = self._run_local(micro_batches[:n_local], window)
         if n_local == len(micro_batches):
             leave_after(failure, self._process_group)

@@ -47,6 +47,7 @@ class Audit:
         loss_error: the relative difference of the losses.
         rounding: the relative error of a gradient recomputed with its rows in reverse order; None if not measured.
         keeps_state: whether a forward pass changes the result of the next one through state outside of buffers.
+        selects_positions: whether accumulation computes logits at labelled positions only.
     """
 
     n_rows: int
@@ -56,6 +57,7 @@ class Audit:
     loss_error: float
     rounding: float | None = None
     keeps_state: bool = False
+    selects_positions: bool = False
 
 
 class GradientAuditor:
@@ -119,7 +121,8 @@ class GradientAuditor:
                     rounding = self._rounding_of_one(compared, wanted)
                 else:
                     rounding = self._rounding_of_cut(sample, accumulated)
-        return replace(audit, rounding=rounding, keeps_state=self._keeps_state)
+        selects = self._objective.labelled_head is not None
+        return replace(audit, rounding=rounding, keeps_state=self._keeps_state, selects_positions=selects)
 
     def _deterministic_mode(self, sample: AuditSample) -> DeterministicMode | None:
         """Return the mode that runs the model without dropout, found in the first audit; None if memory runs out."""
@@ -143,6 +146,8 @@ class GradientAuditor:
 
         try:
             mode = DeterministicMode.of(self._model, lambda: list(numbers().values()), self._objective.modules)
+            if mode.whole:  # two passes in train mode were equal, so there is no state to find
+                return True, list(mode.moving), False, True
             hidden = find_hidden_state(self._model, self._objective.modules, numbers, tolerance)
             with mode.passes():
                 generators, first = Generators.now(), numbers()

@@ -74,11 +74,11 @@ def audited_window(local_window: LocalWindow, window_loader: WindowLoader) -> Au
     """Return a window of the training loop as audits see it."""
     window, micro_batches = local_window.window, local_window.micro_batches
 
-    def take(whole: bool) -> AuditRows:
-        if whole:
+    def take(most: int | None) -> AuditRows:
+        if most is None:
             return AuditRows.of(window.rows, window, window_loader)
         own = [(micro.slice.rows, micro.batch) for micro in micro_batches if micro.slice.rows]
-        rows = tuple(chain.from_iterable(choose_part(own, window_loader.process_group)))
+        rows = tuple(chain.from_iterable(choose_part(own, most, window_loader.process_group)))
         return AuditRows.of(rows, window, window_loader)
 
     return AuditedWindow(window.index + 1, window.epoch, micro_batches, take)

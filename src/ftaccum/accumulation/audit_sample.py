@@ -13,8 +13,6 @@ from ..runtime.process_group import ProcessGroup
 
 T = TypeVar("T")
 
-_PART = 4  # micro-batches in the first audit
-
 
 class AuditSample(Protocol):
     """Rows to audit, cut into micro-batches on all processes.
@@ -59,23 +57,24 @@ class AuditedWindow:
         update: the number of the update, from 1.
         epoch: the epoch that it belongs to.
         micro_batches: this process's micro-batches.
-        take: returns the sample of an audit: the whole window if called with True, a few of its micro-batches if
-            called with False; None if these rows cannot be audited. All processes must call it.
+        take: returns the sample of an audit: up to a number of micro-batches from all processes, or the whole window
+            if called with None. It returns None if these rows cannot be audited. All processes must call it.
     """
 
     update: int
     epoch: int
     micro_batches: Sequence[MicroBatch]
-    take: Callable[[bool], AuditSample | None]
+    take: Callable[[int | None], AuditSample | None]
 
 
-def choose_part(own: Sequence[tuple[T, Batch]], process_group: ProcessGroup) -> list[T]:
-    """Choose up to four micro-batches from all processes. All of them must call it.
+def choose_part(own: Sequence[tuple[T, Batch]], most: int, process_group: ProcessGroup) -> list[T]:
+    """Choose a few micro-batches from all processes. All of them must call it.
 
-    Two have the rarest labels and flags, two the most common ones: between similar micro-batches, wrong item counts
-    would not show.
+    Half of them have the rarest labels and flags, half the most common ones: between similar micro-batches, wrong item
+    counts would not show.
 
     Args:
+        most: the number of micro-batches to choose, if there are so many.
         own: names for the micro-batches of this process, and their batches.
 
     Returns:
@@ -85,7 +84,7 @@ def choose_part(own: Sequence[tuple[T, Batch]], process_group: ProcessGroup) -> 
     pieces = list(chain.from_iterable(process_group.gather(named)))
     n_with = Counter(chain.from_iterable(kinds for _, kinds in pieces))
     pieces.sort(key=lambda piece: -sum(1 / n_with[kind] for kind in piece[1]))
-    chosen = pieces if len(pieces) <= _PART else [*pieces[: _PART // 2], *pieces[-_PART // 2 :]]
+    chosen = pieces if len(pieces) <= most else [*pieces[: most // 2], *pieces[-most // 2 :]]
     return [name for name, _ in chosen]
 
 

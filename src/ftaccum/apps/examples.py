@@ -34,6 +34,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     # loss
     "class_weights": "balanced",
     "label_smoothing": "0.1",
+    "loss_head": "full",
     "loss_over": "items",
     "router_balance": "micro_batch",
     # adapters

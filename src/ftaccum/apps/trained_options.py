@@ -59,8 +59,13 @@ def checked(named: Any, output: Any, recipe: Any, runtime: Any) -> tuple[Trained
     needed = [name for name in ("data", "output") if getattr(named, name, getattr(output, name, None)) == ""]
     refuse([f"`--{name}` is required." for name in needed])
     named = read_settings(TrainedArguments, vars(named))
-    if runtime.batch_size == "auto":
-        raise SettingsError(["`batch_size` must be a positive integer to evaluate or predict, but is 'auto' instead."])
+    refuse(
+        [
+            f"`{name}` must be a positive integer to evaluate or predict, but is 'auto' instead."
+            for name in ("batch_size", "max_tokens")
+            if getattr(runtime, name) == "auto"
+        ]
+    )
     parsed_recipe, parsed_runtime = parse_settings(settings)
     refuse(find_faults(named) + find_faults(output))
     parsed = vars(parsed_recipe) | vars(parsed_runtime)

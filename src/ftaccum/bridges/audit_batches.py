@@ -51,23 +51,22 @@ class AuditBatches:
         objective: Objective,
         process_group: ProcessGroup,
         fill: Mapping[str, int],
-        *,
-        whole: bool,
+        most: int | None,
     ) -> "AuditBatches | None":
         """Return the sample of a window, or of a few of its micro-batches. All processes must call it.
 
         Args:
             micro_batches: this process's micro-batches of the window, as its accumulator takes them. Those without loss
                 items are dummies, and their rows are not audited.
-            whole: whether to take the whole window; if not, up to four of its micro-batches.
+            most: the number of micro-batches to take, if there are so many; None for the whole window.
 
         Returns:
             None on all processes if there are no rows, or if the rows of a batch cannot be taken apart.
         """
         own = [micro for micro in micro_batches if not micro.is_dummy]
-        if not whole:
+        if most is not None:
             named = [((process_group.index, n), micro.batch) for n, micro in enumerate(own)]
-            chosen = choose_part(named, process_group)
+            chosen = choose_part(named, most, process_group)
             own = [own[n] for index, n in chosen if index == process_group.index]
         sizes = [(rows_of(m.batch), _size(m.batch)) if has_rows(m.batch) else None for m in own]
         known = list(chain.from_iterable(process_group.gather(sizes)))
@@ -80,7 +79,7 @@ class AuditBatches:
         dummy = _dummy(micro_batches, objective, process_group)
         kept = micro_batches or [dummy]
         sample = cls(kept, n_rows, most_rows, times_largest, objective, process_group, fill, dummy)
-        return sample if whole else sample._with(own)
+        return sample if most is None else sample._with(own)
 
     def load(self) -> list[MicroBatch]:
         return list(self.micro_batches)

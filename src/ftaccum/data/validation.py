@@ -1,11 +1,13 @@
 """Check rows before training: all of them, or a sample if there are many or they arrive later."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import DataError
 from ..objective.item_counts import Batch
+from ..objective.model_forward import is_label
 from .collator import RowCollator
 from .dataset import Rows
 from .probe_rows import sample_positions
@@ -13,24 +15,21 @@ from .row import Row, length_of
 from .value_ranges import ValueRanges
 
 
-def check_lengths(rows: Rows, max_tokens: int, row_collator: RowCollator) -> None:
+def check_lengths(rows: Rows, max_tokens: int | None, row_collator: RowCollator) -> None:
     """Raise DataError if micro-batches of these rows cannot be kept below a cap on tokens. It names the longest row; in
-    a stream, the first one that is too long, when it arrives."""
+    a stream, the first one that is too long, when it arrives.
+
+    Args:
+        max_tokens: the cap; None if it depends on the rows, so that no row is too long.
+    """
     lengths = rows.lengths()
     if lengths is None or not rows.have_tokens:
         raise DataError(
             f"`max_tokens` needs the lengths of the rows, but those of `{rows.argument}` are unknown until they are "
             "computed. Give a `datasets.Dataset` with `input_ids`, or a list; or give `batch_size` instead."
         )
-    longest = max(range(len(rows)), key=lengths.__getitem__)
-    _refuse_longer(rows, longest, lengths[longest], max_tokens)
-
-    def refuse_longer(more: list[Row], first: int) -> list[Row]:
-        for position, row in enumerate(more, first):
-            _refuse_longer(rows, position, length_of(row), max_tokens)
-        return more
-
-    rows.on_arrival(refuse_longer)
+    if max_tokens is not None:
+        _check_longest(rows, lengths, max_tokens)
     shortest = min(range(len(rows)), key=lengths.__getitem__)
     batch = row_collator.seeded(rows, [shortest], 0)
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
@@ -40,6 +39,55 @@ def check_lengths(rows: Rows, max_tokens: int, row_collator: RowCollator) -> Non
             f"returns {ids.numel()} tokens for {rows.name_of(shortest)} of `{rows.argument}` alone, which has "
             f"{lengths[shortest]} tokens. Make it pad to the longest, or give `batch_size` instead."
         )
+
+
+def check_size_in_tokens(rows: Rows, row_collator: RowCollator, *, decodes: bool) -> None:
+    """Raise DataError if rows need memory for more than the token ids in `input_ids`.
+
+    Otherwise, many rows with few tokens could need more memory than a few rows with as many tokens.
+
+    Args:
+        decodes: whether the model has a decoder, for which labels are a second sequence.
+    """
+    lengths = rows.lengths()
+    extremes = [] if lengths is None else [f(range(len(rows)), key=lengths.__getitem__) for f in (min, max)]
+    for position in dict.fromkeys([0, *extremes]):
+        batch = row_collator.seeded(rows, [position], 0)
+        columns = batch if isinstance(batch, Mapping) else {"input_ids": batch[0] if isinstance(batch, tuple) else None}
+        if fault := _beside_tokens(columns, decodes):
+            raise DataError(
+                f"`max_tokens` is 'auto', but {fault} in `{rows.argument}`, so the tokens of a row do not tell how "
+                "much memory it needs. Omit `max_tokens`: `batch_size` then limits the rows. Or set it to a number."
+            )
+
+
+def _beside_tokens(columns: Mapping[str, Any], decodes: bool) -> str:
+    """Return the reason why the size of a batch of one row is not that of its `input_ids`, or an empty string."""
+    ids = columns.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        return "there are no token ids (`input_ids`)"
+    if ids.ndim != 2:
+        return f"`input_ids` has {ids.ndim - 1} dimensions in each row, not one,"
+    for name, value in columns.items():
+        if not isinstance(value, Tensor) or value.ndim < 2 or name.endswith("mask"):
+            continue
+        if decodes and is_label(name) and not value.is_floating_point():
+            return f"`{name}` is a second sequence, for the decoder,"
+        if value.shape[:2] != ids.shape and (value.ndim > 2 or name.endswith("ids")):
+            return f"`{name}` has sizes of its own"
+    return ""
+
+
+def _check_longest(rows: Rows, lengths: list[int], max_tokens: int) -> None:
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    _refuse_longer(rows, longest, lengths[longest], max_tokens)
+
+    def refuse_longer(more: list[Row], first: int) -> list[Row]:
+        for position, row in enumerate(more, first):
+            _refuse_longer(rows, position, length_of(row), max_tokens)
+        return more
+
+    rows.on_arrival(refuse_longer)
 
 
 def _refuse_longer(rows: Rows, position: int, length: int, max_tokens: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .item_counts import IGNORE_INDEX, Batch, targets_of
-from .model_forward import logits_of
+from .own_loss import logits_of
 
 _SHOWN = 6  # weights, in a message
 

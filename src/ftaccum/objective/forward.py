@@ -12,6 +12,8 @@ from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
 from .item_counts import Batch
+from .labelled_head import LabelledHead, Logits
+from .normalizer import Counts
 from .own_loss import LOSS, OwnLoss
 from .span_loss import is_span_loss, span_losses
 
@@ -25,6 +27,7 @@ class Forward(ABC):
         modules: the modules that compute the loss, besides the model.
         factors: the outputs that the model's own loss adds up, with their factors.
         has_spans: whether the terms are the losses of start and end positions.
+        labelled_head: computes logits only at labelled positions; None if the model computes them all.
     """
 
     def __init__(self, modules: Sequence[nn.Module], read_loss: Callable[[Any, Batch], Any] | None) -> None:
@@ -34,6 +37,7 @@ class Forward(ABC):
         self.modules = list(modules)
         self.factors: dict[str, float] = {}
         self.has_spans = False
+        self.labelled_head: LabelledHead | None = None
         self._inner_gradients = InnerGradients()
         self._own_loss = OwnLoss()
         self._is_open_in_train_mode = False  # whether the first pass in train mode decides where the loss is
@@ -48,24 +52,49 @@ class Forward(ABC):
     def _outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on a batch and return its outputs."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Return the means by term, as scalars, and the model's outputs. The model or the loss may change the batch."""
-        return self._inner_gradients.run(lambda: self._means(model, batch))
+    def __call__(
+        self, model: nn.Module, batch: Batch, counts: Counts | None = None, logits: Logits = Logits.ALL
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Return the means by term, as scalars, and the model's outputs. The model or the loss may change the batch.
+
+        Args:
+            counts: the batch's number of loss items by term, if known.
+            logits: the logits that the outputs must have.
+        """
+        return self._inner_gradients.run(lambda: self._means(model, batch, counts, logits))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on a batch and return its outputs, without computing the loss."""
-        return self._inner_gradients.run(lambda: self._outputs(model, batch))
+        return self._inner_gradients.run(lambda: self._all_outputs(model, batch))
 
-    def _means(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        outputs = self._outputs(model, batch)
+    def _means(
+        self, model: nn.Module, batch: Batch, counts: Counts | None, logits: Logits
+    ) -> tuple[dict[str, Tensor], Any]:
+        if self.labelled_head is not None and logits is not Logits.ALL:
+            n_labels = int(counts[LOSS]) if counts and counts[LOSS] else None
+            mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels, logits)
+            return {LOSS: mean, **self._parts(outputs, mean)}, outputs
+        outputs = self._all_outputs(model, batch)
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
         if self.factors:
-            # A model may omit some of them in eval mode.
-            given = {
-                name: factor * outputs[name] for name, factor in self.factors.items() if outputs.get(name) is not None
-            }
-            loss = {LOSS: loss - sum(given.values()), **{name: given.get(name, 0 * loss) for name in self.factors}}
+            parts = self._parts(outputs, loss)
+            loss = {LOSS: loss - sum(parts.values()), **parts}
         return scalars_of(loss), outputs
+
+    def _parts(self, outputs: Any, loss: Tensor) -> dict[str, Tensor]:
+        """Return the terms that the model's own loss adds up, with 0 for those that it omits, as some do in eval mode.
+
+        Args:
+            loss: any term of the loss.
+        """
+        found = {name: outputs.get(name) for name in self.factors}
+        return {name: 0 * loss if found[name] is None else self.factors[name] * found[name] for name in self.factors}
+
+    def _all_outputs(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model on a batch and return its outputs, with the logits of all positions."""
+        if self.labelled_head is None:
+            return self._outputs(model, batch)
+        return self.labelled_head.whole(lambda given: self._outputs(model, given), batch)
 
     def unweighted_loss(self, model: nn.Module, batch: Batch, places: Sequence[int] = ()) -> Tensor:  # noqa: ARG002
         """Return the loss of a batch as the model or `loss_fn` returns it, with its terms added up.
@@ -75,7 +104,7 @@ class Forward(ABC):
         Args:
             places: the positions of the rows in their window, if the loss depends on it.
         """
-        return total_of(self._loss_of(model, self._outputs(model, batch), batch))
+        return total_of(self._loss_of(model, self._all_outputs(model, batch), batch))
 
     def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
         """Return the loss as given: a number, or a mapping from terms to numbers."""

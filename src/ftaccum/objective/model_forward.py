@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..errors import DataError
 from .forward import Forward
 from .item_counts import IGNORE_INDEX, Batch, targets_of
-from .own_loss import LOSS
+from .own_loss import logits_of
 
 LossFn = Callable[[Any, Any], Any]
 
@@ -139,25 +139,6 @@ def accepted_arguments(model: nn.Module) -> set[str] | None:
 def is_label(column: str) -> bool:
     """Return whether a column has the name of a target in Transformers (`labels`, `start_positions`, …)."""
     return "label" in column or column in ("start_positions", "end_positions")
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """Return the logits in a model's outputs: the tensor itself, `.logits`, or the first tensor with dimensions.
-
-    Raises:
-        DataError: if there is no such tensor.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        named = outputs.get("logits")
-        if named is not None:
-            return named
-        outputs = [value for key, value in outputs.items() if key != LOSS]
-    found = [value for value in outputs if isinstance(value, Tensor) and value.ndim]
-    if not found:
-        raise DataError("The model's outputs hold no logits. Give a `loss_fn` that uses what they hold.")
-    return found[0]
 
 
 def _without_labels(batch: Batch) -> Batch:

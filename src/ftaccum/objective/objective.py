@@ -11,6 +11,7 @@ from ..errors import DataError
 from .batch_changes import WatchedBatch
 from .forward import Forward
 from .item_counts import Batch
+from .labelled_head import LabelledHead, Logits
 from .normalizer import Counts, Means, means_of_sums
 from .report import ExactnessReport
 from .window_terms import Values, WindowTerms
@@ -51,12 +52,23 @@ class Objective:
         return self._forward.modules
 
     @property
+    def labelled_head(self) -> LabelledHead | None:
+        """The head that computes logits only at labelled positions; None if the model computes them all."""
+        return self._forward.labelled_head
+
+    @property
     def loss_place(self) -> int | None:
         """The position of the model's own loss among its outputs in eval mode, if they have no names."""
         return self._forward.loss_place
 
     def means(
-        self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str], rows: str = "these rows"
+        self,
+        model: nn.Module,
+        batch: Batch,
+        counts: Counts,
+        terms: Sequence[str],
+        rows: str = "these rows",
+        logits: Logits = Logits.NONE,
     ) -> tuple[Means, Any]:
         """Return the means of these terms over the batch's own items, and the model's outputs.
 
@@ -65,12 +77,13 @@ class Objective:
             counts: the batch's number of loss items, by term.
             terms: the terms with items in the batch; the mean of any other would be NaN.
             rows: the name of the rows in messages.
+            logits: the logits that the outputs must have.
 
         Raises:
             DataError: if the loss has other terms, or other items, than were counted.
         """
         watched = WatchedBatch(batch)
-        found, outputs = self._forward(model, batch)
+        found, outputs = self._forward(model, batch, counts, logits)
         if any(counts.values()) and not self.report.counts_before_changes:
             refuse_other_counts(watched, self.count, counts, rows)
         self._check_terms(found, counts, terms, rows)
@@ -79,19 +92,25 @@ class Objective:
         return {term: means.get(term, nothing) for term in terms}, outputs
 
     def observe(
-        self, model: nn.Module, batch: Batch, counts: Counts, terms: Sequence[str], rows: str = "these rows"
+        self,
+        model: nn.Module,
+        batch: Batch,
+        counts: Counts,
+        terms: Sequence[str],
+        rows: str = "these rows",
+        logits: Logits = Logits.NONE,
     ) -> tuple[Means, Values, Any]:
         """Return the means of the terms that do not read the window, what the others read, and the model's outputs.
 
         The arguments are those of `means`.
         """
         if self.window is None:
-            means, outputs = self.means(model, batch, counts, terms, rows)
+            means, outputs = self.means(model, batch, counts, terms, rows, logits=logits)
             return means, {}, outputs
         if self.is_over_window:
             outputs = self._forward.outputs(model, batch)
             return {}, self.window.read(outputs, batch), outputs
-        means, outputs = self.means(model, batch, counts, terms, rows)
+        means, outputs = self.means(model, batch, counts, terms, rows, logits=logits)
         others = {term: mean for term, mean in means.items() if term not in self.window.names}
         return others, self.window.read(outputs, batch), outputs
 

@@ -1,4 +1,4 @@
-"""The loss among the outputs of a model that computes it."""
+"""The loss and the logits among the outputs of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +54,25 @@ class OwnLoss:
         if loss is None:
             raise _without_loss()
         return loss
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits in a model's outputs: the tensor itself, `.logits`, or the first tensor with dimensions.
+
+    Raises:
+        DataError: if there is no such tensor.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        named = outputs.get("logits")
+        if named is not None:
+            return named
+        outputs = [value for key, value in outputs.items() if key != LOSS]
+    found = [value for value in outputs if isinstance(value, Tensor) and value.ndim]
+    if not found:
+        raise DataError("The model's outputs hold no logits. Give a `loss_fn` that uses what they hold.")
+    return found[0]
 
 
 def _named(outputs: Any) -> Any:

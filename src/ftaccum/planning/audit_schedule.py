@@ -6,6 +6,9 @@ from typing import Any
 _FIRST = (1, 4, 16, 64)  # updates audited at any cost
 _SHORT = 50  # updates; a shorter run has two audits
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
+# Micro-batches of an audit that does not take the whole window. In a run of 8 updates of 8 micro-batches, two audits of
+# two take as long as 12% of the updates; with the whole window in the second, it would be 31%.
+_PART, _PART_OF_SHORT = 4, 2
 _EXTRA = 8  # audits of updates with new values at any cost
 
 
@@ -16,7 +19,8 @@ class AuditSchedule:
     With `audit=True`, updates 1, 4, 16 and 64 are audited, and later ones while audits have taken less than 0.5% of the
     training time. An update with label values or flags that no earlier update had takes the place of the next planned
     audit. After the planned audits, eight such updates are audited at any cost, and more while audits have taken less
-    than 1% of the training time. A run of fewer than 50 updates has two planned audits, and these eight.
+    than 1% of the training time. A run of fewer than 50 updates has two planned audits, and these eight, all of a few
+    micro-batches.
 
     Attributes:
         audit: the setting: True, False, or the number of updates from one audit to the next.
@@ -34,7 +38,17 @@ class AuditSchedule:
     _ahead: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._ahead = [1, max(2, (self.n_updates + 1) // 2)] if self.n_updates < _SHORT else list(_FIRST)
+        self._ahead = [1, max(2, (self.n_updates + 1) // 2)] if self.is_short else list(_FIRST)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the run is so short that audits of whole windows would take a large share of its time."""
+        return self.audit is True and self.n_updates < _SHORT
+
+    @property
+    def part(self) -> int:
+        """The number of micro-batches of an audit that does not take the whole window."""
+        return _PART_OF_SHORT if self.is_short else _PART
 
     def is_due(self, update: int) -> bool:
         """Return whether to audit an update, regardless of its rows.
@@ -49,7 +63,7 @@ class AuditSchedule:
     @property
     def takes_others(self) -> bool:
         """Whether updates that are not due may be audited."""
-        return self.audit is True and (bool(self._ahead or self.extra) or self.n_updates >= _SHORT)
+        return self.audit is True and (bool(self._ahead or self.extra) or not self.is_short)
 
     def may_take(self, *, is_new: bool) -> bool:
         """Return whether to audit an update that is not due.
@@ -61,8 +75,8 @@ class AuditSchedule:
             return False
         if is_new and (self._ahead or self.extra):
             return True
-        is_short = self.n_updates < _SHORT
-        return not (self._ahead or is_short) and self.spent < (_SHARE if is_new else _SHARE_ORDINARY) * self.trained
+        share = _SHARE if is_new else _SHARE_ORDINARY
+        return not (self._ahead or self.is_short) and self.spent < share * self.trained
 
     def done(self, seconds: float, *, is_new: bool) -> None:
         """Record an audit that took `seconds`."""

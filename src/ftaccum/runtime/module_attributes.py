@@ -29,6 +29,11 @@ _HOOKS = (
 _PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run before or after a module's forward pass."""
+    return any(vars(module)[name] for name in _HOOKS)
+
+
 class ModuleAttributes:
     """A snapshot of the plain attributes of modules, which are neither parameters nor buffers, and of their hooks.
 

@@ -6,6 +6,7 @@ from ..fields import (
     Count,
     Flag,
     FlagOrFolder,
+    LossHead,
     Names,
     OnInexact,
     OnNonfinite,
@@ -21,7 +22,7 @@ from ..fields import (
 )
 from ..rules.periods import Audit, Every
 from ..rules.repository import Repository
-from ..rules.update_size import BatchSize, Costs
+from ..rules.update_size import BatchSize, Costs, MaxTokens
 from .groups import FIXED_BATCH, OWN_ARGUMENT, check, cut, evaluation, logging, output, precision, repeat, size, speed
 
 
@@ -40,9 +41,10 @@ class Runtime:
         "rows per batch of an evaluation on one process; None takes as many as batch_size",
         unsearchable=FIXED_BATCH,
     )
-    max_tokens: PositiveInt | None = cut(
+    max_tokens: MaxTokens | None = cut(
         None,
-        "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows",
+        "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows; auto "
+        "takes batch_size × the longest training row",
         unsearchable=FIXED_BATCH,
     )
     planner: Flag = cut(
@@ -54,6 +56,11 @@ class Runtime:
         "None takes 64, 1 and 0.0005",
     )
     padding_free: Flag = cut(False, "concatenate the rows of a micro-batch instead of padding them (causal LMs)")
+    loss_head: LossHead = cut(
+        "auto",
+        "positions at which a language model computes logits: auto takes those with a label, if that gives the model's "
+        "own loss and gradient; full takes all",
+    )
     gradient_checkpointing: Flag = cut(False, "recompute activations in the backward pass to save memory")
     compile: Flag = speed(
         False, "torch.compile the model; widths are padded to buckets to limit the shapes", matters_to_rounding=True

@@ -16,7 +16,7 @@ from .packed_rows import BLANK, PACKED_COLUMNS, DocumentEncoder, pack
 from .plain_text import PlainText
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions
-from .token_accuracy import TokenAccuracy, predicted_tokens
+from .token_accuracy import PredictedTokens, TokenAccuracy
 
 
 class CausalLM(PlainText):
@@ -62,7 +62,7 @@ class CausalLM(PlainText):
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         accuracy = TokenAccuracy(next_token=True)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
 
     def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:
         """Return the tokens of each text, which the model continues."""

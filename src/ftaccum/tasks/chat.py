@@ -20,7 +20,7 @@ from .fast_tokenizer import check_fast
 from .generated_text import generated_columns, generation_arguments
 from .row_warnings import warn_of_rows
 from .task import EncodingOptions, Task
-from .token_accuracy import TokenAccuracy, predicted_tokens
+from .token_accuracy import PredictedTokens, TokenAccuracy
 
 _CUT, _ANSWERED = "was_cut", "is_answered"
 
@@ -81,7 +81,7 @@ class Chat(Task):
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         accuracy = TokenAccuracy(next_token=True)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}
 
     def encode_inputs(self, rows: Dataset, processor: Any, model: Any, options: EncodingOptions) -> Dataset:  # noqa: ARG002
         """Return the tokens of each conversation up to its last answer, which is left out."""

@@ -7,7 +7,7 @@ from transformers import AutoModelForMaskedLM, DataCollatorForLanguageModeling
 from ..errors import refuse
 from .plain_text import PlainText
 from .task import EncodingOptions
-from .token_accuracy import TokenAccuracy, predicted_tokens
+from .token_accuracy import PredictedTokens, TokenAccuracy
 
 
 class MaskedLM(PlainText):
@@ -38,4 +38,4 @@ class MaskedLM(PlainText):
 
     def evaluation_arguments(self, processor: Any, model: Any) -> dict[str, Any]:  # noqa: ARG002
         accuracy = TokenAccuracy(next_token=False)
-        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+        return {"compute_metrics": accuracy, "preprocess_logits_for_metrics": PredictedTokens()}

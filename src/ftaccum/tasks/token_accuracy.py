@@ -6,16 +6,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 
-def predicted_tokens(logits: Any, labels: Any) -> Tensor:  # noqa: ARG001
-    """Return the most probable token at each position, for `preprocess_logits_for_metrics`.
+class PredictedTokens:
+    """The most probable token at each position, for `preprocess_logits_for_metrics`."""
 
-    Args:
-        logits: of shape (rows, tokens, vocabulary), or a tuple that begins with them.
+    by_position = True  # `TokenAccuracy` reads only positions with a label
 
-    Returns:
-        Token ids of shape (rows, tokens).
-    """
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+    def __call__(self, logits: Any, labels: Any) -> Tensor:  # noqa: ARG002
+        """Return token ids of shape (rows, tokens).
+
+        Args:
+            logits: of shape (rows, tokens, vocabulary), or a tuple that begins with them.
+        """
+        return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ class AuditHandler:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether to audit the whole window: in every audit but the first, and always in a run of one update."""
-        return self._has_audited or self._schedule.n_updates == 1
+        """Whether to audit the whole window: in a run of one update, and in a long run in every audit but the first."""
+        return self._schedule.n_updates == 1 or (self._has_audited and not self._schedule.is_short)
 
     def state_dict(self) -> dict[str, Any]:
         schedule, seen = self._schedule.state_dict(), self._seen.state_dict()
@@ -105,10 +105,10 @@ class AuditHandler:
 
     def _audit(self, window: AuditedWindow, started: float, *, is_new: bool, whole: bool) -> None:
         floor = self._floor
-        known = None if floor is None else self._tolerance(floor)
+        tolerated = self._tolerance(floor or 0.0)  # errors up to this one need no measurement of rounding
         with self._during():
-            sample = window.take(whole)
-            audit = None if sample is None else self._auditor.audit(sample, tolerance=known)
+            sample = window.take(None if whole else self._schedule.part)
+            audit = None if sample is None else self._auditor.audit(sample, tolerance=tolerated)
         seconds = time.perf_counter() - started
         self._schedule.done(seconds, is_new=is_new)
         if audit is None:

@@ -166,7 +166,7 @@ class Run:
 
         `WindowLoader.planner` starts as this one and gets smaller limits when memory runs out.
         """
-        return build_planner(self.config.runtime, self.batch_sizes, self.data.objective.report)
+        return build_planner(self.config.runtime, self.batch_sizes, self.data)
 
     @cached_property
     def plan(self) -> BasePlan:

@@ -15,11 +15,12 @@ from ..data.iterable import Stream
 from ..data.loader import Loader
 from ..data.probe_rows import labelled_positions, sample_of
 from ..data.tokenize import most_tokens
-from ..data.validation import check_lengths, check_sample
+from ..data.validation import check_sample
 from ..data.value_ranges import ValueRanges
 from ..errors import DataError, SettingsError, refuse
 from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import ItemCounter, tensors_of
+from ..objective.labelled_check import find_labelled_head
 from ..objective.loss_scale import find_divisor
 from ..objective.model_forward import LossFn, ModelForward
 from ..objective.objective import Objective
@@ -38,6 +39,7 @@ from .config import Components, RunConfig
 from .declared import class_weights_of, ignore_index_of
 from .loss_faults import loss_fault
 from .metrics import has_labels
+from .token_cap import check_token_cap
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class TrainingData:
             define; None for the model's own.
         classes: the class of each training row, if `sampler` is "balanced".
         packed: whether a row may hold several documents.
+        longest: the width of a batch of the longest training row, if `max_tokens` is "auto".
     """
 
     train_rows: Rows
@@ -72,6 +75,7 @@ class TrainingData:
     loss_fn: LossFn | None = None
     classes: tuple[int, ...] = ()
     packed: bool = False
+    longest: int | None = None
 
     def notes(self) -> list[str]:
         """Return the banner's lines about the data and the loss."""
@@ -105,8 +109,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     padding, val_padding = build_padding(components, rows, val_rows, ignore_index, _longest(config, rows))
     row_collator, val_collator = (build_row_collator(components, each) for each in (padding, val_padding))
     for each, collator in zip(given.all, (row_collator, val_collator), strict=False):
-        if runtime.max_tokens is not None:
-            check_lengths(each, runtime.max_tokens, row_collator)
+        check_token_cap(config, each, row_collator, is_stream=stream is not None)
         collator.find_draws(each)
     sample = check_sample(rows, row_collator, ValueRanges.of_tokens(components.model))
     forward = _forward(config, sample, rows)
@@ -147,6 +150,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         loss_fn=None if isinstance(forward, WindowForward) else forward.loss_fn,
         classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
+        longest=row_collator.width(max(rows.lengths() or [1])) if runtime.max_tokens == "auto" else None,
     )
 
 
@@ -231,4 +235,9 @@ def _objective(
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
     logger.debug(objective.report.describe_measurement())
+    if config.runtime.loss_head == "auto":
+        reason = find_labelled_head(components.model, forward, few, objective, ignore_index)
+        logger.debug(
+            f"Logits are computed {'at labelled positions only' if reason is None else f'at all positions: {reason}'}."
+        )
     return forward, objective

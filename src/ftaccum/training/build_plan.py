@@ -19,6 +19,7 @@ from ..settings.runtime import Runtime
 from .batch_size_finder import largest_batch
 from .build_data import TrainingData
 from .config import RunConfig
+from .token_cap import token_cap
 
 _MOST_STEPS = 64  # a larger ratio of two losses is a whole number by chance, unless it is the run's own k
 
@@ -60,16 +61,21 @@ def build_batch_sizes(
     return batch_sizes_of(recipe, size, processes, length)
 
 
-def build_planner(runtime: Runtime, batch_sizes: BatchSizes, report: ExactnessReport) -> MicroBatchPlanner:
+def build_planner(runtime: Runtime, batch_sizes: BatchSizes, data: TrainingData) -> MicroBatchPlanner:
     """Return the planner that cuts windows into micro-batches.
 
     It keeps micro-batches at the size that the user chose if the loss compares rows, or if the loss is inexact and one
     micro-batch is a whole update.
+
+    Raises:
+        SettingsError: if `max_tokens` is "auto" and the loss compares rows, which more rows would change.
     """
+    report = data.objective.report
     whole = bool(report.inexact()) and not _splits(runtime, batch_sizes)
     costs = DEFAULT_COSTS if runtime.planner_costs is None else CostModel(*runtime.planner_costs)
+    tokens = token_cap(runtime, batch_sizes.batch_size, data.longest, report)
     return MicroBatchPlanner(
-        BatchLimits(batch_sizes.batch_size if runtime.max_tokens is None else None, runtime.max_tokens),
+        BatchLimits(batch_sizes.batch_size if tokens is None else None, tokens),
         costs if runtime.planner and not (report.mixes_rows or whole) else None,
         batch_sizes.num_processes,
         runtime.padding_free,
@@ -128,19 +134,28 @@ def refuse_single_rows(data: TrainingData, plan: BasePlan, planner: MicroBatchPl
 
 def describe_cut(runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchPlanner, *, knows_lengths: bool) -> str:
     """Return the banner's lines about the limits of a micro-batch and how windows are cut."""
-    most = f"{batch_sizes.batch_size} rows" if runtime.max_tokens is None else f"{runtime.max_tokens} tokens"
-    found = " (the most that fit in memory or in an update)" if runtime.batch_size == "auto" else ""
+    most = _describe_limits(runtime, batch_sizes.batch_size, planner.limits.tokens)
     layout = "; rows concatenated, without padding" if runtime.padding_free else ""
     # If all rows are as wide as the longest, or lengths are unknown, full micro-batches cost least.
     cut = "to minimize its estimated cost" if planner.costs is not None and knows_lengths else "in order of arrival"
-    line = f"Micro-batches: at most {most}{found}; each update is split {cut}{layout}"
+    line = f"Micro-batches: at most {most}; each update is split {cut}{layout}"
     if runtime.max_tokens is not None and batch_sizes.gradient_accumulation_steps == 1 and not batch_sizes.later:
         rows = batch_sizes.effective_batch_size
         line += f"\nNote: an update has {rows} rows, as `batch_size` says; set `effective_batch_size` for more"
     return line
 
 
+def _describe_limits(runtime: Runtime, batch_size: int, tokens: int | None) -> str:
+    found = "the most that fit in memory or in an update" if runtime.batch_size == "auto" else ""
+    if tokens is None:
+        return f"{batch_size} rows" + (f" ({found})" if found else "")
+    if runtime.max_tokens != "auto":
+        return f"{tokens} tokens"
+    return f"{tokens} tokens (batch_size {batch_size}{found and f', {found},'} × longest row {tokens // batch_size})"
+
+
 def _splits(runtime: Runtime, batch_sizes: BatchSizes) -> bool:
     """Return whether an update takes more than one micro-batch even without the planner."""
     largest = max(sizes.effective_batch_size for _, sizes in batch_sizes.stages())
-    return runtime.max_tokens is not None or largest > batch_sizes.batch_size
+    # A cap of "auto" holds any `batch_size` rows.
+    return isinstance(runtime.max_tokens, int) or largest > batch_sizes.batch_size

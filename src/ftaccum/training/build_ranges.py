@@ -17,7 +17,8 @@ from ..objective.batch_changes import fresh_batch
 from ..objective.embedding_limits import find_embedding_limits
 from ..objective.index_guard import IndexGuard
 from ..objective.item_counts import Batch, targets_of
-from ..objective.model_forward import ModelForward, logits_of
+from ..objective.model_forward import ModelForward
+from ..objective.own_loss import logits_of
 from ..objective.window_forward import WindowForward
 from ..runtime.state_guards import inspection_mode
 from .config import Components

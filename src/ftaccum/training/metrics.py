@@ -12,8 +12,9 @@ from transformers import EvalPrediction
 from ..data.loader import MicroBatch
 from ..errors import MetricsError, SettingsError, shown
 from ..objective.item_counts import Batch, targets_of
-from ..objective.model_forward import logits_of
+from ..objective.labelled_head import Logits
 from ..objective.objective import Objective
+from ..objective.own_loss import logits_of
 from ..runtime.memory import is_out_of_memory
 from ..runtime.process_group import ProcessGroup
 from .predictions import (
@@ -104,6 +105,15 @@ class Metrics:
         features = [module.features for module in modules if isinstance(module, EvaluationModule)]
         self._takes_classes = "int" in str(features[:1])
         self.keeps_outputs = preprocess is None and not self._is_module
+        reads_labelled = self._is_module or getattr(preprocess, "by_position", False)
+        self._labelled_head = objective.labelled_head if reads_labelled else None
+        if self._labelled_head is not None:
+            self._loss_place = None  # the outputs have no loss
+
+    @property
+    def logits(self) -> Logits:
+        """The logits that the metrics read."""
+        return Logits.ALL if self._labelled_head is None else Logits.LABELLED
 
     def labels_of(self, batch: Batch) -> Any:
         """Return the labels of a batch. Call this before the forward pass, which may change the batch."""
@@ -152,6 +162,8 @@ class Metrics:
 
     def _counted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predictions and labels at positions that are not ignored."""
+        if self._labelled_head is not None:
+            return logits[0].argmax(-1), self._labelled_head.targets(labels)
         if not labels.is_floating_point():
             classes = logits if logits.shape == labels.shape else logits.argmax(-1)
         elif self._takes_classes:  # multi-label classification
@@ -176,6 +188,8 @@ class Metrics:
             if self._process_group.is_single or is_out_of_memory(error):
                 raise
             raise MetricsError(f"`preprocess_logits_for_metrics` failed on {micro.names}: {error!r}") from error
+        if self._labelled_head is not None:
+            predictions = self._labelled_head.spread(predictions, labels)
         check_form(predictions, n_rows, "The result of `preprocess_logits_for_metrics`")
         return predictions
 

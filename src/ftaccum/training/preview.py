@@ -102,7 +102,7 @@ class PreviewRun(Run):
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            longest = self.data.train.longest_rows(max(len(micro.slice.rows) for micro in micros))
+            longest = self._longest_rows(max(len(micro.slice.rows) for micro in micros))
             seconds = [self._pass(micro) for micro in [longest, *micros[:_TIMED]]][1:]
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -118,6 +118,13 @@ class PreviewRun(Run):
             f"Time: about {each:.3g} s for a forward and backward pass, {update:.3g} s for an update of {len(micros)} "
             f"passes, {_duration(update * self.plan.n_windows)} in all, without evaluation and optimizer steps",
         ]
+
+    def _longest_rows(self, n_rows: int) -> MicroBatch:
+        """Return a micro-batch of the longest rows: as many as given, or as many as the limit on tokens allows."""
+        loader, tokens = self.data.train, self.planner.limits.tokens
+        if tokens is not None:
+            n_rows = min(n_rows, max(1, tokens // (loader.longest_rows(1).positions or 1)))
+        return loader.longest_rows(n_rows)
 
     def _pass(self, micro: MicroBatch) -> float:
         """Return the time in seconds of one forward and backward pass."""

@@ -217,7 +217,7 @@ class VerificationRun(Run):
         """
         n_rows, n_rare = len(window), len(set(window).difference(drawn))
         objective, wanted = self.data.objective, self.batch_sizes.effective_batch_size
-        max_tokens, k = self.config.runtime.max_tokens, self.batch_sizes.gradient_accumulation_steps
+        max_tokens, k = self.planner.limits.tokens, self.batch_sizes.gradient_accumulation_steps
         padding = "Padding changes this head's loss, so the rows of a window are padded to one width, as in training."
         notes = {
             "Data: SYNTHETIC random tokens, because no data was given.": self.data.synthetic,

@@ -68,5 +68,9 @@ def _can_be_sparse(table: nn.Embedding, left_sparse: Set[Tensor]) -> bool:
         return False
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
     # Hooks expect a dense gradient.
-    watched = bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
-    return trained and weight.device.type == "cpu" and not (watched or table.scale_grad_by_freq)
+    return trained and weight.device.type == "cpu" and not (has_hooks(weight) or table.scale_grad_by_freq)
+
+
+def has_hooks(weight: Tensor) -> bool:
+    """Return whether hooks see the gradients of a weight."""
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))

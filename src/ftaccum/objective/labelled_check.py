@@ -1,0 +1,165 @@
+"""Find out before training whether a model's loss can be computed from the logits at labelled positions alone."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.memory import is_out_of_memory
+from ..runtime.module_attributes import has_forward_hooks, preserve_attributes
+from ..runtime.process_group import of_main_process
+from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
+from .batch_changes import fresh_batch
+from .gradient_check import GradientCheck, difference_of
+from .item_counts import Batch, targets_of
+from .labelled_head import LabelledHead, Logits
+from .model_forward import ModelForward
+from .objective import Objective
+from .own_loss import LOSS, logits_of
+from .perturbation import float32_weights, perturb_head
+from .probe import relative
+from .report import ExactnessReport
+from .sample import Sample
+
+_WAYS = {"labels": False, "labels after the next-token shift": True}  # whether logits predict the next label
+_GRADIENT = 10  # the tolerance of the gradient, in multiples of that of the loss
+
+
+def find_labelled_head(
+    model: nn.Module,
+    forward: ModelForward,
+    sample: Sample,
+    objective: Objective,
+    ignore_index: int,
+) -> str | None:
+    """Let `forward` compute logits only at labelled positions, if that gives the model's own loss and gradient.
+
+    Compare both on the sample: the loss in eval mode, also of the rare rows, and the loss and the gradient in train
+    mode, with equal random draws. No model is known by name: scales, soft caps, biases and adapters of a head apply to
+    the selected positions as to all. All processes use the main process's finding.
+
+    Args:
+        forward: the forward pass of the objective.
+        ignore_index: the label that the loss ignores.
+
+    Returns:
+        The reason why this is impossible, for a message; None if it is possible.
+    """
+    head = _output_embedding(model)
+    if head is None or not forward.is_own:
+        return "the model has no output embedding" if forward.is_own else "`loss_fn` may read all logits"
+    if (reason := _excluded(model, head, sample.together, objective.report)) is not None:
+        return reason
+    shifts = _WAYS[objective.report.ways[LOSS]]
+    labelled = LabelledHead(model, head, shifts=shifts, ignore_index=ignore_index)
+    comparison = _Comparison(model, forward, sample, objective, labelled)
+    reason, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
+    forward.labelled_head = labelled if reason is None else None
+    return reason
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _excluded(model: nn.Module, head: nn.Module, batch: Batch, report: ExactnessReport) -> str | None:
+    labels = targets_of(batch) if isinstance(batch, Mapping) else None
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+        return "the rows have no label for each token"
+    if report.ways.get(LOSS) not in _WAYS or report.sums:
+        return "the loss is not a plain mean over labels"
+    if has_forward_hooks(model) or has_forward_hooks(head):
+        return "the model or its output embedding has hooks, which may read all logits"
+    return None
+
+
+class _Comparison:
+    """A comparison of the loss and the gradient from labelled positions with the model's own.
+
+    Attributes:
+        gives_logits: whether the outputs of the head are the model's logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: ModelForward,
+        sample: Sample,
+        objective: Objective,
+        labelled: LabelledHead,
+    ) -> None:
+        self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
+        self._labelled, self._tolerance = labelled, objective.report.tolerance
+        self._prepared: Callable[[Batch], Batch] = lambda batch: batch
+        self.gives_logits = False
+
+    def reason(self) -> str | None:
+        """Return how the two differ, or the error that the selection of positions causes; None if they are equal."""
+        modules = self._forward.modules
+        with (
+            inspection_mode(self._model, *modules),
+            float32_weights(self._model, *modules) as prepared,
+            perturb_head(self._model),  # with a new head, a penalty of large logits hardly shows
+        ):
+            self._prepared = prepared
+            try:
+                return self._of_losses() or self._of_gradient()
+            except Exception as error:  # a model may need its labels, or use its hidden states in another way
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    return "there is not enough memory to compare it"
+                first_line = next(iter(str(error).splitlines()), type(error).__name__)
+                return f"the model cannot run so: {first_line.rstrip('.')}"
+            finally:
+                self._forward.labelled_head = None
+
+    def _of_losses(self) -> str | None:
+        for batch in [self._sample.together, *(group.together for group in self._sample.rare)]:
+            own, found = (self._losses(batch, head) for head in (None, self._labelled))
+            off = max(relative(found[term], own[term]) for term in own) if own.keys() == found.keys() else 1.0
+            if off > self._tolerance:
+                return f"the loss differs by {off:.1e}"
+        return None
+
+    def _of_gradient(self) -> str | None:
+        counts = {term: partial(self._count, term) for term in self._objective.terms}
+        check = GradientCheck(self._model, self._means, counts, self._forward.modules)
+        sketches = []
+        with training_mode(self._model, training=True):
+            for head in (None, self._labelled):
+                self._forward.labelled_head = head
+                with preserve_rng():  # dropout draws the same numbers in both
+                    sketches.append(check.together(self._sample.together))
+        own, found = sketches
+        off = difference_of(own, found, None, _GRADIENT * self._tolerance).off
+        return f"the gradient differs by {off:.1e}" if off else None
+
+    def _count(self, term: str, batch: Batch) -> float:
+        return self._objective.count(batch)[term]
+
+    def _losses(self, batch: Batch, head: LabelledHead | None) -> dict[str, float]:
+        self._forward.labelled_head = head
+        with preserve_rng(), preserve_buffers(self._model), preserve_attributes(self._model):
+            return {term: mean.item() for term, mean in self._means(batch).items()}
+
+    def _means(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the means of a batch, and find out whether the model returns the outputs of its head unchanged.
+
+        Equal numbers do not show that: large logits may be clamped.
+        """
+        found: list[tuple[Tensor, Tensor]] = []
+        given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
+        hook = self._labelled.head.register_forward_hook(
+            lambda _, __, output: found.append((output, output.detach().clone()))  # which may change in place
+        )
+        try:
+            means, outputs = self._forward(self._model, given, logits=Logits.LABELLED)
+        finally:
+            hook.remove()
+        logits = logits_of(outputs)
+        self.gives_logits = len(found) == 1 and found[0][0] is logits and torch.equal(found[0][1], logits)
+        return means

@@ -1,0 +1,118 @@
+"""The loss of many labelled positions in chunks, and the whole logits where a model changes what its head returns."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutput
+
+from exactness import window_errors
+from ftaccum.objective import chunked_loss, labelled_head
+from heads import HEADS, VOCABULARY, Row, all_in_float64
+from test_labelled_head import LLAMA, SIZES, adapted, both_ways, tiny
+
+_BYTES = 4 * VOCABULARY * 2  # of the logits of two positions
+
+
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Make chunks of two positions, and collect whether each call computes the loss in chunks."""
+    computed = chunked_loss.chunked_cross_entropy
+    calls: list[bool] = []
+
+    def watched(*arguments: Any) -> Tensor | None:
+        loss = computed(*arguments)
+        calls.append(loss is not None)
+        return loss
+
+    monkeypatch.setattr(chunked_loss, "_CHUNK", 2)
+    monkeypatch.setattr(chunked_loss, "_BYTES", _BYTES)
+    monkeypatch.setattr(labelled_head, "chunked_cross_entropy", watched)
+    return calls
+
+
+def errors(model: nn.Module, rows: list[Row]) -> float:
+    with all_in_float64():
+        return max(window_errors(model, rows, **SIZES))
+
+
+@pytest.mark.parametrize("name", ["masked LM, BERT", "causal LM, Llama", "causal LM, GPT-2", "seq2seq, T5"])
+def test_gradients_in_chunks_equal_those_of_one_batch(name: str, chunked: list[bool]) -> None:
+    assert errors(HEADS[name].model(), HEADS[name].rows()) < 1e-12
+    assert any(chunked)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["an adapter of the head", "a trained head beside adapters"],
+)
+def test_gradients_in_chunks_equal_those_of_all_positions_with(options: dict[str, Any], chunked: list[bool]) -> None:
+    assert max(both_ways(adapted(**options), LLAMA.rows())) < 1e-12
+    assert any(chunked)
+
+
+class Changing(LlamaForCausalLM):
+    """Changes the outputs of its head."""
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).mul_(0.5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.logits_of(self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+class Clamping(Changing):
+    """Clamps logits that are larger than those of the weights before training."""
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).clamp(-30, 30)
+
+
+class Options(Changing):
+    """Gives its head an option."""
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden, scale=0.5)
+
+
+class Scaled(nn.Linear):
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(hidden) * scale
+
+
+@pytest.mark.parametrize("model_class", [Changing, Clamping, Options])
+def test_logits_are_not_computed_in_chunks_if_the_model_changes_them_by(model_class: type, chunked: list[bool]) -> None:
+    model: Any = tiny(model_class)
+    model.lm_head.__class__ = Scaled if model_class is Options else nn.Linear
+    assert errors(model, LLAMA.rows()) < 1e-12
+    assert not any(chunked)
+
+
+class Halving(TrainerCallback):
+    """Registers a hook that changes logits, after the checks before training."""
+
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        model.lm_head.register_forward_hook(lambda _, __, logits: 0.5 * logits)
+
+
+def test_a_hook_on_the_head_changes_the_logits_of_labelled_positions(chunked: list[bool]) -> None:
+    assert max(both_ways(LLAMA.model(), LLAMA.rows(), callbacks=[Halving()])) < 1e-12
+    assert not any(chunked)
+
+
+class ByDimensions(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden) * (0.5 if hidden.ndim == 3 else 1.0)
+
+
+def test_heads_get_as_many_dimensions_in_chunks(chunked: list[bool]) -> None:
+    model: Any = tiny(LlamaForCausalLM)
+    model.lm_head.__class__ = ByDimensions
+    assert errors(model, LLAMA.rows()) < 1e-12
+    assert any(chunked)
