@@ -40,8 +40,8 @@ NAMES = (
     "num_workers", "on_inexact", "on_nonfinite", "optimizer", "optimizer_groups", "output_dir", "padding_free",
     "planner", "planner_costs", "preprocess_logits_for_metrics", "preprocessing_num_workers", "progress",
     "push_to_hub", "random_seed", "reduction", "remainder", "restore_best_weights", "resume", "router_balance",
-    "sampler", "save", "self_check_cache", "sharding", "sync", "text_columns", "tokenizer", "tokens_per_update", "train_data",
-    "use_amp", "use_wandb", "val_data", "validation_split", "verbosity", "warmup_ratio", "warmup_steps",
+    "sampler", "save", "self_check_cache", "sharding", "sync", "text_columns", "tokenizer", "tokens_per_update",
+    "train_data", "use_amp", "use_wandb", "val_data", "validation_split", "verbosity", "warmup_ratio", "warmup_steps",
     "weight_decay",
 )  # fmt: skip
 

@@ -113,7 +113,7 @@ def test_edits_of_forward_the_loss_and_the_data_are_measured_again(installed: An
 def test_code_that_is_not_installed_and_hooks_are_never_cached(installed: Any, confirms: Any) -> None:
     package = installed(CODE)
 
-    class Here(package.Tagger):  # type: ignore[name-defined, misc]
+    class Here(package.Tagger):  # type: ignore[name-defined]
         pass
 
     class Hooked:
