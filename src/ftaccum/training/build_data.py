@@ -40,7 +40,7 @@ from .config import Components, RunConfig
 from .declared import class_weights_of, ignore_index_of
 from .loss_faults import loss_fault
 from .metrics import has_labels
-from .token_cap import check_token_cap
+from .token_cap import check_token_cap, longest_width
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         loss_fn=None if isinstance(forward, WindowForward) else forward.loss_fn,
         classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
-        longest=row_collator.width(max(rows.lengths() or [1])) if runtime.max_tokens == "auto" else None,
+        longest=longest_width(runtime, rows, row_collator),
     )
 
 
