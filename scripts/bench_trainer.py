@@ -48,7 +48,7 @@ from jobs import Job
 from measuring import Passes, machine, now, quiet
 from partly_labelled import PARTLY_LABELLED
 from peers import CONTENDERS, NAMES, fine_tune, why_left_out
-from trainer_runs import Counts, Timing, counted, grown, timed
+from trainer_runs import Counts, RecordedChecks, Timing, counted, grown, timed
 from workloads import WORKLOADS, Workload, equal_lengths
 
 SWEEP_K, SWEEP_BATCH, SWEEP_LENGTH = (1, 4, 16, 64), 8, 256
@@ -166,8 +166,7 @@ def _until_first_pass(job: Job, given: dict[str, Any]) -> float:
         raise _Begun
 
     model = job.workload.new_model()
-    Passes(model, begun)
-    with quiet(job.seed):
+    with quiet(job.seed), RecordedChecks(Passes(model, begun)):
         started = now()
         with contextlib.suppress(_Begun):
             fine_tune(model, job, **given)

@@ -15,14 +15,16 @@ import accelerate
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import set_seed
 
 DEVICE = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
 
 
 class Passes:
-    """A counter of the forward passes of training, by a hook on the model.
+    """A counter of the forward passes of training.
+
+    It counts calls of the model, not by a hook: ftaccum does not cache its verdict on a model with hooks.
 
     Attributes:
         paused: whether to ignore passes.
@@ -31,14 +33,15 @@ class Passes:
     def __init__(self, model: Any, on_first: Callable[[], None]) -> None:
         self.positions, self.passes, self._masks = 0, 0, list[Tensor]()
         self.paused, self._on_first = False, on_first
-        model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._id = id(model)
+        setattr(type(model), "__call__", _Watched(self._see))  # noqa: B010
 
     @property
     def tokens(self) -> int:
         return sum(int(mask.sum()) for mask in self._masks)
 
-    def _see(self, model: Any, _: Any, given: dict[str, Any]) -> None:
-        if self.paused or not (model.training and torch.is_grad_enabled()):
+    def _see(self, model: Any, given: dict[str, Any]) -> None:
+        if id(model) != self._id or self.paused or not (model.training and torch.is_grad_enabled()):
             return
         if not self.passes:
             self._on_first()
@@ -46,6 +49,20 @@ class Passes:
         ids, mask = given["input_ids"], given.get("attention_mask")
         self.positions += ids.numel()
         self._masks.append(torch.ones_like(ids) if mask is None else mask)
+
+
+class _Watched:
+    """The method `__call__` of a class of models, which reports each call before it takes place."""
+
+    def __init__(self, see: Callable[[Any, dict[str, Any]], None]) -> None:
+        self._see = see
+
+    def __get__(self, model: Any, _: type) -> Callable[..., Any]:
+        def call(*inputs: Any, **given: Any) -> Any:
+            self._see(model, given)
+            return nn.Module.__call__(model, *inputs, **given)
+
+        return call
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class _Span(NamedTuple):
 def timed(contender: Contender, job: Job) -> Timing:
     model, first = job.workload.new_model(), list[float]()
     passes = Passes(model, lambda: first.append(now()))
-    with quiet(job.seed), _steps(model) as steps, _Checks(passes) as checks:
+    with quiet(job.seed), _steps(model) as steps, RecordedChecks(passes) as checks:
         started = now()
         contender(model, job)
         ended = now()
@@ -108,7 +108,7 @@ def counted(contender: Contender, job: Job) -> Counts:
         HostSyncs(except_under=ON_HOST) as syncs,
     ):
         passes = Passes(model, syncs.where.clear)
-        with quiet(job.seed), _Checks(passes, syncs.where):
+        with quiet(job.seed), RecordedChecks(passes, syncs.where):
             contender(model, job)
     in_model = sum(n for place, n in syncs.where.items() if any(part in place for part in IN_MODEL))
     places = {short(place): n for place, n in syncs.where.most_common()}
@@ -145,16 +145,17 @@ def _steps(model: Any) -> Iterator[list[float]]:
         hook.remove()
 
 
-class _Checks:
+class RecordedChecks:
     """A context manager that records ftaccum's self-checks and audits, whose passes and waits it does not count."""
 
     def __init__(self, passes: Passes, waits: Counter[str] | None = None) -> None:
         self.self_checks, self.audits = list[_Span](), list[_Span]()
         self._passes, self._waits, self._patches = passes, Counter[str]() if waits is None else waits, ExitStack()
 
-    def __enter__(self) -> "_Checks":
+    def __enter__(self) -> "RecordedChecks":
         for module in (build_data, measured_trainer):
             self._record(module, "measured_objective", self.self_checks)
+        self._record(build_data, "find_labelled_head", self.self_checks)
         self._record(GradientAuditor, "audit", self.audits)
         return self
 

@@ -14,7 +14,7 @@ from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch
 from .gradient_check import GradientCheck, difference_of
-from .item_counts import Batch, targets_of
+from .item_counts import TOKEN_COLUMNS, Batch, targets_of
 from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .model_forward import ModelForward
 from .objective import Objective
@@ -22,7 +22,7 @@ from .own_loss import LOSS, logits_of
 from .perturbation import float32_weights, perturb_head
 from .probe import relative
 from .report import ExactnessReport
-from .sample import Sample
+from .sample import PAIRS, Sample
 
 _WAYS = {"labels": False, "labels after the next-token shift": True}  # whether logits predict the next label
 _GRADIENT = 10  # the tolerance of the gradient, in multiples of that of the loss
@@ -37,7 +37,7 @@ def find_labelled_head(
 ) -> LabelledHead | str:
     """Return a head that computes logits only at labelled positions, if it gives the model's own loss and gradient.
 
-    Compare both on the sample: the loss in eval mode, also of the rare rows, and the gradient in train mode, with equal
+    Compare both on the sample: the loss in eval mode, also for rare labels, and the gradient in train mode, with equal
     random draws. All passes are in float32 or wider, without autocast. No model is known by name: scales, soft caps,
     biases and adapters of a head apply to the selected positions as to all. All processes use the main process's
     finding.
@@ -56,7 +56,7 @@ def find_labelled_head(
         return reason
     shifts = _WAYS[objective.report.ways[LOSS]]
     labelled = LabelledHead(model, head, shifts=shifts, ignore_index=ignore_index)
-    comparison = _Comparison(model, forward, sample, objective, labelled)
+    comparison = _Comparison(model, forward, sample, objective, labelled, ignore_index)
     found, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
     return labelled if found is None else found
 
@@ -99,9 +99,11 @@ class _Comparison:
         sample: Sample,
         objective: Objective,
         labelled: LabelledHead,
+        ignore_index: int,
     ) -> None:
         self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
         self._labelled, self._tolerance = labelled, objective.report.tolerance
+        self._ignore_index = ignore_index
         self._prepared: Callable[[Batch], Batch] = lambda batch: batch
         self.gives_logits = False
 
@@ -125,16 +127,34 @@ class _Comparison:
                 self._forward.labelled_head = None
 
     def _of_losses(self) -> str | None:
-        for batch in [self._sample.together, *(group.together for group in self._sample.rare)]:
+        for batch in [self._sample.together, *self._of_rare_rows()]:
             own, found = (self._losses(batch, head) for head in (None, self._labelled))
             off = max(relative(found[term], own[term]) for term in own) if own.keys() == found.keys() else 1.0
             if off > self._tolerance:
                 return f"the loss differs by {off:.1e}"
         return None
 
+    def _of_rare_rows(self) -> list[Batch]:
+        """Return batches with the labels of the rare rows: these rows or, if no other column may matter, the first four
+        rows with these labels, which saves tokens."""
+        together, rare = self._sample.together, [group.together for group in self._sample.rare]
+        if not rare or any(batch.keys() - {*TOKEN_COLUMNS, "labels"} for batch in rare):
+            return rare
+        labels_BL, mask = together["labels"], together.get("attention_mask")
+        values = torch.cat([batch["labels"].flatten() for batch in rare]).unique()
+        values = values[(values != self._ignore_index) & ~torch.isin(values, labels_BL)]
+        of_text = mask.shape == labels_BL.shape if isinstance(mask, Tensor) else False
+        places = (mask.bool() if of_text else labels_BL != self._ignore_index).flatten().nonzero()[:, 0]
+        relabelled = []
+        for some in values.split(len(places)):
+            labels = torch.full_like(labels_BL, self._ignore_index)
+            labels.view(-1)[places] = some.repeat(-(-len(places) // len(some)))[: len(places)]
+            relabelled.append({**together, "labels": labels})
+        return relabelled
+
     def _of_gradient(self) -> str | None:
-        """Compare gradients, that of labelled positions in two chunks if the logits allow it."""
-        together = self._sample.together
+        """Compare gradients of two rows, that of labelled positions in two chunks if the logits allow it."""
+        together = self._sample.separate(self._sample.together, PAIRS)[0]
         counts = {term: partial(self._count, term) for term in self._objective.terms}
         n_half = max(1, int(self._count(LOSS, together)) // 2)
         self._labelled.gives_logits = self.gives_logits
