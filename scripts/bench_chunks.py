@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ftaccum.objective.chunked_loss import chunked_cross_entropy
+from ftaccum.objective.chunked_loss import ChunkedLoss
 from measuring import machine
 
 SIZES = ((200, 576, 49_152), (1024, 576, 49_152), (256, 384, 30_522))
@@ -47,8 +47,8 @@ def ways(chunk: int) -> dict[str, Way]:
         means = [checkpoint(plain, head, *piece, use_reentrant=False) * len(piece[1]) for piece in pieces]
         return torch.stack(means).sum() / len(targets_N)
 
-    found: dict[str, Way] = {"plain": plain, "ftaccum": chunked_cross_entropy, "recomputed": recomputed}
-    return found | ({"torch": by_torch} if hasattr(F, "linear_cross_entropy") else {})
+    found: dict[str, Way] = {"plain": plain, "ftaccum": lambda head, *given: ChunkedLoss(head)(*given)}
+    return found | ({"torch": by_torch} if hasattr(F, "linear_cross_entropy") else {}) | {"recomputed": recomputed}
 
 
 def milliseconds(way: Way, head: nn.Linear, hidden_NH: Tensor, targets_N: Tensor) -> float:

@@ -45,7 +45,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLan
 import packaged
 from ftaccum.accumulation.accumulator import GradientAccumulator
 from ftaccum.data.loader import MicroBatch
-from ftaccum.objective.labelled_head import LabelledHead, Logits
+from ftaccum.objective.labelled_head import LabelledHead, NeededLogits
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.gradients import in_place
 from ftaccum.runtime.gradients.plain import GradientStrategy
@@ -81,7 +81,7 @@ class LabelledLoss(OwnLoss):
         self._head.gives_logits = True
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        return self._head(lambda given: model(**given), batch, logits=Logits.NONE)[0]
+        return self._head(lambda given: model(**given), batch, needs=NeededLogits.NONE)[0]
 
 
 @contextmanager
