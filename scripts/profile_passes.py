@@ -1,9 +1,9 @@
 """Measure where the time of a pass goes, for MiniLM with a classification head and with a masked-LM head.
 
 One window of film reviews is trained again and again, cut into micro-batches of 8 rows and into single rows. For both
-cuts and both models, the script times ftaccum's `GradientAccumulator` and a bare loop of `model(**batch).loss` and
-`backward()` over the same batches, in interleaved rounds on one thread. Milliseconds of the processor, which exclude
-the time in which other programs used the core; medians over the rounds.
+cuts, the script times ftaccum's `GradientAccumulator` and a bare loop of the loss and `backward()` over the same
+batches, in interleaved rounds on one thread. Milliseconds of the processor, which exclude the time in which other
+programs used the core; medians over the rounds.
 
 - forward, backward: of the bare loop, per pass.
 - adding up: the part of its backward pass that adds gradients to those of earlier passes; the difference to passes
@@ -12,6 +12,9 @@ the time in which other programs used the core; medians over the rounds.
   gradients of large linear layers in place.
 - around the model: the time of a pass in ftaccum, with neither of them, minus the bare loop's.
 - clipping, optimizer, clearing: per update.
+
+The loss is the model's own. The task "labelled positions" is the masked LM again, with logits at labelled positions
+only, also in the bare loop.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/profile_passes.py
 """
@@ -42,7 +45,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, DataCollatorForLan
 import packaged
 from ftaccum.accumulation.accumulator import GradientAccumulator
 from ftaccum.data.loader import MicroBatch
+from ftaccum.objective.labelled_head import LabelledHead, NeededLogits
 from ftaccum.runtime.accelerator import accelerator_session
+from ftaccum.runtime.gradients import in_place
 from ftaccum.runtime.gradients.plain import GradientStrategy
 from ftaccum.runtime.process_group import SINGLE
 from ftaccum.settings.runtime import Runtime
@@ -50,7 +55,7 @@ from measuring import machine
 from workloads import Row, movies
 
 SEED, ROWS, BATCH = 42, 32, 8
-TASKS = ("classification", "masked LM")
+TASKS = ("classification", "masked LM", "labelled positions")
 PASS_COLUMNS = ("forward", "backward", "adding up", "sparse", "in place", "around the model", "pass in ftaccum")
 UPDATE_COLUMNS = ("clipping", "optimizer", "clearing")
 
@@ -61,7 +66,22 @@ class OwnLoss:
     terms, window, modules = ("loss",), None, ()
 
     def means(self, model: Any, batch: Any, *_: Any) -> tuple[dict[str, torch.Tensor], None]:
-        return {"loss": model(**batch).loss}, None
+        return {"loss": self.loss(model, batch)}, None
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = model(**batch).loss
+        return loss
+
+
+class LabelledLoss(OwnLoss):
+    """The same with logits at labelled positions only."""
+
+    def __init__(self, model: Any) -> None:
+        self._head = LabelledHead(model, model.get_output_embeddings(), shifts=False, ignore_index=-100)
+        self._head.gives_logits = True
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        return self._head(lambda given: model(**given), batch, needs=NeededLogits.NONE)[0]
 
 
 @contextmanager
@@ -81,20 +101,20 @@ def milliseconds(work: Callable[[], Any]) -> float:
     return 1000 * (time.process_time() - begun)
 
 
-def bare(model: Any, batches: list[Any], *, drops: bool) -> tuple[float, float]:
+def bare(model: Any, objective: OwnLoss, batches: list[Any], *, drops: bool) -> tuple[float, float]:
     """Return the time of the forward and of the backward passes, without the first one, which only sets gradients."""
     forward, backward = [], []
     for batch in batches:
         if drops:
             model.zero_grad(set_to_none=True)
         begun = time.process_time()
-        loss = model(**batch).loss
+        loss = objective.loss(model, batch)
         forward.append(1000 * (time.process_time() - begun))
         backward.append(milliseconds(loss.backward))
     return sum(forward[1:]) / len(forward[1:]), sum(backward[1:]) / len(backward[1:])
 
 
-def profile(model: Any, batches: list[Any], rounds: int) -> dict[str, float]:
+def profile(model: Any, objective: OwnLoss, batches: list[Any], rounds: int) -> dict[str, float]:
     """Return the columns of the table for one model and one cut of the window."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     micro_batches = [MicroBatch.of(batch, {"loss": len(batch["input_ids"])}) for batch in batches]
@@ -104,13 +124,16 @@ def profile(model: Any, batches: list[Any], rounds: int) -> dict[str, float]:
         for name, (sparse, in_place) in variants.items():
             with ftaccum_with(sparse=sparse, in_place=in_place):
                 strategy = GradientStrategy(optimizer)
-                accumulators[name] = GradientAccumulator(accelerator, model, OwnLoss(), strategy, SINGLE)  # type: ignore[arg-type]
-        found = [_round(model, batches, micro_batches, accumulators, variants, optimizer) for _ in range(rounds + 1)]
+                accumulators[name] = GradientAccumulator(accelerator, model, objective, strategy, SINGLE)  # type: ignore[arg-type]
+        found = [
+            _round(model, objective, batches, micro_batches, accumulators, variants, optimizer)
+            for _ in range(rounds + 1)
+        ]
     return {name: median(times[name] for times in found[1:]) for name in found[0]}  # the first one is a warm-up
 
 
 def _round(
-    model: Any, batches: list[Any], micro_batches: list[MicroBatch], accumulators: dict[str, Any],
+    model: Any, objective: OwnLoss, batches: list[Any], micro_batches: list[MicroBatch], accumulators: dict[str, Any],
     variants: dict[str, tuple[bool, bool]], optimizer: Any,
 ) -> dict[str, float]:  # fmt: skip
     ours = {}
@@ -122,9 +145,9 @@ def _round(
             accumulator.zero_gradients()
             first = milliseconds(partial(accumulator.accumulate, micro_batches[:1]))
         ours[name] = (whole - first) / (len(batches) - 1)
-    _, alone = bare(model, batches, drops=True)
+    _, alone = bare(model, objective, batches, drops=True)
     model.zero_grad(set_to_none=True)
-    forward, backward = bare(model, batches, drops=False)
+    forward, backward = bare(model, objective, batches, drops=False)
     return {
         "forward": forward,
         "backward": backward,
@@ -149,7 +172,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, nargs="+", default=[BATCH, 1], help="rows of a micro-batch")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument(
+        "--least-bytes",
+        type=int,
+        default=in_place._LEAST_BYTES,
+        help="smallest weight whose gradient is added in place",
+    )
     options = parser.parse_args()
+    in_place._LEAST_BYTES = options.least_bytes
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -157,18 +187,20 @@ def main() -> None:
     workload = movies(SEED)
     tokenizer = AutoTokenizer.from_pretrained(packaged.MINILM)
     masks = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
-    tasks = {
-        "classification": (workload.new_model(), workload.collate),
-        "masked LM": (AutoModelForMaskedLM.from_pretrained(packaged.MINILM), lambda rows: masked(masks, rows)),
+    masked_lm = AutoModelForMaskedLM.from_pretrained(packaged.MINILM)
+    tasks: dict[str, tuple[Any, OwnLoss, Any]] = {
+        "classification": (workload.new_model(), OwnLoss(), workload.collate),
+        "masked LM": (masked_lm, OwnLoss(), partial(masked, masks)),
+        "labelled positions": (masked_lm, LabelledLoss(masked_lm), partial(masked, masks)),
     }
     rows = sorted(workload.rows.select(range(ROWS)).to_list(), key=lambda row: len(row["input_ids"]))
     print(machine(), f"\n\n| | {' | '.join((*PASS_COLUMNS, *UPDATE_COLUMNS))} |\n|" + " --- |" * 11)
     for name in options.task:
-        model, collate = tasks[name]
+        model, objective, collate = tasks[name]
         model.train()
         for size in options.size:
             batches = [collate(rows[start : start + size]) for start in range(0, ROWS, size)]
-            times = profile(model, batches, options.rounds)
+            times = profile(model, objective, batches, options.rounds)
             cells = [f"{times[column]:.1f}" for column in (*PASS_COLUMNS, *UPDATE_COLUMNS)]
             print(f"| {name}, {len(batches)} passes of {size} | {' | '.join(cells)} |", flush=True)
 
