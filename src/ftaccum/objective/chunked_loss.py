@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# In 32 bits, torch's chunked operation takes 0.8 to 1.0 times as long as logits and cross entropy for 256 positions or
-# more, at chunk sizes from 128 to 512. In 16 bits it takes 1.6 times as long, and rounds its loss to 16 bits. Logits
-# that the backward pass computes again take 1.25 times as long, so these chunks are as large as memory reasonably
-# allows (scripts/bench_chunks.py).
+# In float32, torch's chunked operation takes 0.9 to 1.0 times as long as logits and cross entropy. In bf16 it takes 1.9
+# to 2.5 times as long, and rounds its loss to 16 bits. Logits that the backward pass computes again take 1.2 to 1.3
+# times as long, so these chunks are as large as memory reasonably allows (scripts/bench_chunks.py, one CPU thread).
 _POSITIONS, _BYTES = 256, 2**28  # the bytes are those of a chunk's logits in float32
 
 
