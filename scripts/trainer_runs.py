@@ -131,14 +131,14 @@ def grown(contender: Contender, job: Job) -> int:
 
 @contextlib.contextmanager
 def _steps(model: Any) -> Iterator[list[float]]:
-    """Note the time at the end of each step of the model's optimizer."""
+    """Record the time at the end of each step of the model's optimizer."""
     ends, weights = list[float](), {id(weight) for weight in model.parameters()}
 
-    def note(optimizer: Any, *_: Any) -> None:
+    def record(optimizer: Any, *_: Any) -> None:
         if id(optimizer.param_groups[0]["params"][0]) in weights:  # ftaccum tries out the schedule with another one
             ends.append(now())
 
-    hook = register_optimizer_step_post_hook(note)
+    hook = register_optimizer_step_post_hook(record)
     try:
         yield ends
     finally:
@@ -146,7 +146,7 @@ def _steps(model: Any) -> Iterator[list[float]]:
 
 
 class _Checks:
-    """A context manager that notes ftaccum's self-checks and audits, whose passes and waits it does not count."""
+    """A context manager that records ftaccum's self-checks and audits, whose passes and waits it does not count."""
 
     def __init__(self, passes: Passes, waits: Counter[str] | None = None) -> None:
         self.self_checks, self.audits = list[_Span](), list[_Span]()
@@ -154,25 +154,25 @@ class _Checks:
 
     def __enter__(self) -> "_Checks":
         for module in (build_data, measured_trainer):
-            self._note(module, "measured_objective", self.self_checks)
-        self._note(GradientAuditor, "audit", self.audits)
+            self._record(module, "measured_objective", self.self_checks)
+        self._record(GradientAuditor, "audit", self.audits)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._patches.close()
 
-    def _note(self, owner: Any, name: str, found: list[_Span]) -> None:
+    def _record(self, owner: Any, name: str, spans: list[_Span]) -> None:
         function = getattr(owner, name)
 
-        def noting(*given: Any, **options: Any) -> Any:
+        def recording(*given: Any, **options: Any) -> Any:
             waits, started = self._waits.copy(), now()
             self._passes.paused = True
             try:
                 return function(*given, **options)
             finally:
                 self._passes.paused = False
-                found.append(_Span(started, now() - started))
+                spans.append(_Span(started, now() - started))
                 self._waits.clear()
                 self._waits.update(waits)
 
-        self._patches.enter_context(patch.object(owner, name, noting))
+        self._patches.enter_context(patch.object(owner, name, recording))

@@ -63,8 +63,9 @@ def times(rounds: Sequence[Round]) -> Iterator[str]:
 def details(job: Job, counts: Mapping[str, Counts], rounds: Sequence[Round], peaks: Mapping[str, int]) -> Iterator[str]:
     """Yield a table of the parts of the time, the counts and the memory of each contender."""
     headings = [
-        "", "updates", "before training, s", "of it self-check, s", "audits, of the whole call", "of the steady state",
-        "padded per token", "passes", "waits an update, model's own", "peak memory, MB",
+        "", "updates", "before training, s", "self-check, s", "audits, % of the whole call",
+        "audits, % of the steady state", "padded per token", "passes", "waits an update, model's own",
+        "peak memory, MB",
     ]  # fmt: skip
     yield from rows(headings, (_details(name, job, counts, rounds, peaks) for name in rounds[0]))
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 import silent_errors
 from ftaccum import InexactLossError, InexactLossWarning, Result, test_fine_tuning
+from ftaccum.accumulation.one_batch import OneBatch
 from ftaccum.data.novelty import SeenValues
 from ftaccum.objective.hidden_state import HiddenState
 from ftaccum.objective.own_loss import OwnLoss
 from ftaccum.objective.recount import RareCheck
 from ftaccum.objective.report import ExactnessReport
+from ftaccum.objective.rounding import Rounding
 from ftaccum.objective.structure import ObservedPasses
 from ftaccum.planning.audit_schedule import AuditSchedule
 from heads import HEADS
@@ -176,6 +178,39 @@ def test_an_exact_run_reports_its_audits() -> None:
     assert all(audit["error"] <= audit["tolerance"] for audit in result.audits)
     assert all(audit["reference"] == "one batch" for audit in result.audits)
     assert "3 of 6 updates" in str(result)
+
+
+def rows_of_audits(**arguments: Any) -> list[tuple[int, int]]:
+    """Return the update and the number of rows of each audit in a run of four updates of six micro-batches."""
+    result = train(Net(), gradient_accumulation_steps=6, **arguments)
+    assert result.optimizer_steps == 4
+    return [(audit["audit"], audit["rows"]) for audit in result.audits]
+
+
+def test_audits_of_short_runs_take_two_micro_batches() -> None:
+    assert rows_of_audits() == [(1, 4), (2, 4)]
+
+
+def test_audits_of_every_nth_update_take_whole_windows_after_the_first() -> None:
+    assert rows_of_audits(audit=2) == [(1, 8), (3, 12)]
+
+
+@pytest.mark.parametrize(("least", "n_measured"), [(1e-6, 0), (0.0, 1)])
+def test_rounding_is_measured_only_above_the_least_tolerance(
+    monkeypatch: pytest.MonkeyPatch, least: float, n_measured: int
+) -> None:
+    gradient, n_batches = OneBatch.gradient, 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal n_batches
+        n_batches += 1
+        return gradient(*given)
+
+    monkeypatch.setattr(OneBatch, "gradient", counted)
+    monkeypatch.setattr(Rounding, "of", lambda *_: Rounding(least, 1e-3))
+    (audit,) = train(Net(), train_data=ROWS[:8], n_epochs=1).audits
+    assert 1e-9 < audit["error"] < 1e-6
+    assert n_batches == 1 + n_measured
 
 
 def test_audits_do_not_change_the_run() -> None:

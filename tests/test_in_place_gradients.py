@@ -55,7 +55,7 @@ def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         results.append(own(*args))
         return results[-1]
 
-    monkeypatch.setattr(in_place, "_LARGE", 0)
+    monkeypatch.setattr(in_place, "_LEAST_BYTES", 0)
     monkeypatch.setattr(in_place, "_added", added)
     return results
 
@@ -84,6 +84,19 @@ def test_gradients_added_in_place_are_those_of_autograd(small_layers_count: list
     added = gradients(Tied(), adds=True, sparse=sparse)
     assert in_place_passes(small_layers_count) == 4, "two calls in each pass except for the first one"
     torch.testing.assert_close(added, gradients(Tied(), adds=False), rtol=1e-13, atol=1e-15)
+
+
+def test_complex_weights_get_the_gradients_of_autograd() -> None:
+    def run(*, adds: bool) -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2, dtype=torch.complex128)
+        with InPlaceGradients(layer).in_place() if adds else nullcontext():
+            for _ in range(2):
+                layer(torch.randn(4, 3, dtype=torch.complex128)).abs().sum().backward()
+        assert layer.weight.grad is not None
+        return layer.weight.grad
+
+    torch.testing.assert_close(run(adds=True), run(adds=False), rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("penalty", ["trained", "constant"])

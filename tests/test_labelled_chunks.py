@@ -10,9 +10,11 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from exactness import window_errors
-from ftaccum.objective import chunked_loss, labelled_head
+from ftaccum.objective import chunked_loss
+from ftaccum.objective.chunked_loss import ChunkedLoss
 from heads import HEADS, VOCABULARY, Row, all_in_float64
 from test_labelled_head import LLAMA, SIZES, adapted, both_ways, tiny
+from training_passes import is_training_pass
 
 _BYTES = 4 * VOCABULARY * 2  # of the logits of two positions
 
@@ -20,17 +22,18 @@ _BYTES = 4 * VOCABULARY * 2  # of the logits of two positions
 @pytest.fixture
 def chunked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Make chunks of two positions, and collect whether each call computes the loss in chunks."""
-    computed = chunked_loss.chunked_cross_entropy
+    compute = ChunkedLoss.__call__
     calls: list[bool] = []
 
     def watched(*arguments: Any) -> Tensor | None:
-        loss = computed(*arguments)
-        calls.append(loss is not None)
+        loss = compute(*arguments)
+        if is_training_pass():
+            calls.append(loss is not None)
         return loss
 
-    monkeypatch.setattr(chunked_loss, "_CHUNK", 2)
+    monkeypatch.setattr(chunked_loss, "_POSITIONS", 2)
     monkeypatch.setattr(chunked_loss, "_BYTES", _BYTES)
-    monkeypatch.setattr(labelled_head, "chunked_cross_entropy", watched)
+    monkeypatch.setattr(ChunkedLoss, "__call__", watched)
     return calls
 
 
@@ -97,12 +100,30 @@ def test_logits_are_not_computed_in_chunks_if_the_model_changes_them_by(model_cl
 class Halving(TrainerCallback):
     """Registers a hook that changes logits, after the checks before training."""
 
+    def __init__(self, module: str) -> None:
+        self._module = module
+
     def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
-        model.lm_head.register_forward_hook(lambda _, __, logits: 0.5 * logits)
+        model.get_submodule(self._module).register_forward_hook(lambda _, __, logits: 0.5 * logits)
 
 
-def test_a_hook_on_the_head_changes_the_logits_of_labelled_positions(chunked: list[bool]) -> None:
-    assert max(both_ways(LLAMA.model(), LLAMA.rows(), callbacks=[Halving()])) < 1e-12
+@pytest.mark.parametrize(("name", "module"), [("causal LM, Llama", "lm_head"), ("masked LM, BERT", "cls")])
+def test_hooks_change_the_logits_of_labelled_positions(name: str, module: str, chunked: list[bool]) -> None:
+    assert max(both_ways(HEADS[name].model(), HEADS[name].rows(), callbacks=[Halving(module)])) < 1e-12
+    assert not any(chunked)
+
+
+def test_chunks_run_a_head_whose_forward_was_replaced(chunked: list[bool]) -> None:
+    model: Any = tiny(LlamaForCausalLM)
+    model.lm_head.forward = lambda hidden: 0.5 * F.linear(hidden, model.lm_head.weight)
+    assert errors(model, LLAMA.rows()) < 1e-12
+    assert any(chunked)
+
+
+def test_logits_of_a_head_without_a_weight_are_not_computed_in_chunks(chunked: list[bool]) -> None:
+    model: Any = tiny(LlamaForCausalLM)
+    model.lm_head = nn.Sequential(model.lm_head)
+    assert errors(model, LLAMA.rows()) < 1e-12
     assert not any(chunked)
 
 

@@ -97,8 +97,7 @@ def test_predicted_tokens_are_read_from_outputs_without_names() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_at_labelled_positions_and_validates_at_all() -> None:
-    """Evaluate before, between and after updates with a metric of all logits."""
+def test_a_compiled_model_computes_all_logits() -> None:
     gradients, metrics = [], []
     for compiled in (False, True):
         model = HEADS[MASKED].model()
@@ -110,7 +109,7 @@ def test_a_compiled_model_trains_at_labelled_positions_and_validates_at_all() ->
                 audit=False, optimizer=optimizer, compile=compiled, compute_metrics=checksum,
                 preprocess_logits_for_metrics=lambda logits, _: first(logits).argmax(-1),
             )  # fmt: skip
-        assert choices == [SHORT_WAY]
+        assert choices == ["all positions: the model is compiled." if compiled else SHORT_WAY]
         gradients.append(optimizer.gradients)
         metrics.append(result.metrics)
     assert max(map(relative_error, *gradients)) < 1e-6

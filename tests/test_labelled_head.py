@@ -283,22 +283,31 @@ def prompted() -> nn.Module:
     return peft.get_peft_model(LLAMA.model(), tuned).double()
 
 
+FAILS = "the model fails with labelled positions only"
 ALL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "label smoothing": (lambda: tiny(Smoothed), {}, "the loss differs by"),
     "a regularizer of the softmax": (lambda: tiny(Normalized), {}, "the loss differs by"),
     "the entropy of all positions": (lambda: tiny(Entropic), {"on_inexact": "ignore"}, "the loss"),
     "a gradient without a value": (lambda: tiny(Cancelling), {}, "the gradient differs by"),
     "a penalty of large logits": (lambda: tiny(Penalized), {}, "the loss differs by"),
-    "a functional head": (lambda: tiny(Functional), {}, "the model cannot run so: The logits have the shape"),
+    "a functional head": (
+        lambda: tiny(Functional),
+        {},
+        f"{FAILS}: The logits have the shape",
+    ),
     "a head called twice": (lambda: tiny(Twice), {}, "the"),
-    "labels as inputs": (lambda: tiny(NeedsLabels), {"on_inexact": "ignore"}, "the model cannot run so"),
+    "labels as inputs": (
+        lambda: tiny(NeedsLabels),
+        {"on_inexact": "ignore"},
+        "the model fails with labelled positions only",
+    ),
     "dropout of logits": (with_dropped_logits, {}, "the gradient differs by"),
     "a hook on the model": (hooked(), {}, "the model or its output embedding has hooks"),
     "a hook on the head": (hooked("lm_head"), {}, "the model or its output embedding has hooks"),
     "a loss function": (LLAMA.model, {"loss_fn": cross_entropy}, "`loss_fn` may read all logits"),
     "a sum": (LLAMA.model, {"loss_fn": summed, "reduction": "sum"}, "`loss_fn` may read all logits"),
     "a count of items": (LLAMA.model, {"count_items": count}, "the loss is not a plain mean over labels"),
-    "virtual tokens": (prompted, {}, "the model cannot run so"),
+    "virtual tokens": (prompted, {}, FAILS),
 }
 
 

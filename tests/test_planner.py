@@ -18,6 +18,7 @@ from ftaccum.data.convert import as_rows
 from ftaccum.data.loader import Loader, LocalRows, MicroBatch
 from ftaccum.data.prefetch import WindowLoader
 from ftaccum.data.probe_rows import sample_positions
+from ftaccum.data.validation import _columns_of, _memory_besides_ids
 from ftaccum.planning.batch_size import BatchSizes
 from ftaccum.planning.micro_batches import BatchLimits, CostModel, MicroBatchPlanner, MicroBatchRows
 from ftaccum.planning.plan import Plan
@@ -142,8 +143,8 @@ class Mixing(nn.Module):
 class WithAnswers(Mixing):
     """A classifier of two sequences."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor, answer_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        assert len(answer_ids) == len(input_ids)
+    def forward(self, input_ids: Tensor, labels: Tensor, answer: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        assert len(answer) == len(input_ids)
         return super().forward(input_ids, labels)
 
 
@@ -156,14 +157,42 @@ class WithAnswers(Mixing):
     ],
 )
 def test_automatic_max_tokens_are_refused_where_tokens_do_not_tell_the_memory(name: str, words: str) -> None:
-    with pytest.raises(DataError, match=rf"`max_tokens` is 'auto', but {words}.* Omit `max_tokens`"):
+    with pytest.raises(DataError, match=rf"`max_tokens` is 'auto'\. In `train_data`, {words}.* Omit `max_tokens`"):
         test_fine_tuning(HEADS[name].model(), train_data=HEADS[name].rows(9), max_tokens="auto")
 
 
 def test_automatic_max_tokens_are_refused_for_rows_with_a_second_sequence() -> None:
-    rows = [{**row, "answer_ids": [5] * 7} for row in HEADS[NAMES[1]].rows(9)]
-    with pytest.raises(DataError, match="`max_tokens` is 'auto', but `answer_ids` has sizes of its own"):
+    rows = [{**row, "answer": [5] * 77} for row in HEADS[NAMES[1]].rows(9)]
+    with pytest.raises(
+        DataError, match=r"`answer` has the shape \(1, 77\) but `input_ids` has \(1, \d+\), so the number"
+    ):
         test_fine_tuning(WithAnswers(), train_data=rows, max_tokens="auto")
+
+
+ONE_ROW = torch.ones(1, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("columns", "refused"),
+    [
+        ({"attention_mask": ONE_ROW, "labels": ONE_ROW, "bbox": torch.ones(1, 3, 4)}, ""),
+        ({"labels": torch.tensor([1]), "scores": torch.ones(1)}, ""),
+        ({"labels": torch.ones(1, 7)}, ""),  # several classes, or targets of a regression
+        ({"labels": torch.ones(1, 7, dtype=torch.long)}, "labels"),
+        ({"context": torch.ones(1, 7, dtype=torch.long)}, "context"),
+        ({"pixel_values": torch.ones(1, 1, 8, 8), "labels": ONE_ROW}, "pixel_values"),
+    ],
+    ids=["sequences", "classes", "floats", "labels", "context", "image"],
+)
+def test_columns_with_a_size_of_their_own_are_found(columns: dict[str, Tensor], refused: str) -> None:
+    found = _memory_besides_ids({"input_ids": ONE_ROW, **columns}, decodes=False)
+    assert found.startswith(f"`{refused}` has the shape") if refused else not found
+
+
+def test_all_elements_of_a_tuple_are_sized() -> None:
+    columns = _columns_of((ONE_ROW, torch.ones(1, 5, dtype=torch.long)))
+    assert _memory_besides_ids(columns, decodes=False).startswith("`batch[1]` has the shape (1, 5)")
+    assert not _memory_besides_ids(_columns_of((ONE_ROW, torch.tensor([1]))), decodes=False)
 
 
 def test_automatic_max_tokens_are_refused_where_rows_mix() -> None:

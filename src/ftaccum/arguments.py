@@ -86,7 +86,7 @@ def _faults_of_auto(recipe: Recipe, runtime: Runtime) -> list[str]:
     if runtime.batch_size != "auto":
         return []
     found = []
-    if isinstance(runtime.max_tokens, int):
+    if runtime.token_limit is not None:
         found.append(
             f"`batch_size` is 'auto', but `max_tokens` is {runtime.max_tokens}, which limits micro-batches by tokens, "
             "not rows. Set only one of them, or `max_tokens='auto'`."

@@ -19,7 +19,7 @@ from ftaccum.runtime.gradients.plain import GradientStrategy
 from ftaccum.settings.runtime import Runtime
 
 torch.set_num_threads(1)
-in_place._LARGE = 0
+in_place._LEAST_BYTES = 0
 results: list[Any] = []
 own = in_place._added
 

@@ -146,7 +146,7 @@ class GradientAuditor:
 
         try:
             mode = DeterministicMode.of(self._model, lambda: list(numbers().values()), self._objective.modules)
-            if mode.whole:  # two passes in train mode were equal, so there is no state to find
+            if mode.whole:  # two passes in train mode agreed to 1e-6, below `tolerance`: there is no state to find
                 return True, list(mode.moving), False, True
             hidden = find_hidden_state(self._model, self._objective.modules, numbers, tolerance)
             with mode.passes():

@@ -53,28 +53,39 @@ def check_size_in_tokens(rows: Rows, row_collator: RowCollator, *, decodes: bool
     extremes = [] if lengths is None else [f(range(len(rows)), key=lengths.__getitem__) for f in (min, max)]
     for position in dict.fromkeys([0, *extremes]):
         batch = row_collator.seeded(rows, [position], 0)
-        columns = batch if isinstance(batch, Mapping) else {"input_ids": batch[0] if isinstance(batch, tuple) else None}
-        if fault := _beside_tokens(columns, decodes):
+        if fault := _memory_besides_ids(_columns_of(batch), decodes):
             raise DataError(
-                f"`max_tokens` is 'auto', but {fault} in `{rows.argument}`, so the tokens of a row do not tell how "
-                "much memory it needs. Omit `max_tokens`: `batch_size` then limits the rows. Or set it to a number."
+                f"`max_tokens` is 'auto'. In `{rows.argument}`, {fault}, so the number of tokens does not determine "
+                "the memory of a row. Omit `max_tokens`: `batch_size` then limits the rows. Or set it to a number."
             )
 
 
-def _beside_tokens(columns: Mapping[str, Any], decodes: bool) -> str:
-    """Return the reason why the size of a batch of one row is not that of its `input_ids`, or an empty string."""
+def _columns_of(batch: Batch) -> Mapping[str, Any]:
+    """Return the parts of a batch by name. The first element of a tuple counts as its token ids."""
+    if isinstance(batch, Mapping):
+        return batch
+    return (
+        {f"batch[{n}]" if n else "input_ids": part for n, part in enumerate(batch)} if isinstance(batch, tuple) else {}
+    )
+
+
+def _memory_besides_ids(columns: Mapping[str, Any], decodes: bool) -> str:
+    """Return the reason why a batch of one row needs memory for more than its `input_ids`, or an empty string.
+
+    Columns of one number or one vector of floats per row, such as classes and targets of a regression, need little.
+    """
     ids = columns.get("input_ids")
     if not isinstance(ids, Tensor) or ids.is_floating_point():
         return "there are no token ids (`input_ids`)"
     if ids.ndim != 2:
-        return f"`input_ids` has {ids.ndim - 1} dimensions in each row, not one,"
+        return f"`input_ids` has {ids.ndim - 1} dimensions in each row, not one"
     for name, value in columns.items():
-        if not isinstance(value, Tensor) or value.ndim < 2 or name.endswith("mask"):
+        if not isinstance(value, Tensor) or value.ndim < 2 or (value.ndim == 2 and value.is_floating_point()):
             continue
-        if decodes and is_label(name) and not value.is_floating_point():
-            return f"`{name}` is a second sequence, for the decoder,"
-        if value.shape[:2] != ids.shape and (value.ndim > 2 or name.endswith("ids")):
-            return f"`{name}` has sizes of its own"
+        if decodes and is_label(name):
+            return f"`{name}` is a second sequence, for the decoder"
+        if value.shape[:2] != ids.shape:
+            return f"`{name}` has the shape {tuple(value.shape)} but `input_ids` has {tuple(ids.shape)}"
     return ""
 
 

@@ -8,35 +8,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Positions whose logits are computed together. From 256 on, torch's chunked operation takes 0.8 to 1.0 times as long as
-# logits and cross entropy, at any chunk size from 128 to 512 (vocabularies of 30,522 and 49,152, one CPU thread).
-_CHUNK = 256
-# In 16 bits, torch's operation takes 1.6 times as long, and rounds its loss to 16 bits. To compute a chunk's logits
-# again in the backward pass takes 1.25 times as long, so chunks are as large as memory reasonably allows.
-_BYTES = 2**28  # of the float32 logits of a chunk
+# In 32 bits, torch's chunked operation takes 0.8 to 1.0 times as long as logits and cross entropy for 256 positions or
+# more, at chunk sizes from 128 to 512. In 16 bits it takes 1.6 times as long, and rounds its loss to 16 bits. Logits
+# that the backward pass computes again take 1.25 times as long, so these chunks are as large as memory reasonably
+# allows (scripts/bench_chunks.py).
+_POSITIONS, _BYTES = 256, 2**28  # the bytes are those of a chunk's logits in float32
 
 
-def chunked_cross_entropy(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor) -> Tensor | None:
-    """Return the mean cross entropy of the logits `head(hidden_NH)`; None if chunks would save nothing.
+class ChunkedLoss:
+    """Computes the mean cross entropy of the logits `head(hidden_NH)` in chunks."""
 
-    Args:
-        head: the layer that projects hidden states onto the vocabulary.
-    """
-    n, weight = len(targets_N), head.weight
-    assert isinstance(weight, Tensor), "an output embedding has a weight"
-    if type(head) is nn.Linear and _suits_torch(weight, hidden_NH):
-        if n <= _CHUNK:
+    def __init__(self, head: nn.Module, n_positions: int | None = None) -> None:
+        """Args:
+        head: the layer that projects hidden states onto the vocabulary, before training: its `forward` may be
+            replaced later.
+        n_positions: the positions of a chunk; None to choose it.
+        """
+        self._head, self._n_positions = head, n_positions
+        self._is_plain = type(head) is nn.Linear and "forward" not in vars(head)
+
+    def __call__(self, hidden_NH: Tensor, targets_N: Tensor) -> Tensor | None:
+        """Return the loss; None if chunks would save nothing, or the size of the vocabulary is unknown.
+
+        Args:
+            targets_N: the label of each position.
+        """
+        n, weight = len(targets_N), getattr(self._head, "weight", None)
+        if not isinstance(weight, Tensor):
             return None
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=_CHUNK, chunking_method=None)
-        return F.linear_cross_entropy(hidden_NH, weight, targets_N, linear_bias=head.bias, options=options)
-    size = max(1, _BYTES // (4 * len(weight)))
-    if n <= size:
-        return None
-    sums = [
-        checkpoint(_summed, head, *chunk, use_reentrant=False)
-        for chunk in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
-    ]
-    return torch.stack(sums).sum() / n
+        if self._is_plain and _suits_torch(weight, hidden_NH):
+            size = self._n_positions or _POSITIONS
+            if n <= size:
+                return None
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None)
+            bias = self._head.bias
+            assert bias is None or isinstance(bias, Tensor), "of a linear layer"
+            return F.linear_cross_entropy(hidden_NH, weight, targets_N, linear_bias=bias, options=options)
+        size = self._n_positions or max(1, _BYTES // (4 * _vocabulary(self._head, weight)))
+        if n <= size:
+            return None
+        sums = [
+            checkpoint(_summed, self._head, *chunk, use_reentrant=False)
+            for chunk in zip(hidden_NH.split(size), targets_N.split(size), strict=True)
+        ]
+        return torch.stack(sums).sum() / n
 
 
 def _suits_torch(weight: Tensor, hidden_NH: Tensor) -> bool:
@@ -44,6 +59,11 @@ def _suits_torch(weight: Tensor, hidden_NH: Tensor) -> bool:
     is_wide = hidden_NH.dtype == weight.dtype and hidden_NH.dtype.itemsize >= 4
     # The operation came with torch 2.13.
     return is_wide and hasattr(F, "linear_cross_entropy") and not torch.is_autocast_enabled(hidden_NH.device.type)
+
+
+def _vocabulary(head: nn.Module, weight: Tensor) -> int:
+    size = getattr(head, "out_features", len(weight))  # weights of 4 bits are packed
+    return size if isinstance(size, int) else len(weight)
 
 
 def _summed(head: nn.Module, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:

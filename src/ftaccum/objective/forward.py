@@ -12,7 +12,7 @@ from ..runtime.state_guards import training_mode
 from .aux_losses import factors_of, has_parts
 from .inner_gradients import InnerGradients
 from .item_counts import Batch
-from .labelled_head import LabelledHead, Logits
+from .labelled_head import LabelledHead, NeededLogits
 from .normalizer import Counts
 from .own_loss import LOSS, OwnLoss
 from .span_loss import is_span_loss, span_losses
@@ -53,28 +53,28 @@ class Forward(ABC):
         """Run the model on a batch and return its outputs."""
 
     def __call__(
-        self, model: nn.Module, batch: Batch, counts: Counts | None = None, logits: Logits = Logits.ALL
+        self, model: nn.Module, batch: Batch, counts: Counts | None = None, needs: NeededLogits = NeededLogits.ALL
     ) -> tuple[dict[str, Tensor], Any]:
         """Return the means by term, as scalars, and the model's outputs. The model or the loss may change the batch.
 
         Args:
             counts: the batch's number of loss items by term, if known.
-            logits: the logits that the outputs must have.
+            needs: the logits that the caller reads from the outputs.
         """
-        return self._inner_gradients.run(lambda: self._means(model, batch, counts, logits))
+        return self._inner_gradients.run(lambda: self._means(model, batch, counts, needs))
 
     def outputs(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on a batch and return its outputs, without computing the loss."""
-        return self._inner_gradients.run(lambda: self._all_outputs(model, batch))
+        return self._inner_gradients.run(lambda: self._outputs(model, batch))
 
     def _means(
-        self, model: nn.Module, batch: Batch, counts: Counts | None, logits: Logits
+        self, model: nn.Module, batch: Batch, counts: Counts | None, needs: NeededLogits
     ) -> tuple[dict[str, Tensor], Any]:
-        if self.labelled_head is not None and logits is not Logits.ALL:
+        if self.labelled_head is not None and needs is not NeededLogits.ALL:
             n_labels = int(counts[LOSS]) if counts and counts[LOSS] else None
-            mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels, logits)
+            mean, outputs = self.labelled_head(lambda given: self._outputs(model, given), batch, n_labels, needs)
             return {LOSS: mean, **self._parts(outputs, mean)}, outputs
-        outputs = self._all_outputs(model, batch)
+        outputs = self._outputs(model, batch)
         loss: Any = span_losses(outputs, batch) if self.has_spans else self._loss_of(model, outputs, batch)
         if self.factors:
             parts = self._parts(outputs, loss)
@@ -90,12 +90,6 @@ class Forward(ABC):
         found = {name: outputs.get(name) for name in self.factors}
         return {name: 0 * loss if found[name] is None else self.factors[name] * found[name] for name in self.factors}
 
-    def _all_outputs(self, model: nn.Module, batch: Batch) -> Any:
-        """Run the model on a batch and return its outputs, with the logits of all positions."""
-        if self.labelled_head is None:
-            return self._outputs(model, batch)
-        return self.labelled_head.whole(lambda given: self._outputs(model, given), batch)
-
     def unweighted_loss(self, model: nn.Module, batch: Batch, places: Sequence[int] = ()) -> Tensor:  # noqa: ARG002
         """Return the loss of a batch as the model or `loss_fn` returns it, with its terms added up.
 
@@ -104,7 +98,7 @@ class Forward(ABC):
         Args:
             places: the positions of the rows in their window, if the loss depends on it.
         """
-        return total_of(self._loss_of(model, self._all_outputs(model, batch), batch))
+        return total_of(self._loss_of(model, self._outputs(model, batch), batch))
 
     def _loss_of(self, model: nn.Module, outputs: Any, batch: Batch) -> Any:
         """Return the loss as given: a number, or a mapping from terms to numbers."""

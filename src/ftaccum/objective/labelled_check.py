@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..runtime.memory import is_out_of_memory
-from ..runtime.module_attributes import has_forward_hooks, preserve_attributes
+from ..runtime.model_context import is_compiled
+from ..runtime.module_attributes import has_hooks_after, preserve_attributes
 from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch
 from .gradient_check import GradientCheck, difference_of
 from .item_counts import Batch, targets_of
-from .labelled_head import LabelledHead, Logits
+from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS, logits_of
@@ -32,31 +34,31 @@ def find_labelled_head(
     sample: Sample,
     objective: Objective,
     ignore_index: int,
-) -> str | None:
-    """Let `forward` compute logits only at labelled positions, if that gives the model's own loss and gradient.
+) -> LabelledHead | str:
+    """Return a head that computes logits only at labelled positions, if it gives the model's own loss and gradient.
 
-    Compare both on the sample: the loss in eval mode, also of the rare rows, and the loss and the gradient in train
-    mode, with equal random draws. No model is known by name: scales, soft caps, biases and adapters of a head apply to
-    the selected positions as to all. All processes use the main process's finding.
+    Compare both on the sample: the loss in eval mode, also of the rare rows, and the gradient in train mode, with equal
+    random draws. All passes are in float32 or wider, without autocast. No model is known by name: scales, soft caps,
+    biases and adapters of a head apply to the selected positions as to all. All processes use the main process's
+    finding.
 
     Args:
         forward: the forward pass of the objective.
         ignore_index: the label that the loss ignores.
 
     Returns:
-        The reason why this is impossible, for a message; None if it is possible.
+        The head, or the reason why all logits are computed, for a message.
     """
     head = _output_embedding(model)
-    if head is None or not forward.is_own:
-        return "the model has no output embedding" if forward.is_own else "`loss_fn` may read all logits"
-    if (reason := _excluded(model, head, sample.together, objective.report)) is not None:
+    if head is None:
+        return "the model has no output embedding"
+    if (reason := _excluded(model, head, forward, sample.together, objective.report)) is not None:
         return reason
     shifts = _WAYS[objective.report.ways[LOSS]]
     labelled = LabelledHead(model, head, shifts=shifts, ignore_index=ignore_index)
     comparison = _Comparison(model, forward, sample, objective, labelled)
-    reason, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
-    forward.labelled_head = labelled if reason is None else None
-    return reason
+    found, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
+    return labelled if found is None else found
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -67,22 +69,27 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _excluded(model: nn.Module, head: nn.Module, batch: Batch, report: ExactnessReport) -> str | None:
+def _excluded(
+    model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, report: ExactnessReport
+) -> str | None:
+    if not forward.is_own:
+        return "`loss_fn` may read all logits"
     labels = targets_of(batch) if isinstance(batch, Mapping) else None
     if labels is None or labels.ndim != 2 or labels.is_floating_point():
         return "the rows have no label for each token"
     if report.ways.get(LOSS) not in _WAYS or report.sums:
         return "the loss is not a plain mean over labels"
-    if has_forward_hooks(model) or has_forward_hooks(head):
+    if any(map(has_hooks_after, modules_around(model, head))):
         return "the model or its output embedding has hooks, which may read all logits"
-    return None
+    # Each number of labels would be compiled anew.
+    return "the model is compiled" if is_compiled(model) else None
 
 
 class _Comparison:
     """A comparison of the loss and the gradient from labelled positions with the model's own.
 
     Attributes:
-        gives_logits: whether the outputs of the head are the model's logits.
+        gives_logits: whether the model returns the outputs of its head unchanged, as logits.
     """
 
     def __init__(
@@ -111,9 +118,9 @@ class _Comparison:
                 return self._of_losses() or self._of_gradient()
             except Exception as error:  # a model may need its labels, or use its hidden states in another way
                 if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    return "there is not enough memory to compare it"
+                    return "memory ran out during the comparison"
                 first_line = next(iter(str(error).splitlines()), type(error).__name__)
-                return f"the model cannot run so: {first_line.rstrip('.')}"
+                return f"the model fails with labelled positions only: {first_line.rstrip('.')}"
             finally:
                 self._forward.labelled_head = None
 
@@ -126,14 +133,18 @@ class _Comparison:
         return None
 
     def _of_gradient(self) -> str | None:
+        """Compare gradients, that of labelled positions in two chunks if the logits allow it."""
+        together = self._sample.together
         counts = {term: partial(self._count, term) for term in self._objective.terms}
-        check = GradientCheck(self._model, self._means, counts, self._forward.modules)
+        n_half = max(1, int(self._count(LOSS, together)) // 2)
+        self._labelled.gives_logits = self.gives_logits
         sketches = []
-        with training_mode(self._model, training=True):
+        with training_mode(self._model, training=True), self._labelled.chunks_of(n_half):
             for head in (None, self._labelled):
                 self._forward.labelled_head = head
+                means = partial(self._means, needs=NeededLogits.NONE)
                 with preserve_rng():  # dropout draws the same numbers in both
-                    sketches.append(check.together(self._sample.together))
+                    sketches.append(GradientCheck(self._model, means, counts, self._forward.modules).together(together))
         own, found = sketches
         off = difference_of(own, found, None, _GRADIENT * self._tolerance).off
         return f"the gradient differs by {off:.1e}" if off else None
@@ -142,24 +153,28 @@ class _Comparison:
         return self._objective.count(batch)[term]
 
     def _losses(self, batch: Batch, head: LabelledHead | None) -> dict[str, float]:
-        self._forward.labelled_head = head
-        with preserve_rng(), preserve_buffers(self._model), preserve_attributes(self._model):
-            return {term: mean.item() for term, mean in self._means(batch).items()}
-
-    def _means(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the means of a batch, and find out whether the model returns the outputs of its head unchanged.
+        """Return the loss of a batch, and find out whether the model returns the outputs of its head unchanged.
 
         Equal numbers do not show that: large logits may be clamped.
         """
-        found: list[tuple[Tensor, Tensor]] = []
-        given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
+        self._forward.labelled_head = head
+        outputs_of_head: list[tuple[Tensor, Tensor]] = []
         hook = self._labelled.head.register_forward_hook(
-            lambda _, __, output: found.append((output, output.detach().clone()))  # which may change in place
+            lambda _, __, output: outputs_of_head.append((output, output.detach().clone()))  # it may change in place
         )
         try:
-            means, outputs = self._forward(self._model, given, logits=Logits.LABELLED)
+            with preserve_rng(), preserve_buffers(self._model), preserve_attributes(self._model):
+                means, outputs = self._run(batch, NeededLogits.LABELLED)
         finally:
             hook.remove()
         logits = logits_of(outputs)
-        self.gives_logits = len(found) == 1 and found[0][0] is logits and torch.equal(found[0][1], logits)
-        return means
+        (output, copy), *others = outputs_of_head or [(logits, logits)]
+        self.gives_logits = bool(outputs_of_head) and not others and output is logits and torch.equal(copy, logits)
+        return {term: mean.item() for term, mean in means.items()}
+
+    def _means(self, batch: Batch, needs: NeededLogits) -> dict[str, Tensor]:
+        return self._run(batch, needs)[0]
+
+    def _run(self, batch: Batch, needs: NeededLogits) -> tuple[dict[str, Tensor], Any]:
+        given = self._prepared(fresh_batch(batch, next(self._model.parameters()).device))
+        return self._forward(self._model, given, self._objective.count(batch), needs)

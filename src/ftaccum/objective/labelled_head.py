@@ -16,32 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..runtime.model_context import is_compiled
-from ..runtime.module_attributes import has_forward_hooks
+from ..runtime.module_attributes import has_hooks_after
 from ..runtime.sharding.tensors import is_sharded
-from .chunked_loss import chunked_cross_entropy
+from .chunked_loss import ChunkedLoss
 from .item_counts import Batch
 from .own_loss import logits_of
 
 
-class Logits(Enum):
-    """The logits that the outputs of a forward pass must have, besides those that its loss needs."""
+class NeededLogits(Enum):
+    """The logits that the caller of a forward pass reads from its outputs."""
 
     NONE = "none"
-    LABELLED = "labelled"  # of labelled positions, in order, of shape (1, N, V), or of all positions
+    LABELLED = "labelled"  # those of labelled positions, of shape (1, N, V), if the forward pass has a `LabelledHead`
     ALL = "all"
 
 
 class LabelledHead:
     """Runs a model without its labels, selects the labelled positions before its head, and computes the loss.
 
-    The loss is the mean cross entropy of the labels. Whether this is the model's own loss must be measured
-    (`labelled_check`).
+    The loss is the mean cross entropy of the labels. `labelled_check` measures whether this is the model's own loss.
 
     Attributes:
         head: the last layer of the model.
-        gives_logits: whether the outputs of the head are the logits, without a scale or a soft cap. If so, the logits
-            of many positions are computed in chunks.
+        gives_logits: whether the model returns the outputs of its head unchanged, as logits. If so, the logits of many
+            positions are computed in chunks.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module, *, shifts: bool, ignore_index: int) -> None:
@@ -51,43 +49,43 @@ class LabelledHead:
         shifts: whether logits predict the next label.
         ignore_index: the label that the loss ignores.
         """
-        self.gives_logits = False
-        self._model, self.head, self._offset, self._ignore_index = model, head, int(shifts), ignore_index
+        self.head, self.gives_logits = head, False
+        self._model, self._offset, self._ignore_index = model, int(shifts), ignore_index
+        self._around = modules_around(model, head)
+        self._chunked_loss = ChunkedLoss(head)
         self._decoder_inputs: Callable[..., Tensor] | None = None
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             self._decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        self._shape_BL = torch.Size()
-        self._positions_N: Tensor | None = None
-        self._chunked_targets_N: Tensor | None = None
-        self._chunked_loss: Tensor | None = None
 
     def __call__(
         self,
         run: Callable[[Batch], Any],
         batch: Mapping[str, Tensor],
         n_labels: int | None = None,
-        logits: Logits = Logits.LABELLED,
+        needs: NeededLogits = NeededLogits.LABELLED,
     ) -> tuple[Tensor, Any]:
         """Return the mean loss of a batch, and the model's outputs.
 
         Args:
             run: runs the model on a batch.
             n_labels: the number of labelled positions; None to count them, which waits for the device.
-            logits: `LABELLED`, or `NONE` if the outputs need no logits.
+            needs: `LABELLED`, or `NONE` if nobody reads the logits of the outputs.
 
         Raises:
-            DataError: if the model does not return one logit for each of these positions and each word.
+            DataError: if the model does not return logits of shape (1, N, V).
         """
         labels_BL = batch["labels"]
         positions_N = self._positions(labels_BL, n_labels)
         targets_N = self._targets(labels_BL, positions_N)
-        in_chunks = logits is Logits.NONE and self._may_chunk()
-        with self._selecting(labels_BL.shape, positions_N):
-            self._chunked_targets_N = targets_N if in_chunks else None
+        in_chunks = needs is NeededLogits.NONE and self._may_chunk()
+        selection = _Selection(labels_BL.shape, positions_N, targets_N, self._chunked_loss if in_chunks else None)
+        handle = self.head.register_forward_pre_hook(selection, with_kwargs=True)
+        try:
             outputs = run(self._without_labels(batch))
-            loss, self._chunked_loss = self._chunked_loss, None
-        if loss is not None:
-            return loss, outputs
+        finally:
+            handle.remove()
+        if selection.loss is not None:
+            return selection.loss, outputs
         logits_1NV = logits_of(outputs)
         if logits_1NV.shape[:-1] != (1, len(positions_N)):
             raise DataError(
@@ -97,27 +95,33 @@ class LabelledHead:
         logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
         return F.cross_entropy(logits_NV, targets_N), outputs
 
-    def _may_chunk(self) -> bool:
-        # Chunks use the weight before the head's forward pass, in which FSDP2 gathers it. Hooks that callbacks have
-        # registered read or change logits.
-        if not self.gives_logits or has_forward_hooks(self._model) or has_forward_hooks(self.head):
-            return False
-        return not is_sharded(self._model) and not is_compiled(self._model)
-
-    def whole(self, run: Callable[[Batch], Any], batch: Batch) -> Any:
-        """Run the model on a batch as it is. A compiled model then has the same hooks as in other passes."""
-        with self._selecting(torch.Size(), None):
-            return run(batch)
+    @contextmanager
+    def chunks_of(self, n_positions: int) -> Iterator[None]:
+        """Compute the loss in chunks of so many positions, until exit."""
+        before, self._chunked_loss = self._chunked_loss, ChunkedLoss(self.head, n_positions)
+        try:
+            yield
+        finally:
+            self._chunked_loss = before
 
     def targets(self, labels_BL: Tensor) -> Tensor:
         """Return the label of each of the N positions."""
         return self._targets(labels_BL, self._positions(labels_BL))
 
-    def spread(self, values_1N: Tensor, labels_BL: Tensor) -> Tensor:
-        """Return a value for each position of a batch: 0 at those without a label."""
-        spread_BL = values_1N.new_zeros(labels_BL.shape)
-        spread_BL.view(-1)[self._positions(labels_BL)] = values_1N[0]
-        return spread_BL
+    def scatter(self, values_1N: Tensor, labels_BL: Tensor) -> Tensor:
+        """Scatter values of labelled positions into a tensor of shape (B, L), with 0 elsewhere.
+
+        Args:
+            values_1N: of shape (1, N).
+        """
+        scattered_BL = values_1N.new_zeros(labels_BL.shape)
+        scattered_BL.view(-1)[self._positions(labels_BL)] = values_1N[0]
+        return scattered_BL
+
+    def _may_chunk(self) -> bool:
+        # Chunks use the weight before the forward pass of the head, in which FSDP2 gathers it. Hooks that callbacks
+        # have registered since the check read or change logits.
+        return self.gives_logits and not is_sharded(self._model) and not any(map(has_hooks_after, self._around))
 
     def _targets(self, labels_BL: Tensor, positions_N: Tensor) -> Tensor:
         return labels_BL.flatten()[positions_N + self._offset]
@@ -138,28 +142,43 @@ class LabelledHead:
             given["decoder_input_ids"] = self._decoder_inputs(labels=batch["labels"])
         return given
 
-    @contextmanager
-    def _selecting(self, shape_BL: torch.Size, positions_N: Tensor | None) -> Iterator[None]:
-        self._shape_BL, self._positions_N = shape_BL, positions_N
-        handle = self.head.register_forward_pre_hook(self._select, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._positions_N = self._chunked_targets_N = None
 
-    def _select(
+class _Selection:
+    """A hook before the head that selects positions in one forward pass of the model.
+
+    Attributes:
+        loss: the loss, if it was computed in chunks; else None.
+    """
+
+    def __init__(
+        self, shape_BL: torch.Size, positions_N: Tensor, targets_N: Tensor, chunked_loss: ChunkedLoss | None
+    ) -> None:
+        """Args:
+        chunked_loss: computes the loss in chunks; None to compute it from the outputs of the head.
+        """
+        self.loss: Tensor | None = None
+        self._shape_BL, self._positions_N, self._targets_N = shape_BL, positions_N, targets_N
+        self._chunked_loss, self._is_inside = chunked_loss, False
+
+    def __call__(
         self, _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._positions_N is None or not inputs:
+        """Return the inputs of the head at the labelled positions; None to leave them as they are."""
+        if self._is_inside or not inputs:
             return None
         hidden_BLH, *others = inputs
         if hidden_BLH.ndim != 3 or hidden_BLH.shape[:2] != self._shape_BL:
             return None
         hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._positions_N)
-        if self._chunked_targets_N is not None and not others and not options:
-            self._positions_N = None  # chunks run the head
-            self._chunked_loss = chunked_cross_entropy(self.head, hidden_NH, self._chunked_targets_N)
-            if self._chunked_loss is not None:
+        if self._chunked_loss is not None and not others and not options:
+            self._is_inside = True  # chunks run the head
+            self.loss = self._chunked_loss(hidden_NH, self._targets_N)
+            self._is_inside = False
+            if self.loss is not None:
                 hidden_NH = hidden_NH[:0].detach()
         return (hidden_NH[None], *others), options
+
+
+def modules_around(model: nn.Module, head: nn.Module) -> list[nn.Module]:
+    """Return the modules that contain a module, and the module itself."""
+    return [module for module in model.modules() if any(inner is head for inner in module.modules())]

@@ -11,7 +11,7 @@ from ..errors import DataError
 from .batch_changes import WatchedBatch
 from .forward import Forward
 from .item_counts import Batch
-from .labelled_head import LabelledHead, Logits
+from .labelled_head import LabelledHead, NeededLogits
 from .normalizer import Counts, Means, means_of_sums
 from .report import ExactnessReport
 from .window_terms import Values, WindowTerms
@@ -68,7 +68,7 @@ class Objective:
         counts: Counts,
         terms: Sequence[str],
         rows: str = "these rows",
-        logits: Logits = Logits.NONE,
+        needs: NeededLogits = NeededLogits.NONE,
     ) -> tuple[Means, Any]:
         """Return the means of these terms over the batch's own items, and the model's outputs.
 
@@ -77,13 +77,13 @@ class Objective:
             counts: the batch's number of loss items, by term.
             terms: the terms with items in the batch; the mean of any other would be NaN.
             rows: the name of the rows in messages.
-            logits: the logits that the outputs must have.
+            needs: the logits that the caller reads from the outputs.
 
         Raises:
             DataError: if the loss has other terms, or other items, than were counted.
         """
         watched = WatchedBatch(batch)
-        found, outputs = self._forward(model, batch, counts, logits)
+        found, outputs = self._forward(model, batch, counts, needs)
         if any(counts.values()) and not self.report.counts_before_changes:
             refuse_other_counts(watched, self.count, counts, rows)
         self._check_terms(found, counts, terms, rows)
@@ -98,19 +98,19 @@ class Objective:
         counts: Counts,
         terms: Sequence[str],
         rows: str = "these rows",
-        logits: Logits = Logits.NONE,
+        needs: NeededLogits = NeededLogits.NONE,
     ) -> tuple[Means, Values, Any]:
         """Return the means of the terms that do not read the window, what the others read, and the model's outputs.
 
         The arguments are those of `means`.
         """
         if self.window is None:
-            means, outputs = self.means(model, batch, counts, terms, rows, logits=logits)
+            means, outputs = self.means(model, batch, counts, terms, rows, needs=needs)
             return means, {}, outputs
         if self.is_over_window:
             outputs = self._forward.outputs(model, batch)
             return {}, self.window.read(outputs, batch), outputs
-        means, outputs = self.means(model, batch, counts, terms, rows, logits=logits)
+        means, outputs = self.means(model, batch, counts, terms, rows, needs=needs)
         others = {term: mean for term, mean in means.items() if term not in self.window.names}
         return others, self.window.read(outputs, batch), outputs
 

@@ -6,8 +6,9 @@ from typing import Any
 _FIRST = (1, 4, 16, 64)  # updates audited at any cost
 _SHORT = 50  # updates; a shorter run has two audits
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
-# Micro-batches of an audit that does not take the whole window. In a run of 8 updates of 8 micro-batches, two audits of
-# two take as long as 12% of the updates; with the whole window in the second, it would be 31%.
+# Micro-batches of an audit that does not take the whole window. An audit computes the gradient of its rows twice. In a
+# run of 8 updates of 8 micro-batches, two audits of two micro-batches compute (2 + 2) × 2 / 64 = 12% of its passes
+# again; with the whole window in the second audit, it would be (2 + 8) × 2 / 64 = 31%.
 _PART, _PART_OF_SHORT = 4, 2
 _EXTRA = 8  # audits of updates with new values at any cost
 

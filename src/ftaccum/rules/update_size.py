@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 from ..fields import Rule, is_int, is_number, is_positive_int
 
-BatchSize = Annotated[int | str, Rule(lambda v: v == "auto" or is_positive_int(v), "a positive integer or 'auto'")]
-MaxTokens = Annotated[int | str, Rule(lambda v: v == "auto" or is_positive_int(v), "a positive integer or 'auto'")]
+SizeOrAuto = Annotated[int | str, Rule(lambda v: v == "auto" or is_positive_int(v), "a positive integer or 'auto'")]
 Pairs = Sequence[Sequence[int]]
 
 

@@ -22,16 +22,14 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 # Objects not to look into: modules are visited one by one, and the others have no state or are restored elsewhere.
 _WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
 # Where a module keeps its forward hooks, by id.
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
+_HOOKS_AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS = (*_HOOKS_AFTER, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Return whether hooks run before or after a module's forward pass."""
-    return any(vars(module)[name] for name in _HOOKS)
+def has_hooks_after(module: nn.Module) -> bool:
+    """Return whether hooks run after a module's forward pass, and so may read or change its outputs."""
+    return any(vars(module)[name] for name in _HOOKS_AFTER)
 
 
 class ModuleAttributes:

@@ -22,7 +22,7 @@ from ..fields import (
 )
 from ..rules.periods import Audit, Every
 from ..rules.repository import Repository
-from ..rules.update_size import BatchSize, Costs, MaxTokens
+from ..rules.update_size import Costs, SizeOrAuto
 from .groups import FIXED_BATCH, OWN_ARGUMENT, check, cut, evaluation, logging, output, precision, repeat, size, speed
 
 
@@ -30,7 +30,7 @@ from .groups import FIXED_BATCH, OWN_ARGUMENT, check, cut, evaluation, logging, 
 class Runtime:
     """The settings that affect time and memory, not the result. A resumed run may have a different Runtime."""
 
-    batch_size: BatchSize = size(
+    batch_size: SizeOrAuto = size(
         4,
         "rows per micro-batch on one process (the physical batch); auto takes as many as fit in memory",
         in_verify=True,
@@ -41,7 +41,7 @@ class Runtime:
         "rows per batch of an evaluation on one process; None takes as many as batch_size",
         unsearchable=FIXED_BATCH,
     )
-    max_tokens: MaxTokens | None = cut(
+    max_tokens: SizeOrAuto | None = cut(
         None,
         "most positions per micro-batch, padding included; limits micro-batches by positions instead of rows; auto "
         "takes batch_size × the longest training row",
@@ -155,6 +155,16 @@ class Runtime:
         in_verify=True,
         unsearchable=OWN_ARGUMENT,
     )
+
+    @property
+    def limits_tokens_automatically(self) -> bool:
+        """Whether the longest training row determines the most tokens of a micro-batch."""
+        return self.max_tokens == "auto"
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens of a micro-batch, if it is a given number."""
+        return None if isinstance(self.max_tokens, str) else self.max_tokens
 
     @property
     def is_quiet(self) -> bool:

@@ -52,7 +52,8 @@ class AuditHandler:
         self._rounding, self._on_inexact, self._during = rounding, on_inexact, during
         self._seen = SeenValues()
         self._causes: dict[str, int] = {}  # findings by cause
-        self._floor: float | None = None  # rounding error, measured in the first audit
+        # The rounding error of the first audit whose error exceeded the least tolerance; None until then.
+        self._rounding_floor: float | None = None
         self._has_audited = False
         self._since = time.perf_counter()
 
@@ -93,18 +94,18 @@ class AuditHandler:
             "schedule": schedule,
             "seen": seen,
             "causes": self._causes,
-            "floor": self._floor,
+            "floor": self._rounding_floor,
             "audited": self._has_audited,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._seen.load_state_dict(state_dict["seen"])
-        self._causes, self._floor = state_dict["causes"], state_dict["floor"]
+        self._causes, self._rounding_floor = state_dict["causes"], state_dict["floor"]
         self._has_audited = state_dict["audited"]
 
     def _audit(self, window: AuditedWindow, started: float, *, is_new: bool, whole: bool) -> None:
-        floor = self._floor
+        floor = self._rounding_floor
         tolerated = self._tolerance(floor or 0.0)  # errors up to this one need no measurement of rounding
         with self._during():
             sample = window.take(None if whole else self._schedule.part)
@@ -114,8 +115,8 @@ class AuditHandler:
         if audit is None:
             return
         self._has_audited = True
-        self._floor = audit.rounding if floor is None else floor
-        tolerance = self._tolerance(max(self._floor or 0.0, audit.rounding or 0.0))
+        self._rounding_floor = audit.rounding if floor is None else floor
+        tolerance = self._tolerance(max(self._rounding_floor or 0.0, audit.rounding or 0.0))
         self._record(
             AuditEntry(
                 audit=window.update,

@@ -34,7 +34,9 @@ _REMEDIES = {
         "it to the whole gradient of an update, as `gradient_clip_norm` does."
     ),
 }
-_OF_POSITIONS = " If it reads logits at positions without a label by now, set `loss_head='full'`."
+_REMEDY_OF_LABELLED_HEAD = (
+    " If the loss has started to read logits at positions without a label, set `loss_head='full'`."
+)
 
 
 def cause_of(audit: Audit, tolerance: float, largest_rounding: float) -> Cause | None:
@@ -64,7 +66,7 @@ def describe_finding(audit: Audit, update: int, tolerance: float, cause: Cause, 
     """
     remedy = _REMEDIES[cause].format(loss=_percent(audit.loss_error), counted_by=counted_by)
     if cause is Cause.COUNTS and audit.selects_positions:
-        remedy += _OF_POSITIONS
+        remedy += _REMEDY_OF_LABELLED_HEAD
     if cause is Cause.STATE:
         return f"Audit of update {update}: {remedy[0].lower()}{remedy[1:]}"
     parts = list(audit.parameters.items())

@@ -21,6 +21,7 @@ from ..errors import DataError, SettingsError, refuse
 from ..objective.cross_entropy import CrossEntropy
 from ..objective.item_counts import ItemCounter, tensors_of
 from ..objective.labelled_check import find_labelled_head
+from ..objective.labelled_head import LabelledHead
 from ..objective.loss_scale import find_divisor
 from ..objective.model_forward import LossFn, ModelForward
 from ..objective.objective import Objective
@@ -39,7 +40,7 @@ from .config import Components, RunConfig
 from .declared import class_weights_of, ignore_index_of
 from .loss_faults import loss_fault
 from .metrics import has_labels
-from .token_cap import check_token_cap
+from .token_cap import check_token_cap, longest_width
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
         loss_fn=None if isinstance(forward, WindowForward) else forward.loss_fn,
         classes=row_classes(rows, ignore_index) if config.recipe.sampler == "balanced" else (),
         packed=padding is not None and padding.documents.kept_apart is True and "attention_mask" not in sample,
-        longest=row_collator.width(max(rows.lengths() or [1])) if runtime.max_tokens == "auto" else None,
+        longest=longest_width(runtime, rows, row_collator),
     )
 
 
@@ -235,9 +236,22 @@ def _objective(
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
     logger.debug(objective.report.describe_measurement())
-    if config.runtime.loss_head == "auto":
-        reason = find_labelled_head(components.model, forward, few, objective, ignore_index)
-        logger.debug(
-            f"Logits are computed {'at labelled positions only' if reason is None else f'at all positions: {reason}'}."
-        )
+    forward.labelled_head = _labelled_head(config, forward, few, objective, ignore_index)
     return forward, objective
+
+
+def _labelled_head(
+    config: RunConfig, forward: ModelForward, few: Sample, objective: Objective, ignore_index: int
+) -> LabelledHead | None:
+    """Return the head that computes logits only at labelled positions; None if all logits are computed."""
+    if config.runtime.loss_head == "full":
+        return None
+    if config.runtime.compile:
+        found: LabelledHead | str = "the model is compiled"
+    else:
+        found = find_labelled_head(config.components.model, forward, few, objective, ignore_index)
+    if isinstance(found, LabelledHead):
+        logger.debug("Logits are computed at labelled positions only.")
+        return found
+    logger.debug(f"Logits are computed at all positions: {found}.")
+    return None

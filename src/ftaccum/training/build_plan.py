@@ -21,6 +21,7 @@ from .build_data import TrainingData
 from .config import RunConfig
 from .token_cap import token_cap
 
+_FOUND = "the most that fit in memory or in an update"
 _MOST_STEPS = 64  # a larger ratio of two losses is a whole number by chance, unless it is the run's own k
 
 
@@ -146,16 +147,17 @@ def describe_cut(runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchP
 
 
 def _describe_limits(runtime: Runtime, batch_size: int, tokens: int | None) -> str:
-    found = "the most that fit in memory or in an update" if runtime.batch_size == "auto" else ""
+    is_found = runtime.batch_size == "auto"
     if tokens is None:
-        return f"{batch_size} rows" + (f" ({found})" if found else "")
-    if runtime.max_tokens != "auto":
+        return f"{batch_size} rows" + (f" ({_FOUND})" if is_found else "")
+    if not runtime.limits_tokens_automatically:
         return f"{tokens} tokens"
-    return f"{tokens} tokens (batch_size {batch_size}{found and f', {found},'} × longest row {tokens // batch_size})"
+    found = f", {_FOUND}," if is_found else ""
+    return f"{tokens} tokens (batch_size {batch_size}{found} × longest row {tokens // batch_size})"
 
 
 def _splits(runtime: Runtime, batch_sizes: BatchSizes) -> bool:
     """Return whether an update takes more than one micro-batch even without the planner."""
     largest = max(sizes.effective_batch_size for _, sizes in batch_sizes.stages())
     # A cap of "auto" holds any `batch_size` rows.
-    return isinstance(runtime.max_tokens, int) or largest > batch_sizes.batch_size
+    return runtime.token_limit is not None or largest > batch_sizes.batch_size

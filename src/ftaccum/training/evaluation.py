@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.loader import Loader, LocalRows, MicroBatch
 from ..objective.batch_changes import fresh_batch
-from ..objective.labelled_head import Logits
+from ..objective.labelled_head import NeededLogits
 from ..objective.normalizer import Means, WeightedMeans, gathered
 from ..objective.objective import Objective
 from ..objective.window_terms import CollectedValues, WindowTerms
@@ -82,7 +82,9 @@ class Evaluation:
         with torch.no_grad(), training_mode(model, training=False):
             micro = self._loader.longest_rows(1)
             batch = fresh_batch(micro.batch, self._accelerator.device)
-            *_, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names, Logits.ALL)
+            *_, outputs = self._objective.observe(
+                model, batch, micro.counts, micro.terms, micro.names, NeededLogits.ALL
+            )
         named = metrics.named_outputs(outputs)
         check_prediction_memory(
             named, vocabulary_sizes(model, config), self._groups.n_rows, predicts_next_token=self._objective.shifts
@@ -161,8 +163,8 @@ class Evaluation:
         """
         metrics, batch = self._metrics, fresh_batch(micro.batch, self._accelerator.device)
         labels = None if metrics is None else metrics.labels_of(batch)
-        logits = Logits.NONE if metrics is None or self._generator is not None else metrics.logits
-        means, values, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names, logits)
+        needs = NeededLogits.NONE if metrics is None or self._generator is not None else metrics.needs
+        means, values, outputs = self._objective.observe(model, batch, micro.counts, micro.terms, micro.names, needs)
         first = CollectedValues.of(micro.slice.places, values)
         if self._generator is not None:
             del outputs  # their memory is needed

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 from ..data.loader import MicroBatch
 from ..errors import MetricsError, SettingsError, shown
 from ..objective.item_counts import Batch, targets_of
-from ..objective.labelled_head import Logits
+from ..objective.labelled_head import NeededLogits
 from ..objective.objective import Objective
 from ..objective.own_loss import logits_of
 from ..runtime.memory import is_out_of_memory
@@ -111,9 +111,9 @@ class Metrics:
             self._loss_place = None  # the outputs have no loss
 
     @property
-    def logits(self) -> Logits:
+    def needs(self) -> NeededLogits:
         """The logits that the metrics read."""
-        return Logits.ALL if self._labelled_head is None else Logits.LABELLED
+        return NeededLogits.ALL if self._labelled_head is None else NeededLogits.LABELLED
 
     def labels_of(self, batch: Batch) -> Any:
         """Return the labels of a batch. Call this before the forward pass, which may change the batch."""
@@ -182,14 +182,23 @@ class Metrics:
             predictions = unwrapped(without_numbers(named))
             check_form(predictions, n_rows, "The outputs of the model for `compute_metrics`")
             return predictions
+        seen = labels if self._labelled_head is None else self._labelled_head.targets(labels)[None]
         try:
-            predictions = self._preprocess(unwrapped(named), labels)
+            predictions = self._preprocess(unwrapped(named), seen)
         except Exception as error:
             if self._process_group.is_single or is_out_of_memory(error):
                 raise
             raise MetricsError(f"`preprocess_logits_for_metrics` failed on {micro.names}: {error!r}") from error
         if self._labelled_head is not None:
-            predictions = self._labelled_head.spread(predictions, labels)
+            if not isinstance(predictions, Tensor) or predictions.shape != seen.shape:
+                raise SettingsError(
+                    [
+                        "`preprocess_logits_for_metrics` has `by_position = True`, so it must return a tensor of shape "
+                        f"{tuple(seen.shape)}, a number for each labelled position, but returned "
+                        f"{shown(predictions)} instead."
+                    ]
+                )
+            predictions = self._labelled_head.scatter(predictions, labels)
         check_form(predictions, n_rows, "The result of `preprocess_logits_for_metrics`")
         return predictions
 

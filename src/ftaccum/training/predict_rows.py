@@ -92,8 +92,8 @@ class PredictionRun(Run):
         """Yield the batches of this process, each of rows of similar length."""
         runtime = self.config.runtime
         assert isinstance(runtime.batch_size, int), "checked with the options"
-        assert not isinstance(runtime.max_tokens, str), "checked with the options"
-        limits = BatchLimits(runtime.batch_size if runtime.max_tokens is None else None, runtime.max_tokens)
+        assert not runtime.limits_tokens_automatically, "checked with the options"
+        limits = BatchLimits(runtime.batch_size if runtime.token_limit is None else None, runtime.token_limit)
         planner = MicroBatchPlanner(limits, num_processes=self.process_group.size)
         for start in range(0, len(rows), _ROWS_SORTED):
             positions = tuple(range(start, min(start + _ROWS_SORTED, len(rows))))

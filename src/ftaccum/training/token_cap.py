@@ -16,8 +16,8 @@ def check_token_cap(config: RunConfig, rows: Rows, row_collator: RowCollator, *,
         DataError: if they cannot.
         SettingsError: if `max_tokens` is "auto" and the training data are a stream.
     """
-    cap = config.runtime.max_tokens
-    if isinstance(cap, str):
+    runtime = config.runtime
+    if runtime.limits_tokens_automatically:
         if is_stream:
             raise SettingsError(
                 [
@@ -29,8 +29,17 @@ def check_token_cap(config: RunConfig, rows: Rows, row_collator: RowCollator, *,
         decodes = bool(getattr(config.components.configuration, "is_encoder_decoder", False))
         check_size_in_tokens(rows, row_collator, decodes=decodes)
         check_lengths(rows, None, row_collator)
-    elif cap is not None:
-        check_lengths(rows, cap, row_collator)
+    elif runtime.token_limit is not None:
+        check_lengths(rows, runtime.token_limit, row_collator)
+
+
+def longest_width(runtime: Runtime, rows: Rows, row_collator: RowCollator) -> int | None:
+    """Return the width of a batch of the longest training row, if `max_tokens` is "auto", else None."""
+    if not runtime.limits_tokens_automatically:
+        return None
+    lengths = rows.lengths()
+    assert lengths is not None, "checked with the rows"
+    return row_collator.width(max(lengths))
 
 
 def token_cap(runtime: Runtime, batch_size: int, longest: int | None, report: ExactnessReport) -> int | None:
@@ -43,8 +52,8 @@ def token_cap(runtime: Runtime, batch_size: int, longest: int | None, report: Ex
     Raises:
         SettingsError: if `max_tokens` is "auto" and the loss of a row depends on the rows of its micro-batch.
     """
-    if not isinstance(runtime.max_tokens, str):
-        return runtime.max_tokens
+    if not runtime.limits_tokens_automatically:
+        return runtime.token_limit
     if report.mixes_rows:
         mixing = report.in_training.mixing
         named = f" ({', '.join(mixing)})" if mixing else ""

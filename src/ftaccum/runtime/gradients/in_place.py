@@ -1,4 +1,7 @@
-"""Gradients of large linear layers, added to the window's sum by the matrix product that computes them."""
+"""Gradients of large linear layers, added to the window's sum by the matrix product that computes them.
+
+Shape suffixes: R rows of the matrix product (all positions of a micro-batch), I inputs and O outputs of the layer.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +15,9 @@ from torch.nn import functional
 from ..model_context import is_compiled
 from .sparse import has_hooks
 
-# Bytes of a weight from which on its gradients are added in place. glibc takes tensors of at least this size from the
-# kernel, and gives them back when they are freed, so each gradient is written to pages that have to be mapped first.
-# Below, nothing was gained: the other layers of an encoder with 23M parameters add up in under 3% of a pass.
-_LARGE = 2**25
+# Smallest weight, in bytes, whose gradients are added in place. glibc maps each allocation of this size anew, and
+# mapping the pages costs more than the addition.
+_LEAST_BYTES = 2**25
 
 
 class InPlaceGradients:
@@ -33,7 +35,7 @@ class InPlaceGradients:
         Layers on accelerators are left out, because no gain is known there.
         """
         modules = [] if is_compiled(model) else list(model.modules())
-        self._layers = [m for m in modules if type(m) is nn.Linear and m.weight.nbytes >= _LARGE]
+        self._layers = [m for m in modules if type(m) is nn.Linear and m.weight.nbytes >= _LEAST_BYTES]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,7 +52,7 @@ class InPlaceGradients:
 
 def _can_add(layer: nn.Linear) -> bool:
     weight = layer._parameters.get("weight")  # a pruned or normalised layer computes its weight
-    if weight is None or "forward" in vars(layer):
+    if weight is None or weight.is_complex() or "forward" in vars(layer):
         return False
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and not has_hooks(weight)
 
@@ -102,7 +104,7 @@ def _accumulates(node: Any) -> bool:
     """Return whether this backward pass adds to `grad`: `torch.autograd.grad` in a forward pass must not.
 
     Args:
-        node: adds gradients to `grad` of the weight.
+        node: the `AccumulateGrad` node of the weight.
     """
     try:
         return torch._C._will_engine_execute_node(node)
