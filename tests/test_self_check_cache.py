@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftaccum import InexactLossWarning, test_fine_tuning
+from ftaccum import InexactLossWarning, test_fine_tuning, verify
 from ftaccum.objective import self_check_key
 from ftaccum.objective.self_check_cache import Verdict, VerdictCache
 from ftaccum.training import build_cache
@@ -191,3 +191,11 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     assert build_cache._default_folder() is None
+
+
+def test_verify_measures_everything(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(_: VerdictCache) -> Verdict | None:
+        raise AssertionError("verify looked into the cache")
+
+    monkeypatch.setattr(VerdictCache, "find", find)
+    assert verify(installed(CODE).Tagger(), rows(), batch_size=2, progress=False).splits
