@@ -139,6 +139,44 @@ def test_other_layers_keep_their_own_way(small_layers_count: list[Any], kind: st
     assert not small_layers_count
 
 
+@pytest.mark.parametrize("post", [False, True])
+def test_hooks_that_a_pass_registers_see_whole_gradients(post: bool) -> None:
+    def run(*, adds: bool) -> list[Tensor]:
+        def double_grad(p: Tensor) -> None:
+            p.grad = None if p.grad is None else 2 * p.grad
+
+        model = Tied()
+        weight, double = model.head.weight, double_grad if post else lambda given: 2 * given
+        passes = iter(range(3))
+
+        def register(*_: Any) -> None:
+            if next(passes) == 1:
+                (weight.register_post_accumulate_grad_hook if post else weight.register_hook)(double)
+
+        model.register_forward_pre_hook(register)
+        return gradients(model, adds=adds)
+
+    torch.testing.assert_close(run(adds=True), run(adds=False), rtol=1e-13, atol=1e-15)
+
+
+class Wasteless(nn.Module):
+    """A model that changes the results of its layers in place, and names their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(11, 4, dtype=torch.double), nn.Linear(4, 11, dtype=torch.double)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(input=self.table(ids)).mul_(0.5).relu_().logsumexp(-1).mean()
+
+
+def test_results_may_be_changed_in_place(small_layers_count: list[Any]) -> None:
+    added = gradients(Wasteless(), adds=True)
+    assert in_place_passes(small_layers_count) == 2
+    torch.testing.assert_close(added, gradients(Wasteless(), adds=False), rtol=1e-13, atol=1e-15)
+
+
 def test_layers_get_their_forward_back_after_an_error() -> None:
     model = Tied()
     with pytest.raises(IndexError), InPlaceGradients(model).in_place():

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from ftaccum import InexactLossWarning, test_fine_tuning
+from ftaccum import InexactLossWarning, test_fine_tuning, verify
 from ftaccum.objective import self_check_key
 from ftaccum.objective.self_check_cache import Verdict, VerdictCache
+from ftaccum.training import build_cache
 
 CODE = """
 import torch.nn.functional as F
@@ -168,3 +169,33 @@ def test_a_broken_entry_is_ignored(content: bytes, tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     VerdictCache(tmp_path / "file", "entry").keep(Verdict("labels", True, False, 3))
+
+
+def test_rare_values_that_the_loss_weights_are_measured_again(installed: Any, confirms: Any) -> None:
+    weighted = CODE.replace("labels=None):", "labels=None, w=None):").replace(
+        "F.cross_entropy(logits.flatten(0, 1), labels.flatten())",
+        "(F.cross_entropy(logits.transpose(1, 2), labels, reduction='none').mean(1) * w).sum() / w.sum()",
+    )
+    package = installed(weighted)
+    n_rows = [row | {"input_ids": row["input_ids"][:3], "labels": row["labels"][:3]} for row in rows() * 6]
+    plain = [{**row, "w": 1.0} for row in n_rows]
+    assert [confirms(package, plain) for _ in range(2)] == [False, True]
+    with_rare = [{**row, "w": 5.0 if n == 20 else 1.0} for n, row in enumerate(n_rows)]
+    assert not confirms(package, with_rare, on_inexact="ignore")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert build_cache._default_folder() is None
+
+
+def test_verify_measures_everything(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(_: VerdictCache) -> Verdict | None:
+        raise AssertionError("verify looked into the cache")
+
+    monkeypatch.setattr(VerdictCache, "find", find)
+    assert verify(installed(CODE).Tagger(), rows(), batch_size=2, progress=False).splits

@@ -66,13 +66,13 @@ class Measurement:
         """Measure the loss; differences up to `tolerance` count as rounding."""
         assert self.mode is not None, "the check found it"
         with perturb_head(self.model):
-            losses = cache_losses(self._losses)
+            losses = cache_losses(self.losses)
             counts = self._count(losses, tolerance)
             joint, alone = losses(self.sample.together), [losses(row) for row in self._apart(self.sample.together)[:2]]
             unlike = self._explain(losses, counts.with_items, tolerance).with_differences(
                 {term: recount.difference for term, recount in counts.recounts.items()}
             )
-            train_mode = TrainMode(self.model, self.mode, self.sample, self.means, self._losses)
+            train_mode = TrainMode(self.model, self.mode, self.sample, self.means, self.losses)
             together = train_mode.gradient_together(counts.by_term)
             known = None if together is None else together.losses
             in_training = train_mode.in_training(counts.with_items, joint, known)
@@ -134,7 +134,7 @@ class Measurement:
     def _explain_as_it_is(self, counts: MeasuredCounts, tolerance: float) -> Explanation:
         """Explain the loss with the model's own weights, without noise on its head."""
         known = [] if self.forward.factors or self.sums else [(self.sample.together, self._with_all_terms(self.first))]
-        losses = cache_losses(self._losses, known)
+        losses = cache_losses(self.losses, known)
         check_means(losses, self.sample, counts.by_term)
         explanation = self._explain(losses, counts.with_items, tolerance)
         if not counts.own_rules:
@@ -184,7 +184,8 @@ class Measurement:
             return dict.fromkeys(self.terms, self.item_counter.applicable(self.sample.together)) | parts
         return {term: {name: self.item_counter.ways[name]} for term in self.terms}
 
-    def _losses(self, batch: Batch) -> dict[str, float]:
+    def losses(self, batch: Batch) -> dict[str, float]:
+        """Return the means of a batch by term, and 0 for terms that it lacks; attributes of modules are restored."""
         with preserve_attributes(self.model, *self.forward.modules):
             found = self.means(batch)
         return self._with_all_terms({term: mean.item() for term, mean in found.items()})

@@ -70,7 +70,7 @@ class VerdictCache:
         try:
             with atomic_write(self._path) as path:
                 path.write_text(json.dumps({"version": _VERSION, **asdict(verdict)}), encoding="utf-8")
-        except OSError as error:  # a full disk, or another process that writes the same entry
+        except (OSError, ValueError) as error:  # a full disk, another process that writes the same entry, an odd path
             logger.debug(f"The verdict of the self-check was not cached: {error}")
 
     @property

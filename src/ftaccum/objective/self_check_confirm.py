@@ -17,6 +17,7 @@ from .measurement import Measurement
 from .own_loss import LOSS
 from .perturbation import float32_weights, perturb_head
 from .probe import EXPLAINED, Explanation, difference
+from .recount import Observed
 from .report import ExactnessReport, InTraining
 from .sample import UNEQUAL
 from .self_check_cache import Verdict
@@ -31,7 +32,8 @@ def confirmed(measurement: Measurement, verdict: Verdict) -> ExactnessReport | N
     """Return the report that a verdict stands for, if the loss and the gradient of the rows agree with it; else None.
 
     The rows run in train mode without random draws, once in one batch and once in separate ones, at their own widths.
-    A longest row that is longer than the one that was run runs as well.
+    A longest row that is longer than the one that was run runs as well. So do rows with rare values, in eval mode: the
+    key does not show that a loss weights or ignores some of them.
     """
     measurement = replace(measurement, terms=(LOSS,))
     if verdict.way not in measurement.ways()[LOSS]:
@@ -40,12 +42,31 @@ def confirmed(measurement: Measurement, verdict: Verdict) -> ExactnessReport | N
         if length_of_longest(measurement) > verdict.longest:
             measurement.run_longest()
         with float32_weights(measurement.model, *measurement.forward.modules) as widened:
-            loss = _loss(replace(measurement, prepared=widened), verdict)
+            measurement = replace(measurement, prepared=widened)
+            loss = _loss(measurement, verdict) if _explains_rare_rows(measurement, verdict) else None
     except (RuntimeError, SettingsError) as error:  # the measurement that follows reports it
         if is_out_of_memory(error):
             give_back_memory()
         return None
     return None if loss is None else _report(measurement, verdict, loss)
+
+
+def _explains_rare_rows(measurement: Measurement, verdict: Verdict) -> bool:
+    """Return whether the count explains the loss of the rows with rare values, in eval mode.
+
+    Each group runs in one batch, and in three: its first row, which is a common one, and two parts of the others.
+    """
+    if measurement.knows_count:
+        return True
+    count = chosen_counts(measurement.ways(), {LOSS: verdict.way})[LOSS]
+    with perturb_head(measurement.model):
+        for group in measurement.sample.rare:
+            places = list(range(len(group.names)))
+            parts = [group.take(part) for part in (places[:1], places[1::2], places[2::2]) if part]
+            observed = Observed.of(measurement.losses, group.together, parts)
+            if observed.difference(LOSS, count) > EXPLAINED:
+                return False
+    return True
 
 
 def _loss(measurement: Measurement, verdict: Verdict) -> float | None:

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from .sample import Sample
 _PACKAGE = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "ftaccum")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_OF_MODULES = vars(nn.Module()).keys() - {"training"}
 _DEPTH = 6  # levels of functions, containers and objects to follow
 _MOST_NUMBERS = 1_000_000  # of a tensor that a loss holds
+_SMALL = 4096  # numbers of a buffer of the model that may be weights of classes, say
 
 
 class _UnknownError(Exception):
@@ -43,7 +45,7 @@ def key_of(model: nn.Module, loss_fn: Any, sample: Sample, settings: Mapping[str
     """
     try:
         parts = [_versions(), _ftaccum(), _of_model(model), _of(loss_fn), _of_sample(sample), _of(dict(settings))]
-    except (_UnknownError, OSError):
+    except (_UnknownError, OSError, RuntimeError, ValueError, TypeError):  # empty closures, tensors without values, ...
         return None
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -68,15 +70,17 @@ def _ftaccum() -> str:
 def _of_model(model: nn.Module) -> list[Any]:
     if has_hooks(model):
         raise _UnknownError
-    to_dict = getattr(getattr(model, "config", None), "to_dict", dict)
-    described = json.dumps(to_dict(), sort_keys=True, default=str)
+    config = getattr(model, "config", None)
+    to_dict = getattr(config, "to_dict", None)
+    described = _of(config) if to_dict is None else json.dumps(to_dict(), sort_keys=True, default=str)
     tensors = [
         (name, tuple(t.shape), str(t.dtype), t.device.type, t.requires_grad)
         for name, t in (*model.named_parameters(), *model.named_buffers())
     ]
     loss = getattr(model, "loss_function", None)  # of Transformers' models, looked up in a table
     attributes = [(name, sorted(_plain_attributes(module))) for name, module in model.named_modules()]
-    return [described, tensors, _of(loss), attributes, [_of_class(kind) for kind in _classes(model)]]
+    held = [(name, _of(b)) for name, b in model.named_buffers() if b.numel() <= _SMALL]
+    return [described, tensors, held, _of(loss), attributes, [_of_class(kind) for kind in _classes(model)]]
 
 
 def _classes(model: nn.Module) -> list[type]:
@@ -89,26 +93,50 @@ def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
     for name, value in vars(module).items():
         if isinstance(value, FunctionType) or name == "forward":  # replaces a method
             raise _UnknownError
-        if isinstance(value, _PLAIN):
-            yield name, repr(value)
+        if name not in _OF_MODULES and (plain := _plain(value)) is not None:
+            yield name, plain
+
+
+def _plain(value: Any) -> str | None:
+    """Return a value that has the same representation in each process, or a container of such values; else None."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, dict):
+        pairs = [(_plain(name), _plain(each)) for name, each in value.items()]
+        return repr(pairs) if not any(None in pair for pair in pairs) else None
+    if isinstance(value, list | tuple | set | frozenset):
+        found = [plain for each in value if (plain := _plain(each)) is not None]
+        return (
+            repr(sorted(found) if isinstance(value, set | frozenset) else found) if len(found) == len(value) else None
+        )
+    return None
 
 
 def _of_class(kind: type) -> list[Any]:
-    """Return the file of a class, and the code of its functions, of which some may have been replaced since."""
-    functions = [
-        (name, f) for name, f in sorted(vars(kind).items(), key=lambda item: item[0]) if isinstance(f, FunctionType)
-    ]
+    """Return the file of a class, its plain attributes and the code of its functions: some may have been replaced."""
     file = _of_file(sys.modules.get(kind.__module__))
-    return [kind.__qualname__, file, [(name, _of_code(f.__code__)) for name, f in functions]]
+    follows = not _is_within(str(getattr(sys.modules[kind.__module__], "__file__", "")), _folders_of_versions())
+    found: list[Any] = []
+    for name, value in sorted(vars(kind).items(), key=lambda item: item[0]):
+        for function in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
+            if isinstance(function, FunctionType):
+                given = [_plain(each) for each in (function.__defaults__, function.__kwdefaults__)]
+                read = [(n, _plain(v)) for n, v in _globals_of(function)] if follows else []
+                found.append((name, _of_code(function.__code__), given, read))
+        if follows and (plain := _plain(value)) is not None:
+            found.append((name, plain))
+    return [kind.__qualname__, file, found]
 
 
 def _of(value: Any, depth: int = _DEPTH) -> Any:
     """Return what identifies a value in every process."""
-    if isinstance(value, _PLAIN):
-        return repr(value)
+    if (plain := _plain(value)) is not None:
+        return plain
     if not depth:
         raise _UnknownError
-    if isinstance(value, Tensor) and value.numel() <= _MOST_NUMBERS:
+    if isinstance(value, Tensor):
+        if value.numel() > _MOST_NUMBERS:
+            raise _UnknownError
         return [str(value.dtype), value.detach().cpu().tolist()]
     if isinstance(value, list | tuple):
         return [_of(each, depth - 1) for each in value]
@@ -118,43 +146,67 @@ def _of(value: Any, depth: int = _DEPTH) -> Any:
         return _of_function(value, depth)
     if isinstance(value, functools.partial):
         return _of([value.func, value.args, value.keywords], depth)
+    if isinstance(value, MethodType):
+        return _of([value.__func__, value.__self__], depth)
     if isinstance(value, ModuleType):
         return [value.__name__, _of_file(value)]
     if isinstance(value, type):
         return [_of_class(base) for base in value.__mro__ if base is not object]
     if callable(value) and type(value).__module__ == "builtins":  # a function written in C
+        if isinstance(value, BuiltinFunctionType) and not isinstance(value.__self__, ModuleType | type | None):
+            raise _UnknownError  # a method of an object
         return [getattr(value, "__module__", None), getattr(value, "__qualname__", None)]
-    if hasattr(value, "__dict__"):
+    if hasattr(value, "__dict__") and not any(vars(base).get("__slots__") for base in type(value).__mro__):
         bases = [_of_class(base) for base in type(value).__mro__ if base is not object]
         return [bases, _of(vars(value), depth - 1)]
     raise _UnknownError
 
 
 def _of_function(function: FunctionType, depth: int) -> list[Any]:
-    names = function.__code__.co_names
-    named = {name: function.__globals__[name] for name in names if name in function.__globals__}
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
     is_library = _is_within(function.__code__.co_filename, _folders_of_versions())
-    more = [] if is_library else [_of(value, depth - 1) for value in (held, named)]
-    given = [_of(value, depth - 1) for value in (function.__defaults__, function.__kwdefaults__)]
-    return [_of_file(sys.modules.get(function.__module__)), _of_code(function.__code__), given, more]
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    named = [] if is_library else [(name, _of(value, depth - 1)) for name, value in _globals_of(function)]
+    given = [function.__defaults__, function.__kwdefaults__, vars(function)]
+    more = [named, *(_of(value, depth - 1) for value in (held, *given))]
+    return [_of_file(sys.modules.get(function.__module__)), _of_code(function.__code__), more]
+
+
+def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the global names that a function may read, also those of modules, with their values."""
+    names = sorted(set(_names_in(function.__code__)))
+    for name in names:
+        if name in function.__globals__:
+            value = function.__globals__[name]
+            yield name, value
+            if isinstance(value, ModuleType):  # a setting that may have been changed since
+                yield name, [(n, vars(value)[n]) for n in names if _plain(vars(value).get(n)) not in (None, "None")]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names in a function, and in functions inside it."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names_in(inner)
 
 
 def _of_code(code: CodeType) -> str:
     _check_place(code.co_filename)
-    inner = [
-        _of_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts if not isinstance(c, frozenset)
-    ]
+    inner = [_of_code(c) if isinstance(c, CodeType) else _plain(c) or repr(c) for c in code.co_consts]
     return hashlib.sha256(repr((code.co_code, code.co_names, inner)).encode()).hexdigest()
 
 
 def _of_file(module: ModuleType | None) -> str:
-    """Return a hash of the source of a module."""
+    """Return hashes of the source of a module, and of the loaded modules of its package, which it may call."""
     path = getattr(module, "__file__", None)
     if module is None or path is None or module.__name__ == "__main__":
         raise _UnknownError
-    _check_place(path)
-    return _of_path(path, Path(path).stat().st_mtime_ns)
+    package = module.__name__.partition(".")[0]
+    others = () if package in _PACKAGES else (m for n, m in list(sys.modules.items()) if n.startswith(f"{package}."))
+    paths = {path, *(file for other in others if (file := getattr(other, "__file__", None)))}
+    for each in paths:
+        _check_place(each)
+    return " ".join(_of_path(each, Path(each).stat().st_mtime_ns) for each in sorted(paths))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -33,8 +33,13 @@ def build_cache(config: RunConfig, loss_fn: Any, sample: Sample, ignore_index: i
     key = key_of(components.model, loss_fn, sample, settings)
     if key is None:
         return None
-    return VerdictCache(_default_folder() if wanted is True else Path(str(wanted)), key)
+    folder = _default_folder() if wanted is True else Path(str(wanted))
+    return None if folder is None else VerdictCache(folder, key)
 
 
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftaccum" / "self_check"
+def _default_folder() -> Path | None:
+    """Return the user's cache folder; None for a user without a home, as in some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftaccum" / "self_check"
+    except RuntimeError:
+        return None

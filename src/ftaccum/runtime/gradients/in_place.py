@@ -57,9 +57,9 @@ def _can_add(layer: nn.Linear) -> bool:
     return type(weight) is nn.Parameter and weight.device.type == "cpu" and not has_hooks(weight)
 
 
-def _linear(layer: nn.Linear, given: Tensor) -> Tensor:
+def _linear(layer: nn.Linear, input: Tensor) -> Tensor:  # the name in `forward`
     """Run a linear layer, as its own `forward` does."""
-    weight, bias = layer.weight, layer.bias
+    given, weight, bias = input, layer.weight, layer.bias
     is_plain = type(given) is Tensor and given.dtype == weight.dtype and given.device == weight.device
     is_transformed = torch._C._are_functorch_transforms_active()
     if not is_plain or is_transformed or not weight.requires_grad or torch.is_autocast_enabled("cpu"):
@@ -74,7 +74,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(given, weight)
-        return functional.linear(given, weight, bias)
+        result = functional.linear(given, weight, bias)
+        # Autograd refuses to change a view from inside a function in place, as `relu_` does with its input.
+        return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -93,7 +95,8 @@ def _added(ctx: Any, weight: nn.Parameter, rows_RO: Tensor, rows_RI: Tensor) -> 
     """Add the gradient of a weight to the sum in `weight.grad`, or return it if autograd has to."""
     total = weight.grad
     has_sum = total is not None and total.layout is torch.strided and total.dtype == rows_RI.dtype
-    if not has_sum or torch.is_grad_enabled() or not _accumulates(ctx.next_functions[1][0]):
+    is_plain = has_sum and not torch.is_grad_enabled() and not has_hooks(weight)  # a pass may register hooks
+    if not is_plain or not _accumulates(ctx.next_functions[1][0]):
         return rows_RO.t() @ rows_RI
     assert total is not None
     total.addmm_(rows_RO.t(), rows_RI)
