@@ -1,4 +1,5 @@
 import gc
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -53,11 +54,14 @@ def _seeded() -> None:
     set_seed(0)
 
 
+_COUNTER = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _caches_of_their_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the caches of `evaluate`, `datasets` and ftaccum out of the user's home."""
     folder = tmp_path_factory.getbasetemp() / "caches"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / str(next(_COUNTER))))  # a verdict of one test is of no other
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "datasets")
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(folder / "metrics"))
 

@@ -338,10 +338,10 @@ def test_the_dtype_stays_float32_if_float64_does_not_fit_in_memory(monkeypatch: 
 def test_fewer_rows_are_used_if_one_batch_does_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Reference.loss
 
-    def of_few(self: Reference, batch: dict[str, Tensor]) -> Tensor:
+    def of_few(self: Reference, batch: dict[str, Tensor], **options: bool) -> Tensor:
         if len(batch["input_ids"]) > 6:
             raise torch.OutOfMemoryError("no memory for so many rows")
-        return loss(self, batch)
+        return loss(self, batch, **options)
 
     monkeypatch.setattr(Reference, "loss", of_few)
     found = verify(HEADS[BERT].model(), HEADS[BERT].rows(30), dtype="model", **SIZES)

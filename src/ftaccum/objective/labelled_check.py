@@ -14,13 +14,14 @@ from ..runtime.process_group import of_main_process
 from ..runtime.state_guards import inspection_mode, preserve_buffers, preserve_rng, training_mode
 from .batch_changes import fresh_batch
 from .gradient_check import GradientCheck, difference_of
-from .item_counts import TOKEN_COLUMNS, Batch, targets_of
+from .item_counts import Batch, targets_of
 from .labelled_head import LabelledHead, NeededLogits, modules_around
 from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS, logits_of
 from .perturbation import float32_weights, perturb_head
 from .probe import relative
+from .rare_labels import with_rare_labels
 from .report import ExactnessReport
 from .sample import PAIRS, Sample
 
@@ -127,30 +128,14 @@ class _Comparison:
                 self._forward.labelled_head = None
 
     def _of_losses(self) -> str | None:
-        for batch in [self._sample.together, *self._of_rare_rows()]:
+        relabelled = with_rare_labels(self._sample, self._ignore_index)
+        rare = [group.together for group in self._sample.rare] if relabelled is None else relabelled
+        for batch in [self._sample.together, *rare]:
             own, found = (self._losses(batch, head) for head in (None, self._labelled))
             off = max(relative(found[term], own[term]) for term in own) if own.keys() == found.keys() else 1.0
             if off > self._tolerance:
                 return f"the loss differs by {off:.1e}"
         return None
-
-    def _of_rare_rows(self) -> list[Batch]:
-        """Return batches with the labels of the rare rows: these rows or, if no other column may matter, the first four
-        rows with these labels, which saves tokens."""
-        together, rare = self._sample.together, [group.together for group in self._sample.rare]
-        if not rare or any(batch.keys() - {*TOKEN_COLUMNS, "labels"} for batch in rare):
-            return rare
-        labels_BL, mask = together["labels"], together.get("attention_mask")
-        values = torch.cat([batch["labels"].flatten() for batch in rare]).unique()
-        values = values[(values != self._ignore_index) & ~torch.isin(values, labels_BL)]
-        of_text = mask.shape == labels_BL.shape if isinstance(mask, Tensor) else False
-        places = (mask.bool() if of_text else labels_BL != self._ignore_index).flatten().nonzero()[:, 0]
-        relabelled = []
-        for some in values.split(len(places)):
-            labels = torch.full_like(labels_BL, self._ignore_index)
-            labels.view(-1)[places] = some.repeat(-(-len(places) // len(some)))[: len(places)]
-            relabelled.append({**together, "labels": labels})
-        return relabelled
 
     def _of_gradient(self) -> str | None:
         """Compare gradients of two rows, that of labelled positions in two chunks if the logits allow it."""

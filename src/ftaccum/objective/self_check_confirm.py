@@ -17,9 +17,10 @@ from .measurement import Measurement
 from .own_loss import LOSS
 from .perturbation import float32_weights, perturb_head
 from .probe import EXPLAINED, Explanation, difference
+from .rare_labels import with_rare_labels
 from .recount import Observed
 from .report import ExactnessReport, InTraining
-from .sample import UNEQUAL
+from .sample import UNEQUAL, RowGroup
 from .self_check_cache import Verdict
 
 
@@ -54,19 +55,25 @@ def confirmed(measurement: Measurement, verdict: Verdict) -> ExactnessReport | N
 def _explains_rare_rows(measurement: Measurement, verdict: Verdict) -> bool:
     """Return whether the count explains the loss of the rows with rare values, in eval mode.
 
-    Each group runs in one batch, and in three: its first row, which is a common one, and two parts of the others.
+    Each group runs in one batch, and in separate ones. If only labels are rare, they are those of common rows.
     """
     if measurement.knows_count:
         return True
     count = chosen_counts(measurement.ways(), {LOSS: verdict.way})[LOSS]
+    sample, relabelled = measurement.sample, with_rare_labels(measurement.sample, measurement.item_counter.ignore_index)
+    if relabelled is None:
+        groups = [(group.together, _parts(group)) for group in sample.rare]
+    else:
+        groups = [(batch, list(sample.separate(batch, UNEQUAL))) for batch in relabelled]
     with perturb_head(measurement.model):
-        for group in measurement.sample.rare:
-            places = list(range(len(group.names)))
-            parts = [group.take(part) for part in (places[:1], places[1::2], places[2::2]) if part]
-            observed = Observed.of(measurement.losses, group.together, parts)
-            if observed.difference(LOSS, count) > EXPLAINED:
-                return False
-    return True
+        observed = (Observed.of(measurement.losses, together, parts) for together, parts in groups)
+        return all(each.difference(LOSS, count) <= EXPLAINED for each in observed)
+
+
+def _parts(group: RowGroup) -> list[Batch]:
+    """Return the first row of a group, which is a common one, and two parts of the others."""
+    places = list(range(len(group.names)))
+    return [group.take(part) for part in (places[:1], places[1::2], places[2::2]) if part]
 
 
 def _loss(measurement: Measurement, verdict: Verdict) -> float | None:

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _FIRST = (1, 4, 16, 64)  # updates audited at any cost
-_SHORT = 50  # updates; a shorter run has two audits
+_SHORT, _SHORTEST = 50, 16  # updates; a shorter run has two audits; an even shorter one, of a few micro-batches each
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
 # Micro-batches of an audit that does not take the whole window. An audit computes the gradient of its rows twice. In a
 # run of 8 updates of 8 micro-batches, two audits of two micro-batches compute (2 + 2) × 2 / 64 = 12% of its passes
 # again; with the whole window in the second audit, it would be (2 + 8) × 2 / 64 = 31%.
-_PART, _PART_OF_SHORT = 4, 2
+_PART, _PART_OF_SHORTEST = 4, 2
 _EXTRA = 8  # audits of updates with new values at any cost
 
 
@@ -20,8 +20,7 @@ class AuditSchedule:
     With `audit=True`, updates 1, 4, 16 and 64 are audited, and later ones while audits have taken less than 0.5% of the
     training time. An update with label values or flags that no earlier update had takes the place of the next planned
     audit. After the planned audits, eight such updates are audited at any cost, and more while audits have taken less
-    than 1% of the training time. A run of fewer than 50 updates has two planned audits, and these eight, all of a few
-    micro-batches.
+    than 1% of the training time. A run of fewer than 50 updates has two planned audits, and these eight.
 
     Attributes:
         audit: the setting: True, False, or the number of updates from one audit to the next.
@@ -43,13 +42,18 @@ class AuditSchedule:
 
     @property
     def is_short(self) -> bool:
-        """Whether the run is so short that audits of whole windows would take a large share of its time."""
-        return self.audit is True and self.n_updates < _SHORT
+        """Whether the run has only two planned audits."""
+        return self.n_updates < _SHORT
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether audits of whole windows would take a large share of the time of the run."""
+        return self.audit is True and self.n_updates < _SHORTEST
 
     @property
     def part(self) -> int:
         """The number of micro-batches of an audit that does not take the whole window."""
-        return _PART_OF_SHORT if self.is_short else _PART
+        return _PART_OF_SHORTEST if self.takes_parts else _PART
 
     def is_due(self, update: int) -> bool:
         """Return whether to audit an update, regardless of its rows.

@@ -86,7 +86,7 @@ class AuditHandler:
     @property
     def _is_whole(self) -> bool:
         """Whether to audit the whole window: in a run of one update, and in a long run in every audit but the first."""
-        return self._schedule.n_updates == 1 or (self._has_audited and not self._schedule.is_short)
+        return self._schedule.n_updates == 1 or (self._has_audited and not self._schedule.takes_parts)
 
     def state_dict(self) -> dict[str, Any]:
         schedule, seen = self._schedule.state_dict(), self._seen.state_dict()
