@@ -46,6 +46,7 @@ import packaged
 from ftaccum.accumulation.accumulator import GradientAccumulator
 from ftaccum.data.loader import MicroBatch
 from ftaccum.objective.labelled_head import LabelledHead, NeededLogits
+from ftaccum.objective.labelled_positions import LabelledPositions
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.gradients import in_place
 from ftaccum.runtime.gradients.plain import GradientStrategy
@@ -77,7 +78,9 @@ class LabelledLoss(OwnLoss):
     """The same with logits at labelled positions only."""
 
     def __init__(self, model: Any) -> None:
-        self._head = LabelledHead(model, model.get_output_embeddings(), shifts=False, ignore_index=-100)
+        self._head = LabelledHead(
+            model, model.get_output_embeddings(), LabelledPositions(shifts=False, ignore_index=-100)
+        )
         self._head.gives_logits = True
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:

@@ -304,8 +304,8 @@ ALL: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "dropout of logits": (with_dropped_logits, {}, "the gradient differs by"),
     "a hook on the model": (hooked(), {}, "the model or its output embedding has hooks"),
     "a hook on the head": (hooked("lm_head"), {}, "the model or its output embedding has hooks"),
-    "a loss function": (LLAMA.model, {"loss_fn": cross_entropy}, "`loss_fn` may read all logits"),
-    "a sum": (LLAMA.model, {"loss_fn": summed, "reduction": "sum"}, "`loss_fn` may read all logits"),
+    "a loss function": (LLAMA.model, {"loss_fn": cross_entropy}, "the loss is not the model's own"),
+    "a sum": (LLAMA.model, {"loss_fn": summed, "reduction": "sum"}, "the loss is not the model's own"),
     "a count of items": (LLAMA.model, {"count_items": count}, "the loss is not a plain mean over labels"),
     "virtual tokens": (prompted, {}, FAILS),
 }

@@ -4,6 +4,7 @@ import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import Field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import refuse, shown
@@ -48,6 +49,9 @@ def _joint_faults(recipe: Recipe, runtime: Runtime) -> list[str]:
         f"`early_stopping_min_delta` is {recipe.early_stopping_min_delta}, but `early_stopping_patience` is None, so "
         "training never stops early. Set the patience, or omit `early_stopping_min_delta`.": (
             recipe.early_stopping_min_delta > 0 and recipe.early_stopping_patience is None
+        ),
+        f"`self_check_cache` is {runtime.self_check_cache!r}, which is a file. Give a folder, True or False.": (
+            isinstance(runtime.self_check_cache, str) and Path(runtime.self_check_cache).is_file()
         ),
         "`planner_costs` is given, but `planner` is False. Drop one of them.": (
             runtime.planner_costs is not None and not runtime.planner

@@ -53,10 +53,12 @@ def check_size_in_tokens(rows: Rows, row_collator: RowCollator, *, decodes: bool
     extremes = [] if lengths is None else [f(range(len(rows)), key=lengths.__getitem__) for f in (min, max)]
     for position in dict.fromkeys([0, *extremes]):
         batch = row_collator.seeded(rows, [position], 0)
-        if fault := _memory_besides_ids(_columns_of(batch), decodes):
+        columns = _columns_of(batch)
+        if fault := _memory_besides_ids(columns, decodes):
+            other = " Or set it to a number." if isinstance(columns.get("input_ids"), Tensor) else ""
             raise DataError(
                 f"`max_tokens` is 'auto'. In `{rows.argument}`, {fault}, so the number of tokens does not determine "
-                "the memory of a row. Omit `max_tokens`: `batch_size` then limits the rows. Or set it to a number."
+                f"the memory of a row. Omit `max_tokens`: `batch_size` then limits the rows.{other}"
             )
 
 

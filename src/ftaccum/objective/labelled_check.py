@@ -16,6 +16,7 @@ from .batch_changes import fresh_batch
 from .gradient_check import GradientCheck, difference_of
 from .item_counts import Batch, targets_of
 from .labelled_head import LabelledHead, NeededLogits, modules_around
+from .labelled_positions import LabelledPositions
 from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS, logits_of
@@ -55,9 +56,9 @@ def find_labelled_head(
         return "the model has no output embedding"
     if (reason := _excluded(model, head, forward, sample.together, objective.report)) is not None:
         return reason
-    shifts = _WAYS[objective.report.ways[LOSS]]
-    labelled = LabelledHead(model, head, shifts=shifts, ignore_index=ignore_index)
-    comparison = _Comparison(model, forward, sample, objective, labelled, ignore_index)
+    positions = LabelledPositions(_WAYS[objective.report.ways[LOSS]], ignore_index)
+    labelled = LabelledHead(model, head, positions)
+    comparison = _Comparison(model, forward, sample, objective, labelled)
     found, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
     return labelled if found is None else found
 
@@ -74,7 +75,7 @@ def _excluded(
     model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, report: ExactnessReport
 ) -> str | None:
     if not forward.is_own:
-        return "`loss_fn` may read all logits"
+        return "the loss is not the model's own"
     labels = targets_of(batch) if isinstance(batch, Mapping) else None
     if labels is None or labels.ndim != 2 or labels.is_floating_point():
         return "the rows have no label for each token"
@@ -100,11 +101,9 @@ class _Comparison:
         sample: Sample,
         objective: Objective,
         labelled: LabelledHead,
-        ignore_index: int,
     ) -> None:
         self._model, self._forward, self._sample, self._objective = model, forward, sample, objective
         self._labelled, self._tolerance = labelled, objective.report.tolerance
-        self._ignore_index = ignore_index
         self._prepared: Callable[[Batch], Batch] = lambda batch: batch
         self.gives_logits = False
 
@@ -128,7 +127,7 @@ class _Comparison:
                 self._forward.labelled_head = None
 
     def _of_losses(self) -> str | None:
-        relabelled = with_rare_labels(self._sample, self._ignore_index)
+        relabelled = with_rare_labels(self._sample, self._labelled.positions.ignore_index)
         rare = [group.together for group in self._sample.rare] if relabelled is None else relabelled
         for batch in [self._sample.together, *rare]:
             own, found = (self._losses(batch, head) for head in (None, self._labelled))

@@ -20,6 +20,7 @@ from ..runtime.module_attributes import has_hooks_after
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import ChunkedLoss
 from .item_counts import Batch
+from .labelled_positions import LabelledPositions
 from .own_loss import logits_of
 
 
@@ -38,19 +39,19 @@ class LabelledHead:
 
     Attributes:
         head: the last layer of the model.
+        positions: the rule for which positions have a label.
         gives_logits: whether the model returns the outputs of its head unchanged, as logits. If so, the logits of many
             positions are computed in chunks.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module, *, shifts: bool, ignore_index: int) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, positions: LabelledPositions) -> None:
         """Args:
         model: the model, not wrapped.
         head: its last layer, which projects hidden states onto the vocabulary.
-        shifts: whether logits predict the next label.
-        ignore_index: the label that the loss ignores.
+        positions: those that have a label.
         """
-        self.head, self.gives_logits = head, False
-        self._model, self._offset, self._ignore_index = model, int(shifts), ignore_index
+        self.head, self.positions, self.gives_logits = head, positions, False
+        self._model = model
         self._around = modules_around(model, head)
         self._chunked_loss = ChunkedLoss(head)
         self._decoder_inputs: Callable[..., Tensor] | None = None
@@ -75,10 +76,10 @@ class LabelledHead:
             DataError: if the model does not return logits of shape (1, N, V).
         """
         labels_BL = batch["labels"]
-        positions_N = self._positions(labels_BL, n_labels)
-        targets_N = self._targets(labels_BL, positions_N)
+        places_N = self.positions.places(labels_BL, n_labels)
+        targets_N = self.positions.targets(labels_BL, places_N)
         in_chunks = needs is NeededLogits.NONE and self._may_chunk()
-        selection = _Selection(labels_BL.shape, positions_N, targets_N, self._chunked_loss if in_chunks else None)
+        selection = _Selection(labels_BL.shape, places_N, targets_N, self._chunked_loss if in_chunks else None)
         handle = self.head.register_forward_pre_hook(selection, with_kwargs=True)
         try:
             outputs = run(self._without_labels(batch))
@@ -87,9 +88,9 @@ class LabelledHead:
         if selection.loss is not None:
             return selection.loss, outputs
         logits_1NV = logits_of(outputs)
-        if logits_1NV.shape[:-1] != (1, len(positions_N)):
+        if logits_1NV.shape[:-1] != (1, len(places_N)):
             raise DataError(
-                f"The logits have the shape {tuple(logits_1NV.shape)} although {len(positions_N)} labelled positions "
+                f"The logits have the shape {tuple(logits_1NV.shape)} although {len(places_N)} labelled positions "
                 "were selected before the head. Pass `loss_head='full'`."
             )
         logits_NV = logits_1NV[0].to(torch.promote_types(logits_1NV.dtype, torch.float32))
@@ -104,37 +105,10 @@ class LabelledHead:
         finally:
             self._chunked_loss = before
 
-    def targets(self, labels_BL: Tensor) -> Tensor:
-        """Return the label of each of the N positions."""
-        return self._targets(labels_BL, self._positions(labels_BL))
-
-    def scatter(self, values_1N: Tensor, labels_BL: Tensor) -> Tensor:
-        """Scatter values of labelled positions into a tensor of shape (B, L), with 0 elsewhere.
-
-        Args:
-            values_1N: of shape (1, N).
-        """
-        scattered_BL = values_1N.new_zeros(labels_BL.shape)
-        scattered_BL.view(-1)[self._positions(labels_BL)] = values_1N[0]
-        return scattered_BL
-
     def _may_chunk(self) -> bool:
         # Chunks use the weight before the forward pass of the head, in which FSDP2 gathers it. Hooks that callbacks
         # have registered since the check read or change logits.
         return self.gives_logits and not is_sharded(self._model) and not any(map(has_hooks_after, self._around))
-
-    def _targets(self, labels_BL: Tensor, positions_N: Tensor) -> Tensor:
-        return labels_BL.flatten()[positions_N + self._offset]
-
-    def _positions(self, labels_BL: Tensor, n_labels: int | None = None) -> Tensor:
-        """Return the places of the logits that the loss reads, in the flattened batch."""
-        counted_BL = labels_BL != self._ignore_index
-        if self._offset:
-            counted_BL = F.pad(counted_BL[:, 1:], (0, 1), value=False)
-        counted = counted_BL.flatten()
-        if n_labels is None:
-            return counted.nonzero()[:, 0]
-        return torch.nonzero_static(counted, size=n_labels)[:, 0]
 
     def _without_labels(self, batch: Mapping[str, Tensor]) -> Batch:
         given = {name: value for name, value in batch.items() if name != "labels"}
@@ -151,13 +125,13 @@ class _Selection:
     """
 
     def __init__(
-        self, shape_BL: torch.Size, positions_N: Tensor, targets_N: Tensor, chunked_loss: ChunkedLoss | None
+        self, shape_BL: torch.Size, places_N: Tensor, targets_N: Tensor, chunked_loss: ChunkedLoss | None
     ) -> None:
         """Args:
         chunked_loss: computes the loss in chunks; None to compute it from the outputs of the head.
         """
         self.loss: Tensor | None = None
-        self._shape_BL, self._positions_N, self._targets_N = shape_BL, positions_N, targets_N
+        self._shape_BL, self._places_N, self._targets_N = shape_BL, places_N, targets_N
         self._chunked_loss, self._is_inside = chunked_loss, False
 
     def __call__(
@@ -169,7 +143,7 @@ class _Selection:
         hidden_BLH, *others = inputs
         if hidden_BLH.ndim != 3 or hidden_BLH.shape[:2] != self._shape_BL:
             return None
-        hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._positions_N)
+        hidden_NH = hidden_BLH.flatten(0, 1).index_select(0, self._places_N)
         if self._chunked_loss is not None and not others and not options:
             self._is_inside = True  # chunks run the head
             self.loss = self._chunked_loss(hidden_NH, self._targets_N)

@@ -62,6 +62,7 @@ def measured_objective(
         report = _cached(measurement, cache)
         if report is None:
             measurement, report = _measured(measurement)
+            logger.debug(report.describe_measurement())
             _keep(measurement, report, cache)
     report, forward.factors = of_main_process((report, forward.factors))
     measurement = replace(measurement, terms=measurement.terms or tuple(report.ways))
@@ -79,7 +80,7 @@ def _cached(measurement: Measurement, cache: VerdictCache | None) -> ExactnessRe
         return None
     report = of_main_process(confirmed(measurement, verdict))
     if report is not None:
-        logger.debug("self-check: confirmed from cache (2 passes)")
+        logger.debug(f"The rows confirm the cached verdict of the self-check: a mean over {report.ways[LOSS]}.")
     return report
 
 

@@ -100,8 +100,9 @@ class Runtime:
     )
     self_check_cache: FlagOrFolder = check(
         True,
-        "keep the verdict of the check before training in a folder, and only confirm it in later runs on the same "
-        "installed code, model and kind of data: true (in the user's cache folder), false, or a folder",
+        "keep the verdict of the check before training in a folder, and only confirm it in later runs with the same "
+        "installed code, model config and labels in the rows that it measures: true (in the user's cache folder), "
+        "false, or a folder",
         unsearchable=OWN_ARGUMENT,
     )
     on_nonfinite: OnNonfinite = check(
@@ -151,7 +152,8 @@ class Runtime:
     progress: Flag = logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)
     verbosity: Verbosity = logging(
         "normal",
-        "how much to print: quiet (only warnings), normal, or debug (also messages for finding faults)",
+        "how much to print: quiet (only warnings), normal, or debug (also details, such as why all logits are "
+        "computed)",
         in_verify=True,
         unsearchable=OWN_ARGUMENT,
     )

@@ -235,7 +235,6 @@ def _objective(
         raise
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
-    logger.debug(objective.report.describe_measurement())
     forward.labelled_head = _labelled_head(config, forward, few, objective, ignore_index)
     return forward, objective
 
@@ -244,10 +243,11 @@ def _labelled_head(
     config: RunConfig, forward: ModelForward, few: Sample, objective: Objective, ignore_index: int
 ) -> LabelledHead | None:
     """Return the head that computes logits only at labelled positions; None if all logits are computed."""
+    found: LabelledHead | str
     if config.runtime.loss_head == "full":
-        return None
-    if config.runtime.compile:
-        found: LabelledHead | str = "the model is compiled"
+        found = "`loss_head` is 'full'"
+    elif config.runtime.compile:
+        found = "the model is compiled"
     else:
         found = find_labelled_head(config.components.model, forward, few, objective, ignore_index)
     if isinstance(found, LabelledHead):

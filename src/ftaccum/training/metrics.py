@@ -13,6 +13,7 @@ from ..data.loader import MicroBatch
 from ..errors import MetricsError, SettingsError, shown
 from ..objective.item_counts import Batch, targets_of
 from ..objective.labelled_head import NeededLogits
+from ..objective.labelled_positions import LabelledPositions
 from ..objective.objective import Objective
 from ..objective.own_loss import logits_of
 from ..runtime.memory import is_out_of_memory
@@ -105,15 +106,16 @@ class Metrics:
         features = [module.features for module in modules if isinstance(module, EvaluationModule)]
         self._takes_classes = "int" in str(features[:1])
         self.keeps_outputs = preprocess is None and not self._is_module
-        reads_labelled = self._is_module or getattr(preprocess, "by_position", False)
-        self._labelled_head = objective.labelled_head if reads_labelled else None
-        if self._labelled_head is not None:
+        self._positions = LabelledPositions(objective.shifts, ignore_index)
+        self._by_position = bool(getattr(preprocess, "by_position", False))
+        self._gets_labelled = objective.labelled_head is not None and (self._is_module or self._by_position)
+        if self._gets_labelled:
             self._loss_place = None  # the outputs have no loss
 
     @property
     def needs(self) -> NeededLogits:
         """The logits that the metrics read."""
-        return NeededLogits.ALL if self._labelled_head is None else NeededLogits.LABELLED
+        return NeededLogits.LABELLED if self._gets_labelled else NeededLogits.ALL
 
     def labels_of(self, batch: Batch) -> Any:
         """Return the labels of a batch. Call this before the forward pass, which may change the batch."""
@@ -162,8 +164,8 @@ class Metrics:
 
     def _counted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predictions and labels at positions that are not ignored."""
-        if self._labelled_head is not None:
-            return logits[0].argmax(-1), self._labelled_head.targets(labels)
+        if self._gets_labelled:
+            return logits[0].argmax(-1), self._positions.targets(labels, self._positions.places(labels))
         if not labels.is_floating_point():
             classes = logits if logits.shape == labels.shape else logits.argmax(-1)
         elif self._takes_classes:  # multi-label classification
@@ -182,25 +184,41 @@ class Metrics:
             predictions = unwrapped(without_numbers(named))
             check_form(predictions, n_rows, "The outputs of the model for `compute_metrics`")
             return predictions
-        seen = labels if self._labelled_head is None else self._labelled_head.targets(labels)[None]
+        is_by_token = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+        if self._by_position and is_by_token:
+            predictions = self._predictions_by_position(logits_of(named), labels, micro)
+        else:
+            predictions = self._preprocessed(unwrapped(named), labels, micro)
+        check_form(predictions, n_rows, "The result of `preprocess_logits_for_metrics`")
+        return predictions
+
+    def _predictions_by_position(self, logits: Tensor, labels: Tensor, micro: MicroBatch) -> Tensor:
+        """Return the predictions at labelled positions, in the places of their logits."""
+        places = self._positions.places(labels)
+        if not self._gets_labelled:
+            logits = logits.flatten(0, 1)[places][None]
+        targets = self._positions.targets(labels, places)[None]
+        predictions = self._preprocessed(logits, targets, micro)
+        if not isinstance(predictions, Tensor) or predictions.shape != targets.shape:
+            kind = f"a tensor of shape {tuple(predictions.shape)}" if isinstance(predictions, Tensor) else "no tensor"
+            raise SettingsError(
+                [
+                    "`preprocess_logits_for_metrics` has `by_position = True`, so it must return a number for each "
+                    f"labelled position, a tensor of shape {tuple(targets.shape)}, but returned {kind}. Return, for "
+                    "example, `logits.argmax(-1)`, or remove `by_position`."
+                ]
+            )
+        return self._positions.scatter(predictions, labels)
+
+    def _preprocessed(self, logits: Any, labels: Any, micro: MicroBatch) -> Any:
+        """Return the result of `preprocess_logits_for_metrics`."""
+        assert self._preprocess is not None, "checked by the caller"
         try:
-            predictions = self._preprocess(unwrapped(named), seen)
+            return self._preprocess(logits, labels)
         except Exception as error:
             if self._process_group.is_single or is_out_of_memory(error):
                 raise
             raise MetricsError(f"`preprocess_logits_for_metrics` failed on {micro.names}: {error!r}") from error
-        if self._labelled_head is not None:
-            if not isinstance(predictions, Tensor) or predictions.shape != seen.shape:
-                raise SettingsError(
-                    [
-                        "`preprocess_logits_for_metrics` has `by_position = True`, so it must return a tensor of shape "
-                        f"{tuple(seen.shape)}, a number for each labelled position, but returned "
-                        f"{shown(predictions)} instead."
-                    ]
-                )
-            predictions = self._labelled_head.scatter(predictions, labels)
-        check_form(predictions, n_rows, "The result of `preprocess_logits_for_metrics`")
-        return predictions
 
     def _computed(self, batches: Sequence[BatchPredictions]) -> dict[str, float]:
         predictions, labels = [each.predictions for each in batches], [each.labels for each in batches]
