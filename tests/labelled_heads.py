@@ -38,14 +38,18 @@ class _Messages(logging.Handler):
 
 @contextmanager
 def choices_of_head() -> Iterator[list[str]]:
-    """Collect what runs log about the positions of their logits. They must have `verbosity="debug"`."""
+    """Collect what runs with `loss_head="auto"` log about the positions of their logits.
+
+    They must have `verbosity="debug"`.
+    """
     messages, choices = _Messages(), []
     logger.addHandler(messages)
     try:
         yield choices
     finally:
         logger.removeHandler(messages)
-        choices += [each.removeprefix(_MESSAGE) for each in messages.found if each.startswith(_MESSAGE)]
+        found = [each.removeprefix(_MESSAGE) for each in messages.found if each.startswith(_MESSAGE)]
+        choices += [each for each in found if "`loss_head`" not in each]
 
 
 class WithLoss(nn.Module):

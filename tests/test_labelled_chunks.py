@@ -113,6 +113,13 @@ def test_hooks_change_the_logits_of_labelled_positions(name: str, module: str, c
     assert not any(chunked)
 
 
+def test_logits_are_not_computed_in_chunks_if_a_hook_changes_the_inputs_of_the_head(chunked: list[bool]) -> None:
+    model: Any = tiny(LlamaForCausalLM)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (0.5 * inputs[0],))
+    assert errors(model, LLAMA.rows()) < 1e-12
+    assert not any(chunked)
+
+
 def test_chunks_run_a_head_whose_forward_was_replaced(chunked: list[bool]) -> None:
     model: Any = tiny(LlamaForCausalLM)
     model.lm_head.forward = lambda hidden: 0.5 * F.linear(hidden, model.lm_head.weight)

@@ -39,7 +39,7 @@ def loss_fn(outputs, batch):
 def closed_over(weight):
     return lambda outputs, batch: weight * loss_fn(outputs, batch)
 """
-CONFIRMED = "self-check: confirmed from cache (2 passes)"
+CONFIRMED = "The rows confirm the cached verdict"
 
 
 def rows(labels: int = 3) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def confirms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., b
             gradient_accumulation_steps=2, batch_size=2, max_updates=1, audit=False,
             **{"self_check_cache": str(tmp_path / "verdicts"), **arguments},
         )  # fmt: skip
-        return CONFIRMED in said
+        return any(each.startswith(CONFIRMED) for each in said)
 
     return run
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..runtime.module_attributes import has_hooks_after
+from ..runtime.module_attributes import has_hooks_after, has_hooks_before
 from ..runtime.sharding.tensors import is_sharded
 from .chunked_loss import ChunkedLoss
 from .item_counts import Batch
@@ -107,8 +107,9 @@ class LabelledHead:
 
     def _may_chunk(self) -> bool:
         # Chunks use the weight before the forward pass of the head, in which FSDP2 gathers it. Hooks that callbacks
-        # have registered since the check read or change logits.
-        return self.gives_logits and not is_sharded(self._model) and not any(map(has_hooks_after, self._around))
+        # have registered since the check read or change logits, and those before the head would run in each chunk, too.
+        hooked = has_hooks_before(self.head) or any(map(has_hooks_after, self._around))
+        return self.gives_logits and not hooked and not is_sharded(self._model)
 
     def _without_labels(self, batch: Mapping[str, Tensor]) -> Batch:
         given = {name: value for name, value in batch.items() if name != "labels"}

@@ -23,8 +23,14 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _WHOLE = (*_GENERATORS, nn.Module, type, ModuleType, FunctionType, MethodType, functools.partial, torch.dtype)
 # Where a module keeps its forward hooks, by id.
 _HOOKS_AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
-_HOOKS = (*_HOOKS_AFTER, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS_BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_HOOKS = (*_HOOKS_AFTER, *_HOOKS_BEFORE)
 _PLAIN = (int, float, str, bytes, type(None))  # items that contain no others
+
+
+def has_hooks_before(module: nn.Module) -> bool:
+    """Return whether hooks run before a module's forward pass, and so may change its inputs."""
+    return any(vars(module)[name] for name in _HOOKS_BEFORE)
 
 
 def has_hooks_after(module: nn.Module) -> bool:
