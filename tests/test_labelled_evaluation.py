@@ -114,3 +114,11 @@ def test_a_compiled_model_computes_all_logits() -> None:
         metrics.append(result.metrics)
     assert max(map(relative_error, *gradients)) < 1e-6
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
+def test_a_model_that_the_launcher_compiles_computes_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with choices_of_head() as choices:
+        trained(HEADS[MASKED].model(), HEADS[MASKED].rows())
+    assert choices == ["all positions: the model is compiled."]

@@ -12,7 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import filter_trackers, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin, LoggerType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    LoggerType,
+)
 
 from ..errors import SettingsError
 from ..settings.runtime import Runtime
@@ -29,6 +35,11 @@ REPLICATED = {
     DistributedType.MULTI_NPU,
 }
 _KINDS = {"cpu": DistributedType.MULTI_CPU, "xpu": DistributedType.MULTI_XPU, "npu": DistributedType.MULTI_NPU}
+
+
+def compiles_models(accelerator: Accelerator) -> bool:
+    """Return whether the settings of the launcher make Accelerate compile models."""
+    return bool(accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from ..objective.self_check import measured_objective
 from ..objective.window_check import window_objective
 from ..objective.window_forward import WindowForward
 from ..objective.window_loss import WindowLoss
+from ..runtime.accelerator import compiles_models
 from ..runtime.log import logger
 from .build_cache import build_cache
 from .build_collator import build_padding, build_row_collator, check_padded_labels, measure_documents, packed_collator
@@ -125,7 +126,7 @@ def build_data(config: RunConfig, accelerator: Accelerator, stream: Stream | Non
     for group in few.rare:
         ranges.check(group.together, rows, group.positions)
         labelled += group.positions
-    forward, objective = _objective(config, forward, rows, row_collator, few, labelled, ignore_index)
+    forward, objective = _objective(config, accelerator, forward, rows, row_collator, few, labelled, ignore_index)
     if padding is not None and val_padding is not None:
         check_padded_labels(components, forward, objective, rows, padding, labelled)
         rows_at_once = 1 if runtime.batch_size == 1 else 2
@@ -206,6 +207,7 @@ def _forward(config: RunConfig, sample: Any, rows: Rows) -> ModelForward:
 
 def _objective(
     config: RunConfig,
+    accelerator: Accelerator,
     forward: ModelForward,
     rows: Rows,
     row_collator: RowCollator,
@@ -235,18 +237,23 @@ def _objective(
         raise
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
-    forward.labelled_head = _labelled_head(config, forward, few, objective, ignore_index)
+    forward.labelled_head = _labelled_head(config, accelerator, forward, few, objective, ignore_index)
     return forward, objective
 
 
 def _labelled_head(
-    config: RunConfig, forward: ModelForward, few: Sample, objective: Objective, ignore_index: int
+    config: RunConfig,
+    accelerator: Accelerator,
+    forward: ModelForward,
+    few: Sample,
+    objective: Objective,
+    ignore_index: int,
 ) -> LabelledHead | None:
     """Return the head that computes logits only at labelled positions; None if all logits are computed."""
     found: LabelledHead | str
     if config.runtime.loss_head == "full":
         found = "`loss_head` is 'full'"
-    elif config.runtime.compile:
+    elif config.runtime.compile or compiles_models(accelerator):
         found = "the model is compiled"
     else:
         found = find_labelled_head(config.components.model, forward, few, objective, ignore_index)
