@@ -38,7 +38,7 @@ class _Messages(logging.Handler):
 
 @contextmanager
 def choices_of_head() -> Iterator[list[str]]:
-    """Collect what runs with `loss_head="auto"` log about the positions of their logits.
+    """Collect the messages of runs with `loss_head="auto"` about the positions of their logits.
 
     They must have `verbosity="debug"`.
     """

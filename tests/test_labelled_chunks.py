@@ -1,4 +1,4 @@
-"""The loss of many labelled positions in chunks, and the whole logits where a model changes what its head returns."""
+"""The loss of many labelled positions in chunks, and all logits where a model changes those of its head."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The cache of the self-check: what it keeps, what it looks at again, and that nothing hides a change."""
+"""The cache of the self-check: which verdicts it keeps, which it measures again, and that no change stays hidden."""
 
 import importlib
 import sys

@@ -52,7 +52,7 @@ class Verdict:
 
 
 class _LogitsHandler(logging.Handler):
-    """A handler that keeps what a run says about its logits."""
+    """A handler that collects the messages of a run about its logits."""
 
     def __init__(self) -> None:
         super().__init__()

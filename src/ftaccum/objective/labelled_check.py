@@ -1,4 +1,4 @@
-"""Find out before training whether a model's loss can be computed from the logits at labelled positions alone."""
+"""Find out before training whether a model's loss can be computed from the logits at labelled positions."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

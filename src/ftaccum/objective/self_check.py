@@ -109,7 +109,7 @@ def _measured(measurement: Measurement) -> tuple[Measurement, ExactnessReport]:
 
 
 def _begun(measurement: Measurement, in_longest: Sequence[str], tolerance: float) -> Measurement:
-    """Return the measurement with what the rows in one batch show, with the model's own weights.
+    """Run the rows in one batch, with the model's own weights, and return the measurement with the results.
 
     Args:
         in_longest: the terms of the loss of the longest row.

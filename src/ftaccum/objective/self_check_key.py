@@ -129,7 +129,7 @@ def _of_class(kind: type) -> list[Any]:
 
 
 def _of(value: Any, depth: int = _DEPTH) -> Any:
-    """Return what identifies a value in every process."""
+    """Return an identity of a value that is the same in every process."""
     if (plain := _plain(value)) is not None:
         return plain
     if not depth:
@@ -235,7 +235,7 @@ def _library_folders() -> tuple[str, ...]:
 
 @functools.cache
 def _folders_of_versions() -> tuple[str, ...]:
-    """Return the packages whose versions are part of the key, so that one need not follow what their functions call."""
+    """Return the packages whose versions are part of the key, so that functions of theirs need not be followed."""
     files = (getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES)
     return tuple(str(Path(path).parent) for path in files if path)
 

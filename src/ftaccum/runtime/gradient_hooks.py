@@ -40,7 +40,7 @@ def _emptied(hooks: Iterable[MutableMapping[Any, Any] | None]) -> Iterator[None]
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Return whether a module or a parameter has hooks, which may change what passes compute."""
+    """Return whether a module or a parameter has hooks, which may change the results of passes."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     on_modules = any(vars(module)[kind] for module in model.modules() for kind in kinds)
     return on_modules or any(p._backward_hooks for p in model.parameters()) or bool(gradient_hooks(model))
