@@ -148,6 +148,7 @@ WAYS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # of older peft
 @pytest.mark.parametrize("name", WAYS)
 def test_gradients_equal_those_of_all_positions_with(name: str) -> None:
     model, arguments = WAYS[name]
@@ -155,6 +156,7 @@ def test_gradients_equal_those_of_all_positions_with(name: str) -> None:
     assert max(both_ways(model(), rows, **arguments)) < ROUNDING
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="older torch does not autocast float64 weights")
 def test_autocast_rounds_as_with_all_positions() -> None:
     model, rows = LLAMA.model().float(), LLAMA.rows()
     assert max(both_ways(model, rows, mixed_precision="bf16")) < 1e-2
