@@ -95,7 +95,7 @@ class Result(Mapping[str, Any]):
     short_updates: list[int] = field(default_factory=list)
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
-    _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
+    _trained = (cast(Any, None),) * 3  # the model, the tokenizer, and the facts for the model card
 
     @classmethod
     def of(
@@ -189,10 +189,10 @@ class Result(Mapping[str, Any]):
         """
         return self._trained[0]
 
-    def with_model(self, model: Any, tokenizer: Any = None) -> "Result":
-        """Return the result with a trained model and the tokenizer to save with it."""
+    def with_model(self, model: Any, tokenizer: Any = None, facts: Any = None) -> "Result":
+        """Return the result with a trained model, and the tokenizer and the facts of a model card to save with it."""
         result = replace(self)
-        object.__setattr__(result, "_trained", (model, tokenizer))
+        object.__setattr__(result, "_trained", (model, tokenizer, facts))
         return result
 
     def without_model(self) -> "Result":
