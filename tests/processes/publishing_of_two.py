@@ -30,6 +30,7 @@ def train(**arguments: Any) -> Result:
 
 with fake_hub() as hub:  # each process has its own, but only the main process may use it
     constants.ENDPOINT = hub.endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     try:
         raised = str(train())
     except SettingsError as error:

@@ -55,18 +55,18 @@ def training_section(facts: RunFacts) -> str:
 def exactness_section(facts: RunFacts) -> str:
     """Return how the loss was counted, how far accumulation is from one batch, and what audits found."""
     result = facts.result
-    sentences = [f"The loss is a mean over {facts.counted_by}." if facts.counted_by else ""]
+    counted = f"The loss is a mean over {facts.counted_by}."
     if result["passes_per_update"] <= 1 and result["num_processes"] == 1:
-        sentences.append("Each update was one batch, so nothing was accumulated.")
-    elif facts.inexact is None:
-        sentences.append(
+        return f"{counted} Each update was one batch, so nothing was accumulated."
+    if facts.inexact is None:
+        found = (
             "A check before training found that accumulating it over micro-batches gives the loss and the gradient of "
             "one large batch, except for rounding."
         )
     else:
         off = f": over separate micro-batches it is up to {facts.inexact:.2%} off" if facts.inexact else ""
-        sentences.append(f"Accumulating it only approximates one large batch{off}.")
-    return " ".join([each for each in (*sentences, _audits(result["audits"])) if each])
+        found = f"Accumulating it only approximates one large batch{off}."
+    return f"{counted} {found} {_audits(result['audits'])}"
 
 
 def _audits(audits: Sequence[Mapping[str, float]]) -> str:

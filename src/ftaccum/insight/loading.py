@@ -125,7 +125,8 @@ def _label_arguments(labels: Mapping[int, str] | None) -> list[str]:
     if not labels:
         return []
     generic = all(name == f"LABEL_{number}" for number, name in labels.items())
-    return [f"num_labels={len(labels)}"] if generic or len(labels) > _LISTED else [f"id2label={dict(labels)!r}"]
+    given = f"num_labels={len(labels)}" if generic or len(labels) > _LISTED else f"id2label={dict(labels)!r}"
+    return [given, "ignore_mismatched_sizes=True"]  # the adapters have the head
 
 
 def _imports(saved: SavedModel, loader: str | None, *, with_own: bool = True) -> list[str]:

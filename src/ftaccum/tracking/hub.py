@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import SettingsError
 from ..insight.model_card import is_unchanged_card
@@ -149,11 +149,10 @@ def _sends_card(folder: Path, repository: str) -> bool:
 
 def _card_of(repository: str) -> str | None:
     """Return the text of a repository's card; None if it has none."""
+    if _CARD not in HfApi().list_repo_files(repository):
+        return None
     with TemporaryDirectory() as folder:  # not in the cache of the hub
-        try:
-            file = hf_hub_download(repository, _CARD, local_dir=folder)
-        except EntryNotFoundError:
-            return None
+        file = hf_hub_download(repository, _CARD, local_dir=folder)
         return Path(file).read_text(encoding="utf-8", errors="replace")
 
 

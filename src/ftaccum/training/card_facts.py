@@ -90,7 +90,7 @@ def _loaded_from(model: Any) -> str | None:
     """Return the name or the folder that a model was loaded from; None if it was not loaded."""
     if is_peft_model(model):
         return getattr(next(iter(model.peft_config.values())), "base_model_name_or_path", None)
-    return getattr(getattr(model, "config", None), "_name_or_path", None)
+    return getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
 
 
 def _named(sources: str | None, split: str) -> list[Named]:
