@@ -23,6 +23,7 @@ WITHOUT_TORCH = [
     "apps.yaml",
     "errors",
     "fields",
+    "insight.model_card",
     "planning.micro_batches",
     "planning.plan",
     "planning.stream_plan",

@@ -230,8 +230,8 @@ def test_a_card_replaces_only_one_that_nobody_has_edited(
         upload_model(tmp_path / "first" / "model", "anna/model")
     assert files["README.md"].count(b"# My model") == 1
     assert (
-        "'anna/model' has a README.md that was written or edited by hand. It stays as it is; the model card of this run "
-        f"is '{tmp_path}/first/model/README.md'."
+        "'anna/model' has a README.md that was written or edited by hand. It stays as it is; the model card of this "
+        f"run is '{tmp_path}/first/model/README.md'."
     ) in capsys.readouterr().err
 
 
