@@ -21,6 +21,7 @@ class FakeHub:
         private: whether a repository is private.
         asked: the requests so far.
         refuses_commits: whether commits are refused although the token may write.
+        refuses_cards: whether the metadata of model cards are refused.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -28,7 +29,7 @@ class FakeHub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.asked: list[str] = []
-        self.refuses_commits = False
+        self.refuses_commits = self.refuses_cards = False
 
     def answer(self, method: str, path: str, token: str, body: bytes) -> tuple[int, Any]:
         """Return the status and the answer to a request."""
@@ -41,6 +42,8 @@ class FakeHub:
         if path == "/api/repos/create":
             return self._create(json.loads(body), token)
         if path == "/api/validate-yaml":
+            if self.refuses_cards:
+                return 400, {"error": "Bad request", "errors": [{"message": "no such task"}], "warnings": []}
             return 200, {"errors": [], "warnings": []}
         if "/resolve/main/" in path:
             repository, _, file = path[1:].partition("/resolve/main/")

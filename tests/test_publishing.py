@@ -235,6 +235,16 @@ def test_a_card_replaces_only_one_that_nobody_has_edited(
     ) in capsys.readouterr().err
 
 
+def test_a_card_that_the_hub_refuses_costs_no_upload(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.refuses_cards = True
+    with run_logging(enabled=True):
+        assert train(tmp_path / "out").unwritten == []
+    assert "The hub refuses the model card, so README.md is not uploaded: " in capsys.readouterr().err
+    assert contents(tmp_path / "out" / "model").keys() - hub.files["anna/model"].keys() == {"README.md"}
+
+
 def test_the_card_of_adapters_of_a_local_model_is_uploaded(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,11 @@ with fake_hub() as hub:  # each process has its own, but only the main process m
     found = gather_object([sorted(hub.files.get("anna/model", {}))])
     assert found == [sorted(names), []], found
 
+    assert train(sharding="fsdp2").unwritten == []
+    card = (Path(folder) / "model" / "README.md").read_text()
+    assert 'AutoModelForSequenceClassification.from_pretrained("anna/model")' in card, card
+    assert "| Processes | 2 |" in card, card
+
     # An upload that takes longer than a collective operation may wait, and fails.
     ftaccum.runtime.process_group._POLL = 0.05
     upload, messages = ftaccum.tracking.publishing.upload_model, []

@@ -55,9 +55,8 @@ def training_section(facts: RunFacts) -> str:
 def exactness_section(facts: RunFacts) -> str:
     """Return how the loss was counted, how far accumulation is from one batch, and what audits found."""
     result = facts.result
-    counted = f"The loss is a mean over {facts.counted_by}."
     if result["passes_per_update"] <= 1 and result["num_processes"] == 1:
-        return f"{counted} Each update was one batch, so nothing was accumulated."
+        return f"{facts.loss} Each update was one batch, so nothing was accumulated."
     if facts.inexact is None:
         found = (
             "A check before training found that accumulating it over micro-batches gives the loss and the gradient of "
@@ -66,7 +65,7 @@ def exactness_section(facts: RunFacts) -> str:
     else:
         off = f": over separate micro-batches it is up to {facts.inexact:.2%} off" if facts.inexact else ""
         found = f"Accumulating it only approximates one large batch{off}."
-    return f"{counted} {found} {_audits(result['audits'])}"
+    return f"{facts.loss} {found} {_audits(result['audits'])}"
 
 
 def _audits(audits: Sequence[Mapping[str, float]]) -> str:
@@ -105,7 +104,7 @@ def _describe_data(data: Named) -> str:
 
 def _noise_scale(result: Mapping[str, object]) -> str | None:
     found = result.get("noise_scale")
-    if not isinstance(found, Mapping) or not _is_known(found.get("noise_rows")):
+    if not isinstance(found, Mapping) or not math.isfinite(found.get("noise_rows") or math.nan):
         return None
     limits = [found.get("noise_rows_lower"), found.get("noise_rows_upper")]
     interval = f", 90% interval {' to '.join(map(_rows, limits))}" if all(map(_is_known, limits)) else ""

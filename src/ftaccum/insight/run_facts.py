@@ -53,7 +53,7 @@ class RunFacts:
         hyperparameters: the other settings, by name.
         result: the attributes of the `Result`.
         criterion: the name of the metric that decides which evaluation is the best.
-        counted_by: what the loss is a mean over.
+        loss: what the loss is a mean over, as a sentence.
         inexact: None if accumulating the loss is exact; else the largest relative difference that was measured, or 0
             if it is unknown.
         versions: versions of packages, by name.
@@ -74,7 +74,7 @@ class RunFacts:
     hyperparameters: Mapping[str, str]
     result: Mapping[str, Any]
     criterion: str
-    counted_by: str
+    loss: str
     inexact: float | None
     versions: Mapping[str, str]
     device: str

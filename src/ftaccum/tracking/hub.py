@@ -60,16 +60,30 @@ def check_hub(name: str) -> str:
 def upload_model(folder: Path, repository: str) -> None:
     """Upload a model's folder to an existing repository. Remove older weights there, and leave its other files.
 
-    The model card replaces only one that ftaccum wrote and nobody has edited.
+    The model card replaces only one that ftaccum wrote and nobody has edited. If the hub refuses its metadata, the
+    model is uploaded without it.
 
     Raises:
         Exception: of many types, if anything fails.
     """
+    if not _sends_card(folder, repository):
+        _upload(folder, repository, [_CARD])
+        return
+    try:
+        _upload(folder, repository, None)
+    except ValueError as error:
+        if _CARD not in str(error):
+            raise
+        logger.warning(f"The hub refuses the model card, so {_CARD} is not uploaded: {describe_error(error)}.")
+        _upload(folder, repository, [_CARD])
+
+
+def _upload(folder: Path, repository: str, ignored: list[str] | None) -> None:
     HfApi().upload_folder(
         repo_id=repository,
         folder_path=folder,
         commit_message="Upload the trained model",
-        ignore_patterns=None if _sends_card(folder, repository) else [_CARD],
+        ignore_patterns=ignored,
         delete_patterns=_WEIGHTS,
     )
 

@@ -88,7 +88,7 @@ def remove_adapter(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool, facts: RunFacts | None) -> None:
+def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool, facts: RunFacts | None = None) -> None:
     """Save a model as `save_model` does, on the main process only. If the model is sharded, all processes call this.
 
     Raises:

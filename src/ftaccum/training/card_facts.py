@@ -13,6 +13,7 @@ from ..checkpoint.compatibility import package_versions
 from ..data.iterable import is_stream
 from ..errors import DataError
 from ..insight.run_facts import Named, RunFacts, named_model, public_name
+from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import describe_sizes
 from ..runtime.adapters import is_peft_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .build_outputs import RunWithOutputs
 
 _ON_HUB = re.compile(r"hf://datasets/([^@]+)@")
+_RANDOM = [Named("random tokens")]
 _LISTED = 5  # files of a data set
 _PRECISIONS = {
     "no": "{weights}",
@@ -57,7 +59,9 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
         name=_name(run, base),
         repository=run.repository,
         base=base,
-        train_data=_named(sources.get("train_data"), "train") or _of_dataset(components.train_data),
+        train_data=_RANDOM
+        if data.synthetic
+        else _named(sources.get("train_data"), "train") or _of_dataset(components.train_data),
         val_data=_named(sources.get("val_data"), "validation") or _of_dataset(components.val_data),
         n_train=None if is_stream(components.train_data) else len(data.train_rows),
         n_val=n_val,
@@ -69,7 +73,7 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
         hyperparameters=_hyperparameters(run),
         result=dict(result),
         criterion=run.criterion.name,
-        counted_by=_counted_by(data.objective.report),
+        loss=_loss(data.objective.report),
         inexact=_inexactness(data.objective.report),
         versions=_versions(run.model),
         device=run.accelerator.device.type.upper(),
@@ -144,8 +148,11 @@ def _schedule(name: str, options: Mapping[str, Any] | None) -> str:
     return ", ".join([name, *(f"{option} {value}" for option, value in (options or {}).items())])
 
 
-def _counted_by(report: ExactnessReport) -> str:
-    return "all rows of an update together" if report.window else report.counted_by
+def _loss(report: ExactnessReport) -> str:
+    if report.window:
+        return "The loss is computed over all rows of an update together."
+    counted_by = report.counted_by.replace(OF_USER, f"items that the training program counts (`{OF_USER}`)")
+    return f"The loss is a mean over {counted_by}."
 
 
 def _inexactness(report: ExactnessReport) -> float | None:
