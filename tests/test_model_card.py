@@ -26,7 +26,10 @@ from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
-TEXTS = {"text": ["good film", "bad", "good", "a bad film", "film", "bad bad film"], "label": [1, 0, 1, 0, 2, 0]}
+TEXTS: dict[str, Any] = {
+    "text": ["good film", "bad", "good", "a bad film", "film", "bad bad film"],
+    "label": [1, 0, 1, 0, 2, 0],
+}
 
 
 def run(folder: Path | None, model: Any = None, **arguments: Any) -> Result:
@@ -36,7 +39,7 @@ def run(folder: Path | None, model: Any = None, **arguments: Any) -> Result:
     return test_fine_tuning(model, output_dir=None if folder is None else str(folder), **given | arguments)
 
 
-def card(folder: Path) -> ModelCard:
+def card(folder: Path) -> Any:
     return ModelCard.load(folder / "README.md")
 
 
