@@ -187,6 +187,7 @@ def test_a_merged_model_keeps_the_card_of_its_adapters(tmp_path: Path, monkeypat
     _, _, results = before.text.partition("## Results")
     assert results.rpartition("<!--")[0] in after.text
     assert is_unchanged_card(after.content)
+    assert after.text.count("<!--") == 1
     exec(code(tmp_path / "merged"), {})
 
 

@@ -245,6 +245,12 @@ def test_a_card_that_the_hub_refuses_costs_no_upload(
     assert contents(tmp_path / "out" / "model").keys() - hub.files["anna/model"].keys() == {"README.md"}
 
 
+def test_only_the_card_of_the_uploaded_folder_names_the_repository(hub: FakeHub, tmp_path: Path) -> None:
+    train(tmp_path / "out", lora=True, save="both", max_updates=1)
+    assert b'from_pretrained("anna/model")' in hub.files["anna/model"]["README.md"]
+    assert b'from_pretrained(base, "adapter")' in (tmp_path / "out" / "adapter" / "README.md").read_bytes()
+
+
 def test_the_card_of_adapters_of_a_local_model_is_uploaded(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
