@@ -61,7 +61,7 @@ def loading_section(saved: SavedModel, place: str, *, is_repository: bool) -> st
     """
     if saved.kind == "torch":
         return _of_weights(saved, place, is_repository=is_repository)
-    lead = "" if is_repository else f"`{place}` is this folder: give its path, or the name of its repository."
+    lead = "" if is_repository else f"`{place}` stands for this folder: give its path, or the name of its repository on the hub."
     if saved.kind == "peft":
         lead = f"These are adapters. {_of_base(saved.base)} {lead}".rstrip()
         code = _adapters(saved, place)
@@ -152,7 +152,7 @@ def _of_weights(saved: SavedModel, place: str, *, is_repository: bool) -> str:
     )
     if not is_repository:
         code = ["from safetensors.torch import load_model", "", f'load_model(model, "{place}/model.safetensors")']
-        return f"{lead} `{place}` is this folder.\n\n{_block(code)}"
+        return f"{lead} `{place}` stands for this folder.\n\n{_block(code)}"
     code = [
         "from huggingface_hub import hf_hub_download",
         "from safetensors.torch import load_model",

@@ -203,7 +203,7 @@ class Result(Mapping[str, Any]):
         return {name: value for name, value in vars(self).items() if name != "_trained"}
 
     def save_model(self, path: str | Path, *, merge: bool = False) -> None:
-        """Write the trained model, and its tokenizer if it has one, into a folder that `from_pretrained` reads.
+        """Write the trained model, its tokenizer if it has one, and a model card, for `from_pretrained` to read.
 
         An existing folder is replaced only when the new one is complete. On several processes, only the main one
         writes. If they train with sharding, all of them must call this, because they gather the weights together.
