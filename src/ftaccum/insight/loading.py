@@ -61,7 +61,8 @@ def loading_section(saved: SavedModel, place: str, *, is_repository: bool) -> st
     """
     if saved.kind == "torch":
         return _of_weights(saved, place, is_repository=is_repository)
-    lead = "" if is_repository else f"`{place}` stands for this folder: give its path, or the name of its repository on the hub."
+    stands = f"`{place}` stands for this folder: give its path, or the name of its repository on the hub."
+    lead = "" if is_repository else stands
     if saved.kind == "peft":
         lead = f"These are adapters. {_of_base(saved.base)} {lead}".rstrip()
         code = _adapters(saved, place)
