@@ -1,6 +1,8 @@
 """The model card in the folder of a saved model: true, without names of this machine, and its code runs."""
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import ftaccum
 from ftaccum import InexactLossError, Result, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.insight.model_card import is_unchanged_card
-from ftaccum.insight.run_facts import Named, named_model, public_name
+from ftaccum.insight.run_facts import Named, RunFacts, named_model, public_name
 from ftaccum.runtime.log import run_logging
+from ftaccum.training.card_facts import gather_facts
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -106,6 +109,20 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     worst = max(audit["error"] for audit in result.audits)
     assert f"The worst relative error was {worst:.1e}; the tolerance for rounding was" in text
     assert "Training loss of the last epoch" in text
+
+
+def test_a_known_noise_scale_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rows, shown in ((812.0, "812 rows, 90% interval 400 to ∞"), (math.nan, None)):
+
+        def measured(*given: Any, rows: float = rows) -> RunFacts:
+            facts = gather_facts(*given)
+            assert facts is not None
+            found = {"noise_rows": rows, "noise_rows_lower": 400.0, "noise_rows_upper": math.inf}
+            return replace(facts, result={**facts.result, "noise_scale": found})
+
+        monkeypatch.setattr("ftaccum.training.run.gather_facts", measured)
+        run(tmp_path, max_updates=1, audit=False)
+        assert table(tmp_path / "model").get("Gradient noise scale") == shown
 
 
 def test_the_results_on_the_card_are_those_of_the_saved_weights(tmp_path: Path) -> None:

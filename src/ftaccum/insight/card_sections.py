@@ -116,7 +116,9 @@ def _is_known(value: object) -> bool:
 
 
 def _rows(value: object) -> str:
-    return f"{value:,.3g}" if isinstance(value, int | float) else "unknown"
+    if not isinstance(value, int | float):
+        return "unknown"
+    return "∞" if math.isinf(value) else f"{value:,.3g}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
