@@ -97,7 +97,7 @@ def test_a_tracker_gets_all_calls_in_order_from_its_own_thread(alone: Result) ->
         3,
         4,
         5,
-        5,
+        6,
         6,
         6,
         7,
