@@ -1,8 +1,9 @@
-"""Trackers without a network: what they have stored of a run, read back from their own files, is what the ledger has."""
+"""Trackers without a network: the keys and values in their own stores are those of the run's ledger."""
 
+import importlib.util
 import json
 import math
-import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from ftaccum import test_fine_tuning
-from ftaccum.tracking.ledger import Ledger
+from ftaccum.tracking.ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -32,7 +33,7 @@ def trained(folder: Path, tracker: Any, **arguments: Any) -> Ledger:
     return Ledger.read(folder / "ledger.jsonl")
 
 
-def expected(ledger: Ledger) -> Stored:
+def expected(ledger: Ledger, n_processes: int = 1) -> Stored:
     """Return what trackers should have of a run, computed from its ledger."""
     stored: Stored = {}
 
@@ -48,7 +49,9 @@ def expected(ledger: Ledger) -> Stored:
         step = 3 * (epoch.epoch + 1)
         put(step, "", epoch=epoch.epoch + 1)
         put(step, "train/", epoch_loss=epoch.train_loss)
-        put(step, "config/", effective_batch_size=4, gradient_accumulation_steps=2, physical_batch_size=2)
+        put(
+            step, "config/", effective_batch_size=4, gradient_accumulation_steps=2 // n_processes, physical_batch_size=2
+        )
     for found in ledger.evaluations:
         put(found.evaluation, "val/", loss=found.val_loss, **found.metrics)
     for audit in ledger.audits:
@@ -56,20 +59,54 @@ def expected(ledger: Ledger) -> Stored:
     return stored
 
 
-def check(stored: Stored, ledger: Ledger, rel: float = 1e-12, rename: Callable[[str], str] = str) -> None:
-    wanted = {(rename(name), step): value for (name, step), value in expected(ledger).items()}
+def check(
+    stored: Stored, ledger: Ledger, *, rel: float = 1e-12, rename: Callable[[str], str] = str, n_processes: int = 1
+) -> None:
+    wanted = {(rename(name), step): value for (name, step), value in expected(ledger, n_processes).items()}
     assert stored.keys() == wanted.keys()
     assert stored == pytest.approx(wanted, rel=rel, nan_ok=True)
 
 
-def test_tensorboard(tmp_path: Path) -> None:
+def stored_in_tensorboard(folder: Path) -> Stored:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    return {(name, scalar.step): scalar.value for name in events.Tags()["scalars"] for scalar in events.Scalars(name)}
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
     ledger = trained(tmp_path, "tensorboard")
-    events = accumulator.EventAccumulator(str(tmp_path / "trackers" / "1" / "ftaccum")).Reload()
-    stored = {
-        (name, scalar.step): scalar.value for name in events.Tags()["scalars"] for scalar in events.Scalars(name)
-    }
-    check(stored, ledger, rel=1e-6)  # stored in float32
+    check(stored_in_tensorboard(tmp_path / "trackers" / "1" / "ftaccum"), ledger, rel=1e-6)  # stored in float32
+
+
+def test_the_docs_have_all_keys() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\|[^|]*\|", page, re.MULTILINE))))
+    windows = [WindowEntry(n, n // 3, 4, 1.0, {}, 1.0, 0.1, skipped=False, passes=2) for n in range(6)]
+    ledger = Ledger()
+    audit = AuditEntry(1, 0, 4, "one batch", 0.0, 0.0, 0.0, 0.0)
+    ledger.resume_from([*windows, EpochEntry(0, 1.0), EvaluationEntry(6, 1, 24, 1.0, 1.0, {}), audit])
+    assert {name for name, _ in expected(ledger)} <= documented
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_main_process_stores_the_run_of_two(
+    two_processes: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    names = ["tensorboard", *(name for name in ("wandb", "mlflow") if importlib.util.find_spec(name))]
+    printed = two_processes("trackers_of_two.py", str(tmp_path / "run"), ",".join(names))
+    started = json.loads(next(line for line in printed.splitlines() if line.startswith("STARTED"))[len("STARTED") :])
+    assert [sorted(names), []] == [sorted(each) for each in started]
+    ledger, folder = Ledger.read(tmp_path / "run" / "ledger.jsonl"), tmp_path / "run" / "trackers" / "1"
+    check(stored_in_tensorboard(folder / "ftaccum"), ledger, rel=1e-6, n_processes=2)
+    if "wandb" in names:
+        assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+    if "mlflow" in names:
+        with sqlite3.connect(folder / "mlflow.db") as database:
+            assert database.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ from transformers import TrainerCallback
 
 from ftaccum import test_fine_tuning
 from ftaccum.runtime.device_state import is_idle, peak_memory
-from ftaccum.tracking.ledger import Ledger, WindowEntry
+from ftaccum.tracking.ledger import Entry, Ledger, WindowEntry
 from ftaccum.tracking.phase_timer import PhaseTimer
 from heads import HEADS, all_in_float64
 from test_nonfinite import Normed, points, run
@@ -215,3 +216,16 @@ def test_loading_that_a_busy_device_does_not_wait_for_counts_as_passes(monkeypat
         seconds = timer.take()
         assert (seconds.passes if name == "passes" else seconds.data) >= 0.01
         assert (seconds.data if name == "passes" else seconds.passes) == 0
+
+
+def documented(section: str) -> list[str]:
+    """Return the names in the first column of a table of docs/ledger.md."""
+    page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
+    table = page.split(f"\n### `{section}`")[1].split("\n#")[0]
+    return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", get_args(Entry), ids=lambda kind: kind.__name__)
+def test_the_docs_have_all_fields_of_an_entry_in_order(kind: type[Entry]) -> None:
+    names = [field.name for field in fields(kind)]
+    assert documented(names[0]) == names
