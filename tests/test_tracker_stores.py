@@ -145,7 +145,7 @@ def test_wandb_without_a_login_keeps_a_resumed_run_offline(tmp_path: Path, capfd
     folder = tmp_path / "run"
     trained(folder, "wandb", max_updates=3)
     assert "W&B has no API key, so the run is kept offline. `wandb sync" in capfd.readouterr().err
-    ledger = trained(folder, "wandb", resume="auto", allow_changed=["max_updates"])
+    ledger = trained(folder, "wandb", max_updates=6, resume="auto", allow_changed=["max_updates"])
     parts = sorted((folder / "trackers" / "1" / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
     assert len(parts) == 2
     assert parts[0].name == parts[1].name  # the same run
@@ -188,7 +188,7 @@ def test_mlflow_continues_a_resumed_run_in_a_local_store(has_uri: bool, tmp_path
         if has_uri:
             mlflow.set_tracking_uri(uri)
         trained(folder, "mlflow", max_updates=3)
-        ledger = trained(folder, "mlflow", resume="auto", allow_changed=["max_updates"])
+        ledger = trained(folder, "mlflow", max_updates=6, resume="auto", allow_changed=["max_updates"])
         assert mlflow.is_tracking_uri_set() == has_uri
         assert mlflow.active_run() is None
     finally:
@@ -213,7 +213,7 @@ def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_trackio_continues_a_resumed_run(trackio_folder: Path, tmp_path: Path) -> None:
     trained(tmp_path / "run", "trackio", max_updates=3)
-    ledger = trained(tmp_path / "run", "trackio", resume="auto", allow_changed=["max_updates"])
+    ledger = trained(tmp_path / "run", "trackio", max_updates=6, resume="auto", allow_changed=["max_updates"])
     with sqlite3.connect(trackio_folder / "ftaccum.db") as database:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
     assert len({run_name for run_name, *_ in rows}) == 1
