@@ -18,11 +18,13 @@ WITHOUT_TORCH = [
     "apps.options",
     "apps.parser",
     "apps.plan",
+    "apps.report",
     "apps.search.settings",
     "apps.verify.settings",
     "apps.yaml",
     "errors",
     "fields",
+    "insight.run_report",
     "planning.micro_batches",
     "planning.plan",
     "planning.stream_plan",
@@ -34,6 +36,7 @@ WITHOUT_TORCH = [
     "tasks.reading.options",
     "tracking.ledger",
     "tracking.result",
+    "tracking.run_reports",
 ]
 
 
