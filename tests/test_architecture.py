@@ -18,12 +18,14 @@ WITHOUT_TORCH = [
     "apps.options",
     "apps.parser",
     "apps.plan",
+    "apps.report",
     "apps.search.settings",
     "apps.verify.settings",
     "apps.yaml",
     "errors",
     "fields",
     "insight.model_card",
+    "insight.run_report",
     "planning.micro_batches",
     "planning.plan",
     "planning.stream_plan",
@@ -35,6 +37,7 @@ WITHOUT_TORCH = [
     "tasks.reading.options",
     "tracking.ledger",
     "tracking.result",
+    "tracking.run_reports",
 ]
 
 

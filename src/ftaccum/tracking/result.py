@@ -13,12 +13,14 @@ from .ledger import Ledger
 from .result_file import read_result, write_values
 from .result_frames import as_frame
 from .result_table import as_html, as_text
+from .run_reports import plot_result, report_result
 from .save_trained import save_trained
 from .selection import Criterion
 from .throughput import Throughput
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,6 +182,29 @@ class Result(Mapping[str, Any]):
             SettingsError: if `kind` is something else.
         """
         return as_frame(self, kind)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write a page with the curves, results and settings of the run, and return its path.
+
+        The page is one HTML file that needs no network. It is made from the ledger in `output_dir`, and without one
+        from the histories. On several processes, only the main one writes.
+
+        Args:
+            path: the file to write; None for `report.html` in `output_dir`.
+
+        Raises:
+            SettingsError: if `path` is None and there is no `output_dir`, or if matplotlib is missing.
+            OSError: if the file cannot be written.
+        """
+        return report_result(self, path)
+
+    def plot(self) -> "Figure":
+        """Return the curves of the report as a matplotlib figure, for notebooks.
+
+        Raises:
+            SettingsError: if matplotlib is missing.
+        """
+        return plot_result(self)
 
     @property
     def model(self) -> Any:

@@ -16,6 +16,7 @@ from ..insight.run_facts import Named, RunFacts, named_model, public_name
 from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import describe_sizes
+from ..runtime.accelerator import device_name
 from ..runtime.adapters import is_peft_model
 from ..runtime.log import logger
 from ..tasks.reading.sources import find_source
@@ -76,7 +77,7 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
         loss=_loss(data.objective.report),
         inexact=_inexactness(data.objective.report),
         versions=_versions(run.model),
-        device=run.accelerator.device.type.upper(),
+        device=device_name(run.accelerator.device),
         ended_by=ended_by or (run.best.describe_stop() if run.best.stops else ""),
     )
 
