@@ -215,14 +215,14 @@ def test_a_model_that_could_not_be_saved_is_not_uploaded(hub: FakeHub, tmp_path:
 def test_a_card_replaces_only_one_that_nobody_has_edited(
     hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def upload(name: str) -> bytes:
-        train(tmp_path / name, max_updates=1)
+    def upload(name: str, rate: float) -> bytes:
+        train(tmp_path / name, max_updates=1, learning_rate=rate)
         return (tmp_path / name / "model" / "README.md").read_bytes()
 
     files = hub.files.setdefault("anna/model", {})
-    first = upload("first")
+    first = upload("first", 1e-3)
     assert files["README.md"] == first
-    second = upload("second")
+    second = upload("second", 1e-4)
     assert files["README.md"] == second != first
     files["README.md"] = second.replace(b"# model", b"# My model")
     capsys.readouterr()
