@@ -74,6 +74,9 @@ class _LocalWandB(WandBTracker):
             logger.warning(_OFFLINE.format(folder=Path(self.run.dir).parent))
         self._stored.write(self.run.id)
 
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.run.config.update(values, allow_val_change=True)  # older versions of Accelerate restart an offline run
+
 
 class _LocalMLflow(MLflowTracker):
     """MLflow with a database in the run's folder, unless a tracking URI is set.
