@@ -2,8 +2,8 @@
 
 Let a be the gradient after the first half, g that of the window, and f the share of loss items in the first half. Then
 a / f and (g - a) / (1 - f) are the gradients of the halves, and their product, ⟨a, g - a⟩ / (f · (1 - f)), is their
-agreement. Both gradients are reduced to 65,536 signed sums, so that neither is copied. Sums are linear: those of several
-processes add up, and those of the second half are a difference.
+agreement. Both gradients are reduced to 65,536 signed sums, so that neither is copied. Sums are linear: those of
+several processes add up, and those of the second half are a difference.
 """
 
 import time

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DataError, SettingsError
+from ..insight.noise_scale import summarize
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from ..runtime.run_dir import RunDir
@@ -50,6 +51,7 @@ class Result(Mapping[str, Any]):
         out_of_memory: number of times that memory ran out and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         audits: one entry per audit, with the attributes of `AuditEntry`.
+        noise_scale: the last estimate of the gradient noise scale (docs/noise_scale.md), if it was measured.
         output_dir: the folder of the ledger, result and model, if any.
         unwritten: a sentence for each of these that could not be written, and for a model that could not be uploaded.
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and
@@ -93,6 +95,7 @@ class Result(Mapping[str, Any]):
     interrupted: bool = False
     restored_update: int | None = None
     short_updates: list[int] = field(default_factory=list)
+    noise_scale: dict[str, Any] | None = None
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
     _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
@@ -149,6 +152,7 @@ class Result(Mapping[str, Any]):
             accumulation_schedule=stages if batch_sizes.later else None,
             audits=[dict(vars(audit)) for audit in ledger.audits],
             interrupted=interrupted,
+            noise_scale=summarize([vars(entry) for entry in ledger.noise_scales]),
             short_updates=[w.window + 1 for w in windows if w.rows < batch_sizes.at(w.window).effective_batch_size],
         )
 
@@ -291,8 +295,13 @@ class Result(Mapping[str, Any]):
             known[name] = nan_null(known[name])
         for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
             known[name] = [nan_null(value) for value in known[name]]
-        known["metrics"] = [{name: nan_null(value) for name, value in found.items()} for found in known["metrics"]]
+        known["metrics"] = [_with_nan(found) for found in known["metrics"]]
+        known["noise_scale"] = _with_nan(known["noise_scale"]) if known.get("noise_scale") else None
         return cls(**known)
+
+
+def _with_nan(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {name: nan_null(value) for name, value in numbers.items()}
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))
