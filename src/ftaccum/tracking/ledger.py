@@ -26,6 +26,14 @@ class WindowEntry:
         learning_rate: the rate of the first parameter group for this update.
         skipped: True if no optimizer step was taken (the loss or gradient was not finite, or there were no loss items).
         passes: number of forward passes on each process.
+        tokens: number of token positions that are not padding, over all processes; 0 if not known.
+        positions: number of token positions, padding included, over all processes; 0 if not known.
+        clip_coefficient: factor by which clipping multiplied the gradient, at most 1; NaN if not known.
+        data_seconds: time that the main process waited for the window's rows; NaN if not known, as the other times.
+        pass_seconds: time of its forward and backward passes, until it knows the gradient norm.
+        optimizer_seconds: time of its optimizer step and schedule, without clipping.
+        peak_memory: most bytes allocated so far: on a GPU by its tensors, on a CPU by the process; of all processes
+            the largest; 0 if not known.
     """
 
     window: int
@@ -37,6 +45,13 @@ class WindowEntry:
     learning_rate: float
     skipped: bool
     passes: int
+    tokens: int = 0
+    positions: int = 0
+    clip_coefficient: float = math.nan
+    data_seconds: float = math.nan
+    pass_seconds: float = math.nan
+    optimizer_seconds: float = math.nan
+    peak_memory: int = 0
 
 
 @dataclass(frozen=True)
