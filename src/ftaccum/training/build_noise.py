@@ -33,7 +33,7 @@ def build_measured_windows(
 
 def repeated_rows(plan: BasePlan) -> int | None:
     """Return the number of rows that each epoch goes through; None if an epoch draws its rows, or for a stream."""
-    return plan.n_rows if isinstance(plan, Plan) and plan.classes is None else None
+    return plan.n_rows if isinstance(plan, Plan) and not plan.classes else None
 
 
 def _of_loss(objective: Objective) -> str | None:
