@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ftaccum import Result, plan, test_fine_tuning
 from ftaccum.accumulation.accumulator import GradientAccumulator
-from ftaccum.data.loader import MicroBatch
+from ftaccum.data.loader import LocalRows, MicroBatch
 from ftaccum.objective.signed_sums import add_signed
 from ftaccum.planning.halves import MeasuredWindows
 from ftaccum.planning.micro_batches import MicroBatchRows
@@ -30,6 +30,7 @@ from heads import HEADS, RecordingOptimizer, all_in_float64, one_batch_gradient
 from interrupted import CutOff, fine_tuned, ledger_of
 from invariance import difference, trained
 from running_out import limited
+from test_data_faults import loader_of
 from test_trackers import Told
 
 RAGGED, CLASSES, PADDED = "token classification, BERT", "sequence classification, BERT", "question answering, BERT"
@@ -154,6 +155,14 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "padding-free": ("causal LM, Llama", {"batch_size": 4, "padding_free": True}),
     "out of memory": (CLASSES, {"batch_size": 16, "most": 5}),
 }
+
+
+def test_dummies_stay_in_their_half() -> None:
+    row, dummy = MicroBatchRows.of((3, 4, 5, 6), (0,)), MicroBatchRows()
+    share = LocalRows((3, 4, 5, 6), [row, dummy, row, row, dummy], (0,), n_first=2)
+    loader = loader_of([(torch.zeros(2), torch.zeros(1))] * 9)
+    (loaded,) = loader.load([share])
+    assert [micro.is_dummy for micro in loaded] == [True, False, True, False, False]
 
 
 @pytest.mark.slow
