@@ -232,7 +232,8 @@ def test_the_estimate_is_in_the_result_the_table_and_the_trackers(tmp_path: Path
 
 def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: Any) -> MeasuredWindows:
     """Return the windows that a run of 100 updates of 16 rows measures, unless something is changed."""
-    report = SimpleNamespace(balanced=(), inexact=list, ways=dict.fromkeys(terms, changed.pop("way", "rows")))
+    ways, in_training = dict.fromkeys(terms, changed.pop("way", "rows")), SimpleNamespace(complaint=None)
+    report = SimpleNamespace(balanced=(), inexact=list, ways=ways, in_training=in_training)
     vars(report).update(changed.pop("report", {}))
     objective: Any = SimpleNamespace(window=changed.pop("window", None), report=report, terms=terms)
     runtime = Runtime(noise_scale=noise_scale, deterministic=changed.pop("deterministic", False))
@@ -248,6 +249,7 @@ def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: An
         {"window": object()},
         {"report": {"balanced": ("router",)}},
         {"report": {"inexact": lambda: ["it mixes rows"]}},
+        {"report": {"in_training": SimpleNamespace(complaint="Expected more than 1 value per channel")}},
         {"report": {"ways": {"one": "labels", "other": "rows"}}},
         {"terms": ("one", "other"), "way": "count_items"},
         {"optimizer": torch.optim.LBFGS},
