@@ -26,6 +26,8 @@ WITHOUT_TORCH = [
     "fields",
     "insight.model_card",
     "insight.run_report",
+    "insight.noise_scale",
+    "planning.halves",
     "planning.micro_batches",
     "planning.plan",
     "planning.stream_plan",

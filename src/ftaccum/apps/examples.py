@@ -88,6 +88,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     # checks and reproducibility
     "on_inexact": "error",
     "audit": "100",
+    "noise_scale": "20",
     "self_check_cache": "no",
     "on_nonfinite": "error",
     "nonfinite_patience": "10",

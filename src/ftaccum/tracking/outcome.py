@@ -72,7 +72,7 @@ def _measured(result: "Result", ledger: Ledger) -> dict[str, str]:
         "peak memory": f"{peak / 2**30:.2f} GiB" if peak else "",
         "clipped updates": _clipped(ledger),
         "audits": _audits(result.audits),
-        "noise scale": _noise(getattr(ledger, "noise_scales", ())),
+        "noise scale": _noise(ledger.noise_scales),
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..insight.noise_scale import summarize
 from ..planning.batch_size import BatchSizes
 from ..runtime.run_dir import RunDir
 from .interrupted_run import read_interrupted
@@ -52,6 +53,7 @@ class Result(Mapping[str, Any]):
         out_of_memory: number of times that memory ran out and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         audits: one entry per audit, with the attributes of `AuditEntry`.
+        noise_scale: the last estimate of the gradient noise scale (docs/noise_scale.md), if it was measured.
         output_dir: the folder of the ledger, result and model, if any.
         unwritten: a sentence for each of these that could not be written, and for a model that could not be uploaded.
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and
@@ -95,6 +97,7 @@ class Result(Mapping[str, Any]):
     interrupted: bool = False
     restored_update: int | None = None
     short_updates: list[int] = field(default_factory=list)
+    noise_scale: dict[str, Any] | None = None
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
     _trained = (cast(Any, None),) * 3  # the model, the tokenizer, and the facts for the model card
@@ -151,6 +154,7 @@ class Result(Mapping[str, Any]):
             accumulation_schedule=stages if batch_sizes.later else None,
             audits=[dict(vars(audit)) for audit in ledger.audits],
             interrupted=interrupted,
+            noise_scale=summarize([vars(entry) for entry in ledger.noise_scales]),
             short_updates=[w.window + 1 for w in windows if w.rows < batch_sizes.at(w.window).effective_batch_size],
         )
 

@@ -39,10 +39,16 @@ def read_result(path: Path, names: Collection[str], build: Callable[..., T]) -> 
             known[name] = nan_null(known[name])
         for name in (n for n in names if n.endswith("_history")):
             known[name] = [nan_null(value) for value in known[name]]
-        known["metrics"] = [{name: nan_null(value) for name, value in found.items()} for found in known["metrics"]]
+        known["metrics"] = [_with_nan(found) for found in known["metrics"]]
+        if noise_scale := known.get("noise_scale"):
+            known["noise_scale"] = _with_nan(noise_scale)
         return build(**known)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # not JSON, or other names and values
         raise DataError(
             f"{str(file)!r} is not a complete result of `test_fine_tuning` ({type(error).__name__}: {error}). Give an "
             "output folder, or a file that `Result.save` wrote."
         ) from error
+
+
+def _with_nan(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: nan_null(value) for name, value in numbers.items()}

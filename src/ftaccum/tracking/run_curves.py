@@ -70,7 +70,7 @@ def _evaluations(result: "Result", ledger: Ledger) -> dict[str, Measured]:
 
 
 def _noise_scale(ledger: Ledger) -> NoiseScale | None:
-    entries: Sequence[Any] = getattr(ledger, "noise_scales", ())
+    entries = ledger.noise_scales
     if not entries:
         return None
     return NoiseScale(

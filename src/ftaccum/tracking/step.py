@@ -8,6 +8,23 @@ from .throughput import Throughput
 
 
 @dataclass(frozen=True)
+class NoiseMeasurement:
+    """How far the gradients of two random halves of a window agree.
+
+    Attributes:
+        agreement: their product, whose mean over windows is the squared norm of the true gradient.
+        power: the squared norm of the window's gradient.
+        tokens: the tokens of the window, over all processes, without padding.
+        seconds: the time that measuring took, without the time that more passes take.
+    """
+
+    agreement: float
+    power: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The outcome of one window. `losses` are those of this process and stay on the device.
 
@@ -21,6 +38,7 @@ class StepResult:
         clip_coefficient: the factor by which clipping multiplied the gradient; NaN if the norm is not finite.
         seconds: the time of this process in each phase of the update.
         peak_memory: the most bytes of this process so far, on its device; 0 if not known.
+        noise: the agreement of the halves of the window; None if it was not measured.
     """
 
     work: Throughput
@@ -32,3 +50,4 @@ class StepResult:
     clip_coefficient: float
     seconds: UpdateSeconds
     peak_memory: int
+    noise: NoiseMeasurement | None = None

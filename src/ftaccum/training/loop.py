@@ -163,6 +163,7 @@ class TrainingLoop:
             clip_coefficient=_clip_coefficient(gradient.norm, self._max_grad_norm),
             seconds=self._timer.take(),
             peak_memory=peak_memory(self._accelerator.device),
+            noise=gradient.noise,
         )
         if gradient.is_finite:
             return result, None
@@ -190,7 +191,8 @@ class TrainingLoop:
         in_loss, any_drifted, *moved = self._process_group.any_of([bool(suspects), has_drifted, *numbers.moved_buffers])
         if any_drifted:
             self._abandon(accumulated, numbers.drift)
-        return ClippedGradient(numbers.grad_norm, numbers.n_items, numbers.losses, suspects, in_loss, moved)
+        norm_and_items = numbers.grad_norm, numbers.n_items
+        return ClippedGradient(*norm_and_items, numbers.losses, suspects, in_loss, moved, numbers.noise)
 
     def _abandon(self, accumulated: AccumulatedWindow, drift: float) -> None:
         """Restore the state before a window whose two passes differ, and raise PassesDifferError."""
@@ -235,7 +237,8 @@ class TrainingLoop:
         while True:
             try:
                 with self._timer.phase("passes"):
-                    return window, self._accumulator.accumulate(window.micro_batches, seed=window.seed)
+                    micro_batches, n_first = window.micro_batches, window.n_first
+                    return window, self._accumulator.accumulate(micro_batches, seed=window.seed, n_first=n_first)
             except WindowOutOfMemoryError as error:
                 failed = error.failed
             give_back_memory()  # outside the handler, where the error's traceback still held the failed pass
