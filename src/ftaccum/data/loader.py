@@ -32,11 +32,13 @@ class LocalRows:
         window: all rows of the window, on all processes.
         slices: the micro-batches of this process.
         seed: seeds the random numbers of the collator and the rows.
+        n_first: the number of micro-batches in the first of two halves; None if there are no halves.
     """
 
     window: RowIndices
     slices: Sequence[MicroBatchRows]
     seed: tuple[int, ...]
+    n_first: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,21 @@ class Loader:
 
     def cut(self, window: RowIndices, planner: MicroBatchPlanner) -> list[list[MicroBatchRows]]:
         """Return a window's micro-batches, by process. If padding matters, all rows are as wide as the longest."""
+        return planner.split(window, self.widths(window))
+
+    def widths(self, window: RowIndices) -> list[int] | None:
+        """Return the positions that each row of a window takes in a batch; None if they are unknown."""
         known = self._rows.lengths(window) if self._has_lengths else None
         if known is None:
-            return planner.split(window)
+            return None
         lengths = [self._row_collator.width(length) for length in known]
-        return planner.split(window, lengths if self.knows_lengths else [max(lengths)] * len(lengths))
+        return lengths if self.knows_lengths else [max(lengths)] * len(lengths)
 
     def load(self, shares: Iterable[LocalRows], *, ahead: bool = False) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of each share.
 
-        A dummy replaces each micro-batch without rows or loss items. Dummies come first, so that the last pass is over
-        the process's own rows, if it has any.
+        A dummy replaces each micro-batch without rows or loss items. Dummies come first, in each half, so that the
+        last pass is over the process's own rows, if it has any.
 
         Args:
             ahead: whether workers, if there are any, collate shares before they are asked for.
@@ -141,7 +147,8 @@ class Loader:
         for share in given:
             loaded = [self._or_dummy(micro) for micro in self._micro_batches(share, batches)]
             self._deaths = 0
-            yield sorted(loaded, key=lambda micro: not micro.is_dummy)
+            halves = loaded[: share.n_first or 0], loaded[share.n_first or 0 :]
+            yield [micro for half in halves for micro in sorted(half, key=lambda micro: not micro.is_dummy)]
 
     def stream(self, shares: Iterable[LocalRows]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of all shares one by one, without dummies: for evaluation, not for training."""

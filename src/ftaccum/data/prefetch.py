@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..planning.base_plan import BasePlan, Window
+from ..planning.halves import CutWindow, MeasuredWindows, split_halves
 from ..planning.micro_batches import MicroBatchPlanner
 from ..runtime.log import logger
 from ..runtime.process_group import SINGLE, ProcessGroup
@@ -19,12 +20,14 @@ class LocalWindow:
     Attributes:
         planner: the planner that split the window.
         seed: the seed of its random numbers.
+        n_first: the number of micro-batches in the first of two random halves; None if the window has no halves.
     """
 
     window: Window
     planner: MicroBatchPlanner
     micro_batches: list[MicroBatch]
     seed: tuple[int, ...] = (0,)
+    n_first: int | None = None
 
     @property
     def work(self) -> Throughput:
@@ -42,6 +45,7 @@ class WindowLoader:
     Attributes:
         planner: splits windows. It may be replaced between windows; those that were read ahead are then split again.
         process_group: the processes that must all have their part of a window before any of them uses it.
+        measured: the windows whose rows are dealt into halves.
     """
 
     plan: BasePlan
@@ -49,6 +53,7 @@ class WindowLoader:
     planner: MicroBatchPlanner
     process_group: ProcessGroup = SINGLE
     process_index: int = 0
+    measured: MeasuredWindows = MeasuredWindows()
 
     def epoch(self, epoch: int, start: int = 0) -> "LocalWindows":
         """Return this process's windows of an epoch (from 0), without those whose index in the run is below `start`."""
@@ -62,26 +67,33 @@ class WindowLoader:
         """Do the same as `again`, but on this process alone."""
         share, planner = self._local_rows(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
-        return LocalWindow(local_window.window, planner, micro_batches, share.seed)
+        return LocalWindow(local_window.window, planner, micro_batches, share.seed, share.n_first)
 
     def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[LocalWindow]:
         # Workers take shares ahead of time, so each window is kept with the planner that split it.
-        cut: list[tuple[Window, MicroBatchPlanner]] = []
+        cut: list[tuple[Window, MicroBatchPlanner, LocalRows]] = []
 
         def shares() -> Iterator[LocalRows]:
             for window in self.plan.windows(epoch, start):
-                cut.append((window, self.planner))
-                yield self._local_rows(window)
+                share = self._local_rows(window)
+                cut.append((window, self.planner, share))
+                yield share
 
         for micro_batches in self.loader.load(shares(), ahead=True):
-            window, planner = cut.pop(0)
+            window, planner, share = cut.pop(0)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug(_describe_cut(window, micro_batches))
-            yield LocalWindow(window, planner, micro_batches, self._seed(window))
+            yield LocalWindow(window, planner, micro_batches, share.seed, share.n_first)
 
     def _local_rows(self, window: Window) -> LocalRows:
-        slices = self.loader.cut(window.rows, self.planner)[self.process_index]
-        return LocalRows(window.rows, slices, self._seed(window))
+        cut = self._cut(window)
+        return LocalRows(window.rows, cut.by_process[self.process_index], self._seed(window), cut.n_first)
+
+    def _cut(self, window: Window) -> CutWindow:
+        halves = self.measured.halves(window)
+        if halves is None:
+            return CutWindow(self.loader.cut(window.rows, self.planner))
+        return split_halves(self.planner, window.rows, self.loader.widths(window.rows), halves)
 
     def _seed(self, window: Window) -> tuple[int, ...]:
         return self.plan.seed, window.index

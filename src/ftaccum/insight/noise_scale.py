@@ -1,0 +1,170 @@
+"""The gradient noise scale: the number of rows at which the noise in a gradient is as large as its signal.
+
+The gradient of an update of R rows is the true gradient μ plus noise: E|g|² = |μ|² · (1 + B / R). B is the noise scale
+in rows (McCandlish et al. 2018, arXiv:1812.06162), and ρ = |μ|² / E|g|² = 1 / (1 + B / R) is the signal's share in the
+gradient. A measured update yields two numbers: its agreement P, the product of the gradients of two random halves of
+its rows, has the mean |μ|²; its power Q is |g|². So ρ is estimated by ΣwP / ΣwQ, with weights that favour recent
+updates.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Measured updates after which the weight of an update is 1/e. The effective number of updates is then about 100, with
+# which the standard error of |μ|² is 7% in simulated runs.
+_MEMORY = 50.0
+_LEAST = 8  # measured updates before anything is known
+_LEVEL = 0.9  # of the interval
+_NOISE, _SIGNAL = 0.2, 0.8  # shares of the signal below and above which there is advice
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """The estimate after some measured updates. Numbers other than the share are NaN while they are not known.
+
+    Attributes:
+        signal_share: the signal's share ρ in the gradient of an update.
+        lower, upper: its 90% interval.
+        noise_rows, noise_rows_lower, noise_rows_upper: the noise scale in rows, and its interval; may be infinite.
+    """
+
+    signal_share: float = math.nan
+    lower: float = math.nan
+    upper: float = math.nan
+    noise_rows: float = math.nan
+    noise_rows_lower: float = math.nan
+    noise_rows_upper: float = math.nan
+
+
+class NoiseScaleEstimator:
+    """A running estimate from the agreement and the power of measured updates, which may differ in their rows.
+
+    It keeps weighted sums of P, of the noise of one row, N = (Q - P) · R, and of their products.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._weight = self._agreement = self._noise = 0.0  # Σw, ΣwP, ΣwN
+        self._weight2 = self._agreement2 = self._both = self._noise2 = 0.0  # Σw², Σw²P², Σw²PN, Σw²N²
+
+    def add(self, agreement: float, power: float, rows: int) -> None:
+        """Add a measured update.
+
+        Args:
+            agreement: P, the mean product of the gradients of two halves.
+            power: Q, the squared norm of the gradient.
+            rows: R, the rows of the update.
+        """
+        noise, decay = (power - agreement) * rows, math.exp(-1 / _MEMORY)
+        self._n += 1
+        self._weight = decay * self._weight + 1
+        self._agreement = decay * self._agreement + agreement
+        self._noise = decay * self._noise + noise
+        self._weight2 = decay**2 * self._weight2 + 1
+        self._agreement2 = decay**2 * self._agreement2 + agreement**2
+        self._both = decay**2 * self._both + agreement * noise
+        self._noise2 = decay**2 * self._noise2 + noise**2
+
+    def estimate(self, rows: int, n_training_rows: int | None = None) -> NoiseEstimate:
+        """Return the estimate for updates of this many rows.
+
+        Args:
+            n_training_rows: the rows that each epoch goes through, M. The noise scale is then that of the distance to
+                the gradient of these rows, B_M, with 1 / B_M = 1 / B + 1 / M. None for a stream.
+        """
+        power = self._agreement + self._noise / rows
+        if not power > 0:
+            return NoiseEstimate()
+        share = self._agreement / power
+        half = self._half_width(share, power, rows)
+        lower, upper = share - half, share + half
+        if self._n < _LEAST or not upper > 0:
+            return NoiseEstimate(share)
+        scales = (_noise_rows(each, rows, n_training_rows) for each in (share, upper, lower))
+        return NoiseEstimate(share, lower, upper, *scales)
+
+    def _half_width(self, share: float, power: float, rows: int) -> float:
+        """Return half the width of the interval, from the variance of a ratio and Student's t."""
+        k = self._weight**2 / self._weight2  # the effective number of updates
+        if k <= 1:
+            return math.inf
+        a, b = 1 - share, share / rows  # P - ρQ = aP - bN
+        squares = max(0.0, a * a * self._agreement2 - 2 * a * b * self._both + b * b * self._noise2)
+        return _t(1 - (1 - _LEVEL) / 2, k - 1) * math.sqrt(squares * k / (k - 1)) / power
+
+    def state_dict(self) -> dict[str, float]:
+        return {name.removeprefix("_"): value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, f"_{name}", value)
+
+
+def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the last estimate, given the ledger's entries of measured updates; None if there are none.
+
+    Besides the numbers of `NoiseEstimate`, it has the number of measured updates, the rows of an update, and the noise
+    scale in tokens, which are NaN if the rows have no tokens.
+    """
+    if not entries:
+        return None
+    last = entries[-1]
+    estimate = NoiseEstimate(**{name: last[name] for name in asdict(NoiseEstimate())})
+    tokens, rows = sum(entry["tokens"] for entry in entries), sum(entry["rows"] for entry in entries)
+    per_row = tokens / rows if tokens else math.nan
+    in_rows = ("noise_rows", "noise_rows_lower", "noise_rows_upper")
+    in_tokens = {name.replace("rows", "tokens"): per_row * getattr(estimate, name) for name in in_rows}
+    return {"measured_updates": len(entries), "rows": last["rows"], **asdict(estimate), **in_tokens}
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """Describe an estimate, as `summarize` returns it, in a few sentences."""
+    rows, n, low, high = summary["rows"], summary["measured_updates"], summary["lower"], summary["upper"]
+    if math.isnan(low):
+        return f"not known yet, after {n} measured updates of {rows} rows"
+    least, most = summary["noise_rows_lower"], summary["noise_rows_upper"]
+    if low <= 0:
+        scale = f"at least {_rounded(least)} rows{_in_tokens(summary['noise_tokens_lower'])}"
+    else:
+        scale = f"{_rounded(least)} to {_rounded(most)} rows{_in_tokens(summary['noise_tokens'])}"
+    if high < _NOISE:
+        advice = (
+            f"updates are mostly noise: with twice the rows, one is worth {2 / (1 + high):.1f} times as much or more"
+        )
+    elif low > _SIGNAL:
+        advice = f"rows mostly agree: with half the rows, an update is still worth {1 / (2 - low):.0%} or more"
+    else:
+        worth = [f"{2 / (1 + min(1.0, max(0.0, share))):.1f}" for share in (high, low)]
+        between = worth[0] if worth[0] == worth[1] else " to ".join(worth)
+        advice = f"with twice the rows, one is worth {between} times as much"
+    return f"{scale}; an update has {rows}, and {advice} (docs/noise_scale.md)"
+
+
+def _noise_rows(share: float, rows: int, n_training_rows: int | None) -> float:
+    """Return the noise scale in rows for a share of the signal in updates of `rows` rows."""
+    if share >= 1:
+        return 0.0
+    if share <= 0:
+        return math.inf if n_training_rows is None else float(n_training_rows)
+    fresh = rows * (1 / share - 1)
+    return fresh if n_training_rows is None else 1 / (1 / fresh + 1 / n_training_rows)
+
+
+def _t(quantile: float, degrees: float) -> float:
+    """Return a quantile of Student's t distribution."""
+    from scipy.special import stdtrit  # takes 0.2 s to import
+
+    return float(stdtrit(degrees, quantile))
+
+
+def _rounded(number: float) -> str:
+    """Return a number with two digits, and zeros after them."""
+    if not 10 <= number < math.inf:
+        return f"{number:.2g}"
+    return f"{round(number, 1 - math.floor(math.log10(number))):,.0f}"
+
+
+def _in_tokens(tokens: float) -> str:
+    return "" if math.isnan(tokens) else f" (about {_rounded(tokens)} tokens)" if tokens < math.inf else ""
