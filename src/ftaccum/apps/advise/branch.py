@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from datasets import Dataset
 
 from ...errors import CheckpointError, DivergedError, SettingsError
+from ...planning.shuffle import hold_out
 from ...runtime.sharding.launcher import hidden_modes
 from ...runtime.state_guards import preserve_rng
 from ...settings.recipe import CHANGEABLE
@@ -85,8 +86,9 @@ class Branches:
         """
         settings = runtime_of(run) | runtime
         recipe = run.recipe | {"lora": run.record.sources.get("lora")}
-        with loading(verbosity=settings["verbosity"], progress=False):
+        with loading(verbosity="quiet", progress=False):
             factory, loaded = load_factory(run.named, recipe | settings)
+        loaded = _split(loaded, run.recipe)
         if len(loaded.train) != run.n_rows:
             raise SettingsError(
                 [
@@ -172,17 +174,31 @@ def branch_recipe(run: RecordedRun, experiment: Experiment, cell: Cell) -> dict[
 
 
 def runtime_of(run: RecordedRun) -> dict[str, Any]:
-    """Return the settings of the Runtime that branches have if the user gives no others, by name."""
+    """Return the settings of the Runtime that branches have if the user gives no others, by name.
+
+    Those that matter to rounding are the run's, among them most that decide how much memory a pass takes. The launcher
+    decides whether the model is sharded.
+    """
     known = {f.name for f in fields(Runtime)} - {"sharding", "sync"}
     recorded = {name: value for name, value in run.run_with.items() if name in known}
+    if not recorded.get("planner", True):
+        recorded["planner_costs"] = None  # the planner is off where the loss compares rows, too
     return recorded | {
-        "output_dir": None,
         "audit": False,
+        "noise_scale": False,
         "on_inexact": "ignore",
         "checkpoint_every": None,
         "keep_checkpoints": 0,
         "progress": False,
     }
+
+
+def _split(loaded: Loaded, recipe: dict[str, Any]) -> Loaded:
+    """Return the rows with the validation rows that the run held out, so that no other order of rows moves them."""
+    if loaded.val is not None or not recipe["validation_split"]:
+        return loaded
+    kept, held = hold_out(len(loaded.train), recipe["validation_split"], recipe["random_seed"])
+    return replace(loaded, train=loaded.train.select(kept), val=loaded.train.select(held))
 
 
 def _order(run: RecordedRun, experiment: Experiment, loaded: Loaded) -> RowOrder:

@@ -19,8 +19,8 @@ from .recorded_run import RecordedRun
 
 _EVALUATION = 1 / 3  # time of a forward pass / time of a forward and a backward pass
 _CAVEATS = (
-    "This compares batches at equal rows, near one checkpoint and at constant rates. docs/noise_scale.md says what that "
-    "leaves out."
+    "This compares batches at equal rows, near one checkpoint and at constant rates. docs/noise_scale.md says what "
+    "that leaves out."
 )
 
 
@@ -35,11 +35,10 @@ def check_run(folder: Path, options: AdviseOptions, runtime: dict[str, Any]) -> 
     """
     run = RecordedRun.read(folder, options.checkpoint)
     experiment = run.experiment(options.share, options.seeds)
-    given = {name: value for name, value in runtime.items() if value is not None}
     size = run.run_with["batch_size"] if options.batch_size is None else options.batch_size
     is_main, shows = is_first_process(), runtime["verbosity"] != "quiet"
     with _locked(folder, needed=is_main):
-        branches = Branches.load(run, experiment, given | {"batch_size": size})
+        branches = Branches.load(run, experiment, runtime | {"batch_size": size})
         if is_main:
             print(describe(run, experiment, branches, size), flush=True)
         outcomes, is_complete = _train(branches, shows=is_main and shows)
@@ -81,7 +80,7 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
     source = "of the last update" if is_last else "the mean over the run, because the schedule has decayed by then"
     rows, passes = n * e.rows, sum(_passes(run, e, cell, batch_size) for cell in CELLS) * e.seeds
     seconds = run.seconds_of(rows + round(_EVALUATION * n * branches.n_measured))
-    time = "of unknown time" if seconds is None else f"about {seconds:,.0f} s in the run's own speed"
+    time = "in unknown time" if seconds is None else f"about {seconds:,.0f} s at the run's speed"
     if e.effective_batch_size != run.effective_batch_size:
         sizes[1] += f" (the run's {run.effective_batch_size:,} without the odd row)"
     return "\n".join(
@@ -93,7 +92,7 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
             f"multiplied by {'√ratio' if e.rule == 'sqrt' else 'the ratio'} (scaled), and the same (unchanged)",
             f"Measured: {branches.measure} after the last row, on {branches.n_measured:,} rows",
             f"Cost: {n} branches, {rows:,} rows ({rows / whole:.0%} of the run), about {passes:,} forward and backward "
-            f"passes and {n} evaluations, {time}, besides loading the model {n} times",
+            f"passes and {n} evaluations, {time}, besides starting {n} times",
         ]
     )
 

@@ -15,11 +15,7 @@ _check = partial(setting, group="checks")
 Share = Annotated[float, Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1")]
 Orders = Annotated[int, Rule(lambda v: is_int(v) and v >= 2, "an integer of 2 or more")]
 
-AdviseRuntime = select_fields(
-    "AdviseRuntime",
-    Runtime,
-    ("max_tokens", "padding_free", "gradient_checkpointing", "num_workers", "verbosity"),
-)
+AdviseRuntime = select_fields("AdviseRuntime", Runtime, ("num_workers", "verbosity"))
 
 
 @dataclass
