@@ -94,6 +94,7 @@ def test_fine_tuning(
     random_seed: int = 42,
     on_inexact: str = "warn",
     audit: bool | int = True,
+    noise_scale: int | str = "auto",
     self_check_cache: bool | str = True,
     on_nonfinite: str = "skip",
     nonfinite_patience: int | None = 25,
@@ -277,6 +278,10 @@ def test_fine_tuning(
         audit: compare the gradient of some updates with the gradient of one batch of the same rows, without dropout.
             True: updates 1, 4, 16 and 64, then up to 1% of the training time. An integer: the number of updates
             between two audits. `on_inexact` determines what happens if a gradient is not exact.
+        noise_scale: measure in some updates how much of the gradient is noise (docs/noise_scale.md), from random halves
+            of their rows; the update stays the same but for rounding. An integer: the number of updates from one
+            measurement to the next. "auto": 10, but none in a run of fewer than 80 updates or with `deterministic`.
+            False: never.
         self_check_cache: keep the verdict of the check before training, to only confirm it later; or a folder for it.
         on_nonfinite: what to do with an update if its gradient, or its loss in any micro-batch on any process, is not
             finite. "skip": leave weights, buffers, optimizer and schedule unchanged, report which rows have a

@@ -27,6 +27,7 @@ from ..runtime.state_guards import Generators
 from .buffers import MovingBuffers, SyncedBuffers
 from .dummies import leaving_no_trace
 from .failures import Failure, failure_of, leave_after, synced_pass
+from .halves import HalfGradients
 from .two_passes import MicroBatchLoss, TwoPasses
 from .window import AccumulatedWindow, WindowStart
 
@@ -67,7 +68,11 @@ class GradientAccumulator:
         self.before_backward: Callable[[Tensor], None] = lambda _: None
 
     def accumulate(
-        self, micro_batches: Sequence[MicroBatch], factor: float = 1.0, seed: Sequence[int] = (0,)
+        self,
+        micro_batches: Sequence[MicroBatch],
+        factor: float = 1.0,
+        seed: Sequence[int] = (0,),
+        n_first: int | None = None,
     ) -> AccumulatedWindow:
         """Add the gradient of a window's loss, the mean over its loss items on all processes, to `grad`.
 
@@ -78,6 +83,8 @@ class GradientAccumulator:
                 micro-batches stand in for missing rows.
             factor: multiplies the gradient, to measure the effect of rounding.
             seed: seeds the random numbers that a loss over the window draws; the same on all processes.
+            n_first: the number of micro-batches in the first of two random halves of the window, to measure how far
+                their gradients agree; the same on all processes. None measures nothing.
 
         Raises:
             DataError: on all processes, if the rows of one of them cannot be trained on.
@@ -90,7 +97,7 @@ class GradientAccumulator:
         self._buffers.sync()
         start = WindowStart(Generators.now(), self._buffers.snapshot())
         try:
-            window = self._accumulate(micro_batches, start, factor, seed)
+            window = self._accumulate(micro_batches, start, factor, seed, n_first)
         except Exception:  # restore the state after the previous update
             self.zero_gradients()
             self._strategy.reset()
@@ -141,17 +148,23 @@ class GradientAccumulator:
             )
 
     def _accumulate(
-        self, micro_batches: Sequence[MicroBatch], start: WindowStart, factor: float, seed: Sequence[int]
+        self,
+        micro_batches: Sequence[MicroBatch],
+        start: WindowStart,
+        factor: float,
+        seed: Sequence[int],
+        n_first: int | None,
     ) -> AccumulatedWindow:
         terms = self._objective.terms
         normalizer = LossNormalizer([micro.counts for micro in micro_batches], terms, self._accelerator, factor)
         two_passes = self._first_pass(micro_batches, start, seed)
         window = AccumulatedWindow(start, WeightedMeans(terms, self._accelerator.device), normalizer, two_passes)
+        halves = HalfGradients(self._accelerator, self._strategy, self._embeddings, micro_batches, n_first)
         # Accelerate divides by the number of passes, and syncs when its step counter is a multiple of that number.
         self._accelerator.gradient_accumulation_steps, self._accelerator.step = len(micro_batches), 0
         n_local = self._n_local_passes(micro_batches)
         with self._embeddings.sparse(), self._large_layers.in_place():
-            failure = self._run_local(micro_batches[:n_local], window)
+            failure = self._run_local(micro_batches[:n_local], window, halves)
         if n_local == len(micro_batches):
             leave_after(failure, self._process_group)
         self._embeddings.hand_over()
@@ -160,6 +173,7 @@ class GradientAccumulator:
                 self._run_synced(index, micro, window, failure)
             self._pass_done()
         self._strategy.reduce(self._process_group)
+        window = replace(window, agreement=halves.compare(normalizer))
         return window if two_passes is None else window.after(two_passes)
 
     def _first_pass(
@@ -187,12 +201,15 @@ class GradientAccumulator:
             return len(micro_batches)
         return 0 if self._strategy.gathers_weights else len(micro_batches) - 1
 
-    def _run_local(self, micro_batches: Sequence[MicroBatch], window: AccumulatedWindow) -> Failure | None:
+    def _run_local(
+        self, micro_batches: Sequence[MicroBatch], window: AccumulatedWindow, halves: HalfGradients
+    ) -> Failure | None:
         """Run passes until one fails; return its failure, or None if all succeed."""
         for index, micro in enumerate(micro_batches):
             try:
                 self._run(index, micro, window)
                 self._embeddings.collect()
+                halves.pass_done(index)
                 self._pass_done()
             except (DataError, RuntimeError) as error:
                 if (failure := failure_of(index, error)) is None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from ..data.loader import MicroBatch
 from ..objective.normalizer import LossNormalizer, WeightedMeans
 from ..runtime.state_guards import Buffers, Generators
+from ..tracking.step import NoiseMeasurement
+from .halves import Agreement
 from .two_passes import MicroBatchLoss, TwoPasses
 
 
@@ -38,6 +40,7 @@ class WindowNumbers:
         losses: the part of the window's loss of each micro-batch that was run.
         drift: the largest relative difference between the outputs of the first and the second pass; 0 with one pass.
         moved_buffers: for each large buffer that no earlier window had changed, whether this one did.
+        noise: how far the gradients of the halves of the window agree; None if it was not measured.
     """
 
     grad_norm: float
@@ -45,6 +48,7 @@ class WindowNumbers:
     losses: list[float]
     drift: float
     moved_buffers: list[bool]
+    noise: NoiseMeasurement | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class AccumulatedWindow:
         forward_passes: the number of forward passes of each micro-batch.
         contributions: each micro-batch that was run, with its part of the window's loss (a scalar).
         moved_buffers: for each large buffer that no earlier window had changed, whether this one did.
+        agreement: how far the gradients of the halves of the window agree; None if it was not measured.
     """
 
     start: WindowStart
@@ -73,6 +78,7 @@ class AccumulatedWindow:
     drift: Tensor = field(default_factory=lambda: torch.zeros(()))
     most_drift: float = 0.0
     forward_passes: int = 1
+    agreement: Agreement | None = None
 
     def after(self, two_passes: TwoPasses) -> "AccumulatedWindow":
         """Return the window after its second passes, without what they kept in memory."""
@@ -93,7 +99,19 @@ class AccumulatedWindow:
         """Return the gradient's norm and the other numbers about the window, read from the device at once."""
         losses = torch.stack([contribution for _, contribution in self.contributions])
         items = self.normalizer.items_T.sum()
-        parts = [norm.reshape(1), items.reshape(1), self.drift.reshape(1), losses, self.moved_buffers]
-        grad_norm, n_items, off, *others = torch.cat([part.to(norm.device) for part in parts]).tolist()
+        measured = [] if self.agreement is None else [self.agreement.share, self.agreement.tokens]
+        scalars = [part.reshape(1) for part in (norm, items, self.drift, *measured)]
+        parts = [part.to(norm.device) for part in (*scalars, losses, self.moved_buffers)]
+        grad_norm, n_items, off, *others = torch.cat(parts).tolist()
+        noise, others = self._noise(grad_norm, others[: len(measured)]), others[len(measured) :]
         n_passes = len(losses)
-        return WindowNumbers(grad_norm, n_items, others[:n_passes], off, [bool(flag) for flag in others[n_passes:]])
+        flags = [bool(flag) for flag in others[n_passes:]]
+        return WindowNumbers(grad_norm, n_items, others[:n_passes], off, flags, noise)
+
+    def _noise(self, grad_norm: float, numbers: list[float]) -> NoiseMeasurement | None:
+        """Return the measurement of a window's halves, given the numbers of its agreement."""
+        if self.agreement is None:
+            return None
+        share, tokens = numbers
+        power = grad_norm * grad_norm
+        return NoiseMeasurement(share * power, power, round(tokens), self.agreement.seconds)

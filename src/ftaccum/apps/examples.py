@@ -91,6 +91,7 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "share": "0.1",
     "seeds": "5",
     "checkpoint": "update-00000120",
+    "noise_scale": "20",
     "self_check_cache": "no",
     "on_nonfinite": "error",
     "nonfinite_patience": "10",

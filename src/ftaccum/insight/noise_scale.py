@@ -80,7 +80,7 @@ class NoiseScaleEstimator:
         share = self._agreement / power
         half = self._half_width(share, power, rows)
         lower, upper = share - half, share + half
-        if self._n < _LEAST or not upper > 0:
+        if self._n < _LEAST or not upper > 0 or (lower <= 0 and upper >= 1):
             return NoiseEstimate(share)
         scales = (_noise_rows(each, rows, n_training_rows) for each in (share, upper, lower))
         return NoiseEstimate(share, lower, upper, *scales)
@@ -123,7 +123,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     """Describe an estimate, as `summarize` returns it, in a few sentences."""
     rows, n, low, high = summary["rows"], summary["measured_updates"], summary["lower"], summary["upper"]
     if math.isnan(low):
-        return f"not known yet, after {n} measured updates of {rows} rows"
+        return f"not known yet (measured in {n} updates of {rows} rows)"
     least, most = summary["noise_rows_lower"], summary["noise_rows_upper"]
     if low <= 0:
         scale = f"at least {_rounded(least)} rows{_in_tokens(summary['noise_tokens_lower'])}"

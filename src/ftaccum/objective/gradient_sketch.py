@@ -1,6 +1,5 @@
 """Summaries of gradients that allow comparing two gradients without a copy of either."""
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,28 +10,29 @@ from torch import Tensor, nn
 
 from ..runtime.gradient_hooks import suspend_gradient_hooks
 from ..runtime.state_guards import preserve_gradients
+from .signed_sums import add_signed
 
 _SUMS = 1024  # per parameter
-_SIGNS = 1 << 20
-_SEED = 0
 
 
 @dataclass
 class GradientSketch:
     """A gradient reduced to 1,024 sums per parameter.
 
-    The numbers of a parameter's gradient get random signs, and those at equal positions modulo 1,024 are summed
-    (Charikar, Chen and Farach-Colton, 2002). Sketching is linear: the difference of two sketches is the sketch of the
-    difference, and the expected square of its norm is that of the difference itself. The estimated norm has a relative
-    standard error of at most 1 / sqrt(2 · 1,024) = 2.2%; parameters of up to 1,024 numbers are exact.
+    The numbers of a parameter's gradient get random signs and are summed (`signed_sums`). Sketching is linear: the
+    difference of two sketches is the sketch of the difference, and the expected square of its norm is that of the
+    difference itself. The estimated norm has a relative standard error of at most 1 / sqrt(2 · 1,024) = 2.2%;
+    parameters of up to 1,024 numbers are exact.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add to the gradient of one parameter."""
-        sums = _fold(gradient.detach(), _random_signs(gradient.device)).double().cpu()
-        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        dtype = torch.float32 if gradient.device.type == "mps" else torch.float64  # MPS has no wider type
+        sums = torch.zeros(_SUMS, dtype=dtype, device=gradient.device)
+        add_signed(sums, gradient)
+        self.sums[name] = self.sums.get(name, 0) + sums.double().cpu()
 
     def norms(self) -> dict[str, float]:
         """Return the estimated norm of the gradient, by parameter."""
@@ -69,23 +69,3 @@ def sketch_gradients(model: nn.Module) -> Iterator[GradientSketch]:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _fold(gradient: Tensor, signs: Tensor) -> Tensor:
-    """Return the sums of one parameter's gradient."""
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    flat = (torch.view_as_real(dense) if dense.is_complex() else dense).reshape(-1)
-    sums = torch.zeros(_SUMS, dtype=signs.dtype, device=flat.device)
-    for turn, chunk in enumerate(flat.split(_SIGNS)):
-        signed = chunk.to(signs.dtype) * signs[: len(chunk)]
-        padded = torch.nn.functional.pad(signed, (0, -len(signed) % _SUMS))
-        # Rotate each chunk, because equal positions have equal signs in all chunks and must not share a sum.
-        sums += padded.view(-1, _SUMS).sum(0).roll(turn)
-    return sums
-
-
-@functools.lru_cache(maxsize=8)
-def _random_signs(device: torch.device) -> Tensor:
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no wider type
-    drawn = torch.randint(0, 2, (_SIGNS,), generator=torch.Generator().manual_seed(_SEED), dtype=torch.int8)
-    return (2 * drawn - 1).to(device=device, dtype=dtype)

@@ -51,6 +51,16 @@ def _read_audit(value: Any) -> Any:
     return int(found) if isinstance(found, str) and found.isdecimal() else found
 
 
+NoiseScale = Annotated[
+    int | str,  # `_read_audit` parses a number or False from text
+    Rule(
+        lambda v: v is False or v == "auto" or (is_int(v) and v > 0),
+        "'auto', False, or a positive number of updates",
+        _read_audit,
+    ),
+]
+
+
 Audit = Annotated[
     int | str,  # str on the command line; `_read_audit` parses it
     Rule(

@@ -20,7 +20,7 @@ from ..fields import (
     Tracker,
     Verbosity,
 )
-from ..rules.periods import Audit, Every
+from ..rules.periods import Audit, Every, NoiseScale
 from ..rules.repository import Repository
 from ..rules.update_size import Costs, SizeOrAuto
 from .groups import FIXED_BATCH, OWN_ARGUMENT, check, cut, evaluation, logging, output, precision, repeat, size, speed
@@ -97,6 +97,13 @@ class Runtime:
         True,
         "compare the gradient of some updates with the gradient of one batch of the same rows: true, false, or the "
         "number of updates between two audits",
+    )
+    noise_scale: NoiseScale = check(
+        "auto",
+        "measure in some updates how much of the gradient is noise, which shows whether more rows per update would "
+        "help: the number of updates from one measurement to the next, or false; auto takes every tenth update of a "
+        "run of 80 or more, and none with deterministic",
+        matters_to_rounding=True,
     )
     self_check_cache: FlagOrFolder = check(
         True,

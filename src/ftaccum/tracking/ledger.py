@@ -1,4 +1,4 @@
-"""The ledger of a run: one entry per window, epoch, evaluation and audit."""
+"""The ledger of a run: one entry per window, epoch, evaluation, audit and measurement of the noise scale."""
 
 import json
 import math
@@ -26,6 +26,14 @@ class WindowEntry:
         learning_rate: the rate of the first parameter group for this update.
         skipped: True if no optimizer step was taken (the loss or gradient was not finite, or there were no loss items).
         passes: number of forward passes on each process.
+        tokens: number of token positions that are not padding, over all processes; 0 if not known.
+        positions: number of token positions, padding included, over all processes; 0 if not known.
+        clip_coefficient: factor by which clipping multiplied the gradient, at most 1; NaN if not known.
+        data_seconds: time that the main process waited for the window's rows; NaN if not known, as the other times.
+        pass_seconds: time of its forward and backward passes, until it knows the gradient norm.
+        optimizer_seconds: time of its optimizer step and schedule, without clipping.
+        peak_memory: most bytes allocated so far: on a GPU by its tensors, on a CPU by the process; of all processes
+            the largest; 0 if not known.
     """
 
     window: int
@@ -37,6 +45,13 @@ class WindowEntry:
     learning_rate: float
     skipped: bool
     passes: int
+    tokens: int = 0
+    positions: int = 0
+    clip_coefficient: float = math.nan
+    data_seconds: float = math.nan
+    pass_seconds: float = math.nan
+    optimizer_seconds: float = math.nan
+    peak_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,8 +109,46 @@ class AuditEntry:
     seconds: float
 
 
-Entry = WindowEntry | EpochEntry | EvaluationEntry | AuditEntry
-_KINDS: dict[str, type[Entry]] = {"window": WindowEntry, "audit": AuditEntry, "evaluation": EvaluationEntry}
+@dataclass(frozen=True)
+class NoiseScaleEntry:
+    """The record of an update at which the gradient noise scale was measured, with the estimate so far.
+
+    Attributes:
+        noise_scale: number of the update, from 1.
+        epoch: the epoch of the update, from 0.
+        rows: number of rows of the update, over all processes.
+        tokens: number of their tokens without padding; 0 if they have none.
+        agreement: product of the gradients of two random halves of the rows.
+        power: squared norm of the gradient before clipping.
+        signal_share: estimated share of the signal in a gradient so far.
+        lower, upper: its 90% interval; NaN while it is not known.
+        noise_rows: estimated noise scale in rows so far; NaN while it is not known; may be infinite.
+        noise_rows_lower, noise_rows_upper: its 90% interval.
+        seconds: time that measuring took on the main process, without the time of more passes.
+    """
+
+    noise_scale: int
+    epoch: int
+    rows: int
+    tokens: int
+    agreement: float
+    power: float
+    signal_share: float
+    lower: float
+    upper: float
+    noise_rows: float
+    noise_rows_lower: float
+    noise_rows_upper: float
+    seconds: float
+
+
+Entry = WindowEntry | EpochEntry | EvaluationEntry | AuditEntry | NoiseScaleEntry
+_KINDS: dict[str, type[Entry]] = {
+    "window": WindowEntry,
+    "audit": AuditEntry,
+    "evaluation": EvaluationEntry,
+    "noise_scale": NoiseScaleEntry,
+}
 
 
 def read_entry(line: str) -> Entry:
@@ -127,6 +180,7 @@ class Ledger:
     epochs: list[EpochEntry] = field(init=False, default_factory=list)
     evaluations: list[EvaluationEntry] = field(init=False, default_factory=list)
     audits: list[AuditEntry] = field(init=False, default_factory=list)
+    noise_scales: list[NoiseScaleEntry] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._entries: list[Entry] = []
@@ -202,6 +256,7 @@ class Ledger:
             EpochEntry: self.epochs,
             EvaluationEntry: self.evaluations,
             AuditEntry: self.audits,
+            NoiseScaleEntry: self.noise_scales,
         }
         kinds[type(entry)].append(entry)
         self._entries.append(entry)

@@ -11,9 +11,10 @@ from ..objective.normalizer import WeightedMeans, gathered
 from ..planning.batch_size import BatchSizes
 from .ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
 from .log_period import LogPeriod
+from .noise_scale import NoiseScaleRecorder, tracked
 from .progress import Progress
 from .running_loss import RunningLoss
-from .step import StepResult
+from .step import NoiseMeasurement, StepResult
 from .throughput import Throughput
 from .trackers import run_trackers
 
@@ -36,6 +37,7 @@ class MetricsLogger:
         batch_sizes: BatchSizes,
         log_every: int,
         on_log: OnLog,
+        noise_scale: NoiseScaleRecorder,
     ) -> None:
         """Create a logger.
 
@@ -46,6 +48,7 @@ class MetricsLogger:
         self.ledger, self.throughput = ledger, Throughput()
         self._accelerator, self._progress = accelerator, progress
         self._batch_sizes, self._log_every, self._on_log = batch_sizes, log_every, on_log
+        self._noise_scale = noise_scale
         self._pending: list[StepResult] = []
         self.n_epochs = 0
         self._epoch_loss, self._evaluation_loss, self._period = RunningLoss(), RunningLoss(), LogPeriod()
@@ -121,6 +124,7 @@ class MetricsLogger:
             "since_evaluation": self._evaluation_loss.state_dict(),
             "before_evaluation": self._before_evaluation,
             "since_log": self._period.state_dict(),
+            "noise_scale": self._noise_scale.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -132,6 +136,7 @@ class MetricsLogger:
         self._evaluation_loss.load_state_dict(state_dict["since_evaluation"])
         self._before_evaluation = state_dict["before_evaluation"]
         self._period.load_state_dict(state_dict["since_log"])
+        self._noise_scale.load_state_dict(state_dict.get("noise_scale", {}))
         self._progress.advance(len(self.ledger.windows))
 
     def drain(self) -> None:
@@ -152,6 +157,8 @@ class MetricsLogger:
             )
             self.ledger.record(entry)
             self._add(entry, losses)
+            if outcome.noise is not None:
+                self._add_noise(entry, outcome.noise)
         if outcomes:
             self._progress.show(entry)
 
@@ -168,6 +175,13 @@ class MetricsLogger:
             self._evaluation_loss.add(losses)
         if len(self.ledger.windows) % self._log_every == 0:
             self._end_period()
+
+    def _add_noise(self, window: WindowEntry, noise: NoiseMeasurement) -> None:
+        rows = self._batch_sizes.at(window.window).effective_batch_size
+        entry = self._noise_scale.entry(window, noise, rows)
+        if entry is not None:
+            self.ledger.record(entry)
+            self._accelerator.log(tracked(entry), step=entry.noise_scale)
 
     def _end_period(self) -> None:
         values, n_updates = self._period.values(), len(self.ledger.windows)

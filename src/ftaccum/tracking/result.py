@@ -1,19 +1,20 @@
 """The Result of a run, derived from its ledger."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DataError, SettingsError
+from ..insight.noise_scale import summarize
 from ..planning.batch_size import BatchSizes
-from ..runtime.atomic_files import atomic_write
 from ..runtime.run_dir import RunDir
 from .interrupted_run import read_interrupted
-from .ledger import Ledger, nan_null, null_non_finite
+from .ledger import Ledger
+from .result_file import read_result, write_values
+from .result_frames import as_frame
 from .result_table import as_html, as_text
+from .save_trained import save_trained
 from .selection import Criterion
 from .throughput import Throughput
 
@@ -50,6 +51,7 @@ class Result(Mapping[str, Any]):
         out_of_memory: number of times that memory ran out and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         audits: one entry per audit, with the attributes of `AuditEntry`.
+        noise_scale: the last estimate of the gradient noise scale (docs/noise_scale.md), if it was measured.
         output_dir: the folder of the ledger, result and model, if any.
         unwritten: a sentence for each of these that could not be written, and for a model that could not be uploaded.
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and
@@ -93,6 +95,7 @@ class Result(Mapping[str, Any]):
     interrupted: bool = False
     restored_update: int | None = None
     short_updates: list[int] = field(default_factory=list)
+    noise_scale: dict[str, Any] | None = None
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
     _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
@@ -149,6 +152,7 @@ class Result(Mapping[str, Any]):
             accumulation_schedule=stages if batch_sizes.later else None,
             audits=[dict(vars(audit)) for audit in ledger.audits],
             interrupted=interrupted,
+            noise_scale=summarize([vars(entry) for entry in ledger.noise_scales]),
             short_updates=[w.window + 1 for w in windows if w.rows < batch_sizes.at(w.window).effective_batch_size],
         )
 
@@ -179,15 +183,7 @@ class Result(Mapping[str, Any]):
         Raises:
             SettingsError: if `kind` is something else.
         """
-        import pandas as pd  # slow to import
-
-        if kind == "updates":
-            columns = {"loss": self.loss_history, "grad_norm": self.grad_norm_history, "learning_rate": self.lr_history}
-            return pd.DataFrame(columns, pd.RangeIndex(1, len(self.loss_history) + 1, name="update"))
-        if kind == "evaluations":
-            rows = [{"val_loss": v, **m} for v, m in zip(self.val_loss_history, self.metrics, strict=True)]
-            return pd.DataFrame(rows, pd.Index(self.evaluation_updates, name="update"))
-        raise SettingsError([f"`kind` must be 'updates' or 'evaluations', but is {kind!r} instead."])
+        return as_frame(self, kind)
 
     @property
     def model(self) -> Any:
@@ -226,30 +222,14 @@ class Result(Mapping[str, Any]):
                 there are no adapters to merge, or they are those of a sharded model.
             OSError: if the folder cannot be written.
         """
-        model, tokenizer = self._trained
-        if model is None:
-            saved = f" The run saved its model in {str(Path(self.output_dir) / 'model')!r}." if self.output_dir else ""
-            if self.interrupted:
-                saved = " The run was interrupted, so it has saved no model yet. `resume='auto'` finishes it."
-            raise SettingsError(
-                [
-                    "`save_model` needs the trained model, but `model` is None: only the result that "
-                    f"`test_fine_tuning` returns has it, not one that was loaded, copied or unpickled.{saved}"
-                ]
-            )
-        from .model_files import save_on_main  # imports torch
-
-        if merge and not hasattr(model, "merge_and_unload"):
-            raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
-        save_on_main(model, tokenizer, Path(path), merges=merge)
+        save_trained(self, *self._trained, Path(path), merge=merge)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON, with non-finite numbers as null.
 
         An existing file is replaced only when the new one is complete.
         """
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(null_non_finite(dict(self)), indent=2, allow_nan=False) + "\n")
+        write_values(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Result":
@@ -275,24 +255,7 @@ class Result(Mapping[str, Any]):
                 output_dir=str(path),
                 interrupted=True,
             )
-        file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
-        try:
-            return cls._read(json.loads(file.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # not JSON, or other names and values
-            raise DataError(
-                f"{str(file)!r} is not a complete result of `test_fine_tuning` ({type(error).__name__}: {error}). Give "
-                "an output folder, or a file that `Result.save` wrote."
-            ) from error
-
-    @classmethod
-    def _read(cls, read: dict[str, Any]) -> "Result":
-        known = {name: value for name, value in read.items() if name in _RESULT_NAMES}
-        for name in ("final_loss", "initial_loss", "training_time", "samples_per_second"):
-            known[name] = nan_null(known[name])
-        for name in (n for n in _RESULT_NAMES if n.endswith("_history")):
-            known[name] = [nan_null(value) for value in known[name]]
-        known["metrics"] = [{name: nan_null(value) for name, value in found.items()} for found in known["metrics"]]
-        return cls(**known)
+        return read_result(Path(path), _RESULT_NAMES, cls)
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))

@@ -4,6 +4,8 @@ import html
 import math
 from typing import TYPE_CHECKING
 
+from ..insight.noise_scale import describe
+
 if TYPE_CHECKING:
     from .result import Result
 
@@ -49,6 +51,8 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
     rows.append(("passes", passes))
     if result.audits:
         rows.append(("audits", _describe_audits(result)))
+    if result.noise_scale is not None:
+        rows.append(("noise scale", describe(result.noise_scale)))
     if result.output_dir:
         missing = (
             f", except for {len(result.unwritten)} that could not be written or uploaded" if result.unwritten else ""

@@ -7,6 +7,23 @@ from .throughput import Throughput
 
 
 @dataclass(frozen=True)
+class NoiseMeasurement:
+    """How far the gradients of two random halves of a window agree.
+
+    Attributes:
+        agreement: their product, whose mean over windows is the squared norm of the true gradient.
+        power: the squared norm of the window's gradient.
+        tokens: the tokens of the window, over all processes, without padding.
+        seconds: the time that measuring took, without the time that more passes take.
+    """
+
+    agreement: float
+    power: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The outcome of one window. `losses` are those of this process and stay on the device.
 
@@ -17,6 +34,7 @@ class StepResult:
         grad_norm: total gradient norm before clipping, synced and unscaled.
         learning_rate: the rate that the update used, or would have used if it was skipped.
         skipped: whether no optimizer step was taken.
+        noise: the agreement of the halves of the window; None if it was not measured.
     """
 
     work: Throughput
@@ -25,3 +43,4 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    noise: NoiseMeasurement | None = None

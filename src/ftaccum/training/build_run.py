@@ -23,10 +23,12 @@ from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
 from ..tracking.model_files import TrainedModel
+from ..tracking.noise_scale import NoiseScaleRecorder
 from ..tracking.selection import Criterion
 from ..tracking.trackers import set_tracker_folder
 from .audit import AuditHandler
 from .build_identity import build_identity
+from .build_noise import build_measured_windows, repeated_rows
 from .build_optimizer import OptimizedRun
 from .build_plan import refuse_single_rows, report_inexact, report_loss_scale
 from .build_sharding import describe_sharding
@@ -142,7 +144,14 @@ class TrainingSetup(OptimizedRun):
     @cached_property
     def window_loader(self) -> WindowLoader:
         index = self.accelerator.process_index
-        return WindowLoader(self.plan, self.data.train, self.planner, self.process_group, index)
+        measured = build_measured_windows(
+            self.config.runtime,
+            self.plan,
+            self.data.objective,
+            self.optimizer,
+            is_sharded=self.sharding is not None,
+        )
+        return WindowLoader(self.plan, self.data.train, self.planner, self.process_group, index, measured)
 
     @cached_property
     def oom_recovery(self) -> OomRecovery:
@@ -249,5 +258,11 @@ class TrainingSetup(OptimizedRun):
         self._inner.enter_context(tracking(self.accelerator, settings, self.batch_sizes))
         bar = self._inner.enter_context(self.console.bar(self.plan.n_windows))
         return MetricsLogger(
-            self.accelerator, Ledger(), bar, self.batch_sizes, self.config.runtime.log_every, self.callback_handler.log
+            self.accelerator,
+            Ledger(),
+            bar,
+            self.batch_sizes,
+            self.config.runtime.log_every,
+            self.callback_handler.log,
+            NoiseScaleRecorder(repeated_rows(self.plan)),
         )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..data.loader import MicroBatch
 from ..errors import refuse
 from ..runtime.optimizers import inner_optimizers
+from ..tracking.step import NoiseMeasurement
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ClippedGradient:
         suspects: the micro-batches of this process whose loss is not finite.
         of_loss: whether the loss of a micro-batch on any process is not finite.
         moved_buffers: for each large buffer that no earlier window had changed, whether this one did on any process.
+        noise: how far the gradients of the halves of the window agree; None if it was not measured.
     """
 
     norm: float
@@ -33,6 +35,7 @@ class ClippedGradient:
     suspects: list[MicroBatch]
     of_loss: bool
     moved_buffers: list[bool]
+    noise: NoiseMeasurement | None = None
 
     @property
     def is_finite(self) -> bool:

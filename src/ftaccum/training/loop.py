@@ -140,7 +140,7 @@ class TrainingLoop:
         self._accumulator.zero_gradients()
         rows = len(window.window.rows)
         work = window.work.with_passes(accumulated.forward_passes)
-        result = StepResult(work, rows, accumulated.losses, gradient.norm, rate, skipped)
+        result = StepResult(work, rows, accumulated.losses, gradient.norm, rate, skipped, gradient.noise)
         if gradient.is_finite:
             return result, None
         return result, NonFiniteUpdate(
@@ -166,7 +166,8 @@ class TrainingLoop:
         in_loss, any_drifted, *moved = self._process_group.any_of([bool(suspects), has_drifted, *numbers.moved_buffers])
         if any_drifted:
             self._abandon(accumulated, numbers.drift)
-        return ClippedGradient(numbers.grad_norm, numbers.n_items, numbers.losses, suspects, in_loss, moved)
+        norm_and_items = numbers.grad_norm, numbers.n_items
+        return ClippedGradient(*norm_and_items, numbers.losses, suspects, in_loss, moved, numbers.noise)
 
     def _abandon(self, accumulated: AccumulatedWindow, drift: float) -> None:
         """Restore the state before a window whose two passes differ, and raise PassesDifferError."""
@@ -210,7 +211,8 @@ class TrainingLoop:
         """Accumulate a window, and return it with the result. Retry in smaller micro-batches while memory runs out."""
         while True:
             try:
-                return window, self._accumulator.accumulate(window.micro_batches, seed=window.seed)
+                micro_batches, n_first = window.micro_batches, window.n_first
+                return window, self._accumulator.accumulate(micro_batches, seed=window.seed, n_first=n_first)
             except WindowOutOfMemoryError as error:
                 failed = error.failed
             give_back_memory()  # outside the handler, where the error's traceback still held the failed pass

@@ -52,6 +52,10 @@ class SparseEmbeddingGradients:
                 self._sums[weight].index_add_(0, weight.grad._indices()[0], weight.grad._values())
                 weight.grad = None
 
+    def sum_so_far(self, weight: Tensor) -> Tensor | None:
+        """Return the sum of the sparse gradients of a weight; None if there are none."""
+        return self._sums.get(weight)
+
     def hand_over(self) -> None:
         """Add the sums to `weight.grad`, and drop them."""
         for weight, rows in self._sums.items():

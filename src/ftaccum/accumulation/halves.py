@@ -1,0 +1,104 @@
+"""The agreement of the gradients of two random halves of a window, which shows how much of its gradient is noise.
+
+Let a be the gradient after the first half, g that of the window, and f the share of loss items in the first half. Then
+a / f and (g - a) / (1 - f) are the gradients of the halves, and their product, ⟨a, g - a⟩ / (f · (1 - f)), is their
+agreement. Both gradients are reduced to 65,536 signed sums, so that neither is copied. Sums are linear: those of
+several processes add up, and those of the second half are a difference.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.loader import MicroBatch
+from ..objective.normalizer import LossNormalizer
+from ..objective.signed_sums import add_signed
+from ..runtime.accumulation_backend import AccumulationBackend
+from ..runtime.gradients.plain import GradientStrategy
+from ..runtime.gradients.sparse import SparseEmbeddingGradients
+
+N_SUMS = 1 << 16  # the relative standard error of a product is 1 / sqrt(65,536) = 0.4%
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The agreement of the two halves of a window; tensors are scalars on the device.
+
+    Attributes:
+        share: the agreement divided by the squared norm of the window's gradient. It does not depend on the scale of
+            the gradient.
+        tokens: the tokens of the window on all processes, without padding.
+        seconds: the time that this process took to measure it.
+    """
+
+    share: Tensor
+    tokens: Tensor
+    seconds: float
+
+
+class HalfGradients:
+    """A measurement of the agreement while a window is accumulated, if it has halves. Nothing waits for the device."""
+
+    def __init__(
+        self,
+        accelerator: AccumulationBackend,
+        strategy: GradientStrategy,
+        embeddings: SparseEmbeddingGradients,
+        micro_batches: Sequence[MicroBatch],
+        n_first: int | None,
+    ) -> None:
+        """Begin a measurement.
+
+        Args:
+            embeddings: gradients that are not in the `grad` of the strategy's parameters yet.
+            micro_batches: this process's micro-batches of the window.
+            n_first: the number of them in the first half; None if the window has no halves.
+        """
+        self._accelerator, self._strategy, self._embeddings = accelerator, strategy, embeddings
+        self._micro_batches, self._n_first = micro_batches, n_first
+        self._seconds = 0.0
+
+    def pass_done(self, index: int) -> None:
+        """Reduce the gradient so far to sums, if the pass at this position is the last one of the first half."""
+        if index + 1 == self._n_first:
+            self._first = self._sums()
+
+    def compare(self, normalizer: LossNormalizer) -> Agreement | None:
+        """Return the agreement after the window's gradient is complete, or None if the window has no halves.
+
+        All processes must call this together.
+        """
+        if self._n_first is None:
+            return None
+        last, first = self._sums(), self._first
+        started = time.perf_counter()
+        term = normalizer.terms[0]
+        items = sum(micro.counts[term] for micro in self._micro_batches[: self._n_first])
+        tokens = sum(micro.tokens for micro in self._micro_batches)
+        numbers = torch.cat([first, torch.tensor([items, tokens], dtype=first.dtype).to(first.device)])
+        if (processes := self._accelerator.num_processes) > 1:
+            numbers = self._accelerator.reduce(numbers, "sum")
+            numbers[:N_SUMS] /= processes  # the gradient is the mean over processes
+        first, (items_of_first, tokens_of_all) = numbers[:N_SUMS], numbers[N_SUMS:]
+        part = items_of_first / normalizer.items_T[0].to(first.device, first.dtype)
+        share = first @ (last - first) / (part * (1 - part)) / (last @ last)
+        self._seconds += time.perf_counter() - started
+        return Agreement(share, tokens_of_all, self._seconds)
+
+    def _sums(self) -> Tensor:
+        """Return signed sums of this process's gradient so far."""
+        started = time.perf_counter()
+        device, parameters = self._accelerator.device, self._strategy.parameters
+        is_wide = device.type != "mps" and any(p.dtype == torch.float64 for p in parameters)
+        sums = torch.zeros(N_SUMS, dtype=torch.float64 if is_wide else torch.float32, device=device)
+        position = 0
+        for p in parameters:
+            for gradient in (p.grad, self._embeddings.sum_so_far(p)):
+                if gradient is not None:
+                    add_signed(sums, gradient, position)
+            position += p.numel()
+        self._seconds += time.perf_counter() - started
+        return sums

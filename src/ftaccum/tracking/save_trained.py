@@ -1,0 +1,32 @@
+"""Save the trained model that a result has in memory."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    from .result import Result
+
+
+def save_trained(result: "Result", model: Any, tokenizer: Any, path: Path, *, merge: bool) -> None:
+    """Write the trained model of a result, and its tokenizer if it has one, as `Result.save_model` does.
+
+    Raises:
+        SettingsError: if there is no model, or if it has no adapters to merge.
+    """
+    if model is None:
+        saved = f" The run saved its model in {str(Path(result.output_dir) / 'model')!r}." if result.output_dir else ""
+        if result.interrupted:
+            saved = " The run was interrupted, so it has saved no model yet. `resume='auto'` finishes it."
+        raise SettingsError(
+            [
+                "`save_model` needs the trained model, but `model` is None: only the result that "
+                f"`test_fine_tuning` returns has it, not one that was loaded, copied or unpickled.{saved}"
+            ]
+        )
+    from .model_files import save_on_main  # imports torch
+
+    if merge and not hasattr(model, "merge_and_unload"):
+        raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
+    save_on_main(model, tokenizer, path, merges=merge)

@@ -1,0 +1,255 @@
+"""The estimate of the gradient noise scale from numbers alone, on simulated rows whose noise scale is known."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ftaccum import SettingsError
+from ftaccum.arguments import parse_settings
+from ftaccum.insight.noise_scale import NoiseScaleEstimator, describe, summarize
+from ftaccum.planning.base_plan import Window
+from ftaccum.planning.halves import Halves, MeasuredWindows, split_halves
+from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
+
+ROWS = 64  # of a window
+_DIMENSIONS, _LONGEST = 40, 512
+
+
+@dataclass(frozen=True)
+class Population:
+    """Rows of unequal length, with the sum of the gradients of their items and the number of these."""
+
+    lengths: np.ndarray
+    items: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def of(cls, signal: float, between: float, power: float, one_item: bool = False, n: int = 2000) -> "Population":
+        """Return rows whose gradient depends on their length.
+
+        Args:
+            signal: the norm of the mean gradient.
+            between: how much the gradient depends on the length of its row.
+            power: the gradients of a row's items are independent (0.5) up to equal (1).
+            one_item: whether the loss is a mean over rows, else it is a mean over tokens.
+        """
+        draw = np.random.default_rng(0)
+        lengths = np.clip(np.exp(draw.normal(3.7, 0.8, n)), 4, _LONGEST).astype(int)
+        items = np.ones(n) if one_item else lengths.astype(float)
+        of_length = np.log(lengths) - (items * np.log(lengths)).sum() / items.sum()
+        of_length /= math.sqrt((items * of_length**2).sum() / items.sum())
+        size = (lengths / lengths.mean()) ** (power - 1)
+        gradients = draw.normal(size=(n, _DIMENSIONS)) / math.sqrt(_DIMENSIONS) * size[:, None]
+        gradients[:, 0] += signal + 0.3 * between * of_length
+        gradients[:, 1] += between * of_length
+        return cls(lengths, items, gradients * items[:, None])
+
+    @property
+    def mean(self) -> np.ndarray:
+        mean: np.ndarray = self.sums.sum(0) / self.items.sum()
+        return mean
+
+    @property
+    def noise_rows(self) -> float:
+        """The noise scale: the mean square of what a row adds to the mean, relative to the mean's square."""
+        noise = self.sums - self.items[:, None] * self.mean
+        return float((noise**2).sum(1).mean() / self.items.mean() ** 2 / (self.mean**2).sum())
+
+    def measured(self, deal: Callable[[np.ndarray, int], Halves], n: int, *, replace: bool = True) -> np.ndarray:
+        """Return the agreement and the power of `n` windows."""
+        draw, left, found = np.random.default_rng(1), np.zeros(0, dtype=int), []
+        for index in range(n):
+            if replace:
+                rows = draw.integers(0, len(self.items), ROWS)
+            else:
+                left = left if len(left) >= ROWS else draw.permutation(len(self.items))
+                rows, left = left[:ROWS], left[ROWS:]
+            places = deal(self.lengths[rows], index)
+            a, b = (self.sums[rows[list(half)]].sum(0) for half in places)
+            n_a, n_b = (self.items[rows[list(half)]].sum() for half in places)
+            found.append((a @ b / (n_a * n_b), (a + b) @ (a + b) / (n_a + n_b) ** 2))
+        return np.array(found)
+
+
+def at_random(lengths: np.ndarray, index: int) -> Halves:
+    halves = MeasuredWindows(1, seed=3).halves(Window(index, 0, tuple(range(len(lengths)))))
+    assert halves is not None
+    return halves
+
+
+def by_length(lengths: np.ndarray, _: int) -> Halves:
+    short, long = np.split(np.argsort(lengths, kind="stable"), 2)
+    return tuple(short.tolist()), tuple(long.tolist())
+
+
+def noise_of(measured: np.ndarray) -> float:
+    agreement, power = measured.mean(0)
+    return math.inf if agreement <= 0 else float(ROWS * (power / agreement - 1))
+
+
+def estimator_of(measured: np.ndarray) -> NoiseScaleEstimator:
+    estimator = NoiseScaleEstimator()
+    for agreement, power in measured:
+        estimator.add(agreement, power, ROWS)
+    return estimator
+
+
+INDEPENDENT = Population.of(signal=0.15, between=0.3, power=0.5)  # tokens of a row
+CORRELATED = Population.of(signal=0.2, between=0.4, power=1.0, one_item=True)
+
+
+@pytest.mark.parametrize("rows", [INDEPENDENT, CORRELATED])
+def test_random_halves_find_the_noise_scale_where_halves_by_length_do_not(rows: Population) -> None:
+    assert noise_of(rows.measured(at_random, 2500)) == pytest.approx(rows.noise_rows, rel=0.1)
+    assert abs(noise_of(rows.measured(by_length, 500)) / rows.noise_rows - 1) > 0.5
+
+
+def test_the_running_estimate_is_near_the_noise_scale() -> None:
+    measured = INDEPENDENT.measured(at_random, 300)
+    estimate = estimator_of(measured).estimate(ROWS)
+    assert estimate.noise_rows == pytest.approx(INDEPENDENT.noise_rows, rel=0.3)
+    assert estimate.noise_rows_lower < INDEPENDENT.noise_rows < estimate.noise_rows_upper
+    assert estimate.signal_share == pytest.approx(1 / (1 + INDEPENDENT.noise_rows / ROWS), rel=0.3)
+
+
+def test_epochs_over_few_rows_are_nearer_to_the_gradient_of_these_rows() -> None:
+    rows = Population.of(signal=0.15, between=0.15, power=0.75, n=400)
+    agreement, power = rows.measured(at_random, 3000, replace=False).mean(0)
+    estimator = NoiseScaleEstimator()
+    for _ in range(8):
+        estimator.add(agreement, power, ROWS)
+    fresh, of_these = (estimator.estimate(ROWS, n).noise_rows for n in (None, 400))
+    assert of_these == pytest.approx(rows.noise_rows, rel=0.1)
+    assert fresh > 1.15 * rows.noise_rows
+
+
+def test_nine_of_ten_intervals_contain_the_true_share() -> None:
+    measured, draw = INDEPENDENT.measured(at_random, 2000), np.random.default_rng(0)
+    truth = measured[:, 0].mean() / measured[:, 1].mean()
+    hits = 0
+    for _ in range(500):
+        estimate = estimator_of(measured[draw.integers(0, len(measured), 30)]).estimate(ROWS)
+        hits += estimate.lower <= truth <= estimate.upper
+    assert 0.86 < hits / 500 < 0.95
+
+
+def test_updates_of_another_size_count_by_the_noise_of_a_row() -> None:
+    """With a noise scale of 100 rows, an update of R rows has a power of 1 + 100 / R."""
+    estimator = NoiseScaleEstimator()
+    for rows in 5 * (20, 50, 400):
+        estimator.add(1.0, 1 + 100 / rows, rows)
+    assert estimator.estimate(100).signal_share == pytest.approx(0.5)
+    assert estimator.estimate(50).signal_share == pytest.approx(1 / 3)
+    assert estimator.estimate(50).noise_rows == pytest.approx(100)
+
+
+def test_recent_updates_count_more() -> None:
+    estimator = NoiseScaleEstimator()
+    for agreement in (*300 * (0.9,), *200 * (0.1,)):
+        estimator.add(agreement, 1.0, ROWS)
+    assert estimator.estimate(ROWS).signal_share == pytest.approx(0.1 + 0.8 * math.exp(-4), abs=1e-3)
+
+
+def test_nothing_is_known_after_few_updates_or_without_agreement() -> None:
+    measured = INDEPENDENT.measured(at_random, 8)
+    assert math.isnan(estimator_of(measured[:7]).estimate(ROWS).lower)
+    assert not math.isnan(estimator_of(measured).estimate(ROWS).lower)
+    opposite = estimator_of(np.array(20 * [(-0.5, 1.0), (-0.4, 1.0)])).estimate(ROWS)
+    assert opposite.signal_share == pytest.approx(-0.45, abs=0.01)
+    assert math.isnan(opposite.noise_rows)
+    assert math.isnan(estimator_of(np.array(4 * [(-2.0, 1.0), (2.5, 1.0)])).estimate(ROWS).noise_rows)  # from -1 to 1.5
+
+
+def test_a_restored_estimate_continues() -> None:
+    measured = INDEPENDENT.measured(at_random, 20)
+    first, again = estimator_of(measured[:11]), NoiseScaleEstimator()
+    again.load_state_dict(first.state_dict())
+    for agreement, power in measured[11:]:
+        again.add(agreement, power, ROWS)
+    assert again.estimate(ROWS) == estimator_of(measured).estimate(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.05, 0.1, "580 to 1,200 rows; an update has 64, and updates are mostly noise: with twice the rows, one is "),
+        (0.05, 0.1, "worth 1.8 times as much or more"),
+        (-0.1, 0.1, "at least 580 rows; an update has 64, and updates are mostly noise"),
+        (0.3, 0.6, "43 to 150 rows; an update has 64, and with twice the rows, one is worth 1.2 to 1.5 times as much"),
+        (
+            0.85,
+            0.95,
+            "3.4 to 11 rows; an update has 64, and rows mostly agree: with half the rows, an update is still ",
+        ),
+        (0.85, 0.95, "worth 87% or more"),
+        (math.nan, math.nan, "not known yet (measured in 1 updates of 64 rows)"),
+    ],
+)
+def test_an_estimate_is_described_in_words(low: float, high: float, words: str) -> None:
+    def scale(share: float) -> float:
+        return math.nan if math.isnan(share) else ROWS * max(0.0, 1 / share - 1) if share > 0 else math.inf
+
+    shares = {"signal_share": (low + high) / 2, "lower": low, "upper": high}
+    scales = {"noise_rows": scale((low + high) / 2), "noise_rows_lower": scale(high), "noise_rows_upper": scale(low)}
+    summary = summarize([{"rows": ROWS, "tokens": 0, **shares, **scales}])
+    assert summary is not None
+    assert words in describe(summary)
+
+
+def test_a_summary_has_the_noise_scale_in_tokens() -> None:
+    known = {"signal_share": 0.5, "lower": 0.4, "upper": 0.6}
+    scales = {"noise_rows": 64.0, "noise_rows_lower": 43.0, "noise_rows_upper": math.inf}
+    entries = [{"rows": ROWS, "tokens": tokens, **known, **scales} for tokens in (600, 680)]
+    summary: Any = summarize(entries)
+    assert (summary["measured_updates"], summary["noise_tokens"]) == (2, 640)
+    assert "(about 640 tokens)" in describe(summary)
+    assert summarize([]) is None
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("planned", [True, False])
+def test_each_half_is_cut_separately_and_comes_before_the_next(processes: int, planned: bool) -> None:
+    draw, rows = np.random.default_rng(0), tuple(range(100, 133))
+    planner = MicroBatchPlanner(BatchLimits(4), num_processes=processes)
+    planner = planner if planned else MicroBatchPlanner(BatchLimits(4), costs=None, num_processes=processes)
+    halves = MeasuredWindows(2, seed=7).halves(Window(3, 0, rows))
+    assert halves is not None
+    cut = split_halves(planner, rows, draw.integers(3, 60, len(rows)).tolist(), halves)
+    assert cut.n_first is not None
+    assert len({len(share) for share in cut.by_process}) == 1
+    for half, part in zip(halves, (slice(cut.n_first), slice(cut.n_first, None)), strict=True):
+        pieces = [piece for share in cut.by_process for piece in share[part]]
+        assert sorted(place for piece in pieces for place in piece.places) == list(half)
+        assert all(piece.rows == tuple(rows[place] for place in piece.places) for piece in pieces)
+        assert all(len(piece.rows) <= 4 for piece in pieces)
+
+
+def test_halves_depend_on_the_seed_and_the_index_alone() -> None:
+    def halves(seed: int, index: int, every: int = 5, n_rows: int = 33) -> Halves | None:
+        return MeasuredWindows(every, seed).halves(Window(index, 0, tuple(range(n_rows))))
+
+    one = halves(1, 4)
+    assert one is not None
+    assert [len(half) for half in one] == [16, 17]
+    assert sorted((*one[0], *one[1])) == list(range(33))
+    assert halves(1, 4) == one
+    assert halves(2, 4) != one != halves(1, 9)
+    assert [index for index in range(20) if halves(1, index) is not None] == [4, 9, 14, 19]
+    assert halves(1, 4, n_rows=15) is None
+    assert halves(1, 4, n_rows=16) is not None
+
+
+@pytest.mark.parametrize("value", [True, 0, -3, 1.5, "often", None, "-2"])
+def test_other_settings_are_refused(value: Any) -> None:
+    with pytest.raises(SettingsError, match="`noise_scale` must be 'auto', False, or a positive number of updates"):
+        parse_settings({"noise_scale": value})
+
+
+@pytest.mark.parametrize(("given", "value"), [("auto", "auto"), ("no", False), (False, False), ("20", 20), (1, 1)])
+def test_settings_are_read(given: Any, value: Any) -> None:
+    read = parse_settings({"noise_scale": given})[1].noise_scale
+    assert (read, type(read)) == (value, type(value))
