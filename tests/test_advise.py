@@ -1,8 +1,8 @@
 """`ftaccum advise`: what a run's noise scale says, and its branches at half, the same and twice the batch."""
 
-import hashlib
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, TrainerCallback
 
 from ftaccum import SettingsError
-from ftaccum.apps.advise import branch, check
-from ftaccum.apps.advise.branch import Branches, branch_recipe, runtime_of
+from ftaccum.apps.advise import branch
+from ftaccum.apps.advise.branch import Branches, branch_recipe
 from ftaccum.apps.advise.experiment import CELLS, Cell, RowOrder, experiment_of, scaled_rates, steady_rate
-from ftaccum.apps.advise.figures import Interval, Outcome, interval_of, intervals_of, table, verdict
+from ftaccum.apps.advise.figures import Outcome, interval_of, intervals_of, table, verdict
 from ftaccum.apps.advise.noise import describe_scale
 from ftaccum.apps.advise.recorded_run import RecordedRun
 from ftaccum.apps.cli import main
 from ftaccum.planning.shuffle import order_of
+from ftaccum.runtime.run_dir import RunDir
 from silent_errors.text_columns import TINY, word_tokenizer
 from task_files import save_rows
 
@@ -152,3 +153,201 @@ def test_a_branch_ends_with_the_loss_of_plain_sgd(
     held = [tuple(word_tokenizer()(text)["input_ids"]) for text in branches.loaded.val["review"]]
     assert one.outcome.loss == pytest.approx(loss(held).item(), rel=1e-9)
     assert one.result.lr_history[DONE:] == pytest.approx([RATE * factor] * (32 // size), rel=1e-12)
+
+
+def test_rates_follow_the_batch_by_its_root_or_for_sgd_in_proportion(branches: Branches) -> None:
+    given = {"share": 0.5, "seeds": 3}
+    of_sgd, of_adam = (experiment_of(16, 1000, (0.1, 0.2), name, **given) for name in ("sgd", "adamw"))
+    assert [of_sgd.rate_factor(cell) for cell in CELLS] == [0.5, 1, 1, 2, 1]
+    assert [of_adam.rate_factor(cell) for cell in CELLS] == pytest.approx([0.5**0.5, 1, 1, 2**0.5, 1], rel=1e-15)
+    assert of_adam.factor == 0.5
+    adam = replace(branches.experiment, rule="sqrt")
+    rates = [branch_recipe(branches.run, adam, cell)["learning_rate"] / RATE for cell in CELLS]
+    assert rates == pytest.approx([0.5**0.5, 1, 1, 2**0.5, 1], rel=1e-15)
+
+
+def test_every_rate_of_a_recipe_is_scaled() -> None:
+    groups = [{"pattern": "bias", "lr": 3.0, "weight_decay": 0.0}, {"pattern": "norm", "weight_decay": 0.1}]
+    recipe = {"learning_rate": 1.0, "head_learning_rate": 2.0, "optimizer_groups": groups, "weight_decay": 0.5}
+    scaled = [{"pattern": "bias", "lr": 6.0, "weight_decay": 0.0}, {"pattern": "norm", "weight_decay": 0.1}]
+    assert scaled_rates(recipe, 2.0) == {"learning_rate": 2, "head_learning_rate": 4, "optimizer_groups": scaled}
+    none = {"learning_rate": 1.0, "head_learning_rate": None, "optimizer_groups": None}
+    assert scaled_rates(none, 1.0) == none
+
+
+def test_a_schedule_that_has_decayed_gives_the_mean_rate() -> None:
+    assert steady_rate([1.0, 0.6, 0.2]) == (0.2, True)
+    assert steady_rate([1.0, 0.5, 0.1]) == (pytest.approx(1.6 / 3), False)
+
+
+def test_rows_are_whole_updates_of_all_sizes() -> None:
+    for size, n_rows, share, even, rows in ((16, 5000, 0.05, 16, 224), (7, 1000, 0.1, 6, 96), (2, 80, 0.2, 2, 16)):
+        found = experiment_of(size, n_rows, (1.0, 1.0), "adamw", share=share, seeds=2)
+        assert (found.effective_batch_size, found.rows) == (even, rows)
+        assert all(found.updates(cell) * found.size(cell) == rows for cell in CELLS)
+    with pytest.raises(SettingsError, match=r"50 of the run's 1,000 rows, .* at least 128: 4 .* `--share 0.13`"):
+        experiment_of(16, 1000, (1.0, 1.0), "adamw", share=0.05, seeds=2)
+    with pytest.raises(SettingsError, match="The whole run has only 100 rows"):
+        experiment_of(16, 100, (1.0, 1.0), "adamw", share=0.05, seeds=2)
+    with pytest.raises(SettingsError, match="an update of this run has 1 row"):
+        experiment_of(1, 1000, (1.0, 1.0), "adamw", share=0.05, seeds=2)
+
+
+def test_another_order_moves_no_row_past_the_rows_that_are_done_or_held_out() -> None:
+    order = RowOrder(n_rows=30, epoch=1, done=10, seed=7, rows=8, n_held=5)
+    epoch = np.array(order_of(1, 30, 7))
+    assert order.held() == epoch[18:23].tolist()
+    assert order.arrangement(0) == list(range(30))
+    seen = [np.array(order.arrangement(number))[epoch] for number in (1, 2)]
+    for rows in seen:
+        assert sorted(rows[:10]) == sorted(epoch[:10])
+        assert rows[18:23].tolist() == epoch[18:23].tolist()
+        assert sorted(rows[10:]) == sorted(epoch[10:])
+        assert set(rows[10:18]) != set(epoch[10:18])
+    assert seen[0].tolist() != seen[1].tolist()
+
+
+def test_the_interval_of_a_mean_is_that_of_students_t() -> None:
+    losses = [0.71, 0.69, 0.74, 0.70]
+    low, high = stats.t.interval(0.9, 3, np.mean(losses), stats.sem(losses))
+    found = interval_of(losses)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high), rel=1e-12)
+    assert interval_of([1.0, 2.0, 3.0], 0.95).half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # by a table
+    assert not interval_of([1.0]).is_known
+    assert str(interval_of([1.0, math.inf])) == "diverged"
+
+
+def outcomes_of(means: list[float], spread: float = 0.001) -> list[Outcome]:
+    """Return outcomes of all cells for three orders."""
+    shifts = (-spread, 0.0, spread)
+    return [Outcome(c, n + 1, mean + shifts[n], 1.0) for n in range(3) for c, mean in zip(CELLS, means, strict=True)]
+
+
+def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> None:
+    given = experiment_of(16, 5000, (1.0, 1.0), "adamw", share=0.05, seeds=3)
+
+    def said(means: list[float], spread: float = 0.001) -> str:
+        return verdict(intervals_of(outcomes_of(means, spread)), given, "validation loss")
+
+    assert said([0.8, 0.8, 0.7, 0.6, 0.8]).startswith("Twice the batch (32 rows) with the scaled learning rate")
+    assert "`effective_batch_size=8`" in said([0.8, 0.5, 0.7, 0.6, 0.8])
+    assert said([0.8, 0.8, 0.5, 0.6, 0.8]).startswith("The run's batch (16 rows) reached the lowest validation loss")
+    assert said([0.8, 0.8, 0.5, 0.502, 0.8]).startswith("No verdict: the 90% intervals of updates of 16 and 32 rows")
+    # 2.92 · 0.001 / √3 = 0.00169 is the half-width of each.
+    assert said([0.8, 0.8, 0.5, 0.5035, 0.8]).startswith("The run's batch")
+    assert said([0.8, 0.8, 0.7, 0.6, 0.6]).startswith("Twice the batch")  # two rates of one batch may overlap
+    assert said([0.8, 0.8, 0.7, math.inf, 0.9]).startswith("The run's batch")
+    assert said([math.inf] * 5).startswith("No verdict: all branches diverged")
+    one = verdict(intervals_of(outcomes_of([0.5] * 5)[:5]), given, "validation loss")
+    assert one.startswith("No verdict: the check has not trained")
+    assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Let branches return losses without training, and print a line when the first one is trained."""
+    found: dict[str, Any] = {"stops_at": None, "branches": []}
+
+    def train_branch(self: Branches, cell: Cell, number: int) -> Outcome:
+        if len(found["branches"]) == found["stops_at"]:
+            raise KeyboardInterrupt
+        if not found["branches"]:
+            print("TRAINING")
+        found["branches"].append((cell, number))
+        return Outcome(cell, number + 1, 0.5 + abs(cell.ratio - 2) + 0.01 * number, 1.0)
+
+    monkeypatch.setattr(Branches, "train", train_branch)
+    return found
+
+
+def test_the_cost_is_printed_before_any_training(
+    run: Path, faked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "found.json"
+    assert main(["advise", str(run), "--check", "--share", "0.7", "--json", str(file)]) == 0
+    before, after = capsys.readouterr().out.split("TRAINING")
+    assert "updates of 2, 4 and 8 rows, each over the same 32 rows (61.5% of the run's 52), in 3 orders" in before
+    assert "Learning rate: constant at 0.05 (of the last update)" in before
+    assert "Cost: 15 branches, 480 rows (923% of the run), about 192 forward and backward passes" in before
+    assert "Twice the batch (8 rows) with the scaled learning rate reached the lowest validation loss" in after
+    found = json.loads(file.read_text())
+    assert len(found["branches"]) == 15
+    assert [cell["updates"] for cell in found["intervals"]] == [16, 16, 8, 4, 4]
+    assert found["intervals"][0]["mean"] == pytest.approx(2.01)
+    assert found["verdict"].startswith("Twice the batch")
+
+
+def test_ctrl_c_keeps_the_branches_so_far(
+    run: Path, faked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked["stops_at"], file = 7, tmp_path / "found.json"
+    assert main(["advise", str(run), "--check", "--share", "0.7", "--json", str(file)]) == 130
+    assert "No verdict: the check has not trained each branch with two orders" in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["branches"]) == 7
+
+
+def test_bad_input_is_one_sentence_before_any_training(
+    run: Path, faked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changed(sources: dict[str, Any], name: str) -> str:
+        shutil.copytree(run, tmp_path / name)
+        record = json.loads((run / "run.json").read_text())
+        (tmp_path / name / "run.json").write_text(json.dumps(record | {"sources": sources}))
+        return str(tmp_path / name)
+
+    empty = tmp_path / "empty"
+    shutil.copytree(run, empty, ignore=shutil.ignore_patterns("checkpoints"))
+    for folder, words, sentence in (
+        (str(tmp_path / "none"), [], "There is no folder"),
+        (str(tmp_path), [], "is not the output folder of a run"),
+        (changed({}, "python"), [], "was started from Python"),
+        (changed({"streaming": True}, "stream"), [], "reads a stream"),
+        (str(empty), [], "has no sound checkpoint"),
+        (str(run), ["--checkpoint", "update-1"], "there is no such folder. The run has: update-00000013"),
+        (str(run), [], "`share` is 0.05, which is 2 of the run's 52 rows"),
+        (str(run), ["--seeds", "1"], "`seeds` must be an integer of 2 or more"),
+        (str(run), ["--share", "1.5"], "`share` must be a number above 0, up to 1"),
+        (str(run), ["--json", str(tmp_path / "none" / "x.json")], "is in a folder that does not exist"),
+    ):
+        assert main(["advise", folder, "--check", *words]) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err
+        assert printed.err.count("\n") == 1
+        assert not printed.out
+    with RunDir(run).lock():
+        assert main(["advise", str(run), "--check", "--share", "0.7"]) == 2
+    assert "is training at the moment" in capsys.readouterr().err
+    assert main(["advise", str(run), "--share", "0.7"]) == 2
+    assert "`--share` belongs to the check" in capsys.readouterr().err
+    assert main(["advise"]) == 2
+    assert "RUN is required" in capsys.readouterr().err
+    assert faked["branches"] == []
+
+
+def test_changed_rows_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    for rows, sentence in ((ROWS[1:], "which now has 35 training rows"), (ROWS[::-1], "`train_data` was")):
+        file = save_rows(tmp_path / "rows.jsonl", rows)
+        (tmp_path / "run" / "run.json").write_text(
+            json.dumps(record | {"sources": record["sources"] | {"train_data": file}})
+        )
+        assert main(["advise", str(tmp_path / "run"), "--check", "--share", "0.7"]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_an_estimate_is_described_with_its_interval() -> None:
+    noise = {"rows": 64, "measured_updates": 20, "signal_share": 0.25, "lower": 0.2, "upper": 0.32}
+    noise |= {"noise_rows": 192.0, "noise_rows_lower": 136.0, "noise_rows_upper": 256.0}
+    noise |= {"noise_tokens": 1920.0, "noise_tokens_lower": 1360.0, "noise_tokens_upper": 2560.0}
+    said = "\n".join(describe_scale(noise))
+    assert "190 rows (90% interval 140 to 260); 1,900 tokens (90% interval 1,400 to 2,600)" in said
+    assert "25% of the squared gradient of an update of 64 rows (90% interval 20% to 32%)" in said
+    assert "1.60 times as useful (90% interval 1.52 to 1.67)" in said
+    assert "up to about 190 rows" in said
+    assert "64 rows are below that" in said
+    said = "\n".join(
+        describe_scale(noise | {"lower": -0.1, "noise_rows_upper": math.inf, "noise_tokens_lower": math.nan})
+    )
+    assert "Noise scale: at least 140 rows\n" in said
+    assert "(90% interval 1.52 to 2.00)" in said

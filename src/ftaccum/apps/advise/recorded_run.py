@@ -43,6 +43,8 @@ class RecordedRun:
         Raises:
             SettingsError: if a call from Python started the run, it reads a stream, or it has no such checkpoint.
         """
+        if not folder.is_dir():
+            raise SettingsError([f"There is no folder {str(folder)!r}. Give the output folder of a run."])
         record = RunRecord.read(RunDir(folder).record)
         if record is None:
             raise SettingsError([f"{str(folder)!r} has no run.json, so it is not the output folder of a run."])
