@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, TrainerCallback
 
-from ftaccum import SettingsError
+from ftaccum import Result, SettingsError
 from ftaccum.apps.advise import branch
 from ftaccum.apps.advise.branch import Branches, branch_recipe
 from ftaccum.apps.advise.experiment import CELLS, Cell, RowOrder, experiment_of, scaled_rates, steady_rate
@@ -26,6 +26,7 @@ from ftaccum.apps.advise.recorded_run import RecordedRun
 from ftaccum.apps.cli import main
 from ftaccum.planning.shuffle import order_of
 from ftaccum.runtime.run_dir import RunDir
+from ftaccum.training.run import run_training
 from silent_errors.text_columns import TINY, word_tokenizer
 from task_files import save_rows
 
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ftaccum.TextWarning")
 
 # Rows of 2 to 5 words that differ from each other, so that each can be recognised.
 TEXTS = [f"row{n % 12} {('good', 'bad', 'film', 'very')[n // 12]}{' a' * (n % 4)}" for n in range(40)]
-ROWS = [{"review": text, "stars": n % 3 > 0} for n, text in enumerate(TEXTS)]
+ROWS: list[dict[str, Any]] = [{"review": text, "stars": n % 3 > 0} for n, text in enumerate(TEXTS)]
 RATE, SIZE, DONE = 0.05, 4, 13  # learning rate, rows of an update, updates before the checkpoint
 
 
@@ -69,14 +70,13 @@ class Trained(TrainerCallback):
     def __init__(self, branches: Branches, cell: Cell, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[tuple[int, ...]] = []
         self.before: dict[str, Tensor] = {}
-        original = branch.run_training
 
-        def run_training(*given: Any) -> Any:
-            self.result = original(*given)
+        def keep_result(*given: Any) -> Result:
+            self.result = run_training(*given)
             return self.result
 
         with monkeypatch.context() as patch:
-            patch.setattr(branch, "run_training", run_training)
+            patch.setattr(branch, "run_training", keep_result)
             more = branches.loaded.more | {"callbacks": [self]}
             self.outcome = replace(branches, loaded=replace(branches.loaded, more=more)).train(cell, number)
 
@@ -149,14 +149,14 @@ def test_a_branch_ends_with_the_loss_of_plain_sgd(
         optimizer.zero_grad()
         loss(one.rows[n : n + size]).backward()
         optimizer.step()
+    assert branches.loaded.val is not None
     held = [tuple(word_tokenizer()(text)["input_ids"]) for text in branches.loaded.val["review"]]
     assert one.outcome.loss == pytest.approx(loss(held).item(), rel=1e-9)
     assert one.result.lr_history[DONE:] == pytest.approx([RATE * factor] * (32 // size), rel=1e-12)
 
 
 def test_rates_follow_the_batch_by_its_root_or_for_sgd_in_proportion(branches: Branches) -> None:
-    given = {"share": 0.5, "seeds": 3}
-    of_sgd, of_adam = (experiment_of(16, 1000, (0.1, 0.2), name, **given) for name in ("sgd", "adamw"))
+    of_sgd, of_adam = (experiment_of(16, 1000, (0.1, 0.2), name, share=0.5, seeds=3) for name in ("sgd", "adamw"))
     assert [of_sgd.rate_factor(cell) for cell in CELLS] == [0.5, 1, 1, 2, 1]
     assert [of_adam.rate_factor(cell) for cell in CELLS] == pytest.approx([0.5**0.5, 1, 1, 2**0.5, 1], rel=1e-15)
     assert of_adam.factor == 0.5
@@ -176,7 +176,9 @@ def test_every_rate_of_a_recipe_is_scaled() -> None:
 
 def test_a_schedule_that_has_decayed_gives_the_mean_rate() -> None:
     assert steady_rate([1.0, 0.6, 0.2]) == (0.2, True)
-    assert steady_rate([1.0, 0.5, 0.1]) == (pytest.approx(1.6 / 3), False)
+    rate, is_last = steady_rate([1.0, 0.5, 0.1])
+    assert rate == pytest.approx(1.6 / 3)
+    assert not is_last
 
 
 def test_rows_are_whole_updates_of_all_sizes() -> None:
@@ -231,7 +233,9 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     assert said([0.8, 0.8, 0.7, 0.6, 0.8]).startswith("Twice the batch (32 rows) with the scaled learning rate")
     assert "`effective_batch_size=8`" in said([0.8, 0.5, 0.7, 0.6, 0.8])
     assert said([0.8, 0.8, 0.5, 0.6, 0.8]).startswith("The run's batch (16 rows) reached the lowest validation loss")
-    assert said([0.8, 0.8, 0.5, 0.502, 0.8]).startswith("No verdict: the 90% intervals of updates of 16 and 32 rows")
+    assert said([0.8, 0.8, 0.5, 0.502, 0.8]).startswith(
+        "No verdict: the 90% interval of updates of 16 rows overlaps those of 32"
+    )
     # 2.92 · 0.001 / √3 = 0.00169 is the half-width of each.
     assert said([0.8, 0.8, 0.5, 0.5035, 0.8]).startswith("The run's batch")
     assert said([0.8, 0.8, 0.7, 0.6, 0.6]).startswith("Twice the batch")  # two rates of one batch may overlap

@@ -12,7 +12,7 @@ from ...runtime.accelerator import is_first_process
 from ...runtime.atomic_files import atomic_write
 from ...runtime.run_dir import RunDir
 from .branch import Branches
-from .experiment import CELLS, Experiment
+from .experiment import CELLS, Cell, Experiment
 from .figures import Outcome, as_json, intervals_of, table, verdict
 from .options import AdviseOptions
 from .recorded_run import RecordedRun
@@ -78,7 +78,7 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
     sizes = [f"{e.size(cell):,}" for cell in CELLS if cell.scaled]
     _, is_last = run.rates
     source = "of the last update" if is_last else "the mean over the run, because the schedule has decayed by then"
-    rows, passes = n * e.rows, sum(_passes(run, e, cell, batch_size) for cell in CELLS) * e.seeds
+    rows, passes = n * e.rows, sum(_passes(e, cell, batch_size) for cell in CELLS) * e.seeds
     seconds = run.seconds_of(rows + round(_EVALUATION * n * branches.n_measured))
     time = "in unknown time" if seconds is None else f"about {seconds:,.0f} s at the run's speed"
     if e.effective_batch_size != run.effective_batch_size:
@@ -97,10 +97,9 @@ def describe(run: RecordedRun, experiment: Experiment, branches: Branches, batch
     )
 
 
-def _passes(run: RecordedRun, experiment: Experiment, cell: Any, batch_size: int) -> int:
-    """Return about how many forward and backward passes a branch takes on each process."""
-    at_once = batch_size * run.record.num_processes
-    return experiment.updates(cell) * -(-experiment.size(cell) // at_once)
+def _passes(experiment: Experiment, cell: Cell, batch_size: int) -> int:
+    """Return about how many forward and backward passes a branch takes, on all processes together."""
+    return experiment.updates(cell) * -(-experiment.size(cell) // batch_size)
 
 
 @contextmanager

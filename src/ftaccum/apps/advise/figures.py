@@ -95,8 +95,8 @@ def verdict(found: Mapping[Cell, Interval], experiment: Experiment, measure: str
     if near:
         others = " and ".join(f"{experiment.size(Cell(ratio, scaled=True)):,}" for ratio in near)
         return (
-            f"No verdict: the {CONFIDENCE:.0%} intervals of updates of {size:,} and {others} rows overlap. After the "
-            f"same {experiment.rows:,} rows, the order of the rows changes the loss more than these batches do. "
+            f"No verdict: the {CONFIDENCE:.0%} interval of updates of {size:,} rows overlaps those of {others} rows. "
+            f"After the same {experiment.rows:,} rows, the order of the rows changes the loss more than these batches do. "
             "More `--seeds` or a larger `--share` measure smaller differences. Otherwise choose the batch by time and "
             "memory."
         )
