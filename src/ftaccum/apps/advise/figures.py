@@ -96,7 +96,7 @@ def verdict(found: Mapping[Cell, Interval], experiment: Experiment, measure: str
         others = " and ".join(f"{experiment.size(Cell(ratio, scaled=True)):,}" for ratio in near)
         return (
             f"No verdict: the {CONFIDENCE:.0%} interval of updates of {size:,} rows overlaps those of {others} rows. "
-            f"After the same {experiment.rows:,} rows, the order of the rows changes the loss more than these batches do. "
+            f"After the same {experiment.rows:,} rows, their losses differ less than those of other orders of the rows. "
             "More `--seeds` or a larger `--share` measure smaller differences. Otherwise choose the batch by time and "
             "memory."
         )
@@ -116,7 +116,8 @@ def _meaning(ratio: float, experiment: Experiment) -> str:
     if ratio == 1:
         return "Keep it: both a smaller and a larger batch learn less from the same rows."
     return (
-        "A smaller batch learns more from the same rows here, and on one device it takes no more passes. Train with "
+        "A smaller batch learns more from the same rows here, and on one device it takes about as many passes. Train "
+        "with "
         f"`effective_batch_size={experiment.effective_batch_size // 2}`."
     )
 

@@ -11,6 +11,7 @@ from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
 
+_LEVEL = "90% interval"
 _FEWEST_ROWS = 16  # of an update that can be measured
 _CHECK = "`ftaccum advise {run} --check` compares half, the same and twice the batch instead."
 
@@ -45,41 +46,50 @@ def describe_run(folder: Path) -> str:
 def describe_scale(noise: Mapping[str, Any]) -> list[str]:
     """Return lines on an estimate whose interval is known.
 
-    With the signal share ρ, the gradient of one update has the mean |μ|² and the power |μ|² / ρ. An update of twice the
-    rows has the share 2ρ / (1 + ρ), which is 2 / (1 + ρ) times as much.
+    With the signal share ρ, the gradient of an update has the signal |μ|² and the power |μ|² / ρ. With twice the rows,
+    the share is 2ρ / (1 + ρ), which is 2 / (1 + ρ) times as much.
     """
-    share, low, high = noise["signal_share"], max(0.0, noise["lower"]), min(1.0, noise["upper"])
-    rows, interval = noise["rows"], "90% interval"
-    signal, worth = min(1.0, max(0.0, share)), [2 / (1 + each) for each in (high, low)]
+    rows, high = noise["rows"], min(1.0, noise["upper"])
+    in_tokens = "" if math.isnan(noise["noise_tokens_lower"]) else f"; {_scale(noise, 'tokens')}"
+    if _is_bounded(noise):
+        share, low = min(1.0, noise["signal_share"]), noise["lower"]
+        signal = (
+            f"{share:.0%} of the squared gradient of an update of {rows:,} rows ({_LEVEL}: {low:.0%} to {high:.0%})"
+        )
+        worth = f"{2 / (1 + share):.2f} times as useful ({_LEVEL}: {2 / (1 + high):.2f} to {2 / (1 + low):.2f})"
+    else:
+        signal = f"at most {high:.0%} of the squared gradient of an update of {rows:,} rows"
+        worth = f"{2 / (1 + high):.2f} times as useful or more"
     return [
-        f"Noise scale: {_scale(noise, 'rows', interval)}"
-        + ("" if math.isnan(noise["noise_tokens_lower"]) else f"; {_scale(noise, 'tokens', interval)}"),
-        f"Signal: {signal:.0%} of the squared gradient of an update of {rows:,} rows ({interval} {low:.0%} to "
-        f"{high:.0%}); the rest is noise",
-        f"Doubling the batch makes an update {2 / (1 + signal):.2f} times as useful ({interval} {worth[0]:.2f} to "
-        f"{worth[1]:.2f})",
+        f"Noise scale: {_scale(noise, 'rows')}{in_tokens}",
+        f"Signal: {signal}; the rest is noise",
+        f"Doubling the batch makes an update {worth}",
         f"Useful range: {_useful(noise)}",
         "This is the plain gradient's geometry, not the optimizer's, and it counts updates, not time: "
         "docs/noise_scale.md says what it leaves out. `--check` compares batches directly.",
     ]
 
 
-def _scale(noise: Mapping[str, Any], unit: str, interval: str) -> str:
+def _is_bounded(noise: Mapping[str, Any]) -> bool:
+    """Return whether the interval excludes that there is no signal at all."""
+    return noise["lower"] > 0 and math.isfinite(noise["noise_rows_upper"])
+
+
+def _scale(noise: Mapping[str, Any], unit: str) -> str:
     found, low, high = (noise[f"noise_{unit}{end}"] for end in ("", "_lower", "_upper"))
-    if noise["lower"] <= 0 or not math.isfinite(high):
+    if not _is_bounded(noise):
         return f"at least {_rounded(low)} {unit}"
-    return f"{_rounded(found)} {unit} ({interval} {_rounded(low)} to {_rounded(high)})"
+    return f"{_rounded(found)} {unit} ({_LEVEL}: {_rounded(low)} to {_rounded(high)})"
 
 
 def _useful(noise: Mapping[str, Any]) -> str:
-    least, rows = noise["noise_rows_lower"], noise["rows"]
-    unbounded = noise["lower"] <= 0 or not math.isfinite(noise["noise_rows_upper"])
-    upto = least if unbounded else noise["noise_rows"]
-    known = f"at least {_rounded(least)} rows" if unbounded else f"about {_rounded(upto)} rows"
+    """Return a sentence on the batches up to the noise scale, whose signal share is a half or less: 2 / 1.5 = 1.33."""
+    rows, upto = noise["rows"], noise["noise_rows" if _is_bounded(noise) else "noise_rows_lower"]
+    about = "about" if _is_bounded(noise) else "at least"
     where = "below" if rows < upto else "above"
     return (
-        f"up to {known}, each doubling makes an update 1.33 times as useful or more; from there on, less and less. "
-        f"This run's {rows:,} rows are {where} that"
+        f"up to {about} {_rounded(upto)} rows, twice the rows make an update 1.33 times as useful or more; from there "
+        f"on, less and less. This run's {rows:,} rows are {where} that"
     )
 
 
