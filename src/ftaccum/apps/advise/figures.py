@@ -96,7 +96,7 @@ def verdict(found: Mapping[Cell, Interval], experiment: Experiment, measure: str
         others = " and ".join(f"{experiment.size(Cell(ratio, scaled=True)):,}" for ratio in near)
         return (
             f"No verdict: the {CONFIDENCE:.0%} interval of updates of {size:,} rows overlaps those of {others} rows. "
-            f"After the same {experiment.rows:,} rows, their losses differ less than those of other orders of the rows. "
+            f"After the same {experiment.rows:,} rows, their losses differ less than those of other row orders. "
             "More `--seeds` or a larger `--share` measure smaller differences. Otherwise choose the batch by time and "
             "memory."
         )
