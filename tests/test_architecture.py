@@ -23,6 +23,8 @@ WITHOUT_TORCH = [
     "apps.yaml",
     "errors",
     "fields",
+    "insight.noise_scale",
+    "planning.halves",
     "planning.micro_batches",
     "planning.plan",
     "planning.stream_plan",

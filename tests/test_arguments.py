@@ -37,12 +37,12 @@ NAMES = (
     "label_smoothing", "layerwise_lr_decay", "learning_rate", "learning_rate_scaling", "log_every", "log_with",
     "lora", "loss_fn", "loss_head", "loss_inputs", "loss_over", "lr_scheduler", "lr_scheduler_kwargs", "max_length",
     "max_tokens", "max_updates", "metric_for_best", "mixed_precision", "model", "n_epochs", "noise_scale",
-    "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite", "optimizer", "optimizer_groups", "output_dir", "padding_free",
-    "planner", "planner_costs", "preprocess_logits_for_metrics", "preprocessing_num_workers", "progress",
-    "push_to_hub", "random_seed", "reduction", "remainder", "restore_best_weights", "resume", "router_balance",
-    "sampler", "save", "self_check_cache", "sharding", "sync", "text_columns", "tokenizer", "tokens_per_update",
-    "train_data", "use_amp", "use_wandb", "val_data", "validation_split", "verbosity", "warmup_ratio", "warmup_steps",
-    "weight_decay",
+    "nonfinite_patience", "num_workers", "on_inexact", "on_nonfinite", "optimizer", "optimizer_groups", "output_dir",
+    "padding_free", "planner", "planner_costs", "preprocess_logits_for_metrics", "preprocessing_num_workers",
+    "progress", "push_to_hub", "random_seed", "reduction", "remainder", "restore_best_weights", "resume",
+    "router_balance", "sampler", "save", "self_check_cache", "sharding", "sync", "text_columns", "tokenizer",
+    "tokens_per_update", "train_data", "use_amp", "use_wandb", "val_data", "validation_split", "verbosity",
+    "warmup_ratio", "warmup_steps", "weight_decay",
 )  # fmt: skip
 
 

@@ -78,12 +78,13 @@ class HalfGradients:
         term = normalizer.terms[0]
         items = sum(micro.counts[term] for micro in self._micro_batches[: self._n_first])
         tokens = sum(micro.tokens for micro in self._micro_batches)
-        numbers = torch.cat([first, torch.tensor([items, tokens], dtype=first.dtype).to(first.device)])
+        # Filled on the device, because it would wait for a copy from the host.
+        numbers = torch.cat([first, first.new_full((1,), items), first.new_full((1,), tokens)])
         if (processes := self._accelerator.num_processes) > 1:
             numbers = self._accelerator.reduce(numbers, "sum")
             numbers[:N_SUMS] /= processes  # the gradient is the mean over processes
         first, (items_of_first, tokens_of_all) = numbers[:N_SUMS], numbers[N_SUMS:]
-        part = items_of_first / normalizer.items_T[0].to(first.device, first.dtype)
+        part = items_of_first / normalizer.items_T[0]
         share = first @ (last - first) / (part * (1 - part)) / (last @ last)
         self._seconds += time.perf_counter() - started
         return Agreement(share, tokens_of_all, self._seconds)
