@@ -7,12 +7,13 @@ from typing import Any
 
 from ...errors import SettingsError
 from ...insight.noise_scale import describe
+from ...planning.halves import LEAST_ROWS
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
 
 _LEVEL = "90% interval"
-_FEWEST_ROWS = 16  # of an update that can be measured
+_AUTO_UPDATES = 80  # a shorter run measures nothing by default
 _CHECK = "`ftaccum advise {run} --check` compares half, the same and twice the batch instead."
 
 
@@ -34,12 +35,11 @@ def describe_run(folder: Path) -> str:
     updates = result.optimizer_steps + result.skipped_steps
     head = f"Run: {folder}, {updates:,} updates, {result.effective_batch_size:,} rows an update"
     if result.noise_scale is None:
-        return "\n".join([head, *_unmeasured(result, RunRecord.read(run_dir.record)), _CHECK.format(run=folder)])
+        return "\n".join([head, _unmeasured(result, RunRecord.read(run_dir.record)), _CHECK.format(run=folder)])
     if math.isnan(result.noise_scale["lower"]):
-        remedy = "Train longer. " if result.interrupted else ""
-        return "\n".join(
-            [head, f"Noise scale: {describe(result.noise_scale)}.", f"{remedy}{_CHECK.format(run=folder)}"]
-        )
+        remedy = "Train longer, or measure more often: `noise_scale` is the number of updates between two measurements."
+        known = describe(result.noise_scale)
+        return "\n".join([head, f"Noise scale: {known}.", remedy, _CHECK.format(run=folder)])
     return "\n".join([head, *describe_scale(result.noise_scale)])
 
 
@@ -93,22 +93,24 @@ def _useful(noise: Mapping[str, Any]) -> str:
     )
 
 
-def _unmeasured(result: Result, record: RunRecord | None) -> list[str]:
-    """Return lines on why a run has no noise scale, as far as its folder tells."""
-    if result.effective_batch_size < _FEWEST_ROWS:
-        return [
-            f"Noise scale: not measured, because an update has {result.effective_batch_size} rows. It needs at least "
-            f"{_FEWEST_ROWS}: give a larger `effective_batch_size`."
-        ]
-    if record is not None and record.recipe.get("loss_over") == "window":
-        return [
-            "Noise scale: not measured, because the loss compares all rows of an update, so the gradients of two "
-            "halves do not add up to it."
-        ]
-    return [
-        "Noise scale: not measured. The run is too short, its loss is not a sum over rows, it is deterministic, or "
-        "`noise_scale` is False. If none of these holds, an older version trained it: train with this one."
-    ]
+def _unmeasured(result: Result, record: RunRecord | None) -> str:
+    """Return a sentence on why a run has no noise scale, as far as its folder tells, and what to do."""
+    rows, updates = result.effective_batch_size, result.optimizer_steps + result.skipped_steps
+    if rows < LEAST_ROWS:
+        why = f"an update has {rows} rows. It needs {LEAST_ROWS} or more: give a larger `effective_batch_size`"
+    elif record is not None and record.recipe.get("loss_over") == "window":
+        why = "the loss reads all rows of an update together, so the gradients of two halves do not add up to it"
+    elif updates < _AUTO_UPDATES:
+        why = (
+            f"the run has {updates} updates. By default, runs of {_AUTO_UPDATES} or more measure it: train with "
+            f"`noise_scale={max(1, updates // 20)}`, the number of updates from one measurement to the next"
+        )
+    else:
+        return (
+            "Noise scale: not measured. `noise_scale` is False, the run is deterministic or sharded, its loss does not "
+            "add up over rows, or an older version trained it. `--verbosity debug` logs which of these holds."
+        )
+    return f"Noise scale: not measured, because {why}."
 
 
 def _rounded(number: float) -> str:
