@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ftaccum.apps.advise.figures import Outcome, interval_of, intervals_of, tabl
 from ftaccum.apps.advise.noise import describe_scale
 from ftaccum.apps.advise.recorded_run import RecordedRun
 from ftaccum.apps.cli import main
+from ftaccum.insight.noise_scale import NoiseEstimate
 from ftaccum.planning.shuffle import order_of
 from ftaccum.runtime.run_dir import RunDir
 from ftaccum.training.run import run_training
@@ -48,8 +49,9 @@ def train(folder: Path, *words: str) -> Path:
     given += ["--columns", "label=stars", "--batch_size", "3", "--effective_batch_size", str(SIZE), "--n_epochs", "2"]
     given += ["--max_updates", str(DONE), "--optimizer", "sgd", "--weight_decay", "0", "--gradient_clip_norm", "none"]
     given += ["--learning_rate", str(RATE), "--lr_scheduler", "constant", "--validation_split", "0.1"]
-    assert main(["train", *given, "--verbosity", "quiet", "--output_dir", str(folder / "run"), *words]) == 0
-    return folder / "run"
+    given += ["--verbosity", "quiet", "--output_dir", str(folder / "run"), *words]
+    assert main(["train", *given]) == 0
+    return Path(given[len(given) - given[::-1].index("--output_dir")])
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +358,26 @@ def test_an_estimate_is_described_with_its_interval() -> None:
     assert "1.52 times as useful or more" in said
 
 
+def test_a_run_without_a_noise_scale_says_why(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    unknown = dict.fromkeys(f.name for f in fields(NoiseEstimate)) | {"rows": 64, "measured_updates": 3}
+    for values, sentence in (
+        ({}, "not measured, because an update has 4 rows. It needs 16 or more"),
+        ({"effective_batch_size": 32}, "not measured, because the run has 13 updates"),
+        ({"effective_batch_size": 32, "optimizer_steps": 90}, "`noise_scale` is False, the run is deterministic"),
+        ({"noise_scale": unknown}, "Noise scale: not known yet"),
+    ):
+        (tmp_path / "run" / "result.json").write_text(json.dumps(result | values))
+        assert main(["advise", str(tmp_path / "run")]) == 0
+        said = capsys.readouterr().out
+        assert sentence in said
+        assert f"`ftaccum advise {tmp_path / 'run'} --check` compares" in said
+    for folder in (tmp_path / "none", tmp_path):
+        assert main(["advise", str(folder)]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
 def contents(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -384,6 +406,18 @@ def test_a_check_changes_nothing_in_the_folder_of_the_run(
     losses = [one["loss"] for one in found["branches"]]
     assert len(set(losses)) == 10
     assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.slow
+def test_a_branch_of_the_same_batch_is_the_run_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--optimizer", "adamw", "--learning_rate", "1e-3", "--gradient_clip_norm", "1", "--n_epochs", "3")
+    run = train(tmp_path, *words)
+    longer = train(tmp_path, *words, "--max_updates", str(DONE + 8), "--output_dir", str(tmp_path / "longer"))
+    recorded = RecordedRun.read(run, None)
+    branches = Branches.load(recorded, recorded.experiment(0.7, 2), {"batch_size": 3, "verbosity": "quiet"})
+    found = Trained(branches, Cell(1.0, scaled=True), 0, monkeypatch).result
+    assert found.loss_history == pytest.approx(Result.load(longer).loss_history, rel=1e-12)
+    assert found.final_loss == pytest.approx(Result.load(longer).final_loss, rel=1e-12)
 
 
 @pytest.mark.slow
