@@ -36,7 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::ftaccum.TextWarning")
 # Rows of 2 to 5 words that differ from each other, so that each can be recognised.
 TEXTS = [f"row{n % 12} {('good', 'bad', 'film', 'very')[n // 12]}{' a' * (n % 4)}" for n in range(40)]
 ROWS: list[dict[str, Any]] = [{"review": text, "stars": n % 3 > 0} for n, text in enumerate(TEXTS)]
-RATE, SIZE, DONE = 0.05, 4, 13  # learning rate, rows of an update, updates before the checkpoint
+RATE, SIZE, DONE = 0.05, 4, 13  # peak learning rate, rows of an update, updates before the checkpoint
+STEADY = RATE * 7 / 13  # the mean of a linear schedule over 13 updates, which ends with RATE / 13
 
 
 def train(folder: Path, *words: str) -> Path:
@@ -48,7 +49,7 @@ def train(folder: Path, *words: str) -> Path:
     given = ["--model", str(folder / "encoder"), "--train_data", save_rows(folder / "rows.jsonl", ROWS)]
     given += ["--columns", "label=stars", "--batch_size", "3", "--effective_batch_size", str(SIZE), "--n_epochs", "2"]
     given += ["--max_updates", str(DONE), "--optimizer", "sgd", "--weight_decay", "0", "--gradient_clip_norm", "none"]
-    given += ["--learning_rate", str(RATE), "--lr_scheduler", "constant", "--validation_split", "0.1"]
+    given += ["--learning_rate", str(RATE), "--validation_split", "0.1"]
     given += ["--verbosity", "quiet", "--output_dir", str(folder / "run"), *words]
     assert main(["train", *given]) == 0
     return Path(given[len(given) - given[::-1].index("--output_dir")])
@@ -146,7 +147,7 @@ def test_a_branch_ends_with_the_loss_of_plain_sgd(
         logits = torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
         return nn.functional.cross_entropy(logits, torch.tensor([labels[row] for row in rows]))
 
-    optimizer, size = torch.optim.SGD(model.parameters(), lr=RATE * factor), int(ratio * SIZE)
+    optimizer, size = torch.optim.SGD(model.parameters(), lr=STEADY * factor), int(ratio * SIZE)
     for n in range(0, 32, size):
         optimizer.zero_grad()
         loss(one.rows[n : n + size]).backward()
@@ -154,7 +155,7 @@ def test_a_branch_ends_with_the_loss_of_plain_sgd(
     assert branches.loaded.val is not None
     held = [tuple(word_tokenizer()(text)["input_ids"]) for text in branches.loaded.val["review"]]
     assert one.outcome.loss == pytest.approx(loss(held).item(), rel=1e-9)
-    assert one.result.lr_history[DONE:] == pytest.approx([RATE * factor] * (32 // size), rel=1e-12)
+    assert one.result.lr_history[DONE:] == pytest.approx([STEADY * factor] * (32 // size), rel=1e-12)
 
 
 def test_rates_follow_the_batch_by_its_root_or_for_sgd_in_proportion(branches: Branches) -> None:
@@ -163,7 +164,7 @@ def test_rates_follow_the_batch_by_its_root_or_for_sgd_in_proportion(branches: B
     assert [of_adam.rate_factor(cell) for cell in CELLS] == pytest.approx([0.5**0.5, 1, 1, 2**0.5, 1], rel=1e-15)
     assert of_adam.factor == 0.5
     adam = replace(branches.experiment, rule="sqrt")
-    rates = [branch_recipe(branches.run, adam, cell)["learning_rate"] / RATE for cell in CELLS]
+    rates = [branch_recipe(branches.run, adam, cell)["learning_rate"] / STEADY for cell in CELLS]
     assert rates == pytest.approx([0.5**0.5, 1, 1, 2**0.5, 1], rel=1e-15)
 
 
@@ -271,7 +272,9 @@ def test_the_cost_is_printed_before_any_training(run: Path, tmp_path: Path, caps
     assert main(["advise", str(run), "--check", "--share", "0.7", "--json", str(file)]) == 0
     before, after = capsys.readouterr().out.split("TRAINING")
     assert "updates of 2, 4 and 8 rows, each over the same 32 rows (61.5% of the run's 52), in 3 orders" in before
-    assert "Learning rate: constant at 0.05 (of the last update)" in before
+    assert (
+        "Learning rate: constant at 0.0269 (the mean over the run, because the schedule has decayed by then)" in before
+    )
     assert "Cost: 15 branches, 480 rows (923% of the run), about 216 forward and backward passes" in before
     assert "Twice the batch (8 rows) with the scaled learning rate reached the lowest validation loss" in after
     found = json.loads(file.read_text())
@@ -350,6 +353,7 @@ def test_an_estimate_is_described_with_its_interval() -> None:
     assert "1.60 times as useful (90% interval: 1.52 to 1.67)" in said
     assert "up to about 190 rows" in said
     assert "64 rows are below that" in said
+    assert "at least 140 rows; at least 1,400 tokens" in "\n".join(describe_scale(noise | {"lower": -0.1}))
     said = "\n".join(
         describe_scale(noise | {"lower": -0.1, "noise_rows_upper": math.inf, "noise_tokens_lower": math.nan})
     )
@@ -410,7 +414,18 @@ def test_a_check_changes_nothing_in_the_folder_of_the_run(
 
 @pytest.mark.slow
 def test_a_branch_of_the_same_batch_is_the_run_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("--optimizer", "adamw", "--learning_rate", "1e-3", "--gradient_clip_norm", "1", "--n_epochs", "3")
+    words = (
+        "--optimizer",
+        "adamw",
+        "--lr_scheduler",
+        "constant",
+        "--learning_rate",
+        "1e-3",
+        "--gradient_clip_norm",
+        "1",
+        "--n_epochs",
+        "3",
+    )
     run = train(tmp_path, *words)
     longer = train(tmp_path, *words, "--max_updates", str(DONE + 8), "--output_dir", str(tmp_path / "longer"))
     recorded = RecordedRun.read(run, None)
