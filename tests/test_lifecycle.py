@@ -67,7 +67,7 @@ def test_a_result_is_a_mapping_that_can_be_printed_and_saved_as_json(tmp_path: P
     result = run(validation_split=0.25)
     assert result["final_loss"] == result.final_loss == result.val_loss_history[-1]
     assert set(result) >= {"initial_loss", "best_val_loss", "metrics", "tokens_per_second", "final_loss_scale"}
-    assert "noise_scale" not in result
+    assert "nothing" not in result
     with pytest.raises(KeyError):
         result["nothing"]
     assert "final loss" in str(result)

@@ -232,7 +232,8 @@ def test_the_estimate_is_in_the_result_the_table_and_the_trackers(tmp_path: Path
 
 def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: Any) -> MeasuredWindows:
     """Return the windows that a run of 100 updates of 16 rows measures, unless something is changed."""
-    report = SimpleNamespace(balanced=(), inexact=list, ways=dict.fromkeys(terms, changed.pop("way", "rows")))
+    ways, in_training = dict.fromkeys(terms, changed.pop("way", "rows")), SimpleNamespace(complaint=None)
+    report = SimpleNamespace(balanced=(), inexact=list, ways=ways, in_training=in_training)
     vars(report).update(changed.pop("report", {}))
     objective: Any = SimpleNamespace(window=changed.pop("window", None), report=report, terms=terms)
     runtime = Runtime(noise_scale=noise_scale, deterministic=changed.pop("deterministic", False))
@@ -248,6 +249,7 @@ def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: An
         {"window": object()},
         {"report": {"balanced": ("router",)}},
         {"report": {"inexact": lambda: ["it mixes rows"]}},
+        {"report": {"in_training": SimpleNamespace(complaint="Expected more than 1 value per channel")}},
         {"report": {"ways": {"one": "labels", "other": "rows"}}},
         {"terms": ("one", "other"), "way": "count_items"},
         {"optimizer": torch.optim.LBFGS},
@@ -278,7 +280,7 @@ def test_a_run_logs_why_it_does_not_measure(capfd: pytest.CaptureFixture[str]) -
     assert "noise scale is not measured: an update has 8 rows, fewer than 16." in capfd.readouterr().err
 
 
-def test_signed_sums_are_linear_and_keep_products() -> None:
+def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     one = torch.randn(2_100_000, generator=draw)
     other = one + torch.randn(2_100_000, generator=draw)
@@ -293,6 +295,8 @@ def test_signed_sums_are_linear_and_keep_products() -> None:
     assert float(a @ b) == pytest.approx(float(one.double() @ other.double()), rel=0.02)
     assert float(sums(torch.ones(2_100_000)).square().sum()) == pytest.approx(2_100_000, rel=0.03)
     torch.testing.assert_close(sums(one.double() + other.double()), a + b)
+    torch.testing.assert_close(sums(one, parts=7), a)
+    monkeypatch.setattr("ftaccum.objective.signed_sums._LARGEST", 1 << 20)  # as on a device
     torch.testing.assert_close(sums(one, parts=7), a)
     table = torch.zeros(9, 4).index_add_(0, torch.tensor([2, 5]), torch.ones(2, 4))
     assert torch.equal(sums(table.to_sparse(1), 3), sums(table, 3))

@@ -43,6 +43,8 @@ def _of_loss(objective: Objective) -> str | None:
         return "the loss reads all rows of an update together"
     if report.inexact():
         return "accumulating the loss only approximates one large batch"
+    if report.in_training.complaint is not None:
+        return "the model cannot train on a single row, which may be left over in half an update"
     ways = set(report.ways.values())
     if len(ways) > 1 or (len(objective.terms) > 1 and OF_USER in ways):
         return "the loss has several terms, which are means over different items"
