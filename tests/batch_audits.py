@@ -64,9 +64,9 @@ def auditor_of(
 
 
 def sample_of(
-    window: Sequence[MicroBatch], objective: Objective, group: ProcessGroup, *, whole: bool = True
+    window: Sequence[MicroBatch], objective: Objective, group: ProcessGroup, share: float = 1.0
 ) -> AuditBatches | None:
-    return AuditBatches.of(window, objective, group, FILL, None if whole else 4)
+    return AuditBatches.of(window, objective, group, FILL, share)
 
 
 def weighted_error(model: nn.Module, rows: Sequence[Row], sizes: Sequence[int], count: Count) -> float:

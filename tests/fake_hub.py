@@ -1,6 +1,7 @@
 """A server on this machine that answers what the client of the Hugging Face Hub asks when it uploads small files."""
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ class FakeHub:
         private: whether a repository is private.
         asked: the requests so far.
         refuses_commits: whether commits are refused although the token may write.
+        refuses_cards: whether the metadata of model cards are refused.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -27,7 +29,7 @@ class FakeHub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.asked: list[str] = []
-        self.refuses_commits = False
+        self.refuses_commits = self.refuses_cards = False
 
     def answer(self, method: str, path: str, token: str, body: bytes) -> tuple[int, Any]:
         """Return the status and the answer to a request."""
@@ -40,7 +42,13 @@ class FakeHub:
         if path == "/api/repos/create":
             return self._create(json.loads(body), token)
         if path == "/api/validate-yaml":
+            if self.refuses_cards:
+                return 400, {"error": "Bad request", "errors": [{"message": "no such task"}], "warnings": []}
             return 200, {"errors": [], "warnings": []}
+        if "/resolve/main/" in path:
+            repository, _, file = path[1:].partition("/resolve/main/")
+            found = self.files.get(repository, {}).get(file)
+            return (404, {"error": "Entry not found"}) if found is None else (200, found)
         user, name, action = f"{path.removeprefix('/api/models/')}/info".split("/")[:3]
         if f"{user}/{name}" not in self.files:
             return 404, {"error": "Repository not found"}
@@ -82,15 +90,21 @@ def fake_hub() -> Iterator[FakeHub]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             status, answer = hub.answer(self.command, self.path, token, body)
-            sent = json.dumps(answer).encode()
+            sent = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
+            if isinstance(answer, bytes):
+                self.send_header("ETag", f'"{hashlib.sha256(sent).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "1" * 40)
+            elif "/resolve/" in self.path:
+                self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", str(len(sent)))
             if status >= 400:
                 self.send_header("X-Error-Message", answer["error"])
             self.end_headers()
-            self.wfile.write(sent)
+            if self.command != "HEAD":
+                self.wfile.write(sent)
 
-        do_GET = do_POST = _answer  # noqa: N815
+        do_GET = do_POST = do_HEAD = _answer  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass

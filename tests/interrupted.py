@@ -103,8 +103,8 @@ class Ended:
 
 
 def ledger_of(folder: Path) -> str:
-    """Return a run's ledger without the seconds that audits took, which differ between any two runs."""
-    return re.sub(r', "seconds": [^,}]*', "", (folder / "ledger.jsonl").read_text())
+    """Return a run's ledger without times and memory, which differ between any two runs."""
+    return re.sub(r', "(\w*seconds|peak_memory)": [^,}]*', "", (folder / "ledger.jsonl").read_text())
 
 
 def updates_of(folder: Path) -> list[str]:

@@ -20,11 +20,14 @@ WITHOUT_TORCH = [
     "apps.options",
     "apps.parser",
     "apps.plan",
+    "apps.report",
     "apps.search.settings",
     "apps.verify.settings",
     "apps.yaml",
     "errors",
     "fields",
+    "insight.model_card",
+    "insight.run_report",
     "insight.noise_scale",
     "planning.halves",
     "planning.micro_batches",
@@ -38,6 +41,7 @@ WITHOUT_TORCH = [
     "tasks.reading.options",
     "tracking.ledger",
     "tracking.result",
+    "tracking.run_reports",
 ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import silent_errors
 from ftaccum import InexactLossError, InexactLossWarning, Result, test_fine_tuning
+from ftaccum.accumulation.audit_rows import AuditRows
 from ftaccum.accumulation.one_batch import OneBatch
 from ftaccum.data.novelty import SeenValues
 from ftaccum.objective.hidden_state import HiddenState
@@ -24,7 +25,7 @@ from ftaccum.objective.recount import RareCheck
 from ftaccum.objective.report import ExactnessReport
 from ftaccum.objective.rounding import Rounding
 from ftaccum.objective.structure import ObservedPasses
-from ftaccum.planning.audit_schedule import AuditSchedule
+from ftaccum.planning.audit_schedule import FEW_ROWS, WHOLE, AuditSchedule
 from heads import HEADS
 
 ROWS = [
@@ -90,21 +91,32 @@ def audited(
 ) -> list[int]:
     updates = []
     for update in range(1, schedule.n_updates + 1):
-        if schedule.is_due(update) or schedule.may_take(is_new=update in new):
+        is_planned = schedule.is_due(update)
+        if is_planned or schedule.may_take(is_new=update in new):
             updates.append(update)
-            schedule.done(seconds, is_new=update in new)
+            schedule.done(seconds, is_planned=is_planned)
         schedule.trained += trained
     return updates
 
 
-def test_audits_are_planned_at_powers_of_four() -> None:
-    assert audited(AuditSchedule(True, 400)) == [1, 4, 16, 64]
+def test_long_runs_are_audited_at_powers_of_four() -> None:
+    assert audited(AuditSchedule(True, 800)) == [1, 4, 16, 64]
+    assert audited(AuditSchedule(True, 799)) == [1, 4, 16]
 
 
-def test_short_runs_have_two_audits() -> None:
-    assert audited(AuditSchedule(True, 49)) == [1, 25]
-    assert audited(AuditSchedule(True, 2)) == [1, 2]
+def test_short_runs_have_one_audit_or_two() -> None:
+    assert audited(AuditSchedule(True, 532)) == [1, 266]
+    assert audited(AuditSchedule(True, 16)) == [1, 8]
+    assert audited(AuditSchedule(True, 15)) == [1]
     assert audited(AuditSchedule(True, 1)) == [1]
+
+
+@pytest.mark.parametrize("n_updates", [16, 100, 1_000, 10_000])
+def test_planned_audits_repeat_less_than_an_eighth_of_short_runs_and_little_of_long_ones(n_updates: int) -> None:
+    first, *others = AuditSchedule(True, n_updates)._planned.values()
+    assert first == FEW_ROWS
+    assert set(others) == {WHOLE}
+    assert 2 * sum(others) / n_updates <= max(2 / n_updates, 0.0075)
 
 
 def test_audits_continue_while_they_are_cheap() -> None:
@@ -112,18 +124,16 @@ def test_audits_continue_while_they_are_cheap() -> None:
     assert len(updates) / 4000 == pytest.approx(0.005, rel=0.1)
 
 
-def test_updates_with_new_values_are_audited_first() -> None:
-    assert audited(AuditSchedule(True, 400), new=(9,)) == [1, 4, 9, 64]
-    ordinary = AuditSchedule(True, 1000, spent=0.7, trained=100.0, extra=0)
-    ordinary._ahead = []
-    assert ordinary.may_take(is_new=True)
-    assert not ordinary.may_take(is_new=False)
-
-
-def test_new_values_are_audited_eight_times_at_any_cost() -> None:
+def test_updates_with_new_values_are_audited_besides_the_planned_ones() -> None:
     late = tuple(range(100, 120))
-    assert audited(AuditSchedule(True, 400), new=late) == [1, 4, 16, 64, *late[:8]]
-    assert audited(AuditSchedule(True, 20), new=(15, 18)) == [1, 10, 15, 18]
+    assert audited(AuditSchedule(True, 800), new=late) == [1, 4, 16, 64, *late[:8]]
+    assert audited(AuditSchedule(True, 8), new=(1, 3, 5)) == [1, 3, 5]
+    assert AuditSchedule(True, 800).share(1, is_new=True) == FEW_ROWS
+    schedule = AuditSchedule(True, 800, spent=0.7, trained=100.0, extra=0)
+    schedule._ahead = []
+    assert schedule.share(9, is_new=True) == FEW_ROWS
+    assert schedule.may_take(is_new=True)
+    assert not schedule.may_take(is_new=False)
 
 
 def windows_of_labels(*windows: list[float]) -> list[bool]:
@@ -162,8 +172,7 @@ def test_only_automatic_schedules_within_budget_consider_other_updates() -> None
     assert not AuditSchedule(3, 400).takes_others
     short = AuditSchedule(True, 8, extra=0)
     assert short.takes_others
-    for _ in range(2):
-        short.done(1.0, is_new=False)
+    short.done(1.0, is_planned=True)
     assert not short.takes_others
 
 
@@ -182,17 +191,34 @@ def test_an_exact_run_reports_its_audits() -> None:
 
 def rows_of_audits(**arguments: Any) -> list[tuple[int, int]]:
     """Return the update and the number of rows of each audit in a run of four updates of six micro-batches."""
-    result = train(Net(), gradient_accumulation_steps=6, **arguments)
+    result = train(Net(), **{"gradient_accumulation_steps": 6} | arguments)
     assert result.optimizer_steps == 4
     return [(audit["audit"], audit["rows"]) for audit in result.audits]
 
 
-def test_audits_of_short_runs_take_two_micro_batches() -> None:
-    assert rows_of_audits() == [(1, 4), (2, 4)]
+def test_the_first_audit_takes_a_few_rows() -> None:
+    assert rows_of_audits() == [(1, 3)]
+    assert rows_of_audits(batch_size=4, gradient_accumulation_steps=3) == [(1, 4)]
+    assert rows_of_audits(batch_size=1, gradient_accumulation_steps=12) == [(1, 2)]
+
+
+def test_a_few_rows_are_the_rarest_and_the_most_common_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, samples = AuditRows.few, []
+
+    def recorded(*given: Any) -> AuditRows:
+        samples.append(few(*given))
+        return samples[-1]
+
+    monkeypatch.setattr(AuditRows, "few", recorded)
+    rows = [(x, torch.tensor(float(n == 13))) for n, (x, _) in enumerate(ROWS)]
+    train(nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), F.mse_loss, train_data=rows, batch_size=4, n_epochs=1)
+    (sample,) = [sample for sample in samples if 13 in sample.rows]
+    assert [len(piece.rows) for piece in sample.by_process[0]] == [3, 1]
+    assert [micro.batch[1].sum().item() for micro in sample.load()] == [1.0, 0.0]
 
 
 def test_audits_of_every_nth_update_take_whole_windows_after_the_first() -> None:
-    assert rows_of_audits(audit=2) == [(1, 8), (3, 12)]
+    assert rows_of_audits(audit=2) == [(1, 3), (3, 12)]
 
 
 @pytest.mark.parametrize(("least", "n_measured"), [(1e-6, 0), (0.0, 1)])

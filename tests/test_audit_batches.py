@@ -44,14 +44,14 @@ def audited(
     sizes: tuple[int, ...] = SIZES,
     count: Callable[[Any], float] | None = None,
     *,
-    whole: bool = True,
+    share: float = 1.0,
     left: bool = False,
 ) -> Audit | None:
     head = HEADS[name]
     model = head.model()
     with all_in_float64():
         objective = objective_of(head, model, count)
-        sample = sample_of(window_of(objective, head.rows(sum(sizes)), sizes, left), objective, SINGLE, whole=whole)
+        sample = sample_of(window_of(objective, head.rows(sum(sizes)), sizes, left), objective, SINGLE, share)
         assert sample is not None
         return auditor_of(accelerator, model, objective, SINGLE, model).audit(sample, tolerance=None)
 
@@ -138,7 +138,7 @@ def test_a_part_of_a_window_is_four_micro_batches_with_the_rarest_labels_among_t
     head = HEADS["sequence classification, BERT"]
     objective = objective_of(head, head.model())
     rows = [{**row, "labels": 2 if n == 6 else n % 2} for n, row in enumerate(head.rows(12))]
-    sample = sample_of(window_of(objective, rows, (2,) * 6), objective, SINGLE, whole=False)
+    sample = sample_of(window_of(objective, rows, (2,) * 6), objective, SINGLE, share=4 / 6)
     assert sample is not None
     labels = [micro.batch["labels"].tolist() for micro in sample.load()]
     assert [2, 1] in labels

@@ -204,7 +204,11 @@ def test_two_processes_agree_on_the_output_folder(
     assert shown.count("There is no unfinished run with these settings in 'outputs'.") == 1
     record = json.loads((folder / "run.json").read_text())
     assert (record["num_processes"], record["finished"]) == (2, True)
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.slow

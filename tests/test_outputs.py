@@ -236,7 +236,11 @@ def test_a_result_saves_its_model_as_a_run_does(tmp_path: Path, kept: Result) ->
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").touch()
     kept.save_model(tmp_path / "model")
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     loaded = type(kept.model).from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in kept.model.state_dict().items())
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import BertTokenizerFast
+from transformers import BertForSequenceClassification, BertTokenizerFast
 
 from fake_hub import READ, WRITE, FakeHub, fake_hub
 from ftaccum import OutputWarning, Result, SettingsError, search, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.rules.repository import is_repository_name
+from ftaccum.runtime.log import run_logging
 from ftaccum.tracking.hub import check_hub, upload_model
 from ftaccum.training.preflight import faults_before_loading
 from heads import HEADS
@@ -27,7 +28,9 @@ AFTERWARDS = "leave `push_to_hub` out and upload the model after the run: `hf up
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     """Run the server, logged in as its user anna."""
     with fake_hub() as server:
+        address = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.setenv("HF_TOKEN", WRITE)
@@ -209,7 +212,61 @@ def test_a_model_that_could_not_be_saved_is_not_uploaded(hub: FakeHub, tmp_path:
     assert hub.files == {"anna/model": {}}
 
 
-def test_the_card_of_adapters_of_a_local_model_is_not_uploaded(
+def test_a_card_replaces_only_one_that_nobody_has_edited(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def upload(name: str, rate: float) -> bytes:
+        train(tmp_path / name, max_updates=1, learning_rate=rate)
+        return (tmp_path / name / "model" / "README.md").read_bytes()
+
+    files = hub.files.setdefault("anna/model", {})
+    first = upload("first", 1e-3)
+    assert files["README.md"] == first
+    second = upload("second", 1e-4)
+    assert files["README.md"] == second != first
+    files["README.md"] = second.replace(b"# model", b"# My model")
+    capsys.readouterr()
+    with run_logging(enabled=True):
+        upload_model(tmp_path / "first" / "model", "anna/model")
+    assert files["README.md"].count(b"# My model") == 1
+    assert (
+        "'anna/model' has a README.md that was written or edited by hand. It stays as it is; the model card of this "
+        f"run is '{tmp_path}/first/model/README.md'."
+    ) in capsys.readouterr().err
+
+
+def test_a_card_that_the_hub_refuses_costs_no_upload(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.refuses_cards = True
+    with run_logging(enabled=True):
+        assert train(tmp_path / "out").unwritten == []
+    assert "The hub refuses the model card, so README.md is not uploaded: " in capsys.readouterr().err
+    assert contents(tmp_path / "out" / "model").keys() - hub.files["anna/model"].keys() == {"README.md"}
+
+
+def test_only_the_card_of_the_uploaded_folder_names_the_repository(hub: FakeHub, tmp_path: Path) -> None:
+    train(tmp_path / "out", lora=True, save="both", max_updates=1)
+    assert b'from_pretrained("anna/model")' in hub.files["anna/model"]["README.md"]
+    assert b'from_pretrained(base, "adapter")' in (tmp_path / "out" / "adapter" / "README.md").read_bytes()
+
+
+def test_the_card_of_adapters_of_a_local_model_is_uploaded(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    CLASSIFIER.model().float().save_pretrained("base")
+    model = BertForSequenceClassification.from_pretrained("base")
+    test_fine_tuning(
+        model, train_data=CLASSIFIER.rows(6), lora=True, output_dir="out", push_to_hub="anna/model",
+        validation_split=0.0, n_epochs=1, max_updates=1, audit=False, verbosity="quiet",
+    )  # fmt: skip
+    card = hub.files["anna/model"]["README.md"].decode()
+    assert 'PeftModel.from_pretrained(base, "anna/model")' in card
+    assert "base_model" not in card
+
+
+def test_the_card_of_peft_for_adapters_of_a_local_model_is_not_uploaded(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

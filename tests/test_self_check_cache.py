@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,9 @@ def loss_fn(outputs, batch):
 def closed_over(weight):
     return lambda outputs, batch: weight * loss_fn(outputs, batch)
 """
+LANGUAGE_MODEL = CODE.replace(
+    "    def forward(", "    def get_output_embeddings(self):\n        return self.head\n\n    def forward("
+)
 CONFIRMED = "The rows confirm the cached verdict"
 
 
@@ -132,6 +136,32 @@ def test_code_that_is_not_installed_and_hooks_are_never_cached(installed: Any, c
     ]
 
 
+def partly_labelled() -> list[dict[str, Any]]:
+    return [{**row, "labels": row["labels"].where(row["labels"] != 1, -100)} for row in rows()]
+
+
+def test_a_second_run_confirms_labelled_positions_without_comparing_them_anew(
+    installed: Any, confirms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = installed(LANGUAGE_MODEL)
+    assert not confirms(package, partly_labelled())
+    monkeypatch.setattr("ftaccum.training.build_data.find_labelled_head", lambda *_: pytest.fail("compared anew"))
+    said: list[str] = []
+    monkeypatch.setattr("ftaccum.training.build_data.logger", SimpleNamespace(debug=said.append))
+    assert confirms(package, partly_labelled())
+    assert said == ["Logits are computed at labelled positions only."]
+
+
+def test_labelled_positions_that_give_another_loss_are_not_confirmed(
+    installed: Any, confirms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = installed(LANGUAGE_MODEL.replace("labels.flatten())", "labels.flatten(), label_smoothing=0.1)", 1))
+    assert [confirms(package, partly_labelled()) for _ in range(2)] == [False, True]
+    find = VerdictCache.find
+    monkeypatch.setattr(VerdictCache, "find", lambda cache: replace(find(cache), at_labels=True))
+    assert not confirms(package, partly_labelled())
+
+
 @pytest.mark.parametrize("way", ["rows", "elements of nothing"])
 def test_a_wrong_verdict_is_not_confirmed(
     way: str, installed: Any, confirms: Any, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +183,8 @@ def test_a_loss_that_is_not_exact_is_not_kept(installed: Any, confirms: Any, tmp
     [
         b"", b"{", b"[]", b"null", b"\xff\x00", b"[" * 5000, b'{"version": 1}',
         b'{"version": 2, "way": "labels", "measured": true, "shifts": false, "longest": 3}',
+        b'{"version": 3, "way": "labels", "measured": true, "shifts": false, "longest": 3, "at_labels": true, '
+        b'"gives_logits": true}',
         b'{"version": 1, "way": ["labels"], "measured": true, "shifts": false, "longest": 3}',
         b'{"version": 1, "way": "labels", "measured": 1, "shifts": false, "longest": 3}',
     ],

@@ -71,7 +71,7 @@ def run(log_with: Any = None) -> Result:
     """Run 12 updates in 2 epochs with two audits: 16 entries."""
     return test_fine_tuning(
         CLASSIFIER.model().double(), train_data=CLASSIFIER.rows(24), validation_split=0.0, n_epochs=2, batch_size=2,
-        gradient_accumulation_steps=2, log_with=log_with, log_every=1, progress=False,
+        gradient_accumulation_steps=2, log_with=log_with, log_every=1, audit=6, progress=False,
     )  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_a_tracker_gets_all_calls_in_order_from_its_own_thread(alone: Result) ->
         3,
         4,
         5,
-        5,
+        6,
         6,
         6,
         7,

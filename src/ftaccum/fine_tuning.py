@@ -313,8 +313,9 @@ def test_fine_tuning(
         log_every: updates between two entries for the trackers. An entry has the mean loss over the loss items of the
             updates since the last one, and their last and largest gradient norm. The ledger and the result have every
             update.
-        log_with: an Accelerate tracker, its name, or a list of these. Each tracker runs in its own thread, and the run
-            continues if it raises or hangs.
+        log_with: "tensorboard", "wandb", "mlflow", "trackio", another tracker that Accelerate supports, "all" for those
+            that are installed, a tracker object, or a list of these. Each tracker runs in its own thread, and the run
+            continues if it raises or hangs. Their files are in `output_dir`. Without a login, W&B works offline.
         use_wandb: short for `log_with="wandb"`.
         progress: show a progress bar.
         verbosity: "quiet" prints only warnings: no sizes, no tables, no progress bar and no messages. "normal" prints

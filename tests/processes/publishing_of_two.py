@@ -30,6 +30,7 @@ def train(**arguments: Any) -> Result:
 
 with fake_hub() as hub:  # each process has its own, but only the main process may use it
     constants.ENDPOINT = hub.endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     try:
         raised = str(train())
     except SettingsError as error:
@@ -41,6 +42,11 @@ with fake_hub() as hub:  # each process has its own, but only the main process m
     names = {path.name for path in (Path(folder) / "model").iterdir()}
     found = gather_object([sorted(hub.files.get("anna/model", {}))])
     assert found == [sorted(names), []], found
+
+    assert train(sharding="fsdp2").unwritten == []
+    card = (Path(folder) / "model" / "README.md").read_text()
+    assert 'AutoModelForSequenceClassification.from_pretrained("anna/model")' in card, card
+    assert "| Processes | 2 |" in card, card
 
     # An upload that takes longer than a collective operation may wait, and fails.
     ftaccum.runtime.process_group._POLL = 0.05

@@ -1,14 +1,19 @@
 """Samples of rows that can be loaded again, cut as the loop's planner cuts them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from ..data.batches import can_be_taken_apart, take
 from ..data.loader import LocalRows, MicroBatch
 from ..data.prefetch import LocalWindow, WindowLoader
+from ..planning.audit_schedule import FEW_ROWS, WHOLE
 from ..planning.base_plan import Window
 from ..planning.micro_batches import MicroBatchRows, RowIndices
-from .audit_sample import AuditedWindow, choose_part
+from .audit_sample import AuditedWindow, Piece, choose_part, n_of_share
+
+_CANDIDATES = 4  # micro-batches from which an audit of a few rows takes its rows
+_LARGEST = 3  # rows in its largest micro-batch
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,27 @@ class AuditRows:
         """Cut rows of a window as training does."""
         by_process = window_loader.loader.cut(rows, window_loader.planner)
         return cls(rows, by_process, (window_loader.plan.seed, window.index), window_loader)
+
+    @classmethod
+    def few(cls, own: Sequence[MicroBatch], window: Window, window_loader: WindowLoader) -> "AuditRows":
+        """Take a few short rows of a window, in two micro-batches of unequal size where the limits allow that.
+
+        All processes must call it.
+
+        Args:
+            own: this process's micro-batches, without dummies.
+        """
+        process_group, planner = window_loader.process_group, window_loader.planner
+        candidates = set(choose_part(_pieces(own), _CANDIDATES, process_group))
+        rows = [row for micro in own if micro.slice.rows in candidates for row in _single_rows(micro)]
+        most = min(_LARGEST, planner.limits.rows or _LARGEST)
+        chosen = _rows_of(choose_part(rows, most + 1, process_group))
+        if len(chosen) < 2:
+            return cls.of(window.rows, window, window_loader)
+        limits = replace(planner.limits, rows=min(most, len(chosen) - 1))
+        # The most common row comes last, into the small micro-batch, since the rarest ones may have no loss items.
+        by_process = window_loader.loader.cut(chosen, replace(planner, limits=limits, costs=None, n_passes=None))
+        return cls(chosen, by_process, (window_loader.plan.seed, window.index), window_loader)
 
     @property
     def n_rows(self) -> int:
@@ -72,13 +98,31 @@ class AuditRows:
 
 def audited_window(local_window: LocalWindow, window_loader: WindowLoader) -> AuditedWindow:
     """Return a window of the training loop as audits see it."""
-    window, micro_batches = local_window.window, local_window.micro_batches
+    window = local_window.window
+    own = [micro for micro in local_window.micro_batches if not micro.is_dummy]
 
-    def take(most: int | None) -> AuditRows:
-        if most is None:
+    def sample(share: float) -> AuditRows:
+        if share >= WHOLE:
             return AuditRows.of(window.rows, window, window_loader)
-        own = [(micro.slice.rows, micro.batch) for micro in micro_batches if micro.slice.rows]
-        rows = tuple(chain.from_iterable(choose_part(own, most, window_loader.process_group)))
-        return AuditRows.of(rows, window, window_loader)
+        if share == FEW_ROWS:
+            return AuditRows.few(own, window, window_loader)
+        n = n_of_share(share, len(own), window_loader.process_group)
+        return AuditRows.of(_rows_of(choose_part(_pieces(own), n, window_loader.process_group)), window, window_loader)
 
-    return AuditedWindow(window.index + 1, window.epoch, micro_batches, take)
+    return AuditedWindow(window.index + 1, window.epoch, local_window.micro_batches, sample)
+
+
+def _pieces(micro_batches: Sequence[MicroBatch]) -> list[Piece[RowIndices]]:
+    return [Piece(micro.slice.rows, micro.batch, micro.slice.tokens) for micro in micro_batches]
+
+
+def _single_rows(micro: MicroBatch) -> list[Piece[RowIndices]]:
+    """Return the rows of a micro-batch as pieces; a packed batch, or one of another form, is a piece as a whole."""
+    rows = micro.slice.rows
+    if not can_be_taken_apart(micro.batch, len(rows)):
+        return [Piece((row,), micro.batch, micro.slice.width) for row in rows]
+    return [Piece((row,), take(micro.batch, [n]), micro.slice.width) for n, row in enumerate(rows)]
+
+
+def _rows_of(names: Iterable[RowIndices]) -> RowIndices:
+    return tuple(chain.from_iterable(names))

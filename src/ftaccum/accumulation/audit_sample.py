@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..data.loader import MicroBatch
 from ..data.novelty import kinds_of
@@ -57,35 +57,64 @@ class AuditedWindow:
         update: the number of the update, from 1.
         epoch: the epoch that it belongs to.
         micro_batches: this process's micro-batches.
-        take: returns the sample of an audit: up to a number of micro-batches from all processes, or the whole window
-            if called with None. It returns None if these rows cannot be audited. All processes must call it.
+        take: returns the sample of an audit, given the share of the window that it takes: 1 for the whole window, 0
+            for a few rows, and otherwise a share of the micro-batches of all processes. It returns None if these rows
+            cannot be audited. All processes must call it.
     """
 
     update: int
     epoch: int
     micro_batches: Sequence[MicroBatch]
-    take: Callable[[int | None], AuditSample | None]
+    take: Callable[[float], AuditSample | None]
 
 
-def choose_part(own: Sequence[tuple[T, Batch]], most: int, process_group: ProcessGroup) -> list[T]:
-    """Choose a few micro-batches from all processes. All of them must call it.
+@dataclass(frozen=True)
+class Piece(Generic[T]):
+    """Rows of a window that an audit takes together: a micro-batch, or a single row.
 
-    Half of them have the rarest labels and flags, half the most common ones: between similar micro-batches, wrong item
-    counts would not show.
+    Attributes:
+        name: identifies the piece on all processes.
+        batch: the rows, collated.
+        size: their size, such as the number of token positions.
+    """
+
+    name: T
+    batch: Batch
+    size: int
+
+
+def n_of_share(share: float, n_own: int, process_group: ProcessGroup) -> int:
+    """Return the number of micro-batches in a share of a window, at least two. All processes must call it.
 
     Args:
-        most: the number of micro-batches to choose, if there are so many.
-        own: names for the micro-batches of this process, and their batches.
+        n_own: the number of micro-batches of this process.
+    """
+    return max(2, round(share * sum(process_group.gather(n_own))))
+
+
+def choose_part(own: Sequence[Piece[T]], most: int, process_group: ProcessGroup) -> list[T]:
+    """Choose a few pieces from all processes. All of them must call it.
+
+    Half of them have the rarest labels and flags, half the most common ones: between similar pieces, wrong item counts
+    would not show. Of pieces that are equally rare, take the smallest.
+
+    Args:
+        own: the pieces of this process.
+        most: the number of pieces to choose, if there are so many.
 
     Returns:
-        The names of the chosen ones, the same on every process.
+        The names of the chosen ones, the same on every process, the rarest first.
     """
-    named = [(name, _kinds_of(batch)) for name, batch in own]
+    named = [(piece.name, _kinds_of(piece.batch), piece.size) for piece in own]
     pieces = list(chain.from_iterable(process_group.gather(named)))
-    n_with = Counter(chain.from_iterable(kinds for _, kinds in pieces))
-    pieces.sort(key=lambda piece: -sum(1 / n_with[kind] for kind in piece[1]))
-    chosen = pieces if len(pieces) <= most else [*pieces[: most // 2], *pieces[-most // 2 :]]
-    return [name for name, _ in chosen]
+    n_with = Counter(chain.from_iterable(kinds for _, kinds, _ in pieces))
+    ranked = [(sum(1 / n_with[kind] for kind in kinds), size, name) for name, kinds, size in pieces]
+    ranked.sort(key=lambda piece: (-piece[0], piece[1]))
+    if len(ranked) <= most:
+        return [name for *_, name in ranked]
+    n_rare = most // 2
+    common = sorted(ranked[n_rare:], key=lambda piece: piece[:2])[: most - n_rare]
+    return [name for *_, name in (*ranked[:n_rare], *reversed(common))]
 
 
 def _kinds_of(batch: Batch) -> list[tuple[str, Any]]:

@@ -99,7 +99,8 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     "seed": "7",
     # checkpoints, output and logging
     "output_dir": "outputs/mine",
-    "output": "outputs/merged",
+    "output": {"merging": "outputs/merged", "output": "predictions.csv", "report": "report.html"},
+    "axis": "updates",
     "json": "found.json",
     "push_to_hub": "user/name",
     "save": "merged",

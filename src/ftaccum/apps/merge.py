@@ -42,6 +42,7 @@ def merge_run(source: str, output: str, base: str | None = None) -> Path:
     from ..runtime.adapters import merged
     from ..runtime.atomic_files import atomic_directory
     from ..tasks.adapter_folder import find_adapter, load_with_base, save_tokenizer
+    from ..tracking.saved_model import write_merged_card
 
     folder = find_adapter(source)
     try:
@@ -54,6 +55,7 @@ def merge_run(source: str, output: str, base: str | None = None) -> Path:
         with atomic_directory(target) as partial_folder:
             model.save_pretrained(partial_folder)
             save_tokenizer(folder, partial_folder, base)
+            write_merged_card(model, folder, base, partial_folder, target.absolute().name)
     except OSError as error:
         raise SettingsError([f"`--output` {output!r} cannot be written: {error}."]) from error
     return folder

@@ -19,6 +19,7 @@ from .memory.options import MemoryRecipe, MemoryRuntime, PlannedModel
 from .merge import MergeArguments
 from .parser import parse
 from .plan import PlanArguments, PlanRecipe
+from .report import ReportArguments
 from .search.settings import SearchSettings, SpaceArguments, TrialRecipe
 from .trained_options import EvaluationOutput, EvaluationRecipe, EvaluationRuntime, PredictionOutput
 from .verify.settings import VerifyOutput, VerifyRecipe, VerifyRuntime, VerifySettings
@@ -38,6 +39,7 @@ OPTIONS: dict[str, list[type]] = {
     "search": [TrainArguments, AdapterOptions, SpaceArguments, SearchSettings, TrialRecipe, Runtime],
     "verify": [NamedArguments, AdapterOptions, VerifyOutput, VerifySettings, VerifyRecipe, VerifyRuntime],
     "plan": [PlanArguments, PlanRecipe, PlannedModel, MemoryRecipe, MemoryRuntime],
+    "report": [ReportArguments],
     "merge": [MergeArguments],
     "advise": [AdviseOptions, AdviseRuntime],
     "eval": [TrainedArguments, EvaluationOutput, EvaluationRecipe, EvaluationRuntime],
@@ -56,6 +58,7 @@ _USAGE = {
     "train": "ftaccum train --model NAME --train_data FILE [options]",
     "search": "ftaccum search --model NAME --train_data FILE [options]",
     "verify": "ftaccum verify --model NAME --train_data FILE [options]",
+    "report": "ftaccum report RUN [RUN …] [options]",
     "merge": "ftaccum merge RUN --output DIR [options]",
     "advise": "ftaccum advise RUN [--check] [options]",
     "eval": "ftaccum eval RUN --data FILE [options]",

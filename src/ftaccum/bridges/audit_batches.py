@@ -9,11 +9,12 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..accumulation.audit_sample import choose_part
+from ..accumulation.audit_sample import Piece, choose_part, n_of_share
 from ..data.batches import has_rows, hides_padding, join, take
 from ..data.loader import MicroBatch
 from ..objective.item_counts import Batch, rows_of
 from ..objective.objective import Objective
+from ..planning.audit_schedule import WHOLE
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.process_group import ProcessGroup
 
@@ -51,22 +52,22 @@ class AuditBatches:
         objective: Objective,
         process_group: ProcessGroup,
         fill: Mapping[str, int],
-        most: int | None,
+        share: float,
     ) -> "AuditBatches | None":
         """Return the sample of a window, or of a few of its micro-batches. All processes must call it.
 
         Args:
             micro_batches: this process's micro-batches of the window, as its accumulator takes them. Those without loss
                 items are dummies, and their rows are not audited.
-            most: the number of micro-batches to take, if there are so many; None for the whole window.
+            share: the share of the window to take: 1 for the whole window, 0 for two micro-batches.
 
         Returns:
             None on all processes if there are no rows, or if the rows of a batch cannot be taken apart.
         """
         own = [micro for micro in micro_batches if not micro.is_dummy]
-        if most is not None:
-            named = [((process_group.index, n), micro.batch) for n, micro in enumerate(own)]
-            chosen = choose_part(named, most, process_group)
+        if share < WHOLE:
+            pieces = [Piece((process_group.index, n), m.batch, _size(m.batch)) for n, m in enumerate(own)]
+            chosen = choose_part(pieces, n_of_share(share, len(own), process_group), process_group)
             own = [own[n] for index, n in chosen if index == process_group.index]
         sizes = [(rows_of(m.batch), _size(m.batch)) if has_rows(m.batch) else None for m in own]
         known = list(chain.from_iterable(process_group.gather(sizes)))
@@ -79,7 +80,7 @@ class AuditBatches:
         dummy = _dummy(micro_batches, objective, process_group)
         kept = micro_batches or [dummy]
         sample = cls(kept, n_rows, most_rows, times_largest, objective, process_group, fill, dummy)
-        return sample if most is None else sample._with(own)
+        return sample if share >= WHOLE else sample._with(own)
 
     def load(self) -> list[MicroBatch]:
         return list(self.micro_batches)
@@ -174,6 +175,8 @@ def _in_order(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
 
 
 def _size(batch: Batch) -> int:
-    """Return the number of token positions, or of rows if there are no tokens."""
+    """Return the number of token positions, or of rows if there are no tokens; 0 if it has no rows either."""
+    if not has_rows(batch):
+        return 0
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     return ids.numel() if isinstance(ids, Tensor) else rows_of(batch)

@@ -83,8 +83,8 @@ class WindowAudits:
         """
         self._n_windows += 1
 
-        def take(most: int | None) -> AuditBatches | None:
-            return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, most)
+        def take(share: float) -> AuditBatches | None:
+            return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, share)
 
         self._handler.before_update(AuditedWindow(update or self._n_windows, epoch, micro_batches, take))
 

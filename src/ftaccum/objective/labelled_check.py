@@ -23,7 +23,6 @@ from .own_loss import LOSS, logits_of
 from .perturbation import float32_weights, perturb_head
 from .probe import relative
 from .rare_labels import with_rare_labels
-from .report import ExactnessReport
 from .sample import PAIRS, Sample
 
 _WAYS = {"labels": False, "labels after the next-token shift": True}  # whether logits predict the next label
@@ -51,16 +50,33 @@ def find_labelled_head(
     Returns:
         The head, or the reason why all logits are computed, for a message.
     """
-    head = _output_embedding(model)
-    if head is None:
-        return "the model has no output embedding"
-    if (reason := _excluded(model, head, forward, sample.together, objective.report)) is not None:
-        return reason
-    positions = LabelledPositions(_WAYS[objective.report.ways[LOSS]], ignore_index)
-    labelled = LabelledHead(model, head, positions)
+    way = "" if objective.report.sums else objective.report.ways.get(LOSS, "")
+    labelled = candidate_head(model, forward, sample.together, way, ignore_index)
+    if not isinstance(labelled, LabelledHead):
+        return labelled
     comparison = _Comparison(model, forward, sample, objective, labelled)
     found, labelled.gives_logits = of_main_process((comparison.reason(), comparison.gives_logits))
     return labelled if found is None else found
+
+
+def candidate_head(
+    model: nn.Module, forward: ModelForward, batch: Batch, way: str, ignore_index: int
+) -> LabelledHead | str:
+    """Return a head that computes logits only at labelled positions, not yet compared with the model's own way.
+
+    Args:
+        batch: a few rows.
+        way: the name of the items that the loss is a mean over.
+
+    Returns:
+        The head, or the reason why all logits are needed.
+    """
+    head = _output_embedding(model)
+    if head is None:
+        return "the model has no output embedding"
+    if (reason := _excluded(model, head, forward, batch, way)) is not None:
+        return reason
+    return LabelledHead(model, head, LabelledPositions(_WAYS[way], ignore_index))
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -71,15 +87,13 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _excluded(
-    model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, report: ExactnessReport
-) -> str | None:
+def _excluded(model: nn.Module, head: nn.Module, forward: ModelForward, batch: Batch, way: str) -> str | None:
     if not forward.is_own:
         return "the loss is not the model's own"
     labels = targets_of(batch) if isinstance(batch, Mapping) else None
     if labels is None or labels.ndim != 2 or labels.is_floating_point():
         return "the rows have no label for each token"
-    if report.ways.get(LOSS) not in _WAYS or report.sums:
+    if way not in _WAYS:
         return "the loss is not a plain mean over labels"
     if any(map(has_hooks_after, modules_around(model, head))):
         return "the model or its output embedding has hooks, which may read all logits"

@@ -114,15 +114,30 @@ def means_of_sums(sums: Means, counts: Counts) -> dict[str, Tensor]:
 
 def gathered(means: Sequence[WeightedMeans], accelerator: AccumulationBackend) -> list[WeightedMeans]:
     """Sum each of `means` over all processes and copy it to the host, with a single collective and a single wait."""
+    return [summed for summed, _ in gathered_with(means, [()] * len(means), accelerator)]
+
+
+def gathered_with(
+    means: Sequence[WeightedMeans], numbers: Sequence[Sequence[int]], accelerator: AccumulationBackend
+) -> list[tuple[WeightedMeans, list[int]]]:
+    """Do the same as `gathered`, and sum whole numbers of the host over all processes in the same collective.
+
+    Args:
+        numbers: as many numbers for each of `means`.
+    """
     if not means:
         return []
-    pairs_M2T = torch.stack([torch.stack([m.sums_T, m.items_T]) for m in means])
+    n_terms = len(means[0].terms)
+    table_MC = torch.stack([torch.cat([m.sums_T, m.items_T]) for m in means])
     if accelerator.num_processes > 1:
-        pairs_M2T = accelerator.reduce(pairs_M2T, "sum")
+        numbers_MN = torch.tensor(numbers, dtype=table_MC.dtype).to(table_MC.device)
+        table_MC = accelerator.reduce(torch.cat([table_MC, numbers_MN], dim=1), "sum")
     summed = []
-    for sums_T, items_T in pairs_M2T.cpu():
-        summed.append(WeightedMeans(means[0].terms, sums_T.device))
-        summed[-1].sums_T, summed[-1].items_T = sums_T, items_T
+    for row_C, mine in zip(table_MC.cpu(), numbers, strict=True):
+        total = WeightedMeans(means[0].terms, row_C.device)
+        total.sums_T, total.items_T = row_C[:n_terms], row_C[n_terms : 2 * n_terms]
+        others = row_C[2 * n_terms :].tolist() if accelerator.num_processes > 1 else mine
+        summed.append((total, [int(number) for number in others]))
     return summed
 
 

@@ -13,8 +13,11 @@ from .deterministic_forward import DeterministicMode
 from .forward import Forward
 from .hidden_state import HiddenState, find_hidden_state
 from .item_counts import CountItems, ItemCounter
+from .labelled_check import candidate_head
+from .labelled_head import LabelledHead
 from .measured_counts import chosen_counts
 from .measurement import Measurement
+from .model_forward import ModelForward
 from .objective import Objective
 from .own_loss import LOSS
 from .perturbation import float32_weights, has_narrow_weights
@@ -37,6 +40,7 @@ def measured_objective(
     sums: bool = False,
     balances_window: bool = False,
     cache: VerdictCache | None = None,
+    tries_labels: bool = False,
 ) -> Objective:
     """Decide how to count the loss, and measure whether accumulating it is exact.
 
@@ -56,10 +60,12 @@ def measured_objective(
         balances_window: whether to compute the balance of a mixture of experts over all tokens of a window, if its
             formula is known.
         cache: where to look for an earlier verdict, to be confirmed instead of measured, and to keep this one.
+        tries_labels: whether to confirm an earlier verdict with logits at labelled positions only, if it says that they
+            are enough. If the rows confirm it, `forward` computes only these from then on.
     """
     with inspection_mode(model, *forward.modules):
         measurement = Measurement(model, forward, sample, item_counter, count_items, sums)
-        report = _cached(measurement, cache)
+        report = _cached(measurement, cache, tries_labels=tries_labels)
         if report is None:
             measurement, report = _measured(measurement)
             logger.debug(report.describe_measurement())
@@ -73,15 +79,30 @@ def measured_objective(
     return Objective(forward, lambda batch: {term: count(batch) for term, count in chosen.items()}, report, window)
 
 
-def _cached(measurement: Measurement, cache: VerdictCache | None) -> ExactnessReport | None:
+def _cached(measurement: Measurement, cache: VerdictCache | None, *, tries_labels: bool) -> ExactnessReport | None:
     """Return the report of an earlier verdict, if these rows confirm it. The main process decides."""
     verdict = of_main_process(None if cache is None else cache.find())
     if verdict is None:
         return None
-    report = of_main_process(confirmed(measurement, verdict))
+    head = _labelled_head(measurement, verdict) if tries_labels else None
+    report = of_main_process(confirmed(measurement, verdict, head))
     if report is not None:
+        measurement.forward.labelled_head = head
         logger.debug(f"The rows confirm the cached verdict of the self-check: a mean over {report.ways[LOSS]}.")
     return report
+
+
+def _labelled_head(measurement: Measurement, verdict: Verdict) -> LabelledHead | None:
+    """Return the head that an earlier run has used, if nothing speaks against it; else None."""
+    forward = measurement.forward
+    if not verdict.at_labels or not isinstance(forward, ModelForward):
+        return None
+    ignore_index, together = measurement.item_counter.ignore_index, measurement.sample.together
+    head = candidate_head(measurement.model, forward, together, verdict.way, ignore_index)
+    if not isinstance(head, LabelledHead):
+        return None
+    head.gives_logits = verdict.gives_logits
+    return head
 
 
 def _keep(measurement: Measurement, report: ExactnessReport, cache: VerdictCache | None) -> None:

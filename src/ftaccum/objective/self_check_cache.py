@@ -1,7 +1,7 @@
 """A cache of verdicts of the self-check, as small JSON files."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..runtime.log import logger
 from .probe import EXPLAINED
 from .report import ExactnessReport
 
-_VERSION = 1
+_VERSION = 2
 _MOST_BYTES = 10_000  # an entry has about 100
 
 
@@ -23,12 +23,16 @@ class Verdict:
         measured: whether there were several ways to choose from.
         shifts: whether logits predict the next label.
         longest: the positions of the longest row that was run.
+        at_labels: whether logits at labelled positions were enough for loss and gradient.
+        gives_logits: whether the model then returns the outputs of its head unchanged, as logits.
     """
 
     way: str
     measured: bool
     shifts: bool
     longest: int
+    at_labels: bool = False
+    gives_logits: bool = False
 
     @classmethod
     def of(cls, report: ExactnessReport, longest: int) -> "Verdict | None":
@@ -73,6 +77,15 @@ class VerdictCache:
         except (OSError, ValueError) as error:  # a full disk, another process that writes the same entry, an odd path
             logger.debug(f"The verdict of the self-check was not cached: {error}")
 
+    def allow_labels(self, *, gives_logits: bool) -> None:
+        """Add to the verdict, if there is one, that logits at labelled positions are enough.
+
+        Args:
+            gives_logits: whether the model then returns the outputs of its head unchanged, as logits.
+        """
+        if (verdict := self.find()) is not None:
+            self.keep(replace(verdict, at_labels=True, gives_logits=gives_logits))
+
     @property
     def _path(self) -> Path:
         return self.folder / f"{self.key}.json"
@@ -80,7 +93,15 @@ class VerdictCache:
 
 def _verdict(found: Any) -> Verdict | None:
     """Return the verdict that an entry holds; None if anything in it has another name or type."""
-    kinds = {"version": int, "way": str, "measured": bool, "shifts": bool, "longest": int}
+    kinds = {
+        "version": int,
+        "way": str,
+        "measured": bool,
+        "shifts": bool,
+        "longest": int,
+        "at_labels": bool,
+        "gives_logits": bool,
+    }
     if not isinstance(found, dict) or found.keys() != kinds.keys():
         return None
     if any(type(found[name]) is not kind for name, kind in kinds.items()) or found.pop("version") != _VERSION:

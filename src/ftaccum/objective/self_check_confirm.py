@@ -1,17 +1,23 @@
-"""A short confirmation of a cached verdict: one batch and separate ones, with gradients, on the rows of this run."""
+"""A short confirmation of a cached verdict: one batch and separate ones, with gradients, on the rows of this run.
+
+The one batch runs as the model does. The separate ones run as in training, with logits at labelled positions only if
+an earlier run found that to be enough.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
-from ..errors import SettingsError
 from ..runtime.memory import give_back_memory, is_out_of_memory
+from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import Generators
 from .deterministic_forward import DeterministicMode
-from .gradient_check import GradientCheck
+from .gradient_check import GradientCheck, difference_of
 from .item_counts import Batch, tensors_of
+from .labelled_head import LabelledHead, NeededLogits
 from .measured_counts import chosen_counts
 from .measurement import Measurement
 from .own_loss import LOSS
@@ -29,12 +35,17 @@ def length_of_longest(measurement: Measurement) -> int:
     return max((t.numel() for t in tensors_of(measurement.sample.longest)), default=0)
 
 
-def confirmed(measurement: Measurement, verdict: Verdict) -> ExactnessReport | None:
+def confirmed(
+    measurement: Measurement, verdict: Verdict, labelled_head: LabelledHead | None = None
+) -> ExactnessReport | None:
     """Return the report that a verdict stands for, if the loss and the gradient of the rows agree with it; else None.
 
     The rows run in train mode without random draws, once in one batch and once in separate ones, at their own widths.
     A longest row that is longer than the one that was run runs as well. So do rows with rare values, in eval mode: the
     key does not show that a loss weights or ignores some of them.
+
+    Args:
+        labelled_head: computes the logits of the separate batches, if the verdict says that it may; else None.
     """
     measurement = replace(measurement, terms=(LOSS,))
     if verdict.way not in measurement.ways()[LOSS]:
@@ -44,15 +55,47 @@ def confirmed(measurement: Measurement, verdict: Verdict) -> ExactnessReport | N
             measurement.run_longest()
         with float32_weights(measurement.model, *measurement.forward.modules) as widened:
             measurement = replace(measurement, prepared=widened)
-            loss = _loss(measurement, verdict) if _explains_rare_rows(measurement, verdict) else None
-    except (RuntimeError, SettingsError) as error:  # the measurement that follows reports it
-        if is_out_of_memory(error):
+            separate = _SeparateBatches(measurement, labelled_head)
+            explains = _explains_rare_rows(measurement, verdict, separate)
+            loss = _loss(measurement, verdict, separate) if explains else None
+    except Exception as error:  # the measurement that follows reports it
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             give_back_memory()
         return None
     return None if loss is None else _report(measurement, verdict, loss)
 
 
-def _explains_rare_rows(measurement: Measurement, verdict: Verdict) -> bool:
+class _SeparateBatches:
+    """The separate batches of a confirmation, which run as in training."""
+
+    def __init__(self, measurement: Measurement, labelled_head: LabelledHead | None) -> None:
+        self._measurement, self._head = measurement, labelled_head
+
+    def losses(self, batch: Batch) -> dict[str, float]:
+        """Return the means of a batch by term; attributes of modules are restored."""
+        if self._head is None:
+            return self._measurement.losses(batch)
+        with preserve_attributes(self._measurement.model, *self._measurement.forward.modules):
+            return {term: mean.item() for term, mean in self._at_labels(batch, NeededLogits.LABELLED).items()}
+
+    def means(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the means of a batch by term, with their graph; from logits in two chunks, if these are allowed."""
+        if self._head is None:
+            return self._measurement.means(batch)
+        n_half = max(1, len(self._head.positions.places(batch["labels"], None)) // 2)
+        with self._head.chunks_of(n_half):
+            return self._at_labels(batch, NeededLogits.NONE)
+
+    def _at_labels(self, batch: Batch, needs: NeededLogits) -> dict[str, Tensor]:
+        forward = self._measurement.forward
+        forward.labelled_head = self._head
+        try:
+            return forward(self._measurement.model, self._measurement.on_device(batch), None, needs)[0]
+        finally:
+            forward.labelled_head = None
+
+
+def _explains_rare_rows(measurement: Measurement, verdict: Verdict, separate: _SeparateBatches) -> bool:
     """Return whether the count explains the loss of the rows with rare values, in eval mode.
 
     Each group runs in one batch, and in separate ones. If only labels are rare, they are those of common rows.
@@ -66,7 +109,10 @@ def _explains_rare_rows(measurement: Measurement, verdict: Verdict) -> bool:
     else:
         groups = [(batch, list(sample.separate(batch, UNEQUAL))) for batch in relabelled]
     with perturb_head(measurement.model):
-        observed = (Observed.of(measurement.losses, together, parts) for together, parts in groups)
+        observed = (
+            Observed(measurement.losses(together), [separate.losses(part) for part in parts], parts)
+            for together, parts in groups
+        )
         return all(each.difference(LOSS, count) <= EXPLAINED for each in observed)
 
 
@@ -76,26 +122,28 @@ def _parts(group: RowGroup) -> list[Batch]:
     return [group.take(part) for part in (places[:1], places[1::2], places[2::2]) if part]
 
 
-def _loss(measurement: Measurement, verdict: Verdict) -> float | None:
+def _loss(measurement: Measurement, verdict: Verdict, separate_batches: _SeparateBatches) -> float | None:
     """Return the loss of the rows in one batch; None if that of separate ones, or its gradient, differs."""
     sample, model, modules = measurement.sample, measurement.model, measurement.forward.modules
     counts = chosen_counts(measurement.ways(), {LOSS: verdict.way})
     losses: list[Mapping[str, float]] = []
 
-    def means(batch: Batch) -> Mapping[str, Tensor]:
-        found = measurement.means(batch)
+    def recorded(run: Callable[[Batch], Mapping[str, Tensor]], batch: Batch) -> Mapping[str, Tensor]:
+        found = run(batch)
         losses.append({term: mean.item() for term, mean in found.items()})
         return found
 
     separate = measurement.own_width or sample.separate(sample.together, UNEQUAL)
     reordered = None if sample.cut is None else sample.cut(sample.together, ([3, 2, 1, 0],))[0]
-    check = GradientCheck(model, means, counts, modules)
+    check = GradientCheck(model, partial(recorded, measurement.means), counts, modules)
+    apart = replace(check, run=partial(recorded, separate_batches.means))
+    again = None if reordered is None else lambda: check.gradient([reordered])
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
         generators = Generators.now()
         joint = check.together(sample.together)
         if not generators.unchanged() or not math.isfinite(joint.norm()) or not joint.norm():
             return None
-        gradient = check.difference(joint, separate, reordered, 10 * EXPLAINED)
+        gradient = difference_of(joint, apart.gradient(separate), again, 10 * EXPLAINED)
     if gradient.off or any(found.keys() != {LOSS} for found in losses):
         return None
     first, *others = losses

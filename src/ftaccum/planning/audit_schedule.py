@@ -3,24 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-_FIRST = (1, 4, 16, 64)  # updates audited at any cost
-_SHORT, _SHORTEST = 50, 16  # updates; a shorter run has two audits; an even shorter one, of a few micro-batches each
+_SHORT = 50  # updates; after its planned audits, a shorter run audits only updates with new values
+_SHORTEST = 16  # updates; a shorter run has one planned audit
+_PLANNED_SHARE = 0.0075  # the share of a run's passes that two or three planned audits of whole windows may repeat
+_COST = 2.0  # windows: an audit of a whole window computes its gradient twice
+_LATER = (4, 16, 64)  # the updates of these audits
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
-# Micro-batches of an audit that does not take the whole window. An audit computes the gradient of its rows twice. In a
-# run of 8 updates of 8 micro-batches, two audits of two micro-batches compute (2 + 2) × 2 / 64 = 12% of its passes
-# again; with the whole window in the second audit, it would be (2 + 8) × 2 / 64 = 31%.
-_PART, _PART_OF_SHORTEST = 4, 2
 _EXTRA = 8  # audits of updates with new values at any cost
+WHOLE, FEW_ROWS = 1.0, 0.0  # shares of a window that an audit takes
 
 
 @dataclass
 class AuditSchedule:
-    """The decision, before each update, whether to audit it.
+    """The decision, before each update, whether to audit it, and how much of its window.
 
-    With `audit=True`, updates 1, 4, 16 and 64 are audited, and later ones while audits have taken less than 0.5% of the
-    training time. An update with label values or flags that no earlier update had takes the place of the next planned
-    audit. After the planned audits, eight such updates are audited at any cost, and more while audits have taken less
-    than 1% of the training time. A run of fewer than 50 updates has two planned audits, and these eight.
+    With `audit=True`, the first update is audited on a few rows, and one update in the middle of the run on all of its
+    rows, unless the run has fewer than 16 updates. If 0.75% of the run's passes suffice for two or three such audits,
+    these take updates 4, 16 and 64 instead. Later updates are audited while audits have taken less than 0.5% of the
+    training time.
+
+    Updates with label values or flags that no earlier update had are audited on a few rows: eight at any cost, and more
+    while audits have taken less than 1% of the training time.
 
     Attributes:
         audit: the setting: True, False, or the number of updates from one audit to the next.
@@ -35,25 +38,17 @@ class AuditSchedule:
     spent: float = 0.0
     trained: float = 0.0
     extra: int = _EXTRA
+    _planned: dict[int, float] = field(init=False)
     _ahead: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._ahead = [1, max(2, (self.n_updates + 1) // 2)] if self.is_short else list(_FIRST)
+        self._planned = _plan_audits(self.n_updates)
+        self._ahead = list(self._planned)
 
     @property
     def is_short(self) -> bool:
-        """Whether the run has only two planned audits."""
+        """Whether only planned updates and those with new values are audited."""
         return self.n_updates < _SHORT
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether audits of whole windows would take a large share of the time of the run."""
-        return self.audit is True and self.n_updates < _SHORTEST
-
-    @property
-    def part(self) -> int:
-        """The number of micro-batches of an audit that does not take the whole window."""
-        return _PART_OF_SHORTEST if self.takes_parts else _PART
 
     def is_due(self, update: int) -> bool:
         """Return whether to audit an update, regardless of its rows.
@@ -64,6 +59,20 @@ class AuditSchedule:
         if self.audit is True:
             return bool(self._ahead) and update >= self._ahead[0]
         return self.audit is not False and (update - 1) % self.audit == 0
+
+    def share(self, update: int, *, is_new: bool) -> float:
+        """Return the share of its window that the audit of an update takes; 0 for a few rows.
+
+        Args:
+            is_new: whether the update has new values.
+        """
+        if self.n_updates == 1:
+            return WHOLE
+        if self.audit is not True:
+            return FEW_ROWS if update == 1 else WHOLE
+        if self.is_due(update):
+            return self._planned.get(self._ahead[0], WHOLE)
+        return FEW_ROWS if is_new else WHOLE
 
     @property
     def takes_others(self) -> bool:
@@ -78,17 +87,23 @@ class AuditSchedule:
         """
         if self.audit is not True:
             return False
-        if is_new and (self._ahead or self.extra):
+        if is_new and self.extra:
             return True
         share = _SHARE if is_new else _SHARE_ORDINARY
         return not (self._ahead or self.is_short) and self.spent < share * self.trained
 
-    def done(self, seconds: float, *, is_new: bool) -> None:
-        """Record an audit that took `seconds`."""
+    def done(self, seconds: float, *, is_planned: bool) -> None:
+        """Record an audit.
+
+        Args:
+            seconds: the time that it took.
+            is_planned: whether the update was due, regardless of its rows.
+        """
         self.spent += seconds
-        if not self._ahead and is_new and self.extra:
-            self.extra -= 1
-        self._ahead = self._ahead[1:]
+        if is_planned:
+            self._ahead = self._ahead[1:]
+        else:
+            self.extra = max(0, self.extra - 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"spent": self.spent, "trained": self.trained, "ahead": self._ahead, "extra": self.extra}
@@ -96,3 +111,12 @@ class AuditSchedule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.spent, self.trained = state_dict["spent"], state_dict["trained"]
         self._ahead, self.extra = state_dict["ahead"], state_dict["extra"]
+
+
+def _plan_audits(n_updates: int) -> dict[int, float]:
+    """Return the planned audits of a run: the share of the window that each takes, by update."""
+    n_whole = int(_PLANNED_SHARE * n_updates / _COST)
+    if n_whole > 1:
+        return {1: FEW_ROWS, **dict.fromkeys(_LATER[:n_whole], WHOLE)}
+    middle = (n_updates + 1) // 2
+    return {1: FEW_ROWS, middle: WHOLE} if n_updates >= _SHORTEST else {1: FEW_ROWS}

@@ -154,7 +154,9 @@ class Runtime:
     log_every: PositiveInt = logging(
         10, "updates between two tracker entries, each the mean over the updates since the last"
     )
-    log_with: Tracker | None = logging(None, "name of a tracker that Accelerate supports, such as tensorboard, or all")
+    log_with: Tracker | None = logging(
+        None, "tensorboard, wandb, mlflow, trackio, another tracker that Accelerate supports, or all"
+    )
     use_wandb: Flag = logging(False, "short for log_with=wandb")
     progress: Flag = logging(True, "show a progress bar", in_verify=True, unsearchable=OWN_ARGUMENT)
     verbosity: Verbosity = logging(

@@ -13,7 +13,8 @@ from ..errors import SettingsError
 from ..runtime.adapters import fully_trained_modules
 from ..runtime.library_output import library_bars, load_report_withheld
 from ..runtime.run_dir import RunDir
-from ..tracking.model_files import ADAPTER, MODEL_CONFIG
+from ..tracking.model_files import MODEL_CONFIG
+from ..tracking.saved_model import ADAPTER
 
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

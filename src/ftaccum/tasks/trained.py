@@ -12,8 +12,8 @@ from ..errors import SettingsError
 from ..runtime.log import logger
 from ..runtime.run_dir import RunDir
 from ..settings.recipe import Recipe
-from ..tracking.model_files import ADAPTER
 from ..tracking.run_record import RunRecord
+from ..tracking.saved_model import ADAPTER
 from .adapter_folder import load_with_base
 from .arguments import TrainArguments, TrainedArguments
 from .columns import choose_columns, describe_columns

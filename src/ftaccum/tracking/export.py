@@ -88,17 +88,18 @@ def _write(result: Result, ledger: Ledger, write_model: Callable[[], list[str]],
 
 
 def _write_model(trained: TrainedModel, run_dir: RunDir, weights: WholeWeights) -> list[str]:
-    model, tokenizer, save = trained.model, trained.tokenizer, trained.save
+    model, tokenizer, save, facts = trained.model, trained.tokenizer, trained.save, trained.facts
     remedy = f"The weights take {_describe(_bytes_of(model))}{_SHARDED if is_sharded(model) else _WHOLE}"
     merges = save != "adapter"
 
     def write(path: Path) -> None:
         with weights.in_model():
-            save_model(model, tokenizer, path, merges=merges)
+            save_model(model, tokenizer, path, merges=merges, facts=facts)
 
     faults = _tried(run_dir.model, write, remedy)
     if save == "both":
-        return faults + _tried(run_dir.adapter, lambda path: save_model(model, tokenizer, path), remedy)
+        local = None if facts is None else replace(facts, repository=None)  # only `model` is uploaded
+        return faults + _tried(run_dir.adapter, lambda path: save_model(model, tokenizer, path, facts=local), remedy)
     if not faults:
         remove_adapter(run_dir.adapter)  # of an earlier run
     return faults

@@ -3,14 +3,18 @@
 import json
 from concurrent.futures import TimeoutError as NoAnswerError
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import SettingsError
+from ..insight.model_card import is_unchanged_card
 from ..rules.repository import is_repository_name
 from ..runtime.background import start_thread
+from ..runtime.log import logger
 
+_CARD = "README.md"
 _PATIENCE = 60.0  # seconds for the check: the hub's client itself waits for as long as the network does
 # Weights that an earlier upload left there: `from_pretrained` may prefer them to those of the new model.
 _WEIGHTS = [
@@ -56,14 +60,30 @@ def check_hub(name: str) -> str:
 def upload_model(folder: Path, repository: str) -> None:
     """Upload a model's folder to an existing repository. Remove older weights there, and leave its other files.
 
+    The model card replaces only one that ftaccum wrote and nobody has edited. If the hub refuses its metadata, the
+    model is uploaded without it.
+
     Raises:
         Exception: of many types, if anything fails.
     """
+    if not _sends_card(folder, repository):
+        _upload(folder, repository, [_CARD])
+        return
+    try:
+        _upload(folder, repository, None)
+    except ValueError as error:
+        if _CARD not in str(error):
+            raise
+        logger.warning(f"The hub refuses the model card, so {_CARD} is not uploaded: {describe_error(error)}.")
+        _upload(folder, repository, [_CARD])
+
+
+def _upload(folder: Path, repository: str, ignored: list[str] | None) -> None:
     HfApi().upload_folder(
         repo_id=repository,
         folder_path=folder,
         commit_message="Upload the trained model",
-        ignore_patterns=["README.md"] if _has_local_base(folder) else None,
+        ignore_patterns=ignored,
         delete_patterns=_WEIGHTS,
     )
 
@@ -122,6 +142,32 @@ def _afterwards(name: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _sends_card(folder: Path, repository: str) -> bool:
+    """Return whether the card in a folder is to be uploaded. If that of the repository stays, log this."""
+    if not (folder / _CARD).is_file():
+        return False
+    is_own = is_unchanged_card((folder / _CARD).read_text(encoding="utf-8"))
+    if not is_own and _has_local_base(folder):
+        return False
+    there = _card_of(repository)
+    if there is None or is_unchanged_card(there):
+        return True
+    logger.info(
+        f"{repository!r} has a {_CARD} that was written or edited by hand. It stays as it is; the model card of this "
+        f"run is {str(folder / _CARD)!r}."
+    )
+    return False
+
+
+def _card_of(repository: str) -> str | None:
+    """Return the text of a repository's card; None if it has none."""
+    if _CARD not in HfApi().list_repo_files(repository):
+        return None
+    with TemporaryDirectory() as folder:  # not in the cache of the hub
+        file = hf_hub_download(repository, _CARD, local_dir=folder)
+        return Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def _has_local_base(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..objective.normalizer import WeightedMeans, gathered
+from ..objective.normalizer import WeightedMeans, gathered_with
 from ..planning.batch_size import BatchSizes
 from .ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
 from .log_period import LogPeriod
@@ -142,7 +142,9 @@ class MetricsLogger:
     def drain(self) -> None:
         """Read the losses of the windows recorded so far, and write their entries. All processes take part."""
         outcomes, self._pending = self._pending, []
-        for outcome, losses in zip(outcomes, gathered([o.losses for o in outcomes], self._accelerator), strict=True):
+        numbers = [self._numbers(outcome) for outcome in outcomes]
+        found = gathered_with([outcome.losses for outcome in outcomes], numbers, self._accelerator)
+        for outcome, (losses, (tokens, positions, *peaks)) in zip(outcomes, found, strict=True):
             terms = losses.read()
             entry = WindowEntry(
                 window=len(self.ledger.windows),
@@ -154,6 +156,13 @@ class MetricsLogger:
                 learning_rate=outcome.learning_rate,
                 skipped=outcome.skipped,
                 passes=outcome.work.passes,
+                tokens=tokens,
+                positions=positions,
+                clip_coefficient=outcome.clip_coefficient,
+                data_seconds=outcome.seconds.data,
+                pass_seconds=outcome.seconds.passes,
+                optimizer_seconds=outcome.seconds.optimizer,
+                peak_memory=max(peaks),
             )
             self.ledger.record(entry)
             self._add(entry, losses)
@@ -161,6 +170,15 @@ class MetricsLogger:
                 self._add_noise(entry, outcome.noise)
         if outcomes:
             self._progress.show(entry)
+
+    def _numbers(self, outcome: StepResult) -> list[int]:
+        """Return whole numbers of an outcome whose sums over all processes are wanted.
+
+        These are tokens, positions, and the peak memory of each process, which is 0 on all others.
+        """
+        peaks = [0] * self._accelerator.num_processes
+        peaks[self._accelerator.process_index] = outcome.peak_memory
+        return [outcome.work.tokens, outcome.work.positions, *peaks]
 
     def log(self) -> None:
         """Give the trackers an entry on the updates since the last one, if there were any."""

@@ -11,6 +11,7 @@ from safetensors.torch import save_model as save_weights
 from torch import distributed
 
 from ..errors import SettingsError
+from ..insight.run_facts import RunFacts
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.log import logger
@@ -18,8 +19,8 @@ from ..runtime.process_group import lasting_process_group
 from ..runtime.sharding.tensors import is_sharded
 from ..runtime.sharding.whole_weights import whole_weights
 from .generation_settings import save_pretrained
+from .saved_model import ADAPTER, write_card
 
-ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
 MODEL_CONFIG = "model_config.json"  # beside it: the configuration of the trained model, with its labels
 
 _CANNOT_MERGE = (
@@ -28,13 +29,16 @@ _CANNOT_MERGE = (
 )
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, *, merges: bool = False, facts: RunFacts | None = None
+) -> None:
     """Save a model and its tokenizer, if any, in the form that `from_pretrained` and `pipeline` read.
 
     An existing folder is replaced only when the new one is complete.
 
     Args:
         merges: whether to save a PEFT model as a plain model, with its adapters merged.
+        facts: what the model card says of the run; None writes no card.
 
     Raises:
         ValueError: if a merged weight is not finite.
@@ -57,6 +61,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merges: bool = False
             tokenizer.save_pretrained(partial)
         elif tokenizer is not None:
             logger.warning(f"`tokenizer` ({type(tokenizer).__name__}) has no `save_pretrained`, so it is not saved.")
+        if facts is not None:
+            write_card(saved, facts, partial, folder.absolute().name)
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,13 @@ class TrainedModel:
         model: the model; a PEFT model if it has adapters.
         tokenizer: saved with the model; None if there is none.
         save: the setting: whether adapters are saved, merged, or both.
+        facts: what the model card says of the run; None for no card.
     """
 
     model: Any
     tokenizer: Any
     save: str
+    facts: RunFacts | None = None
 
 
 def remove_adapter(folder: Path) -> None:
@@ -80,7 +88,7 @@ def remove_adapter(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool) -> None:
+def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool, facts: RunFacts | None = None) -> None:
     """Save a model as `save_model` does, on the main process only. If the model is sharded, all processes call this.
 
     Raises:
@@ -89,7 +97,7 @@ def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool) -> N
     """
     if not is_sharded(model):
         if _is_main_process():
-            save_model(model, tokenizer, folder, merges=merges)
+            save_model(model, tokenizer, folder, merges=merges, facts=facts)
         return
     if merges:
         raise SettingsError([_CANNOT_MERGE])
@@ -98,7 +106,7 @@ def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool) -> N
 
         def save() -> None:
             with weights.in_model():
-                save_model(model, tokenizer, folder, merges=merges)
+                save_model(model, tokenizer, folder, merges=merges, facts=facts)
 
         process_group.run_on_main(save)
 

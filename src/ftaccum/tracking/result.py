@@ -14,12 +14,14 @@ from .ledger import Ledger
 from .result_file import read_result, write_values
 from .result_frames import as_frame
 from .result_table import as_html, as_text
+from .run_reports import plot_result, report_result
 from .save_trained import save_trained
 from .selection import Criterion
 from .throughput import Throughput
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,7 +100,7 @@ class Result(Mapping[str, Any]):
     noise_scale: dict[str, Any] | None = None
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
-    _trained = (cast(Any, None), cast(Any, None))  # the model and the tokenizer
+    _trained = (cast(Any, None),) * 3  # the model, the tokenizer, and the facts for the model card
 
     @classmethod
     def of(
@@ -185,6 +187,29 @@ class Result(Mapping[str, Any]):
         """
         return as_frame(self, kind)
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write a page with the curves, results and settings of the run, and return its path.
+
+        The page is one HTML file that needs no network. It is made from the ledger in `output_dir`, and without one
+        from the histories. On several processes, only the main one writes.
+
+        Args:
+            path: the file to write; None for `report.html` in `output_dir`.
+
+        Raises:
+            SettingsError: if `path` is None and there is no `output_dir`, or if matplotlib is missing.
+            OSError: if the file cannot be written.
+        """
+        return report_result(self, path)
+
+    def plot(self) -> "Figure":
+        """Return the curves of the report as a matplotlib figure, for notebooks.
+
+        Raises:
+            SettingsError: if matplotlib is missing.
+        """
+        return plot_result(self)
+
     @property
     def model(self) -> Any:
         """The trained model: the module that was passed in, with the best weights if the run restored them.
@@ -193,10 +218,10 @@ class Result(Mapping[str, Any]):
         """
         return self._trained[0]
 
-    def with_model(self, model: Any, tokenizer: Any = None) -> "Result":
-        """Return the result with a trained model and the tokenizer to save with it."""
+    def with_model(self, model: Any, tokenizer: Any = None, facts: Any = None) -> "Result":
+        """Return the result with a trained model, and the tokenizer and the facts of a model card to save with it."""
         result = replace(self)
-        object.__setattr__(result, "_trained", (model, tokenizer))
+        object.__setattr__(result, "_trained", (model, tokenizer, facts))
         return result
 
     def without_model(self) -> "Result":
@@ -207,7 +232,7 @@ class Result(Mapping[str, Any]):
         return {name: value for name, value in vars(self).items() if name != "_trained"}
 
     def save_model(self, path: str | Path, *, merge: bool = False) -> None:
-        """Write the trained model, and its tokenizer if it has one, into a folder that `from_pretrained` reads.
+        """Write the trained model, its tokenizer if it has one, and a model card, for `from_pretrained` to read.
 
         An existing folder is replaced only when the new one is complete. On several processes, only the main one
         writes. If they train with sharding, all of them must call this, because they gather the weights together.

@@ -46,6 +46,7 @@ class RunRecord:
         sources: names of the model and the data; empty if a call from Python started the run.
         started_at: when this call started, in UTC; later if the run was resumed.
         finished: whether the run has reached its end and all outputs are written.
+        environment: versions, system and device, by name; empty if an older version wrote the record.
     """
 
     recipe: dict[str, Any]
@@ -60,6 +61,7 @@ class RunRecord:
     sources: dict[str, Any]
     started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
     finished: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class RunRecord:
         amp_enabled: bool,
         keep_checkpoints: int,
         command: Command | None,
+        environment: Mapping[str, str] | None = None,
     ) -> "RunRecord":
         """Return the record of a run that starts now."""
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
@@ -85,6 +88,7 @@ class RunRecord:
             amp_enabled=amp_enabled,
             keep_checkpoints=keep_checkpoints,
             sources={} if command is None else command.sources,
+            environment=dict(environment or {}),
         )
 
     def batch_sizes(self) -> BatchSizes:
@@ -122,6 +126,6 @@ class RunRecord:
         """Return the record in a file; None if there is no such file, or if it is not a record."""
         try:
             read = json.loads(path.read_text())
-            return cls(**{f.name: read[f.name] for f in fields(cls)})
+            return cls(**{f.name: read[f.name] for f in fields(cls) if f.name != "environment" or f.name in read})
         except (OSError, ValueError, TypeError, KeyError):
             return None

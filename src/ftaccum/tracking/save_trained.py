@@ -1,16 +1,23 @@
 """Save the trained model that a result has in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
+from ..insight.run_facts import RunFacts
 
 if TYPE_CHECKING:
     from .result import Result
 
 
-def save_trained(result: "Result", model: Any, tokenizer: Any, path: Path, *, merge: bool) -> None:
+def save_trained(
+    result: "Result", model: Any, tokenizer: Any, facts: RunFacts | None, path: Path, *, merge: bool
+) -> None:
     """Write the trained model of a result, and its tokenizer if it has one, as `Result.save_model` does.
+
+    Args:
+        facts: what the model card says of the run; None writes no card.
 
     Raises:
         SettingsError: if there is no model, or if it has no adapters to merge.
@@ -29,4 +36,5 @@ def save_trained(result: "Result", model: Any, tokenizer: Any, path: Path, *, me
 
     if merge and not hasattr(model, "merge_and_unload"):
         raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
-    save_on_main(model, tokenizer, path, merges=merge)
+    local = None if facts is None else replace(facts, repository=None)  # it is not known to be uploaded there
+    save_on_main(model, tokenizer, path, merges=merge, facts=local)

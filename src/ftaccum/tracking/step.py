@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..objective.normalizer import WeightedMeans
+from .phase_timer import UpdateSeconds
 from .throughput import Throughput
 
 
@@ -34,6 +35,9 @@ class StepResult:
         grad_norm: total gradient norm before clipping, synced and unscaled.
         learning_rate: the rate that the update used, or would have used if it was skipped.
         skipped: whether no optimizer step was taken.
+        clip_coefficient: the factor by which clipping multiplied the gradient; NaN if the norm is not finite.
+        seconds: the time of this process in each phase of the update.
+        peak_memory: the most bytes of this process so far, on its device; 0 if not known.
         noise: the agreement of the halves of the window; None if it was not measured.
     """
 
@@ -43,4 +47,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    clip_coefficient: float
+    seconds: UpdateSeconds
+    peak_memory: int
     noise: NoiseMeasurement | None = None

@@ -16,6 +16,7 @@ from accelerate.tracking import GeneralTracker
 from ..errors import OutputWarning, warn_user
 from ..runtime.process_group import ProcessGroup
 from ..runtime.run_dir import RunDir
+from .local_trackers import PROJECT, local_tracker
 
 T = TypeVar("T")
 
@@ -77,11 +78,13 @@ def _name_of(asked: Any) -> str:
 
 
 def _started(accelerator: Accelerator, asked: Any) -> GeneralTracker:
-    """Return the tracker that Accelerate creates for a name, or for a tracker."""
+    """Return the started tracker of a name, or a given one after its start."""
+    folder = accelerator.logging_dir
+    own = None if isinstance(asked, GeneralTracker) else local_tracker(str(asked), folder and Path(folder))
     # Trackers start in parallel, each with its own copy of the Accelerator that has no other tracker.
     alone = copy.copy(accelerator)
-    alone.log_with, alone.trackers = [asked], []
-    alone.init_trackers("ftaccum")
+    alone.log_with, alone.trackers = [own or asked], []
+    alone.init_trackers(PROJECT)
     return alone.trackers[0]
 
 

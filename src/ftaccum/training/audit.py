@@ -11,7 +11,7 @@ from ..data.novelty import SeenValues
 from ..errors import InexactLossError, InexactLossWarning, warn_user
 from ..objective.report import ExactnessReport
 from ..objective.rounding import Rounding
-from ..planning.audit_schedule import AuditSchedule
+from ..planning.audit_schedule import WHOLE, AuditSchedule
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..tracking.ledger import AuditEntry
@@ -54,7 +54,6 @@ class AuditHandler:
         self._causes: dict[str, int] = {}  # findings by cause
         # The rounding error of the first audit whose error exceeded the least tolerance; None until then.
         self._rounding_floor: float | None = None
-        self._has_audited = False
         self._since = time.perf_counter()
 
     def before_update(self, window: AuditedWindow) -> None:
@@ -72,9 +71,10 @@ class AuditHandler:
             # Only the main process's clock decides, so that all processes agree.
             may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
             if is_planned or (looks and self._process_group.any(may_take)):
-                # A loss over the window may not take fewer rows.
-                whole = self._report.window is not None or (self._is_whole and (is_planned or not is_new))
-                self._audit(window, started, is_new=is_new, whole=whole)
+                share = self._schedule.share(window.update, is_new=is_new)
+                if self._report.window is not None:  # a loss over the window may not take fewer rows
+                    share = WHOLE
+                self._audit(window, started, is_planned=is_planned, share=share)
         self._since = time.perf_counter()
 
     @property
@@ -83,11 +83,6 @@ class AuditHandler:
         has_state = Cause.STATE.value in self._causes
         return self._schedule.audit is not False and not has_state and self._auditor.is_possible
 
-    @property
-    def _is_whole(self) -> bool:
-        """Whether to audit the whole window: in a run of one update, and in a long run in every audit but the first."""
-        return self._schedule.n_updates == 1 or (self._has_audited and not self._schedule.takes_parts)
-
     def state_dict(self) -> dict[str, Any]:
         schedule, seen = self._schedule.state_dict(), self._seen.state_dict()
         return {
@@ -95,26 +90,23 @@ class AuditHandler:
             "seen": seen,
             "causes": self._causes,
             "floor": self._rounding_floor,
-            "audited": self._has_audited,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._schedule.load_state_dict(state_dict["schedule"])
         self._seen.load_state_dict(state_dict["seen"])
         self._causes, self._rounding_floor = state_dict["causes"], state_dict["floor"]
-        self._has_audited = state_dict["audited"]
 
-    def _audit(self, window: AuditedWindow, started: float, *, is_new: bool, whole: bool) -> None:
+    def _audit(self, window: AuditedWindow, started: float, *, is_planned: bool, share: float) -> None:
         floor = self._rounding_floor
         tolerated = self._tolerance(floor or 0.0)  # errors up to this one need no measurement of rounding
         with self._during():
-            sample = window.take(None if whole else self._schedule.part)
+            sample = window.take(share)
             audit = None if sample is None else self._auditor.audit(sample, tolerance=tolerated)
         seconds = time.perf_counter() - started
-        self._schedule.done(seconds, is_new=is_new)
+        self._schedule.done(seconds, is_planned=is_planned)
         if audit is None:
             return
-        self._has_audited = True
         self._rounding_floor = audit.rounding if floor is None else floor
         tolerance = self._tolerance(max(self._rounding_floor or 0.0, audit.rounding or 0.0))
         self._record(

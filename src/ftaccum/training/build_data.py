@@ -223,6 +223,8 @@ def _objective(
         loss = build_class_loss(components, recipe, forward, rows, row_collator, few.together, ignore_index)
         if loss is not None:
             forward = ModelForward(components.model, few.together, loss)
+        cache = build_cache(config, forward.loss_fn, few, ignore_index)
+        all_logits = _needs_all_logits(config, accelerator)
         objective = measured_objective(
             components.model,
             forward,
@@ -231,34 +233,28 @@ def _objective(
             count_items=components.count_items,
             sums=components.reduction == "sum",
             balances_window=recipe.router_balance == "window",
-            cache=build_cache(config, forward.loss_fn, few, ignore_index),
+            cache=cache,
+            tries_labels=all_logits is None,
         )
     except (DataError, SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise loss_fault(components, forward, rows, row_collator, labelled, error) from error
-    forward.labelled_head = _labelled_head(config, accelerator, forward, few, objective, ignore_index)
+    found: LabelledHead | str | None = all_logits or forward.labelled_head
+    if found is None:
+        found = find_labelled_head(components.model, forward, few, objective, ignore_index)
+        if isinstance(found, LabelledHead) and cache is not None:
+            cache.allow_labels(gives_logits=found.gives_logits)
+    if isinstance(found, LabelledHead):
+        forward.labelled_head = found
+        logger.debug("Logits are computed at labelled positions only.")
+    else:
+        logger.debug(f"Logits are computed at all positions: {found}.")
     return forward, objective
 
 
-def _labelled_head(
-    config: RunConfig,
-    accelerator: Accelerator,
-    forward: ModelForward,
-    few: Sample,
-    objective: Objective,
-    ignore_index: int,
-) -> LabelledHead | None:
-    """Return the head that computes logits only at labelled positions; None if all logits are computed."""
-    found: LabelledHead | str
+def _needs_all_logits(config: RunConfig, accelerator: Accelerator) -> str | None:
+    """Return the reason why all logits are computed, if the settings give one; else None."""
     if config.runtime.loss_head == "full":
-        found = "`loss_head` is 'full'"
-    elif config.runtime.compile or compiles_models(accelerator):
-        found = "the model is compiled"
-    else:
-        found = find_labelled_head(config.components.model, forward, few, objective, ignore_index)
-    if isinstance(found, LabelledHead):
-        logger.debug("Logits are computed at labelled positions only.")
-        return found
-    logger.debug(f"Logits are computed at all positions: {found}.")
-    return None
+        return "`loss_head` is 'full'"
+    return "the model is compiled" if config.runtime.compile or compiles_models(accelerator) else None

@@ -1,5 +1,7 @@
 """The identity of a run, which checkpoints save so that only the same run resumes from them, and its `run.json`."""
 
+import platform
+
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
@@ -16,6 +18,7 @@ from ..checkpoint.compatibility import (
     size_identity,
 )
 from ..planning.batch_size import BatchSizes
+from ..runtime.accelerator import device_name
 from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
 from .config import RunConfig
@@ -80,4 +83,11 @@ def build_record(config: RunConfig, batch_sizes: BatchSizes, accelerator: Accele
         amp_enabled=accelerator.mixed_precision != "no",
         keep_checkpoints=config.runtime.keep_checkpoints,
         command=config.command,
+        environment={
+            **package_versions(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "device": device_name(accelerator.device),
+            "mixed precision": accelerator.mixed_precision,
+        },
     )

@@ -12,10 +12,12 @@ from ..accumulation.accumulator import GradientAccumulator
 from ..accumulation.window import AccumulatedWindow
 from ..data.prefetch import LocalWindow, LocalWindows
 from ..errors import InexactLossError
+from ..runtime.device_state import is_idle, peak_memory
 from ..runtime.gradients.plain import GradientStrategy
 from ..runtime.memory import FailedPass, WindowOutOfMemoryError, give_back_memory
 from ..runtime.optimizers import OptimizerBackup
 from ..runtime.process_group import ProcessGroup
+from ..tracking.phase_timer import PhaseTimer
 from ..tracking.step import StepResult
 from .closure import ClippedGradient, NonFiniteStepError, closure_of, needs_closure
 from .nonfinite import NonFiniteUpdate
@@ -88,6 +90,7 @@ class TrainingLoop:
         self._optimizer, self._schedule, self._process_group = optimizer, schedule, process_group
         self._rate_factor, self._max_grad_norm = rate_factor, max_grad_norm
         self._needs_closure = needs_closure(schedule.optimizer)
+        self._timer = PhaseTimer()
         self.in_update = False
 
     def train(self, windows: LocalWindows, hooks: LoopHooks) -> None:
@@ -99,15 +102,26 @@ class TrainingLoop:
         """
         self._accumulator.zero_gradients()  # the model may have come with gradients
         with self._strategy.accumulating():
-            for window in windows:
+            while (window := self._next(windows)) is not None:
                 hooks.before_update(window)
                 window, accumulated = self._accumulate(window, hooks.split)
                 self.in_update = True
-                windows.read_ahead()  # collate the next window while the device computes this one
+                self._read_ahead(windows)
                 result, non_finite = self.update(window, accumulated, hooks)
                 self.in_update = False
                 if not hooks.after_update(result, non_finite):
                     return
+
+    def _next(self, windows: LocalWindows) -> LocalWindow | None:
+        with self._timer.phase("data"):
+            return next(windows, None)
+
+    def _read_ahead(self, windows: LocalWindows) -> None:
+        """Collate the next window while the device computes this one."""
+        with self._timer.phase("data"):
+            windows.read_ahead()
+            if not is_idle(self._accelerator.device):  # it did not wait for rows
+                self._timer.count_as("passes")
 
     def update(
         self, window: LocalWindow, accumulated: AccumulatedWindow, hooks: LoopHooks
@@ -129,18 +143,28 @@ class TrainingLoop:
             try:
                 hooks.before_step()
                 rate = rate_in_use(self._schedule.optimizer, factor)  # a hook may set another one
-                with scale_learning_rates(self._schedule.optimizer, factor):
+                with self._timer.phase("optimizer"), scale_learning_rates(self._schedule.optimizer, factor):
                     self._step(window, accumulated, hooks.split)
                 hooks.after_step()
-                self._schedule.step()
+                with self._timer.phase("optimizer"):
+                    self._schedule.step()
             except NonFiniteStepError as error:
                 gradient, skipped = error.gradient, True
         if skipped:
             self._skip(accumulated)
         self._accumulator.zero_gradients()
-        rows = len(window.window.rows)
-        work = window.work.with_passes(accumulated.forward_passes)
-        result = StepResult(work, rows, accumulated.losses, gradient.norm, rate, skipped, gradient.noise)
+        result = StepResult(
+            work=window.work.with_passes(accumulated.forward_passes),
+            rows=len(window.window.rows),
+            losses=accumulated.losses,
+            grad_norm=gradient.norm,
+            learning_rate=rate,
+            skipped=skipped,
+            clip_coefficient=_clip_coefficient(gradient.norm, self._max_grad_norm),
+            seconds=self._timer.take(),
+            peak_memory=peak_memory(self._accelerator.device),
+            noise=gradient.noise,
+        )
         if gradient.is_finite:
             return result, None
         return result, NonFiniteUpdate(
@@ -155,10 +179,11 @@ class TrainingLoop:
 
     def _clip(self, accumulated: AccumulatedWindow) -> ClippedGradient:
         """Clip the gradient of a window, and return the numbers that decide whether to step."""
-        self._accelerator.unscale_gradients()
-        norm = self._strategy.clip(self._max_grad_norm)
-        # The only wait for the device in an update: these numbers decide whether to step.
-        numbers = accumulated.read_with(norm)
+        with self._timer.phase("passes"):
+            self._accelerator.unscale_gradients()
+            norm = self._strategy.clip(self._max_grad_norm)
+            # The only wait for the device in an update: these numbers decide whether to step.
+            numbers = accumulated.read_with(norm)
         passes = zip(accumulated.contributions, numbers.losses, strict=True)
         suspects = [micro for (micro, _), loss in passes if not math.isfinite(loss)]
         # The norm is the same on every process, but losses, outputs and buffers are not.
@@ -211,8 +236,9 @@ class TrainingLoop:
         """Accumulate a window, and return it with the result. Retry in smaller micro-batches while memory runs out."""
         while True:
             try:
-                micro_batches, n_first = window.micro_batches, window.n_first
-                return window, self._accumulator.accumulate(micro_batches, seed=window.seed, n_first=n_first)
+                with self._timer.phase("passes"):
+                    micro_batches, n_first = window.micro_batches, window.n_first
+                    return window, self._accumulator.accumulate(micro_batches, seed=window.seed, n_first=n_first)
             except WindowOutOfMemoryError as error:
                 failed = error.failed
             give_back_memory()  # outside the handler, where the error's traceback still held the failed pass
@@ -223,3 +249,8 @@ class TrainingLoop:
         accumulated.start.buffers.restore()  # a NaN would stay in batch norm's running statistics forever
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.update()  # the overflow was recorded when the gradients were unscaled
+
+
+def _clip_coefficient(norm: float, max_norm: float) -> float:
+    """Return the factor by which clipping multiplied a gradient, as torch computes it; NaN if it is not finite."""
+    return min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan

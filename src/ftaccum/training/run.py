@@ -15,6 +15,7 @@ from ..tracking.step import StepResult
 from .build_outputs import RunWithOutputs
 from .build_plan import describe_cut
 from .callbacks import Callback
+from .card_facts import gather_facts
 from .config import RunConfig
 from .loop import LoopHooks, PassesDifferError
 from .nonfinite import NonFiniteUpdate
@@ -68,9 +69,10 @@ class TrainingRun(RunWithOutputs):
         self.callback_handler.end(restored_best=restored is not None)
         result = replace(self._result(), restored_update=restored)
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
-        saved = self.trained_model if self.callback.saves_model else None
+        facts = gather_facts(self, result) if self.callback.saves_model else None
+        saved = replace(self.trained_model, facts=facts) if self.callback.saves_model else None
         result = write_outputs(result, self.metrics_logger.ledger, saved, self.run_dir, self.process_group)
-        result = self._publish(result).with_model(self.model, self.config.components.tokenizer)
+        result = self._publish(result).with_model(self.model, self.config.components.tokenizer, facts)
         try:
             self.callback_handler.settle()
         except CallbackError as error:
@@ -89,17 +91,23 @@ class TrainingRun(RunWithOutputs):
         result = replace(self._result(), interrupted=True)
         self._inner.close()
         self.console.result(result)
-        return result.with_model(self.model, self.config.components.tokenizer)
+        facts = gather_facts(self, result, f"Training was interrupted after update {len(result.loss_history)}.")
+        return result.with_model(self.model, self.config.components.tokenizer, facts)
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an inexact gradient has ended; return sentences that say where it is saved."""
         self.checkpoint_manager.finish_writing()
         n_updates, saved = self.metrics_logger.n_windows, self.checkpoint_manager.describe()
         self.weights_in_training.close()
-        self._inner.close()
         if not n_updates or self.run_dir is None or not self.callback.saves_model:
+            self._inner.close()
             return [f"The model in memory has had {n_updates} updates."]
-        faults = write_model(self.trained_model, self.run_dir, self.process_group)
+        self.metrics_logger.drain()
+        result = replace(self._result(), interrupted=True)
+        self._inner.close()
+        why = f"Training ended after update {n_updates}: accumulating the next gradient was not exact."
+        trained = replace(self.trained_model, facts=gather_facts(self, result, why))
+        faults = write_model(trained, self.run_dir, self.process_group)
         kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
         return [*kept, saved] if saved else kept
 

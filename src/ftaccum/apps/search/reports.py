@@ -1,11 +1,8 @@
 """Write the reports of a finished study: a table, plots, and one page with both."""
 
-import base64
 import csv
-import html
-import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +11,9 @@ from optuna import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ...errors import OutputWarning, warn_user
+from ...insight import page
+from ...insight.figures import new_figure
+from ...insight.style import as_svg, page_style
 from .space import RATE, STEPS
 from .study import criterion_of
 from .tables import best_trial, format_value, parameter_importances, summarize, trial_rows
@@ -22,13 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PRUNED, _FINISHED, _BEST = "0.65", "C0", "C3"
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .7rem;text-align:right;"
-    "border-bottom:1px solid #ddd}td:last-child,th:last-child{text-align:left}"
-    "img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow:auto}"
-)
+_PRUNED, _FINISHED, _BEST = "0.6", "C0", "C3"
 
 
 def write_reports(study: Study, folder: Path) -> None:
@@ -37,45 +31,44 @@ def write_reports(study: Study, folder: Path) -> None:
     with (folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerows([list(rows[0]), *(row.values() for row in rows)] if rows else [])
-    images = {}
+    figures: list[str] = []
     for name, plot in PLOTS.items():
         try:
-            if (figure := plot(study)) is not None:
-                image = io.BytesIO()
-                figure.savefig(image, format="png", dpi=120)
-                images[name] = image.getvalue()
-                (folder / f"{name}.png").write_bytes(images[name])
+            with page_style():
+                if (drawn := plot(study)) is not None:
+                    drawn.savefig(folder / f"{name}.png", dpi=215)
+                    figures.append(_page_figure(name, drawn))
         except ImportError:  # matplotlib is an extra
             break
         except Exception as error:  # a failed plot must not end a search of hours
             warn_user(f"The plot {name!r} could not be drawn: {error!r}", OutputWarning)
-    (folder / "report.html").write_text(_page(study, rows, images), encoding="utf-8")
+    (folder / "report.html").write_text(_page(study, rows, figures), encoding="utf-8")
 
 
-def _page(study: Study, rows: list[dict[str, Any]], images: dict[str, bytes]) -> str:
-    name = html.escape(study.study_name)
-    parts = [f"<h1>Search {name}</h1>", f"<pre>{html.escape(summarize(study))}</pre>"]
-    for title, image in images.items():
-        data = base64.b64encode(image).decode()
-        parts.append(f'<h2>{title.capitalize()}</h2><p><img src="data:image/png;base64,{data}" alt="{title}"></p>')
-    if not images:
-        parts.append("<p>Plots need matplotlib: <code>pip install ftaccum[plots]</code>.</p>")
-    parts.append("<h2>Trials</h2><table>" + _row("th", rows[0] if rows else {}))
-    parts += [_row("td", map(format_value, row.values())) for row in rows]
-    body = "\n".join([*parts, "</table>"])
-    head = f'<meta charset="utf-8"><title>Search {name}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
+def _page(study: Study, rows: list[dict[str, Any]], figures: list[str]) -> str:
+    cells = [[format_value(value) for value in row.values()] for row in rows]
+    parts = [
+        page.preformatted(summarize(study)),
+        page.figures(figures)
+        if figures
+        else page.paragraph("Plots need matplotlib: `pip install ftaccum[plots]`.", "note"),
+        page.heading("Trials"),
+        page.table(cells, list(rows[0]) if rows else ()),
+    ]
+    return page.page(f"Search {study.study_name}", parts)
 
 
-def _row(tag: str, cells: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _page_figure(name: str, drawn: "Figure") -> str:
+    """Return a figure for the page, which shows its title itself."""
+    axes = drawn.axes[0]
+    title = axes.get_title()
+    axes.set_title("")
+    return page.figure(title, as_svg(drawn, title, f"{name}-"))
 
 
-def _new_figure(height: float = 4.5) -> "tuple[Figure, Axes]":
-    """Return a new figure with axes. It does not use pyplot, whose global state belongs to the user."""
-    from matplotlib.figure import Figure  # optional, and slow to import
-
-    figure = Figure(figsize=(8, height), layout="constrained")
+def _new_figure(height: float = 2.9) -> "tuple[Figure, Axes]":
+    """Return a new figure with axes."""
+    figure = new_figure(4.4, height)
     return figure, figure.subplots()
 
 
@@ -137,7 +130,7 @@ def plot_contour(study: Study) -> "Figure | None":
     if pruned:
         axes.scatter(*_coordinates(pruned), c=_PRUNED, marker="x", label="pruned", clip_on=False)
         figure.legend(loc="outside upper right", ncols=2)
-    drawn = axes.scatter(x, y, c=values, cmap=colors, edgecolors="black", label="finished", clip_on=False)
+    drawn = axes.scatter(x, y, c=values, cmap=colors, edgecolors="0.5", label="finished", clip_on=False)
     figure.colorbar(drawn, label=criterion.name)
     every_k = sorted({trial.params[STEPS] for trial in finished + pruned})
     axes.set_yticks(np.log2(every_k), [str(k) for k in every_k])

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, DatasetInfo, Features, IterableDataset
 from datasets.table import MemoryMappedTable
 
 from ...errors import DataError
@@ -29,6 +29,7 @@ _TABLES: dict[str, type[Table]] = {
     "text": TextTable,
 }  # fmt: skip
 _VERSION = 1  # of the rows that are made of the same bytes; part of their name on disk
+_NAMED = 5  # files
 _HEAD_MIB = 1  # of a streamed file, to recognise its encoding
 
 
@@ -62,7 +63,8 @@ def read_files(
     path = Path(datasets.config.HF_DATASETS_CACHE) / "ftaccum" / name / "rows.arrow"
     if not path.exists():
         _store(table, path)
-    return Dataset(MemoryMappedTable.from_file(str(path)), fingerprint=name)
+    info = DatasetInfo(dataset_name=", ".join(file.path.name for file in files[:_NAMED]))  # for the model card
+    return Dataset(MemoryMappedTable.from_file(str(path)), info, fingerprint=name)
 
 
 def _with_features(table: Table) -> pa.Schema:

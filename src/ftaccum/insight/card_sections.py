@@ -1,0 +1,146 @@
+"""The sections of a model card on results, data, training and exactness."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from .run_facts import Evaluation, Named, RunFacts
+
+
+def results_section(facts: RunFacts) -> str:
+    """Return the losses and metrics of the evaluations, and which weights are saved."""
+    parts = [_weights(facts)]
+    if evaluations := facts.evaluations():
+        parts.append(_evaluation_table(evaluations))
+    else:
+        parts.append(
+            f"Training loss of the last epoch: {_number(facts.result['final_loss'])}. There was no validation."
+        )
+    return "\n\n".join(parts)
+
+
+def data_section(facts: RunFacts) -> str:
+    """Return the names of the data and the numbers of rows."""
+    rows = {"Training": (facts.train_data, _count(facts.n_train))}
+    if facts.held_out:
+        rows["Validation"] = (facts.train_data, f"{_count(facts.n_val)}, held out of the training data")
+    elif facts.n_val is not None:
+        rows["Validation"] = (facts.val_data, _count(facts.n_val))
+    return _table(
+        ("", "data", "rows"),
+        [
+            (name, ", ".join(map(_describe_data, data)) or "given in Python", count)
+            for name, (data, count) in rows.items()
+        ],
+    )
+
+
+def training_section(facts: RunFacts) -> str:
+    """Return how updates were made, the hyperparameters, the time and the versions."""
+    result = facts.result
+    passes = f"{result['passes_per_update']:.3g} forward passes per update on each process"
+    settings = {**facts.sizes, "Micro-batches": f"{facts.cut}; {passes}"}
+    if result.get("padding_fraction") is not None:
+        settings["Padding"] = f"{result['padding_fraction']:.1%} of the token positions"
+    settings |= facts.hyperparameters
+    skipped = result["skipped_steps"]
+    settings["Updates"] = f"{result['optimizer_steps']}" + (f", and {skipped} skipped" if skipped else "")
+    if not math.isnan(result["training_time"]):
+        settings["Time"] = f"{_duration(result['training_time'])} with evaluations, on {facts.device}"
+    if (noise := _noise_scale(result)) is not None:
+        settings["Gradient noise scale"] = noise
+    settings["Versions"] = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    return _table(("setting", "value"), list(settings.items()))
+
+
+def exactness_section(facts: RunFacts) -> str:
+    """Return how the loss was counted, how far accumulation is from one batch, and what audits found."""
+    result = facts.result
+    if result["passes_per_update"] <= 1 and result["num_processes"] == 1:
+        return f"{facts.loss} Each update was one batch, so nothing was accumulated."
+    if facts.inexact is None:
+        found = (
+            "A check before training found that accumulating it over micro-batches gives the loss and the gradient of "
+            "one large batch, except for rounding."
+        )
+    else:
+        off = f": over separate micro-batches it is up to {facts.inexact:.2%} off" if facts.inexact else ""
+        found = f"Accumulating it only approximates one large batch{off}."
+    return f"{facts.loss} {found} {_audits(result['audits'])}"
+
+
+def _audits(audits: Sequence[Mapping[str, float]]) -> str:
+    if not audits:
+        return "No update was audited."
+    worst = max(audits, key=lambda audit: audit["error"] / (audit["tolerance"] or 1))
+    references = " or ".join(dict.fromkeys(str(audit["reference"]) for audit in audits))
+    return (
+        f"Audits of {len(audits)} {'update' if len(audits) == 1 else 'updates'} compared the accumulated gradient with "
+        f"the gradient of the same rows in {references}. The worst relative error was {worst['error']:.1e}; the "
+        f"tolerance for rounding was {worst['tolerance']:.1e}."
+    )
+
+
+def _weights(facts: RunFacts) -> str:
+    restored, result = facts.result["restored_update"], facts.result
+    if restored is not None:
+        return f"The saved weights are those of the best evaluation by {facts.criterion}, after update {restored}."
+    return f"The saved weights are those after the last update, {result['optimizer_steps'] + result['skipped_steps']}."
+
+
+def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
+    metrics = list(dict.fromkeys(name for each in evaluations for name in each.metrics))
+    rows = [
+        (each.name, str(each.update), _number(each.loss), *(_number(each.metrics.get(name)) for name in metrics))
+        for each in evaluations
+    ]
+    return _table(("evaluation", "update", "validation loss", *metrics), rows)
+
+
+def _describe_data(data: Named) -> str:
+    config = f", configuration {data.config}" if data.config else ""
+    split = f", split {data.split}" if data.on_hub and data.split else ""
+    return f"`{data.name}`{config}{split}"
+
+
+def _noise_scale(result: Mapping[str, object]) -> str | None:
+    found = result.get("noise_scale")
+    if not isinstance(found, Mapping) or not math.isfinite(found.get("noise_rows") or math.nan):
+        return None
+    limits = [found.get("noise_rows_lower"), found.get("noise_rows_upper")]
+    interval = f", 90% interval {' to '.join(map(_rows, limits))}" if all(map(_is_known, limits)) else ""
+    return f"{_rows(found['noise_rows'])} rows{interval}"
+
+
+def _is_known(value: object) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
+
+
+def _rows(value: object) -> str:
+    if not isinstance(value, int | float):
+        return "unknown"
+    return "∞" if math.isinf(value) else f"{value:,.3g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _count(n_rows: int | None) -> str:
+    return "unknown" if n_rows is None else f"{n_rows:,}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.2g} s"

@@ -1,0 +1,99 @@
+"""The report of one run or several: a page with their curves, results, settings and versions."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .curves import Axis, RunCurves, axes_of
+from .figures import MIN_SMOOTHED, Panel, panel_figure, panels_of
+from .page import details, figure, figures, heading, legend, named_values, page, paragraph, table
+from .style import as_svg, page_style
+
+_AXES = {"rows": "rows trained on", "updates": "updates"}
+# Without a script: of the two figures of a panel, the one whose axis is not chosen is hidden.
+_SWITCH = "".join(f"#by-{axis}:not(:checked)~.figures .by-{axis}{{display:none}}" for axis in _AXES)
+
+
+def report_page(runs: Sequence[RunCurves], axis: Axis | None = None) -> str:
+    """Return the page.
+
+    Args:
+        runs: the runs, with different names.
+        axis: what the page first draws the curves over; None for rows if all runs know them, else updates.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    names = [run.name for run in runs]
+    parts = [legend(names)] if len(runs) > 1 else []
+    parts += [heading("Results"), _compared([run.outcome for run in runs], names)]
+    parts += [heading("Curves"), *_curves(runs, axis), heading("Settings"), *_settings(runs)]
+    if any(run.environment for run in runs):
+        parts += [heading("Environment"), _compared([run.environment for run in runs], names, joins=True)]
+    return page("Run " + names[0] if len(runs) == 1 else f"{len(runs)} runs", parts, _SWITCH)
+
+
+def _curves(runs: Sequence[RunCurves], first: Axis | None) -> Iterable[str]:
+    """Return the figures, and a switch between their axes."""
+    axes, panels = axes_of(runs), panels_of(runs)
+    chosen = first if first in axes else axes[0]
+    if len(axes) > 1:
+        for axis in axes:
+            checked = " checked" if axis == chosen else ""
+            yield f'<input type="radio" name="axis" id="by-{axis}"{checked}>'
+            yield f'<label for="by-{axis}">{_AXES[axis]}</label>'
+    shown = [panel for panel in panels if len(panel.missing_in(runs)) < len(runs)]
+    with page_style():
+        drawn = [_figure(n, panel, runs, axis) for n, panel in enumerate(shown) for axis in _axes_of(panel, axes)]
+    yield figures(drawn)
+    if any(len(run.loss) >= MIN_SMOOTHED for run in runs):
+        yield paragraph("Pale lines show every update, and bold ones their running mean.", "note")
+    yield from (paragraph(sentence, "note") for sentence in _missing(panels, runs))
+
+
+def _axes_of(panel: Panel, axes: Sequence[Axis]) -> Sequence[Axis]:
+    return axes if panel.has_axis else axes[:1]
+
+
+def _figure(n: int, panel: Panel, runs: Sequence[RunCurves], axis: Axis) -> str:
+    label = f"{panel.title} over {_AXES[axis]}" if panel.has_axis else panel.title
+    svg = as_svg(panel_figure(panel, runs, axis), label, f"f{n}{axis[0]}-")
+    return figure(panel.title, svg, f"by-{axis}" if panel.has_axis else "")
+
+
+def _missing(panels: Sequence[Panel], runs: Sequence[RunCurves]) -> list[str]:
+    """Return sentences on the figures that runs lack, one for each reason and runs."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for panel in panels:
+        if missing := panel.missing_in(runs):
+            which = "" if len(missing) == len(runs) else f" for {', '.join(run.name for run in missing)}"
+            found.setdefault((which, panel.reason), []).append(panel.title)
+    return [f"Not shown{which}: {', '.join(titles)}. Reason: {reason}." for (which, reason), titles in found.items()]
+
+
+def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    if not names:
+        yield paragraph("The settings are not known: they are in the output folder of a run.")
+        return
+    every = {name: [_shown(run.settings, name) for run in runs] for name in names}
+    same = {name: values[0] for name, values in every.items() if len(set(values)) == 1}
+    if len(runs) > 1:
+        differ = [[name, *values] for name, values in every.items() if name not in same]
+        columns = ["different", *(run.name for run in runs)]
+        yield table(differ, columns, has_names=True) if differ else paragraph("All settings are the same.")
+    yield details(
+        f"{len(same)} settings" + (" that are the same in all runs" if len(runs) > 1 else ""), named_values(same)
+    )
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return str(settings[name]) if name in settings else "–"
+
+
+def _compared(values: Sequence[Mapping[str, str]], names: Sequence[str], *, joins: bool = False) -> str:
+    """Return a table with a column for each run; with `joins`, a single one if all are equal."""
+    if joins and all(each == values[0] for each in values):
+        return named_values(values[0])
+    rows = dict.fromkeys(name for each in values for name in each)
+    columns = ["", *names] if len(names) > 1 else ()
+    return table([[row, *(each.get(row, "–") for each in values)] for row in rows], columns, has_names=True)

@@ -1,0 +1,27 @@
+"""The state of a run's device, read without waiting for the device."""
+
+from contextlib import suppress
+
+import torch
+
+from .host import peak_of_process
+
+# Their streams can be asked without a wait.
+_ASYNCHRONOUS = ("cuda", "xpu")
+
+
+def is_idle(device: torch.device) -> bool:
+    """Return whether a device has finished everything that it was given. A CPU always has."""
+    return device.type not in _ASYNCHRONOUS or torch.accelerator.current_stream(device).query()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes so far: on a CPU of the process, on another device of this process's tensors there.
+
+    0 if the device does not count them.
+    """
+    if device.type == "cpu":
+        return peak_of_process()
+    with suppress(RuntimeError, NotImplementedError):  # MPS
+        return torch.accelerator.max_memory_allocated(device)
+    return 0

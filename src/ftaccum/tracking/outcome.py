@@ -1,0 +1,118 @@
+"""The results of a run as names and short texts, for a table of several runs."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.run_dir import RunDir
+from .ledger import Ledger
+
+if TYPE_CHECKING:
+    from .result import Result
+
+
+def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -> dict[str, str]:
+    """Return the results of a run, as far as they are known.
+
+    Args:
+        result: its result.
+        ledger: its ledger, which is empty if there is none.
+        run_dir: its folder, if it has one.
+    """
+    is_validated = bool(result.val_loss_history)
+    final = "final validation loss" if is_validated else "final training loss"
+    found = {
+        "state": _state(result, run_dir),
+        final: _number(result.final_loss),
+        f"{final.replace('final', 'first')}": _number(result.initial_loss),
+        **_best(result),
+        **{f"final {name}": _number(value) for name, value in (result.metrics[-1] if result.metrics else {}).items()},
+        **_work(result, ledger),
+        **_measured(result, ledger),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def _state(result: "Result", run_dir: RunDir | None) -> str:
+    if not result.interrupted:
+        return "finished"
+    n_updates = len(result.loss_history)
+    is_running = run_dir is not None and run_dir.is_locked()
+    return f"running, after update {n_updates:,}" if is_running else f"interrupted after update {n_updates:,}"
+
+
+def _best(result: "Result") -> dict[str, str]:
+    if result.best_val_loss is None:
+        return {}
+    best = {"best validation loss": _number(result.best_val_loss)}
+    return best if result.best_update is None else best | {"best evaluation": f"update {result.best_update:,}"}
+
+
+def _work(result: "Result", ledger: Ledger) -> dict[str, str]:
+    """Return what a run has done, and how fast."""
+    rows, tokens = (sum(getattr(w, name) for w in ledger.windows) for name in ("rows", "tokens"))
+    return {
+        "updates": f"{result.optimizer_steps:,}",
+        "skipped updates": f"{result.skipped_steps:,}" if result.skipped_steps else "",
+        "rows trained on": f"{rows:,}" if rows else "",
+        "tokens trained on": f"{tokens:,}" if tokens else "",
+        "time": _duration(result.training_time),
+        "rows per second": _rate(result.samples_per_second),
+        "tokens per second": _rate(result.tokens_per_second),
+        "padding": "" if result.padding_fraction is None else f"{result.padding_fraction:.1%}",
+        "forward passes per update": f"{result.passes_per_update:.1f}",
+        "out of memory": f"{result.out_of_memory} times" if result.out_of_memory else "",
+    }
+
+
+def _measured(result: "Result", ledger: Ledger) -> dict[str, str]:
+    """Return the peak of memory, and what audits and the noise scale measured."""
+    peak = max((w.peak_memory for w in ledger.windows), default=0)
+    return {
+        "peak memory": f"{peak / 2**30:.2f} GiB" if peak else "",
+        "clipped updates": _clipped(ledger),
+        "audits": _audits(result.audits),
+        "noise scale": _noise(ledger.noise_scales),
+    }
+
+
+def _clipped(ledger: Ledger) -> str:
+    known = [w.clip_coefficient for w in ledger.windows if not math.isnan(w.clip_coefficient)]
+    return f"{sum(c < 1 for c in known) / len(known):.0%}" if known else ""
+
+
+def _audits(audits: Sequence[dict[str, Any]]) -> str:
+    if not audits:
+        return ""
+    n_exact = sum(audit["error"] <= audit["tolerance"] for audit in audits)
+    return f"{n_exact} of {len(audits)} exact, largest error {max(audit['error'] for audit in audits):.0e}"
+
+
+def _noise(entries: Sequence[Any]) -> str:
+    """Return the last noise scale that is known, with its interval."""
+    known = [e for e in entries if math.isfinite(e.noise_rows)]
+    if not known:
+        return ""
+    last = known[-1]
+    upper = f"{last.noise_rows_upper:,.0f}" if math.isfinite(last.noise_rows_upper) else "no limit"
+    return f"{last.noise_rows:,.0f} rows ({last.noise_rows_lower:,.0f} to {upper})"
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "none" if math.isnan(value) else str(value)
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or not value else f"{value:.4g}"
+
+
+def _rate(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return ""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

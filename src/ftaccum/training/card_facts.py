@@ -1,0 +1,175 @@
+"""Gather what the model card says of a run."""
+
+import platform
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..checkpoint.compatibility import package_versions
+from ..data.iterable import is_stream
+from ..errors import DataError
+from ..insight.run_facts import Named, RunFacts, named_model, public_name
+from ..objective.item_counts import OF_USER
+from ..objective.report import ExactnessReport
+from ..planning.base_plan import describe_sizes
+from ..runtime.accelerator import device_name
+from ..runtime.adapters import is_peft_model
+from ..runtime.log import logger
+from ..tasks.reading.sources import find_source
+from ..tracking.result import Result
+from .build_plan import describe_cut
+from .rates import describe_rates
+
+if TYPE_CHECKING:
+    from .build_outputs import RunWithOutputs
+
+_ON_HUB = re.compile(r"hf://datasets/([^@]+)@")
+_RANDOM = [Named("random tokens")]
+_LISTED = 5  # files of a data set
+_PRECISIONS = {
+    "no": "{weights}",
+    "bf16": "bf16 autocast, {weights} weights",
+    "fp16": "fp16 autocast, {weights} weights",
+}
+
+
+def gather_facts(run: "RunWithOutputs", result: Result, ended_by: str = "") -> RunFacts | None:
+    """Return what the model card says of a run whose model is trained. If that fails, log a warning and return None.
+
+    Args:
+        ended_by: why the run ended early, as a sentence; empty if it did not.
+    """
+    try:
+        return _gather(run, result, ended_by)
+    except Exception as error:  # a card must not cost a trained model
+        logger.warning(f"There will be no model card: {type(error).__name__}: {error}")
+        return None
+
+
+def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
+    components, data, command = run.config.components, run.data, run.config.command
+    sources: Mapping[str, Any] = {} if command is None else command.sources
+    base = named_model(sources.get("model") or _loaded_from(run.model))
+    cut = describe_cut(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=data.train.knows_lengths)
+    n_val = None if data.val_rows is None else len(data.val_rows)
+    return RunFacts(
+        name=_name(run, base),
+        repository=run.repository,
+        base=base,
+        train_data=_RANDOM
+        if data.synthetic
+        else _named(sources.get("train_data"), "train") or _of_dataset(components.train_data),
+        val_data=_named(sources.get("val_data"), "validation") or _of_dataset(components.val_data),
+        n_train=None if is_stream(components.train_data) else len(data.train_rows),
+        n_val=n_val,
+        held_out=n_val is not None and components.val_data is None,
+        sizes=dict(
+            line.split(": ", 1) for line in describe_sizes(run.batch_sizes, run.config.recipe.learning_rate_scaling)
+        ),
+        cut=cut.splitlines()[0].partition(": ")[2],
+        hyperparameters=_hyperparameters(run),
+        result=dict(result),
+        criterion=run.criterion.name,
+        loss=_loss(data.objective.report),
+        inexact=_inexactness(data.objective.report),
+        versions=_versions(run.model),
+        device=device_name(run.accelerator.device),
+        ended_by=ended_by or (run.best.describe_stop() if run.best.stops else ""),
+    )
+
+
+def _name(run: "RunWithOutputs", base: Named | None) -> str:
+    """Return the name of the model: that of its repository, of the run's folder, or of the base model."""
+    if run.repository is not None:
+        return run.repository.rpartition("/")[2]
+    if run.run_dir is not None:
+        return public_name(str(run.run_dir.path))
+    return "Fine-tuned model" if base is None else f"{base.name.rpartition('/')[2]}-finetuned"
+
+
+def _loaded_from(model: Any) -> str | None:
+    """Return the name or the folder that a model was loaded from; None if it was not loaded."""
+    if is_peft_model(model):
+        return getattr(next(iter(model.peft_config.values())), "base_model_name_or_path", None)
+    return getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+
+
+def _named(sources: str | None, split: str) -> list[Named]:
+    """Return the data that an option of the command line names."""
+    found = []
+    for name in (sources or "").split(","):
+        if name := name.strip():
+            with suppress(DataError):  # the file is gone
+                source = find_source(name, split, "train_data")
+                if source.kind == "hub":
+                    found.append(Named(source.name, on_hub=True, config=source.config, split=source.split))
+                    continue
+            found.append(Named(public_name(name)))
+    return found
+
+
+def _of_dataset(data: Any) -> list[Named]:
+    """Return the name of a data set of `datasets`: that on the hub, those of its files, or that of its builder."""
+    info = getattr(data, "info", None)
+    addresses = [str(address) for address in getattr(info, "download_checksums", None) or ()]
+    hub = {found[1] for address in addresses if (found := _ON_HUB.match(address))}
+    if hub:
+        config, split = getattr(info, "config_name", None), getattr(data, "split", None)
+        config = None if config == "default" else config
+        return [Named(name, on_hub=True, config=config, split=str(split) if split else None) for name in sorted(hub)]
+    name = getattr(info, "dataset_name", None)
+    files = sorted({public_name(address) for address in addresses}) or ([public_name(name)] if name else [])
+    return [Named(file) for file in files[:_LISTED]] + ([Named("…")] if len(files) > _LISTED else [])
+
+
+def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:
+    recipe, plan = run.config.recipe, run.plan
+    options: Any = recipe.lr_scheduler_kwargs  # the settings have parsed it
+    named = dict(line.split(": ", 1) for line in (describe_rates(run.optimizer), *run.adapter_notes))
+    kind, _, rates = named.pop("Optimizer").partition(", ")
+    dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in run.model.parameters()}))
+    clip = recipe.gradient_clip_norm
+    warmup = f", warm-up of {run.n_warmup} {'update' if run.n_warmup == 1 else 'updates'}" if run.n_warmup else ""
+    return {
+        "Optimizer": f"{kind}, {rates}",
+        "Schedule": f"{_schedule(recipe.lr_scheduler, options)}{warmup}",
+        "Gradient clipping": "none" if clip is None else f"norm {clip:g}",
+        "Epochs": str(plan.n_epochs),
+        "Seed": str(recipe.random_seed),
+        "Precision": _PRECISIONS[run.accelerator.mixed_precision].format(weights=dtypes),
+        **named,
+    }
+
+
+def _schedule(name: str, options: Mapping[str, Any] | None) -> str:
+    return ", ".join([name, *(f"{option} {value}" for option, value in (options or {}).items())])
+
+
+def _loss(report: ExactnessReport) -> str:
+    if report.window:
+        return "The loss is computed over all rows of an update together."
+    counted_by = report.counted_by.replace(OF_USER, f"items that the training program counts (`{OF_USER}`)")
+    return f"The loss is a mean over {counted_by}."
+
+
+def _inexactness(report: ExactnessReport) -> float | None:
+    """Return how far accumulating a loss is from one batch: None if it is exact, 0 if it is unknown how far."""
+    if not report.inexact():
+        return None
+    found = [
+        *report.explanation.differences.values(),
+        *report.in_training.differences.values(),
+        report.gradient.off or 0.0,
+        report.hidden_state.off or 0.0,
+    ]
+    largest = max(found, default=0.0)
+    return largest if largest > report.tolerance else 0.0
+
+
+def _versions(model: nn.Module) -> dict[str, str]:
+    names = ["datasets", *(["peft"] if is_peft_model(model) else [])]
+    return package_versions() | {name: version(name) for name in names} | {"Python": platform.python_version()}
