@@ -353,6 +353,8 @@ def test_an_estimate_is_described_with_its_interval() -> None:
     assert "1.60 times as useful (90% interval: 1.52 to 1.67)" in said
     assert "up to about 190 rows" in said
     assert "64 rows are below that" in said
+    assert "300 rows are above that" in "\n".join(describe_scale(noise | {"rows": 300}))
+    assert "It may reach past this run's 300 rows" in "\n".join(describe_scale(noise | {"rows": 300, "lower": -0.1}))
     assert "at least 140 rows; at least 1,400 tokens" in "\n".join(describe_scale(noise | {"lower": -0.1}))
     said = "\n".join(
         describe_scale(noise | {"lower": -0.1, "noise_rows_upper": math.inf, "noise_tokens_lower": math.nan})

@@ -84,12 +84,17 @@ def _scale(noise: Mapping[str, Any], unit: str) -> str:
 
 def _useful(noise: Mapping[str, Any]) -> str:
     """Return a sentence on the batches up to the noise scale, whose signal share is a half or less: 2 / 1.5 = 1.33."""
-    rows, upto = noise["rows"], noise["noise_rows" if _is_bounded(noise) else "noise_rows_lower"]
-    about = "about" if _is_bounded(noise) else "at least"
-    where = "below" if rows < upto else "above"
+    rows, is_bounded = noise["rows"], _is_bounded(noise)
+    upto = noise["noise_rows" if is_bounded else "noise_rows_lower"]
+    if rows < upto:
+        where = f"This run's {rows:,} rows are below that"
+    elif is_bounded:
+        where = f"This run's {rows:,} rows are above that"
+    else:
+        where = f"It may reach past this run's {rows:,} rows, which is not known yet"
     return (
-        f"up to {about} {_rounded(upto)} rows, twice the rows make an update 1.33 times as useful or more; from there "
-        f"on, less and less. This run's {rows:,} rows are {where} that"
+        f"up to {'about' if is_bounded else 'at least'} {_rounded(upto)} rows, twice the rows make an update 1.33 times "
+        f"as useful or more; from there on, less and less. {where}"
     )
 
 
