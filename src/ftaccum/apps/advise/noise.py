@@ -93,8 +93,8 @@ def _useful(noise: Mapping[str, Any]) -> str:
     else:
         where = f"It may reach past this run's {rows:,} rows, which is not known yet"
     return (
-        f"up to {'about' if is_bounded else 'at least'} {_rounded(upto)} rows, twice the rows make an update 1.33 times "
-        f"as useful or more; from there on, less and less. {where}"
+        f"up to {'about' if is_bounded else 'at least'} {_rounded(upto)} rows, twice the rows make an update 1.33 "
+        f"times as useful or more; from there on, less and less. {where}"
     )
 
 
