@@ -406,6 +406,15 @@ def test_a_checkpoint_of_another_device_can_be_resumed(
     assert "Changed settings: device cpu (was tpu). Sums may round differently, and dropout draws differ." in told
 
 
+def test_a_checkpoint_of_a_version_with_fewer_settings_can_be_resumed(cut_off: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
+    facts = json.loads((folder / "state.json").read_text())
+    del facts["run_with"]["gradient_checkpointing"]
+    (folder / "state.json").write_text(json.dumps(facts))
+    seal(folder)
+    assert fine_tuned(resume=str(folder)).result.optimizer_steps == 14
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_restoring_best_weights_can_be_switched_on_when_resuming(

@@ -17,6 +17,7 @@ COMMANDS = {
     "search": "find accumulation steps and learning rate at a fixed physical batch",
     "verify": "check on your model and rows that accumulation equals one large batch",
     "plan": "compute the batch sizes and updates of a run without running it",
+    "advise": "say whether a larger batch would help a run, or try it from the run's checkpoint",
     "report": "write one HTML page with the curves, results and settings of runs",
     "merge": "write the adapters of a run and their base model as one plain model",
 }

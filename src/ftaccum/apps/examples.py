@@ -88,6 +88,9 @@ EXAMPLES: dict[str, str | dict[str, str]] = {
     # checks and reproducibility
     "on_inexact": "error",
     "audit": "100",
+    "share": "0.1",
+    "seeds": "5",
+    "checkpoint": "update-00000120",
     "noise_scale": "20",
     "self_check_cache": "no",
     "on_nonfinite": "error",

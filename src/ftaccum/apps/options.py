@@ -13,6 +13,7 @@ from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from ..tasks.adapter_options import AdapterOptions
 from ..tasks.arguments import NamedArguments, TrainArguments, TrainedArguments
+from .advise.options import AdviseOptions, AdviseRuntime
 from .help import HelpPage
 from .memory.options import MemoryRecipe, MemoryRuntime, PlannedModel
 from .merge import MergeArguments
@@ -40,6 +41,7 @@ OPTIONS: dict[str, list[type]] = {
     "plan": [PlanArguments, PlanRecipe, PlannedModel, MemoryRecipe, MemoryRuntime],
     "report": [ReportArguments],
     "merge": [MergeArguments],
+    "advise": [AdviseOptions, AdviseRuntime],
     "eval": [TrainedArguments, EvaluationOutput, EvaluationRecipe, EvaluationRuntime],
     "predict": [TrainedArguments, PredictionOutput, EvaluationRecipe, EvaluationRuntime],
 }
@@ -58,6 +60,7 @@ _USAGE = {
     "verify": "ftaccum verify --model NAME --train_data FILE [options]",
     "report": "ftaccum report RUN [RUN …] [options]",
     "merge": "ftaccum merge RUN --output DIR [options]",
+    "advise": "ftaccum advise RUN [--check] [options]",
     "eval": "ftaccum eval RUN --data FILE [options]",
     "predict": "ftaccum predict RUN --data FILE --output FILE [options]",
     "plan": "ftaccum plan --n_rows N [options]",

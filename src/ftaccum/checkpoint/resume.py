@@ -159,7 +159,8 @@ class ResumePoint:
         sentence += "." if self.changed & _OTHER_ROWS else f", and no {unit} is skipped or repeated."
         if self.changed:
             sentence += f" Changes allowed by `allow_changed`: {', '.join(sorted(self.changed))}."
-        others = [f"{name} {now[name]} (was {was[name]})" for name in now if was.get(name) != now[name]]
+        known = [name for name in now if name in was]  # an older version has fewer settings
+        others = [f"{name} {now[name]} (was {was[name]})" for name in known if was[name] != now[name]]
         if others:
             draws = ", and dropout draws differ" if any(was[n] != now[n] for n in ("processes", "device")) else ""
             sentence += f" Changed settings: {', '.join(others)}. Sums may round differently{draws}."

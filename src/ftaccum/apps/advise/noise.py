@@ -1,0 +1,125 @@
+"""What the noise scale that a run has measured says about its batch. This module does not load torch."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import SettingsError
+from ...insight.noise_scale import describe
+from ...planning.halves import LEAST_ROWS
+from ...runtime.run_dir import RunDir
+from ...tracking.result import Result
+from ...tracking.run_record import RunRecord
+
+_LEVEL = "90% interval"
+_AUTO_UPDATES = 80  # a shorter run measures nothing by default
+_CHECK = "`ftaccum advise {run} --check` compares half, the same and twice the batch instead."
+
+
+def describe_run(folder: Path) -> str:
+    """Return lines on the noise scale of the run in a folder, or why it is not known.
+
+    Raises:
+        SettingsError: if the folder has no run.
+        DataError: if the run has not completed an update yet.
+    """
+    run_dir = RunDir(folder)
+    if not folder.is_dir():
+        raise SettingsError([f"There is no folder {str(folder)!r}. Give the output folder of a run."])
+    if not (run_dir.result.is_file() or run_dir.record.is_file()):
+        raise SettingsError(
+            [f"{str(folder)!r} has no result.json and no run.json, so it is not the output folder of a run."]
+        )
+    result = Result.load(folder)
+    updates = result.optimizer_steps + result.skipped_steps
+    head = f"Run: {folder}, {updates:,} updates, {result.effective_batch_size:,} rows an update"
+    if result.noise_scale is None:
+        return "\n".join([head, _unmeasured(result, RunRecord.read(run_dir.record)), _CHECK.format(run=folder)])
+    if math.isnan(result.noise_scale["lower"]):
+        remedy = "Train longer, or measure more often: `noise_scale` is the number of updates between two measurements."
+        known = describe(result.noise_scale)
+        return "\n".join([head, f"Noise scale: {known}.", remedy, _CHECK.format(run=folder)])
+    return "\n".join([head, *describe_scale(result.noise_scale)])
+
+
+def describe_scale(noise: Mapping[str, Any]) -> list[str]:
+    """Return lines on an estimate whose interval is known.
+
+    With the signal share ρ, the gradient of an update has the signal |μ|² and the power |μ|² / ρ. With twice the rows,
+    the share is 2ρ / (1 + ρ), which is 2 / (1 + ρ) times as much.
+    """
+    rows, high = noise["rows"], min(1.0, noise["upper"])
+    in_tokens = "" if math.isnan(noise["noise_tokens_lower"]) else f"; {_scale(noise, 'tokens')}"
+    if _is_bounded(noise):
+        share, low = min(1.0, noise["signal_share"]), noise["lower"]
+        signal = (
+            f"{share:.0%} of the squared gradient of an update of {rows:,} rows ({_LEVEL}: {low:.0%} to {high:.0%})"
+        )
+        worth = f"{2 / (1 + share):.2f} times as useful ({_LEVEL}: {2 / (1 + high):.2f} to {2 / (1 + low):.2f})"
+    else:
+        signal = f"at most {high:.0%} of the squared gradient of an update of {rows:,} rows"
+        worth = f"{2 / (1 + high):.2f} times as useful or more"
+    return [
+        f"Noise scale: {_scale(noise, 'rows')}{in_tokens}",
+        f"Signal: {signal}; the rest is noise",
+        f"Doubling the batch makes an update {worth}",
+        f"Useful range: {_useful(noise)}",
+        "This is the plain gradient's geometry, not the optimizer's, and it counts updates, not time: "
+        "docs/noise_scale.md says what it leaves out. `--check` compares batches directly.",
+    ]
+
+
+def _is_bounded(noise: Mapping[str, Any]) -> bool:
+    """Return whether the interval excludes that there is no signal at all."""
+    return noise["lower"] > 0 and math.isfinite(noise["noise_rows_upper"])
+
+
+def _scale(noise: Mapping[str, Any], unit: str) -> str:
+    found, low, high = (noise[f"noise_{unit}{end}"] for end in ("", "_lower", "_upper"))
+    if not _is_bounded(noise):
+        return f"at least {_rounded(low)} {unit}"
+    return f"{_rounded(found)} {unit} ({_LEVEL}: {_rounded(low)} to {_rounded(high)})"
+
+
+def _useful(noise: Mapping[str, Any]) -> str:
+    """Return a sentence on the batches up to the noise scale, whose signal share is a half or less: 2 / 1.5 = 1.33."""
+    rows, is_bounded = noise["rows"], _is_bounded(noise)
+    upto = noise["noise_rows" if is_bounded else "noise_rows_lower"]
+    if rows < upto:
+        where = f"This run's {rows:,} rows are below that"
+    elif is_bounded:
+        where = f"This run's {rows:,} rows are above that"
+    else:
+        where = f"It may reach past this run's {rows:,} rows, which is not known yet"
+    return (
+        f"up to {'about' if is_bounded else 'at least'} {_rounded(upto)} rows, twice the rows make an update 1.33 "
+        f"times as useful or more; from there on, less and less. {where}"
+    )
+
+
+def _unmeasured(result: Result, record: RunRecord | None) -> str:
+    """Return a sentence on why a run has no noise scale, as far as its folder tells, and what to do."""
+    rows, updates = result.effective_batch_size, result.optimizer_steps + result.skipped_steps
+    if rows < LEAST_ROWS:
+        why = f"an update has {rows} rows. It needs {LEAST_ROWS} or more: give a larger `effective_batch_size`"
+    elif record is not None and record.recipe.get("loss_over") == "window":
+        why = "the loss reads all rows of an update together, so the gradients of two halves do not add up to it"
+    elif updates < _AUTO_UPDATES:
+        why = (
+            f"the run has {updates} updates. By default, runs of {_AUTO_UPDATES} or more measure it: train with "
+            f"`noise_scale={max(1, updates // 20)}`, the number of updates from one measurement to the next"
+        )
+    else:
+        return (
+            "Noise scale: not measured. `noise_scale` is False, the run is deterministic or sharded, its loss does not "
+            "add up over rows, or an older version trained it. `--verbosity debug` logs which of these holds."
+        )
+    return f"Noise scale: not measured, because {why}."
+
+
+def _rounded(number: float) -> str:
+    """Return a number with two digits, and zeros after them."""
+    if not 10 <= number < math.inf:
+        return f"{number:.2g}"
+    return f"{round(number, 1 - math.floor(math.log10(number))):,.0f}"
