@@ -14,6 +14,11 @@ from ...tracking.run_record import RunRecord
 
 _LEVEL = "90% interval"
 _AUTO_UPDATES = 80  # a shorter run measures nothing by default
+_CAVEATS = """Three caveats (docs/noise_scale.md):
+- The noise scale is that of the plain gradient. Optimizers such as Adam rescale it.
+- On one device, small batches reach the same loss if β₂ covers equally many tokens (arXiv:2507.07101).
+- It assumes a well-chosen learning rate and the same curvature in all directions (arXiv:2505.23971).
+`--check` compares batches directly."""
 _CHECK = "`ftaccum advise {run} --check` compares half, the same and twice the batch instead."
 
 
@@ -65,8 +70,7 @@ def describe_advice(noise: Mapping[str, Any]) -> list[str]:
         f"Signal: {signal}; the rest is noise",
         f"Doubling the batch makes an update {worth}",
         f"Useful range: {_useful(noise)}",
-        "This is the plain gradient's geometry, not the optimizer's, and it counts updates, not time: "
-        "docs/noise_scale.md says what it leaves out. `--check` compares batches directly.",
+        _CAVEATS,
     ]
 
 
