@@ -21,7 +21,7 @@ from ftaccum.apps.advise import branch
 from ftaccum.apps.advise.branch import Branches, branch_recipe
 from ftaccum.apps.advise.experiment import CELLS, Cell, RowOrder, experiment_of, scaled_rates, steady_rate
 from ftaccum.apps.advise.figures import Outcome, interval_of, intervals_of, table, verdict
-from ftaccum.apps.advise.noise import describe_scale
+from ftaccum.apps.advise.noise import describe_advice
 from ftaccum.apps.advise.recorded_run import RecordedRun
 from ftaccum.apps.cli import main
 from ftaccum.insight.noise_scale import NoiseEstimate
@@ -246,6 +246,8 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     assert said([math.inf] * 5).startswith("No verdict: all branches diverged")
     one = verdict(intervals_of(outcomes_of([0.5] * 5)[:5]), given, "validation loss")
     assert one.startswith("No verdict: the check has not trained")
+    interrupted = intervals_of(outcomes_of([0.5] * 5)[:12])  # the third order has two of five branches
+    assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995] * 5)
     assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
 
 
@@ -347,17 +349,17 @@ def test_an_estimate_is_described_with_its_interval() -> None:
     noise = {"rows": 64, "measured_updates": 20, "signal_share": 0.25, "lower": 0.2, "upper": 0.32}
     noise |= {"noise_rows": 192.0, "noise_rows_lower": 136.0, "noise_rows_upper": 256.0}
     noise |= {"noise_tokens": 1920.0, "noise_tokens_lower": 1360.0, "noise_tokens_upper": 2560.0}
-    said = "\n".join(describe_scale(noise))
+    said = "\n".join(describe_advice(noise))
     assert "190 rows (90% interval: 140 to 260); 1,900 tokens (90% interval: 1,400 to 2,600)" in said
     assert "25% of the squared gradient of an update of 64 rows (90% interval: 20% to 32%)" in said
     assert "1.60 times as useful (90% interval: 1.52 to 1.67)" in said
     assert "up to about 190 rows" in said
     assert "64 rows are below that" in said
-    assert "300 rows are above that" in "\n".join(describe_scale(noise | {"rows": 300}))
-    assert "It may reach past this run's 300 rows" in "\n".join(describe_scale(noise | {"rows": 300, "lower": -0.1}))
-    assert "at least 140 rows; at least 1,400 tokens" in "\n".join(describe_scale(noise | {"lower": -0.1}))
+    assert "300 rows are above that" in "\n".join(describe_advice(noise | {"rows": 300}))
+    assert "It may reach past this run's 300 rows" in "\n".join(describe_advice(noise | {"rows": 300, "lower": -0.1}))
+    assert "at least 140 rows; at least 1,400 tokens" in "\n".join(describe_advice(noise | {"lower": -0.1}))
     said = "\n".join(
-        describe_scale(noise | {"lower": -0.1, "noise_rows_upper": math.inf, "noise_tokens_lower": math.nan})
+        describe_advice(noise | {"lower": -0.1, "noise_rows_upper": math.inf, "noise_tokens_lower": math.nan})
     )
     assert "Noise scale: at least 140 rows\n" in said
     assert "at most 32% of the squared gradient" in said

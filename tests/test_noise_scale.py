@@ -10,7 +10,8 @@ import pytest
 
 from ftaccum import SettingsError
 from ftaccum.arguments import parse_settings
-from ftaccum.insight.noise_scale import NoiseScaleEstimator, describe, summarize
+from ftaccum.insight.noise_scale import NoiseScaleEstimator, summarize
+from ftaccum.insight.noise_words import describe_noise
 from ftaccum.planning.base_plan import Window
 from ftaccum.planning.halves import Halves, MeasuredWindows, split_halves
 from ftaccum.planning.micro_batches import BatchLimits, MicroBatchPlanner
@@ -176,16 +177,20 @@ def test_a_restored_estimate_continues() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.05, 0.1, "580 to 1,200 rows; an update has 64, and updates are mostly noise: with twice the rows, one is "),
-        (0.05, 0.1, "worth 1.8 times as much or more"),
-        (-0.1, 0.1, "at least 580 rows; an update has 64, and updates are mostly noise"),
-        (0.3, 0.6, "43 to 150 rows; an update has 64, and with twice the rows, one is worth 1.2 to 1.5 times as much"),
+        (0.05, 0.1, "790 rows (90% interval: 580 to 1,200); an update has 64 rows, and updates are mostly noise: "),
+        (0.05, 0.1, "twice the rows make one 1.8 times as useful or more"),
+        (-0.1, 0.1, "at least 580 rows; an update has 64 rows, and updates are mostly noise"),
+        (
+            0.3,
+            0.6,
+            "43 to 150); an update has 64 rows, and twice the rows make one 1.2 to 1.5 times as useful",
+        ),
         (
             0.85,
             0.95,
-            "3.4 to 11 rows; an update has 64, and rows mostly agree: with half the rows, an update is still ",
+            "3.4 to 11); an update has 64 rows, and rows mostly agree: half the rows leave ",
         ),
-        (0.85, 0.95, "worth 87% or more"),
+        (0.85, 0.95, "leave 87% of the use of one, or more"),
         (math.nan, math.nan, "not known yet (measured in 1 updates of 64 rows)"),
     ],
 )
@@ -197,7 +202,7 @@ def test_an_estimate_is_described_in_words(low: float, high: float, words: str) 
     scales = {"noise_rows": scale((low + high) / 2), "noise_rows_lower": scale(high), "noise_rows_upper": scale(low)}
     summary = summarize([{"rows": ROWS, "tokens": 0, **shares, **scales}])
     assert summary is not None
-    assert words in describe(summary)
+    assert words in describe_noise(summary)
 
 
 def test_a_summary_has_the_noise_scale_in_tokens() -> None:
@@ -206,7 +211,6 @@ def test_a_summary_has_the_noise_scale_in_tokens() -> None:
     entries = [{"rows": ROWS, "tokens": tokens, **known, **scales} for tokens in (600, 680)]
     summary: Any = summarize(entries)
     assert (summary["measured_updates"], summary["noise_tokens"]) == (2, 640)
-    assert "(about 640 tokens)" in describe(summary)
     assert summarize([]) is None
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from .noise_words import describe_scale, is_known
 from .run_facts import Evaluation, Named, RunFacts
 
 
@@ -46,8 +47,9 @@ def training_section(facts: RunFacts) -> str:
     settings["Updates"] = f"{result['optimizer_steps']}" + (f", and {skipped} skipped" if skipped else "")
     if not math.isnan(result["training_time"]):
         settings["Time"] = f"{_duration(result['training_time'])} with evaluations, on {facts.device}"
-    if (noise := _noise_scale(result)) is not None:
-        settings["Gradient noise scale"] = noise
+    noise = result.get("noise_scale")
+    if isinstance(noise, Mapping) and is_known(noise):
+        settings["Gradient noise scale"] = describe_scale(noise)
     settings["Versions"] = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     return _table(("setting", "value"), list(settings.items()))
 
@@ -100,25 +102,6 @@ def _describe_data(data: Named) -> str:
     config = f", configuration {data.config}" if data.config else ""
     split = f", split {data.split}" if data.on_hub and data.split else ""
     return f"`{data.name}`{config}{split}"
-
-
-def _noise_scale(result: Mapping[str, object]) -> str | None:
-    found = result.get("noise_scale")
-    if not isinstance(found, Mapping) or not math.isfinite(found.get("noise_rows") or math.nan):
-        return None
-    limits = [found.get("noise_rows_lower"), found.get("noise_rows_upper")]
-    interval = f", 90% interval {' to '.join(map(_rows, limits))}" if all(map(_is_known, limits)) else ""
-    return f"{_rows(found['noise_rows'])} rows{interval}"
-
-
-def _is_known(value: object) -> bool:
-    return isinstance(value, int | float) and not math.isnan(value)
-
-
-def _rows(value: object) -> str:
-    if not isinstance(value, int | float):
-        return "unknown"
-    return "∞" if math.isinf(value) else f"{value:,.3g}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

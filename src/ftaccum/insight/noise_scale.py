@@ -17,7 +17,6 @@ from typing import Any
 _MEMORY = 50.0
 _LEAST = 8  # measured updates before anything is known
 _LEVEL = 0.9  # of the interval
-_NOISE, _SIGNAL = 0.2, 0.8  # shares of the signal below and above which there is advice
 
 
 @dataclass(frozen=True)
@@ -119,29 +118,6 @@ def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"measured_updates": len(entries), "rows": last["rows"], **asdict(estimate), **in_tokens}
 
 
-def describe(summary: Mapping[str, Any]) -> str:
-    """Describe an estimate, as `summarize` returns it, in a few sentences."""
-    rows, n, low, high = summary["rows"], summary["measured_updates"], summary["lower"], summary["upper"]
-    if math.isnan(low):
-        return f"not known yet (measured in {n} updates of {rows} rows)"
-    least, most = summary["noise_rows_lower"], summary["noise_rows_upper"]
-    if low <= 0:
-        scale = f"at least {_rounded(least)} rows{_in_tokens(summary['noise_tokens_lower'])}"
-    else:
-        scale = f"{_rounded(least)} to {_rounded(most)} rows{_in_tokens(summary['noise_tokens'])}"
-    if high < _NOISE:
-        advice = (
-            f"updates are mostly noise: with twice the rows, one is worth {2 / (1 + high):.1f} times as much or more"
-        )
-    elif low > _SIGNAL:
-        advice = f"rows mostly agree: with half the rows, an update is still worth {1 / (2 - low):.0%} or more"
-    else:
-        worth = [f"{2 / (1 + min(1.0, max(0.0, share))):.1f}" for share in (high, low)]
-        between = worth[0] if worth[0] == worth[1] else " to ".join(worth)
-        advice = f"with twice the rows, one is worth {between} times as much"
-    return f"{scale}; an update has {rows}, and {advice} (docs/noise_scale.md)"
-
-
 def _noise_rows(share: float, rows: int, n_training_rows: int | None) -> float:
     """Return the noise scale in rows for a share of the signal in updates of `rows` rows."""
     if share >= 1:
@@ -157,14 +133,3 @@ def _t(quantile: float, degrees: float) -> float:
     from scipy.special import stdtrit  # takes 0.2 s to import
 
     return float(stdtrit(degrees, quantile))
-
-
-def _rounded(number: float) -> str:
-    """Return a number with two digits, and zeros after them."""
-    if not 10 <= number < math.inf:
-        return f"{number:.2g}"
-    return f"{round(number, 1 - math.floor(math.log10(number))):,.0f}"
-
-
-def _in_tokens(tokens: float) -> str:
-    return "" if math.isnan(tokens) else f" (about {_rounded(tokens)} tokens)" if tokens < math.inf else ""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..insight.noise_words import describe_scale, is_known
 from ..runtime.run_dir import RunDir
 from .ledger import Ledger
 
@@ -67,12 +68,12 @@ def _work(result: "Result", ledger: Ledger) -> dict[str, str]:
 
 def _measured(result: "Result", ledger: Ledger) -> dict[str, str]:
     """Return the peak of memory, and what audits and the noise scale measured."""
-    peak = max((w.peak_memory for w in ledger.windows), default=0)
+    peak, noise = max((w.peak_memory for w in ledger.windows), default=0), result.noise_scale
     return {
         "peak memory": f"{peak / 2**30:.2f} GiB" if peak else "",
         "clipped updates": _clipped(ledger),
         "audits": _audits(result.audits),
-        "noise scale": _noise(ledger.noise_scales),
+        "noise scale": describe_scale(noise) if noise is not None and is_known(noise) else "",
     }
 
 
@@ -86,16 +87,6 @@ def _audits(audits: Sequence[dict[str, Any]]) -> str:
         return ""
     n_exact = sum(audit["error"] <= audit["tolerance"] for audit in audits)
     return f"{n_exact} of {len(audits)} exact, largest error {max(audit['error'] for audit in audits):.0e}"
-
-
-def _noise(entries: Sequence[Any]) -> str:
-    """Return the last noise scale that is known, with its interval."""
-    known = [e for e in entries if math.isfinite(e.noise_rows)]
-    if not known:
-        return ""
-    last = known[-1]
-    upper = f"{last.noise_rows_upper:,.0f}" if math.isfinite(last.noise_rows_upper) else "no limit"
-    return f"{last.noise_rows:,.0f} rows ({last.noise_rows_lower:,.0f} to {upper})"
 
 
 def _number(value: float) -> str:

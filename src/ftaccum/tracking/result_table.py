@@ -4,7 +4,7 @@ import html
 import math
 from typing import TYPE_CHECKING
 
-from ..insight.noise_scale import describe
+from ..insight.noise_words import describe_noise
 
 if TYPE_CHECKING:
     from .result import Result
@@ -52,7 +52,7 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
     if result.audits:
         rows.append(("audits", _describe_audits(result)))
     if result.noise_scale is not None:
-        rows.append(("noise scale", describe(result.noise_scale)))
+        rows.append(("noise scale", describe_noise(result.noise_scale)))
     if result.output_dir:
         missing = (
             f", except for {len(result.unwritten)} that could not be written or uploaded" if result.unwritten else ""

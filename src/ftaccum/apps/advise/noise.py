@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import SettingsError
-from ...insight.noise_scale import describe
+from ...insight.noise_words import describe_noise, describe_scale, is_bounded, is_known, rounded
 from ...planning.halves import LEAST_ROWS
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
@@ -14,6 +14,11 @@ from ...tracking.run_record import RunRecord
 
 _LEVEL = "90% interval"
 _AUTO_UPDATES = 80  # a shorter run measures nothing by default
+_CAVEATS = """Three caveats (docs/noise_scale.md):
+- The noise scale is that of the plain gradient. Optimizers such as Adam rescale it.
+- On one device, small batches reach the same loss if β₂ covers equally many tokens (arXiv:2507.07101).
+- It assumes a well-chosen learning rate and the same curvature in all directions (arXiv:2505.23971).
+`--check` compares batches directly."""
 _CHECK = "`ftaccum advise {run} --check` compares half, the same and twice the batch instead."
 
 
@@ -36,22 +41,22 @@ def describe_run(folder: Path) -> str:
     head = f"Run: {folder}, {updates:,} updates, {result.effective_batch_size:,} rows an update"
     if result.noise_scale is None:
         return "\n".join([head, _unmeasured(result, RunRecord.read(run_dir.record)), _CHECK.format(run=folder)])
-    if math.isnan(result.noise_scale["lower"]):
+    if not is_known(result.noise_scale):
         remedy = "Train longer, or measure more often: `noise_scale` is the number of updates between two measurements."
-        known = describe(result.noise_scale)
+        known = describe_noise(result.noise_scale)
         return "\n".join([head, f"Noise scale: {known}.", remedy, _CHECK.format(run=folder)])
-    return "\n".join([head, *describe_scale(result.noise_scale)])
+    return "\n".join([head, *describe_advice(result.noise_scale)])
 
 
-def describe_scale(noise: Mapping[str, Any]) -> list[str]:
+def describe_advice(noise: Mapping[str, Any]) -> list[str]:
     """Return lines on an estimate whose interval is known.
 
     With the signal share ρ, the gradient of an update has the signal |μ|² and the power |μ|² / ρ. With twice the rows,
     the share is 2ρ / (1 + ρ), which is 2 / (1 + ρ) times as much.
     """
     rows, high = noise["rows"], min(1.0, noise["upper"])
-    in_tokens = "" if math.isnan(noise["noise_tokens_lower"]) else f"; {_scale(noise, 'tokens')}"
-    if _is_bounded(noise):
+    in_tokens = "" if math.isnan(noise["noise_tokens_lower"]) else f"; {describe_scale(noise, 'tokens')}"
+    if is_bounded(noise):
         share, low = min(1.0, noise["signal_share"]), noise["lower"]
         signal = (
             f"{share:.0%} of the squared gradient of an update of {rows:,} rows ({_LEVEL}: {low:.0%} to {high:.0%})"
@@ -61,39 +66,26 @@ def describe_scale(noise: Mapping[str, Any]) -> list[str]:
         signal = f"at most {high:.0%} of the squared gradient of an update of {rows:,} rows"
         worth = f"{2 / (1 + high):.2f} times as useful or more"
     return [
-        f"Noise scale: {_scale(noise, 'rows')}{in_tokens}",
+        f"Noise scale: {describe_scale(noise)}{in_tokens}",
         f"Signal: {signal}; the rest is noise",
         f"Doubling the batch makes an update {worth}",
         f"Useful range: {_useful(noise)}",
-        "This is the plain gradient's geometry, not the optimizer's, and it counts updates, not time: "
-        "docs/noise_scale.md says what it leaves out. `--check` compares batches directly.",
+        _CAVEATS,
     ]
-
-
-def _is_bounded(noise: Mapping[str, Any]) -> bool:
-    """Return whether the interval excludes that there is no signal at all."""
-    return noise["lower"] > 0 and math.isfinite(noise["noise_rows_upper"])
-
-
-def _scale(noise: Mapping[str, Any], unit: str) -> str:
-    found, low, high = (noise[f"noise_{unit}{end}"] for end in ("", "_lower", "_upper"))
-    if not _is_bounded(noise):
-        return f"at least {_rounded(low)} {unit}"
-    return f"{_rounded(found)} {unit} ({_LEVEL}: {_rounded(low)} to {_rounded(high)})"
 
 
 def _useful(noise: Mapping[str, Any]) -> str:
     """Return a sentence on the batches up to the noise scale, whose signal share is a half or less: 2 / 1.5 = 1.33."""
-    rows, is_bounded = noise["rows"], _is_bounded(noise)
-    upto = noise["noise_rows" if is_bounded else "noise_rows_lower"]
+    rows, bounded = noise["rows"], is_bounded(noise)
+    upto = noise["noise_rows" if bounded else "noise_rows_lower"]
     if rows < upto:
         where = f"This run's {rows:,} rows are below that"
-    elif is_bounded:
+    elif bounded:
         where = f"This run's {rows:,} rows are above that"
     else:
         where = f"It may reach past this run's {rows:,} rows, which is not known yet"
     return (
-        f"up to {'about' if is_bounded else 'at least'} {_rounded(upto)} rows, twice the rows make an update 1.33 "
+        f"up to {'about' if bounded else 'at least'} {rounded(upto)} rows, twice the rows make an update 1.33 "
         f"times as useful or more; from there on, less and less. {where}"
     )
 
@@ -116,10 +108,3 @@ def _unmeasured(result: Result, record: RunRecord | None) -> str:
             "add up over rows, or an older version trained it. `--verbosity debug` logs which of these holds."
         )
     return f"Noise scale: not measured, because {why}."
-
-
-def _rounded(number: float) -> str:
-    """Return a number with two digits, and zeros after them."""
-    if not 10 <= number < math.inf:
-        return f"{number:.2g}"
-    return f"{round(number, 1 - math.floor(math.log10(number))):,.0f}"
