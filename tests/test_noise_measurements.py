@@ -50,15 +50,15 @@ class SquaredError:
 
 
 class Logged(Told):
-    """A tracker that keeps the names of what it is told."""
+    """A tracker that keeps the last value of each name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.values: dict[str, Any] = {}
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         super().log(values, step)
-        self.names |= values.keys()
+        self.values |= values
 
 
 @pytest.fixture
@@ -227,7 +227,10 @@ def test_the_estimate_is_in_the_result_the_table_and_the_trackers(tmp_path: Path
     assert loaded.noise_scale is not None
     assert loaded.noise_scale["signal_share"] == result.noise_scale["signal_share"]
     assert str(loaded)
-    assert {"noise_scale/signal_share", "noise_scale/agreement", "noise_scale/power"} <= tracker.names
+    names = ("signal_share", "signal_share_lower", "signal_share_upper", "noise_rows_lower", "agreement", "power")
+    assert {f"noise_scale/{name}" for name in names} <= tracker.values.keys()
+    entry = Ledger.read(tmp_path / "ledger.jsonl").noise_scales[-1]
+    assert (entry.training_rows, entry.tokens) == (34, Ledger.read(tmp_path / "ledger.jsonl").windows[-1].tokens)
 
 
 def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: Any) -> MeasuredWindows:
@@ -288,7 +291,8 @@ def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatc
     def sums(numbers: Tensor, position: int = 0, parts: int = 1) -> Tensor:
         found = torch.zeros(1 << 16, dtype=torch.float64)
         for part in numbers.chunk(parts) if parts > 1 else [numbers]:
-            position = add_signed(found, part, position)
+            add_signed(found, part, position)
+            position += part.numel()
         return found
 
     a, b = sums(one), sums(other)
