@@ -13,7 +13,6 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
-
 _ADDED = ("environment", "noise_scale_reason")  # records of older versions lack them
 
 
