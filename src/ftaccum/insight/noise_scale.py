@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .student_t import t_quantile
+
 # Measured updates after which the weight of an update is 1/e. The effective number of updates is then about 100, with
 # which the standard error of |μ|² is 7% in simulated runs.
 _MEMORY = 50.0
@@ -91,7 +93,7 @@ class NoiseScaleEstimator:
             return math.inf
         a, b = 1 - share, share / rows  # P - ρQ = aP - bN
         squares = max(0.0, a * a * self._agreement2 - 2 * a * b * self._both + b * b * self._noise2)
-        return _t(1 - (1 - _LEVEL) / 2, k - 1) * math.sqrt(squares * k / (k - 1)) / power
+        return t_quantile(1 - (1 - _LEVEL) / 2, k - 1) * math.sqrt(squares * k / (k - 1)) / power
 
     def state_dict(self) -> dict[str, float]:
         return {name.removeprefix("_"): value for name, value in vars(self).items()}
@@ -126,10 +128,3 @@ def _noise_rows(share: float, rows: int, n_training_rows: int | None) -> float:
         return math.inf if n_training_rows is None else float(n_training_rows)
     fresh = rows * (1 / share - 1)
     return fresh if n_training_rows is None else 1 / (1 / fresh + 1 / n_training_rows)
-
-
-def _t(quantile: float, degrees: float) -> float:
-    """Return a quantile of Student's t distribution."""
-    from scipy.special import stdtrit  # takes 0.2 s to import
-
-    return float(stdtrit(degrees, quantile))
