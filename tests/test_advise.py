@@ -323,7 +323,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.usefixtures("faked")
 def test_the_cost_is_printed_before_any_training(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
-    assert main(["advise", str(run), "--check", "--share", "0.7", "--json", str(file)]) == 0
+    assert main(["advise", "--json", str(file), "--share", "0.7", "--check", str(run)]) == 0
     before, after = capsys.readouterr().out.split("TRAINING")
     assert "updates of 2, 4 and 8 rows, each over the same 32 rows (61.5% of the run's 52), in 3 orders" in before
     assert (
@@ -381,8 +381,14 @@ def test_bad_input_is_one_sentence_before_any_training(
     assert "is training at the moment" in capsys.readouterr().err
     assert main(["advise", str(run), "--share", "0.7"]) == 2
     assert "`--share` belongs to the check" in capsys.readouterr().err
-    assert main(["advise"]) == 2
-    assert "RUN is required" in capsys.readouterr().err
+    for words, sentence in (
+        ([], "RUN is required: the output folder of a run"),
+        (["--check", "yes"], "RUN is required"),
+        ([str(run), "--check", "elsewhere"], f"takes one RUN, but 2 were given: {str(run)!r}, 'elsewhere'"),
+        (["--chek", str(run)], "There is no option '--chek'. Did you mean '--check'?"),
+    ):
+        assert main(["advise", *words]) == 2
+        assert sentence in capsys.readouterr().err
     assert faked["branches"] == []
 
 

@@ -116,7 +116,7 @@ def test_a_report_compares_runs_and_needs_no_other_file(tmp_path: Path, capsys: 
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two & <b>", 4, finished=False, old=True, recipe={"learning_rate": 0.5})
     file = tmp_path / "page.html"
-    assert main(["report", str(one), str(two), "--output", str(file), "--axis", "updates"]) == 0
+    assert main(["report", str(one), "--output", str(file), "--axis", "updates", str(two)]) == 0
     assert capsys.readouterr().out == f"Wrote {file}.\n"
     page = Page(file.read_text())
     assert not re.findall(r'https?:|(?:src|href)="(?!#)|@import|url\((?!#)', page.text)
@@ -223,6 +223,7 @@ def test_the_page_of_a_long_run_is_small() -> None:
     ("words", "sentence"),
     [
         ([], "RUN is required: the output folders of runs"),
+        (["--axes", "rows", "run"], "There is no option '--axes'"),
         (["missing"], "'missing' is not a folder. Give the `output_dir` of a run."),
         (["empty"], "'empty' is not the output folder of a run: it has no `ledger.jsonl` and no `result.json`."),
         (["search"], "It is that of a search, which has written its own `report.html`."),

@@ -126,8 +126,8 @@ def verdict(outcomes: Sequence[Outcome], experiment: Experiment, measure: str) -
     if all(difference.is_positive for difference in close.values()):
         lower = " and ".join(f"{found} than those of {experiment.size(cell):,} rows" for cell, found in close.items())
         return (
-            "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates of "
-            f"{size} rows{rate} were lower by {lower}. {_meaning(best.ratio, experiment)}"
+            "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates "
+            f"of {size} rows{rate} were lower by {lower}. {_meaning(best.ratio, experiment)}"
         )
     others = " and ".join(f"{experiment.size(cell):,}" for cell in close)
     return (
