@@ -405,22 +405,23 @@ def test_changed_rows_are_refused(run: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_an_estimate_is_described_with_its_interval() -> None:
-    noise = {"rows": 64, "measured_updates": 20, "signal_share": 0.25, "lower": 0.2, "upper": 0.32}
+    noise = {"rows": 64, "measured_updates": 20, "signal_share": 0.25}
+    noise |= {"signal_share_lower": 0.2, "signal_share_upper": 0.32, "training_rows": 6000, "noise_rows_of_data": 186.0}
     noise |= {"noise_rows": 192.0, "noise_rows_lower": 136.0, "noise_rows_upper": 256.0}
     noise |= {"noise_tokens": 1920.0, "noise_tokens_lower": 1360.0, "noise_tokens_upper": 2560.0}
     said = "\n".join(describe_advice(noise))
     assert "190 rows (90% interval: 140 to 260); 1,900 tokens (90% interval: 1,400 to 2,600)" in said
+    assert "Against the run's own 6,000 training rows: 190 rows\n" in said
     assert "25% of the squared gradient of an update of 64 rows (90% interval: 20% to 32%)" in said
     assert "1.60 times as useful (90% interval: 1.52 to 1.67)" in said
     assert "up to about 190 rows" in said
     assert "64 rows are below that" in said
     assert "300 rows are above that" in "\n".join(describe_advice(noise | {"rows": 300}))
-    assert "It may reach past this run's 300 rows" in "\n".join(describe_advice(noise | {"rows": 300, "lower": -0.1}))
-    assert "at least 140 rows; at least 1,400 tokens" in "\n".join(describe_advice(noise | {"lower": -0.1}))
-    said = "\n".join(
-        describe_advice(noise | {"lower": -0.1, "noise_rows_upper": math.inf, "noise_tokens_lower": math.nan})
-    )
-    assert "Noise scale: at least 140 rows\n" in said
+    noise |= {"signal_share_lower": 0.0, "noise_rows": math.nan, "noise_rows_of_data": math.nan}
+    assert "It may reach past this run's 300 rows" in "\n".join(describe_advice(noise | {"rows": 300}))
+    assert "at least 140 rows; at least 1,400 tokens" in "\n".join(describe_advice(noise))
+    said = "\n".join(describe_advice(noise | {"noise_rows_upper": math.inf, "noise_tokens_lower": math.nan}))
+    assert "Noise scale: at least 140 rows\nSignal" in said
     assert "at most 32% of the squared gradient" in said
     assert "1.52 times as useful or more" in said
 

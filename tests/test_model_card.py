@@ -112,12 +112,13 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
 
 
 def test_a_known_noise_scale_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for rows, shown in ((812.0, "at least 400 rows"), (math.nan, None)):
+    for rows, shown in ((400.0, "at least 400 rows"), (math.nan, None)):
 
         def measured(*given: Any, rows: float = rows) -> RunFacts:
             facts = gather_facts(*given)
             assert facts is not None
-            found = {"lower": -0.1 * rows, "noise_rows": rows, "noise_rows_lower": 400.0, "noise_rows_upper": math.inf}
+            found = {"signal_share_lower": 0 * rows, "noise_rows_lower": rows}
+            found |= {"noise_rows": math.nan, "noise_rows_upper": math.inf}
             return replace(facts, result={**facts.result, "noise_scale": found})
 
         monkeypatch.setattr("ftaccum.training.run.gather_facts", measured)

@@ -25,6 +25,7 @@ from ftaccum.runtime.gradients.plain import GradientStrategy
 from ftaccum.runtime.process_group import SINGLE
 from ftaccum.settings.runtime import Runtime
 from ftaccum.tracking.ledger import Ledger
+from ftaccum.tracking.run_record import RunRecord
 from ftaccum.training.build_noise import build_measured_windows
 from heads import HEADS, RecordingOptimizer, all_in_float64, one_batch_gradient
 from interrupted import CutOff, fine_tuned, ledger_of
@@ -50,15 +51,15 @@ class SquaredError:
 
 
 class Logged(Told):
-    """A tracker that keeps the names of what it is told."""
+    """A tracker that keeps the last value of each name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.values: dict[str, Any] = {}
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         super().log(values, step)
-        self.names |= values.keys()
+        self.values |= values
 
 
 @pytest.fixture
@@ -225,9 +226,12 @@ def test_the_estimate_is_in_the_result_the_table_and_the_trackers(tmp_path: Path
     assert "noise scale" in str(result)
     loaded = Result.load(tmp_path)
     assert loaded.noise_scale is not None
-    assert loaded.noise_scale["signal_share"] == result.noise_scale["signal_share"]
+    assert 0 < loaded.noise_scale["signal_share_upper"] == result.noise_scale["signal_share_upper"]
     assert str(loaded)
-    assert {"noise_scale/signal_share", "noise_scale/agreement", "noise_scale/power"} <= tracker.names
+    names = ("signal_share_lower", "signal_share_upper", "noise_rows_lower", "agreement", "power")
+    assert {f"noise_scale/{name}" for name in names} <= tracker.values.keys()
+    entry = Ledger.read(tmp_path / "ledger.jsonl").noise_scales[-1]
+    assert entry.training_rows == 34
 
 
 def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: Any) -> MeasuredWindows:
@@ -238,46 +242,53 @@ def measured_windows(noise_scale: Any = 3, terms: Any = ("loss",), **changed: An
     objective: Any = SimpleNamespace(window=changed.pop("window", None), report=report, terms=terms)
     runtime = Runtime(noise_scale=noise_scale, deterministic=changed.pop("deterministic", False))
     weights = [nn.Parameter(torch.zeros(1))]
-    optimizer = changed.pop("optimizer", torch.optim.SGD)(weights)
+    optimizer, is_sharded = changed.pop("optimizer", torch.optim.SGD)(weights), changed.pop("is_sharded", False)
     planned = plan(1600, validation_split=0.0, n_epochs=1, **{"effective_batch_size": 16} | changed)
-    return build_measured_windows(runtime, planned, objective, optimizer, is_sharded=changed.get("sharded", False))
+    return build_measured_windows(runtime, planned, objective, optimizer, is_sharded=is_sharded)
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "reason"),
     [
-        {"window": object()},
-        {"report": {"balanced": ("router",)}},
-        {"report": {"inexact": lambda: ["it mixes rows"]}},
-        {"report": {"in_training": SimpleNamespace(complaint="Expected more than 1 value per channel")}},
-        {"report": {"ways": {"one": "labels", "other": "rows"}}},
-        {"terms": ("one", "other"), "way": "count_items"},
-        {"optimizer": torch.optim.LBFGS},
-        {"effective_batch_size": 12},
-        {"noise_scale": False},
-        {"noise_scale": "auto", "deterministic": True},
-        {"noise_scale": "auto", "effective_batch_size": 32},  # 50 updates
+        ({"window": object()}, "reads all rows of an update together"),
+        ({"report": {"balanced": ("router",)}}, "reads all rows of an update together"),
+        ({"report": {"inexact": lambda: ["it mixes rows"]}}, "only approximates one large batch"),
+        ({"report": {"in_training": SimpleNamespace(complaint="Expected more than 1 value")}}, "on a single row"),
+        ({"report": {"ways": {"one": "labels", "other": "rows"}}}, "has several terms"),
+        ({"terms": ("one", "other"), "way": "count_items"}, "has several terms"),
+        ({"optimizer": torch.optim.LBFGS}, "computes the gradient of an update several times"),
+        ({"is_sharded": True}, "the model is sharded"),
+        ({"effective_batch_size": 12}, "an update has 12 rows, fewer than 16"),
+        ({"noise_scale": False}, "`noise_scale` is False"),
+        ({"noise_scale": "auto", "deterministic": True}, "measures nothing with `deterministic`"),
+        ({"noise_scale": "auto", "effective_batch_size": 32}, "the run has 50 updates, and `noise_scale` 'auto' needs"),
+        ({"noise_scale": 101}, "the first measurement would be at update 101"),
     ],
 )
-def test_it_is_not_measured_where_it_would_be_wrong_or_useless(changed: dict[str, Any]) -> None:
-    assert measured_windows(**changed).every is None
+def test_it_is_not_measured_where_it_would_be_wrong_or_useless(changed: dict[str, Any], reason: str) -> None:
+    measured = measured_windows(**changed)
+    assert measured.every is None
+    assert reason in measured.reason
 
 
 def test_it_is_measured_elsewhere() -> None:
-    assert measured_windows().every == 3
+    assert (measured_windows().every, measured_windows().reason) == (3, "")
     assert measured_windows(deterministic=True).every == 3
     assert measured_windows("auto").every == 10
     assert measured_windows(terms=("one", "other")).every == 3
 
 
-def test_a_run_logs_why_it_does_not_measure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_logs_and_records_why_it_does_not_measure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     head = HEADS[CLASSES]
     result = test_fine_tuning(
         head.model(), train_data=head.rows(8), validation_split=0.0, n_epochs=1, effective_batch_size=8, audit=False,
-        progress=False, verbosity="debug",
+        progress=False, verbosity="debug", output_dir=str(tmp_path),
     )  # fmt: skip
     assert result.noise_scale is None
     assert "noise scale is not measured: an update has 8 rows, fewer than 16." in capfd.readouterr().err
+    record = RunRecord.read(tmp_path / "run.json")
+    assert record is not None
+    assert record.noise_scale_reason == "an update has 8 rows, fewer than 16"
 
 
 def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +299,8 @@ def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatc
     def sums(numbers: Tensor, position: int = 0, parts: int = 1) -> Tensor:
         found = torch.zeros(1 << 16, dtype=torch.float64)
         for part in numbers.chunk(parts) if parts > 1 else [numbers]:
-            position = add_signed(found, part, position)
+            add_signed(found, part, position)
+            position += part.numel()
         return found
 
     a, b = sums(one), sums(other)
@@ -298,5 +310,7 @@ def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(sums(one, parts=7), a)
     monkeypatch.setattr("ftaccum.objective.signed_sums._LARGEST", 1 << 20)  # as on a device
     torch.testing.assert_close(sums(one, parts=7), a)
+    turned = torch.randn(9, 2, generator=draw)
+    assert torch.equal(sums(torch.view_as_complex(turned), 3), sums(turned, 3))
     table = torch.zeros(9, 4).index_add_(0, torch.tensor([2, 5]), torch.ones(2, 4))
     assert torch.equal(sums(table.to_sparse(1), 3), sums(table, 3))

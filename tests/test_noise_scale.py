@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from ftaccum import SettingsError
 from ftaccum.arguments import parse_settings
-from ftaccum.insight.noise_scale import NoiseScaleEstimator, summarize
+from ftaccum.insight.noise_scale import NoiseEstimate, NoiseScaleEstimator, summarize
 from ftaccum.insight.noise_words import describe_noise
 from ftaccum.planning.base_plan import Window
 from ftaccum.planning.halves import Halves, MeasuredWindows, split_halves
@@ -99,6 +99,11 @@ def estimator_of(measured: np.ndarray) -> NoiseScaleEstimator:
     return estimator
 
 
+def entry(tokens: int, estimate: NoiseEstimate) -> dict[str, Any]:
+    """Return an entry of the ledger, with an estimate."""
+    return {"rows": ROWS, "tokens": tokens, "training_rows": 400, **asdict(estimate)}
+
+
 INDEPENDENT = Population.of(signal=0.15, between=0.3, power=0.5)  # tokens of a row
 CORRELATED = Population.of(signal=0.2, between=0.4, power=1.0, one_item=True)
 
@@ -117,15 +122,17 @@ def test_the_running_estimate_is_near_the_noise_scale() -> None:
     assert estimate.signal_share == pytest.approx(1 / (1 + INDEPENDENT.noise_rows / ROWS), rel=0.3)
 
 
-def test_epochs_over_few_rows_are_nearer_to_the_gradient_of_these_rows() -> None:
+def test_the_noise_scale_of_the_data_is_that_of_epochs_over_few_rows() -> None:
     rows = Population.of(signal=0.15, between=0.15, power=0.75, n=400)
     agreement, power = rows.measured(at_random, 3000, replace=False).mean(0)
     estimator = NoiseScaleEstimator()
     for _ in range(8):
         estimator.add(agreement, power, ROWS)
-    fresh, of_these = (estimator.estimate(ROWS, n).noise_rows for n in (None, 400))
-    assert of_these == pytest.approx(rows.noise_rows, rel=0.1)
-    assert fresh > 1.15 * rows.noise_rows
+    estimate = estimator.estimate(ROWS, 400)
+    assert estimate.noise_rows_of_data == pytest.approx(rows.noise_rows, rel=0.1)
+    assert estimate.noise_rows == estimator.estimate(ROWS).noise_rows > 1.15 * rows.noise_rows
+    assert estimate.noise_rows_of_data == pytest.approx(1 / (1 / estimate.noise_rows + 1 / 400), rel=1e-12)
+    assert math.isnan(estimator.estimate(ROWS).noise_rows_of_data)
 
 
 def test_nine_of_ten_intervals_contain_the_true_share() -> None:
@@ -134,7 +141,7 @@ def test_nine_of_ten_intervals_contain_the_true_share() -> None:
     hits = 0
     for _ in range(500):
         estimate = estimator_of(measured[draw.integers(0, len(measured), 30)]).estimate(ROWS)
-        hits += estimate.lower <= truth <= estimate.upper
+        hits += estimate.signal_share_lower <= truth <= estimate.signal_share_upper
     assert 0.86 < hits / 500 < 0.95
 
 
@@ -157,12 +164,30 @@ def test_recent_updates_count_more() -> None:
 
 def test_nothing_is_known_after_few_updates_or_without_agreement() -> None:
     measured = INDEPENDENT.measured(at_random, 8)
-    assert math.isnan(estimator_of(measured[:7]).estimate(ROWS).lower)
-    assert not math.isnan(estimator_of(measured).estimate(ROWS).lower)
-    opposite = estimator_of(np.array(20 * [(-0.5, 1.0), (-0.4, 1.0)])).estimate(ROWS)
-    assert opposite.signal_share == pytest.approx(-0.45, abs=0.01)
-    assert math.isnan(opposite.noise_rows)
-    assert math.isnan(estimator_of(np.array(4 * [(-2.0, 1.0), (2.5, 1.0)])).estimate(ROWS).noise_rows)  # from -1 to 1.5
+    assert not math.isnan(estimator_of(measured).estimate(ROWS).signal_share_upper)
+    opposite = np.array(20 * [(-0.5, 1.0), (-0.4, 1.0)])
+    wide = np.array(4 * [(-2.0, 1.0), (2.5, 1.0)])  # from -1 to 1.5
+    for unknown in (measured[:7], opposite, wide):
+        assert all(math.isnan(number) for number in vars(estimator_of(unknown).estimate(ROWS, 400)).values())
+
+
+@pytest.mark.parametrize("mean", [-0.05, 0.05])
+def test_an_agreement_that_may_be_zero_leaves_only_a_lower_end(mean: float) -> None:
+    measured = np.array(20 * [(mean - 0.3, 1.0), (mean + 0.3, 1.0)])
+    estimate = estimator_of(measured).estimate(ROWS, 400)
+    assert estimate.signal_share_lower == 0
+    assert 0 < estimate.signal_share_upper < 0.25
+    assert estimate.noise_rows_lower == pytest.approx(ROWS * (1 / estimate.signal_share_upper - 1))
+    assert estimate.noise_rows_upper == math.inf
+    assert math.isnan(estimate.noise_rows)
+    assert math.isnan(estimate.noise_rows_of_data)
+    assert math.isnan(estimate.signal_share) == (mean < 0)
+
+
+def test_rows_that_agree_have_no_noise() -> None:
+    estimate = estimator_of(np.array(10 * [(1.1, 1.0), (1.0, 1.0)])).estimate(ROWS, 400)
+    assert (estimate.signal_share, estimate.signal_share_upper, estimate.noise_rows) == (1, 1, 0)
+    assert (estimate.noise_rows_lower, estimate.noise_rows_of_data, estimate.noise_rows_upper) == (0, 0, 0)
 
 
 def test_a_restored_estimate_continues() -> None:
@@ -179,7 +204,7 @@ def test_a_restored_estimate_continues() -> None:
     [
         (0.05, 0.1, "790 rows (90% interval: 580 to 1,200); an update has 64 rows, and updates are mostly noise: "),
         (0.05, 0.1, "twice the rows make one 1.8 times as useful or more"),
-        (-0.1, 0.1, "at least 580 rows; an update has 64 rows, and updates are mostly noise"),
+        (0.0, 0.1, "at least 580 rows; an update has 64 rows, and updates are mostly noise"),
         (
             0.3,
             0.6,
@@ -188,29 +213,28 @@ def test_a_restored_estimate_continues() -> None:
         (
             0.85,
             0.95,
-            "3.4 to 11); an update has 64 rows, and rows mostly agree: half the rows leave ",
+            "3.4 to 11); an update has 64 rows, and rows mostly agree: half the rows would be ",
         ),
-        (0.85, 0.95, "leave 87% of the use of one, or more"),
+        (0.85, 0.95, "half the rows would be 87% as useful or more (docs"),
         (math.nan, math.nan, "not known yet (measured in 1 updates of 64 rows)"),
     ],
 )
 def test_an_estimate_is_described_in_words(low: float, high: float, words: str) -> None:
     def scale(share: float) -> float:
-        return math.nan if math.isnan(share) else ROWS * max(0.0, 1 / share - 1) if share > 0 else math.inf
+        return math.inf if share == 0 else ROWS * (1 / share - 1)
 
-    shares = {"signal_share": (low + high) / 2, "lower": low, "upper": high}
+    shares = {"signal_share": (low + high) / 2, "signal_share_lower": low, "signal_share_upper": high}
     scales = {"noise_rows": scale((low + high) / 2), "noise_rows_lower": scale(high), "noise_rows_upper": scale(low)}
-    summary = summarize([{"rows": ROWS, "tokens": 0, **shares, **scales}])
+    summary = summarize([entry(0, NoiseEstimate(**shares, **scales))])
     assert summary is not None
     assert words in describe_noise(summary)
 
 
 def test_a_summary_has_the_noise_scale_in_tokens() -> None:
-    known = {"signal_share": 0.5, "lower": 0.4, "upper": 0.6}
-    scales = {"noise_rows": 64.0, "noise_rows_lower": 43.0, "noise_rows_upper": math.inf}
-    entries = [{"rows": ROWS, "tokens": tokens, **known, **scales} for tokens in (600, 680)]
-    summary: Any = summarize(entries)
-    assert (summary["measured_updates"], summary["noise_tokens"]) == (2, 640)
+    estimate = NoiseEstimate(0.5, 0.4, 0.6, 64.0, 43.0, 96.0, 55.0)
+    summary: Any = summarize([entry(tokens, estimate) for tokens in (600, 680)])
+    assert (summary["measured_updates"], summary["noise_tokens"], summary["training_rows"]) == (2, 640, 400)
+    assert (summary["noise_rows"], summary["noise_rows_of_data"]) == (64, 55)
     assert summarize([]) is None
 
 

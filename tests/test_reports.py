@@ -189,12 +189,12 @@ def test_a_run_that_is_still_running_can_be_reported(tmp_path: Path) -> None:
 
 
 def test_the_noise_scale_has_its_interval_and_the_rows_of_an_update() -> None:
-    noise = NoiseScale([2, 4], [50.0, 60.0], [40.0, 30.0], [70.0, math.nan])  # the last one has no upper limit
+    noise = NoiseScale([2, 4], [50.0, math.nan], [40.0, 30.0], [70.0, math.nan])  # the last one has no upper limit
     run = RunCurves("$run", [1.0] * 4, [1.0] * 4, [0.1] * 4, [8, 16, 24, 32], [8] * 4, noise_scale=noise)
     panel = next(panel for panel in panels_of([run]) if panel.title.startswith("Gradient noise"))
     axes = panel_figure(panel, [run], "rows").axes[0]
     scale, update = (line.get_xydata() for line in axes.get_lines())
-    np.testing.assert_array_equal(scale, [[16, 50], [32, 60]])
+    np.testing.assert_array_equal(scale, [[16, 50], [32, math.nan]])
     np.testing.assert_array_equal(update[:, 1], 8)
     corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
     assert corners == {(16, 40), (16, 70), (32, 30), (32, 2 * 70)}  # up to the edge

@@ -25,17 +25,15 @@ N_SUMS = 1 << 16  # the relative standard error of a product is 1 / sqrt(65,536)
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of the two halves of a window; tensors are scalars on the device.
+    """The agreement of the two halves of a window.
 
     Attributes:
-        share: the agreement divided by the squared norm of the window's gradient. It does not depend on the scale of
-            the gradient.
-        tokens: the tokens of the window on all processes, without padding.
-        seconds: the time that this process took to measure it.
+        share: the agreement divided by the squared norm of the window's gradient, a scalar on the device. It does not
+            depend on the scale of the gradient.
+        seconds: the time that this process took to measure it. On a GPU, the time to start its work.
     """
 
     share: Tensor
-    tokens: Tensor
     seconds: float
 
 
@@ -59,6 +57,7 @@ class HalfGradients:
         """
         self._accelerator, self._strategy, self._embeddings = accelerator, strategy, embeddings
         self._micro_batches, self._n_first = micro_batches, n_first
+        self._first: Tensor | None = None
         self._seconds = 0.0
 
     def pass_done(self, index: int) -> None:
@@ -71,23 +70,21 @@ class HalfGradients:
 
         All processes must call this together.
         """
-        if self._n_first is None:
+        if (first := self._first) is None:
             return None
-        last, first = self._sums(), self._first
+        last = self._sums()
         started = time.perf_counter()
         term = normalizer.terms[0]
         items = sum(micro.counts[term] for micro in self._micro_batches[: self._n_first])
-        tokens = sum(micro.tokens for micro in self._micro_batches)
         # Filled on the device, because it would wait for a copy from the host.
-        numbers = torch.cat([first, first.new_full((1,), items), first.new_full((1,), tokens)])
+        numbers = torch.cat([first, first.new_full((1,), items)])
         if (processes := self._accelerator.num_processes) > 1:
             numbers = self._accelerator.reduce(numbers, "sum")
             numbers[:N_SUMS] /= processes  # the gradient is the mean over processes
-        first, (items_of_first, tokens_of_all) = numbers[:N_SUMS], numbers[N_SUMS:]
-        part = items_of_first / normalizer.items_T[0]
+        first, part = numbers[:N_SUMS], numbers[N_SUMS] / normalizer.items_T[0]
         share = first @ (last - first) / (part * (1 - part)) / (last @ last)
         self._seconds += time.perf_counter() - started
-        return Agreement(share, tokens_of_all, self._seconds)
+        return Agreement(share, self._seconds)
 
     def _sums(self) -> Tensor:
         """Return signed sums of this process's gradient so far."""
@@ -100,6 +97,6 @@ class HalfGradients:
             for gradient in (p.grad, self._embeddings.sum_so_far(p)):
                 if gradient is not None:
                     add_signed(sums, gradient, position)
-            position += p.numel()
+            position += 2 * p.numel() if p.is_complex() else p.numel()
         self._seconds += time.perf_counter() - started
         return sums

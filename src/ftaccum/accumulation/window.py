@@ -1,5 +1,6 @@
 """The results of accumulating a window, besides the gradient."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -99,19 +100,18 @@ class AccumulatedWindow:
         """Return the gradient's norm and the other numbers about the window, read from the device at once."""
         losses = torch.stack([contribution for _, contribution in self.contributions])
         items = self.normalizer.items_T.sum()
-        measured = [] if self.agreement is None else [self.agreement.share, self.agreement.tokens]
+        measured = [] if self.agreement is None else [self.agreement.share]
         scalars = [part.reshape(1) for part in (norm, items, self.drift, *measured)]
         parts = [part.to(norm.device) for part in (*scalars, losses, self.moved_buffers)]
         grad_norm, n_items, off, *others = torch.cat(parts).tolist()
-        noise, others = self._noise(grad_norm, others[: len(measured)]), others[len(measured) :]
+        noise, others = self._noise(grad_norm, *others[: len(measured)]), others[len(measured) :]
         n_passes = len(losses)
         flags = [bool(flag) for flag in others[n_passes:]]
         return WindowNumbers(grad_norm, n_items, others[:n_passes], off, flags, noise)
 
-    def _noise(self, grad_norm: float, numbers: list[float]) -> NoiseMeasurement | None:
-        """Return the measurement of a window's halves, given the numbers of its agreement."""
+    def _noise(self, grad_norm: float, share: float = math.nan) -> NoiseMeasurement | None:
+        """Return the measurement of a window's halves, given the share of its agreement."""
         if self.agreement is None:
             return None
-        share, tokens = numbers
         power = grad_norm * grad_norm
-        return NoiseMeasurement(share * power, power, round(tokens), self.agreement.seconds)
+        return NoiseMeasurement(share * power, power, self.agreement.seconds)

@@ -29,7 +29,7 @@ class NoiseScale:
 
     Attributes:
         updates: the number of each measured update, from 1.
-        values: the noise scale so far.
+        values: the noise scale so far; NaN also while it has only a lower end.
         lower, upper: the ends of its interval. An upper end that is NaN beside a known lower one has no limit.
     """
 

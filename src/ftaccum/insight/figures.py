@@ -139,7 +139,7 @@ def _is_evaluated(name: str, run: RunCurves) -> bool:
 
 
 def _noise_of(run: RunCurves) -> Sequence[float]:
-    return run.noise_scale.values if run.noise_scale is not None else ()
+    return run.noise_scale.lower if run.noise_scale is not None else ()  # may be known without the scale itself
 
 
 def _draw_updates(

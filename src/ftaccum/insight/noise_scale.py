@@ -1,10 +1,10 @@
 """The gradient noise scale: the number of rows at which the noise in a gradient is as large as its signal.
 
 The gradient of an update of R rows is the true gradient μ plus noise: E|g|² = |μ|² · (1 + B / R). B is the noise scale
-in rows (McCandlish et al. 2018, arXiv:1812.06162), and ρ = |μ|² / E|g|² = 1 / (1 + B / R) is the signal's share in the
-gradient. A measured update yields two numbers: its agreement P, the product of the gradients of two random halves of
-its rows, has the mean |μ|²; its power Q is |g|². So ρ is estimated by ΣwP / ΣwQ, with weights that favour recent
-updates.
+in rows, B_simple = tr(Σ) / |G|² in McCandlish et al. 2018 (arXiv:1812.06162), where G is μ and Σ the covariance of the
+gradient of one row. ρ = |μ|² / E|g|² = 1 / (1 + B / R) is the signal's share in the gradient. A measured update yields
+two numbers: its agreement P, the product of the gradients of two random halves of its rows, has the mean |μ|²; its
+power Q is |g|². So ρ is estimated by ΣwP / ΣwQ, with weights that favour recent updates.
 """
 
 import math
@@ -12,31 +12,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..planning.halves import LEAST_MEASURED
 from .student_t import t_quantile
 
 # Measured updates after which the weight of an update is 1/e. The effective number of updates is then about 100, with
 # which the standard error of |μ|² is 7% in simulated runs.
 _MEMORY = 50.0
-_LEAST = 8  # measured updates before anything is known
 _LEVEL = 0.9  # of the interval
 
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """The estimate after some measured updates. Numbers other than the share are NaN while they are not known.
+    """The estimate after some measured updates. All numbers are NaN while nothing is known.
+
+    If `signal_share_lower` is 0, the noise scale has only a lower end: `noise_rows_upper` is infinite, `noise_rows` and
+    `noise_rows_of_data` are NaN, and so is `signal_share` unless the estimate is positive.
 
     Attributes:
-        signal_share: the signal's share ρ in the gradient of an update.
-        lower, upper: its 90% interval.
-        noise_rows, noise_rows_lower, noise_rows_upper: the noise scale in rows, and its interval; may be infinite.
+        signal_share: the signal's share ρ in the gradient of an update, above 0 and at most 1.
+        signal_share_lower, signal_share_upper: its 90% interval, cut to 0 … 1.
+        noise_rows: the noise scale B in rows.
+        noise_rows_lower, noise_rows_upper: its 90% interval.
+        noise_rows_of_data: the noise scale of the distance to the gradient of the training rows themselves.
     """
 
     signal_share: float = math.nan
-    lower: float = math.nan
-    upper: float = math.nan
+    signal_share_lower: float = math.nan
+    signal_share_upper: float = math.nan
     noise_rows: float = math.nan
     noise_rows_lower: float = math.nan
     noise_rows_upper: float = math.nan
+    noise_rows_of_data: float = math.nan
 
 
 class NoiseScaleEstimator:
@@ -72,19 +78,23 @@ class NoiseScaleEstimator:
         """Return the estimate for updates of this many rows.
 
         Args:
-            n_training_rows: the rows that each epoch goes through, M. The noise scale is then that of the distance to
-                the gradient of these rows, B_M, with 1 / B_M = 1 / B + 1 / M. None for a stream.
+            n_training_rows: the rows that each epoch goes through, M; None for a stream. With them, the estimate has
+                B_M, where 1 / B_M = 1 / B + 1 / M.
         """
         power = self._agreement + self._noise / rows
-        if not power > 0:
+        if self._n < LEAST_MEASURED or not power > 0:
             return NoiseEstimate()
         share = self._agreement / power
         half = self._half_width(share, power, rows)
-        lower, upper = share - half, share + half
-        if self._n < _LEAST or not upper > 0 or (lower <= 0 and upper >= 1):
-            return NoiseEstimate(share)
-        scales = (_noise_rows(each, rows, n_training_rows) for each in (share, upper, lower))
-        return NoiseEstimate(share, lower, upper, *scales)
+        lower, upper = (min(1.0, max(0.0, end)) for end in (share - half, share + half))
+        if upper == 0 or (lower == 0 and upper == 1):
+            return NoiseEstimate()
+        shares = (min(1.0, share) if share > 0 else math.nan, lower, upper)
+        least = _noise_rows(upper, rows)
+        if lower == 0:
+            return NoiseEstimate(*shares, math.nan, least, math.inf)
+        scale = _noise_rows(shares[0], rows)
+        return NoiseEstimate(*shares, scale, least, _noise_rows(lower, rows), _of_data(scale, n_training_rows))
 
     def _half_width(self, share: float, power: float, rows: int) -> float:
         """Return half the width of the interval, from the variance of a ratio and Student's t."""
@@ -106,8 +116,8 @@ class NoiseScaleEstimator:
 def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return the last estimate, given the ledger's entries of measured updates; None if there are none.
 
-    Besides the numbers of `NoiseEstimate`, it has the number of measured updates, the rows of an update, and the noise
-    scale in tokens, which are NaN if the rows have no tokens.
+    Besides the numbers of `NoiseEstimate`, it has the number of measured updates, the rows of an update, the number of
+    training rows (0 for a stream), and the noise scale in tokens, which is NaN if the rows have no tokens.
     """
     if not entries:
         return None
@@ -117,14 +127,15 @@ def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     per_row = tokens / rows if tokens else math.nan
     in_rows = ("noise_rows", "noise_rows_lower", "noise_rows_upper")
     in_tokens = {name.replace("rows", "tokens"): per_row * getattr(estimate, name) for name in in_rows}
-    return {"measured_updates": len(entries), "rows": last["rows"], **asdict(estimate), **in_tokens}
+    counts = {"measured_updates": len(entries), "rows": last["rows"], "training_rows": last["training_rows"]}
+    return counts | asdict(estimate) | in_tokens
 
 
-def _noise_rows(share: float, rows: int, n_training_rows: int | None) -> float:
-    """Return the noise scale in rows for a share of the signal in updates of `rows` rows."""
-    if share >= 1:
-        return 0.0
-    if share <= 0:
-        return math.inf if n_training_rows is None else float(n_training_rows)
-    fresh = rows * (1 / share - 1)
-    return fresh if n_training_rows is None else 1 / (1 / fresh + 1 / n_training_rows)
+def _noise_rows(share: float, rows: int) -> float:
+    """Return the noise scale in rows for a positive share of the signal in updates of `rows` rows."""
+    return rows * (1 / share - 1)
+
+
+def _of_data(scale: float, n_training_rows: int | None) -> float:
+    """Return B_M for a noise scale B and M training rows; NaN for a stream."""
+    return math.nan if n_training_rows is None else scale / (1 + scale / n_training_rows)

@@ -9,12 +9,12 @@ _NOISE, _SIGNAL = 0.2, 0.8  # shares of the signal below and above which there i
 
 def is_known(summary: Mapping[str, Any]) -> bool:
     """Return whether an estimate, as `noise_scale.summarize` returns it, says anything."""
-    return not math.isnan(summary["lower"])
+    return not math.isnan(summary["signal_share_lower"])
 
 
 def is_bounded(summary: Mapping[str, Any]) -> bool:
     """Return whether the interval excludes that there is no signal at all."""
-    return summary["lower"] > 0 and math.isfinite(summary["noise_rows_upper"])
+    return bool(summary["signal_share_lower"] > 0)
 
 
 def describe_scale(summary: Mapping[str, Any], unit: str = "rows") -> str:
@@ -31,15 +31,16 @@ def describe_scale(summary: Mapping[str, Any], unit: str = "rows") -> str:
 
 def describe_noise(summary: Mapping[str, Any]) -> str:
     """Return an estimate, known or not, and what it means for the batch, in one line."""
-    rows, n, low, high = summary["rows"], summary["measured_updates"], summary["lower"], summary["upper"]
+    rows, n = summary["rows"], summary["measured_updates"]
+    low, high = summary["signal_share_lower"], summary["signal_share_upper"]
     if not is_known(summary):
         return f"not known yet (measured in {n} updates of {rows} rows)"
     if high < _NOISE:
         advice = f"updates are mostly noise: twice the rows make one {2 / (1 + high):.1f} times as useful or more"
     elif low > _SIGNAL:
-        advice = f"rows mostly agree: half the rows leave {1 / (2 - low):.0%} of the use of one, or more"
+        advice = f"rows mostly agree: half the rows would be {1 / (2 - low):.0%} as useful or more"
     else:
-        worth = list(dict.fromkeys(f"{2 / (1 + min(1.0, max(0.0, share))):.1f}" for share in (high, low)))
+        worth = list(dict.fromkeys(f"{2 / (1 + share):.1f}" for share in (high, low)))
         advice = f"twice the rows make one {' to '.join(worth)} times as useful"
     return f"{describe_scale(summary)}; an update has {rows:,} rows, and {advice} (docs/noise_scale.md)"
 

@@ -16,16 +16,13 @@ _LARGEST = 1 << 16  # numbers to add at once on a CPU, which fit in its cache
 _LARGEST_ON_DEVICE = 1 << 20
 
 
-def add_signed(sums: Tensor, numbers: Tensor, position: int = 0) -> int:
+def add_signed(sums: Tensor, numbers: Tensor, position: int = 0) -> None:
     """Add the numbers of a tensor to sums, without waiting for the device.
 
     Args:
         sums: the sums, in float32 or float64.
-        numbers: a tensor of any shape and dtype; a sparse one takes a dense copy.
+        numbers: a tensor of any shape and dtype; a sparse one takes a dense copy. A complex number counts as two.
         position: the position of the first number.
-
-    Returns:
-        The position after the last number.
     """
     dense = numbers.to_dense() if numbers.is_sparse else numbers
     flat = (torch.view_as_real(dense) if dense.is_complex() else dense).detach().reshape(-1)
@@ -42,7 +39,6 @@ def add_signed(sums: Tensor, numbers: Tensor, position: int = 0) -> int:
         else:
             sums += (piece * its_signs).view(-1, n_sums).sum(0)
         start += n
-    return position + start
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,6 +13,9 @@ from .base_plan import Window
 from .micro_batches import MicroBatchPlanner, MicroBatchRows, RowIndices
 
 LEAST_ROWS = 16  # of a measured window; the bias of the estimate is about one divided by the rows
+LEAST_MEASURED = 8  # measured windows before there is an estimate: with fewer, Student's interval is too wide
+AUTO_EVERY = 10  # windows from one measurement to the next by default
+AUTO_LEAST_WINDOWS = AUTO_EVERY * LEAST_MEASURED  # of a run that is measured by default
 _STREAM = 0x9A1F  # keeps the random numbers apart from others with the same seed
 
 Halves = tuple[RowIndices, RowIndices]
@@ -39,10 +42,12 @@ class MeasuredWindows:
     Attributes:
         every: the number of windows from one to the next; None for no window at all.
         seed: the seed of the run.
+        reason: why no window is measured; empty if some are.
     """
 
     every: int | None = None
     seed: int = 0
+    reason: str = ""
 
     def halves(self, window: Window) -> Halves | None:
         """Return the places of the rows in the two halves, in the order of the window; None if it is not measured."""

@@ -118,27 +118,33 @@ class NoiseScaleEntry:
         epoch: the epoch of the update, from 0.
         rows: number of rows of the update, over all processes.
         tokens: number of their tokens without padding; 0 if they have none.
+        training_rows: number of rows that each epoch goes through; 0 for a stream.
         agreement: product of the gradients of two random halves of the rows.
         power: squared norm of the gradient before clipping.
-        signal_share: estimated share of the signal in a gradient so far.
-        lower, upper: its 90% interval; NaN while it is not known.
-        noise_rows: estimated noise scale in rows so far; NaN while it is not known; may be infinite.
-        noise_rows_lower, noise_rows_upper: its 90% interval.
-        seconds: time that measuring took on the main process, without the time of more passes.
+        signal_share: estimated share of the signal in a gradient so far; NaN while it is not known, as the next ones.
+        signal_share_lower, signal_share_upper: its 90% interval.
+        noise_rows: estimated noise scale in rows so far; NaN also if `signal_share_lower` is 0.
+        noise_rows_lower, noise_rows_upper: its 90% interval; the upper end is infinite if `signal_share_lower` is 0.
+        noise_rows_of_data: the noise scale for the distance to the gradient of the training rows; NaN for a stream, and
+            where `noise_rows` is.
+        seconds: time that measuring took on the main process, without the time of more passes. On a device, the time
+            to start its work, which runs later.
     """
 
     noise_scale: int
     epoch: int
     rows: int
     tokens: int
+    training_rows: int
     agreement: float
     power: float
     signal_share: float
-    lower: float
-    upper: float
+    signal_share_lower: float
+    signal_share_upper: float
     noise_rows: float
     noise_rows_lower: float
     noise_rows_upper: float
+    noise_rows_of_data: float
     seconds: float
 
 

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
-from ..insight.noise_scale import NoiseScaleEstimator
+from ..insight.noise_scale import NoiseEstimate, NoiseScaleEstimator
 from .ledger import NoiseScaleEntry, WindowEntry
 from .step import NoiseMeasurement
 
@@ -35,7 +35,8 @@ class NoiseScaleRecorder:
             noise_scale=window.window + 1,
             epoch=window.epoch,
             rows=window.rows,
-            tokens=noise.tokens,
+            tokens=window.tokens,
+            training_rows=self._n_training_rows or 0,
             agreement=noise.agreement,
             power=noise.power,
             **asdict(estimate),
@@ -51,6 +52,6 @@ class NoiseScaleRecorder:
 
 def tracked(entry: NoiseScaleEntry) -> dict[str, float]:
     """Return the numbers of an entry that trackers get: those that are known and finite."""
-    names = ("signal_share", "lower", "upper", "noise_rows", "noise_rows_lower", "noise_rows_upper")
-    values = {name: getattr(entry, name) for name in ("agreement", "power", *names)}
+    names = ("agreement", "power", *(f.name for f in fields(NoiseEstimate)))
+    values = {name: getattr(entry, name) for name in names}
     return {f"noise_scale/{name}": value for name, value in values.items() if math.isfinite(value)}

@@ -18,7 +18,7 @@ from .run_record import RunRecord
 if TYPE_CHECKING:
     from .result import Result
 
-_NOT_SETTINGS = ("recipe", "sources", "environment", "started_at", "finished")
+_NOT_SETTINGS = ("recipe", "sources", "environment", "started_at", "finished", "noise_scale_reason")
 
 
 def curves_of(result: "Result", name: str = "", folder: Path | None = None) -> RunCurves:

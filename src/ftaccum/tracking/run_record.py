@@ -13,6 +13,8 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
+_ADDED = ("environment", "noise_scale_reason")  # records of older versions lack them
+
 
 @dataclass(frozen=True)
 class Command:
@@ -47,6 +49,8 @@ class RunRecord:
         started_at: when this call started, in UTC; later if the run was resumed.
         finished: whether the run has reached its end and all outputs are written.
         environment: versions, system and device, by name; empty if an older version wrote the record.
+        noise_scale_reason: why the run does not measure the gradient noise scale; empty if it does, or if an older
+            version wrote the record.
     """
 
     recipe: dict[str, Any]
@@ -62,6 +66,7 @@ class RunRecord:
     started_at: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat())
     finished: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    noise_scale_reason: str = ""
 
     @classmethod
     def of(
@@ -74,6 +79,7 @@ class RunRecord:
         keep_checkpoints: int,
         command: Command | None,
         environment: Mapping[str, str] | None = None,
+        noise_scale_reason: str = "",
     ) -> "RunRecord":
         """Return the record of a run that starts now."""
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
@@ -89,6 +95,7 @@ class RunRecord:
             keep_checkpoints=keep_checkpoints,
             sources={} if command is None else command.sources,
             environment=dict(environment or {}),
+            noise_scale_reason=noise_scale_reason,
         )
 
     def batch_sizes(self) -> BatchSizes:
@@ -126,6 +133,6 @@ class RunRecord:
         """Return the record in a file; None if there is no such file, or if it is not a record."""
         try:
             read = json.loads(path.read_text())
-            return cls(**{f.name: read[f.name] for f in fields(cls) if f.name != "environment" or f.name in read})
+            return cls(**{f.name: read[f.name] for f in fields(cls) if f.name not in _ADDED or f.name in read})
         except (OSError, ValueError, TypeError, KeyError):
             return None

@@ -14,13 +14,12 @@ class NoiseMeasurement:
     Attributes:
         agreement: their product, whose mean over windows is the squared norm of the true gradient.
         power: the squared norm of the window's gradient.
-        tokens: the tokens of the window, over all processes, without padding.
-        seconds: the time that measuring took, without the time that more passes take.
+        seconds: the time that measuring took, without the time that more passes take. On a device, the time to start
+            its work.
     """
 
     agreement: float
     power: float
-    tokens: int
     seconds: float
 
 

@@ -18,6 +18,7 @@ from ..checkpoint.compatibility import (
     size_identity,
 )
 from ..planning.batch_size import BatchSizes
+from ..planning.halves import MeasuredWindows
 from ..runtime.accelerator import device_name
 from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
@@ -74,7 +75,9 @@ def build_identity(
     )
 
 
-def build_record(config: RunConfig, batch_sizes: BatchSizes, accelerator: Accelerator) -> RunRecord:
+def build_record(
+    config: RunConfig, batch_sizes: BatchSizes, accelerator: Accelerator, measured: MeasuredWindows
+) -> RunRecord:
     """Return the record of a run that starts now."""
     return RunRecord.of(
         recipe_identity(config.recipe),
@@ -90,4 +93,5 @@ def build_record(config: RunConfig, batch_sizes: BatchSizes, accelerator: Accele
             "device": device_name(accelerator.device),
             "mixed precision": accelerator.mixed_precision,
         },
+        noise_scale_reason=measured.reason,
     )

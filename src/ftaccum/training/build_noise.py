@@ -5,35 +5,54 @@ from torch.optim import Optimizer
 from ..objective.item_counts import OF_USER
 from ..objective.objective import Objective
 from ..planning.base_plan import BasePlan
-from ..planning.halves import LEAST_ROWS, MeasuredWindows
+from ..planning.halves import AUTO_EVERY, AUTO_LEAST_WINDOWS, LEAST_ROWS, MeasuredWindows
 from ..planning.plan import Plan
 from ..runtime.log import logger
 from ..settings.runtime import Runtime
 from .closure import needs_closure
 
-_AUTO = 10  # updates from one measurement to the next
-_LEAST_MEASURED = 8  # measurements without which nothing is known
-
 
 def build_measured_windows(
     runtime: Runtime, plan: BasePlan, objective: Objective, optimizer: Optimizer, *, is_sharded: bool
 ) -> MeasuredWindows:
-    """Return the windows to measure; none if the noise scale cannot be measured, which is logged."""
-    if runtime.noise_scale is False or (runtime.noise_scale == "auto" and runtime.deterministic):
-        return MeasuredWindows()
-    reason = _of_loss(objective) or _of_run(plan, optimizer, is_sharded=is_sharded)
-    if reason is None and runtime.noise_scale == "auto" and plan.n_windows < _AUTO * _LEAST_MEASURED:
-        reason = f"a run of {plan.n_windows} updates is too short for noise_scale='auto'"
+    """Return the windows to measure; if there are none, the reason is logged, too."""
+    reason = (
+        _of_setting(runtime)
+        or _of_loss(objective)
+        or _of_run(plan, optimizer, is_sharded=is_sharded)
+        or _of_length(runtime.noise_scale, plan.n_windows)
+    )
     if reason is not None:
         logger.debug(f"The gradient noise scale is not measured: {reason}.")
-        return MeasuredWindows()
-    every = _AUTO if isinstance(runtime.noise_scale, str) else runtime.noise_scale
-    return MeasuredWindows(every, plan.seed)
+        return MeasuredWindows(reason=reason)
+    return MeasuredWindows(_every(runtime.noise_scale), plan.seed)
 
 
 def repeated_rows(plan: BasePlan) -> int | None:
     """Return the number of rows that each epoch goes through; None if an epoch draws its rows, or for a stream."""
     return plan.n_rows if isinstance(plan, Plan) and not plan.classes else None
+
+
+def _every(noise_scale: int | str) -> int:
+    return AUTO_EVERY if isinstance(noise_scale, str) else noise_scale
+
+
+def _of_setting(runtime: Runtime) -> str | None:
+    """Return why the settings do not ask for a measurement; None if they do."""
+    if runtime.noise_scale is False:
+        return "`noise_scale` is False"
+    if runtime.noise_scale == "auto" and runtime.deterministic:
+        return "`noise_scale` is 'auto', which measures nothing with `deterministic`"
+    return None
+
+
+def _of_length(noise_scale: int | str, n_windows: int) -> str | None:
+    """Return why a run of this length is not measured; None if it is."""
+    if noise_scale == "auto" and n_windows < AUTO_LEAST_WINDOWS:
+        return f"the run has {n_windows} updates, and `noise_scale` 'auto' needs {AUTO_LEAST_WINDOWS}"
+    if n_windows < _every(noise_scale):
+        return f"the run has {n_windows} updates, and the first measurement would be at update {_every(noise_scale)}"
+    return None
 
 
 def _of_loss(objective: Objective) -> str | None:

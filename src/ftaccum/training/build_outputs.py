@@ -47,7 +47,7 @@ class RunWithOutputs(EvaluatedSetup):
         ledger.keep_in(self.run_dir.ledger)
         ledger.catch_up()
         if self.callback.saves_model:  # a search records its trials itself
-            self._record = build_record(self.config, self.batch_sizes, self.accelerator)
+            self._record = build_record(self.config, self.batch_sizes, self.accelerator, self.measured_windows)
             self._record.write(self.run_dir.record)
         self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
         if not self.data.train.repeats:

@@ -18,6 +18,7 @@ from ..planning.audit_schedule import AuditSchedule
 from ..planning.base_plan import BasePlan
 from ..planning.batch_size import BatchSizes
 from ..planning.evaluation_schedule import EvaluationSchedule
+from ..planning.halves import MeasuredWindows
 from ..planning.plan import Plan
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
@@ -143,15 +144,14 @@ class TrainingSetup(OptimizedRun):
 
     @cached_property
     def window_loader(self) -> WindowLoader:
-        index = self.accelerator.process_index
-        measured = build_measured_windows(
-            self.config.runtime,
-            self.plan,
-            self.data.objective,
-            self.optimizer,
-            is_sharded=self.sharding is not None,
-        )
+        index, measured = self.accelerator.process_index, self.measured_windows
         return WindowLoader(self.plan, self.data.train, self.planner, self.process_group, index, measured)
+
+    @cached_property
+    def measured_windows(self) -> MeasuredWindows:
+        """The windows in which the gradient noise scale is measured."""
+        runtime, objective, is_sharded = self.config.runtime, self.data.objective, self.sharding is not None
+        return build_measured_windows(runtime, self.plan, objective, self.optimizer, is_sharded=is_sharded)
 
     @cached_property
     def oom_recovery(self) -> OomRecovery:

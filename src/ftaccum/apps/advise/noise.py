@@ -7,13 +7,12 @@ from typing import Any
 
 from ...errors import SettingsError
 from ...insight.noise_words import describe_noise, describe_scale, is_bounded, is_known, rounded
-from ...planning.halves import LEAST_ROWS
+from ...planning.halves import AUTO_LEAST_WINDOWS, LEAST_ROWS
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
 
 _LEVEL = "90% interval"
-_AUTO_UPDATES = 80  # a shorter run measures nothing by default
 _CAVEATS = """Three caveats (docs/noise_scale.md):
 - The noise scale is that of the plain gradient. Optimizers such as Adam rescale it.
 - On one device, small batches reach the same loss if β₂ covers equally many tokens (arXiv:2507.07101).
@@ -54,10 +53,10 @@ def describe_advice(noise: Mapping[str, Any]) -> list[str]:
     With the signal share ρ, the gradient of an update has the signal |μ|² and the power |μ|² / ρ. With twice the rows,
     the share is 2ρ / (1 + ρ), which is 2 / (1 + ρ) times as much.
     """
-    rows, high = noise["rows"], min(1.0, noise["upper"])
+    rows, low, high = noise["rows"], noise["signal_share_lower"], noise["signal_share_upper"]
     in_tokens = "" if math.isnan(noise["noise_tokens_lower"]) else f"; {describe_scale(noise, 'tokens')}"
     if is_bounded(noise):
-        share, low = min(1.0, noise["signal_share"]), noise["lower"]
+        share = noise["signal_share"]
         signal = (
             f"{share:.0%} of the squared gradient of an update of {rows:,} rows ({_LEVEL}: {low:.0%} to {high:.0%})"
         )
@@ -67,11 +66,18 @@ def describe_advice(noise: Mapping[str, Any]) -> list[str]:
         worth = f"{2 / (1 + high):.2f} times as useful or more"
     return [
         f"Noise scale: {describe_scale(noise)}{in_tokens}",
+        *_of_data(noise),
         f"Signal: {signal}; the rest is noise",
         f"Doubling the batch makes an update {worth}",
         f"Useful range: {_useful(noise)}",
         _CAVEATS,
     ]
+
+
+def _of_data(noise: Mapping[str, Any]) -> list[str]:
+    """Return a line on the distance to the gradient of the run's own rows, if it is known."""
+    scale, rows = noise["noise_rows_of_data"], noise["training_rows"]
+    return [] if math.isnan(scale) else [f"Against the run's own {rows:,} training rows: {rounded(scale)} rows"]
 
 
 def _useful(noise: Mapping[str, Any]) -> str:
@@ -97,9 +103,9 @@ def _unmeasured(result: Result, record: RunRecord | None) -> str:
         why = f"an update has {rows} rows. It needs {LEAST_ROWS} or more: give a larger `effective_batch_size`"
     elif record is not None and record.recipe.get("loss_over") == "window":
         why = "the loss reads all rows of an update together, so the gradients of two halves do not add up to it"
-    elif updates < _AUTO_UPDATES:
+    elif updates < AUTO_LEAST_WINDOWS:
         why = (
-            f"the run has {updates} updates. By default, runs of {_AUTO_UPDATES} or more measure it: train with "
+            f"the run has {updates} updates. By default, runs of {AUTO_LEAST_WINDOWS} or more measure it: train with "
             f"`noise_scale={max(1, updates // 20)}`, the number of updates from one measurement to the next"
         )
     else:
