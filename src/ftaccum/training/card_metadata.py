@@ -12,7 +12,7 @@ from torch import nn
 from ..checkpoint.compatibility import package_versions
 from ..data.iterable import is_stream
 from ..errors import DataError
-from ..insight.run_facts import Named, RunFacts, named_model, public_name
+from ..insight.run_metadata import Named, RunMetadata, named_model, public_name
 from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import describe_sizes
@@ -37,7 +37,7 @@ _PRECISIONS = {
 }
 
 
-def gather_facts(run: "RunWithOutputs", result: Result, ended_by: str = "") -> RunFacts | None:
+def gather_metadata(run: "RunWithOutputs", result: Result, ended_by: str = "") -> RunMetadata | None:
     """Return what the model card says of a run whose model is trained. If that fails, log a warning and return None.
 
     Args:
@@ -50,13 +50,13 @@ def gather_facts(run: "RunWithOutputs", result: Result, ended_by: str = "") -> R
         return None
 
 
-def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
+def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata:
     components, data, command = run.config.components, run.data, run.config.command
     sources: Mapping[str, Any] = {} if command is None else command.sources
     base = named_model(sources.get("model") or _loaded_from(run.model))
     cut = describe_cut(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=data.train.knows_lengths)
     n_val = None if data.val_rows is None else len(data.val_rows)
-    return RunFacts(
+    return RunMetadata(
         name=_name(run, base),
         repository=run.repository,
         base=base,
