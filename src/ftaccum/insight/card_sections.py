@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from .format import format_duration, format_number, known
 from .noise_words import describe_scale, is_known
 from .run_metadata import Evaluation, Named, RunMetadata
 
@@ -13,9 +14,8 @@ def results_section(metadata: RunMetadata) -> str:
     if evaluations := metadata.evaluations():
         parts.append(_evaluation_table(evaluations))
     else:
-        parts.append(
-            f"Training loss of the last epoch: {_number(metadata.result['final_loss'])}. There was no validation."
-        )
+        loss = format_number(known(metadata.result["final_loss"]))
+        parts.append(f"Training loss of the last epoch: {loss}. There was no validation.")
     return "\n\n".join(parts)
 
 
@@ -46,7 +46,7 @@ def training_section(metadata: RunMetadata) -> str:
     skipped = result["skipped_steps"]
     settings["Updates"] = f"{result['optimizer_steps']}" + (f", and {skipped} skipped" if skipped else "")
     if not math.isnan(result["training_time"]):
-        settings["Time"] = f"{_duration(result['training_time'])} with evaluations, on {metadata.device}"
+        settings["Time"] = f"{format_duration(result['training_time'])} with evaluations, on {metadata.device}"
     noise = result.get("noise_scale")
     if isinstance(noise, Mapping) and is_known(noise):
         settings["Gradient noise scale"] = describe_scale(noise)
@@ -92,7 +92,12 @@ def _weights(metadata: RunMetadata) -> str:
 def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     metrics = list(dict.fromkeys(name for each in evaluations for name in each.metrics))
     rows = [
-        (each.name, str(each.update), _number(each.loss), *(_number(each.metrics.get(name)) for name in metrics))
+        (
+            each.name,
+            str(each.update),
+            format_number(each.loss),
+            *(format_number(each.metrics.get(name)) for name in metrics),
+        )
         for each in evaluations
     ]
     return _table(("evaluation", "update", "validation loss", *metrics), rows)
@@ -113,17 +118,5 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
-
-
 def _count(n_rows: int | None) -> str:
     return "unknown" if n_rows is None else f"{n_rows:,}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.2g} s"
