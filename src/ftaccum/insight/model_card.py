@@ -12,6 +12,7 @@ from .card_sections import data_section, exactness_section, results_section, tra
 from .loading import SavedModel, loading_section
 from .run_metadata import Named, RunMetadata
 
+CARD = "README.md"  # the name of the file
 TAG = "ftaccum"  # marks the cards that ftaccum has written
 _LOADING = "How to load"
 _LOADING_SECTION = re.compile(rf"^## {_LOADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -81,7 +82,7 @@ def _mark(text: str) -> str:
 
 def save_card(card: ModelCard, folder: Path) -> None:
     """Write a card into the folder of a model. It replaces the card of PEFT."""
-    card.save(folder / "README.md")
+    card.save(folder / CARD)
 
 
 def _card(data: ModelCardData, paragraphs: list[str]) -> ModelCard:

@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..insight.loading import SavedModel
-from ..insight.model_card import merged_card, model_card, save_card
+from ..insight.model_card import CARD, merged_card, model_card, save_card
 from ..insight.run_metadata import RunMetadata, named_model
 from ..runtime.log import logger
 
 ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
-CARD = "README.md"
 
 # The auto classes of Transformers, a part of the name of their table of classes, and the task on the hub. If a class is
 # in several tables, the first one counts.
