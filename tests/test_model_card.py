@@ -22,9 +22,9 @@ import ftaccum
 from ftaccum import InexactLossError, Result, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.insight.model_card import is_unchanged_card
-from ftaccum.insight.run_facts import Named, RunFacts, named_model, public_name
+from ftaccum.insight.run_metadata import Named, RunMetadata, named_model, public_name
 from ftaccum.runtime.log import run_logging
-from ftaccum.training.card_facts import gather_facts
+from ftaccum.training.card_metadata import gather_metadata
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -114,14 +114,14 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
 def test_a_known_noise_scale_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, shown in ((400.0, "at least 400 rows"), (math.nan, None)):
 
-        def measured(*given: Any, rows: float = rows) -> RunFacts:
-            facts = gather_facts(*given)
-            assert facts is not None
+        def measured(*given: Any, rows: float = rows) -> RunMetadata:
+            metadata = gather_metadata(*given)
+            assert metadata is not None
             found = {"signal_share_lower": 0 * rows, "noise_rows_lower": rows}
             found |= {"noise_rows": math.nan, "noise_rows_upper": math.inf}
-            return replace(facts, result={**facts.result, "noise_scale": found})
+            return replace(metadata, result={**metadata.result, "noise_scale": found})
 
-        monkeypatch.setattr("ftaccum.training.run.gather_facts", measured)
+        monkeypatch.setattr("ftaccum.training.run.gather_metadata", measured)
         run(tmp_path, max_updates=1, audit=False)
         assert table(tmp_path / "model").get("Gradient noise scale") == shown
 
@@ -249,7 +249,7 @@ def test_a_card_that_fails_costs_no_model(
         raise RuntimeError("no card today")
 
     write_base(tmp_path / "base")
-    for place in ("ftaccum.training.card_facts._gather", "ftaccum.tracking.saved_model.model_card"):
+    for place in ("ftaccum.training.card_metadata._gather", "ftaccum.tracking.saved_model.model_card"):
         with monkeypatch.context() as patch, run_logging(enabled=True):
             patch.setattr(place, fails)
             result = text_run(tmp_path / "base", tmp_path / "run", lora=True)

@@ -41,7 +41,7 @@ class NoiseScale:
 
 @dataclass(frozen=True, eq=False)
 class RunCurves:
-    """The curves and facts of one run. Whatever is not known is empty.
+    """The curves and metadata of one run. Whatever is not known is empty.
 
     Attributes:
         name: a short name, different from those of other runs on the page.

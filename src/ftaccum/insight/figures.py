@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .curves import VALIDATION_LOSS, Axis, RunCurves, axes_of, smooth, thin
+from .format import format_duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -248,7 +249,7 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
             label=part,
         )
         left += shares
-    axes.set_yticks(range(len(runs)), [f"{name}\n{_duration(t)}" for name, t in zip(names, totals, strict=True)])
+    axes.set_yticks(range(len(runs)), [f"{name}\n{format_duration(t)}" for name, t in zip(names, totals, strict=True)])
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a run may be named $a$
     axes.set_ylim(len(runs) - 0.5, -0.5)
@@ -256,13 +257,6 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small", frameon=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
 def _shortened(name: str) -> str:

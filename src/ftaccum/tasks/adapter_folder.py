@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SettingsError
+from ..insight.model_card import CARD
 from ..runtime.adapters import fully_trained_modules
 from ..runtime.library_output import library_bars, load_report_withheld
 from ..runtime.run_dir import RunDir
@@ -24,7 +25,7 @@ _AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 _LABELS = ("id2label", "label2id", "problem_type")
-_NOT_COPIED = ("adapter_", "model_config.json", "README.md")  # all other files belong to the tokenizer
+_NOT_COPIED = ("adapter_", "model_config.json", CARD)  # all other files belong to the tokenizer
 
 
 def find_adapter(run: str) -> Path:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..insight.format import format_duration, format_number, known
 from ..insight.noise_words import describe_scale, is_known
 from ..runtime.run_dir import RunDir
 from .ledger import Ledger
@@ -24,10 +25,13 @@ def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -
     final = "final validation loss" if is_validated else "final training loss"
     found = {
         "state": _state(result, run_dir),
-        final: _number(result.final_loss),
-        f"{final.replace('final', 'first')}": _number(result.initial_loss),
+        final: format_number(known(result.final_loss)),
+        f"{final.replace('final', 'first')}": format_number(result.initial_loss),
         **_best(result),
-        **{f"final {name}": _number(value) for name, value in (result.metrics[-1] if result.metrics else {}).items()},
+        **{
+            f"final {name}": format_number(value)
+            for name, value in (result.metrics[-1] if result.metrics else {}).items()
+        },
         **_work(result, ledger),
         **_measured(result, ledger),
     }
@@ -45,7 +49,7 @@ def _state(result: "Result", run_dir: RunDir | None) -> str:
 def _best(result: "Result") -> dict[str, str]:
     if result.best_val_loss is None:
         return {}
-    best = {"best validation loss": _number(result.best_val_loss)}
+    best = {"best validation loss": format_number(result.best_val_loss)}
     return best if result.best_update is None else best | {"best evaluation": f"update {result.best_update:,}"}
 
 
@@ -57,7 +61,7 @@ def _work(result: "Result", ledger: Ledger) -> dict[str, str]:
         "skipped updates": f"{result.skipped_steps:,}" if result.skipped_steps else "",
         "rows trained on": f"{rows:,}" if rows else "",
         "tokens trained on": f"{tokens:,}" if tokens else "",
-        "time": _duration(result.training_time),
+        "time": "" if math.isnan(result.training_time) else format_duration(result.training_time),
         "rows per second": _rate(result.samples_per_second),
         "tokens per second": _rate(result.tokens_per_second),
         "padding": "" if result.padding_fraction is None else f"{result.padding_fraction:.1%}",
@@ -89,21 +93,7 @@ def _audits(audits: Sequence[dict[str, Any]]) -> str:
     return f"{n_exact} of {len(audits)} exact, largest error {max(audit['error'] for audit in audits):.0e}"
 
 
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "none" if math.isnan(value) else str(value)
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or not value else f"{value:.4g}"
-
-
 def _rate(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

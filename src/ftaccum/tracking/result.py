@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..insight.noise_scale import summarize
 from ..planning.batch_size import BatchSizes
@@ -18,6 +18,7 @@ from .run_reports import plot_result, report_result
 from .save_trained import save_trained
 from .selection import Criterion
 from .throughput import Throughput
+from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,7 @@ class Result(Mapping[str, Any]):
     noise_scale: dict[str, Any] | None = None
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
-    _trained = (cast(Any, None),) * 3  # the model, the tokenizer, and the facts for the model card
+    _trained: ClassVar[TrainedModel | None] = None
 
     @classmethod
     def of(
@@ -216,13 +217,11 @@ class Result(Mapping[str, Any]):
 
         None if the result was loaded, copied or unpickled.
         """
-        return self._trained[0]
+        return None if self._trained is None else self._trained.model
 
-    def with_model(self, model: Any, tokenizer: Any = None, facts: Any = None) -> "Result":
-        """Return the result with a trained model, and the tokenizer and the facts of a model card to save with it."""
-        result = replace(self)
-        object.__setattr__(result, "_trained", (model, tokenizer, facts))
-        return result
+    def with_model(self, model: Any, tokenizer: Any = None) -> "Result":
+        """Return the result with a trained model, and a tokenizer to save with it."""
+        return with_trained(self, TrainedModel(model, tokenizer))
 
     def without_model(self) -> "Result":
         """Return the result without the model, so that the model's memory can be freed."""
@@ -247,7 +246,7 @@ class Result(Mapping[str, Any]):
                 there are no adapters to merge, or they are those of a sharded model.
             OSError: if the folder cannot be written.
         """
-        save_trained(self, *self._trained, Path(path), merge=merge)
+        save_trained(self, self._trained, Path(path), merge=merge)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON, with non-finite numbers as null.
@@ -281,6 +280,13 @@ class Result(Mapping[str, Any]):
                 interrupted=True,
             )
         return read_result(Path(path), _RESULT_NAMES, cls)
+
+
+def with_trained(result: Result, trained: TrainedModel) -> Result:
+    """Return a result with a trained model, and what is saved with it."""
+    result = replace(result)
+    object.__setattr__(result, "_trained", trained)
+    return result
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))

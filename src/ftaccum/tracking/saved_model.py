@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..insight.loading import SavedModel
-from ..insight.model_card import merged_card, model_card, save_card
-from ..insight.run_facts import RunFacts, named_model
+from ..insight.model_card import CARD, merged_card, model_card, save_card
+from ..insight.run_metadata import RunMetadata, named_model
 from ..runtime.log import logger
 
 ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
-CARD = "README.md"
 
 # The auto classes of Transformers, a part of the name of their table of classes, and the task on the hub. If a class is
 # in several tables, the first one counts.
@@ -45,7 +44,7 @@ _AUTO_PEFT = {
 _WITH_LABELS = {"text-classification", "token-classification", "image-classification"}
 
 
-def write_card(model: Any, facts: RunFacts, folder: Path, name: str) -> None:
+def write_card(model: Any, metadata: RunMetadata, folder: Path, name: str) -> None:
     """Write the card of a model into the folder that it has been saved in. If that fails, log a warning.
 
     Args:
@@ -53,7 +52,7 @@ def write_card(model: Any, facts: RunFacts, folder: Path, name: str) -> None:
         name: the name that the folder will have.
     """
     try:
-        save_card(model_card(facts, describe_model(model, folder), name), folder)
+        save_card(model_card(metadata, describe_model(model, folder), name), folder)
     except Exception as error:  # a card must not cost a trained model
         _report(folder, error)
 

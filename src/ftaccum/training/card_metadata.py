@@ -1,18 +1,13 @@
 """Gather what the model card says of a run."""
 
-import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ..checkpoint.compatibility import package_versions
 from ..data.iterable import is_stream
 from ..errors import DataError
-from ..insight.run_facts import Named, RunFacts, named_model, public_name
+from ..insight.run_metadata import Named, RunMetadata, named_model, public_name
 from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import describe_sizes
@@ -21,6 +16,7 @@ from ..runtime.adapters import is_peft_model
 from ..runtime.log import logger
 from ..tasks.reading.sources import find_source
 from ..tracking.result import Result
+from .build_identity import software_versions
 from .build_plan import describe_cut
 from .rates import describe_rates
 
@@ -37,7 +33,7 @@ _PRECISIONS = {
 }
 
 
-def gather_facts(run: "RunWithOutputs", result: Result, ended_by: str = "") -> RunFacts | None:
+def gather_metadata(run: "RunWithOutputs", result: Result, ended_by: str = "") -> RunMetadata | None:
     """Return what the model card says of a run whose model is trained. If that fails, log a warning and return None.
 
     Args:
@@ -50,13 +46,13 @@ def gather_facts(run: "RunWithOutputs", result: Result, ended_by: str = "") -> R
         return None
 
 
-def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
+def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata:
     components, data, command = run.config.components, run.data, run.config.command
     sources: Mapping[str, Any] = {} if command is None else command.sources
     base = named_model(sources.get("model") or _loaded_from(run.model))
     cut = describe_cut(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=data.train.knows_lengths)
     n_val = None if data.val_rows is None else len(data.val_rows)
-    return RunFacts(
+    return RunMetadata(
         name=_name(run, base),
         repository=run.repository,
         base=base,
@@ -76,7 +72,7 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunFacts:
         criterion=run.criterion.name,
         loss=_loss(data.objective.report),
         inexact=_inexactness(data.objective.report),
-        versions=_versions(run.model),
+        versions=software_versions(run.model),
         device=device_name(run.accelerator.device),
         ended_by=ended_by or (run.best.describe_stop() if run.best.stops else ""),
     )
@@ -168,8 +164,3 @@ def _inexactness(report: ExactnessReport) -> float | None:
     ]
     largest = max(found, default=0.0)
     return largest if largest > report.tolerance else 0.0
-
-
-def _versions(model: nn.Module) -> dict[str, str]:
-    names = ["datasets", *(["peft"] if is_peft_model(model) else [])]
-    return package_versions() | {name: version(name) for name in names} | {"Python": platform.python_version()}

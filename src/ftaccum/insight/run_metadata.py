@@ -38,7 +38,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunMetadata:
     """What a model card says of a run.
 
     Attributes:
