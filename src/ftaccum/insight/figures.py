@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .axes import CLIPPING, explain_line, label_positions, scale, title_pad
 from .curves import VALIDATION_LOSS, Axis, RunCurves, axes_of, smooth, thin
 from .format import format_duration
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _POINTS = 2400  # of all curves in a figure: two for each pixel of a large screen
-_MEANS = 50  # a curve of many updates is drawn with its running mean, over one fiftieth of the updates
-MIN_SMOOTHED = 150  # updates from which on a curve has a running mean
-_WIDE_RANGE = 8  # the ratio of the largest value to the median from which on a positive axis is logarithmic
-_SHADES = (0.95, 0.5, 0.25, 0.05)  # of the parts of time
+_MEANS = 10  # a curve of many updates is drawn with its running mean, over a tenth of the updates
+MIN_SMOOTHED = 50  # updates from which on a curve has a running mean
+# Of the parts of time, from the end of the style, because the first colours stand for runs. They are as different as
+# possible with normal vision and with the common forms of colour blindness.
+_PART_COLORS = ("C5", "C4", "C6", "C7")
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -49,7 +51,7 @@ class Panel:
         """Draw the runs that have the quantity."""
         self.draw(axes, [(n, run) for n, run in enumerate(runs) if self.has_data(run)], axis)
         if self.has_axis:
-            _label_positions(axes, axis)
+            label_positions(axes, axis)
 
 
 def panels_of(runs: Sequence[RunCurves]) -> list[Panel]:
@@ -89,7 +91,7 @@ def figure_of(run: RunCurves) -> "Figure":
     grid = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for panel, axes in zip(shown, grid, strict=False):
         panel.draw_runs(axes, runs, axis)
-        axes.set_title(panel.title, pad=None if panel.has_axis else 36)  # above a legend of two lines
+        axes.set_title(panel.title, pad=title_pad(axes))
     for axes in grid[len(shown) :]:
         axes.remove()
     return figure
@@ -160,9 +162,9 @@ def _draw_updates(
         if not smooths:
             axes.plot(*thin(x, y, n_points), linewidth=1.4, marker="." if len(y) == 1 else "", label=run.name, **style)
             continue
-        axes.plot(*thin(x, y, 2 * n_points // 3), linewidth=0.6, alpha=0.35, label="_each update", **style)
+        axes.plot(*thin(x, y, 2 * n_points // 3), linewidth=0.5, alpha=0.3, label="_each update", **style)
         mean = smooth(y, max(1, len(y) // _MEANS))
-        axes.plot(*thin(x, mean, n_points // 3), linewidth=1.6, label=run.name, **style)
+        axes.plot(*thin(x, mean, n_points // 3), linewidth=1.8, label=run.name, **style)
 
 
 def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis, *, name: str) -> None:
@@ -176,25 +178,29 @@ def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis:
 
 def _draw_norms(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
     _draw_updates(axes, runs, axis, read=lambda run: run.grad_norm)
-    norms = np.concatenate([np.asarray(run.grad_norm, dtype=float) for _, run in runs])
-    _scale(axes, norms)
+    scale([run.grad_norm for _, run in runs], axes)
     limits = sorted({run.clip_norm for _, run in runs if run.clip_norm is not None})
     for limit in limits:
-        axes.axhline(limit, color="0.5", linestyle=(0, (5, 3)), linewidth=1.2, label="_clipping")
+        axes.axhline(limit, color="0.5", linestyle=CLIPPING, linewidth=1.2, label="_clipping")
     if limits:
-        axes.set_ylabel(f"dashed: clipped to {' and '.join(f'{limit:g}' for limit in limits)}")
+        explain_line(axes, CLIPPING, f"clipped to {' and '.join(f'{limit:g}' for limit in limits)}")
 
 
 def _draw_rates(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
+    rates = [np.asarray(run.learning_rate, dtype=float) for _, run in runs]
     _draw_updates(axes, runs, axis, read=lambda run: run.learning_rate, smooths=False)
-    axes.set_ylim(bottom=0)
+    # The rate is 0 before a warm-up, and a small share of its peak at the end.
+    if scale([np.where(rate > 0, rate, np.nan) for rate in rates], axes):
+        axes.set_ylim(bottom=min(np.nanmax(rate) for rate in rates if np.nanmax(rate) > 0) / 50)
+    else:
+        axes.set_ylim(bottom=0)
 
 
 def _draw_noise(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
     """Draw the noise scale with its interval, and the rows of an update to compare it with, dotted."""
     noise = [(n, run, run.noise_scale) for n, run in runs if run.noise_scale is not None]
     known = np.concatenate([np.asarray([*found.values, *found.upper, *found.lower], float) for *_, found in noise])
-    top = 2 * known[np.isfinite(known)].max()
+    top, has_rows = 2 * known[np.isfinite(known)].max(), False
     for n, run, found in noise:
         x, y = run.positions(axis, found.updates), np.asarray(found.values, dtype=float)
         lower, upper = np.asarray(found.lower, dtype=float), np.asarray(found.upper, dtype=float)
@@ -205,9 +211,12 @@ def _draw_noise(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis)
         if len(run.update_rows):
             rows = thin(run.positions(axis), np.asarray(run.update_rows, dtype=float), 200)
             axes.plot(*rows, color=color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
-    _scale(axes, known)
+            has_rows = True
+    scale([known], axes)
     axes.set_ylim(top=min(top, axes.get_ylim()[1]))
-    axes.set_ylabel("rows (dotted: an update)")
+    axes.set_ylabel("rows")
+    if has_rows:
+        explain_line(axes, ":", "rows of an update")
 
 
 def _draw_padding(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
@@ -223,7 +232,8 @@ def _draw_speed(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis)
     from matplotlib.ticker import EngFormatter
 
     _draw_updates(axes, runs, axis, read=lambda run: run.speed)
-    axes.set_ylim(bottom=0)
+    if not scale([run.speed for _, run in runs], axes):
+        axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(" or ".join(dict.fromkeys(run.speed_unit for _, run in runs)) + " per second")
 
@@ -236,20 +246,20 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
     left = np.zeros(len(runs))
     for n, part in enumerate(parts):
         shares = np.array([run.seconds.get(part, 0.0) for _, run in runs]) / totals
-        # One colour in several shades: colours stand for runs.
-        color = ("0.5", _SHADES[n % len(_SHADES)])
         axes.barh(
             range(len(runs)),
             shares,
             0.6 if len(runs) > 1 else 0.4,
             left,
-            facecolor=color,
-            edgecolor="0.5",
-            linewidth=0.6,
+            facecolor=_PART_COLORS[n % len(_PART_COLORS)],
+            edgecolor=axes.figure.get_facecolor(),  # a gap between parts
+            linewidth=1.2,
             label=part,
         )
         left += shares
-    axes.set_yticks(range(len(runs)), [f"{name}\n{format_duration(t)}" for name, t in zip(names, totals, strict=True)])
+    axes.set_yticks(
+        range(len(runs)), [f"{name}\n{format_duration(t)}".strip() for name, t in zip(names, totals, strict=True)]
+    )
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a run may be named $a$
     axes.set_ylim(len(runs) - 0.5, -0.5)
@@ -261,23 +271,3 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
 
 def _shortened(name: str) -> str:
     return name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}"
-
-
-def _scale(axes: "Axes", values: np.ndarray) -> None:
-    """Make an axis logarithmic if its values are positive and a few of them are very large."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    known = values[np.isfinite(values)]
-    if len(known) and known.min() > 0 and known.max() > _WIDE_RANGE * np.median(known):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_positions(axes: "Axes", axis: Axis) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.set_xlim(left=0)
-    axes.set_xlabel("rows trained on" if axis == "rows" else "updates")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
