@@ -104,7 +104,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     found, text = table(tmp_path / "model"), card(tmp_path / "model").text
     assert (found["Training"], found["Batch size"], found["Gradient accumulation steps"]) == ("9", "3", "2")
     assert (found["Effective batch size"], found["Updates"], found["Gradient clipping"]) == ("6", "2", "none")
-    assert "learning rate 0.0003" in found["Optimizer"]
+    assert found["Optimizer"] == "AdamW, learning rate 0.0003, weight decay 0.01 and 0"
+    assert found["Micro-batches"].startswith("at most 3 rows; each update is split ")
     assert f"torch {torch.__version__}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)
     assert f"The worst relative error was {worst:.1e}; the tolerance for rounding was" in text
@@ -180,6 +181,9 @@ def test_the_code_loads_adapters_and_the_merged_model(
     (tmp_path / "base").rename(tmp_path / "run" / "base")
     adapter, merged = (card(tmp_path / "run" / kind) for kind in ("adapter", "model"))
     assert ("AutoPeftModel" in adapter.text) is not is_local
+    assert table(tmp_path / "run" / "adapter")["Adapters"].startswith(
+        "LoRA, rank 16, alpha 32, dropout 0.0; trained in"
+    )
     assert (adapter.data.library_name, merged.data.library_name) == ("peft", "transformers")
     assert (adapter.data.tags, merged.data.tags) == (["ftaccum", "lora"], ["ftaccum"])
     assert adapter.data.base_model == merged.data.base_model == (None if is_local else "base")
