@@ -47,7 +47,6 @@ AUTO_CLASSES = tuple(
         ("CTC", "CTC", "automatic-speech-recognition"),
     )
 )
-_BY_PEFT_TASK = {each.peft_task: each for each in AUTO_CLASSES if each.peft_task is not None}
 
 
 def auto_class_of(kind: type) -> AutoClass | None:
@@ -62,4 +61,4 @@ def auto_class_of(kind: type) -> AutoClass | None:
 
 def auto_class_of_adapters(peft_task: str | None) -> AutoClass | None:
     """Return the auto class that loads the base model of adapters, given PEFT's name of their task; None if unknown."""
-    return _BY_PEFT_TASK.get(peft_task)
+    return next((each for each in AUTO_CLASSES if each.peft_task is not None and each.peft_task == peft_task), None)

@@ -91,8 +91,8 @@ def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any]) -> SavedMod
 
 def _loader(kind: type) -> tuple[str | None, str | None]:
     """Return the class of Transformers that loads models of a class, if there is one, and their task on the hub."""
-    if (found := auto_class_of(kind)) is not None:
-        return found.name, found.task
+    if (auto_class := auto_class_of(kind)) is not None:
+        return auto_class.name, auto_class.task
     return (kind.__name__ if kind.__module__.startswith("transformers.") else None), None
 
 

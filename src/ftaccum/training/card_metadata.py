@@ -96,23 +96,23 @@ def _loaded_from(model: Any) -> str | None:
 
 def _named(sources: str | None, split: str) -> list[Named]:
     """Return the data that an option of the command line names."""
-    found = []
+    named = []
     for name in (sources or "").split(","):
         if name := name.strip():
             with suppress(DataError):  # the file is gone
                 source = find_source(name, split, "train_data")
                 if source.kind == "hub":
-                    found.append(Named(source.name, on_hub=True, config=source.config, split=source.split))
+                    named.append(Named(source.name, on_hub=True, config=source.config, split=source.split))
                     continue
-            found.append(Named(public_name(name)))
-    return found
+            named.append(Named(public_name(name)))
+    return named
 
 
 def _of_dataset(data: Any) -> list[Named]:
     """Return the name of a data set of `datasets`: that on the hub, those of its files, or that of its builder."""
     info = getattr(data, "info", None)
     addresses = [str(address) for address in getattr(info, "download_checksums", None) or ()]
-    hub = {found[1] for address in addresses if (found := _ON_HUB.match(address))}
+    hub = {match[1] for address in addresses if (match := _ON_HUB.match(address))}
     if hub:
         config, split = getattr(info, "config_name", None), getattr(data, "split", None)
         config = None if config == "default" else config
@@ -155,11 +155,11 @@ def _inexactness(report: ExactnessReport) -> float | None:
     """Return how far accumulating a loss is from one batch: None if it is exact, 0 if it is unknown how far."""
     if not report.inexact():
         return None
-    found = [
+    differences = [
         *report.explanation.differences.values(),
         *report.in_training.differences.values(),
         report.gradient.off or 0.0,
         report.hidden_state.off or 0.0,
     ]
-    largest = max(found, default=0.0)
+    largest = max(differences, default=0.0)
     return largest if largest > report.tolerance else 0.0
