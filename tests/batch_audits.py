@@ -17,6 +17,7 @@ from ftaccum.objective.model_forward import ModelForward
 from ftaccum.objective.objective import Objective
 from ftaccum.objective.sample import Sample
 from ftaccum.objective.self_check import measured_objective
+from ftaccum.planning.audit_schedule import AuditSize
 from ftaccum.planning.micro_batches import MicroBatchRows
 from ftaccum.runtime.gradients.averaged import AveragedGradients
 from ftaccum.runtime.gradients.plain import GradientStrategy
@@ -64,9 +65,9 @@ def auditor_of(
 
 
 def sample_of(
-    window: Sequence[MicroBatch], objective: Objective, group: ProcessGroup, share: float = 1.0
+    window: Sequence[MicroBatch], objective: Objective, group: ProcessGroup, size: AuditSize = AuditSize.WHOLE_WINDOW
 ) -> AuditBatches | None:
-    return AuditBatches.of(window, objective, group, FILL, share)
+    return AuditBatches.of(window, objective, group, FILL, size)
 
 
 def weighted_error(model: nn.Module, rows: Sequence[Row], sizes: Sequence[int], count: Count) -> float:

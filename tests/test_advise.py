@@ -246,6 +246,8 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     assert said([math.inf] * 5).startswith("No verdict: all branches diverged")
     one = verdict(intervals_of(outcomes_of([0.5] * 5)[:5]), given, "validation loss")
     assert one.startswith("No verdict: the check has not trained")
+    interrupted = intervals_of(outcomes_of([0.5] * 5)[:12])  # the third order has two of five branches
+    assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995] * 5)
     assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
 
 

@@ -25,7 +25,7 @@ from ftaccum.objective.recount import RareCheck
 from ftaccum.objective.report import ExactnessReport
 from ftaccum.objective.rounding import Rounding
 from ftaccum.objective.structure import ObservedPasses
-from ftaccum.planning.audit_schedule import FEW_ROWS, WHOLE, AuditSchedule
+from ftaccum.planning.audit_schedule import AuditSchedule, AuditSize
 from heads import HEADS
 
 ROWS = [
@@ -114,9 +114,9 @@ def test_short_runs_have_one_audit_or_two() -> None:
 @pytest.mark.parametrize("n_updates", [16, 100, 1_000, 10_000])
 def test_planned_audits_repeat_less_than_an_eighth_of_short_runs_and_little_of_long_ones(n_updates: int) -> None:
     first, *others = AuditSchedule(True, n_updates)._planned.values()
-    assert first == FEW_ROWS
-    assert set(others) == {WHOLE}
-    assert 2 * sum(others) / n_updates <= max(2 / n_updates, 0.0075)
+    assert first == AuditSize.FEW_ROWS
+    assert set(others) == {AuditSize.WHOLE_WINDOW}
+    assert 2 * len(others) / n_updates <= max(2 / n_updates, 0.0075)
 
 
 def test_audits_continue_while_they_are_cheap() -> None:
@@ -128,10 +128,10 @@ def test_updates_with_new_values_are_audited_besides_the_planned_ones() -> None:
     late = tuple(range(100, 120))
     assert audited(AuditSchedule(True, 800), new=late) == [1, 4, 16, 64, *late[:8]]
     assert audited(AuditSchedule(True, 8), new=(1, 3, 5)) == [1, 3, 5]
-    assert AuditSchedule(True, 800).share(1, is_new=True) == FEW_ROWS
+    assert AuditSchedule(True, 800).size(1, is_new=True) == AuditSize.FEW_ROWS
     schedule = AuditSchedule(True, 800, spent=0.7, trained=100.0, extra=0)
     schedule._ahead = []
-    assert schedule.share(9, is_new=True) == FEW_ROWS
+    assert schedule.size(9, is_new=True) == AuditSize.FEW_ROWS
     assert schedule.may_take(is_new=True)
     assert not schedule.may_take(is_new=False)
 

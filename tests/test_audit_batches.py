@@ -13,6 +13,7 @@ from batch_audits import FILL, auditor_of, dummy, micro_batch, objective_of, sam
 from ftaccum.accumulation.audit import Audit
 from ftaccum.data.batches import join, padded, take
 from ftaccum.data.column_fills import ColumnFills
+from ftaccum.planning.audit_schedule import AuditSize
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.process_group import SINGLE
 from ftaccum.settings.runtime import Runtime
@@ -44,14 +45,14 @@ def audited(
     sizes: tuple[int, ...] = SIZES,
     count: Callable[[Any], float] | None = None,
     *,
-    share: float = 1.0,
+    size: AuditSize = AuditSize.WHOLE_WINDOW,
     left: bool = False,
 ) -> Audit | None:
     head = HEADS[name]
     model = head.model()
     with all_in_float64():
         objective = objective_of(head, model, count)
-        sample = sample_of(window_of(objective, head.rows(sum(sizes)), sizes, left), objective, SINGLE, share)
+        sample = sample_of(window_of(objective, head.rows(sum(sizes)), sizes, left), objective, SINGLE, size)
         assert sample is not None
         return auditor_of(accelerator, model, objective, SINGLE, model).audit(sample, tolerance=None)
 
@@ -134,16 +135,16 @@ def test_other_cuts_halve_the_batches_and_reverse_keeps_them() -> None:
     assert torch.equal(turned[2].batch["labels"], window[3].batch["labels"].flip(0))
 
 
-def test_a_part_of_a_window_is_four_micro_batches_with_the_rarest_labels_among_them() -> None:
+def test_an_audit_of_a_few_rows_takes_two_micro_batches_one_with_the_rarest_labels() -> None:
     head = HEADS["sequence classification, BERT"]
     objective = objective_of(head, head.model())
     rows = [{**row, "labels": 2 if n == 6 else n % 2} for n, row in enumerate(head.rows(12))]
-    sample = sample_of(window_of(objective, rows, (2,) * 6), objective, SINGLE, share=4 / 6)
+    sample = sample_of(window_of(objective, rows, (2,) * 6), objective, SINGLE, size=AuditSize.FEW_ROWS)
     assert sample is not None
     labels = [micro.batch["labels"].tolist() for micro in sample.load()]
     assert [2, 1] in labels
-    assert len(labels) == 4
-    assert sample.n_rows == 8
+    assert len(labels) == 2
+    assert sample.n_rows == 4
 
 
 def test_rows_without_loss_items_are_left_out(accelerator: Accelerator) -> None:

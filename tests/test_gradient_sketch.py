@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ftaccum.errors import SettingsError
-from ftaccum.objective.gradient_check import GradientCheck, GradientDifference
+from ftaccum.objective.gradient_check import GradientCheck, GradientDifference, difference_of
 from ftaccum.objective.gradient_sketch import GradientSketch, sketch_gradients
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
@@ -82,7 +82,7 @@ def test_sketching_does_not_change_gradients_or_hooks() -> None:
 
 def test_a_mean_over_rows_has_no_difference() -> None:
     check = check_of(linear())
-    found = check.difference(check.together(X), [X[:1], X[1:]], X.flip(0), 1e-10)
+    found = check.difference(check.together(X), X, [X[:1], X[1:]], X.flip(0), 1e-10)
     assert found == GradientDifference()
 
 
@@ -90,7 +90,7 @@ def test_a_clamped_gradient_differs_and_its_parameter_is_named() -> None:
     model = linear()
     model.bias.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
     check = check_of(model)
-    found = check.difference(check.together(X), [X[:1], X[1:]], X.flip(0), 1e-4)
+    found = check.difference(check.together(X), X, [X[:1], X[1:]], X.flip(0), 1e-4)
     assert found.tensors == ["bias"]
     assert 0 < found.off < 1
 
@@ -103,8 +103,55 @@ def test_differences_that_the_order_of_rows_also_causes_are_rounding() -> None:
 
     check = check_of(linear(), noisy)
     parts = [X[:1], X[1:]]
-    assert check.difference(check.together(X), parts, X.flip(0), 1e-6) == GradientDifference()
-    assert check.difference(check.together(X), parts, None, 1e-6).off > 0
+    assert check.difference(check.together(X), X, parts, X.flip(0), 1e-6) == GradientDifference()
+    assert check.difference(check.together(X), X, parts, None, 1e-6).off > 0
+
+
+def cancelling() -> tuple[nn.Module, Tensor, list[Tensor]]:
+    """Return a model, six rows whose gradients nearly cancel out in float32, and the rows in three parts.
+
+    Their gradient is 3e-7. In three parts it rounds to one that is 1.5e-8 off, and in reverse order to the same one.
+    """
+    third = 1 / 3
+    rows = torch.tensor([[1.0], [third], [-1 - third + 1e-6], [-1 - third + 1e-6], [third], [1.0]])
+    return nn.Linear(1, 1, bias=False), rows, [rows[:1], rows[1:3], rows[3:]]
+
+
+def mean(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    return {"loss": model(batch).mean()}
+
+
+def test_differences_that_vanish_in_float64_are_rounding() -> None:
+    model, rows, parts = cancelling()
+    check = check_of(model, mean)
+    model.weight.grad = torch.ones(1, 1)
+    before = model.weight.data
+    together = check.together(rows)
+    assert difference_of(together, check.gradient(parts), lambda: check.gradient([rows.flip(0)]), 1e-4).off > 0.01
+    assert check.difference(together, rows, parts, rows.flip(0), 1e-4) == GradientDifference()
+    assert model.weight.data_ptr() == before.data_ptr()
+    assert (model.weight.dtype, model.weight.grad.dtype) == (torch.float32, torch.float32)
+    assert model.weight.grad.item() == 1.0
+
+
+def test_faults_of_a_float32_model_are_found() -> None:
+    model = linear().float()
+    model.bias.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    check, rows = check_of(model), X.float()
+    found = check.difference(check.together(rows), rows, [rows[:1], rows[1:]], rows.flip(0), 1e-4)
+    assert found.tensors == ["bias"]
+    assert 0 < found.off < 1
+
+
+def test_differences_of_a_model_that_cannot_run_in_float64_are_reported() -> None:
+    def in_float32(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+        assert model.weight.dtype == torch.float32
+        return mean(model, batch)
+
+    model, rows, parts = cancelling()
+    check = check_of(model, in_float32)
+    assert check.difference(check.together(rows), rows, parts, rows.flip(0), 1e-4).off > 0.01
+    assert model.weight.dtype == torch.float32
 
 
 def test_a_loss_without_a_gradient_is_an_error() -> None:

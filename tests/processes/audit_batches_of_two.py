@@ -10,6 +10,7 @@ import torch
 
 from batch_audits import auditor_of, dummy, objective_of, sample_of, weighted_error, window_of
 from ftaccum.accumulation.audit import Audit
+from ftaccum.planning.audit_schedule import AuditSize
 from ftaccum.runtime.accelerator import accelerator_session
 from ftaccum.runtime.process_group import open_process_group
 from ftaccum.settings.runtime import Runtime
@@ -32,7 +33,7 @@ def audited(
     shares: Sequence[Sequence[int]],
     count: Callable[[Any], float] | None = None,
     *,
-    share: float = 1.0,
+    size: AuditSize = AuditSize.WHOLE_WINDOW,
     wrap: bool = True,
 ) -> Audit:
     """Return the audit of a window of which each process has a share, in micro-batches of these sizes.
@@ -52,7 +53,7 @@ def audited(
             window = [*[dummy(objective, one_batch(rows[:1]))] * missing, *window]
         wrapped = accelerator.prepare_model(model) if wrap else model
         assert (wrapped is not model) == wrap
-        sample = sample_of(window, objective, group, share=share)
+        sample = sample_of(window, objective, group, size=size)
         assert sample is not None
         audit = auditor_of(accelerator, model, objective, group, wrapped).audit(sample, tolerance=None)
         assert audit is not None
@@ -72,8 +73,8 @@ def check(reference: str) -> None:
             assert audit.error < 1e-12, (name, audit)
             assert audit.rounding is not None
             assert audit.rounding < 1e-6
-    assert audited("masked LM, BERT", SHARES["masked LM, BERT"], share=0.5).error < 1e-12
-    assert audited("image classification, ViT", ((2, 1, 1, 2, 1), (1, 2)), share=0.5).error < 1e-12
+    assert audited("masked LM, BERT", SHARES["masked LM, BERT"], size=AuditSize.FEW_ROWS).error < 1e-12
+    assert audited("image classification, ViT", ((2, 1, 1, 2, 1), (1, 2)), size=AuditSize.FEW_ROWS).error < 1e-12
     shares = SHARES["causal LM, Llama"]
     head, sizes = HEADS["causal LM, Llama"], [*shares[0], *shares[1]]
     expected = weighted_error(head.model(), head.rows(sum(sizes)), sizes, rows_in)

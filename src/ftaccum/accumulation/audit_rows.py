@@ -7,10 +7,10 @@ from itertools import chain
 from ..data.batches import can_be_taken_apart, take
 from ..data.loader import LocalRows, MicroBatch
 from ..data.prefetch import LocalWindow, WindowLoader
-from ..planning.audit_schedule import FEW_ROWS, WHOLE
+from ..planning.audit_schedule import AuditSize
 from ..planning.base_plan import Window
 from ..planning.micro_batches import MicroBatchRows, RowIndices
-from .audit_sample import AuditedWindow, Piece, choose_part, n_of_share
+from .audit_sample import AuditedWindow, Piece, choose_part
 
 _CANDIDATES = 4  # micro-batches from which an audit of a few rows takes its rows
 _LARGEST = 3  # rows in its largest micro-batch
@@ -101,13 +101,10 @@ def audited_window(local_window: LocalWindow, window_loader: WindowLoader) -> Au
     window = local_window.window
     own = [micro for micro in local_window.micro_batches if not micro.is_dummy]
 
-    def sample(share: float) -> AuditRows:
-        if share >= WHOLE:
-            return AuditRows.of(window.rows, window, window_loader)
-        if share == FEW_ROWS:
+    def sample(size: AuditSize) -> AuditRows:
+        if size is AuditSize.FEW_ROWS:
             return AuditRows.few(own, window, window_loader)
-        n = n_of_share(share, len(own), window_loader.process_group)
-        return AuditRows.of(_rows_of(choose_part(_pieces(own), n, window_loader.process_group)), window, window_loader)
+        return AuditRows.of(window.rows, window, window_loader)
 
     return AuditedWindow(window.index + 1, window.epoch, local_window.micro_batches, sample)
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from ..data.loader import MicroBatch
 from ..data.novelty import kinds_of
 from ..objective.item_counts import Batch
+from ..planning.audit_schedule import AuditSize
 from ..runtime.process_group import ProcessGroup
 
 T = TypeVar("T")
@@ -57,15 +58,13 @@ class AuditedWindow:
         update: the number of the update, from 1.
         epoch: the epoch that it belongs to.
         micro_batches: this process's micro-batches.
-        take: returns the sample of an audit, given the share of the window that it takes: 1 for the whole window, 0
-            for a few rows, and otherwise a share of the micro-batches of all processes. It returns None if these rows
-            cannot be audited. All processes must call it.
+        take: returns the sample of an audit, or None if these rows cannot be audited. All processes must call it.
     """
 
     update: int
     epoch: int
     micro_batches: Sequence[MicroBatch]
-    take: Callable[[float], AuditSample | None]
+    take: Callable[[AuditSize], AuditSample | None]
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,6 @@ class Piece(Generic[T]):
     name: T
     batch: Batch
     size: int
-
-
-def n_of_share(share: float, n_own: int, process_group: ProcessGroup) -> int:
-    """Return the number of micro-batches in a share of a window, at least two. All processes must call it.
-
-    Args:
-        n_own: the number of micro-batches of this process.
-    """
-    return max(2, round(share * sum(process_group.gather(n_own))))
 
 
 def choose_part(own: Sequence[Piece[T]], most: int, process_group: ProcessGroup) -> list[T]:

@@ -9,14 +9,16 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..accumulation.audit_sample import Piece, choose_part, n_of_share
+from ..accumulation.audit_sample import Piece, choose_part
 from ..data.batches import has_rows, hides_padding, join, take
 from ..data.loader import MicroBatch
 from ..objective.item_counts import Batch, rows_of
 from ..objective.objective import Objective
-from ..planning.audit_schedule import WHOLE
+from ..planning.audit_schedule import AuditSize
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.process_group import ProcessGroup
+
+_FEW = 2  # micro-batches of an audit of a few rows
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,22 @@ class AuditBatches:
         objective: Objective,
         process_group: ProcessGroup,
         fill: Mapping[str, int],
-        share: float,
+        size: AuditSize,
     ) -> "AuditBatches | None":
         """Return the sample of a window, or of a few of its micro-batches. All processes must call it.
 
         Args:
             micro_batches: this process's micro-batches of the window, as its accumulator takes them. Those without loss
                 items are dummies, and their rows are not audited.
-            share: the share of the window to take: 1 for the whole window, 0 for two micro-batches.
+            size: the rows to take; a few rows are those of two micro-batches.
 
         Returns:
             None on all processes if there are no rows, or if the rows of a batch cannot be taken apart.
         """
         own = [micro for micro in micro_batches if not micro.is_dummy]
-        if share < WHOLE:
+        if size is AuditSize.FEW_ROWS:
             pieces = [Piece((process_group.index, n), m.batch, _size(m.batch)) for n, m in enumerate(own)]
-            chosen = choose_part(pieces, n_of_share(share, len(own), process_group), process_group)
+            chosen = choose_part(pieces, _FEW, process_group)
             own = [own[n] for index, n in chosen if index == process_group.index]
         sizes = [(rows_of(m.batch), _size(m.batch)) if has_rows(m.batch) else None for m in own]
         known = list(chain.from_iterable(process_group.gather(sizes)))
@@ -80,7 +82,7 @@ class AuditBatches:
         dummy = _dummy(micro_batches, objective, process_group)
         kept = micro_batches or [dummy]
         sample = cls(kept, n_rows, most_rows, times_largest, objective, process_group, fill, dummy)
-        return sample if share >= WHOLE else sample._with(own)
+        return sample._with(own) if size is AuditSize.FEW_ROWS else sample
 
     def load(self) -> list[MicroBatch]:
         return list(self.micro_batches)

@@ -14,7 +14,7 @@ from ..accumulation.buffers import MovingBuffers, SyncedBuffers
 from ..data.loader import MicroBatch
 from ..objective.objective import Objective
 from ..objective.rounding import Rounding
-from ..planning.audit_schedule import AuditSchedule
+from ..planning.audit_schedule import AuditSchedule, AuditSize
 from ..runtime.gradients.averaged import AveragedGradients
 from ..runtime.graph_leaves import leaves_besides
 from ..runtime.loop_accelerator import LoopAccelerator
@@ -83,8 +83,8 @@ class WindowAudits:
         """
         self._n_windows += 1
 
-        def take(share: float) -> AuditBatches | None:
-            return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, share)
+        def take(size: AuditSize) -> AuditBatches | None:
+            return AuditBatches.of(micro_batches, self._objective, self._process_group, self._fill, size)
 
         self._handler.before_update(AuditedWindow(update or self._n_windows, epoch, micro_batches, take))
 

@@ -1,4 +1,4 @@
-"""Temporary changes of a model's weights for a measurement: noise, so that rows differ in loss, and float32."""
+"""Temporary changes of a model's weights for a measurement: noise, so that rows differ in loss, and wider types."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from ..runtime.state_guards import cast_tensors
+from ..runtime.state_guards import cast_tensors, preserve_gradients
 from .item_counts import Batch
 
 
@@ -49,6 +49,19 @@ def float32_weights(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+@contextmanager
+def float64_weights(*modules: nn.Module) -> Iterator[Callable[[Batch], Batch]]:
+    """Hold floating-point weights and buffers in float64, without gradients, and restore them afterwards.
+
+    Yields:
+        A function that converts the floating-point tensors of a batch to float64 too.
+    """
+    all_modules = nn.ModuleList(modules)
+    tensors = [t for t in (*all_modules.parameters(), *all_modules.buffers()) if t.is_floating_point()]
+    with preserve_gradients(all_modules), cast_tensors(tensors, torch.float64):  # a gradient has the type of its weight
+        yield lambda batch: recursively_apply(lambda t: t.double(), batch, test_type=_is_real)
+
+
 def has_narrow_weights(model: nn.Module) -> bool:
     """Return whether `float32_weights` would convert weights of a model."""
     return any(map(_is_narrow, model.parameters()))
@@ -86,6 +99,10 @@ def _widened(batch: Batch) -> Batch:
 
 def _is_narrow(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _last_weight(model: Any) -> Tensor | None:

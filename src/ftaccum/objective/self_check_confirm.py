@@ -15,7 +15,7 @@ from ..runtime.memory import give_back_memory, is_out_of_memory
 from ..runtime.module_attributes import preserve_attributes
 from ..runtime.state_guards import Generators
 from .deterministic_forward import DeterministicMode
-from .gradient_check import GradientCheck, difference_of
+from .gradient_check import GradientCheck
 from .item_counts import Batch, tensors_of
 from .labelled_head import LabelledHead, NeededLogits
 from .measured_counts import chosen_counts
@@ -135,15 +135,14 @@ def _loss(measurement: Measurement, verdict: Verdict, separate_batches: _Separat
 
     separate = measurement.own_width or sample.separate(sample.together, UNEQUAL)
     reordered = None if sample.cut is None else sample.cut(sample.together, ([3, 2, 1, 0],))[0]
-    check = GradientCheck(model, partial(recorded, measurement.means), counts, modules)
-    apart = replace(check, run=partial(recorded, separate_batches.means))
-    again = None if reordered is None else lambda: check.gradient([reordered])
+    runs = [partial(recorded, means) for means in (measurement.means, separate_batches.means)]
+    check = GradientCheck(model, runs[0], counts, modules, runs[1])
     with perturb_head(model), DeterministicMode(model, True, {}, modules).passes():
         generators = Generators.now()
         joint = check.together(sample.together)
         if not generators.unchanged() or not math.isfinite(joint.norm()) or not joint.norm():
             return None
-        gradient = difference_of(joint, apart.gradient(separate), again, 10 * EXPLAINED)
+        gradient = check.difference(joint, sample.together, separate, reordered, 10 * EXPLAINED)
     if gradient.off or any(found.keys() != {LOSS} for found in losses):
         return None
     first, *others = losses

@@ -119,7 +119,8 @@ class TrainMode:
             with self.mode.passes():
                 reordered = None if self.sample.cut is None else self.sample.cut(together, ([3, 2, 1, 0],))[0]
                 separate = self.sample.separate(together, groups)
-                return self._check(counts, self.means).difference(joint.sketch, separate, reordered, tolerance)
+                check = self._check(counts, self.means)
+                return check.difference(joint.sketch, together, separate, reordered, tolerance)
 
         return _if_memory_allows(run) or GradientDifference()
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..runtime.module_attributes import preserve_attributes
 from ..runtime.process_group import ProcessGroup
 from ..runtime.state_guards import Generators, preserve_buffers, preserve_rng, seed_all
 from .forward import total_of
-from .gradient_check import GradientDifference, backward, difference_of
+from .gradient_check import GradientDifference, backward, confirm_in_float64, difference_of
 from .gradient_sketch import GradientSketch, sketch_gradients
 from .item_counts import Batch, rows_of
 from .row_terms import RowTerms
@@ -75,19 +75,28 @@ class WindowGradientCheck:
         try:
             if self._draws():  # also in eval mode, so that no two passes are the same
                 return GradientDifference()
-            cut = self.sample.cut
-            reordered = None if cut is None else cut(self.sample.together, (_REVERSED,))[0]
-            together = self._of_one_batch(self.sample.together)
-            separate, by_inputs = self._of_two_passes()
-            if together.norm() < _NOISE * by_inputs:
-                return GradientDifference()  # the gradient is rounding, as that of the norm of normalized embeddings
-            again = None if reordered is None else lambda: self._of_one_batch(reordered, _REVERSED)
-            return difference_of(together, separate, again, tolerance)
+            found = self._difference(tolerance)
+            return confirm_in_float64(
+                found, lambda convert: self._converted(convert)._difference(tolerance), self._both
+            )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         give_back_memory()
         return GradientDifference()
+
+    def _difference(self, tolerance: float) -> GradientDifference:
+        cut = self.sample.cut
+        reordered = None if cut is None else cut(self.sample.together, (_REVERSED,))[0]
+        together = self._of_one_batch(self.sample.together)
+        separate, by_inputs = self._of_two_passes()
+        if together.norm() < _NOISE * by_inputs:
+            return GradientDifference()  # the gradient is rounding, as that of the norm of normalized embeddings
+        again = None if reordered is None else lambda: self._of_one_batch(reordered, _REVERSED)
+        return difference_of(together, separate, again, tolerance)
+
+    def _converted(self, convert: Callable[[Batch], Batch]) -> "WindowGradientCheck":
+        return replace(self, prepared=lambda batch: convert(self.prepared(batch)))
 
     def _draws(self) -> bool:
         with preserve_rng(), torch.no_grad(), preserve_attributes(self._both), preserve_buffers(self._both):

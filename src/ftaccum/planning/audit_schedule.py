@@ -1,6 +1,7 @@
 """Decide which updates to audit, from integers and seconds alone, without torch."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 _SHORT = 50  # updates; after its planned audits, a shorter run audits only updates with new values
@@ -10,7 +11,13 @@ _COST = 2.0  # windows: an audit of a whole window computes its gradient twice
 _LATER = (4, 16, 64)  # the updates of these audits
 _SHARE, _SHARE_ORDINARY = 0.01, 0.005  # shares of the training time that later audits may take
 _EXTRA = 8  # audits of updates with new values at any cost
-WHOLE, FEW_ROWS = 1.0, 0.0  # shares of a window that an audit takes
+
+
+class AuditSize(Enum):
+    """The rows of a window that an audit takes."""
+
+    FEW_ROWS = "few rows"
+    WHOLE_WINDOW = "whole window"
 
 
 @dataclass
@@ -38,7 +45,7 @@ class AuditSchedule:
     spent: float = 0.0
     trained: float = 0.0
     extra: int = _EXTRA
-    _planned: dict[int, float] = field(init=False)
+    _planned: dict[int, AuditSize] = field(init=False)
     _ahead: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,19 +67,19 @@ class AuditSchedule:
             return bool(self._ahead) and update >= self._ahead[0]
         return self.audit is not False and (update - 1) % self.audit == 0
 
-    def share(self, update: int, *, is_new: bool) -> float:
-        """Return the share of its window that the audit of an update takes; 0 for a few rows.
+    def size(self, update: int, *, is_new: bool) -> AuditSize:
+        """Return the rows that the audit of an update takes.
 
         Args:
             is_new: whether the update has new values.
         """
         if self.n_updates == 1:
-            return WHOLE
+            return AuditSize.WHOLE_WINDOW
         if self.audit is not True:
-            return FEW_ROWS if update == 1 else WHOLE
+            return AuditSize.FEW_ROWS if update == 1 else AuditSize.WHOLE_WINDOW
         if self.is_due(update):
-            return self._planned.get(self._ahead[0], WHOLE)
-        return FEW_ROWS if is_new else WHOLE
+            return self._planned.get(self._ahead[0], AuditSize.WHOLE_WINDOW)
+        return AuditSize.FEW_ROWS if is_new else AuditSize.WHOLE_WINDOW
 
     @property
     def takes_others(self) -> bool:
@@ -113,10 +120,10 @@ class AuditSchedule:
         self._ahead, self.extra = state_dict["ahead"], state_dict["extra"]
 
 
-def _plan_audits(n_updates: int) -> dict[int, float]:
-    """Return the planned audits of a run: the share of the window that each takes, by update."""
+def _plan_audits(n_updates: int) -> dict[int, AuditSize]:
+    """Return the planned audits of a run: the rows that each takes, by update."""
     n_whole = int(_PLANNED_SHARE * n_updates / _COST)
     if n_whole > 1:
-        return {1: FEW_ROWS, **dict.fromkeys(_LATER[:n_whole], WHOLE)}
-    middle = (n_updates + 1) // 2
-    return {1: FEW_ROWS, middle: WHOLE} if n_updates >= _SHORTEST else {1: FEW_ROWS}
+        return {1: AuditSize.FEW_ROWS, **dict.fromkeys(_LATER[:n_whole], AuditSize.WHOLE_WINDOW)}
+    middle = {(n_updates + 1) // 2: AuditSize.WHOLE_WINDOW} if n_updates >= _SHORTEST else {}
+    return {1: AuditSize.FEW_ROWS, **middle}

@@ -11,7 +11,7 @@ from ..data.novelty import SeenValues
 from ..errors import InexactLossError, InexactLossWarning, warn_user
 from ..objective.report import ExactnessReport
 from ..objective.rounding import Rounding
-from ..planning.audit_schedule import WHOLE, AuditSchedule
+from ..planning.audit_schedule import AuditSchedule, AuditSize
 from ..runtime.log import logger
 from ..runtime.process_group import ProcessGroup
 from ..tracking.ledger import AuditEntry
@@ -71,10 +71,10 @@ class AuditHandler:
             # Only the main process's clock decides, so that all processes agree.
             may_take = not is_planned and self._process_group.is_main and self._schedule.may_take(is_new=is_new)
             if is_planned or (looks and self._process_group.any(may_take)):
-                share = self._schedule.share(window.update, is_new=is_new)
+                size = self._schedule.size(window.update, is_new=is_new)
                 if self._report.window is not None:  # a loss over the window may not take fewer rows
-                    share = WHOLE
-                self._audit(window, started, is_planned=is_planned, share=share)
+                    size = AuditSize.WHOLE_WINDOW
+                self._audit(window, started, is_planned=is_planned, size=size)
         self._since = time.perf_counter()
 
     @property
@@ -97,11 +97,11 @@ class AuditHandler:
         self._seen.load_state_dict(state_dict["seen"])
         self._causes, self._rounding_floor = state_dict["causes"], state_dict["floor"]
 
-    def _audit(self, window: AuditedWindow, started: float, *, is_planned: bool, share: float) -> None:
+    def _audit(self, window: AuditedWindow, started: float, *, is_planned: bool, size: AuditSize) -> None:
         floor = self._rounding_floor
         tolerated = self._tolerance(floor or 0.0)  # errors up to this one need no measurement of rounding
         with self._during():
-            sample = window.take(share)
+            sample = window.take(size)
             audit = None if sample is None else self._auditor.audit(sample, tolerance=tolerated)
         seconds = time.perf_counter() - started
         self._schedule.done(seconds, is_planned=is_planned)

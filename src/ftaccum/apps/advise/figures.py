@@ -74,8 +74,14 @@ def interval_of(losses: Sequence[float], confidence: float = CONFIDENCE) -> Inte
 
 
 def intervals_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
-    """Return the interval of each combination that has an outcome."""
-    by_cell = {cell: [one.loss for one in outcomes if one.cell == cell] for cell in CELLS}
+    """Return the interval of each combination that has an outcome.
+
+    Orders of the rows that not all combinations have had, because the check was interrupted, are left out if others
+    are complete: their rows would count for some batches only.
+    """
+    cells = {seed: {one.cell for one in outcomes if one.seed == seed} for seed in {one.seed for one in outcomes}}
+    used = {seed for seed, found in cells.items() if len(found) == len(CELLS)} or cells.keys()
+    by_cell = {cell: [one.loss for one in outcomes if one.cell == cell and one.seed in used] for cell in CELLS}
     return {cell: interval_of(losses) for cell, losses in by_cell.items() if losses}
 
 
