@@ -60,14 +60,14 @@ def exactness_section(metadata: RunMetadata) -> str:
     if result["passes_per_update"] <= 1 and result["num_processes"] == 1:
         return f"{metadata.loss} Each update was one batch, so nothing was accumulated."
     if metadata.inexact is None:
-        found = (
+        exactness = (
             "A check before training found that accumulating it over micro-batches gives the loss and the gradient of "
             "one large batch, except for rounding."
         )
     else:
         off = f": over separate micro-batches it is up to {metadata.inexact:.2%} off" if metadata.inexact else ""
-        found = f"Accumulating it only approximates one large batch{off}."
-    return f"{metadata.loss} {found} {_audits(result['audits'])}"
+        exactness = f"Accumulating it only approximates one large batch{off}."
+    return f"{metadata.loss} {exactness} {_audits(result['audits'])}"
 
 
 def _audits(audits: Sequence[Mapping[str, float]]) -> str:

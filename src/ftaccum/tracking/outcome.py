@@ -23,7 +23,7 @@ def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -
     """
     is_validated = bool(result.val_loss_history)
     final = "final validation loss" if is_validated else "final training loss"
-    found = {
+    outcome = {
         "state": _state(result, run_dir),
         final: format_number(known(result.final_loss)),
         f"{final.replace('final', 'first')}": format_number(result.initial_loss),
@@ -35,7 +35,7 @@ def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -
         **_work(result, ledger),
         **_measured(result, ledger),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in outcome.items() if text}
 
 
 def _state(result: "Result", run_dir: RunDir | None) -> str:

@@ -10,15 +10,16 @@ from ..errors import DataError
 from ..insight.run_metadata import Named, RunMetadata, named_model, public_name
 from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
-from ..planning.base_plan import describe_sizes
+from ..planning.base_plan import named_sizes
 from ..runtime.accelerator import device_name
 from ..runtime.adapters import is_peft_model
 from ..runtime.log import logger
 from ..tasks.reading.sources import find_source
 from ..tracking.result import Result
+from .adapter_summary import summarize_adapters
 from .build_identity import software_versions
-from .build_plan import describe_cut
-from .rates import describe_rates
+from .build_plan import summarize_micro_batches
+from .rates import summarize_optimizer
 
 if TYPE_CHECKING:
     from .build_outputs import RunWithOutputs
@@ -50,7 +51,8 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata
     components, data, command = run.config.components, run.data, run.config.command
     sources: Mapping[str, Any] = {} if command is None else command.sources
     base = named_model(sources.get("model") or _loaded_from(run.model))
-    cut = describe_cut(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=data.train.knows_lengths)
+    knows_lengths = data.train.knows_lengths
+    cut = summarize_micro_batches(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=knows_lengths)
     n_val = None if data.val_rows is None else len(data.val_rows)
     return RunMetadata(
         name=_name(run, base),
@@ -63,10 +65,8 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata
         n_train=None if is_stream(components.train_data) else len(data.train_rows),
         n_val=n_val,
         held_out=n_val is not None and components.val_data is None,
-        sizes=dict(
-            line.split(": ", 1) for line in describe_sizes(run.batch_sizes, run.config.recipe.learning_rate_scaling)
-        ),
-        cut=cut.splitlines()[0].partition(": ")[2],
+        sizes=named_sizes(run.batch_sizes, run.config.recipe.learning_rate_scaling),
+        cut=str(cut),
         hyperparameters=_hyperparameters(run),
         result=dict(result),
         criterion=run.criterion.name,
@@ -96,23 +96,23 @@ def _loaded_from(model: Any) -> str | None:
 
 def _named(sources: str | None, split: str) -> list[Named]:
     """Return the data that an option of the command line names."""
-    found = []
+    named = []
     for name in (sources or "").split(","):
         if name := name.strip():
             with suppress(DataError):  # the file is gone
                 source = find_source(name, split, "train_data")
                 if source.kind == "hub":
-                    found.append(Named(source.name, on_hub=True, config=source.config, split=source.split))
+                    named.append(Named(source.name, on_hub=True, config=source.config, split=source.split))
                     continue
-            found.append(Named(public_name(name)))
-    return found
+            named.append(Named(public_name(name)))
+    return named
 
 
 def _of_dataset(data: Any) -> list[Named]:
     """Return the name of a data set of `datasets`: that on the hub, those of its files, or that of its builder."""
     info = getattr(data, "info", None)
     addresses = [str(address) for address in getattr(info, "download_checksums", None) or ()]
-    hub = {found[1] for address in addresses if (found := _ON_HUB.match(address))}
+    hub = {match[1] for address in addresses if (match := _ON_HUB.match(address))}
     if hub:
         config, split = getattr(info, "config_name", None), getattr(data, "split", None)
         config = None if config == "default" else config
@@ -125,19 +125,18 @@ def _of_dataset(data: Any) -> list[Named]:
 def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:
     recipe, plan = run.config.recipe, run.plan
     options: Any = recipe.lr_scheduler_kwargs  # the settings have parsed it
-    named = dict(line.split(": ", 1) for line in (describe_rates(run.optimizer), *run.adapter_notes))
-    kind, _, rates = named.pop("Optimizer").partition(", ")
+    adapters = summarize_adapters(run.model)
     dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in run.model.parameters()}))
     clip = recipe.gradient_clip_norm
     warmup = f", warm-up of {run.n_warmup} {'update' if run.n_warmup == 1 else 'updates'}" if run.n_warmup else ""
     return {
-        "Optimizer": f"{kind}, {rates}",
+        "Optimizer": str(summarize_optimizer(run.optimizer)),
         "Schedule": f"{_schedule(recipe.lr_scheduler, options)}{warmup}",
         "Gradient clipping": "none" if clip is None else f"norm {clip:g}",
         "Epochs": str(plan.n_epochs),
         "Seed": str(recipe.random_seed),
         "Precision": _PRECISIONS[run.accelerator.mixed_precision].format(weights=dtypes),
-        **named,
+        **({} if adapters is None else {"Adapters": str(adapters)}),
     }
 
 
@@ -156,11 +155,11 @@ def _inexactness(report: ExactnessReport) -> float | None:
     """Return how far accumulating a loss is from one batch: None if it is exact, 0 if it is unknown how far."""
     if not report.inexact():
         return None
-    found = [
+    differences = [
         *report.explanation.differences.values(),
         *report.in_training.differences.values(),
         report.gradient.off or 0.0,
         report.hidden_state.off or 0.0,
     ]
-    largest = max(found, default=0.0)
+    largest = max(differences, default=0.0)
     return largest if largest > report.tolerance else 0.0
