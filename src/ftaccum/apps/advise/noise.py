@@ -7,7 +7,6 @@ from typing import Any
 
 from ...errors import SettingsError
 from ...insight.noise_words import describe_noise, describe_scale, is_bounded, is_known, rounded
-from ...planning.halves import AUTO_LEAST_WINDOWS, LEAST_ROWS
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
@@ -97,20 +96,9 @@ def _useful(noise: Mapping[str, Any]) -> str:
 
 
 def _unmeasured(result: Result, record: RunRecord | None) -> str:
-    """Return a sentence on why a run has no noise scale, as far as its folder tells, and what to do."""
-    rows, updates = result.effective_batch_size, result.optimizer_steps + result.skipped_steps
-    if rows < LEAST_ROWS:
-        why = f"an update has {rows} rows. It needs {LEAST_ROWS} or more: give a larger `effective_batch_size`"
-    elif record is not None and record.recipe.get("loss_over") == "window":
-        why = "the loss reads all rows of an update together, so the gradients of two halves do not add up to it"
-    elif updates < AUTO_LEAST_WINDOWS:
-        why = (
-            f"the run has {updates} updates. By default, runs of {AUTO_LEAST_WINDOWS} or more measure it: train with "
-            f"`noise_scale={max(1, updates // 20)}`, the number of updates from one measurement to the next"
-        )
-    else:
-        return (
-            "Noise scale: not measured. `noise_scale` is False, the run is deterministic or sharded, its loss does not "
-            "add up over rows, or an older version trained it. `--verbosity debug` logs which of these holds."
-        )
-    return f"Noise scale: not measured, because {why}."
+    """Return sentences on why a run has no noise scale, with a remedy if there is one."""
+    if record is not None and record.noise_scale_reason:
+        return f"Noise scale: not measured, because {record.noise_scale_reason}."
+    if result.interrupted:
+        return "Noise scale: not measured yet. Continue the run with `ftaccum train` and `--resume auto`."
+    return "Noise scale: not measured. An older version trained the run, and did not record the reason."
