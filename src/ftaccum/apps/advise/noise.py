@@ -89,10 +89,8 @@ def _useful(noise: Mapping[str, Any]) -> str:
         where = f"This run's {rows:,} rows are above that"
     else:
         where = f"It may reach past this run's {rows:,} rows, which is not known yet"
-    return (
-        f"up to {'about' if bounded else 'at least'} {rounded(upto)} rows, twice the rows make an update 1.33 "
-        f"times as useful or more; from there on, less and less. {where}"
-    )
+    end = f"about {rounded(upto)} rows" if bounded else f"{rounded(upto)} rows or more"
+    return f"up to {end}, twice the rows make an update 1.33 times as useful or more; from there on, less and less. {where}"
 
 
 def _unmeasured(result: Result, record: RunRecord | None) -> str:
