@@ -258,7 +258,7 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     one = verdict(outcomes_of([0.5] * 5)[:5], given, "validation loss")
     assert one.startswith("No verdict: the check has not trained")
     interrupted = intervals_of(outcomes_of([0.5] * 5)[:12])  # the third order has two of five branches
-    assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995] * 5)
+    assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995, 0.4995, 0.5005, 0.5, 0.5])
     assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
 
 
@@ -431,13 +431,16 @@ def test_an_estimate_is_described_with_its_interval() -> None:
 def test_a_run_without_a_noise_scale_says_why(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "run")
     result = json.loads((run / "result.json").read_text())
+    record = json.loads((run / "run.json").read_text())
     unknown = dict.fromkeys(f.name for f in fields(NoiseEstimate)) | {"rows": 64, "measured_updates": 3}
-    for values, sentence in (
-        ({}, "not measured, because an update has 4 rows. It needs 16 or more"),
-        ({"effective_batch_size": 32}, "not measured, because the run has 13 updates"),
-        ({"effective_batch_size": 32, "optimizer_steps": 90}, "`noise_scale` is False, the run is deterministic"),
-        ({"noise_scale": unknown}, "Noise scale: not known yet"),
+    for values, reason, sentence in (
+        ({}, record["noise_scale_reason"], "not measured, because an update has 4 rows, fewer than 16. Give a larger"),
+        ({}, "the model is sharded", "Noise scale: not measured, because the model is sharded."),
+        ({}, "", "Noise scale: not measured. An older version trained the run"),
+        ({"interrupted": True}, "", "Noise scale: not measured yet. Continue the run"),
+        ({"noise_scale": unknown}, "", "Noise scale: not known yet"),
     ):
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"noise_scale_reason": reason}))
         (tmp_path / "run" / "result.json").write_text(json.dumps(result | values))
         assert main(["advise", str(tmp_path / "run")]) == 0
         said = capsys.readouterr().out

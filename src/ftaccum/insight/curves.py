@@ -24,7 +24,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class NoiseScaleCurve:
     """The gradient noise scale of a run in rows, with its 90% interval; NaN where it is not known.
 
     Attributes:
@@ -71,7 +71,7 @@ class RunCurves:
     subject: str = ""
     clip_norm: float | None = None
     evaluations: Mapping[str, Measured] = field(default_factory=dict)
-    noise_scale: NoiseScale | None = None
+    noise_scale: NoiseScaleCurve | None = None
     padding: Sequence[float] = ()
     speed: Sequence[float] = ()
     speed_unit: str = "tokens"

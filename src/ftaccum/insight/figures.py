@@ -11,6 +11,7 @@ import numpy as np
 from .axes import CLIPPING, explain_line, label_positions, scale, title_pad
 from .curves import VALIDATION_LOSS, Axis, RunCurves, axes_of, smooth, thin
 from .format import format_duration
+from .style import color_of, dashes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ MIN_SMOOTHED = 50  # updates from which on a curve has a running mean
 # Of the parts of time, from the end of the style, because the first colours stand for runs. They are as different as
 # possible with normal vision and with the common forms of colour blindness.
 _PART_COLORS = ("C5", "C4", "C6", "C7")
-_LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,20 @@ def new_figure(width: float, height: float) -> "Figure":
     Raises:
         ImportError: if matplotlib is missing.
     """
-    from matplotlib.figure import Figure  # an extra, and slow to import
+    from .notebook_figure import NotebookFigure  # it loads matplotlib, which is an extra, and slow to import
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def color_of(n: int) -> str:
-    """Return the colour of the nth run: the nth of the style, again from the first after 8."""
-    return f"C{n % 8}"
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
-def line_style_of(n: int) -> Any:
-    """Return the style of the nth run's line, which differs between runs of one colour."""
-    return _LINE_STYLES[n // 8 % len(_LINE_STYLES)]
+def _line_of(n: int) -> dict[str, Any]:
+    """Return the colour and the dashes of the nth run's line."""
+    dashes = dashes_of(n)
+    return {"color": _color_of(n), "linestyle": (0, dashes) if dashes else "-"}
+
+
+def _color_of(n: int) -> str:
+    """Return the nth colour of the style in use, which may be the user's."""
+    return color_of(n).upper()
 
 
 def _is_any(values: Sequence[float]) -> bool:
@@ -157,7 +158,7 @@ def _draw_updates(
     smooths = smooths and max(len(run.loss) for _, run in runs) >= MIN_SMOOTHED
     for n, run in runs:
         x, y = run.positions(axis), np.asarray(read(run), dtype=float)
-        style: dict[str, Any] = {"color": color_of(n), "linestyle": line_style_of(n)}
+        style: dict[str, Any] = _line_of(n)
         n_points = max(200, _POINTS // len(runs))
         if not smooths:
             axes.plot(*thin(x, y, n_points), linewidth=1.4, marker="." if len(y) == 1 else "", label=run.name, **style)
@@ -172,7 +173,7 @@ def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis:
         found = run.evaluations[name]
         x, y = run.positions(axis, found.updates), np.asarray(found.values, dtype=float)
         marker = "o" if len(y) < 40 else ""
-        style: dict[str, Any] = {"color": color_of(n), "linestyle": line_style_of(n), "marker": marker, "markersize": 3}
+        style: dict[str, Any] = {**_line_of(n), "marker": marker, "markersize": 3}
         axes.plot(*thin(x, y, max(200, _POINTS // len(runs))), linewidth=1.4, label=run.name, **style)
 
 
@@ -206,11 +207,11 @@ def _draw_noise(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis)
         lower, upper = np.asarray(found.lower, dtype=float), np.asarray(found.upper, dtype=float)
         upper = np.where(np.isfinite(lower) & ~np.isfinite(upper), top, upper)
         kept = np.isin(x, thin(x, y, 600)[0])
-        axes.fill_between(x[kept], lower[kept], upper[kept], color=color_of(n), alpha=0.2, linewidth=0)
-        axes.plot(x[kept], y[kept], color=color_of(n), linestyle=line_style_of(n), linewidth=1.4, label=run.name)
+        axes.fill_between(x[kept], lower[kept], upper[kept], color=_color_of(n), alpha=0.2, linewidth=0)
+        axes.plot(x[kept], y[kept], linewidth=1.4, label=run.name, **_line_of(n))
         if len(run.update_rows):
             rows = thin(run.positions(axis), np.asarray(run.update_rows, dtype=float), 200)
-            axes.plot(*rows, color=color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
+            axes.plot(*rows, color=_color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
             has_rows = True
     scale([known], axes)
     axes.set_ylim(top=min(top, axes.get_ylim()[1]))

@@ -54,7 +54,8 @@ class Result(Mapping[str, Any]):
         out_of_memory: number of times that memory ran out and a window was run again.
         amp_enabled, final_loss_scale: whether autocast was on, and the gradient scaler's last scale, if any.
         audits: one entry per audit, with the attributes of `AuditEntry`.
-        noise_scale: the last estimate of the gradient noise scale (docs/noise_scale.md), if it was measured.
+        noise_scale: the last estimate of the gradient noise scale, if it was measured; docs/noise_scale.md lists its
+            keys.
         output_dir: the folder of the ledger, result and model, if any.
         unwritten: a sentence for each of these that could not be written, and for a model that could not be uploaded.
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and

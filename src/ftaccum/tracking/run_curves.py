@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScale, RunCurves
+from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScaleCurve, RunCurves
 from ..runtime.run_dir import RunDir
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
@@ -112,11 +112,11 @@ def _evaluations(result: "Result", ledger: Ledger) -> dict[str, Measured]:
     return {name: Measured(*both) for name, both in found.items()}
 
 
-def _noise_scale(ledger: Ledger) -> NoiseScale | None:
+def _noise_scale(ledger: Ledger) -> NoiseScaleCurve | None:
     entries = ledger.noise_scales
     if not entries:
         return None
-    return NoiseScale(
+    return NoiseScaleCurve(
         updates=[e.noise_scale for e in entries],
         values=[e.noise_rows for e in entries],
         lower=[e.noise_rows_lower for e in entries],

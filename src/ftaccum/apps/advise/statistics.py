@@ -78,15 +78,21 @@ def interval_of(losses: Sequence[float], confidence: float = CONFIDENCE) -> Inte
 
 
 def intervals_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
-    """Return the interval of each combination that has an outcome.
+    """Return the interval of each combination that has an outcome in the comparable orders."""
+    by_cell: dict[Cell, list[float]] = {}
+    for one in _comparable(outcomes):
+        by_cell.setdefault(one.cell, []).append(one.loss)
+    return {cell: interval_of(by_cell[cell]) for cell in CELLS if cell in by_cell}
 
-    Orders of the rows that not all combinations have had, because the check was interrupted, are left out if others
-    are complete: their rows would count for some batches only.
+
+def _comparable(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes without the orders of the rows that not all combinations have had, if others are complete.
+
+    An interrupted check has such an order, whose rows would count for some batches only.
     """
     cells = {seed: {one.cell for one in outcomes if one.seed == seed} for seed in {one.seed for one in outcomes}}
     used = {seed for seed, found in cells.items() if len(found) == len(CELLS)} or cells.keys()
-    by_cell = {cell: [one.loss for one in outcomes if one.cell == cell and one.seed in used] for cell in CELLS}
-    return {cell: interval_of(losses) for cell, losses in by_cell.items() if losses}
+    return [one for one in outcomes if one.seed in used]
 
 
 def differences_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
@@ -101,10 +107,10 @@ def differences_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
     best = min(means, key=lambda cell: means[cell])
     others = {cell.ratio for cell in means} - {best.ratio}
     rivals = [min((c for c in means if c.ratio == ratio), key=lambda cell: means[cell]) for ratio in sorted(others)]
-    loss = {(one.cell, one.seed): one.loss for one in outcomes}
+    loss = {(one.cell, one.seed): one.loss for one in _comparable(outcomes)}
     orders = [seed for cell, seed in loss if cell == best]
-    pairs = {c: [loss[c, n] - loss[best, n] for n in orders if (c, n) in loss] for c in rivals}
-    return {cell: interval_of(differences) for cell, differences in pairs.items()}
+    pairs = {c: [loss[c, seed] - loss[best, seed] for seed in orders if (c, seed) in loss] for c in rivals}
+    return {cell: interval_of(differences) for cell, differences in pairs.items() if differences}
 
 
 def verdict(outcomes: Sequence[Outcome], experiment: Experiment, measure: str) -> str:
