@@ -33,19 +33,25 @@ class Panel:
         title: what it shows.
         draw: draws it for runs that all have the quantity, with the index of each, over an axis.
         has_data: whether a run has it.
-        reason: why runs may lack it.
+        name: the name of the quantity in `RunCurves.gaps`.
+        reason: why runs lack it that do not say so themselves.
         has_axis: whether it is drawn over rows or updates.
     """
 
     title: str
     draw: "Callable[[Axes, Sequence[tuple[int, RunCurves]], Axis], None]"
     has_data: Callable[[RunCurves], bool]
+    name: str
     reason: str
     has_axis: bool = True
 
     def missing_in(self, runs: Sequence[RunCurves]) -> list[RunCurves]:
         """Return the runs that lack the quantity."""
         return [run for run in runs if not self.has_data(run)]
+
+    def why_missing(self, run: RunCurves) -> str:
+        """Return why a run lacks the quantity."""
+        return run.gaps.get(self.name, self.reason)
 
     def draw_runs(self, axes: "Axes", runs: Sequence[RunCurves], axis: Axis) -> None:
         """Draw the runs that have the quantity."""
@@ -57,27 +63,30 @@ class Panel:
 def panels_of(runs: Sequence[RunCurves]) -> list[Panel]:
     """Return the panels for some runs: one for each quantity, and one for each metric that a run has."""
     metrics = dict.fromkeys(name for run in runs for name in run.evaluations if name != VALIDATION_LOSS)
-    old = "the ledger is of a version that did not record it, or the run keeps no ledger"
+    old = "it was not recorded"
     return [
-        Panel("Training loss", partial(_draw_updates, read=lambda run: run.loss), _has("loss"), "no loss was finite"),
+        Panel(
+            "Training loss", partial(_draw_updates, read=lambda run: run.loss), _has("loss"), "loss", "none is finite"
+        ),
         *(
-            Panel(title, partial(_draw_evaluations, name=name), partial(_is_evaluated, name), reason)
+            Panel(title, partial(_draw_evaluations, name=name), partial(_is_evaluated, name), name, reason)
             for name, title, reason in [
                 (VALIDATION_LOSS, "Validation loss", "there were no validation rows"),
                 *((name, name, "it was not measured") for name in metrics),
             ]
         ),
-        Panel("Gradient norm before clipping", _draw_norms, _has("grad_norm"), "no norm was finite"),
-        Panel("Learning rate", _draw_rates, _has("learning_rate"), old),
+        Panel("Gradient norm before clipping", _draw_norms, _has("grad_norm"), "grad_norm", "none is finite"),
+        Panel("Learning rate", _draw_rates, _has("learning_rate"), "learning_rate", old),
         Panel(
             "Gradient noise scale, with its 90% interval",
             _draw_noise,
             lambda run: _is_any(_noise_of(run)),
+            "noise_scale",
             "it was not measured",
         ),
-        Panel("Padding", _draw_padding, _has("padding"), old),
-        Panel("Throughput", _draw_speed, _has("speed"), old),
-        Panel("Time of updates", _draw_time, lambda run: bool(run.seconds), old, has_axis=False),
+        Panel("Padding", _draw_padding, _has("padding"), "padding", old),
+        Panel("Throughput", _draw_speed, _has("speed"), "speed", old),
+        Panel("Time of updates", _draw_time, lambda run: bool(run.seconds), "seconds", old, has_axis=False),
     ]
 
 

@@ -17,6 +17,11 @@ def known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
+def format_bytes(n_bytes: float) -> str:
+    """Return a size in GB (10⁹ bytes), or in MB below one GB."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration in seconds, in minutes from 100 s, and in hours from 100 minutes."""
     if seconds < 100:

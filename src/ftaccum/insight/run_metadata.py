@@ -88,7 +88,7 @@ class RunMetadata:
         last, names = evaluations[-1], {evaluations[-1].update: "last"}
         if best is not None:
             names[best] = "best, last" if best == last.update else "best"
-        first = Evaluation("before training", 0, self.result["initial_loss"], {})
+        first = Evaluation("before training", 0, self.result["initial_loss"], self.result["initial_metrics"])
         return [first, *(replace(each, name=names[each.update]) for each in evaluations if each.update in names)]
 
     def saved_evaluation(self) -> dict[str, float]:

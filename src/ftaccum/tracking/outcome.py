@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..insight.format import format_duration, format_number, known
+from ..insight.format import format_bytes, format_duration, format_number, known
 from ..insight.noise_words import describe_scale, is_known
 from ..runtime.run_dir import RunDir
 from .ledger import Ledger
+from .update_times import seconds_by_use
 
 if TYPE_CHECKING:
     from .result import Result
@@ -56,12 +57,14 @@ def _best(result: "Result") -> dict[str, str]:
 def _work(result: "Result", ledger: Ledger) -> dict[str, str]:
     """Return what a run has done, and how fast."""
     rows, tokens = (sum(getattr(w, name) for w in ledger.windows) for name in ("rows", "tokens"))
+    seconds = seconds_by_use(ledger)
     return {
         "updates": f"{result.optimizer_steps:,}",
         "skipped updates": f"{result.skipped_steps:,}" if result.skipped_steps else "",
         "rows trained on": f"{rows:,}" if rows else "",
         "tokens trained on": f"{tokens:,}" if tokens else "",
-        "time": "" if math.isnan(result.training_time) else format_duration(result.training_time),
+        "time with evaluations": "" if math.isnan(result.training_time) else format_duration(result.training_time),
+        "time of updates": format_duration(sum(seconds.values())) if seconds else "",
         "rows per second": _rate(result.samples_per_second),
         "tokens per second": _rate(result.tokens_per_second),
         "padding": "" if result.padding_fraction is None else f"{result.padding_fraction:.1%}",
@@ -74,7 +77,7 @@ def _measured(result: "Result", ledger: Ledger) -> dict[str, str]:
     """Return the peak of memory, and what audits and the noise scale measured."""
     peak, noise = max((w.peak_memory for w in ledger.windows), default=0), result.noise_scale
     return {
-        "peak memory": f"{peak / 2**30:.2f} GiB" if peak else "",
+        "peak memory": format_bytes(peak) if peak else "",
         "clipped updates": _clipped(ledger),
         "audits": _audits(result.audits),
         "noise scale": describe_scale(noise) if noise is not None and is_known(noise) else "",

@@ -19,6 +19,7 @@ from ..checkpoint.compatibility import (
     rows_identity,
     size_identity,
 )
+from ..data.iterable import is_stream
 from ..planning.batch_size import BatchSizes
 from ..planning.halves import MeasuredWindows
 from ..runtime.accelerator import device_name
@@ -26,6 +27,7 @@ from ..runtime.adapters import is_peft_model
 from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
 from .config import RunConfig
+from .named_sources import describe_subject
 from .rates import peak_rates
 
 
@@ -85,9 +87,14 @@ def software_versions(model: nn.Module) -> dict[str, str]:
 
 
 def build_record(
-    config: RunConfig, batch_sizes: BatchSizes, accelerator: Accelerator, measured: MeasuredWindows
+    config: RunConfig,
+    data: TrainingData,
+    batch_sizes: BatchSizes,
+    accelerator: Accelerator,
+    measured: MeasuredWindows,
 ) -> RunRecord:
     """Return the record of a run that starts now."""
+    n_rows = None if is_stream(config.components.train_data) else len(data.train_rows)
     return RunRecord.of(
         recipe_identity(config.recipe),
         batch_sizes,
@@ -102,4 +109,5 @@ def build_record(
             "mixed precision": accelerator.mixed_precision,
         },
         noise_scale_reason=measured.reason,
+        subject=describe_subject(config, n_rows, is_synthetic=data.synthetic),
     )

@@ -1,32 +1,25 @@
 """Gather what the model card says of a run."""
 
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..data.iterable import is_stream
-from ..errors import DataError
-from ..insight.run_metadata import Named, RunMetadata, named_model, public_name
+from ..insight.run_metadata import Named, RunMetadata, public_name
 from ..objective.item_counts import OF_USER
 from ..objective.report import ExactnessReport
 from ..planning.base_plan import named_sizes
 from ..runtime.accelerator import device_name
-from ..runtime.adapters import is_peft_model
 from ..runtime.log import logger
-from ..tasks.reading.sources import find_source
 from ..tracking.result import Result
 from .adapter_summary import summarize_adapters
 from .build_identity import software_versions
 from .build_plan import summarize_micro_batches
+from .named_sources import base_model, training_data, validation_data
 from .rates import summarize_optimizer
 
 if TYPE_CHECKING:
     from .build_outputs import RunWithOutputs
 
-_ON_HUB = re.compile(r"hf://datasets/([^@]+)@")
-_RANDOM = [Named("random tokens")]
-_LISTED = 5  # files of a data set
 _PRECISIONS = {
     "no": "{weights}",
     "bf16": "bf16 autocast, {weights} weights",
@@ -48,9 +41,7 @@ def gather_metadata(run: "RunWithOutputs", result: Result, ended_by: str = "") -
 
 
 def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata:
-    components, data, command = run.config.components, run.data, run.config.command
-    sources: Mapping[str, Any] = {} if command is None else command.sources
-    base = named_model(sources.get("model") or _loaded_from(run.model))
+    components, data, base = run.config.components, run.data, base_model(run.config)
     knows_lengths = data.train.knows_lengths
     cut = summarize_micro_batches(run.config.runtime, run.batch_sizes, run.planner, knows_lengths=knows_lengths)
     n_val = None if data.val_rows is None else len(data.val_rows)
@@ -58,10 +49,8 @@ def _gather(run: "RunWithOutputs", result: Result, ended_by: str) -> RunMetadata
         name=_name(run, base),
         repository=run.repository,
         base=base,
-        train_data=_RANDOM
-        if data.synthetic
-        else _named(sources.get("train_data"), "train") or _of_dataset(components.train_data),
-        val_data=_named(sources.get("val_data"), "validation") or _of_dataset(components.val_data),
+        train_data=training_data(run.config, is_synthetic=data.synthetic),
+        val_data=validation_data(run.config),
         n_train=None if is_stream(components.train_data) else len(data.train_rows),
         n_val=n_val,
         held_out=n_val is not None and components.val_data is None,
@@ -85,41 +74,6 @@ def _name(run: "RunWithOutputs", base: Named | None) -> str:
     if run.run_dir is not None:
         return public_name(str(run.run_dir.path))
     return "Fine-tuned model" if base is None else f"{base.name.rpartition('/')[2]}-finetuned"
-
-
-def _loaded_from(model: Any) -> str | None:
-    """Return the name or the folder that a model was loaded from; None if it was not loaded."""
-    if is_peft_model(model):
-        return getattr(next(iter(model.peft_config.values())), "base_model_name_or_path", None)
-    return getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-
-
-def _named(sources: str | None, split: str) -> list[Named]:
-    """Return the data that an option of the command line names."""
-    named = []
-    for name in (sources or "").split(","):
-        if name := name.strip():
-            with suppress(DataError):  # the file is gone
-                source = find_source(name, split, "train_data")
-                if source.kind == "hub":
-                    named.append(Named(source.name, on_hub=True, config=source.config, split=source.split))
-                    continue
-            named.append(Named(public_name(name)))
-    return named
-
-
-def _of_dataset(data: Any) -> list[Named]:
-    """Return the name of a data set of `datasets`: that on the hub, those of its files, or that of its builder."""
-    info = getattr(data, "info", None)
-    addresses = [str(address) for address in getattr(info, "download_checksums", None) or ()]
-    hub = {match[1] for address in addresses if (match := _ON_HUB.match(address))}
-    if hub:
-        config, split = getattr(info, "config_name", None), getattr(data, "split", None)
-        config = None if config == "default" else config
-        return [Named(name, on_hub=True, config=config, split=str(split) if split else None) for name in sorted(hub)]
-    name = getattr(info, "dataset_name", None)
-    files = sorted({public_name(address) for address in addresses}) or ([public_name(name)] if name else [])
-    return [Named(file) for file in files[:_LISTED]] + ([Named("…")] if len(files) > _LISTED else [])
 
 
 def _hyperparameters(run: "RunWithOutputs") -> dict[str, str]:

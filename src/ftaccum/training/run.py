@@ -73,7 +73,7 @@ class TrainingRun(RunWithOutputs):
         trained = replace(self.trained_model, metadata=gather_metadata(self, result) if saves else None)
         saved = trained if saves else None
         result = write_outputs(result, self.metrics_logger.ledger, saved, self.run_dir, self.process_group)
-        result = with_trained(self._publish(result), trained)
+        result = with_trained(self._publish(result), trained, self._recorded())
         try:
             self.callback_handler.settle()
         except CallbackError as error:
@@ -93,7 +93,7 @@ class TrainingRun(RunWithOutputs):
         self._inner.close()
         self.console.result(result)
         metadata = gather_metadata(self, result, f"Training was interrupted after update {len(result.loss_history)}.")
-        return with_trained(result, replace(self.trained_model, metadata=metadata))
+        return with_trained(result, replace(self.trained_model, metadata=metadata), self._recorded())
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an inexact gradient has ended; return sentences that say where it is saved."""
