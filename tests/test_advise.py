@@ -20,9 +20,17 @@ from ftaccum import Result, SettingsError
 from ftaccum.apps.advise import branch
 from ftaccum.apps.advise.branch import Branches, branch_recipe
 from ftaccum.apps.advise.experiment import CELLS, Cell, RowOrder, experiment_of, scaled_rates, steady_rate
-from ftaccum.apps.advise.figures import Outcome, interval_of, intervals_of, table, verdict
 from ftaccum.apps.advise.noise import describe_advice
 from ftaccum.apps.advise.recorded_run import RecordedRun
+from ftaccum.apps.advise.statistics import (
+    Outcome,
+    as_json,
+    differences_of,
+    interval_of,
+    intervals_of,
+    table,
+    verdict,
+)
 from ftaccum.apps.cli import main
 from ftaccum.insight.noise_scale import NoiseEstimate
 from ftaccum.planning.shuffle import order_of
@@ -159,7 +167,9 @@ def test_a_branch_ends_with_the_loss_of_plain_sgd(
 
 
 def test_rates_follow_the_batch_by_its_root_or_for_sgd_in_proportion(branches: Branches) -> None:
-    of_sgd, of_adam = (experiment_of(16, 1000, (0.1, 0.2), name, share=0.5, seeds=3) for name in ("sgd", "adamw"))
+    of_sgd, of_adam = (
+        experiment_of(16, 1000, name, rate=0.1, peak=0.2, share=0.5, seeds=3) for name in ("sgd", "adamw")
+    )
     assert [of_sgd.rate_factor(cell) for cell in CELLS] == [0.5, 1, 1, 2, 1]
     assert [of_adam.rate_factor(cell) for cell in CELLS] == pytest.approx([0.5**0.5, 1, 1, 2**0.5, 1], rel=1e-15)
     assert of_adam.factor == 0.5
@@ -186,15 +196,15 @@ def test_a_schedule_that_has_decayed_gives_the_mean_rate() -> None:
 
 def test_rows_are_whole_updates_of_all_sizes() -> None:
     for size, n_rows, share, even, rows in ((16, 5000, 0.05, 16, 224), (7, 1000, 0.1, 6, 96), (2, 80, 0.2, 2, 16)):
-        found = experiment_of(size, n_rows, (1.0, 1.0), "adamw", share=share, seeds=2)
+        found = experiment_of(size, n_rows, "adamw", rate=1.0, peak=1.0, share=share, seeds=2)
         assert (found.effective_batch_size, found.rows) == (even, rows)
         assert all(found.updates(cell) * found.size(cell) == rows for cell in CELLS)
     with pytest.raises(SettingsError, match=r"50 of the run's 1,000 rows, .* at least 128: 4 .* `--share 0.13`"):
-        experiment_of(16, 1000, (1.0, 1.0), "adamw", share=0.05, seeds=2)
+        experiment_of(16, 1000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=2)
     with pytest.raises(SettingsError, match="The whole run has only 100 rows"):
-        experiment_of(16, 100, (1.0, 1.0), "adamw", share=0.05, seeds=2)
+        experiment_of(16, 100, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=2)
     with pytest.raises(SettingsError, match="an update of this run has 1 row"):
-        experiment_of(1, 1000, (1.0, 1.0), "adamw", share=0.05, seeds=2)
+        experiment_of(1, 1000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=2)
 
 
 def test_another_order_moves_no_row_past_the_rows_that_are_done_or_held_out() -> None:
@@ -222,16 +232,17 @@ def test_the_interval_of_a_mean_is_that_of_students_t() -> None:
 
 
 def outcomes_of(means: list[float], spread: float = 0.001) -> list[Outcome]:
-    """Return outcomes of all cells for three orders."""
-    shifts = (-spread, 0.0, spread)
-    return [Outcome(c, n + 1, mean + shifts[n], 1.0) for n in range(3) for c, mean in zip(CELLS, means, strict=True)]
+    """Return outcomes of all cells for three orders, which shift the losses of each batch differently."""
+    shifts = {0.5: (-spread, 0.0, spread), 1.0: (0.0, spread, -spread), 2.0: (spread, -spread, 0.0)}
+    pairs = list(zip(CELLS, means, strict=True))
+    return [Outcome(cell, n + 1, mean + shifts[cell.ratio][n], 1.0) for n in range(3) for cell, mean in pairs]
 
 
 def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> None:
-    given = experiment_of(16, 5000, (1.0, 1.0), "adamw", share=0.05, seeds=3)
+    given = experiment_of(16, 5000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=3)
 
     def said(means: list[float], spread: float = 0.001) -> str:
-        return verdict(intervals_of(outcomes_of(means, spread)), given, "validation loss")
+        return verdict(outcomes_of(means, spread), given, "validation loss")
 
     assert said([0.8, 0.8, 0.7, 0.6, 0.8]).startswith("Twice the batch (32 rows) with the scaled learning rate")
     assert "`effective_batch_size=8`" in said([0.8, 0.5, 0.7, 0.6, 0.8])
@@ -244,11 +255,54 @@ def test_the_lowest_batch_is_named_only_if_its_interval_overlaps_no_other() -> N
     assert said([0.8, 0.8, 0.7, 0.6, 0.6]).startswith("Twice the batch")  # two rates of one batch may overlap
     assert said([0.8, 0.8, 0.7, math.inf, 0.9]).startswith("The run's batch")
     assert said([math.inf] * 5).startswith("No verdict: all branches diverged")
-    one = verdict(intervals_of(outcomes_of([0.5] * 5)[:5]), given, "validation loss")
+    one = verdict(outcomes_of([0.5] * 5)[:5], given, "validation loss")
     assert one.startswith("No verdict: the check has not trained")
     interrupted = intervals_of(outcomes_of([0.5] * 5)[:12])  # the third order has two of five branches
-    assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995] * 5)
+    assert [interval.mean for interval in interrupted.values()] == pytest.approx([0.4995, 0.4995, 0.5005, 0.5, 0.5])
     assert "× 2    32               7        1.41 scaled" in table(intervals_of(outcomes_of([0.5] * 5)), given, "loss")
+
+
+def test_batches_are_compared_within_each_order_if_their_intervals_overlap() -> None:
+    given = experiment_of(64, 50_000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=3)
+    gaps = {0.5: (0.02, 0.021, 0.022), 1.0: (0.009, 0.010, 0.011), 2.0: (0.0, 0.0, 0.0)}  # in each order
+    levels = (0.5, 0.6, 0.7)
+    outcomes = [
+        Outcome(c, n + 1, levels[n] + gaps[c.ratio][n] + (0 if c.scaled else 0.1), 1.0) for n in range(3) for c in CELLS
+    ]
+    found = differences_of(outcomes)
+    assert list(found) == [Cell(0.5, True), Cell(1.0, True)]
+    low, high = stats.t.interval(0.9, 2, 0.010, stats.sem(gaps[1.0]))
+    assert found[Cell(1.0, True)].mean == pytest.approx(0.010, rel=1e-9)
+    assert found[Cell(1.0, True)].half_width == pytest.approx((high - low) / 2, rel=1e-9)
+    conclusion = verdict(outcomes, given, "validation loss")
+    assert conclusion.startswith(
+        "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates of "
+        "128 rows with the scaled learning rate were lower by 0.021 ± 0.0017 than those of 32 rows and 0.01 ± 0.0017 "
+        "than those of 64 rows."
+    )
+    assert as_json(given, outcomes, "loss", conclusion)["differences"][1]["mean"] == pytest.approx(0.010, rel=1e-9)
+    assert differences_of([Outcome(cell, 1, math.inf, 1.0) for cell in CELLS]) == {}
+
+
+@pytest.mark.parametrize(
+    ("gap", "preferred", "none"),
+    [(0.0, (0.0, 0.05), (0.95, 1.0)), (0.003, (0.35, 0.75), (0.25, 0.65)), (0.010, (0.8, 1.0), (0.0, 0.01))],
+)
+def test_simulated_checks_prefer_a_batch_that_is_better_and_seldom_one_that_is_not(
+    gap: float, preferred: tuple[float, float], none: tuple[float, float]
+) -> None:
+    """Orders have the standard deviation 0.01, and branches of one order 0.001; twice the batch is lower by `gap`."""
+    given, draw = experiment_of(64, 50_000, "adamw", rate=1.0, peak=1.0, share=0.05, seeds=3), np.random.RandomState(0)
+    conclusions = []
+    for _ in range(200):
+        order, noise = draw.normal(0.5, 0.01, 3), draw.normal(0, 0.001, (3, len(CELLS)))
+        losses = order[:, None] + noise - np.array([gap if cell == Cell(2.0, True) else 0.0 for cell in CELLS])
+        outcomes = [Outcome(cell, n + 1, losses[n, m], 1.0) for n in range(3) for m, cell in enumerate(CELLS)]
+        conclusions.append(verdict(outcomes, given, "loss"))
+    shares = [np.mean([c.startswith(words) for c in conclusions]) for words in ("The intervals overlap", "No verdict")]
+    assert preferred[0] <= shares[0] <= preferred[1]
+    assert none[0] <= shares[1] <= none[1]
+    assert gap == 0 or not any("updates of 64 rows" in c.split(" were lower")[0] for c in conclusions)
 
 
 @pytest.fixture
@@ -271,7 +325,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.usefixtures("faked")
 def test_the_cost_is_printed_before_any_training(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
-    assert main(["advise", str(run), "--check", "--share", "0.7", "--json", str(file)]) == 0
+    assert main(["advise", "--json", str(file), "--share", "0.7", "--check", str(run)]) == 0
     before, after = capsys.readouterr().out.split("TRAINING")
     assert "updates of 2, 4 and 8 rows, each over the same 32 rows (61.5% of the run's 52), in 3 orders" in before
     assert (
@@ -282,6 +336,7 @@ def test_the_cost_is_printed_before_any_training(run: Path, tmp_path: Path, caps
     found = json.loads(file.read_text())
     assert len(found["branches"]) == 15
     assert [cell["updates"] for cell in found["intervals"]] == [16, 16, 8, 4, 4]
+    assert [cell["mean"] for cell in found["differences"]] == pytest.approx([1.5, 1.0])
     assert found["intervals"][0]["mean"] == pytest.approx(2.01)
     assert found["verdict"].startswith("Twice the batch")
 
@@ -328,8 +383,14 @@ def test_bad_input_is_one_sentence_before_any_training(
     assert "is training at the moment" in capsys.readouterr().err
     assert main(["advise", str(run), "--share", "0.7"]) == 2
     assert "`--share` belongs to the check" in capsys.readouterr().err
-    assert main(["advise"]) == 2
-    assert "RUN is required" in capsys.readouterr().err
+    for words, sentence in (
+        ([], "RUN is required: the output folder of a run"),
+        (["--check", "yes"], "RUN is required"),
+        ([str(run), "--check", "elsewhere"], f"takes one RUN, but 2 were given: {str(run)!r}, 'elsewhere'"),
+        (["--chek", str(run)], "There is no option '--chek'. Did you mean '--check'?"),
+    ):
+        assert main(["advise", *words]) == 2
+        assert sentence in capsys.readouterr().err
     assert faked["branches"] == []
 
 
@@ -370,13 +431,16 @@ def test_an_estimate_is_described_with_its_interval() -> None:
 def test_a_run_without_a_noise_scale_says_why(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "run")
     result = json.loads((run / "result.json").read_text())
+    record = json.loads((run / "run.json").read_text())
     unknown = dict.fromkeys(f.name for f in fields(NoiseEstimate)) | {"rows": 64, "measured_updates": 3}
-    for values, sentence in (
-        ({}, "not measured, because an update has 4 rows. It needs 16 or more"),
-        ({"effective_batch_size": 32}, "not measured, because the run has 13 updates"),
-        ({"effective_batch_size": 32, "optimizer_steps": 90}, "`noise_scale` is False, the run is deterministic"),
-        ({"noise_scale": unknown}, "Noise scale: not known yet"),
+    for values, reason, sentence in (
+        ({}, record["noise_scale_reason"], "not measured, because an update has 4 rows, fewer than 16. Give a larger"),
+        ({}, "the model is sharded", "Noise scale: not measured, because the model is sharded."),
+        ({}, "", "Noise scale: not measured. An older version trained the run"),
+        ({"interrupted": True}, "", "Noise scale: not measured yet. Continue the run"),
+        ({"noise_scale": unknown}, "", "Noise scale: not known yet"),
     ):
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"noise_scale_reason": reason}))
         (tmp_path / "run" / "result.json").write_text(json.dumps(result | values))
         assert main(["advise", str(tmp_path / "run")]) == 0
         said = capsys.readouterr().out

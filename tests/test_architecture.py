@@ -14,8 +14,8 @@ from torch import nn
 import ftaccum
 
 WITHOUT_TORCH = [
-    "apps.advise.figures",
     "apps.advise.noise",
+    "apps.advise.statistics",
     "apps.cli",
     "apps.options",
     "apps.parser",

@@ -135,10 +135,10 @@ def test_a_checkpoint_describes_its_files_and_its_run(ended: Path) -> None:
         "model/model.safetensors", "model/config.json", "buffers.safetensors", "best.safetensors", "optimizer.pt",
         "processes.pt", "state.json", "ledger.jsonl",
     }  # fmt: skip
-    facts = json.loads((folder / "state.json").read_text())
-    assert (facts["updates"], facts["epochs"], facts["rows"]) == (7, 1, 54)
-    assert facts["recipe"]["learning_rate"] == 1e-3
-    assert facts["run_with"]["batch_size"] == 2
+    metadata = json.loads((folder / "state.json").read_text())
+    assert (metadata["updates"], metadata["epochs"], metadata["rows"]) == (7, 1, 54)
+    assert metadata["recipe"]["learning_rate"] == 1e-3
+    assert metadata["run_with"]["batch_size"] == 2
     assert (
         len(without_audits(ledger_of(folder))) == 7 + 1 + 2
     )  # updates, an epoch, and the evaluations before and after it

@@ -137,7 +137,7 @@ def test_adapters_of_a_new_classifier_are_merged_for_pipeline(
         (["elsewhere", "--output", "again"], "'elsewhere' is a plain model without adapters, so there is nothing"),
         (["run/checkpoints", "--output", "again"], "'run/checkpoints' contains no adapters: there is no file 'adapter"),
         (["nowhere", "--output", "again"], "There is no folder 'nowhere'. Give the output folder of a run"),
-        (["--output", "again"], "`RUN` is required: the output folder of a run, as in `ftaccum merge RUN --output"),
+        (["--output", "again"], "RUN is required: the output folder of a run, as in `ftaccum merge RUN --output"),
         (["run"], "`--output` is required."),
     ):
         assert main(["merge", *words]) == 2

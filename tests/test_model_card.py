@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import nn
@@ -17,14 +19,16 @@ from transformers import (
     BertForSequenceClassification,
     BertTokenizerFast,
 )
+from transformers.models.auto import modeling_auto
 
 import ftaccum
 from ftaccum import InexactLossError, Result, test_fine_tuning
 from ftaccum.apps.cli import main
 from ftaccum.insight.model_card import is_unchanged_card
-from ftaccum.insight.run_facts import Named, RunFacts, named_model, public_name
+from ftaccum.insight.run_metadata import Named, RunMetadata, named_model, public_name
 from ftaccum.runtime.log import run_logging
-from ftaccum.training.card_facts import gather_facts
+from ftaccum.tracking.auto_classes import AUTO_CLASSES
+from ftaccum.training.card_metadata import gather_metadata
 from heads import HEADS
 
 CLASSIFIER = HEADS["sequence classification, BERT"]
@@ -104,7 +108,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     found, text = table(tmp_path / "model"), card(tmp_path / "model").text
     assert (found["Training"], found["Batch size"], found["Gradient accumulation steps"]) == ("9", "3", "2")
     assert (found["Effective batch size"], found["Updates"], found["Gradient clipping"]) == ("6", "2", "none")
-    assert "learning rate 0.0003" in found["Optimizer"]
+    assert found["Optimizer"] == "AdamW, learning rate 0.0003, weight decay 0.01 and 0"
+    assert found["Micro-batches"].startswith("at most 3 rows; each update is split ")
     assert f"torch {torch.__version__}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)
     assert f"The worst relative error was {worst:.1e}; the tolerance for rounding was" in text
@@ -114,14 +119,14 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
 def test_a_known_noise_scale_is_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for rows, shown in ((400.0, "at least 400 rows"), (math.nan, None)):
 
-        def measured(*given: Any, rows: float = rows) -> RunFacts:
-            facts = gather_facts(*given)
-            assert facts is not None
+        def measured(*given: Any, rows: float = rows) -> RunMetadata:
+            metadata = gather_metadata(*given)
+            assert metadata is not None
             found = {"signal_share_lower": 0 * rows, "noise_rows_lower": rows}
             found |= {"noise_rows": math.nan, "noise_rows_upper": math.inf}
-            return replace(facts, result={**facts.result, "noise_scale": found})
+            return replace(metadata, result={**metadata.result, "noise_scale": found})
 
-        monkeypatch.setattr("ftaccum.training.run.gather_facts", measured)
+        monkeypatch.setattr("ftaccum.training.run.gather_metadata", measured)
         run(tmp_path, max_updates=1, audit=False)
         assert table(tmp_path / "model").get("Gradient noise scale") == shown
 
@@ -181,6 +186,9 @@ def test_the_code_loads_adapters_and_the_merged_model(
     (tmp_path / "base").rename(tmp_path / "run" / "base")
     adapter, merged = (card(tmp_path / "run" / kind) for kind in ("adapter", "model"))
     assert ("AutoPeftModel" in adapter.text) is not is_local
+    assert table(tmp_path / "run" / "adapter")["Adapters"].startswith(
+        "LoRA, rank 16, alpha 32, dropout 0.0; trained in"
+    )
     assert (adapter.data.library_name, merged.data.library_name) == ("peft", "transformers")
     assert (adapter.data.tags, merged.data.tags) == (["ftaccum", "lora"], ["ftaccum"])
     assert adapter.data.base_model == merged.data.base_model == (None if is_local else "base")
@@ -249,7 +257,7 @@ def test_a_card_that_fails_costs_no_model(
         raise RuntimeError("no card today")
 
     write_base(tmp_path / "base")
-    for place in ("ftaccum.training.card_facts._gather", "ftaccum.tracking.saved_model.model_card"):
+    for place in ("ftaccum.training.card_metadata._gather", "ftaccum.tracking.saved_model.model_card"):
         with monkeypatch.context() as patch, run_logging(enabled=True):
             patch.setattr(place, fails)
             result = text_run(tmp_path / "base", tmp_path / "run", lora=True)
@@ -272,6 +280,14 @@ def test_the_card_of_a_run_that_an_audit_ended_says_so(tmp_path: Path) -> None:
     with pytest.raises(InexactLossError):
         run(tmp_path, model, loss_fn=loss_fn, on_inexact="error", audit=2, n_epochs=9, planner=False)
     assert re.search(r"Training ended after update \d+: .* was not exact\.", card(tmp_path / "model").text)
+
+
+def test_the_classes_that_load_models_and_their_tables_exist() -> None:
+    for each in AUTO_CLASSES:
+        assert hasattr(transformers, each.name), each.name
+        assert getattr(modeling_auto, each.mapping), each.mapping
+        assert each.with_adapters is None or hasattr(peft, each.with_adapters), each.with_adapters
+        assert each.peft_task is None or each.peft_task in peft.TaskType.__members__
 
 
 def test_edited_cards_are_told_from_those_that_ftaccum_wrote(tmp_path: Path) -> None:

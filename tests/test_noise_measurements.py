@@ -288,7 +288,7 @@ def test_a_run_logs_and_records_why_it_does_not_measure(tmp_path: Path, capfd: p
     assert "noise scale is not measured: an update has 8 rows, fewer than 16." in capfd.readouterr().err
     record = RunRecord.read(tmp_path / "run.json")
     assert record is not None
-    assert record.noise_scale_reason == "an update has 8 rows, fewer than 16"
+    assert record.noise_scale_reason == "an update has 8 rows, fewer than 16. Give a larger `effective_batch_size`"
 
 
 def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatch) -> None:

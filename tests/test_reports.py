@@ -18,7 +18,7 @@ import pytest
 from ftaccum import Result, SettingsError
 from ftaccum.apps.cli import main
 from ftaccum.apps.report import read_runs
-from ftaccum.insight.curves import Measured, NoiseScale, RunCurves, smooth, thin
+from ftaccum.insight.curves import Measured, NoiseScaleCurve, RunCurves, smooth, thin
 from ftaccum.insight.figures import figure_of, panel_figure, panels_of
 from ftaccum.insight.run_report import report_page
 from ftaccum.runtime.run_dir import RunDir
@@ -116,7 +116,7 @@ def test_a_report_compares_runs_and_needs_no_other_file(tmp_path: Path, capsys: 
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two & <b>", 4, finished=False, old=True, recipe={"learning_rate": 0.5})
     file = tmp_path / "page.html"
-    assert main(["report", str(one), str(two), "--output", str(file), "--axis", "updates"]) == 0
+    assert main(["report", str(one), "--output", str(file), "--axis", "updates", str(two)]) == 0
     assert capsys.readouterr().out == f"Wrote {file}.\n"
     page = Page(file.read_text())
     assert not re.findall(r'https?:|(?:src|href)="(?!#)|@import|url\((?!#)', page.text)
@@ -155,6 +155,7 @@ def test_plot_shows_the_numbers_of_the_ledger(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["Throughput"][0][:, 1], 30 / 2)
     bars = {bar.get_label(): bar.patches[0].get_width() for bar in shown.axes[-1].containers}
     assert bars == pytest.approx({"data": 0.1, "forward and backward": 0.6, "optimizer": 0.1, "audits": 0.2})
+    assert shown._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  # IPython shows it in a notebook
 
 
 def test_a_result_in_memory_has_the_curves_of_its_histories(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_a_run_that_is_still_running_can_be_reported(tmp_path: Path) -> None:
 
 
 def test_the_noise_scale_has_its_interval_and_the_rows_of_an_update() -> None:
-    noise = NoiseScale([2, 4], [50.0, math.nan], [40.0, 30.0], [70.0, math.nan])  # the last one has no upper limit
+    noise = NoiseScaleCurve([2, 4], [50.0, math.nan], [40.0, 30.0], [70.0, math.nan])  # the last one has no upper limit
     run = RunCurves("$run", [1.0] * 4, [1.0] * 4, [0.1] * 4, [8, 16, 24, 32], [8] * 4, noise_scale=noise)
     panel = next(panel for panel in panels_of([run]) if panel.title.startswith("Gradient noise"))
     axes = panel_figure(panel, [run], "rows").axes[0]
@@ -198,6 +199,19 @@ def test_the_noise_scale_has_its_interval_and_the_rows_of_an_update() -> None:
     np.testing.assert_array_equal(update[:, 1], 8)
     corners = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
     assert corners == {(16, 40), (16, 70), (32, 30), (32, 2 * 70)}  # up to the edge
+
+
+def test_runs_of_one_color_have_other_dashes_in_curves_and_in_the_legend() -> None:
+    runs = [RunCurves(f"run {n}", [1.0, 2.0], [1.0, 2.0], [0.1, 0.1]) for n in range(18)]
+    page = Page(report_page(runs))
+    found = re.findall(r'stroke="var\(--(c\d)\)" stroke-width="3"(?: stroke-dasharray="([\d. ]+)")?', page.text)
+    assert len(set(found)) == len(runs) == len(found)
+    drawn = panel_figure(panels_of(runs)[0], runs, "updates").axes[0].get_lines()
+    for line, (color, dashes) in zip(drawn, found, strict=True):
+        assert str(line.get_color()).lower() == color
+        _, pattern = line._dash_pattern  # type: ignore[attr-defined]
+        expected = [float(length) / 3 * line.get_linewidth() for length in dashes.split()]
+        assert (pattern or []) == pytest.approx(expected)
 
 
 def test_curves_are_thinned_without_losing_their_extremes() -> None:
@@ -223,6 +237,7 @@ def test_the_page_of_a_long_run_is_small() -> None:
     ("words", "sentence"),
     [
         ([], "RUN is required: the output folders of runs"),
+        (["--axes", "rows", "run"], "There is no option '--axes'"),
         (["missing"], "'missing' is not a folder. Give the `output_dir` of a run."),
         (["empty"], "'empty' is not the output folder of a run: it has no `ledger.jsonl` and no `result.json`."),
         (["search"], "It is that of a search, which has written its own `report.html`."),
@@ -259,6 +274,7 @@ def test_without_matplotlib_one_error_names_the_extra(tmp_path: Path, monkeypatc
     result = Result.load(write_run(tmp_path / "run"))
     for name in ("matplotlib.style", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "ftaccum.insight.notebook_figure", raising=False)
     for use in (result.report, result.plot):
         with pytest.raises(SettingsError, match=r"matplotlib.*Run `pip install ftaccum\[plots\]`"):
             use()

@@ -393,10 +393,10 @@ def test_a_checkpoint_of_another_device_can_be_resumed(
     cut_off: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
-    facts = json.loads((folder / "state.json").read_text())
-    assert facts["run_with"]["device"] == torch.empty(0).device.type
-    facts["run_with"]["device"] = "tpu"
-    (folder / "state.json").write_text(json.dumps(facts))
+    metadata = json.loads((folder / "state.json").read_text())
+    assert metadata["run_with"]["device"] == torch.empty(0).device.type
+    metadata["run_with"]["device"] = "tpu"
+    (folder / "state.json").write_text(json.dumps(metadata))
     processes = torch.load(folder / "processes.pt", weights_only=True)
     processes[0]["generators"]["device"] = torch.zeros(16, dtype=torch.uint8)
     torch.save(processes, folder / "processes.pt")
@@ -408,9 +408,9 @@ def test_a_checkpoint_of_another_device_can_be_resumed(
 
 def test_a_checkpoint_of_a_version_with_fewer_settings_can_be_resumed(cut_off: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(cut_off, tmp_path / cut_off.name))
-    facts = json.loads((folder / "state.json").read_text())
-    del facts["run_with"]["gradient_checkpointing"]
-    (folder / "state.json").write_text(json.dumps(facts))
+    metadata = json.loads((folder / "state.json").read_text())
+    del metadata["run_with"]["gradient_checkpointing"]
+    (folder / "state.json").write_text(json.dumps(metadata))
     seal(folder)
     assert fine_tuned(resume=str(folder)).result.optimizer_steps == 14
 

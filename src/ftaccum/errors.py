@@ -50,6 +50,22 @@ class CheckpointError(SettingsError):
     """There is no checkpoint to resume from, or it belongs to a different run."""
 
 
+class CheckpointMismatchError(CheckpointError):
+    """The run of the checkpoint had other settings. `differences` has a sentence for each.
+
+    Args:
+        problem: what was found, and the remedy.
+        differences: a sentence for each setting that differs.
+    """
+
+    def __init__(self, problem: str, differences: Sequence[str]) -> None:
+        self.problem, self.differences = problem, tuple(differences)
+        super().__init__([problem, *differences])
+
+    def __reduce__(self) -> tuple[type["CheckpointMismatchError"], tuple[str, tuple[str, ...]]]:  # type: ignore[override]
+        return type(self), (self.problem, self.differences)
+
+
 class MetricsError(RuntimeError):
     """`compute_metrics` or `preprocess_logits_for_metrics` failed. With several processes, all of them raise this."""
 

@@ -35,7 +35,8 @@ from ftaccum import SettingsError
 from ftaccum.runtime.process_group import ProcessGroup
 from ftaccum.runtime.run_dir import RunDir
 from ftaccum.tracking.export import write_model
-from ftaccum.tracking.model_files import TrainedModel, save_model, save_on_main
+from ftaccum.tracking.model_files import save_model, save_on_main
+from ftaccum.tracking.trained_model import TrainedModel
 from heads import HEADS
 
 state, folder = PartialState(cpu=True), Path(sys.argv[1])

@@ -66,24 +66,54 @@ _USAGE = {
     "plan": "ftaccum plan --n_rows N [options]",
 }
 
+# The words that a command takes besides its options: how to call it, and whether it takes several.
+_RUNS = {
+    "report": ("the output folders of runs, as in `ftaccum report outputs/mine`", True),
+    "merge": ("the output folder of a run, as in `ftaccum merge RUN --output DIR`", False),
+    "advise": ("the output folder of a run, as in `ftaccum advise RUN --check`", False),
+    "eval": ("the output folder of a run, as in `ftaccum eval RUN --data test.csv`", False),
+    "predict": ("the output folder of a run, as in `ftaccum predict RUN --data test.csv`", False),
+}
+
 # The option of a search that stands for another option of a single run.
 _RENAMED = {"gradient_accumulation_steps": "accumulation_steps"}
 
 
 def parse_options(command: str, words: Sequence[str], description: str) -> Any:
-    """Parse the options of a command into one instance of each of its dataclasses."""
+    """Parse the options of a command into one instance of each of its dataclasses.
+
+    For a command that takes RUN, it or the list of several comes first. RUN may come before or after the options.
+
+    Raises:
+        SettingsError: for unknown options, and if RUN is missing or there are too many.
+    """
     options = {each: {f.name for kind in kinds for f in fields(kind)} for each, kinds in OPTIONS.items()}
     elsewhere = {
         option: ", ".join(f"`ftaccum {each}`" for each in options if option in options[each])
         for option in set().union(*options.values()) - options[command]
     }
-    return parse(
+    parsed = parse(
         OPTIONS[command],
         words,
         page=HelpPage(_USAGE.get(command, f"ftaccum {command} [options]"), description, _FIRST.get(command, ())),
         elsewhere=elsewhere,
         renamed=_RENAMED if command == "search" else None,
+        positional="RUN" if command in _RUNS else None,
     )
+    return parsed if command not in _RUNS else [_checked_runs(command, parsed[0]), *parsed[1:]]
+
+
+def _checked_runs(command: str, runs: Sequence[str]) -> Any:
+    """Return the words that a command was given as RUN, or the only one for a command that takes one."""
+    meaning, takes_several = _RUNS[command]
+    if not runs:
+        raise SettingsError([f"RUN is required: {meaning}."])
+    if takes_several:
+        return runs
+    if len(runs) > 1:
+        given = ", ".join(map(repr, runs))
+        raise SettingsError([f"`ftaccum {command}` takes one RUN, but {len(runs)} were given: {given}."])
+    return runs[0]
 
 
 def check_output_file(option: str, name: str) -> None:

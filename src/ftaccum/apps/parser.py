@@ -46,8 +46,9 @@ def parse(
     page: HelpPage | None = None,
     elsewhere: Mapping[str, str] | None = None,
     renamed: Mapping[str, str] | None = None,
+    positional: str | None = None,
 ) -> Any:
-    """Parse flags into one instance of each dataclass in `kinds`.
+    """Parse flags into one instance of each dataclass in `kinds`, after a list of the other words with `positional`.
 
     `--config FILE` reads defaults from a YAML file, whose keys are option names or their aliases. Flags override it.
     An option that may be None accepts the word none. A value that cannot be converted stays a string if its field has
@@ -57,13 +58,17 @@ def parse(
         page: what `--help` and `--help-all` show.
         elsewhere: for each option of other commands, by name, the names of those commands, for a message.
         renamed: for options of `train` that have another name here, that name.
+        positional: the name of the words that may come before, between and after the flags, such as RUN.
 
     Raises:
         SettingsError: if the file cannot be read; for unknown keys or flags, with what to write instead; for values
             that cannot be converted, if their fields have no rules.
         SystemExit: after `--help`.
     """
-    parser = build_parser(kinds)
+    parser, words = build_parser(kinds), list(arguments)
+    if positional is not None:
+        parser.add_argument(positional, nargs="*")
+        words = _with_flag_values(parser, words)
     options = KnownNames(
         [f.name for kind in kinds for f in fields(kind)],
         "option",
@@ -81,10 +86,11 @@ def parse(
     if page is not None and any(word in ("-h", "--help", "--help-all") for word in arguments):
         print(page.show(kinds, everything="--help-all" in arguments))
         raise SystemExit(0)
-    *parsed, others = parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+    namespace, others = parser.parse_known_intermixed_args(words)
     if unknown := [word for word in others if re.match("--|-[a-zA-Z]", word)] or others:
         raise SettingsError([f"There is no option {word!r}{options.hint(word.partition('=')[0])}" for word in unknown])
-    return parsed[: len(kinds)]
+    parsed = list(parser.parse_dict(vars(namespace), allow_extra_keys=True))
+    return parsed if positional is None else [getattr(namespace, positional), *parsed]
 
 
 def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
@@ -99,6 +105,26 @@ def build_parser(kinds: Sequence[type]) -> HfArgumentParser:
         if action.type is not None and action.dest in hints:
             action.type = _reader(action.type, get_args(hints[action.dest]), action.dest in ruled)
     return parser
+
+
+def _with_flag_values(parser: HfArgumentParser, words: Sequence[str]) -> list[str]:
+    """Return the words with `--flag=yes` for a flag that is turned on by its name alone.
+
+    A flag takes the next word as its value, which would be RUN in `--check RUN`.
+    """
+    flags_of = {option for action in parser._actions if action.nargs == "?" for option in action.option_strings}
+    return [
+        f"{word}=yes" if word in flags_of and not _is_flag_value(*words[n : n + 1]) else word
+        for n, word in enumerate(words, 1)
+    ]
+
+
+def _is_flag_value(word: str = "") -> bool:
+    try:
+        string_to_bool(word)
+    except argparse.ArgumentTypeError:
+        return word.lower() in ("on", "off", "none")
+    return True
 
 
 def _reader(convert: Any, kinds_of_value: Sequence[type], has_rule: bool) -> Callable[[str], Any]:

@@ -24,7 +24,7 @@ class ReportArguments:
         None, "file to write; none: report.html in the run's folder, or here if there are several runs"
     )
     axis: Annotated[str | None, one_of("rows", "updates").or_none()] = _report(
-        None, "what the page first draws curves over: rows or updates; none: rows"
+        None, "horizontal axis of the curves when the page opens: rows or updates; none: rows"
     )
 
 

@@ -1,12 +1,11 @@
 """The options of `ftaccum eval` and `ftaccum predict`. This module does not load torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from ..arguments import find_faults, parse_settings, read_settings
-from ..errors import SettingsError, refuse
+from ..errors import refuse
 from ..fields import Text, select_fields, setting
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
@@ -34,19 +33,6 @@ class PredictionOutput:
     """The output option of `ftaccum predict`."""
 
     output: Text = _output("", "file to write: .jsonl, .csv or .parquet, with the columns of the data (required)")
-
-
-def read_options(command: str, words: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the RUN that a command begins with, and the other words.
-
-    Raises:
-        SettingsError: if there is none.
-    """
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--help-all")):
-        raise SettingsError(
-            [f"RUN is required: the output folder of a run, as in `ftaccum {command} RUN --data test.csv`."]
-        )
-    return (words[0], words[1:]) if not words[0].startswith("-") else ("", words)
 
 
 def checked(named: Any, output: Any, recipe: Any, runtime: Any) -> tuple[TrainedArguments, dict[str, Any]]:

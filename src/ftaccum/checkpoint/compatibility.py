@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from .. import __version__
 from ..data.dataset import Rows
 from ..data.probe_rows import sample_positions
-from ..errors import CheckpointError
+from ..errors import CheckpointMismatchError
 from ..fields import names_where
 from ..planning.batch_size import BatchSizes
 from ..runtime.sharding.layout import leading_values, unsharded_class
@@ -145,7 +145,7 @@ def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[st
         was, now: values by name. Only names in both are compared.
 
     Raises:
-        CheckpointError: if other values differ; the message shows both values of each.
+        CheckpointMismatchError: if other values differ; the message shows both values of each.
     """
     changed = {name for name in was.keys() & now.keys() if _plain(was[name]) != _plain(now[name])}
     if refused := sorted(changed - set(allowed)):
@@ -156,12 +156,10 @@ def check(was: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[st
                 f"`effective_batch_size={was['effective_batch_size']}`."
             )
         wanted = ", ".join(map(repr, refused))
-        raise CheckpointError(
-            [
-                f"`resume` found {checkpoint}, but that run had other settings. Use the same settings, start a new run "
-                f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]`.",
-                *pairs,
-            ]
+        raise CheckpointMismatchError(
+            f"`resume` found {checkpoint}, but that run had other settings. Use the same settings, start a new run "
+            f"(`resume=None`), or allow the change: `allow_changed=[{wanted}]`.",
+            pairs,
         )
     return changed
 

@@ -3,29 +3,29 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from .format import format_duration, format_number, known
 from .noise_words import describe_scale, is_known
-from .run_facts import Evaluation, Named, RunFacts
+from .run_metadata import Evaluation, Named, RunMetadata
 
 
-def results_section(facts: RunFacts) -> str:
+def results_section(metadata: RunMetadata) -> str:
     """Return the losses and metrics of the evaluations, and which weights are saved."""
-    parts = [_weights(facts)]
-    if evaluations := facts.evaluations():
+    parts = [_weights(metadata)]
+    if evaluations := metadata.evaluations():
         parts.append(_evaluation_table(evaluations))
     else:
-        parts.append(
-            f"Training loss of the last epoch: {_number(facts.result['final_loss'])}. There was no validation."
-        )
+        loss = format_number(known(metadata.result["final_loss"]))
+        parts.append(f"Training loss of the last epoch: {loss}. There was no validation.")
     return "\n\n".join(parts)
 
 
-def data_section(facts: RunFacts) -> str:
+def data_section(metadata: RunMetadata) -> str:
     """Return the names of the data and the numbers of rows."""
-    rows = {"Training": (facts.train_data, _count(facts.n_train))}
-    if facts.held_out:
-        rows["Validation"] = (facts.train_data, f"{_count(facts.n_val)}, held out of the training data")
-    elif facts.n_val is not None:
-        rows["Validation"] = (facts.val_data, _count(facts.n_val))
+    rows = {"Training": (metadata.train_data, _count(metadata.n_train))}
+    if metadata.held_out:
+        rows["Validation"] = (metadata.train_data, f"{_count(metadata.n_val)}, held out of the training data")
+    elif metadata.n_val is not None:
+        rows["Validation"] = (metadata.val_data, _count(metadata.n_val))
     return _table(
         ("", "data", "rows"),
         [
@@ -35,39 +35,39 @@ def data_section(facts: RunFacts) -> str:
     )
 
 
-def training_section(facts: RunFacts) -> str:
+def training_section(metadata: RunMetadata) -> str:
     """Return how updates were made, the hyperparameters, the time and the versions."""
-    result = facts.result
+    result = metadata.result
     passes = f"{result['passes_per_update']:.3g} forward passes per update on each process"
-    settings = {**facts.sizes, "Micro-batches": f"{facts.cut}; {passes}"}
+    settings = {**metadata.sizes, "Micro-batches": f"{metadata.cut}; {passes}"}
     if result.get("padding_fraction") is not None:
         settings["Padding"] = f"{result['padding_fraction']:.1%} of the token positions"
-    settings |= facts.hyperparameters
+    settings |= metadata.hyperparameters
     skipped = result["skipped_steps"]
     settings["Updates"] = f"{result['optimizer_steps']}" + (f", and {skipped} skipped" if skipped else "")
     if not math.isnan(result["training_time"]):
-        settings["Time"] = f"{_duration(result['training_time'])} with evaluations, on {facts.device}"
+        settings["Time"] = f"{format_duration(result['training_time'])} with evaluations, on {metadata.device}"
     noise = result.get("noise_scale")
     if isinstance(noise, Mapping) and is_known(noise):
         settings["Gradient noise scale"] = describe_scale(noise)
-    settings["Versions"] = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    settings["Versions"] = ", ".join(f"{name} {version}" for name, version in metadata.versions.items())
     return _table(("setting", "value"), list(settings.items()))
 
 
-def exactness_section(facts: RunFacts) -> str:
+def exactness_section(metadata: RunMetadata) -> str:
     """Return how the loss was counted, how far accumulation is from one batch, and what audits found."""
-    result = facts.result
+    result = metadata.result
     if result["passes_per_update"] <= 1 and result["num_processes"] == 1:
-        return f"{facts.loss} Each update was one batch, so nothing was accumulated."
-    if facts.inexact is None:
-        found = (
+        return f"{metadata.loss} Each update was one batch, so nothing was accumulated."
+    if metadata.inexact is None:
+        exactness = (
             "A check before training found that accumulating it over micro-batches gives the loss and the gradient of "
             "one large batch, except for rounding."
         )
     else:
-        off = f": over separate micro-batches it is up to {facts.inexact:.2%} off" if facts.inexact else ""
-        found = f"Accumulating it only approximates one large batch{off}."
-    return f"{facts.loss} {found} {_audits(result['audits'])}"
+        off = f": over separate micro-batches it is up to {metadata.inexact:.2%} off" if metadata.inexact else ""
+        exactness = f"Accumulating it only approximates one large batch{off}."
+    return f"{metadata.loss} {exactness} {_audits(result['audits'])}"
 
 
 def _audits(audits: Sequence[Mapping[str, float]]) -> str:
@@ -82,17 +82,22 @@ def _audits(audits: Sequence[Mapping[str, float]]) -> str:
     )
 
 
-def _weights(facts: RunFacts) -> str:
-    restored, result = facts.result["restored_update"], facts.result
+def _weights(metadata: RunMetadata) -> str:
+    restored, result = metadata.result["restored_update"], metadata.result
     if restored is not None:
-        return f"The saved weights are those of the best evaluation by {facts.criterion}, after update {restored}."
+        return f"The saved weights are those of the best evaluation by {metadata.criterion}, after update {restored}."
     return f"The saved weights are those after the last update, {result['optimizer_steps'] + result['skipped_steps']}."
 
 
 def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     metrics = list(dict.fromkeys(name for each in evaluations for name in each.metrics))
     rows = [
-        (each.name, str(each.update), _number(each.loss), *(_number(each.metrics.get(name)) for name in metrics))
+        (
+            each.name,
+            str(each.update),
+            format_number(each.loss),
+            *(format_number(each.metrics.get(name)) for name in metrics),
+        )
         for each in evaluations
     ]
     return _table(("evaluation", "update", "validation loss", *metrics), rows)
@@ -113,17 +118,5 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
-
-
 def _count(n_rows: int | None) -> str:
     return "unknown" if n_rows is None else f"{n_rows:,}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.2g} s"

@@ -24,7 +24,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class NoiseScaleCurve:
     """The gradient noise scale of a run in rows, with its 90% interval; NaN where it is not known.
 
     Attributes:
@@ -41,10 +41,11 @@ class NoiseScale:
 
 @dataclass(frozen=True, eq=False)
 class RunCurves:
-    """The curves and facts of one run. Whatever is not known is empty.
+    """The curves and metadata of one run. Whatever is not known is empty.
 
     Attributes:
-        name: a short name, different from those of other runs on the page.
+        name: a short name, different from those of other runs on the page; empty if the page has only this run.
+        subject: the model, the data and the date of the run, as one line.
         loss, grad_norm, learning_rate: one value per update; the norm is before clipping.
         rows: rows trained on after each update, or empty.
         update_rows: rows of each update, or empty.
@@ -54,8 +55,10 @@ class RunCurves:
         padding: share of padding in the token positions of each update.
         speed, speed_unit: tokens or rows per second of each update.
         seconds: time of all updates by its use.
+        gaps: why quantities are missing, by the names of these attributes.
         outcome: the result, as names and texts.
         settings: the settings of the run, by name.
+        changed: the names of those that say most about the run, because they are not at their defaults.
         environment: versions and device, by name.
     """
 
@@ -65,15 +68,18 @@ class RunCurves:
     learning_rate: Sequence[float]
     rows: Sequence[int] = ()
     update_rows: Sequence[int] = ()
+    subject: str = ""
     clip_norm: float | None = None
     evaluations: Mapping[str, Measured] = field(default_factory=dict)
-    noise_scale: NoiseScale | None = None
+    noise_scale: NoiseScaleCurve | None = None
     padding: Sequence[float] = ()
     speed: Sequence[float] = ()
     speed_unit: str = "tokens"
     seconds: Mapping[str, float] = field(default_factory=dict)
+    gaps: Mapping[str, str] = field(default_factory=dict)
     outcome: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    changed: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def positions(self, axis: Axis, updates: Sequence[int] | None = None) -> np.ndarray:

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .axes import CLIPPING, explain_line, label_positions, scale, title_pad
 from .curves import VALIDATION_LOSS, Axis, RunCurves, axes_of, smooth, thin
+from .format import format_duration
+from .style import color_of, dashes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _POINTS = 2400  # of all curves in a figure: two for each pixel of a large screen
-_MEANS = 50  # a curve of many updates is drawn with its running mean, over one fiftieth of the updates
-MIN_SMOOTHED = 150  # updates from which on a curve has a running mean
-_WIDE_RANGE = 8  # the ratio of the largest value to the median from which on a positive axis is logarithmic
-_SHADES = (0.95, 0.5, 0.25, 0.05)  # of the parts of time
-_LINE_STYLES = ("-", "--", ":", "-.")
+_MEANS = 10  # a curve of many updates is drawn with its running mean, over a tenth of the updates
+MIN_SMOOTHED = 50  # updates from which on a curve has a running mean
+# Of the parts of time, from the end of the style, because the first colours stand for runs. They are as different as
+# possible with normal vision and with the common forms of colour blindness.
+_PART_COLORS = ("C5", "C4", "C6", "C7")
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class Panel:
         title: what it shows.
         draw: draws it for runs that all have the quantity, with the index of each, over an axis.
         has_data: whether a run has it.
-        reason: why runs may lack it.
+        name: the name of the quantity in `RunCurves.gaps`.
+        reason: why runs lack it that do not say so themselves.
         has_axis: whether it is drawn over rows or updates.
     """
 
     title: str
     draw: "Callable[[Axes, Sequence[tuple[int, RunCurves]], Axis], None]"
     has_data: Callable[[RunCurves], bool]
+    name: str
     reason: str
     has_axis: bool = True
 
@@ -44,37 +49,44 @@ class Panel:
         """Return the runs that lack the quantity."""
         return [run for run in runs if not self.has_data(run)]
 
+    def why_missing(self, run: RunCurves) -> str:
+        """Return why a run lacks the quantity."""
+        return run.gaps.get(self.name, self.reason)
+
     def draw_runs(self, axes: "Axes", runs: Sequence[RunCurves], axis: Axis) -> None:
         """Draw the runs that have the quantity."""
         self.draw(axes, [(n, run) for n, run in enumerate(runs) if self.has_data(run)], axis)
         if self.has_axis:
-            _label_positions(axes, axis)
+            label_positions(axes, axis)
 
 
 def panels_of(runs: Sequence[RunCurves]) -> list[Panel]:
     """Return the panels for some runs: one for each quantity, and one for each metric that a run has."""
     metrics = dict.fromkeys(name for run in runs for name in run.evaluations if name != VALIDATION_LOSS)
-    old = "the ledger is of a version that did not record it, or the run keeps no ledger"
+    old = "it was not recorded"
     return [
-        Panel("Training loss", partial(_draw_updates, read=lambda run: run.loss), _has("loss"), "no loss was finite"),
+        Panel(
+            "Training loss", partial(_draw_updates, read=lambda run: run.loss), _has("loss"), "loss", "none is finite"
+        ),
         *(
-            Panel(title, partial(_draw_evaluations, name=name), partial(_is_evaluated, name), reason)
+            Panel(title, partial(_draw_evaluations, name=name), partial(_is_evaluated, name), name, reason)
             for name, title, reason in [
                 (VALIDATION_LOSS, "Validation loss", "there were no validation rows"),
                 *((name, name, "it was not measured") for name in metrics),
             ]
         ),
-        Panel("Gradient norm before clipping", _draw_norms, _has("grad_norm"), "no norm was finite"),
-        Panel("Learning rate", _draw_rates, _has("learning_rate"), old),
+        Panel("Gradient norm before clipping", _draw_norms, _has("grad_norm"), "grad_norm", "none is finite"),
+        Panel("Learning rate", _draw_rates, _has("learning_rate"), "learning_rate", old),
         Panel(
             "Gradient noise scale, with its 90% interval",
             _draw_noise,
             lambda run: _is_any(_noise_of(run)),
+            "noise_scale",
             "it was not measured",
         ),
-        Panel("Padding", _draw_padding, _has("padding"), old),
-        Panel("Throughput", _draw_speed, _has("speed"), old),
-        Panel("Time of updates", _draw_time, lambda run: bool(run.seconds), old, has_axis=False),
+        Panel("Padding", _draw_padding, _has("padding"), "padding", old),
+        Panel("Throughput", _draw_speed, _has("speed"), "speed", old),
+        Panel("Time of updates", _draw_time, lambda run: bool(run.seconds), "seconds", old, has_axis=False),
     ]
 
 
@@ -88,7 +100,7 @@ def figure_of(run: RunCurves) -> "Figure":
     grid = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for panel, axes in zip(shown, grid, strict=False):
         panel.draw_runs(axes, runs, axis)
-        axes.set_title(panel.title, pad=None if panel.has_axis else 36)  # above a legend of two lines
+        axes.set_title(panel.title, pad=title_pad(axes))
     for axes in grid[len(shown) :]:
         axes.remove()
     return figure
@@ -111,19 +123,20 @@ def new_figure(width: float, height: float) -> "Figure":
     Raises:
         ImportError: if matplotlib is missing.
     """
-    from matplotlib.figure import Figure  # an extra, and slow to import
+    from .notebook_figure import NotebookFigure  # it loads matplotlib, which is an extra, and slow to import
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def color_of(n: int) -> str:
-    """Return the colour of the nth run: the nth of the style, again from the first after 8."""
-    return f"C{n % 8}"
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
-def line_style_of(n: int) -> Any:
-    """Return the style of the nth run's line, which differs between runs of one colour."""
-    return _LINE_STYLES[n // 8 % len(_LINE_STYLES)]
+def _line_of(n: int) -> dict[str, Any]:
+    """Return the colour and the dashes of the nth run's line."""
+    dashes = dashes_of(n)
+    return {"color": _color_of(n), "linestyle": (0, dashes) if dashes else "-"}
+
+
+def _color_of(n: int) -> str:
+    """Return the nth colour of the style in use, which may be the user's."""
+    return color_of(n).upper()
 
 
 def _is_any(values: Sequence[float]) -> bool:
@@ -154,14 +167,14 @@ def _draw_updates(
     smooths = smooths and max(len(run.loss) for _, run in runs) >= MIN_SMOOTHED
     for n, run in runs:
         x, y = run.positions(axis), np.asarray(read(run), dtype=float)
-        style: dict[str, Any] = {"color": color_of(n), "linestyle": line_style_of(n)}
+        style: dict[str, Any] = _line_of(n)
         n_points = max(200, _POINTS // len(runs))
         if not smooths:
             axes.plot(*thin(x, y, n_points), linewidth=1.4, marker="." if len(y) == 1 else "", label=run.name, **style)
             continue
-        axes.plot(*thin(x, y, 2 * n_points // 3), linewidth=0.6, alpha=0.35, label="_each update", **style)
+        axes.plot(*thin(x, y, 2 * n_points // 3), linewidth=0.5, alpha=0.3, label="_each update", **style)
         mean = smooth(y, max(1, len(y) // _MEANS))
-        axes.plot(*thin(x, mean, n_points // 3), linewidth=1.6, label=run.name, **style)
+        axes.plot(*thin(x, mean, n_points // 3), linewidth=1.8, label=run.name, **style)
 
 
 def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis, *, name: str) -> None:
@@ -169,44 +182,51 @@ def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis:
         found = run.evaluations[name]
         x, y = run.positions(axis, found.updates), np.asarray(found.values, dtype=float)
         marker = "o" if len(y) < 40 else ""
-        style: dict[str, Any] = {"color": color_of(n), "linestyle": line_style_of(n), "marker": marker, "markersize": 3}
+        style: dict[str, Any] = {**_line_of(n), "marker": marker, "markersize": 3}
         axes.plot(*thin(x, y, max(200, _POINTS // len(runs))), linewidth=1.4, label=run.name, **style)
 
 
 def _draw_norms(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
     _draw_updates(axes, runs, axis, read=lambda run: run.grad_norm)
-    norms = np.concatenate([np.asarray(run.grad_norm, dtype=float) for _, run in runs])
-    _scale(axes, norms)
+    scale([run.grad_norm for _, run in runs], axes)
     limits = sorted({run.clip_norm for _, run in runs if run.clip_norm is not None})
     for limit in limits:
-        axes.axhline(limit, color="0.5", linestyle=(0, (5, 3)), linewidth=1.2, label="_clipping")
+        axes.axhline(limit, color="0.5", linestyle=CLIPPING, linewidth=1.2, label="_clipping")
     if limits:
-        axes.set_ylabel(f"dashed: clipped to {' and '.join(f'{limit:g}' for limit in limits)}")
+        explain_line(axes, CLIPPING, f"clipped to {' and '.join(f'{limit:g}' for limit in limits)}")
 
 
 def _draw_rates(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
+    rates = [np.asarray(run.learning_rate, dtype=float) for _, run in runs]
     _draw_updates(axes, runs, axis, read=lambda run: run.learning_rate, smooths=False)
-    axes.set_ylim(bottom=0)
+    # The rate is 0 before a warm-up, and a small share of its peak at the end.
+    if scale([np.where(rate > 0, rate, np.nan) for rate in rates], axes):
+        axes.set_ylim(bottom=min(np.nanmax(rate) for rate in rates if np.nanmax(rate) > 0) / 50)
+    else:
+        axes.set_ylim(bottom=0)
 
 
 def _draw_noise(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
     """Draw the noise scale with its interval, and the rows of an update to compare it with, dotted."""
     noise = [(n, run, run.noise_scale) for n, run in runs if run.noise_scale is not None]
     known = np.concatenate([np.asarray([*found.values, *found.upper, *found.lower], float) for *_, found in noise])
-    top = 2 * known[np.isfinite(known)].max()
+    top, has_rows = 2 * known[np.isfinite(known)].max(), False
     for n, run, found in noise:
         x, y = run.positions(axis, found.updates), np.asarray(found.values, dtype=float)
         lower, upper = np.asarray(found.lower, dtype=float), np.asarray(found.upper, dtype=float)
         upper = np.where(np.isfinite(lower) & ~np.isfinite(upper), top, upper)
         kept = np.isin(x, thin(x, y, 600)[0])
-        axes.fill_between(x[kept], lower[kept], upper[kept], color=color_of(n), alpha=0.2, linewidth=0)
-        axes.plot(x[kept], y[kept], color=color_of(n), linestyle=line_style_of(n), linewidth=1.4, label=run.name)
+        axes.fill_between(x[kept], lower[kept], upper[kept], color=_color_of(n), alpha=0.2, linewidth=0)
+        axes.plot(x[kept], y[kept], linewidth=1.4, label=run.name, **_line_of(n))
         if len(run.update_rows):
             rows = thin(run.positions(axis), np.asarray(run.update_rows, dtype=float), 200)
-            axes.plot(*rows, color=color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
-    _scale(axes, known)
+            axes.plot(*rows, color=_color_of(n), linestyle=":", linewidth=1, label="_rows of an update")
+            has_rows = True
+    scale([known], axes)
     axes.set_ylim(top=min(top, axes.get_ylim()[1]))
-    axes.set_ylabel("rows (dotted: an update)")
+    axes.set_ylabel("rows")
+    if has_rows:
+        explain_line(axes, ":", "rows of an update")
 
 
 def _draw_padding(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) -> None:
@@ -222,7 +242,8 @@ def _draw_speed(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis)
     from matplotlib.ticker import EngFormatter
 
     _draw_updates(axes, runs, axis, read=lambda run: run.speed)
-    axes.set_ylim(bottom=0)
+    if not scale([run.speed for _, run in runs], axes):
+        axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel(" or ".join(dict.fromkeys(run.speed_unit for _, run in runs)) + " per second")
 
@@ -235,20 +256,20 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
     left = np.zeros(len(runs))
     for n, part in enumerate(parts):
         shares = np.array([run.seconds.get(part, 0.0) for _, run in runs]) / totals
-        # One colour in several shades: colours stand for runs.
-        color = ("0.5", _SHADES[n % len(_SHADES)])
         axes.barh(
             range(len(runs)),
             shares,
             0.6 if len(runs) > 1 else 0.4,
             left,
-            facecolor=color,
-            edgecolor="0.5",
-            linewidth=0.6,
+            facecolor=_PART_COLORS[n % len(_PART_COLORS)],
+            edgecolor=axes.figure.get_facecolor(),  # a gap between parts
+            linewidth=1.2,
             label=part,
         )
         left += shares
-    axes.set_yticks(range(len(runs)), [f"{name}\n{_duration(t)}" for name, t in zip(names, totals, strict=True)])
+    axes.set_yticks(
+        range(len(runs)), [f"{name}\n{format_duration(t)}".strip() for name, t in zip(names, totals, strict=True)]
+    )
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # a run may be named $a$
     axes.set_ylim(len(runs) - 0.5, -0.5)
@@ -258,32 +279,5 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small", frameon=False)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
-
-
 def _shortened(name: str) -> str:
     return name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}"
-
-
-def _scale(axes: "Axes", values: np.ndarray) -> None:
-    """Make an axis logarithmic if its values are positive and a few of them are very large."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    known = values[np.isfinite(values)]
-    if len(known) and known.min() > 0 and known.max() > _WIDE_RANGE * np.median(known):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_positions(axes: "Axes", axis: Axis) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    axes.set_xlim(left=0)
-    axes.set_xlabel("rows trained on" if axis == "rows" else "updates")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))

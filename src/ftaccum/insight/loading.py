@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .run_facts import Named
+from .run_metadata import Named
 
 # Inputs of the pipelines that read text. Other tasks have no pipeline, or none for a text.
 _INPUTS = {

@@ -10,8 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .card_sections import data_section, exactness_section, results_section, training_section
 from .loading import SavedModel, loading_section
-from .run_facts import Named, RunFacts
+from .run_metadata import Named, RunMetadata
 
+CARD = "README.md"  # the name of the file
 TAG = "ftaccum"  # marks the cards that ftaccum has written
 _LOADING = "How to load"
 _LOADING_SECTION = re.compile(rf"^## {_LOADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -19,23 +20,23 @@ _MARK = re.compile(r"<!-- written by ftaccum \(\w+\) -->")
 _OTHER_TASK = "other"  # of a model that belongs to no task on the hub
 
 
-def model_card(facts: RunFacts, saved: SavedModel, folder: str) -> ModelCard:
+def model_card(metadata: RunMetadata, saved: SavedModel, folder: str) -> ModelCard:
     """Return the card of a model that a run has trained.
 
     Args:
-        facts: what to say of the run.
+        metadata: what to say of the run.
         saved: what the folder contains.
         folder: the name of the folder.
     """
-    place = facts.repository or folder
+    place = metadata.repository or folder
     sections = {
-        _LOADING: loading_section(saved, place, is_repository=facts.repository is not None),
-        "Results": results_section(facts),
-        "Data": data_section(facts),
-        "Training": training_section(facts),
-        "Exactness of the gradient accumulation": exactness_section(facts),
+        _LOADING: loading_section(saved, place, is_repository=metadata.repository is not None),
+        "Results": results_section(metadata),
+        "Data": data_section(metadata),
+        "Training": training_section(metadata),
+        "Exactness of the gradient accumulation": exactness_section(metadata),
     }
-    return _card(_metadata(facts, saved), [f"# {facts.name}", _lead(facts), *_headed(sections)])
+    return _card(_card_data(metadata, saved), [f"# {metadata.name}", _lead(metadata), *_headed(sections)])
 
 
 def merged_card(earlier: str | None, saved: SavedModel, base: Named | None, folder: str) -> ModelCard:
@@ -51,9 +52,9 @@ def merged_card(earlier: str | None, saved: SavedModel, base: Named | None, fold
     if earlier is None or not _is_own(earlier):
         name = "another model" if base is None else f"`{base.name}`"
         lead = f"Adapters that were trained on {name}, merged into its weights."
-        return _card(_new_metadata(saved, base), [f"# {folder}", lead, *_headed({_LOADING: loading})])
+        return _card(_new_card_data(saved, base), [f"# {folder}", lead, *_headed({_LOADING: loading})])
     card = ModelCard(earlier)
-    data = {**card.data.to_dict(), **_new_metadata(saved, base).to_dict()}
+    data = {**card.data.to_dict(), **_new_card_data(saved, base).to_dict()}
     section = f"## {_LOADING}\n\n{loading}\n\n"
     text = _LOADING_SECTION.sub(lambda _: section, _MARK.sub("", card.text).strip() + "\n")
     return _card(ModelCardData(**data), [text.strip()])
@@ -81,7 +82,7 @@ def _mark(text: str) -> str:
 
 def save_card(card: ModelCard, folder: Path) -> None:
     """Write a card into the folder of a model. It replaces the card of PEFT."""
-    card.save(folder / "README.md")
+    card.save(folder / CARD)
 
 
 def _card(data: ModelCardData, paragraphs: list[str]) -> ModelCard:
@@ -95,22 +96,22 @@ def _headed(sections: Mapping[str, str]) -> list[str]:
     return [f"## {title}\n\n{text}" for title, text in sections.items()]
 
 
-def _lead(facts: RunFacts) -> str:
-    base = "A model" if facts.base is None else f"`{facts.base.name}`,"
-    data = ", ".join(f"`{each.name}`" for each in facts.train_data)
-    return f"{base} fine-tuned{f' on {data}' if data else ''} with ftaccum. {facts.ended_by}".strip()
+def _lead(metadata: RunMetadata) -> str:
+    base = "A model" if metadata.base is None else f"`{metadata.base.name}`,"
+    data = ", ".join(f"`{each.name}`" for each in metadata.train_data)
+    return f"{base} fine-tuned{f' on {data}' if data else ''} with ftaccum. {metadata.ended_by}".strip()
 
 
-def _metadata(facts: RunFacts, saved: SavedModel) -> ModelCardData:
-    data = _new_metadata(saved, facts.base)
-    data.datasets = list(dict.fromkeys(d.name for d in (*facts.train_data, *facts.val_data) if d.on_hub)) or None
-    if results := _evaluations(facts, saved):
-        data.model_name, data.eval_results = facts.name, results
+def _card_data(metadata: RunMetadata, saved: SavedModel) -> ModelCardData:
+    data = _new_card_data(saved, metadata.base)
+    data.datasets = list(dict.fromkeys(d.name for d in (*metadata.train_data, *metadata.val_data) if d.on_hub)) or None
+    if results := _evaluations(metadata, saved):
+        data.model_name, data.eval_results = metadata.name, results
         data.metrics = [each.metric_type for each in results if each.metric_type != "loss"] or None
     return data
 
 
-def _new_metadata(saved: SavedModel, base: Named | None) -> ModelCardData:
+def _new_card_data(saved: SavedModel, base: Named | None) -> ModelCardData:
     """Return the metadata that follow from the files. The hub refuses names of base models that are not on it."""
     return ModelCardData(
         base_model=base.name if base is not None and base.on_hub else None,
@@ -120,17 +121,17 @@ def _new_metadata(saved: SavedModel, base: Named | None) -> ModelCardData:
     )
 
 
-def _evaluations(facts: RunFacts, saved: SavedModel) -> list[EvalResult]:
+def _evaluations(metadata: RunMetadata, saved: SavedModel) -> list[EvalResult]:
     """Return the finite results of the evaluation of the saved weights, for the hub."""
-    measured = facts.saved_evaluation()
-    data: Named = next(iter(facts.val_data or facts.train_data), Named("the validation rows"))
+    measured = metadata.saved_evaluation()
+    data: Named = next(iter(metadata.val_data or metadata.train_data), Named("the validation rows"))
     return [
         EvalResult(
             task_type=saved.task or _OTHER_TASK,
             dataset_type=data.name if data.on_hub else "local",
             dataset_name=data.name,
             dataset_config=data.config,
-            dataset_split=data.split if facts.val_data else "validation",
+            dataset_split=data.split if metadata.val_data else "validation",
             metric_type=name,
             metric_name="Validation loss" if name == "loss" else name,
             metric_value=value,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..planning.halves import LEAST_MEASURED
+from .student_t import t_quantile
 
 # Measured updates after which the weight of an update is 1/e. The effective number of updates is then about 100, with
 # which the standard error of |μ|² is 7% in simulated runs.
@@ -104,7 +105,7 @@ class NoiseScaleEstimator:
             return math.inf
         a, b = 1 - share, share / rows  # P - ρQ = aP - bN
         squares = max(0.0, a * a * self._agreement2 - 2 * a * b * self._both + b * b * self._noise2)
-        return _t(1 - (1 - _LEVEL) / 2, k - 1) * math.sqrt(squares * k / (k - 1)) / power
+        return t_quantile(1 - (1 - _LEVEL) / 2, k - 1) * math.sqrt(squares * k / (k - 1)) / power
 
     def state_dict(self) -> dict[str, float]:
         return {name.removeprefix("_"): value for name, value in vars(self).items()}
@@ -140,10 +141,3 @@ def _noise_rows(share: float, rows: int) -> float:
 def _of_data(scale: float, n_training_rows: int | None) -> float:
     """Return B_M for a noise scale B and M training rows; NaN for a stream."""
     return math.nan if n_training_rows is None else scale / (1 + scale / n_training_rows)
-
-
-def _t(quantile: float, degrees: float) -> float:
-    """Return a quantile of Student's t distribution."""
-    from scipy.special import stdtrit  # takes 0.2 s to import
-
-    return float(stdtrit(degrees, quantile))

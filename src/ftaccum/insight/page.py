@@ -2,27 +2,10 @@
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from string import Template
 
-from .style import N_COLORS, theme_css
-
-_STYLE = (
-    "*{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;max-width:88rem;margin:0 auto;padding:1rem;"
-    "color:var(--ink);background:var(--page)}h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.2rem;"
-    "margin:2rem 0 .6rem}h1,h2,figcaption{line-height:1.25}.scroll{overflow-x:auto}"
-    "table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}"
-    "td,th{padding:.25rem 1rem .25rem 0;text-align:left;border-bottom:1px solid var(--grid);vertical-align:top}"
-    "td{max-width:40rem;min-width:6.5rem}td.short{white-space:nowrap;min-width:0}"
-    "th{font-weight:600}th.name{position:sticky;left:0;background:var(--page)}pre{background:var(--code);padding:.8rem;overflow-x:auto;border-radius:4px;font-size:13px}"
-    "code{background:var(--code);padding:0 .2em;border-radius:3px}.note{color:var(--muted)}"
-    ".figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1.2rem}"
-    "figure{margin:0;min-width:0;max-width:36rem}figcaption{font-weight:600}svg{display:block;width:100%;height:auto}"
-    "svg text{font-family:system-ui,sans-serif!important}"
-    ".runs{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0}.runs li{overflow-wrap:anywhere}"
-    ".swatch{display:inline-block;width:1.4em;border-top:3px solid;vertical-align:middle;margin-right:.5em}"
-    "summary{cursor:pointer;font-weight:600}details{margin:.6rem 0}input{accent-color:var(--c0)}"
-    "label{margin:0 1.2em .8em 0;display:inline-block}"
-    "@media(max-width:40rem){td,th{padding-right:.7rem;font-size:13px}th.name{min-width:6.6rem}h1{font-size:1.3rem}}"
-)
+from .style import color_of, dashes_of, theme_css
 
 
 def page(title: str, parts: Iterable[str], style: str = "") -> str:
@@ -33,12 +16,9 @@ def page(title: str, parts: Iterable[str], style: str = "") -> str:
         parts: HTML for its body.
         style: more CSS.
     """
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{theme_css()}{_STYLE}{style}</style>"
-    )
+    css = "\n".join([theme_css(), _resource("page.css"), style])
     body = "\n".join([heading(title, 1), *parts])
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    return Template(_resource("page.html")).substitute(title=html.escape(title), style=css, body=body)
 
 
 def heading(text: str, level: int = 2) -> str:
@@ -90,14 +70,22 @@ def details(summary: str, content: str) -> str:
 
 
 def legend(names: Sequence[str]) -> str:
-    """Return the names of runs with the colours of their curves."""
-    lines = ("solid", "dashed", "dotted", "dashed")
-    entries = (
-        f'<li><span class="swatch" style="border-color:var(--c{n % N_COLORS});'
-        f'border-top-style:{lines[n // N_COLORS % len(lines)]}"></span>{html.escape(name)}</li>'
-        for n, name in enumerate(names)
-    )
+    """Return the names of runs with the lines of their curves."""
+    entries = (f"<li>{_swatch(n)}{html.escape(name)}</li>" for n, name in enumerate(names))
     return f'<ul class="runs">{"".join(entries)}</ul>'
+
+
+def _swatch(n: int) -> str:
+    """Return a piece of the nth run's line."""
+    width = 3
+    dashes = " ".join(f"{width * length:g}" for length in dashes_of(n))
+    line = f'<line x2="40" y1="2" y2="2" stroke="var(--{color_of(n)})" stroke-width="{width}"'
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return f'<svg class="swatch" viewBox="0 0 40 4" aria-hidden="true">{line}{dashed}/></svg>'
+
+
+def _resource(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _class(kind: str) -> str:

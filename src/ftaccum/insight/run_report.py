@@ -24,12 +24,25 @@ def report_page(runs: Sequence[RunCurves], axis: Axis | None = None) -> str:
         ImportError: if matplotlib is missing.
     """
     names = [run.name for run in runs]
-    parts = [legend(names)] if len(runs) > 1 else []
-    parts += [heading("Results"), _compared([run.outcome for run in runs], names)]
+    parts = [legend(names)] if len(runs) > 1 else [paragraph(run.subject) for run in runs if run.subject]
+    parts += [heading("Results"), _compared(_results(runs), names)]
     parts += [heading("Curves"), *_curves(runs, axis), heading("Settings"), *_settings(runs)]
     if any(run.environment for run in runs):
         parts += [heading("Environment"), _compared([run.environment for run in runs], names, joins=True)]
-    return page("Run " + names[0] if len(runs) == 1 else f"{len(runs)} runs", parts, _SWITCH)
+    return page(_title(names), parts, _SWITCH)
+
+
+def _title(names: Sequence[str]) -> str:
+    if len(names) > 1:
+        return f"{len(names)} runs"
+    return f"Run {names[0]}" if names[0] else "Fine-tuning run"
+
+
+def _results(runs: Sequence[RunCurves]) -> list[Mapping[str, str]]:
+    """Return the results of runs, which begin with their subjects if there are several runs."""
+    if len(runs) == 1:
+        return [run.outcome for run in runs]
+    return [{**({"run of": run.subject} if run.subject else {}), **run.outcome} for run in runs]
 
 
 def _curves(runs: Sequence[RunCurves], first: Axis | None) -> Iterable[str]:
@@ -46,7 +59,7 @@ def _curves(runs: Sequence[RunCurves], first: Axis | None) -> Iterable[str]:
         drawn = [_figure(n, panel, runs, axis) for n, panel in enumerate(shown) for axis in _axes_of(panel, axes)]
     yield figures(drawn)
     if any(len(run.loss) >= MIN_SMOOTHED for run in runs):
-        yield paragraph("Pale lines show every update, and bold ones their running mean.", "note")
+        yield paragraph("Pale lines show every update, and bold ones the mean over a tenth of the updates.", "note")
     yield from (paragraph(sentence, "note") for sentence in _missing(panels, runs))
 
 
@@ -64,13 +77,17 @@ def _missing(panels: Sequence[Panel], runs: Sequence[RunCurves]) -> list[str]:
     """Return sentences on the figures that runs lack, one for each reason and runs."""
     found: dict[tuple[str, str], list[str]] = {}
     for panel in panels:
-        if missing := panel.missing_in(runs):
-            which = "" if len(missing) == len(runs) else f" for {', '.join(run.name for run in missing)}"
-            found.setdefault((which, panel.reason), []).append(panel.title)
+        lacking: dict[str, list[RunCurves]] = {}
+        for run in panel.missing_in(runs):
+            lacking.setdefault(panel.why_missing(run), []).append(run)
+        for reason, those in lacking.items():
+            which = "" if len(those) == len(runs) else f" for {', '.join(run.name for run in those)}"
+            found.setdefault((which, reason), []).append(panel.title)
     return [f"Not shown{which}: {', '.join(titles)}. Reason: {reason}." for (which, reason), titles in found.items()]
 
 
 def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
+    """Return those that differ between the runs, then those that are not at their defaults, then the others."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     if not names:
         yield paragraph("The settings are not known: they are in the output folder of a run.")
@@ -81,9 +98,18 @@ def _settings(runs: Sequence[RunCurves]) -> Iterable[str]:
         differ = [[name, *values] for name, values in every.items() if name not in same]
         columns = ["different", *(run.name for run in runs)]
         yield table(differ, columns, has_names=True) if differ else paragraph("All settings are the same.")
-    yield details(
-        f"{len(same)} settings" + (" that are the same in all runs" if len(runs) > 1 else ""), named_values(same)
-    )
+    changed = {name: same[name] for name in dict.fromkeys(name for run in runs for name in run.changed) if name in same}
+    # None as a default only says that another setting decides.
+    others = {name: text for name, text in same.items() if name not in changed and text != str(None)}
+    in_all = " that are the same in all runs" if len(runs) > 1 else ""
+    if changed:
+        yield (
+            named_values(changed)
+            if len(runs) == 1
+            else details(f"{len(changed)} settings{in_all}", named_values(changed))
+        )
+    if others:
+        yield details(f"{len(others)} settings at their defaults", named_values(others))
 
 
 def _shown(settings: Mapping[str, Any], name: str) -> str:

@@ -10,6 +10,17 @@ from xml.etree import ElementTree
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Colours of runs, light and dark.
+RUN_COLORS = (
+    ("#1763c6", "#6fb1ff"),
+    ("#c2500a", "#ffa25e"),
+    ("#17803f", "#5dd28b"),
+    ("#b3234f", "#ff8aa8"),
+    ("#7d3fd1", "#c3a0ff"),
+    ("#0f7c86", "#56d3dd"),
+    ("#876300", "#e2bf4b"),
+    ("#a8329b", "#f393e6"),
+)
 # Colours by CSS variable, light and dark. Figures are drawn in the light ones.
 COLORS = {
     "page": ("#ffffff", "#14171c"),
@@ -17,18 +28,22 @@ COLORS = {
     "muted": ("#59616d", "#a3acb9"),
     "code": ("#f3f5f8", "#20252e"),
     "grid": ("#dfe3e8", "#333a45"),
-    "c0": ("#1763c6", "#6fb1ff"),
-    "c1": ("#c2500a", "#ffa25e"),
-    "c2": ("#17803f", "#5dd28b"),
-    "c3": ("#b3234f", "#ff8aa8"),
-    "c4": ("#7d3fd1", "#c3a0ff"),
-    "c5": ("#0f7c86", "#56d3dd"),
-    "c6": ("#876300", "#e2bf4b"),
-    "c7": ("#a8329b", "#f393e6"),
+    **{f"c{n}": pair for n, pair in enumerate(RUN_COLORS)},
 }
-N_COLORS = 8
+# Lengths of dashes and gaps in the lines of runs, in widths of the line: solid, dashed, dotted, dashed and dotted.
+_DASHES: tuple[tuple[float, ...], ...] = ((), (3.7, 1.6), (1.0, 1.65), (6.4, 1.6, 1.0, 1.6))
 
 _LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+def color_of(n: int) -> str:
+    """Return the CSS variable of the colour of the nth run. After the last colour, the first follows again."""
+    return f"c{n % len(RUN_COLORS)}"
+
+
+def dashes_of(n: int) -> tuple[float, ...]:
+    """Return the dashes and gaps in the line of the nth run, which differ between runs of one colour."""
+    return _DASHES[n // len(RUN_COLORS) % len(_DASHES)]
 
 
 @contextmanager
@@ -43,7 +58,7 @@ def page_style() -> Iterator[None]:
 
     ink, muted, grid = (COLORS[name][0] for name in ("ink", "muted", "grid"))
     style = {
-        "axes.prop_cycle": cycler(color=[COLORS[f"c{n}"][0] for n in range(N_COLORS)]),
+        "axes.prop_cycle": cycler(color=[light for light, _ in RUN_COLORS]),
         "axes.axisbelow": True,
         "axes.edgecolor": muted,
         "axes.facecolor": "none",

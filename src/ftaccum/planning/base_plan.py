@@ -119,7 +119,15 @@ class BasePlan(ABC):
 
 
 def describe_sizes(batch_sizes: BatchSizes, rate_scaling: str) -> list[str]:
-    """Return lines that describe the sizes of updates, and the learning rate's factors if it follows k."""
+    """Return the banner's lines about the sizes of updates."""
+    return [f"{name}: {value}" for name, value in named_sizes(batch_sizes, rate_scaling).items()]
+
+
+def named_sizes(batch_sizes: BatchSizes, rate_scaling: str) -> dict[str, str]:
+    """Return the sizes of updates, and the learning rate's factors if it follows k, by name.
+
+    For a size that changes during training, the value contains its changes.
+    """
     stages = batch_sizes.stages()
 
     def over_training(values: Iterable[object]) -> str:
@@ -127,10 +135,10 @@ def describe_sizes(batch_sizes: BatchSizes, rate_scaling: str) -> list[str]:
 
     first = batch_sizes.gradient_accumulation_steps
     factors = [rate_factor(rate_scaling, sizes.gradient_accumulation_steps / first) for _, sizes in stages]
-    return [
-        f"Batch size: {batch_sizes.batch_size}",
-        f"Gradient accumulation steps: {over_training(sizes.gradient_accumulation_steps for _, sizes in stages)}",
-        f"Processes: {batch_sizes.num_processes}",
-        f"Effective batch size: {over_training(sizes.effective_batch_size for _, sizes in stages)}",
-        *([f"Learning rate factor: {over_training(f'{f:.4g}' for f in factors)}"] if rate_scaling != "none" else []),
-    ]
+    return {
+        "Batch size": str(batch_sizes.batch_size),
+        "Gradient accumulation steps": over_training(sizes.gradient_accumulation_steps for _, sizes in stages),
+        "Processes": str(batch_sizes.num_processes),
+        "Effective batch size": over_training(sizes.effective_batch_size for _, sizes in stages),
+        **({"Learning rate factor": over_training(f"{f:.4g}" for f in factors)} if rate_scaling != "none" else {}),
+    }

@@ -10,21 +10,16 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import SettingsError
+from ..insight.model_card import CARD
 from ..runtime.adapters import fully_trained_modules
 from ..runtime.library_output import library_bars, load_report_withheld
 from ..runtime.run_dir import RunDir
+from ..tracking.auto_classes import auto_class_of_adapters
 from ..tracking.model_files import MODEL_CONFIG
 from ..tracking.saved_model import ADAPTER
 
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 _LABELS = ("id2label", "label2id", "problem_type")
-_NOT_COPIED = ("adapter_", "model_config.json", "README.md")  # all other files belong to the tokenizer
+_NOT_COPIED = ("adapter_", "model_config.json", CARD)  # all other files belong to the tokenizer
 
 
 def find_adapter(run: str) -> Path:
@@ -145,14 +140,14 @@ def _class_of(adapter: dict[str, Any], saved: dict[str, Any]) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     task = adapter.get("task_type")
-    if task not in _AUTO_CLASSES:
+    if (auto_class := auto_class_of_adapters(task)) is None:
         raise SettingsError(
             [
                 f"The adapters name no class of their base model, and their task is {task!r}. Load the base model in "
                 "Python, and merge them with `peft.PeftModel.from_pretrained(model, folder).merge_and_unload()`."
             ]
         )
-    return getattr(transformers, _AUTO_CLASSES[task])
+    return getattr(transformers, auto_class.name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What a run prints: banner, progress, a line per evaluation, result. Only the main process prints."""
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..insight.format import format_number, known
 from ..planning.base_plan import BasePlan
 from ..runtime.progress_bar import tqdm
 from .ledger import EpochEntry, EvaluationEntry
@@ -53,12 +53,12 @@ class Console:
         """Print a row of the table of evaluations, the first time with the heading."""
         epochs = f"{plan.epochs_after(entry.evaluation):.2f}".rstrip("0").rstrip(".")
         cells = {"epoch": f"{epochs}/{plan.n_epochs}", "update": str(entry.evaluation)}
-        numbers = {"train loss": entry.train_loss, "val loss": entry.val_loss, **entry.metrics}
-        self._row(cells | {name: _number(value) for name, value in numbers.items()})
+        numbers = {"train loss": known(entry.train_loss), "val loss": entry.val_loss, **entry.metrics}
+        self._row(cells | {name: format_number(value) for name, value in numbers.items()})
 
     def epoch(self, entry: EpochEntry, plan: BasePlan) -> None:
         """Print a row of the table of epochs, for a run without validation rows."""
-        self._row({"epoch": f"{entry.epoch + 1}/{plan.n_epochs}", "train loss": _number(entry.train_loss)})
+        self._row({"epoch": f"{entry.epoch + 1}/{plan.n_epochs}", "train loss": format_number(known(entry.train_loss))})
 
     def _row(self, cells: dict[str, str]) -> None:
         widths = [max(10, len(name)) for name in cells]
@@ -86,7 +86,3 @@ def describe_outputs(folder: Path | None, resume_command: str | None) -> list[st
         return ["Nothing will be saved: `output_dir` is None."]
     resume = resume_command or "make the same call with `resume='auto'`"
     return [f"Outputs: {folder}", f"To resume the run if it is interrupted: {resume}"]
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"

@@ -14,8 +14,9 @@ from ..runtime.run_dir import RunDir
 from ..runtime.sharding.tensors import is_sharded
 from ..runtime.sharding.whole_weights import WholeWeights, whole_weights
 from .ledger import Ledger
-from .model_files import TrainedModel, remove_adapter, save_model
+from .model_files import remove_adapter, save_model
 from .result import Result
+from .trained_model import TrainedModel
 
 _UNITS = ("bytes", "KB", "MB", "GB", "TB")
 _WHOLE = ". The trained model is still in memory: save it to another place."
@@ -88,18 +89,18 @@ def _write(result: Result, ledger: Ledger, write_model: Callable[[], list[str]],
 
 
 def _write_model(trained: TrainedModel, run_dir: RunDir, weights: WholeWeights) -> list[str]:
-    model, tokenizer, save, facts = trained.model, trained.tokenizer, trained.save, trained.facts
+    model, tokenizer, metadata = trained.model, trained.tokenizer, trained.metadata
     remedy = f"The weights take {_describe(_bytes_of(model))}{_SHARDED if is_sharded(model) else _WHOLE}"
-    merges = save != "adapter"
+    merges = trained.save != "adapter"
 
     def write(path: Path) -> None:
         with weights.in_model():
-            save_model(model, tokenizer, path, merges=merges, facts=facts)
+            save_model(model, tokenizer, path, merges=merges, metadata=metadata)
 
     faults = _tried(run_dir.model, write, remedy)
-    if save == "both":
-        local = None if facts is None else replace(facts, repository=None)  # only `model` is uploaded
-        return faults + _tried(run_dir.adapter, lambda path: save_model(model, tokenizer, path, facts=local), remedy)
+    if trained.save == "both":
+        local = None if metadata is None else replace(metadata, repository=None)  # only `model` is uploaded
+        return faults + _tried(run_dir.adapter, lambda path: save_model(model, tokenizer, path, metadata=local), remedy)
     if not faults:
         remove_adapter(run_dir.adapter)  # of an earlier run
     return faults

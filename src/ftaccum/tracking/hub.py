@@ -9,12 +9,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import SettingsError
-from ..insight.model_card import is_unchanged_card
+from ..insight.model_card import CARD, is_unchanged_card
 from ..rules.repository import is_repository_name
 from ..runtime.background import start_thread
 from ..runtime.log import logger
 
-_CARD = "README.md"
 _PATIENCE = 60.0  # seconds for the check: the hub's client itself waits for as long as the network does
 # Weights that an earlier upload left there: `from_pretrained` may prefer them to those of the new model.
 _WEIGHTS = [
@@ -67,15 +66,13 @@ def upload_model(folder: Path, repository: str) -> None:
         Exception: of many types, if anything fails.
     """
     if not _sends_card(folder, repository):
-        _upload(folder, repository, [_CARD])
+        _upload(folder, repository, [CARD])
         return
     try:
         _upload(folder, repository, None)
-    except ValueError as error:
-        if _CARD not in str(error):
-            raise
-        logger.warning(f"The hub refuses the model card, so {_CARD} is not uploaded: {describe_error(error)}.")
-        _upload(folder, repository, [_CARD])
+    except ValueError as error:  # the documented error for a card, which is checked before anything is sent
+        _upload(folder, repository, [CARD])
+        logger.warning(f"The hub refuses the model card, so {CARD} is not uploaded: {describe_error(error)}.")
 
 
 def _upload(folder: Path, repository: str, ignored: list[str] | None) -> None:
@@ -146,27 +143,27 @@ def _first_line(error: BaseException) -> str:
 
 def _sends_card(folder: Path, repository: str) -> bool:
     """Return whether the card in a folder is to be uploaded. If that of the repository stays, log this."""
-    if not (folder / _CARD).is_file():
+    if not (folder / CARD).is_file():
         return False
-    is_own = is_unchanged_card((folder / _CARD).read_text(encoding="utf-8"))
+    is_own = is_unchanged_card((folder / CARD).read_text(encoding="utf-8"))
     if not is_own and _has_local_base(folder):
         return False
     there = _card_of(repository)
     if there is None or is_unchanged_card(there):
         return True
     logger.info(
-        f"{repository!r} has a {_CARD} that was written or edited by hand. It stays as it is; the model card of this "
-        f"run is {str(folder / _CARD)!r}."
+        f"{repository!r} has a {CARD} that was written or edited by hand. It stays as it is; the model card of this "
+        f"run is {str(folder / CARD)!r}."
     )
     return False
 
 
 def _card_of(repository: str) -> str | None:
     """Return the text of a repository's card; None if it has none."""
-    if _CARD not in HfApi().list_repo_files(repository):
+    if not HfApi().file_exists(repository, CARD):
         return None
-    with TemporaryDirectory() as folder:  # not in the cache of the hub
-        file = hf_hub_download(repository, _CARD, local_dir=folder)
+    with TemporaryDirectory() as folder:  # `ModelCard.load` keeps it in the cache, and fails on metadata of others
+        file = hf_hub_download(repository, CARD, local_dir=folder)
         return Path(file).read_text(encoding="utf-8", errors="replace")
 
 

@@ -3,7 +3,6 @@
 import copy
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from safetensors.torch import save_model as save_weights
 from torch import distributed
 
 from ..errors import SettingsError
-from ..insight.run_facts import RunFacts
+from ..insight.run_metadata import RunMetadata
 from ..runtime.adapters import is_peft_model, merged_copy
 from ..runtime.atomic_files import atomic_directory
 from ..runtime.log import logger
@@ -30,7 +29,7 @@ _CANNOT_MERGE = (
 
 
 def save_model(
-    model: Any, tokenizer: Any, folder: Path, *, merges: bool = False, facts: RunFacts | None = None
+    model: Any, tokenizer: Any, folder: Path, *, merges: bool = False, metadata: RunMetadata | None = None
 ) -> None:
     """Save a model and its tokenizer, if any, in the form that `from_pretrained` and `pipeline` read.
 
@@ -38,7 +37,7 @@ def save_model(
 
     Args:
         merges: whether to save a PEFT model as a plain model, with its adapters merged.
-        facts: what the model card says of the run; None writes no card.
+        metadata: what the model card says of the run; None writes no card.
 
     Raises:
         ValueError: if a merged weight is not finite.
@@ -61,25 +60,8 @@ def save_model(
             tokenizer.save_pretrained(partial)
         elif tokenizer is not None:
             logger.warning(f"`tokenizer` ({type(tokenizer).__name__}) has no `save_pretrained`, so it is not saved.")
-        if facts is not None:
-            write_card(saved, facts, partial, folder.absolute().name)
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A trained model, and how to save it.
-
-    Attributes:
-        model: the model; a PEFT model if it has adapters.
-        tokenizer: saved with the model; None if there is none.
-        save: the setting: whether adapters are saved, merged, or both.
-        facts: what the model card says of the run; None for no card.
-    """
-
-    model: Any
-    tokenizer: Any
-    save: str
-    facts: RunFacts | None = None
+        if metadata is not None:
+            write_card(saved, metadata, partial, folder.absolute().name)
 
 
 def remove_adapter(folder: Path) -> None:
@@ -88,7 +70,9 @@ def remove_adapter(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool, facts: RunFacts | None = None) -> None:
+def save_on_main(
+    model: Any, tokenizer: Any, folder: Path, *, merges: bool, metadata: RunMetadata | None = None
+) -> None:
     """Save a model as `save_model` does, on the main process only. If the model is sharded, all processes call this.
 
     Raises:
@@ -97,7 +81,7 @@ def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool, fact
     """
     if not is_sharded(model):
         if _is_main_process():
-            save_model(model, tokenizer, folder, merges=merges, facts=facts)
+            save_model(model, tokenizer, folder, merges=merges, metadata=metadata)
         return
     if merges:
         raise SettingsError([_CANNOT_MERGE])
@@ -106,7 +90,7 @@ def save_on_main(model: Any, tokenizer: Any, folder: Path, *, merges: bool, fact
 
         def save() -> None:
             with weights.in_model():
-                save_model(model, tokenizer, folder, merges=merges, facts=facts)
+                save_model(model, tokenizer, folder, merges=merges, metadata=metadata)
 
         process_group.run_on_main(save)
 

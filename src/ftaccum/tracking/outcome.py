@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..insight.format import format_bytes, format_duration, format_number, known
 from ..insight.noise_words import describe_scale, is_known
 from ..runtime.run_dir import RunDir
 from .ledger import Ledger
+from .update_times import seconds_by_use
 
 if TYPE_CHECKING:
     from .result import Result
@@ -22,16 +24,19 @@ def describe_outcome(result: "Result", ledger: Ledger, run_dir: RunDir | None) -
     """
     is_validated = bool(result.val_loss_history)
     final = "final validation loss" if is_validated else "final training loss"
-    found = {
+    outcome = {
         "state": _state(result, run_dir),
-        final: _number(result.final_loss),
-        f"{final.replace('final', 'first')}": _number(result.initial_loss),
+        final: format_number(known(result.final_loss)),
+        f"{final.replace('final', 'first')}": format_number(result.initial_loss),
         **_best(result),
-        **{f"final {name}": _number(value) for name, value in (result.metrics[-1] if result.metrics else {}).items()},
+        **{
+            f"final {name}": format_number(value)
+            for name, value in (result.metrics[-1] if result.metrics else {}).items()
+        },
         **_work(result, ledger),
         **_measured(result, ledger),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in outcome.items() if text}
 
 
 def _state(result: "Result", run_dir: RunDir | None) -> str:
@@ -45,19 +50,21 @@ def _state(result: "Result", run_dir: RunDir | None) -> str:
 def _best(result: "Result") -> dict[str, str]:
     if result.best_val_loss is None:
         return {}
-    best = {"best validation loss": _number(result.best_val_loss)}
+    best = {"best validation loss": format_number(result.best_val_loss)}
     return best if result.best_update is None else best | {"best evaluation": f"update {result.best_update:,}"}
 
 
 def _work(result: "Result", ledger: Ledger) -> dict[str, str]:
     """Return what a run has done, and how fast."""
     rows, tokens = (sum(getattr(w, name) for w in ledger.windows) for name in ("rows", "tokens"))
+    seconds = seconds_by_use(ledger)
     return {
         "updates": f"{result.optimizer_steps:,}",
         "skipped updates": f"{result.skipped_steps:,}" if result.skipped_steps else "",
         "rows trained on": f"{rows:,}" if rows else "",
         "tokens trained on": f"{tokens:,}" if tokens else "",
-        "time": _duration(result.training_time),
+        "time with evaluations": "" if math.isnan(result.training_time) else format_duration(result.training_time),
+        "time of updates": format_duration(sum(seconds.values())) if seconds else "",
         "rows per second": _rate(result.samples_per_second),
         "tokens per second": _rate(result.tokens_per_second),
         "padding": "" if result.padding_fraction is None else f"{result.padding_fraction:.1%}",
@@ -70,7 +77,7 @@ def _measured(result: "Result", ledger: Ledger) -> dict[str, str]:
     """Return the peak of memory, and what audits and the noise scale measured."""
     peak, noise = max((w.peak_memory for w in ledger.windows), default=0), result.noise_scale
     return {
-        "peak memory": f"{peak / 2**30:.2f} GiB" if peak else "",
+        "peak memory": format_bytes(peak) if peak else "",
         "clipped updates": _clipped(ledger),
         "audits": _audits(result.audits),
         "noise scale": describe_scale(noise) if noise is not None and is_known(noise) else "",
@@ -89,21 +96,7 @@ def _audits(audits: Sequence[dict[str, Any]]) -> str:
     return f"{n_exact} of {len(audits)} exact, largest error {max(audit['error'] for audit in audits):.0e}"
 
 
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "none" if math.isnan(value) else str(value)
-    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e6 or not value else f"{value:.4g}"
-
-
 def _rate(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if math.isnan(seconds):
-        return ""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..insight.noise_scale import summarize
 from ..planning.batch_size import BatchSizes
 from ..runtime.run_dir import RunDir
 from .interrupted_run import read_interrupted
 from .ledger import Ledger
+from .recorded import Recorded
 from .result_file import read_result, write_values
 from .result_frames import as_frame
 from .result_table import as_html, as_text
@@ -18,6 +19,8 @@ from .run_reports import plot_result, report_result
 from .save_trained import save_trained
 from .selection import Criterion
 from .throughput import Throughput
+from .trained_model import TrainedModel
+from .update_times import mean_speed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +40,8 @@ class Result(Mapping[str, Any]):
             clipping, and the rate is the one used.
         train_loss_history: one entry per epoch.
         val_loss_history, metrics, evaluation_updates: one entry per evaluation: its validation loss, its metrics by
-            name, and the number of updates before it. The evaluation before training is not included.
+            name, and the number of updates before it. The evaluation before training is not included: it is
+            `initial_loss` and `initial_metrics`.
         optimizer_steps, skipped_steps: windows with and without an optimizer step; together, all windows.
         short_updates: numbers of the updates with fewer rows than a full window, such as the last one of an epoch. A
             loss over the window depends on the number of rows, so it cannot be compared with that of a full one.
@@ -59,8 +63,7 @@ class Result(Mapping[str, Any]):
         unwritten: a sentence for each of these that could not be written, and for a model that could not be uploaded.
         interrupted: whether the run has not reached its end. The model has the weights of the last update, and
             `final_loss` is the last validation loss so far (without validation data, the training loss of the last
-            complete epoch), or NaN. In a loaded result of such a run, times and speeds are NaN.
-
+            complete epoch), or NaN. In a loaded result of such a run, `training_time` is NaN.
         restored_update: number of updates that the model's weights have had, if the run restored the best ones.
 
     `model`, which is not part of the mapping or of the file, is the trained model in memory.
@@ -99,9 +102,11 @@ class Result(Mapping[str, Any]):
     restored_update: int | None = None
     short_updates: list[int] = field(default_factory=list)
     noise_scale: dict[str, Any] | None = None
+    initial_metrics: dict[str, float] = field(default_factory=dict)
 
     # Not a field, so that comparing, printing, saving and copying the numbers leaves the model out.
-    _trained = (cast(Any, None),) * 3  # the model, the tokenizer, and the facts for the model card
+    _trained: ClassVar[TrainedModel | None] = None
+    _recorded: ClassVar[Recorded | None] = None  # of a run without `output_dir`, for reports
 
     @classmethod
     def of(
@@ -120,14 +125,14 @@ class Result(Mapping[str, Any]):
     ) -> "Result":
         """Build the result from the ledger of a run with at least one update."""
         windows, epochs, skipped = ledger.windows, ledger.epochs, sum(w.skipped for w in ledger.windows)
-        initial = next((e.val_loss for e in ledger.evaluations if not e.evaluation), None)
+        initial = next((e for e in ledger.evaluations if not e.evaluation), None)
         evaluations = [e for e in ledger.evaluations if e.evaluation]
         lowest, best = Criterion().best(evaluations), criterion.best(evaluations)
         last = batch_sizes.at(len(windows) - 1)
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
         return cls(
             final_loss=evaluations[-1].val_loss if evaluations else epochs[-1].train_loss if epochs else math.nan,
-            initial_loss=windows[0].loss if initial is None else initial,
+            initial_loss=windows[0].loss if initial is None else initial.val_loss,
             best_val_loss=None if lowest is None else lowest.val_loss,
             best_update=None if best is None else best.evaluation,
             loss_history=[w.loss for w in windows],
@@ -144,8 +149,8 @@ class Result(Mapping[str, Any]):
             gradient_accumulation_steps=last.gradient_accumulation_steps,
             num_processes=batch_sizes.num_processes,
             training_time=training_time,
-            samples_per_second=work.rows / work.seconds if work.seconds else math.nan,
-            tokens_per_second=work.tokens / work.seconds if work.positions else None,
+            samples_per_second=mean_speed(windows, "rows"),
+            tokens_per_second=mean_speed(windows, "tokens") if work.positions else None,
             padding_fraction=1 - work.tokens / work.positions if work.positions else None,
             passes_per_update=sum(w.passes for w in windows) / len(windows),
             out_of_memory=out_of_memory,
@@ -155,6 +160,7 @@ class Result(Mapping[str, Any]):
             accumulation_schedule=stages if batch_sizes.later else None,
             audits=[dict(vars(audit)) for audit in ledger.audits],
             interrupted=interrupted,
+            initial_metrics={} if initial is None else initial.metrics,
             noise_scale=summarize([vars(entry) for entry in ledger.noise_scales]),
             short_updates=[w.window + 1 for w in windows if w.rows < batch_sizes.at(w.window).effective_batch_size],
         )
@@ -191,8 +197,9 @@ class Result(Mapping[str, Any]):
     def report(self, path: str | Path | None = None) -> Path:
         """Write a page with the curves, results and settings of the run, and return its path.
 
-        The page is one HTML file that needs no network. It is made from the ledger in `output_dir`, and without one
-        from the histories. On several processes, only the main one writes.
+        The page is one HTML file that needs no network. It is made from the ledger in `output_dir` or, without a
+        folder, in memory; a copied or loaded result without either has only the histories. On several processes, only
+        the main one writes.
 
         Args:
             path: the file to write; None for `report.html` in `output_dir`.
@@ -201,7 +208,7 @@ class Result(Mapping[str, Any]):
             SettingsError: if `path` is None and there is no `output_dir`, or if matplotlib is missing.
             OSError: if the file cannot be written.
         """
-        return report_result(self, path)
+        return report_result(self, path, self._recorded)
 
     def plot(self) -> "Figure":
         """Return the curves of the report as a matplotlib figure, for notebooks.
@@ -209,7 +216,7 @@ class Result(Mapping[str, Any]):
         Raises:
             SettingsError: if matplotlib is missing.
         """
-        return plot_result(self)
+        return plot_result(self, self._recorded)
 
     @property
     def model(self) -> Any:
@@ -217,20 +224,18 @@ class Result(Mapping[str, Any]):
 
         None if the result was loaded, copied or unpickled.
         """
-        return self._trained[0]
+        return None if self._trained is None else self._trained.model
 
-    def with_model(self, model: Any, tokenizer: Any = None, facts: Any = None) -> "Result":
-        """Return the result with a trained model, and the tokenizer and the facts of a model card to save with it."""
-        result = replace(self)
-        object.__setattr__(result, "_trained", (model, tokenizer, facts))
-        return result
+    def with_model(self, model: Any, tokenizer: Any = None) -> "Result":
+        """Return the result with a trained model, and a tokenizer to save with it."""
+        return with_trained(self, TrainedModel(model, tokenizer), self._recorded)
 
     def without_model(self) -> "Result":
         """Return the result without the model, so that the model's memory can be freed."""
-        return replace(self)
+        return with_trained(self, None, self._recorded)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_trained"}
+        return {name: value for name, value in vars(self).items() if name in _RESULT_NAMES}
 
     def save_model(self, path: str | Path, *, merge: bool = False) -> None:
         """Write the trained model, its tokenizer if it has one, and a model card, for `from_pretrained` to read.
@@ -248,7 +253,7 @@ class Result(Mapping[str, Any]):
                 there are no adapters to merge, or they are those of a sharded model.
             OSError: if the folder cannot be written.
         """
-        save_trained(self, *self._trained, Path(path), merge=merge)
+        save_trained(self, self._trained, Path(path), merge=merge)
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON, with non-finite numbers as null.
@@ -282,6 +287,14 @@ class Result(Mapping[str, Any]):
                 interrupted=True,
             )
         return read_result(Path(path), _RESULT_NAMES, cls)
+
+
+def with_trained(result: Result, trained: TrainedModel | None, recorded: Recorded | None = None) -> Result:
+    """Return a result with a trained model, what is saved with it, and what the run has recorded in memory, if any."""
+    result = replace(result)
+    object.__setattr__(result, "_trained", trained)
+    object.__setattr__(result, "_recorded", recorded)
+    return result
 
 
 _RESULT_NAMES = tuple(f.name for f in fields(Result))

@@ -4,6 +4,7 @@ import html
 import math
 from typing import TYPE_CHECKING
 
+from ..insight.format import format_duration, format_number
 from ..insight.noise_words import describe_noise
 
 if TYPE_CHECKING:
@@ -28,21 +29,21 @@ def as_html(result: "Result") -> str:
 
 
 def _rows(result: "Result") -> list[tuple[str, str]]:
-    final = "none yet" if math.isnan(result.final_loss) and result.interrupted else f"{result.final_loss:.4f}"
-    rows = [("final loss", f"{final} (before training {result.initial_loss:.4f})")]
+    final = "none yet" if math.isnan(result.final_loss) and result.interrupted else format_number(result.final_loss)
+    rows = [("final loss", f"{final} (before training {format_number(result.initial_loss)})")]
     if result.interrupted:
         rows.insert(0, ("interrupted", f"after update {len(result.loss_history)}"))
     if result.restored_update is not None:
         rows.append(("model", _describe_restored(result, result.restored_update)))
     if result.metrics and result.metrics[-1]:
-        rows.append(("metrics", ", ".join(f"{k} {v:.4f}" for k, v in result.metrics[-1].items())))
+        rows.append(("metrics", ", ".join(f"{k} {format_number(v)}" for k, v in result.metrics[-1].items())))
     if result.best_val_loss is not None:
-        rows.append(("best validation loss", f"{result.best_val_loss:.4f}"))
+        rows.append(("best validation loss", format_number(result.best_val_loss)))
     steps = f"{result.optimizer_steps} of {_describe_rows(result)} rows, {result.skipped_steps} skipped"
     rows.append(("updates", steps))
     if not math.isnan(result.training_time):
         speed = f"{result.samples_per_second:.1f} rows/s in training"
-        rows.append(("time", f"{result.training_time:.1f} s, {speed}"))
+        rows.append(("time", f"{format_duration(result.training_time)}, {speed}"))
     passes = f"{result.passes_per_update:.1f} forward passes per update on each process"
     if result.padding_fraction is not None:
         passes += f", {result.padding_fraction:.1%} of token positions were padding"
@@ -64,7 +65,7 @@ def _rows(result: "Result") -> list[tuple[str, str]]:
 def _describe_restored(result: "Result", update: int) -> str:
     n = result.evaluation_updates.index(update)
     values = {"validation loss": result.val_loss_history[n], **result.metrics[n]}
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    shown = ", ".join(f"{name} {format_number(value)}" for name, value in values.items())
     return f"weights of update {update} of {len(result.loss_history)}, the best evaluation: {shown}"
 
 

@@ -1,43 +1,54 @@
 """The curves of a run, from its output folder or from a result in memory."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScale, RunCurves
+from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScaleCurve, RunCurves
 from ..runtime.run_dir import RunDir
-from .ledger import Ledger, WindowEntry
+from ..settings.recipe import Recipe
+from ..settings.runtime import Runtime
+from .ledger import Ledger
 from .outcome import describe_outcome
+from .recorded import Recorded
 from .run_record import RunRecord
+from .update_times import seconds_by_use, speeds
 
 if TYPE_CHECKING:
     from .result import Result
 
-_NOT_SETTINGS = ("recipe", "sources", "environment", "started_at", "finished", "noise_scale_reason")
+_SIZES = ("batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_processes")
+_NOT_SETTINGS = ("recipe", "sources", "environment", "subject", "started_at", "finished", "noise_scale_reason")
+_DEFAULTS = {f.name: f.default for kind in (Runtime, Recipe) for f in fields(kind)}
+_COPIED = "the run had no `output_dir`, and a result that is copied or loaded from a file has no ledger"
+_OLD = "an older version wrote the ledger and did not record it"
 
 
-def curves_of(result: "Result", name: str = "", folder: Path | None = None) -> RunCurves:
+def curves_of(
+    result: "Result", name: str = "", folder: Path | None = None, recorded: Recorded | None = None
+) -> RunCurves:
     """Return the curves of a result: those of the ledger in its folder, if that is the ledger of this run.
 
     Args:
         result: the result.
         name: the name of the run on the page; empty for that of its folder.
         folder: the folder of the run, if it is not where the run wrote it.
+        recorded: the ledger and the record in memory of a run without a folder.
     """
     folder = folder or (Path(result.output_dir) if result.output_dir is not None else None)
     run_dir = None if folder is None else RunDir(folder)
-    ledger = Ledger() if run_dir is None else Ledger.read(run_dir.ledger)
-    record = None if run_dir is None else RunRecord.read(run_dir.record)
-    if not np.array_equal([w.loss for w in ledger.windows], result.loss_history, equal_nan=True):
-        ledger, record = Ledger(), None  # the folder has another run by now
-    windows = ledger.windows
+    found, reason = _read(result, run_dir, recorded)
+    ledger, record, windows = found.ledger, found.record, found.ledger.windows
+    unit = "tokens" if any(w.tokens for w in windows) else "rows"
+    settings = _settings(result, record)
     return RunCurves(
-        name=name or ("run" if run_dir is None else run_dir.path.resolve().name),
+        name=name or ("" if run_dir is None else run_dir.path.resolve().name),
+        subject="" if record is None else record.describe_subject(),
         loss=result.loss_history,
         grad_norm=result.grad_norm_history,
         learning_rate=result.lr_history,
@@ -47,20 +58,52 @@ def curves_of(result: "Result", name: str = "", folder: Path | None = None) -> R
         evaluations=_evaluations(result, ledger),
         noise_scale=_noise_scale(ledger),
         padding=[1 - w.tokens / w.positions if w.positions else math.nan for w in windows],
-        speed=_speeds(windows),
-        speed_unit="tokens" if any(w.tokens for w in windows) else "rows",
-        seconds=_seconds(ledger),
+        speed=speeds(windows, unit),
+        speed_unit=unit,
+        seconds=seconds_by_use(ledger),
+        gaps=_gaps(ledger, record, reason),
         outcome=describe_outcome(result, ledger, run_dir),
-        settings=_settings(result, record),
+        settings=settings,
+        changed=_changed(settings, record),
         environment={} if record is None else dict(record.environment),
     )
 
 
+def _read(result: "Result", run_dir: RunDir | None, recorded: Recorded | None) -> tuple[Recorded, str]:
+    """Return the ledger and the record of a result, and why there is no ledger if there is none."""
+    if run_dir is None:
+        return recorded or Recorded(), _COPIED
+    if not run_dir.ledger.is_file():
+        return Recorded(), "the folder of the run has no `ledger.jsonl`"
+    ledger = Ledger.read(run_dir.ledger)
+    if not np.array_equal([w.loss for w in ledger.windows], result.loss_history, equal_nan=True):
+        return Recorded(), "the folder of the run has the ledger of another run by now"
+    return Recorded(ledger, RunRecord.read(run_dir.record)), ""
+
+
+def _gaps(ledger: Ledger, record: RunRecord | None, reason: str) -> dict[str, str]:
+    """Return why quantities are missing that only a ledger has.
+
+    Args:
+        ledger: the ledger; empty if there is none.
+        record: the record, if there is one.
+        reason: why there is no ledger.
+    """
+    if not ledger.windows:
+        return dict.fromkeys(("padding", "speed", "seconds", "noise_scale"), reason)
+    is_old = not any(math.isfinite(w.pass_seconds) for w in ledger.windows)
+    padding = _OLD if is_old else "the rows have no tokens"
+    noise = record.noise_scale_reason.rstrip(".") if record is not None else ""
+    return {"padding": padding, "speed": _OLD, "seconds": _OLD} | ({"noise_scale": noise} if noise else {})
+
+
 def _evaluations(result: "Result", ledger: Ledger) -> dict[str, Measured]:
-    """Return the validation losses and metrics, with those before training if the ledger has them."""
+    """Return the validation losses and metrics, with those before training as far as they are known."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     entries = [(e.evaluation, e.val_loss, e.metrics) for e in ledger.evaluations]
-    entries = entries or list(zip(result.evaluation_updates, result.val_loss_history, result.metrics, strict=False))
+    if not entries and result.val_loss_history:
+        later = zip(result.evaluation_updates, result.val_loss_history, result.metrics, strict=False)
+        entries = [(0, result.initial_loss, result.initial_metrics), *later]
     for update, loss, metrics in entries:
         for name, value in {VALIDATION_LOSS: loss, **metrics}.items():
             updates, values = found.setdefault(name, ([], []))
@@ -69,11 +112,11 @@ def _evaluations(result: "Result", ledger: Ledger) -> dict[str, Measured]:
     return {name: Measured(*both) for name, both in found.items()}
 
 
-def _noise_scale(ledger: Ledger) -> NoiseScale | None:
+def _noise_scale(ledger: Ledger) -> NoiseScaleCurve | None:
     entries = ledger.noise_scales
     if not entries:
         return None
-    return NoiseScale(
+    return NoiseScaleCurve(
         updates=[e.noise_scale for e in entries],
         values=[e.noise_rows for e in entries],
         lower=[e.noise_rows_lower for e in entries],
@@ -81,28 +124,19 @@ def _noise_scale(ledger: Ledger) -> NoiseScale | None:
     )
 
 
-def _speeds(windows: Sequence[WindowEntry]) -> list[float]:
-    """Return tokens per second of each update, or rows if the tokens are not known. Audits take no part in it."""
-    counts_tokens = any(w.tokens for w in windows)
-    seconds = [w.data_seconds + w.pass_seconds + w.optimizer_seconds for w in windows]
-    work = [w.tokens if counts_tokens else w.rows for w in windows]
-    return [done / time if time > 0 else math.nan for done, time in zip(work, seconds, strict=True)]
-
-
-def _seconds(ledger: Ledger) -> dict[str, float]:
-    """Return the time of all updates by its use. It is empty if no update has times."""
-    parts = {"data": "data_seconds", "forward and backward": "pass_seconds", "optimizer": "optimizer_seconds"}
-    times = np.array([[getattr(w, name) for name in parts.values()] for w in ledger.windows]).reshape(-1, len(parts))
-    if not np.isfinite(times).any():
-        return {}
-    seconds = dict(zip(parts, np.nansum(times, 0).tolist(), strict=True))
-    return seconds | ({"audits": sum(a.seconds for a in ledger.audits)} if ledger.audits else {})
-
-
 def _settings(result: "Result", record: RunRecord | None) -> dict[str, Any]:
     """Return the settings that the run recorded; without a record, the size of an update."""
-    sizes = ("batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_processes")
     if record is None:
-        return {name: result[name] for name in (*sizes, "accumulation_schedule")}
+        return {name: result[name] for name in (*_SIZES, "accumulation_schedule")}
     others = {name: value for name, value in asdict(record).items() if name not in _NOT_SETTINGS}
     return {**record.sources, **others, **record.recipe}
+
+
+def _changed(settings: Mapping[str, Any], record: RunRecord | None) -> list[str]:
+    """Return the settings that say most about a run: the model and the data, sizes, and what is not at its default."""
+    names = [name for name in (() if record is None else record.sources) if settings[name]]
+    return names + [
+        name
+        for name, value in settings.items()
+        if name not in names and (name in _SIZES or (name in _DEFAULTS and value != _DEFAULTS[name]))
+    ]

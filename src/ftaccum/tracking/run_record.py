@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputWarning, warn_user
+from ..insight.run_metadata import public_name
 from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
-_ADDED = ("environment", "noise_scale_reason")  # records of older versions lack them
+_ADDED = ("environment", "noise_scale_reason", "subject")  # records of older versions lack them
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class RunRecord:
         environment: versions, system and device, by name; empty if an older version wrote the record.
         noise_scale_reason: why the run does not measure the gradient noise scale; empty if it does, or if an older
             version wrote the record.
+        subject: the model, the data and the number of training rows; empty if an older version wrote the record.
     """
 
     recipe: dict[str, Any]
@@ -67,6 +69,7 @@ class RunRecord:
     finished: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     noise_scale_reason: str = ""
+    subject: str = ""
 
     @classmethod
     def of(
@@ -80,6 +83,7 @@ class RunRecord:
         command: Command | None,
         environment: Mapping[str, str] | None = None,
         noise_scale_reason: str = "",
+        subject: str = "",
     ) -> "RunRecord":
         """Return the record of a run that starts now."""
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
@@ -96,6 +100,7 @@ class RunRecord:
             sources={} if command is None else command.sources,
             environment=dict(environment or {}),
             noise_scale_reason=noise_scale_reason,
+            subject=subject,
         )
 
     def batch_sizes(self) -> BatchSizes:
@@ -107,6 +112,11 @@ class RunRecord:
     def criterion(self) -> Criterion:
         """Return the criterion that decides which evaluation is the best."""
         return Criterion.of_settings(self.recipe.get("metric_for_best"), self.recipe.get("greater_is_better"))
+
+    def describe_subject(self) -> str:
+        """Return the model, the data and the date of the run as one line."""
+        names = [public_name(str(self.sources[name])) for name in ("model", "train_data") if self.sources.get(name)]
+        return ", ".join(part for part in (self.subject or " on ".join(names), self.started_at[:10]) if part)
 
     def write(self, path: Path) -> bool:
         """Write the record, and return whether that worked. If not, remove an older record, which is of another run.

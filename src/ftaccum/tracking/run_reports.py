@@ -11,6 +11,7 @@ from ..insight.curves import Axis, RunCurves
 from ..insight.figures import figure_of
 from ..insight.run_report import report_page
 from ..runtime.atomic_files import atomic_write
+from .recorded import Recorded
 from .run_curves import curves_of
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from .result import Result
 
 
-def report_result(result: "Result", path: str | Path | None) -> Path:
+def report_result(result: "Result", path: str | Path | None, recorded: Recorded | None = None) -> Path:
     """Write the report of a result, and return its path. On several processes, only the main one writes.
 
     Args:
         result: the result.
         path: the file to write; None for `report.html` in the result's folder.
+        recorded: the ledger and the record in memory of a run without a folder.
 
     Raises:
         SettingsError: if `path` is None and the result has no folder, or if matplotlib is missing.
@@ -36,7 +38,7 @@ def report_result(result: "Result", path: str | Path | None) -> Path:
         )
     file = Path(path).expanduser() if path is not None else Path(str(result.output_dir), "report.html")
     if os.environ.get("RANK", "0") == "0":
-        write_report([curves_of(result)], file)
+        write_report([curves_of(result, recorded=recorded)], file)
     return file
 
 
@@ -61,14 +63,14 @@ def write_report(runs: Sequence[RunCurves], file: Path, axis: Axis | None = None
         partial.write_text(text, encoding="utf-8")
 
 
-def plot_result(result: "Result") -> "Figure":
-    """Return a figure of a result, with a panel for each quantity that it has.
+def plot_result(result: "Result", recorded: Recorded | None = None) -> "Figure":
+    """Return a figure of a result, with a panel for each quantity that is known.
 
     Raises:
         SettingsError: if matplotlib is missing.
     """
     with _matplotlib_for("`plot`"):
-        return figure_of(curves_of(result))
+        return figure_of(curves_of(result, recorded=recorded))
 
 
 @contextmanager

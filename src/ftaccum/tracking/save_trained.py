@@ -2,27 +2,28 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
-from ..insight.run_facts import RunFacts
+from .trained_model import TrainedModel
 
 if TYPE_CHECKING:
     from .result import Result
 
 
-def save_trained(
-    result: "Result", model: Any, tokenizer: Any, facts: RunFacts | None, path: Path, *, merge: bool
-) -> None:
+def save_trained(result: "Result", trained: TrainedModel | None, path: Path, *, merge: bool) -> None:
     """Write the trained model of a result, and its tokenizer if it has one, as `Result.save_model` does.
 
     Args:
-        facts: what the model card says of the run; None writes no card.
+        result: the result.
+        trained: its model; None if it has none.
+        path: the folder to write.
+        merge: whether to write a PEFT model as a plain model, with its adapters merged.
 
     Raises:
         SettingsError: if there is no model, or if it has no adapters to merge.
     """
-    if model is None:
+    if trained is None or trained.model is None:
         saved = f" The run saved its model in {str(Path(result.output_dir) / 'model')!r}." if result.output_dir else ""
         if result.interrupted:
             saved = " The run was interrupted, so it has saved no model yet. `resume='auto'` finishes it."
@@ -34,7 +35,8 @@ def save_trained(
         )
     from .model_files import save_on_main  # imports torch
 
-    if merge and not hasattr(model, "merge_and_unload"):
+    if merge and not hasattr(trained.model, "merge_and_unload"):
         raise SettingsError(["`merge` is True, but the model has no adapters to merge. Leave `merge` out."])
-    local = None if facts is None else replace(facts, repository=None)  # it is not known to be uploaded there
-    save_on_main(model, tokenizer, path, merges=merge, facts=local)
+    metadata = trained.metadata
+    local = None if metadata is None else replace(metadata, repository=None)  # it is not known to be uploaded there
+    save_on_main(trained.model, trained.tokenizer, path, merges=merge, metadata=local)

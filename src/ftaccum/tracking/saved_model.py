@@ -6,46 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from ..insight.loading import SavedModel
-from ..insight.model_card import merged_card, model_card, save_card
-from ..insight.run_facts import RunFacts, named_model
+from ..insight.model_card import CARD, merged_card, model_card, save_card
+from ..insight.run_metadata import RunMetadata, named_model
 from ..runtime.log import logger
+from .auto_classes import auto_class_of, auto_class_of_adapters
 
 ADAPTER = "adapter_config.json"  # PEFT's file that marks a folder of adapters
-CARD = "README.md"
 
-# The auto classes of Transformers, a part of the name of their table of classes, and the task on the hub. If a class is
-# in several tables, the first one counts.
-_AUTO_CLASSES = (
-    ("AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION", "text-classification"),
-    ("AutoModelForTokenClassification", "TOKEN_CLASSIFICATION", "token-classification"),
-    ("AutoModelForQuestionAnswering", "QUESTION_ANSWERING", "question-answering"),
-    ("AutoModelForMultipleChoice", "MULTIPLE_CHOICE", "multiple-choice"),
-    ("AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", None),  # the hub decides between translation, summarization, …
-    ("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", "image-text-to-text"),
-    ("AutoModelForCausalLM", "CAUSAL_LM", "text-generation"),
-    ("AutoModelForMaskedLM", "MASKED_LM", "fill-mask"),
-    ("AutoModelForImageClassification", "IMAGE_CLASSIFICATION", "image-classification"),
-    ("AutoModelForAudioClassification", "AUDIO_CLASSIFICATION", "audio-classification"),
-    ("AutoModelForObjectDetection", "OBJECT_DETECTION", "object-detection"),
-    ("AutoModelForSemanticSegmentation", "SEMANTIC_SEGMENTATION", "image-segmentation"),
-    ("AutoModelForSpeechSeq2Seq", "SPEECH_SEQ_2_SEQ", "automatic-speech-recognition"),
-    ("AutoModelForCTC", "CTC", "automatic-speech-recognition"),
-)
-# The tasks of PEFT whose adapters it loads together with their base model.
-_AUTO_PEFT = {
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-}
 _WITH_LABELS = {"text-classification", "token-classification", "image-classification"}
 
 
-def write_card(model: Any, facts: RunFacts, folder: Path, name: str) -> None:
+def write_card(model: Any, metadata: RunMetadata, folder: Path, name: str) -> None:
     """Write the card of a model into the folder that it has been saved in. If that fails, log a warning.
 
     Args:
@@ -53,7 +26,7 @@ def write_card(model: Any, facts: RunFacts, folder: Path, name: str) -> None:
         name: the name that the folder will have.
     """
     try:
-        save_card(model_card(facts, describe_model(model, folder), name), folder)
+        save_card(model_card(metadata, describe_model(model, folder), name), folder)
     except Exception as error:  # a card must not cost a trained model
         _report(folder, error)
 
@@ -102,6 +75,7 @@ def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any]) -> SavedMod
     """Return what a folder of adapters contains, given their base model and their configuration."""
     config = getattr(model, "config", None)
     labels = getattr(config, "id2label", None) if base.task in _WITH_LABELS else None
+    auto_class = auto_class_of_adapters(adapter.get("task_type"))
     return SavedModel(
         "peft",
         base.class_name,
@@ -111,18 +85,15 @@ def _adapters(base: SavedModel, model: Any, adapter: dict[str, Any]) -> SavedMod
         labels={int(number): str(label) for number, label in labels.items()} if labels else None,
         base=named_model(adapter.get("base_model_name_or_path")),
         adapter=str(adapter["peft_type"]).lower(),
-        auto_peft=_AUTO_PEFT.get(adapter.get("task_type") or ""),
+        auto_peft=None if auto_class is None else auto_class.with_adapters,
     )
 
 
 def _loader(kind: type) -> tuple[str | None, str | None]:
     """Return the class of Transformers that loads models of a class, if there is one, and their task on the hub."""
-    name = kind.__name__
-    for auto_class, table, task in _AUTO_CLASSES:
-        classes = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {})
-        if any(name == each or (isinstance(each, tuple) and name in each) for each in classes.values()):
-            return auto_class, task
-    return (name if kind.__module__.startswith("transformers.") else None), None
+    if (auto_class := auto_class_of(kind)) is not None:
+        return auto_class.name, auto_class.task
+    return (kind.__name__ if kind.__module__.startswith("transformers.") else None), None
 
 
 def _processor(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import SettingsError, refuse, shown
-from ..runtime.adapters import ModuleTree, fully_trained_modules, has_adapters, is_peft_model, new_modules
+from ..runtime.adapters import ModuleTree, has_adapters, is_peft_model, new_modules
 from ..runtime.state_guards import preserve_rng, seed_all
 
 DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
@@ -131,21 +131,6 @@ def added_adapters(model: Any, lora: Any, seed: int, keeps: Callable[[], bool]) 
     finally:
         if not keeps():
             before.restore()
-
-
-def describe_adapters(model: Any) -> list[str]:
-    """Return the banner's line about the adapters of a PEFT model, if it is one."""
-    if not is_peft_model(model):
-        return []
-    configuration = next(iter(model.peft_config.values()))
-    kind = getattr(configuration.peft_type, "value", configuration.peft_type).replace("LORA", "LoRA")
-    names = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-    numbers = [f"{word} {getattr(configuration, name)}" for name, word in names.items() if hasattr(configuration, name)]
-    trained, total = model.get_nb_trainable_parameters()
-    whole = fully_trained_modules(model)
-    also = f"; trained in full: {', '.join(whole)}" if whole else ""
-    counts = f"{trained:,} of {total:,} parameters are trained ({trained / max(1, total):.2%})"
-    return [f"Adapters: {', '.join([kind, *numbers])}{also}; {counts}"]
 
 
 def head_modules(model: Any) -> list[str]:

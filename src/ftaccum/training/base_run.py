@@ -30,7 +30,8 @@ from ..runtime.sharding.launcher import find_sharding, ignored_modes, sharding_n
 from ..runtime.sharding.options import ShardingOptions
 from ..runtime.sharding.shard import fits_whole
 from ..runtime.sharding.units import CallOrder, candidate_units, observing
-from .adapters import added_adapters, describe_adapters
+from .adapter_summary import summarize_adapters
+from .adapters import added_adapters
 from .build_data import TrainingData, build_data
 from .build_plan import build_batch_sizes, build_planner, check_batch_sizes
 from .build_sharding import check_sharding
@@ -141,7 +142,8 @@ class Run:
     @property
     def adapter_notes(self) -> list[str]:
         """The line about the adapters, if the model has some."""
-        return describe_adapters(self.model)
+        summary = summarize_adapters(self.model)
+        return [] if summary is None else [f"Adapters: {summary}"]
 
     def new_batch_sizes(self, known: int | None = None) -> BatchSizes:
         """Resolve the sizes of an update; measure the physical batch size if it is "auto".

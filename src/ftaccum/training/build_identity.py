@@ -1,8 +1,10 @@
 """The identity of a run, which checkpoints save so that only the same run resumes from them, and its `run.json`."""
 
 import platform
+from importlib.metadata import version
 
 from accelerate import Accelerator
+from torch import nn
 from torch.optim import Optimizer
 
 from ..checkpoint.compatibility import (
@@ -17,12 +19,15 @@ from ..checkpoint.compatibility import (
     rows_identity,
     size_identity,
 )
+from ..data.iterable import is_stream
 from ..planning.batch_size import BatchSizes
 from ..planning.halves import MeasuredWindows
 from ..runtime.accelerator import device_name
+from ..runtime.adapters import is_peft_model
 from ..tracking.run_record import RunRecord
 from .build_data import TrainingData
 from .config import RunConfig
+from .named_sources import describe_subject
 from .rates import peak_rates
 
 
@@ -75,10 +80,21 @@ def build_identity(
     )
 
 
+def software_versions(model: nn.Module) -> dict[str, str]:
+    """Return the versions of Python and of the packages that a run uses, by name."""
+    packages = ["datasets", *(["peft"] if is_peft_model(model) else [])]
+    return package_versions() | {name: version(name) for name in packages} | {"python": platform.python_version()}
+
+
 def build_record(
-    config: RunConfig, batch_sizes: BatchSizes, accelerator: Accelerator, measured: MeasuredWindows
+    config: RunConfig,
+    data: TrainingData,
+    batch_sizes: BatchSizes,
+    accelerator: Accelerator,
+    measured: MeasuredWindows,
 ) -> RunRecord:
     """Return the record of a run that starts now."""
+    n_rows = None if is_stream(config.components.train_data) else len(data.train_rows)
     return RunRecord.of(
         recipe_identity(config.recipe),
         batch_sizes,
@@ -87,11 +103,11 @@ def build_record(
         keep_checkpoints=config.runtime.keep_checkpoints,
         command=config.command,
         environment={
-            **package_versions(),
-            "python": platform.python_version(),
+            **software_versions(config.components.model),
             "system": platform.platform(),
             "device": device_name(accelerator.device),
             "mixed precision": accelerator.mixed_precision,
         },
         noise_scale_reason=measured.reason,
+        subject=describe_subject(config, n_rows, is_synthetic=data.synthetic),
     )

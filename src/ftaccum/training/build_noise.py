@@ -5,7 +5,7 @@ from torch.optim import Optimizer
 from ..objective.item_counts import OF_USER
 from ..objective.objective import Objective
 from ..planning.base_plan import BasePlan
-from ..planning.halves import AUTO_EVERY, AUTO_LEAST_WINDOWS, LEAST_ROWS, MeasuredWindows
+from ..planning.halves import AUTO_EVERY, AUTO_LEAST_WINDOWS, LEAST_MEASURED, LEAST_ROWS, MeasuredWindows
 from ..planning.plan import Plan
 from ..runtime.log import logger
 from ..settings.runtime import Runtime
@@ -15,7 +15,7 @@ from .closure import needs_closure
 def build_measured_windows(
     runtime: Runtime, plan: BasePlan, objective: Objective, optimizer: Optimizer, *, is_sharded: bool
 ) -> MeasuredWindows:
-    """Return the windows to measure; if there are none, the reason is logged, too."""
+    """Return the windows to measure. If there are none, they have the reason, which is also logged, and a remedy."""
     reason = (
         _of_setting(runtime)
         or _of_loss(objective)
@@ -40,19 +40,26 @@ def _every(noise_scale: int | str) -> int:
 def _of_setting(runtime: Runtime) -> str | None:
     """Return why the settings do not ask for a measurement; None if they do."""
     if runtime.noise_scale is False:
-        return "`noise_scale` is False"
+        return "`noise_scale` is False. To measure it, train with `noise_scale='auto'`"
     if runtime.noise_scale == "auto" and runtime.deterministic:
-        return "`noise_scale` is 'auto', which measures nothing with `deterministic`"
+        why = "`noise_scale` is 'auto', which measures nothing with `deterministic`"
+        return f"{why}. Give the number of updates from one measurement to the next, such as `noise_scale={AUTO_EVERY}`"
     return None
 
 
 def _of_length(noise_scale: int | str, n_windows: int) -> str | None:
     """Return why a run of this length is not measured; None if it is."""
+    every = _every(noise_scale)
+    smaller = max(1, n_windows // (2 * LEAST_MEASURED))
     if noise_scale == "auto" and n_windows < AUTO_LEAST_WINDOWS:
-        return f"the run has {n_windows} updates, and `noise_scale` 'auto' needs {AUTO_LEAST_WINDOWS}"
-    if n_windows < _every(noise_scale):
-        return f"the run has {n_windows} updates, and the first measurement would be at update {_every(noise_scale)}"
-    return None
+        why = f"the run has {n_windows} updates, and `noise_scale` 'auto' needs {AUTO_LEAST_WINDOWS}"
+    elif n_windows < every:
+        why = f"the run has {n_windows} updates, and the first measurement would be at update {every}"
+    else:
+        return None
+    if n_windows < LEAST_MEASURED:
+        return f"{why}. An estimate needs {LEAST_MEASURED} or more: train longer"
+    return f"{why}. Train with `noise_scale={smaller}`, the number of updates from one measurement to the next"
 
 
 def _of_loss(objective: Objective) -> str | None:
@@ -73,10 +80,10 @@ def _of_loss(objective: Objective) -> str | None:
 def _of_run(plan: BasePlan, optimizer: Optimizer, *, is_sharded: bool) -> str | None:
     """Return why the run does not allow a measurement; None if it does."""
     if is_sharded:
-        return "the model is sharded"
+        return "the model is sharded. Train without sharding if it fits into the memory of a device"
     if needs_closure(optimizer):
         return "the optimizer computes the gradient of an update several times"
     largest = max(sizes.effective_batch_size for _, sizes in plan.batch_sizes.stages())
     if largest < LEAST_ROWS:
-        return f"an update has {largest} rows, fewer than {LEAST_ROWS}"
+        return f"an update has {largest} rows, fewer than {LEAST_ROWS}. Give a larger `effective_batch_size`"
     return None

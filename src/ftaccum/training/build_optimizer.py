@@ -16,7 +16,7 @@ from .closure import check_step
 from .config import RunConfig
 from .optimizer import make_optimizer, refuse_float16, warn_of_untrained_loss
 from .parameter_groups import describe_groups, parameter_groups
-from .rates import describe_rates, preserve_learning_rates
+from .rates import preserve_learning_rates, summarize_optimizer
 
 
 class OptimizedRun(Run):
@@ -59,7 +59,7 @@ class OptimizedRun(Run):
             return []
         scheduled = switches_weights(self.optimizer) and not recipe.lr_scheduler.startswith("constant")
         hint = ["Note: a schedule-free optimizer is meant for `lr_scheduler='constant'`"] if scheduled else []
-        return [describe_rates(self.optimizer), *groups, *hint]
+        return [f"Optimizer: {summarize_optimizer(self.optimizer)}", *groups, *hint]
 
     @cached_property
     def gradients(self) -> GradientStrategy:

@@ -11,6 +11,7 @@ from ..runtime.log import logger
 from ..tracking.hub import check_hub
 from ..tracking.ledger import Ledger
 from ..tracking.publishing import publish
+from ..tracking.recorded import Recorded
 from ..tracking.result import Result
 from ..tracking.run_record import RunRecord
 from ..tracking.throughput import Throughput
@@ -27,7 +28,7 @@ _NOT_REPEATABLE = (
 class RunWithOutputs(EvaluatedSetup):
     """The components of a training run, with those that describe it in files."""
 
-    _record: RunRecord | None = None  # what is in `run.json`; only on the main process
+    _record: RunRecord | None = None  # what `run.json` has; only on the main process
 
     @cached_property
     def repository(self) -> str | None:
@@ -42,12 +43,15 @@ class RunWithOutputs(EvaluatedSetup):
 
         This runs on the main process only. It must build no component, because the other processes would not.
         """
+        if self.callback.saves_model:  # a search records its trials itself
+            self._record = build_record(
+                self.config, self.data, self.batch_sizes, self.accelerator, self.measured_windows
+            )
         if self.run_dir is None or self.checkpoints is None:
             return
         ledger.keep_in(self.run_dir.ledger)
         ledger.catch_up()
-        if self.callback.saves_model:  # a search records its trials itself
-            self._record = build_record(self.config, self.batch_sizes, self.accelerator, self.measured_windows)
+        if self._record is not None:
             self._record.write(self.run_dir.record)
         self.checkpoints.set_aside(self.resume_point.path, self.resume_point.damaged)
         if not self.data.train.repeats:
@@ -63,6 +67,10 @@ class RunWithOutputs(EvaluatedSetup):
             for fault in unwritten[len(result.unwritten) :]:
                 warn_user(fault, OutputWarning)
         return replace(result, unwritten=unwritten)
+
+    def _recorded(self) -> Recorded | None:
+        """Return what a run without a folder has recorded in memory; None if a folder has it."""
+        return Recorded(self.metrics_logger.ledger, self._record) if self.run_dir is None else None
 
     def _finish(self) -> None:
         """Record that the run has finished, and remove the checkpoints that it no longer needs."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from accelerate import Accelerator
 
@@ -133,27 +134,62 @@ def refuse_single_rows(data: TrainingData, plan: BasePlan, planner: MicroBatchPl
         )
 
 
+@dataclass(frozen=True)
+class MicroBatchSummary:
+    """The limits of a micro-batch, and how updates are split.
+
+    Attributes:
+        rows: `batch_size`: the most rows, unless `tokens` limits a micro-batch.
+        tokens: the most tokens; None if `rows` limits a micro-batch.
+        is_measured: whether `batch_size` was measured.
+        follows_rows: whether `tokens` is the size of `rows` of the longest rows.
+        minimizes_cost: whether the planner splits updates so that they cost least.
+        padding_free: whether rows are concatenated.
+    """
+
+    rows: int
+    tokens: int | None
+    is_measured: bool
+    follows_rows: bool
+    minimizes_cost: bool
+    padding_free: bool
+
+    def __str__(self) -> str:
+        layout = "; rows concatenated, without padding" if self.padding_free else ""
+        order = "to minimize its estimated cost" if self.minimizes_cost else "in order of arrival"
+        return f"at most {self._most()}; each update is split {order}{layout}"
+
+    def _most(self) -> str:
+        if self.tokens is None:
+            return f"{self.rows} rows" + (f" ({_FOUND})" if self.is_measured else "")
+        if not self.follows_rows:
+            return f"{self.tokens} tokens"
+        found = f", {_FOUND}," if self.is_measured else ""
+        return f"{self.tokens} tokens (batch_size {self.rows}{found} × longest row {self.tokens // self.rows})"
+
+
+def summarize_micro_batches(
+    runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchPlanner, *, knows_lengths: bool
+) -> MicroBatchSummary:
+    """Return the limits of a micro-batch, and how updates are split."""
+    return MicroBatchSummary(
+        batch_sizes.batch_size,
+        planner.limits.tokens,
+        is_measured=runtime.batch_size == "auto",
+        follows_rows=runtime.limits_tokens_automatically,
+        # If all rows are as wide as the longest, or lengths are unknown, full micro-batches cost least.
+        minimizes_cost=planner.costs is not None and knows_lengths,
+        padding_free=runtime.padding_free,
+    )
+
+
 def describe_cut(runtime: Runtime, batch_sizes: BatchSizes, planner: MicroBatchPlanner, *, knows_lengths: bool) -> str:
-    """Return the banner's lines about the limits of a micro-batch and how windows are cut."""
-    most = _describe_limits(runtime, batch_sizes.batch_size, planner.limits.tokens)
-    layout = "; rows concatenated, without padding" if runtime.padding_free else ""
-    # If all rows are as wide as the longest, or lengths are unknown, full micro-batches cost least.
-    cut = "to minimize its estimated cost" if planner.costs is not None and knows_lengths else "in order of arrival"
-    line = f"Micro-batches: at most {most}; each update is split {cut}{layout}"
+    """Return the banner's lines about the limits of a micro-batch and how updates are split."""
+    line = f"Micro-batches: {summarize_micro_batches(runtime, batch_sizes, planner, knows_lengths=knows_lengths)}"
     if runtime.max_tokens is not None and batch_sizes.gradient_accumulation_steps == 1 and not batch_sizes.later:
         rows = batch_sizes.effective_batch_size
         line += f"\nNote: an update has {rows} rows, as `batch_size` says; set `effective_batch_size` for more"
     return line
-
-
-def _describe_limits(runtime: Runtime, batch_size: int, tokens: int | None) -> str:
-    is_found = runtime.batch_size == "auto"
-    if tokens is None:
-        return f"{batch_size} rows" + (f" ({_FOUND})" if is_found else "")
-    if not runtime.limits_tokens_automatically:
-        return f"{tokens} tokens"
-    found = f", {_FOUND}," if is_found else ""
-    return f"{tokens} tokens (batch_size {batch_size}{found} × longest row {tokens // batch_size})"
 
 
 def _splits(runtime: Runtime, batch_sizes: BatchSizes) -> bool:

@@ -23,10 +23,10 @@ from ..planning.plan import Plan
 from ..tracking.console import Console
 from ..tracking.ledger import Ledger
 from ..tracking.metrics_logger import MetricsLogger, tracking
-from ..tracking.model_files import TrainedModel
 from ..tracking.noise_scale import NoiseScaleRecorder
 from ..tracking.selection import Criterion
 from ..tracking.trackers import set_tracker_folder
+from ..tracking.trained_model import TrainedModel
 from .audit import AuditHandler
 from .build_identity import build_identity
 from .build_noise import build_measured_windows, repeated_rows

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from ..data.loader import LocalRows, MicroBatch
+from ..insight.format import format_duration
 from ..objective.batch_changes import fresh_batch
 from ..planning.micro_batches import MicroBatchRows
 from ..runtime.gradients.plain import GradientStrategy
@@ -116,7 +117,7 @@ class PreviewRun(Run):
         return [
             *lines,
             f"Time: about {each:.3g} s for a forward and backward pass, {update:.3g} s for an update of {len(micros)} "
-            f"passes, {_duration(update * self.plan.n_windows)} in all, without evaluation and optimizer steps",
+            f"passes, {format_duration(update * self.plan.n_windows)} in all, without evaluation and optimizer steps",
         ]
 
     def _longest_rows(self, n_rows: int) -> MicroBatch:
@@ -152,9 +153,3 @@ def _size(n_bytes: float) -> str:
     while n_bytes >= 1000 and power < len(_UNITS) - 1:
         n_bytes, power = n_bytes / 1000, power + 1
     return f"{n_bytes:.3g} {_UNITS[power]}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

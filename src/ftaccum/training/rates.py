@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,14 +88,35 @@ def check_groups(optimizer: Optimizer, given: Collection[str]) -> None:
     refuse(faults)
 
 
-def describe_rates(optimizer: Optimizer) -> str:
-    """Return the banner's line about the optimizer, its peak learning rates and its weight decay."""
+@dataclass(frozen=True)
+class OptimizerSummary:
+    """An optimizer, its peak learning rates and its weight decay.
+
+    Attributes:
+        kind: the name of its class.
+        learning_rates: the peak learning rate of each group; None if the optimizer sets its own at each step.
+        weight_decays: the weight decay of each group that has one.
+    """
+
+    kind: str
+    learning_rates: tuple[float, ...] | None
+    weight_decays: tuple[float, ...]
+
+    def __str__(self) -> str:
+        own = "its own at each step (no schedule)"
+        rates = own if self.learning_rates is None else _listed(self.learning_rates)
+        decay = f", weight decay {_listed(self.weight_decays)}" if self.weight_decays else ""
+        return f"{self.kind}, learning rate {rates}{decay}"
+
+
+def summarize_optimizer(optimizer: Optimizer) -> OptimizerSummary:
+    """Return the kind, the peak learning rates and the weight decay of an optimizer."""
     groups = optimizer.param_groups
-    rates = "its own" if any(map(sets_its_own, groups)) else _listed(group["lr"] for group in groups)
-    decays = [group["weight_decay"] for group in groups if _is_number(group.get("weight_decay"))]
-    decay = f", weight decay {_listed(decays)}" if decays else ""
-    steps = " at each step (no schedule)" if rates == "its own" else ""
-    return f"Optimizer: {type(optimizer).__name__}, learning rate {rates}{steps}{decay}"
+    return OptimizerSummary(
+        type(optimizer).__name__,
+        None if any(map(sets_its_own, groups)) else tuple(float(group["lr"]) for group in groups),
+        tuple(float(group["weight_decay"]) for group in groups if _is_number(group.get("weight_decay"))),
+    )
 
 
 def peak_rates(optimizer: Optimizer) -> list[float | None]:
@@ -179,8 +201,8 @@ def _contradiction(name: str, wanted: float, other: str) -> str:
     return f"`{name}` is {wanted:g}, but {other}. Leave one of them out to make clear which one you mean."
 
 
-def _listed(numbers: Any) -> str:
-    listed = dict.fromkeys(float(number) for number in numbers)
+def _listed(numbers: Iterable[float]) -> str:
+    listed = dict.fromkeys(numbers)
     if len(listed) > _LISTED:
         return f"{min(listed):g} to {max(listed):g}"
     return " and ".join(dict.fromkeys(f"{number:g}" for number in listed))

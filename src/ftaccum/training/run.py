@@ -10,12 +10,12 @@ from ..runtime.log import logger
 from ..runtime.memory import AgreedOutOfMemoryError
 from ..tracking.console import describe_outputs
 from ..tracking.export import write_model, write_outputs
-from ..tracking.result import Result
+from ..tracking.result import Result, with_trained
 from ..tracking.step import StepResult
 from .build_outputs import RunWithOutputs
 from .build_plan import describe_cut
 from .callbacks import Callback
-from .card_facts import gather_facts
+from .card_metadata import gather_metadata
 from .config import RunConfig
 from .loop import LoopHooks, PassesDifferError
 from .nonfinite import NonFiniteUpdate
@@ -69,10 +69,11 @@ class TrainingRun(RunWithOutputs):
         self.callback_handler.end(restored_best=restored is not None)
         result = replace(self._result(), restored_update=restored)
         self._inner.close()  # before saving, restore the model's mode and remove wrappers
-        facts = gather_facts(self, result) if self.callback.saves_model else None
-        saved = replace(self.trained_model, facts=facts) if self.callback.saves_model else None
+        saves = self.callback.saves_model
+        trained = replace(self.trained_model, metadata=gather_metadata(self, result) if saves else None)
+        saved = trained if saves else None
         result = write_outputs(result, self.metrics_logger.ledger, saved, self.run_dir, self.process_group)
-        result = self._publish(result).with_model(self.model, self.config.components.tokenizer, facts)
+        result = with_trained(self._publish(result), trained, self._recorded())
         try:
             self.callback_handler.settle()
         except CallbackError as error:
@@ -91,8 +92,8 @@ class TrainingRun(RunWithOutputs):
         result = replace(self._result(), interrupted=True)
         self._inner.close()
         self.console.result(result)
-        facts = gather_facts(self, result, f"Training was interrupted after update {len(result.loss_history)}.")
-        return result.with_model(self.model, self.config.components.tokenizer, facts)
+        metadata = gather_metadata(self, result, f"Training was interrupted after update {len(result.loss_history)}.")
+        return with_trained(result, replace(self.trained_model, metadata=metadata), self._recorded())
 
     def _keep_inexact(self) -> list[str]:
         """Save the model of a run that an inexact gradient has ended; return sentences that say where it is saved."""
@@ -106,7 +107,7 @@ class TrainingRun(RunWithOutputs):
         result = replace(self._result(), interrupted=True)
         self._inner.close()
         why = f"Training ended after update {n_updates}: accumulating the next gradient was not exact."
-        trained = replace(self.trained_model, facts=gather_facts(self, result, why))
+        trained = replace(self.trained_model, metadata=gather_metadata(self, result, why))
         faults = write_model(trained, self.run_dir, self.process_group)
         kept = faults or [f"The model after {n_updates} updates is in {self.run_dir.model}."]
         return [*kept, saved] if saved else kept

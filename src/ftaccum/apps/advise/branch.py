@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...errors import CheckpointError, DivergedError, SettingsError
+from ...errors import CheckpointError, CheckpointMismatchError, DivergedError, SettingsError
 from ...planning.shuffle import hold_out
 from ...runtime.sharding.launcher import hidden_modes
 from ...runtime.state_guards import preserve_rng
@@ -21,8 +21,8 @@ from ...training.config import RunConfig
 from ...training.run import run_training
 from ..run_arguments import default_arguments
 from .experiment import Cell, Experiment, RowOrder, scaled_rates
-from .figures import Outcome
 from .recorded_run import RecordedRun
+from .statistics import Outcome
 
 # Metrics do not enter the comparison, and generating texts for them may take longer than the training.
 _OF_METRICS = ("compute_metrics", "preprocess_logits_for_metrics", "generation_kwargs")
@@ -130,7 +130,7 @@ class Branches:
                 [
                     f"The run in {str(self.run.folder)!r} cannot be continued: its model, its data or its settings "
                     "have changed since its checkpoint.",
-                    *error.faults[1:],
+                    *(error.differences if isinstance(error, CheckpointMismatchError) else error.faults),
                 ]
             ) from error
         return Outcome(cell, number + 1, loss if math.isfinite(loss) else math.inf, time.perf_counter() - started)
@@ -205,19 +205,24 @@ def _order(run: RecordedRun, experiment: Experiment, loaded: Loaded) -> RowOrder
     """Return the rows that follow the checkpoint, some of them held out if the run has no validation rows."""
     seed, rows = run.recipe["random_seed"], experiment.rows
     epoch, done = divmod(run.rows_done, run.n_rows)
-    if run.recipe.get("sampler") == "balanced":
+    is_balanced = run.recipe.get("sampler") == "balanced"
+    if is_balanced:
         done = 0  # an epoch draws rows, so no row is done
     if loaded.val is not None:
         return RowOrder(run.n_rows, epoch, done, seed, rows)
+    if is_balanced:
+        raise SettingsError(
+            [
+                "The run has no validation rows, and `sampler` is 'balanced', which may draw any row, so none can be "
+                "held out. Train with validation rows."
+            ]
+        )
     left = run.n_rows - done - rows
-    if run.recipe.get("sampler") == "balanced" or left < experiment.effective_batch_size:
+    if left < experiment.effective_batch_size:
         raise SettingsError(
             [
                 f"The run has no validation rows, and only {max(0, left):,} rows of its epoch follow the {rows:,} that "
                 "a branch trains on, too few to hold out. Give a smaller `--share`, or train with validation rows."
-                if run.recipe.get("sampler") != "balanced"
-                else "The run has no validation rows, and `sampler` is 'balanced', which may draw any row, so none can "
-                "be held out. Train with validation rows."
             ]
         )
     return RowOrder(run.n_rows, epoch, done, seed, rows, n_held=min(left, rows))

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from ...runtime.atomic_files import atomic_write
 from ...runtime.run_dir import RunDir
 from .branch import Branches
 from .experiment import CELLS, Cell, Experiment
-from .figures import Outcome, as_json, intervals_of, table, verdict
 from .options import AdviseOptions
 from .recorded_run import RecordedRun
+from .statistics import Outcome, as_json, intervals_of, table, verdict
 
-_EVALUATION = 1 / 3  # time of a forward pass / time of a forward and a backward pass
+# Time of a forward pass / time of a forward and a backward pass. The backward pass has about twice the operations of
+# the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+_EVALUATION = 1 / 3
 _CAVEATS = (
     "This compares batches at equal rows, near one checkpoint and at constant rates. docs/noise_scale.md says what "
     "that leaves out."
@@ -43,14 +45,14 @@ def check_run(folder: Path, options: AdviseOptions, runtime: dict[str, Any]) -> 
             print(describe(run, experiment, branches, size), flush=True)
         outcomes, is_complete = _train(branches, shows=is_main and shows)
     if is_main and outcomes:
-        found = intervals_of(outcomes)
-        said = verdict(found, experiment, branches.measure)
-        print("", table(found, experiment, branches.measure), "", said, _CAVEATS, sep="\n")
+        losses = table(intervals_of(outcomes), experiment, branches.measure)
+        conclusion = verdict(outcomes, experiment, branches.measure)
+        print("", losses, "", conclusion, _CAVEATS, sep="\n")
         if options.json is not None:
-            figures = {"run": str(folder), "checkpoint": run.checkpoint.path.name}
-            figures |= as_json(experiment, outcomes, branches.measure, said)
+            values = {"run": str(folder), "checkpoint": run.checkpoint.path.name}
+            values |= as_json(experiment, outcomes, branches.measure, conclusion)
             with atomic_write(Path(options.json).expanduser()) as partial:
-                partial.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+                partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
     return is_complete
 
 
@@ -104,22 +106,16 @@ def _passes(experiment: Experiment, cell: Cell, batch_size: int) -> int:
 
 @contextmanager
 def _locked(folder: Path, *, needed: bool) -> Iterator[None]:
-    """Keep runs out of a folder, which could remove the checkpoint; only on the process that needs it.
+    """Keep other runs, which could remove the checkpoint, out of a folder; only on the process that needs it.
 
     Raises:
         SettingsError: if a run uses the folder.
     """
-    if not needed:
+    with ExitStack() as stack:
+        if needed:
+            try:
+                stack.enter_context(RunDir(folder.absolute()).lock())
+            except CheckpointError as error:
+                running = f"The run in {str(folder)!r} is training at the moment."
+                raise SettingsError([f"{running} Check it when it has ended or was interrupted."]) from error
         yield
-        return
-    lock = RunDir(folder.absolute()).lock()
-    try:
-        lock.__enter__()
-    except CheckpointError as error:
-        raise SettingsError(
-            [f"The run in {str(folder)!r} is training at the moment. Check it when it has ended or was interrupted."]
-        ) from error
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)

@@ -71,15 +71,16 @@ class Experiment:
 
 
 def experiment_of(
-    effective_batch_size: int, n_rows: int, rates: tuple[float, float], optimizer: str, *, share: float, seeds: int
+    effective_batch_size: int, n_rows: int, optimizer: str, *, rate: float, peak: float, share: float, seeds: int
 ) -> Experiment:
     """Return the experiment for a run.
 
     Args:
         effective_batch_size: rows of an update of the run. If it is odd, the experiment has one row less.
         n_rows: rows that the whole run trains on; each epoch counts its rows again.
-        rates: the learning rate to keep, and the peak of the run's schedule.
         optimizer: the name of the run's optimizer.
+        rate: the learning rate to keep.
+        peak: the peak of the run's schedule.
         share: share of `n_rows` that each branch trains on, rounded down to whole updates of all sizes.
         seeds: number of orders of the rows.
 
@@ -106,7 +107,6 @@ def experiment_of(
                 f"needs at least {fewest:,}: {_FEWEST} updates of {unit:,} rows, twice the batch. {remedy}"
             ]
         )
-    rate, peak = rates
     return Experiment(even, rows, rate, rate / peak, "linear" if optimizer == "sgd" else "sqrt", seeds)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from ...errors import SettingsError
 from ...insight.noise_words import describe_noise, describe_scale, is_bounded, is_known, rounded
-from ...planning.halves import AUTO_LEAST_WINDOWS, LEAST_ROWS
 from ...runtime.run_dir import RunDir
 from ...tracking.result import Result
 from ...tracking.run_record import RunRecord
@@ -90,27 +89,14 @@ def _useful(noise: Mapping[str, Any]) -> str:
         where = f"This run's {rows:,} rows are above that"
     else:
         where = f"It may reach past this run's {rows:,} rows, which is not known yet"
-    return (
-        f"up to {'about' if bounded else 'at least'} {rounded(upto)} rows, twice the rows make an update 1.33 "
-        f"times as useful or more; from there on, less and less. {where}"
-    )
+    end = f"about {rounded(upto)} rows" if bounded else f"{rounded(upto)} rows or more"
+    return f"up to {end}, twice the rows make an update 1.33 times as useful or more; from there on, less and less. {where}"
 
 
 def _unmeasured(result: Result, record: RunRecord | None) -> str:
-    """Return a sentence on why a run has no noise scale, as far as its folder tells, and what to do."""
-    rows, updates = result.effective_batch_size, result.optimizer_steps + result.skipped_steps
-    if rows < LEAST_ROWS:
-        why = f"an update has {rows} rows. It needs {LEAST_ROWS} or more: give a larger `effective_batch_size`"
-    elif record is not None and record.recipe.get("loss_over") == "window":
-        why = "the loss reads all rows of an update together, so the gradients of two halves do not add up to it"
-    elif updates < AUTO_LEAST_WINDOWS:
-        why = (
-            f"the run has {updates} updates. By default, runs of {AUTO_LEAST_WINDOWS} or more measure it: train with "
-            f"`noise_scale={max(1, updates // 20)}`, the number of updates from one measurement to the next"
-        )
-    else:
-        return (
-            "Noise scale: not measured. `noise_scale` is False, the run is deterministic or sharded, its loss does not "
-            "add up over rows, or an older version trained it. `--verbosity debug` logs which of these holds."
-        )
-    return f"Noise scale: not measured, because {why}."
+    """Return sentences on why a run has no noise scale, with a remedy if there is one."""
+    if record is not None and record.noise_scale_reason:
+        return f"Noise scale: not measured, because {record.noise_scale_reason}."
+    if result.interrupted:
+        return "Noise scale: not measured yet. Continue the run with `ftaccum train` and `--resume auto`."
+    return "Noise scale: not measured. An older version trained the run, and did not record the reason."

@@ -1,12 +1,11 @@
 """The options of `ftaccum advise`. This module does not load torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Any
 
 from ...arguments import find_faults, read_settings
-from ...errors import SettingsError, refuse
+from ...errors import refuse
 from ...fields import Flag, PositiveInt, Rule, Text, is_int, is_number, select_fields, setting
 from ...settings.runtime import Runtime
 
@@ -24,7 +23,7 @@ class AdviseOptions:
 
     check: Flag = _check(False, "continue the run's checkpoint at half, the same and twice the batch, and compare them")
     share: Share = _check(0.05, "share of the run's rows that each of these continuations trains on")
-    seeds: Orders = _check(3, "orders of the rows to repeat them with, for the intervals")
+    seeds: Orders = _check(3, "how often to repeat each continuation, each time with the rows in another order")
     checkpoint: Text | None = _check(
         None, "checkpoint to continue, by its name in RUN/checkpoints or by its path; none: the newest"
     )
@@ -34,19 +33,6 @@ class AdviseOptions:
     batch_size: PositiveInt | None = setting(
         None, "rows per micro-batch on one process; none: as many as the run had", group="size of an update"
     )
-
-
-def read_run(words: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the RUN that the command begins with, and the other words. RUN is empty if they ask for help.
-
-    Raises:
-        SettingsError: if there is none.
-    """
-    if words and not words[0].startswith("-"):
-        return words[0], words[1:]
-    if any(word in ("-h", "--help", "--help-all") for word in words):
-        return "", words
-    raise SettingsError(["RUN is required: the output folder of a run, as in `ftaccum advise RUN --check`."])
 
 
 def checked(options: AdviseOptions, runtime: Any) -> tuple[AdviseOptions, dict[str, Any]]:

@@ -121,8 +121,8 @@ class RecordedRun:
                 [f"The learning rate was 0 in all {self.n_updates} updates so far. Check the run after its warm-up."]
             )
         optimizer = self.record.recipe.get("optimizer") or "adamw"
-        sizes = self.effective_batch_size, self.planned_rows
-        return experiment_of(*sizes, (rate, peak), optimizer, share=share, seeds=seeds)
+        size, n_rows = self.effective_batch_size, self.planned_rows
+        return experiment_of(size, n_rows, optimizer, rate=rate, peak=peak, share=share, seeds=seeds)
 
     def seconds_of(self, n_rows: int) -> float | None:
         """Return the seconds in which the run trained on as many rows; None if that is not known."""

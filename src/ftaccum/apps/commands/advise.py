@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..advise.noise import describe_run
-from ..advise.options import checked, read_run
+from ..advise.options import checked
 from ..exit_status import INTERRUPTED, OK
 from ..options import check_output_file, parse_options
 
@@ -18,8 +18,8 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    source, words = read_run(words)
-    options, runtime = checked(*parse_options("advise", words, _DESCRIPTION))
+    source, *given = parse_options("advise", words, _DESCRIPTION)
+    options, runtime = checked(*given)
     if options.json is not None:
         check_output_file("json", options.json)
     folder = Path(source).expanduser()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..exit_status import OK
 from ..options import check_output_file, parse_options
-from ..trained_options import checked, read_options
+from ..trained_options import checked
 
 _DESCRIPTION = (
     "Evaluates a trained model on labelled rows: prints the loss and the metrics of its task.\n"
@@ -18,8 +18,7 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    source, options = read_options("eval", words)
-    named, output, recipe, runtime = parse_options("eval", options, _DESCRIPTION)
+    source, named, output, recipe, runtime = parse_options("eval", words, _DESCRIPTION)
     named, settings = checked(named, output, recipe, runtime)
     if output.json is not None:
         check_output_file("json", output.json)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ...arguments import find_faults
-from ...errors import refuse
+from ...errors import SettingsError, refuse
 from ..exit_status import OK
 from ..merge import merge_run
 from ..options import parse_options
@@ -17,14 +17,10 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    source = words[0] if words and not words[0].startswith("-") else None
-    (arguments,) = parse_options("merge", words[1:] if source else words, _DESCRIPTION)
-    missing = {
-        "`RUN` is required: the output folder of a run, as in `ftaccum merge RUN --output DIR`.": source is None,
-        "`--output` is required. `ftaccum merge --help` describes it.": not arguments.output,
-    }
-    refuse([sentence for sentence, holds in missing.items() if holds] or find_faults(arguments))
-    assert source is not None
+    source, arguments = parse_options("merge", words, _DESCRIPTION)
+    if not arguments.output:
+        raise SettingsError(["`--output` is required. `ftaccum merge --help` describes it."])
+    refuse(find_faults(arguments))
     folder = merge_run(source, arguments.output, arguments.base)
     print(f"Merged {folder} into {arguments.output}.")
     return OK

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..exit_status import OK
 from ..options import parse_options
-from ..trained_options import checked, read_options
+from ..trained_options import checked
 
 _DESCRIPTION = (
     "Predicts rows with a trained model, and writes them with their predictions, in order, each once.\n"
@@ -16,8 +16,7 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    source, options = read_options("predict", words)
-    named, output, recipe, runtime = parse_options("predict", options, _DESCRIPTION)
+    source, named, output, recipe, runtime = parse_options("predict", words, _DESCRIPTION)
     named, settings = checked(named, output, recipe, runtime)
 
     from ..prediction_file import check_output, write_predictions

@@ -1,11 +1,10 @@
 """The command `ftaccum report`."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from ...arguments import find_faults
-from ...errors import SettingsError, refuse
+from ...errors import refuse
 from ..exit_status import FAILED, OK
 from ..options import check_output_file, parse_options
 from ..report import check_axis, read_runs
@@ -19,10 +18,7 @@ _DESCRIPTION = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command, and return its exit status."""
-    sources = list(takewhile(lambda word: not word.startswith("-"), words))
-    (arguments,) = parse_options("report", words[len(sources) :], _DESCRIPTION)
-    if not sources:
-        raise SettingsError(["RUN is required: the output folders of runs, as in `ftaccum report outputs/mine`."])
+    sources, arguments = parse_options("report", words, _DESCRIPTION)
     refuse(find_faults(arguments))
     runs = read_runs(sources)
     check_axis(arguments.axis, runs)

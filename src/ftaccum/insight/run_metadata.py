@@ -38,7 +38,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunMetadata:
     """What a model card says of a run.
 
     Attributes:
@@ -82,21 +82,21 @@ class RunFacts:
 
     def evaluations(self) -> list[Evaluation]:
         """Return the evaluation before training, and the best and the last one; those that are the same only once."""
-        found, best = self._all(), self.result["best_update"]
-        if not found:
+        evaluations, best = self._all(), self.result["best_update"]
+        if not evaluations:
             return []
-        last, names = found[-1], {found[-1].update: "last"}
+        last, names = evaluations[-1], {evaluations[-1].update: "last"}
         if best is not None:
             names[best] = "best, last" if best == last.update else "best"
-        first = Evaluation("before training", 0, self.result["initial_loss"], {})
-        return [first, *(replace(each, name=names[each.update]) for each in found if each.update in names)]
+        first = Evaluation("before training", 0, self.result["initial_loss"], self.result["initial_metrics"])
+        return [first, *(replace(each, name=names[each.update]) for each in evaluations if each.update in names)]
 
     def saved_evaluation(self) -> dict[str, float]:
         """Return the loss and the metrics of the saved weights on the validation rows; empty if they are unknown."""
         result, restored = self.result, self.result["restored_update"]
         update = result["optimizer_steps"] + result["skipped_steps"] if restored is None else restored
-        found = next((each for each in reversed(self._all()) if each.update == update), None)
-        return {} if found is None else {"loss": found.loss, **found.metrics}
+        saved = next((each for each in reversed(self._all()) if each.update == update), None)
+        return {} if saved is None else {"loss": saved.loss, **saved.metrics}
 
     def _all(self) -> list[Evaluation]:
         result = self.result

@@ -1,10 +1,11 @@
-"""The figures of a check: means with intervals, the verdict and the table. This module does not load torch."""
+"""The statistics of a check: intervals of losses and of their differences, the verdict and the table. No torch."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...insight.student_t import t_quantile
 from .experiment import CELLS, Cell, Experiment
 
 CONFIDENCE = 0.9
@@ -31,10 +32,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of several losses, with the half-width of its interval.
+    """The mean of several numbers, with the half-width of its interval.
 
     Attributes:
-        half_width: NaN for fewer than two losses, and if a loss is not finite.
+        half_width: NaN for fewer than two numbers, and if one is not finite.
     """
 
     mean: float
@@ -43,6 +44,11 @@ class Interval:
     @property
     def is_known(self) -> bool:
         return math.isfinite(self.half_width)
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether all of the interval is above 0."""
+        return self.mean > self.half_width
 
     def overlaps(self, other: "Interval") -> bool:
         """Return whether the two intervals have a point in common."""
@@ -58,7 +64,7 @@ def interval_of(losses: Sequence[float], confidence: float = CONFIDENCE) -> Inte
     """Return the interval for the mean of losses by Student's t: t · s / √n, with n − 1 degrees of freedom.
 
     Args:
-        losses: at least one.
+        losses: at least one loss, or difference of losses.
         confidence: probability that the interval covers the expected loss, if the losses are normally distributed.
     """
     n = len(losses)
@@ -67,49 +73,79 @@ def interval_of(losses: Sequence[float], confidence: float = CONFIDENCE) -> Inte
     mean = math.fsum(losses) / n
     if n < 2:
         return Interval(mean, math.nan)
-    from scipy.stats import t  # slow to import
-
     deviation = math.sqrt(math.fsum((loss - mean) ** 2 for loss in losses) / (n - 1))
-    return Interval(mean, float(t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n))
+    return Interval(mean, t_quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n))
 
 
 def intervals_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
-    """Return the interval of each combination that has an outcome.
+    """Return the interval of each combination that has an outcome in the comparable orders."""
+    by_cell: dict[Cell, list[float]] = {}
+    for one in _comparable(outcomes):
+        by_cell.setdefault(one.cell, []).append(one.loss)
+    return {cell: interval_of(by_cell[cell]) for cell in CELLS if cell in by_cell}
 
-    Orders of the rows that not all combinations have had, because the check was interrupted, are left out if others
-    are complete: their rows would count for some batches only.
+
+def _comparable(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes without the orders of the rows that not all combinations have had, if others are complete.
+
+    An interrupted check has such an order, whose rows would count for some batches only.
     """
     cells = {seed: {one.cell for one in outcomes if one.seed == seed} for seed in {one.seed for one in outcomes}}
     used = {seed for seed, found in cells.items() if len(found) == len(CELLS)} or cells.keys()
-    by_cell = {cell: [one.loss for one in outcomes if one.cell == cell and one.seed in used] for cell in CELLS}
-    return {cell: interval_of(losses) for cell, losses in by_cell.items() if losses}
+    return [one for one in outcomes if one.seed in used]
 
 
-def verdict(found: Mapping[Cell, Interval], experiment: Experiment, measure: str) -> str:
+def differences_of(outcomes: Sequence[Outcome]) -> dict[Cell, Interval]:
+    """Return how much higher the loss of each other batch is than the lowest one, at the better of its learning rates.
+
+    All batches train on the same rows in an order. So the interval is that of the differences within the orders, which
+    is narrower than those of the losses if orders differ more than batches.
+    """
+    means = {cell: interval.mean for cell, interval in intervals_of(outcomes).items() if math.isfinite(interval.mean)}
+    if not means:
+        return {}
+    best = min(means, key=lambda cell: means[cell])
+    others = {cell.ratio for cell in means} - {best.ratio}
+    rivals = [min((c for c in means if c.ratio == ratio), key=lambda cell: means[cell]) for ratio in sorted(others)]
+    loss = {(one.cell, one.seed): one.loss for one in _comparable(outcomes)}
+    orders = [seed for cell, seed in loss if cell == best]
+    pairs = {c: [loss[c, seed] - loss[best, seed] for seed in orders if (c, seed) in loss] for c in rivals}
+    return {cell: interval_of(differences) for cell, differences in pairs.items() if differences}
+
+
+def verdict(outcomes: Sequence[Outcome], experiment: Experiment, measure: str) -> str:
     """Return sentences on which batch reached the lowest loss, or why there is no verdict.
 
-    There is one only if the lowest interval overlaps none of the other batches'.
+    There is a verdict if the lowest interval overlaps none of the other batches'. If it overlaps some, there is a
+    preference if the differences to these batches within the orders have intervals that exclude 0.
     """
+    found = intervals_of(outcomes)
     finite = {cell: interval for cell, interval in found.items() if math.isfinite(interval.mean)}
     if not all(cell in found for cell in CELLS) or any(not interval.is_known for interval in finite.values()):
         return "No verdict: the check has not trained each branch with two orders of the rows."
     if not finite:
         return "No verdict: all branches diverged. The run's learning rate is too high at this checkpoint."
     best = min(finite, key=lambda cell: finite[cell].mean)
-    near = sorted({c.ratio for c in finite if c.ratio != best.ratio and finite[best].overlaps(finite[c])})
-    size = experiment.size(best)
-    if near:
-        others = " and ".join(f"{experiment.size(Cell(ratio, scaled=True)):,}" for ratio in near)
-        return (
-            f"No verdict: the {CONFIDENCE:.0%} interval of updates of {size:,} rows overlaps those of {others} rows. "
-            f"After the same {experiment.rows:,} rows, their losses differ less than those of other row orders. "
-            "More `--seeds` or a larger `--share` measure smaller differences. Otherwise choose the batch by time and "
-            "memory."
-        )
+    near = {c.ratio for c in finite if c.ratio != best.ratio and finite[best].overlaps(finite[c])}
+    size, rows = f"{experiment.size(best):,}", f"the same {experiment.rows:,} rows"
     rate = "" if best.ratio == 1 else f" with the {_column(best)} learning rate"
+    if not near:
+        return (
+            f"{_NAMES[best.ratio].capitalize()} ({size} rows){rate} reached the lowest {measure} after {rows}, "
+            f"{finite[best]}. {_meaning(best.ratio, experiment)}"
+        )
+    close = {cell: found for cell, found in differences_of(outcomes).items() if cell.ratio in near}
+    if all(difference.is_positive for difference in close.values()):
+        lower = " and ".join(f"{found} than those of {experiment.size(cell):,} rows" for cell, found in close.items())
+        return (
+            "The intervals overlap, because row orders differ more than batches. Order by order, the losses of updates "
+            f"of {size} rows{rate} were lower by {lower}. {_meaning(best.ratio, experiment)}"
+        )
+    others = " and ".join(f"{experiment.size(cell):,}" for cell in close)
     return (
-        f"{_NAMES[best.ratio].capitalize()} ({size:,} rows){rate} reached the lowest {measure} after the same "
-        f"{experiment.rows:,} rows, {finite[best]}. {_meaning(best.ratio, experiment)}"
+        f"No verdict: the {CONFIDENCE:.0%} interval of updates of {size} rows overlaps those of {others} rows, and the "
+        f"differences within each order of the rows do not exclude 0. More `--seeds` or a larger `--share` measure "
+        "smaller differences. Otherwise choose the batch by time and memory."
     )
 
 
@@ -153,13 +189,18 @@ def _column(cell: Cell) -> str:
 
 
 def as_json(experiment: Experiment, outcomes: Sequence[Outcome], measure: str, described: str) -> dict[str, Any]:
-    """Return all figures as JSON has them, with null for the loss of a branch that diverged."""
-    found = intervals_of(outcomes)
+    """Return all statistics as JSON has them, with null for the loss of a branch that diverged."""
 
     def named(cell: Cell) -> dict[str, Any]:
         rate = experiment.learning_rate * experiment.rate_factor(cell)
         sizes = {"effective_batch_size": experiment.size(cell), "updates": experiment.updates(cell)}
         return {"ratio": cell.ratio, "scaled": cell.scaled, **sizes, "learning_rate": rate}
+
+    def with_intervals(found: Mapping[Cell, Interval]) -> list[dict[str, Any]]:
+        return [
+            named(cell) | {"mean": number(interval.mean), "half_width": number(interval.half_width)}
+            for cell, interval in found.items()
+        ]
 
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -172,9 +213,7 @@ def as_json(experiment: Experiment, outcomes: Sequence[Outcome], measure: str, d
         "branches": [
             named(one.cell) | {"seed": one.seed, "loss": number(one.loss), "seconds": one.seconds} for one in outcomes
         ],
-        "intervals": [
-            named(cell) | {"mean": number(interval.mean), "half_width": number(interval.half_width)}
-            for cell, interval in found.items()
-        ],
+        "intervals": with_intervals(intervals_of(outcomes)),
+        "differences": with_intervals(differences_of(outcomes)),
         "verdict": described,
     }
