@@ -1,7 +1,7 @@
 """The curves of a run, from its output folder or from a result in memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import accumulate
 from pathlib import Path
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import DataError
 from ..insight.curves import VALIDATION_LOSS, Measured, NoiseScaleCurve, RunCurves
 from ..runtime.run_dir import RunDir
 from ..settings.recipe import Recipe
 from ..settings.runtime import Runtime
 from .ledger import Ledger
+from .ledger_file import LedgerFile
 from .outcome import describe_outcome
 from .recorded import Recorded
 from .run_record import RunRecord
@@ -62,7 +64,7 @@ def curves_of(
         speed_unit=unit,
         seconds=seconds_by_use(ledger),
         gaps=_gaps(ledger, record, reason),
-        outcome=describe_outcome(result, ledger, run_dir),
+        outcome=describe_outcome(result, ledger, run_dir) | ({"note": reason} if windows and reason else {}),
         settings=settings,
         changed=_changed(settings, record),
         environment={} if record is None else dict(record.environment),
@@ -70,15 +72,36 @@ def curves_of(
 
 
 def _read(result: "Result", run_dir: RunDir | None, recorded: Recorded | None) -> tuple[Recorded, str]:
-    """Return the ledger and the record of a result, and why there is no ledger if there is none."""
+    """Return the ledger and the record of a result, and why there is no ledger, or where it is damaged."""
     if run_dir is None:
         return recorded or Recorded(), _COPIED
+    found = LedgerFile.read(run_dir.ledger)
+    ledger, record, losses = found.ledger, RunRecord.read(run_dir.record), [w.loss for w in found.ledger.windows]
+    if losses and _are_equal(losses, result.loss_history):
+        return Recorded(ledger, record), "" if found.ends_there else found.damage
     if not run_dir.ledger.is_file():
-        return Recorded(), "the folder of the run has no `ledger.jsonl`"
-    ledger = Ledger.read(run_dir.ledger)
-    if not np.array_equal([w.loss for w in ledger.windows], result.loss_history, equal_nan=True):
+        reason = "the folder of the run has no `ledger.jsonl`"
+    elif found.damage and _are_equal(losses, result.loss_history[: len(losses)]):
+        reason = found.damage
+    else:
         return Recorded(), "the folder of the run has the ledger of another run by now"
-    return Recorded(ledger, RunRecord.read(run_dir.record)), ""
+    return Recorded(record=record if _has_result(run_dir, record, result) else None), reason
+
+
+def _has_result(run_dir: RunDir, record: RunRecord | None, result: "Result") -> bool:
+    """Return whether the folder has the record and the file of a result, and not those of another run by now."""
+    if record is None or not record.finished:
+        return False
+    try:
+        return _are_equal(type(result).load(run_dir.result).loss_history, result.loss_history)
+    except (OSError, DataError):
+        return False
+
+
+def _are_equal(some: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether losses are equal, where NaN equals NaN and an infinity, which files do not have."""
+    one, two = (np.where(np.isfinite(values := np.asarray(each, float)), values, np.nan) for each in (some, others))
+    return np.array_equal(one, two, equal_nan=True)
 
 
 def _gaps(ledger: Ledger, record: RunRecord | None, reason: str) -> dict[str, str]:
