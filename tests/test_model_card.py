@@ -108,7 +108,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     found, text = table(tmp_path / "model"), card(tmp_path / "model").text
     assert (found["Training"], found["Batch size"], found["Gradient accumulation steps"]) == ("9", "3", "2")
     assert (found["Effective batch size"], found["Updates"], found["Gradient clipping"]) == ("6", "2", "none")
-    assert found["Optimizer"] == "AdamW, learning rate 0.0003, weight decay 0.01 and 0"
+    assert (found["Optimizer"], found["Peak learning rate"]) == ("AdamW, betas 0.9 and 0.999", "0.0003")
+    assert found["Weight decay"] == "0.01, 0 for biases and norms"
     assert found["Micro-batches"].startswith("at most 3 rows; each update is split ")
     assert f"torch {torch.__version__}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)

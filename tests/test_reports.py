@@ -311,7 +311,9 @@ def test_a_plot_leaves_the_style_of_the_user() -> None:
 
 def test_runs_of_different_scale_share_a_logarithmic_axis() -> None:
     fast, slow = (
-        RunCurves(name, [1.0] * 4, [1.0] * 4, [0.0, rate, rate, rate], [4, 8, 12, 16], speed=[speed] * 4, speed_unit="rows")
+        RunCurves(
+            name, [1.0] * 4, [1.0] * 4, [0.0, rate, rate, rate], [4, 8, 12, 16], speed=[speed] * 4, speed_unit="rows"
+        )
         for name, rate, speed in (("fast", 1e-2, 9e3), ("slow", 1e-5, 5.0))
     )
     for runs, kind in (([fast, slow], "log"), ([fast], "linear")):

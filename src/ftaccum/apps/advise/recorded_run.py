@@ -48,7 +48,9 @@ class RecordedRun:
             raise SettingsError([fault])
         record = RunRecord.read(RunDir(folder).record)
         if record is None:
-            raise SettingsError([f"{str(folder)!r} has no `run.json`, which `--check` needs. Give a folder of `ftaccum train`."])
+            raise SettingsError(
+                [f"{str(folder)!r} has no `run.json`, which `--check` needs. Give a folder of `ftaccum train`."]
+            )
         if not record.sources:
             raise SettingsError(
                 [
