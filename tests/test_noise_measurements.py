@@ -314,3 +314,53 @@ def test_signed_sums_are_linear_and_keep_products(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(sums(torch.view_as_complex(turned), 3), sums(turned, 3))
     table = torch.zeros(9, 4).index_add_(0, torch.tensor([2, 5]), torch.ones(2, 4))
     assert torch.equal(sums(table.to_sparse(1), 3), sums(table, 3))
+
+
+class Branches(nn.Module):
+    """A model with a layer that only rows of one kind use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.rare = nn.Embedding(20, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.double()
+
+    def forward(self, input_ids: Tensor, kind: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.embedding(input_ids)
+        logits = self.head(hidden)
+        if (kind == 1).any():
+            logits = logits + self.rare(hidden) * (kind == 1)[:, None, None]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def test_a_half_without_loss_items_changes_no_weight_that_the_other_half_leaves_out() -> None:
+    draw, rows = torch.Generator().manual_seed(1), []
+    for n in range(96):
+        ids = torch.randint(1, 20, (3 + n % 4,), generator=draw)
+        labels = torch.randint(4, ids.shape, generator=draw) if n % 10 == 0 else torch.full_like(ids, -100)
+        rows.append({"input_ids": ids, "labels": labels, "kind": 2 if n % 10 else n % 20 // 10})
+
+    def weights(every: Any, batch_size: int) -> Tensor:
+        model = Branches()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3)
+        test_fine_tuning(
+            model, train_data=rows, optimizer=optimizer, batch_size=batch_size, n_epochs=2, validation_split=0.0,
+            progress=False, **MEASURED | {"noise_scale": every},
+        )  # fmt: skip
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    wanted = weights(False, 16)
+    for batch_size in (1, 3, 16):
+        torch.testing.assert_close(weights(1, batch_size), wanted, rtol=0, atol=1e-12)
+
+
+def test_the_estimate_is_for_the_rows_of_a_full_update_or_of_all_data() -> None:
+    head = HEADS[CLASSES]
+    for n_rows, effective, wanted in ((40, 16, 16), (20, 32, 20)):
+        result = test_fine_tuning(
+            head.model(), train_data=head.rows(n_rows), batch_size=4, n_epochs=2, validation_split=0.0, progress=False,
+            **MEASURED | {"effective_batch_size": effective},
+        )  # fmt: skip
+        assert result.noise_scale is not None
+        assert result.noise_scale["rows"] == wanted

@@ -101,7 +101,7 @@ def estimator_of(measured: np.ndarray) -> NoiseScaleEstimator:
 
 def entry(tokens: int, estimate: NoiseEstimate) -> dict[str, Any]:
     """Return an entry of the ledger, with an estimate."""
-    return {"rows": ROWS, "tokens": tokens, "training_rows": 400, **asdict(estimate)}
+    return {"rows": ROWS, "update_rows": ROWS, "tokens": tokens, "training_rows": 400, **asdict(estimate)}
 
 
 INDEPENDENT = Population.of(signal=0.15, between=0.3, power=0.5)  # tokens of a row
@@ -153,6 +153,21 @@ def test_updates_of_another_size_count_by_the_noise_of_a_row() -> None:
     assert estimator.estimate(100).signal_share == pytest.approx(0.5)
     assert estimator.estimate(50).signal_share == pytest.approx(1 / 3)
     assert estimator.estimate(50).noise_rows == pytest.approx(100)
+
+
+def test_small_updates_add_little_noise_to_the_estimate() -> None:
+    """The agreement of two halves of R rows is 1, give or take 100 / R, for a noise scale of 100 rows."""
+    draw, alone, mixed = np.random.default_rng(0), NoiseScaleEstimator(), NoiseScaleEstimator()
+    for rows in 40 * (256, 16):
+        measured = (1 + 100 / rows * draw.normal(), 1 + 100 / rows, rows)
+        mixed.add(*measured)
+        if rows == 256:
+            alone.add(*measured)
+    wide, narrow = (
+        e.signal_share_upper - e.signal_share_lower for e in (each.estimate(256) for each in (mixed, alone))
+    )
+    assert mixed.estimate(256).signal_share == pytest.approx(256 / 356, rel=0.15)
+    assert wide < 1.5 * narrow
 
 
 def test_recent_updates_count_more() -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def expected(ledger: Ledger, n_processes: int = 1) -> Stored:
         loss = sum(w.loss * w.rows for w in windows) / sum(w.rows for w in windows)  # rows are the loss items
         put(start + 3, "train/", loss=loss, grad_norm=windows[-1].grad_norm, learning_rate=windows[-1].learning_rate)
         put(start + 3, "train/", grad_norm_max=max(w.grad_norm for w in windows), skipped=0)
+        seconds = sum(w.data_seconds + w.pass_seconds + w.optimizer_seconds for w in windows)
+        rows, tokens = sum(w.rows for w in windows), sum(w.tokens for w in windows)
+        put(start + 3, "train/", rows_per_second=rows / seconds, tokens_per_second=tokens / seconds)
+        put(start + 3, "train/", padding=1 - tokens / sum(w.positions for w in windows))
+        put(start + 3, "train/", peak_memory_gb=max(w.peak_memory for w in windows) / 1e9)
     for epoch in ledger.epochs:
         step = 3 * (epoch.epoch + 1)
         put(step, "", epoch=epoch.epoch + 1)
@@ -82,7 +88,8 @@ def test_tensorboard(tmp_path: Path) -> None:
 def test_the_docs_have_all_keys() -> None:
     page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\|[^|]*\|", page, re.MULTILINE))))
-    windows = [WindowEntry(n, n // 3, 4, 1.0, {}, 1.0, 0.1, skipped=False, passes=2) for n in range(6)]
+    entry = partial(WindowEntry, rows=4, loss=1.0, terms={}, grad_norm=1.0, learning_rate=0.1, skipped=False, passes=2)
+    windows = [entry(n, n // 3, tokens=6, positions=8, pass_seconds=1.0, peak_memory=1) for n in range(6)]
     ledger = Ledger()
     audit = AuditEntry(1, 0, 4, "one batch", 0.0, 0.0, 0.0, 0.0)
     ledger.resume_from([*windows, EpochEntry(0, 1.0), EvaluationEntry(6, 1, 24, 1.0, 1.0, {}), audit])

@@ -6,6 +6,7 @@ agreement. Both gradients are reduced to 65,536 signed sums, so that neither is 
 several processes add up, and those of the second half are a difference.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,12 +54,15 @@ class HalfGradients:
         Args:
             embeddings: gradients that are not in the `grad` of the strategy's parameters yet.
             micro_batches: this process's micro-batches of the window.
-            n_first: the number of them in the first half; None if the window has no halves.
+            n_first: the number of them in the first half; None if the window has no halves, and 0 if this process
+                cannot measure them, so that the agreement is NaN.
         """
         self._accelerator, self._strategy, self._embeddings = accelerator, strategy, embeddings
         self._micro_batches, self._n_first = micro_batches, n_first
         self._first: Tensor | None = None
         self._seconds = 0.0
+        if n_first == 0:
+            self._first = self._sums()
 
     def pass_done(self, index: int) -> None:
         """Reduce the gradient so far to sums, if the pass at this position is the last one of the first half."""
@@ -75,7 +79,7 @@ class HalfGradients:
         last = self._sums()
         started = time.perf_counter()
         term = normalizer.terms[0]
-        items = sum(micro.counts[term] for micro in self._micro_batches[: self._n_first])
+        items = sum(micro.counts[term] for micro in self._micro_batches[: self._n_first]) if self._n_first else math.nan
         # Filled on the device, because it would wait for a copy from the host.
         numbers = torch.cat([first, first.new_full((1,), items)])
         if (processes := self._accelerator.num_processes) > 1:

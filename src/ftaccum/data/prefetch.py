@@ -20,14 +20,15 @@ class LocalWindow:
     Attributes:
         planner: the planner that split the window.
         seed: the seed of its random numbers.
-        n_first: the number of micro-batches in the first of two random halves; None if the window has no halves.
+        n_first: the number of micro-batches in the first of two random halves; None if the window has no halves, and 0
+            if this process cannot measure them.
     """
 
     window: Window
     planner: MicroBatchPlanner
     micro_batches: list[MicroBatch]
-    seed: tuple[int, ...] = (0,)
     n_first: int | None = None
+    seed: tuple[int, ...] = (0,)
 
     @property
     def work(self) -> Throughput:
@@ -67,7 +68,7 @@ class WindowLoader:
         """Do the same as `again`, but on this process alone."""
         share, planner = self._local_rows(local_window.window), self.planner
         (micro_batches,) = self.loader.load([share])
-        return LocalWindow(local_window.window, planner, micro_batches, share.seed, share.n_first)
+        return LocalWindow(local_window.window, planner, *in_halves(micro_batches, share.n_first), share.seed)
 
     def _cut_as_it_comes(self, epoch: int, start: int) -> Iterator[LocalWindow]:
         # Workers take shares ahead of time, so each window is kept with the planner that split it.
@@ -83,7 +84,7 @@ class WindowLoader:
             window, planner, share = cut.pop(0)
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug(_describe_cut(window, micro_batches))
-            yield LocalWindow(window, planner, micro_batches, share.seed, share.n_first)
+            yield LocalWindow(window, planner, *in_halves(micro_batches, share.n_first), share.seed)
 
     def _local_rows(self, window: Window) -> LocalRows:
         cut = self._cut(window)
@@ -97,6 +98,19 @@ class WindowLoader:
 
     def _seed(self, window: Window) -> tuple[int, ...]:
         return self.plan.seed, window.index
+
+
+def in_halves(micro_batches: list[MicroBatch], n_first: int | None) -> tuple[list[MicroBatch], int | None]:
+    """Return the micro-batches in the order to run them, and how many of them are in the first half.
+
+    If only the first half has loss items, all dummies come first, and it cannot be measured. The last pass must not be
+    over a dummy: its zero gradients would reach weights that no row uses.
+    """
+    if n_first is None or not all(micro.is_dummy for micro in micro_batches[n_first:]):
+        return micro_batches, n_first
+    if all(micro.is_dummy for micro in micro_batches):
+        return micro_batches, n_first
+    return sorted(micro_batches, key=lambda micro: not micro.is_dummy), 0
 
 
 def _describe_cut(window: Window, micro_batches: list[MicroBatch]) -> str:

@@ -48,7 +48,8 @@ class NoiseEstimate:
 class NoiseScaleEstimator:
     """A running estimate from the agreement and the power of measured updates, which may differ in their rows.
 
-    It keeps weighted sums of P, of the noise of one row, N = (Q - P) · R, and of their products.
+    It keeps weighted sums of P, of the noise of one row, N = (Q - P) · R, and of their products. Updates with more rows
+    have more weight.
     """
 
     def __init__(self) -> None:
@@ -65,14 +66,15 @@ class NoiseScaleEstimator:
             rows: R, the rows of the update.
         """
         noise, decay = (power - agreement) * rows, math.exp(-1 / _MEMORY)
+        weight = float(rows) ** 2  # if most of a gradient is noise, the variance of P falls with the square of the rows
         self._n += 1
-        self._weight = decay * self._weight + 1
-        self._agreement = decay * self._agreement + agreement
-        self._noise = decay * self._noise + noise
-        self._weight2 = decay**2 * self._weight2 + 1
-        self._agreement2 = decay**2 * self._agreement2 + agreement**2
-        self._both = decay**2 * self._both + agreement * noise
-        self._noise2 = decay**2 * self._noise2 + noise**2
+        self._weight = decay * self._weight + weight
+        self._agreement = decay * self._agreement + weight * agreement
+        self._noise = decay * self._noise + weight * noise
+        self._weight2 = decay**2 * self._weight2 + weight**2
+        self._agreement2 = decay**2 * self._agreement2 + (weight * agreement) ** 2
+        self._both = decay**2 * self._both + weight**2 * agreement * noise
+        self._noise2 = decay**2 * self._noise2 + (weight * noise) ** 2
 
     def estimate(self, rows: int, n_training_rows: int | None = None) -> NoiseEstimate:
         """Return the estimate for updates of this many rows.
@@ -127,7 +129,7 @@ def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     per_row = tokens / rows if tokens else math.nan
     in_rows = ("noise_rows", "noise_rows_lower", "noise_rows_upper")
     in_tokens = {name.replace("rows", "tokens"): per_row * getattr(estimate, name) for name in in_rows}
-    counts = {"measured_updates": len(entries), "rows": last["rows"], "training_rows": last["training_rows"]}
+    counts = {"measured_updates": len(entries), "rows": last["update_rows"], "training_rows": last["training_rows"]}
     return counts | asdict(estimate) | in_tokens
 
 

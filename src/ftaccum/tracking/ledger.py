@@ -117,7 +117,8 @@ class NoiseScaleEntry:
         noise_scale: number of the update, from 1.
         epoch: the epoch of the update, from 0.
         rows: number of rows of the update, over all processes.
-        tokens: number of their tokens without padding; 0 if they have none.
+        update_rows: number of rows of a full update, which the estimate is for.
+        tokens: number of tokens of these rows, without padding; 0 if they have none.
         training_rows: number of rows that each epoch goes through; 0 for a stream.
         agreement: product of the gradients of two random halves of the rows.
         power: squared norm of the gradient before clipping.
@@ -134,6 +135,7 @@ class NoiseScaleEntry:
     noise_scale: int
     epoch: int
     rows: int
+    update_rows: int
     tokens: int
     training_rows: int
     agreement: float

@@ -23,6 +23,8 @@ class LogPeriod:
         self._loss = RunningLoss()
         self._n_skipped = 0
         self._norm = self._largest_norm = self._rate = math.nan
+        self._rows = self._tokens = self._positions = self._peak_memory = 0
+        self._seconds = 0.0
 
     def add(self, entry: WindowEntry, losses: WeightedMeans) -> None:
         """Add an update.
@@ -32,6 +34,11 @@ class LogPeriod:
         """
         self.n_updates += 1
         self._norm, self._rate = entry.grad_norm, entry.learning_rate
+        self._rows += entry.rows
+        self._tokens += entry.tokens
+        self._positions += entry.positions
+        self._peak_memory = max(self._peak_memory, entry.peak_memory)
+        self._seconds += entry.data_seconds + entry.pass_seconds + entry.optimizer_seconds
         if entry.skipped:
             self._n_skipped += 1
         else:
@@ -52,6 +59,18 @@ class LogPeriod:
             "learning_rate": self._rate,
             "skipped": self._n_skipped,
         } | {f"terms/{term}": value for term, value in self._loss.terms().items()}
+
+    def work(self) -> dict[str, float]:
+        """Return the speed of the updates, the share of padding in them, and the peak memory so far, by name.
+
+        Padding and tokens are left out if the rows have no tokens.
+        """
+        speed = 1 / self._seconds if self._seconds > 0 else math.nan
+        found = {"rows_per_second": self._rows * speed, "peak_memory_gb": self._peak_memory / 1e9}
+        if self._positions:
+            found["tokens_per_second"] = self._tokens * speed
+            found["padding"] = 1 - self._tokens / self._positions
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -202,9 +202,10 @@ class MetricsLogger:
             self._accelerator.log(tracked(entry), step=entry.noise_scale)
 
     def _end_period(self) -> None:
-        values, n_updates = self._period.values(), len(self.ledger.windows)
+        values, work, n_updates = self._period.values(), self._period.work(), len(self.ledger.windows)
         self._period = LogPeriod()
-        self._accelerator.log({f"train/{name}": value for name, value in values.items()}, step=n_updates)
+        tracked = {f"train/{name}": value for name, value in {**values, **work}.items()}
+        self._accelerator.log(tracked, step=n_updates)
         self._on_log(values, n_updates)
 
 

@@ -25,16 +25,18 @@ class NoiseScaleRecorder:
 
         Args:
             window: the entry of the measured update.
-            rows: the rows of a full update, which the estimate is for.
+            rows: the rows of a full update. The estimate is for these, or for all training rows if these are fewer.
         """
         if window.skipped or not (math.isfinite(noise.agreement) and math.isfinite(noise.power)):
             return None
         self._estimator.add(noise.agreement, noise.power, window.rows)
+        rows = min(rows, self._n_training_rows or rows)
         estimate = self._estimator.estimate(rows, self._n_training_rows)
         return NoiseScaleEntry(
             noise_scale=window.window + 1,
             epoch=window.epoch,
             rows=window.rows,
+            update_rows=rows,
             tokens=window.tokens,
             training_rows=self._n_training_rows or 0,
             agreement=noise.agreement,

@@ -87,7 +87,8 @@ def _useful(noise: Mapping[str, Any]) -> str:
     else:
         where = f"It may reach past this run's {rows:,} rows, which is not known yet"
     end = f"about {rounded(upto)} rows" if bounded else f"{rounded(upto)} rows or more"
-    return f"up to {end}, twice the rows make an update 1.33 times as useful or more; from there on, less and less. {where}"
+    use = "twice the rows make an update 1.33 times as useful or more"
+    return f"up to {end}, {use}; from there on, less and less. {where}"
 
 
 def _unmeasured(result: Result, record: RunRecord | None) -> str:
