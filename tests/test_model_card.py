@@ -96,6 +96,8 @@ def test_the_metadata_are_those_of_the_run(tmp_path: Path) -> None:
     )
     assert (data.tags, data.datasets, data.metrics) == (["ftaccum"], ["anna/reviews"], ["accuracy"])
     assert data.model_name == "reviews"
+    before = f"| before training | 0 | {result.initial_loss:.4f} | {result.initial_metrics['accuracy']:.4f} |"
+    assert before in card(tmp_path / "reviews" / "model").text
     found = {each.metric_type: each.metric_value for each in data.eval_results}
     assert found == {"loss": result.final_loss, **result.metrics[-1]}
     assert {(each.task_type, each.dataset_type) for each in data.eval_results} == {
@@ -108,7 +110,8 @@ def test_the_text_has_the_figures_of_the_run(tmp_path: Path) -> None:
     found, text = table(tmp_path / "model"), card(tmp_path / "model").text
     assert (found["Training"], found["Batch size"], found["Gradient accumulation steps"]) == ("9", "3", "2")
     assert (found["Effective batch size"], found["Updates"], found["Gradient clipping"]) == ("6", "2", "none")
-    assert found["Optimizer"] == "AdamW, learning rate 0.0003, weight decay 0.01 and 0"
+    assert (found["Optimizer"], found["Peak learning rate"]) == ("AdamW, betas 0.9 and 0.999", "0.0003")
+    assert found["Weight decay"] == "0.01, 0 for biases and norms"
     assert found["Micro-batches"].startswith("at most 3 rows; each update is split ")
     assert f"torch {torch.__version__}" in found["Versions"]
     worst = max(audit["error"] for audit in result.audits)
@@ -149,6 +152,7 @@ def test_the_code_loads_a_model_with_its_tokenizer(tmp_path: Path, monkeypatch: 
     write_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     text_run(tmp_path / "base", tmp_path / "run").save_model("again")
+    assert "Labels: 0 `bad`, 1 `good`, 2 `other`." in card(tmp_path / "run" / "model").text
     for folder in (tmp_path / "run" / "model", tmp_path / "again"):
         monkeypatch.chdir(folder.parent)
         names: dict[str, Any] = {}

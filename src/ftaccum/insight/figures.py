@@ -182,7 +182,7 @@ def _draw_evaluations(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis:
         found = run.evaluations[name]
         x, y = run.positions(axis, found.updates), np.asarray(found.values, dtype=float)
         marker = "o" if len(y) < 40 else ""
-        style: dict[str, Any] = {**_line_of(n), "marker": marker, "markersize": 3}
+        style: dict[str, Any] = {**_line_of(n), "marker": marker, "markersize": 3, "clip_on": False}
         axes.plot(*thin(x, y, max(200, _POINTS // len(runs))), linewidth=1.4, label=run.name, **style)
 
 

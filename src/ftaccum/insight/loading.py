@@ -1,7 +1,7 @@
 """The code on a model card that loads the saved model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .run_metadata import Named
 
@@ -29,7 +29,8 @@ class SavedModel:
         task: the task on the hub, such as "text-classification"; None if unknown.
         processor: the class of Transformers that loads the tokenizer or image processor; None if there is none.
         has_chat_template: whether the tokenizer has a chat template.
-        labels: the names of the labels by number, if the head of the base model may have others.
+        classes: the names of the labels by number; empty if the model is no classifier, or if nobody has named them.
+        labels: the same, if the head of the base model may have others.
         base: the base model of adapters, if it has a name.
         adapter: the kind of adapters, such as "lora"; empty if there are none.
         auto_peft: the class of PEFT that loads adapters and base model, if there is one.
@@ -42,6 +43,7 @@ class SavedModel:
     processor: str | None = None
     has_chat_template: bool = False
     labels: Mapping[int, str] | None = None
+    classes: Mapping[int, str] = field(default_factory=dict)
     base: Named | None = None
     adapter: str = ""
     auto_peft: str | None = None

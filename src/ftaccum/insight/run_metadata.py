@@ -47,6 +47,7 @@ class RunMetadata:
         base: the model that was fine-tuned, if it has a name.
         train_data, val_data: the data, if they have names.
         n_train, n_val: numbers of rows; None if unknown, as for a stream, or if there are none.
+        max_train_rows: most rows that were read of the training data; None for all.
         held_out: whether the validation rows were held out of the training data.
         sizes: the sizes of an update, by name.
         cut: how updates are split into micro-batches.
@@ -68,6 +69,7 @@ class RunMetadata:
     val_data: Sequence[Named]
     n_train: int | None
     n_val: int | None
+    max_train_rows: int | None
     held_out: bool
     sizes: Mapping[str, str]
     cut: str

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from .result import Result
 
 _SIZES = ("batch_size", "gradient_accumulation_steps", "effective_batch_size", "num_processes")
-_NOT_SETTINGS = ("recipe", "sources", "environment", "subject", "started_at", "finished", "noise_scale_reason")
+_NOT_SETTINGS = (
+    "recipe",
+    "sources",
+    "environment",
+    "subject",
+    "optimizer",
+    "started_at",
+    "finished",
+    "noise_scale_reason",
+)
 _DEFAULTS = {f.name: f.default for kind in (Runtime, Recipe) for f in fields(kind)}
 _COPIED = "the run had no `output_dir`, and a result that is copied or loaded from a file has no ledger"
 _OLD = "an older version wrote the ledger and did not record it"
@@ -152,7 +161,8 @@ def _settings(result: "Result", record: RunRecord | None) -> dict[str, Any]:
     if record is None:
         return {name: result[name] for name in (*_SIZES, "accumulation_schedule")}
     others = {name: value for name, value in asdict(record).items() if name not in _NOT_SETTINGS}
-    return {**record.sources, **others, **record.recipe}
+    used = {"optimizer": record.optimizer} if record.optimizer else {}
+    return {**record.sources, **others, **record.recipe, **used}
 
 
 def _changed(settings: Mapping[str, Any], record: RunRecord | None) -> list[str]:

@@ -14,7 +14,7 @@ from ..planning.batch_size import BatchSizes
 from ..runtime.atomic_files import atomic_write
 from .selection import Criterion
 
-_ADDED = ("environment", "noise_scale_reason", "subject")  # records of older versions lack them
+_ADDED = ("environment", "noise_scale_reason", "subject", "optimizer")  # records of older versions lack them
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class RunRecord:
         noise_scale_reason: why the run does not measure the gradient noise scale; empty if it does, or if an older
             version wrote the record.
         subject: the model, the data and the number of training rows; empty if an older version wrote the record.
+        optimizer: the class of the optimizer and its betas; empty if an older version wrote the record.
     """
 
     recipe: dict[str, Any]
@@ -70,6 +71,7 @@ class RunRecord:
     environment: dict[str, str] = field(default_factory=dict)
     noise_scale_reason: str = ""
     subject: str = ""
+    optimizer: str = ""
 
     @classmethod
     def of(
@@ -84,6 +86,7 @@ class RunRecord:
         environment: Mapping[str, str] | None = None,
         noise_scale_reason: str = "",
         subject: str = "",
+        optimizer: str = "",
     ) -> "RunRecord":
         """Return the record of a run that starts now."""
         stages = [[update, sizes.gradient_accumulation_steps] for update, sizes in batch_sizes.stages()]
@@ -101,6 +104,7 @@ class RunRecord:
             environment=dict(environment or {}),
             noise_scale_reason=noise_scale_reason,
             subject=subject,
+            optimizer=optimizer,
         )
 
     def batch_sizes(self) -> BatchSizes:

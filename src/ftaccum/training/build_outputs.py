@@ -45,7 +45,7 @@ class RunWithOutputs(EvaluatedSetup):
         """
         if self.callback.saves_model:  # a search records its trials itself
             self._record = build_record(
-                self.config, self.data, self.batch_sizes, self.accelerator, self.measured_windows
+                self.config, self.data, self.batch_sizes, self.accelerator, self.measured_windows, self.optimizer
             )
         if self.run_dir is None or self.checkpoints is None:
             return
