@@ -72,7 +72,7 @@ def panels_of(runs: Sequence[RunCurves]) -> list[Panel]:
             Panel(title, partial(_draw_evaluations, name=name), partial(_is_evaluated, name), name, reason)
             for name, title, reason in [
                 (VALIDATION_LOSS, "Validation loss", "there were no validation rows"),
-                *((name, name, "it was not measured") for name in metrics),
+                *((name, _shortened(name, 48), "it was not measured") for name in metrics),
             ]
         ),
         Panel("Gradient norm before clipping", _draw_norms, _has("grad_norm"), "grad_norm", "none is finite"),
@@ -279,5 +279,6 @@ def _draw_time(axes: "Axes", runs: Sequence[tuple[int, RunCurves]], axis: Axis) 
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize="small", frameon=False)
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:7]}…{name[-8:]}"
+def _shortened(name: str, length: int = 16) -> str:
+    end = length // 2
+    return name if len(name) <= length else f"{name[: length - end - 1]}…{name[-end:]}"

@@ -73,7 +73,7 @@ def curves_of(
         speed_unit=unit,
         seconds=seconds_by_use(ledger),
         gaps=_gaps(ledger, record, reason),
-        outcome=describe_outcome(result, ledger, run_dir) | ({"note": reason} if windows and reason else {}),
+        outcome={**describe_outcome(result, ledger, run_dir), "note": reason if windows else ""},
         settings=settings,
         changed=_changed(settings, record),
         environment={} if record is None else dict(record.environment),
