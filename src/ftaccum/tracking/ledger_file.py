@@ -15,6 +15,8 @@ _KINDS: dict[str, type[Entry]] = {  # by the name of their first value
     "noise_scale": NoiseScaleEntry,
     "epoch": EpochEntry,
 }
+_TYPES = {kind: {f.name: f.type for f in fields(kind)} for kind in _KINDS.values()}
+_REQUIRED = {kind: [f.name for f in fields(kind) if f.default is MISSING] for kind in _KINDS.values()}
 
 
 def read_entry(line: str | bytes) -> Entry:
@@ -25,7 +27,7 @@ def read_entry(line: str | bytes) -> Entry:
     """
     values = _values_in(line)
     kind = _kind_of(values)
-    if kind is None or (unknown := set(values) - {f.name for f in fields(kind)}):
+    if kind is None or (unknown := set(values) - set(_TYPES[kind])):
         raise ValueError(f"unknown names {sorted(values) if kind is None else sorted(unknown)}")
     return _build(kind, values)
 
@@ -92,19 +94,18 @@ def _kind_of(values: dict[str, Any]) -> type[Entry] | None:
 
 def _build(kind: type[Entry], values: dict[str, Any]) -> Entry:
     """Return an entry from its values, without those of other names. Raise ValueError if some lack or are wrong."""
-    known = {f.name: (f.type, values[f.name]) for f in fields(kind) if f.name in values}
-    missing = [f.name for f in fields(kind) if f.name not in values and f.default is MISSING]
+    wanted, missing = _TYPES[kind], [name for name in _REQUIRED[kind] if name not in values]
     if missing:
         raise ValueError(f"no values for {missing}")
-    return kind(**{name: _checked(name, wanted, value) for name, (wanted, value) in known.items()})
+    return kind(**{name: _checked(name, wanted[name], value) for name, value in values.items() if name in wanted})
 
 
 def _checked(name: str, wanted: Any, value: Any) -> Any:
     """Return a value, with NaN for null where numbers are wanted. Raise ValueError if it is not of the wanted kind."""
+    if type(value) is wanted:
+        return value
+    if wanted is float and (value is None or type(value) is int):
+        return nan_null(value)
     if wanted == dict[str, float] and isinstance(value, dict):
         return {each: _checked(f"{name}[{each!r}]", float, number) for each, number in value.items()}
-    if wanted is float and (value is None or type(value) in (int, float)):
-        return nan_null(value)
-    if type(value) is not wanted:
-        raise ValueError(f"{name} is {value!r}")
-    return value
+    raise ValueError(f"{name} is {value!r}")
