@@ -8,12 +8,12 @@ from typing import Any
 
 from .ledger import AuditEntry, Entry, EpochEntry, EvaluationEntry, Ledger, NoiseScaleEntry, WindowEntry, nan_null
 
-_KINDS: dict[str, type[Entry]] = {  # by the name of their first value
+_KINDS: dict[str, type[Entry]] = {  # by a name that the later ones do not have
     "window": WindowEntry,
     "audit": AuditEntry,
     "evaluation": EvaluationEntry,
     "noise_scale": NoiseScaleEntry,
-    "epoch": EpochEntry,
+    "train_loss": EpochEntry,
 }
 _TYPES = {kind: {f.name: f.type for f in fields(kind)} for kind in _KINDS.values()}
 _REQUIRED = {kind: [f.name for f in fields(kind) if f.default is MISSING] for kind in _KINDS.values()}
@@ -56,7 +56,8 @@ class LedgerFile:
                 try:
                     _add_line(ledger, line)
                 except ValueError:
-                    return cls(ledger, number, ends_there=not file.read(1))
+                    # A line without an end is the last, though the run may have written on since it was read.
+                    return cls(ledger, number, ends_there=not line.endswith(b"\n") or not file.read(1))
         return cls(ledger)
 
     @property
@@ -89,7 +90,7 @@ def _values_in(line: str | bytes) -> dict[str, Any]:
 
 def _kind_of(values: dict[str, Any]) -> type[Entry] | None:
     """Return the kind of entry that values are of; None if only a newer version knows it."""
-    return _KINDS.get(next(iter(values)))
+    return next((kind for name, kind in _KINDS.items() if name in values), None)
 
 
 def _build(kind: type[Entry], values: dict[str, Any]) -> Entry:
