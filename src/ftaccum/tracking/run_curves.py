@@ -85,8 +85,11 @@ def _read(result: "Result", run_dir: RunDir | None, recorded: Recorded | None) -
     if not run_dir.ledger.is_file():
         return Recorded(), "the folder of the run has no `ledger.jsonl`"
     ledger = Ledger.read(run_dir.ledger)
-    if not np.array_equal([w.loss for w in ledger.windows], result.loss_history, equal_nan=True):
+    losses = [w.loss for w in ledger.windows]
+    if not np.array_equal(losses, result.loss_history[: len(losses)], equal_nan=True):
         return Recorded(), "the folder of the run has the ledger of another run by now"
+    if len(losses) < len(result.loss_history):
+        return Recorded(), f"another version wrote `ledger.jsonl`, or it is damaged: it ends after update {len(losses)}"
     return Recorded(ledger, RunRecord.read(run_dir.record)), ""
 
 
