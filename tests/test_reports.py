@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from ftaccum.insight.figures import figure_of, panel_figure, panels_of
 from ftaccum.insight.run_report import report_page
 from ftaccum.insight.style import COLORS, RUN_COLORS
 from ftaccum.runtime.run_dir import RunDir
+from ftaccum.tasks.arguments import TrainArguments
 from ftaccum.tracking.ledger import AuditEntry, EpochEntry, EvaluationEntry, Ledger, WindowEntry
+from ftaccum.tracking.run_curves import SOURCE_DEFAULTS
 from heads import HEADS
 
 RECORD: dict[str, Any] = {
@@ -359,3 +361,8 @@ def test_colors_of_curves_and_bars_differ_from_the_page(theme: int) -> None:
     for color in RUN_COLORS:
         low, high = sorted((page, luminance(color[theme])))
         assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_the_defaults_of_the_command_line_are_known() -> None:
+    values = {f.name: f.default for f in fields(TrainArguments) if f.name not in ("model", "train_data")}
+    assert {name: value for name, value in values.items() if value not in (None, False)} == SOURCE_DEFAULTS
