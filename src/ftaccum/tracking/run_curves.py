@@ -33,7 +33,7 @@ _NOT_SETTINGS = (
     "finished",
     "noise_scale_reason",
 )
-SOURCE_DEFAULTS = {"mlm_probability": 0.15, "dtype": "auto"}  # of `ftaccum train`; the others are None or False
+SOURCE_DEFAULTS = {"mlm_probability": 0.15, "dtype": "auto"}  # of `ftaccum train`; the others are empty
 _DEFAULTS = {f.name: f.default for kind in (Runtime, Recipe) for f in fields(kind)}
 _COPIED = "the run had no `output_dir`, and a result that is copied or loaded from a file has no ledger"
 _OLD = "an older version wrote the ledger and did not record it"
@@ -151,7 +151,7 @@ def _changed(settings: Mapping[str, Any], record: RunRecord | None) -> list[str]
     names = [
         name
         for name in (() if record is None else record.sources)
-        if settings[name] not in (None, False, SOURCE_DEFAULTS.get(name))
+        if settings[name] and settings[name] != SOURCE_DEFAULTS.get(name)
     ]
     return names + [
         name
